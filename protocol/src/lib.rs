@@ -1,0 +1,39 @@
+//! What the unprivileged *supervisor* and the root *helper* may say to each other, and nothing else.
+//!
+//! This page is the specification. The two halves of the factory share a Unix socket of type
+//! `SOCK_SEQPACKET` (`unix(7)`): one packet is one message, so there is no framing to get wrong.
+//! Every packet is one [`Request`] or one [`Reply`], encoded by [`wire`]; a packet that is longer
+//! than its limit, does not decode, or has bytes left over ends the connection. Descriptors travel
+//! as `SCM_RIGHTS` exactly where a message below says so; any other ends the connection, closed.
+//!
+//! # Life of a connection
+//! 1. The client connects. The helper asks the kernel who it is (`SO_PEERCRED`) and hangs up on
+//!    anyone but the supervisor's uid.
+//! 2. The client says [`Request::Hello`] with its [`VERSION`]; the helper answers
+//!    [`Reply::Welcome`], or an [`ErrorKind::Version`] that names both versions, and hangs up.
+//! 3. Then any number of requests, one at a time, each answered by exactly one reply.
+//!
+//! # Rules that hold for every request
+//! * It names things, it never describes them: no path, uid, pid, command or environment crosses.
+//! * It is idempotent. Cut off anywhere and said again, it gets to the same end; and
+//!   [`Request::Delete`] gets to the end from every state whatever.
+//! * Requests about one worker take turns (`flock(2)` on its directory); those about different
+//!   workers never wait for each other, apart from the instant in which a slot is taken.
+//! * An [`Error`] reply has changed nothing that `Delete` would not remove, and the connection goes on.
+
+pub mod config;
+mod message;
+mod name;
+mod socket;
+mod sys;
+pub mod wire;
+
+pub use message::{Error, ErrorKind, Exit, MAX_LIST, Reply, Request, State, VERSION, WorkerInfo};
+pub use name::{BadName, BootstrapToken, SlotName, TargetId, Uid, UserName, WorkerId, is_ulid};
+pub use socket::{Received, Seqpacket};
+
+/// The largest agent that the helper copies, in bytes: 256 MiB. The real one has some tens of MiB.
+pub const MAX_AGENT_BYTES: u64 = 256 << 20;
+
+/// The most that the helper keeps of what the agent prints, in bytes: 1 MiB. What comes after is dropped.
+pub const MAX_CONSOLE_BYTES: u64 = 1 << 20;

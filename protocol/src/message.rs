@@ -1,0 +1,207 @@
+//! The messages. The crate's page has the rules that hold for all of them.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{BootstrapToken, SlotName, Uid, UserName, WorkerId};
+
+/// The version that this crate speaks. It changes with every change to a message.
+pub const VERSION: u16 = 1;
+
+/// The most workers in one [`Reply::Workers`]; ask again with `after` for the rest.
+pub const MAX_LIST: usize = 256;
+
+/// What the supervisor may ask for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// First packet of every connection, and only the first. Its encoding never changes.
+    ///
+    /// Answer: [`Reply::Welcome`]. Errors: `Version`, after which the helper hangs up.
+    Hello { version: u16 },
+
+    /// Take the slot for the worker, pick an unused uid = gid, make the user known, make the worker's
+    /// directories.
+    ///
+    /// * Before: the slot is in the configuration, neither it nor a slot that conflicts with it (in
+    ///   either direction) has a worker.
+    /// * Answer: [`Reply::UserCreated`]; said again for the same worker and slot, the same answer.
+    /// * Errors: `NoSuchSlot`; `SlotTaken` (by another worker, or through a conflict; try again once that
+    ///   one is deleted); `Refused` (the worker has another slot); `Limit` (no uid is free); `Failed`.
+    CreateUser { worker: WorkerId, slot: SlotName },
+
+    /// Build the worker's sandbox and start `agent install` in it. With one descriptor: the agent's
+    /// program in a memfd of 1 to [`MAX_AGENT_BYTES`](crate::MAX_AGENT_BYTES) bytes, sealed against
+    /// writing, growing and shrinking (`F_SEAL_WRITE|GROW|SHRINK`, `fcntl(2)`). It is read from its
+    /// beginning, whatever the file offset, and never parsed.
+    ///
+    /// * Before: the worker exists, and its slot is still in the configuration.
+    /// * Answer: [`Reply::AgentStarted`] with the console, when the kernel has accepted the program.
+    ///   Said again after the agent was started, it starts nothing and gives the same answer: an agent
+    ///   is never started twice in one worker.
+    /// * Errors: `NoSuchWorker`, `NoSuchSlot`, `Refused` (the descriptor is not what is asked for),
+    ///   `Failed` (the host could not, or the program is none: the sentence has the kernel's reason,
+    ///   and so has the console).
+    InstallAgent { worker: WorkerId, bootstrap: BootstrapToken },
+
+    /// The console again, for a supervisor that has been restarted.
+    ///
+    /// * Answer: [`Reply::Attached`] with the console.
+    /// * Errors: `NoSuchWorker`; `Failed`.
+    Attach { worker: WorkerId },
+
+    /// End every process of the worker. What it wrote, its user and its slot stay.
+    ///
+    /// * Answer: [`Reply::Killed`], when none is left.
+    /// * Errors: `NoSuchWorker`; `Failed`.
+    Kill { worker: WorkerId },
+
+    /// Kill, then remove every file, IPC object, mount and cgroup of the worker, and its user; last of
+    /// all the slot is free.
+    ///
+    /// * Answer: [`Reply::Deleted`], when nothing is left; also for a worker that never was.
+    /// * Errors: `Failed`: something is left, the slot stays taken, saying it again goes on.
+    Delete { worker: WorkerId },
+
+    /// Everything that exists on this host, in the order of ids, beginning after `after`: at most
+    /// [`MAX_LIST`] workers. Takes no lock, so it never waits.
+    ///
+    /// Answer: [`Reply::Workers`]. Errors: `Failed`.
+    List { after: Option<WorkerId> },
+}
+
+impl Request {
+    /// Does this request come with one descriptor? All others come with none.
+    pub fn carries_descriptor(&self) -> bool {
+        matches!(self, Request::InstallAgent { .. })
+    }
+}
+
+/// What the helper answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// To `Hello`: the helper's version, the same as the client's.
+    Welcome { version: u16 },
+    /// To `CreateUser`.
+    UserCreated { uid: Uid, name: UserName },
+    /// To `InstallAgent`, with one descriptor: the console, a regular file open for reading alone.
+    AgentStarted,
+    /// To `Attach`, with one descriptor: the console, as above. It is empty until the agent starts.
+    Attached { state: State },
+    /// To `Kill`.
+    Killed,
+    /// To `Delete`.
+    Deleted,
+    /// To `List`. `more`: there are workers after the last of these.
+    Workers { workers: Vec<WorkerInfo>, more: bool },
+    /// To any request.
+    Error(Error),
+}
+
+impl Reply {
+    /// Does this reply come with one descriptor? All others come with none.
+    pub fn carries_descriptor(&self) -> bool {
+        matches!(self, Reply::AgentStarted | Reply::Attached { .. })
+    }
+}
+
+/// One worker on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerInfo {
+    pub worker: WorkerId,
+    pub slot: SlotName,
+    pub uid: Uid,
+    pub state: State,
+}
+
+/// How far a worker is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum State {
+    /// Its agent has not been started.
+    Created,
+    /// Its agent has been started, and processes of it live.
+    Running,
+    /// Its agent has been started, and no process of it lives.
+    Exited(Exit),
+}
+
+/// How an agent ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    /// It exited with this status.
+    Status(u8),
+    /// This signal ended it.
+    Signal(u8),
+    /// It could not be started.
+    NotStarted,
+    /// Nobody saw it end: `Kill`, a reboot, the kernel's OOM killer.
+    Unknown,
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exit::Status(status) => write!(f, "exited with status {status}"),
+            Exit::Signal(signal) => write!(f, "was ended by signal {signal}"),
+            Exit::NotStarted => f.write_str("could not be started"),
+            Exit::Unknown => f.write_str("was killed, or lost in a reboot"),
+        }
+    }
+}
+
+/// Why a request was not done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Error {
+    pub kind: ErrorKind,
+    /// One sentence for a person; see [`Error::new`].
+    message: String,
+}
+
+/// What a program may want to tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ErrorKind {
+    /// The client speaks another version of the protocol.
+    Version,
+    /// The request contradicts what is there, or came with the wrong descriptor. Do not repeat it.
+    Refused,
+    /// Too many connections: come back later.
+    Busy,
+    NoSuchWorker,
+    NoSuchSlot,
+    /// The slot, or one that conflicts with it, has a worker.
+    SlotTaken,
+    /// Nothing is left to give: every uid of the range is in use.
+    Limit,
+    /// The host could not: no space, no memory, a configuration that does not parse.
+    Failed,
+}
+
+impl Error {
+    /// The longest sentence, in bytes.
+    pub const MAX_MESSAGE: usize = 1024;
+
+    /// `message` is cut at [`Error::MAX_MESSAGE`] bytes, its control characters escaped.
+    pub fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
+        let mut clean = String::new();
+        for c in message.to_string().chars() {
+            let piece: String = if c.is_control() { c.escape_default().collect() } else { c.into() };
+            if clean.len() + piece.len() > Self::MAX_MESSAGE {
+                break;
+            }
+            clean.push_str(&piece);
+        }
+        Self { kind, message: clean }
+    }
+
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,341 @@
+//! Names and numbers that cannot hold a bad value: each parses at the edge, once.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Why a text is not a name of its kind: one sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadName(String);
+
+impl fmt::Display for BadName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadName {}
+
+/// `text` for a message to a person: what could disturb a terminal or a log is escaped.
+fn quoted(text: &str) -> String {
+    let short: String = text.chars().take(64).collect();
+    format!("{short:?}")
+}
+
+const CROCKFORD: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
+
+/// A ULID as buildomat writes it: 26 characters of upper-case Crockford base 32, of which the first
+/// is at most 7, for 128 bits (<https://github.com/ulid/spec>). Nothing else parses: neither lower
+/// case nor the look-alikes I, L, O and U.
+fn parse_ulid(text: &str) -> Option<u128> {
+    let bytes = text.as_bytes();
+    if bytes.len() != 26 || bytes[0] > b'7' {
+        return None;
+    }
+    bytes.iter().try_fold(0, |value: u128, byte| {
+        let digit = CROCKFORD.iter().position(|c| c == byte)?;
+        Some(value << 5 | digit as u128)
+    })
+}
+
+fn print_ulid(value: u128) -> String {
+    (0..26).rev().map(|i| char::from(CROCKFORD[(value >> (5 * i)) as usize & 31])).collect()
+}
+
+/// Is this a ULID in buildomat's spelling?
+pub fn is_ulid(text: &str) -> bool {
+    parse_ulid(text).is_some()
+}
+
+macro_rules! ulid_type {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub struct $name(#[serde(with = "ulid_serde")] u128);
+
+        impl $name {
+            /// From its 128 bits: every value is valid.
+            pub const fn from_bits(bits: u128) -> Self {
+                Self(bits)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = BadName;
+
+            fn from_str(text: &str) -> Result<Self, BadName> {
+                parse_ulid(text).map(Self).ok_or_else(|| {
+                    BadName(format!("{} is not {}: a ULID has 26 characters of 0-9 and A-Z without I, L, O, U", quoted(text), $what))
+                })
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&print_ulid(self.0))
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+    };
+}
+
+/// ULIDs are 16 bytes on the wire and 26 characters in a text (the configuration, JSON).
+mod ulid_serde {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+    pub fn serialize<S: Serializer>(value: &u128, to: S) -> Result<S::Ok, S::Error> {
+        if to.is_human_readable() {
+            to.serialize_str(&super::print_ulid(*value))
+        } else {
+            value.to_be_bytes().serialize(to)
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u128, D::Error> {
+        if !from.is_human_readable() {
+            return <[u8; 16]>::deserialize(from).map(u128::from_be_bytes);
+        }
+        let text = String::deserialize(from)?;
+        super::parse_ulid(&text).ok_or_else(|| {
+            de::Error::custom(format!(
+                "{} is not a ULID: 26 characters of 0-9 and A-Z without I, L, O, U",
+                super::quoted(&text)
+            ))
+        })
+    }
+}
+
+ulid_type!(
+    /// A worker, as the buildomat server names it: a ULID. It also names the worker's user and directory.
+    WorkerId,
+    "a worker's id"
+);
+ulid_type!(
+    /// A target (a kind of machine that jobs ask for), as the buildomat server names it: a ULID.
+    TargetId,
+    "a target's id"
+);
+
+macro_rules! text_type {
+    ($(#[$doc:meta])* $name:ident, $rule:expr, $sentence:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = BadName;
+
+            fn try_from(text: String) -> Result<Self, BadName> {
+                let rule: fn(&str) -> bool = $rule;
+                if rule(&text) { Ok(Self(text)) } else { Err(BadName(format!($sentence, quoted(&text)))) }
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = BadName;
+
+            fn from_str(text: &str) -> Result<Self, BadName> {
+                Self::try_from(text.to_owned())
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> String {
+                name.0
+            }
+        }
+    };
+}
+
+text_type!(
+    /// A slot's name in the configuration: 1 to 32 of `a-z A-Z 0-9 _ -`, the first a letter or digit.
+    SlotName,
+    |text| {
+        (1..=32).contains(&text.len())
+            && text.as_bytes()[0].is_ascii_alphanumeric()
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+    },
+    "{} is not a slot's name: use 1 to 32 letters, digits, - and _, beginning with a letter or digit"
+);
+
+impl fmt::Display for SlotName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for SlotName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+text_type!(
+    /// The secret with which an agent introduces itself, once: 16 to 128 ASCII letters and digits (the
+    /// server makes 64). It becomes an argument of a command, so nothing else is let through, and no
+    /// formatting prints it.
+    BootstrapToken,
+    |text| (16..=128).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric()),
+    "a bootstrap token is 16 to 128 letters and digits{:.0}"
+);
+
+impl fmt::Debug for BootstrapToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BootstrapToken(…)")
+    }
+}
+
+/// The name of a worker's user: `bmat-` and the worker's id in lower case, 31 characters, one below
+/// the limit of `utmp(5)`.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct UserName(WorkerId);
+
+impl UserName {
+    pub fn worker(&self) -> WorkerId {
+        self.0
+    }
+}
+
+impl From<WorkerId> for UserName {
+    fn from(worker: WorkerId) -> Self {
+        Self(worker)
+    }
+}
+
+impl From<UserName> for String {
+    fn from(name: UserName) -> String {
+        name.to_string()
+    }
+}
+
+impl TryFrom<String> for UserName {
+    type Error = BadName;
+
+    fn try_from(text: String) -> Result<Self, BadName> {
+        let worker = text.strip_prefix("bmat-").and_then(|id| id.to_ascii_uppercase().parse().ok());
+        worker
+            .map(Self)
+            .filter(|name| name.to_string() == text)
+            .ok_or_else(|| BadName(format!("{} is not a worker's user", quoted(&text))))
+    }
+}
+
+impl fmt::Display for UserName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "bmat-{}", self.0.to_string().to_ascii_lowercase())
+    }
+}
+
+impl fmt::Debug for UserName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A worker's uid, which is its gid as well. Never root, never the kernel's "no id" values.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub struct Uid(u32);
+
+impl Uid {
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl TryFrom<u32> for Uid {
+    type Error = BadName;
+
+    fn try_from(uid: u32) -> Result<Self, BadName> {
+        // 65534 is nobody, 65535 and 2^32-1 mean "no id" to system calls; 2^31 and above trips signed code.
+        if uid < 1000 || uid == 65534 || uid == 65535 || uid >= 1 << 31 {
+            return Err(BadName(format!("{uid} cannot be a worker's uid: use 1000 to 2147483647 without 65534 and 65535")));
+        }
+        Ok(Self(uid))
+    }
+}
+
+impl From<Uid> for u32 {
+    fn from(uid: Uid) -> u32 {
+        uid.0
+    }
+}
+
+impl fmt::Display for Uid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl fmt::Debug for Uid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn only_buildomats_spelling_of_a_ulid_parses() {
+        let good = "01HZX3N8Q4J5K6M7P8R9S0T1V2";
+        assert_eq!(good.parse::<WorkerId>().unwrap().to_string(), good);
+        let lower = good.to_lowercase();
+        for bad in ["", "0", &good[1..], &lower, "81HZX3N8Q4J5K6M7P8R9S0T1V2", "01HZX3N8Q4J5K6M7P8R9S0T1VI", "../../../../../../../etc/p"] {
+            assert!(bad.parse::<WorkerId>().is_err(), "{bad:?} parsed");
+        }
+    }
+
+    #[test]
+    fn slot_names_cannot_be_paths_or_break_a_log() {
+        for bad in ["", ".", "..", "a/b", "a.b", "a b", "a\n", "a\0", "-a", "_a", "ä", &"a".repeat(33)] {
+            assert!(bad.parse::<SlotName>().is_err(), "{bad:?} parsed");
+        }
+        for good in ["a", "hubris-1", "0_B", &"a".repeat(32)] {
+            assert_eq!(good.parse::<SlotName>().unwrap().as_str(), good);
+        }
+    }
+
+    #[test]
+    fn bootstrap_tokens_are_plain_words_and_stay_secret() {
+        let token: BootstrapToken = "a".repeat(64).parse().unwrap();
+        assert!(!format!("{token:?}").contains("aa"));
+        for bad in ["", "short", "-aaaaaaaaaaaaaaaaaaaa", "aaaaaaaaaaaaaaaa aaaa", "aaaaaaaaaaaaaaaa\0", "aaaaaaaaaaaaaaaa;$(x)"] {
+            let error = bad.parse::<BootstrapToken>().unwrap_err().to_string();
+            assert!(bad.is_empty() || !error.contains(bad), "the error repeats the secret");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn ulids_print_and_parse(bits: u128) {
+            let id = WorkerId::from_bits(bits);
+            prop_assert_eq!(id.to_string().parse::<WorkerId>().unwrap(), id);
+            let user = UserName::from(id);
+            prop_assert_eq!(user.to_string().len(), 31);
+            prop_assert_eq!(UserName::try_from(user.to_string()).unwrap(), user);
+        }
+
+        #[test]
+        fn what_parses_prints_the_same(text in "\\PC{0,40}") {
+            if let Ok(id) = text.parse::<WorkerId>() { prop_assert_eq!(id.to_string(), text.clone()); }
+            if let Ok(slot) = text.parse::<SlotName>() { prop_assert_eq!(slot.as_str(), text); }
+        }
+    }
+}

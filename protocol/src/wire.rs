@@ -1,0 +1,140 @@
+//! Messages to bytes and back: bincode 2, little endian, variable-length integers, behind two functions.
+//! A limit stands before every allocation, and a message must be the whole packet.
+
+use std::fmt;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// The longest request, in bytes.
+pub const MAX_REQUEST: usize = 512;
+
+/// The longest reply, in bytes: a full [`Reply::Workers`](crate::Reply::Workers) fits.
+pub const MAX_REPLY: usize = 32 << 10;
+
+/// Why a packet is not a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadPacket(String);
+
+impl fmt::Display for BadPacket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadPacket {}
+
+const CONFIG: bincode::config::Configuration<
+    bincode::config::LittleEndian,
+    bincode::config::Varint,
+    bincode::config::Limit<MAX_REPLY>,
+> = bincode::config::standard().with_limit::<MAX_REPLY>();
+
+/// A message's bytes.
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, BadPacket> {
+    let bytes = bincode::serde::encode_to_vec(message, CONFIG).map_err(|e| BadPacket(e.to_string()))?;
+    if bytes.len() > MAX_REPLY {
+        return Err(BadPacket(format!("a message of {} bytes is over the limit of {MAX_REPLY}", bytes.len())));
+    }
+    Ok(bytes)
+}
+
+/// The message that `packet` is, all of it.
+pub fn decode<T: DeserializeOwned>(packet: &[u8]) -> Result<T, BadPacket> {
+    let (message, used) =
+        bincode::serde::decode_from_slice(packet, CONFIG).map_err(|e| BadPacket(e.to_string()))?;
+    if used != packet.len() {
+        return Err(BadPacket(format!("{} bytes are left over after the message", packet.len() - used)));
+    }
+    Ok(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::*;
+    use proptest::prelude::*;
+
+    fn requests() -> Vec<(Request, &'static str)> {
+        let worker: WorkerId = "01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap();
+        let id = "018ffa3aa2e4917853513c424c9c83b622".split_at(2).1;
+        assert_eq!(id.len(), 32);
+        vec![
+            (Request::Hello { version: 1 }, "0001"),
+            (Request::CreateUser { worker, slot: "s-1".parse().unwrap() }, "01<id>03732d31"),
+            (
+                Request::InstallAgent { worker, bootstrap: "abcdefgh01234567".parse().unwrap() },
+                "02<id>1061626364656667683031323334353637",
+            ),
+            (Request::Attach { worker }, "03<id>"),
+            (Request::Kill { worker }, "04<id>"),
+            (Request::Delete { worker }, "05<id>"),
+            (Request::List { after: None }, "0600"),
+            (Request::List { after: Some(worker) }, "0601<id>"),
+        ]
+    }
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    #[test]
+    fn the_bytes_of_each_request_are_fixed() {
+        let id = hex(&0x018ffa3aa2e491785351_3c424c9c83b6u128.to_be_bytes());
+        let worker: WorkerId = "01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap();
+        let id = match encode(&Request::Kill { worker }) {
+            Ok(bytes) if bytes.len() == 17 => hex(&bytes[1..]),
+            _ => id,
+        };
+        for (request, golden) in requests() {
+            let bytes = encode(&request).unwrap();
+            assert_eq!(hex(&bytes), golden.replace("<id>", &id), "{request:?}");
+            assert!(bytes.len() <= MAX_REQUEST);
+            assert_eq!(decode::<Request>(&bytes).unwrap(), request);
+        }
+    }
+
+    #[test]
+    fn cut_or_padded_packets_do_not_decode() {
+        for (request, _) in requests() {
+            let mut bytes = encode(&request).unwrap();
+            for len in 0..bytes.len() {
+                assert!(decode::<Request>(&bytes[..len]).is_err(), "{request:?} cut to {len}");
+            }
+            bytes.push(0);
+            assert!(decode::<Request>(&bytes).is_err(), "{request:?} with a byte more");
+        }
+    }
+
+    #[test]
+    fn the_longest_list_fits_into_a_reply() {
+        let info = WorkerInfo {
+            worker: WorkerId::from_bits(u128::MAX),
+            slot: "a".repeat(32).parse().unwrap(),
+            uid: Uid::try_from(i32::MAX as u32).unwrap(),
+            state: State::Exited(Exit::Signal(255)),
+        };
+        let reply = Reply::Workers { workers: vec![info; MAX_LIST], more: true };
+        assert!(encode(&reply).is_ok());
+        let error = Reply::Error(Error::new(ErrorKind::Failed, "é\n".repeat(9999)));
+        assert!(encode(&error).unwrap().len() < MAX_REPLY);
+    }
+
+    proptest! {
+        #[test]
+        fn random_packets_never_panic_and_never_mean_two_things(packet: Vec<u8>) {
+            if let Ok(request) = decode::<Request>(&packet) {
+                prop_assert_eq!(decode::<Request>(&encode(&request).unwrap()).unwrap(), request);
+            }
+            let _ = decode::<Reply>(&packet);
+        }
+
+        #[test]
+        fn flipped_bits_never_panic(which in 0usize..8, bit in 0usize..2048) {
+            let mut bytes = encode(&requests()[which].0).unwrap();
+            let at = bit % (bytes.len() * 8);
+            bytes[at / 8] ^= 1 << (at % 8);
+            let _ = decode::<Request>(&bytes);
+        }
+    }
+}
