@@ -1,0 +1,119 @@
+//! cgroup v2: each worker in one of its own, which is how all its processes are found and ended.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, poll};
+use protocol::WorkerId;
+
+use crate::host::{make_dir, make_directories, open_dir, open_file, read_small, remove_dir};
+
+/// The mount point of cgroup v2 in a `mountinfo` (`proc_pid_mountinfo(5)`), with the cgroup that is mounted there.
+fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, source) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, place) = (fields.next()?, fields.next()?);
+        source.starts_with("cgroup2 ").then(|| (place.into(), root.into()))
+    })
+}
+
+/// Find the helper's own part of the hierarchy, move the helper into its `daemon/`, and open its `workers/`.
+///
+/// `wanted` is a cgroup's path below the mount; without it, the one that this process was started in.
+pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    let Some((mount, root)) = find_mount(&mountinfo) else {
+        bail!("no cgroup v2 hierarchy is mounted: mount one (mount -t cgroup2 none /sys/fs/cgroup)");
+    };
+    let own = std::fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
+    let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+    let own = Path::new(own).strip_prefix(&root).unwrap_or(Path::new(own));
+    let below = |path: &Path| mount.join(path.strip_prefix("/").unwrap_or(path));
+    let base = match wanted {
+        Some(path) => below(path),
+        // A restarted helper may find itself where an earlier one has moved.
+        None if own.ends_with("daemon") => below(own.parent().expect("it ends with a name")),
+        None if own.as_os_str().is_empty() || own == Path::new("/") => below(Path::new("buildomat-user-factory")),
+        None => below(own),
+    };
+    let workers = base.join("workers");
+    make_directories(&workers, 0o755)?;
+    let daemon = base.join("daemon");
+    make_directories(&daemon, 0o755)?;
+    let meta = std::fs::metadata(&workers)?;
+    ensure!(meta.uid() == 0, "{} must be root's: choose another cgroup with --cgroup", workers.display());
+    ensure!(
+        workers.join("cgroup.kill").exists(),
+        "{} has no cgroup.kill: use Linux 5.14 or newer",
+        workers.display()
+    );
+    std::fs::write(daemon.join("cgroup.procs"), "0").with_context(|| format!("cannot move into {}", daemon.display()))?;
+    Ok(open_dir(nix::fcntl::AT_FDCWD, &workers)?)
+}
+
+/// A new cgroup for a worker that has no process. A used one is not used again: since Linux 6.18 a
+/// process cloned into a cgroup that was ever killed is killed too.
+pub fn create(cgroups: impl AsFd, worker: WorkerId) -> nix::Result<OwnedFd> {
+    remove_dir(cgroups.as_fd(), worker.to_string())?;
+    make_dir(cgroups.as_fd(), worker.to_string(), 0o755)?;
+    open_dir(cgroups, worker.to_string())
+}
+
+/// Does any process of the worker live?
+pub fn is_populated(cgroups: impl AsFd, worker: WorkerId) -> std::io::Result<bool> {
+    match open_dir(cgroups, worker.to_string()) {
+        Err(Errno::ENOENT) => Ok(false),
+        cgroup => populated(&cgroup?),
+    }
+}
+
+fn populated(cgroup: &OwnedFd) -> std::io::Result<bool> {
+    let events = read_small(cgroup, "cgroup.events")?.unwrap_or_default();
+    Ok(events.lines().any(|line| line == "populated 1"))
+}
+
+/// End every process in the worker's cgroup, wait until they are gone, and remove it.
+pub fn kill(cgroups: impl AsFd, worker: WorkerId) -> Result<()> {
+    let cgroup = match open_dir(cgroups.as_fd(), worker.to_string()) {
+        Err(Errno::ENOENT) => return Ok(()),
+        cgroup => cgroup?,
+    };
+    let end = Instant::now() + Duration::from_secs(60);
+    let events = open_file(&cgroup, "cgroup.events", OFlag::O_RDONLY)?;
+    while populated(&cgroup)? {
+        ensure!(
+            Instant::now() < end,
+            "processes of worker {worker} live a minute after SIGKILL: look for state D in ps, and repeat"
+        );
+        let order = open_file(&cgroup, "cgroup.kill", OFlag::O_WRONLY)?;
+        std::io::Write::write_all(&mut &order, b"1").context("cannot write cgroup.kill")?;
+        // The kernel wakes us when `populated` changes; once a second we ask again all the same.
+        let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        match poll(&mut wait, 1000u16) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
+        }
+        std::io::Read::read(&mut &events, &mut [0; 256]).ok();
+    }
+    remove_dir(cgroups, worker.to_string()).with_context(|| format!("cannot remove the cgroup of worker {worker}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mount_is_found_wherever_it_is() {
+        let info = "22 27 0:21 / /proc rw - proc proc rw\n\
+                    38 31 0:35 / /cg/systemd rw - cgroup cgroup rw,name=systemd\n\
+                    41 31 0:38 /sub /cg/unified rw,relatime shared:4 - cgroup2 cgroup2 rw\n";
+        assert_eq!(find_mount(info), Some(("/cg/unified".into(), "/sub".into())));
+        assert_eq!(find_mount("22 27 0:21 / /proc rw - proc proc rw\n"), None);
+    }
+}

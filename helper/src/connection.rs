@@ -1,0 +1,214 @@
+//! One connection, in a process of its own: packets in, one request at a time, replies out.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::hash::{BuildHasher, Hasher};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::sys::socket::{setsockopt, sockopt};
+use protocol::{Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid, UserName, VERSION, WorkerId, wire};
+use tracing::{info, warn};
+
+use crate::host::{Host, open_file};
+use crate::worker::{self, Record, Worker};
+use crate::{cgroup, policy, sandbox, trees, user};
+
+/// Answers and the descriptor that goes with them.
+type Answer = (Reply, Option<File>);
+
+/// Serve this connection to its end.
+pub fn serve(host: &Host, view_error: Option<&str>, socket: Seqpacket) {
+    // A peer that says nothing, or does not read, must not keep a process for ever.
+    let patience = nix::sys::time::TimeVal::new(3600, 0);
+    let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience);
+    let _ = setsockopt(&socket, sockopt::SendTimeout, &nix::sys::time::TimeVal::new(10, 0));
+    let mut greeted = false;
+    loop {
+        let (bytes, descriptors) = match socket.recv(wire::MAX_REQUEST) {
+            Ok(Received::Closed) => return,
+            Ok(Received::Packet { bytes, descriptors }) => (bytes, descriptors),
+            Ok(Received::Oversize) => return warn!("hung up: a packet is larger than any request, or has several descriptors"),
+            Err(Errno::ECONNRESET) => return,
+            Err(errno) => return warn!("hung up: cannot receive: {errno}"),
+        };
+        let request: Request = match wire::decode(&bytes) {
+            Ok(request) => request,
+            Err(error) => return warn!("hung up: a packet of {} bytes is no request: {error}", bytes.len()),
+        };
+        if descriptors.len() != usize::from(request.carries_descriptor()) {
+            return warn!("hung up: {} came with {} descriptors", name(&request), descriptors.len());
+        }
+        let begin = Instant::now();
+        let (reply, descriptor) = match (&request, greeted) {
+            (Request::Hello { version: VERSION }, false) => {
+                greeted = true;
+                (Reply::Welcome { version: VERSION }, None)
+            }
+            (Request::Hello { version }, false) => {
+                let message = format!("the helper speaks version {VERSION} of the protocol, you speak {version}: install both halves from one release");
+                (Reply::Error(Error::new(ErrorKind::Version, message)), None)
+            }
+            (_, false) => (Reply::Error(Error::new(ErrorKind::Refused, "the first packet of a connection must be Hello")), None),
+            (_, true) => answer(host, view_error, &request, descriptors),
+        };
+        audit(&request, &reply, begin);
+        let sent = wire::encode(&reply).map_err(|_| Errno::EMSGSIZE);
+        let sent = sent.and_then(|bytes| socket.send(&bytes, descriptor.as_ref().map(AsFd::as_fd)));
+        match sent {
+            Ok(()) if greeted => {}
+            Ok(()) => return,
+            Err(errno) => return warn!("hung up: cannot answer: {errno}"),
+        }
+    }
+}
+
+fn answer(host: &Host, view_error: Option<&str>, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
+    let result = match request {
+        Request::Hello { .. } => Err(Error::new(ErrorKind::Refused, "Hello was said before").into()),
+        Request::CreateUser { worker, slot } => create_user(host, *worker, slot).map(|(uid, name)| (Reply::UserCreated { uid, name }, None)),
+        Request::InstallAgent { worker, bootstrap } => match (view_error, descriptors.pop()) {
+            (None, Some(agent)) => install_agent(host, *worker, agent, bootstrap),
+            (Some(error), _) => Err(Error::new(ErrorKind::Failed, error).into()),
+            (None, None) => Err(Error::new(ErrorKind::Refused, "the agent is missing").into()),
+        },
+        Request::Attach { worker } => attach(host, *worker),
+        Request::Kill { worker } => kill(host, *worker).map(|()| (Reply::Killed, None)),
+        Request::Delete { worker } => delete(host, *worker).map(|()| (Reply::Deleted, None)),
+        Request::List { after } => list(host, *after).map(|reply| (reply, None)),
+    };
+    result.unwrap_or_else(|error| (Reply::Error(typed(error)), None))
+}
+
+/// What has a type keeps it; all else is the host's failure.
+fn typed(error: anyhow::Error) -> Error {
+    match error.downcast::<Error>() {
+        Ok(error) => error,
+        Err(error) => Error::new(ErrorKind::Failed, format!("{error:#}")),
+    }
+}
+
+fn create_user(host: &Host, id: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
+    let (config, _) = host.configuration()?;
+    let slot_config = config.slots.get(slot).ok_or_else(|| policy::no_such_slot(slot))?;
+    user::groups(host, &slot_config.add_to_groups)?;
+    let mut worker = Worker::find_or_make(host, id)?;
+    let record = match worker.record.clone() {
+        Some(record) if record.slot == *slot => record,
+        Some(record) => {
+            let message = format!("worker {id} has slot {}, it cannot have {slot} as well", record.slot);
+            return Err(Error::new(ErrorKind::Refused, message).into());
+        }
+        None => match take_slot(host, &config, &mut worker, slot) {
+            Ok(record) => record,
+            Err(error) => {
+                // Nothing was made: leave nothing, not even the empty directory.
+                let _ = worker.remove(host);
+                return Err(error);
+            }
+        },
+    };
+    if !worker.is_started()? {
+        trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot_config))?;
+    }
+    user::write_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
+    Ok((record.uid, worker.user()))
+}
+
+/// The one moment in which workers wait for each other: who has what is looked up and written down
+/// under a lock.
+fn take_slot(host: &Host, config: &protocol::config::Config, worker: &mut Worker, slot: &SlotName) -> Result<Record> {
+    let lock = open_file(&host.workers, ".lock", OFlag::O_RDWR | OFlag::O_CREAT).context("cannot open the slots' lock")?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("cannot lock the slots")?;
+    let tenants = worker::tenants(host)?;
+    policy::may_take(config, &tenants, worker.id, slot)?;
+    let used: BTreeSet<u32> = tenants.iter().map(|tenant| tenant.uid.get()).collect();
+    // The standard library's hash keys are random: getrandom(2) without a crate or a device node.
+    let random = std::hash::RandomState::new().build_hasher().finish();
+    for uid in policy::candidates(config.factory.uid_range, random, &used) {
+        let free = !user::is_in_userdb(&host.userdb, uid)
+            && !user::is_known_to_the_host(host, uid)?
+            && user::has_no_process(uid, false)?;
+        if free {
+            let record = Record::new(slot.clone(), uid);
+            worker.write_record(record.clone())?;
+            return Ok(record);
+        }
+    }
+    Err(Error::new(ErrorKind::Limit, "every uid of factory.uid_range is in use: widen it").into())
+}
+
+fn install_agent(host: &Host, id: WorkerId, agent: OwnedFd, bootstrap: &protocol::BootstrapToken) -> Result<Answer> {
+    let (worker, record) = Worker::existing(host, id)?;
+    sandbox::install(host, &worker, &record, agent, bootstrap)?;
+    Ok((Reply::AgentStarted, Some(worker.console()?)))
+}
+
+fn attach(host: &Host, id: WorkerId) -> Result<Answer> {
+    let (worker, _) = Worker::existing(host, id)?;
+    let state: State = worker.state(host)?;
+    Ok((Reply::Attached { state }, Some(worker.console()?)))
+}
+
+fn kill(host: &Host, id: WorkerId) -> Result<()> {
+    let (worker, record) = Worker::existing(host, id)?;
+    end_processes(host, &worker, &record)
+}
+
+fn end_processes(host: &Host, worker: &Worker, record: &Record) -> Result<()> {
+    cgroup::kill(&host.cgroups, worker.id)?;
+    trees::no_process_left(record.uid)
+}
+
+fn delete(host: &Host, id: WorkerId) -> Result<()> {
+    let Some(worker) = Worker::find(host, id)? else { return Ok(()) };
+    if let Some(record) = &worker.record {
+        end_processes(host, &worker, record)?;
+        trees::remove(worker.dir(), record.uid)?;
+        user::remove_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
+    }
+    worker.remove(host)
+}
+
+fn list(host: &Host, after: Option<WorkerId>) -> Result<Reply> {
+    let all = worker::list(host)?;
+    let mut rest = all.into_iter().filter(|(id, ..)| after.is_none_or(|after| *id > after));
+    let mut workers = Vec::new();
+    for (id, dir, record) in rest.by_ref().take(MAX_LIST) {
+        workers.push(worker::info(host, id, &dir, record)?);
+    }
+    Ok(Reply::Workers { workers, more: rest.next().is_some() })
+}
+
+fn name(request: &Request) -> &'static str {
+    match request {
+        Request::Hello { .. } => "Hello",
+        Request::CreateUser { .. } => "CreateUser",
+        Request::InstallAgent { .. } => "InstallAgent",
+        Request::Attach { .. } => "Attach",
+        Request::Kill { .. } => "Kill",
+        Request::Delete { .. } => "Delete",
+        Request::List { .. } => "List",
+    }
+}
+
+/// One line a request: what, which worker, which slot, how it ended, how long it took. Polls that went
+/// well are not worth one.
+fn audit(request: &Request, reply: &Reply, begin: Instant) {
+    let (worker, slot) = match request {
+        Request::Hello { .. } | Request::List { .. } => (None, None),
+        Request::CreateUser { worker, slot } => (Some(*worker), Some(slot.to_string())),
+        Request::InstallAgent { worker, .. } | Request::Attach { worker } | Request::Kill { worker } | Request::Delete { worker } => (Some(*worker), None),
+    };
+    let worker = worker.map(|id| id.to_string()).unwrap_or_default();
+    let (slot, microseconds) = (slot.unwrap_or_default(), begin.elapsed().as_micros() as u64);
+    let what = name(request);
+    match (request, reply) {
+        (_, Reply::Error(error)) => warn!(what, worker, slot, microseconds, outcome = ?error.kind, "{}", error.message()),
+        (Request::Hello { .. } | Request::List { .. }, _) => {}
+        _ => info!(what, worker, slot, microseconds, outcome = "done", "request"),
+    }
+}

@@ -1,0 +1,212 @@
+//! The host's places, opened once, before the daemon leaves the host's mount namespace. All that the
+//! helper touches later it reaches from these descriptors, with fixed names and names made of a
+//! `WorkerId`; it never follows a link.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
+use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
+use protocol::config::{self, Config};
+
+#[derive(Debug)]
+pub struct Host {
+    /// `--root`: `/`, or where tests have put a host of their own.
+    pub root: PathBuf,
+    /// The directory of the configuration.
+    config: OwnedFd,
+    /// The state directory's `workers/`.
+    pub workers: OwnedFd,
+    /// `/run/userdb`.
+    pub userdb: OwnedFd,
+    /// The host's `/etc`, for `passwd` and `group`.
+    pub etc: OwnedFd,
+    /// The host's `/dev`.
+    pub dev: OwnedFd,
+    /// The cgroup directory below which each worker has its own.
+    pub cgroups: OwnedFd,
+}
+
+impl Host {
+    pub fn open(root: &Path, cgroups: OwnedFd) -> Result<Host> {
+        let config_dir = root.join(config::CONFIG_PATH);
+        let config_dir = config_dir.parent().expect("CONFIG_PATH has a directory");
+        let workers = root.join(config::STATE_DIR).join("workers");
+        make_directories(&workers, 0o755)?;
+        std::fs::set_permissions(&workers, std::os::unix::fs::PermissionsExt::from_mode(0o700))
+            .with_context(|| format!("cannot close {} to others", workers.display()))?;
+        let userdb = root.join("run/userdb");
+        make_directories(&userdb, 0o755)?;
+        for directory in [config_dir, &workers, &userdb] {
+            only_root_writes(directory)?;
+        }
+        Ok(Host {
+            root: root.to_owned(),
+            config: open_path(config_dir)?,
+            workers: open_path(&workers)?,
+            userdb: open_path(&userdb)?,
+            etc: open_path(Path::new("/etc"))?,
+            dev: open_path(Path::new("/dev"))?,
+            cgroups,
+        })
+    }
+
+    /// What a connection's process keeps open.
+    pub fn descriptors(&self) -> [i32; 6] {
+        [&self.config, &self.workers, &self.userdb, &self.etc, &self.dev, &self.cgroups].map(AsRawFd::as_raw_fd)
+    }
+
+    /// The configuration as it is now, and what tells whether the file is still the same later.
+    pub fn configuration(&self) -> Result<(Config, FileIdentity)> {
+        let path = self.root.join(config::CONFIG_PATH);
+        let name = path.file_name().expect("CONFIG_PATH has a file name");
+        let file = open_file(&self.config, Path::new(name), OFlag::O_RDONLY | OFlag::O_NONBLOCK)
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        let meta = file.metadata()?;
+        ensure!(
+            meta.is_file() && meta.uid() == 0 && meta.mode() & 0o022 == 0,
+            "{} must be a file of root's that nobody else can write: chown root: and chmod go-w it",
+            path.display()
+        );
+        ensure!(meta.len() <= 1 << 20, "{} is over 1 MiB: that is no configuration", path.display());
+        let mut text = String::new();
+        (&file).take(1 << 20).read_to_string(&mut text).with_context(|| format!("cannot read {}", path.display()))?;
+        let parsed = Config::parse(&text).map_err(|mistakes| {
+            let first = &mistakes[0];
+            anyhow::anyhow!("{}:{}: {}", path.display(), first.line, first.message)
+        })?;
+        Ok((parsed, FileIdentity::of(&meta)))
+    }
+}
+
+/// Two of these are equal when nobody has changed or replaced the file in between.
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+pub struct FileIdentity(u64, u64, i64, i64);
+
+impl FileIdentity {
+    pub fn of(meta: &std::fs::Metadata) -> Self {
+        Self(meta.dev(), meta.ino(), meta.ctime(), meta.ctime_nsec())
+    }
+}
+
+/// Refuse a directory that somebody but root could write or replace: itself and all above it. A sticky
+/// directory (`/tmp`) above is fine, what root has in it is root's.
+pub fn only_root_writes(path: &Path) -> Result<()> {
+    for directory in path.ancestors() {
+        let meta = std::fs::symlink_metadata(directory)
+            .with_context(|| format!("cannot look at {}", directory.display()))?;
+        let open_to_others = meta.mode() & 0o022 != 0 && (meta.mode() & 0o1000 == 0 || directory == path);
+        if !meta.is_dir() || meta.uid() != 0 || open_to_others {
+            bail!(
+                "{} must be a directory of root's that nobody else can write: chown root: and chmod go-w it",
+                directory.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+pub fn make_directories(path: &Path, mode: u32) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .with_context(|| format!("cannot make the directory {}", path.display()))
+}
+
+const DIRECTORY: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
+
+fn open_path(path: &Path) -> Result<OwnedFd> {
+    nix::fcntl::open(path, DIRECTORY, Mode::empty()).with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// Open the directory `name` in `parent`, not through a link.
+pub fn open_dir(parent: impl AsFd, name: impl AsRef<Path>) -> nix::Result<OwnedFd> {
+    openat(parent, name.as_ref(), DIRECTORY, Mode::empty())
+}
+
+/// Open or make the file `name` in `parent`, not through a link; what is made is 0600.
+pub fn open_file(parent: impl AsFd, name: impl AsRef<Path>, flags: OFlag) -> nix::Result<File> {
+    let fd = openat(parent, name.as_ref(), flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::from_bits_truncate(0o600))?;
+    Ok(File::from(fd))
+}
+
+/// The whole of a small file; none if it is not there.
+pub fn read_small(parent: impl AsFd, name: impl AsRef<Path>) -> std::io::Result<Option<String>> {
+    let file = match open_file(parent, name, OFlag::O_RDONLY) {
+        Err(Errno::ENOENT) => return Ok(None),
+        other => other?,
+    };
+    let mut text = String::new();
+    file.take(64 << 10).read_to_string(&mut text)?;
+    Ok(Some(text))
+}
+
+/// Make the directory `name` in `parent` unless it is there.
+pub fn make_dir(parent: impl AsFd, name: impl AsRef<Path>, mode: u32) -> nix::Result<()> {
+    match mkdirat(parent, name.as_ref(), Mode::from_bits_truncate(mode)) {
+        Err(Errno::EEXIST) => Ok(()),
+        other => other,
+    }
+}
+
+/// Write a file so that after a crash at any point it is whole, old or new, or not there.
+pub fn write_atomically(parent: BorrowedFd<'_>, name: &str, text: &str, mode: u32) -> std::io::Result<()> {
+    let part = format!("{name}.part");
+    remove_file(parent, &part)?;
+    let mut file = open_file(parent, &part, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?;
+    file.write_all(text.as_bytes())?;
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))?;
+    file.sync_all()?;
+    renameat(parent, part.as_str(), parent, name)?;
+    Ok(fsync(parent)?)
+}
+
+/// Remove a file or link, if it is there.
+pub fn remove_file(parent: impl AsFd, name: impl AsRef<Path>) -> nix::Result<()> {
+    ignore_missing(unlinkat(parent, name.as_ref(), UnlinkatFlags::NoRemoveDir))
+}
+
+/// Remove an empty directory, if it is there.
+pub fn remove_dir(parent: impl AsFd, name: impl AsRef<Path>) -> nix::Result<()> {
+    ignore_missing(unlinkat(parent, name.as_ref(), UnlinkatFlags::RemoveDir))
+}
+
+fn ignore_missing(result: nix::Result<()>) -> nix::Result<()> {
+    match result {
+        Err(Errno::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+/// What is at `name` in `parent`, itself, not what a link there points to.
+pub fn look(parent: impl AsFd, name: impl AsRef<Path>) -> nix::Result<FileStat> {
+    fstatat(parent, name.as_ref(), AtFlags::AT_SYMLINK_NOFOLLOW)
+}
+
+pub fn kind(stat: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits())
+}
+
+/// The names in a directory, `.` and `..` left out.
+pub fn names(directory: BorrowedFd<'_>) -> nix::Result<Vec<std::ffi::OsString>> {
+    use std::os::unix::ffi::OsStrExt;
+    // A descriptor of its own: reading moves the offset, which the copies of a descriptor share.
+    let mut listing = nix::dir::Dir::from_fd(open_dir(directory, ".")?)?;
+    let mut names = Vec::new();
+    for entry in listing.iter() {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(std::ffi::OsStr::from_bytes(name).to_owned());
+        }
+    }
+    Ok(names)
+}

@@ -1,0 +1,159 @@
+//! Pid 1 of a worker: already the job's user, without privileges. It starts the agent, keeps the
+//! agent's children, writes what they print to the bounded console, and reports how the agent ended;
+//! with its own end the kernel ends whatever is left in the pid namespace.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use protocol::{Exit, MAX_CONSOLE_BYTES, UserName};
+
+use crate::worker::print_exit;
+
+/// Files of root's that pid 1 was given open for writing.
+pub struct Files {
+    pub console: File,
+    pub exit: File,
+}
+
+/// A started `agent install`, and the end of the pipe that it prints into.
+pub struct Agent {
+    install: Pid,
+    output: OwnedFd,
+    children_ended: SignalFd,
+}
+
+/// Start `agent install …`. The error is the kernel's reason.
+pub fn spawn_agent(program: &str, arguments: &[String], user: &UserName) -> io::Result<Agent> {
+    // Before the first child, so that no end of one is missed.
+    let mask = SigSet::from(Signal::SIGCHLD);
+    mask.thread_block()?;
+    let children_ended = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let (output, input) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    let child = Command::new(program)
+        .args(arguments)
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("HOME", format!("/home/{user}"))
+        .env("USER", user.to_string())
+        .env("LOGNAME", user.to_string())
+        .env("LANG", "C.UTF-8")
+        .env("TZ", "UTC")
+        .stdin(Stdio::null())
+        .stdout(input.try_clone()?)
+        .stderr(input)
+        .spawn()?;
+    nix::fcntl::fcntl(&output, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok(Agent { install: Pid::from_raw(child.id() as i32), output, children_ended })
+}
+
+/// What `run` keeps of the agent's output.
+struct Console<'a> {
+    file: &'a File,
+    left: u64,
+}
+
+impl Console<'_> {
+    /// Take what is in the pipe now. False at its end.
+    fn pump(&mut self, pipe: &OwnedFd) -> bool {
+        let mut buffer = [0; 16 << 10];
+        loop {
+            match nix::unistd::read(pipe, &mut buffer) {
+                Ok(0) => return false,
+                Ok(n) => self.keep(&buffer[..n]),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return true,
+                Err(_) => return false,
+            }
+        }
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        if self.left == 0 {
+            return;
+        }
+        let kept = &bytes[..bytes.len().min(self.left as usize)];
+        self.left -= kept.len() as u64;
+        // A full disk loses console lines, and nothing else.
+        let _ = self.file.write_all(kept);
+        if self.left == 0 {
+            let _ = write!(self.file, "\n[the console is full: what follows was dropped]\n");
+        }
+    }
+}
+
+/// Keep house until the agent has ended. Returns the status for pid 1 itself.
+///
+/// `install` starts the real agent and exits, so the agent is the child that is there when it does.
+pub fn run(agent: Agent, files: &Files) -> i32 {
+    let mut console = Console { file: &files.console, left: MAX_CONSOLE_BYTES };
+    let mut awaited = vec![agent.install];
+    let mut installing = true;
+    let mut open = true;
+    let exit = 'ended: loop {
+        let mut events = vec![PollFd::new(agent.children_ended.as_fd(), PollFlags::POLLIN)];
+        if open {
+            events.push(PollFd::new(agent.output.as_fd(), PollFlags::POLLIN));
+        }
+        let _ = poll(&mut events, PollTimeout::NONE);
+        while let Ok(Some(_)) = agent.children_ended.read_signal() {}
+        open = open && console.pump(&agent.output);
+        loop {
+            let (pid, exit) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, status)) => (pid, Exit::Status(status as u8)),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, Exit::Signal(signal as u8)),
+                Ok(WaitStatus::StillAlive) => break,
+                Err(Errno::EINTR) | Ok(_) => continue,
+                // No child at all: nobody is left of the agent.
+                Err(_) => break 'ended Exit::Unknown,
+            };
+            if !awaited.contains(&pid) {
+                continue;
+            }
+            awaited.retain(|other| *other != pid);
+            if installing && exit == Exit::Status(0) {
+                installing = false;
+                awaited = children();
+            }
+            if awaited.is_empty() {
+                break 'ended exit;
+            }
+        }
+    };
+    console.pump(&agent.output);
+    let _ = (&files.exit).write_all(print_exit(exit).as_bytes());
+    0
+}
+
+/// The agent's program could not be started: say so where a person and the supervisor will look.
+pub fn not_started(files: &Files, sentence: &str) {
+    let _ = writeln!(&files.console, "{sentence}");
+    let _ = (&files.exit).write_all(print_exit(Exit::NotStarted).as_bytes());
+}
+
+/// Our children now (`proc_pid_task_children(5)`).
+fn children() -> Vec<Pid> {
+    let mut text = String::new();
+    let _ = File::open("/proc/self/task/1/children").and_then(|file| file.take(64 << 10).read_to_string(&mut text));
+    text.split_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Agent({}, {})", self.install, self.output.as_raw_fd())
+    }
+}
+
+impl std::fmt::Debug for Files {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Files")
+    }
+}

@@ -1,0 +1,225 @@
+//! Root's half of the buildomat user factory.
+//!
+//! It listens on one Unix socket for the unprivileged supervisor and does four things: make a user,
+//! start the buildomat agent as that user in a sandbox, end its processes, delete all that is left. The
+//! protocol is specified in the `protocol` crate. The helper keeps no state in memory: the kernel and
+//! its state directory are its state, so it can be restarted at any time.
+//!
+//! In the order of a request's life: `main` accepts and forks, `connection` decodes and answers,
+//! `policy` decides, `worker` is the directory, `user`, `trees`, `cgroup` are the mechanisms, `view`
+//! makes what is the same for all jobs and `sandbox` what is one job's, `init` is its pid 1. All
+//! `unsafe` is in `sys`.
+
+mod cgroup;
+mod connection;
+mod host;
+mod init;
+mod policy;
+mod privileges;
+mod sandbox;
+mod sys;
+mod trees;
+mod user;
+mod view;
+mod worker;
+
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use protocol::{Error, ErrorKind, Reply, Seqpacket, config, wire};
+use tracing::{error, info, warn};
+
+use host::Host;
+use view::View;
+
+/// The most connections at once; the supervisor makes one for each operation.
+const MAX_CONNECTIONS: usize = 256;
+
+const USAGE: &str = "usage: user-factory-helper [--root DIR] [--cgroup PATH]
+
+Root's half of the buildomat user factory; see the README.
+  --root DIR     where etc/buildomat-user-factory/config.toml, run/ and var/lib/ are found [/]
+  --cgroup PATH  the cgroup, below the cgroup v2 mount, in which to keep the workers' [its own]
+";
+
+#[derive(Debug)]
+struct Options {
+    root: PathBuf,
+    cgroup: Option<PathBuf>,
+}
+
+fn options() -> Result<Option<Options>> {
+    let mut options = Options { root: "/".into(), cgroup: None };
+    let mut arguments = std::env::args_os().skip(1);
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().map(PathBuf::from).with_context(|| format!("{argument:?} wants a value\n{USAGE}"));
+        match argument.to_str() {
+            Some("--root") => options.root = value()?,
+            Some("--cgroup") => options.cgroup = Some(value()?),
+            Some("--help" | "-h") => return Ok(None),
+            Some("--version") => {
+                println!("user-factory-helper {}, protocol {}", env!("CARGO_PKG_VERSION"), protocol::VERSION);
+                std::process::exit(0);
+            }
+            _ => bail!("{argument:?} is no option of the helper\n{USAGE}"),
+        }
+    }
+    ensure!(options.root.is_absolute(), "--root must be an absolute path, not {}", options.root.display());
+    Ok(Some(options))
+}
+
+fn main() -> ExitCode {
+    let systemd_socket = sys::listening_socket_of_systemd();
+    tracing_subscriber::fmt().with_ansi(false).with_target(false).with_writer(std::io::stderr).init();
+    let run = || match options()? {
+        Some(options) => daemon(&options, systemd_socket),
+        None => Ok(std::io::stdout().write_all(USAGE.as_bytes())?),
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Root's own things, in their order: refuse what is unsafe, find the host, listen, leave the host's
+/// mounts, drop what is not needed, serve.
+fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
+    ensure!(nix::unistd::geteuid().is_root(), "the helper must run as root: start it with systemd or sudo");
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    sys::become_subreaper().context("cannot become the reaper of workers")?;
+    let cgroups = cgroup::prepare(options.cgroup.as_deref()).context("cannot prepare the cgroup")?;
+    let host = Host::open(&options.root, cgroups)?;
+    let (config, _) = host.configuration()?;
+    let client = user::supervisor(&host, &config.factory.user)?;
+    for (name, slot) in &config.slots {
+        user::groups(&host, &slot.add_to_groups).with_context(|| format!("{}:{}: slot {name}", config::CONFIG_PATH, slot.line))?;
+    }
+    let run_dir = options.root.join(config::RUN_DIR);
+    host::make_directories(&run_dir, 0o755)?;
+    host::only_root_writes(&run_dir)?;
+    let _only_one = lock(&run_dir)?;
+    let socket = match systemd_socket {
+        Some(socket) => socket,
+        None => listen_at(&options.root.join(config::HELPER_SOCKET), client)?,
+    };
+    let mut view = View::new()?;
+    view.refresh(&host)?;
+    privileges::keep_only_what_is_needed()?;
+    info!(slots = config.slots.len(), client, "serving");
+    serve(&host, &mut view, socket, client)
+}
+
+/// Two helpers on one state directory would each be right and together wrong.
+fn lock(run_dir: &Path) -> Result<Flock<std::fs::File>> {
+    let path = run_dir.join("helper.lock");
+    let file = std::fs::File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, Errno::EWOULDBLOCK)) => bail!("another helper serves {}: stop that one first", run_dir.display()),
+        Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+fn listen_at(path: &Path, client: u32) -> Result<OwnedFd> {
+    let describe = || format!("cannot listen at {}", path.display());
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).with_context(describe),
+        _ => {}
+    }
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?).with_context(describe)?;
+    // Nobody can connect before listen(2), so nobody sees the wider mode in between.
+    std::os::unix::fs::chown(path, Some(client), Some(0)).with_context(describe)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).with_context(describe)?;
+    listen(&fd, Backlog::new(128)?).with_context(describe)?;
+    Ok(fd)
+}
+
+/// Accept, check who it is, and fork. Nothing of a request is ever read in this process.
+fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result<()> {
+    // The standard library's listener does not mind that packets have borders.
+    let listener = UnixListener::from(listener);
+    listener.set_nonblocking(true)?;
+    let mask = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT]);
+    mask.thread_block()?;
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let mut connections = std::collections::BTreeSet::new();
+    loop {
+        let mut events = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut events, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("cannot wait for connections"),
+        }
+        while let Some(signal) = signals.read_signal()? {
+            if signal.ssi_signo != Signal::SIGCHLD as u32 {
+                // Connections go on to their end, and workers do not notice.
+                info!("stopping");
+                return Ok(());
+            }
+        }
+        while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            match status {
+                WaitStatus::StillAlive => break,
+                WaitStatus::Signaled(pid, signal, _) => {
+                    if connections.remove(&pid) {
+                        warn!("a connection's process was ended by {signal}: its request is lost, repeat it");
+                    }
+                }
+                other => {
+                    other.pid().map(|pid| connections.remove(&pid));
+                }
+            }
+        }
+        let connection = match listener.accept() {
+            Ok((connection, _)) => OwnedFd::from(connection),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
+            Err(error) => {
+                warn!("cannot accept a connection: {error}");
+                continue;
+            }
+        };
+        let peer = getsockopt(&connection, sockopt::PeerCredentials)?;
+        if peer.uid() != client {
+            warn!(uid = peer.uid(), pid = peer.pid(), "hung up: the helper serves uid {client} alone");
+            continue;
+        }
+        if connections.len() >= MAX_CONNECTIONS {
+            warn!("hung up: {MAX_CONNECTIONS} connections are open");
+            let busy = Reply::Error(Error::new(ErrorKind::Busy, "the helper has too many connections: try again later"));
+            let _ = wire::encode(&busy).map(|bytes| Seqpacket::from(connection).send(&bytes, None));
+            continue;
+        }
+        // Each connection sees the host as it is when the connection is made.
+        let view_error = view.refresh(host).err().map(|error| format!("{error:#}"));
+        if let Some(error) = &view_error {
+            warn!("no agent can be started: {error}");
+        }
+        let keep = host.descriptors().into_iter().chain([connection.as_raw_fd()]).collect::<Vec<_>>();
+        let child = sys::fork(|| {
+            // The listening socket, the lock and the host's mount namespace are the daemon's alone.
+            if sys::close_all_but(&keep).is_ok() && SigSet::empty().thread_set_mask().is_ok() {
+                connection::serve(host, view_error.as_deref(), Seqpacket::from(connection));
+            }
+            0
+        });
+        match child {
+            Ok(pid) => drop(connections.insert(pid)),
+            Err(error) => warn!("cannot fork for a connection: {error}"),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Every unsafe line of root's half: the system calls that `nix` lacks, and what makes processes.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use nix::unistd::Pid;
+
+/// `linux/sched.h`; libc has it in a type that is too narrow.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Run `child` in a forked process, which ends with the status that it returns.
+///
+/// The helper is single-threaded, always: that is what makes going on after a fork without exec sound.
+pub fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
+    // SAFETY: the process has one thread, so the child's copy of every lock and of the heap is whole.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => run_and_exit(child),
+        pid => Ok(Pid::from_raw(pid)),
+    }
+}
+
+/// Like [`fork`], with the child as pid 1 of a pid namespace of its own, in new mount, ipc and uts
+/// namespaces, and in the cgroup from its first instruction (`clone(2)`).
+pub fn clone_sandboxed(cgroup: BorrowedFd<'_>, child: impl FnOnce() -> i32) -> io::Result<Pid> {
+    // SAFETY: all bytes zero is a valid clone_args.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = (libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) as u64
+        | CLONE_INTO_CGROUP;
+    args.exit_signal = libc::SIGCHLD as u64;
+    args.cgroup = cgroup.as_raw_fd() as u64;
+    // SAFETY: without CLONE_VM this is a fork, sound for the reason given there; args outlives the call.
+    match unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => run_and_exit(child),
+        pid => Ok(Pid::from_raw(pid as i32)),
+    }
+}
+
+fn run_and_exit(child: impl FnOnce() -> i32) -> ! {
+    // A panic must not unwind into the frames that belong to the parent.
+    let status = catch_unwind(AssertUnwindSafe(child)).unwrap_or(101);
+    // SAFETY: _exit has no preconditions; it runs no handlers that belong to the parent either.
+    unsafe { libc::_exit(status) }
+}
+
+/// Close every descriptor above standard error but these.
+pub fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
+    let mut keep: Vec<u32> = keep.iter().map(|fd| *fd as u32).filter(|fd| *fd > 2).collect();
+    keep.sort_unstable();
+    let mut first = 3;
+    for fd in keep.into_iter().chain([u32::MAX]) {
+        if first < fd {
+            // SAFETY: only a forked child calls this, on its way to forget all that its parent had
+            // open: it touches no owner of a closed descriptor again, and never returns to drop one.
+            if unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        first = fd.saturating_add(1);
+    }
+    Ok(())
+}
+
+/// Descriptor 3, if systemd passed this process exactly that one listening socket (`sd_listen_fds(3)`).
+pub fn listening_socket_of_systemd() -> Option<OwnedFd> {
+    let says = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
+    if says("LISTEN_PID") != Some(std::process::id()) || says("LISTEN_FDS") != Some(1) {
+        return None;
+    }
+    // SAFETY: systemd has opened descriptor 3 for this process, and main asks once, before opening any.
+    Some(unsafe { OwnedFd::from_raw_fd(3) })
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+/// A detached copy of the mount at `path`, with all below it if `recursive` (`open_tree(2)`).
+pub fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let deep = if recursive { libc::AT_RECURSIVE as u32 } else { 0 };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | deep | libc::AT_SYMLINK_NOFOLLOW as u32;
+    // SAFETY: path is a C string that outlives the call; a result that is not -1 is a new descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above, and nobody else knows the descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Set attributes (`MOUNT_ATTR_*`) on a detached mount, and on all below it, and make it private.
+pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64) -> io::Result<()> {
+    let attr = libc::mount_attr { attr_set: set, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    // SAFETY: the path is the empty C string, attr is of the size that is said, both outlive the call.
+    let result = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, mount.as_raw_fd(), c"".as_ptr(), flags, &attr, size_of_val(&attr))
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Attach a detached mount at `place` (`move_mount(2)`).
+pub fn attach_mount(mount: BorrowedFd<'_>, place: &Path) -> io::Result<()> {
+    let place = c_path(place)?;
+    let empty: &CStr = c"";
+    // SAFETY: both are C strings that outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            mount.as_raw_fd(),
+            empty.as_ptr(),
+            libc::AT_FDCWD,
+            place.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Clear `no_new_privs`' opposite for good: no exec gains privileges from now on; and nobody of the
+/// same uid may look into this process or trace it (`PR_SET_DUMPABLE`).
+pub fn no_new_privs_and_undumpable() -> io::Result<()> {
+    // SAFETY: these two prctl(2) calls take plain integers.
+    let ok = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
+    };
+    if ok { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Orphans below this process become its children (`PR_SET_CHILD_SUBREAPER`).
+pub fn become_subreaper() -> io::Result<()> {
+    // SAFETY: this prctl(2) call takes plain integers.
+    if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

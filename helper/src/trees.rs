@@ -1,0 +1,193 @@
+//! A worker's trees: the directories below its `fs/` that its job may write, made by root, emptied by
+//! a process that has become the job's user. Root itself never walks them.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmod, fchmodat, fstat};
+use nix::sys::wait::waitpid;
+use nix::unistd::{Gid, UnlinkatFlags, fchownat, unlinkat};
+use protocol::config::{PRIVATE_TREES, Slot};
+use protocol::{Uid, UserName};
+
+use crate::host::{kind, look, make_dir, names, open_dir, remove_dir, remove_file};
+use crate::{sys, user};
+
+/// One tree: its path below `fs/`, where the job sees it, and its mode.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Tree {
+    pub below_fs: String,
+    pub place: PathBuf,
+    mode: u32,
+}
+
+/// The writable trees of a job in `slot`.
+///
+/// `home/` and `run/` stay root's, with the job's own directory inside: so they can be mounted as
+/// `/home` and `/run`, which are the same for nobody else.
+pub fn of(user: &UserName, slot: &Slot) -> Vec<Tree> {
+    let tree = |below_fs: String, place: PathBuf, mode| Tree { below_fs, place, mode };
+    let mut trees = vec![
+        tree(format!("home/{user}"), "/home".into(), 0o755),
+        tree("run/buildomat".into(), "/run".into(), 0o755),
+    ];
+    for place in PRIVATE_TREES {
+        let mode = if place.ends_with("/tmp") { 0o1777 } else { 0o755 };
+        trees.push(tree(place[1..].replace('/', "-"), place.into(), mode));
+    }
+    for (i, place) in slot.writable.iter().enumerate() {
+        trees.push(tree(format!("writable-{i}"), place.as_path().to_owned(), 0o755));
+    }
+    trees
+}
+
+/// Make the trees in the worker's directory. What is there already stays.
+pub fn make(worker: BorrowedFd<'_>, uid: Uid, trees: &[Tree]) -> Result<()> {
+    make_dir(worker, "fs", 0o755)?;
+    let fs = open_dir(worker, "fs")?;
+    fchmod(&fs, Mode::from_bits_truncate(0o755))?;
+    for tree in trees {
+        let describe = || format!("cannot make the tree {}", tree.below_fs);
+        if let Some((parent, _)) = tree.below_fs.split_once('/') {
+            make_dir(&fs, parent, 0o755).with_context(describe)?;
+        }
+        make_dir(&fs, &tree.below_fs, 0o700).with_context(describe)?;
+        let dir = open_dir(&fs, &tree.below_fs).with_context(describe)?;
+        let (owner, group) = (nix::unistd::Uid::from_raw(uid.get()), Gid::from_raw(uid.get()));
+        fchownat(&dir, "", Some(owner), Some(group), AtFlags::AT_EMPTY_PATH).with_context(describe)?;
+        fchmod(&dir, Mode::from_bits_truncate(tree.mode)).with_context(describe)?;
+    }
+    Ok(())
+}
+
+/// Remove `fs/` and all in it. The user has no process any more but the one that works here.
+pub fn remove(worker: BorrowedFd<'_>, uid: Uid) -> Result<()> {
+    let fs = match open_dir(worker, "fs") {
+        Err(Errno::ENOENT) => return Ok(()),
+        fs => fs?,
+    };
+    let mut own: Vec<PathBuf> = Vec::new();
+    for top in names(fs.as_fd())? {
+        if top == "home" || top == "run" {
+            let root_owned = open_dir(&fs, &top)?;
+            for name in names(root_owned.as_fd())? {
+                let path = Path::new(&top).join(&name);
+                if kind(&look(&fs, &path)?) == SFlag::S_IFDIR { own.push(path) } else { remove_file(&fs, &path)? }
+            }
+        } else {
+            own.push(top.into());
+        }
+    }
+    empty_as(uid, &fs, &own)?;
+    for path in own.iter().map(PathBuf::as_path).chain([Path::new("home"), Path::new("run")]) {
+        remove_dir(&fs, path).with_context(|| format!("cannot remove the tree {}", path.display()))?;
+    }
+    remove_dir(worker, "fs").context("cannot remove the worker's fs")
+}
+
+/// Empty these directories in a process that has become `uid`.
+fn empty_as(uid: Uid, fs: &OwnedFd, trees: &[PathBuf]) -> Result<()> {
+    let (errors, to_parent) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    let child = sys::fork(|| {
+        let work = || -> Result<()> {
+            use std::os::fd::AsRawFd;
+            sys::close_all_but(&[fs.as_raw_fd(), to_parent.as_raw_fd()])?;
+            user::become_user(uid, &[])?;
+            trees.iter().try_for_each(|tree| {
+                empty(fs.as_fd(), tree).with_context(|| format!("cannot empty the tree {}", tree.display()))
+            })
+        };
+        work().map_or_else(|error| { nix::unistd::write(&to_parent, format!("{error:#}").as_bytes()).ok(); 1 }, |()| 0)
+    })?;
+    drop(to_parent);
+    let mut message = String::new();
+    std::io::Read::read_to_string(&mut std::fs::File::from(errors), &mut message).ok();
+    let status = waitpid(child, None)?;
+    if !matches!(status, nix::sys::wait::WaitStatus::Exited(_, 0)) {
+        bail!("{}", if message.is_empty() { format!("the process that deletes ended with {status:?}") } else { message });
+    }
+    Ok(())
+}
+
+/// How many directories are open at once at most; what is deeper is moved up.
+const MAX_DEPTH: usize = 64;
+
+/// Open a directory of our own, whatever mode its owner has left it in.
+fn open_own(parent: BorrowedFd<'_>, name: &Path) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let dir = match openat(parent, name, flags, Mode::empty()) {
+        Err(Errno::EACCES) => {
+            fchmodat(parent, name, Mode::S_IRWXU, FchmodatFlags::FollowSymlink)?;
+            openat(parent, name, flags, Mode::empty())?
+        }
+        dir => dir?,
+    };
+    if fstat(&dir)?.st_mode & 0o700 != 0o700 {
+        fchmod(&dir, Mode::S_IRWXU)?;
+    }
+    Ok(dir)
+}
+
+/// Remove everything in the directory, as its owner, with a bounded number of descriptors and no
+/// recursion, whatever the names, modes, depth and number.
+fn empty(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
+    let top = open_own(fs, tree)?;
+    let mut moved = 0u64;
+    loop {
+        let mut path: Vec<(OwnedFd, Vec<std::ffi::OsString>)> = vec![(open_own(top.as_fd(), Path::new("."))?, Vec::new())];
+        path[0].1 = names(top.as_fd())?;
+        if path[0].1.is_empty() {
+            return Ok(());
+        }
+        while let Some((dir, entries)) = path.last_mut() {
+            let Some(name) = entries.pop() else {
+                // Empty now. Its parent, which still has its name, removes it.
+                path.pop();
+                continue;
+            };
+            match unlinkat(&*dir, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => continue,
+                Err(Errno::EISDIR | Errno::EPERM) => {}
+                Err(errno) => bail!("cannot remove {name:?}: {errno}"),
+            }
+            match unlinkat(&*dir, name.as_os_str(), UnlinkatFlags::RemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => continue,
+                Err(Errno::ENOTEMPTY | Errno::EEXIST) => {}
+                Err(errno) => bail!("cannot remove {name:?}: {errno}"),
+            }
+            if path.len() >= MAX_DEPTH {
+                moved += 1;
+                // A name that no entry of the top has: the next round of the loop empties it.
+                while look(&top, format!("moved-{moved}")).is_ok() {
+                    moved += 1;
+                }
+                let (dir, _) = path.last().expect("it is not empty");
+                // Moving a directory changes its `..`, which takes write permission to it.
+                open_own(dir.as_fd(), Path::new(&name))?;
+                renameat(dir, name.as_os_str(), &top, format!("moved-{moved}").as_str())
+                    .with_context(|| format!("cannot move {name:?} up"))?;
+                continue;
+            }
+            let (dir, entries) = path.last_mut().expect("it is not empty");
+            let inner = open_own(dir.as_fd(), Path::new(&name)).with_context(|| format!("cannot open {name:?}"))?;
+            // Once more after its content: then rmdir succeeds.
+            entries.push(name);
+            let content = names(inner.as_fd())?;
+            path.push((inner, content));
+        }
+    }
+}
+
+/// End every process of the uid that the cgroup does not know, and wait until the last is reaped.
+pub fn no_process_left(uid: Uid) -> Result<()> {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !user::has_no_process(uid, true)? {
+        ensure!(std::time::Instant::now() < end, "processes of uid {uid} live a minute after SIGKILL: look for them in ps, and repeat");
+        // Dead, and about to be reaped by its parent, of which nobody can tell us.
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    Ok(())
+}

@@ -1,0 +1,274 @@
+//! What every job sees, made once: the *template*. The daemon moves into a mount namespace of its own
+//! whose root is a small tmpfs with the host's top directories in it, read-only; so making a job's
+//! namespace copies few mounts, however many the host has. What differs between jobs, `sandbox` adds.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns, unshare};
+use protocol::config::{self, Config, HostPath, PRIVATE_TREES};
+
+use crate::host::{FileIdentity, Host};
+use crate::sys;
+
+/// Where the template keeps what only `sandbox` may see, and unmounts before the job begins.
+pub const PRIVATE: &str = "/.buildomat-factory";
+
+/// Top directories of which the job gets its own, or none: they are not the host's.
+const NOT_THE_HOSTS: [&str; 10] = ["proc", "dev", "run", "tmp", "root", "home", "input", "work", "lost+found", ".buildomat-factory"];
+
+pub const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+pub const WRITABLE: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+
+/// The daemon's mount namespace, and what tells when it is out of date.
+#[derive(Debug)]
+pub struct View {
+    host_namespace: File,
+    /// The host's mount table; `poll(2)` tells when it has changed (`proc_pid_mounts(5)`).
+    host_mounts: File,
+    built: Option<Built>,
+}
+
+#[derive(Debug)]
+struct Built {
+    configuration: FileIdentity,
+    /// Directories of the host whose entries were mounted one by one, and when they last changed.
+    unfolded: Vec<(File, FileIdentity)>,
+}
+
+/// The bind of `source`, for a job: the place in the template where `sandbox` finds it.
+pub fn source_path(source: &HostPath) -> PathBuf {
+    let name = source.to_string().replace('%', "%25").replace('/', "%2f");
+    Path::new(PRIVATE).join("sources").join(name)
+}
+
+impl View {
+    pub fn new() -> Result<View> {
+        Ok(View {
+            host_namespace: File::open("/proc/self/ns/mnt").context("cannot open the mount namespace")?,
+            host_mounts: File::open("/proc/self/mountinfo").context("cannot open /proc/self/mountinfo")?,
+            built: None,
+        })
+    }
+
+    /// Build the template, or build it again if the configuration, the host's mounts, or a directory that
+    /// was taken apart has changed. After an error there is none, and no job can be started.
+    pub fn refresh(&mut self, host: &Host) -> Result<()> {
+        let mut mounts = [PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI)];
+        let remounted = poll(&mut mounts, PollTimeout::ZERO)? > 0;
+        let (config, identity) = host.configuration()?;
+        if let Some(built) = &self.built
+            && !remounted
+            && built.configuration == identity
+            && built.unfolded.iter().all(|(dir, seen)| dir.metadata().is_ok_and(|meta| FileIdentity::of(&meta) == *seen))
+        {
+            return Ok(());
+        }
+        self.built = None;
+        setns(&self.host_namespace, CloneFlags::CLONE_NEWNS).context("cannot return to the host's mounts")?;
+        unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+        let unfolded = Builder::build(host, &config).context("cannot build the jobs' view of the host")?;
+        self.built = Some(Built { configuration: identity, unfolded });
+        Ok(())
+    }
+}
+
+struct Builder {
+    /// The tmpfs that becomes the root.
+    new_root: PathBuf,
+    /// Paths, as the job sees them, that are directories of the tmpfs.
+    open: BTreeSet<PathBuf>,
+    unfolded: Vec<(File, FileIdentity)>,
+}
+
+fn below(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").unwrap_or(path))
+}
+
+impl Builder {
+    /// The dangerous steps in their order. This namespace is the daemon's alone: a failure halfway
+    /// leaves mounts that no job ever sees, and the next attempt starts from the host's again.
+    fn build(host: &Host, config: &Config) -> Result<Vec<(File, FileIdentity)>> {
+        // Nothing that is mounted here may reach the host, and nothing mounted there may appear here
+        // later, when it would be writable.
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+        let new_root = host.root.join(config::RUN_DIR);
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        mount(Some("tmpfs"), &new_root, Some("tmpfs"), flags, Some("mode=755,size=16m"))
+            .context("cannot mount the new root")?;
+        let mut this = Builder { new_root, open: BTreeSet::from([PathBuf::from("/")]), unfolded: Vec::new() };
+        this.unfold_content(Path::new("/"))?;
+        for name in NOT_THE_HOSTS.iter().filter(|name| **name != "lost+found") {
+            this.make_directory(&Path::new("/").join(name), if *name == "root" || *name == ".buildomat-factory" { 0o700 } else { 0o755 })?;
+        }
+        let mut places: Vec<PathBuf> = PRIVATE_TREES.iter().map(PathBuf::from).collect();
+        for slot in config.slots.values() {
+            places.extend(slot.writable.iter().chain(slot.read_only.keys()).map(|p| p.as_path().to_owned()));
+        }
+        for place in places {
+            this.make_place(&place).with_context(|| format!("cannot make a place for {}", place.display()))?;
+        }
+        this.private(host, config)?;
+        this.hide(host, config)?;
+        this.enter()?;
+        Ok(this.unfolded)
+    }
+
+    /// Attach a copy of the host's `source`, with what is mounted below it.
+    fn bind(&self, source: &Path, place: &Path, attributes: u64, recursive: bool) -> Result<()> {
+        let describe = || format!("cannot show {} to jobs", source.display());
+        let copy = sys::clone_mount(source, recursive).with_context(describe)?;
+        sys::set_mount_attributes(copy.as_fd(), attributes).with_context(describe)?;
+        sys::attach_mount(copy.as_fd(), &below(&self.new_root, place)).with_context(describe)
+    }
+
+    fn make_directory(&mut self, path: &Path, mode: u32) -> Result<()> {
+        let real = below(&self.new_root, path);
+        match std::fs::create_dir(&real) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error.into()),
+            _ => std::fs::set_permissions(&real, std::fs::Permissions::from_mode(mode))?,
+        }
+        self.open.insert(path.to_owned());
+        Ok(())
+    }
+
+    /// Fill the tmpfs directory `path` with the host's entries, each mounted by itself.
+    fn unfold_content(&mut self, path: &Path) -> Result<()> {
+        let dir = File::open(path)?;
+        let seen = FileIdentity::of(&dir.metadata()?);
+        for entry in std::fs::read_dir(path)? {
+            let entry = entry?;
+            let place = path.join(entry.file_name());
+            if path == Path::new("/") && NOT_THE_HOSTS.iter().any(|name| *name == entry.file_name()) {
+                continue;
+            }
+            let real = below(&self.new_root, &place);
+            let kind = entry.file_type()?;
+            if kind.is_symlink() {
+                symlink(std::fs::read_link(&place)?, &real)?;
+            } else if kind.is_dir() {
+                std::fs::create_dir(&real)?;
+                self.bind(&place, &place, READ_ONLY, true)?;
+            } else if kind.is_file() {
+                File::create(&real)?;
+                self.bind(&place, &place, READ_ONLY, false)?;
+            }
+        }
+        self.unfolded.push((dir, seen));
+        Ok(())
+    }
+
+    /// See to it that something can be mounted at `path`: where the host has no directory there, the
+    /// directory above is taken apart, its entries mounted one by one beside a new one.
+    fn make_place(&mut self, path: &Path) -> Result<()> {
+        if self.open.contains(path) {
+            return Ok(());
+        }
+        let host = std::fs::symlink_metadata(path);
+        let parent = path.parent().context("a place has a directory above it")?;
+        if let Ok(meta) = &host {
+            if meta.is_symlink() {
+                bail!("{} is a symbolic link on this host: name the place that it leads to", path.display());
+            }
+            self.make_place_of_existing(parent)?;
+            if !meta.is_dir() {
+                bail!("{} is not a directory on this host: choose another place", path.display());
+            }
+            return Ok(());
+        }
+        self.make_place(parent)?;
+        if !self.open.contains(parent) {
+            // The host's directory, still in one piece: lift it off and take it apart.
+            let real = below(&self.new_root, parent);
+            umount2(&real, MntFlags::MNT_DETACH)?;
+            let meta = std::fs::metadata(parent)?;
+            std::os::unix::fs::chown(&real, Some(meta.uid()), Some(meta.gid()))?;
+            std::fs::set_permissions(&real, std::fs::Permissions::from_mode(meta.mode() & 0o7777))?;
+            self.open.insert(parent.to_owned());
+            self.unfold_content(parent)?;
+        }
+        self.make_directory(path, 0o755)
+    }
+
+    /// No component above a place may be a link, or the mount would land elsewhere.
+    fn make_place_of_existing(&self, parent: &Path) -> Result<()> {
+        for above in parent.ancestors() {
+            if std::fs::symlink_metadata(above)?.is_symlink() {
+                bail!("{} is a symbolic link on this host: name the place that it leads to", above.display());
+            }
+        }
+        Ok(())
+    }
+
+    /// What `sandbox` needs, and no job: one mount that it can lift off in a piece.
+    fn private(&mut self, host: &Host, config: &Config) -> Result<()> {
+        let private = Path::new(PRIVATE);
+        let real = below(&self.new_root, private);
+        mount(Some("tmpfs"), &real, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=700,size=1m"))?;
+        std::fs::create_dir(real.join("workers"))?;
+        let workers = host.root.join(config::STATE_DIR).join("workers");
+        self.bind(&workers, &private.join("workers"), WRITABLE, false)?;
+        std::fs::create_dir(real.join("sources"))?;
+        // An empty directory and an empty file, to lay over what is hidden.
+        std::fs::create_dir(real.join("nothing"))?;
+        std::fs::set_permissions(real.join("nothing"), std::fs::Permissions::from_mode(0o000))?;
+        File::create(real.join("no-file"))?.set_permissions(std::fs::Permissions::from_mode(0o000))?;
+        for source in config.slots.values().flat_map(|slot| slot.read_only.values()) {
+            let place = source_path(source);
+            if !below(&self.new_root, &place).exists() {
+                let meta = std::fs::symlink_metadata(source.as_path())
+                    .with_context(|| format!("{}, named in read_only, cannot be shown", source))?;
+                if !meta.is_dir() {
+                    bail!("{source}, named in read_only, is not a directory: name one");
+                }
+                std::fs::create_dir(below(&self.new_root, &place))?;
+                self.bind(source.as_path(), &place, READ_ONLY, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lay nothing over what no job may see.
+    fn hide(&self, host: &Host, config: &Config) -> Result<()> {
+        let mut hidden: Vec<PathBuf> = config.factory.hide.iter().map(|path| path.as_path().to_owned()).collect();
+        hidden.push(config.factory.token_file.as_path().to_owned());
+        for root in [host.root.as_path(), Path::new("/")] {
+            let config_dir = Path::new(config::CONFIG_PATH).parent().expect("it has a directory");
+            hidden.extend([config_dir, Path::new(config::STATE_DIR), Path::new(config::RUN_DIR)].map(|dir| root.join(dir)));
+        }
+        // The outer before the inner: then the inner is hidden already.
+        hidden.sort();
+        hidden.dedup();
+        for path in hidden {
+            let real = below(&self.new_root, &path);
+            match std::fs::symlink_metadata(&real) {
+                Ok(meta) if meta.is_symlink() => {
+                    bail!("{}, which is to be hidden, is a symbolic link: hide what it leads to", path.display())
+                }
+                Ok(meta) => {
+                    let cover = if meta.is_dir() { "nothing" } else { "no-file" };
+                    self.bind(&below(&self.new_root, &Path::new(PRIVATE).join(cover)), &path, READ_ONLY, false)?;
+                }
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Make the new root the root, and let the host's go (`pivot_root(2)`).
+    fn enter(&self) -> Result<()> {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        mount(None::<&str>, &self.new_root, None::<&str>, flags, None::<&str>)?;
+        nix::unistd::chdir(&self.new_root)?;
+        nix::unistd::pivot_root(".", ".").context("cannot enter the new root")?;
+        umount2(".", MntFlags::MNT_DETACH).context("cannot leave the host's root")?;
+        nix::unistd::chdir("/")?;
+        Ok(())
+    }
+}

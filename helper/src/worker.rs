@@ -1,0 +1,254 @@
+//! A worker's directory: `record`, `started`, `exit`, `console.log`, `passwd`, `group` and `fs/`, the
+//! trees. The directory and the record are the only memory that the helper has of a worker.
+//!
+//! What a crash leaves: a directory without a record is a worker that was never made, or is all but
+//! deleted; nothing else of it exists, because the record is the first thing written and the last removed.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use protocol::{Error, ErrorKind, Exit, SlotName, State, Uid, UserName, WorkerId, WorkerInfo};
+
+use crate::cgroup;
+use crate::host::{Host, look, make_dir, names, open_dir, open_file, read_small, remove_dir, remove_file, write_atomically};
+use crate::policy::Tenant;
+
+/// What the record says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub slot: SlotName,
+    pub uid: Uid,
+    /// Seconds since 1970.
+    pub created: u64,
+}
+
+impl Record {
+    pub fn new(slot: SlotName, uid: Uid) -> Self {
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
+        Self { slot, uid, created }
+    }
+
+    fn print(&self) -> String {
+        format!("slot {}\nuid {}\ncreated {}\n", self.slot, self.uid, self.created)
+    }
+
+    fn parse(text: &str) -> Option<Record> {
+        let mut lines = text.lines();
+        let mut field = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
+        let slot = field("slot")?.parse().ok()?;
+        let uid = Uid::try_from(field("uid")?.parse::<u32>().ok()?).ok()?;
+        let created = field("created")?.parse().ok()?;
+        Some(Record { slot, uid, created })
+    }
+}
+
+/// A worker's directory, locked: nobody else touches the worker while this is alive.
+#[derive(Debug)]
+pub struct Worker {
+    pub id: WorkerId,
+    lock: Flock<File>,
+    pub record: Option<Record>,
+}
+
+impl Worker {
+    /// Lock the worker's directory, after whoever has it. None if there is none.
+    pub fn find(host: &Host, id: WorkerId) -> Result<Option<Worker>> {
+        loop {
+            let dir = match open_dir(&host.workers, id.to_string()) {
+                Err(Errno::ENOENT) => return Ok(None),
+                dir => dir.with_context(|| format!("cannot open the directory of worker {id}"))?,
+            };
+            let lock = Flock::lock(File::from(dir), FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+            // Deleted, perhaps made anew, while we waited? Then this is not the directory any more.
+            let locked = nix::sys::stat::fstat(&*lock)?;
+            match look(&host.workers, id.to_string()) {
+                Ok(now) if (now.st_dev, now.st_ino) == (locked.st_dev, locked.st_ino) => {
+                    let record = read_record(&*lock, id)?;
+                    return Ok(Some(Worker { id, lock, record }));
+                }
+                _ => continue,
+            }
+        }
+    }
+
+    /// The same, making the directory if there is none.
+    pub fn find_or_make(host: &Host, id: WorkerId) -> Result<Worker> {
+        loop {
+            make_dir(&host.workers, id.to_string(), 0o700)
+                .with_context(|| format!("cannot make the directory of worker {id}"))?;
+            if let Some(worker) = Worker::find(host, id)? {
+                return Ok(worker);
+            }
+        }
+    }
+
+    /// The worker, if it was made: with a record.
+    pub fn existing(host: &Host, id: WorkerId) -> Result<(Worker, Record)> {
+        if let Some(worker) = Worker::find(host, id)?
+            && let Some(record) = worker.record.clone()
+        {
+            return Ok((worker, record));
+        }
+        bail!(no_such_worker(id))
+    }
+
+    pub fn dir(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.lock.as_fd()
+    }
+
+    pub fn user(&self) -> UserName {
+        self.id.into()
+    }
+
+    pub fn write_record(&mut self, record: Record) -> Result<()> {
+        write_atomically(self.dir(), "record", &record.print(), 0o600)
+            .with_context(|| format!("cannot write the record of worker {}", self.id))?;
+        self.record = Some(record);
+        Ok(())
+    }
+
+    /// Has its agent been started, or nearly so? From here on it is not started again.
+    pub fn is_started(&self) -> Result<bool> {
+        is_started(self.dir())
+    }
+
+    pub fn mark_started(&self) -> Result<()> {
+        write_atomically(self.dir(), "started", "", 0o600).context("cannot mark the worker as started")
+    }
+
+    pub fn state(&self, host: &Host) -> Result<State> {
+        state(host, self.dir(), self.id)
+    }
+
+    /// The console for the supervisor: open for reading alone, and there from the start.
+    pub fn console(&self) -> Result<File> {
+        match open_file(self.dir(), "console.log", OFlag::O_RDONLY) {
+            Err(Errno::ENOENT) => {
+                open_file(self.dir(), "console.log", OFlag::O_WRONLY | OFlag::O_CREAT)?;
+                Ok(open_file(self.dir(), "console.log", OFlag::O_RDONLY)?)
+            }
+            file => file.with_context(|| format!("cannot open the console of worker {}", self.id)),
+        }
+    }
+
+    /// Remove what is left of the directory: its trees are gone. The record goes last.
+    pub fn remove(self, host: &Host) -> Result<()> {
+        let describe = || format!("cannot remove the directory of worker {}", self.id);
+        for name in names(self.dir())? {
+            if name != "record" {
+                remove_file(self.dir(), &name).with_context(describe)?;
+            }
+        }
+        remove_file(self.dir(), "record").with_context(describe)?;
+        remove_dir(&host.workers, self.id.to_string()).with_context(describe)
+    }
+}
+
+pub fn no_such_worker(id: WorkerId) -> Error {
+    Error::new(ErrorKind::NoSuchWorker, format!("worker {id} does not exist on this host"))
+}
+
+fn read_record(dir: impl AsFd, id: WorkerId) -> Result<Option<Record>> {
+    let Some(text) = read_small(dir, "record").with_context(|| format!("cannot read the record of worker {id}"))? else {
+        return Ok(None);
+    };
+    let record = Record::parse(&text);
+    Ok(Some(record.with_context(|| format!("the record of worker {id} is damaged: restore it, or remove what it names by hand"))?))
+}
+
+fn is_started(dir: impl AsFd) -> Result<bool> {
+    match look(dir, "started") {
+        Ok(_) => Ok(true),
+        Err(Errno::ENOENT) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn state(host: &Host, dir: impl AsFd, id: WorkerId) -> Result<State> {
+    if !is_started(&dir)? {
+        return Ok(State::Created);
+    }
+    if cgroup::is_populated(&host.cgroups, id)? {
+        return Ok(State::Running);
+    }
+    let exit = read_small(dir, "exit")?.unwrap_or_default();
+    Ok(State::Exited(parse_exit(&exit)))
+}
+
+pub fn print_exit(exit: Exit) -> String {
+    match exit {
+        Exit::Status(status) => format!("status {status}\n"),
+        Exit::Signal(signal) => format!("signal {signal}\n"),
+        Exit::NotStarted => "not-started\n".into(),
+        Exit::Unknown => String::new(),
+    }
+}
+
+/// Anything that is not whole says nothing.
+fn parse_exit(text: &str) -> Exit {
+    let line = text.strip_suffix('\n').unwrap_or_default();
+    match line.split_once(' ') {
+        Some(("status", n)) => n.parse().map_or(Exit::Unknown, Exit::Status),
+        Some(("signal", n)) => n.parse().map_or(Exit::Unknown, Exit::Signal),
+        _ if line == "not-started" => Exit::NotStarted,
+        _ => Exit::Unknown,
+    }
+}
+
+/// All workers that have a record, in the order of their ids. Takes no lock: one that is being made or
+/// deleted at this moment is there or not.
+pub fn list(host: &Host) -> Result<Vec<(WorkerId, OwnedFd, Record)>> {
+    let mut ids: Vec<WorkerId> =
+        names(host.workers.as_fd())?.iter().filter_map(|name| name.to_str()?.parse().ok()).collect();
+    ids.sort_unstable();
+    let mut found = Vec::new();
+    for id in ids {
+        if let Ok(dir) = open_dir(&host.workers, id.to_string())
+            && let Some(record) = read_record(&dir, id)?
+        {
+            found.push((id, dir, record));
+        }
+    }
+    Ok(found)
+}
+
+pub fn tenants(host: &Host) -> Result<Vec<Tenant>> {
+    let all = list(host)?;
+    Ok(all.into_iter().map(|(worker, _, record)| Tenant { worker, slot: record.slot, uid: record.uid }).collect())
+}
+
+pub fn info(host: &Host, worker: WorkerId, dir: impl AsFd, record: Record) -> Result<WorkerInfo> {
+    Ok(WorkerInfo { worker, slot: record.slot, uid: record.uid, state: state(host, dir, worker)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_survives_being_written_and_nothing_else_is_one() {
+        let record = Record::new("a-1".parse().unwrap(), Uid::try_from(2_000_000).unwrap());
+        let text = record.print();
+        assert_eq!(Record::parse(&text), Some(record));
+        for cut in 0..text.len() - 2 {
+            let parsed = Record::parse(&text[..cut]);
+            assert!(parsed.is_none() || text[..cut].contains("created"), "{:?} parsed", &text[..cut]);
+        }
+        assert_eq!(Record::parse("slot ../x\nuid 0\ncreated 1\n"), None);
+    }
+
+    #[test]
+    fn exits_survive_being_written_and_half_written_is_unknown() {
+        for exit in [Exit::Status(0), Exit::Status(255), Exit::Signal(9), Exit::NotStarted, Exit::Unknown] {
+            let text = print_exit(exit);
+            assert_eq!(parse_exit(&text), exit);
+            for cut in 0..text.len() {
+                assert_eq!(parse_exit(&text[..cut]), Exit::Unknown);
+            }
+        }
+    }
+}
