@@ -27,12 +27,15 @@ pub fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
 
 /// Like [`fork`], with the child as pid 1 of a pid namespace of its own, in new mount, ipc and uts
 /// namespaces, and in the cgroup from its first instruction (`clone(2)`).
+///
+/// It becomes a child of the caller's parent, the daemon, which reaps it when it ends; a connection
+/// may be idle, or gone, by then.
 pub fn clone_sandboxed(cgroup: BorrowedFd<'_>, child: impl FnOnce() -> i32) -> io::Result<Pid> {
     // SAFETY: all bytes zero is a valid clone_args.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = (libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) as u64
+        | libc::CLONE_PARENT as u64
         | CLONE_INTO_CGROUP;
-    args.exit_signal = libc::SIGCHLD as u64;
     args.cgroup = cgroup.as_raw_fd() as u64;
     // SAFETY: without CLONE_VM this is a fork, sound for the reason given there; args outlives the call.
     match unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) } {
