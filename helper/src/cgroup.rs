@@ -19,7 +19,9 @@ fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
         let (mount, source) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (root, place) = (fields.next()?, fields.next()?);
-        source.starts_with("cgroup2 ").then(|| (place.into(), root.into()))
+        source
+            .starts_with("cgroup2 ")
+            .then(|| (place.into(), root.into()))
     })
 }
 
@@ -27,19 +29,25 @@ fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
 ///
 /// `wanted` is a cgroup's path below the mount; without it, the one that this process was started in.
 pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
-    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    let mountinfo =
+        std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     let Some((mount, root)) = find_mount(&mountinfo) else {
         bail!("no cgroup v2 hierarchy is mounted: mount one (mount -t cgroup2 none /sys/fs/cgroup)");
     };
     let own = std::fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
-    let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+    let own = own
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .unwrap_or("/");
     let own = Path::new(own).strip_prefix(&root).unwrap_or(Path::new(own));
     let below = |path: &Path| mount.join(path.strip_prefix("/").unwrap_or(path));
     let base = match wanted {
         Some(path) => below(path),
         // A restarted helper may find itself where an earlier one has moved.
         None if own.ends_with("daemon") => below(own.parent().expect("it ends with a name")),
-        None if own.as_os_str().is_empty() || own == Path::new("/") => below(Path::new("buildomat-user-factory")),
+        None if own.as_os_str().is_empty() || own == Path::new("/") => {
+            below(Path::new("buildomat-user-factory"))
+        }
         None => below(own),
     };
     let workers = base.join("workers");
@@ -47,13 +55,18 @@ pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
     let daemon = base.join("daemon");
     make_directories(&daemon, 0o755)?;
     let meta = std::fs::metadata(&workers)?;
-    ensure!(meta.uid() == 0, "{} must be root's: choose another cgroup with --cgroup", workers.display());
+    ensure!(
+        meta.uid() == 0,
+        "{} must be root's: choose another cgroup with --cgroup",
+        workers.display()
+    );
     ensure!(
         workers.join("cgroup.kill").exists(),
         "{} has no cgroup.kill: use Linux 5.14 or newer",
         workers.display()
     );
-    std::fs::write(daemon.join("cgroup.procs"), "0").with_context(|| format!("cannot move into {}", daemon.display()))?;
+    std::fs::write(daemon.join("cgroup.procs"), "0")
+        .with_context(|| format!("cannot move into {}", daemon.display()))?;
     Ok(open_dir(nix::fcntl::AT_FDCWD, &workers)?)
 }
 
@@ -101,7 +114,8 @@ pub fn kill(cgroups: impl AsFd, worker: WorkerId) -> Result<()> {
         }
         std::io::Read::read(&mut &events, &mut [0; 256]).ok();
     }
-    remove_dir(cgroups, worker.to_string()).with_context(|| format!("cannot remove the cgroup of worker {worker}"))
+    remove_dir(cgroups, worker.to_string())
+        .with_context(|| format!("cannot remove the cgroup of worker {worker}"))
 }
 
 #[cfg(test)]

@@ -10,7 +10,10 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::socket::{setsockopt, sockopt};
-use protocol::{Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid, UserName, VERSION, WorkerId, wire};
+use protocol::{
+    Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid, UserName, VERSION,
+    WorkerId, wire,
+};
 use tracing::{info, warn};
 
 use crate::host::{Host, open_file};
@@ -25,22 +28,37 @@ pub fn serve(host: &Host, view_error: Option<&str>, socket: Seqpacket) {
     // A peer that says nothing, or does not read, must not keep a process for ever.
     let patience = nix::sys::time::TimeVal::new(3600, 0);
     let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience);
-    let _ = setsockopt(&socket, sockopt::SendTimeout, &nix::sys::time::TimeVal::new(10, 0));
+    let _ = setsockopt(
+        &socket,
+        sockopt::SendTimeout,
+        &nix::sys::time::TimeVal::new(10, 0),
+    );
     let mut greeted = false;
     loop {
         let (bytes, descriptors) = match socket.recv(wire::MAX_REQUEST) {
             Ok(Received::Closed) => return,
             Ok(Received::Packet { bytes, descriptors }) => (bytes, descriptors),
-            Ok(Received::Oversize) => return warn!("hung up: a packet is larger than any request, or has several descriptors"),
+            Ok(Received::Oversize) => {
+                return warn!("hung up: a packet is larger than any request, or has several descriptors");
+            }
             Err(Errno::ECONNRESET) => return,
             Err(errno) => return warn!("hung up: cannot receive: {errno}"),
         };
         let request: Request = match wire::decode(&bytes) {
             Ok(request) => request,
-            Err(error) => return warn!("hung up: a packet of {} bytes is no request: {error}", bytes.len()),
+            Err(error) => {
+                return warn!(
+                    "hung up: a packet of {} bytes is no request: {error}",
+                    bytes.len()
+                );
+            }
         };
         if descriptors.len() != usize::from(request.carries_descriptor()) {
-            return warn!("hung up: {} came with {} descriptors", name(&request), descriptors.len());
+            return warn!(
+                "hung up: {} came with {} descriptors",
+                name(&request),
+                descriptors.len()
+            );
         }
         let begin = Instant::now();
         let (reply, descriptor) = match (&request, greeted) {
@@ -49,10 +67,18 @@ pub fn serve(host: &Host, view_error: Option<&str>, socket: Seqpacket) {
                 (Reply::Welcome { version: VERSION }, None)
             }
             (Request::Hello { version }, false) => {
-                let message = format!("the helper speaks version {VERSION} of the protocol, you speak {version}: install both halves from one release");
+                let message = format!(
+                    "the helper speaks version {VERSION} of the protocol, you speak {version}: install both halves from one release"
+                );
                 (Reply::Error(Error::new(ErrorKind::Version, message)), None)
             }
-            (_, false) => (Reply::Error(Error::new(ErrorKind::Refused, "the first packet of a connection must be Hello")), None),
+            (_, false) => (
+                Reply::Error(Error::new(
+                    ErrorKind::Refused,
+                    "the first packet of a connection must be Hello",
+                )),
+                None,
+            ),
             (_, true) => answer(host, view_error, &request, descriptors),
         };
         audit(&request, &reply, begin);
@@ -69,7 +95,9 @@ pub fn serve(host: &Host, view_error: Option<&str>, socket: Seqpacket) {
 fn answer(host: &Host, view_error: Option<&str>, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
     let result = match request {
         Request::Hello { .. } => Err(Error::new(ErrorKind::Refused, "Hello was said before").into()),
-        Request::CreateUser { worker, slot } => create_user(host, *worker, slot).map(|(uid, name)| (Reply::UserCreated { uid, name }, None)),
+        Request::CreateUser { worker, slot } => {
+            create_user(host, *worker, slot).map(|(uid, name)| (Reply::UserCreated { uid, name }, None))
+        }
         Request::InstallAgent { worker, bootstrap } => match (view_error, descriptors.pop()) {
             (None, Some(agent)) => install_agent(host, *worker, agent, bootstrap),
             (Some(error), _) => Err(Error::new(ErrorKind::Failed, error).into()),
@@ -99,7 +127,10 @@ fn create_user(host: &Host, id: WorkerId, slot: &SlotName) -> Result<(Uid, UserN
     let record = match worker.record.clone() {
         Some(record) if record.slot == *slot => record,
         Some(record) => {
-            let message = format!("worker {id} has slot {}, it cannot have {slot} as well", record.slot);
+            let message = format!(
+                "worker {id} has slot {}, it cannot have {slot} as well",
+                record.slot
+            );
             return Err(Error::new(ErrorKind::Refused, message).into());
         }
         None => match take_slot(host, &config, &mut worker, slot) {
@@ -120,9 +151,17 @@ fn create_user(host: &Host, id: WorkerId, slot: &SlotName) -> Result<(Uid, UserN
 
 /// The one moment in which workers wait for each other: who has what is looked up and written down
 /// under a lock.
-fn take_slot(host: &Host, config: &protocol::config::Config, worker: &mut Worker, slot: &SlotName) -> Result<Record> {
-    let lock = open_file(&host.workers, ".lock", OFlag::O_RDWR | OFlag::O_CREAT).context("cannot open the slots' lock")?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("cannot lock the slots")?;
+fn take_slot(
+    host: &Host,
+    config: &protocol::config::Config,
+    worker: &mut Worker,
+    slot: &SlotName,
+) -> Result<Record> {
+    let lock = open_file(&host.workers, ".lock", OFlag::O_RDWR | OFlag::O_CREAT)
+        .context("cannot open the slots' lock")?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .context("cannot lock the slots")?;
     let tenants = worker::tenants(host)?;
     policy::may_take(config, &tenants, worker.id, slot)?;
     let used: BTreeSet<u32> = tenants.iter().map(|tenant| tenant.uid.get()).collect();
@@ -138,10 +177,19 @@ fn take_slot(host: &Host, config: &protocol::config::Config, worker: &mut Worker
             return Ok(record);
         }
     }
-    Err(Error::new(ErrorKind::Limit, "every uid of factory.uid_range is in use: widen it").into())
+    Err(Error::new(
+        ErrorKind::Limit,
+        "every uid of factory.uid_range is in use: widen it",
+    )
+    .into())
 }
 
-fn install_agent(host: &Host, id: WorkerId, agent: OwnedFd, bootstrap: &protocol::BootstrapToken) -> Result<Answer> {
+fn install_agent(
+    host: &Host,
+    id: WorkerId,
+    agent: OwnedFd,
+    bootstrap: &protocol::BootstrapToken,
+) -> Result<Answer> {
     let (worker, record) = Worker::existing(host, id)?;
     sandbox::install(host, &worker, &record, agent, bootstrap)?;
     Ok((Reply::AgentStarted, Some(worker.console()?)))
@@ -164,7 +212,9 @@ fn end_processes(host: &Host, worker: &Worker, record: &Record) -> Result<()> {
 }
 
 fn delete(host: &Host, id: WorkerId) -> Result<()> {
-    let Some(worker) = Worker::find(host, id)? else { return Ok(()) };
+    let Some(worker) = Worker::find(host, id)? else {
+        return Ok(());
+    };
     if let Some(record) = &worker.record {
         end_processes(host, &worker, record)?;
         trees::remove(worker.dir(), record.uid)?;
@@ -175,12 +225,17 @@ fn delete(host: &Host, id: WorkerId) -> Result<()> {
 
 fn list(host: &Host, after: Option<WorkerId>) -> Result<Reply> {
     let all = worker::list(host)?;
-    let mut rest = all.into_iter().filter(|(id, ..)| after.is_none_or(|after| *id > after));
+    let mut rest = all
+        .into_iter()
+        .filter(|(id, ..)| after.is_none_or(|after| *id > after));
     let mut workers = Vec::new();
     for (id, dir, record) in rest.by_ref().take(MAX_LIST) {
         workers.push(worker::info(host, id, &dir, record)?);
     }
-    Ok(Reply::Workers { workers, more: rest.next().is_some() })
+    Ok(Reply::Workers {
+        workers,
+        more: rest.next().is_some(),
+    })
 }
 
 fn name(request: &Request) -> &'static str {
@@ -201,13 +256,18 @@ fn audit(request: &Request, reply: &Reply, begin: Instant) {
     let (worker, slot) = match request {
         Request::Hello { .. } | Request::List { .. } => (None, None),
         Request::CreateUser { worker, slot } => (Some(*worker), Some(slot.to_string())),
-        Request::InstallAgent { worker, .. } | Request::Attach { worker } | Request::Kill { worker } | Request::Delete { worker } => (Some(*worker), None),
+        Request::InstallAgent { worker, .. }
+        | Request::Attach { worker }
+        | Request::Kill { worker }
+        | Request::Delete { worker } => (Some(*worker), None),
     };
     let worker = worker.map(|id| id.to_string()).unwrap_or_default();
     let (slot, microseconds) = (slot.unwrap_or_default(), begin.elapsed().as_micros() as u64);
     let what = name(request);
     match (request, reply) {
-        (_, Reply::Error(error)) => warn!(what, worker, slot, microseconds, outcome = ?error.kind, "{}", error.message()),
+        (_, Reply::Error(error)) => {
+            warn!(what, worker, slot, microseconds, outcome = ?error.kind, "{}", error.message())
+        }
         (Request::Hello { .. } | Request::List { .. }, _) => {}
         _ => info!(what, worker, slot, microseconds, outcome = "done", "request"),
     }

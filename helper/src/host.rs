@@ -59,7 +59,15 @@ impl Host {
 
     /// What a connection's process keeps open.
     pub fn descriptors(&self) -> [i32; 6] {
-        [&self.config, &self.workers, &self.userdb, &self.etc, &self.dev, &self.cgroups].map(AsRawFd::as_raw_fd)
+        [
+            &self.config,
+            &self.workers,
+            &self.userdb,
+            &self.etc,
+            &self.dev,
+            &self.cgroups,
+        ]
+        .map(AsRawFd::as_raw_fd)
     }
 
     /// The configuration as it is now, and what tells whether the file is still the same later.
@@ -74,9 +82,16 @@ impl Host {
             "{} must be a file of root's that nobody else can write: chown root: and chmod go-w it",
             path.display()
         );
-        ensure!(meta.len() <= 1 << 20, "{} is over 1 MiB: that is no configuration", path.display());
+        ensure!(
+            meta.len() <= 1 << 20,
+            "{} is over 1 MiB: that is no configuration",
+            path.display()
+        );
         let mut text = String::new();
-        (&file).take(1 << 20).read_to_string(&mut text).with_context(|| format!("cannot read {}", path.display()))?;
+        (&file)
+            .take(1 << 20)
+            .read_to_string(&mut text)
+            .with_context(|| format!("cannot read {}", path.display()))?;
         let parsed = Config::parse(&text).map_err(|mistakes| {
             let first = &mistakes[0];
             anyhow::anyhow!("{}:{}: {}", path.display(), first.line, first.message)
@@ -121,10 +136,14 @@ pub fn make_directories(path: &Path, mode: u32) -> Result<()> {
         .with_context(|| format!("cannot make the directory {}", path.display()))
 }
 
-const DIRECTORY: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
+const DIRECTORY: OFlag = OFlag::O_RDONLY
+    .union(OFlag::O_DIRECTORY)
+    .union(OFlag::O_NOFOLLOW)
+    .union(OFlag::O_CLOEXEC);
 
 fn open_path(path: &Path) -> Result<OwnedFd> {
-    nix::fcntl::open(path, DIRECTORY, Mode::empty()).with_context(|| format!("cannot open {}", path.display()))
+    nix::fcntl::open(path, DIRECTORY, Mode::empty())
+        .with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// Open the directory `name` in `parent`, not through a link.
@@ -134,7 +153,12 @@ pub fn open_dir(parent: impl AsFd, name: impl AsRef<Path>) -> nix::Result<OwnedF
 
 /// Open or make the file `name` in `parent`, not through a link; what is made is 0600.
 pub fn open_file(parent: impl AsFd, name: impl AsRef<Path>, flags: OFlag) -> nix::Result<File> {
-    let fd = openat(parent, name.as_ref(), flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::from_bits_truncate(0o600))?;
+    let fd = openat(
+        parent,
+        name.as_ref(),
+        flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC,
+        Mode::from_bits_truncate(0o600),
+    )?;
     Ok(File::from(fd))
 }
 

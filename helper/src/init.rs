@@ -41,7 +41,10 @@ pub fn spawn_agent(program: &str, arguments: &[String], user: &UserName) -> io::
     let child = Command::new(program)
         .args(arguments)
         .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
         .env("HOME", format!("/home/{user}"))
         .env("USER", user.to_string())
         .env("LOGNAME", user.to_string())
@@ -52,7 +55,11 @@ pub fn spawn_agent(program: &str, arguments: &[String], user: &UserName) -> io::
         .stderr(input)
         .spawn()?;
     nix::fcntl::fcntl(&output, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    Ok(Agent { install: Pid::from_raw(child.id() as i32), output, children_ended })
+    Ok(Agent {
+        install: Pid::from_raw(child.id() as i32),
+        output,
+        children_ended,
+    })
 }
 
 /// What `run` keeps of the agent's output.
@@ -94,7 +101,10 @@ impl Console<'_> {
 ///
 /// `install` starts the real agent and exits, so the agent is the child that is there when it does.
 pub fn run(agent: Agent, files: &Files) -> i32 {
-    let mut console = Console { file: &files.console, left: MAX_CONSOLE_BYTES };
+    let mut console = Console {
+        file: &files.console,
+        left: MAX_CONSOLE_BYTES,
+    };
     let mut awaited = vec![agent.install];
     let mut installing = true;
     let mut open = true;
@@ -142,8 +152,12 @@ pub fn not_started(files: &Files, sentence: &str) {
 /// Our children now (`proc_pid_task_children(5)`).
 fn children() -> Vec<Pid> {
     let mut text = String::new();
-    let _ = File::open("/proc/self/task/1/children").and_then(|file| file.take(64 << 10).read_to_string(&mut text));
-    text.split_whitespace().filter_map(|pid| pid.parse().ok()).map(Pid::from_raw).collect()
+    let _ = File::open("/proc/self/task/1/children")
+        .and_then(|file| file.take(64 << 10).read_to_string(&mut text));
+    text.split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .map(Pid::from_raw)
+        .collect()
 }
 
 impl std::fmt::Debug for Agent {

@@ -36,7 +36,9 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
+};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use protocol::{Error, ErrorKind, Reply, Seqpacket, config, wire};
 use tracing::{error, info, warn};
@@ -61,28 +63,48 @@ struct Options {
 }
 
 fn options() -> Result<Option<Options>> {
-    let mut options = Options { root: "/".into(), cgroup: None };
+    let mut options = Options {
+        root: "/".into(),
+        cgroup: None,
+    };
     let mut arguments = std::env::args_os().skip(1);
     while let Some(argument) = arguments.next() {
-        let mut value = || arguments.next().map(PathBuf::from).with_context(|| format!("{argument:?} wants a value\n{USAGE}"));
+        let mut value = || {
+            arguments
+                .next()
+                .map(PathBuf::from)
+                .with_context(|| format!("{argument:?} wants a value\n{USAGE}"))
+        };
         match argument.to_str() {
             Some("--root") => options.root = value()?,
             Some("--cgroup") => options.cgroup = Some(value()?),
             Some("--help" | "-h") => return Ok(None),
             Some("--version") => {
-                println!("user-factory-helper {}, protocol {}", env!("CARGO_PKG_VERSION"), protocol::VERSION);
+                println!(
+                    "user-factory-helper {}, protocol {}",
+                    env!("CARGO_PKG_VERSION"),
+                    protocol::VERSION
+                );
                 std::process::exit(0);
             }
             _ => bail!("{argument:?} is no option of the helper\n{USAGE}"),
         }
     }
-    ensure!(options.root.is_absolute(), "--root must be an absolute path, not {}", options.root.display());
+    ensure!(
+        options.root.is_absolute(),
+        "--root must be an absolute path, not {}",
+        options.root.display()
+    );
     Ok(Some(options))
 }
 
 fn main() -> ExitCode {
     let systemd_socket = sys::listening_socket_of_systemd();
-    tracing_subscriber::fmt().with_ansi(false).with_target(false).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .init();
     let run = || match options()? {
         Some(options) => daemon(&options, systemd_socket),
         None => Ok(std::io::stdout().write_all(USAGE.as_bytes())?),
@@ -99,7 +121,10 @@ fn main() -> ExitCode {
 /// Root's own things, in their order: refuse what is unsafe, find the host, listen, leave the host's
 /// mounts, drop what is not needed, serve.
 fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
-    ensure!(nix::unistd::geteuid().is_root(), "the helper must run as root: start it with systemd or sudo");
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the helper must run as root: start it with systemd or sudo"
+    );
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     sys::become_subreaper().context("cannot become the reaper of workers")?;
     let cgroups = cgroup::prepare(options.cgroup.as_deref()).context("cannot prepare the cgroup")?;
@@ -107,7 +132,8 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     let (config, _) = host.configuration()?;
     let client = user::supervisor(&host, &config.factory.user)?;
     for (name, slot) in &config.slots {
-        user::groups(&host, &slot.add_to_groups).with_context(|| format!("{}:{}: slot {name}", config::CONFIG_PATH, slot.line))?;
+        user::groups(&host, &slot.add_to_groups)
+            .with_context(|| format!("{}:{}: slot {name}", config::CONFIG_PATH, slot.line))?;
     }
     let run_dir = options.root.join(config::RUN_DIR);
     host::make_directories(&run_dir, 0o755)?;
@@ -130,7 +156,9 @@ fn lock(run_dir: &Path) -> Result<Flock<std::fs::File>> {
     let file = std::fs::File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
-        Err((_, Errno::EWOULDBLOCK)) => bail!("another helper serves {}: stop that one first", run_dir.display()),
+        Err((_, Errno::EWOULDBLOCK)) => {
+            bail!("another helper serves {}: stop that one first", run_dir.display())
+        }
         Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
     }
 }
@@ -138,10 +166,17 @@ fn lock(run_dir: &Path) -> Result<Flock<std::fs::File>> {
 fn listen_at(path: &Path, client: u32) -> Result<OwnedFd> {
     let describe = || format!("cannot listen at {}", path.display());
     match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).with_context(describe),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(describe);
+        }
         _ => {}
     }
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
     bind(fd.as_raw_fd(), &UnixAddr::new(path)?).with_context(describe)?;
     // Nobody can connect before listen(2), so nobody sees the wider mode in between.
     std::os::unix::fs::chown(path, Some(client), Some(0)).with_context(describe)?;
@@ -160,7 +195,10 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let mut connections = std::collections::BTreeSet::new();
     loop {
-        let mut events = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        let mut events = [
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        ];
         match poll(&mut events, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for connections"),
@@ -195,12 +233,19 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
         };
         let peer = getsockopt(&connection, sockopt::PeerCredentials)?;
         if peer.uid() != client {
-            warn!(uid = peer.uid(), pid = peer.pid(), "hung up: the helper serves uid {client} alone");
+            warn!(
+                uid = peer.uid(),
+                pid = peer.pid(),
+                "hung up: the helper serves uid {client} alone"
+            );
             continue;
         }
         if connections.len() >= MAX_CONNECTIONS {
             warn!("hung up: {MAX_CONNECTIONS} connections are open");
-            let busy = Reply::Error(Error::new(ErrorKind::Busy, "the helper has too many connections: try again later"));
+            let busy = Reply::Error(Error::new(
+                ErrorKind::Busy,
+                "the helper has too many connections: try again later",
+            ));
             let _ = wire::encode(&busy).map(|bytes| Seqpacket::from(connection).send(&bytes, None));
             continue;
         }
@@ -209,7 +254,11 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
         if let Some(error) = &view_error {
             warn!("no agent can be started: {error}");
         }
-        let keep = host.descriptors().into_iter().chain([connection.as_raw_fd()]).collect::<Vec<_>>();
+        let keep = host
+            .descriptors()
+            .into_iter()
+            .chain([connection.as_raw_fd()])
+            .collect::<Vec<_>>();
         let child = sys::fork(|| {
             // The listening socket, the lock and the host's mount namespace are the daemon's alone.
             if sys::close_all_but(&keep).is_ok() && SigSet::empty().thread_set_mask().is_ok() {

@@ -24,20 +24,29 @@ pub fn may_take(config: &Config, tenants: &[Tenant], worker: WorkerId, slot: &Sl
             return Err(Error::new(ErrorKind::SlotTaken, message));
         }
         if config.conflict(&other.slot, slot) {
-            let message = format!("slot {slot} conflicts with {}, which has worker {}: delete that one first", other.slot, other.worker);
+            let message = format!(
+                "slot {slot} conflicts with {}, which has worker {}: delete that one first",
+                other.slot, other.worker
+            );
             return Err(Error::new(ErrorKind::SlotTaken, message));
         }
     }
     // Only workers whose slots have left the configuration can bring the count here.
     if tenants.len() >= config.slots.len() {
-        let message = format!("{} workers are alive, as many as there are slots: delete those of removed slots first", tenants.len());
+        let message = format!(
+            "{} workers are alive, as many as there are slots: delete those of removed slots first",
+            tenants.len()
+        );
         return Err(Error::new(ErrorKind::SlotTaken, message));
     }
     Ok(())
 }
 
 pub fn no_such_slot(slot: &SlotName) -> Error {
-    Error::new(ErrorKind::NoSuchSlot, format!("slot {slot} is not in the configuration: add it or use another"))
+    Error::new(
+        ErrorKind::NoSuchSlot,
+        format!("slot {slot} is not in the configuration: add it or use another"),
+    )
 }
 
 /// The uids of the range in the order in which to try them: all of them, from a random beginning, but
@@ -56,21 +65,39 @@ mod tests {
     use super::*;
 
     fn config() -> Config {
-        let slot = |name: &str, rest: &str| format!("[slots.{name}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n{rest}\n");
+        let slot = |name: &str, rest: &str| {
+            format!("[slots.{name}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n{rest}\n")
+        };
         let head = "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n";
-        Config::parse(&(head.to_owned() + &slot("a", "conflicts_with_slots = [\"b\"]") + &slot("b", "") + &slot("c", ""))).unwrap()
+        Config::parse(
+            &(head.to_owned()
+                + &slot("a", "conflicts_with_slots = [\"b\"]")
+                + &slot("b", "")
+                + &slot("c", "")),
+        )
+        .unwrap()
     }
 
     fn tenant(worker: u128, slot: &str) -> Tenant {
         let uid = Uid::try_from(2_000_000 + worker as u32).unwrap();
-        Tenant { worker: WorkerId::from_bits(worker), slot: slot.parse().unwrap(), uid }
+        Tenant {
+            worker: WorkerId::from_bits(worker),
+            slot: slot.parse().unwrap(),
+            uid,
+        }
     }
 
     #[test]
     fn a_slot_is_for_one_worker_and_conflicts_work_both_ways() {
         let config = config();
         let take = |tenants: &[Tenant], worker: u128, slot: &str| {
-            may_take(&config, tenants, WorkerId::from_bits(worker), &slot.parse().unwrap()).map_err(|e| e.kind)
+            may_take(
+                &config,
+                tenants,
+                WorkerId::from_bits(worker),
+                &slot.parse().unwrap(),
+            )
+            .map_err(|e| e.kind)
         };
         assert_eq!(take(&[], 1, "a"), Ok(()));
         assert_eq!(take(&[], 1, "zz"), Err(ErrorKind::NoSuchSlot));
@@ -85,7 +112,10 @@ mod tests {
     #[test]
     fn every_free_uid_is_tried_once_and_no_used_one() {
         let first = Uid::try_from(2_000_000).unwrap();
-        let range = UidRange { first, last: Uid::try_from(2_000_009).unwrap() };
+        let range = UidRange {
+            first,
+            last: Uid::try_from(2_000_009).unwrap(),
+        };
         for random in [0, 3, 9, u64::MAX] {
             let used = BTreeSet::from([2_000_003, 2_000_009]);
             let tried: BTreeSet<u32> = candidates(range, random, &used).map(Uid::get).collect();

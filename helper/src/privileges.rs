@@ -29,19 +29,29 @@ const ALSO_NEEDED: Capability = Capability::CAP_DAC_OVERRIDE;
 pub fn keep_only_what_is_needed() -> Result<()> {
     let keep: HashSet<Capability> = NEEDED.into_iter().chain([ALSO_NEEDED]).collect();
     let describe = |error: caps::errors::CapsError| anyhow!("cannot drop capabilities: {error}");
-    for capability in caps::read(None, CapSet::Bounding).map_err(describe)?.difference(&keep) {
+    for capability in caps::read(None, CapSet::Bounding)
+        .map_err(describe)?
+        .difference(&keep)
+    {
         caps::drop(None, CapSet::Bounding, *capability).map_err(describe)?;
     }
     let permitted = caps::read(None, CapSet::Permitted).map_err(describe)?;
     let missing: Vec<_> = keep.difference(&permitted).collect();
-    ensure!(missing.is_empty(), "the helper lacks {missing:?}: start it with them");
+    ensure!(
+        missing.is_empty(),
+        "the helper lacks {missing:?}: start it with them"
+    );
     caps::clear(None, CapSet::Ambient).map_err(describe)?;
     caps::clear(None, CapSet::Inheritable).map_err(describe)?;
     caps::set(None, CapSet::Effective, &keep).map_err(describe)?;
     caps::set(None, CapSet::Permitted, &keep).map_err(describe)?;
     for set in [CapSet::Bounding, CapSet::Permitted, CapSet::Effective] {
         let now = caps::read(None, set).map_err(describe)?;
-        ensure!(now.is_subset(&keep), "capabilities are left that should not be: {:?}", now.difference(&keep));
+        ensure!(
+            now.is_subset(&keep),
+            "capabilities are left that should not be: {:?}",
+            now.difference(&keep)
+        );
     }
     Ok(())
 }

@@ -38,20 +38,33 @@ struct Plan {
 }
 
 /// Start the agent, unless it was started before. Returns when the kernel has accepted the program.
-pub fn install(host: &Host, worker: &Worker, record: &Record, agent: OwnedFd, bootstrap: &BootstrapToken) -> Result<()> {
+pub fn install(
+    host: &Host,
+    worker: &Worker,
+    record: &Record,
+    agent: OwnedFd,
+    bootstrap: &BootstrapToken,
+) -> Result<()> {
     if worker.is_started()? {
         return Ok(());
     }
     let agent = check_agent(agent)?;
     let (config, _) = host.configuration()?;
-    let slot = config.slots.get(&record.slot).ok_or_else(|| policy::no_such_slot(&record.slot))?;
+    let slot = config
+        .slots
+        .get(&record.slot)
+        .ok_or_else(|| policy::no_such_slot(&record.slot))?;
     let plan = Plan {
         worker: worker.id.to_string(),
         user: worker.user(),
         uid: record.uid,
         groups: user::groups(host, &slot.add_to_groups)?,
         trees: trees::of(&worker.user(), slot),
-        read_only: slot.read_only.iter().map(|(to, from)| (to.as_path().into(), view::source_path(from))).collect(),
+        read_only: slot
+            .read_only
+            .iter()
+            .map(|(to, from)| (to.as_path().into(), view::source_path(from)))
+            .collect(),
         devices: devices(host, slot)?,
         agent_arguments: arguments(&config, slot, bootstrap),
     };
@@ -62,8 +75,17 @@ pub fn install(host: &Host, worker: &Worker, record: &Record, agent: OwnedFd, bo
     let (passwd, group) = user::files_for_the_job(host, &plan.user, record.uid)?;
     write_atomically(worker.dir(), "passwd", &passwd, 0o644)?;
     write_atomically(worker.dir(), "group", &group, 0o644)?;
-    let output = |name: &str| open_file(worker.dir(), name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND);
-    let files = init::Files { console: output("console.log")?, exit: output("exit")? };
+    let output = |name: &str| {
+        open_file(
+            worker.dir(),
+            name,
+            OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND,
+        )
+    };
+    let files = init::Files {
+        console: output("console.log")?,
+        exit: output("exit")?,
+    };
     // A first attempt that was cut off may have left its pid 1, waiting for a word that will not come.
     cgroup::kill(&host.cgroups, worker.id)?;
     let cgroup = cgroup::create(&host.cgroups, worker.id).context("cannot make the worker's cgroup")?;
@@ -71,9 +93,17 @@ pub fn install(host: &Host, worker: &Worker, record: &Record, agent: OwnedFd, bo
     let (from_child, to_parent) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let (go, to_child) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     sys::clone_sandboxed(cgroup.as_fd(), || {
-        let keep = [to_parent.as_raw_fd(), go.as_raw_fd(), files.console.as_raw_fd(), files.exit.as_raw_fd()];
+        let keep = [
+            to_parent.as_raw_fd(),
+            go.as_raw_fd(),
+            files.console.as_raw_fd(),
+            files.exit.as_raw_fd(),
+        ];
         let parent = File::from(to_parent.try_clone().expect("a pipe can be duplicated"));
-        match sys::close_all_but(&[&keep[..], &[parent.as_raw_fd()]].concat()).map_err(Into::into).and_then(|()| enter(&plan)) {
+        match sys::close_all_but(&[&keep[..], &[parent.as_raw_fd()]].concat())
+            .map_err(Into::into)
+            .and_then(|()| enter(&plan))
+        {
             Ok(()) => {}
             Err(error) => return say(&parent, 'E', &format!("{error:#}")),
         }
@@ -101,7 +131,9 @@ pub fn install(host: &Host, worker: &Worker, record: &Record, agent: OwnedFd, bo
     let mut from_child = File::from(from_child);
     expect(&mut from_child, b'R')?;
     worker.mark_started()?;
-    File::from(to_child).write_all(b"g").context("the worker's pid 1 is gone")?;
+    File::from(to_child)
+        .write_all(b"g")
+        .context("the worker's pid 1 is gone")?;
     expect(&mut from_child, b'S')
 }
 
@@ -120,7 +152,9 @@ fn expect(from_child: &mut File, what: u8) -> Result<()> {
             from_child.take(1000).read_to_string(&mut message).ok();
             bail!("{message}")
         }
-        _ => bail!("the worker's pid 1 was killed before it could start the agent: look for the reason in the kernel's log"),
+        _ => bail!(
+            "the worker's pid 1 was killed before it could start the agent: look for the reason in the kernel's log"
+        ),
     }
 }
 
@@ -134,12 +168,18 @@ fn check_agent(fd: OwnedFd) -> Result<File> {
     let needed = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
     match fcntl(&fd, FcntlArg::F_GET_SEALS) {
         Ok(seals) if SealFlag::from_bits_truncate(seals).contains(needed) => {}
-        _ => return Err(refused("the agent's descriptor is not a memfd sealed against writing, growing and shrinking: seal it")),
+        _ => {
+            return Err(refused(
+                "the agent's descriptor is not a memfd sealed against writing, growing and shrinking: seal it",
+            ));
+        }
     }
     let file = File::from(fd);
     let len = file.metadata()?.len();
     if len == 0 || len > MAX_AGENT_BYTES {
-        return Err(refused(&format!("the agent has {len} bytes: send 1 to {MAX_AGENT_BYTES}")));
+        return Err(refused(&format!(
+            "the agent has {len} bytes: send 1 to {MAX_AGENT_BYTES}"
+        )));
     }
     Ok(file)
 }
@@ -148,7 +188,8 @@ fn check_agent(fd: OwnedFd) -> Result<File> {
 fn copy_agent(agent: &File, run: &OwnedFd) -> Result<()> {
     let name = AGENT.rsplit('/').next().expect("a path has a last part");
     let describe = || "cannot copy the agent";
-    let mut copy = open_file(run, name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC).with_context(describe)?;
+    let mut copy =
+        open_file(run, name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC).with_context(describe)?;
     let mut buffer = vec![0; 128 << 10];
     let mut at = 0;
     // At offsets of our own: the sender shares the descriptor's.
@@ -160,7 +201,8 @@ fn copy_agent(agent: &File, run: &OwnedFd) -> Result<()> {
         copy.write_all(&buffer[..n]).with_context(describe)?;
         at += n as u64;
     }
-    copy.set_permissions(std::fs::Permissions::from_mode(0o755)).with_context(describe)
+    copy.set_permissions(std::fs::Permissions::from_mode(0o755))
+        .with_context(describe)
 }
 
 /// `agent install`'s arguments. None comes from the socket but the token, which is a plain word.
@@ -170,15 +212,22 @@ fn arguments(config: &Config, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<St
         arguments.extend(["-e".to_owned(), format!("{}={}", name.as_str(), value.as_str())]);
     }
     arguments.extend(["--no-service", "--no-setuid", "--use-var-run"].map(str::to_owned));
-    arguments.extend([config.general.baseurl.as_str().to_owned(), bootstrap.as_str().to_owned()]);
+    arguments.extend([
+        config.general.baseurl.as_str().to_owned(),
+        bootstrap.as_str().to_owned(),
+    ]);
     arguments
 }
 
 /// The slot's device nodes as they are on the host at this moment.
 fn devices(host: &Host, slot: &Slot) -> Result<Vec<(PathBuf, SFlag, u64)>> {
     let device = |path: &protocol::config::HostPath| {
-        let below_dev = path.as_path().strip_prefix("/dev").context("a device is below /dev")?;
-        let stat = look(&host.dev, below_dev).with_context(|| format!("device {path} is not there: plug it in, or remove it from devices"))?;
+        let below_dev = path
+            .as_path()
+            .strip_prefix("/dev")
+            .context("a device is below /dev")?;
+        let stat = look(&host.dev, below_dev)
+            .with_context(|| format!("device {path} is not there: plug it in, or remove it from devices"))?;
         match kind(&stat) {
             node @ (SFlag::S_IFCHR | SFlag::S_IFBLK) => Ok((below_dev.to_owned(), node, stat.st_rdev)),
             _ => bail!("{path} is no device node: name one in devices"),
@@ -231,8 +280,16 @@ fn bind(source: &Path, place: &Path, attributes: u64) -> Result<()> {
 
 /// `home/USER` is mounted as `/home` by way of its parent, and so is `run/…`.
 fn bind_tree(plan: &Plan, tree: &Tree) -> Result<()> {
-    let top = tree.below_fs.split('/').next().expect("split gives one part at least");
-    let source = Path::new(PRIVATE).join("workers").join(&plan.worker).join("fs").join(top);
+    let top = tree
+        .below_fs
+        .split('/')
+        .next()
+        .expect("split gives one part at least");
+    let source = Path::new(PRIVATE)
+        .join("workers")
+        .join(&plan.worker)
+        .join("fs")
+        .join(top);
     bind(&source, &tree.place, view::WRITABLE)
 }
 
@@ -240,13 +297,29 @@ fn bind_tree(plan: &Plan, tree: &Tree) -> Result<()> {
 /// the slot's devices, owned by the job's user.
 fn make_dev(plan: &Plan) -> Result<()> {
     let secure = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    mount(Some("tmpfs"), "/dev", Some("tmpfs"), secure, Some("mode=755,size=64k"))?;
+    mount(
+        Some("tmpfs"),
+        "/dev",
+        Some("tmpfs"),
+        secure,
+        Some("mode=755,size=64k"),
+    )?;
     let everybody = Mode::from_bits_truncate(0o666);
     // Numbers: the kernel's admin-guide/devices.rst.
-    for (name, major, minor) in
-        [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)]
-    {
-        mknod(&Path::new("/dev").join(name), SFlag::S_IFCHR, everybody, nix::sys::stat::makedev(major, minor))?;
+    for (name, major, minor) in [
+        ("null", 1, 3),
+        ("zero", 1, 5),
+        ("full", 1, 7),
+        ("random", 1, 8),
+        ("urandom", 1, 9),
+        ("tty", 5, 0),
+    ] {
+        mknod(
+            &Path::new("/dev").join(name),
+            SFlag::S_IFCHR,
+            everybody,
+            nix::sys::stat::makedev(major, minor),
+        )?;
     }
     for (link, target) in [
         ("ptmx", "pts/ptmx"),
@@ -260,8 +333,15 @@ fn make_dev(plan: &Plan) -> Result<()> {
     for (path, node, number) in &plan.devices {
         let place = Path::new("/dev").join(path);
         std::fs::create_dir_all(place.parent().expect("it is below /dev"))?;
-        for directory in path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty()) {
-            std::fs::set_permissions(Path::new("/dev").join(directory), std::fs::Permissions::from_mode(0o755))?;
+        for directory in path
+            .ancestors()
+            .skip(1)
+            .filter(|above| !above.as_os_str().is_empty())
+        {
+            std::fs::set_permissions(
+                Path::new("/dev").join(directory),
+                std::fs::Permissions::from_mode(0o755),
+            )?;
         }
         mknod(&place, *node, Mode::from_bits_truncate(0o600), *number)?;
         chown(&place, Some(plan.uid.get()), Some(plan.uid.get()))?;
@@ -274,7 +354,11 @@ fn make_dev(plan: &Plan) -> Result<()> {
         let place = Path::new("/dev").join(name);
         std::fs::create_dir(&place)?;
         std::fs::set_permissions(&place, std::fs::Permissions::from_mode(0o755))?;
-        let nodev = if kind == "devpts" { MsFlags::empty() } else { MsFlags::MS_NODEV };
+        let nodev = if kind == "devpts" {
+            MsFlags::empty()
+        } else {
+            MsFlags::MS_NODEV
+        };
         match mount(Some(kind), &place, Some(kind), secure | nodev, options) {
             // A kernel without POSIX message queues: then a job has none.
             Err(Errno::ENODEV) if kind == "mqueue" => {}
@@ -282,5 +366,11 @@ fn make_dev(plan: &Plan) -> Result<()> {
         }
     }
     let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | secure;
-    Ok(mount(None::<&str>, "/dev", None::<&str>, read_only, None::<&str>)?)
+    Ok(mount(
+        None::<&str>,
+        "/dev",
+        None::<&str>,
+        read_only,
+        None::<&str>,
+    )?)
 }

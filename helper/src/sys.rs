@@ -100,13 +100,29 @@ pub fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
 
 /// Set attributes (`MOUNT_ATTR_*`) on a detached mount, and on all below it, and make it private.
 pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64) -> io::Result<()> {
-    let attr = libc::mount_attr { attr_set: set, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+    let attr = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
     let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
     // SAFETY: the path is the empty C string, attr is of the size that is said, both outlive the call.
     let result = unsafe {
-        libc::syscall(libc::SYS_mount_setattr, mount.as_raw_fd(), c"".as_ptr(), flags, &attr, size_of_val(&attr))
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &attr,
+            size_of_val(&attr),
+        )
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Attach a detached mount at `place` (`move_mount(2)`).
@@ -124,7 +140,11 @@ pub fn attach_mount(mount: BorrowedFd<'_>, place: &Path) -> io::Result<()> {
             libc::MOVE_MOUNT_F_EMPTY_PATH,
         )
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Clear `no_new_privs`' opposite for good: no exec gains privileges from now on; and nobody of the
@@ -132,9 +152,14 @@ pub fn attach_mount(mount: BorrowedFd<'_>, place: &Path) -> io::Result<()> {
 pub fn no_new_privs_and_undumpable() -> io::Result<()> {
     // SAFETY: these two prctl(2) calls take plain integers.
     let ok = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
     };
-    if ok { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if ok {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Orphans below this process become its children (`PR_SET_CHILD_SUBREAPER`).

@@ -29,7 +29,11 @@ pub struct Tree {
 /// `home/` and `run/` stay root's, with the job's own directory inside: so they can be mounted as
 /// `/home` and `/run`, which are the same for nobody else.
 pub fn of(user: &UserName, slot: &Slot) -> Vec<Tree> {
-    let tree = |below_fs: String, place: PathBuf, mode| Tree { below_fs, place, mode };
+    let tree = |below_fs: String, place: PathBuf, mode| Tree {
+        below_fs,
+        place,
+        mode,
+    };
     let mut trees = vec![
         tree(format!("home/{user}"), "/home".into(), 0o755),
         tree("run/buildomat".into(), "/run".into(), 0o755),
@@ -75,14 +79,22 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Uid) -> Result<()> {
             let root_owned = open_dir(&fs, &top)?;
             for name in names(root_owned.as_fd())? {
                 let path = Path::new(&top).join(&name);
-                if kind(&look(&fs, &path)?) == SFlag::S_IFDIR { own.push(path) } else { remove_file(&fs, &path)? }
+                if kind(&look(&fs, &path)?) == SFlag::S_IFDIR {
+                    own.push(path)
+                } else {
+                    remove_file(&fs, &path)?
+                }
             }
         } else {
             own.push(top.into());
         }
     }
     empty_as(uid, &fs, &own)?;
-    for path in own.iter().map(PathBuf::as_path).chain([Path::new("home"), Path::new("run")]) {
+    for path in own
+        .iter()
+        .map(PathBuf::as_path)
+        .chain([Path::new("home"), Path::new("run")])
+    {
         remove_dir(&fs, path).with_context(|| format!("cannot remove the tree {}", path.display()))?;
     }
     remove_dir(worker, "fs").context("cannot remove the worker's fs")
@@ -100,14 +112,27 @@ fn empty_as(uid: Uid, fs: &OwnedFd, trees: &[PathBuf]) -> Result<()> {
                 empty(fs.as_fd(), tree).with_context(|| format!("cannot empty the tree {}", tree.display()))
             })
         };
-        work().map_or_else(|error| { nix::unistd::write(&to_parent, format!("{error:#}").as_bytes()).ok(); 1 }, |()| 0)
+        work().map_or_else(
+            |error| {
+                nix::unistd::write(&to_parent, format!("{error:#}").as_bytes()).ok();
+                1
+            },
+            |()| 0,
+        )
     })?;
     drop(to_parent);
     let mut message = String::new();
     std::io::Read::read_to_string(&mut std::fs::File::from(errors), &mut message).ok();
     let status = waitpid(child, None)?;
     if !matches!(status, nix::sys::wait::WaitStatus::Exited(_, 0)) {
-        bail!("{}", if message.is_empty() { format!("the process that deletes ended with {status:?}") } else { message });
+        bail!(
+            "{}",
+            if message.is_empty() {
+                format!("the process that deletes ended with {status:?}")
+            } else {
+                message
+            }
+        );
     }
     Ok(())
 }
@@ -137,7 +162,8 @@ fn empty(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
     let top = open_own(fs, tree)?;
     let mut moved = 0u64;
     loop {
-        let mut path: Vec<(OwnedFd, Vec<std::ffi::OsString>)> = vec![(open_own(top.as_fd(), Path::new("."))?, Vec::new())];
+        let mut path: Vec<(OwnedFd, Vec<std::ffi::OsString>)> =
+            vec![(open_own(top.as_fd(), Path::new("."))?, Vec::new())];
         path[0].1 = names(top.as_fd())?;
         if path[0].1.is_empty() {
             return Ok(());
@@ -172,7 +198,8 @@ fn empty(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
                 continue;
             }
             let (dir, entries) = path.last_mut().expect("it is not empty");
-            let inner = open_own(dir.as_fd(), Path::new(&name)).with_context(|| format!("cannot open {name:?}"))?;
+            let inner =
+                open_own(dir.as_fd(), Path::new(&name)).with_context(|| format!("cannot open {name:?}"))?;
             // Once more after its content: then rmdir succeeds.
             entries.push(name);
             let content = names(inner.as_fd())?;
@@ -185,7 +212,10 @@ fn empty(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
 pub fn no_process_left(uid: Uid) -> Result<()> {
     let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
     while !user::has_no_process(uid, true)? {
-        ensure!(std::time::Instant::now() < end, "processes of uid {uid} live a minute after SIGKILL: look for them in ps, and repeat");
+        ensure!(
+            std::time::Instant::now() < end,
+            "processes of uid {uid} live a minute after SIGKILL: look for them in ps, and repeat"
+        );
         // Dead, and about to be reaped by its parent, of which nobody can tell us.
         std::thread::sleep(std::time::Duration::from_millis(1));
     }

@@ -23,9 +23,12 @@ use crate::sys;
 const MAX_FILE: u64 = 64 << 20;
 
 fn read_etc(host: &Host, name: &str) -> Result<String> {
-    let file: File = open_file(&host.etc, name, OFlag::O_RDONLY).with_context(|| format!("cannot open /etc/{name}"))?;
+    let file: File =
+        open_file(&host.etc, name, OFlag::O_RDONLY).with_context(|| format!("cannot open /etc/{name}"))?;
     let mut bytes = Vec::new();
-    file.take(MAX_FILE).read_to_end(&mut bytes).with_context(|| format!("cannot read /etc/{name}"))?;
+    file.take(MAX_FILE)
+        .read_to_end(&mut bytes)
+        .with_context(|| format!("cannot read /etc/{name}"))?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
@@ -39,8 +42,11 @@ fn number_of(file: &str, name: &str) -> Option<u32> {
 pub fn supervisor(host: &Host, user: &User) -> Result<u32> {
     match user {
         User::Number(uid) => Ok(*uid),
-        User::Name(name) => number_of(&read_etc(host, "passwd")?, name)
-            .with_context(|| format!("the supervisor's user {name} is not in /etc/passwd: add it, or name another as factory.user")),
+        User::Name(name) => number_of(&read_etc(host, "passwd")?, name).with_context(|| {
+            format!(
+                "the supervisor's user {name} is not in /etc/passwd: add it, or name another as factory.user"
+            )
+        }),
     }
 }
 
@@ -51,9 +57,13 @@ pub fn groups(host: &Host, names: &BTreeSet<GroupName>) -> Result<Vec<Gid>> {
     }
     let file = read_etc(host, "group")?;
     let gid = |name: &GroupName| {
-        let gid = number_of(&file, name.as_str())
-            .with_context(|| format!("group {name} is not in /etc/group: add it, or remove it from add_to_groups"))?;
-        ensure!(gid != 0, "a job must not be in group {name}, which is root's: remove it from add_to_groups");
+        let gid = number_of(&file, name.as_str()).with_context(|| {
+            format!("group {name} is not in /etc/group: add it, or remove it from add_to_groups")
+        })?;
+        ensure!(
+            gid != 0,
+            "a job must not be in group {name}, which is root's: remove it from add_to_groups"
+        );
         Ok(Gid::from_raw(gid))
     };
     names.iter().map(gid).collect()
@@ -74,7 +84,10 @@ pub fn files_for_the_job(host: &Host, name: &UserName, uid: Uid) -> Result<(Stri
         }
         file + &line
     };
-    let passwd = with(read_etc(host, "passwd")?, format!("{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n"));
+    let passwd = with(
+        read_etc(host, "passwd")?,
+        format!("{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n"),
+    );
     let group = with(read_etc(host, "group")?, format!("{name}:x:{uid}:\n"));
     Ok((passwd, group))
 }
@@ -82,7 +95,10 @@ pub fn files_for_the_job(host: &Host, name: &UserName, uid: Uid) -> Result<(Stri
 /// The records by which the host knows a user and its group (<https://systemd.io/USER_RECORD/>,
 /// `nss-systemd(8)`): a file by name, and a link by number.
 fn userdb_names(name: &UserName, uid: Uid) -> [(String, String); 2] {
-    [(format!("{name}.user"), format!("{uid}.user")), (format!("{name}.group"), format!("{uid}.group"))]
+    [
+        (format!("{name}.user"), format!("{uid}.user")),
+        (format!("{name}.group"), format!("{uid}.group")),
+    ]
 }
 
 pub fn write_userdb(userdb: BorrowedFd<'_>, name: &UserName, uid: Uid) -> Result<()> {
@@ -92,7 +108,8 @@ pub fn write_userdb(userdb: BorrowedFd<'_>, name: &UserName, uid: Uid) -> Result
     );
     let group = format!("{{\"groupName\":\"{name}\",\"gid\":{uid},\"disposition\":\"dynamic\"}}\n");
     for ((file, link), text) in userdb_names(name, uid).into_iter().zip([user, group]) {
-        write_atomically(userdb, &file, &text, 0o644).with_context(|| format!("cannot write /run/userdb/{file}"))?;
+        write_atomically(userdb, &file, &text, 0o644)
+            .with_context(|| format!("cannot write /run/userdb/{file}"))?;
         match symlinkat(file.as_str(), userdb, link.as_str()) {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(errno) => return Err(errno).with_context(|| format!("cannot make /run/userdb/{link}")),
@@ -122,9 +139,17 @@ pub fn become_user(uid: Uid, groups: &[Gid]) -> Result<()> {
     setgroups(groups).context("cannot set the groups")?;
     setresgid(group, group, group).context("cannot set the gid")?;
     setresuid(user, user, user).context("cannot set the uid")?;
-    for set in [caps::CapSet::Effective, caps::CapSet::Permitted, caps::CapSet::Inheritable, caps::CapSet::Ambient] {
+    for set in [
+        caps::CapSet::Effective,
+        caps::CapSet::Permitted,
+        caps::CapSet::Inheritable,
+        caps::CapSet::Ambient,
+    ] {
         let left = caps::read(None, set).map_err(|e| anyhow::anyhow!("cannot read the capabilities: {e}"))?;
-        ensure!(left.is_empty(), "capabilities are left after becoming uid {uid}: {left:?}");
+        ensure!(
+            left.is_empty(),
+            "capabilities are left after becoming uid {uid}: {left:?}"
+        );
     }
     sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")
 }

@@ -21,7 +21,18 @@ use crate::sys;
 pub const PRIVATE: &str = "/.buildomat-factory";
 
 /// Top directories of which the job gets its own, or none: they are not the host's.
-const NOT_THE_HOSTS: [&str; 10] = ["proc", "dev", "run", "tmp", "root", "home", "input", "work", "lost+found", ".buildomat-factory"];
+const NOT_THE_HOSTS: [&str; 10] = [
+    "proc",
+    "dev",
+    "run",
+    "tmp",
+    "root",
+    "home",
+    "input",
+    "work",
+    "lost+found",
+    ".buildomat-factory",
+];
 
 pub const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 pub const WRITABLE: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
@@ -66,7 +77,10 @@ impl View {
         if let Some(built) = &self.built
             && !remounted
             && built.configuration == identity
-            && built.unfolded.iter().all(|(dir, seen)| dir.metadata().is_ok_and(|meta| FileIdentity::of(&meta) == *seen))
+            && built
+                .unfolded
+                .iter()
+                .all(|(dir, seen)| dir.metadata().is_ok_and(|meta| FileIdentity::of(&meta) == *seen))
         {
             return Ok(());
         }
@@ -74,7 +88,10 @@ impl View {
         setns(&self.host_namespace, CloneFlags::CLONE_NEWNS).context("cannot return to the host's mounts")?;
         unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
         let unfolded = Builder::build(host, &config).context("cannot build the jobs' view of the host")?;
-        self.built = Some(Built { configuration: identity, unfolded });
+        self.built = Some(Built {
+            configuration: identity,
+            unfolded,
+        });
         Ok(())
     }
 }
@@ -97,22 +114,51 @@ impl Builder {
     fn build(host: &Host, config: &Config) -> Result<Vec<(File, FileIdentity)>> {
         // Nothing that is mounted here may reach the host, and nothing mounted there may appear here
         // later, when it would be writable.
-        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+            None::<&str>,
+        )?;
         let new_root = host.root.join(config::RUN_DIR);
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(Some("tmpfs"), &new_root, Some("tmpfs"), flags, Some("mode=755,size=16m"))
-            .context("cannot mount the new root")?;
-        let mut this = Builder { new_root, open: BTreeSet::from([PathBuf::from("/")]), unfolded: Vec::new() };
+        mount(
+            Some("tmpfs"),
+            &new_root,
+            Some("tmpfs"),
+            flags,
+            Some("mode=755,size=16m"),
+        )
+        .context("cannot mount the new root")?;
+        let mut this = Builder {
+            new_root,
+            open: BTreeSet::from([PathBuf::from("/")]),
+            unfolded: Vec::new(),
+        };
         this.unfold_content(Path::new("/"))?;
         for name in NOT_THE_HOSTS.iter().filter(|name| **name != "lost+found") {
-            this.make_directory(&Path::new("/").join(name), if *name == "root" || *name == ".buildomat-factory" { 0o700 } else { 0o755 })?;
+            this.make_directory(
+                &Path::new("/").join(name),
+                if *name == "root" || *name == ".buildomat-factory" {
+                    0o700
+                } else {
+                    0o755
+                },
+            )?;
         }
         let mut places: Vec<PathBuf> = PRIVATE_TREES.iter().map(PathBuf::from).collect();
         for slot in config.slots.values() {
-            places.extend(slot.writable.iter().chain(slot.read_only.keys()).map(|p| p.as_path().to_owned()));
+            places.extend(
+                slot.writable
+                    .iter()
+                    .chain(slot.read_only.keys())
+                    .map(|p| p.as_path().to_owned()),
+            );
         }
         for place in places {
-            this.make_place(&place).with_context(|| format!("cannot make a place for {}", place.display()))?;
+            this.make_place(&place)
+                .with_context(|| format!("cannot make a place for {}", place.display()))?;
         }
         this.private(host, config)?;
         this.hide(host, config)?;
@@ -174,11 +220,17 @@ impl Builder {
         let parent = path.parent().context("a place has a directory above it")?;
         if let Ok(meta) = &host {
             if meta.is_symlink() {
-                bail!("{} is a symbolic link on this host: name the place that it leads to", path.display());
+                bail!(
+                    "{} is a symbolic link on this host: name the place that it leads to",
+                    path.display()
+                );
             }
             self.make_place_of_existing(parent)?;
             if !meta.is_dir() {
-                bail!("{} is not a directory on this host: choose another place", path.display());
+                bail!(
+                    "{} is not a directory on this host: choose another place",
+                    path.display()
+                );
             }
             return Ok(());
         }
@@ -200,7 +252,10 @@ impl Builder {
     fn make_place_of_existing(&self, parent: &Path) -> Result<()> {
         for above in parent.ancestors() {
             if std::fs::symlink_metadata(above)?.is_symlink() {
-                bail!("{} is a symbolic link on this host: name the place that it leads to", above.display());
+                bail!(
+                    "{} is a symbolic link on this host: name the place that it leads to",
+                    above.display()
+                );
             }
         }
         Ok(())
@@ -210,7 +265,13 @@ impl Builder {
     fn private(&mut self, host: &Host, config: &Config) -> Result<()> {
         let private = Path::new(PRIVATE);
         let real = below(&self.new_root, private);
-        mount(Some("tmpfs"), &real, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=700,size=1m"))?;
+        mount(
+            Some("tmpfs"),
+            &real,
+            Some("tmpfs"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+            Some("mode=700,size=1m"),
+        )?;
         std::fs::create_dir(real.join("workers"))?;
         let workers = host.root.join(config::STATE_DIR).join("workers");
         self.bind(&workers, &private.join("workers"), WRITABLE, false)?;
@@ -236,11 +297,25 @@ impl Builder {
 
     /// Lay nothing over what no job may see.
     fn hide(&self, host: &Host, config: &Config) -> Result<()> {
-        let mut hidden: Vec<PathBuf> = config.factory.hide.iter().map(|path| path.as_path().to_owned()).collect();
+        let mut hidden: Vec<PathBuf> = config
+            .factory
+            .hide
+            .iter()
+            .map(|path| path.as_path().to_owned())
+            .collect();
         hidden.push(config.factory.token_file.as_path().to_owned());
         for root in [host.root.as_path(), Path::new("/")] {
-            let config_dir = Path::new(config::CONFIG_PATH).parent().expect("it has a directory");
-            hidden.extend([config_dir, Path::new(config::STATE_DIR), Path::new(config::RUN_DIR)].map(|dir| root.join(dir)));
+            let config_dir = Path::new(config::CONFIG_PATH)
+                .parent()
+                .expect("it has a directory");
+            hidden.extend(
+                [
+                    config_dir,
+                    Path::new(config::STATE_DIR),
+                    Path::new(config::RUN_DIR),
+                ]
+                .map(|dir| root.join(dir)),
+            );
         }
         // The outer before the inner: then the inner is hidden already.
         hidden.sort();
@@ -249,11 +324,19 @@ impl Builder {
             let real = below(&self.new_root, &path);
             match std::fs::symlink_metadata(&real) {
                 Ok(meta) if meta.is_symlink() => {
-                    bail!("{}, which is to be hidden, is a symbolic link: hide what it leads to", path.display())
+                    bail!(
+                        "{}, which is to be hidden, is a symbolic link: hide what it leads to",
+                        path.display()
+                    )
                 }
                 Ok(meta) => {
                     let cover = if meta.is_dir() { "nothing" } else { "no-file" };
-                    self.bind(&below(&self.new_root, &Path::new(PRIVATE).join(cover)), &path, READ_ONLY, false)?;
+                    self.bind(
+                        &below(&self.new_root, &Path::new(PRIVATE).join(cover)),
+                        &path,
+                        READ_ONLY,
+                        false,
+                    )?;
                 }
                 Err(_) => {}
             }
@@ -263,7 +346,11 @@ impl Builder {
 
     /// Make the new root the root, and let the host's go (`pivot_root(2)`).
     fn enter(&self) -> Result<()> {
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let flags = MsFlags::MS_REMOUNT
+            | MsFlags::MS_BIND
+            | MsFlags::MS_RDONLY
+            | MsFlags::MS_NOSUID
+            | MsFlags::MS_NODEV;
         mount(None::<&str>, &self.new_root, None::<&str>, flags, None::<&str>)?;
         nix::unistd::chdir(&self.new_root)?;
         nix::unistd::pivot_root(".", ".").context("cannot enter the new root")?;

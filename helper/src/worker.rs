@@ -14,7 +14,9 @@ use nix::fcntl::{Flock, FlockArg, OFlag};
 use protocol::{Error, ErrorKind, Exit, SlotName, State, Uid, UserName, WorkerId, WorkerInfo};
 
 use crate::cgroup;
-use crate::host::{Host, look, make_dir, names, open_dir, open_file, read_small, remove_dir, remove_file, write_atomically};
+use crate::host::{
+    Host, look, make_dir, names, open_dir, open_file, read_small, remove_dir, remove_file, write_atomically,
+};
 use crate::policy::Tenant;
 
 /// What the record says.
@@ -28,7 +30,9 @@ pub struct Record {
 
 impl Record {
     pub fn new(slot: SlotName, uid: Uid) -> Self {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
+        let created = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |age| age.as_secs());
         Self { slot, uid, created }
     }
 
@@ -149,15 +153,22 @@ impl Worker {
 }
 
 pub fn no_such_worker(id: WorkerId) -> Error {
-    Error::new(ErrorKind::NoSuchWorker, format!("worker {id} does not exist on this host"))
+    Error::new(
+        ErrorKind::NoSuchWorker,
+        format!("worker {id} does not exist on this host"),
+    )
 }
 
 fn read_record(dir: impl AsFd, id: WorkerId) -> Result<Option<Record>> {
-    let Some(text) = read_small(dir, "record").with_context(|| format!("cannot read the record of worker {id}"))? else {
+    let Some(text) =
+        read_small(dir, "record").with_context(|| format!("cannot read the record of worker {id}"))?
+    else {
         return Ok(None);
     };
     let record = Record::parse(&text);
-    Ok(Some(record.with_context(|| format!("the record of worker {id} is damaged: restore it, or remove what it names by hand"))?))
+    Ok(Some(record.with_context(|| {
+        format!("the record of worker {id} is damaged: restore it, or remove what it names by hand")
+    })?))
 }
 
 fn is_started(dir: impl AsFd) -> Result<bool> {
@@ -202,8 +213,10 @@ fn parse_exit(text: &str) -> Exit {
 /// All workers that have a record, in the order of their ids. Takes no lock: one that is being made or
 /// deleted at this moment is there or not.
 pub fn list(host: &Host) -> Result<Vec<(WorkerId, OwnedFd, Record)>> {
-    let mut ids: Vec<WorkerId> =
-        names(host.workers.as_fd())?.iter().filter_map(|name| name.to_str()?.parse().ok()).collect();
+    let mut ids: Vec<WorkerId> = names(host.workers.as_fd())?
+        .iter()
+        .filter_map(|name| name.to_str()?.parse().ok())
+        .collect();
     ids.sort_unstable();
     let mut found = Vec::new();
     for id in ids {
@@ -218,11 +231,23 @@ pub fn list(host: &Host) -> Result<Vec<(WorkerId, OwnedFd, Record)>> {
 
 pub fn tenants(host: &Host) -> Result<Vec<Tenant>> {
     let all = list(host)?;
-    Ok(all.into_iter().map(|(worker, _, record)| Tenant { worker, slot: record.slot, uid: record.uid }).collect())
+    Ok(all
+        .into_iter()
+        .map(|(worker, _, record)| Tenant {
+            worker,
+            slot: record.slot,
+            uid: record.uid,
+        })
+        .collect())
 }
 
 pub fn info(host: &Host, worker: WorkerId, dir: impl AsFd, record: Record) -> Result<WorkerInfo> {
-    Ok(WorkerInfo { worker, slot: record.slot, uid: record.uid, state: state(host, dir, worker)? })
+    Ok(WorkerInfo {
+        worker,
+        slot: record.slot,
+        uid: record.uid,
+        state: state(host, dir, worker)?,
+    })
 }
 
 #[cfg(test)]
@@ -236,14 +261,24 @@ mod tests {
         assert_eq!(Record::parse(&text), Some(record));
         for cut in 0..text.len() - 2 {
             let parsed = Record::parse(&text[..cut]);
-            assert!(parsed.is_none() || text[..cut].contains("created"), "{:?} parsed", &text[..cut]);
+            assert!(
+                parsed.is_none() || text[..cut].contains("created"),
+                "{:?} parsed",
+                &text[..cut]
+            );
         }
         assert_eq!(Record::parse("slot ../x\nuid 0\ncreated 1\n"), None);
     }
 
     #[test]
     fn exits_survive_being_written_and_half_written_is_unknown() {
-        for exit in [Exit::Status(0), Exit::Status(255), Exit::Signal(9), Exit::NotStarted, Exit::Unknown] {
+        for exit in [
+            Exit::Status(0),
+            Exit::Status(255),
+            Exit::Signal(9),
+            Exit::NotStarted,
+            Exit::Unknown,
+        ] {
             let text = print_exit(exit);
             assert_eq!(parse_exit(&text), exit);
             for cut in 0..text.len() {

@@ -111,7 +111,9 @@ impl Config {
     /// Do these slots exclude each other? It is enough that one of them says so.
     pub fn conflict(&self, a: &SlotName, b: &SlotName) -> bool {
         let says = |x: &SlotName, y: &SlotName| {
-            self.slots.get(x).is_some_and(|slot| slot.conflicts_with_slots.contains(y))
+            self.slots
+                .get(x)
+                .is_some_and(|slot| slot.conflicts_with_slots.contains(y))
         };
         says(a, b) || says(b, a)
     }
@@ -122,23 +124,41 @@ impl Config {
         let line_of = |offset: usize| 1 + text.bytes().take(offset).filter(|b| *b == b'\n').count();
         let raw: RawConfig = toml::from_str(text).map_err(|error| {
             let message = error.message().trim().replace('\n', " ");
-            vec![Mistake { line: error.span().map_or(1, |span| line_of(span.start)), message }]
+            vec![Mistake {
+                line: error.span().map_or(1, |span| line_of(span.start)),
+                message,
+            }]
         })?;
         let mut mistakes = Vec::new();
         let names: BTreeSet<SlotName> = raw.slots.keys().map(|name| name.get_ref().clone()).collect();
         if names.is_empty() {
-            mistakes.push(Mistake { line: 1, message: "there is no slot: add a table [slots.NAME]".into() });
+            mistakes.push(Mistake {
+                line: 1,
+                message: "there is no slot: add a table [slots.NAME]".into(),
+            });
         }
         let mut slots = BTreeMap::new();
         for (name, slot) in raw.slots {
             let mut note = |offset: usize, message: String| {
-                mistakes.push(Mistake { line: line_of(offset), message: format!("slot {}: {message}", name.get_ref()) });
+                mistakes.push(Mistake {
+                    line: line_of(offset),
+                    message: format!("slot {}: {message}", name.get_ref()),
+                });
             };
             for other in &slot.conflicts_with_slots {
                 if other.get_ref() == name.get_ref() {
-                    note(other.span().start, "it conflicts with itself: remove it from conflicts_with_slots".into());
+                    note(
+                        other.span().start,
+                        "it conflicts with itself: remove it from conflicts_with_slots".into(),
+                    );
                 } else if !names.contains(other.get_ref()) {
-                    note(other.span().start, format!("conflicts_with_slots names {}, which is no slot: define it or remove it", other.get_ref()));
+                    note(
+                        other.span().start,
+                        format!(
+                            "conflicts_with_slots names {}, which is no slot: define it or remove it",
+                            other.get_ref()
+                        ),
+                    );
                 }
             }
             let mut places: Vec<&HostPath> = Vec::new();
@@ -146,21 +166,37 @@ impl Config {
                 if let Err(why) = place.get_ref().may_be_a_place_in_the_job() {
                     note(place.span().start, format!("{} {why}", place.get_ref()));
                 }
-                if places.iter().any(|p| p.0.starts_with(&place.get_ref().0) || place.get_ref().0.starts_with(&p.0)) {
-                    note(place.span().start, format!("{} is within, or holds, another place of writable or read_only: choose places apart", place.get_ref()));
+                if places
+                    .iter()
+                    .any(|p| p.0.starts_with(&place.get_ref().0) || place.get_ref().0.starts_with(&p.0))
+                {
+                    note(
+                        place.span().start,
+                        format!(
+                            "{} is within, or holds, another place of writable or read_only: choose places apart",
+                            place.get_ref()
+                        ),
+                    );
                 }
                 places.push(place.get_ref());
             }
             for device in &slot.devices {
                 if !device.get_ref().0.starts_with("/dev") || device.get_ref().0 == Path::new("/dev") {
-                    note(device.span().start, format!("{} is not below /dev: name a device node", device.get_ref()));
+                    note(
+                        device.span().start,
+                        format!("{} is not below /dev: name a device node", device.get_ref()),
+                    );
                 }
             }
             let line = line_of(name.span().start);
             slots.insert(name.into_inner(), slot.check(line));
         }
         if mistakes.is_empty() {
-            Ok(Config { general: raw.general, factory: raw.factory, slots })
+            Ok(Config {
+                general: raw.general,
+                factory: raw.factory,
+                slots,
+            })
         } else {
             mistakes.sort_by_key(|mistake| mistake.line);
             Err(mistakes)
@@ -200,9 +236,17 @@ impl RawSlot {
         Slot {
             target: self.target,
             add_to_groups: self.add_to_groups,
-            conflicts_with_slots: self.conflicts_with_slots.into_iter().map(Spanned::into_inner).collect(),
+            conflicts_with_slots: self
+                .conflicts_with_slots
+                .into_iter()
+                .map(Spanned::into_inner)
+                .collect(),
             env: self.env,
-            read_only: self.read_only.into_iter().map(|(place, source)| (place.into_inner(), source)).collect(),
+            read_only: self
+                .read_only
+                .into_iter()
+                .map(|(place, source)| (place.into_inner(), source))
+                .collect(),
             devices: self.devices.into_iter().map(Spanned::into_inner).collect(),
             writable: self.writable.into_iter().map(Spanned::into_inner).collect(),
             line,
@@ -294,9 +338,17 @@ impl HostPath {
 
     /// May something be mounted here in a job's view?
     fn may_be_a_place_in_the_job(&self) -> Result<(), String> {
-        let taken = ["/proc", "/sys", "/dev", "/run", "/var/run", "/home", "/root", "/etc"];
-        match PRIVATE_TREES.iter().chain(&taken).find(|top| self.0.starts_with(top)) {
-            Some(top) => Err(format!("is below {top}, which the job has of its own: choose another place")),
+        let taken = [
+            "/proc", "/sys", "/dev", "/run", "/var/run", "/home", "/root", "/etc",
+        ];
+        match PRIVATE_TREES
+            .iter()
+            .chain(&taken)
+            .find(|top| self.0.starts_with(top))
+        {
+            Some(top) => Err(format!(
+                "is below {top}, which the job has of its own: choose another place"
+            )),
             None => Ok(()),
         }
     }
@@ -315,13 +367,18 @@ impl<'de> Deserialize<'de> for HostPath {
         let plain = text.len() < 1024
             && !text.chars().any(char::is_control)
             && path.is_absolute()
-            && path.components().skip(1).all(|c| matches!(c, Component::Normal(_)))
+            && path
+                .components()
+                .skip(1)
+                .all(|c| matches!(c, Component::Normal(_)))
             && path.components().count() > 1
             && path.components().collect::<PathBuf>().as_os_str() == path.as_os_str();
         if plain {
             Ok(Self(path))
         } else {
-            Err(de::Error::custom(format!("{text:?} is not an absolute path in its plain form, such as \"/opt/rust\"")))
+            Err(de::Error::custom(format!(
+                "{text:?} is not an absolute path in its plain form, such as \"/opt/rust\""
+            )))
         }
     }
 }
@@ -381,7 +438,10 @@ impl Default for UidRange {
         // 0x7000_0000..=0x7000_ffff: unused in systemd's table of uid ranges (UIDS-GIDS.md), below 2^31,
         // above what containers and subordinate uids use.
         let end = |uid| Uid::try_from(uid).expect("a uid of the default range");
-        UidRange { first: end(0x7000_0000), last: end(0x7000_ffff) }
+        UidRange {
+            first: end(0x7000_0000),
+            last: end(0x7000_ffff),
+        }
     }
 }
 
@@ -390,7 +450,10 @@ impl<'de> Deserialize<'de> for UidRange {
         let text = String::deserialize(from)?;
         let range = text.split_once('-').and_then(|(first, last)| {
             let end = |text: &str| text.parse::<u32>().ok().and_then(|uid| Uid::try_from(uid).ok());
-            Some(UidRange { first: end(first)?, last: end(last)? })
+            Some(UidRange {
+                first: end(first)?,
+                last: end(last)?,
+            })
         });
         // Ordinary users and subordinate ids live below 2^20; nobody must find a job's uid there.
         range.filter(|r| r.first <= r.last && r.first.get() >= 1 << 20 && r.len() <= 1 << 20).ok_or_else(|| {
@@ -414,7 +477,9 @@ fn within<'de, D: Deserializer<'de>, const MIN: u64, const MAX: u64>(from: D) ->
     if (MIN..=MAX).contains(&value) {
         Ok(value)
     } else {
-        Err(de::Error::custom(format!("{value} is out of range: use {MIN} to {MAX} seconds")))
+        Err(de::Error::custom(format!(
+            "{value} is out of range: use {MIN} to {MAX} seconds"
+        )))
     }
 }
 
@@ -456,7 +521,11 @@ mod tests {
             (format!("{SLOT}devices = [\"/etc/passwd\"]\n"), 7, "/dev"),
             (format!("{SLOT}add_to_groups = [\"a b\"]\n"), 7, "group"),
             (format!("{SLOT}env.\"1A\" = \"x\"\n"), 7, "variable"),
-            (format!("{SLOT}read_only = {{ \"/srv/a\" = \"/x\", \"/srv/a/b\" = \"/y\" }}\n"), 7, "apart"),
+            (
+                format!("{SLOT}read_only = {{ \"/srv/a\" = \"/x\", \"/srv/a/b\" = \"/y\" }}\n"),
+                7,
+                "apart",
+            ),
             ("[slots.\"..\"]\n".into(), 5, "slot's name"),
             (String::new(), 1, "no slot"),
             ("uid_range = \"0-10\"\n".to_owned() + SLOT, 5, "range of uids"),
@@ -471,7 +540,16 @@ mod tests {
 
     #[test]
     fn addresses_that_could_be_options_or_carry_secrets_are_refused() {
-        for bad in ["", "-x", "ftp://h", "https://", "https://h/", "https://u:p@h", "https://h?q", "https://h h"] {
+        for bad in [
+            "",
+            "-x",
+            "ftp://h",
+            "https://",
+            "https://h/",
+            "https://u:p@h",
+            "https://h?q",
+            "https://h h",
+        ] {
             let text = format!("{HEAD}{SLOT}").replace("https://b.example.com", bad);
             assert!(Config::parse(&text).is_err(), "{bad:?} parsed");
         }

@@ -42,7 +42,10 @@ pub enum Request {
     /// * Errors: `NoSuchWorker`, `NoSuchSlot`, `Refused` (the descriptor is not what is asked for),
     ///   `Failed` (the host could not, or the program is none: the sentence has the kernel's reason,
     ///   and so has the console).
-    InstallAgent { worker: WorkerId, bootstrap: BootstrapToken },
+    InstallAgent {
+        worker: WorkerId,
+        bootstrap: BootstrapToken,
+    },
 
     /// The console again, for a supervisor that has been restarted.
     ///
@@ -184,7 +187,11 @@ impl Error {
     pub fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
         let mut clean = String::new();
         for c in message.to_string().chars() {
-            let piece: String = if c.is_control() { c.escape_default().collect() } else { c.into() };
+            let piece: String = if c.is_control() {
+                c.escape_default().collect()
+            } else {
+                c.into()
+            };
             if clean.len() + piece.len() > Self::MAX_MESSAGE {
                 break;
             }

@@ -40,7 +40,10 @@ fn parse_ulid(text: &str) -> Option<u128> {
 }
 
 fn print_ulid(value: u128) -> String {
-    (0..26).rev().map(|i| char::from(CROCKFORD[(value >> (5 * i)) as usize & 31])).collect()
+    (0..26)
+        .rev()
+        .map(|i| char::from(CROCKFORD[(value >> (5 * i)) as usize & 31]))
+        .collect()
 }
 
 /// Is this a ULID in buildomat's spelling?
@@ -226,7 +229,9 @@ impl TryFrom<String> for UserName {
     type Error = BadName;
 
     fn try_from(text: String) -> Result<Self, BadName> {
-        let worker = text.strip_prefix("bmat-").and_then(|id| id.to_ascii_uppercase().parse().ok());
+        let worker = text
+            .strip_prefix("bmat-")
+            .and_then(|id| id.to_ascii_uppercase().parse().ok());
         worker
             .map(Self)
             .filter(|name| name.to_string() == text)
@@ -263,7 +268,9 @@ impl TryFrom<u32> for Uid {
     fn try_from(uid: u32) -> Result<Self, BadName> {
         // 65534 is nobody, 65535 and 2^32-1 mean "no id" to system calls; 2^31 and above trips signed code.
         if uid < 1000 || uid == 65534 || uid == 65535 || uid >= 1 << 31 {
-            return Err(BadName(format!("{uid} cannot be a worker's uid: use 1000 to 2147483647 without 65534 and 65535")));
+            return Err(BadName(format!(
+                "{uid} cannot be a worker's uid: use 1000 to 2147483647 without 65534 and 65535"
+            )));
         }
         Ok(Self(uid))
     }
@@ -297,14 +304,35 @@ mod tests {
         let good = "01HZX3N8Q4J5K6M7P8R9S0T1V2";
         assert_eq!(good.parse::<WorkerId>().unwrap().to_string(), good);
         let lower = good.to_lowercase();
-        for bad in ["", "0", &good[1..], &lower, "81HZX3N8Q4J5K6M7P8R9S0T1V2", "01HZX3N8Q4J5K6M7P8R9S0T1VI", "../../../../../../../etc/p"] {
+        for bad in [
+            "",
+            "0",
+            &good[1..],
+            &lower,
+            "81HZX3N8Q4J5K6M7P8R9S0T1V2",
+            "01HZX3N8Q4J5K6M7P8R9S0T1VI",
+            "../../../../../../../etc/p",
+        ] {
             assert!(bad.parse::<WorkerId>().is_err(), "{bad:?} parsed");
         }
     }
 
     #[test]
     fn slot_names_cannot_be_paths_or_break_a_log() {
-        for bad in ["", ".", "..", "a/b", "a.b", "a b", "a\n", "a\0", "-a", "_a", "ä", &"a".repeat(33)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "a.b",
+            "a b",
+            "a\n",
+            "a\0",
+            "-a",
+            "_a",
+            "ä",
+            &"a".repeat(33),
+        ] {
             assert!(bad.parse::<SlotName>().is_err(), "{bad:?} parsed");
         }
         for good in ["a", "hubris-1", "0_B", &"a".repeat(32)] {
@@ -316,9 +344,19 @@ mod tests {
     fn bootstrap_tokens_are_plain_words_and_stay_secret() {
         let token: BootstrapToken = "a".repeat(64).parse().unwrap();
         assert!(!format!("{token:?}").contains("aa"));
-        for bad in ["", "short", "-aaaaaaaaaaaaaaaaaaaa", "aaaaaaaaaaaaaaaa aaaa", "aaaaaaaaaaaaaaaa\0", "aaaaaaaaaaaaaaaa;$(x)"] {
+        for bad in [
+            "",
+            "short",
+            "-aaaaaaaaaaaaaaaaaaaa",
+            "aaaaaaaaaaaaaaaa aaaa",
+            "aaaaaaaaaaaaaaaa\0",
+            "aaaaaaaaaaaaaaaa;$(x)",
+        ] {
             let error = bad.parse::<BootstrapToken>().unwrap_err().to_string();
-            assert!(bad.is_empty() || !error.contains(bad), "the error repeats the secret");
+            assert!(
+                bad.is_empty() || !error.contains(bad),
+                "the error repeats the secret"
+            );
         }
     }
 

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg,
-    sendmsg, socket,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect,
+    recvmsg, sendmsg, socket,
 };
 
 /// A connection between the two halves. Whether calls block is the descriptor's own affair.
@@ -20,7 +20,10 @@ pub enum Received {
     /// The other end has closed.
     Closed,
     /// A whole packet, and the descriptors that came with it (closed when dropped).
-    Packet { bytes: Vec<u8>, descriptors: Vec<OwnedFd> },
+    Packet {
+        bytes: Vec<u8>,
+        descriptors: Vec<OwnedFd>,
+    },
     /// A packet longer than `limit`, or with more descriptors than one message can have. What came of
     /// it is thrown away; no sense can be made of this peer.
     Oversize,
@@ -32,8 +35,17 @@ impl Seqpacket {
     /// # Errors
     /// Those of `socket(2)` and `connect(2)`; with `nonblocking`, EAGAIN means that the listener's queue is full.
     pub fn connect(path: &Path, nonblocking: bool) -> nix::Result<Self> {
-        let flags = if nonblocking { SockFlag::SOCK_NONBLOCK } else { SockFlag::empty() };
-        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags | SockFlag::SOCK_CLOEXEC, None)?;
+        let flags = if nonblocking {
+            SockFlag::SOCK_NONBLOCK
+        } else {
+            SockFlag::empty()
+        };
+        let fd = socket(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            flags | SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
         connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
         Ok(Self(fd))
     }
@@ -60,7 +72,12 @@ impl Seqpacket {
         let mut control = nix::cmsg_space!([RawFd; 2]);
         let (length, flags, descriptors) = loop {
             let mut iov = [IoSliceMut::new(&mut bytes)];
-            match recvmsg::<()>(self.0.as_raw_fd(), &mut iov, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
+            match recvmsg::<()>(
+                self.0.as_raw_fd(),
+                &mut iov,
+                Some(&mut control),
+                MsgFlags::MSG_CMSG_CLOEXEC,
+            ) {
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno),
                 Ok(message) => {
@@ -110,8 +127,13 @@ mod tests {
     use nix::sys::socket::socketpair;
 
     fn pair() -> (Seqpacket, Seqpacket) {
-        let (a, b) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let (a, b) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
         (a.into(), b.into())
     }
 
@@ -120,9 +142,13 @@ mod tests {
         let (a, b) = pair();
         a.send(b"one", None).unwrap();
         a.send(b"two", Some(b.as_fd())).unwrap();
-        let Received::Packet { bytes, descriptors } = b.recv(16).unwrap() else { panic!() };
+        let Received::Packet { bytes, descriptors } = b.recv(16).unwrap() else {
+            panic!()
+        };
         assert_eq!((bytes.as_slice(), descriptors.len()), (&b"one"[..], 0));
-        let Received::Packet { bytes, descriptors } = b.recv(16).unwrap() else { panic!() };
+        let Received::Packet { bytes, descriptors } = b.recv(16).unwrap() else {
+            panic!()
+        };
         assert_eq!((bytes.as_slice(), descriptors.len()), (&b"two"[..], 1));
     }
 

@@ -34,7 +34,10 @@ const CONFIG: bincode::config::Configuration<
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, BadPacket> {
     let bytes = bincode::serde::encode_to_vec(message, CONFIG).map_err(|e| BadPacket(e.to_string()))?;
     if bytes.len() > MAX_REPLY {
-        return Err(BadPacket(format!("a message of {} bytes is over the limit of {MAX_REPLY}", bytes.len())));
+        return Err(BadPacket(format!(
+            "a message of {} bytes is over the limit of {MAX_REPLY}",
+            bytes.len()
+        )));
     }
     Ok(bytes)
 }
@@ -44,7 +47,10 @@ pub fn decode<T: DeserializeOwned>(packet: &[u8]) -> Result<T, BadPacket> {
     let (message, used) =
         bincode::serde::decode_from_slice(packet, CONFIG).map_err(|e| BadPacket(e.to_string()))?;
     if used != packet.len() {
-        return Err(BadPacket(format!("{} bytes are left over after the message", packet.len() - used)));
+        return Err(BadPacket(format!(
+            "{} bytes are left over after the message",
+            packet.len() - used
+        )));
     }
     Ok(message)
 }
@@ -61,9 +67,18 @@ mod tests {
         assert_eq!(id.len(), 32);
         vec![
             (Request::Hello { version: 1 }, "0001"),
-            (Request::CreateUser { worker, slot: "s-1".parse().unwrap() }, "01<id>03732d31"),
             (
-                Request::InstallAgent { worker, bootstrap: "abcdefgh01234567".parse().unwrap() },
+                Request::CreateUser {
+                    worker,
+                    slot: "s-1".parse().unwrap(),
+                },
+                "01<id>03732d31",
+            ),
+            (
+                Request::InstallAgent {
+                    worker,
+                    bootstrap: "abcdefgh01234567".parse().unwrap(),
+                },
                 "02<id>1061626364656667683031323334353637",
             ),
             (Request::Attach { worker }, "03<id>"),
@@ -99,7 +114,10 @@ mod tests {
         for (request, _) in requests() {
             let mut bytes = encode(&request).unwrap();
             for len in 0..bytes.len() {
-                assert!(decode::<Request>(&bytes[..len]).is_err(), "{request:?} cut to {len}");
+                assert!(
+                    decode::<Request>(&bytes[..len]).is_err(),
+                    "{request:?} cut to {len}"
+                );
             }
             bytes.push(0);
             assert!(decode::<Request>(&bytes).is_err(), "{request:?} with a byte more");
@@ -114,7 +132,10 @@ mod tests {
             uid: Uid::try_from(i32::MAX as u32).unwrap(),
             state: State::Exited(Exit::Signal(255)),
         };
-        let reply = Reply::Workers { workers: vec![info; MAX_LIST], more: true };
+        let reply = Reply::Workers {
+            workers: vec![info; MAX_LIST],
+            more: true,
+        };
         assert!(encode(&reply).is_ok());
         let error = Reply::Error(Error::new(ErrorKind::Failed, "é\n".repeat(9999)));
         assert!(encode(&error).unwrap().len() < MAX_REPLY);

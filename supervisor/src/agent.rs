@@ -1,0 +1,251 @@
+//! The agent's program: downloaded, unpacked within bounds, kept on the disk for when the server is away,
+//! and handed to the helper as a sealed memfd. It is never run, and never looked into, here.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use flate2::read::MultiGzDecoder;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use protocol::MAX_AGENT_BYTES;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+
+use crate::server::{Server, causes};
+
+/// The server is asked for a newer agent no more often than this.
+const FRESH: Duration = Duration::from_secs(600);
+/// A download that stands still for this long has failed.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// An agent's program, sealed against every change.
+#[derive(Clone, Debug)]
+pub struct Agent(Arc<OwnedFd>);
+
+impl Agent {
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The agent of this factory's server.
+#[derive(Debug)]
+pub struct AgentCache {
+    dir: PathBuf,
+    query: Vec<(&'static str, String)>,
+    held: Mutex<Option<(Agent, Instant)>>,
+}
+
+/// Which version the file on the disk is, if the server says so.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Tag {
+    path: String,
+    etag: Option<String>,
+    modified: Option<String>,
+}
+
+enum Fetched {
+    New,
+    Unchanged,
+}
+
+impl AgentCache {
+    /// A cache in `dir`, for a machine that these hints describe.
+    pub fn new(dir: PathBuf, query: Vec<(&'static str, String)>) -> Self {
+        Self {
+            dir,
+            query,
+            held: Mutex::new(None),
+        }
+    }
+
+    fn program(&self) -> PathBuf {
+        self.dir.join("agent")
+    }
+
+    /// The agent: a recent one if the server has it, else the last one that it had.
+    ///
+    /// # Errors
+    /// A sentence, where there has never been one or the disk fails.
+    pub async fn get(&self, server: &Server) -> Result<Agent, String> {
+        let mut held = self.held.lock().await;
+        if let Some((agent, since)) = &*held
+            && since.elapsed() < FRESH
+        {
+            return Ok(agent.clone());
+        }
+        let agent = match (self.fetch(server).await, &*held) {
+            (Ok(Fetched::Unchanged), Some((agent, _))) => agent.clone(),
+            (Ok(_), _) => sealed(&self.program())?,
+            (Err(why), Some((agent, _))) => {
+                tracing::warn!("the agent cannot be renewed, the last one is used: {why}");
+                agent.clone()
+            }
+            (Err(why), None) => match sealed(&self.program()) {
+                Ok(agent) => {
+                    tracing::warn!("the agent cannot be downloaded, the last one is used: {why}");
+                    agent
+                }
+                Err(_) => return Err(why),
+            },
+        };
+        *held = Some((agent.clone(), Instant::now()));
+        Ok(agent)
+    }
+
+    async fn fetch(&self, server: &Server) -> Result<Fetched, String> {
+        match self.fetch_form(server, "/file/agent.gz", true).await? {
+            Some(fetched) => Ok(fetched),
+            None => self.fetch_form(server, "/file/agent", false).await?.ok_or_else(|| {
+                "the buildomat server has no agent for this machine (404 for /file/agent.gz and /file/agent): install one there".into()
+            }),
+        }
+    }
+
+    /// One form of the file; None where the server does not have it.
+    async fn fetch_form(&self, server: &Server, path: &str, packed: bool) -> Result<Option<Fetched>, String> {
+        let old: Option<Tag> = fs::read(self.dir.join("agent.tag"))
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .filter(|tag: &Tag| tag.path == path && self.program().exists());
+        let mut conditions = Vec::new();
+        if let Some(tag) = &old {
+            conditions.extend(tag.etag.clone().map(|value| ("if-none-match", value)));
+            conditions.extend(tag.modified.clone().map(|value| ("if-modified-since", value)));
+        }
+        let request = server.file(path, &self.query, &conditions);
+        let late = |_| format!("the server sent nothing of {path} for {} s", IDLE.as_secs());
+        let mut response = timeout(IDLE, request)
+            .await
+            .map_err(late)?
+            .map_err(|e| e.to_string())?;
+        match response.status().as_u16() {
+            200 => {}
+            304 if old.is_some() => return Ok(Some(Fetched::Unchanged)),
+            404 => return Ok(None),
+            code => return Err(format!("the server answered {code} to {path}")),
+        }
+        let header = |name: &str| Some(response.headers().get(name)?.to_str().ok()?.to_owned());
+        let tag = Tag {
+            path: path.into(),
+            etag: header("etag"),
+            modified: header("last-modified"),
+        };
+        let mut download = disk("create", &self.dir, tempfile_in(&self.dir, "agent.download"))?;
+        let mut length = 0;
+        let broken = |e| format!("the download of {path} broke off: {}", causes(&e));
+        while let Some(chunk) = timeout(IDLE, response.chunk())
+            .await
+            .map_err(late)?
+            .map_err(broken)?
+        {
+            length += chunk.len() as u64;
+            if length > MAX_AGENT_BYTES {
+                return Err(format!(
+                    "{path} is larger than {MAX_AGENT_BYTES} bytes: it can be no agent"
+                ));
+            }
+            disk("write", &self.dir, download.write_all(&chunk))?;
+        }
+        let dir = self.dir.clone();
+        let unpacked = tokio::task::spawn_blocking(move || keep(&dir, packed, &tag));
+        unpacked.await.map_err(|e| e.to_string())??;
+        Ok(Some(Fetched::New))
+    }
+}
+
+fn disk<T>(what: &str, dir: &Path, result: io::Result<T>) -> Result<T, String> {
+    result.map_err(|e| format!("cannot {what} the agent's file in {}: {e}", dir.display()))
+}
+
+fn tempfile_in(dir: &Path, name: &str) -> io::Result<File> {
+    fs::create_dir_all(dir)?;
+    File::create(dir.join(name))
+}
+
+/// Unpack what was downloaded, and put it in the place of the last agent. The tag goes first and comes
+/// last, so that it never describes another file.
+fn keep(dir: &Path, packed: bool, tag: &Tag) -> Result<(), String> {
+    let (from, new, place) = (
+        dir.join("agent.download"),
+        dir.join("agent.new"),
+        dir.join("agent"),
+    );
+    let input = disk("open", dir, File::open(&from))?;
+    let mut output = disk("create", dir, File::create(&new))?;
+    let mut input: Box<dyn Read> = if packed {
+        Box::new(MultiGzDecoder::new(input))
+    } else {
+        Box::new(input)
+    };
+    let length = io::copy(&mut input.by_ref().take(MAX_AGENT_BYTES + 1), &mut output)
+        .map_err(|e| format!("cannot unpack the agent: {e}"))?;
+    if length == 0 || length > MAX_AGENT_BYTES {
+        return Err(format!(
+            "the agent has {length} bytes unpacked, but must have 1 to {MAX_AGENT_BYTES}"
+        ));
+    }
+    disk("write", dir, output.sync_all())?;
+    let _ = fs::remove_file(dir.join("agent.tag"));
+    disk("rename", dir, fs::rename(&new, &place))?;
+    let _ = fs::remove_file(&from);
+    let text = serde_json::to_vec(tag).map_err(|e| e.to_string())?;
+    disk("write", dir, fs::write(dir.join("agent.tag"), text))
+}
+
+/// The program at `path` in a sealed memfd.
+fn sealed(path: &Path) -> Result<Agent, String> {
+    let why = |e: &dyn std::fmt::Display| format!("cannot take the agent from {}: {e}", path.display());
+    let mut file = File::open(path).map_err(|e| why(&e))?;
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let mut memory = File::from(memfd_create("buildomat-agent", flags).map_err(|e| why(&e))?);
+    let length = io::copy(
+        &mut Read::by_ref(&mut file).take(MAX_AGENT_BYTES + 1),
+        &mut memory,
+    )
+    .map_err(|e| why(&e))?;
+    if length == 0 || length > MAX_AGENT_BYTES {
+        return Err(why(&format!("it has {length} bytes")));
+    }
+    let seals =
+        SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL;
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| why(&e))?;
+    Ok(Agent(Arc::new(memory.into())))
+}
+
+/// What the server may want to know of this machine to choose the agent.
+pub fn hints() -> Vec<(&'static str, String)> {
+    let machine = nix::sys::utsname::uname().map_or_else(
+        |_| std::env::consts::ARCH.to_owned(),
+        |u| u.machine().to_string_lossy().into_owned(),
+    );
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let of = |key: &str| os_release(&release, key);
+    vec![
+        ("kernel", "Linux".to_owned()),
+        // `uname -p` and `-i` say what `-m` says, or "unknown".
+        ("proc", machine.clone()),
+        ("mach", machine.clone()),
+        ("plat", machine),
+        ("id", of("ID")),
+        ("id_like", of("ID_LIKE")),
+        ("version_id", of("VERSION_ID")),
+    ]
+}
+
+/// A value of os-release(5), without its quotes.
+fn os_release(text: &str, key: &str) -> String {
+    let value = text
+        .lines()
+        .find_map(|line| line.trim().strip_prefix(key)?.strip_prefix('='));
+    value.unwrap_or_default().trim_matches(['"', '\'']).to_owned()
+}
+
+#[cfg(test)]
+#[path = "agent_tests.rs"]
+mod tests;

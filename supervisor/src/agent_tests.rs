@@ -1,0 +1,152 @@
+//! The cache against a server of a few lines on the loopback.
+
+use super::*;
+use crate::server::Token;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use nix::fcntl::FcntlArg;
+use protocol::config::Config;
+use std::collections::VecDeque;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+
+/// A server that gives these answers, one a connection, and passes on the requests.
+async fn serve(answers: Vec<Vec<u8>>) -> (Server, mpsc::UnboundedReceiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (tell, requests) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut answers = VecDeque::from(answers);
+        while let Some(answer) = answers.pop_front() {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                request.push(stream.read_u8().await.unwrap());
+            }
+            let _ = tell.send(String::from_utf8(request).unwrap().to_ascii_lowercase());
+            let _ = stream.write_all(&answer).await;
+            let _ = stream.shutdown().await;
+        }
+    });
+    let config = Config::parse(&format!(
+        "[general]\nbaseurl = \"http://{address}\"\n[factory]\ntoken_file = \"/t\"\n\
+         [slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
+    ));
+    (
+        Server::new(&config.unwrap().general.baseurl, Token::new("secret".into())).unwrap(),
+        requests,
+    )
+}
+
+fn http(status: &str, headers: &str, body: &[u8]) -> Vec<u8> {
+    let answer = format!(
+        "HTTP/1.1 {status}\r\n{headers}connection: close\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    [answer.as_bytes(), body].concat()
+}
+
+fn packed(bytes: &[u8]) -> Vec<u8> {
+    let mut packer = GzEncoder::new(Vec::new(), Compression::fast());
+    packer.write_all(bytes).unwrap();
+    packer.finish().unwrap()
+}
+
+fn content(agent: &Agent) -> Vec<u8> {
+    let mut file = File::from(agent.as_fd().try_clone_to_owned().unwrap());
+    io::Seek::rewind(&mut file).unwrap();
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+fn cache(dir: &Path) -> AgentCache {
+    AgentCache::new(dir.join("agent"), vec![("kernel", "Linux".into())])
+}
+
+#[tokio::test]
+async fn an_agent_is_unpacked_sealed_and_kept_for_when_the_server_is_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, mut requests) = serve(vec![
+        http("200 OK", "etag: \"v1\"\r\n", &packed(b"program")),
+        http("304 Not Modified", "", b""),
+        http("503 Service Unavailable", "", b"<html>"),
+    ])
+    .await;
+    let first = cache(dir.path());
+    let agent = first.get(&server).await.unwrap();
+    assert_eq!(content(&agent), b"program");
+    let seals = fcntl(agent.as_fd(), FcntlArg::F_GET_SEALS).unwrap();
+    assert_eq!(SealFlag::from_bits_truncate(seals).bits().count_ones(), 4);
+    let request = requests.recv().await.unwrap();
+    assert!(
+        request.starts_with("get /file/agent.gz?kernel=linux ") && !request.contains("secret"),
+        "{request}"
+    );
+    // Fresh: nobody is asked.
+    assert_eq!(content(&first.get(&server).await.unwrap()), b"program");
+    // A new life asks whether it has changed, and lives without an answer.
+    for _ in 0..2 {
+        assert_eq!(
+            content(&cache(dir.path()).get(&server).await.unwrap()),
+            b"program"
+        );
+        assert!(requests.recv().await.unwrap().contains("if-none-match: \"v1\""));
+    }
+    assert_eq!(
+        content(&cache(dir.path()).get(&server).await.unwrap()),
+        b"program"
+    );
+}
+
+#[tokio::test]
+async fn a_server_with_the_plain_form_alone_is_served_from_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, mut requests) =
+        serve(vec![http("404 Not Found", "", b""), http("200 OK", "", b"plain")]).await;
+    assert_eq!(content(&cache(dir.path()).get(&server).await.unwrap()), b"plain");
+    assert!(requests.recv().await.unwrap().starts_with("get /file/agent.gz"));
+    assert!(requests.recv().await.unwrap().starts_with("get /file/agent?"));
+}
+
+#[tokio::test]
+async fn what_is_no_agent_is_refused_and_leaves_none() {
+    let cut = {
+        let mut all = packed(&[7; 4000]);
+        all.truncate(20);
+        all
+    };
+    for (answers, part) in [
+        (vec![http("200 OK", "", &cut)], "unpack"),
+        (vec![http("200 OK", "", &packed(b""))], "0 bytes"),
+        (
+            vec![http("404 Not Found", "", b""), http("404 Not Found", "", b"")],
+            "no agent for this machine",
+        ),
+        (
+            vec![b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nshort".to_vec()],
+            "broke off",
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (server, _requests) = serve(answers).await;
+        let error = cache(dir.path()).get(&server).await.unwrap_err();
+        assert!(error.contains(part), "{error}");
+        assert!(!dir.path().join("agent/agent").exists());
+    }
+}
+
+#[test]
+fn os_release_values_lose_their_quotes() {
+    let text = "NAME=\"Debian\"\nVERSION_ID=\"13\"\nID=debian\nID_LIKE='a b'\n";
+    assert_eq!(
+        [
+            os_release(text, "ID"),
+            os_release(text, "VERSION_ID"),
+            os_release(text, "ID_LIKE")
+        ],
+        ["debian", "13", "a b"]
+    );
+    assert_eq!(os_release(text, "NOTHING"), "");
+}

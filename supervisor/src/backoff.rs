@@ -1,0 +1,75 @@
+//! How long to wait before trying again: exponential, with jitter, capped. Pure; it never sleeps.
+
+use crate::view::Side;
+
+/// A small deterministic generator (splitmix64), so that the same seed gives the same factory.
+#[derive(Clone, Debug)]
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+/// Failures in a row of one thing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    /// The longest wait, in milliseconds. The helper is on this host and restarts in an instant; the
+    /// server is shared by many.
+    pub const fn cap(side: Side) -> u64 {
+        match side {
+            Side::Server => 60_000,
+            Side::Helper => 5_000,
+        }
+    }
+
+    /// Note a failure: the wait before the next try, in milliseconds, between half and all of
+    /// 500 ms · 2^failures or the cap.
+    pub fn fail(&mut self, side: Side, rng: &mut Rng) -> u64 {
+        let full = (500u64 << self.failures.min(16)).min(Self::cap(side));
+        self.failures = self.failures.saturating_add(1);
+        full / 2 + rng.draw() % (full / 2 + 1)
+    }
+
+    pub fn succeed(&mut self) {
+        self.failures = 0;
+    }
+
+    pub fn failures(self) -> u32 {
+        self.failures
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Backoff, Rng, Side};
+    use proptest::prelude::{any, prop_assert, proptest};
+
+    proptest! {
+        #[test]
+        fn waits_grow_to_the_cap_and_never_beyond(seed in any::<u64>(), helper in any::<bool>()) {
+            let side = if helper { Side::Helper } else { Side::Server };
+            let (mut backoff, mut rng) = (Backoff::default(), Rng::new(seed));
+            for n in 0..100u32 {
+                let wait = backoff.fail(side, &mut rng);
+                let full = (500u64 << n.min(16)).min(Backoff::cap(side));
+                prop_assert!((full / 2..=full).contains(&wait));
+            }
+            backoff.succeed();
+            prop_assert!(backoff.fail(side, &mut rng) <= 500);
+        }
+    }
+}

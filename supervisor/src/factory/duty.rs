@@ -1,0 +1,120 @@
+//! Handing out what each worker needs next, one action a worker at a time, and taking in how it went. What
+//! is needed is never remembered here: it follows from the worker.
+
+use protocol::WorkerId;
+
+use super::{Factory, Level, Outcome, Output};
+use crate::backoff::Backoff;
+use crate::view::Trouble;
+use crate::worker::{Action, Event, Worker};
+
+/// A slot that failed a worker by itself rests this long at first, doubled for each further failure.
+const REST_MS: u64 = 15_000;
+const MAX_REST_MS: u64 = 600_000;
+
+impl Factory {
+    pub(super) fn done(&mut self, now: u64, id: WorkerId, outcome: Outcome) {
+        let turn = self.turn;
+        let Some(runtime) = self.runtimes.get_mut(&id) else {
+            return;
+        };
+        let Some(action) = std::mem::take(&mut runtime.doing) else {
+            return;
+        };
+        runtime.touched = turn;
+        match outcome {
+            Outcome::Done => {
+                (runtime.backoff, runtime.retry) = (Backoff::default(), None);
+                runtime.last_trouble.clear();
+                self.succeeded(now, id, &action);
+            }
+            Outcome::Partly { lines, trouble } => {
+                self.event(now, id, Event::ToldPartly { lines });
+                self.put_off(now, id, &action, trouble);
+            }
+            Outcome::Trouble(trouble) => {
+                self.event(now, id, Event::Trouble(trouble.sentence.clone()));
+                self.put_off(now, id, &action, trouble);
+            }
+            Outcome::StartFailed(reason) => self.event(now, id, Event::StartFailed(reason)),
+            Outcome::NoSuchWorker => self.event(now, id, Event::HostLost),
+            Outcome::CannotTell(why) => {
+                self.say(
+                    Level::Error,
+                    Some(id),
+                    format!("{why}; the worker is deleted instead, which fails its job"),
+                );
+                self.event(now, id, Event::CannotTell);
+            }
+        }
+    }
+
+    fn succeeded(&mut self, now: u64, id: WorkerId, action: &Action) {
+        let event = match action {
+            Action::Associate { .. } => Event::Associated,
+            Action::CreateUser { .. } => Event::UserCreated,
+            Action::InstallAgent { .. } => Event::AgentStarted,
+            Action::Tell { .. } => Event::Told,
+            Action::HostDelete => Event::HostClean,
+            Action::ServerDelete { .. } => return self.forget(now, id),
+        };
+        if self.workers.contains_key(&id) {
+            self.event(now, id, event);
+        } else {
+            self.forget(now, id);
+        }
+    }
+
+    /// The worker, or the stray, has come to its end.
+    fn forget(&mut self, now: u64, id: WorkerId) {
+        self.runtimes.remove(&id);
+        self.strays.remove(&id);
+        self.ended.insert(id, self.turn);
+        if let Some(worker) = self.workers.remove(&id) {
+            self.out.push(Output::Remove(id));
+            if let Some(rest) = self.rests.get_mut(&worker.slot) {
+                rest.until = now + (REST_MS << (rest.strikes.clamp(1, 7) - 1)).min(MAX_REST_MS);
+            }
+        }
+    }
+
+    /// The action is repeated later.
+    fn put_off(&mut self, now: u64, id: WorkerId, action: &Action, trouble: Trouble) {
+        // A new phase has a new duty, which has not failed yet.
+        let same = |w: &Worker| w.duty().is_some_and(|duty| duty.name() == action.name());
+        if self.workers.get(&id).is_some_and(|w| !same(w)) {
+            return;
+        }
+        let Some(runtime) = self.runtimes.get_mut(&id) else {
+            return;
+        };
+        let wait = runtime.backoff.fail(trouble.side, &mut self.rng);
+        runtime.retry = Some((now + wait, trouble.side));
+        if runtime.last_trouble != trouble.sentence {
+            runtime.last_trouble = trouble.sentence.clone();
+            self.say(
+                Level::Warn,
+                Some(id),
+                format!("cannot {}, will try again: {}", action.name(), trouble.sentence),
+            );
+        }
+    }
+
+    pub(super) fn give_out_duties(&mut self, now: u64) {
+        for runtime in self.runtimes.values_mut() {
+            runtime.retry = runtime.retry.filter(|(at, _)| *at > now);
+        }
+        let duties = self.workers.iter().filter_map(|(id, w)| Some((*id, w.duty()?)));
+        let strays = self.strays.iter().map(|(id, (_, action))| (*id, action.clone()));
+        let duties: Vec<(WorkerId, Action)> = duties.chain(strays).collect();
+        for (id, action) in duties {
+            let runtime = self.runtimes.entry(id).or_default();
+            if runtime.doing.is_some() || runtime.retry.is_some() {
+                continue;
+            }
+            runtime.doing = Some(action.clone());
+            runtime.touched = self.turn;
+            self.out.push(Output::Do(id, action));
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! From a lease to a worker: asking for jobs, keeping leases alive, and making workers on the server.
+//!
+//! Making a worker is the one call that cannot be repeated blindly: when its answer is lost, a later list
+//! tells whether the worker was made.
+
+use std::collections::BTreeSet;
+
+use protocol::{SlotName, WorkerId};
+
+use super::{Factory, Level, Output, Promise, RENEW_MS};
+use crate::backoff::Backoff;
+use crate::reconcile::adopted;
+use crate::schedule;
+use crate::view::{JobId, Lease, ServerWorker, Side, Trouble};
+use crate::worker::Phase;
+
+/// A lease lasts sixty seconds; no worker is made for one that is about to end.
+const LEASE_MS: u64 = 50_000;
+
+impl Factory {
+    /// The slots that may take a job now.
+    pub fn available(&self, now: u64) -> Vec<SlotName> {
+        let mut used: BTreeSet<SlotName> = self.workers.values().map(|w| w.slot.clone()).collect();
+        used.extend(self.promises.iter().map(|p| p.slot.clone()));
+        used.extend(self.strays.values().filter_map(|(slot, _)| slot.clone()));
+        let resting = self
+            .rests
+            .iter()
+            .filter(|(_, r)| r.until > now)
+            .map(|(slot, _)| slot.clone())
+            .collect();
+        schedule::available(&self.config, &used, &resting)
+    }
+
+    /// Ask for a job. With no slot free this still shows the server that the factory lives.
+    pub(super) fn ask_for_jobs(&mut self, now: u64) {
+        if self.leasing || self.stopped || !self.reconciled {
+            return;
+        }
+        let closed = self.draining || self.helper.away;
+        let targets = if closed {
+            BTreeSet::new()
+        } else {
+            schedule::targets(&self.config, &self.available(now))
+        };
+        self.leasing = true;
+        self.out.push(Output::Lease(targets));
+    }
+
+    pub(super) fn leased(&mut self, now: u64, result: Result<Option<Lease>, Trouble>) {
+        self.leasing = false;
+        let lease = match result {
+            Ok(Some(lease)) => lease,
+            Ok(None) => {
+                self.last_lease_trouble.clear();
+                return;
+            }
+            Err(trouble) => {
+                if self.last_lease_trouble != trouble.sentence {
+                    self.say(
+                        Level::Warn,
+                        None,
+                        format!("cannot ask for jobs: {}", trouble.sentence),
+                    );
+                    self.last_lease_trouble = trouble.sentence;
+                }
+                return;
+            }
+        };
+        let slot = schedule::pick(&self.config, &self.available(now), lease.target);
+        let Some(slot) = slot.filter(|_| !self.stopped && !self.draining) else {
+            let text = format!(
+                "job {} of target {} finds no slot: its lease will expire",
+                lease.job, lease.target
+            );
+            return self.say(Level::Warn, None, text);
+        };
+        let promise = Promise {
+            job: lease.job.clone(),
+            slot,
+            target: lease.target,
+            leased_at: now,
+            making: true,
+            turn: self.turn,
+            backoff: Backoff::default(),
+            retry_at: now,
+        };
+        self.promises.push(promise);
+        self.out.push(Output::MakeWorker {
+            target: lease.target,
+            job: lease.job,
+        });
+        if !self.available(now).is_empty() {
+            self.ask_for_jobs(now);
+        }
+    }
+
+    pub(super) fn worker_made(&mut self, now: u64, job: &JobId, result: Result<ServerWorker, Trouble>) {
+        let Some(at) = self.promises.iter().position(|p| p.job == *job && p.making) else {
+            return;
+        };
+        match result {
+            Ok(worker) => {
+                let promise = self.promises.remove(at);
+                self.keep(now, promise, &worker);
+            }
+            Err(trouble) if trouble.refused => {
+                self.promises.remove(at);
+                self.say(
+                    Level::Warn,
+                    None,
+                    format!("no worker for job {job}: {}", trouble.sentence),
+                );
+            }
+            Err(trouble) => {
+                let promise = &mut self.promises[at];
+                (promise.making, promise.turn) = (false, self.turn);
+                promise.retry_at = now + promise.backoff.fail(Side::Server, &mut self.rng);
+                self.say(
+                    Level::Warn,
+                    None,
+                    format!("perhaps no worker for job {job}: {}", trouble.sentence),
+                );
+            }
+        }
+    }
+
+    fn keep(&mut self, now: u64, promise: Promise, worker: &ServerWorker) {
+        // A worker that this factory knows already has its slot.
+        if self.workers.contains_key(&worker.id) {
+            return;
+        }
+        let mut worker = adopted(worker, promise.slot, Phase::Reserved, now);
+        worker.job = Some(promise.job);
+        self.adopt(worker);
+    }
+
+    /// Was the worker of a lost answer made? Found in a newer list, it is kept; otherwise it is made
+    /// again while the lease lasts.
+    pub(super) fn settle_promises(&mut self, now: u64, turn: u64, list: &[ServerWorker]) {
+        for promise in std::mem::take(&mut self.promises) {
+            if promise.making || promise.turn >= turn {
+                self.promises.push(promise);
+                continue;
+            }
+            let found = list.iter().find(|w| {
+                w.target == promise.target
+                    && w.private.is_none()
+                    && !(w.online || w.recycle)
+                    && !self.workers.contains_key(&w.id)
+                    && !self.ended.contains_key(&w.id)
+            });
+            if let Some(found) = found {
+                self.keep(now, promise, found);
+            } else if now >= promise.leased_at + LEASE_MS {
+                self.say(
+                    Level::Warn,
+                    None,
+                    format!("no worker for job {}: its lease has ended", promise.job),
+                );
+            } else if now >= promise.retry_at && !self.stopped {
+                let (target, job) = (promise.target, promise.job.clone());
+                self.promises.push(Promise {
+                    making: true,
+                    turn: self.turn,
+                    ..promise
+                });
+                self.out.push(Output::MakeWorker { target, job });
+            } else {
+                self.promises.push(promise);
+            }
+        }
+    }
+
+    pub(super) fn renew_leases(&mut self, now: u64) {
+        for (id, runtime) in &mut self.runtimes {
+            if runtime.renew_at.is_none_or(|at| at > now) {
+                continue;
+            }
+            runtime.renew_at = None;
+            if let Some(job) = self.workers.get(id).and_then(|w| w.job.clone()) {
+                self.out.push(Output::Renew { worker: *id, job });
+            }
+        }
+    }
+
+    pub(super) fn renewed(&mut self, now: u64, id: WorkerId, result: Result<bool, Trouble>) {
+        let starting = self.workers.get(&id).is_some_and(|w| w.phase.is_starting());
+        if let Some(runtime) = self.runtimes.get_mut(&id).filter(|_| starting) {
+            // False: the job is tied to the worker by now, and there is nothing to renew.
+            runtime.renew_at = (result != Ok(false)).then_some(now + RENEW_MS);
+        }
+    }
+}

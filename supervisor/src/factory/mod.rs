@@ -1,0 +1,320 @@
+//! The core of the factory: what goes in are answers and the time, what comes out are things to do.
+//!
+//! It knows no socket, clock, disk or thread, so that a simulator can drive the same code through years
+//! of failures in a second. Time moves only through the `now` of [`Factory::handle`].
+//!
+//! It works in *rounds*, one a poll interval, whatever the number of workers: ask the server for its
+//! workers and the helper for its own, compare (`reconcile`), let each worker take its next step, then
+//! ask for jobs. Everything that arrives between rounds is acted on at once.
+
+mod duty;
+mod leasing;
+mod round;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::config::Config;
+use protocol::{SlotName, TargetId, WorkerId, WorkerInfo};
+
+use crate::backoff::{Backoff, Rng};
+use crate::view::{JobId, Lease, ServerWorker, Side, Trouble};
+use crate::worker::{Action, Event, Phase, Worker};
+
+/// A lease is renewed this often until the worker is online.
+pub const RENEW_MS: u64 = 20_000;
+
+/// What happened outside.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Time has passed.
+    Tick,
+    ServerListed(Result<Vec<ServerWorker>, Trouble>),
+    HostListed(Result<Vec<WorkerInfo>, Trouble>),
+    Leased(Result<Option<Lease>, Trouble>),
+    /// The answer to [`Output::MakeWorker`] for this job.
+    WorkerMade(JobId, Result<ServerWorker, Trouble>),
+    /// The answer to [`Output::Renew`].
+    Renewed(WorkerId, Result<bool, Trouble>),
+    /// The answer to [`Output::Do`].
+    Done(WorkerId, Outcome),
+    /// Take no new jobs (or take them again).
+    Drain(bool),
+    /// Begin nothing any more. Answers to what is under way are still taken in, and saved.
+    Stop,
+}
+
+/// How an action went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Done,
+    /// The failure is told up to this line of the console; the rest stands out.
+    Partly {
+        lines: u32,
+        trouble: Trouble,
+    },
+    /// Try again.
+    Trouble(Trouble),
+    /// The worker cannot be started here.
+    StartFailed(String),
+    /// The helper has no such worker.
+    NoSuchWorker,
+    /// The server does not know how to fail a worker.
+    CannotTell(String),
+}
+
+/// What is to be done outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    ListServer,
+    ListHost,
+    Lease(BTreeSet<TargetId>),
+    MakeWorker {
+        target: TargetId,
+        job: JobId,
+    },
+    Renew {
+        worker: WorkerId,
+        job: JobId,
+    },
+    Do(WorkerId, Action),
+    /// Must be on the disk before any output after it is begun.
+    Save(Worker),
+    /// The same.
+    Remove(WorkerId),
+    Say(Say),
+}
+
+/// One line for the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Say {
+    pub level: Level,
+    pub worker: Option<WorkerId>,
+    pub slot: Option<SlotName>,
+    pub job: Option<JobId>,
+    pub text: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    Info,
+    Warn,
+    Error,
+}
+
+/// What is known of a worker in this life alone.
+#[derive(Clone, Debug, Default)]
+struct Runtime {
+    /// An action is under way.
+    doing: Option<Action>,
+    backoff: Backoff,
+    /// Not before this time, and because of this side.
+    retry: Option<(u64, Side)>,
+    /// When its last action began or ended, in `Factory::turn`s: a host list asked for before is stale.
+    touched: u64,
+    /// When it became known: a server list asked for before does not show it.
+    known: u64,
+    /// When to renew its lease; None when it needs no more.
+    renew_at: Option<u64>,
+    last_trouble: String,
+}
+
+/// A job that was leased and has no worker yet.
+#[derive(Clone, Debug)]
+struct Promise {
+    job: JobId,
+    slot: SlotName,
+    target: TargetId,
+    leased_at: u64,
+    /// The request is under way; otherwise, its answer was lost in this turn, and a list must show
+    /// whether the worker was made.
+    making: bool,
+    turn: u64,
+    backoff: Backoff,
+    retry_at: u64,
+}
+
+/// How one of the partners is.
+#[derive(Clone, Debug, Default)]
+struct Partner {
+    away: bool,
+    backoff: Backoff,
+    retry_at: u64,
+    /// When it last answered.
+    answered_at: Option<u64>,
+}
+
+/// A slot that failed a worker by itself.
+#[derive(Clone, Copy, Debug, Default)]
+struct Rest {
+    strikes: u32,
+    until: u64,
+}
+
+/// The factory.
+#[derive(Debug)]
+pub struct Factory {
+    config: Config,
+    workers: BTreeMap<WorkerId, Worker>,
+    /// Nobody's workers, being ended: the slot that each occupies, and how.
+    strays: BTreeMap<WorkerId, (Option<SlotName>, Action)>,
+    runtimes: BTreeMap<WorkerId, Runtime>,
+    promises: Vec<Promise>,
+    /// Workers whose end is newer than some list, and the turn of it.
+    ended: BTreeMap<WorkerId, u64>,
+    rests: BTreeMap<SlotName, Rest>,
+    server: Partner,
+    helper: Partner,
+    round: round::Round,
+    leasing: bool,
+    reconciled: bool,
+    draining: bool,
+    stopped: bool,
+    /// Counts inputs: the order of things, where the clock is too coarse.
+    turn: u64,
+    /// So that the same trouble is not in the log once a second.
+    last_lease_trouble: String,
+    rng: Rng,
+    out: Vec<Output>,
+}
+
+impl Factory {
+    /// A factory with the workers of its last life. The same `seed` and inputs give the same outputs.
+    pub fn new(config: Config, workers: Vec<Worker>, seed: u64, now: u64) -> Self {
+        let mut factory = Self {
+            config,
+            workers: BTreeMap::new(),
+            strays: BTreeMap::new(),
+            runtimes: BTreeMap::new(),
+            promises: Vec::new(),
+            ended: BTreeMap::new(),
+            rests: BTreeMap::new(),
+            server: Partner::default(),
+            helper: Partner::default(),
+            round: round::Round::new(now),
+            leasing: false,
+            reconciled: false,
+            draining: false,
+            stopped: false,
+            turn: 0,
+            last_lease_trouble: String::new(),
+            rng: Rng::new(seed),
+            out: Vec::new(),
+        };
+        for mut worker in workers {
+            // A clock that was set back must not hold a time-out off for years.
+            worker.waiting_since = worker.waiting_since.min(now);
+            let starting = worker.phase.is_starting() && worker.job.is_some();
+            let runtime = Runtime {
+                renew_at: starting.then_some(now),
+                ..Runtime::default()
+            };
+            factory.runtimes.insert(worker.id, runtime);
+            factory.workers.insert(worker.id, worker);
+        }
+        factory
+    }
+
+    /// Take in what happened; what is to be done now, in this order.
+    pub fn handle(&mut self, now: u64, input: Input) -> Vec<Output> {
+        self.turn += 1;
+        match input {
+            Input::Tick => {}
+            Input::Drain(draining) => self.draining = draining,
+            Input::Stop => self.stopped = true,
+            Input::ServerListed(result) => self.server_listed(now, result),
+            Input::HostListed(result) => self.host_listed(now, result),
+            Input::Leased(result) => self.leased(now, result),
+            Input::WorkerMade(job, result) => self.worker_made(now, &job, result),
+            Input::Renewed(worker, result) => self.renewed(now, worker, result),
+            Input::Done(worker, outcome) => self.done(now, worker, outcome),
+        }
+        if !self.stopped {
+            self.begin_round(now);
+            self.give_out_duties(now);
+            self.renew_leases(now);
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    /// When to say [`Input::Tick`] next; None while an answer must come first.
+    pub fn next_deadline(&self) -> Option<u64> {
+        if self.stopped {
+            return None;
+        }
+        let retries = self
+            .runtimes
+            .values()
+            .filter(|r| r.doing.is_none())
+            .filter_map(|r| r.retry.map(|(at, _)| at));
+        let renewals = self.runtimes.values().filter_map(|r| r.renew_at);
+        retries.chain(renewals).chain(self.round.next()).min()
+    }
+
+    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
+        self.workers.values()
+    }
+
+    /// Is nothing under way?
+    pub fn is_idle(&self) -> bool {
+        !self.leasing
+            && !self.runtimes.values().any(|r| r.doing.is_some())
+            && !self.promises.iter().any(|p| p.making)
+    }
+
+    fn say(&mut self, level: Level, worker: Option<WorkerId>, text: String) {
+        let known = worker.and_then(|id| self.workers.get(&id));
+        let (slot, job) = known.map_or((None, None), |w| (Some(w.slot.clone()), w.job.clone()));
+        self.out.push(Output::Say(Say {
+            level,
+            worker,
+            slot,
+            job,
+            text,
+        }));
+    }
+
+    /// One worker, one event: saved if it changed anything.
+    fn event(&mut self, now: u64, id: WorkerId, event: Event) {
+        let Some(old) = self.workers.get(&id).cloned() else {
+            return;
+        };
+        let new = old
+            .clone()
+            .step(event, now, self.config.factory.online_timeout_seconds * 1000);
+        if new == old {
+            return;
+        }
+        if std::mem::discriminant(&new.phase) != std::mem::discriminant(&old.phase) {
+            // A new duty is not put off by the troubles of the last.
+            if let Some(runtime) = self.runtimes.get_mut(&id) {
+                (runtime.backoff, runtime.retry) = (Backoff::default(), None);
+                if !new.phase.is_starting() {
+                    runtime.renew_at = None;
+                }
+            }
+        }
+        if new.phase == (Phase::Running { online: true }) && old.phase != new.phase {
+            self.rests.remove(&new.slot);
+            if let Some(runtime) = self.runtimes.get_mut(&id) {
+                runtime.renew_at = None;
+            }
+        }
+        if matches!(new.phase, Phase::Broken { .. }) && old.phase.is_starting() {
+            self.rests.entry(new.slot.clone()).or_default().strikes += 1;
+        }
+        if new.remakes > old.remakes {
+            let text = "the worker was lost before its job began: it is made again".to_owned();
+            self.say(Level::Warn, Some(id), text);
+        }
+        let failed = (new.failure != old.failure)
+            .then(|| new.failure.clone())
+            .flatten();
+        self.out.push(Output::Save(new.clone()));
+        self.workers.insert(id, new);
+        if let Some(reason) = failed {
+            self.say(Level::Warn, Some(id), format!("the worker is broken: {reason}"));
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! A round: both lists are asked for at the same instant, and what they say together is acted on once
+//! both have answered (or failed). It must never decide anything from a list older than what it decides on.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::{WorkerId, WorkerInfo};
+
+use super::{Factory, Level, Output, Partner, Runtime};
+use crate::reconcile::{Decision, Question, reconcile};
+use crate::view::{ServerWorker, Side, Trouble};
+use crate::worker::{Event, OnHost, OnServer};
+
+/// The rounds: when the next begins, and how far the present one is.
+#[derive(Debug)]
+pub(super) struct Round {
+    next_at: u64,
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    /// When the lists were asked for.
+    turn: u64,
+    server_due: bool,
+    host_due: bool,
+    server: Option<Vec<ServerWorker>>,
+    host: Option<Vec<WorkerInfo>>,
+}
+
+impl Round {
+    pub(super) fn new(now: u64) -> Self {
+        Self {
+            next_at: now,
+            open: None,
+        }
+    }
+
+    pub(super) fn next(&self) -> Option<u64> {
+        self.open.is_none().then_some(self.next_at)
+    }
+}
+
+impl Factory {
+    pub(super) fn begin_round(&mut self, now: u64) {
+        if self.round.open.is_some() || now < self.round.next_at {
+            return;
+        }
+        self.round.next_at = now + self.config.factory.poll_seconds * 1000;
+        let (server_due, host_due) = (self.server.retry_at <= now, self.helper.retry_at <= now);
+        if server_due {
+            self.out.push(Output::ListServer);
+        }
+        if host_due {
+            self.out.push(Output::ListHost);
+        }
+        if server_due || host_due {
+            self.round.open = Some(Open {
+                turn: self.turn,
+                server_due,
+                host_due,
+                server: None,
+                host: None,
+            });
+        }
+    }
+
+    pub(super) fn server_listed(&mut self, now: u64, result: Result<Vec<ServerWorker>, Trouble>) {
+        let list = self.heard(now, Side::Server, result);
+        if let Some(open) = &mut self.round.open {
+            (open.server_due, open.server) = (false, list);
+        }
+        self.end_round(now);
+    }
+
+    pub(super) fn host_listed(&mut self, now: u64, result: Result<Vec<WorkerInfo>, Trouble>) {
+        let list = self.heard(now, Side::Helper, result);
+        if let Some(open) = &mut self.round.open {
+            (open.host_due, open.host) = (false, list);
+        }
+        self.end_round(now);
+    }
+
+    /// Note that one of the partners has answered, or not.
+    fn heard<T>(&mut self, now: u64, side: Side, result: Result<T, Trouble>) -> Option<T> {
+        let partner = match side {
+            Side::Server => &mut self.server,
+            Side::Helper => &mut self.helper,
+        };
+        match result {
+            Ok(list) => {
+                let was = std::mem::replace(
+                    partner,
+                    Partner {
+                        answered_at: Some(now),
+                        ..Partner::default()
+                    },
+                );
+                if was.away {
+                    self.came_back(now, side, was.answered_at);
+                }
+                Some(list)
+            }
+            Err(trouble) => {
+                let first = !std::mem::replace(&mut partner.away, true);
+                partner.retry_at = now + partner.backoff.fail(side, &mut self.rng);
+                if first {
+                    self.say(Level::Error, None, format!("{side} away: {}", trouble.sentence));
+                }
+                None
+            }
+        }
+    }
+
+    /// Whatever waited for this partner is tried at once.
+    fn came_back(&mut self, now: u64, side: Side, answered_at: Option<u64>) {
+        self.say(Level::Info, None, format!("{side} back"));
+        for runtime in self.runtimes.values_mut() {
+            if runtime.retry.is_some_and(|(_, because)| because == side) {
+                runtime.retry = None;
+            }
+        }
+        let Some(answered_at) = answered_at.filter(|_| side == Side::Server) else {
+            return;
+        };
+        let ms = now.saturating_sub(answered_at);
+        let waiting: Vec<WorkerId> = self
+            .workers
+            .values()
+            .filter(|w| w.phase.is_starting())
+            .map(|w| w.id)
+            .collect();
+        for id in waiting {
+            self.event(now, id, Event::ServerWasAway { ms });
+        }
+    }
+
+    fn end_round(&mut self, now: u64) {
+        let Some(open) = self.round.open.take_if(|open| !open.server_due && !open.host_due) else {
+            return;
+        };
+        self.show_each(now, &open);
+        if let Some(list) = &open.server {
+            self.settle_promises(now, open.turn, list);
+        }
+        if let (Some(server), Some(host)) = (&open.server, &open.host) {
+            self.compare(now, open.turn, server, host);
+            self.reconciled = true;
+        }
+        self.ended.retain(|_, turn| *turn >= open.turn);
+        if open.server.is_some() {
+            self.ask_for_jobs(now);
+        }
+    }
+
+    /// Let each worker see what both sides say of it.
+    fn show_each(&mut self, now: u64, open: &Open) {
+        let server: Option<BTreeMap<WorkerId, OnServer>> = open
+            .server
+            .as_ref()
+            .map(|list| list.iter().map(|w| (w.id, w.into())).collect());
+        let host: Option<BTreeMap<WorkerId, OnHost>> = open
+            .host
+            .as_ref()
+            .map(|list| list.iter().map(|i| (i.worker, OnHost::Has(i.state))).collect());
+        let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
+        for id in ids {
+            let runtime = self.runtimes.entry(id).or_default();
+            // A worker that is newer than the list is not gone; one that is being changed is not absent.
+            let (listed, settled) = (
+                runtime.known < open.turn,
+                runtime.doing.is_none() && runtime.touched < open.turn,
+            );
+            let on_server = server.as_ref().and_then(|list| match list.get(&id) {
+                None => listed.then_some(OnServer::Gone),
+                view => view.cloned(),
+            });
+            let on_host = host
+                .as_ref()
+                .filter(|_| settled)
+                .map(|list| *list.get(&id).unwrap_or(&OnHost::Absent));
+            if on_server == Some(OnServer::Gone) && self.workers.get(&id).is_some_and(|w| !w.gone) {
+                self.say(
+                    Level::Info,
+                    Some(id),
+                    "the server no longer has the worker".into(),
+                );
+            }
+            self.event(
+                now,
+                id,
+                Event::Seen {
+                    server: on_server,
+                    host: on_host,
+                },
+            );
+        }
+    }
+
+    /// Give an owner or an end to what the store does not know.
+    fn compare(&mut self, now: u64, turn: u64, server: &[ServerWorker], host: &[WorkerInfo]) {
+        let promised: BTreeSet<_> = self.promises.iter().map(|p| p.slot.clone()).collect();
+        let ended: BTreeSet<WorkerId> = self
+            .ended
+            .iter()
+            .filter(|(_, end)| **end >= turn)
+            .map(|(id, _)| *id)
+            .collect();
+        let decisions = reconcile(&Question {
+            config: &self.config,
+            known: &self.workers,
+            server,
+            host,
+            promised: &promised,
+            ended: &ended,
+            making: self.promises.iter().any(|p| p.making || p.turn >= turn),
+            now,
+        });
+        let before = std::mem::take(&mut self.strays);
+        for decision in decisions {
+            match decision {
+                Decision::Adopt(worker) => self.adopt(worker),
+                Decision::End { worker, slot, action } => {
+                    if !before.contains_key(&worker) {
+                        let text = format!("nobody's worker: {}", action.name());
+                        self.say(Level::Warn, Some(worker), text);
+                    }
+                    self.strays.insert(worker, (slot, action));
+                }
+            }
+        }
+        // What is under way is seen to its end; the rest was no stray after all, or has ended by itself.
+        for (id, stray) in before {
+            let busy = self.runtimes.get(&id).is_some_and(|r| r.doing.is_some());
+            if busy && !self.workers.contains_key(&id) {
+                self.strays.entry(id).or_insert(stray);
+            } else if !self.strays.contains_key(&id) && !self.workers.contains_key(&id) {
+                self.runtimes.remove(&id);
+            }
+        }
+    }
+
+    /// A worker that exists becomes one of the store's.
+    pub(super) fn adopt(&mut self, worker: crate::worker::Worker) {
+        let id = worker.id;
+        let text = format!("worker adopted as {}", worker.phase.name());
+        let renew_at = (worker.phase.is_starting() && worker.job.is_some()).then_some(worker.since);
+        let runtime = self.runtimes.entry(id).or_default();
+        *runtime = Runtime {
+            doing: runtime.doing.take(),
+            touched: self.turn,
+            known: self.turn,
+            renew_at,
+            ..Runtime::default()
+        };
+        self.strays.remove(&id);
+        self.out.push(Output::Save(worker.clone()));
+        self.workers.insert(id, worker);
+        self.say(Level::Info, Some(id), text);
+    }
+}

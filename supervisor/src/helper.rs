@@ -1,0 +1,304 @@
+//! The helper, as a client: one connection an operation, so that a slow deletion holds up nothing, and a
+//! helper that was restarted in between is no special case.
+//!
+//! It must never send what the protocol has no message for, and never wait without end.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use protocol::wire::{self, MAX_REPLY};
+use protocol::{
+    BootstrapToken, ErrorKind, Received, Reply, Request, Seqpacket, SlotName, VERSION, WorkerId, WorkerInfo,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::time::timeout;
+
+use crate::view::{Side, Trouble};
+
+/// Ending every process and removing every file of a job may take its time.
+const LONG: Duration = Duration::from_secs(30 * 60);
+const SHORT: Duration = Duration::from_secs(60);
+/// More pages than a helper with the widest uid range could fill.
+const MAX_PAGES: usize = 8192;
+
+/// Why the helper did not do it.
+#[derive(Debug)]
+pub enum Error {
+    /// It is not there, not for us, or has stopped in the middle: come back later.
+    Away(String),
+    /// It answered, and said no.
+    Said(protocol::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Away(why) => f.write_str(why),
+            Error::Said(error) if error.kind == ErrorKind::Version => write!(
+                f,
+                "the helper speaks another version of the protocol than this supervisor's {VERSION} ({error}): \
+                 install both from the same release and restart them"
+            ),
+            Error::Said(error) => write!(f, "the helper says: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl Error {
+    pub fn trouble(&self) -> Trouble {
+        Trouble::passing(Side::Helper, self)
+    }
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// Where the helper is.
+#[derive(Clone, Debug)]
+pub struct Helper {
+    socket: PathBuf,
+}
+
+impl Helper {
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    pub async fn create_user(&self, worker: WorkerId, slot: SlotName) -> Result<()> {
+        match self
+            .ask(&Request::CreateUser { worker, slot }, None, SHORT)
+            .await?
+        {
+            (Reply::UserCreated { .. }, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// The console of the agent that was started.
+    pub async fn install_agent(
+        &self,
+        worker: WorkerId,
+        bootstrap: BootstrapToken,
+        agent: BorrowedFd<'_>,
+    ) -> Result<OwnedFd> {
+        match self
+            .ask(&Request::InstallAgent { worker, bootstrap }, Some(agent), SHORT)
+            .await?
+        {
+            (Reply::AgentStarted, Some(console)) => Ok(console),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// The console of a worker.
+    pub async fn attach(&self, worker: WorkerId) -> Result<OwnedFd> {
+        match self.ask(&Request::Attach { worker }, None, SHORT).await? {
+            (Reply::Attached { .. }, Some(console)) => Ok(console),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    pub async fn delete(&self, worker: WorkerId) -> Result<()> {
+        match self.ask(&Request::Delete { worker }, None, LONG).await? {
+            (Reply::Deleted, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// All workers of this host.
+    pub async fn list(&self) -> Result<Vec<WorkerInfo>> {
+        timeout(SHORT, self.list_pages())
+            .await
+            .unwrap_or_else(|_| Err(late(SHORT)))
+    }
+
+    async fn list_pages(&self) -> Result<Vec<WorkerInfo>> {
+        let connection = self.connect().await?;
+        let mut all: Vec<WorkerInfo> = Vec::new();
+        for _ in 0..MAX_PAGES {
+            let after = all.last().map(|info| info.worker);
+            match connection.exchange(&Request::List { after }, None).await? {
+                (Reply::Workers { workers, more }, _) => {
+                    if more
+                        && workers
+                            .last()
+                            .is_none_or(|last| after.is_some_and(|after| last.worker <= after))
+                    {
+                        return Err(Error::Away(
+                            "the helper's list of workers does not go on: see its log".into(),
+                        ));
+                    }
+                    all.extend(workers);
+                    if !more {
+                        return Ok(all);
+                    }
+                }
+                (other, _) => return Err(unexpected(&other)),
+            }
+        }
+        Err(Error::Away(
+            "the helper's list of workers has no end: see its log".into(),
+        ))
+    }
+
+    async fn ask(
+        &self,
+        request: &Request,
+        fd: Option<BorrowedFd<'_>>,
+        limit: Duration,
+    ) -> Result<(Reply, Option<OwnedFd>)> {
+        let connection = timeout(SHORT, self.connect())
+            .await
+            .unwrap_or_else(|_| Err(late(SHORT)))?;
+        timeout(limit, connection.exchange(request, fd))
+            .await
+            .unwrap_or_else(|_| Err(late(limit)))
+    }
+
+    async fn connect(&self) -> Result<Connection> {
+        let socket = Seqpacket::connect(&self.socket, true).map_err(|errno| self.absent(errno))?;
+        let connection = Connection(watched(socket).map_err(|e| {
+            Error::Away(format!(
+                "cannot wait for the helper's socket: {e}; restart the supervisor"
+            ))
+        })?);
+        match connection
+            .exchange(&Request::Hello { version: VERSION }, None)
+            .await?
+        {
+            (Reply::Welcome { version }, _) if version == VERSION => Ok(connection),
+            (Reply::Welcome { version }, _) => {
+                let text = format!("the helper speaks version {version}, the supervisor {VERSION}");
+                Err(Error::Said(protocol::Error::new(ErrorKind::Version, text)))
+            }
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    fn absent(&self, errno: Errno) -> Error {
+        let hint = match errno {
+            Errno::ENOENT | Errno::ECONNREFUSED => "start the helper",
+            Errno::EACCES => "run the supervisor as the user, and in the group, that the helper serves",
+            Errno::EAGAIN => "it has too many callers; wait",
+            _ => "see the helper's log",
+        };
+        Error::Away(format!(
+            "the helper is away from {}: {errno}; {hint}",
+            self.socket.display()
+        ))
+    }
+}
+
+/// What tokio asks of its caller (the descriptor stays open, and the same, for as long as it is watched)
+/// holds by the type: a `Seqpacket` owns its descriptor, and has no way to change it.
+#[expect(
+    deprecated,
+    reason = "the replacement is an unsafe function, and this crate has no unsafe code"
+)]
+fn watched(socket: Seqpacket) -> std::io::Result<AsyncFd<Seqpacket>> {
+    AsyncFd::new(socket)
+}
+
+struct Connection(AsyncFd<Seqpacket>);
+
+impl Connection {
+    /// One request, one reply, and the descriptor where the reply has one.
+    async fn exchange(
+        &self,
+        request: &Request,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(Reply, Option<OwnedFd>)> {
+        let packet =
+            wire::encode(request).map_err(|e| Error::Away(format!("cannot encode a request: {e}")))?;
+        loop {
+            let mut ready = self.0.writable().await.map_err(|e| Error::Away(e.to_string()))?;
+            match self.0.get_ref().send(&packet, fd.as_ref().map(AsFd::as_fd)) {
+                Ok(()) => break,
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                // It has hung up, but may have said why.
+                Err(Errno::EPIPE | Errno::ECONNRESET) => break,
+                Err(errno) => return Err(Error::Away(format!("cannot send to the helper: {errno}"))),
+            }
+        }
+        loop {
+            let mut ready = self.0.readable().await.map_err(|e| Error::Away(e.to_string()))?;
+            match self.0.get_ref().recv(MAX_REPLY) {
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Err(errno) => return Err(Error::Away(format!("cannot receive from the helper: {errno}"))),
+                Ok(Received::Closed) => {
+                    return Err(Error::Away(
+                        "the helper hung up without an answer: see its log".into(),
+                    ));
+                }
+                Ok(Received::Oversize) => {
+                    return Err(Error::Away("the helper's answer is too long: see its log".into()));
+                }
+                Ok(Received::Packet { bytes, descriptors }) => return opened(&bytes, descriptors),
+            }
+        }
+    }
+}
+
+fn opened(bytes: &[u8], mut descriptors: Vec<OwnedFd>) -> Result<(Reply, Option<OwnedFd>)> {
+    let reply: Reply = wire::decode(bytes).map_err(|e| {
+        Error::Away(format!(
+            "the helper's answer does not decode ({e}): install both from the same release"
+        ))
+    })?;
+    if descriptors.len() != usize::from(reply.carries_descriptor()) {
+        return Err(unexpected(&reply));
+    }
+    match reply {
+        Reply::Error(error) => Err(Error::Said(error)),
+        reply => Ok((reply, descriptors.pop())),
+    }
+}
+
+fn unexpected(reply: &Reply) -> Error {
+    Error::Away(format!(
+        "the helper answered something else than was asked ({reply:?}): see its log"
+    ))
+}
+
+fn late(limit: Duration) -> Error {
+    Error::Away(format!(
+        "the helper did not answer within {} s: see its log",
+        limit.as_secs()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_absent_helper_is_away_and_the_sentence_says_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Helper::new(dir.path().join("no.sock")).list().await.unwrap_err();
+        assert!(
+            matches!(&error, Error::Away(text) if text.contains("start the helper")),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_reply_with_the_wrong_descriptors_is_none() {
+        let started = wire::encode(&Reply::AgentStarted).unwrap();
+        assert!(opened(&started, vec![]).is_err());
+        let deleted = wire::encode(&Reply::Deleted).unwrap();
+        let fd = std::fs::File::open("/dev/null").unwrap().into();
+        assert!(opened(&deleted, vec![fd]).is_err());
+        assert!(opened(&deleted, vec![]).is_ok());
+        let refusal = wire::encode(&Reply::Error(protocol::Error::new(ErrorKind::Version, "v2"))).unwrap();
+        assert!(
+            opened(&refusal, vec![])
+                .unwrap_err()
+                .to_string()
+                .contains("same release")
+        );
+    }
+}

@@ -1,0 +1,26 @@
+//! The unprivileged half of the user factory.
+//!
+//! The story of a job: the server has a queue; [`factory`] asks it for jobs of the targets whose slots
+//! [`schedule`] finds free, and makes a [`worker`] for each. What the worker needs next follows from its
+//! saved phase alone; [`act`] carries it out, with the buildomat server ([`server`]), the root helper
+//! ([`helper`]) and the agent's program ([`agent`]). [`store`] remembers the workers, [`reconcile`] finds
+//! an owner or an end for whatever does not fit, and [`shell`] is the loop that ties the pure core
+//! ([`factory`], [`worker`], [`schedule`], [`reconcile`], [`backoff`]) to the world.
+//!
+//! Nothing in this crate runs as root, and nothing in it needs to be trusted by the helper.
+#![forbid(unsafe_code)]
+
+pub mod act;
+pub mod agent;
+pub mod backoff;
+pub mod console;
+pub mod factory;
+pub mod helper;
+pub mod reconcile;
+pub mod schedule;
+pub mod server;
+pub mod settings;
+pub mod shell;
+pub mod store;
+pub mod view;
+pub mod worker;

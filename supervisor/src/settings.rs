@@ -1,0 +1,196 @@
+//! The configuration and the token, read once at the start. A mistake is said with its place, and with
+//! what to do; nothing is guessed.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use protocol::config::{CONFIG_PATH, Config, HELPER_SOCKET, Mistake, STATE_DIR};
+
+use crate::server::Token;
+
+/// Where everything is below a root directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places {
+    pub config: PathBuf,
+    pub helper: PathBuf,
+    pub state: PathBuf,
+}
+
+impl Places {
+    pub fn below(root: &Path) -> Self {
+        Self {
+            config: root.join(CONFIG_PATH),
+            helper: root.join(HELPER_SOCKET),
+            state: root.join(STATE_DIR).join("supervisor"),
+        }
+    }
+}
+
+/// The configuration at `path`, or all its mistakes.
+pub fn load(path: &Path) -> std::result::Result<Config, Vec<Mistake>> {
+    let text = fs::read_to_string(path).map_err(|e| {
+        vec![Mistake {
+            line: 1,
+            message: format!("the file cannot be read: {e}; check its path and mode"),
+        }]
+    })?;
+    Config::parse(&text)
+}
+
+/// `FILE:LINE: sentence`, one a line.
+pub fn print(path: &Path, mistakes: &[Mistake]) -> String {
+    mistakes
+        .iter()
+        .map(|m| format!("{}:{}: {}\n", path.display(), m.line, m.message))
+        .collect()
+}
+
+/// The factory's token.
+///
+/// # Errors
+/// Where the file is empty, not a token, or anybody's to read.
+pub fn token(path: &Path) -> Result<Token> {
+    let name = path.display();
+    let mut file = File::open(path)
+        .with_context(|| format!("the token file {name} cannot be read: give it to the supervisor's user"))?;
+    let mode = file
+        .metadata()
+        .with_context(|| format!("the token file {name} cannot be examined"))?;
+    if mode.permissions().mode() & 0o007 != 0 {
+        bail!(
+            "the token file {name} is open to everybody: run chmod o= {name}, and ask for a new token if others use this host"
+        );
+    }
+    let mut text = String::new();
+    file.by_ref()
+        .take(4096)
+        .read_to_string(&mut text)
+        .with_context(|| format!("the token file {name} is no text"))?;
+    let text = text.trim();
+    if text.is_empty() {
+        bail!("the token file {name} is empty: write the factory's token into it");
+    }
+    if !text.bytes().all(|b| b.is_ascii_graphic()) {
+        bail!("the token file {name} holds more than one word: write the factory's token alone into it");
+    }
+    Ok(Token::new(text.to_owned()))
+}
+
+/// What is wrong with a configuration on this host, as far as this user can see.
+pub fn check_host(config: &Config, groups: &str) -> Vec<Mistake> {
+    let known = |name: &str| groups.lines().any(|line| line.split(':').next() == Some(name));
+    let mut mistakes = Vec::new();
+    for (name, slot) in &config.slots {
+        let mut note = |message: String| {
+            mistakes.push(Mistake {
+                line: slot.line,
+                message: format!("slot {name}: {message}"),
+            });
+        };
+        for group in slot.add_to_groups.iter().filter(|group| !known(group.as_str())) {
+            note(format!(
+                "the group {group} is not in /etc/group: make it with groupadd, or remove it"
+            ));
+        }
+        for source in slot.read_only.values() {
+            match fs::metadata(source.as_path()) {
+                Ok(meta) if meta.is_dir() => {}
+                Ok(_) => note(format!(
+                    "{source} is not a directory: read_only takes directories"
+                )),
+                Err(e) if hidden(&e) => {}
+                Err(e) => note(format!(
+                    "the directory {source} cannot be used: {e}; make it, or remove it from read_only"
+                )),
+            }
+        }
+        for device in &slot.devices {
+            match fs::metadata(device.as_path()) {
+                Ok(meta) if meta.file_type().is_char_device() || meta.file_type().is_block_device() => {}
+                Ok(_) => note(format!("{device} is not a device: name a device node")),
+                Err(e) if hidden(&e) => {}
+                Err(e) => note(format!(
+                    "the device {device} cannot be used: {e}; plug it in, or remove it from devices"
+                )),
+            }
+        }
+    }
+    mistakes
+}
+
+/// What this user may not see may well be there.
+fn hidden(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::PermissionDenied
+}
+
+/// The slots, for a person who has just written them.
+pub fn summary(config: &Config) -> String {
+    let slots = config.slots.iter().map(|(name, slot)| {
+        let list = |what: &str, items: Vec<String>| {
+            if items.is_empty() {
+                String::new()
+            } else {
+                format!("; {what} {}", items.join(" "))
+            }
+        };
+        format!(
+            "slot {name}: target {}{}{}{}\n",
+            slot.target,
+            list(
+                "groups",
+                slot.add_to_groups.iter().map(ToString::to_string).collect()
+            ),
+            list("devices", slot.devices.iter().map(ToString::to_string).collect()),
+            list(
+                "never beside",
+                slot.conflicts_with_slots
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect()
+            ),
+        )
+    });
+    format!("server {}\n{}", config.general.baseurl, slots.collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_trimmed_and_an_open_or_empty_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        let set = |text: &str, mode: u32| {
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            token(&path)
+        };
+        assert_eq!(set("  abc\n", 0o640).unwrap(), Token::new("abc".into()));
+        for (text, mode, part) in [
+            ("abc", 0o644, "everybody"),
+            (" \n", 0o600, "empty"),
+            ("a b", 0o600, "one word"),
+        ] {
+            let error = set(text, mode).unwrap_err().to_string();
+            assert!(error.contains(part) && !error.contains("abc"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_host_without_the_group_the_directory_or_the_device_is_noticed_at_the_slots_line() {
+        let config = Config::parse(
+            "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
+             target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nadd_to_groups = [\"here\", \"away\"]\n\
+             read_only = { \"/srv/x\" = \"/no/such/directory\" }\ndevices = [\"/dev/no-such-device\", \"/dev/null\"]\n",
+        )
+        .unwrap();
+        let mistakes = check_host(&config, "root:x:0:\nhere:x:5:\n");
+        assert_eq!(mistakes.len(), 3, "{mistakes:?}");
+        assert!(mistakes.iter().all(|m| m.line == 5));
+        assert!(summary(&config).contains("slot a: target 01HZX3N8Q4J5K6M7P8R9S0T1V2; groups away here"));
+    }
+}

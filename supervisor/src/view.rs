@@ -1,0 +1,131 @@
+//! What the outside said, parsed once: the server's workers and leases, and the troubles of both ends.
+//!
+//! These types cross between the pure core and the shell. They must never do anything.
+
+use std::fmt;
+
+use protocol::{BootstrapToken, TargetId, WorkerId, is_ulid};
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// A job, as the server names it. It goes into a URL, so nothing but a ULID is let through.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct JobId(String);
+
+impl TryFrom<String> for JobId {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if is_ulid(&text) {
+            Ok(Self(text))
+        } else {
+            let short: String = text.chars().take(64).collect();
+            Err(format!("{short:?} is not a job's id: a ULID has 26 characters"))
+        }
+    }
+}
+
+impl From<JobId> for String {
+    fn from(job: JobId) -> String {
+        job.0
+    }
+}
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A job that the server has promised to this factory for sixty seconds.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Lease {
+    pub target: TargetId,
+    pub job: JobId,
+}
+
+/// A worker as the server sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct ServerWorker {
+    pub id: WorkerId,
+    pub target: TargetId,
+    /// The name of its slot, once it is associated.
+    #[serde(default)]
+    pub private: Option<String>,
+    /// None for a token that could not be handed to an agent anyway.
+    #[serde(default, deserialize_with = "usable")]
+    pub bootstrap: Option<BootstrapToken>,
+    /// Its agent has introduced itself; that never goes back.
+    pub online: bool,
+    /// A person, or a failure, has frozen it.
+    pub hold: bool,
+    /// To be torn down.
+    pub recycle: bool,
+}
+
+fn usable<'de, D: Deserializer<'de>>(from: D) -> Result<Option<BootstrapToken>, D::Error> {
+    Ok(Option::<String>::deserialize(from)?.and_then(|text| BootstrapToken::try_from(text).ok()))
+}
+
+/// Which of the two partners something is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Side {
+    Server,
+    Helper,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Side::Server => "server",
+            Side::Helper => "helper",
+        })
+    }
+}
+
+/// Why something was not done, though it may work later.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    pub side: Side,
+    /// The partner understood and refused: saying the same again will not help.
+    pub refused: bool,
+    /// One sentence for a person.
+    pub sentence: String,
+}
+
+impl Trouble {
+    pub fn passing(side: Side, sentence: impl fmt::Display) -> Self {
+        Self {
+            side,
+            refused: false,
+            sentence: sentence.to_string(),
+        }
+    }
+
+    pub fn refused(side: Side, sentence: impl fmt::Display) -> Self {
+        Self {
+            side,
+            refused: true,
+            sentence: sentence.to_string(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_worker_parses_and_an_unusable_token_is_none() {
+        let text = r#"{"id":"01HZX3N8Q4J5K6M7P8R9S0T1V2","target":"01HZX3N8Q4J5K6M7P8R9S0T1V3","private":null,
+            "bootstrap":"--help","online":false,"hold":true,"recycle":false,"more":1}"#;
+        let worker: ServerWorker = serde_json::from_str(text).unwrap();
+        assert!(worker.hold && worker.bootstrap.is_none() && worker.private.is_none());
+    }
+
+    #[test]
+    fn a_job_id_cannot_be_a_path() {
+        assert!(JobId::try_from("../../admin".to_owned()).is_err());
+        assert!(JobId::try_from("01HZX3N8Q4J5K6M7P8R9S0T1V2".to_owned()).is_ok());
+    }
+}

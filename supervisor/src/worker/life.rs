@@ -1,0 +1,212 @@
+//! What each event makes of a worker: one match on (phase, event). It must never look at anything but its
+//! arguments.
+
+use protocol::{Exit, State};
+
+use super::{Event, MAX_REMAKES, OnHost, OnServer, Phase, Worker};
+
+impl Worker {
+    /// What the worker is after `event`. `online_timeout` and `now` are in milliseconds.
+    #[must_use]
+    pub fn step(mut self, event: Event, now: u64, online_timeout: u64) -> Worker {
+        match (self.phase, event) {
+            (_, Event::Seen { server, host }) => return self.seen(server, host, now, online_timeout),
+            (_, Event::ServerWasAway { ms }) => {
+                self.waiting_since = self.waiting_since.saturating_add(ms).min(now);
+            }
+            // True whatever has happened since.
+            (_, Event::Associated) => self.associated = true,
+            (phase, Event::Trouble(sentence)) => {
+                if phase.is_starting() {
+                    self.trouble = Some(sentence);
+                }
+            }
+            (Phase::Reserved, Event::UserCreated) => self.enter(Phase::Created, now),
+            (Phase::Created, Event::AgentStarted) => self.enter(Phase::Running { online: false }, now),
+            (Phase::Reserved | Phase::Created, Event::StartFailed(reason)) => self.fail(reason, now),
+            (Phase::Reserved | Phase::Created, Event::HostLost) => {
+                self.lose("its user is gone from the host", now)
+            }
+            (
+                Phase::Broken {
+                    told: false,
+                    lines_sent,
+                },
+                Event::ToldPartly { lines },
+            ) => {
+                self.phase = Phase::Broken {
+                    told: false,
+                    lines_sent: lines.max(lines_sent),
+                };
+            }
+            (
+                Phase::Broken {
+                    told: false,
+                    lines_sent,
+                },
+                Event::Told,
+            ) => {
+                self.enter(
+                    Phase::Broken {
+                        told: true,
+                        lines_sent,
+                    },
+                    now,
+                );
+            }
+            (Phase::Broken { told: false, .. }, Event::CannotTell) => self.enter(Phase::Destroying, now),
+            (Phase::Clearing { confirmed: true }, Event::HostClean) => self.enter(Phase::Reserved, now),
+            (Phase::Destroying, Event::HostClean) => self.enter(Phase::Destroyed, now),
+            // An answer that a recycling, a hold or a failure has overtaken: the new phase's own duty
+            // repeats, or undoes, what it was about.
+            (
+                _,
+                Event::UserCreated
+                | Event::AgentStarted
+                | Event::StartFailed(_)
+                | Event::HostLost
+                | Event::ToldPartly { .. }
+                | Event::Told
+                | Event::CannotTell
+                | Event::HostClean,
+            ) => {}
+        }
+        self
+    }
+
+    fn seen(
+        mut self,
+        server: Option<OnServer>,
+        host: Option<OnHost>,
+        now: u64,
+        online_timeout: u64,
+    ) -> Worker {
+        let ending = matches!(self.phase, Phase::Destroying | Phase::Destroyed);
+        let (hold, recycle, online) = match server {
+            None => return self,
+            Some(OnServer::Gone) => {
+                self.gone = true;
+                (false, true, false)
+            }
+            Some(OnServer::View {
+                hold,
+                recycle,
+                online,
+                bootstrap,
+            }) => {
+                self.gone = false;
+                self.bootstrap = bootstrap.or(self.bootstrap);
+                (hold, recycle, online)
+            }
+        };
+        if self.hold && !hold {
+            self.waiting_since = now;
+        }
+        self.hold = hold;
+        if ending {
+            return self;
+        }
+        if recycle {
+            self.enter(Phase::Destroying, now);
+            return self;
+        }
+        if online && self.phase == (Phase::Running { online: false }) {
+            self.enter(Phase::Running { online: true }, now);
+        }
+        if hold {
+            return self;
+        }
+        match (self.phase, host) {
+            (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit)))) => {
+                self.fail(
+                    format!("the agent {exit} while the server still counted on it"),
+                    now,
+                );
+            }
+            (Phase::Running { online: true }, Some(OnHost::Absent)) => {
+                self.fail(
+                    "the worker is gone from the host while the server still counted on it".into(),
+                    now,
+                );
+            }
+            (Phase::Running { online: false }, Some(OnHost::Has(State::Exited(Exit::Unknown)))) => {
+                self.lose(
+                    "the agent was killed, or lost in a reboot, before it came online",
+                    now,
+                );
+            }
+            (Phase::Running { online: false }, Some(OnHost::Has(State::Exited(exit)))) => {
+                self.fail(format!("the agent {exit} before it came online"), now);
+            }
+            (Phase::Running { online: false } | Phase::Created, Some(OnHost::Absent)) if !online => {
+                self.lose("its user is gone from the host", now);
+            }
+            // The helper was cut off before the agent was started: it is asked again.
+            (Phase::Running { online: false }, Some(OnHost::Has(State::Created))) => {
+                self.enter(Phase::Created, now)
+            }
+            // Started by a life that could not note it.
+            (Phase::Reserved | Phase::Created, Some(OnHost::Has(State::Running))) if online => {
+                self.enter(Phase::Running { online: true }, now);
+            }
+            // The bootstrap token is used up, and whoever used it is gone: another agent would be refused.
+            (Phase::Clearing { .. }, _)
+            | (Phase::Reserved, Some(_))
+            | (Phase::Created, Some(OnHost::Absent))
+                if online =>
+            {
+                self.fail(
+                    "the worker was lost on the host after its agent had come online".into(),
+                    now,
+                );
+            }
+            // A host's list that is fresh came with a server's list that is: both are newer than the loss.
+            (Phase::Clearing { confirmed: false }, Some(_)) => {
+                self.phase = Phase::Clearing { confirmed: true }
+            }
+            _ => {}
+        }
+        if self.phase.is_starting() && !online && now.saturating_sub(self.waiting_since) >= online_timeout {
+            let trouble = self
+                .trouble
+                .as_ref()
+                .map(|t| format!("; the last trouble was: {t}"))
+                .unwrap_or_default();
+            self.fail(
+                format!(
+                    "the agent did not come online within {} s{trouble}",
+                    online_timeout / 1000
+                ),
+                now,
+            );
+        }
+        self
+    }
+
+    fn enter(&mut self, phase: Phase, now: u64) {
+        self.phase = phase;
+        self.since = now;
+        self.trouble = None;
+    }
+
+    fn fail(&mut self, reason: String, now: u64) {
+        self.enter(
+            Phase::Broken {
+                told: false,
+                lines_sent: 0,
+            },
+            now,
+        );
+        self.failure = Some(reason);
+    }
+
+    /// The job has not begun, so it need not fail: the same worker is made once more.
+    fn lose(&mut self, how: &str, now: u64) {
+        if self.remakes >= MAX_REMAKES {
+            self.fail(format!("{how}, for the {}th time", self.remakes + 1), now);
+        } else {
+            self.remakes += 1;
+            self.enter(Phase::Clearing { confirmed: false }, now);
+        }
+    }
+}

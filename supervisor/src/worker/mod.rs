@@ -1,0 +1,224 @@
+//! One worker's life: a pure function from (worker, event) to worker, and from worker to what is to be
+//! done next.
+//!
+//! The next action follows from the saved worker alone, and every action can be repeated, so a crash
+//! anywhere loses nothing: what was not known to be done is done again. Nothing here may look at a
+//! clock, a socket or a disk.
+
+mod life;
+#[cfg(test)]
+mod tests;
+
+use protocol::{BootstrapToken, SlotName, State, TargetId, WorkerId};
+
+use crate::view::{JobId, ServerWorker};
+
+/// A worker that was lost before its job began is made again this often.
+pub const MAX_REMAKES: u32 = 3;
+
+/// How far a worker is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The server knows it, and it has a slot; the host has nothing yet.
+    Reserved,
+    /// Its user exists.
+    Created,
+    /// Its agent was started. `online`: and has reported to the server.
+    Running { online: bool },
+    /// It was lost before its job began: the host is cleaned, then it is made again under its own name.
+    /// `confirmed`: the server, asked after the loss, says that the agent never came online; before that
+    /// nothing is undone. (Not saved: after a crash the server is asked once more.)
+    Clearing { confirmed: bool },
+    /// It failed. `told`: the server knows; until then, `lines_sent` of the console are in the job's log.
+    Broken { told: bool, lines_sent: u32 },
+    /// The host is being cleaned.
+    Destroying,
+    /// The host is clean; the server may forget it.
+    Destroyed,
+}
+
+impl Phase {
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Reserved => "reserved",
+            Phase::Created => "created",
+            Phase::Running { online: false } => "running",
+            Phase::Running { online: true } => "online",
+            Phase::Clearing { .. } => "clearing",
+            Phase::Broken { told: false, .. } => "broken",
+            Phase::Broken { told: true, .. } => "held",
+            Phase::Destroying => "destroying",
+            Phase::Destroyed => "destroyed",
+        }
+    }
+
+    /// Is its agent still expected to come online?
+    pub fn is_starting(self) -> bool {
+        matches!(
+            self,
+            Phase::Reserved | Phase::Created | Phase::Running { online: false } | Phase::Clearing { .. }
+        )
+    }
+}
+
+/// A worker: all that has to be remembered of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Worker {
+    pub id: WorkerId,
+    pub slot: SlotName,
+    pub target: TargetId,
+    /// The job that it was made for; unknown for one that was adopted.
+    pub job: Option<JobId>,
+    pub bootstrap: Option<BootstrapToken>,
+    pub phase: Phase,
+    /// When the phase began, in milliseconds since 1970.
+    pub since: u64,
+    /// From when on the agent's time to come online counts.
+    pub waiting_since: u64,
+    /// The server knows its slot.
+    pub associated: bool,
+    /// The server has it on hold.
+    pub hold: bool,
+    /// The server no longer lists it.
+    pub gone: bool,
+    pub remakes: u32,
+    /// Why it is broken.
+    pub failure: Option<String>,
+    /// What last stood in the way of its start, for the sentence when its time is up.
+    pub trouble: Option<String>,
+}
+
+/// The server's word on a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OnServer {
+    Gone,
+    View {
+        hold: bool,
+        recycle: bool,
+        online: bool,
+        bootstrap: Option<BootstrapToken>,
+    },
+}
+
+impl From<&ServerWorker> for OnServer {
+    fn from(w: &ServerWorker) -> Self {
+        OnServer::View {
+            hold: w.hold,
+            recycle: w.recycle,
+            online: w.online,
+            bootstrap: w.bootstrap.clone(),
+        }
+    }
+}
+
+/// The host's word on a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnHost {
+    Absent,
+    Has(State),
+}
+
+/// What can happen to a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A poll has shown this; None where that side did not answer, or answered before the last change.
+    Seen {
+        server: Option<OnServer>,
+        host: Option<OnHost>,
+    },
+    /// The server could not be asked for so long: that time does not count against the agent.
+    ServerWasAway {
+        ms: u64,
+    },
+    Associated,
+    UserCreated,
+    AgentStarted,
+    /// This many lines of the console are in the job's log.
+    ToldPartly {
+        lines: u32,
+    },
+    /// The server knows that it failed.
+    Told,
+    /// The server cannot be told (an older one): only its deletion will fail the job.
+    CannotTell,
+    /// No trace of it is left on the host.
+    HostClean,
+    /// The host does not have a worker that it should have.
+    HostLost,
+    /// It cannot be started here, for this reason.
+    StartFailed(String),
+    /// An action did not work, and will be tried again.
+    Trouble(String),
+}
+
+/// What is to be done for a worker. Each can be repeated without harm.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Tell the server the slot: before this it refuses the agent.
+    Associate {
+        slot: SlotName,
+    },
+    CreateUser {
+        slot: SlotName,
+    },
+    InstallAgent {
+        bootstrap: BootstrapToken,
+    },
+    /// The console from this line on into the job's log, then the failure.
+    Tell {
+        reason: String,
+        lines_sent: u32,
+    },
+    /// Remove every trace from the host.
+    HostDelete,
+    /// Tell the server that the host is clean. `gone`: the server has no such worker, any answer will do.
+    ServerDelete {
+        gone: bool,
+    },
+}
+
+impl Action {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Action::Associate { .. } => "associate",
+            Action::CreateUser { .. } => "create user",
+            Action::InstallAgent { .. } => "install agent",
+            Action::Tell { .. } => "tell the failure",
+            Action::HostDelete => "delete on the host",
+            Action::ServerDelete { .. } => "delete on the server",
+        }
+    }
+}
+
+impl Worker {
+    /// The one thing to do now, if any.
+    pub fn duty(&self) -> Option<Action> {
+        match self.phase {
+            Phase::Broken {
+                told: false,
+                lines_sent,
+            } => Some(Action::Tell {
+                reason: self.failure.clone().unwrap_or_default(),
+                lines_sent,
+            }),
+            Phase::Destroying => Some(Action::HostDelete),
+            Phase::Destroyed => Some(Action::ServerDelete { gone: self.gone }),
+            // A held worker is somebody's evidence.
+            _ if self.hold => None,
+            Phase::Reserved | Phase::Created if !self.associated => Some(Action::Associate {
+                slot: self.slot.clone(),
+            }),
+            Phase::Reserved => Some(Action::CreateUser {
+                slot: self.slot.clone(),
+            }),
+            Phase::Created => self
+                .bootstrap
+                .clone()
+                .map(|bootstrap| Action::InstallAgent { bootstrap }),
+            Phase::Clearing { confirmed: true } => Some(Action::HostDelete),
+            Phase::Running { .. }
+            | Phase::Clearing { confirmed: false }
+            | Phase::Broken { told: true, .. } => None,
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! The life of one worker, as a table of promises, and under random events.
+
+use super::*;
+use proptest::prelude::*;
+use protocol::Exit;
+
+const TIMEOUT: u64 = 300_000;
+
+fn worker(phase: Phase) -> Worker {
+    Worker {
+        id: WorkerId::from_bits(1),
+        slot: "a".parse().unwrap(),
+        target: TargetId::from_bits(2),
+        job: None,
+        bootstrap: Some("b".repeat(64).parse().unwrap()),
+        phase,
+        since: 0,
+        waiting_since: 0,
+        associated: true,
+        hold: false,
+        gone: false,
+        remakes: 0,
+        failure: None,
+        trouble: None,
+    }
+}
+
+fn view(hold: bool, recycle: bool, online: bool) -> OnServer {
+    OnServer::View {
+        hold,
+        recycle,
+        online,
+        bootstrap: None,
+    }
+}
+
+fn seen(server: OnServer, host: OnHost) -> Event {
+    Event::Seen {
+        server: Some(server),
+        host: Some(host),
+    }
+}
+
+const IDLE: (bool, bool, bool) = (false, false, false);
+const STARTED: Phase = Phase::Running { online: false };
+const ONLINE: Phase = Phase::Running { online: true };
+const CLEARING: Phase = Phase::Clearing { confirmed: false };
+const BROKEN: Phase = Phase::Broken {
+    told: false,
+    lines_sent: 0,
+};
+const RUNNING: OnHost = OnHost::Has(State::Running);
+const LOST: OnHost = OnHost::Has(State::Exited(Exit::Unknown));
+const DIED: OnHost = OnHost::Has(State::Exited(Exit::Status(1)));
+
+#[test]
+fn the_usual_life() {
+    let mut w = Worker {
+        associated: false,
+        ..worker(Phase::Reserved)
+    };
+    let story = [
+        (Event::Associated, "associate"),
+        (Event::UserCreated, "create user"),
+        (Event::AgentStarted, "install agent"),
+        (seen(view(false, false, true), RUNNING), ""),
+        (seen(view(false, true, true), RUNNING), ""),
+        (Event::HostClean, "delete on the host"),
+    ];
+    for (event, duty) in story {
+        assert_eq!(
+            w.duty().map_or("", |action| action.name()),
+            duty,
+            "before {event:?}"
+        );
+        w = w.step(event, 5, TIMEOUT);
+    }
+    assert_eq!(w.duty(), Some(Action::ServerDelete { gone: false }));
+}
+
+#[test]
+fn what_a_poll_does_to_each_phase() {
+    let gone = OnServer::Gone;
+    let v = |(hold, recycle, online)| view(hold, recycle, online);
+    let (online, recycle, held) = ((false, false, true), (false, true, false), (true, false, true));
+    for (phase, server, host, after) in [
+        (Phase::Reserved, v(recycle), OnHost::Absent, Phase::Destroying),
+        (Phase::Created, v(recycle), RUNNING, Phase::Destroying),
+        (BROKEN, v(recycle), DIED, Phase::Destroying),
+        (CLEARING, gone.clone(), LOST, Phase::Destroying),
+        (ONLINE, gone, RUNNING, Phase::Destroying),
+        (Phase::Destroyed, v(IDLE), OnHost::Absent, Phase::Destroyed),
+        (STARTED, v(IDLE), RUNNING, STARTED),
+        (STARTED, v(online), RUNNING, ONLINE),
+        (STARTED, v(IDLE), LOST, CLEARING),
+        (STARTED, v(IDLE), OnHost::Absent, CLEARING),
+        (STARTED, v(IDLE), OnHost::Has(State::Created), Phase::Created),
+        (STARTED, v(IDLE), DIED, BROKEN),
+        (STARTED, v(online), LOST, BROKEN),
+        (ONLINE, v(online), DIED, BROKEN),
+        (ONLINE, v(online), OnHost::Absent, BROKEN),
+        (ONLINE, v(held), DIED, ONLINE),
+        (Phase::Created, v(IDLE), OnHost::Absent, CLEARING),
+        (Phase::Created, v(online), RUNNING, ONLINE),
+        (CLEARING, v(online), LOST, BROKEN),
+        (CLEARING, v(IDLE), LOST, Phase::Clearing { confirmed: true }),
+    ] {
+        let new = worker(phase).step(seen(server.clone(), host), 5, TIMEOUT);
+        assert_eq!(new.phase, after, "{phase:?} {server:?} {host:?}");
+        assert_eq!(
+            new.failure.is_some(),
+            after == BROKEN && phase != BROKEN,
+            "{phase:?} {server:?} {host:?}"
+        );
+    }
+}
+
+#[test]
+fn a_half_seen_worker_is_left_alone() {
+    for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, BROKEN] {
+        let event = Event::Seen {
+            server: None,
+            host: Some(OnHost::Absent),
+        };
+        assert_eq!(worker(phase).step(event, TIMEOUT * 9, TIMEOUT), worker(phase));
+        let event = Event::Seen {
+            server: Some(view(false, false, phase == ONLINE)),
+            host: None,
+        };
+        assert_eq!(worker(phase).step(event, 5, TIMEOUT), worker(phase));
+    }
+}
+
+#[test]
+fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
+    let poll = |hold| seen(view(hold, false, false), RUNNING);
+    let w = worker(STARTED).step(poll(false), TIMEOUT - 1, TIMEOUT);
+    assert_eq!(w.phase, STARTED);
+    let late = w
+        .clone()
+        .step(Event::Trouble("no disk".into()), TIMEOUT, TIMEOUT)
+        .step(poll(false), TIMEOUT, TIMEOUT);
+    assert_eq!(late.phase, BROKEN);
+    assert_eq!(
+        late.failure.as_deref(),
+        Some("the agent did not come online within 300 s; the last trouble was: no disk")
+    );
+
+    let held = w
+        .clone()
+        .step(poll(true), TIMEOUT, TIMEOUT)
+        .step(poll(true), 5 * TIMEOUT, TIMEOUT);
+    assert_eq!((held.phase, held.duty()), (STARTED, None));
+    let released = held
+        .step(poll(false), 5 * TIMEOUT, TIMEOUT)
+        .step(poll(false), 6 * TIMEOUT - 1, TIMEOUT);
+    assert_eq!(released.phase, STARTED);
+    assert_eq!(released.step(poll(false), 6 * TIMEOUT, TIMEOUT).phase, BROKEN);
+
+    let away = w.step(Event::ServerWasAway { ms: 1000 }, TIMEOUT + 500, TIMEOUT);
+    assert_eq!(
+        away.clone().step(poll(false), TIMEOUT + 999, TIMEOUT).phase,
+        STARTED
+    );
+    assert_eq!(away.step(poll(false), TIMEOUT + 1000, TIMEOUT).phase, BROKEN);
+}
+
+#[test]
+fn a_lost_worker_is_made_again_three_times() {
+    let mut w = worker(STARTED);
+    for n in 1..=MAX_REMAKES {
+        w = w.step(seen(view(false, false, false), LOST), 5, TIMEOUT);
+        assert_eq!((w.phase, w.duty(), w.remakes), (CLEARING, None, n));
+        w = w.step(seen(view(false, false, false), LOST), 5, TIMEOUT);
+        assert_eq!(w.duty(), Some(Action::HostDelete));
+        w = w.step(Event::HostClean, 5, TIMEOUT);
+        assert_eq!(w.duty().unwrap().name(), "create user");
+        w = w
+            .step(Event::UserCreated, 5, TIMEOUT)
+            .step(Event::AgentStarted, 5, TIMEOUT);
+    }
+    w = w.step(seen(view(false, false, false), LOST), 5, TIMEOUT);
+    assert_eq!(w.phase, BROKEN);
+}
+
+#[test]
+fn a_failure_is_told_even_when_held_and_goes_on_where_it_stopped() {
+    let w = worker(Phase::Created).step(Event::StartFailed("no such group".into()), 5, TIMEOUT);
+    let w = w.step(Event::ToldPartly { lines: 3 }, 5, TIMEOUT);
+    let w = w.step(seen(view(true, false, false), DIED), 5, TIMEOUT);
+    assert_eq!(
+        w.duty(),
+        Some(Action::Tell {
+            reason: "no such group".into(),
+            lines_sent: 3
+        })
+    );
+    let held = w.clone().step(Event::Told, 5, TIMEOUT);
+    assert_eq!(
+        (held.phase, held.duty()),
+        (
+            Phase::Broken {
+                told: true,
+                lines_sent: 3
+            },
+            None
+        )
+    );
+    assert_eq!(w.step(Event::CannotTell, 5, TIMEOUT).phase, Phase::Destroying);
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let host = prop_oneof![
+        Just(OnHost::Absent),
+        Just(RUNNING),
+        Just(LOST),
+        Just(DIED),
+        Just(OnHost::Has(State::Created))
+    ];
+    let server = prop_oneof![
+        Just(OnServer::Gone),
+        any::<(bool, bool, bool)>().prop_map(|(h, r, o)| view(h, r && !h, o))
+    ];
+    let poll = (proptest::option::of(server), proptest::option::of(host));
+    prop_oneof![
+        8 => poll.prop_map(|(server, host)| Event::Seen { server, host }),
+        1 => Just(Event::Associated),
+        1 => Just(Event::UserCreated),
+        1 => Just(Event::AgentStarted),
+        1 => Just(Event::Told),
+        1 => Just(Event::CannotTell),
+        1 => Just(Event::HostClean),
+        1 => Just(Event::HostLost),
+        1 => Just(Event::StartFailed("x".into())),
+        1 => Just(Event::Trouble("y".into())),
+        1 => (0u64..TIMEOUT).prop_map(|ms| Event::ServerWasAway { ms }),
+        1 => (0u32..300).prop_map(|lines| Event::ToldPartly { lines }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_ends_are_final_and_recycling_works(
+        events in proptest::collection::vec((any_event(), 0u64..TIMEOUT), 0..60),
+    ) {
+        let (mut w, mut now) = (worker(Phase::Reserved), 0);
+        for (event, pause) in events {
+            now += pause / 8;
+            let old = w.clone();
+            w = w.step(event.clone(), now, TIMEOUT);
+            let rank = |phase| match phase { Phase::Destroying => 1, Phase::Destroyed => 2, _ => 0 };
+            prop_assert!(rank(w.phase) >= rank(old.phase), "{old:?} {event:?}");
+            prop_assert!(w.remakes <= MAX_REMAKES);
+            prop_assert!(old.phase != ONLINE || !w.phase.is_starting(), "an agent is never started twice: {event:?}");
+            prop_assert_eq!((w.id, &w.slot), (old.id, &old.slot));
+            if matches!(w.phase, Phase::Broken { .. }) { prop_assert!(w.failure.is_some()); }
+            if old.phase == w.phase { prop_assert_eq!(old.since, w.since); }
+        }
+        // From everywhere: recycled, cleaned, forgotten.
+        let ended = w.step(seen(view(false, true, false), OnHost::Absent), now, TIMEOUT).step(Event::HostClean, now, TIMEOUT);
+        prop_assert_eq!(ended.phase, Phase::Destroyed);
+    }
+}

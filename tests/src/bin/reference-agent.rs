@@ -1,0 +1,8 @@
+//! The reference agent; see `testbed::agent`.
+
+fn main() {
+    if let Err(e) = testbed::agent::main() {
+        eprintln!("ERROR: {e:#}");
+        std::process::exit(1);
+    }
+}

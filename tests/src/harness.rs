@@ -1,0 +1,366 @@
+//! A factory host of its own for each test: a root directory, a cgroup, a range of uids, and the real
+//! binaries. Dropped, it ends what it started, by pid, and removes what it made.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use protocol::{Received, Reply, Request, Seqpacket, WorkerId, config, wire};
+
+/// How long a test waits for what should come at once, before it fails.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The uid of the supervisor in tests: nobody's, outside every range in use.
+pub const SUPERVISOR_UID: u32 = 0x6fff_fff0;
+
+/// Build the factory's binaries, once a process, and say where they are.
+pub fn binaries() -> &'static Path {
+    static PLACE: OnceLock<PathBuf> = OnceLock::new();
+    PLACE.get_or_init(|| {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "this needs root: it makes users, namespaces and cgroups"
+        );
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut build = Command::new(cargo);
+        build.args(["build", "--quiet", "--workspace", "--bins"]);
+        build.current_dir(
+            Path::new(env!("CARGO_MANIFEST_DIR"))
+                .parent()
+                .expect("the workspace"),
+        );
+        assert!(
+            build.status().expect("cargo can be started").success(),
+            "the factory does not build"
+        );
+        let exe = std::env::current_exe().expect("a test has a path");
+        let place = exe
+            .ancestors()
+            .find(|dir| dir.join("user-factory-helper").is_file());
+        place.expect("the binaries are above the test's own").to_owned()
+    })
+}
+
+/// Lines that a process prints, kept, and waited for.
+#[derive(Clone, Debug, Default)]
+pub struct Log(Arc<(Mutex<Vec<String>>, Condvar)>);
+
+impl Log {
+    fn follow(&self, stream: impl std::io::Read + Send + 'static) {
+        let log = self.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                log.0.0.lock().unwrap().push(line);
+                log.0.1.notify_all();
+            }
+        });
+    }
+
+    /// Wait for a line, from `from` on, that has all of `parts`.
+    pub fn wait_from(&self, from: usize, parts: &[&str]) -> String {
+        let matches = |line: &&String| parts.iter().all(|part| line.contains(part));
+        let end = Instant::now() + PATIENCE;
+        let mut lines = self.0.0.lock().unwrap();
+        loop {
+            if let Some(line) = lines.iter().skip(from).find(matches) {
+                return line.clone();
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(
+                !left.is_zero(),
+                "no line with {parts:?} came:\n{}",
+                lines.join("\n")
+            );
+            lines = self.0.1.wait_timeout(lines, left).unwrap().0;
+        }
+    }
+
+    pub fn wait(&self, parts: &[&str]) -> String {
+        self.wait_from(0, parts)
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.0.lock().unwrap().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn text(&self) -> String {
+        self.0.0.lock().unwrap().join("\n")
+    }
+}
+
+/// A started binary of the factory.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    pub log: Log,
+}
+
+impl Running {
+    pub fn start(command: &mut Command) -> Running {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary can be started");
+        let log = Log::default();
+        log.follow(child.stderr.take().expect("it was piped"));
+        Running { child, log }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).expect("it is our child");
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Wait for its end.
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        self.child.wait().expect("it is our child")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- log of process {}\n{}", self.child.id(), self.log.text());
+        }
+    }
+}
+
+/// A host for one test.
+#[derive(Debug)]
+pub struct TestHost {
+    pub root: PathBuf,
+    pub cgroup: String,
+    pub uids: std::ops::RangeInclusive<u32>,
+    _directory: tempfile::TempDir,
+}
+
+impl TestHost {
+    pub fn new() -> TestHost {
+        binaries();
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let pid = std::process::id();
+        let directory = tempfile::Builder::new()
+            .prefix("user-factory-test-")
+            .tempdir()
+            .expect("a directory");
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let root = directory.path().canonicalize().unwrap();
+        fs::create_dir_all(root.join(config::CONFIG_PATH).parent().unwrap()).unwrap();
+        let state = root.join(config::STATE_DIR).join("supervisor");
+        fs::create_dir_all(&state).unwrap();
+        chown(&state, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
+        // Tests of one process, and of a few processes at the same time, keep out of each other's way.
+        let first = 0x7000_0000 + (pid.wrapping_mul(97).wrapping_add(number) % 1000) * 64;
+        let cgroup = format!("/user-factory-test-{pid}-{number}");
+        TestHost {
+            root,
+            cgroup,
+            uids: first..=first + 63,
+            _directory: directory,
+        }
+    }
+
+    /// Write the configuration: the general part for `baseurl` and `user`, then `slots`.
+    pub fn configure(&self, baseurl: &str, user: u32, slots: &str) {
+        let text = format!(
+            "[general]\nbaseurl = \"{baseurl}\"\n[factory]\ntoken_file = \"{}\"\nuser = {user}\nuid_range = \"{}-{}\"\n{slots}",
+            self.root.join("token").display(),
+            self.uids.start(),
+            self.uids.end(),
+        );
+        // As an editor does it: the file is replaced, never half-written.
+        let part = self.root.join("config.part");
+        fs::write(&part, text).unwrap();
+        fs::set_permissions(&part, fs::Permissions::from_mode(0o644)).unwrap();
+        fs::rename(part, self.root.join(config::CONFIG_PATH)).unwrap();
+    }
+
+    pub fn write_token(&self, token: &str) {
+        let path = self.root.join("token");
+        fs::write(&path, token).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        chown(&path, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
+    }
+
+    /// Start the helper and wait until it serves.
+    pub fn helper(&self) -> Running {
+        let mut command = Command::new(binaries().join("user-factory-helper"));
+        let helper = Running::start(
+            command
+                .arg("--root")
+                .arg(&self.root)
+                .args(["--cgroup", &self.cgroup]),
+        );
+        helper.log.wait(&["serving"]);
+        helper
+    }
+
+    /// Start the supervisor, as an unprivileged user.
+    pub fn supervisor(&self) -> Running {
+        let mut command = Command::new(binaries().join("user-factory"));
+        command.arg("serve").arg("--root").arg(&self.root);
+        Running::start(command.uid(SUPERVISOR_UID).gid(SUPERVISOR_UID))
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.root.join(config::HELPER_SOCKET)
+    }
+
+    pub fn worker_dir(&self, worker: WorkerId) -> PathBuf {
+        self.root
+            .join(config::STATE_DIR)
+            .join("workers")
+            .join(worker.to_string())
+    }
+
+    pub fn userdb(&self) -> PathBuf {
+        self.root.join("run/userdb")
+    }
+
+    /// The directory of the helper's cgroup.
+    pub fn cgroup_dir(&self) -> PathBuf {
+        cgroup2_mount().join(self.cgroup.trim_start_matches('/'))
+    }
+}
+
+impl Default for TestHost {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for TestHost {
+    fn drop(&mut self) {
+        let top = self.cgroup_dir();
+        let _ = fs::write(top.join("cgroup.kill"), "1");
+        for _ in 0..2000 {
+            if !fs::read_to_string(top.join("cgroup.events"))
+                .unwrap_or_default()
+                .contains("populated 1")
+            {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        for dir in fs::read_dir(top.join("workers")).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(dir.path());
+        }
+        for dir in [top.join("workers"), top.join("daemon"), top] {
+            let _ = fs::remove_dir(dir);
+        }
+    }
+}
+
+/// Where cgroup v2 is mounted here.
+pub fn cgroup2_mount() -> PathBuf {
+    let info = fs::read_to_string("/proc/self/mountinfo").expect("/proc is mounted");
+    let line = info
+        .lines()
+        .find(|line| line.contains(" - cgroup2 "))
+        .expect("cgroup v2 is mounted");
+    line.split(' ')
+        .nth(4)
+        .expect("mountinfo has a fifth field")
+        .into()
+}
+
+/// A client at the helper's socket, polite or not.
+#[derive(Debug)]
+pub struct Client(pub Seqpacket);
+
+impl Client {
+    /// Connected, and past the greeting.
+    pub fn new(host: &TestHost) -> Client {
+        let client = Client::silent(host);
+        assert_eq!(
+            client
+                .ask(&Request::Hello {
+                    version: protocol::VERSION
+                })
+                .0,
+            Reply::Welcome {
+                version: protocol::VERSION
+            }
+        );
+        client
+    }
+
+    /// Connected; nothing said.
+    pub fn silent(host: &TestHost) -> Client {
+        Client(Seqpacket::connect(&host.socket(), false).expect("the helper listens"))
+    }
+
+    pub fn ask(&self, request: &Request) -> (Reply, Vec<OwnedFd>) {
+        self.ask_with(request, None)
+    }
+
+    pub fn ask_with(&self, request: &Request, descriptor: Option<BorrowedFd<'_>>) -> (Reply, Vec<OwnedFd>) {
+        self.0
+            .send(&wire::encode(request).unwrap(), descriptor)
+            .expect("the helper takes a packet");
+        self.reply()
+            .unwrap_or_else(|| panic!("the helper hung up on {request:?}"))
+    }
+
+    /// The next reply; none if the helper has hung up.
+    pub fn reply(&self) -> Option<(Reply, Vec<OwnedFd>)> {
+        match self.0.recv(wire::MAX_REPLY) {
+            Ok(Received::Packet { bytes, descriptors }) => {
+                Some((wire::decode(&bytes).expect("a reply"), descriptors))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A program in a sealed memfd, as the supervisor hands it over.
+pub fn sealed(program: &[u8]) -> OwnedFd {
+    let fd = memory(program);
+    let seals =
+        SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(fd.as_fd(), FcntlArg::F_ADD_SEALS(seals)).expect("a memfd can be sealed");
+    fd
+}
+
+/// A program in a memfd without seals.
+pub fn memory(program: &[u8]) -> OwnedFd {
+    let fd = memfd_create("agent", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).expect("a memfd");
+    let mut file = fs::File::from(fd);
+    file.write_all(program).expect("a memfd can be written");
+    file.into()
+}
+
+/// A new worker's id.
+pub fn worker_id() -> WorkerId {
+    static COUNT: AtomicU32 = AtomicU32::new(1);
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_millis();
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    WorkerId::from_bits(
+        (now & ((1 << 48) - 1)) << 80 | u128::from(std::process::id()) << 32 | u128::from(number),
+    )
+}

@@ -1,0 +1,11 @@
+//! The test bed: what the factory is tried against.
+//!
+//! [`server`] is a stand-in for the buildomat server, over real HTTP and with a clock that tests can
+//! move; [`agent`] is a reference agent with the real one's command line, files and manners.
+
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod census;
+pub mod harness;
+pub mod server;

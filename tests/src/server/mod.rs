@@ -1,0 +1,293 @@
+//! A stand-in buildomat server: the same paths, bodies and status codes over real HTTP, with its state
+//! in memory and its clock in the test's hand.
+//!
+//! The rules are pure (`state`, `jobs`, `tick`), the HTTP is thin (`http*`), and [`Server`] is what a
+//! test holds. It must never be easier on a factory than the real server is.
+
+mod http;
+mod http_factory;
+mod http_file;
+mod http_user;
+mod http_worker;
+mod jobs;
+mod model;
+mod net;
+mod shared;
+mod state;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_http;
+mod tick;
+mod ulid;
+pub mod wire;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use axum::body::Bytes;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+pub use model::{
+    Factory, Hold, Input, Job, JobSpec, Lease, MAX_RUNTIME, Progress, Refusal, Stored, Task, Worker,
+};
+pub use shared::{Behaviour, Down};
+pub use state::State;
+pub use ulid::{Ulid, secret};
+use wire::{JobEvent, JobOutput};
+
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// Port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// The agent's binary for `/file/`; without one it is not found.
+    pub agent: Option<PathBuf>,
+    /// How often, in real time, the server looks after its jobs and workers.
+    pub tick: Duration,
+}
+
+impl Default for ServerOptions {
+    fn default() -> ServerOptions {
+        ServerOptions {
+            listen: ([127, 0, 0, 1], 0).into(),
+            agent: None,
+            tick: Duration::from_millis(100),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Running {
+    stop: oneshot::Sender<()>,
+    serve: JoinHandle<io::Result<()>>,
+    ticker: JoinHandle<()>,
+}
+
+/// A test's handle on the server. Dropping it ends the server.
+#[derive(Debug)]
+pub struct Server {
+    app: shared::App,
+    address: SocketAddr,
+    tick: Duration,
+    running: Mutex<Option<Running>>,
+}
+
+impl Server {
+    pub async fn start(options: ServerOptions) -> Result<Server> {
+        let listener = TcpListener::bind(options.listen).await;
+        let listener = listener.with_context(|| format!("cannot listen on {}", options.listen))?;
+        let server = Server {
+            app: Arc::new(shared::Shared::new(options.agent)),
+            address: listener
+                .local_addr()
+                .context("the listening address is unknown")?,
+            tick: options.tick,
+            running: Mutex::default(),
+        };
+        server.launch(listener);
+        Ok(server)
+    }
+
+    fn launch(&self, listener: TcpListener) {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let gate = net::Gate {
+            listener,
+            dead: self.app.dead.clone(),
+        };
+        let serving = axum::serve(gate, http::router(self.app.clone())).with_graceful_shutdown(async move {
+            stopped.await.ok();
+        });
+        let (app, mut interval) = (self.app.clone(), tokio::time::interval(self.tick));
+        let ticker = tokio::spawn(async move {
+            loop {
+                interval.tick().await;
+                app.with(State::tick);
+            }
+        });
+        let running = Running {
+            stop,
+            serve: tokio::spawn(serving.into_future()),
+            ticker,
+        };
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(running);
+    }
+
+    /// Ends the server: requests under way get a moment to finish, then the port is closed.
+    pub async fn stop(&self) {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(running) = running else { return };
+        running.ticker.abort();
+        running.stop.send(()).ok();
+        let mut serve = running.serve;
+        if tokio::time::timeout(Duration::from_secs(2), &mut serve)
+            .await
+            .is_err()
+        {
+            serve.abort();
+        }
+    }
+
+    /// Starts again on the same port with what was there; leases are forgotten, as the real server
+    /// keeps them in memory only.
+    pub async fn restart(&self) -> Result<()> {
+        self.stop().await;
+        let listener = TcpListener::bind(self.address).await;
+        let listener = listener.with_context(|| format!("cannot listen on {} again", self.address))?;
+        self.app.with(|s| s.leases.clear());
+        self.launch(listener);
+        Ok(())
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The one user's token, which is the administrator's too.
+    pub fn user_token(&self) -> String {
+        self.app.look(|s| s.user_token.clone())
+    }
+
+    /// Changes anything.
+    pub fn with<R>(&self, change: impl FnOnce(&mut State) -> R) -> R {
+        self.app.with(change)
+    }
+
+    pub fn add_target(&self, name: &str) -> Ulid {
+        self.with(|s| s.add_target(name))
+    }
+
+    pub fn add_factory(&self, name: &str) -> (Ulid, String) {
+        self.with(|s| s.add_factory(name))
+    }
+
+    pub fn submit_job(&self, spec: JobSpec) -> Result<Ulid, Refusal> {
+        self.with(|s| s.submit_spec(spec))
+    }
+
+    /// A snapshot; panics on an id that this server never gave.
+    pub fn job(&self, job: Ulid) -> Job {
+        self.app.look(|s| s.jobs[&job].clone())
+    }
+
+    pub fn events(&self, job: Ulid) -> Vec<JobEvent> {
+        self.app.look(|s| s.jobs[&job].events.clone())
+    }
+
+    pub fn outputs(&self, job: Ulid) -> Vec<JobOutput> {
+        self.app.look(|s| s.jobs[&job].outputs.clone())
+    }
+
+    /// An output's bytes, by its path.
+    pub fn output(&self, job: Ulid, path: &str) -> Option<Bytes> {
+        self.app.look(|s| {
+            let j = &s.jobs[&job];
+            let id = j.outputs.iter().find(|o| o.path == path)?.id;
+            j.files.get(&id).cloned()
+        })
+    }
+
+    pub fn worker(&self, worker: Ulid) -> Worker {
+        self.app.look(|s| s.workers[&worker].clone())
+    }
+
+    /// All there ever were, deleted ones too, oldest first.
+    pub fn workers(&self) -> Vec<Worker> {
+        self.app.look(|s| s.workers.values().cloned().collect())
+    }
+
+    pub fn cancel(&self, job: Ulid) -> Result<(), Refusal> {
+        self.with(|s| s.cancel(job))
+    }
+
+    pub fn hold(&self, worker: Ulid) -> Result<(), Refusal> {
+        self.with(|s| s.hold(worker, "held by a person"))
+    }
+
+    pub fn release(&self, worker: Ulid) -> Result<(), Refusal> {
+        self.with(|s| s.release(worker))
+    }
+
+    pub fn recycle(&self, worker: Ulid) -> Result<(), Refusal> {
+        self.with(|s| s.recycle(worker))
+    }
+
+    pub fn hold_new_workers(&self, hold: bool) {
+        self.with(|s| s.hold_new_workers = hold);
+    }
+
+    /// Moves the server's clock on, and lets everything that is then due happen at once.
+    pub fn advance(&self, by: Duration) {
+        self.app.advance(by);
+    }
+
+    pub fn set_down(&self, down: Down) {
+        self.behave(|b| b.down = down);
+    }
+
+    pub fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
+        self.app.behave(change);
+    }
+
+    /// How many requests have arrived at a route, as in `"POST /0/factory/lease"`.
+    pub fn requests(&self, route: &str) -> u64 {
+        self.app.requests().get(route).copied().unwrap_or(0)
+    }
+
+    pub fn all_requests(&self) -> BTreeMap<String, u64> {
+        self.app.requests()
+    }
+
+    /// Waits until the state shows what is wanted, looking again at each change and each request.
+    pub async fn wait_for<T>(
+        &self,
+        timeout: Duration,
+        mut see: impl FnMut(&State) -> Option<T>,
+    ) -> Result<T> {
+        let mut bell = self.app.bell();
+        let seen = async {
+            loop {
+                if let Some(found) = self.app.look(|s| see(s)) {
+                    return found;
+                }
+                if bell.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        tokio::time::timeout(timeout, seen)
+            .await
+            .context("the server never came to the awaited state")
+    }
+
+    /// The common wait: until the job has ended.
+    pub async fn wait_job(&self, job: Ulid, timeout: Duration) -> Result<Job> {
+        self.wait_for(timeout, |s| s.jobs.get(&job).filter(|j| j.complete()).cloned())
+            .await
+            .with_context(|| format!("job {job} did not end; its events: {:#?}", self.events(job)))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(running) = self
+            .running
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
+            running.ticker.abort();
+            running.serve.abort();
+        }
+    }
+}

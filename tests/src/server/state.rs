@@ -1,0 +1,383 @@
+//! The server's rules for factories and workers, as a plain struct with pure methods: no I/O, and the
+//! time is whatever `now` says. Jobs are in `jobs`, what happens by itself in `tick`.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde_json::json;
+
+use super::model::{Factory, Hold, Job, Lease, Refusal, Worker};
+use super::ulid::{Ulid, secret};
+use super::wire::{Append, Associate, JobEvent, Ping, PingInput, PingJob, PingTask};
+
+pub const LEASE: Duration = Duration::from_secs(60);
+
+#[derive(Debug)]
+pub struct State {
+    pub now: Timestamp,
+    pub user_token: String,
+    pub targets: BTreeMap<Ulid, String>,
+    pub factories: BTreeMap<Ulid, Factory>,
+    pub workers: BTreeMap<Ulid, Worker>,
+    pub jobs: BTreeMap<Ulid, Job>,
+    pub leases: BTreeMap<Ulid, Lease>,
+    /// An operator's hold on the whole server: nothing is leased.
+    pub held: bool,
+    /// Every new worker is made held, whatever its factory's setting is.
+    pub hold_new_workers: bool,
+    last_id: Option<Ulid>,
+}
+
+impl State {
+    pub fn new(now: Timestamp) -> State {
+        State {
+            now,
+            user_token: secret(),
+            targets: BTreeMap::new(),
+            factories: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            held: false,
+            hold_new_workers: false,
+            last_id: None,
+        }
+    }
+
+    /// A fresh id, above every earlier one, so that the maps keep the order of creation.
+    pub fn new_id(&mut self) -> Ulid {
+        let fresh = Ulid::generate(self.now);
+        let id = self.last_id.map_or(fresh, |last| fresh.max(last.next()));
+        self.last_id = Some(id);
+        id
+    }
+
+    pub fn add_target(&mut self, name: &str) -> Ulid {
+        let id = self.new_id();
+        self.targets.insert(id, name.to_string());
+        id
+    }
+
+    /// By name or id.
+    pub fn find_target(&self, name: &str) -> Option<Ulid> {
+        self.targets
+            .iter()
+            .find(|(id, n)| *n == name || id.to_string() == name)
+            .map(|(id, _)| *id)
+    }
+
+    pub fn add_factory(&mut self, name: &str) -> (Ulid, String) {
+        let (id, token) = (self.new_id(), secret());
+        let factory = Factory {
+            id,
+            name: name.to_string(),
+            token: token.clone(),
+            enable: true,
+            hold_workers: false,
+            last_ping: None,
+        };
+        self.factories.insert(id, factory);
+        (id, token)
+    }
+
+    pub fn factory_by_token(&self, token: &str) -> Option<Ulid> {
+        self.factories.values().find(|f| f.token == token).map(|f| f.id)
+    }
+
+    /// A deleted worker's agent is still let in: it is told to power off.
+    pub fn worker_by_token(&self, token: &str) -> Option<Ulid> {
+        self.workers
+            .values()
+            .find(|w| w.token.as_deref() == Some(token))
+            .map(|w| w.id)
+    }
+
+    pub fn factory_ping(&mut self, factory: Ulid) {
+        let now = self.now;
+        if let Some(f) = self.factories.get_mut(&factory) {
+            f.last_ping = Some(now);
+        }
+    }
+
+    // Leases
+
+    pub fn lease(&mut self, factory: Ulid, targets: &[Ulid]) -> Option<(Ulid, Ulid)> {
+        self.factory_ping(factory);
+        if self.held || !self.factories[&factory].enable {
+            return None;
+        }
+        let free = |j: &&Job| j.queued() && targets.contains(&j.target) && !self.leases.contains_key(&j.id);
+        let (job, target) = self.jobs.values().find(free).map(|j| (j.id, j.target))?;
+        self.leases.insert(
+            job,
+            Lease {
+                factory,
+                expiry: self.now + LEASE,
+            },
+        );
+        Some((job, target))
+    }
+
+    pub fn renew(&mut self, factory: Ulid, job: Ulid) -> bool {
+        let expiry = self.now + LEASE;
+        match self.leases.get_mut(&job) {
+            Some(lease) if lease.factory == factory => {
+                lease.expiry = expiry;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    // A factory's workers
+
+    pub fn create_worker(
+        &mut self,
+        factory: Ulid,
+        target: Ulid,
+        job: Option<Ulid>,
+        wait_for_flush: bool,
+    ) -> Result<Ulid, Refusal> {
+        if !self.targets.contains_key(&target) {
+            return Err(Refusal::Internal);
+        }
+        if let Some(job) = job {
+            let j = self.jobs.get(&job).ok_or(Refusal::Internal)?;
+            if let Some(worker) = j.worker {
+                return Err(Refusal::Conflict(format!(
+                    "job {job} already assigned to worker {worker}"
+                )));
+            }
+            if !j.queued() {
+                return Err(Refusal::Conflict(format!(
+                    "job {job} is not queued but {}",
+                    j.state()
+                )));
+            }
+        }
+        let hold = self.hold_new_workers || self.factories[&factory].hold_workers;
+        let id = self.new_id();
+        let worker = Worker {
+            id,
+            factory,
+            target,
+            created: self.now,
+            bootstrap: secret(),
+            token: None,
+            private: None,
+            ip: None,
+            metadata: None,
+            wait_for_flush,
+            recycle_asked: false,
+            hold: hold.then(|| Hold {
+                reason: "workers are created on hold".to_string(),
+                time: self.now,
+            }),
+            deleted: false,
+            diagnostics: false,
+            last_ping: None,
+            job: None,
+            events: Vec::new(),
+        };
+        self.workers.insert(id, worker);
+        if let Some(job) = job {
+            self.assign(job, id);
+        }
+        Ok(id)
+    }
+
+    /// A worker that this factory may touch. An unknown one is the server's 500; a deleted one is found.
+    pub fn owned(&mut self, factory: Ulid, worker: Ulid) -> Result<&mut Worker, Refusal> {
+        match self.workers.get_mut(&worker) {
+            None => Err(Refusal::Internal),
+            Some(w) if w.factory != factory => Err(Refusal::Forbidden("not your worker")),
+            Some(w) => Ok(w),
+        }
+    }
+
+    pub fn associate(&mut self, factory: Ulid, worker: Ulid, body: Associate) -> Result<(), Refusal> {
+        let w = self.owned(factory, worker)?;
+        if w.deleted || w.private.as_ref().is_some_and(|p| *p != body.private) {
+            return Err(Refusal::Unauthorised);
+        }
+        w.private = Some(body.private);
+        w.ip = body.ip.or(w.ip.take());
+        w.metadata = body.metadata.or(w.metadata.take());
+        Ok(())
+    }
+
+    /// The job that was still running there fails at the next tick, or at once when none comes.
+    pub fn destroy(&mut self, factory: Ulid, worker: Ulid) -> Result<bool, Refusal> {
+        let w = self.owned(factory, worker)?;
+        w.deleted = true;
+        w.diagnostics = false;
+        self.fail_orphans();
+        Ok(true)
+    }
+
+    pub fn flush(&mut self, factory: Ulid, worker: Ulid) -> Result<(), Refusal> {
+        self.owned(factory, worker)?.wait_for_flush = false;
+        Ok(())
+    }
+
+    /// `true` = keep the line and try again: there is no job yet to keep it in.
+    pub fn factory_append(&mut self, factory: Ulid, worker: Ulid, line: Append) -> Result<bool, Refusal> {
+        let w = self.owned(factory, worker)?;
+        let (job, never) = (w.job, w.deleted || (w.recycle() && !w.online()));
+        let Some(job) = job else { return Ok(!never) };
+        if !self.jobs[&job].complete() {
+            self.append(job, None, &line.stream, Some(line.time), &line.payload);
+        }
+        Ok(false)
+    }
+
+    pub fn factory_fail(&mut self, factory: Ulid, worker: Ulid, reason: &str) -> Result<(), Refusal> {
+        self.owned(factory, worker)?;
+        self.fail_worker(worker, reason);
+        Ok(())
+    }
+
+    /// Fails the job, holds the worker, and has it recycled once a person lifts the hold. Of a worker
+    /// already failed, recycled or deleted it changes nothing.
+    pub fn fail_worker(&mut self, worker: Ulid, reason: &str) {
+        let now = self.now;
+        let Some(w) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        if w.deleted || w.recycle_asked {
+            return;
+        }
+        w.recycle_asked = true;
+        w.hold = Some(Hold {
+            reason: format!("worker failed: {reason}"),
+            time: now,
+        });
+        if let Some(job) = w.job.filter(|job| !self.jobs[job].complete()) {
+            self.control(job, &format!("worker failed: {reason}"));
+            self.finish(job, true);
+        }
+    }
+
+    // A person's part
+
+    fn known(&mut self, worker: Ulid) -> Result<&mut Worker, Refusal> {
+        self.workers.get_mut(&worker).ok_or(Refusal::Internal)
+    }
+
+    pub fn hold(&mut self, worker: Ulid, reason: &str) -> Result<(), Refusal> {
+        let hold = Hold {
+            reason: reason.to_string(),
+            time: self.now,
+        };
+        let w = self.known(worker)?;
+        if w.deleted {
+            return Err(Refusal::Conflict(format!("worker {worker} is already deleted")));
+        }
+        w.hold.get_or_insert(hold);
+        Ok(())
+    }
+
+    pub fn release(&mut self, worker: Ulid) -> Result<(), Refusal> {
+        self.known(worker)?.hold = None;
+        self.fail_orphans();
+        Ok(())
+    }
+
+    pub fn recycle(&mut self, worker: Ulid) -> Result<(), Refusal> {
+        let w = self.known(worker)?;
+        w.recycle_asked |= !w.deleted;
+        self.fail_orphans();
+        Ok(())
+    }
+
+    // The agent's part
+
+    pub fn bootstrap(&mut self, bootstrap: &str, token: &str) -> Result<Ulid, Refusal> {
+        let w = self
+            .workers
+            .values_mut()
+            .find(|w| w.bootstrap == bootstrap)
+            .ok_or(Refusal::Unauthorised)?;
+        let other = w.token.as_ref().is_some_and(|t| t != token);
+        if w.finished() || w.private.is_none() || other || token.len() < 16 {
+            return Err(Refusal::Unauthorised);
+        }
+        w.token = Some(token.to_string());
+        w.last_ping = Some(self.now);
+        Ok(w.id)
+    }
+
+    pub fn worker_ping(&mut self, worker: Ulid) -> Ping {
+        let now = self.now;
+        if let Some(w) = self.workers.get_mut(&worker) {
+            w.last_ping = Some(now);
+        }
+        let w = &self.workers[&worker];
+        let f = &self.factories[&w.factory];
+        let job = w.job.filter(|_| !w.wait_for_flush).map(|job| &self.jobs[&job]);
+        Ping {
+            poweroff: w.finished(),
+            job: job.map(describe),
+            factory_info: Some(json!({ "id": f.id, "name": f.name, "private": w.private })),
+            factory_metadata: w.metadata.clone(),
+        }
+    }
+
+    pub fn worker_append(&mut self, worker: Ulid, lines: Vec<Append>) {
+        let now = self.now;
+        let Some(w) = self.workers.get_mut(&worker) else {
+            return;
+        };
+        for line in lines {
+            w.events.push(JobEvent {
+                seq: w.events.len(),
+                task: None,
+                stream: line.stream,
+                time: now,
+                time_remote: Some(line.time),
+                payload: line.payload,
+            });
+        }
+    }
+
+    pub fn diagnostics(&mut self, worker: Ulid, wanted: bool) {
+        if let Some(w) = self.workers.get_mut(&worker) {
+            w.diagnostics = wanted && !w.deleted;
+        }
+    }
+
+    pub fn diagnostics_complete(&mut self, worker: Ulid, hold: bool) -> Result<(), Refusal> {
+        self.diagnostics(worker, false);
+        if hold {
+            self.hold(worker, "diagnostics requested hold")?;
+        }
+        self.recycle(worker)
+    }
+}
+
+fn describe(j: &Job) -> PingJob {
+    let task = |(i, t): (usize, &super::model::Task)| PingTask {
+        id: i as u32,
+        name: t.spec.name.clone(),
+        script: t.spec.script.clone(),
+        env_clear: t.spec.env_clear,
+        env: t.spec.env.clone(),
+        uid: t.spec.uid.unwrap_or(0),
+        gid: t.spec.gid.unwrap_or(0),
+        workdir: t.spec.workdir.clone().unwrap_or_else(|| "/".to_string()),
+    };
+    let input = |i: &super::model::Input| {
+        i.file.map(|file| PingInput {
+            name: i.name.clone(),
+            id: file.to_string(),
+        })
+    };
+    PingJob {
+        id: j.id.to_string(),
+        name: j.name.clone(),
+        tasks: j.tasks.iter().enumerate().map(task).collect(),
+        inputs: j.inputs.iter().filter_map(input).collect(),
+        output_rules: j.output_rules.iter().map(|(_, rule)| rule.clone()).collect(),
+    }
+}

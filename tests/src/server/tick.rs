@@ -1,0 +1,124 @@
+//! What the server does by itself, once a tick: leases run out, workers of finished jobs are recycled,
+//! jobs are given to free workers, and the stuck ones are dealt with.
+
+use std::time::Duration;
+
+use super::model::Worker;
+use super::state::State;
+use super::ulid::Ulid;
+
+pub const IDLE: Duration = Duration::from_secs(30 * 60);
+pub const SILENT: Duration = Duration::from_secs(10 * 60);
+
+impl State {
+    pub fn tick(&mut self) {
+        self.expire_leases();
+        self.recycle_finished();
+        self.abort_overlong();
+        self.fail_silent();
+        self.end_cancelled();
+        self.fail_orphans();
+        self.assign_queued();
+    }
+
+    fn older(&self, time: jiff::Timestamp, limit: Duration) -> bool {
+        time + limit < self.now
+    }
+
+    /// Ids first: the rules change the maps that they look at.
+    fn pick_workers(&self, wanted: impl Fn(&Worker) -> bool) -> Vec<Ulid> {
+        self.workers
+            .values()
+            .filter(|w| wanted(w))
+            .map(|w| w.id)
+            .collect()
+    }
+
+    fn expire_leases(&mut self) {
+        let now = self.now;
+        self.leases.retain(|_, lease| lease.expiry > now);
+    }
+
+    fn recycle_finished(&mut self) {
+        let done = self.pick_workers(|w| match w.job {
+            Some(job) => self.jobs[&job].complete() && !w.diagnostics,
+            None => w.online() && self.older(w.created, IDLE),
+        });
+        for id in done {
+            if let Some(w) = self.workers.get_mut(&id).filter(|w| !w.deleted) {
+                w.recycle_asked = true;
+            }
+        }
+    }
+
+    fn abort_overlong(&mut self) {
+        let overlong = |w: &Worker| {
+            let j = w.job.map(|job| &self.jobs[&job]).filter(|j| !j.complete())?;
+            let over = !w.finished() && self.older(j.assigned?, j.max_runtime);
+            over.then_some((w.id, j.id, j.max_runtime))
+        };
+        let found: Vec<_> = self.workers.values().filter_map(overlong).collect();
+        for (worker, job, limit) in found {
+            self.control(
+                job,
+                &format!("job duration exceeds {} seconds; aborting", limit.as_secs()),
+            );
+            // Even of a held worker: the job is over, the worker stays for the person who holds it.
+            self.finish(job, true);
+            if let Some(w) = self.workers.get_mut(&worker) {
+                w.recycle_asked = true;
+            }
+        }
+    }
+
+    fn fail_silent(&mut self) {
+        let silent = self.pick_workers(|w| {
+            w.online()
+                && !w.finished()
+                && w.hold.is_none()
+                && w.last_ping.is_some_and(|ping| self.older(ping, SILENT))
+        });
+        for id in silent {
+            self.fail_worker(id, "agent has stopped pinging");
+        }
+    }
+
+    fn end_cancelled(&mut self) {
+        let cancelled = self.jobs.values().filter(|j| j.cancelled && !j.complete());
+        let cancelled: Vec<_> = cancelled.map(|j| (j.id, j.worker)).collect();
+        for (job, worker) in cancelled {
+            if let Some(w) = worker.and_then(|w| self.workers.get_mut(&w)) {
+                w.recycle_asked |= !w.deleted;
+            }
+            self.finish(job, true);
+        }
+    }
+
+    /// Jobs whose worker is gone or told to go, started or not.
+    pub fn fail_orphans(&mut self) {
+        let orphan = |w: &Worker| w.finished() && w.job.is_some_and(|job| !self.jobs[&job].complete());
+        for id in self.pick_workers(orphan) {
+            if let Some(job) = self.workers[&id].job {
+                self.control(job, "worker failed without completing job");
+                self.finish(job, true);
+            }
+        }
+    }
+
+    fn assign_queued(&mut self) {
+        let queued: Vec<_> = self
+            .jobs
+            .values()
+            .filter(|j| j.queued())
+            .map(|j| (j.id, j.target))
+            .collect();
+        for (job, target) in queued {
+            let free = |w: &&Worker| {
+                w.online() && w.job.is_none() && w.target == target && !w.finished() && w.hold.is_none()
+            };
+            if let Some(worker) = self.workers.values().find(free).map(|w| w.id) {
+                self.assign(job, worker);
+            }
+        }
+    }
+}
