@@ -624,7 +624,7 @@ fn an_endless_console_is_bounded_and_harms_nobody() {
     }
     assert!(console.metadata().unwrap().len() < protocol::MAX_CONSOLE_BYTES + 100);
     assert!(
-        (&console).write_at(b"x", 0).is_err(),
+        console.write_at(b"x", 0).is_err(),
         "the console can be written"
     );
     let mut byte = [0];

@@ -242,7 +242,7 @@ impl Factory {
     /// A worker that exists becomes one of the store's.
     pub(super) fn adopt(&mut self, worker: crate::worker::Worker) {
         let id = worker.id;
-        let text = format!("worker adopted as {}", worker.phase.name());
+        let text = format!("worker taken on as {}", worker.phase.name());
         let renew_at = (worker.phase.is_starting() && worker.job.is_some()).then_some(worker.since);
         let runtime = self.runtimes.entry(id).or_default();
         *runtime = Runtime {
