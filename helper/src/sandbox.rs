@@ -73,14 +73,15 @@ pub fn install(
     let run = open_dir(worker.dir(), "fs/run")?;
     copy_agent(&agent, &run)?;
     let (passwd, group) = user::files_for_the_job(host, &plan.user, record.uid)?;
-    write_atomically(worker.dir(), "passwd", &passwd, 0o644)?;
-    write_atomically(worker.dir(), "group", &group, 0o644)?;
+    write_atomically(worker.dir(), "passwd", &passwd, 0o644).context("cannot write the job's passwd")?;
+    write_atomically(worker.dir(), "group", &group, 0o644).context("cannot write the job's group")?;
     let output = |name: &str| {
         open_file(
             worker.dir(),
             name,
             OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND,
         )
+        .with_context(|| format!("cannot open the worker's {name}"))
     };
     let files = init::Files {
         console: output("console.log")?,
@@ -254,6 +255,12 @@ fn enter(plan: &Plan) -> Result<()> {
     }
     make_dev(plan).context("cannot make /dev")?;
     let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    // The helper's own standard streams stay outside.
+    let null = nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
+    nix::unistd::dup2_stdin(&null)?;
+    nix::unistd::dup2_stdout(&null)?;
+    nix::unistd::dup2_stderr(&null)?;
+    drop(null);
     mount(Some("proc"), "/proc", Some("proc"), hardened, None::<&str>).context("cannot mount /proc")?;
     // The way to other workers' directories and to sources of other slots goes now.
     umount2(PRIVATE, MntFlags::MNT_DETACH).context("cannot leave the private part")?;

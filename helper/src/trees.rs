@@ -50,7 +50,7 @@ pub fn of(user: &UserName, slot: &Slot) -> Vec<Tree> {
 
 /// Make the trees in the worker's directory. What is there already stays.
 pub fn make(worker: BorrowedFd<'_>, uid: Uid, trees: &[Tree]) -> Result<()> {
-    make_dir(worker, "fs", 0o755)?;
+    make_dir(worker, "fs", 0o755).context("cannot make the worker's fs")?;
     let fs = open_dir(worker, "fs")?;
     fchmod(&fs, Mode::from_bits_truncate(0o755))?;
     for tree in trees {

@@ -11,7 +11,7 @@ use crate::harness::TestHost;
 /// A census of the host, as far as a factory's jobs could change it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Census {
-    /// Mounts of this namespace, which is the host's.
+    /// Mounts of this namespace, the host's, that have to do with this test's factory or with a worker.
     mounts: BTreeSet<String>,
     /// SysV shared memory, semaphores and queues.
     ipc: [String; 3],
@@ -53,8 +53,8 @@ impl Census {
         Census {
             mounts: mountinfo
                 .lines()
-                .filter(|l| l.contains("bmat") || l.contains("user-factory"))
-                .map(str::to_owned)
+                .map(|line| line.split(' ').skip(3).take(2).collect::<Vec<_>>().join(" on "))
+                .filter(|mount| mount.contains("bmat-") || mount.contains(&*host.root.to_string_lossy()))
                 .collect(),
             ipc: ["shm", "sem", "msg"].map(|kind| read(&format!("/proc/sysvipc/{kind}"))),
             passwd: read("/etc/passwd"),

@@ -288,7 +288,17 @@ async fn what_a_job_leaves_behind_goes_with_it() {
     );
     let done = house.ended(job).await;
     assert_eq!(done.state(), "completed", "{:#?}", done.events);
+    let uids = house.host.uids.clone();
     house.finish().await;
+    // Once, on the whole disk.
+    let (above, below) = (format!("+{}", uids.start() - 1), format!("-{}", uids.end() + 1));
+    let find = std::process::Command::new("find")
+        .args([
+            "/", "-xdev", "-uid", &above, "-uid", &below, "-not", "-path", "/proc/*",
+        ])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&find.stdout), "", "files are left");
 }
 
 #[tokio::test(flavor = "multi_thread")]

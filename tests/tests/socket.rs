@@ -623,10 +623,7 @@ fn an_endless_console_is_bounded_and_harms_nobody() {
         std::thread::yield_now();
     }
     assert!(console.metadata().unwrap().len() < protocol::MAX_CONSOLE_BYTES + 100);
-    assert!(
-        console.write_at(b"x", 0).is_err(),
-        "the console can be written"
-    );
+    assert!(console.write_at(b"x", 0).is_err(), "the console can be written");
     let mut byte = [0];
     assert_eq!((&console).read(&mut byte).unwrap(), 1);
     stage.finish(&[worker]);
@@ -719,4 +716,123 @@ fn a_configuration_that_others_could_write_is_refused() {
     let mut helper = start();
     assert!(!helper.wait().success());
     helper.log.wait(&["cannot open", "config.toml"]);
+}
+
+/// The state directory on a small file system of its own, of which the limits can be changed.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(host: &TestHost) -> SmallDisk {
+        let place = host.root.join(protocol::config::STATE_DIR);
+        let disk = SmallDisk(place);
+        disk.command(&[
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            "mode=755,size=64m,nr_inodes=1000",
+            "none",
+        ]);
+        disk
+    }
+
+    fn limit(&self, options: &str) {
+        self.command(&["mount", "-o", &format!("remount,{options}")]);
+    }
+
+    fn command(&self, words: &[&str]) {
+        let status = std::process::Command::new(words[0])
+            .args(&words[1..])
+            .arg(&self.0)
+            .status()
+            .unwrap();
+        assert!(status.success(), "{words:?} failed");
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        self.command(&["umount", "--lazy"]);
+    }
+}
+
+#[test]
+fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let disk = SmallDisk::mount(&host);
+    let _helper = host.helper();
+    let client = Client::new(&host);
+    let before = Census::take(&host);
+    let mut outcomes = [0, 0, 0];
+    // Inodes for ever more of the steps, then blocks; the first rounds fail at once, the last succeeds.
+    let limits = (3..45)
+        .map(|n| format!("nr_inodes={n},size=64m"))
+        .chain((1..12).map(|n| format!("nr_inodes=1000,size={}k", 16 * n)));
+    for limit in limits {
+        disk.limit(&limit);
+        let worker = worker_id();
+        let step = match create(&client, worker, "a") {
+            Reply::Error(error) => {
+                assert_eq!(error.kind, ErrorKind::Failed, "{limit}: {error}");
+                0
+            }
+            Reply::UserCreated { .. } => match install(
+                &client,
+                worker,
+                sealed(&[b"#!/bin/true\n", &[b'#'; 60_000][..]].concat()),
+            )
+            .0
+            {
+                Reply::Error(error) => {
+                    assert_eq!(error.kind, ErrorKind::Failed, "{limit}: {error}");
+                    1
+                }
+                _ => 2,
+            },
+            other => panic!("{other:?}"),
+        };
+        outcomes[step] += 1;
+        assert_eq!(
+            client.ask(&Request::Delete { worker }).0,
+            Reply::Deleted,
+            "with {limit}"
+        );
+        before.assert_unchanged(&host);
+    }
+    assert!(
+        outcomes.iter().all(|count| *count > 0),
+        "not every step failed once: {outcomes:?}"
+    );
+}
+
+#[test]
+fn a_socket_from_systemd_is_served() {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    use std::os::fd::AsRawFd;
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let path = host.socket();
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    // Without close-on-exec, as systemd hands it over; bash then puts it where sd_listen_fds(3) says.
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
+    bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    listen(&fd, Backlog::new(8).unwrap()).unwrap();
+    let script = format!(
+        "exec 3<&{}; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"",
+        fd.as_raw_fd()
+    );
+    let mut command = std::process::Command::new("bash");
+    command
+        .args(["-c", &script, "bash"])
+        .arg(testbed::harness::binaries().join("user-factory-helper"));
+    let helper = Running::start(
+        command
+            .arg("--root")
+            .arg(&host.root)
+            .args(["--cgroup", &host.cgroup]),
+    );
+    helper.log.wait(&["serving"]);
+    drop(fd);
+    assert_eq!(list(&Client::new(&host)), []);
 }

@@ -1,0 +1,143 @@
+//! The two binaries at the command line, as an operator types them.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output};
+
+use testbed::harness::{SUPERVISOR_UID, TestHost, binaries};
+
+fn user_factory(arguments: &[&str]) -> Output {
+    Command::new(binaries().join("user-factory"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn text(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+const SLOT: &str = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+
+/// What `check` says of a configuration with these slots.
+fn check(slots: &str) -> (bool, String) {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, slots);
+    host.write_token("a-token\n");
+    let path = host.root.join(protocol::config::CONFIG_PATH);
+    let output = user_factory(&["check", path.to_str().unwrap()]);
+    (
+        output.status.success(),
+        text(&output).replace(path.to_str().unwrap(), "FILE"),
+    )
+}
+
+#[test]
+fn check_accepts_a_good_configuration_and_names_its_slots() {
+    let (good, said) = check(SLOT);
+    assert!(good, "{said}");
+    assert!(said.contains('a'), "{said}");
+}
+
+#[test]
+fn check_names_file_and_line_of_each_mistake() {
+    for (slots, line, part) in [
+        (format!("{SLOT}colour = \"red\"\n"), 9, "unknown field"),
+        (format!("{SLOT}conflicts_with_slots = [\"a\"]\n"), 9, "itself"),
+        (format!("{SLOT}conflicts_with_slots = [\"zz\"]\n"), 9, "zz"),
+        (SLOT.replace("01HZ", "xxxx"), 8, "ULID"),
+        (format!("{SLOT}writable = [\"relative\"]\n"), 9, "absolute"),
+    ] {
+        let (good, said) = check(&slots);
+        assert!(!good, "{slots} was accepted");
+        assert!(
+            said.contains(&format!("FILE:{line}: ")) && said.contains(part),
+            "{slots}: {said}"
+        );
+    }
+    let (good, said) = check(&format!("{SLOT}add_to_groups = [\"no-such-group\"]\n"));
+    assert!(
+        !good && said.contains("FILE:") && said.contains("no-such-group"),
+        "{said}"
+    );
+    let (good, said) = check(&format!(
+        "{SLOT}read_only = {{ \"/opt/x\" = \"/no/such/directory\" }}\n"
+    ));
+    assert!(
+        !good && said.contains("FILE:") && said.contains("/no/such/directory"),
+        "{said}"
+    );
+}
+
+#[test]
+fn the_supervisor_refuses_to_run_as_root() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOT);
+    let output = user_factory(&["serve", "--root", host.root.to_str().unwrap()]);
+    assert!(!output.status.success());
+    assert!(text(&output).contains("root"), "{}", text(&output));
+}
+
+#[test]
+fn a_token_that_others_can_read_is_refused() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOT);
+    host.write_token("a-secret-token");
+    let token = host.root.join("token");
+    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let mut command = Command::new(binaries().join("user-factory"));
+    command
+        .arg("serve")
+        .arg("--root")
+        .arg(&host.root)
+        .uid(SUPERVISOR_UID)
+        .gid(SUPERVISOR_UID);
+    let output = command.output().unwrap();
+    assert!(!output.status.success());
+    assert!(
+        text(&output).contains(token.to_str().unwrap()),
+        "{}",
+        text(&output)
+    );
+    assert!(!text(&output).contains("a-secret-token"));
+}
+
+#[test]
+fn the_helper_refuses_to_run_as_anybody_else() {
+    let mut command = Command::new(binaries().join("user-factory-helper"));
+    let output = command
+        .args(["--root", "/nonexistent"])
+        .uid(SUPERVISOR_UID)
+        .gid(SUPERVISOR_UID)
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert!(text(&output).contains("must run as root"), "{}", text(&output));
+}
+
+#[test]
+fn a_missing_group_stops_the_helper_with_file_and_line() {
+    let host = TestHost::new();
+    host.configure(
+        "http://127.0.0.1:9",
+        0,
+        &format!("{SLOT}add_to_groups = [\"no-such-group\"]\n"),
+    );
+    let mut command = Command::new(binaries().join("user-factory-helper"));
+    let output = command
+        .arg("--root")
+        .arg(&host.root)
+        .args(["--cgroup", &host.cgroup])
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let said = text(&output);
+    assert!(
+        said.contains("config.toml:7: slot a: group no-such-group is not in /etc/group"),
+        "{said}"
+    );
+}
