@@ -24,10 +24,10 @@ use crate::{cgroup, policy, sandbox, trees, user};
 type Answer = (Reply, Option<File>);
 
 /// Serve this connection to its end.
-pub fn serve(host: &Host, view_error: Option<&str>, socket: Seqpacket) {
+pub fn serve(host: &Host, view_error: Option<&str>, busy: bool, socket: Seqpacket) {
     // A peer that says nothing, or does not read, must not keep a process for ever.
-    let patience = nix::sys::time::TimeVal::new(3600, 0);
-    let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience);
+    let patience = |seconds| nix::sys::time::TimeVal::new(seconds, 0);
+    let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(10));
     let _ = setsockopt(
         &socket,
         sockopt::SendTimeout,
@@ -62,8 +62,13 @@ pub fn serve(host: &Host, view_error: Option<&str>, socket: Seqpacket) {
         }
         let begin = Instant::now();
         let (reply, descriptor) = match (&request, greeted) {
+            (Request::Hello { version: VERSION }, false) if busy => {
+                let message = "the helper serves as many connections as it can: try again later";
+                (Reply::Error(Error::new(ErrorKind::Busy, message)), None)
+            }
             (Request::Hello { version: VERSION }, false) => {
                 greeted = true;
+                let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(3600));
                 (Reply::Welcome { version: VERSION }, None)
             }
             (Request::Hello { version }, false) => {

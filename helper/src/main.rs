@@ -40,14 +40,16 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
 };
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use protocol::{Error, ErrorKind, Reply, Seqpacket, config, wire};
+use protocol::{Seqpacket, config};
 use tracing::{error, info, warn};
 
 use host::Host;
 use view::View;
 
-/// The most connections at once; the supervisor makes one for each operation.
+/// The most connections that are served at once; the supervisor makes one for each operation.
 const MAX_CONNECTIONS: usize = 256;
+/// The most that are told so beyond these. Others wait in the listener's queue.
+const MAX_BUSY: usize = 64;
 
 const USAGE: &str = "usage: user-factory-helper [--root DIR] [--cgroup PATH]
 
@@ -195,10 +197,10 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let mut connections = std::collections::BTreeSet::new();
     loop {
-        let mut events = [
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-        ];
+        let mut events = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        if connections.len() < MAX_CONNECTIONS + MAX_BUSY {
+            events.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+        }
         match poll(&mut events, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for connections"),
@@ -223,6 +225,9 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
                 }
             }
         }
+        if connections.len() >= MAX_CONNECTIONS + MAX_BUSY {
+            continue;
+        }
         let connection = match listener.accept() {
             Ok((connection, _)) => OwnedFd::from(connection),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
@@ -240,15 +245,7 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
             );
             continue;
         }
-        if connections.len() >= MAX_CONNECTIONS {
-            warn!("hung up: {MAX_CONNECTIONS} connections are open");
-            let busy = Reply::Error(Error::new(
-                ErrorKind::Busy,
-                "the helper has too many connections: try again later",
-            ));
-            let _ = wire::encode(&busy).map(|bytes| Seqpacket::from(connection).send(&bytes, None));
-            continue;
-        }
+        let busy = connections.len() >= MAX_CONNECTIONS;
         // Each connection sees the host as it is when the connection is made.
         let view_error = view.refresh(host).err().map(|error| format!("{error:#}"));
         if let Some(error) = &view_error {
@@ -262,7 +259,7 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
         let child = sys::fork(|| {
             // The listening socket, the lock and the host's mount namespace are the daemon's alone.
             if sys::close_all_but(&keep).is_ok() && SigSet::empty().thread_set_mask().is_ok() {
-                connection::serve(host, view_error.as_deref(), Seqpacket::from(connection));
+                connection::serve(host, view_error.as_deref(), busy, Seqpacket::from(connection));
             }
             0
         });

@@ -350,7 +350,11 @@ fn make_dev(plan: &Plan) -> Result<()> {
                 std::fs::Permissions::from_mode(0o755),
             )?;
         }
-        mknod(&place, *node, Mode::from_bits_truncate(0o600), *number)?;
+        match mknod(&place, *node, Mode::from_bits_truncate(0o600), *number) {
+            // One that every job has.
+            Err(Errno::EEXIST) => continue,
+            result => result.with_context(|| format!("cannot make {}", place.display()))?,
+        }
         chown(&place, Some(plan.uid.get()), Some(plan.uid.get()))?;
     }
     for (name, kind, options) in [

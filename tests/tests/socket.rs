@@ -836,3 +836,86 @@ fn a_socket_from_systemd_is_served() {
     drop(fd);
     assert_eq!(list(&Client::new(&host)), []);
 }
+
+#[test]
+fn a_job_gets_its_slots_groups_and_devices() {
+    let host = TestHost::new();
+    let groups = fs::read_to_string("/etc/group").unwrap();
+    let fields = groups.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let group = fields
+        .clone()
+        .find(|fields| fields[2] != "0")
+        .expect("the host has a group besides root's");
+    let slots = format!(
+        "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nadd_to_groups = [\"{}\"]\ndevices = [\"/dev/console\", \"/dev/null\"]\n",
+        group[0]
+    );
+    host.configure("http://127.0.0.1:9", 0, &slots);
+    let before = Census::take(&host);
+    let _helper = host.helper();
+    let client = Client::new(&host);
+    let worker = created(&client, "a");
+    let (_, console) = run(
+        &client,
+        worker,
+        "id -G; stat -c '%t:%T %a %u' /dev/console; id -u; exit 1",
+    );
+    let lines: Vec<&str> = console.lines().collect();
+    let uid = lines[2];
+    assert_eq!(lines[0], format!("{uid} {}", group[2]), "{console}");
+    assert_eq!(lines[1], format!("5:1 600 {uid}"), "{console}");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    before.assert_unchanged(&host);
+}
+
+#[test]
+fn a_range_without_a_free_uid_is_a_limit() {
+    let mut host = TestHost::new();
+    host.uids = *host.uids.start()..=*host.uids.start();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let _helper = host.helper();
+    let client = Client::new(&host);
+    let worker = created(&client, "a");
+    assert_eq!(kind(create(&client, worker_id(), "c")), ErrorKind::Limit);
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    let worker = created(&client, "c");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+}
+
+#[test]
+fn too_many_connections_are_told_to_come_back() {
+    let stage = Stage::new();
+    let mut clients = Vec::new();
+    loop {
+        let client = Client::silent(&stage.host);
+        let _ = client.0.send(
+            &wire::encode(&Request::Hello {
+                version: protocol::VERSION,
+            })
+            .unwrap(),
+            None,
+        );
+        match client.reply().expect("an answer").0 {
+            Reply::Welcome { .. } => clients.push(client),
+            error => {
+                assert_eq!(kind(error), ErrorKind::Busy);
+                break;
+            }
+        }
+        assert!(clients.len() <= 300, "there is no end to connections");
+    }
+    clients.clear();
+    let begin = Instant::now();
+    // As soon as their processes have ended there is room again.
+    while !matches!(
+        Client::silent(&stage.host)
+            .ask(&Request::Hello {
+                version: protocol::VERSION
+            })
+            .0,
+        Reply::Welcome { .. }
+    ) {
+        assert!(begin.elapsed() < PATIENCE);
+    }
+    stage.finish(&[]);
+}
