@@ -490,6 +490,25 @@ fn descriptors_travel_only_where_a_message_calls_for_one() {
         .helper
         .log
         .wait(&["hung up", "InstallAgent came with 0 descriptors"]);
+    for count in [2, 3, 200] {
+        use std::os::fd::AsRawFd;
+        let client = stage.client();
+        let bytes = wire::encode(&Request::InstallAgent {
+            worker,
+            bootstrap: token(),
+        })
+        .unwrap();
+        let descriptors = vec![agent.as_raw_fd(); count];
+        let rights = nix::sys::socket::ControlMessage::ScmRights(&descriptors);
+        let packet = [std::io::IoSlice::new(&bytes)];
+        let flags = nix::sys::socket::MsgFlags::empty();
+        nix::sys::socket::sendmsg::<()>(client.0.as_raw_fd(), &packet, &[rights], flags, None).unwrap();
+        assert!(
+            client.reply().is_none(),
+            "InstallAgent with {count} descriptors was answered"
+        );
+    }
+    assert_eq!(state(&stage.client(), worker), State::Created);
     stage.finish(&[worker]);
 }
 
