@@ -1,0 +1,225 @@
+//! What happens to the host, the configuration and the helper around its workers.
+
+use super::*;
+
+#[test]
+fn a_restarted_helper_changes_nothing_for_a_running_worker() {
+    let mut stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let (reply, console) = install(
+        &client,
+        worker,
+        sealed(
+            b"#!/bin/bash\n(for i in 1 2; do read -t 0.3 < <(sleep 1); echo $i; done; sleep 1000) & exit 0\n",
+        ),
+    );
+    assert_eq!(reply, Reply::AgentStarted);
+    let console = console.unwrap();
+    let before = processes_of(&stage.host.uids);
+    stage.helper.signal(Signal::SIGKILL);
+    stage.helper.wait();
+    stage.helper = stage.host.helper();
+    wait_for_line(&console, "2");
+    assert!(!before.is_empty());
+    assert_eq!(state(&stage.client(), worker), State::Running);
+    assert_eq!(
+        kind(create(&stage.client(), worker_id(), "b")),
+        ErrorKind::SlotTaken
+    );
+    // A connection outlives its helper, too.
+    assert_eq!(state(&client, worker), State::Running);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn a_slot_that_left_the_configuration_is_still_cleaned_up() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "c");
+    let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n"));
+    assert_eq!(reply, Reply::AgentStarted);
+    stage
+        .host
+        .configure("http://127.0.0.1:9", 0, SLOTS.split("[slots.c]").next().unwrap());
+    assert_eq!(kind(create(&client, worker_id(), "c")), ErrorKind::NoSuchSlot);
+    stage
+        .host
+        .configure("http://127.0.0.1:9", 0, "[slots.c]\ncolour = 1\n");
+    assert_eq!(kind(create(&stage.client(), worker_id(), "a")), ErrorKind::Failed);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn a_second_helper_is_refused() {
+    let stage = Stage::new();
+    let mut second = std::process::Command::new(testbed::harness::binaries().join("user-factory-helper"));
+    let mut second = Running::start(
+        second
+            .arg("--root")
+            .arg(&stage.host.root)
+            .args(["--cgroup", &stage.host.cgroup]),
+    );
+    assert!(!second.wait().success());
+    second.log.wait(&["another helper serves"]);
+    stage.finish(&[]);
+}
+
+#[test]
+fn a_configuration_that_others_could_write_is_refused() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let path = host.root.join(protocol::config::CONFIG_PATH);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o664)).unwrap();
+    let start = || {
+        let mut command =
+            std::process::Command::new(testbed::harness::binaries().join("user-factory-helper"));
+        Running::start(
+            command
+                .arg("--root")
+                .arg(&host.root)
+                .args(["--cgroup", &host.cgroup]),
+        )
+    };
+    let mut helper = start();
+    assert!(!helper.wait().success());
+    helper.log.wait(&["nobody else can write"]);
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+    let mut helper = start();
+    assert!(!helper.wait().success());
+    helper.log.wait(&["cannot open", "config.toml"]);
+}
+
+/// The state directory on a small file system of its own, of which the limits can be changed.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(host: &TestHost) -> SmallDisk {
+        let place = host.root.join(protocol::config::STATE_DIR);
+        let disk = SmallDisk(place);
+        disk.command(&[
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            "mode=755,size=64m,nr_inodes=1000",
+            "none",
+        ]);
+        disk
+    }
+
+    fn limit(&self, options: &str) {
+        self.command(&["mount", "-o", &format!("remount,{options}")]);
+    }
+
+    fn command(&self, words: &[&str]) {
+        let status = std::process::Command::new(words[0])
+            .args(&words[1..])
+            .arg(&self.0)
+            .status()
+            .unwrap();
+        assert!(status.success(), "{words:?} failed");
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        self.command(&["umount", "--lazy"]);
+    }
+}
+
+#[test]
+fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let disk = SmallDisk::mount(&host);
+    let _helper = host.helper();
+    let client = Client::new(&host);
+    let before = Census::take(&host);
+    let mut outcomes = [0, 0, 0];
+    // Inodes for ever more of the steps, then blocks; the first rounds fail at once, the last succeeds.
+    let limits = (3..45)
+        .map(|n| format!("nr_inodes={n},size=64m"))
+        .chain((1..12).map(|n| format!("nr_inodes=1000,size={}k", 16 * n)));
+    for limit in limits {
+        disk.limit(&limit);
+        let worker = worker_id();
+        let step = match create(&client, worker, "a") {
+            Reply::Error(error) => {
+                assert_eq!(error.kind, ErrorKind::Failed, "{limit}: {error}");
+                0
+            }
+            Reply::UserCreated { .. } => match install(
+                &client,
+                worker,
+                sealed(&[b"#!/bin/true\n", &[b'#'; 60_000][..]].concat()),
+            )
+            .0
+            {
+                Reply::Error(error) => {
+                    assert_eq!(error.kind, ErrorKind::Failed, "{limit}: {error}");
+                    1
+                }
+                _ => 2,
+            },
+            other => panic!("{other:?}"),
+        };
+        outcomes[step] += 1;
+        assert_eq!(
+            client.ask(&Request::Delete { worker }).0,
+            Reply::Deleted,
+            "with {limit}"
+        );
+        before.assert_unchanged(&host);
+    }
+    assert!(
+        outcomes.iter().all(|count| *count > 0),
+        "not every step failed once: {outcomes:?}"
+    );
+}
+
+#[test]
+fn a_socket_from_systemd_is_served() {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    use std::os::fd::AsRawFd;
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let path = host.socket();
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    // Without close-on-exec, as systemd hands it over; bash then puts it where sd_listen_fds(3) says.
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
+    bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    listen(&fd, Backlog::new(8).unwrap()).unwrap();
+    let script = format!(
+        "exec 3<&{}; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"",
+        fd.as_raw_fd()
+    );
+    let mut command = std::process::Command::new("bash");
+    command
+        .args(["-c", &script, "bash"])
+        .arg(testbed::harness::binaries().join("user-factory-helper"));
+    let helper = Running::start(
+        command
+            .arg("--root")
+            .arg(&host.root)
+            .args(["--cgroup", &host.cgroup]),
+    );
+    helper.log.wait(&["serving"]);
+    drop(fd);
+    assert_eq!(list(&Client::new(&host)), []);
+}
+
+#[test]
+fn a_range_without_a_free_uid_is_a_limit() {
+    let mut host = TestHost::new();
+    host.uids = *host.uids.start()..=*host.uids.start();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let _helper = host.helper();
+    let client = Client::new(&host);
+    let worker = created(&client, "a");
+    assert_eq!(kind(create(&client, worker_id(), "c")), ErrorKind::Limit);
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    let worker = created(&client, "c");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+}

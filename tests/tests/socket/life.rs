@@ -1,0 +1,310 @@
+//! A worker's life: each request, in order, twice, and out of order.
+
+use super::*;
+
+#[test]
+fn a_worker_lives_and_leaves_nothing() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = worker_id();
+    let Reply::UserCreated { uid, name } = create(&client, worker, "a") else {
+        panic!()
+    };
+    assert!(stage.host.uids.contains(&uid.get()));
+    assert_eq!(
+        name.to_string(),
+        format!("bmat-{}", worker.to_string().to_lowercase())
+    );
+    let record = fs::read_to_string(stage.host.userdb().join(format!("{uid}.user"))).unwrap();
+    assert!(record.contains(&format!("\"userName\":\"{name}\"")), "{record}");
+    assert_eq!(list(&client)[0].state, State::Created);
+
+    let script = "echo $*; id -un; (exec -a the-agent sleep 1000) & exit 0";
+    let (reply, console) = install(
+        &client,
+        worker,
+        sealed(format!("#!/bin/bash\n{script}").as_bytes()),
+    );
+    assert_eq!(reply, Reply::AgentStarted);
+    let console = console.unwrap();
+    wait_for_line(&console, &name.to_string());
+    let expected = format!(
+        "install -e COLOUR=deep red --no-service --no-setuid --use-var-run http://127.0.0.1:9 {}",
+        token().as_str()
+    );
+    assert_eq!(read(&console).lines().next(), Some(&*expected));
+    assert_eq!(state(&client, worker), State::Running);
+    assert!(!processes_of(&stage.host.uids).is_empty());
+
+    assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
+    assert!(
+        processes_of(&stage.host.uids).is_empty(),
+        "a killed worker has processes"
+    );
+    assert_eq!(state(&client, worker), State::Exited(Exit::Unknown));
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn what_is_asked_twice_is_done_once() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = worker_id();
+    let first = create(&client, worker, "a");
+    assert_eq!(create(&client, worker, "a"), first);
+    let agent = || sealed(b"#!/bin/bash\necho started; sleep 1000 & exit 0\n");
+    for _ in 0..3 {
+        let (reply, console) = install(&client, worker, agent());
+        assert_eq!(reply, Reply::AgentStarted);
+        wait_for_line(&console.unwrap(), "started");
+    }
+    assert_eq!(
+        create(&client, worker, "a"),
+        first,
+        "the user is the same while the agent runs"
+    );
+    let console = client
+        .ask(&Request::Attach { worker })
+        .1
+        .pop()
+        .map(File::from)
+        .unwrap();
+    assert_eq!(read(&console).matches("started").count(), 1);
+    for _ in 0..2 {
+        assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
+    }
+    let (reply, _) = install(&client, worker, agent());
+    assert_eq!(reply, Reply::AgentStarted);
+    assert_eq!(
+        state(&client, worker),
+        State::Exited(Exit::Unknown),
+        "an agent was started twice"
+    );
+    for _ in 0..2 {
+        assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    }
+    stage.finish(&[]);
+}
+
+#[test]
+fn slots_are_taken_once_and_conflict_both_ways() {
+    let stage = Stage::new();
+    let client = stage.client();
+    assert_eq!(kind(create(&client, worker_id(), "zz")), ErrorKind::NoSuchSlot);
+    let a = created(&client, "a");
+    assert_eq!(kind(create(&client, worker_id(), "a")), ErrorKind::SlotTaken);
+    assert_eq!(kind(create(&client, worker_id(), "b")), ErrorKind::SlotTaken);
+    assert_eq!(kind(create(&client, a, "c")), ErrorKind::Refused);
+    let c = created(&client, "c");
+    assert_eq!(client.ask(&Request::Delete { worker: a }).0, Reply::Deleted);
+    let b = created(&client, "b");
+    assert_eq!(kind(create(&client, worker_id(), "a")), ErrorKind::SlotTaken);
+    let mut slots: Vec<_> = list(&client)
+        .into_iter()
+        .map(|info| info.slot.to_string())
+        .collect();
+    slots.sort();
+    assert_eq!(slots, ["b", "c"]);
+    stage.finish(&[b, c]);
+}
+
+#[test]
+fn of_many_that_want_a_slot_at_the_same_instant_one_gets_it() {
+    let stage = Stage::new();
+    let winners: Vec<WorkerId> = std::thread::scope(|scope| {
+        let tries: Vec<_> = (0..16)
+            .map(|i| {
+                let stage = &stage;
+                scope.spawn(move || {
+                    let worker = worker_id();
+                    let reply = create(&stage.client(), worker, if i % 2 == 0 { "a" } else { "b" });
+                    matches!(reply, Reply::UserCreated { .. }).then_some(worker)
+                })
+            })
+            .collect();
+        tries
+            .into_iter()
+            .filter_map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    assert_eq!(winners.len(), 1);
+    stage.finish(&winners);
+}
+
+#[test]
+fn unknown_workers_are_said_to_be_unknown_and_deleting_them_is_done_already() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = worker_id();
+    assert_eq!(
+        kind(client.ask(&Request::Attach { worker }).0),
+        ErrorKind::NoSuchWorker
+    );
+    assert_eq!(
+        kind(client.ask(&Request::Kill { worker }).0),
+        ErrorKind::NoSuchWorker
+    );
+    assert_eq!(
+        kind(install(&client, worker, sealed(b"x")).0),
+        ErrorKind::NoSuchWorker
+    );
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    stage.finish(&[]);
+}
+
+#[test]
+fn a_job_sees_what_the_design_says_and_no_more() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let secret = stage.host.root.join("etc/buildomat-user-factory");
+    let script = format!(
+        r#"exec 2>&1
+        for place in "$HOME" /input /work /tmp /var/tmp /opt/buildomat /var/run/buildomat /dev/shm /srv/of-the-job; do
+            [ -z "$(ls -A $place)" ] && touch "$place/new" && echo "private $place"
+        done
+        for place in / /usr /etc /opt /home /run /dev /sys /root /opt/shown; do
+            touch "$place/new" 2>/dev/null && echo "WRITABLE $place"
+        done
+        for hidden in {secret} /root/.cargo /run/systemd /run/dbus /.buildomat-factory/workers; do
+            [ -e "$hidden" ] && echo "SEEN $hidden"
+        done
+        [ -d /opt/shown/doc ] && echo "shown"
+        ls /home | wc -l
+        grep -E '^(Cap|NoNewPrivs)' /proc/self/status | tr -d '\t' | tr '\n' ' '; echo
+        ls /proc/self/fd | wc -l
+        stat -c %a /dev/null
+        getent passwd "$(id -u)" | cut -d: -f6; echo "$HOME"
+        ls -d /proc/[0-9]* | wc -l
+        mount -t tmpfs none /tmp; [ $? -ne 0 ] && echo "no mount"
+        exit 3"#,
+        secret = secret.display()
+    );
+    let (state, console) = run(&client, worker, &script);
+    assert_eq!(state, State::Exited(Exit::Status(3)));
+    assert_eq!(console.matches("private ").count(), 9, "{console}");
+    assert!(
+        !console.contains("WRITABLE") && !console.contains("SEEN"),
+        "{console}"
+    );
+    assert!(console.contains("\nshown\n1\n"), "{console}");
+    let none = "0".repeat(16);
+    let status = format!(
+        "CapInh:{none} CapPrm:{none} CapEff:{none} CapBnd:{none} CapAmb:{none} NoNewPrivs:1 \n4\n666\n"
+    );
+    assert!(console.contains(&status), "{console}");
+    let home = format!("/home/bmat-{}\n", worker.to_string().to_lowercase());
+    assert!(console.contains(&home.repeat(2)), "{console}");
+    assert!(console.contains("no mount"), "{console}");
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn how_an_agent_ended_is_reported() {
+    let stage = Stage::new();
+    let client = stage.client();
+    for (script, exit) in [
+        ("exit 0", Exit::Unknown),
+        ("exit 7", Exit::Status(7)),
+        ("kill -9 $$", Exit::Signal(9)),
+        ("(read -t 0.1 < <(:); exit 5) & exit 0", Exit::Status(5)),
+        ("(exec bash -c 'kill -11 $$') & exit 0", Exit::Signal(11)),
+    ] {
+        let worker = created(&client, "c");
+        let (state, console) = run(&client, worker, script);
+        // An agent that `install` did not leave behind may have ended before anybody could look.
+        let quick = matches!(state, State::Exited(Exit::Unknown | Exit::Status(0)));
+        assert!(
+            state == State::Exited(exit) || (script.ends_with("exit 0") && quick),
+            "{script}: {state:?}\n{console}"
+        );
+        assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    }
+    stage.finish(&[]);
+}
+
+#[test]
+fn an_agent_that_is_no_program_fails_with_the_kernels_reason() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let Reply::Error(error) = install(&client, worker, sealed(b"\x7fNOT A PROGRAM")).0 else {
+        panic!()
+    };
+    assert_eq!(error.kind, ErrorKind::Failed);
+    assert!(
+        error.message().contains("Exec format error"),
+        "{}",
+        error.message()
+    );
+    let (reply, mut console) = client.ask(&Request::Attach { worker });
+    wait_until(&client, worker, |state| state == State::Exited(Exit::NotStarted));
+    assert!(matches!(reply, Reply::Attached { .. }));
+    assert!(read(&File::from(console.pop().unwrap())).contains("Exec format error"));
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn what_a_job_left_in_odd_shapes_is_deleted() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let script = r#"cd /work
+        mkdir -p dark/inner; touch dark/inner/file; chmod 0 dark/inner dark
+        touch -- "-rf" $'new\nline' $'\xff\xfe' "..." "$(printf 'x%.0s' {1..255})"
+        ln -s /etc to-etc; ln -s /work/loop loop; mkfifo fifo
+        python3 - <<'P'
+import os, socket
+socket.socket(socket.AF_UNIX).bind('/tmp/socket')
+os.chdir('/work')
+for i in range(3000):
+    os.mkdir('d' * 100); os.chdir('d' * 100)
+open('bottom', 'w').close()
+os.chdir('/var/tmp')
+for i in range(5000):
+    open(str(i), 'w').close()
+P
+        chmod 0 /tmp /work "$HOME"
+        ipcmk -M 4096 >/dev/null
+        trap '' TERM HUP INT; (setsid nohup bash -c 'trap "" TERM; kill -STOP $$' &) ; echo made
+        sleep 1000 & exit 0"#;
+    let (reply, console) = install(
+        &client,
+        worker,
+        sealed(format!("#!/bin/bash\n{script}").as_bytes()),
+    );
+    assert_eq!(reply, Reply::AgentStarted);
+    wait_for_line(&console.unwrap(), "made");
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn a_job_gets_its_slots_groups_and_devices() {
+    let host = TestHost::new();
+    let groups = fs::read_to_string("/etc/group").unwrap();
+    let fields = groups.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let group = fields
+        .clone()
+        .find(|fields| fields[2] != "0")
+        .expect("the host has a group besides root's");
+    let slots = format!(
+        "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nadd_to_groups = [\"{}\"]\ndevices = [\"/dev/console\", \"/dev/null\"]\n",
+        group[0]
+    );
+    host.configure("http://127.0.0.1:9", 0, &slots);
+    let before = Census::take(&host);
+    let _helper = host.helper();
+    let client = Client::new(&host);
+    let worker = created(&client, "a");
+    let (_, console) = run(
+        &client,
+        worker,
+        "id -G; stat -c '%t:%T %a %u' /dev/console; id -u; exit 1",
+    );
+    let lines: Vec<&str> = console.lines().collect();
+    let uid = lines[2];
+    assert_eq!(lines[0], format!("{uid} {}", group[2]), "{console}");
+    assert_eq!(lines[1], format!("5:1 600 {uid}"), "{console}");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    before.assert_unchanged(&host);
+}

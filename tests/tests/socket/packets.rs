@@ -1,0 +1,252 @@
+//! What a hostile or broken client sends.
+
+use super::*;
+
+#[test]
+fn agents_that_could_still_change_are_refused() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let directory = tempfile::tempdir().unwrap();
+    let fifo = directory.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let open = |path: &std::path::Path| -> OwnedFd {
+        fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap()
+            .into()
+    };
+    let sparse = File::from(memory(b"x"));
+    sparse.set_len(protocol::MAX_AGENT_BYTES + 1).unwrap();
+    let seals = nix::fcntl::SealFlag::F_SEAL_WRITE
+        | nix::fcntl::SealFlag::F_SEAL_GROW
+        | nix::fcntl::SealFlag::F_SEAL_SHRINK;
+    nix::fcntl::fcntl(&sparse, nix::fcntl::FcntlArg::F_ADD_SEALS(seals)).unwrap();
+    let bad: Vec<OwnedFd> = vec![
+        memory(b"#!/bin/true\n"),
+        sealed(b""),
+        sparse.into(),
+        File::open("/bin/true").unwrap().into(),
+        File::open("/").unwrap().into(),
+        open(&fifo),
+        open("/dev/null".as_ref()),
+        Client::silent(&stage.host)
+            .0
+            .as_fd()
+            .try_clone_to_owned()
+            .unwrap(),
+    ];
+    for descriptor in bad {
+        assert_eq!(kind(install(&client, worker, descriptor).0), ErrorKind::Refused);
+        assert_eq!(state(&client, worker), State::Created);
+    }
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn descriptors_travel_only_where_a_message_calls_for_one() {
+    let stage = Stage::new();
+    let agent = sealed(b"#!/bin/true\n");
+    let worker = created(&stage.client(), "a");
+    for request in [
+        Request::Hello { version: 1 },
+        Request::Kill { worker },
+        Request::List { after: None },
+    ] {
+        let client = if matches!(request, Request::Hello { .. }) {
+            Client::silent(&stage.host)
+        } else {
+            stage.client()
+        };
+        client
+            .0
+            .send(&wire::encode(&request).unwrap(), Some(agent.as_fd()))
+            .unwrap();
+        assert!(
+            client.reply().is_none(),
+            "{request:?} with a descriptor was answered"
+        );
+    }
+    let client = stage.client();
+    client
+        .0
+        .send(
+            &wire::encode(&Request::InstallAgent {
+                worker,
+                bootstrap: token(),
+            })
+            .unwrap(),
+            None,
+        )
+        .unwrap();
+    assert!(
+        client.reply().is_none(),
+        "InstallAgent without a descriptor was answered"
+    );
+    stage
+        .helper
+        .log
+        .wait(&["hung up", "InstallAgent came with 0 descriptors"]);
+    for count in [2, 3, 200] {
+        use std::os::fd::AsRawFd;
+        let client = stage.client();
+        let bytes = wire::encode(&Request::InstallAgent {
+            worker,
+            bootstrap: token(),
+        })
+        .unwrap();
+        let descriptors = vec![agent.as_raw_fd(); count];
+        let rights = nix::sys::socket::ControlMessage::ScmRights(&descriptors);
+        let packet = [std::io::IoSlice::new(&bytes)];
+        let flags = nix::sys::socket::MsgFlags::empty();
+        nix::sys::socket::sendmsg::<()>(client.0.as_raw_fd(), &packet, &[rights], flags, None).unwrap();
+        assert!(
+            client.reply().is_none(),
+            "InstallAgent with {count} descriptors was answered"
+        );
+    }
+    assert_eq!(state(&stage.client(), worker), State::Created);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn garbage_ends_its_connection_and_no_other() {
+    let stage = Stage::new();
+    let witness = stage.client();
+    let good = wire::encode(&Request::Kill { worker: worker_id() }).unwrap();
+    let mut packets: Vec<Vec<u8>> = vec![vec![0xff], vec![7], vec![0; 300], vec![1; 513], vec![0xfd; 4000]];
+    packets.extend((1..good.len()).map(|len| good[..len].to_vec()));
+    packets.push([&good[..], &good[..]].concat());
+    packets.push([&good[..], &[0]].concat());
+    for packet in &packets {
+        let client = stage.client();
+        client.0.send(packet, None).unwrap();
+        assert!(client.reply().is_none(), "{packet:?} was answered");
+    }
+    assert_eq!(list(&witness), []);
+    for bit in 0..good.len() * 8 {
+        let mut flipped = good.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        let client = stage.client();
+        client.0.send(&flipped, None).unwrap();
+        let _ = client.reply();
+    }
+    assert_eq!(list(&witness), []);
+    stage.finish(&[]);
+}
+
+#[test]
+fn the_greeting_comes_first_and_once_and_names_both_versions() {
+    let stage = Stage::new();
+    let client = Client::silent(&stage.host);
+    assert_eq!(
+        kind(client.ask(&Request::List { after: None }).0),
+        ErrorKind::Refused
+    );
+    assert!(
+        client.reply().is_none(),
+        "the connection goes on without a greeting"
+    );
+    assert_eq!(
+        kind(
+            stage
+                .client()
+                .ask(&Request::Hello {
+                    version: protocol::VERSION
+                })
+                .0
+        ),
+        ErrorKind::Refused
+    );
+    let client = Client::silent(&stage.host);
+    let (reply, _) = client.ask(&Request::Hello { version: 999 });
+    let Reply::Error(error) = reply else {
+        panic!("{reply:?}")
+    };
+    assert_eq!(error.kind, ErrorKind::Version);
+    assert!(error.message().contains("999") && error.message().contains(&protocol::VERSION.to_string()));
+    assert!(client.reply().is_none());
+    stage.finish(&[]);
+}
+
+#[test]
+fn only_the_supervisors_uid_is_served() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", testbed::harness::SUPERVISOR_UID, SLOTS);
+    let helper = host.helper();
+    // Root passes every mode, so the socket lets it in; the helper does not.
+    let client = Client::silent(&host);
+    let _ = client.0.send(
+        &wire::encode(&Request::Hello {
+            version: protocol::VERSION,
+        })
+        .unwrap(),
+        None,
+    );
+    assert!(client.reply().is_none(), "another uid was served");
+    helper.log.wait(&["hung up", "uid=0"]);
+    assert_eq!(
+        fs::metadata(host.socket()).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+}
+
+#[test]
+fn an_endless_console_is_bounded_and_harms_nobody() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let (reply, console) = install(&client, worker, sealed(b"#!/bin/bash\nyes & exec sleep 1000\n"));
+    assert_eq!(reply, Reply::AgentStarted);
+    let console = console.unwrap();
+    let begin = Instant::now();
+    while !read(&console).ends_with("was dropped]\n") {
+        assert!(begin.elapsed() < PATIENCE);
+        std::thread::yield_now();
+    }
+    assert!(console.metadata().unwrap().len() < protocol::MAX_CONSOLE_BYTES + 100);
+    assert!(console.write_at(b"x", 0).is_err(), "the console can be written");
+    let mut byte = [0];
+    assert_eq!((&console).read(&mut byte).unwrap(), 1);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn too_many_connections_are_told_to_come_back() {
+    let stage = Stage::new();
+    let mut clients = Vec::new();
+    loop {
+        let client = Client::silent(&stage.host);
+        let _ = client.0.send(
+            &wire::encode(&Request::Hello {
+                version: protocol::VERSION,
+            })
+            .unwrap(),
+            None,
+        );
+        match client.reply().expect("an answer").0 {
+            Reply::Welcome { .. } => clients.push(client),
+            error => {
+                assert_eq!(kind(error), ErrorKind::Busy);
+                break;
+            }
+        }
+        assert!(clients.len() <= 300, "there is no end to connections");
+    }
+    clients.clear();
+    let begin = Instant::now();
+    // As soon as their processes have ended there is room again.
+    while !matches!(
+        Client::silent(&stage.host)
+            .ask(&Request::Hello {
+                version: protocol::VERSION
+            })
+            .0,
+        Reply::Welcome { .. }
+    ) {
+        assert!(begin.elapsed() < PATIENCE);
+    }
+    stage.finish(&[]);
+}
