@@ -255,20 +255,24 @@ impl Drop for TestHost {
     fn drop(&mut self) {
         let top = self.cgroup_dir();
         let _ = fs::write(top.join("cgroup.kill"), "1");
-        for _ in 0..2000 {
-            if !fs::read_to_string(top.join("cgroup.events"))
+        let end = Instant::now() + PATIENCE;
+        let populated = || {
+            fs::read_to_string(top.join("cgroup.events"))
                 .unwrap_or_default()
                 .contains("populated 1")
-            {
-                break;
-            }
+        };
+        while populated() && Instant::now() < end {
             std::thread::yield_now();
         }
-        for dir in fs::read_dir(top.join("workers")).into_iter().flatten().flatten() {
-            let _ = fs::remove_dir(dir.path());
-        }
-        for dir in [top.join("workers"), top.join("daemon"), top] {
-            let _ = fs::remove_dir(dir);
+        let workers = fs::read_dir(top.join("workers")).into_iter().flatten().flatten();
+        let workers = workers
+            .filter(|entry| entry.path().is_dir())
+            .map(|entry| entry.path());
+        for dir in workers.chain([top.join("workers"), top.join("daemon"), top.clone()]) {
+            // A process that has just ended may keep its cgroup busy for an instant.
+            while fs::remove_dir(&dir).is_err() && dir.exists() && Instant::now() < end {
+                std::thread::yield_now();
+            }
         }
     }
 }
