@@ -295,50 +295,48 @@ impl Builder {
         Ok(())
     }
 
-    /// Lay nothing over what no job may see.
+    /// Lay nothing over what no job may see. A path that leads through links hides what it leads to: laid
+    /// over the link's own name, the cover would land on the host's tree, and hide nothing from a job.
     fn hide(&self, host: &Host, config: &Config) -> Result<()> {
-        let mut hidden: Vec<PathBuf> = config
-            .factory
-            .hide
-            .iter()
-            .map(|path| path.as_path().to_owned())
-            .collect();
-        hidden.push(config.factory.token_file.as_path().to_owned());
+        let mut hidden = Vec::new();
+        for path in &config.factory.hide {
+            let real = path.as_path().canonicalize();
+            // One that is made later would be seen.
+            hidden.push(real.with_context(|| {
+                format!("{path}, named in hide, cannot be hidden: make it, or remove it")
+            })?);
+        }
+        let mut own = vec![config.factory.token_file.as_path().to_owned()];
         for root in [host.root.as_path(), Path::new("/")] {
             let config_dir = Path::new(config::CONFIG_PATH)
                 .parent()
                 .expect("it has a directory");
-            hidden.extend(
-                [
-                    config_dir,
-                    Path::new(config::STATE_DIR),
-                    Path::new(config::RUN_DIR),
-                ]
-                .map(|dir| root.join(dir)),
-            );
+            let dirs = [
+                config_dir,
+                Path::new(config::STATE_DIR),
+                Path::new(config::RUN_DIR),
+            ];
+            own.extend(dirs.map(|dir| root.join(dir)));
+        }
+        for path in own {
+            match path.canonicalize() {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                real => hidden.push(real.with_context(|| format!("cannot hide {}", path.display()))?),
+            }
         }
         // The outer before the inner: then the inner is hidden already.
         hidden.sort();
         hidden.dedup();
         for path in hidden {
-            let real = below(&self.new_root, &path);
-            match std::fs::symlink_metadata(&real) {
-                Ok(meta) if meta.is_symlink() => {
-                    bail!(
-                        "{}, which is to be hidden, is a symbolic link: hide what it leads to",
-                        path.display()
-                    )
-                }
+            match std::fs::symlink_metadata(below(&self.new_root, &path)) {
                 Ok(meta) => {
                     let cover = if meta.is_dir() { "nothing" } else { "no-file" };
-                    self.bind(
-                        &below(&self.new_root, &Path::new(PRIVATE).join(cover)),
-                        &path,
-                        READ_ONLY,
-                        false,
-                    )?;
+                    let cover = below(&self.new_root, &Path::new(PRIVATE).join(cover));
+                    self.bind(&cover, &path, READ_ONLY, false)?;
                 }
-                Err(_) => {}
+                // Below what jobs have of their own, or below what is hidden by now.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot hide {}", path.display())),
             }
         }
         Ok(())

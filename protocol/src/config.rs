@@ -73,7 +73,8 @@ pub struct Factory {
     /// Seconds after which a worker whose agent has not come online is failed, 5 to 86400.
     #[serde(default = "five_minutes", deserialize_with = "within::<_, 5, 86400>")]
     pub online_timeout_seconds: u64,
-    /// Directories of the host that no job sees, besides those that none ever sees.
+    /// Directories of the host that no job sees, besides those that none ever sees. Each must exist; one that
+    /// leads through a link hides what it leads to.
     #[serde(default)]
     pub hide: BTreeSet<HostPath>,
 }

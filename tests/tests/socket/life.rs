@@ -308,3 +308,46 @@ fn a_job_gets_its_slots_groups_and_devices() {
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     before.assert_unchanged(&host);
 }
+
+#[test]
+fn what_the_operator_hides_is_hidden_also_behind_a_link() {
+    let place = tempfile::Builder::new()
+        .prefix("user-factory-test-")
+        .tempdir_in("/srv")
+        .unwrap();
+    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let at = |name: &str| place.path().join(name).display().to_string();
+    for name in ["shown", "plain", "real/secret"] {
+        fs::create_dir_all(at(name)).unwrap();
+        fs::write(at(&format!("{name}/file")), format!("content of {name}\n")).unwrap();
+    }
+    std::os::unix::fs::symlink(at("real"), at("link")).unwrap();
+    let host = TestHost::new();
+    let hide =
+        |paths: &[String]| host.configure("http://127.0.0.1:9", 0, &format!("hide = {paths:?}\n{SLOTS}"));
+    hide(&[at("plain"), at("link/secret")]);
+    let _helper = host.helper();
+    let client = Client::new(&host);
+    let worker = created(&client, "c");
+    let script = format!("cat {0}/*/file {0}/*/*/file; exit 1", place.path().display());
+    let (_, console) = run(&client, worker, &script);
+    assert!(console.contains("content of shown"), "{console}");
+    assert!(
+        !console.contains("content of plain") && !console.contains("content of real"),
+        "{console}"
+    );
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+
+    // What is not there cannot be hidden, and would be seen once it is: no job starts.
+    hide(&[at("later")]);
+    let client = Client::new(&host);
+    let worker = created(&client, "c");
+    let Reply::Error(error) = install(&client, worker, sealed(b"#!/bin/true\n")).0 else {
+        panic!()
+    };
+    assert!(
+        error.message().contains("later, named in hide, cannot be hidden"),
+        "{error}"
+    );
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+}
