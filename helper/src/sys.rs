@@ -147,7 +147,8 @@ pub fn attach_mount(mount: BorrowedFd<'_>, place: &Path) -> io::Result<()> {
     }
 }
 
-/// Set `no_new_privs` for good: no exec gains privileges from now on; and nobody of the same uid may look into this process or trace it (`PR_SET_DUMPABLE`).
+/// Set `no_new_privs` for good: no exec gains privileges from now on; and nobody of the same uid may look
+/// into this process or trace it (`PR_SET_DUMPABLE`).
 pub fn no_new_privs_and_undumpable() -> io::Result<()> {
     // SAFETY: these two prctl(2) calls take plain integers.
     let ok = unsafe {

@@ -73,8 +73,10 @@ impl View {
     pub fn refresh(&mut self, host: &Host) -> Result<()> {
         let mut mounts = [PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI)];
         let remounted = poll(&mut mounts, PollTimeout::ZERO)? > 0;
+        // A change is told once: if the configuration cannot be read now, it must not be forgotten.
+        let previous = self.built.take();
         let (config, identity) = host.configuration()?;
-        if let Some(built) = &self.built
+        if let Some(built) = &previous
             && !remounted
             && built.configuration == identity
             && built
@@ -82,9 +84,9 @@ impl View {
                 .iter()
                 .all(|(dir, seen)| dir.metadata().is_ok_and(|meta| FileIdentity::of(&meta) == *seen))
         {
+            self.built = previous;
             return Ok(());
         }
-        self.built = None;
         setns(&self.host_namespace, CloneFlags::CLONE_NEWNS).context("cannot return to the host's mounts")?;
         unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
         let unfolded = Builder::build(host, &config).context("cannot build the jobs' view of the host")?;
