@@ -222,11 +222,8 @@ fn arguments(config: &Config, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<St
 
 /// The slot's device nodes as they are on the host at this moment.
 fn devices(host: &Host, slot: &Slot) -> Result<Vec<(PathBuf, SFlag, u64)>> {
-    let device = |path: &protocol::config::HostPath| {
-        let below_dev = path
-            .as_path()
-            .strip_prefix("/dev")
-            .context("a device is below /dev")?;
+    let device = |path: &protocol::config::DevicePattern| {
+        let below_dev = path.below_dev();
         let stat = look(&host.dev, below_dev)
             .with_context(|| format!("device {path} is not there: plug it in, or remove it from devices"))?;
         match kind(&stat) {

@@ -195,6 +195,7 @@ pub fn print_exit(exit: Exit) -> String {
         Exit::Status(status) => format!("status {status}\n"),
         Exit::Signal(signal) => format!("signal {signal}\n"),
         Exit::NotStarted => "not-started\n".into(),
+        Exit::TimedOut => "timed-out\n".into(),
         Exit::Unknown => String::new(),
     }
 }
@@ -206,6 +207,7 @@ fn parse_exit(text: &str) -> Exit {
         Some(("status", n)) => n.parse().map_or(Exit::Unknown, Exit::Status),
         Some(("signal", n)) => n.parse().map_or(Exit::Unknown, Exit::Signal),
         _ if line == "not-started" => Exit::NotStarted,
+        _ if line == "timed-out" => Exit::TimedOut,
         _ => Exit::Unknown,
     }
 }
@@ -277,6 +279,7 @@ mod tests {
             Exit::Status(255),
             Exit::Signal(9),
             Exit::NotStarted,
+            Exit::TimedOut,
             Exit::Unknown,
         ] {
             let text = print_exit(exit);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{BootstrapToken, SlotName, Uid, UserName, WorkerId};
 
 /// The version that this crate speaks. It changes with every change to a message.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The most workers in one [`Reply::Workers`]; ask again with `after` for the rest.
 pub const MAX_LIST: usize = 256;
@@ -137,6 +137,8 @@ pub enum Exit {
     Signal(u8),
     /// It could not be started.
     NotStarted,
+    /// It had run for the slot's `run_time_seconds`, and was ended with all that it had started.
+    TimedOut,
     /// Nobody saw it end: `Kill`, a reboot, the kernel's OOM killer.
     Unknown,
 }
@@ -147,6 +149,7 @@ impl fmt::Display for Exit {
             Exit::Status(status) => write!(f, "exited with status {status}"),
             Exit::Signal(signal) => write!(f, "was ended by signal {signal}"),
             Exit::NotStarted => f.write_str("could not be started"),
+            Exit::TimedOut => f.write_str("was ended at the slot's limits.run_time_seconds"),
             Exit::Unknown => f.write_str("was killed, or lost in a reboot"),
         }
     }

@@ -67,7 +67,7 @@ mod tests {
     fn requests() -> Vec<(Request, &'static str)> {
         let worker = WORKER.parse().unwrap();
         vec![
-            (Request::Hello { version: 1 }, "0001"),
+            (Request::Hello { version: 2 }, "0002"),
             (
                 Request::CreateUser {
                     worker,

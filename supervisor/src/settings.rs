@@ -107,8 +107,9 @@ pub fn check_host(config: &Config, groups: &str) -> Vec<Mistake> {
                 )),
             }
         }
-        for device in &slot.devices {
-            match fs::metadata(device.as_path()) {
+        for device in slot.devices.iter().filter(|device| device.is_plain()) {
+            match fs::metadata(Path::new("/dev").join(device.below_dev())) {
+                Ok(meta) if meta.is_dir() => {}
                 Ok(meta) if meta.file_type().is_char_device() || meta.file_type().is_block_device() => {}
                 Ok(_) => note(format!("{device} is not a device: name a device node")),
                 Err(e) if hidden(&e) => {}

@@ -20,14 +20,20 @@
 //! assert_eq!(mistakes[0].line, 8);
 //! ```
 
+mod devices;
+mod limits;
+mod value;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
 
-use crate::{SlotName, TargetId, Uid};
+use crate::{SlotName, TargetId};
+
+pub use devices::DevicePattern;
+pub use limits::{Cpus, Limits};
+pub use value::{BaseUrl, EnvName, EnvValue, GroupName, HostPath, UidRange, User};
 
 /// The configuration's place below the root directory.
 pub const CONFIG_PATH: &str = "etc/buildomat-user-factory/config.toml";
@@ -35,6 +41,12 @@ pub const CONFIG_PATH: &str = "etc/buildomat-user-factory/config.toml";
 pub const RUN_DIR: &str = "run/buildomat-user-factory";
 /// The helper's socket, below the root directory.
 pub const HELPER_SOCKET: &str = "run/buildomat-user-factory/helper.sock";
+/// The directory, below the root directory, in which the supervisor listens for jobs that can reach nobody but
+/// the server: the helper makes it and gives it to the supervisor.
+pub const GATE_DIR: &str = "run/buildomat-user-factory/gate";
+/// The name of that socket, of type `SOCK_SEQPACKET`. One packet, of one byte, brings one descriptor: a TCP
+/// connection that a job has opened to the server.
+pub const GATE_SOCKET: &str = "server.sock";
 /// The directory of all lasting state, below the root directory.
 pub const STATE_DIR: &str = "var/lib/buildomat-user-factory";
 
@@ -92,12 +104,31 @@ pub struct Slot {
     pub env: BTreeMap<EnvName, EnvValue>,
     /// Directories of the host (values) that the job sees, read-only, at another place (keys).
     pub read_only: BTreeMap<HostPath, HostPath>,
-    /// Device nodes of the host that the job may use.
-    pub devices: BTreeSet<HostPath>,
+    /// Device nodes of the host that the job may read and write, also those that are plugged in later.
+    pub devices: BTreeSet<DevicePattern>,
     /// More private writable places: empty at the start, gone at the end.
     pub writable: BTreeSet<HostPath>,
+    pub network: Network,
+    /// May the job make user namespaces, and in them the other kinds, and mounts?
+    pub allow_user_namespaces: bool,
+    /// Are `fsync(2)` and its kin answered without being done? What a job writes ends with it, so nothing is
+    /// lost; unless it writes to a disk of its own, so a slot with block devices has them done all the same.
+    pub ignore_sync: bool,
+    pub limits: Limits,
     /// The line on which the slot begins, for messages.
     pub line: usize,
+}
+
+/// Whom a job can reach.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// Whom the host can reach.
+    #[default]
+    Host,
+    /// Nobody but the buildomat server: the job has a network namespace of its own, with nothing in it but a
+    /// door to the supervisor, which passes the bytes on to `general.baseurl`.
+    None,
 }
 
 /// One mistake in the configuration.
@@ -181,13 +212,19 @@ impl Config {
                 }
                 places.push(place.get_ref());
             }
-            for device in &slot.devices {
-                if !device.get_ref().0.starts_with("/dev") || device.get_ref().0 == Path::new("/dev") {
-                    note(
-                        device.span().start,
-                        format!("{} is not below /dev: name a device node", device.get_ref()),
-                    );
-                }
+            if let Some(network) = slot
+                .network
+                .as_ref()
+                .filter(|network| *network.get_ref() == Network::None)
+                && raw.general.baseurl.name_and_port().is_none()
+            {
+                note(
+                    network.span().start,
+                    format!(
+                        "network = \"none\" needs a server with a name: {} is an address, name the host in general.baseurl",
+                        raw.general.baseurl
+                    ),
+                );
             }
             let line = line_of(name.span().start);
             slots.insert(name.into_inner(), slot.check(line));
@@ -227,9 +264,16 @@ struct RawSlot {
     #[serde(default)]
     read_only: BTreeMap<Spanned<HostPath>, HostPath>,
     #[serde(default)]
-    devices: Vec<Spanned<HostPath>>,
+    devices: BTreeSet<DevicePattern>,
     #[serde(default)]
     writable: Vec<Spanned<HostPath>>,
+    network: Option<Spanned<Network>>,
+    #[serde(default)]
+    allow_user_namespaces: bool,
+    #[serde(default = "yes")]
+    ignore_sync: bool,
+    #[serde(default)]
+    limits: Limits,
 }
 
 impl RawSlot {
@@ -248,221 +292,19 @@ impl RawSlot {
                 .into_iter()
                 .map(|(place, source)| (place.into_inner(), source))
                 .collect(),
-            devices: self.devices.into_iter().map(Spanned::into_inner).collect(),
+            devices: self.devices,
             writable: self.writable.into_iter().map(Spanned::into_inner).collect(),
+            network: self.network.map(Spanned::into_inner).unwrap_or_default(),
+            allow_user_namespaces: self.allow_user_namespaces,
+            ignore_sync: self.ignore_sync,
+            limits: self.limits,
             line,
         }
     }
 }
 
-/// A text with a rule, refused at its own place in the file.
-macro_rules! checked {
-    ($(#[$doc:meta])* $name:ident, $rule:expr, $expected:literal) => {
-        $(#[$doc])*
-        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(String);
-
-        impl $name {
-            pub fn as_str(&self) -> &str {
-                &self.0
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-                let text = String::deserialize(from)?;
-                let rule: fn(&str) -> bool = $rule;
-                if rule(&text) { Ok(Self(text)) } else { Err(de::Error::custom(format!(concat!("{:?} is not ", $expected), text))) }
-            }
-        }
-    };
-}
-
-checked!(
-    /// The server's address, without a slash at the end.
-    BaseUrl,
-    |url| {
-        let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
-        rest.is_some_and(|rest| {
-            !rest.is_empty()
-                && !rest.starts_with('/')
-                && !rest.ends_with('/')
-                && rest.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~:/[]".contains(&b))
-        })
-    },
-    "a server's address: write https://HOST[:PORT][/PATH], without user, query and slash at the end"
-);
-
-checked!(
-    /// A group's name (`groupadd(8)`).
-    GroupName,
-    |name| {
-        (1..=32).contains(&name.len())
-            && !name.starts_with('-')
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
-    },
-    "a group's name: use 1 to 32 letters, digits, - and _"
-);
-
-checked!(
-    /// An environment variable's name (POSIX: letters, digits and underscores, not beginning with a digit).
-    EnvName,
-    |name| {
-        (1..=128).contains(&name.len())
-            && !name.as_bytes()[0].is_ascii_digit()
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
-    },
-    "a variable's name: use letters, digits and _, not beginning with a digit"
-);
-
-checked!(
-    /// An environment variable's value: at most 32 KiB, no NUL.
-    EnvValue,
-    |value| value.len() <= 32 << 10 && !value.contains('\0'),
-    "a variable's value: at most 32768 bytes, without NUL"
-);
-
-/// An absolute path without `.`, `..`, doubled slashes and control characters; not `/` itself.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct HostPath(PathBuf);
-
-impl HostPath {
-    pub fn as_path(&self) -> &Path {
-        &self.0
-    }
-
-    /// May something be mounted here in a job's view?
-    fn may_be_a_place_in_the_job(&self) -> Result<(), String> {
-        let taken = [
-            "/proc", "/sys", "/dev", "/run", "/var/run", "/home", "/root", "/etc",
-        ];
-        match PRIVATE_TREES
-            .iter()
-            .chain(&taken)
-            .find(|top| self.0.starts_with(top))
-        {
-            Some(top) => Err(format!(
-                "is below {top}, which the job has of its own: choose another place"
-            )),
-            None => Ok(()),
-        }
-    }
-}
-
-impl fmt::Display for HostPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.display().fmt(f)
-    }
-}
-
-impl<'de> Deserialize<'de> for HostPath {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(from)?;
-        let path = PathBuf::from(&text);
-        let plain = text.len() < 1024
-            && !text.chars().any(char::is_control)
-            && path.is_absolute()
-            && path
-                .components()
-                .skip(1)
-                .all(|c| matches!(c, Component::Normal(_)))
-            && path.components().count() > 1
-            && path.components().collect::<PathBuf>().as_os_str() == path.as_os_str();
-        if plain {
-            Ok(Self(path))
-        } else {
-            Err(de::Error::custom(format!(
-                "{text:?} is not an absolute path in its plain form, such as \"/opt/rust\""
-            )))
-        }
-    }
-}
-
-/// The supervisor's user.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum User {
-    Name(String),
-    Number(u32),
-}
-
-impl Default for User {
-    fn default() -> Self {
-        User::Name("buildomat-factory".into())
-    }
-}
-
-impl<'de> Deserialize<'de> for User {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged, expecting = "expected a user's name or number")]
-        enum Raw {
-            Number(u32),
-            Name(GroupName),
-        }
-        Ok(match Raw::deserialize(from)? {
-            Raw::Number(uid) => User::Number(uid),
-            Raw::Name(name) => User::Name(name.0),
-        })
-    }
-}
-
-/// The uids that workers get, both ends included; written `"1879048192-1879113727"`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UidRange {
-    pub first: Uid,
-    pub last: Uid,
-}
-
-impl UidRange {
-    pub fn len(self) -> u32 {
-        self.last.get() - self.first.get() + 1
-    }
-
-    /// Never: a range has at least one uid.
-    pub fn is_empty(self) -> bool {
-        false
-    }
-
-    pub fn contains(self, uid: u32) -> bool {
-        (self.first.get()..=self.last.get()).contains(&uid)
-    }
-}
-
-impl Default for UidRange {
-    fn default() -> Self {
-        // 0x7000_0000..=0x7000_ffff: unused in systemd's table of uid ranges (UIDS-GIDS.md), below 2^31,
-        // above what containers and subordinate uids use.
-        let end = |uid| Uid::try_from(uid).expect("a uid of the default range");
-        UidRange {
-            first: end(0x7000_0000),
-            last: end(0x7000_ffff),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for UidRange {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(from)?;
-        let range = text.split_once('-').and_then(|(first, last)| {
-            let end = |text: &str| text.parse::<u32>().ok().and_then(|uid| Uid::try_from(uid).ok());
-            Some(UidRange {
-                first: end(first)?,
-                last: end(last)?,
-            })
-        });
-        // Ordinary users and subordinate ids live below 2^20; nobody must find a job's uid there.
-        range.filter(|r| r.first <= r.last && r.first.get() >= 1 << 20 && r.len() <= 1 << 20).ok_or_else(|| {
-            de::Error::custom(format!(
-                "{text:?} is not a range of uids: write \"FIRST-LAST\" within 1048576-2147483647, at most 1048576 of them"
-            ))
-        })
-    }
+fn yes() -> bool {
+    true
 }
 
 fn one() -> u64 {
@@ -520,6 +362,11 @@ mod tests {
             (format!("{SLOT}writable = [\"opt\"]\n"), 7, "absolute"),
             (format!("{SLOT}writable = [\"/opt/../etc\"]\n"), 7, "absolute"),
             (format!("{SLOT}devices = [\"/etc/passwd\"]\n"), 7, "/dev"),
+            (format!("{SLOT}devices = [\"/dev/*\"]\n"), 7, "every device"),
+            (format!("{SLOT}devices = [\"/dev\"]\n"), 7, "/dev"),
+            (format!("{SLOT}network = \"lan\"\n"), 7, "variant"),
+            (format!("{SLOT}limits.memory = 5\n"), 7, "at least"),
+            (format!("{SLOT}limits.colour = 5\n"), 7, "unknown field"),
             (format!("{SLOT}add_to_groups = [\"a b\"]\n"), 7, "group"),
             (format!("{SLOT}env.\"1A\" = \"x\"\n"), 7, "variable"),
             (
@@ -536,6 +383,27 @@ mod tests {
             let found = mistakes(&text);
             assert!(found[0].message.contains(part), "{text}: {found:?}");
             assert_eq!(found[0].line, line, "{text}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_slot_without_network_needs_a_server_with_a_name() {
+        for (server, name) in [
+            ("https://b.example.com", Some(("b.example.com", 443))),
+            ("http://b/path", Some(("b", 80))),
+            ("http://127.0.0.1:8080", Some(("127.0.0.1", 8080))),
+            ("http://localhost:1", Some(("localhost", 1))),
+            ("http://10.0.0.1:8080", None),
+            ("http://[::1]:8080", None),
+            ("http://b:0", None),
+            ("http://b:99999", None),
+        ] {
+            let text = format!("{HEAD}{SLOT}network = \"none\"\n").replace("https://b.example.com", server);
+            let parsed = Config::parse(&text);
+            match name {
+                Some(name) => assert_eq!(parsed.unwrap().general.baseurl.name_and_port(), Some(name)),
+                None => assert_eq!(parsed.unwrap_err()[0].line, 7, "{server}"),
+            }
         }
     }
 

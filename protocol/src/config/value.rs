@@ -1,0 +1,242 @@
+//! Single values of the configuration, each refused at its own place in the file when it breaks its rule.
+
+use std::fmt;
+use std::path::{Component, Path, PathBuf};
+
+use serde::{Deserialize, Deserializer, de};
+
+use super::PRIVATE_TREES;
+use crate::Uid;
+
+/// A text with a rule, refused at its own place in the file.
+macro_rules! checked {
+    ($(#[$doc:meta])* $name:ident, $rule:expr, $expected:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(String);
+
+        impl $name {
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                let text = String::deserialize(from)?;
+                let rule: fn(&str) -> bool = $rule;
+                if rule(&text) { Ok(Self(text)) } else { Err(de::Error::custom(format!(concat!("{:?} is not ", $expected), text))) }
+            }
+        }
+    };
+}
+
+checked!(
+    /// The server's address, without a slash at the end.
+    BaseUrl,
+    |url| {
+        let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+        rest.is_some_and(|rest| {
+            !rest.is_empty()
+                && !rest.starts_with('/')
+                && !rest.ends_with('/')
+                && rest.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~:/[]".contains(&b))
+        })
+    },
+    "a server's address: write https://HOST[:PORT][/PATH], without user, query and slash at the end"
+);
+
+impl BaseUrl {
+    /// The server's host and port for a job that can reach nobody else: a name, or an address that every
+    /// network namespace has for itself (127.0.0.0/8). None for other addresses, and where the port is no port.
+    pub fn name_and_port(&self) -> Option<(&str, u16)> {
+        let (rest, default) = match self.0.strip_prefix("https://") {
+            Some(rest) => (rest, 443),
+            None => (self.0.strip_prefix("http://")?, 80),
+        };
+        let authority = rest.split('/').next()?;
+        if authority.starts_with('[') {
+            return None;
+        }
+        let (host, port) = match authority.split_once(':') {
+            Some((host, port)) => (host, port.parse().ok().filter(|port| *port != 0)?),
+            None => (authority, default),
+        };
+        let elsewhere = host
+            .parse::<std::net::Ipv4Addr>()
+            .is_ok_and(|address| !address.is_loopback());
+        (!host.is_empty() && !elsewhere).then_some((host, port))
+    }
+}
+
+checked!(
+    /// A group's name (`groupadd(8)`).
+    GroupName,
+    |name| {
+        (1..=32).contains(&name.len())
+            && !name.starts_with('-')
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+    },
+    "a group's name: use 1 to 32 letters, digits, - and _"
+);
+
+checked!(
+    /// An environment variable's name (POSIX: letters, digits and underscores, not beginning with a digit).
+    EnvName,
+    |name| {
+        (1..=128).contains(&name.len())
+            && !name.as_bytes()[0].is_ascii_digit()
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+    },
+    "a variable's name: use letters, digits and _, not beginning with a digit"
+);
+
+checked!(
+    /// An environment variable's value: at most 32 KiB, no NUL.
+    EnvValue,
+    |value| value.len() <= 32 << 10 && !value.contains('\0'),
+    "a variable's value: at most 32768 bytes, without NUL"
+);
+
+/// An absolute path without `.`, `..`, doubled slashes and control characters; not `/` itself.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HostPath(pub(super) PathBuf);
+
+impl HostPath {
+    pub fn as_path(&self) -> &Path {
+        &self.0
+    }
+
+    /// May something be mounted here in a job's view?
+    pub(super) fn may_be_a_place_in_the_job(&self) -> Result<(), String> {
+        let taken = [
+            "/proc", "/sys", "/dev", "/run", "/var/run", "/home", "/root", "/etc",
+        ];
+        match PRIVATE_TREES
+            .iter()
+            .chain(&taken)
+            .find(|top| self.0.starts_with(top))
+        {
+            Some(top) => Err(format!(
+                "is below {top}, which the job has of its own: choose another place"
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for HostPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.display().fmt(f)
+    }
+}
+
+impl<'de> Deserialize<'de> for HostPath {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        let path = PathBuf::from(&text);
+        let plain = text.len() < 1024
+            && !text.chars().any(char::is_control)
+            && path.is_absolute()
+            && path
+                .components()
+                .skip(1)
+                .all(|c| matches!(c, Component::Normal(_)))
+            && path.components().count() > 1
+            && path.components().collect::<PathBuf>().as_os_str() == path.as_os_str();
+        if plain {
+            Ok(Self(path))
+        } else {
+            Err(de::Error::custom(format!(
+                "{text:?} is not an absolute path in its plain form, such as \"/opt/rust\""
+            )))
+        }
+    }
+}
+
+/// The supervisor's user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum User {
+    Name(String),
+    Number(u32),
+}
+
+impl Default for User {
+    fn default() -> Self {
+        User::Name("buildomat-factory".into())
+    }
+}
+
+impl<'de> Deserialize<'de> for User {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "expected a user's name or number")]
+        enum Raw {
+            Number(u32),
+            Name(GroupName),
+        }
+        Ok(match Raw::deserialize(from)? {
+            Raw::Number(uid) => User::Number(uid),
+            Raw::Name(name) => User::Name(name.0),
+        })
+    }
+}
+
+/// The uids that workers get, both ends included; written `"1879048192-1879113727"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UidRange {
+    pub first: Uid,
+    pub last: Uid,
+}
+
+impl UidRange {
+    pub fn len(self) -> u32 {
+        self.last.get() - self.first.get() + 1
+    }
+
+    /// Never: a range has at least one uid.
+    pub fn is_empty(self) -> bool {
+        false
+    }
+
+    pub fn contains(self, uid: u32) -> bool {
+        (self.first.get()..=self.last.get()).contains(&uid)
+    }
+}
+
+impl Default for UidRange {
+    fn default() -> Self {
+        // 0x7000_0000..=0x7000_ffff: unused in systemd's table of uid ranges (UIDS-GIDS.md), below 2^31,
+        // above what containers and subordinate uids use.
+        let end = |uid| Uid::try_from(uid).expect("a uid of the default range");
+        UidRange {
+            first: end(0x7000_0000),
+            last: end(0x7000_ffff),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for UidRange {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        let range = text.split_once('-').and_then(|(first, last)| {
+            let end = |text: &str| text.parse::<u32>().ok().and_then(|uid| Uid::try_from(uid).ok());
+            Some(UidRange {
+                first: end(first)?,
+                last: end(last)?,
+            })
+        });
+        // Ordinary users and subordinate ids live below 2^20; nobody must find a job's uid there.
+        range.filter(|r| r.first <= r.last && r.first.get() >= 1 << 20 && r.len() <= 1 << 20).ok_or_else(|| {
+            de::Error::custom(format!(
+                "{text:?} is not a range of uids: write \"FIRST-LAST\" within 1048576-2147483647, at most 1048576 of them"
+            ))
+        })
+    }
+}
