@@ -9,3 +9,4 @@ pub mod agent;
 pub mod census;
 pub mod harness;
 pub mod server;
+pub mod stage;

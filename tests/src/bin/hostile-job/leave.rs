@@ -1,0 +1,5 @@
+//! Group A: leaving something behind.
+
+use crate::Attempt;
+
+pub const ATTEMPTS: &[Attempt] = &[];

@@ -1,0 +1,73 @@
+//! A job that attacks: started by the helper in place of the agent, it makes one attempt from inside the
+//! sandbox, says how each part of it went, and exits with 0 only if all of it failed.
+//!
+//! Which attempt, and with which words, stands behind the program's own last byte: see
+//! `testbed::stage::attack_program`. All `unsafe` is in `sys`.
+
+mod across;
+mod cleanup;
+mod leave;
+mod starve;
+mod sys;
+
+use std::fmt::Display;
+use std::process::ExitCode;
+
+/// An attempt: its name and what it does.
+type Attempt = (&'static str, fn(&mut Report, &[String]));
+
+/// What became of an attempt's parts.
+#[derive(Debug, Default)]
+pub struct Report {
+    broken: bool,
+}
+
+impl Report {
+    /// This must not work.
+    pub fn must_fail<T, E: Display>(&mut self, what: impl Display, result: Result<T, E>) {
+        match result {
+            Ok(_) => self.broken(format!("{what}: it worked")),
+            Err(error) => println!("held: {what}: {error}"),
+        }
+    }
+
+    /// The wall has a hole.
+    pub fn broken(&mut self, what: impl Display) {
+        self.broken = true;
+        println!("BROKEN: {what}");
+    }
+
+    /// A word for the test, which waits for it.
+    pub fn say(&mut self, what: impl Display) {
+        println!("{what}");
+    }
+}
+
+fn main() -> ExitCode {
+    let own = std::fs::read("/proc/self/exe").expect("a job can read its own program");
+    let tail = own.len().saturating_sub(4096);
+    let tail = String::from_utf8_lossy(&own[tail..]).into_owned();
+    let mut words = tail
+        .rsplit("\nATTACK ")
+        .next()
+        .unwrap_or_default()
+        .split('\t')
+        .map(str::to_owned);
+    let name = words.next().unwrap_or_default();
+    let words: Vec<String> = words.collect();
+    let all = [
+        leave::ATTEMPTS,
+        cleanup::ATTEMPTS,
+        across::ATTEMPTS,
+        starve::ATTEMPTS,
+    ]
+    .concat();
+    let Some((_, attempt)) = all.iter().find(|(other, _)| *other == name) else {
+        println!("BROKEN: there is no attempt {name:?}");
+        return ExitCode::from(2);
+    };
+    let mut report = Report::default();
+    attempt(&mut report, &words);
+    println!("attempt over");
+    ExitCode::from(u8::from(report.broken))
+}

@@ -1,0 +1,5 @@
+//! Group D: starving the host.
+
+use crate::Attempt;
+
+pub const ATTEMPTS: &[Attempt] = &[];

@@ -1,0 +1,203 @@
+//! A host with a helper that serves root, so that a test itself is the client; and what tests ask at
+//! its socket again and again.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use protocol::{BootstrapToken, ErrorKind, Reply, Request, SlotName, State, WorkerId};
+
+use crate::census::Census;
+use crate::harness::{Client, PATIENCE, Running, TestHost, binaries, sealed, worker_id};
+
+/// Three slots, the first two in conflict, the first with something of everything.
+pub const SLOTS: &str = r#"
+[slots.a]
+target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
+conflicts_with_slots = ["b"]
+env.COLOUR = "deep red"
+writable = ["/srv/of-the-job"]
+read_only = { "/opt/shown" = "/usr/share" }
+[slots.b]
+target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
+[slots.c]
+target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
+"#;
+
+/// The host, its helper, and the census from before the helper's first worker.
+#[derive(Debug)]
+pub struct Stage {
+    pub host: TestHost,
+    pub helper: Running,
+    pub before: Census,
+}
+
+impl Stage {
+    pub fn new() -> Stage {
+        Stage::with(SLOTS)
+    }
+
+    /// With these slots.
+    pub fn with(slots: &str) -> Stage {
+        let host = TestHost::new();
+        host.configure("http://127.0.0.1:9", 0, slots);
+        let before = Census::take(&host);
+        let helper = host.helper();
+        Stage { host, helper, before }
+    }
+
+    pub fn client(&self) -> Client {
+        Client::new(&self.host)
+    }
+
+    /// Delete what the test made; then the host is as it was.
+    pub fn finish(self, workers: &[WorkerId]) {
+        let client = self.client();
+        for worker in workers {
+            assert_eq!(client.ask(&Request::Delete { worker: *worker }).0, Reply::Deleted);
+        }
+        assert_eq!(list(&client), []);
+        self.before.assert_unchanged(&self.host);
+    }
+}
+
+pub fn slot(name: &str) -> SlotName {
+    name.parse().unwrap()
+}
+
+pub fn create(client: &Client, worker: WorkerId, name: &str) -> Reply {
+    client
+        .ask(&Request::CreateUser {
+            worker,
+            slot: slot(name),
+        })
+        .0
+}
+
+pub fn created(client: &Client, name: &str) -> WorkerId {
+    let worker = worker_id();
+    assert!(matches!(create(client, worker, name), Reply::UserCreated { .. }));
+    worker
+}
+
+pub fn token() -> BootstrapToken {
+    "t0k3n".repeat(10).parse().unwrap()
+}
+
+pub fn install(client: &Client, worker: WorkerId, agent: OwnedFd) -> (Reply, Option<File>) {
+    let (reply, mut descriptors) = client.ask_with(
+        &Request::InstallAgent {
+            worker,
+            bootstrap: token(),
+        },
+        Some(agent.as_fd()),
+    );
+    assert_eq!(reply.carries_descriptor(), !descriptors.is_empty());
+    (reply, descriptors.pop().map(File::from))
+}
+
+/// Install a script as the agent, let it run until its install has ended, and return the console.
+pub fn run(client: &Client, worker: WorkerId, script: &str) -> (State, String) {
+    let (reply, console) = install(
+        client,
+        worker,
+        sealed(format!("#!/bin/bash\n{script}\n").as_bytes()),
+    );
+    assert_eq!(reply, Reply::AgentStarted);
+    let state = wait_until(client, worker, |state| state != State::Running);
+    (state, read(&console.unwrap()))
+}
+
+/// The hostile job's program, which makes the attempt `name` with these words.
+pub fn attack_program(name: &str, words: &[&str]) -> OwnedFd {
+    let mut program =
+        std::fs::read(binaries().join("hostile-job")).expect("the hostile job's program was built");
+    program.extend(format!("\nATTACK {}", [&[name], words].concat().join("\t")).bytes());
+    sealed(&program)
+}
+
+/// Let the hostile job make its attempt to the end, and fail unless the wall held. Returns the console.
+pub fn attack(client: &Client, worker: WorkerId, name: &str, words: &[&str]) -> String {
+    let (reply, console) = install(client, worker, attack_program(name, words));
+    assert_eq!(reply, Reply::AgentStarted);
+    wait_until(client, worker, |state| state != State::Running);
+    let console = read(&console.expect("a console comes with the reply"));
+    assert!(
+        console.contains("attempt over") && !console.contains("BROKEN"),
+        "{name}:\n{console}"
+    );
+    console
+}
+
+/// Start the hostile job; the attempt goes on while the test does.
+pub fn start_attack(client: &Client, worker: WorkerId, name: &str, words: &[&str]) -> File {
+    let (reply, console) = install(client, worker, attack_program(name, words));
+    assert_eq!(reply, Reply::AgentStarted);
+    console.expect("a console comes with the reply")
+}
+
+pub fn read(console: &File) -> String {
+    let mut bytes = vec![0; 2 << 20];
+    let n = console.read_at(&mut bytes, 0).unwrap();
+    String::from_utf8_lossy(&bytes[..n]).into_owned()
+}
+
+pub fn state(client: &Client, worker: WorkerId) -> State {
+    list(client)
+        .into_iter()
+        .find(|info| info.worker == worker)
+        .expect("the worker exists")
+        .state
+}
+
+pub fn wait_until(client: &Client, worker: WorkerId, good: impl Fn(State) -> bool) -> State {
+    let begin = Instant::now();
+    loop {
+        let now = state(client, worker);
+        if good(now) {
+            return now;
+        }
+        assert!(begin.elapsed() < PATIENCE, "worker {worker} stays {now:?}");
+        std::thread::yield_now();
+    }
+}
+
+pub fn wait_for_line(console: &File, line: &str) {
+    let begin = Instant::now();
+    while !read(console).lines().any(|other| other == line) {
+        assert!(
+            begin.elapsed() < PATIENCE,
+            "the console has no {line:?}:\n{}",
+            read(console)
+        );
+        std::thread::yield_now();
+    }
+}
+
+pub fn list(client: &Client) -> Vec<protocol::WorkerInfo> {
+    match client.ask(&Request::List { after: None }).0 {
+        Reply::Workers { workers, more: false } => workers,
+        other => panic!("{other:?}"),
+    }
+}
+
+pub fn kind(reply: Reply) -> ErrorKind {
+    match reply {
+        Reply::Error(error) => {
+            assert!(
+                !error.message().is_empty() && !error.message().contains('\n'),
+                "{:?}",
+                error.message()
+            );
+            error.kind
+        }
+        other => panic!("not an error: {other:?}"),
+    }
+}
+
+impl Default for Stage {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,1 @@
+//! Group A: a hostile job; what it attempts is in `hostile-job`'s module of the same name.
