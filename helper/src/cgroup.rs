@@ -11,7 +11,7 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, poll};
 use protocol::WorkerId;
 
-use crate::host::{make_dir, make_directories, open_dir, open_file, read_small, remove_dir};
+use crate::host::{make_dir, make_directories, open_dir, open_file, open_path, read_small, remove_dir};
 
 /// The mount point of cgroup v2 in a `mountinfo` (`proc_pid_mountinfo(5)`), with the cgroup that is mounted there.
 fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
@@ -67,7 +67,13 @@ pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
     );
     std::fs::write(daemon.join("cgroup.procs"), "0")
         .with_context(|| format!("cannot move into {}", daemon.display()))?;
-    Ok(open_dir(nix::fcntl::AT_FDCWD, &workers)?)
+    // Limits take their controllers; which of them there are, `limits` sees in the end.
+    for controller in ["+memory", "+cpu", "+pids"] {
+        for level in [&base, &workers] {
+            let _ = std::fs::write(level.join("cgroup.subtree_control"), controller);
+        }
+    }
+    open_path(&workers)
 }
 
 /// A new cgroup for a worker that has no process. A used one is not used again: since Linux 6.18 a

@@ -17,14 +17,15 @@ use protocol::{
 use tracing::{info, warn};
 
 use crate::host::{Host, open_file};
+use crate::orders::{Order, Word};
 use crate::worker::{self, Record, Worker};
-use crate::{cgroup, policy, sandbox, trees, user};
+use crate::{cgroup, devices, install, policy, trees, user};
 
 /// Answers and the descriptor that goes with them.
 type Answer = (Reply, Option<File>);
 
 /// Serve this connection to its end.
-pub fn serve(host: &Host, view_error: Option<&str>, busy: bool, socket: Seqpacket) {
+pub fn serve(host: &Host, orders: &Seqpacket, peer: Peer, busy: bool, socket: Seqpacket) {
     // A peer that says nothing, or does not read, must not keep a process for ever.
     let patience = |seconds| nix::sys::time::TimeVal::new(seconds, 0);
     let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(10));
@@ -84,9 +85,9 @@ pub fn serve(host: &Host, view_error: Option<&str>, busy: bool, socket: Seqpacke
                 )),
                 None,
             ),
-            (_, true) => answer(host, view_error, &request, descriptors),
+            (_, true) => answer(host, orders, &request, descriptors),
         };
-        audit(&request, &reply, begin);
+        audit(peer, &request, &reply, begin);
         let sent = wire::encode(&reply).map_err(|_| Errno::EMSGSIZE);
         let sent = sent.and_then(|bytes| socket.send(&bytes, descriptor.as_ref().map(AsFd::as_fd)));
         match sent {
@@ -97,20 +98,19 @@ pub fn serve(host: &Host, view_error: Option<&str>, busy: bool, socket: Seqpacke
     }
 }
 
-fn answer(host: &Host, view_error: Option<&str>, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
+fn answer(host: &Host, orders: &Seqpacket, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
     let result = match request {
         Request::Hello { .. } => Err(Error::new(ErrorKind::Refused, "Hello was said before").into()),
         Request::CreateUser { worker, slot } => {
             create_user(host, *worker, slot).map(|(uid, name)| (Reply::UserCreated { uid, name }, None))
         }
-        Request::InstallAgent { worker, bootstrap } => match (view_error, descriptors.pop()) {
-            (None, Some(agent)) => install_agent(host, *worker, agent, bootstrap),
-            (Some(error), _) => Err(Error::new(ErrorKind::Failed, error).into()),
-            (None, None) => Err(Error::new(ErrorKind::Refused, "the agent is missing").into()),
+        Request::InstallAgent { worker, bootstrap } => match descriptors.pop() {
+            Some(agent) => install_agent(host, orders, *worker, agent, bootstrap),
+            None => Err(Error::new(ErrorKind::Refused, "the agent is missing").into()),
         },
         Request::Attach { worker } => attach(host, *worker),
         Request::Kill { worker } => kill(host, *worker).map(|()| (Reply::Killed, None)),
-        Request::Delete { worker } => delete(host, *worker).map(|()| (Reply::Deleted, None)),
+        Request::Delete { worker } => delete(host, orders, *worker).map(|()| (Reply::Deleted, None)),
         Request::List { after } => list(host, *after).map(|reply| (reply, None)),
     };
     result.unwrap_or_else(|error| (Reply::Error(typed(error)), None))
@@ -191,12 +191,13 @@ fn take_slot(
 
 fn install_agent(
     host: &Host,
+    orders: &Seqpacket,
     id: WorkerId,
     agent: OwnedFd,
     bootstrap: &protocol::BootstrapToken,
 ) -> Result<Answer> {
     let (worker, record) = Worker::existing(host, id)?;
-    sandbox::install(host, &worker, &record, agent, bootstrap)?;
+    install::install(host, orders, &worker, &record, agent, bootstrap)?;
     Ok((Reply::AgentStarted, Some(worker.console()?)))
 }
 
@@ -216,13 +217,18 @@ fn end_processes(host: &Host, worker: &Worker, record: &Record) -> Result<()> {
     trees::no_process_left(record.uid)
 }
 
-fn delete(host: &Host, id: WorkerId) -> Result<()> {
+fn delete(host: &Host, orders: &Seqpacket, id: WorkerId) -> Result<()> {
     let Some(worker) = Worker::find(host, id)? else {
         return Ok(());
     };
     if let Some(record) = &worker.record {
         end_processes(host, &worker, record)?;
         trees::remove(worker.dir(), record.uid)?;
+        devices::remove(host, id)?;
+        if host.abilities.has_quotas() {
+            let daemon = install::order(orders, &Order::Unlimit { worker: id })?;
+            install::expect(&daemon, Word::Done)?;
+        }
         user::remove_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
     }
     worker.remove(host)
@@ -255,9 +261,16 @@ fn name(request: &Request) -> &'static str {
     }
 }
 
-/// One line a request: what, which worker, which slot, how it ended, how long it took. Polls that went
+/// Who is at the other end, by the kernel's word.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    pub uid: u32,
+    pub pid: i32,
+}
+
+/// One line a request: who, what, which worker, which slot, how it ended, how long it took. Polls that went
 /// well are not worth one.
-fn audit(request: &Request, reply: &Reply, begin: Instant) {
+fn audit(peer: Peer, request: &Request, reply: &Reply, begin: Instant) {
     let (worker, slot) = match request {
         Request::Hello { .. } | Request::List { .. } => (None, None),
         Request::CreateUser { worker, slot } => (Some(*worker), Some(slot.to_string())),
@@ -268,12 +281,21 @@ fn audit(request: &Request, reply: &Reply, begin: Instant) {
     };
     let worker = worker.map(|id| id.to_string()).unwrap_or_default();
     let (slot, microseconds) = (slot.unwrap_or_default(), begin.elapsed().as_micros() as u64);
-    let what = name(request);
+    let (what, Peer { uid, pid }) = (name(request), peer);
     match (request, reply) {
         (_, Reply::Error(error)) => {
-            warn!(what, worker, slot, microseconds, outcome = ?error.kind, "{}", error.message())
+            warn!(uid, pid, what, worker, slot, microseconds, outcome = ?error.kind, "{}", error.message())
         }
         (Request::Hello { .. } | Request::List { .. }, _) => {}
-        _ => info!(what, worker, slot, microseconds, outcome = "done", "request"),
+        _ => info!(
+            uid,
+            pid,
+            what,
+            worker,
+            slot,
+            microseconds,
+            outcome = "done",
+            "request"
+        ),
     }
 }

@@ -10,10 +10,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use protocol::config::{self, Config};
+
+use crate::limits::Abilities;
 
 #[derive(Debug)]
 pub struct Host {
@@ -29,12 +31,25 @@ pub struct Host {
     pub etc: OwnedFd,
     /// The host's `/dev`.
     pub dev: OwnedFd,
+    /// Below it, each worker with its agent started has the `/dev` of its job.
+    pub devices: OwnedFd,
+    /// Where the supervisor listens for jobs that can reach nobody else.
+    pub gate: OwnedFd,
     /// The cgroup directory below which each worker has its own.
     pub cgroups: OwnedFd,
+    /// Which limits this host can enforce.
+    pub abilities: Abilities,
 }
 
 impl Host {
     pub fn open(root: &Path, cgroups: OwnedFd) -> Result<Host> {
+        let run_dir = root.join(config::RUN_DIR);
+        let devices = run_dir.join("devices");
+        make_directories(&devices, 0o700)?;
+        std::fs::set_permissions(&run_dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .with_context(|| format!("cannot open {} to the supervisor", run_dir.display()))?;
+        let gate = root.join(config::GATE_DIR);
+        make_directories(&gate, 0o711)?;
         let config_dir = root.join(config::CONFIG_PATH);
         let config_dir = config_dir.parent().expect("CONFIG_PATH has a directory");
         let workers = root.join(config::STATE_DIR).join("workers");
@@ -43,28 +58,34 @@ impl Host {
             .with_context(|| format!("cannot close {} to others", workers.display()))?;
         let userdb = root.join("run/userdb");
         make_directories(&userdb, 0o755)?;
-        for directory in [config_dir, &workers, &userdb] {
+        for directory in [config_dir, &workers, &userdb, &run_dir, &devices] {
             only_root_writes(directory)?;
         }
+        let workers = open_path(&workers)?;
         Ok(Host {
             root: root.to_owned(),
             config: open_path(config_dir)?,
-            workers: open_path(&workers)?,
+            abilities: Abilities::of(&workers, &cgroups)?,
+            workers,
             userdb: open_path(&userdb)?,
             etc: open_path(Path::new("/etc"))?,
             dev: open_path(Path::new("/dev"))?,
+            devices: open_path(&devices)?,
+            gate: open_path(&gate)?,
             cgroups,
         })
     }
 
-    /// What a connection's process keeps open.
-    pub fn descriptors(&self) -> [i32; 6] {
+    /// What the daemon's children keep open.
+    pub fn descriptors(&self) -> [i32; 8] {
         [
             &self.config,
             &self.workers,
             &self.userdb,
             &self.etc,
             &self.dev,
+            &self.devices,
+            &self.gate,
             &self.cgroups,
         ]
         .map(AsRawFd::as_raw_fd)
@@ -141,25 +162,32 @@ const DIRECTORY: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_CLOEXEC);
 
-fn open_path(path: &Path) -> Result<OwnedFd> {
+/// Open a directory by its whole path: only at the start, for those that root alone can replace.
+pub fn open_path(path: &Path) -> Result<OwnedFd> {
     nix::fcntl::open(path, DIRECTORY, Mode::empty())
         .with_context(|| format!("cannot open {}", path.display()))
 }
 
+/// Open `name` below `parent`: never above it, and never through a link of any kind (`openat2(2)`).
+fn open_below(parent: impl AsFd, name: &Path, flags: OFlag, mode: Mode) -> nix::Result<OwnedFd> {
+    let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).mode(mode);
+    let stay = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+    openat2(parent, name, how.resolve(stay))
+}
+
 /// Open the directory `name` in `parent`, not through a link.
 pub fn open_dir(parent: impl AsFd, name: impl AsRef<Path>) -> nix::Result<OwnedFd> {
-    openat(parent, name.as_ref(), DIRECTORY, Mode::empty())
+    open_below(parent, name.as_ref(), DIRECTORY, Mode::empty())
 }
 
 /// Open or make the file `name` in `parent`, not through a link; what is made is 0600.
 pub fn open_file(parent: impl AsFd, name: impl AsRef<Path>, flags: OFlag) -> nix::Result<File> {
-    let fd = openat(
-        parent,
-        name.as_ref(),
-        flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC,
-        Mode::from_bits_truncate(0o600),
-    )?;
-    Ok(File::from(fd))
+    let mode = if flags.contains(OFlag::O_CREAT) {
+        Mode::S_IRUSR | Mode::S_IWUSR
+    } else {
+        Mode::empty()
+    };
+    Ok(File::from(open_below(parent, name.as_ref(), flags, mode)?))
 }
 
 /// The whole of a small file; none if it is not there.

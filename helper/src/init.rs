@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -14,14 +15,25 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use protocol::{Exit, MAX_CONSOLE_BYTES, UserName};
+use protocol::{Exit, UserName};
 
+use crate::network::Door;
 use crate::worker::print_exit;
 
 /// Files of root's that pid 1 was given open for writing.
 pub struct Files {
     pub console: File,
     pub exit: File,
+}
+
+/// What the slot says about keeping house.
+pub struct House {
+    /// Bytes of the console that are kept.
+    pub console: u64,
+    /// From the agent's start until everything is ended.
+    pub time: Option<Duration>,
+    /// The way to the server, for a job that has no other.
+    pub door: Option<Door>,
 }
 
 /// A started `agent install`, and the end of the pipe that it prints into.
@@ -100,11 +112,12 @@ impl Console<'_> {
 /// Keep house until the agent has ended. Returns the status for pid 1 itself.
 ///
 /// `install` starts the real agent and exits, so the agent is the child that is there when it does.
-pub fn run(agent: Agent, files: &Files) -> i32 {
+pub fn run(agent: Agent, files: &Files, house: &House) -> i32 {
     let mut console = Console {
         file: &files.console,
-        left: MAX_CONSOLE_BYTES,
+        left: house.console,
     };
+    let end = house.time.map(|time| Instant::now() + time);
     let mut awaited = vec![agent.install];
     let mut installing = true;
     let mut open = true;
@@ -113,8 +126,22 @@ pub fn run(agent: Agent, files: &Files) -> i32 {
         if open {
             events.push(PollFd::new(agent.output.as_fd(), PollFlags::POLLIN));
         }
-        let _ = poll(&mut events, PollTimeout::NONE);
+        if let Some(door) = &house.door {
+            events.push(PollFd::new(door.listener().as_fd(), PollFlags::POLLIN));
+        }
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            break Exit::TimedOut;
+        }
+        // A millisecond more than is left, so that it is over then; days are waited for in parts.
+        let wait = left.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX)
+        });
+        let _ = poll(&mut events, wait);
         while let Ok(Some(_)) = agent.children_ended.read_signal() {}
+        if let Some(door) = &house.door {
+            door.pass_on();
+        }
         open = open && console.pump(&agent.output);
         loop {
             let (pid, exit) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
@@ -139,6 +166,9 @@ pub fn run(agent: Agent, files: &Files) -> i32 {
         }
     };
     console.pump(&agent.output);
+    if exit == Exit::TimedOut {
+        console.keep(b"\n[the agent has run as long as the slot lets it]\n");
+    }
     let _ = (&files.exit).write_all(print_exit(exit).as_bytes());
     0
 }
@@ -158,6 +188,13 @@ fn children() -> Vec<Pid> {
         .filter_map(|pid| pid.parse().ok())
         .map(Pid::from_raw)
         .collect()
+}
+
+impl Agent {
+    /// What must stay open.
+    pub fn descriptors(&self) -> [i32; 2] {
+        [self.output.as_raw_fd(), self.children_ended.as_raw_fd()]
+    }
 }
 
 impl std::fmt::Debug for Agent {

@@ -5,15 +5,26 @@
 //! protocol is specified in the `protocol` crate. The helper keeps no state in memory: the kernel and
 //! its state directory are its state, so it can be restarted at any time.
 //!
-//! In the order of a request's life: `main` accepts and forks, `connection` decodes and answers,
-//! `policy` decides, `worker` is the directory, `user`, `trees`, `cgroup` are the mechanisms, `view`
-//! makes what is the same for all jobs and `sandbox` what is one job's, `init` is its pid 1. All
+//! Three kinds of processes, each with the `privileges` that it needs. The *daemon* (`main`) accepts, forks,
+//! and builds what every job sees (`view`). A process for each *connection* (`connection`) reads what the
+//! supervisor sends, with few capabilities and few system calls: `policy` decides, `worker` is the directory,
+//! `user`, `trees`, `cgroup`, `limits` and `install` are the mechanisms. What takes more it asks of the daemon
+//! by an order (`orders`), which `launch` carries out: above all a worker's *first process*, which makes its
+//! job's `sandbox` (`devices`, `network`, `filter`), gives up everything, and is its pid 1 (`init`). All
 //! `unsafe` is in `sys`.
 
 mod cgroup;
 mod connection;
+mod devices;
+mod filter;
 mod host;
+mod hotplug;
 mod init;
+mod install;
+mod launch;
+mod limits;
+mod network;
+mod orders;
 mod policy;
 mod privileges;
 mod sandbox;
@@ -23,6 +34,7 @@ mod user;
 mod view;
 mod worker;
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -37,13 +49,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, socketpair,
+    sockopt,
 };
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
 use protocol::{Seqpacket, config};
 use tracing::{error, info, warn};
 
+use connection::Peer;
 use host::Host;
+use hotplug::Hotplug;
 use view::View;
 
 /// The most connections that are served at once; the supervisor makes one for each operation.
@@ -137,9 +153,15 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         user::groups(&host, &slot.add_to_groups)
             .with_context(|| format!("{}:{}: slot {name}", config::CONFIG_PATH, slot.line))?;
     }
+    for warning in limits::check_all(&config, host.abilities)? {
+        warn!("{warning}");
+    }
+    if !sys::has_scopes() {
+        warn!("abstract sockets and signals are not kept within jobs: that takes Linux 6.12 with Landlock");
+    }
     let run_dir = options.root.join(config::RUN_DIR);
-    host::make_directories(&run_dir, 0o755)?;
-    host::only_root_writes(&run_dir)?;
+    std::os::unix::fs::chown(options.root.join(config::GATE_DIR), Some(client), None)
+        .context("cannot give the gate's directory to the supervisor")?;
     let _only_one = lock(&run_dir)?;
     let socket = match systemd_socket {
         Some(socket) => socket,
@@ -147,7 +169,7 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     };
     let mut view = View::new()?;
     view.refresh(&host)?;
-    privileges::keep_only_what_is_needed()?;
+    privileges::of_the_daemon()?;
     info!(slots = config.slots.len(), client, "serving");
     serve(&host, &mut view, socket, client)
 }
@@ -187,7 +209,8 @@ fn listen_at(path: &Path, client: u32) -> Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Accept, check who it is, and fork. Nothing of a request is ever read in this process.
+/// Accept, check who it is, and fork; carry out orders; follow devices. Nothing that the supervisor sends is
+/// ever read in this process.
 fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result<()> {
     // The standard library's listener does not mind that packets have borders.
     let listener = UnixListener::from(listener);
@@ -195,16 +218,36 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
     let mask = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT]);
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let mut connections = std::collections::BTreeSet::new();
+    let (orders, for_connections) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    let (orders, for_connections) = (Seqpacket::from(orders), Seqpacket::from(for_connections));
+    let mut hotplug = Hotplug::new()?;
+    hotplug.refresh(host);
+    let mut connections = BTreeSet::new();
     loop {
-        let mut events = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-        if connections.len() < MAX_CONNECTIONS + MAX_BUSY {
-            events.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
-        }
-        match poll(&mut events, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context("cannot wait for connections"),
-        }
+        let full = connections.len() >= MAX_CONNECTIONS + MAX_BUSY;
+        let ready = {
+            let mut events = vec![
+                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(orders.as_fd(), PollFlags::POLLIN),
+                PollFd::new(hotplug.as_fd(), PollFlags::POLLIN),
+            ];
+            if !full {
+                events.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+            }
+            match poll(&mut events, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context("cannot wait for connections"),
+            }
+            events
+                .iter()
+                .map(|event| event.any() == Some(true))
+                .collect::<Vec<_>>()
+        };
         while let Some(signal) = signals.read_signal()? {
             if signal.ssi_signo != Signal::SIGCHLD as u32 {
                 // Connections go on to their end, and workers do not notice.
@@ -212,60 +255,75 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
                 return Ok(());
             }
         }
-        while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            match status {
-                WaitStatus::StillAlive => break,
-                WaitStatus::Signaled(pid, signal, _) => {
-                    if connections.remove(&pid) {
-                        warn!("a connection's process was ended by {signal}: its request is lost, repeat it");
-                    }
+        reap(&mut connections);
+        if ready[1] && launch::take_order(host, view, &orders) {
+            // The configuration may name other devices now.
+            hotplug.refresh(host);
+        }
+        if ready[2] {
+            hotplug.refresh(host);
+        }
+        if ready.get(3) == Some(&true) {
+            accept(host, &listener, &for_connections, client, &mut connections);
+        }
+    }
+}
+
+/// Collect the dead: connections, workers' first processes, orphans.
+fn reap(connections: &mut BTreeSet<Pid>) {
+    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+        match status {
+            WaitStatus::StillAlive => break,
+            WaitStatus::Signaled(pid, signal, _) => {
+                if connections.remove(&pid) {
+                    warn!("a connection's process was ended by {signal}: its request is lost, repeat it");
                 }
-                other => {
-                    other.pid().map(|pid| connections.remove(&pid));
-                }
+            }
+            other => {
+                other.pid().map(|pid| connections.remove(&pid));
             }
         }
-        if connections.len() >= MAX_CONNECTIONS + MAX_BUSY {
-            continue;
+    }
+}
+
+fn accept(
+    host: &Host,
+    listener: &UnixListener,
+    orders: &Seqpacket,
+    client: u32,
+    connections: &mut BTreeSet<Pid>,
+) {
+    let connection = match listener.accept() {
+        Ok((connection, _)) => OwnedFd::from(connection),
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+        Err(error) => return warn!("cannot accept a connection: {error}"),
+    };
+    let peer = match getsockopt(&connection, sockopt::PeerCredentials) {
+        Ok(peer) => Peer {
+            uid: peer.uid(),
+            pid: peer.pid(),
+        },
+        Err(errno) => return warn!("hung up: cannot ask who it is: {errno}"),
+    };
+    if peer.uid != client {
+        let Peer { uid, pid } = peer;
+        return warn!(uid, pid, "hung up: the helper serves uid {client} alone");
+    }
+    let busy = connections.len() >= MAX_CONNECTIONS;
+    let own = [connection.as_raw_fd(), orders.as_raw_fd()];
+    let keep = [&host.descriptors()[..], &own].concat();
+    let child = sys::fork(|| {
+        // The listening socket, the lock and the host's mount namespace are the daemon's alone.
+        let alone = sys::close_all_but(&keep).is_ok() && SigSet::empty().thread_set_mask().is_ok();
+        match privileges::of_a_connection() {
+            Ok(()) if alone => connection::serve(host, orders, peer, busy, connection.into()),
+            Ok(()) => warn!("hung up: cannot close what is not a connection's"),
+            Err(error) => warn!("hung up: {error:#}"),
         }
-        let connection = match listener.accept() {
-            Ok((connection, _)) => OwnedFd::from(connection),
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
-            Err(error) => {
-                warn!("cannot accept a connection: {error}");
-                continue;
-            }
-        };
-        let peer = getsockopt(&connection, sockopt::PeerCredentials)?;
-        if peer.uid() != client {
-            warn!(
-                uid = peer.uid(),
-                pid = peer.pid(),
-                "hung up: the helper serves uid {client} alone"
-            );
-            continue;
-        }
-        let busy = connections.len() >= MAX_CONNECTIONS;
-        // Each connection sees the host as it is when the connection is made.
-        let view_error = view.refresh(host).err().map(|error| format!("{error:#}"));
-        if let Some(error) = &view_error {
-            warn!("no agent can be started: {error}");
-        }
-        let keep = host
-            .descriptors()
-            .into_iter()
-            .chain([connection.as_raw_fd()])
-            .collect::<Vec<_>>();
-        let child = sys::fork(|| {
-            // The listening socket, the lock and the host's mount namespace are the daemon's alone.
-            if sys::close_all_but(&keep).is_ok() && SigSet::empty().thread_set_mask().is_ok() {
-                connection::serve(host, view_error.as_deref(), busy, Seqpacket::from(connection));
-            }
-            0
-        });
-        match child {
-            Ok(pid) => drop(connections.insert(pid)),
-            Err(error) => warn!("cannot fork for a connection: {error}"),
-        }
+        0
+    });
+    match child {
+        Ok(pid) => drop(connections.insert(pid)),
+        Err(error) => warn!("cannot fork for a connection: {error}"),
     }
 }

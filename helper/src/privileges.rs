@@ -1,33 +1,54 @@
-//! The helper's own privileges: a few of root's capabilities, and none of the others ever again.
+//! The helper's own privileges: a few of root's capabilities and system calls, and none of the others ever again.
 
 use std::collections::HashSet;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use caps::{CapSet, Capability};
 
-/// What is kept, and for what.
-const NEEDED: [Capability; 8] = [
-    // Mounts, namespaces, and returning to the host's mount namespace to build the view again.
-    Capability::CAP_SYS_ADMIN,
-    // setns(2) to a mount namespace and pivot_root(2) need it beside CAP_SYS_ADMIN.
-    Capability::CAP_SYS_CHROOT,
-    // Becoming the job's user.
+use crate::{filter, sys};
+
+/// What the processes of connections keep, and for what. They alone read what the supervisor sends.
+const OF_CONNECTIONS: [Capability; 5] = [
+    // Becoming the job's user, to delete its trees and to end and count its processes.
     Capability::CAP_SETUID,
     Capability::CAP_SETGID,
-    // Emptying the bounding set of a job.
-    Capability::CAP_SETPCAP,
     // Giving the trees to the job's user, and setting their modes afterwards.
     Capability::CAP_CHOWN,
     Capability::CAP_FOWNER,
+    // Opening a tree that its owner has closed, to remove what root has beside it.
+    Capability::CAP_DAC_OVERRIDE,
+];
+
+/// What the daemon keeps beside these: for itself, and until they are a job's user, for workers' first processes.
+const OF_THE_DAEMON: [Capability; 6] = [
+    // Mounts, namespaces, quotas, and returning to the host's mount namespace to build the view again.
+    Capability::CAP_SYS_ADMIN,
+    // setns(2) to a mount namespace and pivot_root(2) need it beside CAP_SYS_ADMIN.
+    Capability::CAP_SYS_CHROOT,
+    // Emptying the bounding set of a job, and of connections.
+    Capability::CAP_SETPCAP,
     // The nodes of a job's /dev.
     Capability::CAP_MKNOD,
+    // The loopback of a network namespace of the job's own, and a port below 1024 in it.
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_NET_BIND_SERVICE,
 ];
-/// Opening a tree that its owner has closed, to remove what root has beside it.
-const ALSO_NEEDED: Capability = Capability::CAP_DAC_OVERRIDE;
+
+/// For the daemon: what it and its children need.
+pub fn of_the_daemon() -> Result<()> {
+    keep_only(OF_CONNECTIONS.into_iter().chain(OF_THE_DAEMON).collect())?;
+    sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
+    sys::filter_system_calls(&filter::daemon()).context("cannot filter system calls")
+}
+
+/// For a process that serves a connection: what is left takes no mounts, no namespaces, no devices and no network.
+pub fn of_a_connection() -> Result<()> {
+    keep_only(OF_CONNECTIONS.into())?;
+    sys::filter_system_calls(&filter::connection()).context("cannot filter system calls")
+}
 
 /// Drop the rest, from all sets, and check that they are gone.
-pub fn keep_only_what_is_needed() -> Result<()> {
-    let keep: HashSet<Capability> = NEEDED.into_iter().chain([ALSO_NEEDED]).collect();
+fn keep_only(keep: HashSet<Capability>) -> Result<()> {
     let describe = |error: caps::errors::CapsError| anyhow!("cannot drop capabilities: {error}");
     for capability in caps::read(None, CapSet::Bounding)
         .map_err(describe)?

@@ -27,15 +27,12 @@ pub fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
 
 /// Like [`fork`], with the child as pid 1 of a pid namespace of its own, in new mount, ipc and uts
 /// namespaces, and in the cgroup from its first instruction (`clone(2)`).
-///
-/// It becomes a child of the caller's parent, the daemon, which reaps it when it ends; a connection
-/// may be idle, or gone, by then.
 pub fn clone_sandboxed(cgroup: BorrowedFd<'_>, child: impl FnOnce() -> i32) -> io::Result<Pid> {
     // SAFETY: all bytes zero is a valid clone_args.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = (libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) as u64
-        | libc::CLONE_PARENT as u64
         | CLONE_INTO_CGROUP;
+    args.exit_signal = libc::SIGCHLD as u64;
     args.cgroup = cgroup.as_raw_fd() as u64;
     // SAFETY: without CLONE_VM this is a fork, sound for the reason given there; args outlives the call.
     match unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) } {
@@ -80,6 +77,15 @@ pub fn listening_socket_of_systemd() -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(3) })
 }
 
+/// A system call's result without a value.
+fn done(result: libc::c_long) -> io::Result<()> {
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }
@@ -98,11 +104,11 @@ pub fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// Set attributes (`MOUNT_ATTR_*`) on a detached mount, and on all below it, and make it private.
-pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64) -> io::Result<()> {
+/// Set and clear attributes (`MOUNT_ATTR_*`) of a detached mount, and of all below it, and make it private.
+pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> io::Result<()> {
     let attr = libc::mount_attr {
         attr_set: set,
-        attr_clr: 0,
+        attr_clr: clear,
         propagation: libc::MS_PRIVATE,
         userns_fd: 0,
     };
@@ -118,11 +124,7 @@ pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64) -> io::Result<()> {
             size_of_val(&attr),
         )
     };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    done(result)
 }
 
 /// Attach a detached mount at `place` (`move_mount(2)`).
@@ -140,11 +142,7 @@ pub fn attach_mount(mount: BorrowedFd<'_>, place: &Path) -> io::Result<()> {
             libc::MOVE_MOUNT_F_EMPTY_PATH,
         )
     };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    done(result)
 }
 
 /// Set `no_new_privs` for good: no exec gains privileges from now on; and nobody of the same uid may look
@@ -165,9 +163,99 @@ pub fn no_new_privs_and_undumpable() -> io::Result<()> {
 /// Orphans below this process become its children (`PR_SET_CHILD_SUBREAPER`).
 pub fn become_subreaper() -> io::Result<()> {
     // SAFETY: this prctl(2) call takes plain integers.
-    if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+    done(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }.into())
+}
+
+/// Put a filter of system calls before this process and all that it will start, for good (`seccomp(2)`).
+pub fn filter_system_calls(program: &[libc::sock_filter]) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(io::Error::other)?,
+        // The kernel only reads it; the C type knows no const.
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: program says its own length, and it and the steps that it points to outlive the call.
+    done(unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &program) })
+}
+
+/// `struct landlock_ruleset_attr` of `linux/landlock.h`, with the scopes of Linux 6.12.
+#[repr(C)]
+struct LandlockRuleset {
+    handled_access_fs: u64,
+    handled_access_net: u64,
+    scoped: u64,
+}
+
+/// Has this kernel the scopes of [`scope_sockets_and_signals`] (the sixth version of Landlock's interface)?
+pub fn has_scopes() -> bool {
+    // SAFETY: with this flag (LANDLOCK_CREATE_RULESET_VERSION) no attributes are read.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0usize, 0usize, 1) };
+    version >= 6
+}
+
+/// From now on this process, and all that it will start, reach abstract sockets and send signals only among
+/// themselves (`landlock(7)`). It takes `no_new_privs`.
+pub fn scope_sockets_and_signals() -> io::Result<()> {
+    let attributes = LandlockRuleset {
+        handled_access_fs: 0,
+        handled_access_net: 0,
+        // LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET and LANDLOCK_SCOPE_SIGNAL
+        scoped: 1 | 2,
+    };
+    let size = size_of_val(&attributes);
+    // SAFETY: attributes is of the size that is said, and outlives the call.
+    let rules = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, &attributes, size, 0) };
+    if rules < 0 {
+        return Err(io::Error::last_os_error());
     }
+    // SAFETY: a result that is not negative is a new descriptor, which nobody else knows.
+    let rules = unsafe { OwnedFd::from_raw_fd(rules as RawFd) };
+    // SAFETY: this call takes a descriptor and an integer.
+    done(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0) })
+}
+
+/// Bring up `lo` of this process's network namespace (`netdevice(7)`): the kernel then gives it 127.0.0.1.
+pub fn bring_up_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: all bytes zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[0] = b'l' as libc::c_char;
+    request.ifr_name[1] = b'o' as libc::c_char;
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads an ifreq, which outlives the call.
+    done(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) }.into())
+}
+
+/// `quotactl(2)`'s command, for user quotas (type 0).
+const fn user_quota(command: u32) -> u32 {
+    command << 8
+}
+
+/// Are limits of user quotas enforced on the file system of `at`?
+pub fn enforces_user_quotas(at: BorrowedFd<'_>) -> bool {
+    // Q_XGETQSTAT of linux/dqblk_xfs.h, which ext4 answers too; qs_flags is the second field of a struct
+    // fs_quota_stat of 80 bytes, and FS_QUOTA_UDQ_ENFD its second bit.
+    let mut stat = [0u16; 64];
+    let command = user_quota(('X' as u32) << 8 | 5);
+    // SAFETY: the kernel writes 80 bytes to stat, which has 128, and which outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_quotactl_fd,
+            at.as_raw_fd(),
+            command,
+            0,
+            stat.as_mut_ptr(),
+        )
+    };
+    result == 0 && stat[1] & 2 != 0
+}
+
+/// Let `uid` have at most so many KiB and files on the file system of `at`; 0 is no limit.
+pub fn set_user_quota(at: BorrowedFd<'_>, uid: u32, kib: u64, files: u64) -> io::Result<()> {
+    // SAFETY: all bytes zero is a valid dqblk.
+    let mut limits: libc::dqblk = unsafe { std::mem::zeroed() };
+    limits.dqb_bhardlimit = kib;
+    limits.dqb_ihardlimit = files;
+    limits.dqb_valid = libc::QIF_LIMITS;
+    let command = user_quota(libc::Q_SETQUOTA as u32 & 0xff_ffff);
+    // SAFETY: Q_SETQUOTA reads a dqblk, which outlives the call.
+    done(unsafe { libc::syscall(libc::SYS_quotactl_fd, at.as_raw_fd(), command, uid, &limits) })
 }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -36,6 +36,7 @@ const NOT_THE_HOSTS: [&str; 10] = [
 
 pub const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 pub const WRITABLE: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+pub const DEVICES: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
 
 /// The daemon's mount namespace, and what tells when it is out of date.
 #[derive(Debug)]
@@ -69,8 +70,9 @@ impl View {
     }
 
     /// Build the template, or build it again if the configuration, the host's mounts, or a directory that
-    /// was taken apart has changed. After an error there is none, and no job can be started.
-    pub fn refresh(&mut self, host: &Host) -> Result<()> {
+    /// was taken apart has changed. After an error there is none, and no job can be started. True if it was
+    /// built.
+    pub fn refresh(&mut self, host: &Host) -> Result<bool> {
         let mut mounts = [PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI)];
         let remounted = poll(&mut mounts, PollTimeout::ZERO)? > 0;
         // A change is told once: if the configuration cannot be read now, it must not be forgotten.
@@ -85,7 +87,7 @@ impl View {
                 .all(|(dir, seen)| dir.metadata().is_ok_and(|meta| FileIdentity::of(&meta) == *seen))
         {
             self.built = previous;
-            return Ok(());
+            return Ok(false);
         }
         setns(&self.host_namespace, CloneFlags::CLONE_NEWNS).context("cannot return to the host's mounts")?;
         unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
@@ -94,11 +96,13 @@ impl View {
             configuration: identity,
             unfolded,
         });
-        Ok(())
+        Ok(true)
     }
 }
 
 struct Builder {
+    /// A copy of the mount of jobs' `/dev` directories, made before the tmpfs lay over it.
+    devices: OwnedFd,
     /// The tmpfs that becomes the root.
     new_root: PathBuf,
     /// Paths, as the job sees them, that are directories of the tmpfs.
@@ -124,6 +128,7 @@ impl Builder {
             None::<&str>,
         )?;
         let new_root = host.root.join(config::RUN_DIR);
+        let devices = sys::clone_mount(&new_root.join("devices"), false)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         mount(
             Some("tmpfs"),
@@ -134,6 +139,7 @@ impl Builder {
         )
         .context("cannot mount the new root")?;
         let mut this = Builder {
+            devices,
             new_root,
             open: BTreeSet::from([PathBuf::from("/")]),
             unfolded: Vec::new(),
@@ -172,7 +178,7 @@ impl Builder {
     fn bind(&self, source: &Path, place: &Path, attributes: u64, recursive: bool) -> Result<()> {
         let describe = || format!("cannot show {} to jobs", source.display());
         let copy = sys::clone_mount(source, recursive).with_context(describe)?;
-        sys::set_mount_attributes(copy.as_fd(), attributes).with_context(describe)?;
+        sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
         sys::attach_mount(copy.as_fd(), &below(&self.new_root, place)).with_context(describe)
     }
 
@@ -277,6 +283,10 @@ impl Builder {
         std::fs::create_dir(real.join("workers"))?;
         let workers = host.root.join(config::STATE_DIR).join("workers");
         self.bind(&workers, &private.join("workers"), WRITABLE, false)?;
+        std::fs::create_dir(real.join("devices"))?;
+        // Where /run is mounted nodev, it is not so for these.
+        sys::set_mount_attributes(self.devices.as_fd(), DEVICES, libc::MOUNT_ATTR_NODEV)?;
+        sys::attach_mount(self.devices.as_fd(), &real.join("devices"))?;
         std::fs::create_dir(real.join("sources"))?;
         // An empty directory and an empty file, to lay over what is hidden.
         std::fs::create_dir(real.join("nothing"))?;

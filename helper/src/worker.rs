@@ -159,7 +159,7 @@ pub fn no_such_worker(id: WorkerId) -> Error {
     )
 }
 
-fn read_record(dir: impl AsFd, id: WorkerId) -> Result<Option<Record>> {
+pub fn read_record(dir: impl AsFd, id: WorkerId) -> Result<Option<Record>> {
     let Some(text) =
         read_small(dir, "record").with_context(|| format!("cannot read the record of worker {id}"))?
     else {

@@ -54,16 +54,25 @@ pub fn binaries() -> &'static Path {
 
 /// Lines that a process prints, kept, and waited for.
 #[derive(Clone, Debug, Default)]
-pub struct Log(Arc<(Mutex<Vec<String>>, Condvar)>);
+pub struct Log(Arc<(Mutex<Lines>, Condvar)>);
+
+#[derive(Debug, Default)]
+struct Lines {
+    lines: Vec<String>,
+    /// No more will come.
+    ended: bool,
+}
 
 impl Log {
     fn follow(&self, stream: impl std::io::Read + Send + 'static) {
         let log = self.clone();
         std::thread::spawn(move || {
             for line in BufReader::new(stream).lines().map_while(Result::ok) {
-                log.0.0.lock().unwrap().push(line);
+                log.0.0.lock().unwrap().lines.push(line);
                 log.0.1.notify_all();
             }
+            log.0.0.lock().unwrap().ended = true;
+            log.0.1.notify_all();
         });
     }
 
@@ -71,18 +80,19 @@ impl Log {
     pub fn wait_from(&self, from: usize, parts: &[&str]) -> String {
         let matches = |line: &&String| parts.iter().all(|part| line.contains(part));
         let end = Instant::now() + PATIENCE;
-        let mut lines = self.0.0.lock().unwrap();
+        let mut log = self.0.0.lock().unwrap();
         loop {
-            if let Some(line) = lines.iter().skip(from).find(matches) {
+            if let Some(line) = log.lines.iter().skip(from).find(matches) {
                 return line.clone();
             }
             let left = end.saturating_duration_since(Instant::now());
-            assert!(
-                !left.is_zero(),
-                "no line with {parts:?} came:\n{}",
-                lines.join("\n")
-            );
-            lines = self.0.1.wait_timeout(lines, left).unwrap().0;
+            if left.is_zero() || log.ended {
+                let all = log.lines.join("\n");
+                // Not with the lock held: others want to print the log, too.
+                drop(log);
+                panic!("no line with {parts:?} came:\n{all}");
+            }
+            log = self.0.1.wait_timeout(log, left).unwrap().0;
         }
     }
 
@@ -91,7 +101,7 @@ impl Log {
     }
 
     pub fn len(&self) -> usize {
-        self.0.0.lock().unwrap().len()
+        self.0.0.lock().unwrap().lines.len()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -99,7 +109,7 @@ impl Log {
     }
 
     pub fn text(&self) -> String {
-        self.0.0.lock().unwrap().join("\n")
+        self.0.0.lock().unwrap().lines.join("\n")
     }
 }
 

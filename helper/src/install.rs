@@ -1,0 +1,147 @@
+//! Starting an agent, the connection's part: see that all is as it must be, put the job's files in place, and
+//! let the daemon make the worker's first process. The process of a connection cannot do that itself: it has
+//! neither the capabilities nor the system calls.
+
+use std::fs::{File, Permissions};
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use protocol::config::Network;
+use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket};
+
+use crate::host::{Host, open_dir, open_file, write_atomically};
+use crate::orders::{Order, Word};
+use crate::sandbox::AGENT;
+use crate::worker::{Record, Worker};
+use crate::{cgroup, limits, network, policy, trees, user};
+
+/// Start the agent, unless it was started before. Returns when the kernel has accepted the program.
+pub fn install(
+    host: &Host,
+    orders: &Seqpacket,
+    worker: &Worker,
+    record: &Record,
+    agent: OwnedFd,
+    bootstrap: &BootstrapToken,
+) -> Result<()> {
+    if worker.is_started()? {
+        return Ok(());
+    }
+    let agent = check_agent(agent)?;
+    let (config, _) = host.configuration()?;
+    let slot = config
+        .slots
+        .get(&record.slot)
+        .ok_or_else(|| policy::no_such_slot(&record.slot))?;
+    limits::check(&record.slot, &slot.limits, host.abilities)?;
+    // The slot may have got more places since the user was made.
+    trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
+    let run = open_dir(worker.dir(), "fs/run")?;
+    copy_agent(&agent, &run)?;
+    let (passwd, group) = user::files_for_the_job(host, &worker.user(), record.uid)?;
+    let hosts = match slot.network {
+        Network::Host => None,
+        Network::None => network::hosts(&config.general.baseurl),
+    };
+    for (name, text) in [("passwd", Some(passwd)), ("group", Some(group)), ("hosts", hosts)] {
+        if let Some(text) = text {
+            write_atomically(worker.dir(), name, &text, 0o644)
+                .with_context(|| format!("cannot write the job's {name}"))?;
+        }
+    }
+    // A first attempt that was cut off may have left its pid 1, waiting for a word that will not come.
+    cgroup::kill(&host.cgroups, worker.id)?;
+    let cgroup = cgroup::create(&host.cgroups, worker.id).context("cannot make the worker's cgroup")?;
+    limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
+    let child = order(
+        orders,
+        &Order::Launch {
+            worker: worker.id,
+            bootstrap: bootstrap.clone(),
+        },
+    )?;
+    expect(&child, Word::Ready)?;
+    worker.mark_started()?;
+    Word::Go.say(&child).context("the worker's pid 1 is gone")?;
+    expect(&child, Word::Done)
+}
+
+/// Give the daemon an order: the other end of the socket that it gets answers.
+pub fn order(orders: &Seqpacket, order: &Order) -> Result<Seqpacket> {
+    let (here, there) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    orders
+        .send(&order.encode(), Some(there.as_fd()))
+        .context("the helper's daemon is gone: repeat the request on a new connection")?;
+    Ok(here.into())
+}
+
+/// Wait for this word.
+pub fn expect(from: &Seqpacket, word: Word) -> Result<()> {
+    let packet = match from.recv(Word::MAX)? {
+        Received::Packet { bytes, .. } => bytes,
+        _ => bail!(
+            "the worker's pid 1 was killed before it could start the agent: look for the reason in the kernel's log"
+        ),
+    };
+    match Word::decode(&packet) {
+        Some(said) if said == word => Ok(()),
+        Some(Word::Failed(sentence)) => bail!("{sentence}"),
+        other => bail!("the worker's pid 1 said {other:?} instead of {word:?}"),
+    }
+}
+
+fn refused(message: &str) -> anyhow::Error {
+    Error::new(ErrorKind::Refused, message).into()
+}
+
+/// The descriptor must be a memfd that nobody can change any more: reading it then neither blocks nor
+/// races. Only memfds and files of tmpfs have seals at all (`fcntl(2)`).
+fn check_agent(fd: OwnedFd) -> Result<File> {
+    let needed = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
+    match fcntl(&fd, FcntlArg::F_GET_SEALS) {
+        Ok(seals) if SealFlag::from_bits_truncate(seals).contains(needed) => {}
+        _ => {
+            return Err(refused(
+                "the agent's descriptor is not a memfd sealed against writing, growing and shrinking: seal it",
+            ));
+        }
+    }
+    let file = File::from(fd);
+    let len = file.metadata()?.len();
+    if len == 0 || len > MAX_AGENT_BYTES {
+        return Err(refused(&format!(
+            "the agent has {len} bytes: send 1 to {MAX_AGENT_BYTES}"
+        )));
+    }
+    Ok(file)
+}
+
+/// Copy the agent into the worker's directory: a file of root's that the job may run and read.
+fn copy_agent(agent: &File, run: &OwnedFd) -> Result<()> {
+    let name = AGENT.rsplit('/').next().expect("a path has a last part");
+    let describe = || "cannot copy the agent";
+    let mut copy =
+        open_file(run, name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC).with_context(describe)?;
+    let mut buffer = vec![0; 128 << 10];
+    let mut at = 0;
+    // At offsets of our own: the sender shares the descriptor's.
+    loop {
+        let n = agent.read_at(&mut buffer, at).with_context(describe)?;
+        if n == 0 {
+            break;
+        }
+        copy.write_all(&buffer[..n]).with_context(describe)?;
+        at += n as u64;
+    }
+    copy.set_permissions(Permissions::from_mode(0o755))
+        .with_context(describe)
+}
