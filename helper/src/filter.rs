@@ -340,7 +340,7 @@ pub fn job(slot: Job) -> Vec<sock_filter> {
 /// The limit of cores is 1: it stops a pipe in `core_pattern` too, which 0 does not (`core(5)`). A job that
 /// sets it is told that it did, for no core is what it gets; reading it works.
 fn keep_core_limit() -> Vec<sock_filter> {
-    let core = libc::RLIMIT_CORE as u32;
+    let core = libc::RLIMIT_CORE;
     let mut steps = Vec::new();
     #[cfg(target_arch = "x86_64")]
     steps.extend(on_argument(libc::SYS_setrlimit, 0, &[(IS, core, DONE)], ALLOW));

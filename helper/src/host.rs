@@ -44,10 +44,10 @@ pub struct Host {
 impl Host {
     pub fn open(root: &Path, cgroups: OwnedFd) -> Result<Host> {
         let run_dir = root.join(config::RUN_DIR);
+        // Each by itself: those above a directory are made with the same mode.
+        make_directories(&run_dir, 0o755)?;
         let devices = run_dir.join("devices");
         make_directories(&devices, 0o700)?;
-        std::fs::set_permissions(&run_dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))
-            .with_context(|| format!("cannot open {} to the supervisor", run_dir.display()))?;
         let gate = root.join(config::GATE_DIR);
         make_directories(&gate, 0o711)?;
         let config_dir = root.join(config::CONFIG_PATH);
