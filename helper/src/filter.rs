@@ -124,8 +124,6 @@ const CONNECTION: &[c_long] = &[
     // Packets, and the daemon's and the child's words.
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
-    libc::SYS_sendto,
-    libc::SYS_recvfrom,
     libc::SYS_setsockopt,
     libc::SYS_socketpair,
     // Files, always by descriptor.
@@ -152,7 +150,6 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
     libc::SYS_fchownat,
-    libc::SYS_fchown,
     libc::SYS_pipe2,
     libc::SYS_ppoll,
     // Processes that become a job's user: to delete its trees, to end and count its processes.
@@ -163,12 +160,8 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_setresuid,
     libc::SYS_setresgid,
     libc::SYS_capget,
-    libc::SYS_capset,
     libc::SYS_prctl,
     libc::SYS_prlimit64,
-    libc::SYS_getpid,
-    libc::SYS_gettid,
-    libc::SYS_exit,
     libc::SYS_exit_group,
     // The C library and Rust's.
     libc::SYS_brk,
@@ -181,19 +174,13 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_getrandom,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
-    libc::SYS_nanosleep,
     libc::SYS_restart_syscall,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigreturn,
-    libc::SYS_sigaltstack,
     libc::SYS_set_robust_list,
-    libc::SYS_rseq,
-    libc::SYS_tgkill,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_rename,
 ];
 
 /// What the slot decides about a job's filter.

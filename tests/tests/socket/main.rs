@@ -14,6 +14,7 @@ use testbed::stage::{
     SLOTS, Stage, create, created, install, kind, list, read, run, state, token, wait_for_line, wait_until,
 };
 
+mod devices;
 mod host;
 mod life;
 mod packets;

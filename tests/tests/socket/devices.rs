@@ -1,0 +1,119 @@
+//! A slot's devices, real nodes of the host's `/dev` that come and go while a job runs.
+
+use std::os::unix::fs::MetadataExt;
+
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+
+use super::*;
+
+/// A node in the host's `/dev` under a name that nothing else has: unplugged when dropped.
+struct Node(std::path::PathBuf);
+
+impl Node {
+    fn plug(name: &str, minor: u64) -> Node {
+        let path = std::path::Path::new("/dev").join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let mode = Mode::from_bits_truncate(0o640);
+        mknod(&path, SFlag::S_IFCHR, mode, makedev(1, minor)).unwrap();
+        Node(path)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+        let _ = fs::remove_dir(self.0.parent().unwrap());
+    }
+}
+
+const AGENT: &str = r#"#!/bin/bash
+exec 2>&1
+cd /dev
+( last=
+  while read -t 0.02 -u 9; [ $? -gt 128 ]; do
+    now=$(find . -path './user-factory-test*' -type c -printf '%P:%m:%u\n' | LC_ALL=C sort | tr '\n' ' ')
+    [ "$now" = "$last" ] || echo "devices: $now"
+    last=$now
+  done 9<> <(:) ) &
+exit 0
+"#;
+
+#[test]
+fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
+    let name = format!("user-factory-test-{}", std::process::id());
+    let first = Node::plug(&format!("{name}-tty0"), 3);
+    let slots = format!(
+        "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\ndevices = [\"/dev/{name}-tty*\", \"/dev/{name}-bus\"]\n\
+         [slots.c]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
+    );
+    // A directory that is named must be there, if only empty; the last node in it takes it away.
+    fs::create_dir(format!("/dev/{name}-bus")).unwrap();
+    let mut stage = Stage::with(&slots);
+    let client = stage.client();
+    let worker = worker_id();
+    let Reply::UserCreated { name: user, .. } = create(&client, worker, "a") else {
+        panic!()
+    };
+    let (reply, console) = install(&client, worker, sealed(AGENT.as_bytes()));
+    assert_eq!(reply, Reply::AgentStarted);
+    let console = console.unwrap();
+    let seen = |nodes: &[String]| {
+        let mut nodes: Vec<String> = nodes.iter().map(|node| format!("{node}:600:{user} ")).collect();
+        nodes.sort();
+        wait_for_line(&console, &format!("devices: {}", nodes.concat()));
+    };
+    seen(&[format!("{name}-tty0")]);
+    let second = Node::plug(&format!("{name}-tty1"), 5);
+    seen(&[format!("{name}-tty0"), format!("{name}-tty1")]);
+    // A bus grows a directory, and with it a device.
+    let deep = Node::plug(&format!("{name}-bus/001"), 7);
+    seen(&[
+        format!("{name}-bus/001"),
+        format!("{name}-tty0"),
+        format!("{name}-tty1"),
+    ]);
+    drop(first);
+    seen(&[format!("{name}-bus/001"), format!("{name}-tty1")]);
+    // A new helper goes on where the old one was.
+    stage.helper.signal(Signal::SIGKILL);
+    stage.helper.wait();
+    let again = Node::plug(&format!("{name}-tty2"), 8);
+    stage.helper = stage.host.helper();
+    seen(&[
+        format!("{name}-bus/001"),
+        format!("{name}-tty1"),
+        format!("{name}-tty2"),
+    ]);
+    let client = stage.client();
+
+    let meta = fs::metadata(&second.0).unwrap();
+    assert_eq!(
+        (meta.uid(), meta.mode() & 0o777),
+        (0, 0o640),
+        "the host's node was touched"
+    );
+    // Nobody else's job has them.
+    let other = created(&client, "c");
+    let (_, seen_by_other) = run(&client, other, "ls /dev; exit 1");
+    assert!(!seen_by_other.contains("user-factory-test"), "{seen_by_other}");
+    stage.finish(&[worker, other]);
+    drop((again, deep));
+}
+
+#[test]
+fn a_device_that_is_not_there_fails_the_start_with_a_sentence() {
+    let slots =
+        "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\ndevices = [\"/dev/user-factory-no-such\"]\n";
+    let stage = Stage::with(slots);
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let (reply, _) = install(&client, worker, sealed(b"#!/bin/true\n"));
+    let Reply::Error(error) = reply else { panic!() };
+    assert!(
+        error
+            .message()
+            .contains("device /dev/user-factory-no-such is not there: plug it in"),
+        "{error}"
+    );
+    stage.finish(&[worker]);
+}
