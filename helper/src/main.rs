@@ -164,7 +164,10 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         .context("cannot give the gate's directory to the supervisor")?;
     let _only_one = lock(&run_dir)?;
     let socket = match systemd_socket {
-        Some(socket) => socket,
+        Some(socket) => {
+            check_socket(&socket).context("the socket that systemd passed cannot be used")?;
+            socket
+        }
         None => listen_at(&options.root.join(config::HELPER_SOCKET), client)?,
     };
     let mut view = View::new()?;
@@ -207,6 +210,24 @@ fn listen_at(path: &Path, client: u32) -> Result<OwnedFd> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).with_context(describe)?;
     listen(&fd, Backlog::new(128)?).with_context(describe)?;
     Ok(fd)
+}
+
+/// It must be of the right kind, and closed to other users; who connects is checked again each time.
+fn check_socket(socket: &OwnedFd) -> Result<()> {
+    let kind = getsockopt(socket, sockopt::SockType)?;
+    ensure!(
+        kind == SockType::SeqPacket && getsockopt(socket, sockopt::AcceptConn)?,
+        "it is not a listening SOCK_SEQPACKET socket: use ListenSequentialPacket="
+    );
+    let address: UnixAddr = nix::sys::socket::getsockname(socket.as_raw_fd())?;
+    let path = address.path().context("it has no path: give it one")?;
+    let mode = std::fs::symlink_metadata(path)?.permissions().mode();
+    ensure!(
+        mode & 0o007 == 0,
+        "{} is open to everybody: set SocketMode=0660",
+        path.display()
+    );
+    host::only_root_writes(path.parent().context("it is in no directory")?)
 }
 
 /// Accept, check who it is, and fork; carry out orders; follow devices. Nothing that the supervisor sends is

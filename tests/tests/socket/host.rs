@@ -179,17 +179,17 @@ fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
     );
 }
 
-#[test]
-fn a_socket_from_systemd_is_served() {
-    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+/// Start the helper with a socket that is already open, as systemd does.
+fn with_socket(host: &TestHost, kind: nix::sys::socket::SockType, mode: u32) -> Running {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, UnixAddr, bind, listen, socket};
     use std::os::fd::AsRawFd;
-    let host = TestHost::new();
-    host.configure("http://127.0.0.1:9", 0, SLOTS);
     let path = host.socket();
     fs::create_dir_all(path.parent().unwrap()).unwrap();
-    // Without close-on-exec, as systemd hands it over; bash then puts it where sd_listen_fds(3) says.
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::empty(), None).unwrap();
+    let _ = fs::remove_file(&path);
+    // Without close-on-exec; bash then puts it where sd_listen_fds(3) says.
+    let fd = socket(AddressFamily::Unix, kind, SockFlag::empty(), None).unwrap();
     bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
     listen(&fd, Backlog::new(8).unwrap()).unwrap();
     let script = format!(
         "exec 3<&{}; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"",
@@ -199,15 +199,36 @@ fn a_socket_from_systemd_is_served() {
     command
         .args(["-c", &script, "bash"])
         .arg(testbed::harness::binaries().join("user-factory-helper"));
-    let helper = Running::start(
+    Running::start(
         command
             .arg("--root")
             .arg(&host.root)
             .args(["--cgroup", &host.cgroup]),
-    );
+    )
+}
+
+#[test]
+fn a_socket_from_systemd_is_served() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let helper = with_socket(&host, nix::sys::socket::SockType::SeqPacket, 0o660);
     helper.log.wait(&["serving"]);
-    drop(fd);
     assert_eq!(list(&Client::new(&host)), []);
+}
+
+#[test]
+fn a_socket_from_systemd_that_is_open_to_all_or_of_another_kind_is_refused() {
+    use nix::sys::socket::SockType;
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    for (kind, mode, sentence) in [
+        (SockType::SeqPacket, 0o666, "is open to everybody"),
+        (SockType::Stream, 0o660, "not a listening SOCK_SEQPACKET"),
+    ] {
+        let mut helper = with_socket(&host, kind, mode);
+        assert!(!helper.wait().success());
+        helper.log.wait(&[sentence]);
+    }
 }
 
 #[test]
