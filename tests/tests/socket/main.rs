@@ -18,3 +18,4 @@ mod devices;
 mod host;
 mod life;
 mod packets;
+mod sync;
