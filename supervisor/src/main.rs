@@ -13,6 +13,7 @@ use protocol::config::Mistake;
 use supervisor::act::Hands;
 use supervisor::agent::{self, AgentCache};
 use supervisor::factory::Factory;
+use supervisor::gate::Gate;
 use supervisor::helper::Helper;
 use supervisor::server::Server;
 use supervisor::settings::{self, Places};
@@ -132,6 +133,7 @@ fn serve(config: Option<PathBuf>, root: &Path, allow_root: bool, log_level: trac
         agent: AgentCache::new(places.state.join("agent"), agent::hints()),
     };
     tracing::info!(server = %config.general.baseurl, slots = config.slots.len(), workers = workers.len(), "supervisor started");
+    let gate = Gate::wanted(&config, places.gate);
     // The seed spreads the retries of several factories; it is no secret.
     let seed = clock.now() ^ u64::from(std::process::id());
     let factory = Factory::new(config, workers, seed, clock.now());
@@ -148,6 +150,8 @@ fn serve(config: Option<PathBuf>, root: &Path, allow_root: bool, log_level: trac
                 _ = int.recv() => {}
             }
         };
+        // It ends with the runtime: stopping does not wait for connections that may last as long as a job.
+        gate.map(|gate| tokio::spawn(gate.serve()));
         Shell {
             factory,
             store,

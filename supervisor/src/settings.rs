@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use protocol::config::{CONFIG_PATH, Config, HELPER_SOCKET, Mistake, STATE_DIR};
+use protocol::config::{CONFIG_PATH, Config, GATE_DIR, HELPER_SOCKET, Mistake, STATE_DIR};
 
 use crate::server::Token;
 
@@ -16,6 +16,7 @@ use crate::server::Token;
 pub struct Places {
     pub config: PathBuf,
     pub helper: PathBuf,
+    pub gate: PathBuf,
     pub state: PathBuf,
 }
 
@@ -24,6 +25,7 @@ impl Places {
         Self {
             config: root.join(CONFIG_PATH),
             helper: root.join(HELPER_SOCKET),
+            gate: root.join(GATE_DIR),
             state: root.join(STATE_DIR).join("supervisor"),
         }
     }

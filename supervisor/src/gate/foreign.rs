@@ -1,0 +1,150 @@
+//! A TCP socket that somebody else has made, and may still hold.
+//!
+//! Whoever holds it too can take away its non-blocking mode at any time, as that belongs to the socket and
+//! not to the descriptor. So that mode is never relied on: every call here says `MSG_DONTWAIT` itself. For
+//! the same reason (`SO_LINGER`) it must not be closed on a thread that has other things to do.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv, send};
+use protocol::{Received, Seqpacket};
+use socket2::{Domain, Protocol, SockRef, TcpKeepalive, Type};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+/// The job's end of a connection.
+#[derive(Debug)]
+pub(super) struct Foreign(TcpStream);
+
+/// Wait until there is something to receive, or nothing will ever come. That a socket is called readable is
+/// no proof: tokio takes it for granted of one that was just accepted.
+pub(super) async fn has_spoken(caller: &UnixStream) {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    while caller.readable().await.is_ok() {
+        let seen = caller.try_io(Interest::READABLE, || {
+            Ok(recv(caller.as_raw_fd(), &mut [0], flags)?)
+        });
+        if !seen.is_err_and(|error| again(&error)) {
+            return;
+        }
+    }
+}
+
+/// Take the one descriptor of the one packet that the caller should have sent by now, and hang up. This may
+/// block, for whatever else it has sent is closed here.
+pub(super) fn receive(caller: UnixStream) -> Result<Foreign, String> {
+    let caller = caller
+        .into_std()
+        .map_err(|error| format!("its socket cannot be used: {error}"))?;
+    let brought = match Seqpacket::from(OwnedFd::from(caller)).recv(1) {
+        Ok(Received::Packet {
+            bytes,
+            mut descriptors,
+        }) if bytes.len() == 1 && descriptors.len() == 1 => descriptors.pop(),
+        Ok(Received::Packet { descriptors, .. }) => {
+            return Err(format!("it brought {} descriptors, not one", descriptors.len()));
+        }
+        Ok(Received::Oversize) => {
+            return Err("it said more than one byte, or brought many descriptors".into());
+        }
+        Ok(Received::Closed) => return Err("it left without a word".into()),
+        Err(Errno::EAGAIN) => return Err("it said nothing in time".into()),
+        Err(errno) => return Err(format!("it cannot be heard: {errno}")),
+    };
+    let brought = brought.ok_or("it brought no descriptor")?;
+    check(&brought)?;
+    adopt(brought).map_err(|error| format!("its connection cannot be used: {error}"))
+}
+
+/// Is this what was asked for: a TCP connection, with another end?
+fn check(fd: &OwnedFd) -> Result<(), String> {
+    let socket = SockRef::from(fd);
+    let family = socket
+        .domain()
+        .map_err(|error| format!("it brought no socket: {error}"))?;
+    let is_tcp = (family == Domain::IPV4 || family == Domain::IPV6)
+        && socket.r#type().is_ok_and(|kind| kind == Type::STREAM)
+        && socket.protocol().is_ok_and(|p| p == Some(Protocol::TCP));
+    if !is_tcp {
+        return Err("it brought a socket that is not TCP's".into());
+    }
+    match socket.peer_addr() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("it brought a socket without another end: {error}")),
+    }
+}
+
+fn adopt(fd: OwnedFd) -> io::Result<Foreign> {
+    // tokio asks for it, although nothing here depends on it.
+    SockRef::from(&fd).set_nonblocking(true)?;
+    keep_alive(&fd)?;
+    TcpStream::from_std(fd.into()).map(Foreign)
+}
+
+/// A connection may be idle for days; one whose other end is gone without a word is noticed in three minutes.
+/// What has been read is passed on at once: how to make packets of it was the first sender's affair.
+pub(super) fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    let probes = TcpKeepalive::new()
+        .with_time(Duration::from_secs(60))
+        .with_interval(Duration::from_secs(30))
+        .with_retries(4);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_nodelay(true)
+}
+
+impl AsyncRead for Foreign {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let socket = &self.get_mut().0;
+        loop {
+            ready!(socket.poll_read_ready(cx))?;
+            let space = into.initialize_unfilled();
+            let received = socket.try_io(Interest::READABLE, || {
+                Ok(recv(socket.as_raw_fd(), space, MsgFlags::MSG_DONTWAIT)?)
+            });
+            match received {
+                Err(error) if again(&error) => {}
+                Err(error) => return Poll::Ready(Err(error)),
+                Ok(length) => {
+                    into.advance(length);
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Foreign {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let socket = &self.get_mut().0;
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        loop {
+            ready!(socket.poll_write_ready(cx))?;
+            let sent = socket.try_io(Interest::WRITABLE, || Ok(send(socket.as_raw_fd(), bytes, flags)?));
+            match sent {
+                Err(error) if again(&error) => {}
+                sent => return Poll::Ready(sent),
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
+    }
+}
+
+fn again(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}

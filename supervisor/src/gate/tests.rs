@@ -1,0 +1,348 @@
+//! A real gate, between real sockets: what a worker's first process does, and what a hostile one could do.
+
+use super::*;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener as StdListener, TcpStream as StdStream};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use protocol::{Received, Seqpacket};
+use socket2::SockRef;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+/// More than all buffers on the way can hold.
+const MUCH: usize = 64 << 20;
+
+struct House {
+    directory: tempfile::TempDir,
+    port: u16,
+    gate: JoinHandle<()>,
+}
+
+/// A gate for this uid, before a server that sends everything back.
+async fn house(uid: u32) -> House {
+    let directory = tempfile::tempdir().unwrap();
+    let port = echo().await;
+    let gate = open(directory.path(), port, uid);
+    let house = House {
+        directory,
+        port,
+        gate,
+    };
+    house.opened().await;
+    house
+}
+
+fn open(directory: &Path, port: u16, uid: u32) -> JoinHandle<()> {
+    let is_worker = Box::new(move |caller| caller == uid);
+    tokio::spawn(Gate::new(directory.into(), "127.0.0.1".into(), port, is_worker).serve())
+}
+
+async fn echo() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut from, mut to) = stream.split();
+                tokio::io::copy(&mut from, &mut to).await.ok();
+                to.shutdown().await.ok();
+            });
+        }
+    });
+    port
+}
+
+impl House {
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join(GATE_SOCKET)
+    }
+
+    async fn opened(&self) {
+        while !self.socket().exists() {
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    fn call(&self) -> Seqpacket {
+        let caller = Seqpacket::connect(&self.socket(), false).unwrap();
+        let limit = Some(Duration::from_secs(20));
+        SockRef::from(&caller).set_read_timeout(limit).unwrap();
+        caller
+    }
+
+    fn bring(&self, fd: BorrowedFd<'_>) -> Seqpacket {
+        let caller = self.call();
+        // It may have been hung up on already.
+        let _ = caller.send(&[0], Some(fd));
+        caller
+    }
+
+    /// A connection of a job that is through the gate.
+    async fn connection(&self) -> TcpStream {
+        let (job, worker) = tcp();
+        drop(self.bring(worker.as_fd()));
+        drop(worker);
+        job.set_nonblocking(true).unwrap();
+        TcpStream::from_std(job).unwrap()
+    }
+
+    async fn works(&self) {
+        let mut job = self.connection().await;
+        let answer = timeout(Duration::from_secs(20), async {
+            job.write_all(b"to the server").await.unwrap();
+            job.shutdown().await.unwrap();
+            let mut answer = String::new();
+            job.read_to_string(&mut answer).await.unwrap();
+            answer
+        });
+        assert_eq!(answer.await.expect("the gate answers"), "to the server");
+    }
+}
+
+/// The job's end of a connection, and the one that the worker's first process has accepted.
+fn tcp() -> (StdStream, StdStream) {
+    let listener = StdListener::bind("127.0.0.1:0").unwrap();
+    let job = StdStream::connect(listener.local_addr().unwrap()).unwrap();
+    job.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    (job, listener.accept().unwrap().0)
+}
+
+fn hung_up(caller: &Seqpacket) -> bool {
+    matches!(
+        caller.recv(1),
+        Ok(Received::Closed) | Err(nix::errno::Errno::ECONNRESET)
+    )
+}
+
+/// The other end has been closed without a byte.
+fn ended(mut job: &StdStream) -> bool {
+    let mut answer = Vec::new();
+    match job.read_to_end(&mut answer) {
+        Ok(length) => length == 0,
+        Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_go_both_ways_and_both_ends_are_told_of_the_end() {
+    let house = house(0).await;
+    house.works().await;
+    // At the same time, and more than fits into the buffers.
+    let (mut from, mut to) = house.connection().await.into_split();
+    let sent = tokio::spawn(async move {
+        let some = vec![7; 1 << 20];
+        for _ in 0..MUCH >> 20 {
+            to.write_all(&some).await.unwrap();
+        }
+        to.shutdown().await.unwrap();
+    });
+    house.works().await;
+    let (mut length, mut some) = (0, vec![0; 1 << 16]);
+    loop {
+        match from.read(&mut some).await.unwrap() {
+            0 => break,
+            n => length += n,
+        }
+    }
+    sent.await.unwrap();
+    assert_eq!(length, MUCH);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_uid_that_is_no_workers_is_hung_up_on() {
+    let house = house(1).await;
+    let (job, worker) = tcp();
+    let caller = house.bring(worker.as_fd());
+    drop(worker);
+    assert!(hung_up(&caller) && ended(&job));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_one_connection_in_one_byte_is_hung_up_on() {
+    let house = house(0).await;
+    let (_job, worker) = tcp();
+    let listening = StdListener::bind("127.0.0.1:0").unwrap();
+    let unconnected = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    udp.connect(listening.local_addr().unwrap()).unwrap();
+    let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (pipe, _other) = io::pipe().unwrap();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    for fd in [
+        listening.as_fd(),
+        unconnected.as_fd(),
+        udp.as_fd(),
+        unix.as_fd(),
+        pipe.as_fd(),
+        file.as_fd(),
+    ] {
+        assert!(hung_up(&house.bring(fd)));
+    }
+
+    let caller = house.call();
+    caller.send(&[0], None).unwrap();
+    assert!(hung_up(&caller), "no descriptor");
+    let caller = house.call();
+    caller.send(&[0, 0], Some(worker.as_fd())).unwrap();
+    assert!(hung_up(&caller), "two bytes");
+    for count in [2, 3, 200] {
+        let caller = house.call();
+        let raw = vec![std::os::fd::AsRawFd::as_raw_fd(&worker); count];
+        nix::sys::socket::sendmsg::<()>(
+            std::os::fd::AsRawFd::as_raw_fd(&caller),
+            &[io::IoSlice::new(&[0])],
+            &[nix::sys::socket::ControlMessage::ScmRights(&raw)],
+            nix::sys::socket::MsgFlags::empty(),
+            None,
+        )
+        .unwrap();
+        assert!(hung_up(&caller), "{count} descriptors");
+    }
+    house.works().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_callers_hold_up_nobody_and_lose_patience_first() {
+    let house = house(0).await;
+    let silent: Vec<Seqpacket> = (0..SEATS_OF_A_WORKER - 1).map(|_| house.call()).collect();
+    house.works().await;
+    assert!(silent.iter().all(hung_up));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_has_so_many_connections_and_gets_them_back() {
+    let house = house(0).await;
+    let mut kept = Vec::new();
+    for _ in 0..SEATS_OF_A_WORKER {
+        let mut job = house.connection().await;
+        job.write_all(b"x").await.unwrap();
+        assert_eq!(job.read_u8().await.unwrap(), b'x');
+        kept.push(job);
+    }
+    let (job, worker) = tcp();
+    let caller = house.bring(worker.as_fd());
+    drop(worker);
+    assert!(hung_up(&caller) && ended(&job));
+    drop(kept);
+    // The gate sees their ends a little later.
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let (job, worker) = tcp();
+        drop(house.bring(worker.as_fd()));
+        drop(worker);
+        (&job).write_all(b"x").unwrap();
+        if matches!((&job).read(&mut [0]), Ok(1)) {
+            break;
+        }
+        assert!(std::time::Instant::now() < end, "the seats have not come back");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_socket_that_its_sender_keeps_and_makes_blocking_blocks_nothing() {
+    let house = house(0).await;
+    let (job, worker) = tcp();
+    drop(house.bring(worker.as_fd()));
+    (&job).write_all(b"x").unwrap();
+    (&job).read_exact(&mut [0]).unwrap();
+    // The gate is past its checks. All that comes back from now on is not read.
+    fcntl(worker.as_fd(), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    job.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    let some = vec![7; 1 << 20];
+    while (&job).write_all(&some).is_ok() {}
+    assert!(
+        !fcntl(worker.as_fd(), FcntlArg::F_GETFL)
+            .is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK))
+    );
+    house.works().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
+    let house = house(0).await;
+    let mut jobs = Vec::new();
+    // One that is taken and closed at its end, one that is refused, and one that is not even received.
+    for (bytes, count) in [(1, 1), (2, 1), (1, 3)] {
+        let caller = house.call();
+        for _ in 0..count {
+            let (job, worker) = tcp();
+            let worker_is = SockRef::from(&worker);
+            worker_is.set_linger(Some(Duration::from_secs(1000))).unwrap();
+            worker.set_nonblocking(true).unwrap();
+            while (&worker).write(&[7; 4096]).is_ok() {}
+            let _ = caller.send(&[0, 0][..bytes], Some(worker.as_fd()));
+            // Whoever closes it last has to wait: elsewhere, lest it be us.
+            std::thread::spawn(move || drop(worker));
+            job.shutdown(std::net::Shutdown::Write).unwrap();
+            jobs.push(job);
+        }
+    }
+    house.works().await;
+    house.works().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_cannot_be_reached_is_a_connection_that_ends() {
+    let house = house(0).await;
+    let nobody = StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    house.gate.abort();
+    let other = tempfile::tempdir().unwrap();
+    let house = House {
+        gate: open(other.path(), nobody.port(), 0),
+        directory: other,
+        port: house.port,
+    };
+    house.opened().await;
+    let (job, worker) = tcp();
+    drop(house.bring(worker.as_fd()));
+    drop(worker);
+    assert!(ended(&job));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_gate_opens_when_its_directory_comes_and_comes_again() {
+    let above = tempfile::tempdir().unwrap();
+    let port = echo().await;
+    let directory = above.path().join("gate");
+    let gate = open(&directory, port, 0);
+    sleep(Duration::from_millis(100)).await;
+    for _ in 0..2 {
+        std::fs::create_dir(&directory).unwrap();
+        while !directory.join(GATE_SOCKET).exists() {
+            sleep(Duration::from_millis(10)).await;
+        }
+        let mode = std::fs::metadata(directory.join(GATE_SOCKET))
+            .unwrap()
+            .permissions();
+        assert_eq!(mode.mode() & 0o777, 0o666);
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+    gate.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_gate_takes_the_old_ones_place_without_a_gap() {
+    let mut house = house(0).await;
+    // What a supervisor leaves that was ended in the middle.
+    std::fs::write(house.directory.path().join("new.sock"), "").unwrap();
+    let path = house.socket();
+    let watch = std::thread::spawn(move || {
+        let end = std::time::Instant::now() + Duration::from_millis(2500);
+        while std::time::Instant::now() < end {
+            Seqpacket::connect(&path, false).expect("there is always somebody");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    for _ in 0..2 {
+        let port = echo().await;
+        let newer = open(house.directory.path(), port, 0);
+        sleep(Duration::from_millis(500)).await;
+        std::mem::replace(&mut house.gate, newer).abort();
+        (house.port, _) = (port, house.works().await);
+    }
+    tokio::task::block_in_place(|| watch.join().unwrap());
+}
