@@ -117,6 +117,10 @@ impl Worker {
             return self;
         }
         match (self.phase, host) {
+            // The operator's limit, and no riddle: whoever reads of it need not look further.
+            (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit @ Exit::TimedOut)))) => {
+                self.fail(format!("the agent {exit}"), now);
+            }
             (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit)))) => {
                 self.fail(
                     format!("the agent {exit} while the server still counted on it"),

@@ -116,6 +116,31 @@ fn what_a_poll_does_to_each_phase() {
 }
 
 #[test]
+fn an_agent_that_has_used_up_its_time_is_failed_with_the_limits_name() {
+    let timed_out = OnHost::Has(State::Exited(Exit::TimedOut));
+    for (phase, sentence) in [
+        (
+            ONLINE,
+            "the agent was ended at the slot's limits.run_time_seconds",
+        ),
+        (
+            STARTED,
+            "the agent was ended at the slot's limits.run_time_seconds before it came online",
+        ),
+    ] {
+        let online = phase == ONLINE;
+        let held = worker(phase).step(seen(view(true, false, online), timed_out), 5, TIMEOUT);
+        assert_eq!(held.phase, phase);
+        let failed = held.step(seen(view(false, false, online), timed_out), 5, TIMEOUT);
+        assert_eq!(failed.phase, BROKEN);
+        assert_eq!(failed.failure.as_deref(), Some(sentence));
+    }
+    // Its job was done before: there is nothing to fail.
+    let done = worker(ONLINE).step(seen(view(false, true, true), timed_out), 5, TIMEOUT);
+    assert_eq!((done.phase, done.failure), (Phase::Destroying, None));
+}
+
+#[test]
 fn a_half_seen_worker_is_left_alone() {
     for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, BROKEN] {
         let event = Event::Seen {
@@ -215,6 +240,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         Just(RUNNING),
         Just(LOST),
         Just(DIED),
+        Just(OnHost::Has(State::Exited(Exit::TimedOut))),
         Just(OnHost::Has(State::Created))
     ];
     let server = prop_oneof![
