@@ -7,7 +7,9 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use protocol::config::{CONFIG_PATH, Config, GATE_DIR, HELPER_SOCKET, Mistake, STATE_DIR};
+use protocol::config::{
+    CONFIG_PATH, Config, GATE_DIR, HELPER_SOCKET, Limits, Mistake, Network, STATE_DIR, Slot,
+};
 
 use crate::server::Token;
 
@@ -140,7 +142,7 @@ pub fn summary(config: &Config) -> String {
             }
         };
         format!(
-            "slot {name}: target {}{}{}{}\n",
+            "slot {name}: target {}{}{}{}{}{}\n",
             slot.target,
             list(
                 "groups",
@@ -154,9 +156,64 @@ pub fn summary(config: &Config) -> String {
                     .map(ToString::to_string)
                     .collect()
             ),
+            list("with", rights(slot)),
+            list("limits", limits(&slot.limits)),
         )
     });
     format!("server {}\n{}", config.general.baseurl, slots.collect::<String>())
+}
+
+/// What is not as it is where nothing is written, in the words of the file.
+fn rights(slot: &Slot) -> Vec<String> {
+    [
+        (slot.network == Network::None, "network=none"),
+        (slot.allow_user_namespaces, "allow_user_namespaces=true"),
+        (!slot.ignore_sync, "ignore_sync=false"),
+    ]
+    .into_iter()
+    .filter(|(differs, _)| *differs)
+    .map(|(_, words)| words.to_owned())
+    .collect()
+}
+
+/// The same of the limits.
+fn limits(limits: &Limits) -> Vec<String> {
+    let usual = Limits::default();
+    let changed = |now: u64, usual: u64| (now != usual).then_some(now);
+    let cpus = limits.cpus.map(|cpus| f64::from(cpus.thousandths()) / 1000.0);
+    let values = [
+        ("memory", limits.memory.map(size)),
+        ("swap", limits.swap.map(size)),
+        ("cpus", cpus.map(|cpus| cpus.to_string())),
+        (
+            "processes",
+            changed(limits.processes, usual.processes).map(|n| n.to_string()),
+        ),
+        (
+            "open_files",
+            changed(limits.open_files, usual.open_files).map(|n| n.to_string()),
+        ),
+        ("disk", limits.disk.map(size)),
+        ("inodes", limits.inodes.map(|n| n.to_string())),
+        ("console", changed(limits.console, usual.console).map(size)),
+        ("run_time_seconds", limits.run_time_seconds.map(|n| n.to_string())),
+        ("best_effort", limits.best_effort.then(|| "true".to_owned())),
+    ];
+    values
+        .into_iter()
+        .filter_map(|(key, value)| Some(format!("{key}={}", value?)))
+        .collect()
+}
+
+/// A number of bytes as a person would write it: with the largest unit that leaves it whole.
+fn size(bytes: u64) -> String {
+    [(40, 'T'), (30, 'G'), (20, 'M'), (10, 'K')]
+        .into_iter()
+        .find(|(shift, _)| bytes != 0 && bytes.trailing_zeros() >= *shift)
+        .map_or_else(
+            || bytes.to_string(),
+            |(shift, unit)| format!("{}{unit}", bytes >> shift),
+        )
 }
 
 #[cfg(test)]
@@ -195,5 +252,27 @@ mod tests {
         assert_eq!(mistakes.len(), 3, "{mistakes:?}");
         assert!(mistakes.iter().all(|m| m.line == 5));
         assert!(summary(&config).contains("slot a: target 01HZX3N8Q4J5K6M7P8R9S0T1V2; groups away here"));
+    }
+
+    #[test]
+    fn the_summary_names_what_is_not_as_usual_on_one_line_a_slot() {
+        let config = Config::parse(
+            "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
+             target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nnetwork = \"none\"\nignore_sync = false\n\
+             allow_user_namespaces = true\ndevices = [\"/dev/ttyACM*\"]\n[slots.a.limits]\nmemory = \"8G\"\nswap = 0\n\
+             cpus = 2.5\nprocesses = 100\nopen_files = 4096\ndisk = \"1536M\"\ninodes = 1000\nconsole = \"64K\"\n\
+             run_time_seconds = 60\nbest_effort = true\n[slots.b]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n\
+             network = \"host\"\nlimits.processes = 16384\n",
+        )
+        .unwrap();
+        assert_eq!(
+            summary(&config),
+            "server http://h\n\
+             slot a: target 01HZX3N8Q4J5K6M7P8R9S0T1V2; devices /dev/ttyACM*; \
+             with network=none allow_user_namespaces=true ignore_sync=false; \
+             limits memory=8G swap=0 cpus=2.5 processes=100 open_files=4096 disk=1536M inodes=1000 \
+             console=64K run_time_seconds=60 best_effort=true\n\
+             slot b: target 01HZX3N8Q4J5K6M7P8R9S0T1V2\n"
+        );
     }
 }
