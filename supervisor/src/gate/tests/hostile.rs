@@ -1,0 +1,141 @@
+//! What a hostile caller could do at the gate: none of it reaches the server, or holds up the others.
+
+use std::os::fd::AsRawFd;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_uid_that_is_no_workers_is_hung_up_on() {
+    let house = house(1).await;
+    let (job, worker) = tcp();
+    let caller = house.bring(worker.as_fd());
+    drop(worker);
+    assert!(hung_up(&caller) && ended(&job));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_one_connection_in_one_byte_is_hung_up_on() {
+    let house = house(0).await;
+    let (_job, worker) = tcp();
+    let listening = StdListener::bind("127.0.0.1:0").unwrap();
+    let unconnected = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    udp.connect(listening.local_addr().unwrap()).unwrap();
+    let (unix, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (pipe, _other) = io::pipe().unwrap();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    for fd in [
+        listening.as_fd(),
+        unconnected.as_fd(),
+        udp.as_fd(),
+        unix.as_fd(),
+        pipe.as_fd(),
+        file.as_fd(),
+    ] {
+        assert!(hung_up(&house.bring(fd)));
+    }
+
+    let caller = house.call();
+    caller.send(&[0], None).unwrap();
+    assert!(hung_up(&caller), "no descriptor");
+    let caller = house.call();
+    caller.send(&[0, 0], Some(worker.as_fd())).unwrap();
+    assert!(hung_up(&caller), "two bytes");
+    for count in [2, 3, 200] {
+        let caller = house.call();
+        let raw = vec![worker.as_raw_fd(); count];
+        sendmsg::<()>(
+            caller.as_raw_fd(),
+            &[io::IoSlice::new(&[0])],
+            &[ControlMessage::ScmRights(&raw)],
+            MsgFlags::empty(),
+            None,
+        )
+        .unwrap();
+        assert!(hung_up(&caller), "{count} descriptors");
+    }
+    house.works().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_callers_hold_up_nobody_and_lose_patience_first() {
+    let house = house(0).await;
+    let silent: Vec<Seqpacket> = (0..SEATS_OF_A_WORKER - 1).map(|_| house.call()).collect();
+    house.works().await;
+    assert!(silent.iter().all(hung_up));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_has_so_many_connections_and_gets_them_back() {
+    let house = house(0).await;
+    let mut kept = Vec::new();
+    for _ in 0..SEATS_OF_A_WORKER {
+        let mut job = house.connection().await;
+        job.write_all(b"x").await.unwrap();
+        assert_eq!(job.read_u8().await.unwrap(), b'x');
+        kept.push(job);
+    }
+    let (job, worker) = tcp();
+    let caller = house.bring(worker.as_fd());
+    drop(worker);
+    assert!(hung_up(&caller) && ended(&job));
+    drop(kept);
+    // The gate sees their ends a little later.
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let (job, worker) = tcp();
+        drop(house.bring(worker.as_fd()));
+        drop(worker);
+        (&job).write_all(b"x").unwrap();
+        if matches!((&job).read(&mut [0]), Ok(1)) {
+            break;
+        }
+        assert!(std::time::Instant::now() < end, "the seats have not come back");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_socket_that_its_sender_keeps_and_makes_blocking_blocks_nothing() {
+    let house = house(0).await;
+    let (job, worker) = tcp();
+    drop(house.bring(worker.as_fd()));
+    (&job).write_all(b"x").unwrap();
+    (&job).read_exact(&mut [0]).unwrap();
+    // The gate is past its checks. All that comes back from now on is not read.
+    fcntl(worker.as_fd(), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    job.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    let some = vec![7; 1 << 20];
+    while (&job).write_all(&some).is_ok() {}
+    assert!(
+        !fcntl(worker.as_fd(), FcntlArg::F_GETFL)
+            .is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK))
+    );
+    house.works().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
+    let house = house(0).await;
+    let mut jobs = Vec::new();
+    // One that is taken and closed at its end, one that is refused, and one that is not even received.
+    for (bytes, count) in [(1, 1), (2, 1), (1, 3)] {
+        let caller = house.call();
+        for _ in 0..count {
+            let (job, worker) = tcp();
+            let worker_is = SockRef::from(&worker);
+            worker_is.set_linger(Some(Duration::from_secs(1000))).unwrap();
+            worker.set_nonblocking(true).unwrap();
+            while (&worker).write(&[7; 4096]).is_ok() {}
+            let _ = caller.send(&[0, 0][..bytes], Some(worker.as_fd()));
+            // Whoever closes it last has to wait: elsewhere, lest it be us.
+            std::thread::spawn(move || drop(worker));
+            job.shutdown(std::net::Shutdown::Write).unwrap();
+            jobs.push(job);
+        }
+    }
+    house.works().await;
+    house.works().await;
+}
