@@ -1,6 +1,9 @@
 //! Jobs from the queue to the end, through the real binaries: the stand-in server, the supervisor as an
 //! unprivileged user, the helper as root, the reference agent in its sandbox. Needs root.
 
+#[path = "end_to_end/alone.rs"]
+mod alone;
+
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
