@@ -1,12 +1,13 @@
 //! A worker's trees: the directories below its `fs/` that its job may write, made by root, emptied by
 //! a process that has become the job's user. Root itself never walks them.
 
+use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmod, fchmodat, fstat};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Gid, UnlinkatFlags, fchownat, unlinkat};
@@ -137,9 +138,6 @@ fn empty_as(uid: Uid, fs: &OwnedFd, trees: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// How many directories are open at once at most; what is deeper is moved up.
-const MAX_DEPTH: usize = 64;
-
 /// Open a directory of our own, whatever mode its owner has left it in.
 fn open_own(parent: BorrowedFd<'_>, name: &Path) -> nix::Result<OwnedFd> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -156,55 +154,61 @@ fn open_own(parent: BorrowedFd<'_>, name: &Path) -> nix::Result<OwnedFd> {
     Ok(dir)
 }
 
-/// Remove everything in the directory, as its owner, with a bounded number of descriptors and no
-/// recursion, whatever the names, modes, depth and number.
+/// A directory above the one that is being emptied: which it is, and what of it is still to do.
+struct Above {
+    identity: (u64, u64),
+    entries: Vec<OsString>,
+}
+
+fn identity(dir: &OwnedFd) -> nix::Result<(u64, u64)> {
+    let stat = fstat(dir)?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Remove everything in the directory, as its owner, with two descriptors and no recursion, whatever the
+/// names, modes, depth and number.
+///
+/// The way back up is `..`, checked against what was left there. It takes no room: moving what is too deep
+/// somewhere else would, and on a full disk, or at the end of a quota, there is none.
 fn empty(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
-    let top = open_own(fs, tree)?;
-    let mut moved = 0u64;
+    let mut dir = open_own(fs, tree)?;
+    let mut entries = names(dir.as_fd())?;
+    let mut path: Vec<Above> = Vec::new();
     loop {
-        let mut path: Vec<(OwnedFd, Vec<std::ffi::OsString>)> =
-            vec![(open_own(top.as_fd(), Path::new("."))?, Vec::new())];
-        path[0].1 = names(top.as_fd())?;
-        if path[0].1.is_empty() {
-            return Ok(());
-        }
-        while let Some((dir, entries)) = path.last_mut() {
-            let Some(name) = entries.pop() else {
-                // Empty now. Its parent, which still has its name, removes it.
-                path.pop();
-                continue;
+        let Some(name) = entries.pop() else {
+            // Empty now. Its parent, whose next entry it is, removes it.
+            let Some(above) = path.pop() else {
+                return Ok(());
             };
-            match unlinkat(&*dir, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
-                Ok(()) | Err(Errno::ENOENT) => continue,
-                Err(Errno::EISDIR | Errno::EPERM) => {}
-                Err(errno) => bail!("cannot remove {name:?}: {errno}"),
-            }
-            match unlinkat(&*dir, name.as_os_str(), UnlinkatFlags::RemoveDir) {
-                Ok(()) | Err(Errno::ENOENT) => continue,
-                Err(Errno::ENOTEMPTY | Errno::EEXIST) => {}
-                Err(errno) => bail!("cannot remove {name:?}: {errno}"),
-            }
-            if path.len() >= MAX_DEPTH {
-                moved += 1;
-                // A name that no entry of the top has: the next round of the loop empties it.
-                while look(&top, format!("moved-{moved}")).is_ok() {
-                    moved += 1;
-                }
-                let (dir, _) = path.last().expect("it is not empty");
-                // Moving a directory changes its `..`, which takes write permission to it.
-                open_own(dir.as_fd(), Path::new(&name))?;
-                renameat(dir, name.as_os_str(), &top, format!("moved-{moved}").as_str())
-                    .with_context(|| format!("cannot move {name:?} up"))?;
-                continue;
-            }
-            let (dir, entries) = path.last_mut().expect("it is not empty");
-            let inner =
-                open_own(dir.as_fd(), Path::new(&name)).with_context(|| format!("cannot open {name:?}"))?;
-            // Once more after its content: then rmdir succeeds.
-            entries.push(name);
-            let content = names(inner.as_fd())?;
-            path.push((inner, content));
+            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let parent = openat(&dir, "..", flags, Mode::empty()).context("cannot go back up")?;
+            ensure!(
+                identity(&parent)? == above.identity,
+                "a directory was moved while it was deleted: see which process does that, and repeat"
+            );
+            (dir, entries) = (parent, above.entries);
+            continue;
+        };
+        match unlinkat(&dir, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => continue,
+            Err(Errno::EISDIR | Errno::EPERM) => {}
+            Err(errno) => bail!("cannot remove {name:?}: {errno}"),
         }
+        match unlinkat(&dir, name.as_os_str(), UnlinkatFlags::RemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => continue,
+            Err(Errno::ENOTEMPTY | Errno::EEXIST) => {}
+            Err(errno) => bail!("cannot remove {name:?}: {errno}"),
+        }
+        let inner =
+            open_own(dir.as_fd(), Path::new(&name)).with_context(|| format!("cannot open {name:?}"))?;
+        // Once more after its content: then rmdir succeeds.
+        entries.push(name);
+        let content = names(inner.as_fd())?;
+        path.push(Above {
+            identity: identity(&dir)?,
+            entries,
+        });
+        (dir, entries) = (inner, content);
     }
 }
 

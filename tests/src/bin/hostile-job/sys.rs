@@ -12,3 +12,30 @@ pub fn call(number: libc::c_long, arguments: [usize; 6]) -> io::Result<libc::c_l
         result => Ok(result),
     }
 }
+
+/// Fork; the child does `work` and ends. Returns the child's process id.
+pub fn fork(work: impl FnOnce()) -> libc::pid_t {
+    // Not the C library's: it would take locks that another thread may have; this program has one thread.
+    match call(libc::SYS_fork, [0; 6]) {
+        Ok(0) => {
+            work();
+            std::process::exit(0)
+        }
+        Ok(pid) => pid as libc::pid_t,
+        Err(error) => panic!("cannot fork: {error}"),
+    }
+}
+
+/// A path for a system call; it must outlive the call.
+pub fn c(path: impl AsRef<std::ffi::OsStr>) -> std::ffi::CString {
+    use std::os::unix::ffi::OsStrExt;
+    std::ffi::CString::new(path.as_ref().as_bytes()).expect("no path here has a NUL")
+}
+
+/// Wait for ever; for a process that is to be ended by others.
+pub fn wait_for_ever() -> ! {
+    loop {
+        // Returns only after a signal with a handler, and there is none.
+        let _ = call(libc::SYS_pause, [0; 6]);
+    }
+}
