@@ -7,6 +7,7 @@
 
 pub mod agent;
 pub mod census;
+pub mod disk;
 pub mod harness;
 pub mod server;
 pub mod stage;

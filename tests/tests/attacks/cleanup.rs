@@ -1,1 +1,252 @@
 //! Group B: a hostile job; what it attempts is in `hostile-job`'s module of the same name.
+
+use std::fs::{self, Permissions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use protocol::Request;
+use testbed::census::Census;
+use testbed::disk::SmallDisk;
+use testbed::harness::{Client, SUPERVISOR_UID, TestHost};
+use testbed::stage::{SLOTS, Stage, attack, created, start_attack, wait_for_line};
+
+use crate::leave::{ongoing, with_user_namespaces};
+
+/// How many entries a directory gets. A million, as docs/attacks.md has it, takes minutes on a small machine;
+/// nightly runs set `USER_FACTORY_TEST_ENTRIES`.
+const ENTRIES: u32 = 100_000;
+
+/// Directories of the host that must not notice: one that is root's alone, and one that everybody may write,
+/// in which the process that deletes could do harm, had it been led there.
+struct Canaries {
+    _place: tempfile::TempDir,
+    closed: PathBuf,
+    open: PathBuf,
+}
+
+/// A canary's path, mode, owner, inode and change time, and those of what is in it.
+type Seen = Vec<(PathBuf, u32, u32, u64, i64, i64)>;
+
+impl Canaries {
+    fn new() -> Canaries {
+        let place = tempfile::Builder::new()
+            .prefix("user-factory-test-")
+            .tempdir_in("/srv")
+            .unwrap();
+        fs::set_permissions(place.path(), Permissions::from_mode(0o755)).unwrap();
+        let make = |name: &str, mode| {
+            let dir = place.path().join(name);
+            fs::create_dir_all(dir.join("below")).unwrap();
+            for file in ["file", "below/file", "0", "inner"] {
+                fs::write(dir.join(file), "of the host").unwrap();
+            }
+            for path in ["below", ""] {
+                fs::set_permissions(dir.join(path), Permissions::from_mode(mode)).unwrap();
+            }
+            dir
+        };
+        let (closed, open) = (make("closed", 0o755), make("open", 0o777));
+        Canaries {
+            _place: place,
+            closed,
+            open,
+        }
+    }
+
+    fn look(&self) -> Seen {
+        let mut seen = Vec::new();
+        for dir in [&self.closed, &self.open] {
+            for path in ["", "file", "below", "below/file", "0", "inner"] {
+                let path = dir.join(path);
+                let meta = path.symlink_metadata().unwrap();
+                seen.push((
+                    path,
+                    meta.mode(),
+                    meta.uid(),
+                    meta.ino(),
+                    meta.ctime(),
+                    meta.ctime_nsec(),
+                ));
+            }
+        }
+        seen
+    }
+
+    fn words(&self) -> [&str; 2] {
+        [self.closed.to_str().unwrap(), self.open.to_str().unwrap()]
+    }
+}
+
+/// One job in slot `a` that stays until it is deleted.
+fn once(name: &str, words: &[&str]) -> String {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let console = ongoing(&client, worker, name, words, "ready");
+    stage.finish(&[worker]);
+    console
+}
+
+#[test]
+fn row_17_directories_swapped_for_links_in_a_loop_lead_nowhere() {
+    let canaries = Canaries::new();
+    let before = canaries.look();
+    for _ in 0..3 {
+        let stage = Stage::new();
+        let client = stage.client();
+        let worker = created(&client, "a");
+        let words = canaries.words();
+        let console = start_attack(&client, worker, "swap", &[words[0], words[1], "/etc"]);
+        for number in 0..3 {
+            wait_for_line(&console, &format!("swaps {number}"));
+        }
+        stage.finish(&[worker]);
+    }
+    assert_eq!(canaries.look(), before);
+}
+
+#[test]
+fn row_18_links_at_every_level_are_removed_and_what_they_lead_to_is_not() {
+    let canaries = Canaries::new();
+    let before = canaries.look();
+    let file = canaries.open.join("file");
+    once(
+        "links",
+        &[canaries.open.to_str().unwrap(), file.to_str().unwrap()],
+    );
+    assert_eq!(canaries.look(), before);
+}
+
+#[test]
+fn row_19_no_mode_and_no_access_control_list_stops_the_deletion() {
+    let console = once("modes", &[]);
+    // On a host whose file systems have lists, at least one was set.
+    assert!(
+        console.contains("done: access list") || console.contains("not supported"),
+        "{console}"
+    );
+}
+
+#[test]
+fn row_20_trees_far_deeper_than_a_path_can_say_are_removed() {
+    once("deep", &["6000"]);
+}
+
+#[test]
+fn row_21_a_directory_of_very_many_entries_is_removed() {
+    let entries = std::env::var("USER_FACTORY_TEST_ENTRIES").ok();
+    let entries = entries.map_or(ENTRIES, |number| number.parse().expect("a number"));
+    once("many", &[&entries.to_string()]);
+}
+
+#[test]
+fn row_22_names_of_every_kind_are_removed() {
+    once("names", &[]);
+}
+
+#[test]
+fn row_23_no_file_can_be_made_immutable() {
+    once("flags", &[]);
+}
+
+#[test]
+fn row_24_files_that_grow_are_removed() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let console = start_attack(&client, worker, "grow", &[]);
+    for number in 0..4 {
+        wait_for_line(&console, &format!("grows {number}"));
+    }
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_25_mounts_inside_a_tree_are_refused_or_the_jobs_own_and_nothing_below_them_is_touched() {
+    let stage = Stage::with(&with_user_namespaces());
+    let client = stage.client();
+    let (refused, allowed) = (created(&client, "a"), created(&client, "c"));
+    attack(&client, refused, "mount-inside", &["refused"]);
+    ongoing(&client, allowed, "mount-inside", &["allowed"], "ready");
+    let count = || ["/etc", "/usr"].map(|dir| fs::read_dir(dir).unwrap().count());
+    let before = count();
+    stage.finish(&[refused, allowed]);
+    assert_eq!(count(), before);
+}
+
+#[test]
+fn row_26_set_id_files_and_file_capabilities_are_inert_and_gone() {
+    let groups = fs::read_to_string("/etc/group").unwrap();
+    let fields = groups.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let group = fields
+        .clone()
+        .find(|fields| fields[2] != "0")
+        .expect("the host has a group besides root's");
+    let grouped = format!("add_to_groups = [\"{}\"]\n", group[0]);
+    let slots = with_user_namespaces().replace("[slots.c]\n", &format!("[slots.c]\n{grouped}"));
+    let slots = slots.replace("[slots.a]\n", &format!("[slots.a]\n{grouped}"));
+    let stage = Stage::with(&slots);
+    let client = stage.client();
+    let (plain, with_namespaces) = (created(&client, "a"), created(&client, "c"));
+    for worker in [plain, with_namespaces] {
+        ongoing(&client, worker, "set-id", &[group[2]], "ready");
+        let program = stage.host.worker_dir(worker).join("fs/work/id");
+        let mode = fs::metadata(&program).expect("root sees it").mode();
+        assert_eq!(mode & 0o6000, 0o6000, "{mode:o}");
+        // Another user of the host, outside of every sandbox, does not get at it.
+        let mut command = Command::new(program);
+        let outcome = command.uid(SUPERVISOR_UID).gid(SUPERVISOR_UID).status();
+        assert_eq!(outcome.unwrap_err().kind(), ErrorKind::PermissionDenied);
+    }
+    stage.finish(&[plain, with_namespaces]);
+}
+
+#[test]
+fn row_27_a_job_that_has_filled_the_disk_is_removed() {
+    for (inodes, steps) in [
+        // Room is short before names are, and the other way round.
+        (4000, ["blocks", "inodes"]),
+        (1500, ["inodes", "blocks"]),
+    ] {
+        for memory in [false, true] {
+            let host = TestHost::new();
+            host.configure("http://127.0.0.1:9", 0, SLOTS);
+            let disk = if memory {
+                let disk = SmallDisk::in_memory(&host);
+                disk.limit(&format!("size=8m,nr_inodes={inodes}"));
+                disk
+            } else {
+                SmallDisk::ext4(&host, inodes)
+            };
+            let _helper = host.helper();
+            let client = Client::new(&host);
+            let before = Census::take(&host);
+            let worker = created(&client, "a");
+            ongoing(&client, worker, "fill", &steps, "ready");
+            let reply = client.ask(&Request::Delete { worker }).0;
+            assert_eq!(reply, protocol::Reply::Deleted, "{steps:?}, in memory: {memory}");
+            before.assert_unchanged(&host);
+            drop(disk);
+        }
+    }
+}
+
+#[test]
+fn row_28_daemons_that_make_files_anew_are_gone_with_the_files() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let console = start_attack(&client, worker, "recreate", &[]);
+    for number in 0..8 {
+        wait_for_line(&console, &format!("recreates {number}"));
+    }
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_29_a_job_cannot_replace_its_own_top_directories() {
+    once("replace", &["/srv/of-the-job", "/opt/shown"]);
+}

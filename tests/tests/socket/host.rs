@@ -1,5 +1,7 @@
 //! What happens to the host, the configuration and the helper around its workers.
 
+use testbed::disk::SmallDisk;
+
 use super::*;
 
 #[test]
@@ -91,49 +93,11 @@ fn a_configuration_that_others_could_write_is_refused() {
     helper.log.wait(&["cannot open", "config.toml"]);
 }
 
-/// The state directory on a small file system of its own, of which the limits can be changed.
-struct SmallDisk(std::path::PathBuf);
-
-impl SmallDisk {
-    fn mount(host: &TestHost) -> SmallDisk {
-        let place = host.root.join(protocol::config::STATE_DIR);
-        let disk = SmallDisk(place);
-        disk.command(&[
-            "mount",
-            "-t",
-            "tmpfs",
-            "-o",
-            "mode=755,size=64m,nr_inodes=1000",
-            "none",
-        ]);
-        disk
-    }
-
-    fn limit(&self, options: &str) {
-        self.command(&["mount", "-o", &format!("remount,{options}")]);
-    }
-
-    fn command(&self, words: &[&str]) {
-        let status = std::process::Command::new(words[0])
-            .args(&words[1..])
-            .arg(&self.0)
-            .status()
-            .unwrap();
-        assert!(status.success(), "{words:?} failed");
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        self.command(&["umount", "--lazy"]);
-    }
-}
-
 #[test]
 fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
-    let disk = SmallDisk::mount(&host);
+    let disk = SmallDisk::in_memory(&host);
     let _helper = host.helper();
     let client = Client::new(&host);
     let before = Census::take(&host);
