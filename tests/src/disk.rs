@@ -25,11 +25,11 @@ impl SmallDisk {
         run(&["mount", "-o", &format!("remount,{options}")], &self.0);
     }
 
-    /// ext4 of 8 MiB in a file, with this many inodes: its directories take blocks, as on most hosts.
+    /// ext4 of 64 MiB in a file, with this many inodes: its directories take blocks, as on most hosts.
     pub fn ext4(host: &TestHost, inodes: u32) -> SmallDisk {
         let image = host.root.join("disk.img");
         let file = std::fs::File::create(&image).expect("the test's directory is writable");
-        file.set_len(8 << 20).expect("a sparse file takes no room");
+        file.set_len(64 << 20).expect("a sparse file takes no room");
         // Nothing is kept back for root: the last block is the job's.
         let inodes = inodes.to_string();
         run(

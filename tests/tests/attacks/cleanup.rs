@@ -6,12 +6,14 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Instant;
 
-use protocol::Request;
+use nix::sys::statvfs::statvfs;
+use protocol::{Request, State};
 use testbed::census::Census;
 use testbed::disk::SmallDisk;
-use testbed::harness::{Client, SUPERVISOR_UID, TestHost};
-use testbed::stage::{SLOTS, Stage, attack, created, start_attack, wait_for_line};
+use testbed::harness::{Client, PATIENCE, SUPERVISOR_UID, TestHost};
+use testbed::stage::{SLOTS, Stage, attack, created, read, start_attack, state, wait_for_line};
 
 use crate::leave::{ongoing, with_user_namespaces};
 
@@ -209,14 +211,14 @@ fn row_27_a_job_that_has_filled_the_disk_is_removed() {
     for (inodes, steps) in [
         // Room is short before names are, and the other way round.
         (4000, ["blocks", "inodes"]),
-        (1500, ["inodes", "blocks"]),
+        (2000, ["inodes", "blocks"]),
     ] {
         for memory in [false, true] {
             let host = TestHost::new();
             host.configure("http://127.0.0.1:9", 0, SLOTS);
             let disk = if memory {
                 let disk = SmallDisk::in_memory(&host);
-                disk.limit(&format!("size=8m,nr_inodes={inodes}"));
+                disk.limit(&format!("size=64m,nr_inodes={inodes}"));
                 disk
             } else {
                 SmallDisk::ext4(&host, inodes)
@@ -225,7 +227,26 @@ fn row_27_a_job_that_has_filled_the_disk_is_removed() {
             let client = Client::new(&host);
             let before = Census::take(&host);
             let worker = created(&client, "a");
-            ongoing(&client, worker, "fill", &steps, "ready");
+            let console = start_attack(&client, worker, "fill", &steps);
+            // On a full disk the console has no more lines: a mode that the job sets says when it is full.
+            let sign = host.worker_dir(worker).join("fs/input");
+            let begin = Instant::now();
+            while fs::metadata(&sign).unwrap().mode() & 0o777 != 0o700 {
+                assert!(
+                    begin.elapsed() < PATIENCE,
+                    "{:?}\n{}",
+                    statvfs(&sign),
+                    read(&console)
+                );
+                std::thread::yield_now();
+            }
+            let disk_now = statvfs(&sign).unwrap();
+            assert_eq!(disk_now.blocks_available(), 0, "{disk_now:?}");
+            assert!(
+                steps[0] == "blocks" || disk_now.files_available() == 0,
+                "{disk_now:?}"
+            );
+            assert_eq!(state(&client, worker), State::Running, "{}", read(&console));
             let reply = client.ask(&Request::Delete { worker }).0;
             assert_eq!(reply, protocol::Reply::Deleted, "{steps:?}, in memory: {memory}");
             before.assert_unchanged(&host);

@@ -204,9 +204,10 @@ fn deep(report: &mut Report, words: &[String]) {
             std::env::set_current_dir(name).expect("it was made");
         }
         // Nobody may pass through the lowest ones, the owner neither.
-        for _ in 0..10 {
-            fs::set_permissions(".", Permissions::from_mode(0)).expect("it is its own");
-            std::env::set_current_dir("..").ok();
+        for level in (levels - 10..levels).rev() {
+            std::env::set_current_dir("..").expect("it is open still");
+            fs::set_permissions(&names[level % names.len()], Permissions::from_mode(0))
+                .expect("it is its own");
         }
     }
     ready(report);
@@ -474,46 +475,46 @@ fn set_id(report: &mut Report, words: &[String]) {
     ready(report);
 }
 
-/// Fill the file system, blocks first or inodes first, in the given order, and add a tree of directories that
-/// cannot be moved for want of room.
+/// Fill the file system, blocks first or inodes first, in the given order. What fills it is at the bottom of a
+/// deep chain of directories, and beside the chain, where something could be moved to, no name has room either.
 fn fill(report: &mut Report, words: &[String]) {
-    let chain = |number: usize| {
-        let mut dir = Path::new("/work").join(format!("{}{number:03}", "c".repeat(250)));
+    let chain = |name: &str| -> io::Result<std::path::PathBuf> {
+        let mut dir = Path::new("/work").join(name);
         for _ in 0..90 {
             fs::create_dir(&dir)?;
             dir.push("d");
         }
-        Ok::<(), io::Error>(())
+        dir.pop();
+        Ok(dir)
     };
     let full = |error: &io::Error| {
         [libc::ENOSPC, libc::EDQUOT]
             .map(Some)
             .contains(&error.raw_os_error())
     };
-    // As many names as one block of the top directory holds: one more would take another block.
-    for number in 0..14 {
-        if let Err(error) = chain(number) {
-            report.broken(format!("there is no room at all: {error}"));
-        }
+    // As many names as one block of an ext4 directory holds: `.`, `..` and a checksum take 36 of 4096 bytes, and
+    // each name 8 more than its length, in fours.
+    let mut bottom = chain(&"c".repeat(92)).expect("there is room at first");
+    for number in 0..15 {
+        bottom = chain(&format!("{}{number:02}", "c".repeat(251))).expect("there is room at first");
     }
-    let mut block = vec![b'x'; 64 << 10];
+    // Before there is none left for it.
+    let file = File::create(bottom.join("block")).expect("there is room for one");
     for step in words {
         match step.as_str() {
             "blocks" => {
-                let mut file = File::create("/work/c000")
-                    .or_else(|_| OpenOptions::new().append(true).open("/work/c000"));
-                let Ok(file) = &mut file else {
-                    report.say("no room for a file");
-                    continue;
-                };
-                while !block.is_empty() {
-                    match file.write(&block) {
-                        Ok(_) => {}
-                        Err(error) if full(&error) => block.truncate(block.len() / 2),
+                // Allocated at once: what is written waits in memory, and its size is a guess until later.
+                let (mut at, mut length) = (0, 1 << 20);
+                while length >= 4096 {
+                    match call(
+                        libc::SYS_fallocate,
+                        [file.as_raw_fd() as usize, 0, at, length, 0, 0],
+                    ) {
+                        Ok(_) => at += length,
+                        Err(error) if full(&error) => length /= 2,
                         Err(error) => return report.broken(format!("filling: {error}")),
                     }
                 }
-                report.say("blocks are full");
             }
             "inodes" => {
                 for number in 0.. {
@@ -523,13 +524,13 @@ fn fill(report: &mut Report, words: &[String]) {
                         Err(error) => return report.broken(format!("filling: {error}")),
                     }
                 }
-                report.say("inodes are full");
             }
             other => report.broken(format!("no such step: {other}")),
         }
-        block = vec![b'x'; 64 << 10];
     }
-    ready(report);
+    // The console is on the same disk, and has no more lines. This sign takes no room.
+    fs::set_permissions("/input", Permissions::from_mode(0o700)).expect("it is its own");
+    wait_for_ever()
 }
 
 fn recreate(report: &mut Report, _: &[String]) {
