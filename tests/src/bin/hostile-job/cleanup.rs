@@ -187,7 +187,7 @@ fn modes(report: &mut Report, _: &[String]) {
         }
     }
     for place in own_places() {
-        fs::set_permissions(&place, Permissions::from_mode(0)).ok();
+        fs::set_permissions(&place, Permissions::from_mode(0o0)).ok();
     }
     ready(report);
 }
@@ -206,7 +206,7 @@ fn deep(report: &mut Report, words: &[String]) {
         // Nobody may pass through the lowest ones, the owner neither.
         for level in (levels - 10..levels).rev() {
             std::env::set_current_dir("..").expect("it is open still");
-            fs::set_permissions(&names[level % names.len()], Permissions::from_mode(0))
+            fs::set_permissions(&names[level % names.len()], Permissions::from_mode(0o0))
                 .expect("it is its own");
         }
     }
