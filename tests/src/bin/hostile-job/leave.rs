@@ -653,8 +653,10 @@ fn crash(report: &mut Report, _: &[String]) {
                     std::process::exit(9);
                 }
                 let _ = std::env::set_current_dir("/work");
-                let _ = kill(Pid::from_raw(std::process::id() as i32), signal);
-                wait_for_ever();
+                // Rust's own handler of SIGSEGV takes the first, and puts the kernel's default back.
+                loop {
+                    let _ = kill(Pid::from_raw(std::process::id() as i32), signal);
+                }
             });
             match waitpid(Pid::from_raw(pid), None) {
                 Ok(WaitStatus::Signaled(_, by, false)) if by == signal => report.say("held: no core"),
