@@ -52,6 +52,42 @@ pub fn binaries() -> &'static Path {
     })
 }
 
+/// A program of the system that a test cannot do without. If it is not there, its Debian package is
+/// installed: one command must be enough to pass the tests on a fresh machine.
+pub fn tool(program: &str, package: &str) -> PathBuf {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let find = || {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        // Not every root has them in its PATH.
+        let more = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+        std::env::split_paths(&path)
+            .chain(more)
+            .map(|dir| dir.join(program))
+            .find(|path| path.is_file())
+    };
+    let _turn = ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some(path) = find() {
+        return path;
+    }
+    eprintln!("{program} is not on this machine: installing the package {package}");
+    let apt = |words: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command.args(words).env("DEBIAN_FRONTEND", "noninteractive");
+        // Another test's process may be installing something at the same time.
+        command.args(["--quiet", "--option", "DPkg::Lock::Timeout=300"]);
+        matches!(command.stdout(Stdio::null()).status(), Ok(status) if status.success())
+    };
+    // An update that fails may still leave lists that are good enough.
+    let _ = apt(&["update"]);
+    let installed = apt(&["install", "--yes", "--no-install-recommends", package]);
+    let found = find().filter(|_| installed);
+    found.unwrap_or_else(|| {
+        panic!("{program} is not here and apt-get could not install {package}: install it")
+    })
+}
+
 /// Lines that a process prints, kept, and waited for.
 #[derive(Clone, Debug, Default)]
 pub struct Log(Arc<(Mutex<Lines>, Condvar)>);

@@ -1,0 +1,341 @@
+//! packaging/firewall.nft, for real: in a network namespace, with services of a host and processes of jobs.
+//! Needs root.
+//!
+//! This program starts itself again: in the namespace as `the_host`, there as each `player`.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+use testbed::harness::{PATIENCE, cgroup2_mount, tool};
+
+/// The range of packaging/firewall.nft, which is the configuration's.
+const RANGE: std::ops::RangeInclusive<u32> = 1_879_048_192..=1_879_113_727;
+/// How long an answer may take before it counts as none.
+const SILENCE: Duration = Duration::from_secs(2);
+/// The host's address that is not of the loopback network.
+const OWN_ADDRESS: &str = "10.9.9.1";
+/// Who serves at which port: the host, and job a.
+const OF_THE_HOST: u16 = 7001;
+const OF_JOB_A: u16 = 7002;
+/// What a player does, handed over in its environment.
+const ORDER: &str = "USER_FACTORY_FIREWALL_TEST";
+
+fn rules() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/firewall.nft")
+}
+
+/// The network namespace of this process.
+fn network() -> String {
+    fs::read_link("/proc/self/ns/net")
+        .expect("/proc is mounted")
+        .display()
+        .to_string()
+}
+
+/// This program again, as the test of that name alone.
+fn again(name: &str, order: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("a test has a path"));
+    command
+        .args(["--exact", name, "--ignored", "--nocapture"])
+        .env(ORDER, order);
+    command
+}
+
+#[test]
+fn a_job_reaches_its_own_servers_and_none_of_the_hosts_or_of_another_job() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "this needs root: it makes a network namespace"
+    );
+    let nft = tool("nft", "nftables");
+    tool("ip", "iproute2");
+    let mut unshare = Command::new(tool("unshare", "util-linux"));
+    let inside = again("the_host", &format!("{}\n{}", nft.display(), network()));
+    unshare
+        .arg("--net")
+        .arg(inside.get_program())
+        .args(inside.get_args());
+    for (name, value) in inside.get_envs() {
+        unshare.env(name, value.expect("nothing is removed"));
+    }
+    let output = unshare.output().expect("unshare can be started");
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        output.status.success() && text.contains("the wall was tried"),
+        "{text}"
+    );
+}
+
+fn command(words: &[&str]) -> String {
+    let output = Command::new(words[0])
+        .args(&words[1..])
+        .output()
+        .expect("it can be started");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words:?}: {errors}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Cgroups as deep as those of workers are under systemd.
+struct Cgroups(PathBuf);
+
+impl Cgroups {
+    fn new() -> Cgroups {
+        let top = cgroup2_mount().join(format!("user-factory-test-firewall-{}", std::process::id()));
+        let cgroups = Cgroups(top);
+        for worker in ["a", "b"] {
+            fs::create_dir_all(cgroups.worker(worker)).expect("cgroups can be made");
+        }
+        cgroups
+    }
+
+    fn worker(&self, name: &str) -> PathBuf {
+        self.0.join("a.service/workers").join(name)
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        let workers = self.0.join("a.service/workers");
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        let end = Instant::now() + PATIENCE;
+        for dir in [
+            self.worker("a"),
+            self.worker("b"),
+            workers,
+            self.0.join("a.service"),
+            self.0.clone(),
+        ] {
+            while fs::remove_dir(&dir).is_err() && dir.exists() && Instant::now() < end {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// A process that acts for somebody. Its end is that of its standard input.
+struct Player(Child);
+
+impl Player {
+    fn start(uid: u32, cgroup: &str, what: &str) -> Player {
+        let order = format!("{uid}\n{cgroup}\n{what}");
+        let mut command = again("player", &order);
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        Player(child.expect("this program can be started"))
+    }
+
+    /// What it reports, up to the last word.
+    fn report(&mut self) -> Vec<String> {
+        let lines = BufReader::new(self.0.stdout.as_mut().expect("it was piped")).lines();
+        let lines = lines.map(|line| line.expect("a report is text"));
+        let report: Vec<String> = lines.take_while(|line| line != "REPORT over").collect();
+        report
+            .into_iter()
+            .filter_map(|line| Some(line.strip_prefix("REPORT ")?.to_owned()))
+            .collect()
+    }
+}
+
+impl Drop for Player {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+fn addresses(port: u16) -> Vec<SocketAddr> {
+    ["127.0.0.1", "[::1]", OWN_ADDRESS]
+        .map(|host| format!("{host}:{port}").parse().unwrap())
+        .to_vec()
+}
+
+/// Serve at these addresses, over both protocols, until the process ends: say back what is said.
+fn serve(addresses: &[SocketAddr]) {
+    for address in addresses {
+        let listener = TcpListener::bind(address).expect("the port is free");
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let mut word = [0; 2];
+                let _ = stream
+                    .read_exact(&mut word)
+                    .and_then(|()| stream.write_all(&word));
+            }
+        });
+        let socket = UdpSocket::bind(address).expect("the port is free");
+        std::thread::spawn(move || {
+            let mut word = [0; 2];
+            loop {
+                // Errors here are those of answers that were refused.
+                if let Ok((_, peer)) = socket.recv_from(&mut word) {
+                    let _ = socket.send_to(&word, peer);
+                }
+            }
+        });
+    }
+}
+
+/// Say a word and hear it back: `works`, `refused` at once, or `silence`.
+fn ask(protocol: &str, address: SocketAddr) -> &'static str {
+    let begin = Instant::now();
+    let mut word = [0; 2];
+    let result = if protocol == "tcp" {
+        TcpStream::connect_timeout(&address, SILENCE).and_then(|mut stream| {
+            stream.set_read_timeout(Some(SILENCE))?;
+            stream.write_all(b"hi")?;
+            stream.read_exact(&mut word)
+        })
+    } else {
+        let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        UdpSocket::bind(any).and_then(|socket| {
+            socket.set_read_timeout(Some(SILENCE))?;
+            socket.connect(address)?;
+            socket.send(b"hi")?;
+            socket.recv(&mut word).map(drop)
+        })
+    };
+    match result {
+        Ok(()) if word == *b"hi" => "works",
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::ConnectionRefused | ErrorKind::PermissionDenied
+            ) && begin.elapsed() < SILENCE =>
+        {
+            "refused"
+        }
+        _ => "silence",
+    }
+}
+
+#[test]
+#[ignore = "a part of the other test, which starts it"]
+fn player() {
+    let order = std::env::var(ORDER).expect("the other test gives an order");
+    let [uid, cgroup, what] = order.split('\n').collect::<Vec<_>>()[..] else {
+        panic!("{order:?}")
+    };
+    if !cgroup.is_empty() {
+        fs::write(Path::new(cgroup).join("cgroup.procs"), "0").expect("root may move itself");
+    }
+    let uid: u32 = uid.parse().expect("a uid");
+    let gid = Gid::from_raw(uid);
+    setgroups(&[]).unwrap();
+    setresgid(gid, gid, gid).unwrap();
+    setresuid(Uid::from_raw(uid), Uid::from_raw(uid), Uid::from_raw(uid)).unwrap();
+    let mut report = String::from("\n");
+    if what == "serve" {
+        serve(&addresses(OF_JOB_A));
+    } else {
+        let stub = "127.0.0.53:53".parse().unwrap();
+        for address in addresses(OF_THE_HOST)
+            .into_iter()
+            .chain(addresses(OF_JOB_A))
+            .chain([stub])
+        {
+            for protocol in ["tcp", "udp"] {
+                let outcome = ask(protocol, address);
+                writeln!(report, "REPORT {protocol} {address} {outcome}").unwrap();
+            }
+        }
+    }
+    println!("{report}REPORT over");
+    std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+}
+
+/// Everybody asks everybody. The outcomes, by who asked, the protocol and the address.
+fn outcomes(cgroups: &Cgroups) -> BTreeMap<(&'static str, String, SocketAddr), String> {
+    let cgroup = |name: &str| cgroups.worker(name).display().to_string();
+    let (first, last) = (*RANGE.start(), *RANGE.end());
+    let who = [
+        ("job a", first, cgroup("a")),
+        ("job b", last, cgroup("b")),
+        ("a stray of the range", first, String::new()),
+        ("just below the range", first - 1, String::new()),
+        ("just above the range", last + 1, String::new()),
+        ("the host", 0, String::new()),
+    ];
+    // All ask at the same time: silence takes its time.
+    let mut players = who.map(|(name, uid, cgroup)| (name, Player::start(uid, &cgroup, "ask")));
+    let mut outcomes = BTreeMap::new();
+    for (name, player) in &mut players {
+        for line in player.report() {
+            let [protocol, address, outcome] = line.split(' ').collect::<Vec<_>>()[..] else {
+                panic!("{line:?}")
+            };
+            outcomes.insert(
+                (*name, protocol.to_owned(), address.parse().unwrap()),
+                outcome.to_owned(),
+            );
+        }
+    }
+    assert_eq!(outcomes.len(), players.len() * 14, "somebody did not report");
+    outcomes
+}
+
+#[test]
+#[ignore = "a part of the other test, which starts it"]
+fn the_host() {
+    let order = std::env::var(ORDER).expect("the other test gives an order");
+    let (nft, outside) = order.split_once('\n').expect("an order has two lines");
+    assert_ne!(network(), outside, "the host's own network is not for tests");
+    let ip = tool("ip", "iproute2").display().to_string();
+    for words in [
+        "link set lo up",
+        "link add one type veth peer name two",
+        "address add 10.9.9.1/24 dev one",
+        "link set one up",
+        "link set two up",
+    ] {
+        command(&[&[&*ip][..], &words.split(' ').collect::<Vec<_>>()].concat());
+    }
+    let cgroups = Cgroups::new();
+    let stub = "127.0.0.53:53".parse().unwrap();
+    serve(&[addresses(OF_THE_HOST), vec![stub]].concat());
+    let mut job_a = Player::start(
+        *RANGE.start(),
+        &cgroups.worker("a").display().to_string(),
+        "serve",
+    );
+    assert_eq!(job_a.report(), [""; 0], "job a serves");
+
+    // Without the rules everything works, or what follows would show nothing.
+    for (what, outcome) in outcomes(&cgroups) {
+        assert_eq!(outcome, "works", "{what:?} without the rules");
+    }
+
+    command(&[nft, "add table inet of_others"]);
+    let rules = rules().display().to_string();
+    for _ in 0..2 {
+        command(&[nft, "-f", &rules]);
+    }
+    let tables = command(&[nft, "list", "tables"]);
+    assert_eq!(
+        tables.lines().count(),
+        2,
+        "loading twice is not loading once: {tables}"
+    );
+    for ((who, protocol, address), outcome) in outcomes(&cgroups) {
+        let stranger = !matches!(who, "job a" | "job b" | "a stray of the range");
+        let expected = match (who, address.port()) {
+            (_, 53) => "works",
+            ("job a", OF_JOB_A) => "works",
+            // What a job answers over UDP is a packet of its own, and the host no place for it.
+            (_, OF_JOB_A) if stranger && protocol == "udp" => "silence",
+            _ if stranger => "works",
+            _ => "refused",
+        };
+        assert_eq!(outcome, expected, "{who} at {protocol} {address}");
+    }
+    println!("the wall was tried");
+}
