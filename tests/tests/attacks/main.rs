@@ -4,5 +4,10 @@
 
 mod across;
 mod cleanup;
+mod descriptors;
 mod leave;
+mod neighbours;
+mod packets;
 mod starve;
+mod supervisor;
+mod tokens;

@@ -1,0 +1,222 @@
+//! Group E: row 62, what can be sent in place of the agent.
+//!
+//! The helper reads no descriptor without the three seals, and only memfds and files of tmpfs and hugetlbfs can
+//! have them (`fcntl(2)`). That is why no file of a FUSE file system, FIFO or device is ever waited for.
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use protocol::{ErrorKind, MAX_AGENT_BYTES, Reply, Request, State};
+use testbed::harness::{memory, sealed};
+use testbed::stage::{Stage, created, install, kind, read, state, wait_until};
+
+fn seal(fd: impl AsFd, seals: SealFlag) -> nix::Result<i32> {
+    fcntl(fd, FcntlArg::F_ADD_SEALS(seals))
+}
+
+fn all_but_write() -> SealFlag {
+    SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK
+}
+
+/// A writable shared mapping of the first page, which lives as long as this process.
+fn map(fd: impl AsFd) -> nix::Result<*mut u8> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at a place of the kernel's choice touches no memory of Rust's.
+    let at = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            4096,
+            protection,
+            libc::MAP_SHARED,
+            fd.as_fd().as_raw_fd(),
+            0,
+        )
+    };
+    if at == libc::MAP_FAILED {
+        Err(Errno::last())
+    } else {
+        Ok(at.cast())
+    }
+}
+
+#[test]
+fn row_62_every_other_kind_of_descriptor() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let directory = tempfile::tempdir().unwrap();
+    let fifo = directory.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let (pipe, _writer) = std::io::pipe().unwrap();
+    let (stream, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut bad: Vec<(String, OwnedFd)> = vec![
+        ("a pipe".into(), pipe.into()),
+        ("a stream".into(), stream.into()),
+        (
+            "a listener".into(),
+            std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(),
+        ),
+        (
+            "an unlinked file of tmpfs".into(),
+            tempfile::tempfile_in("/dev/shm").unwrap().into(),
+        ),
+    ];
+    let socket = stage.host.socket();
+    let helper = format!("/proc/{}", stage.helper.pid());
+    for path in [
+        "/proc/self/mem",
+        "/proc/self/ns/net",
+        "/proc/self/exe",
+        &format!("{helper}/status"),
+        "/dev/zero",
+        "/dev/full",
+        "/dev/ptmx",
+        "/proc/kmsg",
+        "/etc",
+    ] {
+        // Not every machine has each of them to give.
+        let options = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .clone();
+        bad.extend(options.open(path).ok().map(|file| (path.to_owned(), file.into())));
+    }
+    // Without O_NONBLOCK: a read of it would wait for ever.
+    let waits = OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+    bad.push(("a FIFO".into(), waits.into()));
+    for path in [fifo.as_path(), socket.as_path(), "/bin/true".as_ref()] {
+        let path_only = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(path)
+            .unwrap();
+        bad.push((format!("the place {}", path.display()), path_only.into()));
+    }
+    assert!(bad.len() >= 12, "this machine gave hardly anything to try");
+    for (what, descriptor) in bad {
+        let begin = Instant::now();
+        assert_eq!(
+            kind(install(&client, worker, descriptor).0),
+            ErrorKind::Refused,
+            "{what}"
+        );
+        assert!(begin.elapsed() < Duration::from_secs(5), "{what} was waited for");
+        assert_eq!(state(&client, worker), State::Created, "{what}");
+    }
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_62_a_program_that_could_still_be_changed() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    // A writable mapping from before: the kernel does not seal it.
+    let mapped = memory(b"#!/bin/true\n");
+    let at = map(&mapped).expect("a memfd can be mapped");
+    assert_eq!(
+        seal(&mapped, SealFlag::F_SEAL_WRITE | all_but_write()),
+        Err(Errno::EBUSY)
+    );
+    // It does seal it against new ones, which looks alike and is not enough.
+    let future = SealFlag::from_bits_retain(libc::F_SEAL_FUTURE_WRITE);
+    seal(&mapped, future | all_but_write()).expect("the kernel has this seal since 5.1");
+    // SAFETY: the page is mapped, writable, and nobody else's.
+    unsafe { at.write_volatile(b'X') };
+    assert_eq!(kind(install(&client, worker, mapped).0), ErrorKind::Refused);
+    for some in [
+        SealFlag::empty(),
+        SealFlag::F_SEAL_WRITE,
+        all_but_write(),
+        SealFlag::F_SEAL_SEAL,
+    ] {
+        let half = memory(b"#!/bin/true\n");
+        seal(&half, some).unwrap();
+        assert_eq!(
+            kind(install(&client, worker, half).0),
+            ErrorKind::Refused,
+            "sealed by {some:?}"
+        );
+    }
+    assert_eq!(state(&client, worker), State::Created);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_62_changed_while_it_is_read() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let program = [
+        b"#!/bin/bash\necho the first\nexit 7\n".as_slice(),
+        &vec![b'#'; 8 << 20],
+    ]
+    .concat();
+    let agent = sealed(&program);
+    // Every way to write, all the time that the helper copies it.
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let copy = File::from(agent.try_clone().unwrap());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut copy = &copy;
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                assert!(copy.write(b"#!/bin/bash\necho the second\n").is_err());
+                assert!(copy.set_len(1).is_err() && copy.set_len(1 << 30).is_err());
+                assert!(map(copy).is_err(), "sealed, and mapped writable");
+                let again = OpenOptions::new()
+                    .write(true)
+                    .open(format!("/proc/self/fd/{}", copy.as_raw_fd()));
+                assert!(again.and_then(|mut again| again.write(b"x")).is_err());
+                // The offset is shared with the helper, which does not use it.
+                let _ = copy.read(&mut [0; 4096]);
+            }
+        });
+        let (reply, console) = install(&client, worker, agent);
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(reply, Reply::AgentStarted);
+        wait_until(&client, worker, |state| state != State::Running);
+        assert_eq!(read(&console.unwrap()), "the first\n");
+    });
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_62_files_of_absurd_lengths() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    for len in [MAX_AGENT_BYTES + 1, 1 << 40, i64::MAX as u64] {
+        let sparse = File::from(memory(b"#!/bin/true\n"));
+        sparse.set_len(len).unwrap();
+        seal(&sparse, SealFlag::F_SEAL_WRITE | all_but_write()).unwrap();
+        let begin = Instant::now();
+        assert_eq!(
+            kind(install(&client, worker, sparse.into()).0),
+            ErrorKind::Refused,
+            "{len} bytes"
+        );
+        assert!(begin.elapsed() < Duration::from_secs(5));
+    }
+    assert_eq!(kind(install(&client, worker, sealed(b"")).0), ErrorKind::Refused);
+    // A good one that cannot be read through this descriptor.
+    let agent = sealed(b"#!/bin/bash\necho started\nexit 1\n");
+    let path = format!("/proc/self/fd/{}", agent.as_raw_fd());
+    let unreadable = OpenOptions::new().write(true).open(path).unwrap();
+    assert_eq!(
+        kind(install(&client, worker, unreadable.into()).0),
+        ErrorKind::Failed
+    );
+    assert_eq!(state(&client, worker), State::Created);
+    // None of these was the one start that a worker has.
+    let (reply, console) = install(&client, worker, agent);
+    assert_eq!(reply, Reply::AgentStarted);
+    testbed::stage::wait_for_line(&console.unwrap(), "started");
+    assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
+    stage.finish(&[worker]);
+}
