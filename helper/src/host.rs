@@ -58,9 +58,7 @@ impl Host {
             .with_context(|| format!("cannot close {} to others", workers.display()))?;
         let userdb = root.join("run/userdb");
         make_directories(&userdb, 0o755)?;
-        for directory in [config_dir, &workers, &userdb, &run_dir, &devices] {
-            only_root_writes(directory)?;
-        }
+        only_root_writes(config_dir)?;
         let workers = open_path(&workers)?;
         Ok(Host {
             root: root.to_owned(),
@@ -132,11 +130,13 @@ impl FileIdentity {
 }
 
 /// Refuse a directory that somebody but root could write or replace: itself and all above it. A sticky
-/// directory (`/tmp`) above is fine, what root has in it is root's.
+/// directory (`/tmp`) above is fine, what root has in it is root's. What is not there is nobody's.
 pub fn only_root_writes(path: &Path) -> Result<()> {
     for directory in path.ancestors() {
-        let meta = std::fs::symlink_metadata(directory)
-            .with_context(|| format!("cannot look at {}", directory.display()))?;
+        let meta = match std::fs::symlink_metadata(directory) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            meta => meta.with_context(|| format!("cannot look at {}", directory.display()))?,
+        };
         let open_to_others = meta.mode() & 0o022 != 0 && (meta.mode() & 0o1000 == 0 || directory == path);
         if !meta.is_dir() || meta.uid() != 0 || open_to_others {
             bail!(
@@ -148,13 +148,18 @@ pub fn only_root_writes(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Make a directory that only root can write, and those above it that are not there.
 pub fn make_directories(path: &Path, mode: u32) -> Result<()> {
     use std::os::unix::fs::DirBuilderExt;
+    // Before, so that nothing is made or opened where somebody has put a link; and after, because in a
+    // sticky directory somebody may have been quicker.
+    only_root_writes(path)?;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(mode)
         .create(path)
-        .with_context(|| format!("cannot make the directory {}", path.display()))
+        .with_context(|| format!("cannot make the directory {}", path.display()))?;
+    only_root_writes(path)
 }
 
 const DIRECTORY: OFlag = OFlag::O_RDONLY

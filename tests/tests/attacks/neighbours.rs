@@ -56,7 +56,6 @@ fn row_68_a_directory_of_somebody_elses_where_the_factory_has_its_own() {
             chown(place, Some(owner), Some(owner)).unwrap();
             fs::set_permissions(place, Permissions::from_mode(mode)).unwrap();
             let log = refuses(&host);
-            // What a fixed mode is right for is made right, and is then no reason.
             assert!(
                 log.contains("nobody else can write"),
                 "{}: {log}",
