@@ -7,8 +7,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use testbed::census::Census;
-use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries};
+use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, sealed};
 use testbed::server::{JobSpec, Server, ServerOptions};
+use testbed::stage::{Stage, created, install, run, token, wait_for_line};
 
 /// A user of the host who has nothing to do with the factory.
 const SOMEBODY: u32 = 0x6fff_0001;
@@ -151,4 +152,43 @@ async fn row_71_the_factorys_token_as_others_see_the_host() {
         .unwrap_or_else(|e| panic!("{e:#}\n{}", supervisor.log.text()));
     drop((supervisor, helper));
     before.assert_unchanged(&host);
+}
+
+/// A worker's bootstrap token is an argument of its agent, as the real one wants it, and good for one use. Users
+/// of the host see it in the process list while `install` runs, unless `/proc` is mounted with `hidepid`; no job
+/// and no log does.
+#[test]
+fn row_71_a_bootstrap_token_as_logs_and_other_jobs_see_it() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let script =
+        b"#!/bin/bash\necho \"$BASH_ARGV0 $*\" > $HOME/kept; echo ready; exec -a \"$*\" sleep 1000\n";
+    let worker = created(&client, "a");
+    let (_, console) = install(&client, worker, sealed(script));
+    wait_for_line(&console.unwrap(), "ready");
+    let other = created(&client, "c");
+    let looks = "cat /proc/*/cmdline /home/*/kept /proc/*/root/home/*/kept; ps -ef; echo looked";
+    let (_, seen) = run(&client, other, looks);
+    // Its own command line has a token of the same test, so what is looked for is whose it is.
+    assert!(
+        seen.contains("looked") && !seen.contains("sleep"),
+        "another job is seen: {seen}"
+    );
+    let secret = token();
+    for pid in testbed::census::processes_of(&stage.host.uids) {
+        let pid = pid.split(' ').next().unwrap();
+        for file in ["environ", "mem", "root/home", "cwd", "fd", "maps"] {
+            let path = Path::new("/proc").join(pid).join(file);
+            assert!(
+                !has(&read_as(SOMEBODY, &path), secret.as_str()),
+                "{} is open",
+                path.display()
+            );
+        }
+    }
+    assert!(
+        !stage.helper.log.text().contains(secret.as_str()),
+        "the token is in the log"
+    );
+    stage.finish(&[worker, other]);
 }
