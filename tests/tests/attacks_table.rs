@@ -1,0 +1,123 @@
+//! docs/attacks.md has a line for every attack, and what it names is there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The rows that can be tried by tests of this kind; group G is that of the fault tests.
+const ROWS: std::ops::RangeInclusive<u32> = 1..=72;
+/// What begins a cell that names no test.
+const ELSEWHERE: &str = "needs another host: ";
+
+fn tests() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests"))
+}
+
+/// The cell of each row that says what shows it.
+fn table() -> BTreeMap<u32, String> {
+    let text = fs::read_to_string(tests().join("../../docs/attacks.md")).expect("the table is there");
+    let mut rows = BTreeMap::new();
+    for line in text.lines().filter(|line| line.starts_with('|')) {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let Ok(row) = cells[0].parse() else {
+            continue;
+        };
+        assert_eq!(cells.len(), 4, "row {row} has not four cells");
+        assert!(
+            cells.iter().all(|cell| !cell.is_empty()),
+            "row {row} has an empty cell"
+        );
+        let before = rows.insert(row, cells[3].to_owned());
+        assert!(before.is_none(), "row {row} is there twice");
+    }
+    rows
+}
+
+/// The tests that a cell names.
+fn names(cell: &str) -> BTreeSet<String> {
+    cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+/// The names of the functions in this file that are tests and are not left out.
+fn functions(file: &Path) -> BTreeSet<String> {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let mut found = BTreeSet::new();
+    let mut attributes = String::new();
+    for line in text.lines() {
+        let line = line.trim_start();
+        if line.starts_with("#[") {
+            attributes += line;
+        } else if let Some((before, rest)) = line.split_once("fn ")
+            && matches!(before, "" | "async ")
+        {
+            if attributes.contains("test") && !attributes.contains("#[ignore") {
+                found.insert(rest.split('(').next().unwrap_or_default().to_owned());
+            }
+            attributes.clear();
+        } else if !line.starts_with("//") {
+            attributes.clear();
+        }
+    }
+    found
+}
+
+/// `binary::test` or `binary::module::test`: is there such a test?
+fn exists(name: &str) -> bool {
+    let Some((path, function)) = name.rsplit_once("::") else {
+        return false;
+    };
+    let file: PathBuf = tests().join(path.replace("::", "/")).with_extension("rs");
+    functions(&file).contains(function)
+}
+
+#[test]
+fn every_row_is_there_once_and_shown_by_tests_that_exist_or_says_why_not() {
+    let table = table();
+    assert_eq!(
+        table.keys().copied().collect::<Vec<_>>(),
+        ROWS.collect::<Vec<_>>()
+    );
+    let mut mistakes = Vec::new();
+    for (row, cell) in &table {
+        let named = names(cell);
+        for name in named.iter().filter(|name| !exists(name)) {
+            mistakes.push(format!("row {row}: there is no test {name}"));
+        }
+        let reason = cell.split_once(ELSEWHERE).map(|(_, reason)| reason);
+        if named.is_empty() && reason.is_none_or(|reason| reason.split_whitespace().count() < 5) {
+            mistakes.push(format!("row {row} names neither a test nor a reason"));
+        }
+    }
+    assert!(mistakes.is_empty(), "{}", mistakes.join("\n"));
+}
+
+#[test]
+fn every_test_of_an_attack_is_in_its_row() {
+    let table = table();
+    let mut count = 0;
+    let mut mistakes = Vec::new();
+    for entry in fs::read_dir(tests().join("attacks"))
+        .expect("attacks are there")
+        .flatten()
+    {
+        let path = entry.path();
+        let module = path
+            .file_stem()
+            .expect("a file has a name")
+            .to_string_lossy()
+            .into_owned();
+        for function in functions(&path) {
+            count += 1;
+            let row = function
+                .strip_prefix("row_")
+                .and_then(|rest| rest.get(..2)?.parse::<u32>().ok());
+            let name = format!("attacks::{module}::{function}");
+            match row.and_then(|row| table.get(&row)) {
+                Some(cell) if names(cell).contains(&name) => {}
+                _ => mistakes.push(format!("{name} is not named in its row")),
+            }
+        }
+    }
+    assert!(count > 0, "there are no attacks");
+    assert!(mistakes.is_empty(), "{}", mistakes.join("\n"));
+}
