@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -15,6 +16,8 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use protocol::{ErrorKind, MAX_AGENT_BYTES, Reply, Request, State};
 use testbed::harness::{memory, sealed};
 use testbed::stage::{Stage, created, install, kind, read, state, wait_until};
+
+use crate::connections::Over;
 
 fn seal(fd: impl AsFd, seals: SealFlag) -> nix::Result<i32> {
     fcntl(fd, FcntlArg::F_ADD_SEALS(seals))
@@ -160,12 +163,12 @@ fn row_62_changed_while_it_is_read() {
     .concat();
     let agent = sealed(&program);
     // Every way to write, all the time that the helper copies it.
-    let over = std::sync::atomic::AtomicBool::new(false);
+    let over = AtomicBool::new(false);
     let copy = File::from(agent.try_clone().unwrap());
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let mut copy = &copy;
-            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+            while !over.load(Ordering::Relaxed) {
                 assert!(copy.write(b"#!/bin/bash\necho the second\n").is_err());
                 assert!(copy.set_len(1).is_err() && copy.set_len(1 << 30).is_err());
                 assert!(map(copy).is_err(), "sealed, and mapped writable");
@@ -177,8 +180,9 @@ fn row_62_changed_while_it_is_read() {
                 let _ = copy.read(&mut [0; 4096]);
             }
         });
+        let written = Over(&over);
         let (reply, console) = install(&client, worker, agent);
-        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        drop(written);
         assert_eq!(reply, Reply::AgentStarted);
         wait_until(&client, worker, |state| state != State::Running);
         assert_eq!(read(&console.unwrap()), "the first\n");

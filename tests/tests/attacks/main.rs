@@ -4,6 +4,7 @@
 
 mod across;
 mod cleanup;
+mod connections;
 mod descriptors;
 mod leave;
 mod neighbours;

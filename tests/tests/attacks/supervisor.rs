@@ -1,16 +1,14 @@
 //! Group E, the supervisor that turned: who it says it is, when it says what, how often and to whom.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use protocol::{ErrorKind, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire};
 use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, worker_id};
-use testbed::stage::{SLOTS, Stage, create, created, install, kind, list, run, state, token};
+use testbed::stage::{SLOTS, Stage, create, created, install, kind, list, run, state};
 
 const HELLO: Request = Request::Hello { version: VERSION };
 
@@ -174,199 +172,6 @@ fn row_58_a_worker_of_another_slot() {
     }
     assert_eq!(list(&client).len(), 1);
     assert_eq!(list(&client)[0].slot.as_str(), "a");
-    stage.finish(&[worker]);
-}
-
-#[test]
-fn row_61_ten_thousand_connections() {
-    let stage = Stage::new();
-    let witness = stage.client();
-    for wave in 0..40 {
-        let clients: Vec<Client> = (0..250).map(|_| Client::silent(&stage.host)).collect();
-        match wave % 4 {
-            // Nothing is said at all.
-            0 => {}
-            // Half of a conversation: nothing more will come, or nothing will be read.
-            1 => clients
-                .iter()
-                .for_each(|client| half_close(client, Shutdown::Write)),
-            2 => clients
-                .iter()
-                .for_each(|client| half_close(client, Shutdown::Read)),
-            _ => clients
-                .iter()
-                .for_each(|client| half_close(client, Shutdown::Both)),
-        }
-        drop(clients);
-        assert_eq!(list(&witness), [], "the witness is not served any more");
-    }
-    stage.finish(&[]);
-}
-
-fn half_close(client: &Client, how: Shutdown) {
-    // The helper may have hung up already.
-    let _ = client.0.send(&wire::encode(&HELLO).unwrap(), None);
-    let _ = shutdown(client.0.as_raw_fd(), how);
-}
-
-#[test]
-fn row_61_a_half_closed_connection_is_answered_and_ended() {
-    let stage = Stage::new();
-    let client = Client::silent(&stage.host);
-    half_close(&client, Shutdown::Write);
-    assert!(matches!(client.reply(), Some((Reply::Welcome { .. }, _))));
-    assert!(client.reply().is_none(), "who says no more is kept");
-    stage.finish(&[]);
-}
-
-#[test]
-fn row_61_a_peer_that_reads_nothing() {
-    let stage = Stage::new();
-    let deaf = stage.client();
-    let question = wire::encode(&Request::List { after: None }).unwrap();
-    // Until there is room neither for an answer nor for a question: then the helper gives up.
-    let end = loop {
-        match send(deaf.0.as_raw_fd(), &question, MsgFlags::MSG_NOSIGNAL) {
-            Ok(_) => {}
-            Err(errno) => break errno,
-        }
-    };
-    assert!(matches!(end, Errno::EPIPE | Errno::ECONNRESET), "{end}");
-    stage.helper.log.wait(&["hung up", "cannot answer"]);
-    stage.finish(&[]);
-}
-
-#[test]
-fn row_61_closed_before_the_answer() {
-    let stage = Stage::new();
-    let worker = worker_id();
-    let slot = "a".parse().unwrap();
-    let requests = [
-        Request::CreateUser { worker, slot },
-        Request::InstallAgent {
-            worker,
-            bootstrap: token(),
-        },
-        Request::Attach { worker },
-        Request::Kill { worker },
-        Request::Delete { worker },
-        Request::List { after: None },
-    ];
-    for round in 0..5 {
-        for request in &requests {
-            let agent = sealed(b"#!/bin/bash\nexec sleep 1000\n");
-            let agent = request.carries_descriptor().then_some(&agent);
-            let client = stage.client();
-            let bytes = wire::encode(request).unwrap();
-            client.0.send(&bytes, agent.map(AsFd::as_fd)).unwrap();
-        }
-        assert_eq!(
-            stage.client().ask(&Request::Delete { worker }).0,
-            Reply::Deleted,
-            "round {round}"
-        );
-    }
-    // A request that nobody waits for is still being done when Delete comes, and may be done after it.
-    stage.finish(&[worker]);
-}
-
-#[test]
-fn row_64_the_same_worker_on_many_connections() {
-    let stage = Stage::new();
-    let worker = worker_id();
-    let replies: Vec<Reply> = std::thread::scope(|scope| {
-        let asked: Vec<_> = (0..16)
-            .map(|i| {
-                let stage = &stage;
-                scope.spawn(move || create(&stage.client(), worker, if i % 2 == 0 { "a" } else { "c" }))
-            })
-            .collect();
-        asked.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
-    let users: Vec<&Reply> = replies
-        .iter()
-        .filter(|reply| matches!(reply, Reply::UserCreated { .. }))
-        .collect();
-    assert_eq!(
-        users.len(),
-        8,
-        "one of the slots, and all who asked for that one: {replies:?}"
-    );
-    assert!(users.iter().all(|reply| *reply == users[0]), "{users:?}");
-    assert_eq!(list(&stage.client()).len(), 1);
-    stage.finish(&[worker]);
-}
-
-#[test]
-fn row_65_an_agent_installed_twice_at_the_same_time() {
-    let stage = Stage::new();
-    for _ in 0..10 {
-        let worker = created(&stage.client(), "a");
-        let script = b"#!/bin/bash\necho started; (exec sleep 1000) & exit 0\n";
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    assert_eq!(
-                        install(&stage.client(), worker, sealed(script)).0,
-                        Reply::AgentStarted
-                    );
-                });
-            }
-        });
-        let client = stage.client();
-        let console = client
-            .ask(&Request::Attach { worker })
-            .1
-            .pop()
-            .map(std::fs::File::from)
-            .unwrap();
-        testbed::stage::wait_for_line(&console, "started");
-        assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
-        assert_eq!(testbed::stage::read(&console).matches("started").count(), 1);
-        assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
-    }
-    stage.finish(&[]);
-}
-
-#[test]
-fn row_65_killed_and_deleted_while_it_is_made() {
-    let stage = Stage::new();
-    let over = std::sync::atomic::AtomicBool::new(false);
-    let worker = worker_id();
-    std::thread::scope(|scope| {
-        for request in [
-            Request::Kill { worker },
-            Request::Delete { worker },
-            Request::Delete { worker },
-        ] {
-            let (stage, over) = (&stage, &over);
-            scope.spawn(move || {
-                let client = stage.client();
-                while !over.load(std::sync::atomic::Ordering::Relaxed) {
-                    let reply = client.ask(&request).0;
-                    let good = matches!(reply, Reply::Killed | Reply::Deleted);
-                    assert!(good || kind(reply) == ErrorKind::NoSuchWorker);
-                }
-            });
-        }
-        let client = stage.client();
-        let mut started = 0;
-        for _ in 0..200 {
-            assert!(matches!(create(&client, worker, "a"), Reply::UserCreated { .. }));
-            match install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n")).0 {
-                Reply::AgentStarted => started += 1,
-                error => {
-                    let kind = kind(error);
-                    assert!(
-                        matches!(kind, ErrorKind::NoSuchWorker | ErrorKind::Failed),
-                        "{kind:?}"
-                    );
-                }
-            }
-        }
-        over.store(true, std::sync::atomic::Ordering::Relaxed);
-        assert!(started > 0, "Delete was always first: this run shows nothing");
-    });
     stage.finish(&[worker]);
 }
 

@@ -175,8 +175,11 @@ fn row_71_a_bootstrap_token_as_logs_and_other_jobs_see_it() {
         "another job is seen: {seen}"
     );
     let secret = token();
-    for pid in testbed::census::processes_of(&stage.host.uids) {
-        let pid = pid.split(' ').next().unwrap();
+    let processes = testbed::census::processes_of(&stage.host.uids);
+    let stays = processes.iter().filter(|process| process.ends_with("sleep"));
+    assert_eq!(stays.clone().count(), 1, "{processes:?}");
+    for process in stays {
+        let pid = process.split(' ').next().unwrap();
         let of = |file: &str| read_as(SOMEBODY, &Path::new("/proc").join(pid).join(file));
         assert!(!of("stat").is_empty(), "nothing can be read at all");
         for file in ["environ", "maps", "mem", "root/etc/passwd", "cwd/etc/passwd"] {

@@ -1,0 +1,223 @@
+//! Group E: many connections, half ones, and several about the same worker.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use protocol::{ErrorKind, Reply, Request, VERSION, wire};
+use testbed::harness::{Client, PATIENCE, sealed, worker_id};
+use testbed::stage::{Stage, create, created, install, kind, list, token};
+
+const HELLO: Request = Request::Hello { version: VERSION };
+
+/// Tells the other threads of a test that it is over, also when it fails.
+pub struct Over<'a>(pub &'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn row_61_ten_thousand_connections() {
+    let stage = Stage::new();
+    let witness = stage.client();
+    for wave in 0..40 {
+        let clients: Vec<Client> = (0..250).map(|_| Client::silent(&stage.host)).collect();
+        match wave % 4 {
+            // Nothing is said at all.
+            0 => {}
+            // Half of a conversation: nothing more will come, or nothing will be read.
+            1 => clients
+                .iter()
+                .for_each(|client| half_close(client, Shutdown::Write)),
+            2 => clients
+                .iter()
+                .for_each(|client| half_close(client, Shutdown::Read)),
+            _ => clients
+                .iter()
+                .for_each(|client| half_close(client, Shutdown::Both)),
+        }
+        drop(clients);
+        assert_eq!(list(&witness), [], "the witness is not served any more");
+    }
+    stage.finish(&[]);
+}
+
+fn half_close(client: &Client, how: Shutdown) {
+    // The helper may have hung up already.
+    let _ = client.0.send(&wire::encode(&HELLO).unwrap(), None);
+    let _ = shutdown(client.0.as_raw_fd(), how);
+}
+
+#[test]
+fn row_61_a_half_closed_connection_is_answered_and_ended() {
+    let stage = Stage::new();
+    let client = Client::silent(&stage.host);
+    half_close(&client, Shutdown::Write);
+    assert!(matches!(client.reply(), Some((Reply::Welcome { .. }, _))));
+    assert!(client.reply().is_none(), "who says no more is kept");
+    stage.finish(&[]);
+}
+
+#[test]
+fn row_61_a_peer_that_reads_nothing() {
+    let stage = Stage::new();
+    let deaf = stage.client();
+    let question = wire::encode(&Request::List { after: None }).unwrap();
+    // Until there is room neither for an answer nor for a question: then the helper gives up.
+    let end = loop {
+        match send(deaf.0.as_raw_fd(), &question, MsgFlags::MSG_NOSIGNAL) {
+            Ok(_) => {}
+            Err(errno) => break errno,
+        }
+    };
+    assert!(matches!(end, Errno::EPIPE | Errno::ECONNRESET), "{end}");
+    stage.helper.log.wait(&["hung up", "cannot answer"]);
+    stage.finish(&[]);
+}
+
+#[test]
+fn row_61_closed_before_the_answer() {
+    let stage = Stage::new();
+    let worker = worker_id();
+    let slot = "a".parse().unwrap();
+    let requests = [
+        Request::CreateUser { worker, slot },
+        Request::InstallAgent {
+            worker,
+            bootstrap: token(),
+        },
+        Request::Attach { worker },
+        Request::Kill { worker },
+        Request::Delete { worker },
+        Request::List { after: None },
+    ];
+    for round in 0..5 {
+        for request in &requests {
+            let agent = sealed(b"#!/bin/bash\nexec sleep 1000\n");
+            let agent = request.carries_descriptor().then_some(&agent);
+            let client = stage.client();
+            let bytes = wire::encode(request).unwrap();
+            client.0.send(&bytes, agent.map(AsFd::as_fd)).unwrap();
+        }
+        assert_eq!(
+            stage.client().ask(&Request::Delete { worker }).0,
+            Reply::Deleted,
+            "round {round}"
+        );
+    }
+    // A request that nobody waits for is still being done when Delete comes, and may be done after it.
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_64_the_same_worker_on_many_connections() {
+    let stage = Stage::new();
+    let worker = worker_id();
+    let replies: Vec<Reply> = std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..16)
+            .map(|i| {
+                let stage = &stage;
+                scope.spawn(move || create(&stage.client(), worker, if i % 2 == 0 { "a" } else { "c" }))
+            })
+            .collect();
+        asked.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let users: Vec<&Reply> = replies
+        .iter()
+        .filter(|reply| matches!(reply, Reply::UserCreated { .. }))
+        .collect();
+    assert_eq!(
+        users.len(),
+        8,
+        "one of the slots, and all who asked for that one: {replies:?}"
+    );
+    assert!(users.iter().all(|reply| *reply == users[0]), "{users:?}");
+    assert_eq!(list(&stage.client()).len(), 1);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_65_an_agent_installed_twice_at_the_same_time() {
+    let stage = Stage::new();
+    for _ in 0..10 {
+        let worker = created(&stage.client(), "a");
+        let script = b"#!/bin/bash\necho started; (exec sleep 1000) & exit 0\n";
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    assert_eq!(
+                        install(&stage.client(), worker, sealed(script)).0,
+                        Reply::AgentStarted
+                    );
+                });
+            }
+        });
+        let client = stage.client();
+        let console = client
+            .ask(&Request::Attach { worker })
+            .1
+            .pop()
+            .map(std::fs::File::from)
+            .unwrap();
+        testbed::stage::wait_for_line(&console, "started");
+        assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
+        assert_eq!(testbed::stage::read(&console).matches("started").count(), 1);
+        assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    }
+    stage.finish(&[]);
+}
+
+#[test]
+fn row_65_killed_and_deleted_while_it_is_made() {
+    let stage = Stage::new();
+    let over = AtomicBool::new(false);
+    let worker = worker_id();
+    std::thread::scope(|scope| {
+        for request in [
+            Request::Kill { worker },
+            Request::Delete { worker },
+            Request::Delete { worker },
+        ] {
+            let (stage, over) = (&stage, &over);
+            scope.spawn(move || {
+                let client = stage.client();
+                // Each time a little later than before, so as to meet every step of the making.
+                for polls in (0..40).cycle() {
+                    if over.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    (0..polls).for_each(|_| drop(list(&client)));
+                    let reply = client.ask(&request).0;
+                    let good = matches!(reply, Reply::Killed | Reply::Deleted);
+                    assert!(good || kind(reply) == ErrorKind::NoSuchWorker);
+                }
+            });
+        }
+        let client = stage.client();
+        let _over = Over(&over);
+        let (mut started, begin) = (0, Instant::now());
+        for round in 0.. {
+            if round >= 200 && (started > 0 || begin.elapsed() > PATIENCE) {
+                break;
+            }
+            assert!(matches!(create(&client, worker, "a"), Reply::UserCreated { .. }));
+            match install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n")).0 {
+                Reply::AgentStarted => started += 1,
+                error => {
+                    let kind = kind(error);
+                    assert!(
+                        matches!(kind, ErrorKind::NoSuchWorker | ErrorKind::Failed),
+                        "{kind:?}"
+                    );
+                }
+            }
+        }
+        assert!(started > 0, "Delete was always first, so this shows nothing");
+    });
+    stage.finish(&[worker]);
+}
