@@ -2,13 +2,15 @@
 //! socket, by other users of the host. Each test asserts that the attempt failed and that nothing was left;
 //! its name begins with its row in docs/attacks.md. Needs root.
 
-mod across;
+mod calls;
 mod cleanup;
 mod connections;
 mod descriptors;
 mod leave;
 mod neighbours;
+mod out;
 mod packets;
 mod starve;
 mod supervisor;
 mod tokens;
+mod up;

@@ -4,11 +4,13 @@
 //! Which attempt, and with which words, stands behind the program's own last byte: see
 //! `testbed::stage::attack_program`. All `unsafe` is in `sys`.
 
-mod across;
+mod calls;
 mod cleanup;
 mod leave;
+mod out;
 mod starve;
 mod sys;
+mod up;
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -58,7 +60,9 @@ fn main() -> ExitCode {
     let all = [
         leave::ATTEMPTS,
         cleanup::ATTEMPTS,
-        across::ATTEMPTS,
+        calls::ATTEMPTS,
+        out::ATTEMPTS,
+        up::ATTEMPTS,
         starve::ATTEMPTS,
     ]
     .concat();

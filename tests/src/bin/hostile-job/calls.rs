@@ -1,0 +1,5 @@
+//! Group C: system calls, environment, groups, scheduling, raw sockets.
+
+use crate::Attempt;
+
+pub const ATTEMPTS: &[Attempt] = &[];

@@ -1,1 +1,0 @@
-//! Group C: a hostile job; what it attempts is in `hostile-job`'s module of the same name.
