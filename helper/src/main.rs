@@ -149,6 +149,7 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     let host = Host::open(&options.root, cgroups)?;
     let (config, _) = host.configuration()?;
     let client = user::supervisor(&host, &config.factory.user)?;
+    user::nobody_else_has(&host, config.factory.uid_range)?;
     for (name, slot) in &config.slots {
         user::groups(&host, &slot.add_to_groups)
             .with_context(|| format!("{}:{}: slot {name}", config::CONFIG_PATH, slot.line))?;

@@ -13,7 +13,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Gid, Pid, setgroups, setresgid, setresuid, symlinkat};
-use protocol::config::{GroupName, User};
+use protocol::config::{GroupName, UidRange, User};
 use protocol::{Uid, UserName};
 
 use crate::host::{Host, open_file, remove_file, write_atomically};
@@ -48,6 +48,34 @@ pub fn supervisor(host: &Host, user: &User) -> Result<u32> {
             )
         }),
     }
+}
+
+/// Refuse a range of which an ordinary user of the host may take uids: with `newuidmap(1)` they could become a
+/// job's user (`subuid(5)`, `subgid(5)`).
+pub fn nobody_else_has(host: &Host, range: UidRange) -> Result<()> {
+    for name in ["subuid", "subgid"] {
+        let file = match read_etc(host, name) {
+            Err(error) if error.downcast_ref() == Some(&Errno::ENOENT) => continue,
+            file => file?,
+        };
+        if let Some(line) = delegation_within(&file, range) {
+            anyhow::bail!(
+                "/etc/{name} gives away ids of factory.uid_range ({line:?}): remove that line, or choose another range"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The first line (`name:first:count`) that has an id of the range.
+fn delegation_within(file: &str, range: UidRange) -> Option<&str> {
+    file.lines().find(|line| {
+        let mut numbers = line.split(':').skip(1).map(str::parse::<u64>);
+        let (Some(Ok(first)), Some(Ok(count))) = (numbers.next(), numbers.next()) else {
+            return false;
+        };
+        first <= range.last.get().into() && u64::from(range.first.get()) < first.saturating_add(count)
+    })
 }
 
 /// The gids of the slot's groups.
@@ -197,5 +225,28 @@ mod tests {
         assert_eq!(number_of(file, "plugde"), None);
         assert_eq!(number_of(file, "broken"), None);
         assert_eq!(number_of(file, ""), None);
+    }
+
+    #[test]
+    fn a_delegation_of_any_uid_of_the_range_is_found() {
+        let uid = |n| Uid::try_from(n).unwrap();
+        let range = UidRange {
+            first: uid(2_000_000),
+            last: uid(2_000_009),
+        };
+        for (line, found) in [
+            ("a:2000000:1", true),
+            ("a:2000009:65536", true),
+            ("a:1999999:2", true),
+            ("a:0:4294967295", true),
+            ("a:1999999:1", false),
+            ("a:2000010:65536", false),
+            ("a:2000000:0", false),
+            ("# a:b:c", false),
+            ("", false),
+        ] {
+            let file = format!("b:100000:65536\n{line}\n");
+            assert_eq!(delegation_within(&file, range), found.then_some(line), "{line}");
+        }
     }
 }

@@ -115,6 +115,8 @@ fn serve(config: Option<PathBuf>, root: &Path, allow_root: bool, log_level: trac
     if nix::unistd::geteuid().is_root() && !allow_root {
         bail!("the supervisor must not be root: start it as the user of the configuration (factory.user)");
     }
+    // The factory's token is in this process's memory: no core, and nobody of the same user looks in.
+    nix::sys::prctl::set_dumpable(false).context("cannot close this process to others")?;
     let places = Places::below(root);
     let path = config.unwrap_or_else(|| places.config.clone());
     let config = settings::load(&path).map_err(|mistakes| {
@@ -133,7 +135,7 @@ fn serve(config: Option<PathBuf>, root: &Path, allow_root: bool, log_level: trac
         agent: AgentCache::new(places.state.join("agent"), agent::hints()),
     };
     tracing::info!(server = %config.general.baseurl, slots = config.slots.len(), workers = workers.len(), "supervisor started");
-    let gate = Gate::wanted(&config, places.gate);
+    let gate = Gate::wanted(&config, !workers.is_empty(), places.gate);
     // The seed spreads the retries of several factories; it is no secret.
     let seed = clock.now() ^ u64::from(std::process::id());
     let factory = Factory::new(config, workers, seed, clock.now());

@@ -75,9 +75,10 @@ impl std::fmt::Debug for Gate {
 }
 
 impl Gate {
-    /// The gate that this configuration asks for: none, where every slot has the host's network.
-    pub fn wanted(config: &Config, directory: PathBuf) -> Option<Gate> {
-        if config.slots.values().all(|slot| slot.network == Network::Host) {
+    /// The gate, where one is needed: for slots without a network, and for `earlier` workers, whose slots may
+    /// have been such before the configuration was changed.
+    pub fn wanted(config: &Config, earlier: bool, directory: PathBuf) -> Option<Gate> {
+        if !earlier && config.slots.values().all(|slot| slot.network == Network::Host) {
             return None;
         }
         let (host, port) = config.general.baseurl.name_and_port()?;
