@@ -68,6 +68,9 @@ pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken) -> Resul
     umount2(PRIVATE, MntFlags::MNT_DETACH).context("cannot leave the private part")?;
     nix::unistd::chdir("/")?;
     umask(Mode::from_bits_truncate(0o022));
+    // Whom the audit log names: while nobody is written down there, a job could write down whom it likes. A
+    // kernel without auditing has no such file, and one that was set by a login stays.
+    let _ = std::fs::write("/proc/self/loginuid", plan.uid.to_string());
     limits::of_process(&plan.slot.limits)?;
     empty_bounding_set()?;
     user::become_user(plan.uid, &plan.groups)?;

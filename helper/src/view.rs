@@ -3,9 +3,11 @@
 //! namespace copies few mounts, however many the host has. What differs between jobs, `sandbox` adds.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -170,6 +172,7 @@ impl Builder {
         }
         this.private(host, config)?;
         this.hide(host, config)?;
+        this.hide_sockets()?;
         this.enter()?;
         Ok(this.unfolded)
     }
@@ -349,6 +352,30 @@ impl Builder {
                 // Below what jobs have of their own, or below what is hidden by now.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error).with_context(|| format!("cannot hide {}", path.display())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Lay nothing over the sockets of the host's services, wherever they are: a read-only mount keeps nobody
+    /// from connecting. One that is made later is seen until the view is built again: its mode must do, or `hide`.
+    fn hide_sockets(&self) -> Result<()> {
+        let text = std::fs::read("/proc/net/unix").context("cannot read /proc/net/unix")?;
+        let cover = below(&self.new_root, &Path::new(PRIVATE).join("no-file"));
+        for line in text.split(|b| *b == b'\n') {
+            let Some(at) = line.windows(2).position(|pair| pair == b" /") else {
+                continue;
+            };
+            // Whoever bound it chose the name, perhaps in another mount namespace: look what it is here.
+            let path = Path::new(OsStr::from_bytes(&line[at + 1..]));
+            let is_socket =
+                |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+            let Ok(real) = path.canonicalize() else { continue };
+            if is_socket(&below(&self.new_root, &real))
+                && let Err(error) = self.bind(&cover, &real, READ_ONLY, false)
+                && is_socket(&real)
+            {
+                return Err(error).with_context(|| format!("cannot hide {}", path.display()));
             }
         }
         Ok(())

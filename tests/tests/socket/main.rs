@@ -19,3 +19,4 @@ mod host;
 mod life;
 mod packets;
 mod sync;
+mod view;
