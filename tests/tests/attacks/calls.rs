@@ -1,1 +1,168 @@
 //! Group C: system calls, environment, groups, scheduling, raw sockets. What the hostile job attempts is in its module of the same name.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+
+use protocol::{Reply, Request};
+use testbed::census::processes_of;
+use testbed::stage::{Stage, attack, created};
+
+use crate::leave::{ongoing, with_user_namespaces};
+
+const SLOT: &str = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+
+#[test]
+fn row_44_calls_that_burden_or_bypass_the_host_are_refused() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "c");
+    attack(&client, worker, "calls", &[]);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_44_a_slot_with_user_namespaces_refuses_all_other_calls() {
+    let stage = Stage::with(&with_user_namespaces());
+    let client = stage.client();
+    let worker = created(&client, "c");
+    attack(&client, worker, "calls-in-user-namespace", &[]);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_44_other_entry_points_are_closed() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "c");
+    attack(&client, worker, "other-entry-points", &[]);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_45_no_file_is_opened_by_its_handle() {
+    let stage = Stage::with(&with_user_namespaces());
+    let client = stage.client();
+    for slot in ["a", "c"] {
+        let worker = created(&client, slot);
+        attack(&client, worker, "file-handles", &[]);
+        assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    }
+    stage.finish(&[]);
+}
+
+/// A process and all that have it for a parent, theirs included.
+fn family(pid: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let below = children
+        .split_whitespace()
+        .flat_map(|child| family(child.parse().unwrap()));
+    [pid].into_iter().chain(below).collect()
+}
+
+#[test]
+fn row_46_variables_of_a_job_reach_no_process_of_roots() {
+    let variables = ["LD_PRELOAD", "LD_AUDIT", "BASH_ENV", "PATH"];
+    let mut slots = SLOT.to_owned();
+    for name in variables {
+        slots += &format!("env.{name} = \"/work/hostile-{name}\"\n");
+    }
+    let stage = Stage::with(&slots);
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let files = variables.map(|name| format!("/work/hostile-{name}"));
+    let words = files.each_ref().map(String::as_str);
+    ongoing(&client, worker, "environment", &words, "everything is in place");
+    let all = family(stage.helper.pid());
+    // The helper, the connection's process and the worker's pid 1 at least; the last is not root's any more.
+    assert!(all.len() >= 3, "{all:?}");
+    let job = processes_of(&stage.host.uids);
+    assert!(
+        all.iter()
+            .any(|pid| job.iter().any(|line| line.starts_with(&format!("{pid} ")))),
+        "the worker's pid 1 is not in {all:?}"
+    );
+    for pid in all {
+        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        if !exe.ends_with("user-factory-helper") {
+            continue;
+        }
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
+        let maps = fs::read(format!("/proc/{pid}/maps")).unwrap();
+        for (text, name) in [(environment, "environment"), (maps, "memory")] {
+            // Without the text: it is the environment of whoever runs the tests.
+            let reached = String::from_utf8_lossy(&text).contains("/work/hostile-");
+            assert!(!reached, "the {name} of process {pid}");
+        }
+    }
+    // What those variables name would have left a file, had any process run it.
+    let work = stage.host.worker_dir(worker).join("fs/work");
+    assert!(work.join("hostile-PATH").exists() && !work.join("it-was-run").exists());
+    stage.finish(&[worker]);
+}
+
+/// A file on the host that only this group may read.
+fn file_of_group(directory: &Path, name: &str, gid: u32) -> PathBuf {
+    let path = directory.join(name);
+    fs::write(&path, "for members only\n").unwrap();
+    chown(&path, Some(0), Some(gid)).unwrap();
+    fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+    path
+}
+
+#[test]
+fn row_47_a_slots_group_reaches_what_the_slot_says_and_no_further() {
+    let lines = fs::read_to_string("/etc/group").unwrap();
+    let mut others = lines.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        let gid: u32 = fields.get(2)?.parse().ok()?;
+        (gid != 0).then(|| (fields[0].to_owned(), gid))
+    });
+    let (given, gid) = others.next().expect("the host has groups");
+    let (_, other) = others.next().expect("the host has groups");
+    let place = tempfile::Builder::new()
+        .prefix("user-factory-test-")
+        .tempdir_in("/srv")
+        .unwrap();
+    fs::set_permissions(place.path(), Permissions::from_mode(0o755)).unwrap();
+    let closed = file_of_group(place.path(), "closed", other);
+    let open = file_of_group(place.path(), "open", gid);
+    let stage = Stage::with(&format!("{SLOT}add_to_groups = [\"{given}\"]\n"));
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let words = [
+        &gid.to_string(),
+        "not",
+        closed.to_str().unwrap(),
+        open.to_str().unwrap(),
+    ];
+    attack(&client, worker, "groups", &words);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_48_name_clock_priority_and_limits_stay_as_they_are() {
+    let name = || fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let before = name();
+    let stage = Stage::with(&format!(
+        "{SLOT}limits.processes = 64\nlimits.open_files = 2048\n"
+    ));
+    let client = stage.client();
+    let worker = created(&client, "a");
+    attack(&client, worker, "scheduling", &["64", "2048"]);
+    assert_eq!(name(), before);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_49_raw_sockets_and_low_ports_are_refused() {
+    let lowest = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "c");
+    let flags = || fs::read_to_string("/sys/class/net/lo/flags").unwrap();
+    let before = flags();
+    attack(&client, worker, "raw-sockets", &[lowest.trim(), "lo"]);
+    assert_eq!(flags(), before);
+    stage.finish(&[worker]);
+}

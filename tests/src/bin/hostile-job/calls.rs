@@ -1,5 +1,625 @@
 //! Group C: system calls, environment, groups, scheduling, raw sockets.
 
-use crate::Attempt;
+use std::fs;
+use std::io;
+use std::mem::size_of_val;
+use std::net::{TcpListener, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::process::Command;
 
-pub const ATTEMPTS: &[Attempt] = &[];
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{Pid, getgid, getgroups};
+
+use crate::leave::{own_namespaces, uid};
+use crate::sys::{c, call, fork, wait_for_ever};
+use crate::{Attempt, Report};
+
+pub const ATTEMPTS: &[Attempt] = &[
+    ("calls", calls),
+    ("calls-in-user-namespace", calls_in_user_namespace),
+    ("other-entry-points", other_entry_points),
+    ("file-handles", file_handles),
+    ("environment", environment),
+    ("groups", groups),
+    ("scheduling", scheduling),
+    ("raw-sockets", raw_sockets),
+];
+
+/// A call: its name, its number and its arguments.
+type Call = (&'static str, libc::c_long, [usize; 6]);
+
+/// Where no memory is.
+const NOWHERE: usize = 1;
+const ALL_BITS: usize = 0xffff_ffff;
+const NO_FILE: usize = usize::MAX;
+
+/// With arguments that are wrong, or that harm nobody: whoever gets as far as the kernel's own code is told of
+/// that, by another error than the filter's, or is let through. Where the kernel looks at the privileges before
+/// all else, both say the same.
+const NEVER: &[Call] = &[
+    ("bpf", libc::SYS_bpf, [0, 0, 1 << 20, 0, 0, 0]),
+    (
+        "perf_event_open",
+        libc::SYS_perf_event_open,
+        [0, 0, 0, NO_FILE, ALL_BITS, 0],
+    ),
+    // Only faults of its own, which needs no privilege.
+    ("userfaultfd", libc::SYS_userfaultfd, [1, 0, 0, 0, 0, 0]),
+    (
+        "io_uring_setup",
+        libc::SYS_io_uring_setup,
+        [1, NOWHERE, 0, 0, 0, 0],
+    ),
+    (
+        "io_uring_enter",
+        libc::SYS_io_uring_enter,
+        [NO_FILE, 0, 0, 0, 0, 0],
+    ),
+    (
+        "io_uring_register",
+        libc::SYS_io_uring_register,
+        [NO_FILE, 0, 0, 0, 0, 0],
+    ),
+    ("keyctl", libc::SYS_keyctl, [9999, 0, 0, 0, 0, 0]),
+    ("add_key", libc::SYS_add_key, [NOWHERE, NOWHERE, 0, 0, 0, 0]),
+    (
+        "request_key",
+        libc::SYS_request_key,
+        [NOWHERE, NOWHERE, 0, 0, 0, 0],
+    ),
+    (
+        "kexec_load",
+        libc::SYS_kexec_load,
+        [0, ALL_BITS, NOWHERE, ALL_BITS, 0, 0],
+    ),
+    (
+        "kexec_file_load",
+        libc::SYS_kexec_file_load,
+        [NO_FILE, NO_FILE, 0, NOWHERE, ALL_BITS, 0],
+    ),
+    (
+        "init_module",
+        libc::SYS_init_module,
+        [NOWHERE, 0, NOWHERE, 0, 0, 0],
+    ),
+    (
+        "finit_module",
+        libc::SYS_finit_module,
+        [NO_FILE, NOWHERE, ALL_BITS, 0, 0, 0],
+    ),
+    ("delete_module", libc::SYS_delete_module, [NOWHERE, 0, 0, 0, 0, 0]),
+    (
+        "name_to_handle_at",
+        libc::SYS_name_to_handle_at,
+        [NO_FILE, NOWHERE, NOWHERE, NOWHERE, ALL_BITS, 0],
+    ),
+    (
+        "open_by_handle_at",
+        libc::SYS_open_by_handle_at,
+        [NO_FILE, NOWHERE, 0, 0, 0, 0],
+    ),
+    ("quotactl", libc::SYS_quotactl, [0xff, 0, 0, 0, 0, 0]),
+    ("quotactl_fd", libc::SYS_quotactl_fd, [NO_FILE, 0xff, 0, 0, 0, 0]),
+    ("swapon", libc::SYS_swapon, [NOWHERE, ALL_BITS, 0, 0, 0, 0]),
+    ("swapoff", libc::SYS_swapoff, [NOWHERE, 0, 0, 0, 0, 0]),
+    // Not its magic numbers.
+    ("reboot", libc::SYS_reboot, [1, 2, 3, 0, 0, 0]),
+    ("settimeofday", libc::SYS_settimeofday, [NOWHERE, 0, 0, 0, 0, 0]),
+    (
+        "clock_settime",
+        libc::SYS_clock_settime,
+        [9999, NOWHERE, 0, 0, 0, 0],
+    ),
+    (
+        "clock_adjtime",
+        libc::SYS_clock_adjtime,
+        [9999, NOWHERE, 0, 0, 0, 0],
+    ),
+    // The size of the kernel's log.
+    ("syslog", libc::SYS_syslog, [10, 0, 0, 0, 0, 0]),
+    ("acct", libc::SYS_acct, [NOWHERE, 0, 0, 0, 0, 0]),
+    // Of its own files, which needs no privilege.
+    ("fanotify_init", libc::SYS_fanotify_init, [0x200, 0, 0, 0, 0, 0]),
+    ("vhangup", libc::SYS_vhangup, [0; 6]),
+    (
+        "lookup_dcookie",
+        libc::SYS_lookup_dcookie,
+        [0, NOWHERE, 0, 0, 0, 0],
+    ),
+    ("nfsservctl", libc::SYS_nfsservctl, [0; 6]),
+    ("mbind", libc::SYS_mbind, [NOWHERE, 0, 9999, 0, 0, ALL_BITS]),
+    ("set_mempolicy", libc::SYS_set_mempolicy, [9999, 0, 0, 0, 0, 0]),
+    (
+        "migrate_pages",
+        libc::SYS_migrate_pages,
+        [0, 0, NOWHERE, NOWHERE, 0, 0],
+    ),
+    ("move_pages", libc::SYS_move_pages, [0, 0, 0, 0, 0, ALL_BITS]),
+    #[cfg(target_arch = "x86_64")]
+    ("iopl", libc::SYS_iopl, [9, 0, 0, 0, 0, 0]),
+    #[cfg(target_arch = "x86_64")]
+    ("ioperm", libc::SYS_ioperm, [1 << 20, 1, 1, 0, 0, 0]),
+    // Reading its own table, which is empty.
+    #[cfg(target_arch = "x86_64")]
+    ("modify_ldt", libc::SYS_modify_ldt, [0, 0, 0, 0, 0, 0]),
+];
+
+/// The same, of those that a slot may allow.
+const OF_NAMESPACES: &[Call] = &[
+    ("mount", libc::SYS_mount, [NOWHERE, NOWHERE, NOWHERE, 0, 0, 0]),
+    ("umount2", libc::SYS_umount2, [NOWHERE, ALL_BITS, 0, 0, 0, 0]),
+    (
+        "mount_setattr",
+        libc::SYS_mount_setattr,
+        [NO_FILE, NOWHERE, ALL_BITS, 0, 0, 0],
+    ),
+    (
+        "open_tree",
+        libc::SYS_open_tree,
+        [NO_FILE, NOWHERE, ALL_BITS, 0, 0, 0],
+    ),
+    (
+        "move_mount",
+        libc::SYS_move_mount,
+        [NO_FILE, NOWHERE, NO_FILE, NOWHERE, ALL_BITS, 0],
+    ),
+    ("fsopen", libc::SYS_fsopen, [NOWHERE, ALL_BITS, 0, 0, 0, 0]),
+    ("fsconfig", libc::SYS_fsconfig, [NO_FILE, 0, 0, 0, 0, 0]),
+    (
+        "fsmount",
+        libc::SYS_fsmount,
+        [NO_FILE, ALL_BITS, ALL_BITS, 0, 0, 0],
+    ),
+    ("fspick", libc::SYS_fspick, [NO_FILE, NOWHERE, ALL_BITS, 0, 0, 0]),
+    ("pivot_root", libc::SYS_pivot_root, [NOWHERE, NOWHERE, 0, 0, 0, 0]),
+    ("chroot", libc::SYS_chroot, [NOWHERE, 0, 0, 0, 0, 0]),
+    ("setns", libc::SYS_setns, [NO_FILE, 0, 0, 0, 0, 0]),
+    (
+        "sethostname",
+        libc::SYS_sethostname,
+        [NOWHERE, ALL_BITS, 0, 0, 0, 0],
+    ),
+    (
+        "setdomainname",
+        libc::SYS_setdomainname,
+        [NOWHERE, ALL_BITS, 0, 0, 0, 0],
+    ),
+    (
+        "unshare",
+        libc::SYS_unshare,
+        [libc::CLONE_NEWUSER as usize, 0, 0, 0, 0, 0],
+    ),
+    ("unshare of the time", libc::SYS_unshare, [0x80, 0, 0, 0, 0, 0]),
+];
+
+/// It must fail, and for this reason: another one comes from behind the wall.
+fn refused<T>(report: &mut Report, what: &str, result: io::Result<T>, reason: i32) {
+    match result {
+        Err(error) if error.raw_os_error() == Some(reason) => report.must_fail::<T, _>(what, Err(error)),
+        Err(error) => report.broken(format!("{what}: it got past the wall, and then: {error}")),
+        Ok(_) => report.broken(format!("{what}: it worked")),
+    }
+}
+
+fn try_all(report: &mut Report, all: &[Call], reason: i32) {
+    for (name, number, arguments) in all {
+        refused(report, name, call(*number, *arguments), reason);
+    }
+}
+
+fn calls(report: &mut Report, _: &[String]) {
+    try_all(report, NEVER, libc::EPERM);
+    try_all(report, OF_NAMESPACES, libc::EPERM);
+    refused(
+        report,
+        "clone3",
+        call(libc::SYS_clone3, [NOWHERE, 0, 0, 0, 0, 0]),
+        libc::ENOSYS,
+    );
+    // Far above what any kernel has, and just above what was weighed.
+    for number in [470, 471, 500, 4000] {
+        let result = call(number, [NO_FILE, NOWHERE, NOWHERE, ALL_BITS, ALL_BITS, 0]);
+        refused(report, &format!("call {number}"), result, libc::ENOSYS);
+    }
+    families(report);
+}
+
+fn families(report: &mut Report) {
+    let allowed = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+    for family in (0..64).filter(|family| !allowed.contains(family)) {
+        for kind in [
+            libc::SOCK_STREAM,
+            libc::SOCK_DGRAM,
+            libc::SOCK_RAW,
+            libc::SOCK_SEQPACKET,
+        ] {
+            for number in [libc::SYS_socket, libc::SYS_socketpair] {
+                // The upper half of an argument is nothing to the kernel; a filter could fall for it.
+                for upper in [0, 1 << 32] {
+                    let arguments = [family as usize | upper, kind as usize, 0, NOWHERE, 0, 0];
+                    let result = call(number, arguments);
+                    if result.as_ref().map_err(io::Error::raw_os_error) != Err(Some(libc::EAFNOSUPPORT)) {
+                        report.broken(format!("a socket of family {family}, type {kind}: {result:?}"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn calls_in_user_namespace(report: &mut Report, _: &[String]) {
+    if let Err(error) = own_namespaces() {
+        report.broken(format!(
+            "the slot allows user namespaces, and there is none: {error}"
+        ));
+    }
+    try_all(report, NEVER, libc::EPERM);
+    families(report);
+    other_entry_points(report, &[]);
+}
+
+/// The numbers of `unistd_32.h`, and those of x32, which are the usual ones with a bit more.
+#[cfg(target_arch = "x86_64")]
+fn other_entry_points(report: &mut Report, _: &[String]) {
+    use crate::sys::call_of_32_bits;
+    for (name, number, argument) in [
+        ("getpid", 20, 0),
+        ("unshare", 310, libc::CLONE_NEWUSER as u32),
+        ("userfaultfd", 374, 1),
+        ("modify_ldt", 123, 0),
+        ("keyctl", 288, 9999),
+        ("iopl", 110, 9),
+    ] {
+        let result = call_of_32_bits(number, argument);
+        refused(report, &format!("{name} by int 0x80"), result, libc::ENOSYS);
+    }
+    const X32: libc::c_long = 0x4000_0000;
+    for (name, number, arguments) in [NEVER, OF_NAMESPACES].concat() {
+        let result = call(number | X32, arguments);
+        refused(report, &format!("{name} of x32"), result, libc::ENOSYS);
+    }
+    refused(
+        report,
+        "getpid of x32",
+        call(libc::SYS_getpid | X32, [0; 6]),
+        libc::ENOSYS,
+    );
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn other_entry_points(_: &mut Report, _: &[String]) {}
+
+/// What let containers read all of the host: the root of a file system has a number that everybody knows, so
+/// its handle can be made up.
+fn file_handles(report: &mut Report, _: &[String]) {
+    for place in ["/", "/etc", "/usr", "/work", "/home"] {
+        let directory = fs::File::open(place).expect("a job can open its directories");
+        for root in [2u32, 64, 128, 256] {
+            // struct file_handle with an inode's number and its generation, 0.
+            let handle: [u32; 4] = [8, 1, root, 0];
+            let address = handle.as_ptr() as usize;
+            let flags = (libc::O_RDONLY | libc::O_DIRECTORY) as usize;
+            let arguments = [directory.as_raw_fd() as usize, address, flags, 0, 0, 0];
+            let what = format!("inode {root} of the file system at {place}");
+            refused(
+                report,
+                &what,
+                call(libc::SYS_open_by_handle_at, arguments),
+                libc::EPERM,
+            );
+        }
+        let (mut handle, mut mount, name) = ([0u8; 136], 0i32, c(place));
+        handle[0] = 128;
+        let arguments = [
+            NO_FILE,
+            name.as_ptr() as usize,
+            handle.as_mut_ptr() as usize,
+            &raw mut mount as usize,
+            0,
+            0,
+        ];
+        let what = format!("the handle of {place}");
+        refused(
+            report,
+            &what,
+            call(libc::SYS_name_to_handle_at, arguments),
+            libc::EPERM,
+        );
+    }
+}
+
+/// Put in place what the slot's variables name, and stay, so that the test can look at root's processes.
+fn environment(report: &mut Report, words: &[String]) {
+    for path in words {
+        let made = fs::write(path, "#!/bin/sh\ntouch /work/it-was-run\n");
+        made.expect("a job can write to its own directories");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(path, mode).expect("the file is the job's own");
+    }
+    report.say("everything is in place");
+    wait_for_ever()
+}
+
+/// Words: the groups that the job must be in besides its own; `not`; a file that only another group may read;
+/// a file that the slot's group may read.
+fn groups(report: &mut Report, words: &[String]) {
+    let end = words
+        .iter()
+        .position(|word| word == "not")
+        .expect("the test says not");
+    let mut expected: Vec<u32> = words[..end]
+        .iter()
+        .map(|word| word.parse().expect("a gid"))
+        .collect();
+    let mut found: Vec<u32> = getgroups()
+        .expect("nothing is wrong with it")
+        .iter()
+        .map(|gid| gid.as_raw())
+        .collect();
+    found.retain(|gid| *gid != getgid().as_raw());
+    expected.sort_unstable();
+    found.sort_unstable();
+    if found != expected || getgid().as_raw() != uid() {
+        report.broken(format!("groups {found:?} and {}, not {expected:?}", getgid()));
+    }
+    report.must_fail(&words[end + 1], fs::read(&words[end + 1]));
+    if fs::read(&words[end + 2]).is_err() {
+        report.broken("the slot's own group opens nothing, so that this attempt shows nothing");
+    }
+    for gid in [0u32, 1, 4, 6, 42, 65534] {
+        let list = [gid];
+        let one = gid as usize;
+        let set = call(libc::SYS_setgroups, [1, list.as_ptr() as usize, 0, 0, 0, 0]);
+        refused(report, &format!("setgroups to {gid}"), set, libc::EPERM);
+        refused(
+            report,
+            &format!("setgid to {gid}"),
+            call(libc::SYS_setgid, [one, 0, 0, 0, 0, 0]),
+            libc::EPERM,
+        );
+        let set = call(libc::SYS_setresgid, [one, one, one, 0, 0, 0]);
+        refused(report, &format!("setresgid to {gid}"), set, libc::EPERM);
+    }
+    // Giving up a group opens what is closed to its members.
+    refused(
+        report,
+        "leaving all groups",
+        call(libc::SYS_setgroups, [0; 6]),
+        libc::EPERM,
+    );
+    for program in [&["sg", "root", "-c", "id -g"][..], &["newgrp", "root"]] {
+        let Ok(output) = Command::new(program[0]).args(&program[1..]).output() else {
+            continue;
+        };
+        let said = String::from_utf8_lossy(&output.stdout);
+        if said.trim() == "0" {
+            report.broken(format!("{program:?} gives root's group"));
+        }
+    }
+}
+
+fn limit(resource: u32) -> (u64, u64) {
+    let mut now = [0u64; 2];
+    let arguments = [0, resource as usize, 0, now.as_mut_ptr() as usize, 0, 0];
+    call(libc::SYS_prlimit64, arguments).expect("a job can read its limits");
+    (now[0], now[1])
+}
+
+fn set_limit(resource: u32, to: u64) -> io::Result<libc::c_long> {
+    let new = [to, to];
+    call(
+        libc::SYS_prlimit64,
+        [0, resource as usize, new.as_ptr() as usize, 0, 0, 0],
+    )
+}
+
+fn scheduling(report: &mut Report, words: &[String]) {
+    for (number, name) in [
+        (libc::SYS_sethostname, "host"),
+        (libc::SYS_setdomainname, "domain"),
+    ] {
+        let text = c("taken-over");
+        let result = call(number, [text.as_ptr() as usize, 10, 0, 0, 0, 0]);
+        refused(report, &format!("setting the {name} name"), result, libc::EPERM);
+    }
+    // A microsecond that there is not: it could not be set.
+    let time = [0u64, u64::MAX];
+    let result = call(libc::SYS_settimeofday, [time.as_ptr() as usize, 0, 0, 0, 0, 0]);
+    refused(report, "setting the clock", result, libc::EPERM);
+
+    // A child tries, so that a success would not slow the machine down for long.
+    for (name, policy, priority) in [
+        ("FIFO", libc::SCHED_FIFO, 1),
+        ("RR", libc::SCHED_RR, 1),
+        ("FIFO at 99", libc::SCHED_FIFO, 99),
+    ] {
+        let priority = [priority as u32];
+        let arguments = [0, policy as usize, priority.as_ptr() as usize, 0, 0, 0];
+        refused(
+            report,
+            name,
+            call(libc::SYS_sched_setscheduler, arguments),
+            libc::EPERM,
+        );
+    }
+    // struct sched_attr: SCHED_DEADLINE, 1 ms of each 100.
+    let (runtime, period) = (1_000_000u64, 100_000_000u64);
+    let mut deadline = [0u64; 6];
+    deadline[0] = size_of_val(&deadline) as u64 | 6 << 32;
+    deadline[3..].copy_from_slice(&[runtime, period, period]);
+    let result = call(
+        libc::SYS_sched_setattr,
+        [0, deadline.as_ptr() as usize, 0, 0, 0, 0],
+    );
+    refused(report, "SCHED_DEADLINE", result, libc::EPERM);
+    let result = call(
+        libc::SYS_setpriority,
+        [libc::PRIO_PROCESS as usize, 0, -1i32 as usize, 0, 0, 0],
+    );
+    refused(report, "nice below zero", result, libc::EACCES);
+    let (process, real_time) = (1, 1 << 13);
+    let result = call(libc::SYS_ioprio_set, [process, 0, real_time, 0, 0, 0]);
+    refused(report, "the disk's real-time class", result, libc::EPERM);
+
+    let much = vec![0u8; 16 << 20];
+    let result = call(libc::SYS_mlock, [much.as_ptr() as usize, much.len(), 0, 0, 0, 0]);
+    refused(report, "locking 16 MiB", result, libc::ENOMEM);
+    let result = call(libc::SYS_shmget, [0, 64 << 20, 0o4000 | 0o1000 | 0o600, 0, 0, 0]);
+    report.must_fail("64 MiB of huge pages, which are locked", result);
+
+    for (name, resource, most) in [
+        ("NPROC", libc::RLIMIT_NPROC, words[0].parse().expect("a number")),
+        ("NOFILE", libc::RLIMIT_NOFILE, words[1].parse().expect("a number")),
+        ("MEMLOCK", libc::RLIMIT_MEMLOCK, 8 << 20),
+        ("MSGQUEUE", libc::RLIMIT_MSGQUEUE, 819_200),
+        ("SIGPENDING", libc::RLIMIT_SIGPENDING, 16_384),
+        ("RTPRIO", libc::RLIMIT_RTPRIO, 0),
+        ("NICE", libc::RLIMIT_NICE, 0),
+    ] {
+        let (soft, hard) = limit(resource);
+        if soft > most || hard > most {
+            report.broken(format!("RLIMIT_{name} is {soft} and {hard}, over {most}"));
+        }
+        refused(
+            report,
+            &format!("more than RLIMIT_{name}"),
+            set_limit(resource, hard + 1),
+            libc::EPERM,
+        );
+        if limit(resource) != (soft, hard) {
+            report.broken(format!("RLIMIT_{name} has changed"));
+        }
+    }
+    core(report);
+}
+
+/// Setting the limit of cores is answered as if it were done; but no core comes.
+fn core(report: &mut Report) {
+    for to in [0, u64::MAX, 1 << 30] {
+        if let Err(error) = set_limit(libc::RLIMIT_CORE, to) {
+            report.broken(format!(
+                "setting the limit of cores is not answered with success: {error}"
+            ));
+        }
+        if limit(libc::RLIMIT_CORE) != (1, 1) {
+            report.broken(format!("the limit of cores is {:?}", limit(libc::RLIMIT_CORE)));
+        }
+    }
+    std::env::set_current_dir("/work").expect("a job has /work");
+    let child = fork(|| {
+        let abort = libc::SIGABRT as usize;
+        let _ = call(libc::SYS_kill, [std::process::id() as usize, abort, 0, 0, 0, 0]);
+        wait_for_ever();
+    });
+    match waitpid(Pid::from_raw(child), None) {
+        Ok(WaitStatus::Signaled(_, _, false)) => {}
+        other => report.broken(format!("the crash: {other:?}")),
+    }
+    let left: Vec<_> = fs::read_dir("/work").expect("it is there").flatten().collect();
+    if !left.is_empty() {
+        report.broken(format!("a core: {left:?}"));
+    }
+}
+
+/// Words: the lowest port that anybody may have on this host, and the name of an interface.
+fn raw_sockets(report: &mut Report, words: &[String]) {
+    let open = |family: i32, kind: i32, protocol: i32| {
+        call(
+            libc::SYS_socket,
+            [family as usize, kind as usize, protocol as usize, 0, 0, 0],
+        )
+    };
+    for (name, family) in [("IPv4", libc::AF_INET), ("IPv6", libc::AF_INET6)] {
+        for protocol in [
+            libc::IPPROTO_ICMP,
+            libc::IPPROTO_TCP,
+            libc::IPPROTO_UDP,
+            libc::IPPROTO_RAW,
+            libc::IPPROTO_ICMPV6,
+        ] {
+            let result = open(family, libc::SOCK_RAW, protocol);
+            refused(
+                report,
+                &format!("a raw socket of {name}, protocol {protocol}"),
+                result,
+                libc::EPERM,
+            );
+        }
+    }
+    for kind in [libc::SOCK_RAW, libc::SOCK_DGRAM] {
+        let every = i32::from((libc::ETH_P_ALL as u16).to_be());
+        let result = open(libc::AF_PACKET, kind, every);
+        refused(report, "a packet socket", result, libc::EAFNOSUPPORT);
+    }
+    let lowest: u16 = words[0].parse().expect("a port");
+    for port in [1, 22, 80, 443, 1023].into_iter().filter(|port| *port < lowest) {
+        for address in ["0.0.0.0", "127.0.0.1", "::", "::1"] {
+            let at = (address, port);
+            let taken = |error: &io::Error| {
+                !matches!(
+                    error.raw_os_error(),
+                    Some(libc::EACCES | libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+                )
+            };
+            match TcpListener::bind(at) {
+                Err(error) if !taken(&error) => {}
+                other => report.broken(format!("listening at {at:?}: {other:?}")),
+            }
+            match UdpSocket::bind(at) {
+                Err(error) if !taken(&error) => {}
+                other => report.broken(format!("datagrams at {at:?}: {other:?}")),
+            }
+        }
+    }
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("anybody may have some port");
+    let fd = socket.as_raw_fd() as usize;
+    // struct ifreq: the interface's name, and flags.
+    let mut request = [0u8; 40];
+    request[..words[1].len()].copy_from_slice(words[1].as_bytes());
+    let address = request.as_mut_ptr() as usize;
+    call(libc::SYS_ioctl, [fd, 0x8913, address, 0, 0, 0]).expect("anybody may read an interface's flags");
+    let flags = u16::from_ne_bytes([request[16], request[17]]) | libc::IFF_PROMISC as u16;
+    request[16..18].copy_from_slice(&flags.to_ne_bytes());
+    let result = call(libc::SYS_ioctl, [fd, 0x8914, address, 0, 0, 0]);
+    refused(report, "listening to everybody's packets", result, libc::EPERM);
+    for (name, level, option) in [
+        ("SO_MARK", libc::SOL_SOCKET, libc::SO_MARK),
+        ("SO_RCVBUFFORCE", libc::SOL_SOCKET, libc::SO_RCVBUFFORCE),
+        ("IP_TRANSPARENT", libc::SOL_IP, libc::IP_TRANSPARENT),
+    ] {
+        let one = [1i32];
+        let arguments = [fd, level as usize, option as usize, one.as_ptr() as usize, 4, 0];
+        refused(report, name, call(libc::SYS_setsockopt, arguments), libc::EPERM);
+    }
+    new_interface(report);
+}
+
+/// Ask the kernel over netlink for a dummy interface: whoever may do that may set up the host's network.
+fn new_interface(report: &mut Report) {
+    let arguments = [libc::AF_NETLINK as usize, libc::SOCK_RAW as usize, 0, 0, 0, 0];
+    let netlink = call(libc::SYS_socket, arguments).expect("programs ask for addresses this way") as usize;
+    // struct nlmsghdr (length, RTM_NEWLINK, REQUEST | ACK), and an empty struct ifinfomsg.
+    let mut message = [0u32; 8];
+    message[0] = size_of_val(&message) as u32;
+    message[1] = 16 | 0x5 << 16;
+    let address = message.as_ptr() as usize;
+    call(
+        libc::SYS_sendto,
+        [netlink, address, size_of_val(&message), 0, 0, 0],
+    )
+    .expect("netlink takes messages");
+    let mut answer = [0u32; 64];
+    let address = answer.as_mut_ptr() as usize;
+    call(
+        libc::SYS_recvfrom,
+        [netlink, address, size_of_val(&answer), 0, 0, 0],
+    )
+    .expect("it answers");
+    let error = -(answer[4] as i32);
+    let result = if error == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(error))
+    };
+    refused(report, "setting up an interface", result, libc::EPERM);
+}

@@ -39,3 +39,26 @@ pub fn wait_for_ever() -> ! {
         let _ = call(libc::SYS_pause, [0; 6]);
     }
 }
+
+/// A call by number through the entry point of 32-bit programs, whose numbers are others; the first argument
+/// is all that the attempts need.
+#[cfg(target_arch = "x86_64")]
+pub fn call_of_32_bits(number: u32, argument: u32) -> io::Result<u32> {
+    let mut result = number;
+    // SAFETY: no call that is made this way has a pointer. The compiler keeps rbx to itself, so it is lent and
+    // given back; the kernel may clear r8 to r11 on this way in.
+    unsafe {
+        std::arch::asm!(
+            "xchg {lent}, rbx",
+            "int 0x80",
+            "xchg {lent}, rbx",
+            lent = inout(reg) u64::from(argument) => _,
+            inout("eax") result,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+        );
+    }
+    match result as i32 {
+        error @ -4095..=-1 => Err(io::Error::from_raw_os_error(-error)),
+        _ => Ok(result),
+    }
+}
