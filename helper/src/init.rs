@@ -82,9 +82,12 @@ struct Console<'a> {
 
 impl Console<'_> {
     /// Take what is in the pipe now. False at its end.
+    ///
+    /// Never more than the largest pipe holds: who prints faster than this reads must not keep pid 1 from
+    /// everything else, its end included.
     fn pump(&mut self, pipe: &OwnedFd) -> bool {
         let mut buffer = [0; 16 << 10];
-        loop {
+        for _ in 0..64 {
             match nix::unistd::read(pipe, &mut buffer) {
                 Ok(0) => return false,
                 Ok(n) => self.keep(&buffer[..n]),
@@ -93,6 +96,7 @@ impl Console<'_> {
                 Err(_) => return false,
             }
         }
+        true
     }
 
     fn keep(&mut self, bytes: &[u8]) {
