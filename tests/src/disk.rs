@@ -27,9 +27,7 @@ impl SmallDisk {
 
     /// ext4 of 64 MiB in a file, with this many inodes: its directories take blocks, as on most hosts.
     pub fn ext4(host: &TestHost, inodes: u32) -> SmallDisk {
-        let image = host.root.join("disk.img");
-        let file = std::fs::File::create(&image).expect("the test's directory is writable");
-        file.set_len(64 << 20).expect("a sparse file takes no room");
+        let image = sparse(host, 64 << 20);
         // Nothing is kept back for root: the last block is the job's.
         let inodes = inodes.to_string();
         run(
@@ -41,6 +39,61 @@ impl SmallDisk {
         run(&["mount", "-o", "loop", image], &disk.0);
         disk
     }
+
+    /// ext4 of 256 MiB that counts what each user has, and limits it if `enforced`. None, if this kernel has no
+    /// format of quotas (`CONFIG_QFMT_V2`).
+    pub fn with_quotas(host: &TestHost, enforced: bool) -> Option<SmallDisk> {
+        let image = sparse(host, 256 << 20);
+        let quota = ["-O", "quota", "-E", "quotatype=usrquota"];
+        run(
+            &[&["mkfs.ext4", "-q", "-F", "-m", "0"][..], &quota].concat(),
+            &image,
+        );
+        let disk = host.root.join(STATE_DIR);
+        let options = if enforced { "loop,usrquota" } else { "loop" };
+        let output = Command::new("mount")
+            .args(["-o", options])
+            .args([&image, &disk])
+            .output()
+            .expect("the command is there");
+        if output.status.success() {
+            return Some(SmallDisk(disk));
+        }
+        // Any other reason is a failure.
+        let plain = Command::new("mount")
+            .args(["-o", "loop,ro"])
+            .args([&image, &disk])
+            .status()
+            .expect("the command is there");
+        assert!(plain.success(), "{output:?}");
+        run(&["umount"], &disk);
+        None
+    }
+
+    /// What is written down of this user: what it has, and its limits.
+    pub fn quota(&self, uid: u32) -> String {
+        run(&["sync", "-f"], &self.0);
+        let device = Command::new("findmnt")
+            .args(["-n", "-o", "SOURCE", "--mountpoint"])
+            .arg(&self.0)
+            .output()
+            .expect("the command is there");
+        let device = String::from_utf8(device.stdout).expect("a device's path is ASCII");
+        let output = Command::new("debugfs")
+            .args(["-R", &format!("get_quota user {uid}"), device.trim()])
+            .output()
+            .expect("the command is there");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+/// A file that holds nothing yet, for a file system.
+fn sparse(host: &TestHost, bytes: u64) -> PathBuf {
+    let image = host.root.join("disk.img");
+    let file = std::fs::File::create(&image).expect("the test's directory is writable");
+    file.set_len(bytes).expect("a sparse file takes no room");
+    image
 }
 
 fn run(words: &[&str], place: &Path) {

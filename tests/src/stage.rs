@@ -9,6 +9,7 @@ use std::time::Instant;
 use protocol::{BootstrapToken, ErrorKind, Reply, Request, SlotName, State, WorkerId};
 
 use crate::census::Census;
+use crate::disk::SmallDisk;
 use crate::harness::{Client, PATIENCE, Running, TestHost, binaries, sealed, worker_id};
 
 /// Three slots, the first two in conflict, the first with something of everything.
@@ -28,6 +29,8 @@ target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
 /// The host, its helper, and the census from before the helper's first worker.
 #[derive(Debug)]
 pub struct Stage {
+    /// Before the host, whose directory it is mounted in: the fields go in this order.
+    pub disk: Option<SmallDisk>,
     pub host: TestHost,
     pub helper: Running,
     pub before: Census,
@@ -42,9 +45,19 @@ impl Stage {
     pub fn with(slots: &str) -> Stage {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, slots);
+        Stage::on(host, None)
+    }
+
+    /// On this host, which is configured; its state directory is on `disk`.
+    pub fn on(host: TestHost, disk: Option<SmallDisk>) -> Stage {
         let before = Census::take(&host);
         let helper = host.helper();
-        Stage { host, helper, before }
+        Stage {
+            disk,
+            host,
+            helper,
+            before,
+        }
     }
 
     pub fn client(&self) -> Client {

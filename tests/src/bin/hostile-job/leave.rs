@@ -350,7 +350,7 @@ fn posix_ipc(report: &mut Report, words: &[String]) {
     wait_for_ever();
 }
 
-fn keys(report: &mut Report, _: &[String]) {
+pub fn keys(report: &mut Report, _: &[String]) {
     let (kind, name) = (c("user"), c("left-by-a-job"));
     let (kind, name) = (kind.as_ptr() as usize, name.as_ptr() as usize);
     let payload = *b"secret";

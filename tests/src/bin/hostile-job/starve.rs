@@ -1,5 +1,361 @@
-//! Group D: starving the host.
+//! Group D: starving the host. What would go on for ever has an end here: if a wall is missing, the test says
+//! so, and the machine goes on.
 
-use crate::Attempt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::symlink;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 
-pub const ATTEMPTS: &[Attempt] = &[];
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::statvfs::statvfs;
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+
+use crate::leave::{daemon, ignore_every_signal, keys};
+use crate::sys::{c, call, fork, wait_for_ever};
+use crate::{Attempt, Report};
+
+pub const ATTEMPTS: &[Attempt] = &[
+    ("shared-memory", shared_memory),
+    ("take-everything", take_everything),
+    ("take-a-little", take_a_little),
+    ("fill-quota", fill_quota),
+    ("write-much", write_much),
+    ("chatter", chatter),
+    ("never-end", never_end),
+];
+
+fn number(word: &str) -> u64 {
+    word.parse().expect("the test gives a number")
+}
+
+/// Take things until there are no more, at most `end` of them; they are returned, and the reason.
+fn take<T>(end: u64, mut one: impl FnMut(u64) -> io::Result<T>) -> (Vec<T>, Option<io::Error>) {
+    let mut taken = Vec::new();
+    for count in 0..end {
+        match one(count) {
+            Ok(thing) => taken.push(thing),
+            Err(error) => return (taken, Some(error)),
+        }
+    }
+    (taken, None)
+}
+
+/// There must have been an end, for this reason, after at least `least` and at most `most`.
+fn bounded(
+    report: &mut Report,
+    what: &str,
+    count: u64,
+    (least, most): (u64, u64),
+    error: &Option<io::Error>,
+    reasons: &[i32],
+) {
+    let why = error.as_ref().and_then(io::Error::raw_os_error);
+    let line = format!("{what}: {count}, then {error:?}");
+    if (least..=most).contains(&count) && why.is_some_and(|why| reasons.contains(&why)) {
+        report.say(format!("held: {line}"));
+    } else {
+        report.broken(line);
+    }
+}
+
+fn shared_memory(report: &mut Report, words: &[String]) {
+    let limit = number(&words[0]);
+    let size = statvfs("/dev/shm").expect("a job has it");
+    let bytes = size.blocks() * size.fragment_size();
+    if bytes != limit {
+        report.broken(format!("/dev/shm has {bytes} bytes"));
+    }
+    let mut file = File::create("/dev/shm/all").expect("a job may write there");
+    let piece = vec![1; 1 << 16];
+    let (written, error) = take(2 * (limit >> 16), |_| file.write_all(&piece));
+    let written = (written.len() as u64) << 16;
+    bounded(
+        report,
+        "shared memory",
+        written,
+        (limit / 2, limit),
+        &error,
+        &[libc::ENOSPC],
+    );
+}
+
+/// A child that does this for ever.
+fn child(work: impl FnOnce()) -> io::Result<i32> {
+    match call(libc::SYS_fork, [0; 6])? {
+        0 => {
+            work();
+            wait_for_ever()
+        }
+        pid => Ok(pid as i32),
+    }
+}
+
+fn reap(children: Vec<i32>) {
+    for pid in children {
+        let pid = Pid::from_raw(pid);
+        kill(pid, Signal::SIGKILL).expect("it is our child");
+        waitpid(pid, None).expect("it is our child");
+    }
+}
+
+fn watch(_: u64) -> io::Result<i64> {
+    call(libc::SYS_inotify_init1, [0; 6])
+}
+
+fn terminal(_: u64) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open("/dev/ptmx")
+}
+
+fn queue(count: u64) -> io::Result<i64> {
+    let name = c(format!("queue-{count}"));
+    let flags = (libc::O_CREAT | libc::O_RDWR) as usize;
+    call(libc::SYS_mq_open, [name.as_ptr() as usize, flags, 0o600, 0, 0, 0])
+}
+
+/// The words: the slot's processes and open files, the watches that the host lets a user have.
+fn take_everything(report: &mut Report, words: &[String]) {
+    let [processes, files, watches] = [0, 1, 2].map(|n| number(&words[n]));
+
+    let raised = [files + 1; 2];
+    let arguments = [0, libc::RLIMIT_NOFILE as usize, raised.as_ptr() as usize, 0, 0, 0];
+    report.must_fail("more open files", call(libc::SYS_prlimit64, arguments));
+    let raised = [processes + 1; 2];
+    let arguments = [0, libc::RLIMIT_NPROC as usize, raised.as_ptr() as usize, 0, 0, 0];
+    report.must_fail("more processes", call(libc::SYS_prlimit64, arguments));
+
+    let again = &[libc::EAGAIN];
+    let range = (processes / 2, processes);
+    // In a child, with which its threads end.
+    let threads = fork(|| {
+        let park = || {
+            std::thread::Builder::new()
+                .stack_size(1 << 16)
+                .spawn(|| wait_for_ever())
+        };
+        let (all, error) = take(20 * processes, |_| park());
+        let mut own = Report::default();
+        bounded(&mut own, "threads", all.len() as u64, range, &error, again);
+    });
+    waitpid(Pid::from_raw(threads), None).expect("it is our child");
+
+    let (all, error) = take(20 * files, |_| File::open("/dev/null"));
+    bounded(
+        report,
+        "open files",
+        all.len() as u64,
+        (files / 2, files),
+        &error,
+        &[libc::EMFILE],
+    );
+    drop(all);
+
+    let most = watches.min(files);
+    let (all, error) = take(20 * files, watch);
+    bounded(
+        report,
+        "inotify",
+        all.len() as u64,
+        (1, most),
+        &error,
+        &[libc::EMFILE],
+    );
+    for fd in all {
+        call(libc::SYS_close, [fd as usize, 0, 0, 0, 0, 0]).expect("it is ours");
+    }
+
+    // RLIMIT_MSGQUEUE is 800 KiB, and a queue of the usual size takes 80 KiB at least.
+    let (all, error) = take(300, queue);
+    bounded(
+        report,
+        "queues",
+        all.len() as u64,
+        (1, 10),
+        &error,
+        &[libc::EMFILE, libc::ENOMEM, libc::ENOSPC],
+    );
+
+    let waiting = fork(|| {
+        let mut own = Report::default();
+        SigSet::all().thread_block().expect("a mask can be set");
+        let signal = 40usize;
+        // A siginfo of 128 bytes: the signal's number, no error, SI_QUEUE.
+        let mut info = [0i32; 32];
+        (info[0], info[2]) = (signal as i32, -1);
+        let pid = std::process::id() as usize;
+        let arguments = [pid, signal, info.as_ptr() as usize, 0, 0, 0];
+        let (all, error) = take(50_000, |_| call(libc::SYS_rt_sigqueueinfo, arguments));
+        bounded(&mut own, "signals", all.len() as u64, (1, 16_384), &error, again);
+    });
+    waitpid(Pid::from_raw(waiting), None).expect("it is our child");
+
+    keys(report, &[]);
+
+    // One process has not enough descriptors for all terminals. These children keep what they got, and the
+    // watches and files, while the neighbour works.
+    let (mut total, mut last) = (0, None);
+    for _ in 0..16 {
+        let (mut here, mut there) = UnixStream::pair().expect("a socket pair");
+        child(|| {
+            let (terminals, error) = take(files, terminal);
+            let why = error.as_ref().and_then(io::Error::raw_os_error).unwrap_or(0);
+            let words = [terminals.len() as u32, why as u32].map(u32::to_le_bytes);
+            there.write_all(words.as_flattened()).expect("the parent reads");
+            let _rest = (take(files, watch), take(files, |_| File::open("/dev/null")));
+            wait_for_ever();
+        })
+        .expect("there may be more processes");
+        drop(there);
+        let mut words = [0; 8];
+        here.read_exact(&mut words).expect("the child writes");
+        let [count, why] =
+            [&words[..4], &words[4..]].map(|word| u32::from_le_bytes(word.try_into().expect("four bytes")));
+        total += u64::from(count);
+        last = Some(io::Error::from_raw_os_error(why as i32));
+    }
+    bounded(report, "terminals", total, (files, 1024), &last, &[libc::ENOSPC]);
+
+    let (all, error) = take(20 * processes, |_| child(|| ()));
+    // Some are there already: the terminals' holders, this one, pid 1.
+    bounded(report, "processes", all.len() as u64 + 18, range, &error, again);
+    report.say("ready");
+    wait_for_ever();
+}
+
+/// What every job does, while another one takes all that it gets.
+fn take_a_little(report: &mut Report, _: &[String]) {
+    let (children, error) = take(100, |_| child(|| ()));
+    let mut missing = |what: &str, error: Option<io::Error>| match error {
+        Some(error) => report.broken(format!("{what} should work: {error}")),
+        None => report.say(format!("done: {what}")),
+    };
+    missing("processes", error);
+    missing("files", take(400, |_| File::open("/dev/null")).1);
+    missing("terminals", take(20, terminal).1);
+    missing("watches", take(20, watch).1);
+    missing("queues", take(3, queue).1);
+    reap(children);
+}
+
+/// Where the job's files go to the disk: each a tree of its own.
+fn trees() -> [PathBuf; 3] {
+    let home = std::env::var("HOME").expect("a job has a home");
+    [PathBuf::from(home), "/work".into(), "/tmp".into()]
+}
+
+/// The words: the slot's bytes and files on disk.
+fn fill_quota(report: &mut Report, words: &[String]) {
+    let [bytes, inodes] = [0, 1].map(|n| number(&words[n]));
+    let quota = &[libc::EDQUOT];
+    let trees = trees();
+    let tree = |count: u64| &trees[(count % 3) as usize];
+    let made = |count: u64| tree(count).join(format!("file-{count}"));
+
+    let (all, error) = take(4 * inodes, |count| File::create(made(count)).map(drop));
+    bounded(
+        report,
+        "files",
+        all.len() as u64,
+        (inodes / 2, inodes),
+        &error,
+        quota,
+    );
+    for (what, result) in [
+        ("a directory", fs::create_dir("/work/dir")),
+        ("a link", symlink("/", "/work/link")),
+        ("a socket", UnixListener::bind("/tmp/socket").map(drop)),
+    ] {
+        report.must_fail(what, result);
+    }
+    for count in 0..all.len() as u64 {
+        fs::remove_file(made(count)).expect("it was made");
+    }
+
+    let mut files = trees
+        .each_ref()
+        .map(|tree| File::create(tree.join("blocks")).expect("there is room"));
+    let piece = vec![1; 1 << 16];
+    let pieces = bytes >> 16;
+    let (all, error) = take(4 * pieces, |count| files[(count % 3) as usize].write_all(&piece));
+    bounded(
+        report,
+        "pieces",
+        all.len() as u64,
+        (pieces / 2, pieces),
+        &error,
+        quota,
+    );
+    for file in &files {
+        report.must_fail("allocated", nix::fcntl::posix_fallocate(file, 0, bytes as i64));
+    }
+    // Nobody else's files to be, and no other limit.
+    let path = c("/work/blocks");
+    report.must_fail(
+        "given away",
+        call(libc::SYS_chown, [path.as_ptr() as usize, 0, 0, 0, 0, 0]),
+    );
+    let work = File::open("/work").expect("it is the job's");
+    let limits = [0u64; 9];
+    let arguments = [
+        std::os::fd::AsRawFd::as_raw_fd(&work) as usize,
+        // Q_SETQUOTA for users
+        0x8000_0800,
+        crate::leave::uid() as usize,
+        limits.as_ptr() as usize,
+        0,
+        0,
+    ];
+    report.must_fail("another quota", call(libc::SYS_quotactl_fd, arguments));
+    for count in 0..1000 {
+        report.say(format!("line {count} with a full quota"));
+    }
+    report.say("ready");
+    wait_for_ever();
+}
+
+/// The words: MiB, and files.
+fn write_much(report: &mut Report, words: &[String]) {
+    let piece = vec![1; 1 << 20];
+    let mut file = File::create("/work/much").expect("a job may write there");
+    let (_, blocks) = take(number(&words[0]), |_| file.write_all(&piece));
+    let made = |count| File::create(Path::new("/tmp").join(format!("file-{count}"))).map(drop);
+    let (_, files) = take(number(&words[1]), made);
+    for error in [blocks, files].into_iter().flatten() {
+        report.broken(format!("writing should work: {error}"));
+    }
+}
+
+/// 16 MiB of output of the kind that the word says, and an exit status of its own.
+fn chatter(_: &mut Report, words: &[String]) {
+    let pattern: &[u8] = match words[0].as_str() {
+        "no-newline" => b"x",
+        "escapes" => b"\x1b[2J\x1b]0;title\x07\x1b[31m\x9b\xff",
+        "nuls" => b"\0",
+        other => panic!("no such output: {other:?}"),
+    };
+    let piece = pattern.repeat((1 << 20) / pattern.len() + 1);
+    // Around the line buffer of the standard library.
+    let mut output = File::from(nix::unistd::dup(io::stdout()).expect("a job has an output"));
+    for _ in 0..16 {
+        output.write_all(&piece).expect("somebody reads");
+    }
+    std::process::exit(7);
+}
+
+/// With the word `noisy`, all of them print as fast as they can.
+fn never_end(report: &mut Report, words: &[String]) {
+    let noisy = words.first().is_some_and(|word| word == "noisy");
+    for _ in 0..4 {
+        daemon(|| {
+            ignore_every_signal();
+            while noisy {
+                let _ = nix::unistd::write(io::stdout(), &[b'y'; 4096]);
+            }
+            wait_for_ever();
+        });
+    }
+    ignore_every_signal();
+    report.say("ready");
+    wait_for_ever();
+}
