@@ -45,9 +45,7 @@ pub struct Agent {
 
 /// Start `agent install …`. The error is the kernel's reason.
 pub fn spawn_agent(program: &str, arguments: &[String], user: &UserName) -> io::Result<Agent> {
-    // Before the first child, so that no end of one is missed.
     let mask = SigSet::from(Signal::SIGCHLD);
-    mask.thread_block()?;
     let children_ended = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let (output, input) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let child = Command::new(program)
@@ -66,6 +64,10 @@ pub fn spawn_agent(program: &str, arguments: &[String], user: &UserName) -> io::
         .stdout(input.try_clone()?)
         .stderr(input)
         .spawn()?;
+    // Only now: the agent would inherit it, and so would all that it starts, and debuggers and shells wait
+    // for this signal. A child that has ended by now is found because we tell ourselves of it.
+    mask.thread_block()?;
+    nix::sys::signal::raise(Signal::SIGCHLD)?;
     nix::fcntl::fcntl(&output, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     Ok(Agent {
         install: Pid::from_raw(child.id() as i32),

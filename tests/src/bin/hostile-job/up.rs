@@ -355,8 +355,6 @@ fn never_files(report: &mut Report, pid: usize, place: &str) {
         "comm",
         "clear_refs",
         "coredump_filter",
-        "timerslack_ns",
-        "attr/current",
         "uid_map",
         "setgroups",
         "loginuid",
@@ -365,7 +363,26 @@ fn never_files(report: &mut Report, pid: usize, place: &str) {
         let open = OpenOptions::new().write(true).open(&path);
         report.must_fail(format!("open {} {place}", path.display()), open);
     }
+    for part in ASKS_LATER {
+        let path = dir.join(part);
+        let write = OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .and_then(|mut file| io::Write::write(&mut file, b"0"));
+        report.must_fail(format!("write {} {place}", path.display()), write);
+    }
 }
+
+/// Files of another process that everybody may open for writing: the kernel looks at the writer only when he
+/// writes, and so has the test to write. No module takes 0 for an attribute, and a slack of 0 is the usual one.
+const ASKS_LATER: [&str; 6] = [
+    "timerslack_ns",
+    "attr/current",
+    "attr/exec",
+    "attr/fscreate",
+    "attr/keycreate",
+    "attr/sockcreate",
+];
 
 fn init(report: &mut Report, words: &[String]) {
     let name = fs::read_to_string("/proc/1/comm").unwrap_or_default();
@@ -568,9 +585,10 @@ fn inheritance(report: &mut Report, _: &[String]) {
     if names != BTreeSet::from(["PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ"].map(str::to_owned)) {
         report.broken(format!("the environment has {names:?}"));
     }
-    // The Rust library of this program itself ignores SIGPIPE.
-    let pipe = 1u64 << (libc::SIGPIPE - 1);
-    for (name, own) in [("SigBlk", 0), ("SigIgn", pipe), ("SigPnd", 0), ("ShdPnd", 0)] {
+    // The Rust library of this program itself ignores SIGPIPE, and the C library has every program that it
+    // starts ignore the two signals that it keeps to itself.
+    let ignored = 1u64 << (libc::SIGPIPE - 1) | 0b11 << 31;
+    for (name, own) in [("SigBlk", 0), ("SigIgn", ignored), ("SigPnd", 0), ("ShdPnd", 0)] {
         match u64::from_str_radix(&status(name), 16) {
             Ok(mask) if mask & !own == 0 => {}
             other => report.broken(format!("{name} is {other:x?}")),
@@ -631,7 +649,14 @@ fn try_to_open(report: &mut Report, dir: &Path, depth: u32, tried: &mut u64) {
             if open.is_err() {
                 continue;
             }
-            if HARMLESS.iter().any(|other| path == Path::new(other)) {
+            // `never_files` has a word to say about these.
+            let of_pid_1 = ["/proc/1", "/proc/1/task/1"].iter().any(|dir| {
+                path.strip_prefix(dir)
+                    .is_ok_and(|part| ASKS_LATER.iter().any(|other| part == Path::new(other)))
+            });
+            if of_pid_1 {
+                report.say(format!("opened {}, which takes nothing", path.display()));
+            } else if HARMLESS.iter().any(|other| path == Path::new(other)) {
                 report.say(format!("opened {}, which is harmless", path.display()));
             } else {
                 report.broken(format!("{} can be opened for writing", path.display()));
@@ -684,6 +709,7 @@ fn kernel_files(report: &mut Report, _: &[String]) {
     if tried < 1000 {
         report.broken(format!("only {tried} files were found"));
     }
+    never_files(report, 1, "");
     // Each by its name: nobody has to list a directory to open what is in it.
     for path in [
         "/proc/sysrq-trigger",
