@@ -967,7 +967,10 @@ fn unmask(report: &mut Report, words: &[String]) {
         }
         // The copy becomes the root, and the old one goes.
         report.must_work("a copy again", mount("/", "/work/copy", "none", bind));
-        if let Some(_) = report.must_work("a new root", pivot_root("/work/copy", "/work/copy")) {
+        if report
+            .must_work("a new root", pivot_root("/work/copy", "/work/copy"))
+            .is_some()
+        {
             std::env::set_current_dir("/").expect("there is a root");
             report.must_work("the old root goes", umount("/", libc::MNT_DETACH));
             stays_hidden(report, Path::new(&hidden), "below a new root");
