@@ -349,8 +349,10 @@ fn never_end(report: &mut Report, words: &[String]) {
     for _ in 0..4 {
         daemon(|| {
             ignore_every_signal();
-            while noisy {
-                let _ = nix::unistd::write(io::stdout(), &[b'y'; 4096]);
+            if noisy {
+                loop {
+                    let _ = nix::unistd::write(io::stdout(), &[b'y'; 4096]);
+                }
             }
             wait_for_ever();
         });
