@@ -1,5 +1,6 @@
 //! Group C: system calls, environment, groups, scheduling, raw sockets.
 
+use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::mem::size_of_val;
@@ -193,7 +194,7 @@ const OF_NAMESPACES: &[Call] = &[
 ];
 
 /// It must fail, and for this reason: another one comes from behind the wall.
-fn refused<T>(report: &mut Report, what: &str, result: io::Result<T>, reason: i32) {
+pub fn refused<T>(report: &mut Report, what: impl Display, result: io::Result<T>, reason: i32) {
     match result {
         Err(error) if error.raw_os_error() == Some(reason) => report.must_fail::<T, _>(what, Err(error)),
         Err(error) => report.broken(format!("{what}: it got past the wall, and then: {error}")),
@@ -219,7 +220,7 @@ fn calls(report: &mut Report, _: &[String]) {
     // Far above what any kernel has, and just above what was weighed.
     for number in [470, 471, 500, 4000] {
         let result = call(number, [NO_FILE, NOWHERE, NOWHERE, ALL_BITS, ALL_BITS, 0]);
-        refused(report, &format!("call {number}"), result, libc::ENOSYS);
+        refused(report, format!("call {number}"), result, libc::ENOSYS);
     }
     families(report);
 }
@@ -271,12 +272,12 @@ fn other_entry_points(report: &mut Report, _: &[String]) {
         ("iopl", 110, 9),
     ] {
         let result = call_of_32_bits(number, argument);
-        refused(report, &format!("{name} by int 0x80"), result, libc::ENOSYS);
+        refused(report, format!("{name} by int 0x80"), result, libc::ENOSYS);
     }
     const X32: libc::c_long = 0x4000_0000;
     for (name, number, arguments) in [NEVER, OF_NAMESPACES].concat() {
         let result = call(number | X32, arguments);
-        refused(report, &format!("{name} of x32"), result, libc::ENOSYS);
+        refused(report, format!("{name} of x32"), result, libc::ENOSYS);
     }
     refused(
         report,
@@ -370,7 +371,7 @@ fn groups(report: &mut Report, words: &[String]) {
         let list = [gid];
         let one = gid as usize;
         let set = call(libc::SYS_setgroups, [1, list.as_ptr() as usize, 0, 0, 0, 0]);
-        refused(report, &format!("setgroups to {gid}"), set, libc::EPERM);
+        refused(report, format!("setgroups to {gid}"), set, libc::EPERM);
         refused(
             report,
             &format!("setgid to {gid}"),
@@ -378,7 +379,7 @@ fn groups(report: &mut Report, words: &[String]) {
             libc::EPERM,
         );
         let set = call(libc::SYS_setresgid, [one, one, one, 0, 0, 0]);
-        refused(report, &format!("setresgid to {gid}"), set, libc::EPERM);
+        refused(report, format!("setresgid to {gid}"), set, libc::EPERM);
     }
     // Giving up a group opens what is closed to its members.
     refused(
@@ -420,7 +421,7 @@ fn scheduling(report: &mut Report, words: &[String]) {
     ] {
         let text = c("taken-over");
         let result = call(number, [text.as_ptr() as usize, 10, 0, 0, 0, 0]);
-        refused(report, &format!("setting the {name} name"), result, libc::EPERM);
+        refused(report, format!("setting the {name} name"), result, libc::EPERM);
     }
     // A microsecond that there is not: it could not be set.
     let time = [0u64, u64::MAX];
