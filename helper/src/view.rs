@@ -52,8 +52,9 @@ pub struct View {
 #[derive(Debug)]
 struct Built {
     configuration: FileIdentity,
-    /// Directories of the host whose entries were mounted one by one, and when they last changed.
-    unfolded: Vec<(File, FileIdentity)>,
+    /// Directories of the host whose entries were mounted one by one, or of which one is hidden, and when they
+    /// last changed.
+    watched: Vec<(File, FileIdentity)>,
 }
 
 /// The bind of `source`, for a job: the place in the template where `sandbox` finds it.
@@ -72,7 +73,7 @@ impl View {
     }
 
     /// Build the template, or build it again if the configuration, the host's mounts, or a directory that
-    /// was taken apart has changed. After an error there is none, and no job can be started. True if it was
+    /// was taken apart or has a hidden entry has changed. After an error there is none, and no job can be started. True if it was
     /// built.
     pub fn refresh(&mut self, host: &Host) -> Result<bool> {
         let mut mounts = [PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI)];
@@ -84,7 +85,7 @@ impl View {
             && !remounted
             && built.configuration == identity
             && built
-                .unfolded
+                .watched
                 .iter()
                 .all(|(dir, seen)| dir.metadata().is_ok_and(|meta| FileIdentity::of(&meta) == *seen))
         {
@@ -93,10 +94,10 @@ impl View {
         }
         setns(&self.host_namespace, CloneFlags::CLONE_NEWNS).context("cannot return to the host's mounts")?;
         unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
-        let unfolded = Builder::build(host, &config).context("cannot build the jobs' view of the host")?;
+        let watched = Builder::build(host, &config).context("cannot build the jobs' view of the host")?;
         self.built = Some(Built {
             configuration: identity,
-            unfolded,
+            watched,
         });
         Ok(true)
     }
@@ -109,7 +110,7 @@ struct Builder {
     new_root: PathBuf,
     /// Paths, as the job sees them, that are directories of the tmpfs.
     open: BTreeSet<PathBuf>,
-    unfolded: Vec<(File, FileIdentity)>,
+    watched: Vec<(File, FileIdentity)>,
 }
 
 fn below(root: &Path, path: &Path) -> PathBuf {
@@ -144,7 +145,7 @@ impl Builder {
             devices,
             new_root,
             open: BTreeSet::from([PathBuf::from("/")]),
-            unfolded: Vec::new(),
+            watched: Vec::new(),
         };
         this.unfold_content(Path::new("/"))?;
         for name in NOT_THE_HOSTS.iter().filter(|name| **name != "lost+found") {
@@ -174,7 +175,7 @@ impl Builder {
         this.hide(host, config)?;
         this.hide_sockets()?;
         this.enter()?;
-        Ok(this.unfolded)
+        Ok(this.watched)
     }
 
     /// Attach a copy of the host's `source`, with what is mounted below it.
@@ -217,7 +218,7 @@ impl Builder {
                 self.bind(&place, &place, READ_ONLY, false)?;
             }
         }
-        self.unfolded.push((dir, seen));
+        self.watched.push((dir, seen));
         Ok(())
     }
 
@@ -312,7 +313,7 @@ impl Builder {
 
     /// Lay nothing over what no job may see. A path that leads through links hides what it leads to: laid
     /// over the link's own name, the cover would land on the host's tree, and hide nothing from a job.
-    fn hide(&self, host: &Host, config: &Config) -> Result<()> {
+    fn hide(&mut self, host: &Host, config: &Config) -> Result<()> {
         let mut hidden = Vec::new();
         for path in &config.factory.hide {
             let real = path.as_path().canonicalize();
@@ -348,6 +349,10 @@ impl Builder {
                     let cover = if meta.is_dir() { "nothing" } else { "no-file" };
                     let cover = below(&self.new_root, &Path::new(PRIVATE).join(cover));
                     self.bind(&cover, &path, READ_ONLY, false)?;
+                    // A file that is put in its place has no cover: the change of its directory tells.
+                    let parent = File::open(path.parent().context("the root cannot be hidden")?)?;
+                    let seen = FileIdentity::of(&parent.metadata()?);
+                    self.watched.push((parent, seen));
                 }
                 // Below what jobs have of their own, or below what is hidden by now.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

@@ -344,6 +344,42 @@ fn open_token() {
 }
 
 #[test]
+fn row_43_a_token_that_was_replaced_since() {
+    where_jobs_look("replaced_token");
+}
+
+#[test]
+#[ignore = "a part of row 43, which starts it"]
+fn replaced_token() {
+    let host = testbed::harness::TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, testbed::stage::SLOTS);
+    let token = host.root.join("token");
+    fs::write(&token, "an old one").unwrap();
+    let stage = Stage::on(host, None);
+    let client = stage.client();
+    let first = created(&client, "a");
+    attack(
+        &client,
+        first,
+        "seek",
+        &[&backwards(&secret()), &token.display().to_string()],
+    );
+    // As an editor does it: the old file, and what lay over it, goes.
+    let new = stage.host.root.join(config::STATE_DIR).join("new-token");
+    fs::write(&new, secret()).unwrap();
+    open_to_all(&new);
+    fs::rename(new, &token).unwrap();
+    let second = created(&client, "c");
+    attack(
+        &client,
+        second,
+        "seek",
+        &[&backwards(&secret()), &token.display().to_string()],
+    );
+    stage.finish(&[first, second]);
+}
+
+#[test]
 fn row_45_host_files_by_handle() {
     one("handles");
 }

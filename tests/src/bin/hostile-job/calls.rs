@@ -374,7 +374,7 @@ fn groups(report: &mut Report, words: &[String]) {
         refused(report, format!("setgroups to {gid}"), set, libc::EPERM);
         refused(
             report,
-            &format!("setgid to {gid}"),
+            format!("setgid to {gid}"),
             call(libc::SYS_setgid, [one, 0, 0, 0, 0, 0]),
             libc::EPERM,
         );
@@ -483,7 +483,7 @@ fn scheduling(report: &mut Report, words: &[String]) {
         }
         refused(
             report,
-            &format!("more than RLIMIT_{name}"),
+            format!("more than RLIMIT_{name}"),
             set_limit(resource, hard + 1),
             libc::EPERM,
         );
@@ -541,7 +541,7 @@ fn raw_sockets(report: &mut Report, words: &[String]) {
             let result = open(family, libc::SOCK_RAW, protocol);
             refused(
                 report,
-                &format!("a raw socket of {name}, protocol {protocol}"),
+                format!("a raw socket of {name}, protocol {protocol}"),
                 result,
                 libc::EPERM,
             );
