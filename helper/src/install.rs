@@ -89,13 +89,13 @@ pub fn expect(from: &Seqpacket, word: Word) -> Result<()> {
     let packet = match from.recv(Word::MAX)? {
         Received::Packet { bytes, .. } => bytes,
         _ => bail!(
-            "the worker's pid 1 was killed before it could start the agent: look for the reason in the kernel's log"
+            "the process that was to do it was killed: look for the reason in the kernel's log, and repeat"
         ),
     };
     match Word::decode(&packet) {
         Some(said) if said == word => Ok(()),
         Some(Word::Failed(sentence)) => bail!("{sentence}"),
-        other => bail!("the worker's pid 1 said {other:?} instead of {word:?}"),
+        other => bail!("the process that was to do it said {other:?} instead of {word:?}"),
     }
 }
 

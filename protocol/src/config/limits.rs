@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Deserializer, de};
 
+use crate::MAX_CONSOLE_BYTES;
+
 /// The limits of a slot's jobs; what is not written has no limit, or the default that is said here.
 ///
 /// A limit that the host cannot enforce stops the helper at its start, unless `best_effort` is set.
@@ -30,7 +32,7 @@ pub struct Limits {
     #[serde(deserialize_with = "at_least::<_, 100>")]
     pub inodes: Option<u64>,
     /// Bytes that are kept of what the agent prints, 1 KiB to 8 MiB; the rest is dropped.
-    #[serde(deserialize_with = "size_between::<_, 0x400, 0x80_0000>")]
+    #[serde(deserialize_with = "size_between::<_, 0x400, MAX_CONSOLE_BYTES>")]
     pub console: u64,
     /// Seconds from the start of the agent to its end, 10 to 31536000; then all of the worker's processes are ended.
     #[serde(deserialize_with = "maybe_between::<_, 10, 31_536_000>")]

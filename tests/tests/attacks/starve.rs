@@ -117,8 +117,7 @@ fn row_53_a_job_that_takes_all_it_gets_finds_its_limits_and_its_neighbour_finds_
     stage.finish(&[greedy, modest]);
 }
 
-/// A stage whose state directory is on a file system that enforces user quotas; none, if this kernel knows no
-/// format of quotas.
+/// A stage whose state directory is on a file system that enforces user quotas.
 fn with_quotas(slots: &str, uids: u32) -> Stage {
     let mut host = TestHost::new();
     host.uids = *host.uids.start()..=*host.uids.start() + uids - 1;

@@ -206,7 +206,7 @@ fn an_endless_console_is_bounded_and_harms_nobody() {
         assert!(begin.elapsed() < PATIENCE);
         std::thread::yield_now();
     }
-    assert!(console.metadata().unwrap().len() < protocol::MAX_CONSOLE_BYTES + 100);
+    assert!(console.metadata().unwrap().len() < protocol::config::Limits::default().console + 100);
     assert!(console.write_at(b"x", 0).is_err(), "the console can be written");
     let mut byte = [0];
     assert_eq!((&console).read(&mut byte).unwrap(), 1);

@@ -7,6 +7,7 @@ use super::*;
 use std::io::{Read, Write};
 use std::net::{TcpListener as StdListener, TcpStream as StdStream};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 
 use protocol::{Received, Seqpacket};
 use socket2::SockRef;
@@ -177,7 +178,6 @@ async fn the_gate_opens_when_its_directory_comes_and_comes_again() {
     let port = echo().await;
     let directory = above.path().join("gate");
     let gate = open(&directory, port, 0);
-    sleep(Duration::from_millis(100)).await;
     for _ in 0..2 {
         std::fs::create_dir(&directory).unwrap();
         while !directory.join(GATE_SOCKET).exists() {
@@ -198,19 +198,25 @@ async fn a_new_gate_takes_the_old_ones_place_without_a_gap() {
     // What a supervisor leaves that was ended in the middle.
     std::fs::write(house.directory.path().join("new.sock"), "").unwrap();
     let path = house.socket();
+    let over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let until = over.clone();
     let watch = std::thread::spawn(move || {
-        let end = std::time::Instant::now() + Duration::from_millis(2500);
-        while std::time::Instant::now() < end {
+        while !until.load(std::sync::atomic::Ordering::Relaxed) {
             Seqpacket::connect(&path, false).expect("there is always somebody");
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::yield_now();
         }
     });
     for _ in 0..2 {
         let port = echo().await;
+        let inode = || std::fs::metadata(house.socket()).unwrap().ino();
+        let older = inode();
         let newer = open(house.directory.path(), port, 0);
-        sleep(Duration::from_millis(500)).await;
+        while inode() == older {
+            tokio::task::yield_now().await;
+        }
         std::mem::replace(&mut house.gate, newer).abort();
         (house.port, _) = (port, house.works().await);
     }
+    over.store(true, std::sync::atomic::Ordering::Relaxed);
     tokio::task::block_in_place(|| watch.join().unwrap());
 }
