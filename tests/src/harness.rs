@@ -176,9 +176,16 @@ impl Running {
         self.child.id()
     }
 
-    /// Wait for its end.
+    /// Wait for its end, and fail where it does not come: a test must not hang on what it is there to find.
     pub fn wait(&mut self) -> std::process::ExitStatus {
-        self.child.wait().expect("it is our child")
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is our child") {
+                return status;
+            }
+            assert!(Instant::now() < end, "process {} does not end", self.child.id());
+            std::thread::yield_now();
+        }
     }
 }
 
