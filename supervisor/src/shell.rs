@@ -12,11 +12,14 @@ use tokio::sync::mpsc;
 
 use crate::act::Hands;
 use crate::factory::{Factory, Input, Level, Output, Say};
-use crate::store::Store;
+use crate::store::{Store, Unsaved};
 use crate::worker::Worker;
 
 /// How long a stop waits for what is under way.
 const GRACE: Duration = Duration::from_secs(10);
+/// How soon, and how late at most, a change is written again that could not be.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+const LAST_WAIT: Duration = Duration::from_secs(15);
 
 /// Milliseconds since 1970 that never go back, and do not jump, within one life.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +55,8 @@ impl Shell {
     /// Run until `stop` is done, then wait a little for what is under way. Jobs go on without us.
     ///
     /// # Errors
-    /// Where the database cannot be written: nothing may be begun that would be forgotten.
+    /// Where the database cannot be written, and waiting would not help: nothing may be begun that would be
+    /// forgotten.
     pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<()> {
         let (answers, mut inbox) = mpsc::unbounded_channel();
         let mut phases: BTreeMap<WorkerId, &'static str> =
@@ -64,17 +68,13 @@ impl Shell {
             for output in self.factory.handle(self.clock.now(), input) {
                 match output {
                     Output::Save(worker) => {
-                        let saved = self.store.save(&worker);
-                        saved.context(
-                            "a worker cannot be saved: make room on the disk, or mend the database",
-                        )?;
+                        let stop = stopping.is_none().then_some(&mut stop);
+                        written(|| self.store.save(&worker), stop).await?;
                         log_phase(&mut phases, &worker);
                     }
                     Output::Remove(worker) => {
-                        let removed = self.store.remove(worker);
-                        removed.context(
-                            "a worker cannot be forgotten: make room on the disk, or mend the database",
-                        )?;
+                        let stop = stopping.is_none().then_some(&mut stop);
+                        written(|| self.store.remove(worker), stop).await?;
                         phases.remove(&worker);
                         tracing::info!(%worker, "worker forgotten");
                     }
@@ -110,6 +110,44 @@ impl Shell {
         }
         tracing::info!("stopped");
         Ok(())
+    }
+}
+
+/// Write a change, as soon as it can be: a full disk is waited for, and told once.
+///
+/// # Errors
+/// Where waiting does not help, or `stop` is done, or was before (none).
+async fn written(
+    mut write: impl FnMut() -> Result<(), Unsaved>,
+    stop: Option<&mut (impl Future<Output = ()> + Unpin)>,
+) -> Result<()> {
+    const STOPPED: &str = "stopped while the database could not be written";
+    let mut stop = stop;
+    let mut wait = FIRST_WAIT;
+    loop {
+        let unsaved = match write() {
+            Ok(()) if wait == FIRST_WAIT => return Ok(()),
+            Ok(()) => {
+                tracing::info!("the database can be written again");
+                return Ok(());
+            }
+            Err(unsaved) => unsaved,
+        };
+        if !unsaved.passing {
+            return Err(unsaved).context("the database cannot be written");
+        }
+        if wait == FIRST_WAIT {
+            tracing::error!(
+                "the database cannot be written, and nothing is begun until it can: {unsaved}; running jobs go on"
+            );
+        }
+        let Some(stop) = &mut stop else {
+            return Err(unsaved).context(STOPPED);
+        };
+        tokio::select! {
+            () = &mut **stop => return Err(unsaved).context(STOPPED),
+            () = tokio::time::sleep(wait) => wait = (wait * 2).min(LAST_WAIT),
+        }
     }
 }
 
