@@ -163,7 +163,7 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     let run_dir = options.root.join(config::RUN_DIR);
     std::os::unix::fs::chown(options.root.join(config::GATE_DIR), Some(client), None)
         .context("cannot give the gate's directory to the supervisor")?;
-    let _only_one = lock(&run_dir)?;
+    let _only_one = lock(&run_dir, &options.root.join(config::STATE_DIR).join("workers"))?;
     let socket = match systemd_socket {
         Some(socket) => {
             check_socket(&socket).context("the socket that systemd passed cannot be used")?;
@@ -178,17 +178,27 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     serve(&host, &mut view, socket, client)
 }
 
-/// Two helpers on one state directory would each be right and together wrong.
-fn lock(run_dir: &Path) -> Result<Flock<std::fs::File>> {
-    let path = run_dir.join("helper.lock");
-    let file = std::fs::File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((_, Errno::EWOULDBLOCK)) => {
-            bail!("another helper serves {}: stop that one first", run_dir.display())
+/// Two helpers on one state directory would each be right and together wrong. The directory is locked, too: the
+/// two may have a `/run` each. That takes no room on a disk that may be full.
+fn lock(run_dir: &Path, workers: &Path) -> Result<[Flock<std::fs::File>; 2]> {
+    let lock = |opened: std::io::Result<std::fs::File>, what: &str, path: &Path| {
+        let file = opened.with_context(|| format!("cannot open {}", path.display()))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(lock),
+            Err((_, Errno::EWOULDBLOCK)) => {
+                bail!("another helper {what} {}: stop that one first", path.display())
+            }
+            Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
         }
-        Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
-    }
+    };
+    Ok([
+        lock(
+            std::fs::File::create(run_dir.join("helper.lock")),
+            "serves",
+            run_dir,
+        )?,
+        lock(std::fs::File::open(workers), "works in", workers)?,
+    ])
 }
 
 fn listen_at(path: &Path, client: u32) -> Result<OwnedFd> {
