@@ -267,6 +267,7 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(orders.as_fd(), PollFlags::POLLIN),
                 PollFd::new(hotplug.as_fd(), PollFlags::POLLIN),
+                PollFd::new(view.as_fd(), PollFlags::POLLPRI),
             ];
             if !full {
                 events.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
@@ -295,7 +296,14 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
         if ready[2] {
             hotplug.refresh(host);
         }
-        if ready.get(3) == Some(&true) {
+        if ready[3] {
+            // A file system that the host has unmounted must not stay in use until the next job starts.
+            view.forget();
+            if let Err(error) = view.refresh(host) {
+                warn!("no job can be started until this is mended: {error:#}");
+            }
+        }
+        if ready.get(4) == Some(&true) {
             accept(host, &listener, &for_connections, client, &mut connections);
         }
     }
