@@ -29,8 +29,8 @@ fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
 ///
 /// `wanted` is a cgroup's path below the mount; without it, the one that this process was started in.
 pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
-    let mountinfo =
-        std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")
+        .context("cannot read /proc/self/mountinfo: mount /proc (mount -t proc none /proc)")?;
     let Some((mount, root)) = find_mount(&mountinfo) else {
         bail!("no cgroup v2 hierarchy is mounted: mount one (mount -t cgroup2 none /sys/fs/cgroup)");
     };
