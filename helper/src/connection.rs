@@ -125,7 +125,7 @@ fn typed(error: anyhow::Error) -> Error {
 }
 
 fn create_user(host: &Host, id: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
-    let (config, _) = host.configuration()?;
+    let config = host.configuration_now()?;
     let slot_config = config.slots.get(slot).ok_or_else(|| policy::no_such_slot(slot))?;
     user::groups(host, &slot_config.add_to_groups)?;
     let mut worker = Worker::find_or_make(host, id)?;

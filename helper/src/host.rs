@@ -14,6 +14,7 @@ use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use protocol::config::{self, Config};
+use protocol::{Error, ErrorKind};
 
 use crate::limits::Abilities;
 
@@ -90,6 +91,13 @@ impl Host {
             &self.cgroups,
         ]
         .map(AsRawFd::as_raw_fd)
+    }
+
+    /// The configuration for a request. One with a mistake is no reason to fail a job: somebody is about to mend it.
+    pub fn configuration_now(&self) -> Result<Config, Error> {
+        let read = self.configuration();
+        read.map(|(config, _)| config)
+            .map_err(|error| Error::new(ErrorKind::Busy, format!("{error:#}")))
     }
 
     /// The configuration as it is now, and what tells whether the file is still the same later.

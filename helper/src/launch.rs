@@ -4,6 +4,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::{Context, Result, anyhow};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use protocol::{Received, Seqpacket, WorkerId};
 use tracing::warn;
@@ -27,6 +28,10 @@ pub fn take_order(host: &Host, view: &mut View, orders: &Seqpacket) -> bool {
         },
         _ => return false,
     };
+    if has_hung_up(&answer) {
+        // It had no time to wait for us, and the worker may be another's by now.
+        return false;
+    }
     let begun = match Order::decode(&bytes) {
         Some(Order::Launch { worker, bootstrap }) => {
             // A job sees the host as it is when it starts.
@@ -44,6 +49,15 @@ pub fn take_order(host: &Host, view: &mut View, orders: &Seqpacket) -> bool {
         let _ = Word::Failed(format!("{error:#}")).say(&answer);
     }
     built
+}
+
+fn has_hung_up(asker: &Seqpacket) -> bool {
+    let mut events = [PollFd::new(asker.as_fd(), PollFlags::empty())];
+    let looked = poll(&mut events, PollTimeout::ZERO);
+    looked.is_ok()
+        && events[0]
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLHUP))
 }
 
 /// Make the worker's first process, in its cgroup and its namespaces from the first instruction.
