@@ -48,13 +48,23 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Unreachable(why) => write!(f, "the buildomat server cannot be reached: {why}"),
+            Error::Unreachable(why) => write!(
+                f,
+                "the buildomat server cannot be reached: {why}: if this goes on, check the network and general.baseurl"
+            ),
             Error::Status { code: 401, message } => write!(
                 f,
                 "the buildomat server refused with 401 ({message}): if this goes on, check the factory's token"
             ),
-            Error::Status { code, message } => write!(f, "the buildomat server answered {code}: {message}"),
-            Error::Body(why) => write!(f, "the buildomat server's answer makes no sense: {why}"),
+            Error::Status { code, message } => write!(
+                f,
+                "the buildomat server answered {code}: {message}: if this goes on, look into the server's log"
+            ),
+            Error::Body(why) => write!(
+                f,
+                "the buildomat server's answer makes no sense: {why}: if this goes on, check what answers at \
+                 general.baseurl"
+            ),
         }
     }
 }

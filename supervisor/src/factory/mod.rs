@@ -203,8 +203,9 @@ impl Factory {
             out: Vec::new(),
         };
         for mut worker in workers {
-            // A clock that was set back must not hold a time-out off for years.
-            worker.waiting_since = worker.waiting_since.min(now);
+            // While nobody was here nothing could be started; and a clock that was set meanwhile must neither end a
+            // worker's time at once nor hold its end off for years.
+            worker.waiting_since = now;
             let starting = worker.phase.is_starting() && worker.job.is_some();
             let runtime = Runtime {
                 renew_at: starting.then_some(now),
@@ -314,7 +315,10 @@ impl Factory {
         self.out.push(Output::Save(new.clone()));
         self.workers.insert(id, new);
         if let Some(reason) = failed {
-            self.say(Level::Warn, Some(id), format!("the worker is broken: {reason}"));
+            let text = format!(
+                "the worker is broken: {reason}; look into its job's log, and release the worker on the server"
+            );
+            self.say(Level::Warn, Some(id), text);
         }
     }
 }
