@@ -119,10 +119,9 @@ impl Shell {
 /// Where waiting does not help, or `stop` is done, or was before (none).
 async fn written(
     mut write: impl FnMut() -> Result<(), Unsaved>,
-    stop: Option<&mut (impl Future<Output = ()> + Unpin)>,
+    mut stop: Option<&mut (impl Future<Output = ()> + Unpin)>,
 ) -> Result<()> {
     const STOPPED: &str = "stopped while the database could not be written";
-    let mut stop = stop;
     let mut wait = FIRST_WAIT;
     loop {
         let unsaved = match write() {

@@ -222,7 +222,10 @@ fn prepare(path: &Path) -> std::result::Result<Connection, Unusable> {
     // The whole of it, indices too: there is never much in it.
     let check: String = db.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
     if check != "ok" {
-        return Err(Unusable::Damaged(check));
+        // Its text has lines.
+        return Err(Unusable::Damaged(
+            check.split_whitespace().collect::<Vec<_>>().join(" "),
+        ));
     }
     let version: i64 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     let version = usize::try_from(version).map_err(|e| Unusable::content(e.into()))?;

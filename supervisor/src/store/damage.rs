@@ -71,8 +71,11 @@ fn is_the_hosts(error: &rusqlite::Error) -> bool {
 fn remedy(error: &rusqlite::Error) -> &'static str {
     match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => "make room on the disk",
-        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
+        Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
             "let the supervisor's user write the directory and the files in it"
+        }
+        Some(ErrorCode::CannotOpen) => {
+            "let the supervisor's user write the directory and the files in it, and make room on the disk"
         }
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => "end the program that has it open",
         // A full disk can look like this, too.
