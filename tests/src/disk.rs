@@ -14,10 +14,24 @@ pub struct SmallDisk(PathBuf);
 impl SmallDisk {
     /// In memory: its limits can be changed.
     pub fn in_memory(host: &TestHost) -> SmallDisk {
-        let disk = SmallDisk(host.root.join(STATE_DIR));
+        SmallDisk::in_memory_at(host.root.join(STATE_DIR))
+    }
+
+    /// The same elsewhere.
+    pub fn in_memory_at(place: PathBuf) -> SmallDisk {
         let options = "mode=755,size=64m,nr_inodes=1000";
-        run(&["mount", "-t", "tmpfs", "-o", options, "none"], &disk.0);
-        disk
+        run(&["mount", "-t", "tmpfs", "-o", options, "none"], &place);
+        SmallDisk(place)
+    }
+
+    /// Let it have no block and no inode more than are in use.
+    pub fn fill(&self) {
+        let now = nix::sys::statvfs::statvfs(&self.0).expect("it is mounted");
+        // To tmpfs, 0 is no limit.
+        let blocks = (now.blocks() - now.blocks_free()).max(1);
+        let inodes = now.files() - now.files_free();
+        let size = blocks * now.fragment_size();
+        self.limit(&format!("size={size},nr_inodes={inodes}"));
     }
 
     /// Set the limits of one in memory.

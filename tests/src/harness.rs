@@ -136,6 +136,17 @@ impl Log {
         self.wait_from(0, parts)
     }
 
+    /// How many lines, from `from` on, have all of `parts`.
+    pub fn count_from(&self, from: usize, parts: &[&str]) -> usize {
+        let matches = |line: &&String| parts.iter().all(|part| line.contains(part));
+        let log = self.0.0.lock().unwrap();
+        log.lines.iter().skip(from).filter(matches).count()
+    }
+
+    pub fn count(&self, parts: &[&str]) -> usize {
+        self.count_from(0, parts)
+    }
+
     pub fn len(&self) -> usize {
         self.0.0.lock().unwrap().lines.len()
     }
@@ -257,24 +268,31 @@ impl TestHost {
         chown(&path, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
     }
 
+    /// What starts the helper.
+    pub fn helper_command(&self) -> Command {
+        let mut command = Command::new(binaries().join("user-factory-helper"));
+        command.arg("--root").arg(&self.root);
+        command.args(["--cgroup", &self.cgroup]);
+        command
+    }
+
     /// Start the helper and wait until it serves.
     pub fn helper(&self) -> Running {
-        let mut command = Command::new(binaries().join("user-factory-helper"));
-        let helper = Running::start(
-            command
-                .arg("--root")
-                .arg(&self.root)
-                .args(["--cgroup", &self.cgroup]),
-        );
+        let helper = Running::start(&mut self.helper_command());
         helper.log.wait(&["serving"]);
         helper
     }
 
-    /// Start the supervisor, as an unprivileged user.
-    pub fn supervisor(&self) -> Running {
+    /// What starts the supervisor, as an unprivileged user.
+    pub fn supervisor_command(&self) -> Command {
         let mut command = Command::new(binaries().join("user-factory"));
         command.arg("serve").arg("--root").arg(&self.root);
-        Running::start(command.uid(SUPERVISOR_UID).gid(SUPERVISOR_UID))
+        command.uid(SUPERVISOR_UID).gid(SUPERVISOR_UID);
+        command
+    }
+
+    pub fn supervisor(&self) -> Running {
+        Running::start(&mut self.supervisor_command())
     }
 
     pub fn socket(&self) -> PathBuf {

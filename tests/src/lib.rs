@@ -9,5 +9,7 @@ pub mod agent;
 pub mod census;
 pub mod disk;
 pub mod harness;
+pub mod house;
+pub mod proxy;
 pub mod server;
 pub mod stage;
