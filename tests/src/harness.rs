@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 use protocol::{Received, Reply, Request, Seqpacket, WorkerId, config, wire};
 
@@ -384,7 +386,11 @@ impl Client {
 
     /// Connected; nothing said.
     pub fn silent(host: &TestHost) -> Client {
-        Client(Seqpacket::connect(&host.socket(), false).expect("the helper listens"))
+        let socket = Seqpacket::connect(&host.socket(), false).expect("the helper listens");
+        // A helper that does not answer fails the test, and does not hang it.
+        let patience = TimeVal::new(PATIENCE.as_secs() as i64, 0);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &patience).expect("a socket can have a time-out");
+        Client(socket)
     }
 
     pub fn ask(&self, request: &Request) -> (Reply, Vec<OwnedFd>) {

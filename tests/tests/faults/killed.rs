@@ -129,6 +129,30 @@ async fn row_75_a_reboot_fails_the_jobs_that_ran_and_blocks_no_slot() {
 }
 
 #[test]
+fn a_connection_that_outlived_its_helper_says_so_and_the_worker_is_made_on_a_new_one() {
+    let mut stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    stage.helper.signal(Signal::SIGKILL);
+    stage.helper.wait();
+    stage.helper = stage.host.helper();
+    let agent = || sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n");
+    let (reply, _) = install(&client, worker, agent());
+    let Reply::Error(error) = reply else {
+        panic!("{reply:?}")
+    };
+    // Not Failed: no job is failed for that.
+    assert_eq!(error.kind, ErrorKind::Busy);
+    assert!(
+        error.message().contains("the helper was restarted: repeat"),
+        "{error}"
+    );
+    let (reply, _) = install(&stage.client(), worker, agent());
+    assert_eq!(reply, Reply::AgentStarted);
+    stage.finish(&[worker]);
+}
+
+#[test]
 fn a_helper_that_hangs_gives_the_worker_up_in_time_and_takes_it_up_again() {
     let stage = Stage::new();
     let client = stage.client();
