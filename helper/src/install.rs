@@ -72,9 +72,9 @@ pub fn install(
     expect(&child, Word::Done)
 }
 
-/// How long the daemon, or a process of its making, may take for a step. One that hangs in a mount must not keep the
-/// worker's lock: its deletion would wait for ever.
-const PATIENCE: i64 = 30;
+/// How long the daemon, or a process of its making, may take for a step, in seconds: as long as the supervisor waits.
+/// One that hangs in a mount must not keep the worker's lock: its deletion would wait for ever.
+const PATIENCE: i64 = 60;
 
 /// Give the daemon an order: the other end of the socket that it gets answers.
 pub fn order(orders: &Seqpacket, order: &Order) -> Result<Seqpacket> {

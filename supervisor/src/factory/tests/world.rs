@@ -112,7 +112,9 @@ impl World {
         }
         let workers = self.disk.values().cloned().collect();
         // What a new life counts anew is not saved before something else changes.
-        self.disk.values_mut().for_each(|worker| worker.waiting_since = self.now);
+        self.disk
+            .values_mut()
+            .for_each(|worker| worker.waiting_since = self.now);
         self.core = Factory::new(Config::parse(CONFIG).unwrap(), workers, 8, self.now);
         self.tell(Input::Tick);
     }
