@@ -48,7 +48,8 @@ async fn row_78_a_deleted_database_loses_no_running_job() {
 async fn row_78_a_damaged_database_is_set_aside_and_the_running_job_found_again() {
     let mut house = House::new(ONE).await;
     let job = house.running().await;
-    let damages: [(&str, fn(&mut Vec<u8>)); 4] = [
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [(&str, Damage); 4] = [
         ("another content", |bytes| bytes.fill(b'x')),
         ("its second half lost", |bytes| bytes.truncate(bytes.len() / 2)),
         ("zeroes after the first page", |bytes| bytes[4096..].fill(0)),
