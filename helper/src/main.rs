@@ -35,6 +35,7 @@ mod view;
 mod worker;
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -44,7 +45,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -179,15 +180,25 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
 }
 
 /// Two helpers on one state directory would each be right and together wrong.
-fn lock(run_dir: &Path) -> Result<Flock<std::fs::File>> {
+///
+/// It is a lock of the process (`F_SETLK`, `fcntl(2)`), not of the open file: a child that outlives the daemon
+/// by a moment, with its parent's files still open, must not keep the next daemon out.
+fn lock(run_dir: &Path) -> Result<File> {
     let path = run_dir.join("helper.lock");
-    let file = std::fs::File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((_, Errno::EWOULDBLOCK)) => {
+    let file = File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    let all_of_it = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match fcntl(&file, FcntlArg::F_SETLK(&all_of_it)) {
+        Ok(_) => Ok(file),
+        Err(Errno::EAGAIN | Errno::EACCES) => {
             bail!("another helper serves {}: stop that one first", run_dir.display())
         }
-        Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
+        Err(errno) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
     }
 }
 

@@ -74,24 +74,32 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Uid) -> Result<()> {
         Err(Errno::ENOENT) => return Ok(()),
         fs => fs?,
     };
-    let mut own: Vec<PathBuf> = Vec::new();
+    // All trees; and those of them that are the job's. One that is still root's was made and not yet given away
+    // when that was cut off: nobody has written to it, and the job's user could not open it.
+    let (mut all, mut own): (Vec<PathBuf>, Vec<PathBuf>) = (Vec::new(), Vec::new());
+    let mut take = |path: PathBuf| -> Result<()> {
+        let stat = look(&fs, &path)?;
+        if kind(&stat) != SFlag::S_IFDIR {
+            return Ok(remove_file(&fs, &path)?);
+        }
+        if stat.st_uid == uid.get() {
+            own.push(path.clone());
+        }
+        all.push(path);
+        Ok(())
+    };
     for top in names(fs.as_fd())? {
         if top == "home" || top == "run" {
             let root_owned = open_dir(&fs, &top)?;
             for name in names(root_owned.as_fd())? {
-                let path = Path::new(&top).join(&name);
-                if kind(&look(&fs, &path)?) == SFlag::S_IFDIR {
-                    own.push(path)
-                } else {
-                    remove_file(&fs, &path)?
-                }
+                take(Path::new(&top).join(name))?;
             }
         } else {
-            own.push(top.into());
+            take(top.into())?;
         }
     }
     empty_as(uid, &fs, &own)?;
-    for path in own
+    for path in all
         .iter()
         .map(PathBuf::as_path)
         .chain([Path::new("home"), Path::new("run")])

@@ -100,7 +100,8 @@ struct Lines {
 }
 
 impl Log {
-    fn follow(&self, stream: impl std::io::Read + Send + 'static) {
+    /// Keep what comes out of this, from a thread of its own, until it ends.
+    pub fn follow(&self, stream: impl std::io::Read + Send + 'static) {
         let log = self.clone();
         std::thread::spawn(move || {
             for line in BufReader::new(stream).lines().map_while(Result::ok) {
@@ -259,15 +260,16 @@ impl TestHost {
 
     /// Start the helper and wait until it serves.
     pub fn helper(&self) -> Running {
-        let mut command = Command::new(binaries().join("user-factory-helper"));
-        let helper = Running::start(
-            command
-                .arg("--root")
-                .arg(&self.root)
-                .args(["--cgroup", &self.cgroup]),
-        );
+        let helper = Running::start(&mut self.helper_command());
         helper.log.wait(&["serving"]);
         helper
+    }
+
+    pub fn helper_command(&self) -> Command {
+        let mut command = Command::new(binaries().join("user-factory-helper"));
+        command.arg("--root").arg(&self.root);
+        command.args(["--cgroup", &self.cgroup]);
+        command
     }
 
     /// Start the supervisor, as an unprivileged user.

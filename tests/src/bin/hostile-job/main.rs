@@ -7,6 +7,7 @@
 mod calls;
 mod cleanup;
 mod leave;
+mod mess;
 mod out;
 mod starve;
 mod sys;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
     let words: Vec<String> = words.collect();
     let all = [
         leave::ATTEMPTS,
+        mess::ATTEMPTS,
         cleanup::ATTEMPTS,
         calls::ATTEMPTS,
         out::ATTEMPTS,

@@ -1,0 +1,1 @@
+//! What a call changes on the disk.
