@@ -105,23 +105,30 @@ pub fn kill(cgroups: impl AsFd, worker: WorkerId) -> Result<()> {
     };
     let end = Instant::now() + Duration::from_secs(60);
     let events = open_file(&cgroup, "cgroup.events", OFlag::O_RDONLY)?;
-    while populated(&cgroup)? {
-        ensure!(
-            Instant::now() < end,
-            "processes of worker {worker} live a minute after SIGKILL: look for state D in ps, and repeat"
-        );
-        let order = open_file(&cgroup, "cgroup.kill", OFlag::O_WRONLY)?;
-        std::io::Write::write_all(&mut &order, b"1").context("cannot write cgroup.kill")?;
-        // The kernel wakes us when `populated` changes; once a second we ask again all the same.
-        let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-        match poll(&mut wait, 1000u16) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
+    loop {
+        while populated(&cgroup)? {
+            ensure!(
+                Instant::now() < end,
+                "processes of worker {worker} live a minute after SIGKILL: look for state D in ps, and repeat"
+            );
+            let order = open_file(&cgroup, "cgroup.kill", OFlag::O_WRONLY)?;
+            std::io::Write::write_all(&mut &order, b"1").context("cannot write cgroup.kill")?;
+            // The kernel wakes us when `populated` changes; once a second we ask again all the same.
+            let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+            match poll(&mut wait, 1000u16) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
+            }
+            std::io::Read::read(&mut &events, &mut [0; 256]).ok();
         }
-        std::io::Read::read(&mut &events, &mut [0; 256]).ok();
+        match remove_dir(cgroups.as_fd(), worker.to_string()) {
+            // A first process that the daemon was just making, for a connection that has died.
+            Err(Errno::EBUSY) if Instant::now() < end => {}
+            removed => {
+                return removed.with_context(|| format!("cannot remove the cgroup of worker {worker}"));
+            }
+        }
     }
-    remove_dir(cgroups, worker.to_string())
-        .with_context(|| format!("cannot remove the cgroup of worker {worker}"))
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use protocol::{Received, Seqpacket, WorkerId};
 use tracing::warn;
@@ -54,6 +55,9 @@ fn launch(
     connection: &Seqpacket,
 ) -> Result<()> {
     let cgroup = open_dir(&host.cgroups, worker.to_string()).context("the worker has no cgroup")?;
+    // Who asked holds the worker's lock, so while it lives this is its cgroup. Once it is dead, another may have
+    // the worker, and a cgroup of its own for it, in which a first process that nobody waits for has no place.
+    ensure!(!hung_up(connection)?, "who asked for it is gone");
     sys::clone_sandboxed(cgroup.as_fd(), || {
         let prepared =
             forget_all_but(host, connection).and_then(|()| sandbox::enter(host, worker, bootstrap));
@@ -64,6 +68,13 @@ fn launch(
     })
     .context("cannot make the worker's namespaces")?;
     Ok(())
+}
+
+/// Is the other end closed?
+fn hung_up(connection: &Seqpacket) -> nix::Result<bool> {
+    let mut look = [PollFd::new(connection.as_fd(), PollFlags::empty())];
+    poll(&mut look, PollTimeout::ZERO)?;
+    Ok(look[0].any() == Some(true))
 }
 
 /// Forget the quota of a worker that has nothing on disk any more.

@@ -21,44 +21,32 @@ enum After {
     Delete,
 }
 
-/// The points at which to kill, each in its forms: two if all points are wanted, else one.
+/// The points at which to kill, in their forms.
 fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
     let mut plans = Vec::new();
+    // One alone, or all that is the service's with it: two forms at a time, each with one of these ends.
+    let forms = [
+        [(false, After::Repeat), (true, After::Delete)],
+        [(true, After::Repeat), (false, After::Delete)],
+    ];
     for (kind, calls) in &seen.calls {
         let mut names = BTreeSet::new();
-        let mut whens: Vec<When> = Vec::new();
         for (n, number) in calls.iter().enumerate() {
+            let two = forms[(n + sample.offset) % 2];
+            let mut take = |when, forms: &[(bool, After)]| {
+                for (all, after) in forms {
+                    let (kind, all) = (*kind, *all);
+                    plans.push((Plan { kind, when, all }, *after));
+                }
+            };
             // By its name: the nth is not the same in every run.
             if names.insert(*number) && !sample.is_all() {
-                whens.push(When::First(*number));
+                take(When::First(*number), &two);
             }
-            if sample.has(n) {
-                whens.push(When::Nth(n));
-            }
-        }
-        for (n, when) in whens.into_iter().enumerate() {
-            let kind = *kind;
-            // One alone, or all that is the service's with it.
-            let forms = [
-                (false, After::Repeat),
-                (true, After::Delete),
-                (true, After::Repeat),
-                (false, After::Delete),
-            ];
-            let some = if sample.is_all() {
-                &forms[n % 2 * 2..][..2]
-            } else {
-                &forms[(n + sample.offset) % 4..][..1]
-            };
-            for (all, after) in some {
-                plans.push((
-                    Plan {
-                        kind,
-                        when,
-                        all: *all,
-                    },
-                    *after,
-                ));
+            if sample.is_all() {
+                take(When::Nth(n), &two);
+            } else if sample.has(n) {
+                take(When::Nth(n), &two[..1]);
             }
         }
     }

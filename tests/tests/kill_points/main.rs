@@ -7,6 +7,7 @@
 
 mod bench;
 mod helper;
+mod orders;
 
 /// Every how many of the points are killed at; and where to begin.
 struct Sample {
