@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -18,7 +18,7 @@ use tracing::{info, warn};
 
 use crate::host::{Host, open_file};
 use crate::orders::{Order, Word};
-use crate::worker::{self, Record, Worker};
+use crate::worker::{self, Record, Worker, Written};
 use crate::{cgroup, devices, install, policy, trees, user};
 
 /// Answers and the descriptor that goes with them.
@@ -101,9 +101,8 @@ pub fn serve(host: &Host, orders: &Seqpacket, peer: Peer, busy: bool, socket: Se
 fn answer(host: &Host, orders: &Seqpacket, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
     let result = match request {
         Request::Hello { .. } => Err(Error::new(ErrorKind::Refused, "Hello was said before").into()),
-        Request::CreateUser { worker, slot } => {
-            create_user(host, *worker, slot).map(|(uid, name)| (Reply::UserCreated { uid, name }, None))
-        }
+        Request::CreateUser { worker, slot } => create_user(host, orders, *worker, slot)
+            .map(|(uid, name)| (Reply::UserCreated { uid, name }, None)),
         Request::InstallAgent { worker, bootstrap } => match descriptors.pop() {
             Some(agent) => install_agent(host, orders, *worker, agent, bootstrap),
             None => Err(Error::new(ErrorKind::Refused, "the agent is missing").into()),
@@ -124,21 +123,22 @@ fn typed(error: anyhow::Error) -> Error {
     }
 }
 
-fn create_user(host: &Host, id: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
+fn create_user(host: &Host, orders: &Seqpacket, id: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
     let (config, _) = host.configuration()?;
     let slot_config = config.slots.get(slot).ok_or_else(|| policy::no_such_slot(slot))?;
     user::groups(host, &slot_config.add_to_groups)?;
     let mut worker = Worker::find_or_make(host, id)?;
-    let record = match worker.record.clone() {
-        Some(record) if record.slot == *slot => record,
-        Some(record) => {
+    let record = match worker.written.clone() {
+        Written::Record(record) if record.slot == *slot => record,
+        Written::Record(record) => {
             let message = format!(
                 "worker {id} has slot {}, it cannot have {slot} as well",
                 record.slot
             );
             return Err(Error::new(ErrorKind::Refused, message).into());
         }
-        None => match take_slot(host, &config, &mut worker, slot) {
+        Written::Damaged => bail!("the record of worker {id} is damaged: delete the worker"),
+        Written::Nothing => match take_slot(host, orders, &config, &mut worker, slot) {
             Ok(record) => record,
             Err(error) => {
                 // Nothing was made: leave nothing, not even the empty directory.
@@ -158,6 +158,7 @@ fn create_user(host: &Host, id: WorkerId, slot: &SlotName) -> Result<(Uid, UserN
 /// under a lock.
 fn take_slot(
     host: &Host,
+    orders: &Seqpacket,
     config: &protocol::config::Config,
     worker: &mut Worker,
     slot: &SlotName,
@@ -167,7 +168,16 @@ fn take_slot(
     let _lock = Flock::lock(lock, FlockArg::LockExclusive)
         .map_err(|(_, errno)| errno)
         .context("cannot lock the slots")?;
-    let tenants = worker::tenants(host)?;
+    let mut all = worker::list(host)?;
+    // It may have this slot, or any other: none is given before nothing is left of it.
+    for id in std::mem::take(&mut all.damaged) {
+        let deleted = delete(host, orders, id);
+        deleted.with_context(|| {
+            format!("no slot is free before worker {id}, whose record is damaged, is deleted")
+        })?;
+        warn!(worker = %id, "deleted, because its record was damaged");
+    }
+    let tenants = all.tenants();
     policy::may_take(config, &tenants, worker.id, slot)?;
     let used: BTreeSet<u32> = tenants.iter().map(|tenant| tenant.uid.get()).collect();
     // The standard library's hash keys are random: getrandom(2) without a crate or a device node.
@@ -209,34 +219,51 @@ fn attach(host: &Host, id: WorkerId) -> Result<Answer> {
 
 fn kill(host: &Host, id: WorkerId) -> Result<()> {
     let (worker, record) = Worker::existing(host, id)?;
-    end_processes(host, &worker, &record)
+    end_processes(host, &worker, Some(record.uid))
 }
 
-fn end_processes(host: &Host, worker: &Worker, record: &Record) -> Result<()> {
+fn end_processes(host: &Host, worker: &Worker, uid: Option<Uid>) -> Result<()> {
     cgroup::kill(&host.cgroups, worker.id)?;
-    trees::no_process_left(record.uid)
+    uid.map_or(Ok(()), trees::no_process_left)
 }
 
 fn delete(host: &Host, orders: &Seqpacket, id: WorkerId) -> Result<()> {
     let Some(worker) = Worker::find(host, id)? else {
         return Ok(());
     };
-    if let Some(record) = &worker.record {
-        end_processes(host, &worker, record)?;
-        trees::remove(worker.dir(), record.uid)?;
-        devices::remove(host, id)?;
+    let (uid, is_recorded) = match &worker.written {
+        Written::Record(record) => (Some(record.uid), true),
+        // Only its trees tell, so they go last. A worker that has none was never known to the host, or is no more.
+        _ => (trees::owner(worker.dir())?, false),
+    };
+    let forget = || {
+        uid.map_or(Ok(()), |uid| {
+            user::remove_userdb(host.userdb.as_fd(), &worker.user(), uid)
+        })
+    };
+    end_processes(host, &worker, uid)?;
+    if !is_recorded {
+        forget()?;
+    }
+    trees::remove(worker.dir(), uid)?;
+    devices::remove(host, id)?;
+    if is_recorded {
         if host.abilities.has_quotas() {
             let daemon = install::order(orders, &Order::Unlimit { worker: id })?;
             install::expect(&daemon, Word::Done)?;
         }
-        user::remove_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
+        forget()?;
     }
     worker.remove(host)
 }
 
 fn list(host: &Host, after: Option<WorkerId>) -> Result<Reply> {
     let all = worker::list(host)?;
+    for id in all.damaged {
+        warn!(worker = %id, "its record is damaged: the worker is lost, and will be deleted before a slot is taken");
+    }
     let mut rest = all
+        .workers
         .into_iter()
         .filter(|(id, ..)| after.is_none_or(|after| *id > after));
     let mut workers = Vec::new();

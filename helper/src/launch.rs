@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use protocol::{Received, Seqpacket, WorkerId};
@@ -12,7 +12,7 @@ use tracing::warn;
 use crate::host::{Host, open_dir};
 use crate::orders::{Order, Word};
 use crate::view::View;
-use crate::worker::{self, Record};
+use crate::worker::{self, Record, Written};
 use crate::{limits, sandbox, sys};
 
 /// Take the next order and have it carried out. True if what jobs see was built again for it.
@@ -108,5 +108,8 @@ fn failed(connection: &Seqpacket, error: &anyhow::Error) -> i32 {
 /// The record, from the disk.
 pub fn record_of(host: &Host, worker: WorkerId) -> Result<Record> {
     let dir = open_dir(&host.workers, worker.to_string())?;
-    worker::read_record(&dir, worker)?.with_context(|| format!("worker {worker} has no record"))
+    match worker::read_record(&dir, worker)? {
+        Written::Record(record) => Ok(record),
+        _ => bail!("worker {worker} has no record"),
+    }
 }

@@ -87,6 +87,16 @@ pub enum Span {
 /// Watch the daemon in a thread of its own, which returns at the span's end, or when it has killed. On return
 /// of this, nothing is missed any more.
 pub fn watch(daemon: u32, span: Span, plan: Option<Plan>) -> JoinHandle<Seen> {
+    watch_with(daemon, span, plan, |_, _| {})
+}
+
+/// The same; `also` sees every event before it is weighed.
+pub fn watch_with(
+    daemon: u32,
+    span: Span,
+    plan: Option<Plan>,
+    mut also: impl FnMut(Pid, &Event) + Send + 'static,
+) -> JoinHandle<Seen> {
     let (ready, attached) = mpsc::channel();
     let daemon = Pid::from_raw(daemon as i32);
     let thread = std::thread::spawn(move || {
@@ -96,7 +106,10 @@ pub fn watch(daemon: u32, span: Span, plan: Option<Plan>) -> JoinHandle<Seen> {
             || {
                 let _ = ready.send(());
             },
-            |pid, event| watcher.on(pid, event),
+            |pid, event| {
+                also(pid, &event);
+                watcher.on(pid, event)
+            },
         );
         watcher.seen
     });
