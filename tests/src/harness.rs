@@ -274,9 +274,13 @@ impl TestHost {
 
     /// Start the supervisor, as an unprivileged user.
     pub fn supervisor(&self) -> Running {
+        Running::start(self.supervisor_command().uid(SUPERVISOR_UID).gid(SUPERVISOR_UID))
+    }
+
+    pub fn supervisor_command(&self) -> Command {
         let mut command = Command::new(binaries().join("user-factory"));
         command.arg("serve").arg("--root").arg(&self.root);
-        Running::start(command.uid(SUPERVISOR_UID).gid(SUPERVISOR_UID))
+        command
     }
 
     pub fn socket(&self) -> PathBuf {

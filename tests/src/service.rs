@@ -20,7 +20,17 @@ pub struct Service {
 impl Service {
     /// A manager for this program; the program is not started yet.
     pub fn new(program: &mut Command) -> Service {
+        Service::with(&[], program)
+    }
+
+    /// The program has this uid and gid.
+    pub fn of_user(uid: u32, program: &mut Command) -> Service {
+        Service::with(&["--as", &uid.to_string()], program)
+    }
+
+    fn with(words: &[&str], program: &mut Command) -> Service {
         let mut command = Command::new(binaries().join("service-manager"));
+        command.args(words);
         command.arg(program.get_program()).args(program.get_args());
         let mut manager = command
             .stdin(Stdio::piped())

@@ -15,6 +15,8 @@ use nix::unistd::Pid;
 
 /// This program again, to stop itself and then to become the service.
 const STOP_FIRST: &str = "--stop-first";
+/// The service's uid and gid come next.
+const AS: &str = "--as";
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
@@ -29,6 +31,13 @@ fn main() -> ExitCode {
         panic!("{}", Command::new(program).args(arguments).exec());
     }
     nix::sys::prctl::set_child_subreaper(true).expect("a process can be a reaper");
+    let mut user = None;
+    if program == AS {
+        let mut word = || arguments.next().and_then(|word| word.into_string().ok());
+        user = word().and_then(|uid| uid.parse::<u32>().ok());
+        program = word().expect("a program comes after the uid").into();
+    }
+    let arguments: Vec<_> = arguments.collect();
     let own = std::env::current_exe().expect("this program has a path");
     let (wake, woken) = mpsc::channel::<()>();
     std::thread::spawn(move || reap(&woken));
@@ -40,7 +49,10 @@ fn main() -> ExitCode {
         if line != "start" {
             command.arg(STOP_FIRST).arg(&program);
         }
-        command.args(std::env::args_os().skip(2)).stdin(Stdio::null());
+        command.args(&arguments).stdin(Stdio::null());
+        if let Some(uid) = user {
+            command.uid(uid).gid(uid);
+        }
         let mut services = SERVICES.lock().expect("nobody panics with it");
         let pid = command.spawn().expect("the service can be started").id();
         println!("started {pid}");

@@ -1,10 +1,12 @@
 //! A tracer of system calls (`ptrace(2)`): tests see what a process and all that it starts call, in order,
 //! and can end one of them just before a call is done.
 //!
-//! [`trace`] is the mechanism. [`service`] knows the helper's processes, [`disk`] what a call changes on the disk.
+//! [`trace`] is the mechanism. [`service`] knows the helper's processes, [`outward`] what of a program's calls
+//! others can see, [`disk`] what they change on the disk.
 
 pub mod calls;
 pub mod disk;
+pub mod outward;
 pub mod service;
 mod sys;
 

@@ -8,6 +8,7 @@
 mod bench;
 mod helper;
 mod orders;
+mod supervisor;
 
 /// Every how many of the points are killed at; and where to begin.
 struct Sample {
