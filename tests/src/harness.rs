@@ -146,7 +146,12 @@ impl Log {
     }
 
     pub fn text(&self) -> String {
-        self.0.0.lock().unwrap().lines.join("\n")
+        self.text_from(0)
+    }
+
+    /// From this line on.
+    pub fn text_from(&self, from: usize) -> String {
+        self.0.0.lock().unwrap().lines[from..].join("\n")
     }
 }
 
@@ -263,6 +268,25 @@ impl TestHost {
         let helper = Running::start(&mut self.helper_command());
         helper.log.wait(&["serving"]);
         helper
+    }
+
+    /// Wait until a helper that is being started answers.
+    pub fn wait_for_helper(&self) {
+        let end = Instant::now() + PATIENCE;
+        let hello = Request::Hello {
+            version: protocol::VERSION,
+        };
+        let hello = wire::encode(&hello).expect("a request can be encoded");
+        loop {
+            if let Ok(socket) = Seqpacket::connect(&self.socket(), false)
+                && socket.send(&hello, None).is_ok()
+                && matches!(socket.recv(wire::MAX_REPLY), Ok(Received::Packet { .. }))
+            {
+                return;
+            }
+            assert!(Instant::now() < end, "no helper answers");
+            std::thread::yield_now();
+        }
     }
 
     pub fn helper_command(&self) -> Command {

@@ -84,9 +84,8 @@ impl Bench {
 
     /// Start the helper, and wait until it serves.
     pub fn start(&mut self) {
-        let from = self.helper.log.len();
         self.helper.start();
-        self.helper.log.wait_from(from, &["serving"]);
+        self.host.wait_for_helper();
     }
 
     /// The helper was killed: start it again.

@@ -7,3 +7,4 @@
 
 mod damage;
 mod helper;
+mod supervisor;
