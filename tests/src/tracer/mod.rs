@@ -2,11 +2,12 @@
 //! and can end one of them just before a call is done.
 //!
 //! [`trace`] is the mechanism. [`service`] knows the helper's processes, [`outward`] what of a program's calls
-//! others can see, [`disk`] what they change on the disk.
+//! others can see, [`disk`] what they change on the disk, and [`replay`] what a power loss leaves of that.
 
 pub mod calls;
 pub mod disk;
 pub mod outward;
+pub mod replay;
 pub mod service;
 mod sys;
 
@@ -116,17 +117,15 @@ pub fn trace(root: Pid, attached: impl FnOnce(), mut watch: impl FnMut(Pid, Even
                 }
                 None => {}
             },
-            WaitStatus::PtraceEvent(_, _, event) if event == libc::PTRACE_EVENT_EXEC => {
+            WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXEC) => {
                 then = watch(pid, Event::Exec);
             }
-            WaitStatus::PtraceEvent(_, stop, event) if event == libc::PTRACE_EVENT_STOP => {
-                // The first stop of a child, or the one that was asked for.
-                if !inside.contains_key(&pid) {
-                    early.insert(pid);
-                    continue;
-                }
-                let _ = stop;
+            // The first stop of a child that its parent has not told of yet; or one that was asked for.
+            WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_STOP) if !inside.contains_key(&pid) => {
+                early.insert(pid);
+                continue;
             }
+            WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_STOP) => {}
             WaitStatus::PtraceEvent(..) => {
                 if let (Ok(child), Some(Some(by))) = (ptrace::getevent(pid), inside.get(&pid).copied()) {
                     let child = Pid::from_raw(child as i32);

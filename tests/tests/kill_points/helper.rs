@@ -40,7 +40,7 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
                 }
             };
             // By its name: the nth is not the same in every run.
-            if names.insert(*number) && !sample.is_all() {
+            if names.insert(*number) {
                 take(When::First(*number), &two);
             }
             if sample.is_all() {
@@ -173,7 +173,7 @@ fn report(
         .collect();
     assert!(left.is_empty(), "{what}: never killed at {left:?}");
     assert!(
-        missed * 10 <= killed,
+        missed * 2 <= killed,
         "{what}: {missed} of {killed} points were missed"
     );
 }

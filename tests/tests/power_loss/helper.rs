@@ -13,7 +13,9 @@ use testbed::harness::{Client, TestHost, sealed, worker_id};
 use testbed::remains::Remains;
 use testbed::service::Service;
 use testbed::stage::{create, install, list, wait_for_line};
-use testbed::tracer::disk::{Change, Disk, Files, Recorder, Replay, put};
+use testbed::tracer::Event;
+use testbed::tracer::disk::{Change, Recorder};
+use testbed::tracer::replay::{Disk, Files, Replay, put};
 use testbed::tracer::service::{Span, watch_with};
 
 const SLOTS: &str = r#"
@@ -69,16 +71,32 @@ impl Plant {
         self.host.root.join(STATE_DIR)
     }
 
-    /// What the helper writes while it serves one connection.
-    fn record(&self, ask: impl FnOnce(&Client)) -> Vec<Change> {
-        let recorder = Arc::new(Mutex::new(Recorder::new(&self.state_dir())));
+    /// What the helper writes while it serves one connection; and how much of it, when a worker's first process was
+    /// told to start the agent.
+    fn record(&self, ask: impl FnOnce(&Client)) -> (Vec<Change>, Option<usize>) {
+        let recorder = Arc::new(Mutex::new((Recorder::new(&self.state_dir()), None)));
         let tap = recorder.clone();
+        let mut first = None;
         let watcher = watch_with(self.helper.pid(), Span::OneConnection, None, move |pid, event| {
-            tap.lock().unwrap().on(pid, event);
+            let (recorder, told) = &mut *tap.lock().unwrap();
+            recorder.on(pid, event);
+            match event {
+                Event::Born { by, .. } if by.number == libc::SYS_clone3 && first.is_none() => {
+                    first = Some(pid)
+                }
+                // The connection's next word after it was made is `Go`.
+                Event::Enter(call)
+                    if call.number == libc::SYS_sendmsg && first.is_some_and(|first| first != pid) =>
+                {
+                    told.get_or_insert(recorder.changes.len());
+                }
+                _ => {}
+            }
         });
         ask(&Client::new(&self.host));
         watcher.join().expect("the tracer has no trouble");
-        std::mem::take(&mut recorder.lock().unwrap().changes)
+        let (recorder, told) = &mut *recorder.lock().unwrap();
+        (std::mem::take(&mut recorder.changes), *told)
     }
 
     /// The power is back: no process, no cgroup, nothing below `/run`, and on the disk this.
@@ -136,9 +154,9 @@ fn is_the_jobs(change: &Change) -> bool {
     parts.next().is_some() && parts.count() > 2
 }
 
-/// Boot with each of these, and see the worker end. `started_from`: from this cut on, its agent was started.
+/// Boot with each of these, and see the worker end. `started_from`: from this cut on, its agent may run.
 fn boot_with_each(plant: &mut Plant, replay: &Replay, worker: WorkerId, started_from: usize) {
-    let mut seen: BTreeSet<Files> = BTreeSet::new();
+    let mut seen: BTreeSet<(Files, bool)> = BTreeSet::new();
     let (mut cuts, mut boots, mut listed) = (0, 0, 0);
     for cut in 0..replay.cuts() {
         let before = cut.checked_sub(1).map(|last| &replay.changes[last]);
@@ -151,7 +169,8 @@ fn boot_with_each(plant: &mut Plant, replay: &Replay, worker: WorkerId, started_
         let worst = replay.at_worst(cut, |change| !is_the_jobs(change));
         all.extend(worst.into_iter().map(|files| ("at worst", files)));
         for (how, files) in all {
-            if !seen.insert(files.clone()) {
+            // The same disk may be right before the start, and wrong after it.
+            if !seen.insert((files.clone(), cut >= started_from)) {
                 continue;
             }
             boots += 1;
@@ -192,21 +211,6 @@ fn boot_with_each(plant: &mut Plant, replay: &Replay, worker: WorkerId, started_
     assert!(cuts > 20 && boots >= cuts && listed > 10, "that is too few");
 }
 
-/// After this step, the mark of the agent's start is on the disk for sure.
-fn mark_of_the_start(changes: &[Change]) -> usize {
-    let renamed = changes
-        .iter()
-        .position(|change| matches!(change, Change::Rename { to, .. } if to.ends_with("started")));
-    let renamed = renamed.expect("the start is marked");
-    let is_sync = |change: &Change| matches!(change, Change::Sync { .. });
-    renamed
-        + 1
-        + changes[renamed..]
-            .iter()
-            .position(is_sync)
-            .expect("the mark is synced")
-}
-
 fn agent() -> std::os::fd::OwnedFd {
     sealed(AGENT)
 }
@@ -217,18 +221,19 @@ fn power_loss_while_a_worker_is_made_and_started_leaves_one_that_delete_removes(
     let root = plant.state_dir();
     let base = Disk::copy(&root);
     let worker = worker_id();
-    let mut changes = plant.record(|client| {
+    let (mut changes, _) = plant.record(|client| {
         assert!(matches!(create(client, worker, "a"), Reply::UserCreated { .. }));
     });
     let mut console = None;
-    changes.extend(plant.record(|client| {
+    let (installing, told) = plant.record(|client| {
         let (reply, file) = install(client, worker, agent());
         assert_eq!(reply, Reply::AgentStarted);
         console = file;
-    }));
+    });
+    let started = changes.len() + told.expect("the agent was started");
+    changes.extend(installing);
     wait_for_line(&console.expect("it came with the reply"), "ready");
     plant.end(worker, "nothing was cut off");
-    let started = mark_of_the_start(&changes);
     let replay = Replay::new(base, &root, &changes);
     assert_eq!(replay.changes, changes, "every recorded change makes sense");
     boot_with_each(&mut plant, &replay, worker, started);
@@ -247,12 +252,13 @@ fn power_loss_while_a_worker_is_killed_and_deleted_leaves_one_that_delete_remove
         wait_for_line(&console.expect("it came with the reply"), "ready");
     }
     let base = Disk::copy(&root);
-    let mut changes = plant.record(|client| {
+    let (mut changes, _) = plant.record(|client| {
         assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
     });
-    changes.extend(plant.record(|client| {
+    let deleting = plant.record(|client| {
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
-    }));
+    });
+    changes.extend(deleting.0);
     plant.end(worker, "nothing was cut off");
     let replay = Replay::new(base, &root, &changes);
     assert_eq!(

@@ -11,7 +11,8 @@ use supervisor::worker::Worker;
 use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
 use testbed::server::{JobSpec, Server, ServerOptions, State};
 use testbed::service::Service;
-use testbed::tracer::disk::{Change, Disk, Files, Recorder, Replay, put};
+use testbed::tracer::disk::{Change, Recorder};
+use testbed::tracer::replay::{Disk, Files, Replay, put};
 use testbed::tracer::{Event, Then, trace, wait_until_stopped};
 
 /// What a supervisor writes below its directory, from its first start to the end of its first job.

@@ -32,10 +32,10 @@ fn mess(report: &mut Report, _: &[String]) {
         fs::create_dir_all(dark.join("er")).expect("its own places are writable");
         fs::write(dark.join("er/file"), "x").expect("its own places are writable");
         for path in [dark.join("er"), dark] {
-            fs::set_permissions(path, Permissions::from_mode(0)).expect("they are its own");
+            fs::set_permissions(path, Permissions::from_mode(0o0)).expect("they are its own");
         }
         // Not all can be closed: what is mounted here itself is root's in places.
-        let _ = fs::set_permissions(place, Permissions::from_mode(0));
+        let _ = fs::set_permissions(place, Permissions::from_mode(0o0));
     }
     report.say("ready");
     wait_for_ever();
