@@ -24,7 +24,8 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 /// The uid of the supervisor in tests: nobody's, outside every range in use.
 pub const SUPERVISOR_UID: u32 = 0x6fff_fff0;
 
-/// Build the factory's binaries, once a process, and say where they are.
+/// Where the factory's binaries are. They are built, once a process, unless the environment variable
+/// `TESTBED_BINARIES` names a directory that has them: then nothing here needs cargo (see `tests/machine`).
 pub fn binaries() -> &'static Path {
     static PLACE: OnceLock<PathBuf> = OnceLock::new();
     PLACE.get_or_init(|| {
@@ -32,6 +33,14 @@ pub fn binaries() -> &'static Path {
             nix::unistd::geteuid().is_root(),
             "this needs root: it makes users, namespaces and cgroups"
         );
+        if let Some(place) = std::env::var_os("TESTBED_BINARIES") {
+            let place = PathBuf::from(place);
+            assert!(
+                place.join("user-factory-helper").is_file(),
+                "TESTBED_BINARIES is {place:?}, which has no user-factory-helper"
+            );
+            return place;
+        }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.args(["build", "--quiet", "--workspace", "--bins"]);
@@ -226,7 +235,7 @@ impl TestHost {
         chown(&state, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
         // Tests of one process, and of a few processes at the same time, keep out of each other's way.
         let first = 0x7000_0000 + (pid.wrapping_mul(97).wrapping_add(number) % 1000) * 64;
-        let cgroup = format!("/user-factory-test-{pid}-{number}");
+        let cgroup = format!("{}/user-factory-test-{pid}-{number}", parent_cgroup());
         TestHost {
             root,
             cgroup,
@@ -328,6 +337,20 @@ impl Drop for TestHost {
             }
         }
     }
+}
+
+/// The cgroup, below the mount, that tests make theirs in: the root, or what `TESTBED_CGROUP` names. It should be one
+/// that systemd has delegated, with controllers for its children and no process of its own.
+fn parent_cgroup() -> String {
+    std::env::var("TESTBED_CGROUP").unwrap_or_default()
+}
+
+/// Can a test's cgroup be limited in what the controller of that name counts?
+pub fn has_controller(name: &str) -> bool {
+    let parent = cgroup2_mount().join(parent_cgroup().trim_start_matches('/'));
+    let all =
+        fs::read_to_string(parent.join("cgroup.subtree_control")).expect("the parent of tests' cgroups");
+    all.split_whitespace().any(|other| other == name)
 }
 
 /// Where cgroup v2 is mounted here.
