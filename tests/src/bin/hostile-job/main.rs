@@ -7,6 +7,7 @@
 mod calls;
 mod cleanup;
 mod leave;
+mod memory;
 mod out;
 mod starve;
 mod sys;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         out::ATTEMPTS,
         up::ATTEMPTS,
         starve::ATTEMPTS,
+        memory::ATTEMPTS,
     ]
     .concat();
     let Some((_, attempt)) = all.iter().find(|(other, _)| *other == name) else {
