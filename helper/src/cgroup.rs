@@ -1,6 +1,6 @@
 //! cgroup v2: each worker in one of its own, which is how all its processes are found and ended.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -29,8 +29,8 @@ fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
 ///
 /// `wanted` is a cgroup's path below the mount; without it, the one that this process was started in.
 pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
-    let mountinfo =
-        std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")
+        .context("cannot read /proc/self/mountinfo: mount /proc (mount -t proc none /proc)")?;
     let Some((mount, root)) = find_mount(&mountinfo) else {
         bail!("no cgroup v2 hierarchy is mounted: mount one (mount -t cgroup2 none /sys/fs/cgroup)");
     };
@@ -76,12 +76,24 @@ pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
     open_path(&workers)
 }
 
+/// Where this cgroup is.
+pub fn path_of(cgroup: &OwnedFd) -> Result<PathBuf> {
+    let link = format!("/proc/self/fd/{}", cgroup.as_raw_fd());
+    std::fs::read_link(link).context("cannot tell where the cgroups are")
+}
+
+/// The cgroup, beside the worker's own, of what a person does by hand in a worker: the worker's state does not
+/// depend on it.
+pub fn by_hand(worker: WorkerId) -> String {
+    format!("{worker}-by-hand")
+}
+
 /// A new cgroup for a worker that has no process. A used one is not used again: since Linux 6.18 a
 /// process cloned into a cgroup that was ever killed is killed too.
-pub fn create(cgroups: impl AsFd, worker: WorkerId) -> nix::Result<OwnedFd> {
-    remove_dir(cgroups.as_fd(), worker.to_string())?;
-    make_dir(cgroups.as_fd(), worker.to_string(), 0o755)?;
-    open_dir(cgroups, worker.to_string())
+pub fn create(cgroups: impl AsFd, name: &str) -> nix::Result<OwnedFd> {
+    remove_dir(cgroups.as_fd(), name)?;
+    make_dir(cgroups.as_fd(), name, 0o755)?;
+    open_dir(cgroups, name)
 }
 
 /// Does any process of the worker live?
@@ -97,31 +109,44 @@ fn populated(cgroup: &OwnedFd) -> std::io::Result<bool> {
     Ok(events.lines().any(|line| line == "populated 1"))
 }
 
-/// End every process in the worker's cgroup, wait until they are gone, and remove it.
+/// End every process in the worker's cgroups, wait until they are gone, and remove them.
 pub fn kill(cgroups: impl AsFd, worker: WorkerId) -> Result<()> {
-    let cgroup = match open_dir(cgroups.as_fd(), worker.to_string()) {
+    kill_one(cgroups.as_fd(), &by_hand(worker))?;
+    kill_one(cgroups, &worker.to_string())
+}
+
+/// The same of one cgroup.
+pub fn kill_one(cgroups: impl AsFd, name: &str) -> Result<()> {
+    let cgroup = match open_dir(cgroups.as_fd(), name) {
         Err(Errno::ENOENT) => return Ok(()),
         cgroup => cgroup?,
     };
     let end = Instant::now() + Duration::from_secs(60);
     let events = open_file(&cgroup, "cgroup.events", OFlag::O_RDONLY)?;
-    while populated(&cgroup)? {
-        ensure!(
-            Instant::now() < end,
-            "processes of worker {worker} live a minute after SIGKILL: look for state D in ps, and repeat"
-        );
-        let order = open_file(&cgroup, "cgroup.kill", OFlag::O_WRONLY)?;
-        std::io::Write::write_all(&mut &order, b"1").context("cannot write cgroup.kill")?;
-        // The kernel wakes us when `populated` changes; once a second we ask again all the same.
-        let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-        match poll(&mut wait, 1000u16) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
+    loop {
+        while populated(&cgroup)? {
+            ensure!(
+                Instant::now() < end,
+                "processes of {name} live a minute after SIGKILL: look for state D in ps, and repeat"
+            );
+            let order = open_file(&cgroup, "cgroup.kill", OFlag::O_WRONLY)?;
+            std::io::Write::write_all(&mut &order, b"1").context("cannot write cgroup.kill")?;
+            // The kernel wakes us when `populated` changes; once a second we ask again all the same.
+            let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+            match poll(&mut wait, 1000u16) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
+            }
+            std::io::Read::read(&mut &events, &mut [0; 256]).ok();
         }
-        std::io::Read::read(&mut &events, &mut [0; 256]).ok();
+        match remove_dir(cgroups.as_fd(), name) {
+            // A first process that the daemon was just making, for a connection that has died.
+            Err(Errno::EBUSY) if Instant::now() < end => {}
+            removed => {
+                return removed.with_context(|| format!("cannot remove the cgroup {name}"));
+            }
+        }
     }
-    remove_dir(cgroups, worker.to_string())
-        .with_context(|| format!("cannot remove the cgroup of worker {worker}"))
 }
 
 #[cfg(test)]

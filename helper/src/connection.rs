@@ -1,25 +1,21 @@
 //! One connection, in a process of its own: packets in, one request at a time, replies out.
 
-use std::collections::BTreeSet;
 use std::fs::File;
-use std::hash::{BuildHasher, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::{
-    Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid, UserName, VERSION,
-    WorkerId, wire,
+    Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire,
 };
 use tracing::{info, warn};
 
-use crate::host::{Host, open_file};
+use crate::host::Host;
 use crate::orders::{Order, Word};
-use crate::worker::{self, Record, Worker};
-use crate::{cgroup, devices, install, policy, trees, user};
+use crate::worker::{self, Worker};
+use crate::{install, tenancy};
 
 /// Answers and the descriptor that goes with them.
 type Answer = (Reply, Option<File>);
@@ -99,18 +95,24 @@ pub fn serve(host: &Host, orders: &Seqpacket, peer: Peer, busy: bool, socket: Se
 }
 
 fn answer(host: &Host, orders: &Seqpacket, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
+    // The process of a connection may set no quota.
+    let unlimit = |worker, _| {
+        let daemon = install::order(orders, &Order::Unlimit { worker })?;
+        install::expect(&daemon, Word::Done)
+    };
     let result = match request {
         Request::Hello { .. } => Err(Error::new(ErrorKind::Refused, "Hello was said before").into()),
-        Request::CreateUser { worker, slot } => {
-            create_user(host, *worker, slot).map(|(uid, name)| (Reply::UserCreated { uid, name }, None))
-        }
+        Request::CreateUser { worker, slot } => tenancy::create_user(host, &unlimit, *worker, slot)
+            .map(|(uid, name)| (Reply::UserCreated { uid, name }, None)),
         Request::InstallAgent { worker, bootstrap } => match descriptors.pop() {
             Some(agent) => install_agent(host, orders, *worker, agent, bootstrap),
             None => Err(Error::new(ErrorKind::Refused, "the agent is missing").into()),
         },
         Request::Attach { worker } => attach(host, *worker),
         Request::Kill { worker } => kill(host, *worker).map(|()| (Reply::Killed, None)),
-        Request::Delete { worker } => delete(host, orders, *worker).map(|()| (Reply::Deleted, None)),
+        Request::Delete { worker } => {
+            tenancy::delete(host, &unlimit, *worker).map(|()| (Reply::Deleted, None))
+        }
         Request::List { after } => list(host, *after).map(|reply| (reply, None)),
     };
     result.unwrap_or_else(|error| (Reply::Error(typed(error)), None))
@@ -122,71 +124,6 @@ fn typed(error: anyhow::Error) -> Error {
         Ok(error) => error,
         Err(error) => Error::new(ErrorKind::Failed, format!("{error:#}")),
     }
-}
-
-fn create_user(host: &Host, id: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
-    let (config, _) = host.configuration()?;
-    let slot_config = config.slots.get(slot).ok_or_else(|| policy::no_such_slot(slot))?;
-    user::groups(host, &slot_config.add_to_groups)?;
-    let mut worker = Worker::find_or_make(host, id)?;
-    let record = match worker.record.clone() {
-        Some(record) if record.slot == *slot => record,
-        Some(record) => {
-            let message = format!(
-                "worker {id} has slot {}, it cannot have {slot} as well",
-                record.slot
-            );
-            return Err(Error::new(ErrorKind::Refused, message).into());
-        }
-        None => match take_slot(host, &config, &mut worker, slot) {
-            Ok(record) => record,
-            Err(error) => {
-                // Nothing was made: leave nothing, not even the empty directory.
-                let _ = worker.remove(host);
-                return Err(error);
-            }
-        },
-    };
-    if !worker.is_started()? {
-        trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot_config))?;
-    }
-    user::write_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
-    Ok((record.uid, worker.user()))
-}
-
-/// The one moment in which workers wait for each other: who has what is looked up and written down
-/// under a lock.
-fn take_slot(
-    host: &Host,
-    config: &protocol::config::Config,
-    worker: &mut Worker,
-    slot: &SlotName,
-) -> Result<Record> {
-    let lock = open_file(&host.workers, ".lock", OFlag::O_RDWR | OFlag::O_CREAT)
-        .context("cannot open the slots' lock")?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| errno)
-        .context("cannot lock the slots")?;
-    let tenants = worker::tenants(host)?;
-    policy::may_take(config, &tenants, worker.id, slot)?;
-    let used: BTreeSet<u32> = tenants.iter().map(|tenant| tenant.uid.get()).collect();
-    // The standard library's hash keys are random: getrandom(2) without a crate or a device node.
-    let random = std::hash::RandomState::new().build_hasher().finish();
-    for uid in policy::candidates(config.factory.uid_range, random, &used) {
-        let free = !user::is_in_userdb(&host.userdb, uid)
-            && !user::is_known_to_the_host(host, uid)?
-            && user::has_no_process(uid, false)?;
-        if free {
-            let record = Record::new(slot.clone(), uid);
-            worker.write_record(record.clone())?;
-            return Ok(record);
-        }
-    }
-    Err(Error::new(
-        ErrorKind::Limit,
-        "every uid of factory.uid_range is in use: widen it",
-    )
-    .into())
 }
 
 fn install_agent(
@@ -209,34 +146,16 @@ fn attach(host: &Host, id: WorkerId) -> Result<Answer> {
 
 fn kill(host: &Host, id: WorkerId) -> Result<()> {
     let (worker, record) = Worker::existing(host, id)?;
-    end_processes(host, &worker, &record)
-}
-
-fn end_processes(host: &Host, worker: &Worker, record: &Record) -> Result<()> {
-    cgroup::kill(&host.cgroups, worker.id)?;
-    trees::no_process_left(record.uid)
-}
-
-fn delete(host: &Host, orders: &Seqpacket, id: WorkerId) -> Result<()> {
-    let Some(worker) = Worker::find(host, id)? else {
-        return Ok(());
-    };
-    if let Some(record) = &worker.record {
-        end_processes(host, &worker, record)?;
-        trees::remove(worker.dir(), record.uid)?;
-        devices::remove(host, id)?;
-        if host.abilities.has_quotas() {
-            let daemon = install::order(orders, &Order::Unlimit { worker: id })?;
-            install::expect(&daemon, Word::Done)?;
-        }
-        user::remove_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
-    }
-    worker.remove(host)
+    tenancy::end_processes(host, &worker, Some(record.uid))
 }
 
 fn list(host: &Host, after: Option<WorkerId>) -> Result<Reply> {
     let all = worker::list(host)?;
+    for id in all.damaged {
+        warn!(worker = %id, "its record is damaged: the worker is lost, and will be deleted before a slot is taken");
+    }
     let mut rest = all
+        .workers
         .into_iter()
         .filter(|(id, ..)| after.is_none_or(|after| *id > after));
     let mut workers = Vec::new();

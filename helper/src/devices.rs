@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
@@ -251,25 +252,35 @@ pub fn refresh(host: &Host, slot_of: impl Fn(WorkerId) -> Option<(Slot, Uid)>) -
     trouble
 }
 
-/// Remove a worker's `/dev`, if there is one.
+/// Remove a worker's `/dev`, if there is one. Where a device comes or goes at this moment, the daemon puts nodes
+/// back while they are removed: then again.
 pub fn remove(host: &Host, worker: WorkerId) -> Result<()> {
     let name = worker.to_string();
-    match open_dir(&host.devices, &name) {
-        Err(Errno::ENOENT) => return Ok(()),
-        dev => remove_content(dev?.as_fd()),
-    }
-    .and_then(|()| Ok(remove_dir(&host.devices, &name)?))
-    .context("cannot remove the job's /dev")
+    let end = Instant::now() + Duration::from_secs(60);
+    let removed = loop {
+        let content = match open_dir(&host.devices, &name) {
+            Err(Errno::ENOENT) => return Ok(()),
+            dir => dir.and_then(|dir| remove_content(dir.as_fd())),
+        };
+        match content.and_then(|()| remove_dir(&host.devices, &name)) {
+            Err(Errno::ENOTEMPTY) if Instant::now() < end => {}
+            removed => break removed,
+        }
+    };
+    removed.context("cannot remove the job's /dev")
 }
 
-fn remove_content(dir: BorrowedFd<'_>) -> Result<()> {
+fn remove_content(dir: BorrowedFd<'_>) -> nix::Result<()> {
     for name in names(dir)? {
         let path = Path::new(&name);
-        if kind(&look(dir, path)?) == SFlag::S_IFDIR {
-            remove_content(open_dir(dir, path)?.as_fd())?;
-            remove_dir(dir, path)?;
-        } else {
-            remove_file(dir, path)?;
+        match look(dir, path) {
+            Err(Errno::ENOENT) => {}
+            Err(errno) => return Err(errno),
+            Ok(stat) if kind(&stat) == SFlag::S_IFDIR => {
+                remove_content(open_dir(dir, path)?.as_fd())?;
+                remove_dir(dir, path)?;
+            }
+            Ok(_) => remove_file(dir, path)?,
         }
     }
     Ok(())

@@ -14,6 +14,7 @@ use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use protocol::config::{self, Config};
+use protocol::{Error, ErrorKind};
 
 use crate::limits::Abilities;
 
@@ -50,8 +51,10 @@ impl Host {
         make_directories(&devices, 0o700)?;
         let gate = root.join(config::GATE_DIR);
         // The supervisor's, in a directory of root's: nobody has put a link there.
-        if !gate.is_dir() {
-            make_directories(&gate, 0o711)?;
+        for (place, mode) in [(&gate, 0o711), (&root.join(config::CONTROL_DIR), 0o755)] {
+            if !place.is_dir() {
+                make_directories(place, mode)?;
+            }
         }
         let config_dir = root.join(config::CONFIG_PATH);
         let config_dir = config_dir.parent().expect("CONFIG_PATH has a directory");
@@ -90,6 +93,13 @@ impl Host {
             &self.cgroups,
         ]
         .map(AsRawFd::as_raw_fd)
+    }
+
+    /// The configuration for a request. One with a mistake is no reason to fail a job: somebody is about to mend it.
+    pub fn configuration_now(&self) -> Result<Config, Error> {
+        let read = self.configuration();
+        read.map(|(config, _)| config)
+            .map_err(|error| Error::new(ErrorKind::Busy, format!("{error:#}")))
     }
 
     /// The configuration as it is now, and what tells whether the file is still the same later.

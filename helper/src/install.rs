@@ -8,8 +8,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::time::TimeVal;
 use protocol::config::Network;
 use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket};
 
@@ -32,7 +34,7 @@ pub fn install(
         return Ok(());
     }
     let agent = check_agent(agent)?;
-    let (config, _) = host.configuration()?;
+    let config = host.configuration_now()?;
     let slot = config
         .slots
         .get(&record.slot)
@@ -55,7 +57,8 @@ pub fn install(
     }
     // A first attempt that was cut off may have left its pid 1, waiting for a word that will not come.
     cgroup::kill(&host.cgroups, worker.id)?;
-    let cgroup = cgroup::create(&host.cgroups, worker.id).context("cannot make the worker's cgroup")?;
+    let cgroup =
+        cgroup::create(&host.cgroups, &worker.id.to_string()).context("cannot make the worker's cgroup")?;
     limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
     let child = order(
         orders,
@@ -70,6 +73,10 @@ pub fn install(
     expect(&child, Word::Done)
 }
 
+/// How long the daemon, or a process of its making, may take for a step, in seconds: as long as the supervisor waits.
+/// One that hangs in a mount must not keep the worker's lock: its deletion would wait for ever.
+const PATIENCE: i64 = 60;
+
 /// Give the daemon an order: the other end of the socket that it gets answers.
 pub fn order(orders: &Seqpacket, order: &Order) -> Result<Seqpacket> {
     let (here, there) = socketpair(
@@ -78,19 +85,31 @@ pub fn order(orders: &Seqpacket, order: &Order) -> Result<Seqpacket> {
         None,
         SockFlag::SOCK_CLOEXEC,
     )?;
-    orders
-        .send(&order.encode(), Some(there.as_fd()))
-        .context("the helper's daemon is gone: repeat the request on a new connection")?;
+    setsockopt(&here, sockopt::ReceiveTimeout, &TimeVal::new(PATIENCE, 0))?;
+    orders.send(&order.encode(), Some(there.as_fd())).map_err(|_| {
+        Error::new(
+            ErrorKind::Busy,
+            "the helper was restarted: repeat the request on a new connection",
+        )
+    })?;
     Ok(here.into())
 }
 
 /// Wait for this word.
 pub fn expect(from: &Seqpacket, word: Word) -> Result<()> {
-    let packet = match from.recv(Word::MAX)? {
-        Received::Packet { bytes, .. } => bytes,
-        _ => bail!(
+    let packet = match from.recv(Word::MAX) {
+        Ok(Received::Packet { bytes, .. }) => bytes,
+        // The request did not fail: nobody is left who could say so.
+        Err(Errno::EAGAIN) => {
+            let message = format!(
+                "the helper has not done it within {PATIENCE} s: look for its processes in state D in ps, and repeat"
+            );
+            bail!(Error::new(ErrorKind::Busy, message));
+        }
+        _ => bail!(Error::new(
+            ErrorKind::Busy,
             "the process that was to do it was killed: look for the reason in the kernel's log, and repeat"
-        ),
+        )),
     };
     match Word::decode(&packet) {
         Some(said) if said == word => Ok(()),

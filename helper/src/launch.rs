@@ -3,7 +3,8 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use protocol::{Received, Seqpacket, WorkerId};
 use tracing::warn;
@@ -11,7 +12,7 @@ use tracing::warn;
 use crate::host::{Host, open_dir};
 use crate::orders::{Order, Word};
 use crate::view::View;
-use crate::worker::{self, Record};
+use crate::worker::{self, Record, Written};
 use crate::{limits, sandbox, sys};
 
 /// Take the next order and have it carried out. True if what jobs see was built again for it.
@@ -27,6 +28,10 @@ pub fn take_order(host: &Host, view: &mut View, orders: &Seqpacket) -> bool {
         },
         _ => return false,
     };
+    if has_hung_up(&answer) {
+        // It had no time to wait for us, and the worker may be another's by now.
+        return false;
+    }
     let begun = match Order::decode(&bytes) {
         Some(Order::Launch { worker, bootstrap }) => {
             // A job sees the host as it is when it starts.
@@ -46,6 +51,15 @@ pub fn take_order(host: &Host, view: &mut View, orders: &Seqpacket) -> bool {
     built
 }
 
+fn has_hung_up(asker: &Seqpacket) -> bool {
+    let mut events = [PollFd::new(asker.as_fd(), PollFlags::empty())];
+    let looked = poll(&mut events, PollTimeout::ZERO);
+    looked.is_ok()
+        && events[0]
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLHUP))
+}
+
 /// Make the worker's first process, in its cgroup and its namespaces from the first instruction.
 fn launch(
     host: &Host,
@@ -54,6 +68,9 @@ fn launch(
     connection: &Seqpacket,
 ) -> Result<()> {
     let cgroup = open_dir(&host.cgroups, worker.to_string()).context("the worker has no cgroup")?;
+    // Who asked holds the worker's lock, so while it lives this is its cgroup. Once it is dead, another may have
+    // the worker, and a cgroup of its own for it, in which a first process that nobody waits for has no place.
+    ensure!(!has_hung_up(connection), "who asked for it is gone");
     sys::clone_sandboxed(cgroup.as_fd(), || {
         let prepared =
             forget_all_but(host, connection).and_then(|()| sandbox::enter(host, worker, bootstrap));
@@ -97,5 +114,8 @@ fn failed(connection: &Seqpacket, error: &anyhow::Error) -> i32 {
 /// The record, from the disk.
 pub fn record_of(host: &Host, worker: WorkerId) -> Result<Record> {
     let dir = open_dir(&host.workers, worker.to_string())?;
-    worker::read_record(&dir, worker)?.with_context(|| format!("worker {worker} has no record"))
+    match worker::read_record(&dir, worker)? {
+        Written::Record(record) => Ok(record),
+        _ => bail!("worker {worker} has no record"),
+    }
 }

@@ -99,6 +99,11 @@ fn cgroup_settings(limits: &Limits, can: Abilities) -> Vec<(&'static str, String
     }
     if can.memory {
         if let Some(memory) = limits.memory {
+            // Just below the limit a job waits until what it wrote is on the disk. At the limit itself Linux 6.12
+            // may end it for that, having found only dirty pages to give away. A wider step would slow down for
+            // minutes what is to be ended.
+            let high = memory - (2 << 20);
+            settings.push(("memory.high", high.to_string()));
             settings.push(("memory.max", memory.to_string()));
         }
         // Memory that is limited must not go on in swap, unless the operator has said how far.
@@ -225,6 +230,7 @@ mod tests {
             cgroup_settings(&limits("memory = \"1G\"\ncpus = 0.5\nprocesses = 100"), ALL),
             [
                 ("pids.max", "100".to_owned()),
+                ("memory.high", "1071644672".into()),
                 ("memory.max", "1073741824".into()),
                 ("memory.swap.max", "0".into()),
                 ("cpu.max", "50000 100000".into())

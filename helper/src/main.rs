@@ -7,12 +7,14 @@
 //!
 //! Three kinds of processes, each with the `privileges` that it needs. The *daemon* (`main`) accepts, forks,
 //! and builds what every job sees (`view`). A process for each *connection* (`connection`) reads what the
-//! supervisor sends, with few capabilities and few system calls: `policy` decides, `worker` is the directory,
+//! supervisor sends, with few capabilities and few system calls: `policy` decides, `tenancy` takes and frees slots,
 //! `user`, `trees`, `cgroup`, `limits` and `install` are the mechanisms. What takes more it asks of the daemon
 //! by an order (`orders`), which `launch` carries out: above all a worker's *first process*, which makes its
 //! job's `sandbox` (`devices`, `network`, `filter`), gives up everything, and is its pid 1 (`init`). All
-//! `unsafe` is in `sys`.
+//! `unsafe` is in `sys`. What a person on the host does as root, with the same sandbox and no socket, is
+//! `by_hand`, at a `terminal`.
 
+mod by_hand;
 mod cgroup;
 mod connection;
 mod devices;
@@ -29,22 +31,27 @@ mod policy;
 mod privileges;
 mod sandbox;
 mod sys;
+mod tenancy;
+mod terminal;
 mod trees;
 mod user;
 mod view;
 mod worker;
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -68,8 +75,11 @@ const MAX_CONNECTIONS: usize = 256;
 const MAX_BUSY: usize = 64;
 
 const USAGE: &str = "usage: user-factory-helper [--root DIR] [--cgroup PATH]
+       user-factory-helper run [--root DIR] [--slot SLOT] -- COMMAND [ARGUMENT…]
+       user-factory-helper shell [--root DIR] WORKER
 
-Root's half of the buildomat user factory; see the README.
+Root's half of the buildomat user factory; see the README. `run` and `shell` are for people, by way of
+`user-factory run` and `user-factory shell`.
   --root DIR     where etc/buildomat-user-factory/config.toml, run/ and var/lib/ are found [/]
   --cgroup PATH  the cgroup, below the cgroup v2 mount, in which to keep the workers' [its own]
 ";
@@ -123,12 +133,20 @@ fn main() -> ExitCode {
         .with_target(false)
         .with_writer(std::io::stderr)
         .init();
-    let run = || match options()? {
-        Some(options) => daemon(&options, systemd_socket),
-        None => Ok(std::io::stdout().write_all(USAGE.as_bytes())?),
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let run = || match words.first().and_then(|word| word.to_str()) {
+        Some("run") => by_hand::run(&words[1..]),
+        Some("shell") => by_hand::shell(&words[1..]),
+        _ => {
+            match options()? {
+                Some(options) => daemon(&options, systemd_socket)?,
+                None => std::io::stdout().write_all(USAGE.as_bytes())?,
+            }
+            Ok(0)
+        }
     };
     match run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => ExitCode::from(status),
         Err(error) => {
             error!("{error:#}");
             ExitCode::FAILURE
@@ -161,9 +179,17 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         warn!("abstract sockets and signals are not kept within jobs: that takes Linux 6.12 with Landlock");
     }
     let run_dir = options.root.join(config::RUN_DIR);
-    std::os::unix::fs::chown(options.root.join(config::GATE_DIR), Some(client), None)
-        .context("cannot give the gate's directory to the supervisor")?;
-    let _only_one = lock(&run_dir)?;
+    for place in [config::GATE_DIR, config::CONTROL_DIR] {
+        std::os::unix::fs::chown(options.root.join(place), Some(client), None)
+            .with_context(|| format!("cannot give {place} to the supervisor"))?;
+    }
+    let _only_one = lock(&run_dir, &options.root.join(config::STATE_DIR).join("workers"))?;
+    // For whoever starts something by hand.
+    std::fs::write(
+        run_dir.join(by_hand::CGROUP),
+        cgroup::path_of(&host.cgroups)?.as_os_str().as_bytes(),
+    )
+    .context("cannot write down where the workers' cgroups are")?;
     let socket = match systemd_socket {
         Some(socket) => {
             check_socket(&socket).context("the socket that systemd passed cannot be used")?;
@@ -178,17 +204,42 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     serve(&host, &mut view, socket, client)
 }
 
-/// Two helpers on one state directory would each be right and together wrong.
-fn lock(run_dir: &Path) -> Result<Flock<std::fs::File>> {
-    let path = run_dir.join("helper.lock");
-    let file = std::fs::File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((_, Errno::EWOULDBLOCK)) => {
-            bail!("another helper serves {}: stop that one first", run_dir.display())
+/// Two helpers on one state directory would each be right and together wrong. The directory of the workers is locked,
+/// too: the two may have a `/run` each.
+///
+/// These are locks of the process (`F_SETLK`, `fcntl(2)`), not of the open file: a child that outlives the daemon
+/// by a moment, with its parent's files still open, must not keep the next daemon out.
+fn lock(run_dir: &Path, workers: &Path) -> Result<[File; 2]> {
+    let lock = |name: &str, what: &str, place: &Path| {
+        let path = place.join(name);
+        let mut options = File::options();
+        let file = options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path);
+        let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+        let all_of_it = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        match fcntl(&file, FcntlArg::F_SETLK(&all_of_it)) {
+            Ok(_) => Ok(file),
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                bail!("another helper {what} {}: stop that one first", place.display())
+            }
+            Err(errno) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
         }
-        Err((_, errno)) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
-    }
+    };
+    // The second is the file by which workers wait for each other, with a lock of another kind.
+    Ok([
+        lock("helper.lock", "serves", run_dir)?,
+        lock(".lock", "works in", workers)?,
+    ])
 }
 
 fn listen_at(path: &Path, client: u32) -> Result<OwnedFd> {
@@ -257,6 +308,7 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(orders.as_fd(), PollFlags::POLLIN),
                 PollFd::new(hotplug.as_fd(), PollFlags::POLLIN),
+                PollFd::new(view.as_fd(), PollFlags::POLLPRI),
             ];
             if !full {
                 events.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
@@ -285,7 +337,14 @@ fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result
         if ready[2] {
             hotplug.refresh(host);
         }
-        if ready.get(3) == Some(&true) {
+        if ready[3] {
+            // A file system that the host has unmounted must not stay in use until the next job starts.
+            view.forget();
+            if let Err(error) = view.refresh(host) {
+                warn!("no job can be started until this is mended: {error:#}");
+            }
+        }
+        if ready.get(4) == Some(&true) {
             accept(host, &listener, &for_connections, client, &mut connections);
         }
     }

@@ -46,23 +46,60 @@ pub struct Job {
     house: init::House,
 }
 
-/// From a copy of root to the job's user in the job's view. Each step has its place.
+/// For the first process of a worker: everything, up to the agent's start.
 pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken) -> Result<Job> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
     let files = files(host, worker)?;
+    let door = put_up_the_walls(host, &config, &plan, For::Agent)?;
+    Ok(Job {
+        agent_arguments: arguments(&config, &plan.slot, bootstrap),
+        user: plan.user,
+        files,
+        house: init::House {
+            console: plan.slot.limits.console,
+            time: plan.slot.limits.run_time_seconds.map(Duration::from_secs),
+            door,
+        },
+    })
+}
+
+/// For what a person does by hand in a worker: the same walls, with the standard streams that the process has.
+/// Who has no network but the server has none at all.
+pub fn enter_by_hand(host: &Host, worker: WorkerId) -> Result<UserName> {
+    let (config, _) = host.configuration()?;
+    let plan = plan(host, &config, worker)?;
+    put_up_the_walls(host, &config, &plan, For::Person)?;
+    Ok(plan.user)
+}
+
+/// For whom the walls are put up.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum For {
+    Agent,
+    Person,
+}
+
+/// From a copy of root to the job's user in the job's view. Each step has its place.
+fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For) -> Result<Option<Door>> {
     // A session of its own: no terminal of the helper's is reachable.
     nix::unistd::setsid().context("cannot make a session")?;
     umask(Mode::empty());
     // Named devices may be block devices, and what goes to a disk of the slot's outlives the job.
     let ignore_sync = plan.slot.ignore_sync && !devices::has_block_device(host, &plan.slot)?;
-    devices::make(host, worker, plan.uid, &plan.slot)?;
+    // A person finds the /dev of an agent that was started: it may be using it.
+    if whom == For::Agent || open_dir(&host.devices, plan.worker.to_string()).is_err() {
+        devices::make(host, plan.worker, plan.uid, &plan.slot)?;
+    }
     let door = match plan.slot.network {
         Network::Host => None,
         Network::None => Some(network::enter(&config.general.baseurl, &host.gate)?),
     };
     // The root is the template's already, copied with the namespace. Add what is this job's own.
-    mounts(&plan)?;
+    mounts(plan)?;
+    if whom == For::Agent {
+        silence()?;
+    }
     limits::of_disk(host, plan.uid, plan.slot.limits.disk, plan.slot.limits.inodes)?;
     // The way to other workers' directories and to sources of other slots goes now.
     umount2(PRIVATE, MntFlags::MNT_DETACH).context("cannot leave the private part")?;
@@ -84,16 +121,7 @@ pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken) -> Resul
         ignore_sync,
     });
     sys::filter_system_calls(&allowed).context("cannot filter system calls")?;
-    Ok(Job {
-        agent_arguments: arguments(&config, &plan.slot, bootstrap),
-        user: plan.user,
-        files,
-        house: init::House {
-            console: plan.slot.limits.console,
-            time: plan.slot.limits.run_time_seconds.map(Duration::from_secs),
-            door,
-        },
-    })
+    Ok(door)
 }
 
 impl Job {
@@ -196,11 +224,6 @@ fn mounts(plan: &Plan) -> Result<()> {
     for name in devices::MOUNT_POINTS {
         mount_in_dev(name, plan).with_context(|| format!("cannot mount /dev/{name}"))?;
     }
-    // The helper's own standard streams stay outside.
-    let null = nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
-    nix::unistd::dup2_stdin(&null)?;
-    nix::unistd::dup2_stdout(&null)?;
-    nix::unistd::dup2_stderr(&null)?;
     let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), "/proc", Some("proc"), hardened, None::<&str>).context("cannot mount /proc")
 }
@@ -208,6 +231,14 @@ fn mounts(plan: &Plan) -> Result<()> {
 /// Where the private part has this worker's own.
 fn private(plan: &Plan, kind: &str) -> PathBuf {
     Path::new(PRIVATE).join(kind).join(plan.worker.to_string())
+}
+
+/// The helper's own standard streams stay outside.
+fn silence() -> Result<()> {
+    let null = nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
+    nix::unistd::dup2_stdin(&null)?;
+    nix::unistd::dup2_stdout(&null)?;
+    Ok(nix::unistd::dup2_stderr(&null)?)
 }
 
 fn bind(source: &Path, place: &Path, attributes: u64) -> Result<()> {

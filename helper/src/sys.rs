@@ -224,6 +224,16 @@ pub fn bring_up_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
     done(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) }.into())
 }
 
+/// Make a terminal as large as another (`TIOCGWINSZ` and `TIOCSWINSZ`, `ioctl_tty(2)`).
+pub fn copy_window_size(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: all bytes zero is a valid winsize.
+    let mut size: libc::winsize = unsafe { std::mem::zeroed() };
+    // SAFETY: TIOCGWINSZ writes a winsize, which outlives the call.
+    done(unsafe { libc::ioctl(from.as_raw_fd(), libc::TIOCGWINSZ, &mut size) }.into())?;
+    // SAFETY: TIOCSWINSZ reads a winsize, which outlives the call.
+    done(unsafe { libc::ioctl(to.as_raw_fd(), libc::TIOCSWINSZ, &size) }.into())
+}
+
 /// `quotactl(2)`'s command, for user quotas (type 0).
 const fn user_quota(command: u32) -> u32 {
     command << 8

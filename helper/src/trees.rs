@@ -68,41 +68,66 @@ pub fn make(worker: BorrowedFd<'_>, uid: Uid, trees: &[Tree]) -> Result<()> {
     Ok(())
 }
 
+/// All trees below `fs/`, with their owners. What else is there is in the way, and removed.
+fn found(fs: &OwnedFd) -> Result<Vec<(PathBuf, u32)>> {
+    let mut trees = Vec::new();
+    let mut take = |path: PathBuf| -> Result<()> {
+        let stat = look(fs, &path)?;
+        if kind(&stat) != SFlag::S_IFDIR {
+            return Ok(remove_file(fs, &path)?);
+        }
+        trees.push((path, stat.st_uid));
+        Ok(())
+    };
+    for top in names(fs.as_fd())? {
+        if top == "home" || top == "run" {
+            let root_owned = open_dir(fs, &top)?;
+            for name in names(root_owned.as_fd())? {
+                take(Path::new(&top).join(name))?;
+            }
+        } else {
+            take(top.into())?;
+        }
+    }
+    Ok(trees)
+}
+
+/// Whose the trees are, by the owner that root has given them: their job cannot give them away (`chown(2)`).
+pub fn owner(worker: BorrowedFd<'_>) -> Result<Option<Uid>> {
+    let fs = match open_dir(worker, "fs") {
+        Err(Errno::ENOENT) => return Ok(None),
+        fs => fs?,
+    };
+    let owners = found(&fs)?.into_iter().map(|(_, owner)| owner);
+    Ok(owners.filter_map(|owner| Uid::try_from(owner).ok()).next())
+}
+
 /// Remove `fs/` and all in it. The user has no process any more but the one that works here.
-pub fn remove(worker: BorrowedFd<'_>, uid: Uid) -> Result<()> {
+pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
     let fs = match open_dir(worker, "fs") {
         Err(Errno::ENOENT) => return Ok(()),
         fs => fs?,
     };
-    let mut own: Vec<PathBuf> = Vec::new();
-    for top in names(fs.as_fd())? {
-        if top == "home" || top == "run" {
-            let root_owned = open_dir(&fs, &top)?;
-            for name in names(root_owned.as_fd())? {
-                let path = Path::new(&top).join(&name);
-                if kind(&look(&fs, &path)?) == SFlag::S_IFDIR {
-                    own.push(path)
-                } else {
-                    remove_file(&fs, &path)?
-                }
-            }
-        } else {
-            own.push(top.into());
-        }
-    }
-    empty_as(uid, &fs, &own)?;
-    for path in own
+    let trees = found(&fs)?;
+    // One that is still root's was made and not yet given away when that was cut off: nobody has written to it,
+    // and the job's user could not open it.
+    let given: Vec<&Path> = trees
         .iter()
-        .map(PathBuf::as_path)
-        .chain([Path::new("home"), Path::new("run")])
-    {
+        .filter(|(_, owner)| uid.is_some_and(|uid| uid.get() == *owner))
+        .map(|(path, _)| path.as_path())
+        .collect();
+    if let Some(uid) = uid {
+        empty_as(uid, &fs, &given)?;
+    }
+    let all = trees.iter().map(|(path, _)| path.as_path());
+    for path in all.chain([Path::new("home"), Path::new("run")]) {
         remove_dir(&fs, path).with_context(|| format!("cannot remove the tree {}", path.display()))?;
     }
     remove_dir(worker, "fs").context("cannot remove the worker's fs")
 }
 
 /// Empty these directories in a process that has become `uid`.
-fn empty_as(uid: Uid, fs: &OwnedFd, trees: &[PathBuf]) -> Result<()> {
+fn empty_as(uid: Uid, fs: &OwnedFd, trees: &[&Path]) -> Result<()> {
     let (errors, to_parent) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let child = sys::fork(|| {
         let work = || -> Result<()> {

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -72,6 +72,11 @@ impl View {
         })
     }
 
+    /// The host's mounts have changed: what was built still has the old ones.
+    pub fn forget(&mut self) {
+        self.built = None;
+    }
+
     /// Build the template, or build it again if the configuration, the host's mounts, or a directory that
     /// was taken apart or has a hidden entry has changed. After an error there is none, and no job can be started. True if it was
     /// built.
@@ -100,6 +105,13 @@ impl View {
             watched,
         });
         Ok(true)
+    }
+}
+
+/// `poll(2)` tells with POLLPRI when the host's mounts have changed, once.
+impl AsFd for View {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.host_mounts.as_fd()
     }
 }
 
@@ -365,7 +377,8 @@ impl Builder {
     /// Lay nothing over the sockets of the host's services, wherever they are: a read-only mount keeps nobody
     /// from connecting. One that is made later is seen until the view is built again: its mode must do, or `hide`.
     fn hide_sockets(&self) -> Result<()> {
-        let text = std::fs::read("/proc/net/unix").context("cannot read /proc/net/unix")?;
+        let text =
+            std::fs::read("/proc/net/unix").context("cannot read /proc/net/unix: mount /proc whole")?;
         let cover = below(&self.new_root, &Path::new(PRIVATE).join("no-file"));
         for line in text.split(|b| *b == b'\n') {
             let Some(at) = line.windows(2).position(|pair| pair == b" /") else {

@@ -50,12 +50,23 @@ impl Record {
     }
 }
 
+/// What a worker's directory says of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// It was never made, or is all but deleted.
+    Nothing,
+    Record(Record),
+    /// The disk, or somebody, has spoiled the record. The worker is lost: its slot is not known, and its uid only
+    /// by what it owns.
+    Damaged,
+}
+
 /// A worker's directory, locked: nobody else touches the worker while this is alive.
 #[derive(Debug)]
 pub struct Worker {
     pub id: WorkerId,
     lock: Flock<File>,
-    pub record: Option<Record>,
+    pub written: Written,
 }
 
 impl Worker {
@@ -71,8 +82,8 @@ impl Worker {
             let locked = nix::sys::stat::fstat(&*lock)?;
             match look(&host.workers, id.to_string()) {
                 Ok(now) if (now.st_dev, now.st_ino) == (locked.st_dev, locked.st_ino) => {
-                    let record = read_record(&*lock, id)?;
-                    return Ok(Some(Worker { id, lock, record }));
+                    let written = read_record(&*lock, id)?;
+                    return Ok(Some(Worker { id, lock, written }));
                 }
                 _ => continue,
             }
@@ -92,12 +103,14 @@ impl Worker {
 
     /// The worker, if it was made: with a record.
     pub fn existing(host: &Host, id: WorkerId) -> Result<(Worker, Record)> {
-        if let Some(worker) = Worker::find(host, id)?
-            && let Some(record) = worker.record.clone()
-        {
-            return Ok((worker, record));
+        let Some(worker) = Worker::find(host, id)? else {
+            bail!(no_such_worker(id))
+        };
+        match worker.written.clone() {
+            Written::Record(record) => Ok((worker, record)),
+            Written::Nothing => bail!(no_such_worker(id)),
+            Written::Damaged => bail!("the record of worker {id} is damaged: delete the worker"),
         }
-        bail!(no_such_worker(id))
     }
 
     pub fn dir(&self) -> std::os::fd::BorrowedFd<'_> {
@@ -109,9 +122,11 @@ impl Worker {
     }
 
     pub fn write_record(&mut self, record: Record) -> Result<()> {
+        // Of an earlier life that was all but deleted.
+        remove_file(self.dir(), "started")?;
         write_atomically(self.dir(), "record", &record.print(), 0o600)
             .with_context(|| format!("cannot write the record of worker {}", self.id))?;
-        self.record = Some(record);
+        self.written = Written::Record(record);
         Ok(())
     }
 
@@ -139,15 +154,18 @@ impl Worker {
         }
     }
 
-    /// Remove what is left of the directory: its trees are gone. The record goes last.
+    /// Remove what is left of the directory: its trees are gone. The record goes last, but for the mark of the
+    /// start: a worker that was started must never be seen without it.
     pub fn remove(self, host: &Host) -> Result<()> {
         let describe = || format!("cannot remove the directory of worker {}", self.id);
         for name in names(self.dir())? {
-            if name != "record" {
+            if name != "record" && name != "started" {
                 remove_file(self.dir(), &name).with_context(describe)?;
             }
         }
-        remove_file(self.dir(), "record").with_context(describe)?;
+        for name in ["record", "started"] {
+            remove_file(self.dir(), name).with_context(describe)?;
+        }
         remove_dir(&host.workers, self.id.to_string()).with_context(describe)
     }
 }
@@ -159,16 +177,15 @@ pub fn no_such_worker(id: WorkerId) -> Error {
     )
 }
 
-pub fn read_record(dir: impl AsFd, id: WorkerId) -> Result<Option<Record>> {
-    let Some(text) =
-        read_small(dir, "record").with_context(|| format!("cannot read the record of worker {id}"))?
-    else {
-        return Ok(None);
-    };
-    let record = Record::parse(&text);
-    Ok(Some(record.with_context(|| {
-        format!("the record of worker {id} is damaged: restore it, or remove what it names by hand")
-    })?))
+/// What is there but is no record is damage; what cannot be read is an error, and may be there the next time.
+pub fn read_record(dir: impl AsFd, id: WorkerId) -> Result<Written> {
+    Ok(match read_small(dir, "record") {
+        Ok(None) => Written::Nothing,
+        Ok(Some(text)) => Record::parse(&text).map_or(Written::Damaged, Written::Record),
+        // Not even text.
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidData => Written::Damaged,
+        Err(error) => return Err(error).with_context(|| format!("cannot read the record of worker {id}")),
+    })
 }
 
 fn is_started(dir: impl AsFd) -> Result<bool> {
@@ -212,35 +229,44 @@ fn parse_exit(text: &str) -> Exit {
     }
 }
 
-/// All workers that have a record, in the order of their ids. Takes no lock: one that is being made or
-/// deleted at this moment is there or not.
-pub fn list(host: &Host) -> Result<Vec<(WorkerId, OwnedFd, Record)>> {
+/// All workers of this host.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Those that have a record, in the order of their ids.
+    pub workers: Vec<(WorkerId, OwnedFd, Record)>,
+    pub damaged: Vec<WorkerId>,
+}
+
+/// Takes no lock: one that is being made or deleted at this moment is there or not.
+pub fn list(host: &Host) -> Result<Listing> {
     let mut ids: Vec<WorkerId> = names(host.workers.as_fd())?
         .iter()
         .filter_map(|name| name.to_str()?.parse().ok())
         .collect();
     ids.sort_unstable();
-    let mut found = Vec::new();
+    let mut found = Listing::default();
     for id in ids {
-        if let Ok(dir) = open_dir(&host.workers, id.to_string())
-            && let Some(record) = read_record(&dir, id)?
-        {
-            found.push((id, dir, record));
+        let Ok(dir) = open_dir(&host.workers, id.to_string()) else {
+            continue;
+        };
+        match read_record(&dir, id)? {
+            Written::Nothing => {}
+            Written::Record(record) => found.workers.push((id, dir, record)),
+            Written::Damaged => found.damaged.push(id),
         }
     }
     Ok(found)
 }
 
-pub fn tenants(host: &Host) -> Result<Vec<Tenant>> {
-    let all = list(host)?;
-    Ok(all
-        .into_iter()
-        .map(|(worker, _, record)| Tenant {
-            worker,
-            slot: record.slot,
+impl Listing {
+    pub fn tenants(&self) -> Vec<Tenant> {
+        let tenant = |(worker, _, record): &(WorkerId, OwnedFd, Record)| Tenant {
+            worker: *worker,
+            slot: record.slot.clone(),
             uid: record.uid,
-        })
-        .collect())
+        };
+        self.workers.iter().map(tenant).collect()
+    }
 }
 
 pub fn info(host: &Host, worker: WorkerId, dir: impl AsFd, record: Record) -> Result<WorkerInfo> {

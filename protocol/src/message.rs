@@ -170,7 +170,8 @@ pub enum ErrorKind {
     Version,
     /// The request contradicts what is there, or came with the wrong descriptor. Do not repeat it.
     Refused,
-    /// Too many connections: come back later.
+    /// Not now: too many connections, a configuration that does not parse, a helper that was restarted meanwhile.
+    /// Come back later.
     Busy,
     NoSuchWorker,
     NoSuchSlot,
@@ -178,7 +179,7 @@ pub enum ErrorKind {
     SlotTaken,
     /// Nothing is left to give: every uid of the range is in use.
     Limit,
-    /// The host could not: no space, no memory, a configuration that does not parse.
+    /// The host could not: no space, no memory, no device.
     Failed,
 }
 

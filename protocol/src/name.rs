@@ -62,6 +62,11 @@ macro_rules! ulid_type {
             pub const fn from_bits(bits: u128) -> Self {
                 Self(bits)
             }
+
+            /// When it was made, in milliseconds since 1970, by the clock of who made it.
+            pub const fn made_at(self) -> u64 {
+                (self.0 >> 80) as u64
+            }
         }
 
         impl FromStr for $name {

@@ -2,7 +2,6 @@
 //!
 //! Each action may be a repetition after a crash. Nothing is decided here beyond what an answer means.
 
-use std::fs::File;
 use std::time::Duration;
 
 use protocol::{BootstrapToken, ErrorKind, WorkerId};
@@ -15,7 +14,7 @@ use crate::server::{self, Server};
 use crate::view::{Side, Trouble};
 use crate::worker::Action;
 
-/// A server that has no job for a line yet is asked again so many times, a second apart.
+/// A server that has no job for the lines yet is asked again so many times, a second apart.
 const APPEND_TRIES: u32 = 3;
 
 /// The three that actions need.
@@ -29,7 +28,9 @@ pub struct Hands {
 impl Hands {
     pub async fn carry_out(&self, worker: WorkerId, action: Action) -> Outcome {
         match action {
-            Action::Associate { slot } => of_server(self.server.associate(worker, &slot).await),
+            Action::Associate { slot, scripts } => {
+                of_server(self.server.associate(worker, &slot, &scripts).await)
+            }
             Action::CreateUser { slot } => of_helper(self.helper.create_user(worker, slot).await),
             Action::InstallAgent { bootstrap } => self.install(worker, bootstrap).await,
             Action::Tell { reason, lines_sent } => self.tell(worker, &reason, lines_sent).await,
@@ -68,7 +69,9 @@ impl Hands {
         };
         for (number, line) in (first..).zip(&lines).filter(|(number, _)| *number >= lines_sent) {
             match self.append(worker, line).await {
-                Ok(()) => {}
+                Ok(true) => {}
+                // No job will have the others either; the failure matters more.
+                Ok(false) => break,
                 Err(error) if error.is_refusal() => break,
                 Err(error) => {
                     return Outcome::Partly {
@@ -89,15 +92,17 @@ impl Hands {
         }
     }
 
-    /// Once stored, or never wanted: done. Still wanted after some tries: given up, the failure matters more.
-    async fn append(&self, worker: WorkerId, line: &str) -> Result<(), server::Error> {
+    /// True once it is stored, or never wanted; false where after some tries there still is no job for it.
+    async fn append(&self, worker: WorkerId, line: &str) -> Result<bool, server::Error> {
         for attempt in 1..=APPEND_TRIES {
-            if !self.server.append(worker, line).await? || attempt == APPEND_TRIES {
-                break;
+            if !self.server.append(worker, line).await? {
+                return Ok(true);
             }
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            if attempt < APPEND_TRIES {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
         }
-        Ok(())
+        Ok(false)
     }
 
     /// A worker without a console has nothing to say; that is no reason not to say that it failed.
@@ -107,7 +112,7 @@ impl Hands {
             lines: Vec::new(),
         };
         match self.helper.attach(worker).await {
-            Ok(fd) => Ok(console::read(&File::from(fd)).unwrap_or(none)),
+            Ok(attached) => Ok(console::read(&attached.console).unwrap_or(none)),
             Err(helper::Error::Said(error))
                 if !matches!(error.kind, ErrorKind::Busy | ErrorKind::Version) =>
             {
@@ -139,5 +144,79 @@ fn of_helper(result: Result<(), helper::Error>) -> Outcome {
             }
         },
         Err(error) => Outcome::Trouble(error.trouble()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::helper::{Line, Pending, Road};
+    use crate::server::{Call, Carrier};
+    use protocol::{Exit, Received, Reply, Request, State, VERSION, wire};
+    use std::io::Write;
+    use std::os::fd::BorrowedFd;
+    use std::sync::{Arc, Mutex};
+
+    /// A helper with a console of a hundred lines, and a server that has no job for any of them.
+    #[derive(Clone, Debug, Default)]
+    struct NoJob(Arc<Mutex<Vec<String>>>);
+
+    impl Carrier for NoJob {
+        fn call(&self, call: Call) -> server::Pending<'_, (u16, Vec<u8>)> {
+            self.0.lock().unwrap().push(call.path);
+            Box::pin(async { Ok((200, br#"{"retry":true}"#.to_vec())) })
+        }
+
+        fn file<'a>(
+            &'a self,
+            _: &'a str,
+            _: &'a [(&'a str, String)],
+            _: &'a [(&'static str, String)],
+        ) -> server::Pending<'a, reqwest::Response> {
+            Box::pin(async { Err(server::Error::Unreachable("no file".into())) })
+        }
+    }
+
+    impl Road for NoJob {
+        fn connect(&self) -> Result<Box<dyn Line>, helper::Error> {
+            Ok(Box::new(self.clone()))
+        }
+    }
+
+    impl Line for NoJob {
+        fn exchange<'a>(&'a self, packet: &'a [u8], _: Option<BorrowedFd<'a>>) -> Pending<'a> {
+            let (reply, descriptors) = match wire::decode(packet).unwrap() {
+                Request::Hello { .. } => (Reply::Welcome { version: VERSION }, vec![]),
+                _ => {
+                    let mut console = tempfile::tempfile().unwrap();
+                    console.write_all(&b"line\n".repeat(100)).unwrap();
+                    let state = State::Exited(Exit::Status(1));
+                    (Reply::Attached { state }, vec![console.into()])
+                }
+            };
+            let bytes = wire::encode(&reply).unwrap();
+            Box::pin(async { Ok(Received::Packet { bytes, descriptors }) })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_without_a_job_is_told_at_once_and_not_after_every_line() {
+        let world = NoJob::default();
+        let hands = Hands {
+            server: Server::over(Arc::new(world.clone())),
+            helper: Helper::over(Arc::new(world.clone())),
+            agent: AgentCache::new("/nowhere".into(), Vec::new()),
+        };
+        let action = Action::Tell {
+            reason: "it broke".into(),
+            lines_sent: 0,
+        };
+        assert_eq!(
+            hands.carry_out(WorkerId::from_bits(1), action).await,
+            Outcome::Done
+        );
+        let calls = world.0.lock().unwrap();
+        assert_eq!(calls.len(), APPEND_TRIES as usize + 1, "{calls:?}");
+        assert!(calls.last().unwrap().ends_with("/fail"));
     }
 }

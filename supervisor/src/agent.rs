@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use flate2::read::MultiGzDecoder;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -14,7 +14,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use protocol::MAX_AGENT_BYTES;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::server::{Server, causes};
 
@@ -23,11 +23,21 @@ const FRESH: Duration = Duration::from_secs(600);
 /// A download that stands still for this long has failed.
 const IDLE: Duration = Duration::from_secs(30);
 
+/// What was downloaded, and what it was unpacked to, before that takes the place of the last agent.
+const PARTS: [&str; 2] = ["agent.download", "agent.new"];
+
 /// An agent's program, sealed against every change.
 #[derive(Clone, Debug)]
 pub struct Agent(Arc<OwnedFd>);
 
 impl Agent {
+    /// In bytes.
+    pub fn size(&self) -> Result<u64, String> {
+        let file = self.0.try_clone().map(File::from);
+        let length = file.and_then(|file| file.metadata()).map(|meta| meta.len());
+        length.map_err(|e| format!("cannot examine the agent: {e}"))
+    }
+
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
@@ -79,7 +89,14 @@ impl AgentCache {
         {
             return Ok(agent.clone());
         }
-        let agent = match (self.fetch(server).await, &*held) {
+        let fetched = self.fetch(server).await;
+        if fetched.is_err() {
+            // The next attempt begins anew; what is left of this one may be all that the disk had room for.
+            for part in PARTS {
+                let _ = fs::remove_file(self.dir.join(part));
+            }
+        }
+        let agent = match (fetched, &*held) {
             (Ok(Fetched::Unchanged), Some((agent, _))) => agent.clone(),
             (Ok(_), _) => sealed(&self.program())?,
             (Err(why), Some((agent, _))) => {
@@ -136,7 +153,7 @@ impl AgentCache {
             etag: header("etag"),
             modified: header("last-modified"),
         };
-        let mut download = disk("create", &self.dir, tempfile_in(&self.dir, "agent.download"))?;
+        let mut download = disk("create", &self.dir, tempfile_in(&self.dir, PARTS[0]))?;
         let mut length = 0;
         let broken = |e| format!("the download of {path} broke off: {}", causes(&e));
         while let Some(chunk) = timeout(IDLE, response.chunk())
@@ -171,11 +188,7 @@ fn tempfile_in(dir: &Path, name: &str) -> io::Result<File> {
 /// Unpack what was downloaded, and put it in the place of the last agent. The tag goes first and comes
 /// last, so that it never describes another file.
 fn keep(dir: &Path, packed: bool, tag: &Tag) -> Result<(), String> {
-    let (from, new, place) = (
-        dir.join("agent.download"),
-        dir.join("agent.new"),
-        dir.join("agent"),
-    );
+    let (from, new, place) = (dir.join(PARTS[0]), dir.join(PARTS[1]), dir.join("agent"));
     let input = disk("open", dir, File::open(&from))?;
     let mut output = disk("create", dir, File::create(&new))?;
     let mut input: Box<dyn Read> = if packed {

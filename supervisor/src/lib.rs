@@ -5,8 +5,9 @@
 //! saved phase alone; [`act`] carries it out, with the buildomat server ([`server`]), the root helper
 //! ([`helper`]) and the agent's program ([`agent`]). [`store`] remembers the workers, [`reconcile`] finds
 //! an owner or an end for whatever does not fit, and [`shell`] is the loop that ties the pure core
-//! ([`factory`], [`worker`], [`schedule`], [`reconcile`], [`backoff`]) to the world. Beside all that, and
-//! without a word to it, [`gate`] carries the bytes of jobs that can reach nobody but the server.
+//! ([`factory`], [`worker`], [`schedule`], [`reconcile`], [`backoff`]) to the world. The operator looks in, and
+//! has a say, through [`control`]. Beside all that, and without a word to it, [`gate`] carries the bytes of jobs
+//! that can reach nobody but the server.
 //!
 //! Nothing in this crate runs as root, and nothing in it needs to be trusted by the helper.
 #![forbid(unsafe_code)]
@@ -15,9 +16,13 @@ pub mod act;
 pub mod agent;
 pub mod backoff;
 pub mod console;
+pub mod control;
 pub mod factory;
 pub mod gate;
 pub mod helper;
+pub mod host;
+pub mod log;
+pub mod notify;
 pub mod reconcile;
 pub mod schedule;
 pub mod server;

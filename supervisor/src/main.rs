@@ -1,169 +1,81 @@
-//! `user-factory`: the supervisor's command line. Each command reads what it needs and calls the library;
-//! nothing else belongs here.
+//! `user-factory`: the factory's unprivileged half and the operator's command. What is typed is read in
+//! `command`; each command reads what it needs and calls the library. Nothing else belongs here.
 #![forbid(unsafe_code)]
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod command;
+
+use std::ffi::OsString;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
-use clap::{Parser, Subcommand};
-use protocol::config::Mistake;
-use supervisor::act::Hands;
-use supervisor::agent::{self, AgentCache};
-use supervisor::factory::Factory;
-use supervisor::gate::Gate;
-use supervisor::helper::Helper;
-use supervisor::server::Server;
-use supervisor::settings::{self, Places};
-use supervisor::shell::{Clock, Shell};
-use supervisor::store::Store;
-use tokio::signal::unix::{SignalKind, signal};
-
-/// Buildomat workers as ephemeral Unix users of this host.
-#[derive(Debug, Parser)]
-#[command(name = "user-factory", version, about)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Run the factory (the unprivileged half; the helper must run beside it).
-    Serve {
-        /// The configuration file.
-        #[arg(long, value_name = "PATH")]
-        config: Option<PathBuf>,
-        /// Look for everything below this directory.
-        #[arg(long, value_name = "DIR", default_value = "/")]
-        root: PathBuf,
-        /// Run even as root. For tests alone.
-        #[arg(long)]
-        allow_root: bool,
-        /// error, warn, info, debug or trace.
-        #[arg(long, value_name = "LEVEL", default_value = "info")]
-        log_level: tracing::Level,
-    },
-    /// Print every mistake of a configuration, or a summary of its slots.
-    Check {
-        /// The configuration file.
-        config: PathBuf,
-    },
-}
+use clap::Parser;
+use command::{Arguments, Command, DONE, FAILED, ask, check, exit, generate, root, serve};
 
 fn main() -> ExitCode {
-    match Arguments::parse().command {
-        Command::Check { config } => check(&config),
+    exit(run(Arguments::parse().command))
+}
+
+fn run(command: Command) -> u8 {
+    match command {
         Command::Serve {
             config,
-            root,
+            there,
             allow_root,
             log_level,
-        } => match serve(config, &root, allow_root, log_level) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("user-factory: {error:#}");
-                ExitCode::FAILURE
-            }
-        },
+        } => or_say(serve::serve(config, &there.root, allow_root, log_level)),
+        Command::Check {
+            config,
+            online,
+            there,
+        } => check::check(&config, online, &there.root),
+        Command::Status { there, how, watch } => {
+            ask::ask(&there, async |factory| ask::status(factory, how, watch).await)
+        }
+        Command::Workers { there, how } => ask::ask(&there, async |factory| ask::workers(factory, how).await),
+        Command::Show { worker, there, how } => {
+            ask::ask(&there, async |factory| ask::show(factory, worker, how).await)
+        }
+        Command::Logs {
+            worker,
+            follow,
+            there,
+        } => ask::ask(&there, async |factory| ask::logs(factory, worker, follow).await),
+        Command::Drain { slot, wait, there } => {
+            ask::ask(&there, async |factory| ask::drain(factory, slot, wait).await)
+        }
+        Command::Resume { slot, there } => ask::ask(&there, async |factory| ask::resume(factory, slot).await),
+        Command::Destroy { worker, yes, there } => {
+            ask::ask(&there, async |factory| ask::destroy(factory, worker, yes).await)
+        }
+        Command::Reload { there } => ask::ask(&there, async |factory| ask::reload(factory).await),
+        Command::Shell { worker, there } => {
+            let words = [
+                "shell".into(),
+                "--root".into(),
+                there.root.into_os_string(),
+                worker.to_string().into(),
+            ];
+            root::become_helper(words)
+        }
+        Command::Run { slot, there, command } => {
+            let mut words: Vec<OsString> = vec!["run".into(), "--root".into(), there.root.into_os_string()];
+            words.extend(
+                slot.into_iter()
+                    .flat_map(|slot| ["--slot".into(), slot.to_string().into()]),
+            );
+            words.push("--".into());
+            words.extend(command);
+            root::become_helper(words)
+        }
+        Command::Generate { what } => or_say(generate::generate(what)),
     }
 }
 
-fn check(path: &Path) -> ExitCode {
-    let mistakes = match settings::load(path) {
-        Ok(config) => {
-            let groups = fs::read_to_string("/etc/group").unwrap_or_default();
-            let mut mistakes = settings::check_host(&config, &groups);
-            if let Err(error) = settings::token(config.factory.token_file.as_path()) {
-                mistakes.insert(
-                    0,
-                    Mistake {
-                        line: token_line(path),
-                        message: format!("{error:#}"),
-                    },
-                );
-            }
-            if mistakes.is_empty() {
-                print!("{}", settings::summary(&config));
-                return ExitCode::SUCCESS;
-            }
-            mistakes
+fn or_say<E: Into<anyhow::Error>>(result: Result<(), E>) -> u8 {
+    match result {
+        Ok(()) => DONE,
+        Err(error) => {
+            eprintln!("user-factory: {:#}", error.into());
+            FAILED
         }
-        Err(mistakes) => mistakes,
-    };
-    print!("{}", settings::print(path, &mistakes));
-    ExitCode::FAILURE
-}
-
-/// The line that names the token file.
-fn token_line(path: &Path) -> usize {
-    let text = fs::read_to_string(path).unwrap_or_default();
-    text.lines()
-        .position(|line| line.trim_start().starts_with("token_file"))
-        .map_or(1, |at| at + 1)
-}
-
-fn serve(config: Option<PathBuf>, root: &Path, allow_root: bool, log_level: tracing::Level) -> Result<()> {
-    tracing_subscriber::fmt()
-        .with_max_level(log_level)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .init();
-    if nix::unistd::geteuid().is_root() && !allow_root {
-        bail!("the supervisor must not be root: start it as the user of the configuration (factory.user)");
     }
-    // The factory's token is in this process's memory: no core, and nobody of the same user looks in.
-    nix::sys::prctl::set_dumpable(false).context("cannot close this process to others")?;
-    let places = Places::below(root);
-    let path = config.unwrap_or_else(|| places.config.clone());
-    let config = settings::load(&path).map_err(|mistakes| {
-        anyhow::anyhow!(
-            "the configuration has mistakes:\n{}",
-            settings::print(&path, &mistakes).trim_end()
-        )
-    })?;
-    let token = settings::token(config.factory.token_file.as_path())?;
-    let store = Store::open(&places.state)?;
-    let clock = Clock::start();
-    let workers = store.workers()?;
-    let hands = Hands {
-        server: Server::new(&config.general.baseurl, token)?,
-        helper: Helper::new(places.helper),
-        agent: AgentCache::new(places.state.join("agent"), agent::hints()),
-    };
-    tracing::info!(server = %config.general.baseurl, slots = config.slots.len(), workers = workers.len(), "supervisor started");
-    let gate = Gate::wanted(&config, !workers.is_empty(), places.gate);
-    // The seed spreads the retries of several factories; it is no secret.
-    let seed = clock.now() ^ u64::from(std::process::id());
-    let factory = Factory::new(config, workers, seed, clock.now());
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")?;
-    let done = runtime.block_on(async {
-        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let stop = async move {
-            tokio::select! {
-                _ = term.recv() => {}
-                _ = int.recv() => {}
-            }
-        };
-        // It ends with the runtime: stopping does not wait for connections that may last as long as a job.
-        gate.map(|gate| tokio::spawn(gate.serve()));
-        Shell {
-            factory,
-            store,
-            hands: Arc::new(hands),
-            clock,
-        }
-        .run(stop)
-        .await
-    });
-    // A blocked file operation must not hold up the end.
-    runtime.shutdown_background();
-    done
 }

@@ -24,6 +24,8 @@ pub struct Question<'a> {
     pub promised: &'a BTreeSet<SlotName>,
     /// Workers that came to their end after a list was asked for.
     pub ended: &'a BTreeSet<WorkerId>,
+    /// Workers of the server that have waited for a slot for too long.
+    pub tired: &'a BTreeSet<WorkerId>,
     /// A worker is being made: one without a slot may be it.
     pub making: bool,
     pub now: u64,
@@ -34,6 +36,8 @@ pub struct Question<'a> {
 pub enum Decision {
     /// It becomes this factory's again.
     Adopt(Worker),
+    /// It could, had it a slot of this target: it comes next.
+    Wait(TargetId),
     /// Nobody's: end it, in this way. `slot`: the one that it occupies on the host.
     End {
         worker: WorkerId,
@@ -64,6 +68,9 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
         } else if let Some(slot) = slot_for(q, w, &used) {
             used.insert(slot.clone());
             decisions.push(Decision::Adopt(adopted(w, slot, Phase::Reserved, q.now)));
+        } else if !q.tired.contains(&w.id) && slot_for(q, w, &BTreeSet::new()).is_some() {
+            // Its job has not begun, and need not fail because others were here first.
+            decisions.push(Decision::Wait(w.target));
         } else {
             decisions.push(Decision::End {
                 worker: w.id,
@@ -111,7 +118,8 @@ fn target_of(config: &Config, slot: &SlotName) -> Option<TargetId> {
 fn phase_of(w: &ServerWorker, state: State) -> Phase {
     match state {
         _ if w.recycle => Phase::Destroying,
-        State::Created => Phase::Created,
+        // Nobody knows whether its user was made to the end. Asked again, the helper sees to it.
+        State::Created => Phase::Reserved,
         State::Running | State::Exited(_) => Phase::Running { online: w.online },
     }
 }
@@ -129,6 +137,7 @@ pub fn adopted(w: &ServerWorker, slot: SlotName, phase: Phase, now: u64) -> Work
         waiting_since: now,
         associated: w.private.is_some(),
         hold: w.hold,
+        hold_since: w.hold.then_some(now),
         gone: false,
         remakes: 0,
         failure: None,
@@ -174,6 +183,15 @@ mod tests {
     }
 
     fn decide(server: &[ServerWorker], host: &[WorkerInfo], making: bool) -> Vec<String> {
+        decide_tired(server, host, making, &BTreeSet::new())
+    }
+
+    fn decide_tired(
+        server: &[ServerWorker],
+        host: &[WorkerInfo],
+        making: bool,
+        tired: &BTreeSet<WorkerId>,
+    ) -> Vec<String> {
         let (known, promised, ended) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
         let config = config();
         let q = Question {
@@ -183,11 +201,13 @@ mod tests {
             host,
             promised: &promised,
             ended: &ended,
+            tired,
             making,
             now: 5,
         };
         let show = |d: Decision| match d {
             Decision::Adopt(w) => format!("adopt {} {}", w.slot, w.phase.name()),
+            Decision::Wait(_) => "wait".to_owned(),
             Decision::End { action, .. } => action.name().to_owned(),
         };
         reconcile(&q).into_iter().map(show).collect()
@@ -246,7 +266,7 @@ mod tests {
                 server(1, Some("a"), false, false, false),
                 &has(State::Created),
                 false,
-                "adopt a created",
+                "adopt a reserved",
             ),
             (
                 server(1, Some("a"), true, false, true),
@@ -270,10 +290,17 @@ mod tests {
             server(1, None, false, false, false),
             server(2, None, false, false, false),
         ];
-        assert_eq!(
-            decide(&both, &[], false),
-            ["adopt a reserved", "delete on the server"]
-        );
+        assert_eq!(decide(&both, &[], false), ["adopt a reserved", "wait"]);
+    }
+
+    #[test]
+    fn a_worker_whose_slot_is_busy_waits_for_it_and_not_for_ever() {
+        let strays = [server(1, Some("a"), false, false, false)];
+        let busy = [host(2, "b", State::Running)];
+        let decide = |tired: &BTreeSet<WorkerId>| decide_tired(&strays, &busy, false, tired);
+        assert_eq!(decide(&BTreeSet::new()), ["wait", "delete on the host"]);
+        let tired = BTreeSet::from([WorkerId::from_bits(1)]);
+        assert_eq!(decide(&tired), ["delete on the server", "delete on the host"]);
     }
 
     proptest! {

@@ -5,8 +5,13 @@ use std::collections::BTreeSet;
 use protocol::config::Config;
 use protocol::{SlotName, TargetId};
 
-/// The slots that are neither used, nor excluded by a used one (in either direction), nor resting.
+/// The slots that are neither used, nor excluded by a used one (in either direction), nor resting. A used slot
+/// that has left the configuration counts as one of those that are there: the helper has no more workers than
+/// slots.
 pub fn available(config: &Config, used: &BTreeSet<SlotName>, resting: &BTreeSet<SlotName>) -> Vec<SlotName> {
+    if used.len() >= config.slots.len() {
+        return Vec::new();
+    }
     let free = |slot: &SlotName| {
         !used.contains(slot)
             && !resting.contains(slot)
@@ -70,6 +75,17 @@ mod tests {
         );
         assert_eq!(pick(&config, &names, TargetId::from_bits(9)), None);
         assert_eq!(targets(&config, &names).len(), 2);
+    }
+
+    #[test]
+    fn a_used_slot_that_has_left_counts_as_one_of_those_that_are_there() {
+        let config = config(&[], &[7, 7]);
+        let none = BTreeSet::new();
+        let gone: SlotName = "gone".parse().unwrap();
+        let mut used = BTreeSet::from([gone]);
+        assert_eq!(available(&config, &used, &none).len(), 2);
+        used.insert(config.slots.keys().next().unwrap().clone());
+        assert_eq!(available(&config, &used, &none), []);
     }
 
     proptest! {

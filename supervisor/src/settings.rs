@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use protocol::config::{
-    CONFIG_PATH, Config, GATE_DIR, HELPER_SOCKET, Limits, Mistake, Network, STATE_DIR, Slot,
+    CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET, Config, GATE_DIR, HELPER_SOCKET, Limits, Mistake, Network,
+    STATE_DIR, Slot,
 };
 
 use crate::server::Token;
@@ -19,6 +20,7 @@ pub struct Places {
     pub config: PathBuf,
     pub helper: PathBuf,
     pub gate: PathBuf,
+    pub control: PathBuf,
     pub state: PathBuf,
 }
 
@@ -28,9 +30,33 @@ impl Places {
             config: root.join(CONFIG_PATH),
             helper: root.join(HELPER_SOCKET),
             gate: root.join(GATE_DIR),
+            control: root.join(CONTROL_DIR),
             state: root.join(STATE_DIR).join("supervisor"),
         }
     }
+
+    /// The control socket.
+    pub fn control_socket(&self) -> PathBuf {
+        self.control.join(CONTROL_SOCKET)
+    }
+}
+
+/// The keys that differ and that a running supervisor cannot change, if there are any.
+pub fn needs_restart(old: &Config, new: &Config) -> Option<String> {
+    let (a, b) = (&old.factory, &new.factory);
+    let changed = [
+        ("general.baseurl", old.general.baseurl != new.general.baseurl),
+        ("factory.token_file", a.token_file != b.token_file),
+        ("factory.user", a.user != b.user),
+        ("factory.uid_range", a.uid_range != b.uid_range),
+        ("factory.status_address", a.status_address != b.status_address),
+    ];
+    let names: Vec<&str> = changed
+        .iter()
+        .filter(|(_, changed)| *changed)
+        .map(|(key, _)| *key)
+        .collect();
+    (!names.is_empty()).then(|| names.join(", "))
 }
 
 /// The configuration at `path`, or all its mistakes.

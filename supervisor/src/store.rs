@@ -2,20 +2,29 @@
 //!
 //! A call that has returned is on the disk. Nothing here decides anything.
 
+mod damage;
+mod history;
+
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use nix::fcntl::{Flock, FlockArg};
-use protocol::{BootstrapToken, WorkerId};
+use protocol::{BootstrapToken, SlotName, WorkerId};
 use rusqlite::{Connection, Row, params};
 
 use crate::view::JobId;
 use crate::worker::{Phase, Worker};
+pub use damage::Unsaved;
+pub use history::History;
+
+use damage::Unusable;
 
 /// Each brings the schema from its number to the next. Never change one that was released.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 2] = [
+    "
     CREATE TABLE workers (
         id TEXT PRIMARY KEY NOT NULL,
         slot TEXT NOT NULL,
@@ -42,7 +51,15 @@ const MIGRATIONS: [&str; 1] = ["
         phase TEXT NOT NULL,
         note TEXT
     ) STRICT;
-"];
+",
+    "
+    ALTER TABLE workers ADD COLUMN hold_since INTEGER;
+    CREATE TABLE drained (
+        -- Empty: all slots.
+        slot TEXT PRIMARY KEY NOT NULL
+    ) STRICT;
+",
+];
 
 /// So many lines of history are kept.
 const MAX_EVENTS: i64 = 10_000;
@@ -58,18 +75,11 @@ impl Store {
     /// Open, or make, the store in `dir`.
     ///
     /// # Errors
-    /// One sentence with what to do: another supervisor runs, the disk is full, the database is damaged or
-    /// of a newer release.
+    /// One sentence with what to do: another supervisor runs, the disk is full or read-only, the database is of a
+    /// newer release. A damaged one is set aside: see `damage`.
     pub fn open(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("cannot make the directory {}", dir.display()))?;
-        let lock_path = dir.join("lock");
-        let lock = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&lock_path);
-        let lock = lock.with_context(|| format!("cannot open {}", lock_path.display()))?;
+        let lock = open_file(&dir.join("lock"))?;
         let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, _)| {
             anyhow!(
                 "another supervisor works in {}: stop it before you start this one",
@@ -77,20 +87,22 @@ impl Store {
             )
         })?;
         let path = dir.join("factory.db");
-        // SQLite would make it with the mode of the umask; it holds bootstrap tokens. Its side files follow it.
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path);
-        drop(file.with_context(|| format!("cannot open the database {}", path.display()))?);
-        let db = open_db(&path).with_context(|| {
-            format!(
-                "the database {} cannot be used: check the disk; if the file is damaged, move it away, and the \
-                 workers are found again on the server and the host",
-                path.display()
-            )
+        let db = match open_db(&path)? {
+            Err(Unusable::Damaged(how)) => {
+                let aside = damage::set_aside(&path)?;
+                tracing::error!(
+                    "the database {} is damaged ({how}): it was set aside as {}, and the workers are found again on \
+                     the server and the host; check the disk, nothing else is to be done",
+                    path.display(),
+                    aside.display()
+                );
+                open_db(&path)?
+            }
+            opened => opened,
+        };
+        let db = db.map_err(|unusable| {
+            let (Unusable::Damaged(why) | Unusable::Not(why)) = unusable;
+            anyhow!("the database {} cannot be used: {why}", path.display())
         })?;
         Ok(Self { db, _lock: lock })
     }
@@ -98,19 +110,18 @@ impl Store {
     /// # Errors
     /// Where a row makes no sense.
     pub fn workers(&self) -> Result<Vec<Worker>> {
-        let mut query = self.db.prepare("SELECT * FROM workers ORDER BY id")?;
-        let mut rows = query.query([])?;
-        let mut workers = Vec::new();
-        while let Some(row) = rows.next()? {
-            workers.push(worker_of(row).context(
-                "a worker in the database makes no sense: move the database away, and start again",
-            )?);
-        }
-        Ok(workers)
+        workers_in(&self.db)
     }
 
     /// Remember a worker as it is now.
-    pub fn save(&mut self, w: &Worker) -> Result<()> {
+    ///
+    /// # Errors
+    /// With what to do. The change is not there then, as a whole.
+    pub fn save(&mut self, w: &Worker) -> std::result::Result<(), Unsaved> {
+        Ok(self.write(w)?)
+    }
+
+    fn write(&mut self, w: &Worker) -> Result<()> {
         let lines_sent = if let Phase::Broken { lines_sent, .. } = w.phase {
             lines_sent
         } else {
@@ -132,8 +143,8 @@ impl Store {
             })?;
         change.execute(
             "INSERT OR REPLACE INTO workers (id, slot, target, job, bootstrap, phase, lines_sent, since,
-                waiting_since, associated, hold, gone, remakes, failure, trouble)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
+                waiting_since, associated, hold, gone, remakes, failure, trouble, hold_since)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)",
             params![
                 id,
                 w.slot.as_str(),
@@ -150,6 +161,7 @@ impl Store {
                 w.remakes,
                 w.failure,
                 w.trouble,
+                w.hold_since.map(i64::try_from).transpose()?,
             ],
         )?;
         if old.as_deref() != Some(phase) {
@@ -170,41 +182,110 @@ impl Store {
             )?;
         }
         change.commit()?;
+        tracing::debug!(worker = id, phase, "saved");
         Ok(())
     }
 
+    /// Remember that no jobs are taken, on this slot or on all; or that they are again.
+    pub fn save_drain(&mut self, slot: Option<&SlotName>, drained: bool) -> std::result::Result<(), Unsaved> {
+        let change = if drained {
+            "INSERT OR IGNORE INTO drained (slot) VALUES (?1)"
+        } else {
+            "DELETE FROM drained WHERE slot = ?1"
+        };
+        let slot = slot.map_or("", SlotName::as_str);
+        self.db.execute(change, [slot]).map_err(anyhow::Error::from)?;
+        Ok(())
+    }
+
+    /// What was drained when the last life ended: the slots, and whether it was all.
+    ///
+    /// # Errors
+    /// Where the database cannot be read.
+    pub fn drained(&self) -> Result<(BTreeSet<SlotName>, bool)> {
+        let mut query = self.db.prepare("SELECT slot FROM drained")?;
+        let names = query.query_map([], |row| row.get::<_, String>(0))?;
+        let names = names.collect::<rusqlite::Result<Vec<String>>>()?;
+        let all = names.iter().any(String::is_empty);
+        // A slot that is no name any more cannot take a job anyway.
+        Ok((names.iter().filter_map(|name| name.parse().ok()).collect(), all))
+    }
+
     /// Forget a worker.
-    pub fn remove(&mut self, worker: WorkerId) -> Result<()> {
-        self.db
-            .execute("DELETE FROM workers WHERE id = ?1", [worker.to_string()])?;
+    ///
+    /// # Errors
+    /// The same.
+    pub fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), Unsaved> {
+        let id = worker.to_string();
+        let removed = self.db.execute("DELETE FROM workers WHERE id = ?1", [id]);
+        removed.map_err(anyhow::Error::from)?;
+        tracing::debug!(%worker, "removed");
         Ok(())
     }
 }
 
-fn open_db(path: &Path) -> Result<Connection> {
+/// Open, or make, a file that is the supervisor's alone.
+fn open_file(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    options.open(path).with_context(|| {
+        format!(
+            "cannot open {}: let the supervisor's user write the directory and the files in it, and make room on \
+             the disk",
+            path.display()
+        )
+    })
+}
+
+fn workers_in(db: &Connection) -> Result<Vec<Worker>> {
+    let mut query = db.prepare("SELECT * FROM workers ORDER BY id")?;
+    let mut rows = query.query([])?;
+    let mut workers = Vec::new();
+    while let Some(row) = rows.next()? {
+        workers.push(worker_of(row).context("a worker in the database makes no sense")?);
+    }
+    Ok(workers)
+}
+
+/// Open, or make, the database. The outer error is the file's, the inner the content's.
+fn open_db(path: &Path) -> Result<std::result::Result<Connection, Unusable>> {
+    // SQLite would make it with the mode of the umask; it holds bootstrap tokens. Its side files follow it.
+    drop(open_file(path)?);
+    Ok(prepare(path))
+}
+
+fn prepare(path: &Path) -> std::result::Result<Connection, Unusable> {
     let mut db = Connection::open(path)?;
     db.busy_timeout(std::time::Duration::from_secs(5))?;
     db.pragma_update(None, "journal_mode", "WAL")?;
     db.pragma_update(None, "synchronous", "FULL")?;
     db.pragma_update(None, "foreign_keys", true)?;
-    let check: String = db.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+    // The whole of it, indices too: there is never much in it.
+    let check: String = db.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
     if check != "ok" {
-        bail!("it is damaged ({check})");
+        // Its text has lines.
+        return Err(Unusable::Damaged(
+            check.split_whitespace().collect::<Vec<_>>().join(" "),
+        ));
     }
-    let version: u32 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    let version = version as usize;
+    let version: i64 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    let version = usize::try_from(version).map_err(|e| Unusable::content(e.into()))?;
     if version > MIGRATIONS.len() {
-        bail!(
+        return Err(Unusable::Not(format!(
             "it has version {version}, this supervisor knows {}: install the newer release again",
             MIGRATIONS.len()
-        );
+        )));
     }
     for (number, migration) in MIGRATIONS.iter().enumerate().skip(version) {
         let change = db.transaction()?;
-        change.execute_batch(migration)?;
-        change.pragma_update(None, "user_version", u32::try_from(number + 1)?)?;
+        // What makes no sense to a migration is not what one of ours has left.
+        change
+            .execute_batch(migration)
+            .map_err(|e| Unusable::content(e.into()))?;
+        change.pragma_update(None, "user_version", number as u32 + 1)?;
         change.commit()?;
     }
+    workers_in(&db).map_err(Unusable::content)?;
     Ok(db)
 }
 
@@ -231,6 +312,9 @@ fn worker_of(row: &Row<'_>) -> Result<Worker> {
         waiting_since: number("waiting_since")?,
         associated: row.get("associated")?,
         hold: row.get("hold")?,
+        hold_since: row
+            .get::<_, Option<i64>>("hold_since")?
+            .and_then(|at| u64::try_from(at).ok()),
         gone: row.get("gone")?,
         remakes: row.get("remakes")?,
         failure: row.get("failure")?,
@@ -278,6 +362,7 @@ mod tests {
             waiting_since: 4,
             associated: true,
             hold: true,
+            hold_since: Some(3),
             gone: false,
             remakes: 2,
             failure: Some("it broke".into()),
@@ -321,6 +406,22 @@ mod tests {
     }
 
     #[test]
+    fn what_was_drained_stays_so_until_it_is_resumed() {
+        let dir = tempfile::tempdir().unwrap();
+        let slot: SlotName = "a".parse().unwrap();
+        let mut store = Store::open(dir.path()).unwrap();
+        for _ in 0..2 {
+            store.save_drain(None, true).unwrap();
+            store.save_drain(Some(&slot), true).unwrap();
+        }
+        drop(store);
+        let mut store = Store::open(dir.path()).unwrap();
+        assert_eq!(store.drained().unwrap(), ([slot.clone()].into(), true));
+        store.save_drain(None, false).unwrap();
+        assert_eq!(store.drained().unwrap(), ([slot].into(), false));
+    }
+
+    #[test]
     fn two_supervisors_cannot_share_it() {
         let dir = tempfile::tempdir().unwrap();
         let _first = Store::open(dir.path()).unwrap();
@@ -329,20 +430,71 @@ mod tests {
     }
 
     #[test]
-    fn damage_and_a_newer_schema_are_said_plainly() {
+    fn a_damaged_database_is_set_aside_and_a_new_one_begun() {
         let dir = tempfile::tempdir().unwrap();
-        fs::write(
-            dir.path().join("factory.db"),
-            "this is not a database, it is a sentence".repeat(200),
-        )
-        .unwrap();
-        let error = format!("{:#}", Store::open(dir.path()).unwrap_err());
-        assert!(error.contains("move it away"), "{error}");
-        fs::remove_file(dir.path().join("factory.db")).unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let path = dir.path().join("factory.db");
+        let good = || {
+            let _ = fs::remove_file(&path);
+            let mut store = Store::open(dir.path()).unwrap();
+            store.save(&worker(Phase::Created)).unwrap();
+            store
+        };
+        let damages: [(&str, &dyn Fn()); 6] = [
+            ("a sentence", &|| {
+                drop(good());
+                fs::write(&path, "this is not a database, it is a sentence".repeat(200)).unwrap();
+            }),
+            ("a piece", &|| {
+                drop(good());
+                let half = fs::metadata(&path).unwrap().len() / 2;
+                File::options()
+                    .write(true)
+                    .open(&path)
+                    .unwrap()
+                    .set_len(half)
+                    .unwrap();
+            }),
+            ("pages of another", &|| {
+                drop(good());
+                let mut bytes = fs::read(&path).unwrap();
+                bytes[4096..].reverse();
+                fs::write(&path, bytes).unwrap();
+            }),
+            ("no table", &|| {
+                good().db.execute_batch("DROP TABLE workers").unwrap()
+            }),
+            ("no phase", &|| {
+                good()
+                    .db
+                    .execute_batch("UPDATE workers SET phase = 'asleep'")
+                    .unwrap();
+            }),
+            ("no migration's", &|| {
+                good().db.pragma_update(None, "user_version", 0).unwrap();
+            }),
+        ];
+        for (what, damage) in damages {
+            damage();
+            let mut store = Store::open(dir.path()).unwrap_or_else(|e| panic!("{what}: {e:#}"));
+            assert!(store.workers().unwrap().is_empty(), "{what} is no damage");
+            assert!(dir.path().join("factory.db.damaged").exists(), "{what}");
+            store.save(&worker(Phase::Created)).unwrap();
+            drop(store);
+            let again = Store::open(dir.path()).unwrap();
+            assert_eq!(again.workers().unwrap(), [worker(Phase::Created)], "{what}");
+            fs::remove_file(dir.path().join("factory.db.damaged")).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_newer_schema_is_said_plainly_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::open(dir.path()).unwrap();
+        store.save(&worker(Phase::Created)).unwrap();
         store.db.pragma_update(None, "user_version", 99).unwrap();
         drop(store);
         let error = format!("{:#}", Store::open(dir.path()).unwrap_err());
         assert!(error.contains("newer release"), "{error}");
+        assert!(!dir.path().join("factory.db.damaged").exists());
     }
 }

@@ -67,6 +67,13 @@ fn usable<'de, D: Deserializer<'de>>(from: D) -> Result<Option<BootstrapToken>, 
     Ok(Option::<String>::deserialize(from)?.and_then(|text| BootstrapToken::try_from(text).ok()))
 }
 
+/// What the agent runs before and after the job, in the server's words (`FactoryMetadata`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Scripts {
+    pub pre_job_diagnostic_script: Option<String>,
+    pub post_job_diagnostic_script: Option<String>,
+}
+
 /// Which of the two partners something is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Side {
@@ -89,6 +96,8 @@ pub struct Trouble {
     pub side: Side,
     /// The partner understood and refused: saying the same again will not help.
     pub refused: bool,
+    /// The server answered 401: the token may be wrong.
+    pub unauthorised: bool,
     /// One sentence for a person.
     pub sentence: String,
 }
@@ -98,6 +107,7 @@ impl Trouble {
         Self {
             side,
             refused: false,
+            unauthorised: false,
             sentence: sentence.to_string(),
         }
     }
@@ -106,6 +116,7 @@ impl Trouble {
         Self {
             side,
             refused: true,
+            unauthorised: false,
             sentence: sentence.to_string(),
         }
     }

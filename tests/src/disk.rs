@@ -14,10 +14,24 @@ pub struct SmallDisk(PathBuf);
 impl SmallDisk {
     /// In memory: its limits can be changed.
     pub fn in_memory(host: &TestHost) -> SmallDisk {
-        let disk = SmallDisk(host.root.join(STATE_DIR));
+        SmallDisk::in_memory_at(host.root.join(STATE_DIR))
+    }
+
+    /// The same elsewhere.
+    pub fn in_memory_at(place: PathBuf) -> SmallDisk {
         let options = "mode=755,size=64m,nr_inodes=1000";
-        run(&["mount", "-t", "tmpfs", "-o", options, "none"], &disk.0);
-        disk
+        run(&["mount", "-t", "tmpfs", "-o", options, "none"], &place);
+        SmallDisk(place)
+    }
+
+    /// Let it have no block and no inode more than are in use.
+    pub fn fill(&self) {
+        let now = nix::sys::statvfs::statvfs(&self.0).expect("it is mounted");
+        // To tmpfs, 0 is no limit.
+        let blocks = (now.blocks() - now.blocks_free()).max(1);
+        let inodes = now.files() - now.files_free();
+        let size = blocks * now.fragment_size();
+        self.limit(&format!("size={size},nr_inodes={inodes}"));
     }
 
     /// Set the limits of one in memory.
@@ -40,17 +54,21 @@ impl SmallDisk {
         disk
     }
 
-    /// ext4 of 256 MiB that counts what each user has, and limits it if `enforced`. None, if this kernel has no
-    /// format of quotas (`CONFIG_QFMT_V2`).
+    /// ext4 of 256 MiB that counts what each user and each project has, and limits it if `enforced`. None, if this
+    /// kernel has no format of quotas (`CONFIG_QFMT_V2`).
     pub fn with_quotas(host: &TestHost, enforced: bool) -> Option<SmallDisk> {
         let image = sparse(host, 256 << 20);
-        let quota = ["-O", "quota", "-E", "quotatype=usrquota"];
+        let quota = ["-O", "quota,project", "-E", "quotatype=usrquota:prjquota"];
         run(
             &[&["mkfs.ext4", "-q", "-F", "-m", "0"][..], &quota].concat(),
             &image,
         );
         let disk = host.root.join(STATE_DIR);
-        let options = if enforced { "loop,usrquota" } else { "loop" };
+        let options = if enforced {
+            "loop,usrquota,prjquota"
+        } else {
+            "loop"
+        };
         let output = Command::new("mount")
             .args(["-o", options])
             .args([&image, &disk])
@@ -70,21 +88,65 @@ impl SmallDisk {
         None
     }
 
+    /// ext4 of 1 GiB, with the quotas of users enforced or without any.
+    pub fn roomy(host: &TestHost, quotas: bool) -> SmallDisk {
+        let image = sparse(host, 1 << 30);
+        let (made, mounted) = if quotas {
+            (&["-O", "quota", "-E", "quotatype=usrquota"][..], "loop,usrquota")
+        } else {
+            (&[][..], "loop")
+        };
+        run(&[&["mkfs.ext4", "-q", "-F", "-m", "0"], made].concat(), &image);
+        let disk = SmallDisk(host.root.join(STATE_DIR));
+        let image = image.to_str().expect("a test's path is ASCII");
+        run(&["mount", "-o", mounted, image], &disk.0);
+        disk
+    }
+
+    /// Write down all that is to be written, so that it is not another's work later.
+    pub fn sync(&self) {
+        run(&["sync", "-f"], &self.0);
+    }
+
+    /// XFS, which always has quotas, with those of users enforced, and of projects.
+    pub fn xfs(host: &TestHost) -> SmallDisk {
+        // As small as mkfs.xfs makes one.
+        let image = sparse(host, 320 << 20);
+        let mkfs = crate::harness::tool("mkfs.xfs", "xfsprogs");
+        run(&[mkfs.to_str().expect("its path is ASCII"), "-q"], &image);
+        let disk = SmallDisk(host.root.join(STATE_DIR));
+        let image = image.to_str().expect("a test's path is ASCII");
+        run(&["mount", "-o", "loop,uquota,pquota", image], &disk.0);
+        disk
+    }
+
     /// What is written down of this user: what it has, and its limits.
     pub fn quota(&self, uid: u32) -> String {
-        run(&["sync", "-f"], &self.0);
-        let device = Command::new("findmnt")
-            .args(["-n", "-o", "SOURCE", "--mountpoint"])
+        self.sync();
+        let (kind, device) = (self.ask("FSTYPE"), self.ask("SOURCE"));
+        let mut command = if kind == "xfs" {
+            let mut command = Command::new("xfs_quota");
+            command.args(["-x", "-c", &format!("quota -u -n -N -v -b -i {uid}")]);
+            command.arg(&self.0);
+            command
+        } else {
+            let mut command = Command::new("debugfs");
+            command.args(["-R", &format!("get_quota user {uid}"), &device]);
+            command
+        };
+        let output = command.output().expect("the command is there");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn ask(&self, column: &str) -> String {
+        let output = Command::new("findmnt")
+            .args(["-n", "-o", column, "--mountpoint"])
             .arg(&self.0)
             .output()
             .expect("the command is there");
-        let device = String::from_utf8(device.stdout).expect("a device's path is ASCII");
-        let output = Command::new("debugfs")
-            .args(["-R", &format!("get_quota user {uid}"), device.trim()])
-            .output()
-            .expect("the command is there");
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8_lossy(&output.stdout).into_owned()
+        let text = String::from_utf8(output.stdout).expect("what findmnt prints here is ASCII");
+        text.trim().to_owned()
     }
 }
 

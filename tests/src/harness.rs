@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 use protocol::{Received, Reply, Request, Seqpacket, WorkerId, config, wire};
 
@@ -24,7 +26,8 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 /// The uid of the supervisor in tests: nobody's, outside every range in use.
 pub const SUPERVISOR_UID: u32 = 0x6fff_fff0;
 
-/// Build the factory's binaries, once a process, and say where they are.
+/// Where the factory's binaries are. They are built, once a process, unless the environment variable
+/// `TESTBED_BINARIES` names a directory that has them: then nothing here needs cargo (see `tests/machine`).
 pub fn binaries() -> &'static Path {
     static PLACE: OnceLock<PathBuf> = OnceLock::new();
     PLACE.get_or_init(|| {
@@ -32,6 +35,14 @@ pub fn binaries() -> &'static Path {
             nix::unistd::geteuid().is_root(),
             "this needs root: it makes users, namespaces and cgroups"
         );
+        if let Some(place) = std::env::var_os("TESTBED_BINARIES") {
+            let place = PathBuf::from(place);
+            assert!(
+                place.join("user-factory-helper").is_file(),
+                "TESTBED_BINARIES is {place:?}, which has no user-factory-helper"
+            );
+            return place;
+        }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.args(["build", "--quiet", "--workspace", "--bins"]);
@@ -100,7 +111,8 @@ struct Lines {
 }
 
 impl Log {
-    fn follow(&self, stream: impl std::io::Read + Send + 'static) {
+    /// Keep what comes out of this, from a thread of its own, until it ends.
+    pub fn follow(&self, stream: impl std::io::Read + Send + 'static) {
         let log = self.clone();
         std::thread::spawn(move || {
             for line in BufReader::new(stream).lines().map_while(Result::ok) {
@@ -136,6 +148,17 @@ impl Log {
         self.wait_from(0, parts)
     }
 
+    /// How many lines, from `from` on, have all of `parts`.
+    pub fn count_from(&self, from: usize, parts: &[&str]) -> usize {
+        let matches = |line: &&String| parts.iter().all(|part| line.contains(part));
+        let log = self.0.0.lock().unwrap();
+        log.lines.iter().skip(from).filter(matches).count()
+    }
+
+    pub fn count(&self, parts: &[&str]) -> usize {
+        self.count_from(0, parts)
+    }
+
     pub fn len(&self) -> usize {
         self.0.0.lock().unwrap().lines.len()
     }
@@ -145,7 +168,12 @@ impl Log {
     }
 
     pub fn text(&self) -> String {
-        self.0.0.lock().unwrap().lines.join("\n")
+        self.text_from(0)
+    }
+
+    /// From this line on.
+    pub fn text_from(&self, from: usize) -> String {
+        self.0.0.lock().unwrap().lines[from..].join("\n")
     }
 }
 
@@ -157,14 +185,26 @@ pub struct Running {
 }
 
 impl Running {
+    /// Its standard error is the log.
     pub fn start(command: &mut Command) -> Running {
-        let mut child = command
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the binary can be started");
+        let command = command.stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the binary can be started");
         let log = Log::default();
         log.follow(child.stderr.take().expect("it was piped"));
+        Running { child, log }
+    }
+
+    /// What it prints on its standard output is the log.
+    pub fn printing(command: &mut Command) -> Running {
+        Running::printing_with(command, Stdio::null())
+    }
+
+    /// The same, with this to read.
+    pub fn printing_with(command: &mut Command, input: Stdio) -> Running {
+        let command = command.stdin(input).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("the binary can be started");
+        let log = Log::default();
+        log.follow(child.stdout.take().expect("it was piped"));
         Running { child, log }
     }
 
@@ -226,7 +266,7 @@ impl TestHost {
         chown(&state, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
         // Tests of one process, and of a few processes at the same time, keep out of each other's way.
         let first = 0x7000_0000 + (pid.wrapping_mul(97).wrapping_add(number) % 1000) * 64;
-        let cgroup = format!("/user-factory-test-{pid}-{number}");
+        let cgroup = format!("{}/user-factory-test-{pid}-{number}", parent_cgroup());
         TestHost {
             root,
             cgroup,
@@ -257,24 +297,50 @@ impl TestHost {
         chown(&path, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
     }
 
+    /// Wait until a helper that is being started answers.
+    pub fn wait_for_helper(&self) {
+        let end = Instant::now() + PATIENCE;
+        let hello = Request::Hello {
+            version: protocol::VERSION,
+        };
+        let hello = wire::encode(&hello).expect("a request can be encoded");
+        loop {
+            if let Ok(socket) = Seqpacket::connect(&self.socket(), false)
+                && socket.send(&hello, None).is_ok()
+                && matches!(socket.recv(wire::MAX_REPLY), Ok(Received::Packet { .. }))
+            {
+                return;
+            }
+            assert!(Instant::now() < end, "no helper answers");
+            std::thread::yield_now();
+        }
+    }
+
+    /// What starts the helper.
+    pub fn helper_command(&self) -> Command {
+        let mut command = Command::new(binaries().join("user-factory-helper"));
+        command.arg("--root").arg(&self.root);
+        command.args(["--cgroup", &self.cgroup]);
+        command
+    }
+
     /// Start the helper and wait until it serves.
     pub fn helper(&self) -> Running {
-        let mut command = Command::new(binaries().join("user-factory-helper"));
-        let helper = Running::start(
-            command
-                .arg("--root")
-                .arg(&self.root)
-                .args(["--cgroup", &self.cgroup]),
-        );
+        let helper = Running::start(&mut self.helper_command());
         helper.log.wait(&["serving"]);
         helper
     }
 
-    /// Start the supervisor, as an unprivileged user.
-    pub fn supervisor(&self) -> Running {
+    /// What starts the supervisor, as an unprivileged user.
+    pub fn supervisor_command(&self) -> Command {
         let mut command = Command::new(binaries().join("user-factory"));
         command.arg("serve").arg("--root").arg(&self.root);
-        Running::start(command.uid(SUPERVISOR_UID).gid(SUPERVISOR_UID))
+        command.uid(SUPERVISOR_UID).gid(SUPERVISOR_UID);
+        command
+    }
+
+    pub fn supervisor(&self) -> Running {
+        Running::start(&mut self.supervisor_command())
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -330,6 +396,20 @@ impl Drop for TestHost {
     }
 }
 
+/// The cgroup, below the mount, that tests make theirs in: the root, or what `TESTBED_CGROUP` names. It should be one
+/// that systemd has delegated, with controllers for its children and no process of its own.
+fn parent_cgroup() -> String {
+    std::env::var("TESTBED_CGROUP").unwrap_or_default()
+}
+
+/// Can a test's cgroup be limited in what the controller of that name counts?
+pub fn has_controller(name: &str) -> bool {
+    let parent = cgroup2_mount().join(parent_cgroup().trim_start_matches('/'));
+    let all =
+        fs::read_to_string(parent.join("cgroup.subtree_control")).expect("the parent of tests' cgroups");
+    all.split_whitespace().any(|other| other == name)
+}
+
 /// Where cgroup v2 is mounted here.
 pub fn cgroup2_mount() -> PathBuf {
     let info = fs::read_to_string("/proc/self/mountinfo").expect("/proc is mounted");
@@ -366,7 +446,11 @@ impl Client {
 
     /// Connected; nothing said.
     pub fn silent(host: &TestHost) -> Client {
-        Client(Seqpacket::connect(&host.socket(), false).expect("the helper listens"))
+        let socket = Seqpacket::connect(&host.socket(), false).expect("the helper listens");
+        // A helper that does not answer fails the test, and does not hang it.
+        let patience = TimeVal::new(PATIENCE.as_secs() as i64, 0);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &patience).expect("a socket can have a time-out");
+        Client(socket)
     }
 
     pub fn ask(&self, request: &Request) -> (Reply, Vec<OwnedFd>) {

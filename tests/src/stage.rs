@@ -64,12 +64,17 @@ impl Stage {
         Client::new(&self.host)
     }
 
-    /// Delete what the test made; then the host is as it was.
-    pub fn finish(self, workers: &[WorkerId]) {
+    pub fn delete(&self, workers: &[WorkerId]) {
         let client = self.client();
         for worker in workers {
             assert_eq!(client.ask(&Request::Delete { worker: *worker }).0, Reply::Deleted);
         }
+    }
+
+    /// Delete what the test made; then the host is as it was.
+    pub fn finish(self, workers: &[WorkerId]) {
+        self.delete(workers);
+        let client = self.client();
         assert_eq!(list(&client), []);
         self.before.assert_unchanged(&self.host);
     }

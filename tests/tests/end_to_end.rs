@@ -4,106 +4,11 @@
 #[path = "end_to_end/alone.rs"]
 mod alone;
 
-use std::time::Duration;
-
 use nix::sys::signal::Signal;
-use testbed::census::{Census, processes_of};
-use testbed::harness::{Running, SUPERVISOR_UID, TestHost, binaries};
-use testbed::server::{Down, Job, JobSpec, Server, ServerOptions, Ulid};
-
-const PATIENCE: Duration = testbed::harness::PATIENCE;
-
-struct House {
-    server: Server,
-    host: TestHost,
-    helper: Running,
-    supervisor: Running,
-    before: Census,
-}
-
-impl House {
-    /// A factory with these slots; `TARGET` in them stands for the target's id.
-    async fn new(slots: &str) -> House {
-        House::with_agent(slots, binaries().join("reference-agent")).await
-    }
-
-    async fn with_agent(slots: &str, agent: std::path::PathBuf) -> House {
-        let server = Server::start(ServerOptions {
-            agent: Some(agent),
-            ..ServerOptions::default()
-        })
-        .await
-        .unwrap();
-        let target = server.add_target("linux");
-        let (_, token) = server.add_factory("here");
-        let host = TestHost::new();
-        host.configure(
-            &server.url(),
-            SUPERVISOR_UID,
-            &slots.replace("TARGET", &target.to_string()),
-        );
-        host.write_token(&token);
-        let before = Census::take(&host);
-        let helper = host.helper();
-        let supervisor = host.supervisor();
-        House {
-            server,
-            host,
-            helper,
-            supervisor,
-            before,
-        }
-    }
-
-    fn submit(&self, script: &str) -> Ulid {
-        self.server.submit_job(JobSpec::script("linux", script)).unwrap()
-    }
-
-    async fn ended(&self, job: Ulid) -> Job {
-        self.server
-            .wait_job(job, PATIENCE)
-            .await
-            .unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()))
-    }
-
-    /// Wait for a line of the job's output.
-    async fn printed(&self, job: Ulid, line: &str) {
-        let see = |state: &testbed::server::State| {
-            state.jobs[&job]
-                .events
-                .iter()
-                .any(|event| event.payload == line)
-                .then_some(())
-        };
-        self.server
-            .wait_for(PATIENCE, see)
-            .await
-            .unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()));
-    }
-
-    /// Wait until the server has no worker any more; then the host is as it was.
-    async fn finish(self) {
-        let gone = |state: &testbed::server::State| {
-            state.workers.values().all(|worker| worker.deleted).then_some(())
-        };
-        self.server
-            .wait_for(PATIENCE, gone)
-            .await
-            .unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()));
-        self.before.assert_unchanged(&self.host);
-    }
-}
-
-const ONE: &str = "[slots.a]\ntarget = \"TARGET\"\nenv.COLOUR = \"red\"\n";
-const TWO: &str = "[slots.a]\ntarget = \"TARGET\"\n[slots.b]\ntarget = \"TARGET\"\n";
-
-fn lines(job: &Job, stream: &str) -> Vec<String> {
-    job.events
-        .iter()
-        .filter(|event| event.stream == stream)
-        .map(|event| event.payload.clone())
-        .collect()
-}
+use testbed::census::processes_of;
+use testbed::harness::{PATIENCE, SUPERVISOR_UID};
+use testbed::house::{House, ONE, TWO, lines};
+use testbed::server::{Down, JobSpec, Ulid};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_runs_streams_uploads_and_leaves_nothing() {

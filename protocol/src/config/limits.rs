@@ -152,7 +152,7 @@ fn between<'de, D: Deserializer<'de>, const MIN: u64, const MAX: u64>(from: D) -
     check(u64::deserialize(from)?, MIN, MAX)
 }
 
-fn maybe_between<'de, D: Deserializer<'de>, const MIN: u64, const MAX: u64>(
+pub(super) fn maybe_between<'de, D: Deserializer<'de>, const MIN: u64, const MAX: u64>(
     from: D,
 ) -> Result<Option<u64>, D::Error> {
     between::<D, MIN, MAX>(from).map(Some)

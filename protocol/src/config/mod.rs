@@ -25,6 +25,7 @@ mod limits;
 mod value;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 
 use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
@@ -33,7 +34,7 @@ use crate::{SlotName, TargetId};
 
 pub use devices::DevicePattern;
 pub use limits::{Cpus, Limits};
-pub use value::{BaseUrl, EnvName, EnvValue, GroupName, HostPath, UidRange, User};
+pub use value::{BaseUrl, EnvName, EnvValue, GroupName, HostPath, Script, UidRange, User};
 
 /// The configuration's place below the root directory.
 pub const CONFIG_PATH: &str = "etc/buildomat-user-factory/config.toml";
@@ -47,6 +48,11 @@ pub const GATE_DIR: &str = "run/buildomat-user-factory/gate";
 /// The name of that socket, of type `SOCK_SEQPACKET`. One packet, of one byte, brings one descriptor: a TCP
 /// connection that a job has opened to the server.
 pub const GATE_SOCKET: &str = "server.sock";
+/// The directory, below the root directory, in which the supervisor listens for the operator's command: made and
+/// given away in the same way.
+pub const CONTROL_DIR: &str = "run/buildomat-user-factory/control";
+/// The name of that socket, which speaks HTTP.
+pub const CONTROL_SOCKET: &str = "control.sock";
 /// The directory of all lasting state, below the root directory.
 pub const STATE_DIR: &str = "var/lib/buildomat-user-factory";
 
@@ -85,6 +91,10 @@ pub struct Factory {
     /// Seconds after which a worker whose agent has not come online is failed, 5 to 86400.
     #[serde(default = "five_minutes", deserialize_with = "within::<_, 5, 86400>")]
     pub online_timeout_seconds: u64,
+    /// Where the status page and the metrics can be had, besides the control socket: an address of the host and a
+    /// port. Whoever reaches it may read them. Nowhere unless written.
+    #[serde(default)]
+    pub status_address: Option<SocketAddr>,
     /// Directories of the host that no job sees, besides those that none ever sees. Each must exist; one that
     /// leads through a link hides what it leads to.
     #[serde(default)]
@@ -115,6 +125,16 @@ pub struct Slot {
     /// lost; unless it writes to a disk of its own, so a slot with block devices has them done all the same.
     pub ignore_sync: bool,
     pub limits: Limits,
+    /// A bash script that the agent runs, as the job's user, before the job. If it fails, the worker is failed.
+    pub pre_job_diagnostic_script: Option<Script>,
+    /// The same after the job. If it fails, the worker is held.
+    pub post_job_diagnostic_script: Option<Script>,
+    /// Seconds from when the agent is online until its worker is failed, if it is not done by then: 10 to 31536000. Its
+    /// processes go on, for a person to look at; `limits.run_time_seconds` ends them.
+    pub job_timeout_seconds: Option<u64>,
+    /// Is a worker that the factory has failed kept until a person releases it? Otherwise its console goes to the
+    /// job's log, and it is deleted.
+    pub hold_on_failure: bool,
     /// The line on which the slot begins, for messages.
     pub line: usize,
 }
@@ -274,6 +294,12 @@ struct RawSlot {
     ignore_sync: bool,
     #[serde(default)]
     limits: Limits,
+    pre_job_diagnostic_script: Option<Script>,
+    post_job_diagnostic_script: Option<Script>,
+    #[serde(default, deserialize_with = "limits::maybe_between::<_, 10, 31_536_000>")]
+    job_timeout_seconds: Option<u64>,
+    #[serde(default = "yes")]
+    hold_on_failure: bool,
 }
 
 impl RawSlot {
@@ -298,6 +324,10 @@ impl RawSlot {
             allow_user_namespaces: self.allow_user_namespaces,
             ignore_sync: self.ignore_sync,
             limits: self.limits,
+            pre_job_diagnostic_script: self.pre_job_diagnostic_script,
+            post_job_diagnostic_script: self.post_job_diagnostic_script,
+            job_timeout_seconds: self.job_timeout_seconds,
+            hold_on_failure: self.hold_on_failure,
             line,
         }
     }
@@ -366,6 +396,13 @@ mod tests {
             (format!("{SLOT}devices = [\"/dev\"]\n"), 7, "/dev"),
             (format!("{SLOT}network = \"lan\"\n"), 7, "variant"),
             (format!("{SLOT}limits.memory = 5\n"), 7, "at least"),
+            (format!("{SLOT}job_timeout_seconds = 5\n"), 7, "10 to"),
+            (format!("{SLOT}pre_job_diagnostic_script = \"\"\n"), 7, "script"),
+            (
+                "status_address = \"localhost\"\n".to_owned() + SLOT,
+                5,
+                "socket address",
+            ),
             (format!("{SLOT}limits.colour = 5\n"), 7, "unknown field"),
             (format!("{SLOT}add_to_groups = [\"a b\"]\n"), 7, "group"),
             (format!("{SLOT}env.\"1A\" = \"x\"\n"), 7, "variable"),

@@ -31,7 +31,11 @@ macro_rules! checked {
             fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
                 let text = String::deserialize(from)?;
                 let rule: fn(&str) -> bool = $rule;
-                if rule(&text) { Ok(Self(text)) } else { Err(de::Error::custom(format!(concat!("{:?} is not ", $expected), text))) }
+                if rule(&text) {
+                    return Ok(Self(text));
+                }
+                let short: String = text.chars().take(200).collect();
+                Err(de::Error::custom(format!(concat!("{:?} is not ", $expected), short)))
             }
         }
     };
@@ -74,6 +78,13 @@ impl BaseUrl {
         (!host.is_empty() && !elsewhere).then_some((host, port))
     }
 }
+
+checked!(
+    /// A script for bash, of at most 64 KiB.
+    Script,
+    |text| !text.trim().is_empty() && text.len() <= 64 << 10 && !text.contains('\0'),
+    "a script: write at most 64 KiB for bash"
+);
 
 checked!(
     /// A group's name (`groupadd(8)`).

@@ -2,15 +2,25 @@
 //! is needed is never remembered here: it follows from the worker.
 
 use protocol::WorkerId;
+use protocol::config::{Script, Slot};
 
 use super::{Factory, Level, Outcome, Output};
 use crate::backoff::Backoff;
-use crate::view::Trouble;
+use crate::view::{Scripts, Trouble};
 use crate::worker::{Action, Event, Worker};
 
 /// A slot that failed a worker by itself rests this long at first, doubled for each further failure.
 const REST_MS: u64 = 15_000;
 const MAX_REST_MS: u64 = 600_000;
+
+/// What the slot's jobs are examined with.
+fn scripts_of(slot: &Slot) -> Scripts {
+    let text = |script: &Option<Script>| script.as_ref().map(|script| script.as_str().to_owned());
+    Scripts {
+        pre_job_diagnostic_script: text(&slot.pre_job_diagnostic_script),
+        post_job_diagnostic_script: text(&slot.post_job_diagnostic_script),
+    }
+}
 
 impl Factory {
     pub(super) fn done(&mut self, now: u64, id: WorkerId, outcome: Outcome) {
@@ -107,10 +117,13 @@ impl Factory {
         let duties = self.workers.iter().filter_map(|(id, w)| Some((*id, w.duty()?)));
         let strays = self.strays.iter().map(|(id, (_, action))| (*id, action.clone()));
         let duties: Vec<(WorkerId, Action)> = duties.chain(strays).collect();
-        for (id, action) in duties {
+        for (id, mut action) in duties {
             let runtime = self.runtimes.entry(id).or_default();
             if runtime.doing.is_some() || runtime.retry.is_some() {
                 continue;
+            }
+            if let Action::Associate { slot, scripts } = &mut action {
+                *scripts = self.config.slots.get(slot).map(scripts_of).unwrap_or_default();
             }
             runtime.doing = Some(action.clone());
             runtime.touched = self.turn;

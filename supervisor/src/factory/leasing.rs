@@ -20,16 +20,22 @@ const LEASE_MS: u64 = 50_000;
 impl Factory {
     /// The slots that may take a job now.
     pub fn available(&self, now: u64) -> Vec<SlotName> {
+        let used = self.used();
+        let resting = self.rests.iter().filter(|(_, rest)| rest.until > now);
+        let resting = resting
+            .map(|(slot, _)| slot)
+            .chain(&self.drained_slots)
+            .cloned()
+            .collect();
+        schedule::available(&self.config, &used, &resting)
+    }
+
+    /// The slots that have a worker, or a job that is to get one.
+    pub(super) fn used(&self) -> BTreeSet<SlotName> {
         let mut used: BTreeSet<SlotName> = self.workers.values().map(|w| w.slot.clone()).collect();
         used.extend(self.promises.iter().map(|p| p.slot.clone()));
         used.extend(self.strays.values().filter_map(|(slot, _)| slot.clone()));
-        let resting = self
-            .rests
-            .iter()
-            .filter(|(_, r)| r.until > now)
-            .map(|(slot, _)| slot.clone())
-            .collect();
-        schedule::available(&self.config, &used, &resting)
+        used
     }
 
     /// Ask for a job. With no slot free this still shows the server that the factory lives.
@@ -37,12 +43,13 @@ impl Factory {
         if self.leasing || self.stopped || !self.reconciled {
             return;
         }
-        let closed = self.draining || self.helper.away;
-        let targets = if closed {
+        let closed = self.draining || self.helper.away || now < self.no_jobs_until;
+        let mut targets = if closed {
             BTreeSet::new()
         } else {
             schedule::targets(&self.config, &self.available(now))
         };
+        targets.retain(|target| !self.awaited.contains(target));
         self.leasing = true;
         self.out.push(Output::Lease(targets));
     }
@@ -67,19 +74,27 @@ impl Factory {
                 return;
             }
         };
+        if let Some(promise) = self.promises.iter_mut().find(|p| p.job == lease.job) {
+            // The server has forgotten the first lease; one worker is enough.
+            promise.leased_at = now;
+            return;
+        }
         let slot = schedule::pick(&self.config, &self.available(now), lease.target);
         let Some(slot) = slot.filter(|_| !self.stopped && !self.draining) else {
-            let text = format!(
-                "job {} of target {} finds no slot: its lease will expire",
-                lease.job, lease.target
-            );
-            return self.say(Level::Warn, None, text);
+            let trouble = format!("a job of target {} finds no slot", lease.target);
+            if self.last_lease_trouble != trouble {
+                let text = format!("{trouble}: the lease of job {} will expire", lease.job);
+                self.say(Level::Warn, None, text);
+                self.last_lease_trouble = trouble;
+            }
+            return;
         };
         let promise = Promise {
             job: lease.job.clone(),
             slot,
             target: lease.target,
             leased_at: now,
+            began: self.turn,
             making: true,
             turn: self.turn,
             backoff: Backoff::default(),
@@ -102,27 +117,31 @@ impl Factory {
         match result {
             Ok(worker) => {
                 let promise = self.promises.remove(at);
+                (self.no_jobs, self.no_jobs_until) = (Backoff::default(), 0);
+                self.last_make_trouble.clear();
                 self.keep(now, promise, &worker);
             }
-            Err(trouble) if trouble.refused => {
-                self.promises.remove(at);
-                self.say(
-                    Level::Warn,
-                    None,
-                    format!("no worker for job {job}: {}", trouble.sentence),
-                );
-            }
             Err(trouble) => {
-                let promise = &mut self.promises[at];
-                (promise.making, promise.turn) = (false, self.turn);
-                promise.retry_at = now + promise.backoff.fail(Side::Server, &mut self.rng);
-                self.say(
-                    Level::Warn,
-                    None,
-                    format!("perhaps no worker for job {job}: {}", trouble.sentence),
-                );
+                if self.last_make_trouble != trouble.sentence {
+                    let text = format!("no worker for job {job}: {}", trouble.sentence);
+                    self.say(Level::Warn, None, text);
+                    self.last_make_trouble = trouble.sentence;
+                }
+                if trouble.refused {
+                    self.promises.remove(at);
+                    self.take_no_jobs_for_a_while(now);
+                } else {
+                    let promise = &mut self.promises[at];
+                    (promise.making, promise.turn) = (false, self.turn);
+                    promise.retry_at = now + promise.backoff.fail(Side::Server, &mut self.rng);
+                }
             }
         }
+    }
+
+    /// There may be any number of jobs for which no worker can be made: they are not all asked for at once.
+    fn take_no_jobs_for_a_while(&mut self, now: u64) {
+        self.no_jobs_until = now + self.no_jobs.fail(Side::Server, &mut self.rng);
     }
 
     fn keep(&mut self, now: u64, promise: Promise, worker: &ServerWorker) {
@@ -130,7 +149,21 @@ impl Factory {
         if self.workers.contains_key(&worker.id) {
             return;
         }
-        let mut worker = adopted(worker, promise.slot, Phase::Reserved, now);
+        let mut slot = promise.slot;
+        let fits = |slot: &SlotName| {
+            self.config
+                .slots
+                .get(slot)
+                .is_some_and(|s| s.target == worker.target)
+        };
+        if !fits(&slot) {
+            // The configuration has changed since. Without a slot it is a stranger, which may wait for one.
+            match schedule::pick(&self.config, &self.available(now), worker.target) {
+                Some(other) => slot = other,
+                None => return,
+            }
+        }
+        let mut worker = adopted(worker, slot, Phase::Reserved, now);
         worker.job = Some(promise.job);
         self.adopt(worker);
     }
@@ -143,21 +176,20 @@ impl Factory {
                 self.promises.push(promise);
                 continue;
             }
+            // One that was there before it was asked for is another, however much it looks like it.
+            let is_new = |id| self.strangers.get(id).is_some_and(|s| s.turn > promise.began);
             let found = list.iter().find(|w| {
                 w.target == promise.target
                     && w.private.is_none()
                     && !(w.online || w.recycle)
+                    && is_new(&w.id)
                     && !self.workers.contains_key(&w.id)
                     && !self.ended.contains_key(&w.id)
             });
             if let Some(found) = found {
                 self.keep(now, promise, found);
             } else if now >= promise.leased_at + LEASE_MS {
-                self.say(
-                    Level::Warn,
-                    None,
-                    format!("no worker for job {}: its lease has ended", promise.job),
-                );
+                self.take_no_jobs_for_a_while(now);
             } else if now >= promise.retry_at && !self.stopped {
                 let (target, job) = (promise.target, promise.job.clone());
                 self.promises.push(Promise {

@@ -10,6 +10,7 @@
 mod duty;
 mod leasing;
 mod round;
+mod status;
 #[cfg(test)]
 mod tests;
 
@@ -20,7 +21,9 @@ use protocol::{SlotName, TargetId, WorkerId, WorkerInfo};
 
 use crate::backoff::{Backoff, Rng};
 use crate::view::{JobId, Lease, ServerWorker, Side, Trouble};
-use crate::worker::{Action, Event, Phase, Worker};
+use crate::worker::{Action, Event, Phase, Rules, Worker};
+
+pub use status::time;
 
 /// A lease is renewed this often until the worker is online.
 pub const RENEW_MS: u64 = 20_000;
@@ -41,6 +44,12 @@ pub enum Input {
     Done(WorkerId, Outcome),
     /// Take no new jobs (or take them again).
     Drain(bool),
+    /// The same for one slot.
+    DrainSlot(SlotName, bool),
+    /// The configuration has changed. A worker whose slot is no longer in it stays to its end.
+    Configure(Config),
+    /// Delete this worker, whoever holds it.
+    Destroy(WorkerId),
     /// Begin nothing any more. Answers to what is under way are still taken in, and saved.
     Stop,
 }
@@ -115,9 +124,20 @@ struct Runtime {
     touched: u64,
     /// When it became known: a server list asked for before does not show it.
     known: u64,
+    /// Since when the server's lists do not show it.
+    missing_since: Option<u64>,
     /// When to renew its lease; None when it needs no more.
     renew_at: Option<u64>,
     last_trouble: String,
+}
+
+/// A server's worker that the store does not know.
+#[derive(Clone, Copy, Debug)]
+struct Stranger {
+    /// The turn in which a list first showed it.
+    turn: u64,
+    /// From when on it waits for a slot.
+    since: u64,
 }
 
 /// A job that was leased and has no worker yet.
@@ -127,6 +147,8 @@ struct Promise {
     slot: SlotName,
     target: TargetId,
     leased_at: u64,
+    /// The turn in which its worker was first asked for.
+    began: u64,
     /// The request is under way; otherwise, its answer was lost in this turn, and a list must show
     /// whether the worker was made.
     making: bool,
@@ -143,6 +165,19 @@ struct Partner {
     retry_at: u64,
     /// When it last answered.
     answered_at: Option<u64>,
+    /// Since when it is as it is now.
+    since: u64,
+    /// Why it is away.
+    trouble: String,
+}
+
+impl Partner {
+    fn since(now: u64) -> Self {
+        Self {
+            since: now,
+            ..Self::default()
+        }
+    }
 }
 
 /// A slot that failed a worker by itself.
@@ -161,6 +196,9 @@ pub struct Factory {
     strays: BTreeMap<WorkerId, (Option<SlotName>, Action)>,
     runtimes: BTreeMap<WorkerId, Runtime>,
     promises: Vec<Promise>,
+    strangers: BTreeMap<WorkerId, Stranger>,
+    /// Targets that have a stranger waiting for a slot: it comes before new jobs.
+    awaited: BTreeSet<TargetId>,
     /// Workers whose end is newer than some list, and the turn of it.
     ended: BTreeMap<WorkerId, u64>,
     rests: BTreeMap<SlotName, Rest>,
@@ -168,13 +206,20 @@ pub struct Factory {
     helper: Partner,
     round: round::Round,
     leasing: bool,
+    /// No jobs are asked for before this, since no workers could be made for some.
+    no_jobs: Backoff,
+    no_jobs_until: u64,
     reconciled: bool,
     draining: bool,
+    drained_slots: BTreeSet<SlotName>,
+    /// The users of workers on this host, by the last list.
+    uids: BTreeMap<WorkerId, u32>,
     stopped: bool,
     /// Counts inputs: the order of things, where the clock is too coarse.
     turn: u64,
     /// So that the same trouble is not in the log once a second.
     last_lease_trouble: String,
+    last_make_trouble: String,
     rng: Rng,
     out: Vec<Output>,
 }
@@ -188,23 +233,34 @@ impl Factory {
             strays: BTreeMap::new(),
             runtimes: BTreeMap::new(),
             promises: Vec::new(),
+            strangers: BTreeMap::new(),
+            awaited: BTreeSet::new(),
             ended: BTreeMap::new(),
             rests: BTreeMap::new(),
-            server: Partner::default(),
-            helper: Partner::default(),
+            server: Partner::since(now),
+            helper: Partner::since(now),
             round: round::Round::new(now),
             leasing: false,
+            no_jobs: Backoff::default(),
+            no_jobs_until: 0,
             reconciled: false,
             draining: false,
+            drained_slots: BTreeSet::new(),
+            uids: BTreeMap::new(),
             stopped: false,
             turn: 0,
             last_lease_trouble: String::new(),
+            last_make_trouble: String::new(),
             rng: Rng::new(seed),
             out: Vec::new(),
         };
         for mut worker in workers {
-            // A clock that was set back must not hold a time-out off for years.
-            worker.waiting_since = worker.waiting_since.min(now);
+            // Nobody knows how long nobody was here, nor what the clock has been through: waits begin anew.
+            let since = worker.since.min(now);
+            if (worker.since, worker.waiting_since) != (since, now) {
+                (worker.since, worker.waiting_since) = (since, now);
+                factory.out.push(Output::Save(worker.clone()));
+            }
             let starting = worker.phase.is_starting() && worker.job.is_some();
             let runtime = Runtime {
                 renew_at: starting.then_some(now),
@@ -216,12 +272,23 @@ impl Factory {
         factory
     }
 
+    /// The same, with what the operator had drained in the last life: slots, or all.
+    #[must_use]
+    pub fn drained(mut self, (slots, all): (BTreeSet<SlotName>, bool)) -> Self {
+        (self.drained_slots, self.draining) = (slots, all);
+        self
+    }
+
     /// Take in what happened; what is to be done now, in this order.
     pub fn handle(&mut self, now: u64, input: Input) -> Vec<Output> {
         self.turn += 1;
         match input {
             Input::Tick => {}
             Input::Drain(draining) => self.draining = draining,
+            Input::DrainSlot(slot, true) => drop(self.drained_slots.insert(slot)),
+            Input::DrainSlot(slot, false) => drop(self.drained_slots.remove(&slot)),
+            Input::Configure(config) => self.config = config,
+            Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
             Input::Stop => self.stopped = true,
             Input::ServerListed(result) => self.server_listed(now, result),
             Input::HostListed(result) => self.host_listed(now, result),
@@ -275,14 +342,22 @@ impl Factory {
         }));
     }
 
+    /// A slot that is no longer in the configuration has no more rules of its own.
+    fn rules(&self, slot: &SlotName) -> Rules {
+        let slot = self.config.slots.get(slot);
+        Rules {
+            online_timeout: self.config.factory.online_timeout_seconds * 1000,
+            job_timeout: slot.and_then(|slot| slot.job_timeout_seconds).map(|s| s * 1000),
+            hold_on_failure: slot.is_none_or(|slot| slot.hold_on_failure),
+        }
+    }
+
     /// One worker, one event: saved if it changed anything.
     fn event(&mut self, now: u64, id: WorkerId, event: Event) {
         let Some(old) = self.workers.get(&id).cloned() else {
             return;
         };
-        let new = old
-            .clone()
-            .step(event, now, self.config.factory.online_timeout_seconds * 1000);
+        let new = old.clone().step(event, now, &self.rules(&old.slot));
         if new == old {
             return;
         }
@@ -314,7 +389,10 @@ impl Factory {
         self.out.push(Output::Save(new.clone()));
         self.workers.insert(id, new);
         if let Some(reason) = failed {
-            self.say(Level::Warn, Some(id), format!("the worker is broken: {reason}"));
+            let text = format!(
+                "the worker is broken: {reason}; look into its job's log, and release the worker on the server"
+            );
+            self.say(Level::Warn, Some(id), text);
         }
     }
 }

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{WorkerId, WorkerInfo};
 
-use super::{Factory, Level, Output, Partner, Runtime};
+use super::{Factory, Level, Output, Partner, Runtime, Stranger};
 use crate::reconcile::{Decision, Question, reconcile};
 use crate::view::{ServerWorker, Side, Trouble};
-use crate::worker::{Event, OnHost, OnServer};
+use crate::worker::{Event, FORGOTTEN_MS, OnHost, OnServer};
 
 /// The rounds: when the next begins, and how far the present one is.
 #[derive(Debug)]
@@ -74,6 +74,9 @@ impl Factory {
 
     pub(super) fn host_listed(&mut self, now: u64, result: Result<Vec<WorkerInfo>, Trouble>) {
         let list = self.heard(now, Side::Helper, result);
+        if let Some(list) = &list {
+            self.uids = list.iter().map(|info| (info.worker, info.uid.get())).collect();
+        }
         if let Some(open) = &mut self.round.open {
             (open.host_due, open.host) = (false, list);
         }
@@ -88,13 +91,12 @@ impl Factory {
         };
         match result {
             Ok(list) => {
-                let was = std::mem::replace(
-                    partner,
-                    Partner {
-                        answered_at: Some(now),
-                        ..Partner::default()
-                    },
-                );
+                let first = partner.answered_at.is_none() || partner.away;
+                let fresh = Partner {
+                    answered_at: Some(now),
+                    ..Partner::since(if first { now } else { partner.since })
+                };
+                let was = std::mem::replace(partner, fresh);
                 if was.away {
                     self.came_back(now, side, was.answered_at);
                 }
@@ -102,6 +104,10 @@ impl Factory {
             }
             Err(trouble) => {
                 let first = !std::mem::replace(&mut partner.away, true);
+                if first {
+                    partner.since = now;
+                }
+                partner.trouble = trouble.sentence.clone();
                 partner.retry_at = now + partner.backoff.fail(side, &mut self.rng);
                 if first {
                     self.say(Level::Error, None, format!("{side} away: {}", trouble.sentence));
@@ -140,6 +146,7 @@ impl Factory {
         };
         self.show_each(now, &open);
         if let Some(list) = &open.server {
+            self.meet_strangers(now, list);
             self.settle_promises(now, open.turn, list);
         }
         if let (Some(server), Some(host)) = (&open.server, &open.host) {
@@ -170,21 +177,24 @@ impl Factory {
                 runtime.known < open.turn,
                 runtime.doing.is_none() && runtime.touched < open.turn,
             );
+            let lived = self.workers.get(&id).is_some_and(|w| !w.phase.is_ending());
             let on_server = server.as_ref().and_then(|list| match list.get(&id) {
-                None => listed.then_some(OnServer::Gone),
-                view => view.cloned(),
+                None if !listed => None,
+                None => {
+                    let since = *runtime.missing_since.get_or_insert(now);
+                    let believed = !lived || now.saturating_sub(since) >= FORGOTTEN_MS;
+                    believed.then_some(OnServer::Gone)
+                }
+                view => {
+                    runtime.missing_since = None;
+                    view.cloned()
+                }
             });
             let on_host = host
                 .as_ref()
                 .filter(|_| settled)
                 .map(|list| *list.get(&id).unwrap_or(&OnHost::Absent));
-            if on_server == Some(OnServer::Gone) && self.workers.get(&id).is_some_and(|w| !w.gone) {
-                self.say(
-                    Level::Info,
-                    Some(id),
-                    "the server no longer has the worker".into(),
-                );
-            }
+            let gone = on_server == Some(OnServer::Gone);
             self.event(
                 now,
                 id,
@@ -193,6 +203,27 @@ impl Factory {
                     host: on_host,
                 },
             );
+            if gone && lived {
+                let text = "the server no longer has the worker".to_owned();
+                self.say(Level::Info, Some(id), text);
+            }
+        }
+    }
+
+    /// Remember since when a list has shown those that the store does not know.
+    fn meet_strangers(&mut self, now: u64, list: &[ServerWorker]) {
+        let mut before = std::mem::take(&mut self.strangers);
+        for w in list.iter().filter(|w| !self.workers.contains_key(&w.id)) {
+            let new = Stranger {
+                turn: self.turn,
+                since: now,
+            };
+            let mut stranger = before.remove(&w.id).unwrap_or(new);
+            // It waits for a person, not for a slot.
+            if w.hold {
+                stranger.since = now;
+            }
+            self.strangers.insert(w.id, stranger);
         }
     }
 
@@ -205,6 +236,10 @@ impl Factory {
             .filter(|(_, end)| **end >= turn)
             .map(|(id, _)| *id)
             .collect();
+        let patience = self.config.factory.online_timeout_seconds * 1000;
+        let strangers = self.strangers.iter();
+        let tired = strangers.filter(|(_, s)| now.saturating_sub(s.since) >= patience);
+        let tired: BTreeSet<WorkerId> = tired.map(|(id, _)| *id).collect();
         let decisions = reconcile(&Question {
             config: &self.config,
             known: &self.workers,
@@ -212,12 +247,15 @@ impl Factory {
             host,
             promised: &promised,
             ended: &ended,
+            tired: &tired,
             making: self.promises.iter().any(|p| p.making || p.turn >= turn),
             now,
         });
         let before = std::mem::take(&mut self.strays);
+        self.awaited.clear();
         for decision in decisions {
             match decision {
+                Decision::Wait(target) => drop(self.awaited.insert(target)),
                 Decision::Adopt(worker) => self.adopt(worker),
                 Decision::End { worker, slot, action } => {
                     if !before.contains_key(&worker) {

@@ -3,19 +3,21 @@
 
 use protocol::{Exit, State};
 
-use super::{Event, MAX_REMAKES, OnHost, OnServer, Phase, Worker};
+use super::{Event, FORGOTTEN_MS, MAX_REMAKES, OnHost, OnServer, Phase, Rules, Worker};
 
 impl Worker {
-    /// What the worker is after `event`. `online_timeout` and `now` are in milliseconds.
+    /// What the worker is after `event`. `now` is in milliseconds since 1970.
     #[must_use]
-    pub fn step(mut self, event: Event, now: u64, online_timeout: u64) -> Worker {
+    pub fn step(mut self, event: Event, now: u64, rules: &Rules) -> Worker {
         match (self.phase, event) {
-            (_, Event::Seen { server, host }) => return self.seen(server, host, now, online_timeout),
+            (_, Event::Seen { server, host }) => return self.seen(server, host, now, rules),
             (_, Event::ServerWasAway { ms }) => {
                 self.waiting_since = self.waiting_since.saturating_add(ms).min(now);
             }
             // True whatever has happened since.
             (_, Event::Associated) => self.associated = true,
+            (Phase::Destroying | Phase::Destroyed, Event::Destroy) => {}
+            (_, Event::Destroy) => self.enter(Phase::Destroying, now),
             (phase, Event::Trouble(sentence)) => {
                 if phase.is_starting() {
                     self.trouble = Some(sentence);
@@ -46,16 +48,24 @@ impl Worker {
                 },
                 Event::Told,
             ) => {
+                let held = Phase::Broken {
+                    told: true,
+                    lines_sent,
+                };
                 self.enter(
-                    Phase::Broken {
-                        told: true,
-                        lines_sent,
+                    if rules.hold_on_failure {
+                        held
+                    } else {
+                        Phase::Destroying
                     },
                     now,
                 );
             }
             (Phase::Broken { told: false, .. }, Event::CannotTell) => self.enter(Phase::Destroying, now),
-            (Phase::Clearing { confirmed: true }, Event::HostClean) => self.enter(Phase::Reserved, now),
+            (Phase::Clearing { confirmed: true }, Event::HostClean) => {
+                self.enter(Phase::Reserved, now);
+                self.waiting_since = now;
+            }
             (Phase::Destroying, Event::HostClean) => self.enter(Phase::Destroyed, now),
             // An answer that a recycling, a hold or a failure has overtaken: the new phase's own duty
             // repeats, or undoes, what it was about.
@@ -74,14 +84,7 @@ impl Worker {
         self
     }
 
-    fn seen(
-        mut self,
-        server: Option<OnServer>,
-        host: Option<OnHost>,
-        now: u64,
-        online_timeout: u64,
-    ) -> Worker {
-        let ending = matches!(self.phase, Phase::Destroying | Phase::Destroyed);
+    fn seen(mut self, server: Option<OnServer>, host: Option<OnHost>, now: u64, rules: &Rules) -> Worker {
         let (hold, recycle, online) = match server {
             None => return self,
             Some(OnServer::Gone) => {
@@ -92,9 +95,14 @@ impl Worker {
                 hold,
                 recycle,
                 online,
+                associated,
                 bootstrap,
             }) => {
                 self.gone = false;
+                // It can have been forgotten again. A list as fresh as the host's is none from before.
+                if host.is_some() {
+                    self.associated = associated;
+                }
                 self.bootstrap = bootstrap.or(self.bootstrap);
                 (hold, recycle, online)
             }
@@ -102,8 +110,11 @@ impl Worker {
         if self.hold && !hold {
             self.waiting_since = now;
         }
+        if self.hold != hold {
+            self.hold_since = hold.then_some(now);
+        }
         self.hold = hold;
-        if ending {
+        if self.phase.is_ending() {
             return self;
         }
         if recycle {
@@ -111,12 +122,33 @@ impl Worker {
             return self;
         }
         if online && self.phase == (Phase::Running { online: false }) {
+            self.waiting_since = now;
             self.enter(Phase::Running { online: true }, now);
         }
         if hold {
             return self;
         }
         match (self.phase, host) {
+            // What the server knew of it, it has forgotten: here too, that it failed.
+            (Phase::Broken { told: true, .. }, Some(_)) if now.saturating_sub(self.since) >= FORGOTTEN_MS => {
+                self.enter(
+                    Phase::Broken {
+                        told: false,
+                        lines_sent: 0,
+                    },
+                    now,
+                );
+            }
+            // And here, its agent, which will not be let in again; as the server sees it, the job has not begun.
+            (Phase::Running { online: true }, Some(_)) if !online => {
+                self.waiting_since = now;
+                self.lose("the server has forgotten its agent", now);
+            }
+            (Phase::Clearing { confirmed: false }, Some(OnHost::Has(State::Running))) if online => {
+                self.enter(Phase::Running { online: true }, now);
+            }
+            (Phase::Clearing { confirmed: false }, Some(OnHost::Has(State::Running)))
+                if now.saturating_sub(self.since) < FORGOTTEN_MS => {}
             // The operator's limit, and no riddle: whoever reads of it need not look further.
             (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit @ Exit::TimedOut)))) => {
                 self.fail(format!("the agent {exit}"), now);
@@ -170,7 +202,22 @@ impl Worker {
             }
             _ => {}
         }
-        if self.phase.is_starting() && !online && now.saturating_sub(self.waiting_since) >= online_timeout {
+        let over = rules
+            .job_timeout
+            .filter(|limit| now.saturating_sub(self.waiting_since) >= *limit);
+        if let (Phase::Running { online: true }, Some(limit)) = (self.phase, over) {
+            self.fail(
+                format!(
+                    "the job was not done after the slot's job_timeout_seconds ({} s)",
+                    limit / 1000
+                ),
+                now,
+            );
+        }
+        if self.phase.is_starting()
+            && !online
+            && now.saturating_sub(self.waiting_since) >= rules.online_timeout
+        {
             let trouble = self
                 .trouble
                 .as_ref()
@@ -179,7 +226,7 @@ impl Worker {
             self.fail(
                 format!(
                     "the agent did not come online within {} s{trouble}",
-                    online_timeout / 1000
+                    rules.online_timeout / 1000
                 ),
                 now,
             );

@@ -11,10 +11,14 @@ mod tests;
 
 use protocol::{BootstrapToken, SlotName, State, TargetId, WorkerId};
 
-use crate::view::{JobId, ServerWorker};
+use crate::view::{JobId, Scripts, ServerWorker};
 
 /// A worker that was lost before its job began is made again this often.
 pub const MAX_REMAKES: u32 = 3;
+
+/// A server that has forgotten a worker, or what it knew of it, is believed after this: its database may have been
+/// rolled back, but it may also be another server's list, or a cache's.
+pub const FORGOTTEN_MS: u64 = 60_000;
 
 /// How far a worker is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +31,8 @@ pub enum Phase {
     Running { online: bool },
     /// It was lost before its job began: the host is cleaned, then it is made again under its own name.
     /// `confirmed`: the server, asked after the loss, says that the agent never came online; before that
-    /// nothing is undone. (Not saved: after a crash the server is asked once more.)
+    /// nothing is undone. (Not saved: after a crash the server is asked once more.) An agent that still runs,
+    /// but that the server has forgotten, is given time to be remembered.
     Clearing { confirmed: bool },
     /// It failed. `told`: the server knows; until then, `lines_sent` of the console are in the job's log.
     Broken { told: bool, lines_sent: u32 },
@@ -52,6 +57,11 @@ impl Phase {
         }
     }
 
+    /// Has its end begun?
+    pub fn is_ending(self) -> bool {
+        matches!(self, Phase::Destroying | Phase::Destroyed)
+    }
+
     /// Is its agent still expected to come online?
     pub fn is_starting(self) -> bool {
         matches!(
@@ -73,12 +83,14 @@ pub struct Worker {
     pub phase: Phase,
     /// When the phase began, in milliseconds since 1970.
     pub since: u64,
-    /// From when on the agent's time to come online counts.
+    /// From when on the agent's time to come online, or the job's to be done, counts.
     pub waiting_since: u64,
     /// The server knows its slot.
     pub associated: bool,
     /// The server has it on hold.
     pub hold: bool,
+    /// Since when, in milliseconds since 1970.
+    pub hold_since: Option<u64>,
     /// The server no longer lists it.
     pub gone: bool,
     pub remakes: u32,
@@ -86,6 +98,17 @@ pub struct Worker {
     pub failure: Option<String>,
     /// What last stood in the way of its start, for the sentence when its time is up.
     pub trouble: Option<String>,
+}
+
+/// What the configuration says of a worker's life. Times are in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// For its agent to come online.
+    pub online_timeout: u64,
+    /// For its job, from when the agent is online.
+    pub job_timeout: Option<u64>,
+    /// Is it kept for a person when it has failed?
+    pub hold_on_failure: bool,
 }
 
 /// The server's word on a worker.
@@ -96,6 +119,7 @@ pub enum OnServer {
         hold: bool,
         recycle: bool,
         online: bool,
+        associated: bool,
         bootstrap: Option<BootstrapToken>,
     },
 }
@@ -106,6 +130,7 @@ impl From<&ServerWorker> for OnServer {
             hold: w.hold,
             recycle: w.recycle,
             online: w.online,
+            associated: w.private.is_some(),
             bootstrap: w.bootstrap.clone(),
         }
     }
@@ -149,6 +174,8 @@ pub enum Event {
     StartFailed(String),
     /// An action did not work, and will be tried again.
     Trouble(String),
+    /// The operator wants it deleted, whoever holds it.
+    Destroy,
 }
 
 /// What is to be done for a worker. Each can be repeated without harm.
@@ -157,6 +184,7 @@ pub enum Action {
     /// Tell the server the slot: before this it refuses the agent.
     Associate {
         slot: SlotName,
+        scripts: Scripts,
     },
     CreateUser {
         slot: SlotName,
@@ -191,6 +219,15 @@ impl Action {
 }
 
 impl Worker {
+    /// Since when it waits for a person, in milliseconds since 1970: held on the server, or failed and told.
+    pub fn waits_since(&self) -> Option<u64> {
+        match self.phase {
+            Phase::Broken { told: true, .. } => Some(self.since),
+            Phase::Destroying | Phase::Destroyed => None,
+            _ => self.hold_since.filter(|_| self.hold),
+        }
+    }
+
     /// The one thing to do now, if any.
     pub fn duty(&self) -> Option<Action> {
         match self.phase {
@@ -205,9 +242,13 @@ impl Worker {
             Phase::Destroyed => Some(Action::ServerDelete { gone: self.gone }),
             // A held worker is somebody's evidence.
             _ if self.hold => None,
-            Phase::Reserved | Phase::Created if !self.associated => Some(Action::Associate {
-                slot: self.slot.clone(),
-            }),
+            Phase::Reserved | Phase::Created | Phase::Running { online: false } if !self.associated => {
+                Some(Action::Associate {
+                    slot: self.slot.clone(),
+                    // The factory knows them.
+                    scripts: Scripts::default(),
+                })
+            }
             Phase::Reserved => Some(Action::CreateUser {
                 slot: self.slot.clone(),
             }),

@@ -5,6 +5,11 @@ use proptest::prelude::*;
 use protocol::Exit;
 
 const TIMEOUT: u64 = 300_000;
+const RULES: Rules = Rules {
+    online_timeout: TIMEOUT,
+    job_timeout: None,
+    hold_on_failure: true,
+};
 
 fn worker(phase: Phase) -> Worker {
     Worker {
@@ -18,6 +23,7 @@ fn worker(phase: Phase) -> Worker {
         waiting_since: 0,
         associated: true,
         hold: false,
+        hold_since: None,
         gone: false,
         remakes: 0,
         failure: None,
@@ -30,6 +36,7 @@ fn view(hold: bool, recycle: bool, online: bool) -> OnServer {
         hold,
         recycle,
         online,
+        associated: true,
         bootstrap: None,
     }
 }
@@ -54,6 +61,68 @@ const LOST: OnHost = OnHost::Has(State::Exited(Exit::Unknown));
 const DIED: OnHost = OnHost::Has(State::Exited(Exit::Status(1)));
 
 #[test]
+fn a_job_that_takes_longer_than_the_slot_lets_it_fails_its_worker() {
+    let rules = Rules {
+        job_timeout: Some(1000),
+        ..RULES
+    };
+    let look = seen(view(false, false, true), RUNNING);
+    let online = worker(STARTED).step(look.clone(), 500, &rules);
+    assert_eq!(online.clone().step(look.clone(), 1499, &rules).phase, ONLINE);
+    let late = online.clone().step(look.clone(), 1500, &rules);
+    assert_eq!(late.phase, BROKEN);
+    assert!(late.failure.unwrap().contains("job_timeout_seconds"));
+    // Who holds it has time; what is to be recycled has ended.
+    let held = online
+        .clone()
+        .step(seen(view(true, false, true), RUNNING), 9000, &rules);
+    assert_eq!(held.phase, ONLINE);
+    let recycled = online.step(seen(view(false, true, true), RUNNING), 9000, &rules);
+    assert_eq!(recycled.phase, Phase::Destroying);
+}
+
+#[test]
+fn what_is_not_to_be_held_goes_once_the_server_knows() {
+    let rules = Rules {
+        hold_on_failure: false,
+        ..RULES
+    };
+    let told = worker(BROKEN).step(Event::Told, 5, &rules);
+    assert_eq!(told.phase, Phase::Destroying);
+}
+
+#[test]
+fn the_operator_may_destroy_what_somebody_holds() {
+    for phase in [
+        Phase::Reserved,
+        Phase::Created,
+        STARTED,
+        ONLINE,
+        CLEARING,
+        BROKEN,
+        Phase::Destroying,
+    ] {
+        let held = worker(phase).step(seen(view(true, false, false), RUNNING), 5, &RULES);
+        assert_eq!(held.step(Event::Destroy, 6, &RULES).phase, Phase::Destroying);
+    }
+    assert_eq!(
+        worker(Phase::Destroyed).step(Event::Destroy, 6, &RULES).phase,
+        Phase::Destroyed
+    );
+}
+
+#[test]
+fn since_when_it_waits_for_a_person_is_remembered() {
+    let look = |hold| seen(view(hold, false, true), RUNNING);
+    let held = worker(ONLINE)
+        .step(look(true), 7, &RULES)
+        .step(look(true), 9, &RULES);
+    assert_eq!(held.waits_since(), Some(7));
+    assert_eq!(held.step(look(false), 11, &RULES).waits_since(), None);
+    assert_eq!(worker(BROKEN).step(Event::Told, 5, &RULES).waits_since(), Some(5));
+}
+
+#[test]
 fn the_usual_life() {
     let mut w = Worker {
         associated: false,
@@ -73,7 +142,7 @@ fn the_usual_life() {
             duty,
             "before {event:?}"
         );
-        w = w.step(event, 5, TIMEOUT);
+        w = w.step(event, 5, &RULES);
     }
     assert_eq!(w.duty(), Some(Action::ServerDelete { gone: false }));
 }
@@ -105,13 +174,63 @@ fn what_a_poll_does_to_each_phase() {
         (CLEARING, v(online), LOST, BROKEN),
         (CLEARING, v(IDLE), LOST, Phase::Clearing { confirmed: true }),
     ] {
-        let new = worker(phase).step(seen(server.clone(), host), 5, TIMEOUT);
+        let new = worker(phase).step(seen(server.clone(), host), 5, &RULES);
         assert_eq!(new.phase, after, "{phase:?} {server:?} {host:?}");
         assert_eq!(
             new.failure.is_some(),
             after == BROKEN && phase != BROKEN,
             "{phase:?} {server:?} {host:?}"
         );
+    }
+}
+
+#[test]
+fn a_server_that_has_forgotten_the_agent_gets_another_after_a_while() {
+    let idle = || seen(view(false, false, false), RUNNING);
+    let doubted = worker(ONLINE).step(idle(), 1_000, &RULES);
+    assert_eq!((doubted.phase, doubted.duty()), (CLEARING, None));
+    // It was only a list of yesterday's: the job goes on.
+    let remembered = doubted
+        .clone()
+        .step(seen(view(false, false, true), RUNNING), 2_000, &RULES);
+    assert_eq!(remembered.phase, ONLINE);
+    let waiting = doubted.step(idle(), FORGOTTEN_MS, &RULES);
+    assert_eq!(waiting.duty(), None);
+    let again = waiting.step(idle(), 1_000 + FORGOTTEN_MS, &RULES);
+    assert_eq!(again.duty(), Some(Action::HostDelete));
+    let again = again.step(Event::HostClean, 2 * TIMEOUT, &RULES);
+    let again = again.step(
+        seen(view(false, false, false), OnHost::Absent),
+        2 * TIMEOUT,
+        &RULES,
+    );
+    assert_eq!((again.phase, again.failure), (Phase::Reserved, None));
+}
+
+#[test]
+fn a_server_that_has_forgotten_a_failure_is_told_again_and_not_in_a_hurry() {
+    let told = worker(BROKEN).step(Event::Told, 1_000, &RULES);
+    let forgotten = || seen(view(false, false, false), DIED);
+    let soon = told.clone().step(forgotten(), FORGOTTEN_MS, &RULES);
+    assert_eq!(soon.duty(), None);
+    let held = told.step(seen(view(true, false, false), DIED), 9 * FORGOTTEN_MS, &RULES);
+    assert_eq!(held.duty(), None);
+    let again = held.step(forgotten(), 9 * FORGOTTEN_MS, &RULES);
+    assert_eq!(again.phase, BROKEN);
+}
+
+#[test]
+fn a_server_that_has_forgotten_the_slot_is_told_again() {
+    let forgotten = OnServer::View {
+        hold: false,
+        recycle: false,
+        online: false,
+        associated: false,
+        bootstrap: None,
+    };
+    for (phase, host) in [(Phase::Reserved, OnHost::Absent), (STARTED, RUNNING)] {
+        let w = worker(phase).step(seen(forgotten.clone(), host), 5, &RULES);
+        assert_eq!(w.duty().map(|duty| duty.name()), Some("associate"));
     }
 }
 
@@ -129,14 +248,14 @@ fn an_agent_that_has_used_up_its_time_is_failed_with_the_limits_name() {
         ),
     ] {
         let online = phase == ONLINE;
-        let held = worker(phase).step(seen(view(true, false, online), timed_out), 5, TIMEOUT);
+        let held = worker(phase).step(seen(view(true, false, online), timed_out), 5, &RULES);
         assert_eq!(held.phase, phase);
-        let failed = held.step(seen(view(false, false, online), timed_out), 5, TIMEOUT);
+        let failed = held.step(seen(view(false, false, online), timed_out), 5, &RULES);
         assert_eq!(failed.phase, BROKEN);
         assert_eq!(failed.failure.as_deref(), Some(sentence));
     }
     // Its job was done before: there is nothing to fail.
-    let done = worker(ONLINE).step(seen(view(false, true, true), timed_out), 5, TIMEOUT);
+    let done = worker(ONLINE).step(seen(view(false, true, true), timed_out), 5, &RULES);
     assert_eq!((done.phase, done.failure), (Phase::Destroying, None));
 }
 
@@ -147,24 +266,24 @@ fn a_half_seen_worker_is_left_alone() {
             server: None,
             host: Some(OnHost::Absent),
         };
-        assert_eq!(worker(phase).step(event, TIMEOUT * 9, TIMEOUT), worker(phase));
+        assert_eq!(worker(phase).step(event, TIMEOUT * 9, &RULES), worker(phase));
         let event = Event::Seen {
             server: Some(view(false, false, phase == ONLINE)),
             host: None,
         };
-        assert_eq!(worker(phase).step(event, 5, TIMEOUT), worker(phase));
+        assert_eq!(worker(phase).step(event, 5, &RULES), worker(phase));
     }
 }
 
 #[test]
 fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
     let poll = |hold| seen(view(hold, false, false), RUNNING);
-    let w = worker(STARTED).step(poll(false), TIMEOUT - 1, TIMEOUT);
+    let w = worker(STARTED).step(poll(false), TIMEOUT - 1, &RULES);
     assert_eq!(w.phase, STARTED);
     let late = w
         .clone()
-        .step(Event::Trouble("no disk".into()), TIMEOUT, TIMEOUT)
-        .step(poll(false), TIMEOUT, TIMEOUT);
+        .step(Event::Trouble("no disk".into()), TIMEOUT, &RULES)
+        .step(poll(false), TIMEOUT, &RULES);
     assert_eq!(late.phase, BROKEN);
     assert_eq!(
         late.failure.as_deref(),
@@ -173,46 +292,46 @@ fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
 
     let held = w
         .clone()
-        .step(poll(true), TIMEOUT, TIMEOUT)
-        .step(poll(true), 5 * TIMEOUT, TIMEOUT);
+        .step(poll(true), TIMEOUT, &RULES)
+        .step(poll(true), 5 * TIMEOUT, &RULES);
     assert_eq!((held.phase, held.duty()), (STARTED, None));
     let released = held
-        .step(poll(false), 5 * TIMEOUT, TIMEOUT)
-        .step(poll(false), 6 * TIMEOUT - 1, TIMEOUT);
+        .step(poll(false), 5 * TIMEOUT, &RULES)
+        .step(poll(false), 6 * TIMEOUT - 1, &RULES);
     assert_eq!(released.phase, STARTED);
-    assert_eq!(released.step(poll(false), 6 * TIMEOUT, TIMEOUT).phase, BROKEN);
+    assert_eq!(released.step(poll(false), 6 * TIMEOUT, &RULES).phase, BROKEN);
 
-    let away = w.step(Event::ServerWasAway { ms: 1000 }, TIMEOUT + 500, TIMEOUT);
+    let away = w.step(Event::ServerWasAway { ms: 1000 }, TIMEOUT + 500, &RULES);
     assert_eq!(
-        away.clone().step(poll(false), TIMEOUT + 999, TIMEOUT).phase,
+        away.clone().step(poll(false), TIMEOUT + 999, &RULES).phase,
         STARTED
     );
-    assert_eq!(away.step(poll(false), TIMEOUT + 1000, TIMEOUT).phase, BROKEN);
+    assert_eq!(away.step(poll(false), TIMEOUT + 1000, &RULES).phase, BROKEN);
 }
 
 #[test]
 fn a_lost_worker_is_made_again_three_times() {
     let mut w = worker(STARTED);
     for n in 1..=MAX_REMAKES {
-        w = w.step(seen(view(false, false, false), LOST), 5, TIMEOUT);
+        w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
         assert_eq!((w.phase, w.duty(), w.remakes), (CLEARING, None, n));
-        w = w.step(seen(view(false, false, false), LOST), 5, TIMEOUT);
+        w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
         assert_eq!(w.duty(), Some(Action::HostDelete));
-        w = w.step(Event::HostClean, 5, TIMEOUT);
+        w = w.step(Event::HostClean, 5, &RULES);
         assert_eq!(w.duty().unwrap().name(), "create user");
         w = w
-            .step(Event::UserCreated, 5, TIMEOUT)
-            .step(Event::AgentStarted, 5, TIMEOUT);
+            .step(Event::UserCreated, 5, &RULES)
+            .step(Event::AgentStarted, 5, &RULES);
     }
-    w = w.step(seen(view(false, false, false), LOST), 5, TIMEOUT);
+    w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
     assert_eq!(w.phase, BROKEN);
 }
 
 #[test]
 fn a_failure_is_told_even_when_held_and_goes_on_where_it_stopped() {
-    let w = worker(Phase::Created).step(Event::StartFailed("no such group".into()), 5, TIMEOUT);
-    let w = w.step(Event::ToldPartly { lines: 3 }, 5, TIMEOUT);
-    let w = w.step(seen(view(true, false, false), DIED), 5, TIMEOUT);
+    let w = worker(Phase::Created).step(Event::StartFailed("no such group".into()), 5, &RULES);
+    let w = w.step(Event::ToldPartly { lines: 3 }, 5, &RULES);
+    let w = w.step(seen(view(true, false, false), DIED), 5, &RULES);
     assert_eq!(
         w.duty(),
         Some(Action::Tell {
@@ -220,7 +339,7 @@ fn a_failure_is_told_even_when_held_and_goes_on_where_it_stopped() {
             lines_sent: 3
         })
     );
-    let held = w.clone().step(Event::Told, 5, TIMEOUT);
+    let held = w.clone().step(Event::Told, 5, &RULES);
     assert_eq!(
         (held.phase, held.duty()),
         (
@@ -231,7 +350,7 @@ fn a_failure_is_told_even_when_held_and_goes_on_where_it_stopped() {
             None
         )
     );
-    assert_eq!(w.step(Event::CannotTell, 5, TIMEOUT).phase, Phase::Destroying);
+    assert_eq!(w.step(Event::CannotTell, 5, &RULES).phase, Phase::Destroying);
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
@@ -273,17 +392,20 @@ proptest! {
         for (event, pause) in events {
             now += pause / 8;
             let old = w.clone();
-            w = w.step(event.clone(), now, TIMEOUT);
+            w = w.step(event.clone(), now, &RULES);
             let rank = |phase| match phase { Phase::Destroying => 1, Phase::Destroyed => 2, _ => 0 };
             prop_assert!(rank(w.phase) >= rank(old.phase), "{old:?} {event:?}");
             prop_assert!(w.remakes <= MAX_REMAKES);
-            prop_assert!(old.phase != ONLINE || !w.phase.is_starting(), "an agent is never started twice: {event:?}");
+            prop_assert!(
+                old.phase != ONLINE || !w.phase.is_starting() || w.phase == CLEARING,
+                "an agent is never started twice: {event:?}"
+            );
             prop_assert_eq!((w.id, &w.slot), (old.id, &old.slot));
             if matches!(w.phase, Phase::Broken { .. }) { prop_assert!(w.failure.is_some()); }
             if old.phase == w.phase { prop_assert_eq!(old.since, w.since); }
         }
         // From everywhere: recycled, cleaned, forgotten.
-        let ended = w.step(seen(view(false, true, false), OnHost::Absent), now, TIMEOUT).step(Event::HostClean, now, TIMEOUT);
+        let ended = w.step(seen(view(false, true, false), OnHost::Absent), now, &RULES).step(Event::HostClean, now, &RULES);
         prop_assert_eq!(ended.phase, Phase::Destroyed);
     }
 }

@@ -13,7 +13,8 @@ use super::wire::{Append, Associate, JobEvent, Ping, PingInput, PingJob, PingTas
 
 pub const LEASE: Duration = Duration::from_secs(60);
 
-#[derive(Debug)]
+/// A copy is a backup: restoring it rolls the server's database back.
+#[derive(Clone, Debug)]
 pub struct State {
     pub now: Timestamp,
     pub user_token: String,

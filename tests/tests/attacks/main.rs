@@ -5,11 +5,13 @@
 mod calls;
 mod cleanup;
 mod connections;
+mod controllers;
 mod descriptors;
 mod leave;
 mod neighbours;
 mod out;
 mod packets;
+mod quotas;
 mod starve;
 mod supervisor;
 mod tokens;

@@ -221,13 +221,9 @@ fn row_70_a_configuration_swapped_while_a_job_runs() {
         let _ = fs::remove_file(&path);
         swap(&path, &evil);
         let client = stage.client();
-        assert_eq!(
-            kind(create(&client, worker_id(), "c")),
-            ErrorKind::Failed,
-            "{what}"
-        );
+        assert_eq!(kind(create(&client, worker_id(), "c")), ErrorKind::Busy, "{what}");
         let (reply, _) = install(&client, waiting, sealed(b"#!/bin/true\n"));
-        assert_eq!(kind(reply), ErrorKind::Failed, "{what}");
+        assert_eq!(kind(reply), ErrorKind::Busy, "{what}");
         assert_eq!(state(&client, waiting), State::Created, "{what}");
         assert_eq!(state(&client, worker), State::Running, "{what}");
     }

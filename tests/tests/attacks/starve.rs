@@ -7,14 +7,13 @@ use std::time::Instant;
 
 use protocol::{Exit, Reply, Request, State};
 use testbed::census::processes_of;
-use testbed::disk::SmallDisk;
-use testbed::harness::{PATIENCE, Running, TestHost, binaries, cgroup2_mount, worker_id};
-use testbed::stage::{Stage, attack, create, created, read, start_attack, state, wait_for_line, wait_until};
+use testbed::harness::{PATIENCE, Running, TestHost, binaries, has_controller};
+use testbed::stage::{Stage, attack, created, read, start_attack, state, wait_for_line, wait_until};
 
 use crate::leave::ongoing;
 
 /// Slots with these limits: a slot's name and the lines of its table `limits`.
-fn slots(all: &[(&str, &str)]) -> String {
+pub fn slots(all: &[(&str, &str)]) -> String {
     let one = |(name, limits): &(&str, &str)| {
         format!("[slots.{name}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n[slots.{name}.limits]\n{limits}\n")
     };
@@ -22,7 +21,7 @@ fn slots(all: &[(&str, &str)]) -> String {
 }
 
 /// Start a helper that refuses its configuration, and return its last words.
-fn refused(host: &TestHost) -> String {
+pub fn refused(host: &TestHost) -> String {
     let mut command = Command::new(binaries().join("user-factory-helper"));
     command
         .arg("--root")
@@ -33,12 +32,6 @@ fn refused(host: &TestHost) -> String {
     assert!(!helper.wait().success());
     assert!(!helper.log.text().contains("serving"), "{}", helper.log.text());
     line
-}
-
-/// Can this machine limit what the cgroup v2 controller of that name counts?
-fn has_controller(name: &str) -> bool {
-    let all = fs::read_to_string(cgroup2_mount().join("cgroup.controllers")).unwrap();
-    all.split_whitespace().any(|other| other == name)
 }
 
 /// The helper refuses a limit that this machine cannot enforce, and where the operator settles for less it
@@ -115,74 +108,6 @@ fn row_53_a_job_that_takes_all_it_gets_finds_its_limits_and_its_neighbour_finds_
     attack(&client, modest, "take-a-little", &[]);
     assert_eq!(state(&client, greedy), State::Running);
     stage.finish(&[greedy, modest]);
-}
-
-/// A stage whose state directory is on a file system that enforces user quotas.
-fn with_quotas(slots: &str, uids: u32) -> Stage {
-    let mut host = TestHost::new();
-    host.uids = *host.uids.start()..=*host.uids.start() + uids - 1;
-    host.configure("http://127.0.0.1:9", 0, slots);
-    let disk = SmallDisk::with_quotas(&host, true).expect("this kernel has quotas: see CONFIG_QFMT_V2");
-    Stage::on(host, Some(disk))
-}
-
-const QUOTA: &str = "disk = \"8M\"\ninodes = 300";
-const QUOTA_WORDS: [&str; 2] = ["8388608", "300"];
-
-#[test]
-fn row_54_quotas_that_are_not_enforced_are_refused_at_the_start() {
-    for (key, line) in [("disk", "disk = \"8M\""), ("inodes", "inodes = 300")] {
-        let host = TestHost::new();
-        host.configure("http://127.0.0.1:9", 0, &slots(&[("a", line)]));
-        // Where the kernel has quotas: counted, but with no limits, as ext4 does it unless it is told more.
-        let _disk = SmallDisk::with_quotas(&host, false).unwrap_or_else(|| SmallDisk::ext4(&host, 1000));
-        let words = refused(&host);
-        for part in ["slot a", &format!("limits.{key}"), "quotas", "best_effort = true"] {
-            assert!(words.contains(part), "{words}");
-        }
-    }
-}
-
-#[test]
-#[ignore = "needs a kernel with CONFIG_QFMT_V2"]
-fn row_54_a_job_that_fills_its_quota_fills_nobody_elses() {
-    let stage = with_quotas(&slots(&[("a", QUOTA), ("c", ""), ("d", QUOTA)]), 64);
-    let client = stage.client();
-    let (full, other) = (created(&client, "a"), created(&client, "c"));
-    let console = ongoing(&client, full, "fill-quota", &QUOTA_WORDS, "ready");
-    assert!(console.contains("line 999 with a full quota"), "{console}");
-    attack(&client, other, "write-much", &["32", "1000"]);
-    // Its limit is its own, too.
-    let third = created(&client, "d");
-    attack(&client, third, "write-much", &["4", "100"]);
-    assert_eq!(state(&client, full), State::Running);
-    stage.finish(&[full, other, third]);
-}
-
-#[test]
-#[ignore = "needs a kernel with CONFIG_QFMT_V2"]
-fn row_54_a_quota_is_forgotten_with_its_worker() {
-    let stage = with_quotas(&slots(&[("a", QUOTA), ("c", "")]), 1);
-    let client = stage.client();
-    let disk = stage.disk.as_ref().unwrap();
-    let uid = *stage.host.uids.start();
-    let before = disk.quota(uid);
-    let first = created(&client, "a");
-    ongoing(&client, first, "fill-quota", &QUOTA_WORDS, "ready");
-    assert_ne!(disk.quota(uid), before);
-    assert_eq!(client.ask(&Request::Delete { worker: first }).0, Reply::Deleted);
-    let limits = |line: &str| {
-        line.split_whitespace()
-            .any(|word| word == "8192" || word == "300")
-    };
-    assert!(!limits(&disk.quota(uid)), "{}", disk.quota(uid));
-    let second = worker_id();
-    let Reply::UserCreated { uid: again, .. } = create(&client, second, "c") else {
-        panic!("no second worker")
-    };
-    assert_eq!(again.get(), uid);
-    attack(&client, second, "write-much", &["32", "1000"]);
-    stage.finish(&[second]);
 }
 
 #[test]

@@ -117,3 +117,34 @@ fn a_device_that_is_not_there_fails_the_start_with_a_sentence() {
     );
     stage.finish(&[worker]);
 }
+
+#[test]
+fn devices_that_come_and_go_do_not_hold_up_the_end_of_a_worker() {
+    let name = format!("user-factory-test-{}-flood", std::process::id());
+    let slots =
+        format!("[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\ndevices = [\"/dev/{name}-*\"]\n");
+    let stage = Stage::with(&slots);
+    let client = stage.client();
+    let good = |reply: &Reply| !matches!(reply, Reply::Error(_));
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let replies: Vec<Reply> = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                let _nodes: Vec<Node> = (0..20).map(|n| Node::plug(&format!("{name}-{n}"), 3)).collect();
+            }
+        });
+        let mut replies = Vec::new();
+        // Not one more after the first that fails: nobody would stop the flood.
+        while replies.len() < 45 && replies.iter().all(good) {
+            let worker = worker_id();
+            replies.push(create(&client, worker, "a"));
+            let agent = sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n");
+            replies.push(install(&client, worker, agent).0);
+            replies.push(client.ask(&Request::Delete { worker }).0);
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        replies
+    });
+    assert!(replies.iter().all(good), "{replies:?}");
+    stage.finish(&[]);
+}

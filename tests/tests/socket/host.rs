@@ -48,7 +48,7 @@ fn a_slot_that_left_the_configuration_is_still_cleaned_up() {
     stage
         .host
         .configure("http://127.0.0.1:9", 0, "[slots.c]\ncolour = 1\n");
-    assert_eq!(kind(create(&stage.client(), worker_id(), "a")), ErrorKind::Failed);
+    assert_eq!(kind(create(&stage.client(), worker_id(), "a")), ErrorKind::Busy);
     stage.finish(&[worker]);
 }
 

@@ -18,5 +18,6 @@ mod devices;
 mod host;
 mod life;
 mod packets;
+mod quotas;
 mod sync;
 mod view;

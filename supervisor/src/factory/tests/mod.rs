@@ -1,8 +1,8 @@
-//! The core in a small world: promises one by one, then all of them under random faults.
+//! The core in a small world: promises, one by one. All of them together, and whatever can go wrong, are in
+//! the simulation (`--test simulation`).
 
 mod world;
 
-use proptest::prelude::*;
 use protocol::{Exit, State};
 
 use super::*;
@@ -215,72 +215,106 @@ fn a_draining_or_stopped_factory_takes_nothing() {
     assert!(world.core.is_idle() && world.core.next_deadline().is_none());
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Fault {
-    Server(bool),
-    Helper(bool),
-    Lose(usize),
-    Crash(bool),
-    Reboot,
-    Release,
-    Agents,
-    Cancel,
-}
-
-fn fault() -> impl Strategy<Value = Fault> {
-    prop_oneof![
-        any::<bool>().prop_map(Fault::Server),
-        any::<bool>().prop_map(Fault::Helper),
-        (0usize..7).prop_map(Fault::Lose),
-        any::<bool>().prop_map(Fault::Crash),
-        Just(Fault::Reboot),
-        Just(Fault::Release),
-        Just(Fault::Agents),
-        Just(Fault::Agents),
-        Just(Fault::Agents),
-        Just(Fault::Cancel),
-    ]
-}
-
-proptest! {
-    #[test]
-    fn whatever_goes_wrong_every_job_ends_and_nothing_is_left(
-        jobs in proptest::collection::vec(any::<bool>(), 1..6),
-        script in proptest::collection::vec((fault(), proptest::collection::vec(any::<usize>(), 0..25)), 0..25),
-    ) {
-        let mut world = World::new();
-        for (n, target) in jobs.iter().enumerate() {
-            world.submit(n as u128, if *target { '2' } else { '3' });
-        }
-        for (fault, steps) in script {
-            match fault {
-                Fault::Server(up) => world.server_up = up,
-                Fault::Helper(up) => world.helper_up = up,
-                Fault::Lose(n) => {
-                    let kinds = ["make", "associate", "create user", "install agent", "lease", "workers", "delete on the server"];
-                    world.lose = Some(kinds[n]);
-                }
-                Fault::Crash(happened) => world.crash(happened),
-                Fault::Reboot => world.reboot(),
-                Fault::Release => world.release(),
-                Fault::Agents => world.agents_work(),
-                Fault::Cancel => world.server.values_mut().take(1).for_each(|w| w.recycle = !w.hold),
-            }
-            for which in steps { world.step(which); }
-        }
-        (world.server_up, world.helper_up, world.lose) = (true, true, None);
-        for _ in 0..20 {
-            world.release();
-            for n in 0..200 {
-                world.step(n);
-                world.agents_work();
-            }
-        }
-        world.release();
-        world.run(World::is_empty);
-        for n in 0..jobs.len() {
-            let job = job(n as u128);
-            prop_assert!(world.done.contains(&job) != world.failed.contains(&job), "job {} is done or failed", n);
-        }
+#[test]
+fn a_worker_that_was_there_before_is_not_taken_for_the_one_of_a_lost_answer() {
+    let mut world = World::new();
+    world.submit(1, '3');
+    world.run(World::is_empty);
+    // Made held, and forgotten with the database: the same target, and no slot.
+    let evidence = WorkerId::from_bits(5);
+    let held = ServerWorker {
+        id: evidence,
+        target: "01HZX3N8Q4J5K6M7P8R9S0T1V3".parse().unwrap(),
+        private: None,
+        bootstrap: None,
+        online: false,
+        hold: true,
+        recycle: false,
+    };
+    world.server.insert(evidence, held);
+    for n in 0..10 {
+        world.step(n);
     }
+    world.submit(2, '3');
+    world.lose = Some("make");
+    world.run(|w| w.done.contains(&job(2)) && w.disk.is_empty());
+    assert_eq!(world.lose, None);
+    assert!(world.server[&evidence].hold && world.server[&evidence].private.is_none());
+}
+
+#[test]
+fn jobs_that_can_have_no_worker_are_not_all_asked_for() {
+    let mut world = World::new();
+    world.refuses_workers = true;
+    for n in 0..500 {
+        world.submit(n, '2');
+    }
+    let end = world.now + 60_000;
+    while world.now < end {
+        world.step(0);
+    }
+    assert!(world.counts["make"] <= 10, "{:?}", world.counts);
+    let said = world.said.iter().filter(|s| s.contains("no worker for job"));
+    assert_eq!(said.count(), 1);
+}
+
+#[test]
+fn a_drained_slot_takes_nothing_and_the_others_do() {
+    let mut world = World::new();
+    let slot: SlotName = "c".parse().unwrap();
+    world.tell(Input::DrainSlot(slot.clone(), true));
+    world.submit(1, '2');
+    world.submit(2, '3');
+    world.run(|w| w.done.contains(&job(1)));
+    assert_eq!(world.queue.len(), 1);
+    world.tell(Input::DrainSlot(slot, false));
+    world.run(World::is_empty);
+}
+
+#[test]
+fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
+    let mut world = World::new();
+    world.submit(1, '3');
+    world.run(|w| phase(w) == Some(Phase::Running { online: true }));
+    let (rest, _) = world::CONFIG.split_once("[slots.c]").unwrap();
+    world.tell(Input::Configure(Config::parse(rest).unwrap()));
+    // Three slots were, two are: with the worker of the third, only one more may come.
+    for n in 2..5 {
+        world.submit(n, '2');
+    }
+    world.submit(5, '3');
+    world.run(|w| w.done.len() == 4);
+    assert!(world.done.contains(&job(1)) && world.failed.is_empty());
+    assert_eq!(world.queue.len(), 1);
+    world.tell(Input::Configure(Config::parse(world::CONFIG).unwrap()));
+    world.run(World::is_empty);
+}
+
+#[test]
+fn a_new_life_gives_every_agent_its_whole_time() {
+    let mut world = World::new();
+    world.submit(1, '2');
+    while phase(&world) != Some(Phase::Created) {
+        world.step(0);
+    }
+    // As after a night without a supervisor, or with a clock that has jumped.
+    world.now += 365 * 86_400_000;
+    world.crash(true);
+    world.run(World::is_empty);
+    assert_eq!((world.done.len(), world.failed.len()), (1, 0));
+}
+
+#[test]
+fn a_list_of_somebody_else_ends_no_job() {
+    let mut world = World::new();
+    world.submit(1, '2');
+    world.run(|w| phase(w) == Some(Phase::Running { online: true }));
+    let ours = std::mem::take(&mut world.server);
+    let until = world.counts["workers"] + 3;
+    while world.counts["workers"] < until {
+        world.step(0);
+    }
+    world.server = ours;
+    world.run(World::is_empty);
+    assert_eq!((world.done.len(), world.failed.len()), (1, 0));
 }

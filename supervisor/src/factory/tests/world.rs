@@ -32,6 +32,7 @@ pub struct World {
     /// The next answer of this kind is lost after it was carried out.
     pub lose: Option<&'static str>,
     pub start_fails: Option<&'static str>,
+    pub refuses_workers: bool,
     pub said: Vec<String>,
     pub counts: BTreeMap<&'static str, usize>,
     ids: u128,
@@ -74,6 +75,7 @@ impl World {
             old_server: false,
             lose: None,
             start_fails: None,
+            refuses_workers: false,
             said: Vec::new(),
             counts: BTreeMap::new(),
             ids: 1000,
@@ -111,7 +113,13 @@ impl World {
             }
         }
         let workers = self.disk.values().cloned().collect();
+        // What a new life counts anew is not saved before something else changes.
+        self.disk
+            .values_mut()
+            .for_each(|worker| worker.waiting_since = self.now);
         self.core = Factory::new(Config::parse(CONFIG).unwrap(), workers, 8, self.now);
+        // What a new life begins with is new: the waits.
+        self.disk = self.core.workers().map(|w| (w.id, w.clone())).collect();
         self.tell(Input::Tick);
     }
 
@@ -260,7 +268,7 @@ impl World {
     }
 
     fn make(&mut self, target: TargetId, job: JobId) -> Input {
-        if self.leased.iter().all(|(_, lease)| lease.job != job) {
+        if self.refuses_workers || self.leased.iter().all(|(_, lease)| lease.job != job) {
             return Input::WorkerMade(job, Err(Trouble::refused(Side::Server, "no such lease")));
         }
         self.leased.retain(|(_, lease)| lease.job != job);
@@ -281,7 +289,7 @@ impl World {
 
     fn act(&mut self, id: WorkerId, action: Action) -> Outcome {
         match action {
-            Action::Associate { slot } => {
+            Action::Associate { slot, .. } => {
                 let w = self
                     .server
                     .get_mut(&id)

@@ -100,7 +100,7 @@ fn at_most(processes: u64) {
 }
 
 fn fork_bomb(report: &mut Report, words: &[String]) {
-    at_most(400);
+    at_most(words.get(1).map_or(400, |most| most.parse().expect("a number")));
     match words[0].as_str() {
         // Each has as many children as it gets, and so have they.
         "grow" => {

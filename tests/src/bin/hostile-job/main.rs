@@ -7,6 +7,8 @@
 mod calls;
 mod cleanup;
 mod leave;
+mod memory;
+mod mess;
 mod out;
 mod starve;
 mod sys;
@@ -59,11 +61,13 @@ fn main() -> ExitCode {
     let words: Vec<String> = words.collect();
     let all = [
         leave::ATTEMPTS,
+        mess::ATTEMPTS,
         cleanup::ATTEMPTS,
         calls::ATTEMPTS,
         out::ATTEMPTS,
         up::ATTEMPTS,
         starve::ATTEMPTS,
+        memory::ATTEMPTS,
     ]
     .concat();
     let Some((_, attempt)) = all.iter().find(|(other, _)| *other == name) else {

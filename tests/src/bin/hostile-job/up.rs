@@ -375,13 +375,15 @@ fn never_files(report: &mut Report, pid: usize, place: &str) {
 
 /// Files of another process that everybody may open for writing: the kernel looks at the writer only when he
 /// writes, and so has the test to write. No module takes 0 for an attribute, and a slack of 0 is the usual one.
-const ASKS_LATER: [&str; 6] = [
+const ASKS_LATER: [&str; 8] = [
     "timerslack_ns",
     "attr/current",
     "attr/exec",
     "attr/fscreate",
     "attr/keycreate",
     "attr/sockcreate",
+    "attr/apparmor/current",
+    "attr/apparmor/exec",
 ];
 
 fn init(report: &mut Report, words: &[String]) {

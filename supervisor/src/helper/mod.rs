@@ -3,17 +3,19 @@
 //!
 //! It must never send what the protocol has no message for, and never wait without end.
 
+mod socket;
+
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::fs::File;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use protocol::wire::{self, MAX_REPLY};
 use protocol::{
-    BootstrapToken, ErrorKind, Received, Reply, Request, Seqpacket, SlotName, VERSION, WorkerId, WorkerInfo,
+    BootstrapToken, ErrorKind, Received, Reply, Request, SlotName, State, VERSION, WorkerId, WorkerInfo, wire,
 };
-use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
 use crate::view::{Side, Trouble};
@@ -23,6 +25,15 @@ const LONG: Duration = Duration::from_secs(30 * 60);
 const SHORT: Duration = Duration::from_secs(60);
 /// More pages than a helper with the widest uid range could fill.
 const MAX_PAGES: usize = 8192;
+
+/// A worker's console, and how it is.
+#[derive(Debug)]
+pub struct Attached {
+    pub state: State,
+    pub console: File,
+    /// Bytes that it has on disk, where the host counts them.
+    pub disk: Option<u64>,
+}
 
 /// Why the helper did not do it.
 #[derive(Debug)]
@@ -57,15 +68,31 @@ impl Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// Where the helper is.
+/// A way to the helper: its socket, or a simulated host.
+pub trait Road: fmt::Debug + Send + Sync {
+    fn connect(&self) -> Result<Box<dyn Line>>;
+}
+
+pub type Pending<'a> = Pin<Box<dyn Future<Output = Result<Received>> + Send + 'a>>;
+
+/// One connection: a packet there, and the one that comes back.
+pub trait Line: Send + Sync {
+    fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> Pending<'a>;
+}
+
+/// The helper, over this road.
 #[derive(Clone, Debug)]
 pub struct Helper {
-    socket: PathBuf,
+    road: Arc<dyn Road>,
 }
 
 impl Helper {
     pub fn new(socket: PathBuf) -> Self {
-        Self { socket }
+        Self::over(Arc::new(socket::Socket(socket)))
+    }
+
+    pub fn over(road: Arc<dyn Road>) -> Self {
+        Self { road }
     }
 
     pub async fn create_user(&self, worker: WorkerId, slot: SlotName) -> Result<()> {
@@ -95,9 +122,13 @@ impl Helper {
     }
 
     /// The console of a worker.
-    pub async fn attach(&self, worker: WorkerId) -> Result<OwnedFd> {
+    pub async fn attach(&self, worker: WorkerId) -> Result<Attached> {
         match self.ask(&Request::Attach { worker }, None, SHORT).await? {
-            (Reply::Attached { .. }, Some(console)) => Ok(console),
+            (Reply::Attached { state }, Some(console)) => Ok(Attached {
+                state,
+                console: console.into(),
+                disk: None,
+            }),
             (other, _) => Err(unexpected(&other)),
         }
     }
@@ -160,12 +191,7 @@ impl Helper {
     }
 
     async fn connect(&self) -> Result<Connection> {
-        let socket = Seqpacket::connect(&self.socket, true).map_err(|errno| self.absent(errno))?;
-        let connection = Connection(watched(socket).map_err(|e| {
-            Error::Away(format!(
-                "cannot wait for the helper's socket: {e}; restart the supervisor"
-            ))
-        })?);
+        let connection = Connection(self.road.connect()?);
         match connection
             .exchange(&Request::Hello { version: VERSION }, None)
             .await?
@@ -178,32 +204,9 @@ impl Helper {
             (other, _) => Err(unexpected(&other)),
         }
     }
-
-    fn absent(&self, errno: Errno) -> Error {
-        let hint = match errno {
-            Errno::ENOENT | Errno::ECONNREFUSED => "start the helper",
-            Errno::EACCES => "run the supervisor as the user, and in the group, that the helper serves",
-            Errno::EAGAIN => "it has too many callers; wait",
-            _ => "see the helper's log",
-        };
-        Error::Away(format!(
-            "the helper is away from {}: {errno}; {hint}",
-            self.socket.display()
-        ))
-    }
 }
 
-/// What tokio asks of its caller (the descriptor stays open, and the same, for as long as it is watched)
-/// holds by the type: a `Seqpacket` owns its descriptor, and has no way to change it.
-#[expect(
-    deprecated,
-    reason = "the replacement is an unsafe function, and this crate has no unsafe code"
-)]
-fn watched(socket: Seqpacket) -> std::io::Result<AsyncFd<Seqpacket>> {
-    AsyncFd::new(socket)
-}
-
-struct Connection(AsyncFd<Seqpacket>);
+struct Connection(Box<dyn Line>);
 
 impl Connection {
     /// One request, one reply, and the descriptor where the reply has one.
@@ -214,31 +217,12 @@ impl Connection {
     ) -> Result<(Reply, Option<OwnedFd>)> {
         let packet =
             wire::encode(request).map_err(|e| Error::Away(format!("cannot encode a request: {e}")))?;
-        loop {
-            let mut ready = self.0.writable().await.map_err(|e| Error::Away(e.to_string()))?;
-            match self.0.get_ref().send(&packet, fd.as_ref().map(AsFd::as_fd)) {
-                Ok(()) => break,
-                Err(Errno::EAGAIN) => ready.clear_ready(),
-                // It has hung up, but may have said why.
-                Err(Errno::EPIPE | Errno::ECONNRESET) => break,
-                Err(errno) => return Err(Error::Away(format!("cannot send to the helper: {errno}"))),
-            }
-        }
-        loop {
-            let mut ready = self.0.readable().await.map_err(|e| Error::Away(e.to_string()))?;
-            match self.0.get_ref().recv(MAX_REPLY) {
-                Err(Errno::EAGAIN) => ready.clear_ready(),
-                Err(errno) => return Err(Error::Away(format!("cannot receive from the helper: {errno}"))),
-                Ok(Received::Closed) => {
-                    return Err(Error::Away(
-                        "the helper hung up without an answer: see its log".into(),
-                    ));
-                }
-                Ok(Received::Oversize) => {
-                    return Err(Error::Away("the helper's answer is too long: see its log".into()));
-                }
-                Ok(Received::Packet { bytes, descriptors }) => return opened(&bytes, descriptors),
-            }
+        match self.0.exchange(&packet, fd).await? {
+            Received::Closed => Err(Error::Away(
+                "the helper hung up without an answer: see its log".into(),
+            )),
+            Received::Oversize => Err(Error::Away("the helper's answer is too long: see its log".into())),
+            Received::Packet { bytes, descriptors } => opened(&bytes, descriptors),
         }
     }
 }
@@ -290,7 +274,7 @@ mod tests {
         let started = wire::encode(&Reply::AgentStarted).unwrap();
         assert!(opened(&started, vec![]).is_err());
         let deleted = wire::encode(&Reply::Deleted).unwrap();
-        let fd = std::fs::File::open("/dev/null").unwrap().into();
+        let fd = File::open("/dev/null").unwrap().into();
         assert!(opened(&deleted, vec![fd]).is_err());
         assert!(opened(&deleted, vec![]).is_ok());
         let refusal = wire::encode(&Reply::Error(protocol::Error::new(ErrorKind::Version, "v2"))).unwrap();

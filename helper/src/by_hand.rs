@@ -1,0 +1,287 @@
+//! What a person does as root, here and now, without the socket and without a server: a command in a worker of
+//! its own (`run`), or a shell in a worker that is there (`shell`). The walls are the job's own.
+//!
+//! The daemon knows nothing of it. A worker that was made for `run` is locked until its end, so whoever wants to
+//! delete it (a supervisor that finds it owned by nobody) waits, and has nothing to do in the end; if this
+//! process is killed, that deletion goes on.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::SigSet;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
+use protocol::config::{self, Network};
+use protocol::{Error, ErrorKind, Received, Seqpacket, SlotName, Uid, UserName, WorkerId};
+
+use crate::host::{Host, open_path, write_atomically};
+use crate::orders::Word;
+use crate::terminal::{self, Terminal};
+use crate::view::View;
+use crate::worker::{Record, Worker};
+use crate::{cgroup, limits, network, sandbox, sys, tenancy, user};
+
+/// The file, in the directory of the sockets, that says where the workers' cgroups are.
+pub const CGROUP: &str = "helper.cgroup";
+
+/// What was typed.
+struct Words {
+    root: PathBuf,
+    slot: Option<SlotName>,
+    rest: Vec<OsString>,
+}
+
+fn words(words: &[OsString]) -> Result<Words> {
+    let mut found = Words {
+        root: "/".into(),
+        slot: None,
+        rest: Vec::new(),
+    };
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let mut value = || words.next().with_context(|| format!("{word:?} wants a value"));
+        match word.to_str() {
+            Some("--root") => found.root = value()?.into(),
+            Some("--slot") => found.slot = Some(value()?.to_str().unwrap_or_default().parse()?),
+            Some("--") => {
+                found.rest = words.cloned().collect();
+                break;
+            }
+            _ => found.rest.push(word.clone()),
+        }
+    }
+    ensure!(found.root.is_absolute(), "--root must be an absolute path");
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "this needs root: it makes a user and enters a sandbox"
+    );
+    Ok(found)
+}
+
+fn host(root: &Path) -> Result<Host> {
+    let path = root.join(config::RUN_DIR).join(CGROUP);
+    let cgroups = std::fs::read(&path).with_context(|| {
+        format!(
+            "cannot read {}: start the helper, which knows where the workers' cgroups are",
+            path.display()
+        )
+    })?;
+    let cgroups = open_path(Path::new(std::ffi::OsStr::from_bytes(&cgroups)))?;
+    // What is made must not be closed to its job by the umask of a person.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    Host::open(root, cgroups)
+}
+
+/// Run a command in a worker of its own; all of it is deleted after that. Returns the command's status.
+pub fn run(typed: &[OsString]) -> Result<u8> {
+    let typed = words(typed)?;
+    ensure!(!typed.rest.is_empty(), "there is no command: write it behind --");
+    let host = host(&typed.root)?;
+    // A person who leaves must not leave a worker.
+    let signals = terminal::signals()?;
+    let unlimit = |_, uid: Uid| limits::of_disk(&host, uid, None, None);
+    let id = new_id();
+    take(&host, &unlimit, id, typed.slot)?;
+    let ran = || -> Result<u8> {
+        let (worker, record) = Worker::existing(&host, id)?;
+        let (config, _) = host.configuration()?;
+        let slot = &config.slots[&record.slot];
+        for warning in limits::check(&record.slot, &slot.limits, host.abilities)? {
+            tracing::warn!("{warning}");
+        }
+        write_files(&host, &worker, &record, &config)?;
+        let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
+        limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
+        inside(&host, id, &cgroup, &typed.rest, &signals)
+    };
+    let status = ran();
+    tenancy::delete(&host, &unlimit, id).with_context(|| {
+        format!("worker {id} is not deleted: the supervisor will do it, or do it with the same command")
+    })?;
+    status
+}
+
+/// A shell in a worker that is there. Returns the shell's status.
+pub fn shell(typed: &[OsString]) -> Result<u8> {
+    let typed = words(typed)?;
+    let [worker] = &typed.rest[..] else {
+        bail!("name one worker: `user-factory workers` lists them");
+    };
+    let id: WorkerId = worker.to_str().unwrap_or_default().parse()?;
+    let host = host(&typed.root)?;
+    let signals = terminal::signals()?;
+    // Not locked: who wants the worker deleted must not wait for a person. The shell ends with it.
+    let (worker, _) = Worker::existing(&host, id)?;
+    ensure!(
+        worker.is_started()?,
+        "worker {id} has not been started yet: there is nothing to look at"
+    );
+    drop(worker);
+    let name = cgroup::by_hand(id);
+    let cgroup = cgroup::create(&host.cgroups, &name)
+        .context("another shell is in this worker: end that one first")?;
+    let status = inside(&host, id, &cgroup, &["/bin/bash".into()], &signals);
+    cgroup::kill_one(&host.cgroups, &name)?;
+    status
+}
+
+/// By the clock and the randomness of the standard library's hash keys.
+fn new_id() -> WorkerId {
+    use std::hash::{BuildHasher, Hasher};
+    let age = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_millis();
+    let random = || u128::from(std::hash::RandomState::new().build_hasher().finish());
+    let low = (random() << 64 | random()) & ((1 << 80) - 1);
+    WorkerId::from_bits((age & ((1 << 48) - 1)) << 80 | low)
+}
+
+/// Take this slot, or the first that is free.
+fn take(host: &Host, unlimit: tenancy::Unlimit<'_>, id: WorkerId, slot: Option<SlotName>) -> Result<()> {
+    let (config, _) = host.configuration()?;
+    let wanted: Vec<SlotName> = match slot {
+        Some(slot) => vec![slot],
+        None => config.slots.into_keys().collect(),
+    };
+    let mut last = None;
+    for slot in wanted {
+        match tenancy::create_user(host, unlimit, id, &slot) {
+            Ok(_) => return Ok(()),
+            Err(error) => match error.downcast_ref::<Error>() {
+                Some(refusal) if refusal.kind == ErrorKind::SlotTaken => last = Some(error),
+                _ => return Err(error),
+            },
+        }
+    }
+    Err(last.expect("a configuration has a slot"))
+}
+
+/// The files of root's that a job sees as its own.
+fn write_files(host: &Host, worker: &Worker, record: &Record, config: &config::Config) -> Result<()> {
+    let (passwd, group) = user::files_for_the_job(host, &worker.user(), record.uid)?;
+    let hosts = match config.slots[&record.slot].network {
+        Network::Host => None,
+        Network::None => network::hosts(&config.general.baseurl),
+    };
+    for (name, text) in [("passwd", Some(passwd)), ("group", Some(group)), ("hosts", hosts)] {
+        if let Some(text) = text {
+            write_atomically(worker.dir(), name, &text, 0o644)
+                .with_context(|| format!("cannot write the job's {name}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A command in the worker's sandbox, at this process's terminal, until it has ended. Returns its status.
+fn inside(
+    host: &Host,
+    worker: WorkerId,
+    cgroup: &OwnedFd,
+    command: &[OsString],
+    signals: &terminal::Signals,
+) -> Result<u8> {
+    // This process's own copy of what the jobs see; its mount namespace is nobody else's.
+    View::new()?.refresh(host)?;
+    let (here, there) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    let (here, there) = (Seqpacket::from(here), Seqpacket::from(there));
+    let at_terminal = terminal::is_ours();
+    let first = sys::clone_sandboxed(cgroup.as_fd(), || {
+        let keep = [&host.descriptors()[..], &[there.as_raw_fd()]].concat();
+        let ready = || -> Result<UserName> {
+            sys::close_all_but(&keep)?;
+            SigSet::empty().thread_set_mask()?;
+            sandbox::enter_by_hand(host, worker)
+        };
+        let ended = ready().and_then(|user| first_process(&there, &user, command, at_terminal));
+        ended.unwrap_or_else(|error| {
+            let _ = Word::Failed(format!("{error:#}")).say(&there);
+            1
+        })
+    })
+    .context("cannot make the namespaces")?;
+    drop(there);
+    let terminal = match here.recv(Word::MAX)? {
+        Received::Packet {
+            bytes,
+            mut descriptors,
+        } => match Word::decode(&bytes) {
+            Some(Word::Ready) => descriptors.pop(),
+            Some(Word::Failed(sentence)) => {
+                let _ = waitpid(first, None);
+                bail!("{sentence}");
+            }
+            other => bail!("the first process said {other:?}"),
+        },
+        _ => bail!("the first process was killed: look for the reason in the kernel's log"),
+    };
+    let terminal = terminal.map(Terminal::new).transpose()?;
+    let status = terminal::attend(first, terminal, signals)?;
+    // Did it get as far as to start the command?
+    if let Ok(Received::Packet { bytes, .. }) = here.recv(Word::MAX)
+        && let Some(Word::Failed(sentence)) = Word::decode(&bytes)
+    {
+        bail!("{sentence}");
+    }
+    Ok(status)
+}
+
+/// Pid 1: start the command, and reap until it has ended. With its own end the kernel ends whatever is left.
+fn first_process(
+    parent: &Seqpacket,
+    user: &UserName,
+    command: &[OsString],
+    at_terminal: bool,
+) -> Result<i32> {
+    let (master, streams) = match at_terminal {
+        true => terminal::of_the_job().map(|(master, streams)| (Some(master), Some(streams)))?,
+        false => (None, None),
+    };
+    parent
+        .send(b"R", master.as_ref().map(AsFd::as_fd))
+        .context("nobody is left who waits for the command")?;
+    drop(master);
+    let mut start = Command::new(&command[0]);
+    start
+        .args(&command[1..])
+        .env_clear()
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
+        .env("HOME", format!("/home/{user}"))
+        .env("USER", user.to_string())
+        .env("LOGNAME", user.to_string())
+        .env("LANG", "C.UTF-8")
+        .env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()))
+        .current_dir("/work");
+    if let Some([input, output, errors]) = streams {
+        start.stdin(input).stdout(output).stderr(errors);
+        // Of its own, so that a shell can move other groups to the foreground.
+        start.process_group(0);
+    }
+    let child = start
+        .spawn()
+        .with_context(|| format!("cannot start {:?}", command[0]))?;
+    drop(start);
+    let child = Pid::from_raw(child.id() as i32);
+    if at_terminal {
+        terminal::to_the_foreground(child)?;
+    }
+    loop {
+        match waitpid(None, None) {
+            Ok(WaitStatus::Exited(pid, status)) if pid == child => return Ok(status),
+            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => return Ok(128 + signal as i32),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("cannot wait for the command"),
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Taking a slot for a worker, and giving it back: what is written down first when a user is made, and what goes
+//! last when it is deleted. Each can be cut off anywhere, and said again.
+
+use std::collections::BTreeSet;
+use std::hash::{BuildHasher, Hasher};
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use protocol::config::Config;
+use protocol::{Error, ErrorKind, SlotName, Uid, UserName, WorkerId};
+use tracing::warn;
+
+use crate::host::{Host, open_file};
+use crate::worker::{self, Record, Worker, Written};
+use crate::{cgroup, devices, policy, trees, user};
+
+/// How the quota of a worker that has nothing on disk any more is forgotten.
+pub type Unlimit<'a> = &'a dyn Fn(WorkerId, Uid) -> Result<()>;
+
+/// The worker's uid and name: made now, or before.
+pub fn create_user(
+    host: &Host,
+    unlimit: Unlimit<'_>,
+    id: WorkerId,
+    slot: &SlotName,
+) -> Result<(Uid, UserName)> {
+    let config = host.configuration_now()?;
+    let slot_config = config.slots.get(slot).ok_or_else(|| policy::no_such_slot(slot))?;
+    user::groups(host, &slot_config.add_to_groups)?;
+    let mut worker = Worker::find_or_make(host, id)?;
+    let record = match worker.written.clone() {
+        Written::Record(record) if record.slot == *slot => record,
+        Written::Record(record) => {
+            let message = format!(
+                "worker {id} has slot {}, it cannot have {slot} as well",
+                record.slot
+            );
+            return Err(Error::new(ErrorKind::Refused, message).into());
+        }
+        Written::Damaged => bail!("the record of worker {id} is damaged: delete the worker"),
+        Written::Nothing => match take_slot(host, unlimit, &config, &mut worker, slot) {
+            Ok(record) => record,
+            Err(error) => {
+                // Nothing was made: leave nothing, not even the empty directory.
+                let _ = worker.remove(host);
+                return Err(error);
+            }
+        },
+    };
+    if !worker.is_started()? {
+        trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot_config))?;
+    }
+    user::write_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
+    Ok((record.uid, worker.user()))
+}
+
+/// The one moment in which workers wait for each other: who has what is looked up and written down
+/// under a lock.
+fn take_slot(
+    host: &Host,
+    unlimit: Unlimit<'_>,
+    config: &Config,
+    worker: &mut Worker,
+    slot: &SlotName,
+) -> Result<Record> {
+    let lock = open_file(&host.workers, ".lock", OFlag::O_RDWR | OFlag::O_CREAT)
+        .context("cannot open the slots' lock")?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .context("cannot lock the slots")?;
+    let mut all = worker::list(host)?;
+    // It may have this slot, or any other: none is given before nothing is left of it.
+    for id in std::mem::take(&mut all.damaged) {
+        let deleted = delete(host, unlimit, id);
+        deleted.with_context(|| {
+            format!("no slot is free before worker {id}, whose record is damaged, is deleted")
+        })?;
+        warn!(worker = %id, "deleted, because its record was damaged");
+    }
+    let tenants = all.tenants();
+    policy::may_take(config, &tenants, worker.id, slot)?;
+    let used: BTreeSet<u32> = tenants.iter().map(|tenant| tenant.uid.get()).collect();
+    // The standard library's hash keys are random: getrandom(2) without a crate or a device node.
+    let random = std::hash::RandomState::new().build_hasher().finish();
+    for uid in policy::candidates(config.factory.uid_range, random, &used) {
+        let free = !user::is_in_userdb(&host.userdb, uid)
+            && !user::is_known_to_the_host(host, uid)?
+            && user::has_no_process(uid, false)?;
+        if free {
+            let record = Record::new(slot.clone(), uid);
+            worker.write_record(record.clone())?;
+            return Ok(record);
+        }
+    }
+    Err(Error::new(
+        ErrorKind::Limit,
+        "every uid of factory.uid_range is in use: widen it",
+    )
+    .into())
+}
+
+/// End every process of the worker; without a uid, those that its cgroup knows.
+pub fn end_processes(host: &Host, worker: &Worker, uid: Option<Uid>) -> Result<()> {
+    cgroup::kill(&host.cgroups, worker.id)?;
+    uid.map_or(Ok(()), trees::no_process_left)
+}
+
+/// Remove every trace of the worker; its slot is free after that.
+pub fn delete(host: &Host, unlimit: Unlimit<'_>, id: WorkerId) -> Result<()> {
+    let Some(worker) = Worker::find(host, id)? else {
+        return Ok(());
+    };
+    let (uid, is_recorded) = match &worker.written {
+        Written::Record(record) => (Some(record.uid), true),
+        // Only its trees tell, so they go last. A worker that has none was never known to the host, or is no more.
+        _ => (trees::owner(worker.dir())?, false),
+    };
+    let forget = || {
+        uid.map_or(Ok(()), |uid| {
+            user::remove_userdb(host.userdb.as_fd(), &worker.user(), uid)
+        })
+    };
+    end_processes(host, &worker, uid)?;
+    if !is_recorded {
+        forget()?;
+    }
+    trees::remove(worker.dir(), uid)?;
+    devices::remove(host, id)?;
+    if is_recorded {
+        if let Some(uid) = uid.filter(|_| host.abilities.has_quotas()) {
+            unlimit(id, uid)?;
+        }
+        forget()?;
+    }
+    worker.remove(host)
+}

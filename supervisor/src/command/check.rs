@@ -1,0 +1,111 @@
+//! `user-factory check`: all that can be known before anything is started.
+
+use std::fs;
+use std::path::Path;
+
+use protocol::config::{Config, Mistake};
+use supervisor::agent::{self, AgentCache};
+use supervisor::helper::Helper;
+use supervisor::host::{self, Seen};
+use supervisor::server::Server;
+use supervisor::settings::{self, Places};
+
+use super::{DONE, FAILED};
+
+/// Print every mistake, or a summary of the slots and of the host; with `online`, ask the server and the helper.
+pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
+    let mistakes = match settings::load(path) {
+        Err(mistakes) => mistakes,
+        Ok(config) => {
+            let mistakes = mistakes_here(path, &config);
+            if mistakes.is_empty() {
+                return looked_good(&config, online, root);
+            }
+            mistakes
+        }
+    };
+    print!("{}", settings::print(path, &mistakes));
+    FAILED
+}
+
+fn looked_good(config: &Config, online: bool, root: &Path) -> u8 {
+    print!("{}", settings::summary(config));
+    let findings = host::findings(&Seen::look(), config, root);
+    print!("{}", host::print(&findings));
+    let fine = !findings.iter().any(|finding| finding.needed);
+    let answered = !online || ask(config, root);
+    if fine && answered { DONE } else { FAILED }
+}
+
+fn mistakes_here(path: &Path, config: &Config) -> Vec<Mistake> {
+    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    let mut mistakes = settings::check_host(config, &groups);
+    if let Err(error) = settings::token(config.factory.token_file.as_path()) {
+        let line = token_line(path);
+        let message = format!("{error:#}");
+        mistakes.insert(0, Mistake { line, message });
+    }
+    mistakes
+}
+
+/// The line that names the token file.
+fn token_line(path: &Path) -> usize {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines()
+        .position(|line| line.trim_start().starts_with("token_file"))
+        .map_or(1, |at| at + 1)
+}
+
+/// Do the server, its agent and the helper answer? A line for each.
+fn ask(config: &Config, root: &Path) -> bool {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            println!("online: cannot start the runtime: {error}");
+            return false;
+        }
+    };
+    let answers = runtime.block_on(answers(config, root));
+    for (what, answer) in &answers {
+        match answer {
+            Ok(how) => println!("online {what}: {how}"),
+            Err(why) => println!("online {what}: FAILED: {why}"),
+        }
+    }
+    answers.iter().all(|(_, answer)| answer.is_ok())
+}
+
+async fn answers(config: &Config, root: &Path) -> Vec<(&'static str, Result<String, String>)> {
+    let mut answers = Vec::new();
+    let token = settings::token(config.factory.token_file.as_path()).map_err(|e| format!("{e:#}"));
+    let server =
+        token.and_then(|token| Server::new(&config.general.baseurl, token).map_err(|e| e.to_string()));
+    match server {
+        Err(why) => answers.push(("server", Err(why))),
+        Ok(server) => {
+            let ping = server.ping().await.map_err(|e| e.to_string());
+            answers.push((
+                "server",
+                ping.map(|_| format!("{} answers and takes the token", config.general.baseurl)),
+            ));
+            answers.push(("agent", download(&server).await));
+        }
+    }
+    let helper = Helper::new(Places::below(root).helper).list().await;
+    let helper = helper.map(|workers| format!("it serves, with {} workers", workers.len()));
+    answers.push(("helper", helper.map_err(|e| e.to_string())));
+    answers
+}
+
+/// The whole of the agent, as a worker would get it.
+async fn download(server: &Server) -> Result<String, String> {
+    let dir = tempfile::tempdir().map_err(|e| format!("cannot make a temporary directory: {e}"))?;
+    let agent = AgentCache::new(dir.path().to_owned(), agent::hints())
+        .get(server)
+        .await?;
+    Ok(format!("downloaded and unpacked, {} bytes", agent.size()?))
+}

@@ -1,0 +1,62 @@
+//! What comes with the package and follows from the command line: completions and man pages.
+
+use std::io;
+
+use clap::{Command, CommandFactory, ValueEnum};
+use clap_complete::Shell;
+use clap_mangen::Man;
+
+use super::Arguments;
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum What {
+    Bash,
+    Zsh,
+    Fish,
+    /// The man page user-factory(1), with a section for each command.
+    Man,
+}
+
+pub fn generate(what: What) -> io::Result<()> {
+    let mut command = Arguments::command();
+    let mut out = io::stdout().lock();
+    let shell = match what {
+        What::Bash => Shell::Bash,
+        What::Zsh => Shell::Zsh,
+        What::Fish => Shell::Fish,
+        What::Man => return man(command, &mut out),
+    };
+    clap_complete::generate(shell, &mut command, "user-factory", &mut out);
+    Ok(())
+}
+
+fn man(mut command: Command, out: &mut impl io::Write) -> io::Result<()> {
+    command.build();
+    let page = Man::new(command.clone());
+    page.render_title(out)?;
+    page.render_name_section(out)?;
+    page.render_synopsis_section(out)?;
+    page.render_description_section(out)?;
+    for sub in command
+        .get_subcommands()
+        .filter(|sub| !sub.is_hide_set() && sub.get_name() != "help")
+    {
+        writeln!(out, ".SH \"{}\"", sub.get_name().to_uppercase())?;
+        let page = Man::new(sub.clone());
+        for render in [
+            Man::render_description_section,
+            Man::render_synopsis_section,
+            Man::render_options_section,
+        ] {
+            let mut section = Vec::new();
+            render(&page, &mut section)?;
+            // A section of a page of its own becomes a part of this one's.
+            out.write_all(
+                String::from_utf8_lossy(&section)
+                    .replace(".SH ", ".SS ")
+                    .as_bytes(),
+            )?;
+        }
+    }
+    page.render_extra_section(out)
+}

@@ -1,0 +1,172 @@
+//! The command line: what can be typed, and which exit status says what.
+
+pub mod ask;
+pub mod check;
+pub mod generate;
+pub mod print;
+pub mod root;
+pub mod serve;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use protocol::{SlotName, WorkerId};
+
+/// Done.
+pub const DONE: u8 = 0;
+/// It could not be done; standard error has the reason.
+pub const FAILED: u8 = 1;
+/// Nobody answers at the control socket.
+pub const AWAY: u8 = 3;
+/// `status` alone: all answers, and something waits for a person.
+pub const ATTENTION: u8 = 4;
+
+const STATUSES: &str = "\
+Exit status:
+  0  done
+  1  it could not be done: standard error has the reason
+  2  the command line makes no sense
+  3  the factory does not answer at its control socket
+  4  `status`: something waits for a person (a worker is held or broken, the server or the helper is away, or a
+     changed configuration was not taken)
+  `run` and `shell` end with the status of what they ran.";
+
+/// Buildomat workers as ephemeral Unix users of this host.
+#[derive(Debug, Parser)]
+#[command(name = "user-factory", version, about, after_help = STATUSES)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Where a running factory is.
+#[derive(Clone, Debug, Args)]
+pub struct There {
+    /// Look for everything below this directory.
+    #[arg(long, value_name = "DIR", default_value = "/", global = true)]
+    pub root: PathBuf,
+}
+
+/// How to print.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct How {
+    /// Print JSON, as the control socket says it, instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the factory (the unprivileged half; the helper must run beside it).
+    Serve {
+        /// The configuration file.
+        #[arg(long, value_name = "PATH")]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        there: There,
+        /// Run even as root. For tests alone.
+        #[arg(long, hide = true)]
+        allow_root: bool,
+        /// error, warn, info, debug or trace.
+        #[arg(long, value_name = "LEVEL", default_value = "info")]
+        log_level: tracing::Level,
+    },
+    /// Say all that is wrong with a configuration, and what this host lacks for it; start nothing.
+    Check {
+        /// The configuration file.
+        config: PathBuf,
+        /// Also ask the server: does it answer, does it take the token, has it an agent for this machine?
+        #[arg(long)]
+        online: bool,
+        #[command(flatten)]
+        there: There,
+    },
+    /// The factory at a glance: server, helper, slots, and what waits for a person.
+    Status {
+        #[command(flatten)]
+        there: There,
+        #[command(flatten)]
+        how: How,
+        /// Draw it again every two seconds.
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
+    },
+    /// All workers, a line each.
+    Workers {
+        #[command(flatten)]
+        there: There,
+        #[command(flatten)]
+        how: How,
+    },
+    /// One worker: its phases, processes, memory and disk, its last words, why it failed, and what to do next.
+    Show {
+        worker: WorkerId,
+        #[command(flatten)]
+        there: There,
+        #[command(flatten)]
+        how: How,
+    },
+    /// What the worker's agent has printed.
+    Logs {
+        worker: WorkerId,
+        /// Go on until the agent has ended.
+        #[arg(long, short)]
+        follow: bool,
+        #[command(flatten)]
+        there: There,
+    },
+    /// Take no new jobs, on all slots or on one; jobs that run go on.
+    Drain {
+        slot: Option<SlotName>,
+        /// Wait until no worker is left there.
+        #[arg(long)]
+        wait: bool,
+        #[command(flatten)]
+        there: There,
+    },
+    /// Take jobs again.
+    Resume {
+        slot: Option<SlotName>,
+        #[command(flatten)]
+        there: There,
+    },
+    /// Delete a worker now, whatever it is doing and whoever holds it. A job on it fails.
+    Destroy {
+        worker: WorkerId,
+        /// Yes, really.
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        there: There,
+    },
+    /// Read the configuration again: new workers get what it says. One with mistakes changes nothing.
+    Reload {
+        #[command(flatten)]
+        there: There,
+    },
+    /// A shell as the worker's user, with the worker's view of the files; also when its job has ended. Needs root.
+    Shell {
+        worker: WorkerId,
+        #[command(flatten)]
+        there: There,
+    },
+    /// Run a command here and now as a job would run, without a server, in a user that ends with it. Needs root.
+    Run {
+        /// The slot whose rights and limits it gets [the first that is free]
+        #[arg(long, value_name = "SLOT")]
+        slot: Option<SlotName>,
+        #[command(flatten)]
+        there: There,
+        #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+        command: Vec<std::ffi::OsString>,
+    },
+    /// Write a file that comes with the package.
+    #[command(hide = true)]
+    Generate { what: generate::What },
+}
+
+/// The status as the shell gets it.
+pub fn exit(status: u8) -> ExitCode {
+    ExitCode::from(status)
+}

@@ -1,0 +1,331 @@
+//! How things look on a terminal. Pure: values in, text with colours out; whoever writes it takes the colours off
+//! where they do not belong.
+
+use anstyle::{AnsiColor, Style};
+use jiff::Timestamp;
+use supervisor::control::api::{Details, Partner, Slot, SlotState, Status};
+
+const BAD: Style = AnsiColor::Red.on_default().bold();
+const GOOD: Style = AnsiColor::Green.on_default();
+const BUSY: Style = AnsiColor::Blue.on_default();
+const QUIET: Style = Style::new().dimmed();
+const RESTING: Style = AnsiColor::Yellow.on_default();
+const HEAD: Style = Style::new().bold();
+
+fn styled(style: Style, text: &str) -> String {
+    format!("{style}{text}{style:#}")
+}
+
+/// How long ago, in the largest two units that a person needs.
+pub fn ago(then: Timestamp, now: Timestamp) -> String {
+    let s = now.duration_since(then).as_secs().max(0);
+    match s {
+        0..60 => format!("{s} s"),
+        60..3600 => format!("{} min", s / 60),
+        3600..86_400 => format!("{} h {} min", s / 3600, s % 3600 / 60),
+        _ => format!("{} d {} h", s / 86_400, s % 86_400 / 3600),
+    }
+}
+
+/// A number of bytes, rounded.
+pub fn size(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else {
+        format!("{value:.1} {}", units[unit])
+    }
+}
+
+/// A cell of a table: a text without line ends, and how it looks.
+type Cell = (Style, String);
+
+fn plain(text: impl ToString) -> Cell {
+    (Style::new(), text.to_string())
+}
+
+fn or_nothing(text: Option<impl ToString>) -> Cell {
+    plain(text.map(|text| text.to_string()).unwrap_or_default())
+}
+
+/// Columns as wide as their widest cell, two spaces apart.
+fn table<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [Cell; N]>) -> String {
+    let rows: Vec<[Cell; N]> = std::iter::once(head.map(|name| (HEAD, name.to_owned())))
+        .chain(rows)
+        .collect();
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].1.chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: [usize; N] = std::array::from_fn(width);
+    let line = |row: &[Cell; N]| {
+        let last = row
+            .iter()
+            .rposition(|(_, text)| !text.is_empty())
+            .map_or(0, |at| at + 1);
+        let cells = row[..last]
+            .iter()
+            .zip(widths)
+            .enumerate()
+            .map(|(column, ((style, text), width))| {
+                let padding = if column + 1 == last {
+                    0
+                } else {
+                    width + 2 - text.chars().count()
+                };
+                styled(*style, text) + &" ".repeat(padding)
+            });
+        cells.collect::<String>() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+fn state(state: SlotState) -> Cell {
+    let style = match state {
+        SlotState::Free => GOOD,
+        SlotState::Busy => BUSY,
+        SlotState::Broken | SlotState::Held => BAD,
+        SlotState::Resting => RESTING,
+        SlotState::Blocked | SlotState::Draining | SlotState::Removed => QUIET,
+    };
+    (style, state.name().to_owned())
+}
+
+fn partner(name: &str, partner: &Partner, now: Timestamp) -> String {
+    let since = ago(partner.since, now);
+    let how = match partner.reachable {
+        Some(true) => styled(GOOD, &format!("reachable for {since}")),
+        Some(false) => {
+            let why = partner.trouble.as_deref().unwrap_or("no reason is known");
+            format!("{}: {why}", styled(BAD, &format!("away for {since}")))
+        }
+        None => "not asked yet".into(),
+    };
+    format!("{name:8} {} {how}\n", partner.address)
+}
+
+pub fn status(s: &Status) -> String {
+    let mut text = partner("server", &s.server, s.now);
+    text += &partner("helper", &s.helper, s.now);
+    text += &format!(
+        "{:8} {} (protocol {}), running for {}\n",
+        "version",
+        s.version,
+        s.protocol,
+        ago(s.started, s.now)
+    );
+    let taken = if s.draining {
+        styled(
+            RESTING,
+            "draining: no new ones are taken; `user-factory resume` takes them again",
+        )
+    } else {
+        "taken".into()
+    };
+    text += &format!("{:8} {taken}\n", "jobs");
+    if let Some(why) = &s.configuration.refused {
+        text += &format!(
+            "{:8} {} {why}\n",
+            "config",
+            styled(BAD, "changed, and not in use:")
+        );
+    }
+    let rows = s.slots.iter().map(|slot| {
+        let since = slot.since.map(|since| ago(since, s.now));
+        [
+            plain(&slot.name),
+            state(slot.state),
+            or_nothing(since),
+            or_nothing(slot.job.as_ref()),
+            or_nothing(slot.because.as_ref()),
+        ]
+    });
+    text += "\n";
+    text += &table(["SLOT", "STATE", "SINCE", "JOB", "WHY"], rows);
+    let waiting: Vec<_> = s.workers.iter().filter(|worker| worker.hold.is_some()).collect();
+    if !waiting.is_empty() {
+        text += &format!("\n{}\n", styled(BAD, "waiting for a person"));
+        for worker in waiting {
+            let held = worker.hold.map(|since| ago(since, s.now)).unwrap_or_default();
+            let why = worker.failure.as_deref().unwrap_or("held on the server");
+            text += &format!("{} on {} for {held}: {why}\n", worker.id, worker.slot);
+        }
+    }
+    if !s.troubles.is_empty() {
+        text += &format!("\n{}\n", styled(HEAD, "last troubles"));
+        for trouble in s.troubles.iter().rev().take(5).rev() {
+            let slot = trouble
+                .slot
+                .as_ref()
+                .map(|slot| format!("{slot}: "))
+                .unwrap_or_default();
+            text += &format!("{:>12} ago  {slot}{}\n", ago(trouble.at, s.now), trouble.text);
+        }
+    }
+    text
+}
+
+pub fn workers(s: &Status) -> String {
+    let rows = s.workers.iter().map(|w| {
+        let style = if w.hold.is_some() { BAD } else { Style::new() };
+        [
+            plain(w.id),
+            plain(&w.slot),
+            (style, w.phase.clone()),
+            plain(ago(w.since, s.now)),
+            or_nothing(w.job.as_ref()),
+            plain(&w.user),
+        ]
+    });
+    table(["WORKER", "SLOT", "PHASE", "SINCE", "JOB", "USER"], rows)
+}
+
+pub fn details(d: &Details, now: Timestamp) -> String {
+    let w = &d.worker;
+    let mut text = String::new();
+    let mut line = |name: &str, value: &str| text += &format!("{name:10} {value}\n");
+    line("worker", &w.id.to_string());
+    line("slot", w.slot.as_str());
+    line("phase", &format!("{} for {}", w.phase, ago(w.since, now)));
+    if let Some(since) = w.hold {
+        line("held", &styled(BAD, &format!("for {}", ago(since, now))));
+    }
+    if let Some(job) = &w.job {
+        line("job", &job.to_string());
+    }
+    let uid = w.uid.map(|uid| format!(" (uid {uid})")).unwrap_or_default();
+    line("user", &format!("{}{uid}", w.user));
+    if let Some(why) = &w.failure {
+        line("failure", &styled(BAD, why));
+    }
+    if let Some(trouble) = &w.trouble {
+        line("trouble", trouble);
+    }
+    line("memory", &size(d.memory));
+    line(
+        "disk",
+        &d.disk
+            .map_or("not counted: this host has no user quotas".into(), size),
+    );
+    line("next", &w.next);
+    text += &format!("\n{}\n", styled(HEAD, "phases"));
+    for step in &d.history {
+        let note = step
+            .note
+            .as_deref()
+            .map(|note| format!("  {note}"))
+            .unwrap_or_default();
+        text += &format!("{}  {}{note}\n", step.at, step.phase);
+    }
+    if !d.processes.is_empty() {
+        text += "\n";
+        let rows = d.processes.iter().map(|p| {
+            [
+                plain(p.pid),
+                plain(p.state),
+                plain(size(p.memory)),
+                plain(&p.name),
+            ]
+        });
+        text += &table(["PID", "STATE", "MEMORY", "NAME"], rows);
+    }
+    if !d.console.is_empty() {
+        text += &format!("\n{}\n", styled(HEAD, "last lines of the console"));
+        for line in &d.console {
+            text += &format!("{line}\n");
+        }
+    }
+    text
+}
+
+/// One slot that is not empty yet, and why: for whoever waits for it.
+pub fn waiting_for(slot: &Slot, status: &Status) -> String {
+    let worker = status
+        .workers
+        .iter()
+        .find(|worker| Some(worker.id) == slot.worker);
+    let why = match worker {
+        Some(worker) if worker.hold.is_some() => format!(", {}: {}", slot.state.name(), worker.next),
+        _ => String::new(),
+    };
+    match (&slot.job, slot.worker) {
+        (Some(job), _) => format!("{} (job {job}{why})", slot.name),
+        (None, Some(worker)) => format!("{} (worker {worker}{why})", slot.name),
+        (None, None) => slot.name.to_string(),
+    }
+}
+
+/// Makes a stream of a job's bytes harmless for a terminal: control characters but newline and tab become
+/// visible, whatever pieces they come in.
+#[derive(Debug, Default)]
+pub struct Visible {
+    /// The beginning of a character whose rest has not come.
+    rest: Vec<u8>,
+}
+
+impl Visible {
+    pub fn next(&mut self, bytes: &[u8]) -> String {
+        self.rest.extend_from_slice(bytes);
+        let whole = match std::str::from_utf8(&self.rest) {
+            Ok(_) => self.rest.len(),
+            Err(error) if error.error_len().is_none() => error.valid_up_to(),
+            Err(_) => self.rest.len(),
+        };
+        let text = String::from_utf8_lossy(&self.rest[..whole]).into_owned();
+        self.rest.drain(..whole);
+        let mut clean = String::with_capacity(text.len());
+        for c in text.chars() {
+            match c {
+                '\n' | '\t' => clean.push(c),
+                '\r' => {}
+                c if c.is_control() => clean.extend(c.escape_default()),
+                c => clean.push(c),
+            }
+        }
+        clean
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up_whatever_their_colours() {
+        let rows = [
+            [plain("a"), (BAD, "broken".into())],
+            [plain("a-long-name"), plain("")],
+        ];
+        let text = anstream::adapter::strip_str(&table(["SLOT", "STATE"], rows.into_iter())).to_string();
+        assert_eq!(text, "SLOT         STATE\na            broken\na-long-name\n");
+    }
+
+    #[test]
+    fn durations_and_sizes_are_short() {
+        let at = |s: i64| Timestamp::from_second(1_800_000_000 + s).unwrap();
+        let say = |s| ago(at(0), at(s));
+        assert_eq!(
+            [say(-5), say(59), say(3599), say(7260), say(90_000)],
+            ["0 s", "59 s", "59 min", "2 h 1 min", "1 d 1 h"]
+        );
+        assert_eq!(
+            [size(0), size(1023), size(1536), size(5 << 40)],
+            ["0 B", "1023 B", "1.5 KiB", "5.0 TiB"]
+        );
+    }
+
+    #[test]
+    fn a_jobs_escapes_are_shown_and_characters_that_come_in_pieces_are_whole() {
+        let mut visible = Visible::default();
+        assert_eq!(visible.next(b"a\x1b[2Jb\r\n\tc\xc3"), "a\\u{1b}[2Jb\n\tc");
+        assert_eq!(visible.next(b"\xa9\xff"), "\u{e9}\u{fffd}");
+    }
+}

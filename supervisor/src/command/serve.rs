@@ -1,0 +1,129 @@
+//! `user-factory serve`: everything is read and opened, then the loop runs until it is told to stop.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use supervisor::act::Hands;
+use supervisor::agent::{self, AgentCache};
+use supervisor::control::desk::{Desk, Word};
+use supervisor::control::metrics::Metrics;
+use supervisor::control::server::Counter;
+use supervisor::factory::{Factory, Input};
+use supervisor::gate::Gate;
+use supervisor::helper::Helper;
+use supervisor::server::Server;
+use supervisor::settings::{self, Places};
+use supervisor::shell::{Clock, Shell};
+use supervisor::store::{History, Store};
+use supervisor::{log, notify};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+
+/// Serve until SIGTERM or SIGINT; SIGHUP reads the configuration again.
+pub fn serve(
+    config: Option<PathBuf>,
+    root: &Path,
+    allow_root: bool,
+    log_level: tracing::Level,
+) -> Result<()> {
+    log::start(log_level);
+    if nix::unistd::geteuid().is_root() && !allow_root {
+        bail!("the supervisor must not be root: start it as the user of the configuration (factory.user)");
+    }
+    // The factory's token is in this process's memory: no core, and nobody of the same user looks in.
+    nix::sys::prctl::set_dumpable(false).context("cannot close this process to others")?;
+    let places = Places::below(root);
+    let path = config.unwrap_or_else(|| places.config.clone());
+    let config = settings::load(&path).map_err(|mistakes| {
+        anyhow::anyhow!(
+            "the configuration has mistakes:\n{}",
+            settings::print(&path, &mistakes).trim_end()
+        )
+    })?;
+    let token = settings::token(config.factory.token_file.as_path())?;
+    let store = Store::open(&places.state)?;
+    let history = Arc::new(History::open(&places.state)?);
+    let clock = Clock::start();
+    let workers = store.workers()?;
+    let helper = Helper::new(places.helper.clone());
+    let hands = Hands {
+        server: Server::new(&config.general.baseurl, token)?,
+        helper: helper.clone(),
+        agent: AgentCache::new(places.state.join("agent"), agent::hints()),
+    };
+    tracing::info!(server = %config.general.baseurl, slots = config.slots.len(), workers = workers.len(), "supervisor started");
+    let gate = Gate::wanted(&config, !workers.is_empty(), places.gate.clone());
+    let page = config.factory.status_address;
+    let metrics = Arc::new(Metrics::default());
+    let desk = Desk::new(
+        clock.now(),
+        path,
+        config.general.baseurl.to_string(),
+        places.helper.display().to_string(),
+        metrics.clone(),
+    );
+    // The seed spreads the retries of several factories; it is no secret.
+    let seed = clock.now() ^ u64::from(std::process::id());
+    let factory = Factory::new(config, workers, seed, clock.now()).drained(store.drained()?);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let done = runtime.block_on(async {
+        let (words, heard) = mpsc::unbounded_channel();
+        listen_to_signals(words.clone())?;
+        let counter = Counter {
+            words,
+            helper,
+            history,
+            metrics,
+        };
+        if let Some(address) = page {
+            let listener = TcpListener::bind(address).await;
+            let listener = listener.with_context(|| {
+                format!("cannot listen at factory.status_address {address}: choose another")
+            })?;
+            tokio::spawn(counter.clone().serve_page(listener));
+        }
+        // They end with the runtime: stopping does not wait for connections that may last as long as a job.
+        tokio::spawn(counter.serve(places.control));
+        gate.map(|gate| tokio::spawn(gate.serve()));
+        notify::ready();
+        Shell {
+            factory,
+            store,
+            hands: Arc::new(hands),
+            clock,
+            desk,
+        }
+        .run(heard.into())
+        .await
+    });
+    // A blocked file operation must not hold up the end.
+    runtime.shutdown_background();
+    done
+}
+
+fn listen_to_signals(words: mpsc::UnboundedSender<Word>) -> Result<()> {
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        loop {
+            let word = tokio::select! {
+                _ = term.recv() => Word::Tell(Input::Stop),
+                _ = int.recv() => Word::Tell(Input::Stop),
+                // The answer is in the log.
+                _ = hangup.recv() => Word::Reload { answer: oneshot::channel().0 },
+            };
+            let stop = matches!(word, Word::Tell(_));
+            // The loop may have ended by itself.
+            if words.send(word).is_err() || stop {
+                return;
+            }
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,186 @@
+//! What is said at the control socket, version 1. Times are RFC 3339, in UTC.
+
+use jiff::Timestamp;
+use protocol::{SlotName, TargetId, WorkerId};
+use serde::{Deserialize, Serialize};
+
+use crate::view::JobId;
+
+/// The factory at a glance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The supervisor's version, and that of the protocol between it and the helper.
+    pub version: String,
+    pub protocol: u16,
+    pub now: Timestamp,
+    pub started: Timestamp,
+    pub configuration: Configuration,
+    pub server: Partner,
+    pub helper: Partner,
+    /// No new jobs are taken, by the operator's word.
+    pub draining: bool,
+    pub slots: Vec<Slot>,
+    pub workers: Vec<Worker>,
+    /// The last warnings and errors, the oldest first.
+    pub troubles: Vec<Trouble>,
+}
+
+/// The configuration in use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Configuration {
+    pub path: String,
+    pub loaded: Timestamp,
+    /// Why the last reload changed nothing.
+    pub refused: Option<String>,
+}
+
+/// The buildomat server, or the helper.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Partner {
+    /// A URL, or the path of a socket.
+    pub address: String,
+    /// None before the first answer.
+    pub reachable: Option<bool>,
+    /// Since when it is so.
+    pub since: Timestamp,
+    /// Why it is not reachable.
+    pub trouble: Option<String>,
+}
+
+/// What a slot is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SlotState {
+    /// It can take a job now.
+    Free,
+    /// A job is running on it, or its worker is being made or deleted.
+    Busy,
+    /// A slot that conflicts with it is not free.
+    Blocked,
+    /// Its worker has failed, and is kept for a person.
+    Broken,
+    /// Its worker is held on the server.
+    Held,
+    /// It failed workers by itself, and rests before it takes another.
+    Resting,
+    /// It takes no jobs, by the operator's word.
+    Draining,
+    /// It is no longer in the configuration, and goes with its worker.
+    Removed,
+}
+
+impl SlotState {
+    pub const ALL: [SlotState; 8] = [
+        SlotState::Free,
+        SlotState::Busy,
+        SlotState::Blocked,
+        SlotState::Broken,
+        SlotState::Held,
+        SlotState::Resting,
+        SlotState::Draining,
+        SlotState::Removed,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            SlotState::Free => "free",
+            SlotState::Busy => "busy",
+            SlotState::Blocked => "blocked",
+            SlotState::Broken => "broken",
+            SlotState::Held => "held",
+            SlotState::Resting => "resting",
+            SlotState::Draining => "draining",
+            SlotState::Removed => "removed",
+        }
+    }
+
+    /// Does it wait for a person?
+    pub fn wants_a_person(self) -> bool {
+        matches!(self, SlotState::Broken | SlotState::Held)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slot {
+    pub name: SlotName,
+    /// None for one that is no longer in the configuration.
+    pub target: Option<TargetId>,
+    pub state: SlotState,
+    /// What the state alone does not say: the conflict, the end of the rest.
+    pub because: Option<String>,
+    pub worker: Option<WorkerId>,
+    pub job: Option<JobId>,
+    /// Since when it has its worker.
+    pub since: Option<Timestamp>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Worker {
+    pub id: WorkerId,
+    pub slot: SlotName,
+    /// reserved, created, running, online, clearing, broken, held, destroying or destroyed.
+    pub phase: String,
+    /// Since when it is in this phase.
+    pub since: Timestamp,
+    pub job: Option<JobId>,
+    /// Its user on this host.
+    pub user: String,
+    pub uid: Option<u32>,
+    /// Held on the server, and since when.
+    pub hold: Option<Timestamp>,
+    /// Why it failed.
+    pub failure: Option<String>,
+    /// What stands in its way just now.
+    pub trouble: Option<String>,
+    /// What happens next, or what a person has to do.
+    pub next: String,
+}
+
+/// One worker, with what takes a look at the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Details {
+    pub worker: Worker,
+    /// Its phases so far, the oldest first.
+    pub history: Vec<Step>,
+    /// Its processes now.
+    pub processes: Vec<Process>,
+    /// The sum of their resident memory, in bytes; what they share is counted once for each.
+    pub memory: u64,
+    /// What it has on the disk, in bytes; None where the host does not count it (it takes user quotas).
+    pub disk: Option<u64>,
+    /// The last lines of its console, without control characters.
+    pub console: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    pub at: Timestamp,
+    pub phase: String,
+    pub note: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    pub pid: i32,
+    pub name: String,
+    /// As in `proc_pid_stat(5)`: R, S, D, T, Z …
+    pub state: char,
+    /// Resident memory in bytes.
+    pub memory: u64,
+}
+
+/// A line of the log that a person should know of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    pub at: Timestamp,
+    pub worker: Option<WorkerId>,
+    pub slot: Option<SlotName>,
+    pub text: String,
+}
+
+/// Why something was not done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// One sentence for a person, or a line for each mistake of a configuration.
+    pub message: String,
+}

@@ -1,0 +1,120 @@
+//! The operator's command, as a client of the control socket. It uses nothing else.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use protocol::{SlotName, WorkerId};
+use reqwest::{Client as Http, Method, Response};
+use serde::de::DeserializeOwned;
+
+use super::api::{Details, Refusal, Status};
+use crate::server::causes;
+
+/// Why the factory did not do it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// Nobody answers.
+    Away(String),
+    /// It answered, and said no: one sentence, or a line for each mistake.
+    Refused(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Away(text) | Error::Refused(text) => f.write_str(text),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// A running factory, at its control socket.
+#[derive(Clone, Debug)]
+pub struct Client {
+    http: Http,
+    socket: PathBuf,
+}
+
+impl Client {
+    /// # Errors
+    /// Where no client can be set up at all.
+    pub fn new(socket: &Path) -> Result<Self, Error> {
+        let http = Http::builder()
+            .unix_socket(socket)
+            .no_proxy()
+            .connect_timeout(Duration::from_secs(5));
+        let http = http.build().map_err(|e| Error::Away(causes(&e)))?;
+        Ok(Self {
+            http,
+            socket: socket.to_owned(),
+        })
+    }
+
+    pub async fn status(&self) -> Result<Status, Error> {
+        self.json("/v1/status").await
+    }
+
+    pub async fn details(&self, worker: WorkerId) -> Result<Details, Error> {
+        self.json(&format!("/v1/workers/{worker}")).await
+    }
+
+    /// The console, piece by piece: [`Response::chunk`].
+    pub async fn console(&self, worker: WorkerId, follow: bool) -> Result<Response, Error> {
+        self.call(
+            Method::GET,
+            &format!("/v1/workers/{worker}/console?follow={follow}"),
+        )
+        .await
+    }
+
+    pub async fn drain(&self, slot: Option<&SlotName>, drain: bool) -> Result<(), Error> {
+        let verb = if drain { "drain" } else { "resume" };
+        let path = match slot {
+            Some(slot) => format!("/v1/slots/{slot}/{verb}"),
+            None => format!("/v1/{verb}"),
+        };
+        self.call(Method::POST, &path).await.map(drop)
+    }
+
+    pub async fn destroy(&self, worker: WorkerId) -> Result<(), Error> {
+        self.call(Method::POST, &format!("/v1/workers/{worker}/destroy"))
+            .await
+            .map(drop)
+    }
+
+    pub async fn reload(&self) -> Result<(), Error> {
+        self.call(Method::POST, "/v1/reload").await.map(drop)
+    }
+
+    async fn json<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        let answer = self.call(Method::GET, path).await?;
+        answer.json().await.map_err(|e| {
+            Error::Refused(format!(
+                "the factory's answer makes no sense ({}): use the command of its own release",
+                causes(&e)
+            ))
+        })
+    }
+
+    async fn call(&self, method: Method, path: &str) -> Result<Response, Error> {
+        // The name is never looked up: the socket is where it leads.
+        let request = self.http.request(method, format!("http://user-factory{path}"));
+        let answer = request.send().await.map_err(|e| {
+            Error::Away(format!(
+                "the factory cannot be asked at {}: {}; is `user-factory serve` running, and may you open the socket?",
+                self.socket.display(),
+                causes(&e)
+            ))
+        })?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let said = answer.json::<Refusal>().await.map(|refusal| refusal.message);
+        Err(Error::Refused(
+            said.unwrap_or_else(|_| format!("the factory answered {status}")),
+        ))
+    }
+}

@@ -1,0 +1,140 @@
+//! What the loop knows beside the core, for whoever asks: since when it runs, with which configuration, and
+//! what went wrong of late.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use protocol::config::Config;
+use protocol::{SlotName, WorkerId};
+use tokio::sync::oneshot;
+
+use super::api::{self, Status};
+use super::metrics::Metrics;
+use crate::factory::{Factory, Input, Level, Say, time};
+use crate::settings;
+use crate::view::Side;
+
+/// So many warnings and errors are kept.
+const TROUBLES: usize = 50;
+
+/// What is said to the loop from outside, and where the answer goes. An error is a sentence.
+#[derive(Debug)]
+pub enum Word {
+    /// Straight to the core.
+    Tell(Input),
+    Status(oneshot::Sender<Status>),
+    /// Take no new jobs, on this slot or on all; or take them again.
+    Drain {
+        slot: Option<SlotName>,
+        drain: bool,
+        answer: Answer,
+    },
+    Destroy {
+        worker: WorkerId,
+        answer: Answer,
+    },
+    /// Read the configuration again.
+    Reload {
+        answer: Answer,
+    },
+}
+
+/// Where an answer goes.
+pub type Answer = oneshot::Sender<Result<(), String>>;
+
+#[derive(Debug)]
+pub struct Desk {
+    started: u64,
+    config: PathBuf,
+    loaded: u64,
+    refused: Option<String>,
+    server: String,
+    helper: String,
+    troubles: VecDeque<api::Trouble>,
+    pub metrics: Arc<Metrics>,
+}
+
+impl Desk {
+    /// At the start: the configuration from `config` is in use, and the helper is looked for at `helper`.
+    pub fn new(now: u64, config: PathBuf, server: String, helper: String, metrics: Arc<Metrics>) -> Self {
+        Self {
+            started: now,
+            config,
+            loaded: now,
+            refused: None,
+            server,
+            helper,
+            troubles: VecDeque::new(),
+            metrics,
+        }
+    }
+
+    /// Keep what a person should know of.
+    pub fn note(&mut self, now: u64, say: &Say) {
+        if say.level != Level::Info {
+            self.keep(now, say.worker, say.slot.clone(), say.text.clone());
+        }
+    }
+
+    /// The same of the loop's own trouble.
+    pub fn trouble(&mut self, now: u64, text: String) {
+        self.keep(now, None, None, text);
+    }
+
+    fn keep(&mut self, now: u64, worker: Option<WorkerId>, slot: Option<SlotName>, text: String) {
+        if self.troubles.len() == TROUBLES {
+            self.troubles.pop_front();
+        }
+        self.troubles.push_back(api::Trouble {
+            at: time(now),
+            worker,
+            slot,
+            text,
+        });
+    }
+
+    pub fn status(&self, factory: &Factory, now: u64) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            protocol: protocol::VERSION,
+            now: time(now),
+            started: time(self.started),
+            configuration: api::Configuration {
+                path: self.config.display().to_string(),
+                loaded: time(self.loaded),
+                refused: self.refused.clone(),
+            },
+            server: factory.partner(Side::Server, self.server.clone()),
+            helper: factory.partner(Side::Helper, self.helper.clone()),
+            draining: factory.draining(),
+            slots: factory.slots(now),
+            workers: factory.shown(),
+            troubles: self.troubles.iter().cloned().collect(),
+        }
+    }
+
+    /// The configuration as it is in the file now.
+    ///
+    /// # Errors
+    /// Every mistake, with its line, or the keys that only a restart can change; then nothing has changed.
+    pub fn reload(&mut self, now: u64, old: &Config) -> Result<Config, String> {
+        let loaded = settings::load(&self.config)
+            .map_err(|mistakes| settings::print(&self.config, &mistakes).trim_end().to_owned())
+            .and_then(|new| match settings::needs_restart(old, &new) {
+                Some(keys) => Err(format!(
+                    "{}: {keys} cannot change while the supervisor runs: restart it, running jobs go on",
+                    self.config.display()
+                )),
+                None => Ok(new),
+            });
+        match &loaded {
+            Ok(_) => (self.loaded, self.refused) = (now, None),
+            Err(why) => {
+                self.metrics.reload_refused();
+                self.refused = Some(why.clone());
+            }
+        }
+        loaded
+    }
+}

@@ -1,0 +1,336 @@
+//! Numbers for Prometheus, in the OpenMetrics text format (<https://prometheus.io/docs/specs/om/open_metrics_spec/>).
+//!
+//! What adds up is counted here as it happens; what is a state is read off the status at each scrape. Names
+//! begin with `buildomat_user_factory_`; durations are in seconds, sizes in bytes.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicI64, AtomicU64};
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use protocol::SlotName;
+
+use super::api::{Partner, SlotState, Status};
+use crate::factory::{Input, Outcome, Output};
+use crate::view::{Side, Trouble};
+use crate::worker::Action;
+
+const PREFIX: &str = "buildomat_user_factory";
+/// The call that cleans up on this host.
+const DELETE: &str = "delete";
+
+/// A call to the server or the helper.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Call {
+    partner: &'static str,
+    call: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Phase {
+    phase: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct State {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfSlot {
+    slot: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Held {
+    worker: String,
+    slot: String,
+    phase: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct With {
+    partner: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Version {
+    version: String,
+    protocol: u16,
+}
+
+type Seconds = Family<Phase, Histogram, fn() -> Histogram>;
+type Whole<L> = Family<L, Gauge<i64, AtomicI64>>;
+type Real<L> = Family<L, Gauge<f64, AtomicU64>>;
+
+/// What a slot's worker takes of the host just now, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub memory: u64,
+    /// None where the host does not count it.
+    pub disk: Option<u64>,
+}
+
+/// What is counted.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    calls: Family<Call, Counter>,
+    leases: Counter,
+    phases: Seconds,
+    cleanup_failures: Counter,
+    reloads_refused: Counter,
+}
+
+fn phase_buckets() -> Histogram {
+    Histogram::new([
+        0.01,
+        0.05,
+        0.1,
+        0.5,
+        1.0,
+        5.0,
+        10.0,
+        60.0,
+        300.0,
+        1800.0,
+        3600.0,
+        4.0 * 3600.0,
+        24.0 * 3600.0,
+    ])
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix(PREFIX);
+        let phases: Seconds = Family::new_with_constructor(phase_buckets);
+        let (calls, leases) = (Family::default(), Counter::default());
+        let (cleanup_failures, reloads_refused) = (Counter::default(), Counter::default());
+        registry.register(
+            "calls",
+            "Calls to the server and the helper, by how they went",
+            calls.clone(),
+        );
+        registry.register(
+            "leases",
+            "Jobs that the server has leased to this factory",
+            leases.clone(),
+        );
+        registry.register_with_unit(
+            "phase",
+            "How long workers were in each phase that has ended",
+            Unit::Seconds,
+            phases.clone(),
+        );
+        registry.register(
+            "cleanup_failures",
+            "Deletions of a worker on this host that did not get to their end",
+            cleanup_failures.clone(),
+        );
+        registry.register(
+            "reloads_refused",
+            "Changed configurations that were not taken",
+            reloads_refused.clone(),
+        );
+        Self {
+            registry,
+            calls,
+            leases,
+            phases,
+            cleanup_failures,
+            reloads_refused,
+        }
+    }
+}
+
+impl Metrics {
+    /// A call that [`call_of`] has named has been answered, or not.
+    /// Returns how it went.
+    pub fn answered(&self, (side, call): (Side, &'static str), input: &Input) -> &'static str {
+        let outcome = outcome_of(input);
+        let partner = match side {
+            Side::Server => "server",
+            Side::Helper => "helper",
+        };
+        self.calls
+            .get_or_create(&Call {
+                partner,
+                call,
+                outcome,
+            })
+            .inc();
+        if let Input::Leased(Ok(Some(_))) = input {
+            self.leases.inc();
+        }
+        if call == DELETE && outcome != "ok" {
+            self.cleanup_failures.inc();
+        }
+        outcome
+    }
+
+    /// A worker has left this phase after so many milliseconds.
+    pub fn left(&self, phase: &str, ms: u64) {
+        let labels = Phase {
+            phase: phase.to_owned(),
+        };
+        self.phases.get_or_create(&labels).observe(ms as f64 / 1000.0);
+    }
+
+    pub fn reload_refused(&self) {
+        self.reloads_refused.inc();
+    }
+
+    /// Everything, at this instant.
+    pub fn text(&self, status: &Status, usage: &BTreeMap<SlotName, Usage>) -> String {
+        let mut text = String::new();
+        // Writing to a String does not fail.
+        let _ = text::encode_registry(&mut text, &self.registry);
+        let _ = text::encode_registry(&mut text, &states(status, usage));
+        let _ = text::encode_eof(&mut text);
+        text
+    }
+}
+
+/// What is a state, not a count.
+fn states(status: &Status, usage: &BTreeMap<SlotName, Usage>) -> Registry {
+    let mut registry = Registry::with_prefix(PREFIX);
+    let version: Whole<Version> = Family::default();
+    version
+        .get_or_create(&Version {
+            version: status.version.clone(),
+            protocol: status.protocol,
+        })
+        .set(1);
+    registry.register("build", "The supervisor's version; always 1", version);
+
+    let reachable: Whole<With> = Family::default();
+    let with = |partner: &'static str, seen: &Partner| {
+        reachable
+            .get_or_create(&With { partner })
+            .set(i64::from(seen.reachable == Some(true)));
+    };
+    with("server", &status.server);
+    with("helper", &status.helper);
+    registry.register("reachable", "Did it answer when it was asked last?", reachable);
+
+    let draining: Gauge = Gauge::default();
+    draining.set(i64::from(status.draining));
+    registry.register(
+        "draining",
+        "Are no new jobs taken, by the operator's word?",
+        draining,
+    );
+
+    let refused: Gauge = Gauge::default();
+    refused.set(i64::from(status.configuration.refused.is_some()));
+    registry.register(
+        "configuration_refused",
+        "Is the configuration in use older than the file, which has mistakes?",
+        refused,
+    );
+
+    let slots: Whole<State> = Family::default();
+    for state in SlotState::ALL {
+        let count = status.slots.iter().filter(|slot| slot.state == state).count();
+        slots
+            .get_or_create(&State { state: state.name() })
+            .set(count as i64);
+    }
+    registry.register("slots", "Slots by what they are doing", slots);
+
+    let workers: Whole<Phase> = Family::default();
+    for worker in &status.workers {
+        workers
+            .get_or_create(&Phase {
+                phase: worker.phase.clone(),
+            })
+            .inc();
+    }
+    registry.register("workers", "Workers by phase", workers);
+
+    let held: Real<Held> = Family::default();
+    for worker in &status.workers {
+        if let Some(since) = worker.hold {
+            let labels = Held {
+                worker: worker.id.to_string(),
+                slot: worker.slot.to_string(),
+                phase: worker.phase.clone(),
+            };
+            held.get_or_create(&labels)
+                .set(status.now.duration_since(since).as_secs_f64().max(0.0));
+        }
+    }
+    registry.register_with_unit(
+        "held",
+        "How long each worker that waits for a person has been held",
+        Unit::Seconds,
+        held,
+    );
+
+    let (memory, disk): (Whole<OfSlot>, Whole<OfSlot>) = Default::default();
+    for (slot, usage) in usage {
+        let labels = OfSlot {
+            slot: slot.to_string(),
+        };
+        memory
+            .get_or_create(&labels)
+            .set(i64::try_from(usage.memory).unwrap_or(i64::MAX));
+        if let Some(bytes) = usage.disk {
+            disk.get_or_create(&labels)
+                .set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
+    }
+    registry.register_with_unit(
+        "slot_memory",
+        "Resident memory of the slot's worker",
+        Unit::Bytes,
+        memory,
+    );
+    registry.register_with_unit(
+        "slot_disk",
+        "What the slot's worker has on disk, where quotas count it",
+        Unit::Bytes,
+        disk,
+    );
+    registry
+}
+
+/// Whom an output asks, and for what.
+pub fn call_of(output: &Output) -> Option<(Side, &'static str)> {
+    Some(match output {
+        Output::ListServer => (Side::Server, "workers"),
+        Output::Lease(_) => (Side::Server, "lease"),
+        Output::MakeWorker { .. } => (Side::Server, "make_worker"),
+        Output::Renew { .. } => (Side::Server, "renew"),
+        Output::ListHost => (Side::Helper, "list"),
+        Output::Do(_, action) => match action {
+            Action::Associate { .. } => (Side::Server, "associate"),
+            Action::Tell { .. } => (Side::Server, "fail"),
+            Action::ServerDelete { .. } => (Side::Server, "delete_worker"),
+            Action::CreateUser { .. } => (Side::Helper, "create_user"),
+            Action::InstallAgent { .. } => (Side::Helper, "install_agent"),
+            Action::HostDelete => (Side::Helper, DELETE),
+        },
+        Output::Save(_) | Output::Remove(_) | Output::Say(_) => return None,
+    })
+}
+
+fn outcome_of(input: &Input) -> &'static str {
+    let of = |trouble: &Trouble| match trouble {
+        trouble if trouble.unauthorised => "unauthorised",
+        trouble if trouble.refused => "refused",
+        _ => "failed",
+    };
+    match input {
+        Input::ServerListed(Err(t)) | Input::HostListed(Err(t)) | Input::Leased(Err(t)) => of(t),
+        Input::WorkerMade(_, Err(t)) | Input::Renewed(_, Err(t)) => of(t),
+        Input::Done(_, Outcome::Partly { trouble, .. } | Outcome::Trouble(trouble)) => of(trouble),
+        Input::Done(_, Outcome::StartFailed(_) | Outcome::NoSuchWorker | Outcome::CannotTell(_)) => "refused",
+        _ => "ok",
+    }
+}

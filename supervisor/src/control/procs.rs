@@ -1,0 +1,71 @@
+//! The processes of one uid, as `/proc` shows them to everybody (`proc_pid_stat(5)`). A host that hides other
+//! users' processes (`hidepid`) shows none here either.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use super::api::Process;
+
+/// More are not listed; a fork bomb must not make a page of megabytes.
+const MOST: usize = 1000;
+
+pub fn of(uid: u32) -> Vec<Process> {
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten();
+    let page = page.and_then(|size| u64::try_from(size).ok()).unwrap_or(4096);
+    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = all.filter_map(|entry| {
+        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+        (entry.metadata().ok()?.uid() == uid).then_some(pid)
+    });
+    let mut found: Vec<Process> = pids
+        .filter_map(|pid| parse(pid, &fs::read(format!("/proc/{pid}/stat")).ok()?, page))
+        .take(MOST)
+        .collect();
+    found.sort_by_key(|process| process.pid);
+    found
+}
+
+/// `PID (NAME) STATE …`, where NAME is the process's own choice and may hold anything; RSS, in pages, is the
+/// 22nd field after it.
+fn parse(pid: i32, stat: &[u8], page: u64) -> Option<Process> {
+    let text = String::from_utf8_lossy(stat);
+    let (begin, end) = (text.find('(')?, text.rfind(')')?);
+    let name = text
+        .get(begin + 1..end)?
+        .chars()
+        .filter(|c| !c.is_control())
+        .collect();
+    let mut fields = text.get(end + 1..)?.split_whitespace();
+    let state = fields.next()?.chars().next()?;
+    let pages: u64 = fields.nth(20)?.parse().ok()?;
+    Some(Process {
+        pid,
+        name,
+        state,
+        memory: pages.saturating_mul(page),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_may_call_itself_what_it_likes() {
+        let stat = b"7 (a) R (\x1bb) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 99 21";
+        let found = parse(7, stat, 4096).unwrap();
+        assert_eq!((found.name.as_str(), found.state), ("a) R (b", 'S'));
+        assert_eq!(found.memory, 21 * 4096, "{found:?}");
+        assert_eq!(parse(7, b"7 (a", 4096), None);
+    }
+
+    #[test]
+    fn this_process_is_found_among_its_users() {
+        let own = std::process::id() as i32;
+        let found = of(nix::unistd::geteuid().as_raw());
+        let own = found.iter().find(|process| process.pid == own);
+        assert!(found.len() == MOST || own.is_some_and(|process| process.memory > 0));
+    }
+}

@@ -1,0 +1,340 @@
+//! The control socket and the status address: HTTP in, words to the loop, answers out.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Path as PathPart, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures_util::stream;
+use protocol::config::CONTROL_SOCKET;
+use protocol::{SlotName, WorkerId};
+use serde::Deserialize;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{mpsc, oneshot};
+
+use super::api::{Details, Refusal, Status};
+use super::desk::{Answer, Word};
+use super::metrics::{Metrics, Usage};
+use super::{page, procs};
+use crate::console;
+use crate::helper::{self, Helper};
+use crate::store::History;
+
+/// How often a followed console is looked at.
+const LOOK: Duration = Duration::from_millis(300);
+/// How often the socket's directory is looked for, until the helper has made it.
+const WAIT: Duration = Duration::from_secs(1);
+/// Lines of the console in a worker's details.
+const LAST_LINES: usize = 20;
+
+/// All that the handlers need.
+#[derive(Clone, Debug)]
+pub struct Counter {
+    pub words: mpsc::UnboundedSender<Word>,
+    pub helper: Helper,
+    pub history: Arc<History>,
+    pub metrics: Arc<Metrics>,
+}
+
+/// Why an answer is not what was asked for.
+struct No(StatusCode, String);
+
+impl IntoResponse for No {
+    fn into_response(self) -> Response {
+        (self.0, Json(Refusal { message: self.1 })).into_response()
+    }
+}
+
+type Said<T> = Result<T, No>;
+
+impl Counter {
+    /// Serve the operator at the socket in `dir`, without end.
+    pub async fn serve(self, dir: PathBuf) {
+        let router = Router::new()
+            .route("/v1/workers/{worker}", get(details))
+            .route("/v1/workers/{worker}/console", get(read_console))
+            .route("/v1/workers/{worker}/destroy", post(destroy))
+            .route("/v1/drain", post(|state| drain_all(state, true)))
+            .route("/v1/resume", post(|state| drain_all(state, false)))
+            .route(
+                "/v1/slots/{slot}/drain",
+                post(|state, slot| drain_one(state, slot, true)),
+            )
+            .route(
+                "/v1/slots/{slot}/resume",
+                post(|state, slot| drain_one(state, slot, false)),
+            )
+            .route("/v1/reload", post(reload))
+            .merge(public())
+            .with_state(self);
+        let listener = open(&dir).await;
+        if let Err(error) = axum::serve(listener, router).await {
+            tracing::error!("the control socket has ended: {error}; restart the supervisor");
+        }
+    }
+
+    /// Serve what anybody may read at an address, without end.
+    pub async fn serve_page(self, listener: TcpListener) {
+        if let Err(error) = axum::serve(listener, public().with_state(self)).await {
+            tracing::error!("the status page has ended: {error}; restart the supervisor");
+        }
+    }
+
+    async fn status(&self) -> Said<Status> {
+        self.ask(Word::Status).await
+    }
+
+    async fn ask<T>(&self, word: impl FnOnce(oneshot::Sender<T>) -> Word) -> Said<T> {
+        let stopping = || {
+            No(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the supervisor is stopping".into(),
+            )
+        };
+        let (answer, answered) = oneshot::channel();
+        self.words.send(word(answer)).map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())
+    }
+
+    /// Done, or refused for a reason.
+    async fn order(&self, refusal: StatusCode, word: impl FnOnce(Answer) -> Word) -> Said<StatusCode> {
+        match self.ask(word).await? {
+            Ok(()) => Ok(StatusCode::NO_CONTENT),
+            Err(message) => Err(No(refusal, message)),
+        }
+    }
+}
+
+fn public() -> Router<Counter> {
+    Router::new()
+        .route("/", get(|| async { Html(page::PAGE) }))
+        .route("/v1/status", get(status))
+        .route("/metrics", get(metrics))
+}
+
+/// The helper makes the directory: until then there is nothing to do but to try again.
+async fn open(dir: &Path) -> UnixListener {
+    let path = dir.join(CONTROL_SOCKET);
+    let mut said = false;
+    loop {
+        match listen(&path) {
+            Ok(listener) => {
+                tracing::info!(path = %path.display(), "control socket open");
+                return listener;
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!(
+                        "no control socket at {} yet: {error}; the helper makes its directory when it starts",
+                        path.display()
+                    );
+                }
+                tokio::time::sleep(WAIT).await;
+            }
+        }
+    }
+}
+
+/// Nobody else runs here (the store's lock sees to that), so what is there is an earlier life's.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    // The supervisor's user, its group, and root.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
+async fn status(State(counter): State<Counter>) -> Said<Json<Status>> {
+    counter.status().await.map(Json)
+}
+
+async fn metrics(State(counter): State<Counter>) -> Said<Response> {
+    let status = counter.status().await?;
+    let mut usage = BTreeMap::new();
+    for worker in &status.workers {
+        let memory = worker
+            .uid
+            .map(procs::of)
+            .unwrap_or_default()
+            .iter()
+            .map(|process| process.memory)
+            .sum();
+        let disk = counter
+            .helper
+            .attach(worker.id)
+            .await
+            .ok()
+            .and_then(|attached| attached.disk);
+        usage.insert(worker.slot.clone(), Usage { memory, disk });
+    }
+    let text = counter.metrics.text(&status, &usage);
+    Ok((
+        [(
+            header::CONTENT_TYPE,
+            "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        )],
+        text,
+    )
+        .into_response())
+}
+
+async fn details(
+    State(counter): State<Counter>,
+    PathPart(worker): PathPart<WorkerId>,
+) -> Said<Json<Details>> {
+    let found = counter
+        .status()
+        .await?
+        .workers
+        .into_iter()
+        .find(|w| w.id == worker);
+    let found = found.ok_or_else(|| unknown(worker))?;
+    let history = counter
+        .history
+        .of(worker)
+        .map_err(|error| No(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")))?;
+    let (console, disk) = match counter.helper.attach(worker).await {
+        Ok(attached) => (last_lines(&attached.console), attached.disk),
+        // Not made on the host yet, or not any more.
+        Err(_) => (Vec::new(), None),
+    };
+    let processes = found.uid.map(procs::of).unwrap_or_default();
+    Ok(Json(Details {
+        memory: processes.iter().map(|process| process.memory).sum(),
+        worker: found,
+        history,
+        processes,
+        disk,
+        console,
+    }))
+}
+
+fn last_lines(console: &File) -> Vec<String> {
+    let lines = console::read(console).map(|read| read.lines).unwrap_or_default();
+    let first = lines.len().saturating_sub(LAST_LINES);
+    lines.into_iter().skip(first).collect()
+}
+
+fn unknown(worker: WorkerId) -> No {
+    No(
+        StatusCode::NOT_FOUND,
+        format!("there is no worker {worker}: see `user-factory workers`"),
+    )
+}
+
+#[derive(Deserialize)]
+struct Follow {
+    #[serde(default)]
+    follow: bool,
+}
+
+/// The console as it was printed. Cleaning it is for who shows it on a terminal.
+async fn read_console(
+    State(counter): State<Counter>,
+    PathPart(worker): PathPart<WorkerId>,
+    Query(Follow { follow }): Query<Follow>,
+) -> Said<Response> {
+    let console = match counter.helper.attach(worker).await {
+        Ok(attached) => attached.console,
+        Err(helper::Error::Said(error)) => return Err(No(StatusCode::NOT_FOUND, error.to_string())),
+        Err(error) => return Err(No(StatusCode::BAD_GATEWAY, error.to_string())),
+    };
+    let reader = Reader {
+        counter,
+        worker,
+        console,
+        at: 0,
+        follow,
+    };
+    let body = Body::from_stream(stream::unfold(reader, Reader::next));
+    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], body).into_response())
+}
+
+struct Reader {
+    counter: Counter,
+    worker: WorkerId,
+    console: File,
+    at: u64,
+    follow: bool,
+}
+
+impl Reader {
+    async fn next(mut self) -> Option<(io::Result<Vec<u8>>, Reader)> {
+        loop {
+            // Whether it can go on is asked before it is read, so that the last bytes are not missed.
+            let goes_on = self.follow && self.goes_on().await;
+            let mut bytes = vec![0; 64 << 10];
+            match self.console.read_at(&mut bytes, self.at) {
+                Ok(0) if goes_on => tokio::time::sleep(LOOK).await,
+                Ok(0) => return None,
+                Ok(n) => {
+                    bytes.truncate(n);
+                    self.at += n as u64;
+                    return Some((Ok(bytes), self));
+                }
+                Err(error) => {
+                    return Some((
+                        Err(error),
+                        Reader {
+                            follow: false,
+                            at: u64::MAX,
+                            ..self
+                        },
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Is the worker there, and its agent not at its end?
+    async fn goes_on(&self) -> bool {
+        matches!(self.counter.helper.attach(self.worker).await, Ok(attached) if !matches!(attached.state, protocol::State::Exited(_)))
+    }
+}
+
+async fn destroy(State(counter): State<Counter>, PathPart(worker): PathPart<WorkerId>) -> Said<StatusCode> {
+    counter
+        .order(StatusCode::NOT_FOUND, |answer| Word::Destroy { worker, answer })
+        .await
+}
+
+async fn drain_all(State(counter): State<Counter>, drain: bool) -> Said<StatusCode> {
+    let word = |answer| Word::Drain {
+        slot: None,
+        drain,
+        answer,
+    };
+    counter.order(StatusCode::CONFLICT, word).await
+}
+
+async fn drain_one(
+    State(counter): State<Counter>,
+    PathPart(slot): PathPart<SlotName>,
+    drain: bool,
+) -> Said<StatusCode> {
+    let word = |answer| Word::Drain {
+        slot: Some(slot),
+        drain,
+        answer,
+    };
+    counter.order(StatusCode::NOT_FOUND, word).await
+}
+
+async fn reload(State(counter): State<Counter>) -> Said<StatusCode> {
+    counter
+        .order(StatusCode::UNPROCESSABLE_ENTITY, |answer| Word::Reload { answer })
+        .await
+}

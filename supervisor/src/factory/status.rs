@@ -1,0 +1,164 @@
+//! What the core shows of itself: slots, workers and partners at one instant. It changes nothing.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use protocol::config::Config;
+use protocol::{SlotName, UserName, WorkerId};
+
+use super::{Factory, Partner};
+use crate::control::api::{self, SlotState};
+use crate::view::Side;
+use crate::worker::{Phase, Worker};
+
+/// Milliseconds since 1970, for people.
+pub fn time(ms: u64) -> Timestamp {
+    let ms = i64::try_from(ms).unwrap_or(i64::MAX);
+    Timestamp::from_millisecond(ms).unwrap_or(Timestamp::MAX)
+}
+
+impl Factory {
+    pub fn draining(&self) -> bool {
+        self.draining
+    }
+
+    /// How one of the partners is; `address` is where it was asked.
+    pub fn partner(&self, side: Side, address: String) -> api::Partner {
+        let partner: &Partner = match side {
+            Side::Server => &self.server,
+            Side::Helper => &self.helper,
+        };
+        let asked = partner.away || partner.answered_at.is_some();
+        api::Partner {
+            address,
+            reachable: asked.then_some(!partner.away),
+            since: time(partner.since),
+            trouble: partner.away.then(|| partner.trouble.clone()),
+        }
+    }
+
+    /// Every slot of the configuration, in the order of names, and those that only a worker still has.
+    pub fn slots(&self, now: u64) -> Vec<api::Slot> {
+        let used = self.used();
+        let removed = self.workers.values().map(|w| &w.slot);
+        let removed = removed.filter(|slot| !self.config.slots.contains_key(*slot));
+        let names: BTreeSet<&SlotName> = self.config.slots.keys().chain(removed).collect();
+        names
+            .into_iter()
+            .map(|slot| self.slot(now, slot, &used))
+            .collect()
+    }
+
+    fn slot(&self, now: u64, name: &SlotName, used: &BTreeSet<SlotName>) -> api::Slot {
+        let target = self.config.slots.get(name).map(|slot| slot.target);
+        let worker = self.workers.values().find(|w| w.slot == *name);
+        let promise = self.promises.iter().find(|p| p.slot == *name);
+        let stray = self
+            .strays
+            .iter()
+            .find(|(_, (slot, _))| slot.as_ref() == Some(name));
+        let (state, because) = if let Some(worker) = worker {
+            match worker.phase {
+                _ if target.is_none() => (SlotState::Removed, Some("it goes with its worker".into())),
+                Phase::Broken { .. } => (SlotState::Broken, worker.failure.clone()),
+                _ if worker.hold => (SlotState::Held, Some("held on the server".into())),
+                phase => (SlotState::Busy, Some(phase.name().to_owned())),
+            }
+        } else if promise.is_some() {
+            (SlotState::Busy, Some("leased".into()))
+        } else if let Some((id, _)) = stray {
+            (
+                SlotState::Busy,
+                Some(format!("nobody's worker {id} is being deleted")),
+            )
+        } else if self.drained_slots.contains(name) {
+            (SlotState::Draining, None)
+        } else if let Some(other) = used.iter().find(|other| self.config.conflict(name, other)) {
+            (SlotState::Blocked, Some(format!("conflicts with {other}")))
+        } else if let Some(rest) = self.rests.get(name).filter(|rest| rest.until > now) {
+            (
+                SlotState::Resting,
+                Some(format!(
+                    "until {}",
+                    time(rest.until)
+                        .round(jiff::Unit::Second)
+                        .unwrap_or(time(rest.until))
+                )),
+            )
+        } else {
+            (SlotState::Free, None)
+        };
+        api::Slot {
+            name: name.clone(),
+            target,
+            state,
+            because,
+            worker: worker.map(|w| w.id).or(stray.map(|(id, _)| *id)),
+            job: worker
+                .and_then(|w| w.job.clone())
+                .or(promise.map(|p| p.job.clone())),
+            since: worker.map(|w| time(w.id.made_at())),
+        }
+    }
+
+    /// Every worker, in the order of their ids: the oldest first.
+    pub fn shown(&self) -> Vec<api::Worker> {
+        self.workers.values().map(|w| self.shown_one(w)).collect()
+    }
+
+    fn shown_one(&self, worker: &Worker) -> api::Worker {
+        let runtime = self.runtimes.get(&worker.id);
+        let trouble = runtime
+            .map(|r| r.last_trouble.clone())
+            .filter(|text| !text.is_empty());
+        api::Worker {
+            id: worker.id,
+            slot: worker.slot.clone(),
+            phase: worker.phase.name().to_owned(),
+            since: time(worker.since),
+            job: worker.job.clone(),
+            user: UserName::from(worker.id).to_string(),
+            uid: self.uids.get(&worker.id).copied(),
+            hold: worker.waits_since().map(time),
+            failure: worker.failure.clone(),
+            next: next(worker, trouble.as_deref()),
+            trouble,
+        }
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Is this slot in the configuration?
+    pub fn has_slot(&self, slot: &SlotName) -> bool {
+        self.config.slots.contains_key(slot)
+    }
+
+    /// Is this worker known?
+    pub fn knows(&self, worker: WorkerId) -> bool {
+        self.workers.contains_key(&worker)
+    }
+}
+
+/// What happens next, or what a person has to do: the sentence under `show`.
+fn next(worker: &Worker, trouble: Option<&str>) -> String {
+    if trouble.is_some() && worker.duty().is_some() {
+        return "it is tried again by itself, more and more seldom; the trouble above says what to mend"
+            .into();
+    }
+    match worker.phase {
+        Phase::Broken { told: false, .. } => "the server is being told that it failed".into(),
+        Phase::Broken { told: true, .. } => {
+            "look into it (show, logs, shell), then release it on the server: it is deleted then".into()
+        }
+        Phase::Destroying | Phase::Destroyed => "it is being deleted".into(),
+        _ if worker.hold => "somebody holds it on the server: it stays as it is until released there".into(),
+        Phase::Reserved | Phase::Created => "its user and its agent are being made".into(),
+        Phase::Running { online: false } => {
+            "its agent has been started, and is to report to the server".into()
+        }
+        Phase::Running { online: true } => "its job runs; the server says when it is done with".into(),
+        Phase::Clearing { .. } => "it was lost before its job began, and is made again".into(),
+    }
+}

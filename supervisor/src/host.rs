@@ -1,0 +1,262 @@
+//! What this host can do for its jobs, as far as anybody can see: for `check`. The helper looks for itself when
+//! it starts, and refuses what it must.
+
+use std::fs;
+use std::path::Path;
+
+use protocol::config::{Config, Limits, Network, STATE_DIR};
+
+/// One thing that the host has or lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    pub what: &'static str,
+    /// How it is, for a person.
+    pub how: String,
+    /// What its lack costs, and what would mend it. None where nothing is missing.
+    pub cost: Option<String>,
+    /// Without it, this configuration does not start.
+    pub needed: bool,
+}
+
+/// What `/proc` and `/sys` say: all that the findings are made of.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// `uname -r`.
+    pub release: String,
+    /// `/proc/self/mountinfo`.
+    pub mounts: String,
+    /// `cgroup.controllers` at the mount of cgroup v2.
+    pub controllers: String,
+    /// `/sys/kernel/security/lsm`.
+    pub modules: String,
+}
+
+impl Seen {
+    pub fn look() -> Seen {
+        let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+        let mounts = read(Path::new("/proc/self/mountinfo"));
+        let controllers = cgroup2(&mounts).map(|place| read(&Path::new(place).join("cgroup.controllers")));
+        Seen {
+            release: read(Path::new("/proc/sys/kernel/osrelease")).trim().to_owned(),
+            controllers: controllers.unwrap_or_default(),
+            modules: read(Path::new("/sys/kernel/security/lsm")),
+            mounts,
+        }
+    }
+}
+
+/// Where cgroup v2 is mounted (`proc_pid_mountinfo(5)`).
+fn cgroup2(mounts: &str) -> Option<&str> {
+    let line = mounts.lines().find(|line| line.contains(" - cgroup2 "))?;
+    line.split(' ').nth(4)
+}
+
+/// The options of the mount that `path` is on: the mount's own and its file system's.
+fn options_at<'a>(mounts: &'a str, path: &Path) -> Option<(&'a str, Vec<&'a str>)> {
+    let on = mounts.lines().filter_map(|line| {
+        let (mount, source) = line.split_once(" - ")?;
+        let place = mount.split(' ').nth(4)?;
+        path.starts_with(place).then_some((place.len(), mount, source))
+    });
+    // Of those above each other, the last counts.
+    let (_, mount, source) = on.max_by_key(|(length, ..)| *length)?;
+    let mut fields = source.split(' ');
+    let (kind, options) = (fields.next()?, fields.nth(1).unwrap_or_default());
+    let own = mount.split(' ').nth(5).unwrap_or_default();
+    Some((kind, own.split(',').chain(options.split(',')).collect()))
+}
+
+/// Major and minor of a kernel's release.
+fn version(release: &str) -> (u32, u32) {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// Does somebody want this limited?
+type Wish = fn(&Limits) -> bool;
+
+/// What this host has for this configuration; the state directory is below `root`.
+pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
+    let kernel = version(&seen.release);
+    let strict = |wanted: Wish| {
+        config
+            .slots
+            .values()
+            .any(|slot| wanted(&slot.limits) && !slot.limits.best_effort)
+    };
+    let finding = |what, how: &str, good: bool, needed: bool, cost: &str| Finding {
+        what,
+        how: how.to_owned(),
+        cost: (!good).then(|| cost.to_owned()),
+        needed: needed && !good,
+    };
+    let mut found = vec![finding(
+        "kernel",
+        &seen.release,
+        kernel >= (5, 14),
+        true,
+        "cgroup.kill takes Linux 5.14: without it no job's processes can be ended for sure; install a newer kernel",
+    )];
+    let mount = cgroup2(&seen.mounts);
+    found.push(finding(
+        "cgroup v2",
+        mount.unwrap_or("not mounted"),
+        mount.is_some(),
+        true,
+        "the helper finds and ends a job's processes by it; mount one (mount -t cgroup2 none /sys/fs/cgroup)",
+    ));
+    let has = |name: &str| seen.controllers.split_whitespace().any(|other| other == name);
+    let controllers: [(&str, &str, &str, Wish); 3] = [
+        (
+            "memory",
+            "controller memory",
+            "limits.memory and limits.swap are not enforced",
+            |limits| limits.memory.is_some() || limits.swap.is_some(),
+        ),
+        ("cpu", "controller cpu", "limits.cpus is not enforced", |limits| {
+            limits.cpus.is_some()
+        }),
+        (
+            "pids",
+            "controller pids",
+            "limits.processes is enforced for each user by the kernel's rlimit alone",
+            |_| false,
+        ),
+    ];
+    for (name, what, cost, wanted) in controllers {
+        let how = if has(name) { "there" } else { "not there" };
+        let cost =
+            format!("{cost}; boot with cgroup v2 alone (systemd.unified_cgroup_hierarchy=1) and delegate it");
+        found.push(finding(what, how, has(name), strict(wanted), &cost));
+    }
+    let landlock = seen.modules.split([',', '\n']).any(|name| name == "landlock");
+    let scopes = landlock && kernel >= (6, 12);
+    found.push(finding(
+        "Landlock scopes",
+        if scopes { "there" } else if seen.modules.is_empty() { "unknown: /sys/kernel/security cannot be read" } else { "not there" },
+        scopes || seen.modules.is_empty(),
+        false,
+        "a job of a slot with network = \"host\" can reach abstract sockets of the host; it takes Linux 6.12 with lsm=…,landlock",
+    ));
+    let state = root.join(STATE_DIR);
+    let quotas = options_at(&seen.mounts, &state).is_some_and(|(_, options)| {
+        options.iter().any(|option| {
+            ["usrquota", "uquota", "quota", "usrjquota"]
+                .contains(&option.split('=').next().unwrap_or_default())
+        })
+    });
+    let kind = options_at(&seen.mounts, &state).map_or("unknown", |(kind, _)| kind);
+    found.push(finding(
+        "user quotas",
+        &format!("{} on {} ({kind})", if quotas { "on" } else { "off" }, state.display()),
+        quotas,
+        strict(|limits| limits.disk.is_some() || limits.inodes.is_some()),
+        "limits.disk and limits.inodes are not enforced, and a job can fill the disk; the README has the three commands that turn them on",
+    ));
+    if config.slots.values().any(|slot| slot.network == Network::None) {
+        found.push(finding(
+            "network = \"none\"",
+            "a network namespace for each of its jobs",
+            true,
+            false,
+            "",
+        ));
+    }
+    found
+}
+
+/// A line for each finding, the costs below it.
+pub fn print(findings: &[Finding]) -> String {
+    let line = |f: &Finding| match &f.cost {
+        None => format!("host {}: {}\n", f.what, f.how),
+        Some(cost) => {
+            let mark = if f.needed {
+                "MISSING, and this configuration needs it"
+            } else {
+                "missing"
+            };
+            format!("host {}: {} ({mark}): {cost}\n", f.what, f.how)
+        }
+    };
+    findings.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n\
+        41 31 0:38 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n\
+        50 27 7:0 / /var/lib/buildomat-user-factory rw - xfs /dev/loop0 rw,attr2,usrquota\n";
+
+    fn config(limits: &str) -> Config {
+        let head = "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n";
+        Config::parse(&format!(
+            "{head}target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n{limits}\n"
+        ))
+        .unwrap()
+    }
+
+    fn missing(seen: &Seen, limits: &str, root: &str) -> Vec<(&'static str, bool)> {
+        let all = findings(seen, &config(limits), Path::new(root));
+        all.into_iter()
+            .filter(|f| f.cost.is_some())
+            .map(|f| (f.what, f.needed))
+            .collect()
+    }
+
+    #[test]
+    fn a_host_that_has_everything_lacks_nothing() {
+        let seen = Seen {
+            release: "6.12.0-1-amd64".into(),
+            mounts: MOUNTS.into(),
+            controllers: "cpuset cpu io memory pids\n".into(),
+            modules: "lockdown,capability,landlock,yama".into(),
+        };
+        assert_eq!(
+            missing(&seen, "limits.memory = \"1G\"\nlimits.disk = \"1G\"", "/"),
+            []
+        );
+        // Below another root it is on another file system.
+        assert_eq!(
+            missing(&seen, "limits.disk = \"1G\"", "/srv"),
+            [("user quotas", true)]
+        );
+        let old = Seen {
+            release: "5.10.0".into(),
+            ..seen
+        };
+        assert_eq!(
+            missing(&old, "", "/"),
+            [("kernel", true), ("Landlock scopes", false)]
+        );
+    }
+
+    #[test]
+    fn what_is_missing_is_needed_by_who_asks_for_it_without_best_effort() {
+        let bare = Seen {
+            release: "6.1.0".into(),
+            modules: "capability\n".into(),
+            ..Seen::default()
+        };
+        let needed = |limits: &str| -> Vec<&str> {
+            missing(&bare, limits, "/")
+                .into_iter()
+                .filter(|(_, needed)| *needed)
+                .map(|(what, _)| what)
+                .collect()
+        };
+        assert_eq!(needed(""), ["cgroup v2"]);
+        assert_eq!(needed("limits.cpus = 1"), ["cgroup v2", "controller cpu"]);
+        assert_eq!(
+            needed("limits.cpus = 1\nlimits.best_effort = true"),
+            ["cgroup v2"]
+        );
+        assert_eq!(
+            needed("limits.inodes = 1000\nlimits.swap = 0"),
+            ["cgroup v2", "controller memory", "user quotas"]
+        );
+    }
+}

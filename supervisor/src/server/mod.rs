@@ -1,0 +1,353 @@
+//! The buildomat server's factory calls, typed: what is asked, and what an answer means. `http` carries them.
+
+mod http;
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use protocol::config::BaseUrl;
+use protocol::{SlotName, TargetId, WorkerId};
+use reqwest::{Method, Response};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::view::{JobId, Lease, Scripts, ServerWorker, Side, Trouble};
+
+pub(crate) use http::causes;
+
+/// The longest part of an error's text that is kept, in characters.
+const MAX_MESSAGE: usize = 300;
+
+/// The factory's token. No formatting prints it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token(String);
+
+impl Token {
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(…)")
+    }
+}
+
+/// Why a call has no answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// No answer, or none in time.
+    Unreachable(String),
+    /// The server says no.
+    Status { code: u16, message: String },
+    /// Somebody before the server says no, not in its words: what it would have said is not known.
+    Foreign { code: u16, message: String },
+    /// The answer makes no sense, or has no end.
+    Body(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Unreachable(why) => write!(
+                f,
+                "the buildomat server cannot be reached: {why}: if this goes on, check the network and general.baseurl"
+            ),
+            Error::Status { code: 401, message } => write!(
+                f,
+                "the buildomat server refused with 401 ({message}): if this goes on, check the factory's token"
+            ),
+            Error::Status { code, message } => write!(
+                f,
+                "the buildomat server answered {code}: {message}: if this goes on, look into the server's log"
+            ),
+            Error::Foreign { code, message } => write!(
+                f,
+                "something before the buildomat server answered {code}: {message}: if this goes on, check what \
+                 answers at general.baseurl"
+            ),
+            Error::Body(why) => write!(
+                f,
+                "the buildomat server's answer makes no sense: {why}: if this goes on, check what answers at \
+                 general.baseurl"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl Error {
+    /// Will the same call never work? 401 may be a token that is being replaced; 408 and 429 ask for patience.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Error::Status { code: 400..=499, .. })
+            && !matches!(
+                self,
+                Error::Status {
+                    code: 401 | 408 | 429,
+                    ..
+                }
+            )
+    }
+
+    pub fn trouble(&self) -> Trouble {
+        Trouble {
+            side: Side::Server,
+            refused: self.is_refusal(),
+            unauthorised: matches!(self, Error::Status { code: 401, .. }),
+            sentence: self.to_string(),
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// A call that a [`Carrier`] carries: an absolute path on the server, and a body for it.
+#[derive(Clone, Debug)]
+pub struct Call {
+    pub method: Method,
+    pub path: String,
+    pub body: Option<Value>,
+}
+
+pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
+
+/// What brings calls to the server and answers back: HTTP, or a simulated network.
+pub trait Carrier: fmt::Debug + Send + Sync {
+    /// The status and the body of the answer.
+    fn call(&self, call: Call) -> Pending<'_, (u16, Vec<u8>)>;
+
+    /// A file that anybody may have, asked for without the token.
+    fn file<'a>(
+        &'a self,
+        path: &'a str,
+        query: &'a [(&'a str, String)],
+        headers: &'a [(&'static str, String)],
+    ) -> Pending<'a, Response>;
+}
+
+/// The server, as this factory may talk to it.
+#[derive(Clone, Debug)]
+pub struct Server {
+    carrier: Arc<dyn Carrier>,
+}
+
+impl Server {
+    /// # Errors
+    /// Where the host's TLS set-up cannot be used.
+    pub fn new(base: &BaseUrl, token: Token) -> Result<Self> {
+        Ok(Self::over(Arc::new(http::Http::new(base, token)?)))
+    }
+
+    pub fn over(carrier: Arc<dyn Carrier>) -> Self {
+        Self { carrier }
+    }
+
+    /// # Errors
+    /// Where the server is away or the token is not its.
+    pub async fn ping(&self) -> Result<bool> {
+        #[derive(Deserialize)]
+        struct Answer {
+            ok: bool,
+        }
+        self.json_of::<Answer>(Method::GET, "/0/factory/ping".into(), None)
+            .await
+            .map(|a| a.ok)
+    }
+
+    pub async fn workers(&self) -> Result<Vec<ServerWorker>> {
+        self.json_of(Method::GET, "/0/factory/workers".into(), None).await
+    }
+
+    pub async fn lease(&self, targets: impl IntoIterator<Item = TargetId>) -> Result<Option<Lease>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            lease: Option<Lease>,
+        }
+        let targets: Vec<TargetId> = targets.into_iter().collect();
+        let body = json!({ "supported_targets": targets });
+        self.json_of::<Answer>(Method::POST, "/0/factory/lease".into(), Some(body))
+            .await
+            .map(|answer| answer.lease)
+    }
+
+    /// Is the lease still this factory's?
+    pub async fn renew(&self, job: &JobId) -> Result<bool> {
+        self.json_of(Method::POST, format!("/0/factory/lease/{job}"), None)
+            .await
+    }
+
+    /// A worker for this job alone: the console of a start that fails then has a log to go to.
+    pub async fn make_worker(&self, target: TargetId, job: &JobId) -> Result<ServerWorker> {
+        let body = json!({ "target": target, "job": job, "wait_for_flush": false });
+        self.json_of(Method::POST, "/0/factory/worker".into(), Some(body))
+            .await
+    }
+
+    /// The slot, set once, and what the agent is to run before and after the job.
+    pub async fn associate(&self, worker: WorkerId, slot: &SlotName, scripts: &Scripts) -> Result<()> {
+        let metadata = (*scripts != Scripts::default()).then(|| {
+            json!({
+                "v": "1",
+                "pre_job_diagnostic_script": scripts.pre_job_diagnostic_script,
+                "post_job_diagnostic_script": scripts.post_job_diagnostic_script,
+            })
+        });
+        let body = json!({ "private": slot, "ip": null, "metadata": metadata });
+        self.answer(Method::PATCH, format!("/0/factory/worker/{worker}"), Some(body))
+            .await
+            .map(drop)
+    }
+
+    pub async fn delete(&self, worker: WorkerId) -> Result<bool> {
+        self.json_of(Method::DELETE, format!("/0/factory/worker/{worker}"), None)
+            .await
+    }
+
+    /// A line for the job's log; true = the server has no job for it yet.
+    pub async fn append(&self, worker: WorkerId, line: &str) -> Result<bool> {
+        #[derive(Deserialize)]
+        struct Answer {
+            retry: bool,
+        }
+        let time = jiff::Timestamp::now().to_string();
+        let body = json!({ "stream": "console", "time": time, "payload": line });
+        self.json_of::<Answer>(
+            Method::POST,
+            format!("/0/factory/worker/{worker}/append"),
+            Some(body),
+        )
+        .await
+        .map(|a| a.retry)
+    }
+
+    pub async fn fail(&self, worker: WorkerId, reason: &str) -> Result<()> {
+        let body = json!({ "reason": reason });
+        self.answer(
+            Method::POST,
+            format!("/0/factory/worker/{worker}/fail"),
+            Some(body),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// An agent's file, without the token: anybody may have it. The whole download has no time limit,
+    /// so the caller must watch that it goes on.
+    pub(crate) async fn file(
+        &self,
+        path: &str,
+        query: &[(&str, String)],
+        tag: &[(&'static str, String)],
+    ) -> Result<Response> {
+        self.carrier.file(path, query, tag).await
+    }
+
+    /// The body of an answer to a call that went well.
+    async fn answer(&self, method: Method, path: String, body: Option<Value>) -> Result<Vec<u8>> {
+        let (code, body) = self.carrier.call(Call { method, path, body }).await?;
+        if (200..300).contains(&code) {
+            return Ok(body);
+        }
+        #[derive(Deserialize)]
+        struct Said {
+            message: String,
+        }
+        let said = serde_json::from_slice::<Said>(&body);
+        let text = match &said {
+            Ok(said) => said.message.as_str().into(),
+            Err(_) => String::from_utf8_lossy(&body),
+        };
+        let plain = text.trim().chars().filter(|c| !c.is_control());
+        let mut message: String = plain.take(MAX_MESSAGE).collect();
+        if message.is_empty() {
+            message = "no reason given".into();
+        }
+        Err(match said {
+            Ok(_) => Error::Status { code, message },
+            Err(_) => Error::Foreign { code, message },
+        })
+    }
+
+    async fn json_of<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: String,
+        body: Option<Value>,
+    ) -> Result<T> {
+        let body = self.answer(method, path, body).await?;
+        serde_json::from_slice(&body).map_err(|e| Error::Body(e.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_clear_no_is_a_refusal() {
+        let status = |code| Error::Status {
+            code,
+            message: String::new(),
+        };
+        for (code, refusal) in [
+            (400, true),
+            (401, false),
+            (403, true),
+            (404, true),
+            (429, false),
+            (500, false),
+            (503, false),
+        ] {
+            assert_eq!(status(code).is_refusal(), refusal, "{code}");
+        }
+        assert!(!Error::Unreachable(String::new()).is_refusal());
+    }
+
+    /// Whatever is asked: this.
+    #[derive(Debug)]
+    struct Always(u16, &'static str);
+
+    impl Carrier for Always {
+        fn call(&self, _: Call) -> Pending<'_, (u16, Vec<u8>)> {
+            Box::pin(async { Ok((self.0, self.1.as_bytes().to_vec())) })
+        }
+
+        fn file<'a>(
+            &'a self,
+            _: &'a str,
+            _: &'a [(&'a str, String)],
+            _: &'a [(&'static str, String)],
+        ) -> Pending<'a, Response> {
+            Box::pin(async { Err(Error::Unreachable("no file".into())) })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_no_that_is_not_in_the_servers_words_is_a_proxys() {
+        let fail = |code, body| async move {
+            let server = Server::over(Arc::new(Always(code, body)));
+            server.fail(WorkerId::from_bits(1), "x").await.unwrap_err()
+        };
+        let servers = fail(404, r#"{"request_id":"r","message":"Not Found"}"#).await;
+        assert!(servers.is_refusal(), "{servers}");
+        for (code, body) in [
+            (404, "<html>Not Found</html>"),
+            (403, ""),
+            (400, "{\"mess"),
+            (404, "[]"),
+        ] {
+            let proxys = fail(code, body).await;
+            assert!(!proxys.is_refusal(), "{proxys}");
+            assert!(proxys.to_string().contains("something before"), "{proxys}");
+        }
+    }
+
+    #[test]
+    fn the_token_is_never_printed() {
+        assert!(!format!("{:?}", Token::new("secret".into())).contains("secret"));
+    }
+}

@@ -1,0 +1,81 @@
+//! What the operator says, as the core hears it. What only asks is answered here.
+
+use super::Shell;
+use crate::control::desk::{Answer, Word};
+use crate::factory::Input;
+
+impl Shell {
+    pub(super) fn hear(&mut self, word: Word) -> Input {
+        let now = self.clock.now();
+        match word {
+            Word::Tell(input) => input,
+            Word::Status(answer) => {
+                // Who asked may have gone.
+                let _ = answer.send(self.desk.status(&self.factory, now));
+                Input::Tick
+            }
+            Word::Drain {
+                slot: None,
+                drain,
+                answer,
+            } => {
+                if let Err(why) = self.store.save_drain(None, drain) {
+                    return refused(answer, format!("it cannot be remembered: {why}"));
+                }
+                tracing::info!(drain, "the operator's word: jobs");
+                done(answer, Input::Drain(drain))
+            }
+            Word::Drain {
+                slot: Some(slot),
+                drain,
+                answer,
+            } => {
+                if !self.factory.has_slot(&slot) {
+                    return refused(
+                        answer,
+                        format!("there is no slot {slot}: see `user-factory status`"),
+                    );
+                }
+                if let Err(why) = self.store.save_drain(Some(&slot), drain) {
+                    return refused(answer, format!("it cannot be remembered: {why}"));
+                }
+                tracing::info!(%slot, drain, "the operator's word: jobs of a slot");
+                done(answer, Input::DrainSlot(slot, drain))
+            }
+            Word::Destroy { worker, answer } => {
+                if !self.factory.knows(worker) {
+                    return refused(
+                        answer,
+                        format!("there is no worker {worker}: see `user-factory workers`"),
+                    );
+                }
+                tracing::warn!(%worker, "the operator's word: destroy");
+                done(answer, Input::Destroy(worker))
+            }
+            Word::Reload { answer } => match self.desk.reload(now, self.factory.config()) {
+                Ok(config) => {
+                    let slots = config.slots.len();
+                    tracing::info!(slots, "configuration loaded again: new workers get what it says");
+                    done(answer, Input::Configure(config))
+                }
+                Err(why) => {
+                    tracing::error!(
+                        "the changed configuration is not taken, the last one stays in use: {}",
+                        why.replace('\n', "; ")
+                    );
+                    refused(answer, why)
+                }
+            },
+        }
+    }
+}
+
+fn done(answer: Answer, input: Input) -> Input {
+    let _ = answer.send(Ok(()));
+    input
+}
+
+fn refused(answer: Answer, why: String) -> Input {
+    let _ = answer.send(Err(why));
+    Input::Tick
+}

@@ -1,0 +1,139 @@
+//! A database that cannot be used: one that is damaged is set aside, and a new one is begun; all else is the
+//! host's trouble, which only a person can end, and is said with what to do.
+//!
+//! Setting aside is safe because nothing here is the last word: the server has every worker with its token, slot
+//! and holds, the host has every worker with its slot and state, and `reconcile` takes on what both have, and ends
+//! what nobody does. What is lost is which job a worker was made for (a lease that is not renewed any more: the
+//! job is tied to its worker by then), how often it was remade (it may be remade three times more), and how much
+//! of a failure was told (it is found again on the host, and told from the first line).
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rusqlite::ErrorCode;
+
+/// Why the database cannot be used.
+#[derive(Debug)]
+pub enum Unusable {
+    /// What is in it is not what was written.
+    Damaged(String),
+    /// It is whole, but not to be used now: why, and what to do.
+    Not(String),
+}
+
+impl From<rusqlite::Error> for Unusable {
+    fn from(error: rusqlite::Error) -> Self {
+        if is_damage(&error) {
+            Unusable::Damaged(error.to_string())
+        } else {
+            Unusable::Not(format!("{error}: {}", remedy(&error)))
+        }
+    }
+}
+
+impl Unusable {
+    /// Of what was read: an error that is not the disk's, or another program's, is one of the content.
+    pub fn content(error: anyhow::Error) -> Self {
+        match error.downcast::<rusqlite::Error>() {
+            Ok(error) if is_the_hosts(&error) => error.into(),
+            Ok(error) => Unusable::Damaged(error.to_string()),
+            Err(error) => Unusable::Damaged(format!("{error:#}")),
+        }
+    }
+}
+
+fn is_damage(error: &rusqlite::Error) -> bool {
+    matches!(
+        error.sqlite_error_code(),
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)
+    )
+}
+
+fn is_the_hosts(error: &rusqlite::Error) -> bool {
+    matches!(
+        error.sqlite_error_code(),
+        Some(
+            ErrorCode::DiskFull
+                | ErrorCode::SystemIoFailure
+                | ErrorCode::ReadOnly
+                | ErrorCode::CannotOpen
+                | ErrorCode::PermissionDenied
+                | ErrorCode::DatabaseBusy
+                | ErrorCode::DatabaseLocked
+                | ErrorCode::OutOfMemory
+        )
+    )
+}
+
+/// What a person can do about it.
+fn remedy(error: &rusqlite::Error) -> &'static str {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => "make room on the disk",
+        Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
+            "let the supervisor's user write the directory and the files in it"
+        }
+        Some(ErrorCode::CannotOpen) => {
+            "let the supervisor's user write the directory and the files in it, and make room on the disk"
+        }
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => "end the program that has it open",
+        // A full disk can look like this, too.
+        Some(ErrorCode::SystemIoFailure) => "make room on the disk; look for its errors in the kernel's log",
+        _ if is_damage(error) => "start the supervisor again, which sets a damaged database aside",
+        _ => "look for the reason in the kernel's log",
+    }
+}
+
+/// A change that was not written.
+#[derive(Debug)]
+pub struct Unsaved {
+    /// It may be written later: the host's trouble ends when somebody does what the sentence says.
+    pub passing: bool,
+    sentence: String,
+}
+
+impl From<anyhow::Error> for Unsaved {
+    fn from(error: anyhow::Error) -> Self {
+        let of_database = error.downcast_ref::<rusqlite::Error>();
+        Unsaved {
+            passing: of_database.is_some_and(is_the_hosts),
+            sentence: of_database.map_or_else(|| format!("{error:#}"), |e| format!("{e}: {}", remedy(e))),
+        }
+    }
+}
+
+impl std::fmt::Display for Unsaved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.sentence)
+    }
+}
+
+impl std::error::Error for Unsaved {}
+
+/// Move the database out of the way, for whoever wants to see what happened to it; an earlier one goes.
+///
+/// The database first: a crash here leaves a log without a database, which SQLite removes; the other way round it
+/// would leave a database without its log, which might be taken for a good old one.
+pub fn set_aside(path: &Path) -> Result<PathBuf> {
+    let with = |path: &Path, end: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(end);
+        PathBuf::from(name)
+    };
+    let aside = with(path, ".damaged");
+    let describe = || format!("cannot set the damaged database {} aside", path.display());
+    let gone = |result: std::io::Result<()>| match result {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    };
+    gone(fs::remove_file(with(&aside, "-wal"))).with_context(describe)?;
+    fs::rename(path, &aside).with_context(describe)?;
+    gone(fs::rename(with(path, "-wal"), with(&aside, "-wal"))).with_context(describe)?;
+    gone(fs::remove_file(with(path, "-shm"))).with_context(describe)?;
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .with_context(describe)?;
+    Ok(aside)
+}

@@ -1,0 +1,113 @@
+# shellcheck shell=bash
+# The machine while it runs. It is spoken to through two virtio-serial ports: `control`, a line each way, and `output`.
+# shellcheck disable=SC2154 # $run, $target, $here: of tests/machine/run; $image, $booted, $qemu, $firmware: of image.sh
+
+note() {
+    echo "machine: $*" >&2
+}
+
+fail() {
+    note "$*"
+    exit 1
+}
+
+# Start QEMU on $run/disk.qcow2, with more of its options.
+start_machine() {
+    mkfifo "$run"/{control,monitor}.{in,out}
+    : >"$run/output"
+    # Open for both, so that no open waits for the other end.
+    exec {to_machine}<>"$run/control.in" {from_machine}<>"$run/control.out" {to_monitor}<>"$run/monitor.in"
+    # All that a saved machine was saved with must be here again: nothing of this depends on the story. One thread
+    # for both processors: with two, QEMU 7.2 may run an instruction that the kernel has patched away (a static key
+    # that the first cpu.max turns), and the kernel stops with "Oops: int3".
+    "$qemu" -nodefaults -no-user-config -display none "${firmware[@]}" \
+        -M q35 -accel tcg,thread=single -cpu max,-la57 -smp 2 -m 3072 -rtc base=utc \
+        -kernel "$image/vmlinuz" -initrd "$image/initrd.img" \
+        -append 'root=/dev/vda rw rootflags=usrquota console=ttyS0 quiet panic=-1' -no-reboot \
+        -drive if=none,id=root,format=qcow2,cache=unsafe,file="$run/disk.qcow2" \
+        -device virtio-blk-pci,drive=root \
+        -drive if=none,id=bundle,format=raw,readonly=on,file="$run/bundle.ext4" \
+        -device virtio-blk-pci,drive=bundle \
+        -device virtio-rng-pci -device virtio-serial-pci \
+        -chardev pipe,id=control,path="$run/control" -device virtserialport,chardev=control,name=control \
+        -chardev file,id=output,path="$run/output",append=on -device virtserialport,chardev=output,name=output \
+        -chardev pipe,id=monitor,path="$run/monitor" -mon chardev=monitor \
+        -serial "file:$run/console" \
+        "$@" </dev/null >"$run/qemu.log" 2>&1 &
+    qemu_pid=$!
+}
+
+# Wait for a line of the machine's that is this pattern, so many seconds; it is then in $answer.
+await() {
+    local end=$((SECONDS + $2)) begun='' piece
+    while [ $SECONDS -lt $end ]; do
+        if read -r -t 1 piece <&"$from_machine"; then
+            answer=$begun$piece
+            begun=
+            # shellcheck disable=SC2053 # it is a pattern
+            [[ $answer == $1 ]] && return
+            note "unexpected: $answer"
+        elif ! kill -0 "$qemu_pid" 2>/dev/null; then
+            cat "$run/qemu.log" >&2
+            fail "the machine stopped by itself: see $target/last/console"
+        else
+            # The second was over in the middle of a line.
+            begun+=$piece
+        fi
+    done
+    note "time-out: no '$1' after $2 s; see $target/last/console"
+    exit 124
+}
+
+# End the machine at once, whatever it does. What it leaves is in $target/last.
+stop_machine() {
+    if [ -n "$qemu_pid" ]; then
+        kill -KILL "$qemu_pid" 2>/dev/null || true
+        wait "$qemu_pid" 2>/dev/null || true
+        qemu_pid=
+        mkdir -p "$target/last"
+        cp "$run"/{console,output,qemu.log} "$target/last/" 2>/dev/null || true
+    fi
+}
+
+# Boot the image once and save the machine as it is when it waits for a story.
+boot_once() {
+    note "booting for the first time (some minutes, under emulation)"
+    qemu-img create -q -f qcow2 -b "$image/root.ext4" -F raw "$run/disk.qcow2"
+    start_machine
+    await ready 900
+    printf 'savevm booted\nquit\n' >&"$to_monitor"
+    local end=$((SECONDS + 300))
+    while kill -0 "$qemu_pid" 2>/dev/null; do
+        [ $SECONDS -lt $end ] || fail "the machine cannot be saved"
+        read -r -t 0.2 _ <&"$from_machine" || true
+    done
+    wait "$qemu_pid" || fail "the machine cannot be saved: $(cat "$run/qemu.log")"
+    qemu_pid=
+    qemu-img snapshot -l "$run/disk.qcow2" | grep -q booted || fail "the machine was not saved"
+    rm -f "$image"/booted-*
+    mv "$run/disk.qcow2" "$booted"
+    rm -f "$run"/{control,monitor}.{in,out}
+}
+
+# What the story needs from outside, on a disk of its own: always of the same size, as the saved machine knows it.
+pack_bundle() {
+    note "building the factory and its tests"
+    local bundle=$run/bundle executable name
+    mkdir -p "$bundle"/{bin,tests}
+    cargo build --quiet --workspace --bins --message-format=json >"$run/bins.json"
+    cargo test --quiet --package testbed --tests --no-run --message-format=json >"$run/tests.json"
+    # Hard links where they can be, for they are large.
+    while read -r executable; do
+        cp --link "$executable" "$bundle/bin/" 2>/dev/null || cp "$executable" "$bundle/bin/"
+    done < <(sed -nE 's/.*"kind":\["bin"\].*"executable":"([^"]*)".*/\1/p' "$run/bins.json")
+    while read -r executable; do
+        name=${executable##*/}
+        cp --link "$executable" "$bundle/tests/${name%-*}" 2>/dev/null || cp "$executable" "$bundle/tests/${name%-*}"
+    done < <(sed -nE 's/.*"kind":\["test"\].*"executable":"([^"]*)".*/\1/p' "$run/tests.json")
+    [ -x "$bundle/bin/user-factory-helper" ] || fail "cargo made no helper"
+    [ -x "$bundle/tests/attacks" ] || fail "cargo made no tests"
+    cp -r "$here/stories" "$bundle/stories"
+    mke2fs -q -t ext4 -d "$bundle" "$run/bundle.ext4" 4G >/dev/null
+    rm -rf "$bundle"
+}

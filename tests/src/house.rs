@@ -1,0 +1,246 @@
+//! A whole factory: the stand-in server, a host with the helper as root and the supervisor as an unprivileged
+//! user, and what tests of it ask again and again.
+
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::Signal;
+
+use crate::census::Census;
+use crate::disk::SmallDisk;
+use crate::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries};
+use crate::proxy::Proxy;
+use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
+
+pub const ONE: &str = "[slots.a]\ntarget = \"TARGET\"\nenv.COLOUR = \"red\"\n";
+pub const TWO: &str = "[slots.a]\ntarget = \"TARGET\"\n[slots.b]\ntarget = \"TARGET\"\n";
+
+/// How long a job runs that says `running` and waits for [`House::let_end`]. It may not write where the test can,
+/// so it is ended by a file of the host's that it can read.
+const WAITING: &str = "echo running; while ! [ -e DOOR ]; do read -t 0.2 < <(sleep 1); done; echo done";
+
+/// The fields go in this order: the processes, what is mounted in the host's directory, the directory.
+#[derive(Debug)]
+pub struct House {
+    pub supervisor: Running,
+    pub helper: Running,
+    pub disk: Option<SmallDisk>,
+    pub host: TestHost,
+    /// Between the factory and the server, where the house is built so.
+    pub proxy: Option<Proxy>,
+    pub server: Server,
+    pub before: Census,
+    pub target: Ulid,
+    doors: tempfile::TempDir,
+}
+
+impl House {
+    /// A factory with these slots; `TARGET` in them stands for the target's id.
+    pub async fn new(slots: &str) -> House {
+        House::with_agent(slots, binaries().join("reference-agent")).await
+    }
+
+    pub async fn with_agent(slots: &str, agent: PathBuf) -> House {
+        House::build(slots, agent, false, |_| None).await
+    }
+
+    /// One in which factory and agents reach the server through a proxy.
+    pub async fn behind_a_proxy(slots: &str) -> House {
+        House::build(slots, binaries().join("reference-agent"), true, |_| None).await
+    }
+
+    /// One whose host was prepared before anything of the factory started.
+    pub async fn on(slots: &str, prepare: impl FnOnce(&TestHost) -> Option<SmallDisk>) -> House {
+        House::build(slots, binaries().join("reference-agent"), false, prepare).await
+    }
+
+    async fn build(
+        slots: &str,
+        agent: PathBuf,
+        behind_a_proxy: bool,
+        prepare: impl FnOnce(&TestHost) -> Option<SmallDisk>,
+    ) -> House {
+        let options = ServerOptions {
+            agent: Some(agent),
+            ..ServerOptions::default()
+        };
+        let server = Server::start(options).await.unwrap();
+        let proxy = match behind_a_proxy {
+            true => Some(Proxy::start(server.address()).await.unwrap()),
+            false => None,
+        };
+        let target = server.add_target("linux");
+        let (_, token) = server.add_factory("here");
+        let host = TestHost::new();
+        let disk = prepare(&host);
+        let url = proxy.as_ref().map_or_else(|| server.url(), Proxy::url);
+        let slots = slots.replace("TARGET", &target.to_string());
+        host.configure(&url, SUPERVISOR_UID, &slots);
+        host.write_token(&token);
+        let before = Census::take(&host);
+        let helper = host.helper();
+        let supervisor = host.supervisor();
+        // Where a job sees it: neither /tmp nor /run are the host's in there.
+        let doors = tempfile::Builder::new()
+            .prefix("user-factory-test-")
+            .tempdir_in("/srv");
+        let doors = doors.unwrap();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(doors.path(), open).unwrap();
+        House {
+            supervisor,
+            helper,
+            disk,
+            host,
+            proxy,
+            server,
+            before,
+            target,
+            doors,
+        }
+    }
+
+    pub fn url(&self) -> String {
+        self.proxy.as_ref().map_or_else(|| self.server.url(), Proxy::url)
+    }
+
+    /// Configure it anew: slots as in [`House::new`].
+    pub fn configure(&self, slots: &str) {
+        let slots = slots.replace("TARGET", &self.target.to_string());
+        self.host.configure(&self.url(), SUPERVISOR_UID, &slots);
+    }
+
+    pub fn submit(&self, script: &str) -> Ulid {
+        self.server.submit_job(JobSpec::script("linux", script)).unwrap()
+    }
+
+    /// A job that prints `running`, and ends, with `done`, after [`House::let_end`].
+    pub fn submit_waiting(&self) -> Ulid {
+        self.submit(&WAITING.replace("DOOR", &self.door().display().to_string()))
+    }
+
+    fn door(&self) -> PathBuf {
+        self.doors.path().join("open")
+    }
+
+    /// A directory that jobs can read, and the test can write.
+    pub fn shared(&self) -> &Path {
+        self.doors.path()
+    }
+
+    /// Let all waiting jobs end.
+    pub fn let_end(&self) {
+        std::fs::write(self.door(), "").unwrap();
+    }
+
+    /// Let waiting jobs that are submitted from now on wait again.
+    pub fn shut(&self) {
+        std::fs::remove_file(self.door()).unwrap();
+    }
+
+    /// Submit a waiting job, and wait until it runs.
+    pub async fn running(&self) -> Ulid {
+        let job = self.submit_waiting();
+        self.printed(job, "running").await;
+        job
+    }
+
+    pub async fn ended(&self, job: Ulid) -> Job {
+        let ended = self.server.wait_job(job, PATIENCE).await;
+        ended.unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()))
+    }
+
+    pub async fn completed(&self, job: Ulid) {
+        let job = self.ended(job).await;
+        assert_eq!(
+            job.state(),
+            "completed",
+            "{:#?}\n{}",
+            job.events,
+            self.supervisor.log.text()
+        );
+    }
+
+    /// Wait until the server's state shows what is wanted.
+    pub async fn see<T>(&self, see: impl FnMut(&State) -> Option<T>) -> T {
+        let seen = self.server.wait_for(PATIENCE, see).await;
+        seen.unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()))
+    }
+
+    /// Wait for a line of the job's output.
+    pub async fn printed(&self, job: Ulid, line: &str) {
+        let see = |state: &State| {
+            let mut events = state.jobs[&job].events.iter();
+            events.any(|event| event.payload == line).then_some(())
+        };
+        self.see(see).await;
+    }
+
+    /// Wait until the job's worker is held, and say how it stands then.
+    pub async fn held(&self, job: Ulid) -> Worker {
+        let held = |state: &State| {
+            let worker = state.jobs[&job].worker?;
+            let worker = &state.workers[&worker];
+            worker.hold.is_some().then(|| worker.clone())
+        };
+        self.see(held).await
+    }
+
+    /// Wait until the job's worker is held, or the job has ended.
+    pub async fn held_or_ended(&self, job: Ulid) {
+        let over = |state: &State| {
+            let held = |worker: &Ulid| state.workers[worker].hold.is_some();
+            let job = &state.jobs[&job];
+            (job.complete() || job.worker.as_ref().is_some_and(held)).then_some(())
+        };
+        self.see(over).await;
+    }
+
+    /// Wait until the factory has looked at the server so many times more: it has had its chance.
+    pub async fn polls(&self, more: u64) {
+        let polls = || self.server.requests("GET /0/factory/workers");
+        let end = polls() + more;
+        self.see(|_| (polls() >= end).then_some(())).await;
+    }
+
+    /// Wait for a line of the supervisor's log, from `from` on.
+    pub fn told_from(&self, from: usize, parts: &[&str]) -> String {
+        tokio::task::block_in_place(|| self.supervisor.log.wait_from(from, parts))
+    }
+
+    pub fn told(&self, parts: &[&str]) -> String {
+        self.told_from(0, parts)
+    }
+
+    /// End the supervisor with this signal, as a crash or a person does.
+    pub fn end_supervisor(&mut self, signal: Signal) -> std::process::ExitStatus {
+        self.supervisor.signal(signal);
+        self.supervisor.wait()
+    }
+
+    pub fn end_helper(&mut self, signal: Signal) {
+        self.helper.signal(signal);
+        self.helper.wait();
+    }
+
+    /// The supervisor's own directory.
+    pub fn state_dir(&self) -> PathBuf {
+        let state = self.host.root.join(protocol::config::STATE_DIR);
+        state.join("supervisor")
+    }
+
+    /// Wait until the server has no worker any more; then the host is as it was.
+    pub async fn finish(self) {
+        let gone = |state: &State| {
+            let mut workers = state.workers.values();
+            workers.all(|worker| worker.deleted).then_some(())
+        };
+        self.see(gone).await;
+        self.before.assert_unchanged(&self.host);
+    }
+}
+
+/// The lines of one stream of a job's log.
+pub fn lines(job: &Job, stream: &str) -> Vec<String> {
+    let events = job.events.iter().filter(|event| event.stream == stream);
+    events.map(|event| event.payload.clone()).collect()
+}

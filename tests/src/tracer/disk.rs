@@ -1,0 +1,293 @@
+//! What a process changes below a directory, in order, as its system calls tell.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::Pid;
+
+use super::{Call, Event};
+
+/// One change, by the paths of its time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    Make { path: PathBuf, look: Look },
+    MakeDir { path: PathBuf, look: Look },
+    Symlink { path: PathBuf, target: PathBuf },
+    Remove { path: PathBuf },
+    Rename { from: PathBuf, to: PathBuf },
+    Link { from: PathBuf, to: PathBuf },
+    Write { path: PathBuf, at: u64, bytes: Vec<u8> },
+    Cut { path: PathBuf, length: u64 },
+    Attributes { path: PathBuf, look: Look },
+    Sync { path: PathBuf },
+}
+
+/// A node's mode and owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Look {
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+impl Look {
+    pub fn of(meta: &fs::Metadata) -> Look {
+        Look {
+            mode: meta.mode() & 0o7777,
+            uid: meta.uid(),
+            gid: meta.gid(),
+        }
+    }
+}
+
+/// Records what the traced do below a directory.
+#[derive(Debug)]
+pub struct Recorder {
+    below: PathBuf,
+    begun: HashMap<Pid, Begun>,
+    pub changes: Vec<Change>,
+}
+
+/// A call that has been entered, with what only its beginning tells.
+#[derive(Debug)]
+enum Begun {
+    Open {
+        path: PathBuf,
+        was: Option<u64>,
+        cuts: bool,
+    },
+    Write {
+        path: PathBuf,
+        at: u64,
+    },
+    Attributes {
+        path: PathBuf,
+    },
+    MakeDir {
+        path: PathBuf,
+    },
+    Other(Change),
+}
+
+impl Recorder {
+    pub fn new(below: &Path) -> Recorder {
+        Recorder {
+            below: below.to_owned(),
+            begun: HashMap::new(),
+            changes: Vec::new(),
+        }
+    }
+
+    pub fn on(&mut self, pid: Pid, event: &Event) {
+        match event {
+            Event::Enter(call) => match begin(pid, call) {
+                Some(begun) => drop(self.begun.insert(pid, begun)),
+                None => drop(self.begun.remove(&pid)),
+            },
+            Event::Leave(_, result) => {
+                if let Some(begun) = self.begun.remove(&pid).filter(|_| *result >= 0) {
+                    let done = finish(begun, *result as u64);
+                    let below = &self.below;
+                    self.changes
+                        .extend(done.into_iter().filter(|change| change.is_below(below)));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A path among the arguments, as an absolute one of the host's.
+fn path_at(pid: Pid, directory: u64, pointer: u64) -> Option<PathBuf> {
+    let name = text_at(pid, pointer)?;
+    if name.is_absolute() {
+        return Some(name);
+    }
+    let base = match directory as i32 {
+        libc::AT_FDCWD => fs::read_link(format!("/proc/{pid}/cwd")).ok()?,
+        fd => path_of(pid, fd as u64)?,
+    };
+    let whole = base.join(name);
+    // A directory may be named by itself: `.`, or nothing.
+    Some(whole.components().collect())
+}
+
+fn path_of(pid: Pid, fd: u64) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/fd/{}", fd as i32)).ok()
+}
+
+fn text_at(pid: Pid, pointer: u64) -> Option<PathBuf> {
+    let mut bytes = vec![0; 4096];
+    let memory = File::open(format!("/proc/{pid}/mem")).ok()?;
+    // A string near the end of a mapping is read short.
+    let n = memory.read_at(&mut bytes, pointer).ok()?;
+    let end = bytes[..n].iter().position(|b| *b == 0)?;
+    Some(PathBuf::from(OsStr::from_bytes(&bytes[..end])))
+}
+
+fn number_at(pid: Pid, pointer: u64) -> Option<u64> {
+    let mut bytes = [0; 8];
+    let memory = File::open(format!("/proc/{pid}/mem")).ok()?;
+    memory.read_exact_at(&mut bytes, pointer).ok()?;
+    Some(u64::from_ne_bytes(bytes))
+}
+
+/// Where the next write goes.
+fn position(pid: Pid, fd: u64) -> Option<u64> {
+    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", fd as i32)).ok()?;
+    let field = |name: &str| {
+        Some(
+            info.lines()
+                .find_map(|line| line.strip_prefix(name))?
+                .trim()
+                .to_owned(),
+        )
+    };
+    let flags = i32::from_str_radix(&field("flags:")?, 8).ok()?;
+    if flags & libc::O_APPEND != 0 {
+        return Some(fs::metadata(format!("/proc/{pid}/fd/{}", fd as i32)).ok()?.len());
+    }
+    field("pos:")?.parse().ok()
+}
+
+#[cfg(target_arch = "x86_64")]
+const OLD: [libc::c_long; 6] = [
+    libc::SYS_mkdir,
+    libc::SYS_unlink,
+    libc::SYS_rmdir,
+    libc::SYS_rename,
+    libc::SYS_chmod,
+    libc::SYS_link,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const OLD: [libc::c_long; 6] = [-1, -2, -3, -4, -5, -6];
+
+fn begin(pid: Pid, call: &Call) -> Option<Begun> {
+    let a = call.arguments;
+    let here = libc::AT_FDCWD as u64;
+    let fd = || path_of(pid, a[0]);
+    let open = |path: PathBuf, flags: i32| {
+        if flags & (libc::O_CREAT | libc::O_TRUNC) == 0 {
+            return None;
+        }
+        let was = fs::symlink_metadata(&path).ok().map(|meta| meta.len());
+        let cuts = flags & libc::O_TRUNC != 0;
+        Some(Begun::Open { path, was, cuts })
+    };
+    let attributes = |path| Some(Begun::Attributes { path });
+    let make_dir = |path| Some(Begun::MakeDir { path });
+    let remove = |path| Some(Begun::Other(Change::Remove { path }));
+    let rename = |from, to| Some(Begun::Other(Change::Rename { from, to }));
+    let link = |from, to| Some(Begun::Other(Change::Link { from, to }));
+    match call.number {
+        libc::SYS_openat => open(path_at(pid, a[0], a[1])?, a[2] as i32),
+        libc::SYS_openat2 => open(path_at(pid, a[0], a[1])?, number_at(pid, a[2])? as i32),
+        libc::SYS_write | libc::SYS_writev => Some(Begun::Write {
+            path: fd()?,
+            at: position(pid, a[0])?,
+        }),
+        libc::SYS_pwrite64 => Some(Begun::Write {
+            path: fd()?,
+            at: a[3],
+        }),
+        libc::SYS_sendfile => Some(Begun::Write {
+            path: fd()?,
+            at: position(pid, a[0])?,
+        }),
+        libc::SYS_copy_file_range => Some(Begun::Write {
+            path: path_of(pid, a[2])?,
+            at: if a[3] == 0 {
+                position(pid, a[2])?
+            } else {
+                number_at(pid, a[3])?
+            },
+        }),
+        libc::SYS_ftruncate => Some(Begun::Other(Change::Cut {
+            path: fd()?,
+            length: a[1],
+        })),
+        libc::SYS_fsync | libc::SYS_fdatasync => Some(Begun::Other(Change::Sync { path: fd()? })),
+        libc::SYS_fchmod | libc::SYS_fchown => attributes(fd()?),
+        libc::SYS_fchmodat | libc::SYS_fchownat => attributes(path_at(pid, a[0], a[1])?),
+        libc::SYS_mkdirat => make_dir(path_at(pid, a[0], a[1])?),
+        libc::SYS_unlinkat => remove(path_at(pid, a[0], a[1])?),
+        libc::SYS_renameat | libc::SYS_renameat2 => {
+            rename(path_at(pid, a[0], a[1])?, path_at(pid, a[2], a[3])?)
+        }
+        libc::SYS_linkat => link(path_at(pid, a[0], a[1])?, path_at(pid, a[2], a[3])?),
+        libc::SYS_symlinkat => Some(Begun::Other(Change::Symlink {
+            target: text_at(pid, a[0])?,
+            path: path_at(pid, a[1], a[2])?,
+        })),
+        n if n == OLD[0] => make_dir(path_at(pid, here, a[0])?),
+        n if n == OLD[1] || n == OLD[2] => remove(path_at(pid, here, a[0])?),
+        n if n == OLD[3] => rename(path_at(pid, here, a[0])?, path_at(pid, here, a[1])?),
+        n if n == OLD[4] => attributes(path_at(pid, here, a[0])?),
+        n if n == OLD[5] => link(path_at(pid, here, a[0])?, path_at(pid, here, a[1])?),
+        _ => None,
+    }
+}
+
+/// The call has been done. Who made it is stopped still, so the disk shows what it did.
+fn finish(begun: Begun, result: u64) -> Vec<Change> {
+    let look = |path: &Path| fs::symlink_metadata(path).ok().map(|meta| Look::of(&meta));
+    match begun {
+        Begun::Open { path, was: None, .. } => {
+            let look = look(&path);
+            look.map(|look| Change::Make { path, look }).into_iter().collect()
+        }
+        Begun::Open {
+            path,
+            was: Some(1..),
+            cuts: true,
+        } => vec![Change::Cut { path, length: 0 }],
+        Begun::Open { .. } => Vec::new(),
+        Begun::Write { path, at } => {
+            let mut bytes = vec![0; result as usize];
+            let regular = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
+            let read =
+                regular && File::open(&path).is_ok_and(|file| file.read_exact_at(&mut bytes, at).is_ok());
+            read.then_some(Change::Write { path, at, bytes })
+                .into_iter()
+                .collect()
+        }
+        Begun::Attributes { path } => {
+            let look = look(&path);
+            look.map(|look| Change::Attributes { path, look })
+                .into_iter()
+                .collect()
+        }
+        Begun::MakeDir { path } => {
+            let look = look(&path);
+            look.map(|look| Change::MakeDir { path, look })
+                .into_iter()
+                .collect()
+        }
+        Begun::Other(change) => vec![change],
+    }
+}
+
+impl Change {
+    pub fn path(&self) -> &Path {
+        match self {
+            Change::Make { path, .. }
+            | Change::MakeDir { path, .. }
+            | Change::Symlink { path, .. }
+            | Change::Remove { path }
+            | Change::Rename { to: path, .. }
+            | Change::Link { to: path, .. }
+            | Change::Write { path, .. }
+            | Change::Cut { path, .. }
+            | Change::Attributes { path, .. }
+            | Change::Sync { path } => path,
+        }
+    }
+
+    fn is_below(&self, root: &Path) -> bool {
+        self.path().starts_with(root)
+    }
+}

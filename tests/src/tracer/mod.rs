@@ -1,0 +1,198 @@
+//! A tracer of system calls (`ptrace(2)`): tests see what a process and all that it starts call, in order,
+//! and can end one of them just before a call is done.
+//!
+//! [`trace`] is the mechanism. [`service`] knows the helper's processes, [`outward`] what of a program's calls
+//! others can see, [`disk`] what they change on the disk, and [`replay`] what a power loss leaves of that.
+
+pub mod calls;
+pub mod disk;
+pub mod outward;
+pub mod replay;
+pub mod service;
+mod sys;
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+
+use nix::errno::Errno;
+use nix::sys::ptrace::{self, Options};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::Pid;
+
+/// A system call, as it is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub number: i64,
+    pub arguments: [u64; 6],
+}
+
+impl Call {
+    pub fn is(&self, numbers: &[libc::c_long]) -> bool {
+        numbers.contains(&self.number)
+    }
+}
+
+/// What a traced process, or thread, does.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// It exists, by this call of its parent's, and has done nothing yet.
+    Born { parent: Pid, by: Call },
+    /// It is about to do this. A process that is killed now does not do it.
+    Enter(Call),
+    /// It has done this, with this result; an error is negative.
+    Leave(Call, i64),
+    /// It has become another program.
+    Exec,
+    /// It has ended, and who waits for it can see so from now on.
+    Gone,
+}
+
+/// How to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    GoOn,
+    /// Trace this process no longer.
+    Forget,
+    /// Trace nobody any longer. All go on by themselves.
+    End,
+}
+
+/// Trace a running process, all its threads, and all that it starts, until `watch` says `End` or the process is
+/// gone. It must run in a thread of its own, which ends with it: then the kernel lets everybody go.
+///
+/// `attached` is called when nothing that the process does from now on is missed. The process itself, once
+/// dead, is left for its parent to reap.
+pub fn trace(root: Pid, attached: impl FnOnce(), mut watch: impl FnMut(Pid, Event) -> Then) {
+    let options = Options::PTRACE_O_TRACESYSGOOD
+        | Options::PTRACE_O_TRACEFORK
+        | Options::PTRACE_O_TRACEVFORK
+        | Options::PTRACE_O_TRACECLONE
+        | Options::PTRACE_O_TRACEEXEC;
+    for thread in threads(root) {
+        seize(thread, options);
+    }
+    // One that has stopped itself runs under the tracer all the same; but left alone later, it would stop again.
+    let _ = kill(root, Signal::SIGCONT);
+    attached();
+    // What each is in the middle of.
+    let mut inside: HashMap<Pid, Option<Call>> = threads(root).into_iter().map(|t| (t, None)).collect();
+    // Children that stopped before their parents were seen to have made them.
+    let mut early: HashSet<Pid> = HashSet::new();
+    loop {
+        let wait = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
+        // A look first: the root must not be reaped here.
+        let look = wait | WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOWAIT;
+        let status = match waitid(Id::All, look) {
+            Err(Errno::EINTR) => continue,
+            Err(errno) => panic!("cannot wait for the traced: {errno}"),
+            Ok(status) => status,
+        };
+        let pid = status.pid().expect("this wait has no time-out");
+        if let WaitStatus::Exited(..) | WaitStatus::Signaled(..) = status {
+            if pid == root {
+                watch(pid, Event::Gone);
+                return;
+            }
+            let _ = waitpid(pid, Some(wait));
+            early.remove(&pid);
+            if inside.remove(&pid).is_some() && watch(pid, Event::Gone) == Then::End {
+                return;
+            }
+            continue;
+        }
+        let Ok(status) = waitpid(pid, Some(wait)) else {
+            continue;
+        };
+        let mut signal: Option<Signal> = None;
+        let mut then = Then::GoOn;
+        match status {
+            WaitStatus::PtraceSyscall(_) => match sys::stopped_at(pid) {
+                Some(sys::At::Entry(call)) => {
+                    inside.insert(pid, Some(call));
+                    then = watch(pid, Event::Enter(call));
+                }
+                Some(sys::At::Exit(result)) => {
+                    if let Some(call) = inside.insert(pid, None).flatten() {
+                        then = watch(pid, Event::Leave(call, result));
+                    }
+                }
+                None => {}
+            },
+            WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXEC) => {
+                then = watch(pid, Event::Exec);
+            }
+            // The first stop of a child that its parent has not told of yet; or one that was asked for.
+            WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_STOP) if !inside.contains_key(&pid) => {
+                early.insert(pid);
+                continue;
+            }
+            WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_STOP) => {}
+            WaitStatus::PtraceEvent(..) => {
+                if let (Ok(child), Some(Some(by))) = (ptrace::getevent(pid), inside.get(&pid).copied()) {
+                    let child = Pid::from_raw(child as i32);
+                    inside.insert(child, None);
+                    let first = watch(child, Event::Born { parent: pid, by });
+                    if first == Then::End {
+                        return;
+                    }
+                    if early.remove(&child) {
+                        resume(child, None, first);
+                    }
+                }
+            }
+            WaitStatus::Stopped(_, Signal::SIGTRAP) => {}
+            WaitStatus::Stopped(_, other) => signal = Some(other),
+            _ => {}
+        }
+        if then == Then::End {
+            return;
+        }
+        if then == Then::Forget {
+            inside.remove(&pid);
+        }
+        resume(pid, signal, then);
+    }
+}
+
+/// On to its next stop. One that was killed meanwhile is gone: its end is told in its turn.
+fn resume(pid: Pid, signal: Option<Signal>, then: Then) {
+    let _ = match then {
+        Then::Forget => ptrace::detach(pid, signal),
+        _ => ptrace::syscall(pid, signal),
+    };
+}
+
+fn seize(thread: Pid, options: Options) {
+    loop {
+        match ptrace::seize(thread, options) {
+            Ok(()) => break,
+            // The last tracer is on its way out.
+            Err(Errno::EPERM) => std::thread::yield_now(),
+            Err(errno) => panic!("cannot trace {thread}: {errno}"),
+        }
+    }
+    ptrace::interrupt(thread).expect("it is traced by now");
+}
+
+fn threads(pid: Pid) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process exists");
+    let number = |entry: fs::DirEntry| entry.file_name().to_str()?.parse().ok();
+    tasks.flatten().filter_map(number).map(Pid::from_raw).collect()
+}
+
+/// Wait until a process has stopped itself, to be traced from its first instruction on.
+pub fn wait_until_stopped(pid: u32) {
+    let end = std::time::Instant::now() + crate::harness::PATIENCE;
+    loop {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        if stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')) {
+            return;
+        }
+        assert!(
+            std::time::Instant::now() < end,
+            "process {pid} does not stop: {stat}"
+        );
+        std::thread::yield_now();
+    }
+}

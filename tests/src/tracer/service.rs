@@ -1,0 +1,236 @@
+//! The helper under the tracer: which of its processes is which, and the end of one of them, or of all, just
+//! before a call of our choice.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::calls::{WAITS, name};
+use super::{Call, Event, Then, trace};
+
+/// The kinds of processes that the helper is made of: see its `main`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    Daemon,
+    Connection,
+    /// A connection's child: it has become, or is about to become, the job's user.
+    AsUser,
+    /// Carries out an order that takes no worker's namespaces.
+    Order,
+    /// A worker's first process, until it keeps house.
+    First,
+    /// The first process's child, until it is the agent.
+    Agent,
+}
+
+pub const KINDS: [Kind; 6] = [
+    Kind::Daemon,
+    Kind::Connection,
+    Kind::AsUser,
+    Kind::Order,
+    Kind::First,
+    Kind::Agent,
+];
+
+/// Before which call of a kind of process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// The nth, from 0.
+    Nth(usize),
+    /// The first of this number.
+    First(i64),
+}
+
+/// Whom to kill, and when.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub kind: Kind,
+    pub when: When,
+    /// Everything that is the service's dies with it: all but the jobs.
+    pub all: bool,
+}
+
+/// What was seen until the end, or until somebody was killed.
+#[derive(Debug, Default)]
+pub struct Seen {
+    pub calls: BTreeMap<Kind, Vec<i64>>,
+    pub killed: Option<Killed>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Killed {
+    pub kind: Kind,
+    pub number: i64,
+    /// It was the daemon, or all: nobody serves now.
+    pub service: bool,
+}
+
+impl std::fmt::Display for Killed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let all = if self.service { ", nobody serves" } else { "" };
+        write!(f, "{:?} before {}{all}", self.kind, name(self.number))
+    }
+}
+
+/// From when to when the daemon is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Span {
+    /// It runs; until the next connection has ended, and the daemon waits for others.
+    OneConnection,
+    /// It has stopped itself before it becomes the helper; until it serves.
+    Start,
+}
+
+/// Watch the daemon in a thread of its own, which returns at the span's end, or when it has killed. On return
+/// of this, nothing is missed any more.
+pub fn watch(daemon: u32, span: Span, plan: Option<Plan>) -> JoinHandle<Seen> {
+    watch_with(daemon, span, plan, |_, _| {})
+}
+
+/// The same; `also` sees every event before it is weighed.
+pub fn watch_with(
+    daemon: u32,
+    span: Span,
+    plan: Option<Plan>,
+    mut also: impl FnMut(Pid, &Event) + Send + 'static,
+) -> JoinHandle<Seen> {
+    let (ready, attached) = mpsc::channel();
+    let daemon = Pid::from_raw(daemon as i32);
+    let thread = std::thread::spawn(move || {
+        let mut watcher = Watcher::new(daemon, span, plan);
+        trace(
+            daemon,
+            || {
+                let _ = ready.send(());
+            },
+            |pid, event| {
+                also(pid, &event);
+                watcher.on(pid, event)
+            },
+        );
+        watcher.seen
+    });
+    // An error is the thread's panic: whoever joins it is told.
+    let _ = attached.recv();
+    thread
+}
+
+struct Watcher {
+    daemon: Pid,
+    span: Span,
+    plan: Option<Plan>,
+    seen: Seen,
+    alive: BTreeMap<Pid, Kind>,
+    /// Of the daemon: what it called last that tells what its next child is for.
+    last: i64,
+    counting: bool,
+    connection_gone: bool,
+    reaped: bool,
+}
+
+impl Watcher {
+    fn new(daemon: Pid, span: Span, plan: Option<Plan>) -> Watcher {
+        Watcher {
+            daemon,
+            span,
+            plan,
+            seen: Seen::default(),
+            alive: BTreeMap::from([(daemon, Kind::Daemon)]),
+            last: 0,
+            counting: span == Span::OneConnection,
+            connection_gone: false,
+            reaped: false,
+        }
+    }
+
+    fn on(&mut self, pid: Pid, event: Event) -> Then {
+        match event {
+            Event::Born { parent, by } => {
+                let kind = match self.alive.get(&parent) {
+                    Some(Kind::Daemon) if by.number == libc::SYS_clone3 => Kind::First,
+                    Some(Kind::Daemon) if self.last == libc::SYS_recvmsg => Kind::Order,
+                    Some(Kind::Daemon) => Kind::Connection,
+                    Some(Kind::Connection | Kind::AsUser) => Kind::AsUser,
+                    Some(Kind::First) => Kind::Agent,
+                    Some(other) => *other,
+                    None => return Then::GoOn,
+                };
+                self.alive.insert(pid, kind);
+                Then::GoOn
+            }
+            Event::Enter(call) => self.enter(pid, call),
+            Event::Leave(..) => Then::GoOn,
+            Event::Exec => match self.alive.get(&pid) {
+                Some(Kind::Daemon) => {
+                    self.counting = true;
+                    Then::GoOn
+                }
+                _ => {
+                    self.alive.remove(&pid);
+                    Then::Forget
+                }
+            },
+            Event::Gone => {
+                if self.alive.remove(&pid) == Some(Kind::Connection) {
+                    self.connection_gone = true;
+                }
+                Then::GoOn
+            }
+        }
+    }
+
+    fn enter(&mut self, pid: Pid, call: Call) -> Then {
+        let Some(kind) = self.alive.get(&pid).copied() else {
+            return Then::GoOn;
+        };
+        if kind == Kind::Daemon {
+            if call.is(&[libc::SYS_accept4, libc::SYS_recvmsg]) {
+                self.last = call.number;
+            }
+            if self.connection_gone && call.number == libc::SYS_wait4 {
+                self.reaped = true;
+            }
+            // Its last wait has four descriptors; that for new mounts has one, that of Rust's start three.
+            let waits = call.is(WAITS) && call.arguments[1] == 4;
+            if waits && (self.reaped || self.span == Span::Start) {
+                return Then::End;
+            }
+        } else if kind == Kind::First && call.is(WAITS) {
+            // It keeps house from here on.
+            self.alive.remove(&pid);
+            return Then::Forget;
+        }
+        // What the kernel makes of a wait that the tracer has interrupted is no call of the program.
+        if !self.counting || call.number == libc::SYS_restart_syscall {
+            return Then::GoOn;
+        }
+        let calls = self.seen.calls.entry(kind).or_default();
+        calls.push(call.number);
+        let now = self.plan.filter(|plan| {
+            plan.kind == kind
+                && match plan.when {
+                    When::Nth(n) => calls.len() == n + 1,
+                    When::First(number) => number == call.number,
+                }
+        });
+        let Some(plan) = now else {
+            return Then::GoOn;
+        };
+        self.seen.killed = Some(Killed {
+            kind,
+            number: call.number,
+            service: plan.all || kind == Kind::Daemon,
+        });
+        for (other, kind) in &self.alive {
+            let jobs = matches!(kind, Kind::First | Kind::Agent);
+            if *other == pid || (plan.all && !jobs) {
+                let _ = kill(*other, Signal::SIGKILL);
+            }
+        }
+        debug_assert!(self.alive.contains_key(&self.daemon) || !plan.all);
+        Then::End
+    }
+}

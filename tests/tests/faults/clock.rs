@@ -1,0 +1,142 @@
+//! Row 76: the clock is years off, in either direction. The machine's own is never set: each binary gets a wall clock
+//! of its own from a preloaded library.
+
+use std::process::Command;
+
+use super::*;
+
+const YEAR: i64 = 365 * 24 * 3600;
+
+/// A wall clock for binaries, which can be set.
+struct Clock {
+    place: tempfile::TempDir,
+}
+
+impl Clock {
+    fn new() -> Clock {
+        // Where the supervisor may read it, and its loader finds it.
+        let place = tempfile::Builder::new()
+            .prefix("user-factory-test-")
+            .tempdir()
+            .unwrap();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(place.path(), open).unwrap();
+        let source = place.path().join("clock.c");
+        fs::write(&source, include_str!("../../src/clock.c")).unwrap();
+        let mut gcc = Command::new("gcc");
+        gcc.args(["-shared", "-fPIC", "-O1", "-o"]);
+        gcc.arg(place.path().join("clock.so")).arg(&source);
+        assert!(gcc.status().expect("gcc is there").success());
+        let clock = Clock { place };
+        clock.set(0);
+        clock
+    }
+
+    fn set(&self, years: i64) {
+        let (part, whole) = (self.place.path().join("part"), self.place.path().join("off"));
+        fs::write(&part, format!("{}\n", years * YEAR)).unwrap();
+        fs::rename(part, whole).unwrap();
+    }
+
+    fn start(&self, mut command: Command) -> Running {
+        command.env("LD_PRELOAD", self.place.path().join("clock.so"));
+        Running::start(command.env("CLOCK_OFF", self.place.path().join("off")))
+    }
+
+    fn supervisor(&self, house: &mut House) {
+        house.end_supervisor(Signal::SIGTERM);
+        house.supervisor = self.start(house.host.supervisor_command());
+        house.told(&["supervisor started"]);
+    }
+
+    fn helper(&self, house: &mut House) {
+        house.end_helper(Signal::SIGTERM);
+        house.helper = self.start(house.host.helper_command());
+        house.helper.log.wait(&["serving"]);
+    }
+}
+
+/// The year in which the binary believes to be, as its log has it.
+fn year(log: &Log) -> i64 {
+    let line = log.wait(&[""]);
+    line[..4].parse().expect("a line begins with its time")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_76_a_clock_that_is_years_off_after_a_restart_changes_nothing_for_a_running_job() {
+    let clock = Clock::new();
+    let mut house = House::new(TWO).await;
+    let now = year(&house.supervisor.log);
+    let job = house.running().await;
+    for years in [20, -20, 0] {
+        clock.set(years);
+        clock.supervisor(&mut house);
+        clock.helper(&mut house);
+        assert!(
+            (year(&house.supervisor.log) - now - years).abs() <= 1,
+            "the clock is not off"
+        );
+        assert!(
+            (year(&house.helper.log) - now - years).abs() <= 1,
+            "the clock is not off"
+        );
+        house.polls(2).await;
+        let other = house.submit("echo beside");
+        house.completed(other).await;
+    }
+    house.let_end();
+    house.completed(job).await;
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_76_a_clock_that_jumps_while_the_factory_runs_changes_nothing() {
+    let clock = Clock::new();
+    let mut house = House::new(TWO).await;
+    clock.supervisor(&mut house);
+    clock.helper(&mut house);
+    let job = house.running().await;
+    for years in [20, -20, 20, 0] {
+        clock.set(years);
+        house.polls(2).await;
+        let other = house.submit("echo beside");
+        house.completed(other).await;
+    }
+    house.let_end();
+    house.completed(job).await;
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_76_a_worker_that_is_starting_is_not_failed_by_a_clock_that_jumps_across_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let agent = directory.path().join("agent");
+    fs::write(
+        &agent,
+        "#!/bin/bash\necho waiting for ever\nsleep 1000 & exit 0\n",
+    )
+    .unwrap();
+    let clock = Clock::new();
+    let slots = format!("online_timeout_seconds = 20\n{ONE}");
+    let mut house = House::with_agent(&slots, agent).await;
+    let job = house.submit("echo never");
+    house.told(&["worker phase", "phase=\"running\""]);
+    for years in [20, -20, 20] {
+        clock.set(years);
+        clock.supervisor(&mut house);
+        house.polls(3).await;
+        assert!(
+            !house.server.job(job).complete(),
+            "the worker's time was up at once"
+        );
+    }
+    // It is failed in the end: a clock that was set back holds nothing off for years.
+    clock.set(-20);
+    clock.supervisor(&mut house);
+    assert_eq!(house.ended(job).await.state(), "failed");
+    let held = house.held(job).await;
+    let reason = held.hold.unwrap().reason;
+    assert!(reason.contains("did not come online within 20 s"), "{reason}");
+    house.server.release(held.id).unwrap();
+    house.finish().await;
+}

@@ -1,0 +1,234 @@
+//! Row 78: the supervisor's database.
+
+use std::os::unix::fs::{PermissionsExt, chown};
+
+use testbed::disk::SmallDisk;
+
+use super::*;
+
+fn database(house: &House) -> PathBuf {
+    house.state_dir().join("factory.db")
+}
+
+/// Start the supervisor again, and see that it knows the worker of `job`.
+async fn find_again(house: &mut House, job: Ulid) {
+    house.supervisor = house.host.supervisor();
+    let worker = worker_of(house, job).to_string();
+    house.told(&["worker taken on as online", &worker]);
+    house.polls(2).await;
+}
+
+/// The job that ran through it all ends well, on its first worker, and so does the next.
+async fn all_is_well(house: House, job: Ulid) {
+    assert_eq!(house.server.workers().len(), 1, "the job was begun again");
+    house.let_end();
+    house.completed(job).await;
+    let next = house.submit("echo next");
+    house.completed(next).await;
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_78_a_deleted_database_loses_no_running_job() {
+    let mut house = House::new(ONE).await;
+    let job = house.running().await;
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        house.end_supervisor(signal);
+        for entry in fs::read_dir(house.state_dir()).unwrap().flatten() {
+            if entry.file_name().to_string_lossy().starts_with("factory.db") {
+                fs::remove_file(entry.path()).unwrap();
+            }
+        }
+        find_again(&mut house, job).await;
+    }
+    all_is_well(house, job).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_78_a_damaged_database_is_set_aside_and_the_running_job_found_again() {
+    let mut house = House::new(ONE).await;
+    let job = house.running().await;
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [(&str, Damage); 4] = [
+        ("another content", |bytes| bytes.fill(b'x')),
+        ("its second half lost", |bytes| bytes.truncate(bytes.len() / 2)),
+        ("zeroes after the first page", |bytes| bytes[4096..].fill(0)),
+        ("every 100th byte turned", |bytes| {
+            bytes
+                .iter_mut()
+                .skip(100)
+                .step_by(100)
+                .for_each(|byte| *byte ^= 0xff);
+        }),
+    ];
+    for (what, damage) in damages {
+        // So it is all in the one file.
+        assert!(house.end_supervisor(Signal::SIGTERM).success());
+        let path = database(&house);
+        let mut bytes = fs::read(&path).unwrap();
+        damage(&mut bytes);
+        fs::write(&path, bytes).unwrap();
+        find_again(&mut house, job).await;
+        let parts = [
+            "ERROR the database",
+            "factory.db is damaged",
+            "it was set aside as",
+            "factory.db.damaged",
+            "nothing else is to be done",
+        ];
+        once(&house.supervisor.log, 0, &parts);
+        assert!(path.with_extension("db.damaged").exists(), "{what}");
+    }
+    // A supervisor that is killed leaves a part of it in the log of changes, which is damaged here.
+    house.end_supervisor(Signal::SIGKILL);
+    let log = house.state_dir().join("factory.db-wal");
+    let length = fs::metadata(&log).expect("there is one after a kill").len();
+    fs::write(&log, vec![0x55; length as usize]).unwrap();
+    house.supervisor = house.host.supervisor();
+    house.polls(2).await;
+    all_is_well(house, job).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_78_a_database_that_cannot_be_written_is_refused_and_used_again_when_it_can() {
+    let mut house = House::new(ONE).await;
+    let job = house.running().await;
+    house.end_supervisor(Signal::SIGKILL);
+    let state = house.state_dir();
+    let say = [
+        "factory.db",
+        "let the supervisor's user write the directory and the files in it",
+    ];
+    let modes = |dir: u32, file: u32| {
+        for entry in fs::read_dir(&state).unwrap().flatten() {
+            if entry.file_type().unwrap().is_file() {
+                fs::set_permissions(entry.path(), fs::Permissions::from_mode(file)).unwrap();
+            }
+        }
+        fs::set_permissions(&state, fs::Permissions::from_mode(dir)).unwrap();
+    };
+    // The files alone; the lock is the first of them.
+    modes(0o755, 0o444);
+    refused(&mut house.host.supervisor_command(), &["lock", say[1]]);
+    fs::set_permissions(state.join("lock"), fs::Permissions::from_mode(0o600)).unwrap();
+    refused(&mut house.host.supervisor_command(), &say);
+    // The directory alone, in which SQLite needs to make files.
+    modes(0o755, 0o600);
+    house.supervisor = house.host.supervisor();
+    house.polls(1).await;
+    assert!(house.end_supervisor(Signal::SIGTERM).success());
+    modes(0o555, 0o600);
+    refused(&mut house.host.supervisor_command(), &say);
+    // What the line says is what helps.
+    modes(0o755, 0o600);
+    house.supervisor = house.host.supervisor();
+    house.polls(1).await;
+    assert!(
+        !state.join("factory.db.damaged").exists(),
+        "it was taken for damaged"
+    );
+    all_is_well(house, job).await;
+}
+
+const ROOM: &str = "size=256m,nr_inodes=1000";
+
+/// The supervisor's directory on a small file system of its own.
+fn small(host: &TestHost) -> Option<SmallDisk> {
+    let place = host.root.join(protocol::config::STATE_DIR).join("supervisor");
+    let disk = SmallDisk::in_memory_at(place.clone());
+    disk.limit(ROOM);
+    chown(&place, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
+    Some(disk)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_78_a_full_disk_is_waited_for_and_nothing_is_forgotten() {
+    let mut house = House::on(TWO, small).await;
+    let job = house.running().await;
+    let disk = house.disk.take().unwrap();
+    disk.fill();
+    let next = house.submit("echo next");
+    let parts = [
+        "ERROR the database cannot be written",
+        "make room on the disk",
+        "running jobs go on",
+    ];
+    house.told(&parts);
+    // A running job goes on, and ends. Of the next there is a worker on the server, which nothing is begun for.
+    house.let_end();
+    house.completed(job).await;
+    once(&house.supervisor.log, 0, &parts);
+    let begun = house
+        .server
+        .workers()
+        .iter()
+        .filter(|worker| worker.private.is_some())
+        .count();
+    assert_eq!(begun, 1, "a worker was begun that is not saved");
+    disk.limit(ROOM);
+    house.told(&["the database can be written again"]);
+    house.completed(next).await;
+
+    // And at the start.
+    house.end_supervisor(Signal::SIGKILL);
+    for file in ["factory.db-wal", "factory.db-shm"] {
+        fs::remove_file(house.state_dir().join(file)).unwrap();
+    }
+    disk.fill();
+    refused(
+        &mut house.host.supervisor_command(),
+        &["factory.db", "make room on the disk"],
+    );
+    disk.limit(ROOM);
+    house.supervisor = house.host.supervisor();
+    let last = house.submit("echo last");
+    house.completed(last).await;
+    house.disk = Some(disk);
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_78_a_database_of_a_newer_release_is_left_alone() {
+    let mut house = House::new(ONE).await;
+    let job = house.running().await;
+    assert!(house.end_supervisor(Signal::SIGTERM).success());
+    // Where the header of the file has it (https://sqlite.org/fileformat2.html).
+    let set = |version: u32| {
+        let mut bytes = fs::read(database(&house)).unwrap();
+        let before = u32::from_be_bytes(bytes[60..64].try_into().unwrap());
+        bytes[60..64].copy_from_slice(&version.to_be_bytes());
+        fs::write(database(&house), bytes).unwrap();
+        before
+    };
+    let ours = set(99);
+    let say = [
+        "factory.db",
+        "it has version 99",
+        "install the newer release again",
+    ];
+    refused(&mut house.host.supervisor_command(), &say);
+    assert_eq!(set(ours), 99, "it was changed");
+    house.supervisor = house.host.supervisor();
+    house.polls(1).await;
+    all_is_well(house, job).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_78_a_file_system_that_is_read_only_is_refused_and_used_again_when_it_is_not() {
+    let mut house = House::on(ONE, small).await;
+    let job = house.running().await;
+    house.end_supervisor(Signal::SIGKILL);
+    let disk = house.disk.take().unwrap();
+    disk.limit("ro");
+    let say = [
+        "cannot open",
+        "Read-only file system",
+        "let the supervisor's user write",
+    ];
+    refused(&mut house.host.supervisor_command(), &say);
+    disk.limit("rw");
+    house.disk = Some(disk);
+    house.supervisor = house.host.supervisor();
+    house.polls(1).await;
+    all_is_well(house, job).await;
+}

@@ -1,0 +1,139 @@
+//! Row 73: both halves killed at random moments, under a load of jobs. The kills at every system call are
+//! elsewhere; here everything is under way at the same time.
+
+use testbed::server::State;
+
+use super::*;
+
+/// Nights set `USER_FACTORY_TEST_KILLS`; `USER_FACTORY_TEST_SEED` repeats the choices of a run, though not what the
+/// machine makes of them.
+const KILLS: u64 = 25;
+
+/// More slots than processors, two in conflict.
+const SLOTS: &str = r#"
+[slots.a]
+target = "TARGET"
+conflicts_with_slots = ["b"]
+[slots.b]
+target = "TARGET"
+[slots.c]
+target = "TARGET"
+[slots.d]
+target = "TARGET"
+"#;
+
+/// Some work, and a daemon that is left behind.
+const JOB: &str = "for i in 1 2 3; do echo $i; read -t 0.2 < <(sleep 1); done; \
+                   (setsid nohup sleep 1000 >/dev/null 2>&1 &); echo end";
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().expect("a number"))
+}
+
+/// A small generator (splitmix64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % end
+    }
+}
+
+/// No slot has two live workers, and conflicting ones have one between them.
+fn slots_are_shared_by_nobody(state: &State) {
+    let live = state.workers.values().filter(|worker| !worker.deleted);
+    let mut slots: Vec<&str> = live
+        .filter_map(|worker| worker.private.as_deref())
+        .map(|slot| if slot == "b" { "a" } else { slot })
+        .collect();
+    slots.sort_unstable();
+    let all = slots.len();
+    slots.dedup();
+    assert_eq!(
+        all,
+        slots.len(),
+        "a slot, or a pair of conflicting ones, has two workers: {slots:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_73_halves_killed_at_random_moments_under_load_lose_no_job_and_leave_nothing() {
+    let kills = number("USER_FACTORY_TEST_KILLS").unwrap_or(KILLS);
+    let seed = number("USER_FACTORY_TEST_SEED").unwrap_or_else(|| {
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
+        now.as_nanos() as u64
+    });
+    println!("USER_FACTORY_TEST_SEED={seed} USER_FACTORY_TEST_KILLS={kills}");
+    let mut random = Random(seed);
+    let mut house = House::new(SLOTS).await;
+    let requests = |house: &House| house.server.all_requests().values().sum::<u64>();
+    let mut jobs: Vec<Ulid> = Vec::new();
+    let mut logs: Vec<Log> = Vec::new();
+    for _ in 0..kills {
+        // There is always something to begin.
+        let waiting = jobs.iter().filter(|job| house.server.job(**job).queued()).count();
+        for _ in waiting..3 {
+            jobs.push(house.submit(JOB));
+        }
+        // Somewhere within the next few requests, and a little after one.
+        let until = requests(&house) + 1 + random.below(25);
+        house
+            .see(|state| {
+                slots_are_shared_by_nobody(state);
+                (requests(&house) >= until).then_some(())
+            })
+            .await;
+        for _ in 0..random.below(20_000) {
+            std::hint::spin_loop();
+        }
+        let (helper, supervisor) = [(true, false), (false, true), (true, true)][random.below(3) as usize];
+        if helper {
+            house.helper.signal(Signal::SIGKILL);
+        }
+        if supervisor {
+            house.supervisor.signal(Signal::SIGKILL);
+        }
+        if helper {
+            house.helper.wait();
+            logs.push(house.helper.log.clone());
+            house.helper = house.host.helper();
+        }
+        if supervisor {
+            house.supervisor.wait();
+            logs.push(house.supervisor.log.clone());
+            house.supervisor = house.host.supervisor();
+        }
+    }
+    let all_end = |state: &State| {
+        slots_are_shared_by_nobody(state);
+        jobs.iter().all(|job| state.jobs[job].complete()).then_some(())
+    };
+    house.see(all_end).await;
+    logs.extend([house.helper.log.clone(), house.supervisor.log.clone()]);
+    let failed: Vec<_> = jobs.iter().map(|job| house.server.job(*job)).collect();
+    let failed: Vec<_> = failed.iter().filter(|job| job.state() != "completed").collect();
+    let text = || {
+        logs.iter()
+            .map(Log::text)
+            .collect::<Vec<_>>()
+            .join("\n--- the next life\n")
+    };
+    assert!(failed.is_empty(), "seed {seed}: {failed:#?}\n{}", text());
+    // A worker that was remade has printed nothing twice: one that began was never begun again.
+    for job in &jobs {
+        let printed = lines(&house.server.job(*job), "stdout");
+        assert_eq!(printed, ["1", "2", "3", "end"], "seed {seed}: job {job}");
+    }
+    println!(
+        "{} jobs, {} workers, {kills} kills",
+        jobs.len(),
+        house.server.workers().len()
+    );
+    house.finish().await;
+}

@@ -1,0 +1,77 @@
+//! Real faults: the real binaries, and a world around them that breaks. Each test ends in the right state, with one
+//! line of the log that names what was wrong and what to do, and with nothing to clean up by hand. The rows are
+//! those of group G. Needs root.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use testbed::harness::{Log, Running, SUPERVISOR_UID, TestHost};
+use testbed::house::{House, ONE, TWO, lines};
+use testbed::server::Ulid;
+
+mod clock;
+mod database;
+mod devices;
+mod disk;
+mod kernel;
+mod killed;
+mod kills;
+mod server;
+mod slots;
+mod twice;
+mod upgrade;
+
+/// The log has one line with all of these, and no second.
+fn once(log: &Log, from: usize, parts: &[&str]) {
+    let count = log.count_from(from, parts);
+    assert_eq!(count, 1, "lines with {parts:?}:\n{}", log.text());
+}
+
+/// Start what will refuse to work; the line that says why, and what to do.
+fn refused(command: &mut std::process::Command, parts: &[&str]) {
+    let mut running = Running::start(command);
+    assert!(!running.wait().success(), "it works:\n{}", running.log.text());
+    running.log.wait(parts);
+    once(&running.log, 0, parts);
+}
+
+fn worker_of(house: &House, job: Ulid) -> Ulid {
+    house.server.job(job).worker.expect("the job runs")
+}
+
+/// The slot of the job's worker.
+fn slot_of(house: &House, job: Ulid) -> String {
+    house
+        .server
+        .worker(worker_of(house, job))
+        .private
+        .expect("it is associated")
+}
+
+/// The processes of a job, each with its command line.
+fn processes(house: &House, job: Ulid) -> Vec<(Pid, String)> {
+    let worker = worker_of(house, job).to_string();
+    let cgroup = house.host.cgroup_dir().join("workers").join(worker);
+    let pids = fs::read_to_string(cgroup.join("cgroup.procs")).expect("the worker has a cgroup");
+    let pids = pids.lines().map(|pid| pid.parse().expect("a pid"));
+    pids.map(|pid: i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        (Pid::from_raw(pid), line)
+    })
+    .collect()
+}
+
+/// The worker's first process.
+fn pid_1(house: &House, job: Ulid) -> Pid {
+    let is_first = |pid: &Pid| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let inner = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        inner.and_then(|line| line.split_whitespace().next_back()) == Some("1")
+    };
+    let all = processes(house, job);
+    let found = all.iter().map(|(pid, _)| *pid).find(is_first);
+    found.unwrap_or_else(|| panic!("no pid 1 in {all:?}"))
+}

@@ -1,0 +1,160 @@
+//! Row 82: the helper is upgraded while jobs run, and for a while the halves speak different versions.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use protocol::{Received, Request, Seqpacket, wire};
+
+use super::*;
+
+/// Stands between the two halves, where the helper's socket was, and makes each believe that the other is of the
+/// next version.
+struct NextVersion {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+    place: PathBuf,
+    behind: PathBuf,
+}
+
+impl NextVersion {
+    fn new(host: &TestHost) -> NextVersion {
+        let place = host.socket();
+        let behind = place.with_extension("behind");
+        fs::rename(&place, &behind).unwrap();
+        let fd = socket(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .unwrap();
+        bind(fd.as_raw_fd(), &UnixAddr::new(&place).unwrap()).unwrap();
+        std::os::unix::fs::chown(&place, Some(SUPERVISOR_UID), None).unwrap();
+        listen(&fd, Backlog::new(8).unwrap()).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, helper) = (stop.clone(), behind.clone());
+        let thread = std::thread::spawn(move || {
+            // The standard library's listener does not mind that packets have borders.
+            for client in UnixListener::from(fd).incoming().map_while(Result::ok) {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                let helper = helper.clone();
+                std::thread::spawn(move || relay(OwnedFd::from(client).into(), &helper));
+            }
+        });
+        NextVersion {
+            stop,
+            thread: Some(thread),
+            place,
+            behind,
+        }
+    }
+}
+
+impl Drop for NextVersion {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = Seqpacket::connect(&self.place, false);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        fs::rename(&self.behind, &self.place).unwrap();
+    }
+}
+
+fn relay(client: Seqpacket, helper: &Path) {
+    let helper = Seqpacket::connect(helper, false).expect("the helper listens");
+    while let Ok(Received::Packet { bytes, descriptors }) = client.recv(wire::MAX_REQUEST) {
+        let bytes = match wire::decode::<Request>(&bytes) {
+            Ok(Request::Hello { version }) => wire::encode(&Request::Hello { version: version + 1 }).unwrap(),
+            _ => bytes,
+        };
+        let descriptor = descriptors.first().map(OwnedFd::as_fd);
+        if helper.send(&bytes, descriptor).is_err() {
+            return;
+        }
+        let Ok(Received::Packet { bytes, descriptors }) = helper.recv(wire::MAX_REPLY) else {
+            return;
+        };
+        if client
+            .send(&bytes, descriptors.first().map(OwnedFd::as_fd))
+            .is_err()
+        {
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_82_a_helper_of_the_next_version_is_named_on_both_sides_and_jobs_go_on() {
+    let mut house = House::new(TWO).await;
+    let job = house.running().await;
+    // As an upgrade does it: a new helper, under a supervisor that is the old one still. What stands between them
+    // is root's, so that is whom the helper serves.
+    house.end_helper(Signal::SIGTERM);
+    let slots = TWO.replace("TARGET", &house.target.to_string());
+    house.host.configure(&house.url(), 0, &slots);
+    house.helper = house.host.helper();
+    let next_version = NextVersion::new(&house.host);
+    house.end_supervisor(Signal::SIGTERM);
+    house.supervisor = house.host.supervisor();
+    let seen = 0;
+    let versions = (protocol::VERSION, protocol::VERSION + 1);
+    let ours = format!(
+        "another version of the protocol than this supervisor's {}",
+        versions.0
+    );
+    let parts = [
+        "ERROR helper away",
+        &ours,
+        "install both from the same release and restart them",
+    ];
+    house.told_from(seen, &parts);
+    house.polls(3).await;
+    once(&house.supervisor.log, seen, &parts);
+    let said = format!(
+        "speaks version {} of the protocol, you speak {}",
+        versions.0, versions.1
+    );
+    let count = house
+        .helper
+        .log
+        .count(&["WARN", "Hello", &said, "install both halves from one release"]);
+    // Each time that it is asked, which is ever more seldom.
+    assert!(count >= 1, "{}", house.helper.log.text());
+    // The job does not need them to end, and is not touched before they understand each other.
+    house.let_end();
+    house.completed(job).await;
+    house.polls(2).await;
+    assert!(!house.server.worker(worker_of(&house, job)).deleted);
+    drop(next_version);
+    house.end_helper(Signal::SIGTERM);
+    house.configure(TWO);
+    house.helper = house.host.helper();
+    house.told_from(seen, &["helper back"]);
+    let next = house.submit("echo next");
+    house.completed(next).await;
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_82_a_helper_that_is_replaced_under_load_loses_no_request_and_no_job() {
+    let mut house = House::new(TWO).await;
+    let jobs: Vec<Ulid> = (0..6)
+        .map(|_| house.submit("echo one; read -t 0.2 < <(sleep 1); echo two"))
+        .collect();
+    // As a package's upgrade does: told to stop, and started again.
+    while jobs.iter().any(|job| !house.server.job(*job).complete()) {
+        house.polls(1).await;
+        house.end_helper(Signal::SIGTERM);
+        house.helper = house.host.helper();
+    }
+    for job in jobs {
+        house.completed(job).await;
+    }
+    house.finish().await;
+}

@@ -1,0 +1,252 @@
+//! The helper, killed at each system call of each of its processes.
+
+use std::collections::BTreeSet;
+
+use nix::sys::signal::Signal;
+use protocol::{Reply, Request, State, WorkerId};
+use testbed::census::Census;
+use testbed::harness::Client;
+use testbed::stage::{list, wait_until};
+use testbed::tracer::calls::{MEMORY, name};
+use testbed::tracer::service::{KINDS, Kind, Plan, Seen, When};
+
+use crate::Sample;
+use crate::bench::{Bench, Operation, ask, ask_with, is_success, prepare, request, state_of};
+
+/// What is done after a kill.
+#[derive(Clone, Copy, Debug)]
+enum After {
+    /// The same once more, to its success; then `Delete`.
+    Repeat,
+    Delete,
+}
+
+/// The points at which to kill, in their forms.
+fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
+    let mut plans = Vec::new();
+    // One alone, or all that is the service's with it: two forms at a time, each with one of these ends.
+    let forms = [
+        [(false, After::Repeat), (true, After::Delete)],
+        [(true, After::Repeat), (false, After::Delete)],
+    ];
+    for (kind, calls) in &seen.calls {
+        let mut names = BTreeSet::new();
+        for (n, number) in calls.iter().enumerate() {
+            let two = forms[(n + sample.offset) % 2];
+            let mut take = |when, forms: &[(bool, After)]| {
+                for (all, after) in forms {
+                    let (kind, all) = (*kind, *all);
+                    plans.push((Plan { kind, when, all }, *after));
+                }
+            };
+            // By its name: the nth is not the same in every run.
+            if names.insert(*number) {
+                take(When::First(*number), &two);
+            }
+            if sample.is_all() {
+                take(When::Nth(n), &two);
+            } else if sample.has(n) {
+                take(When::Nth(n), &two[..1]);
+            }
+        }
+    }
+    plans
+}
+
+/// Kill at the points of `operation` on a worker in this slot. Returns how many there were.
+fn kill_at_every_step_of(operation: Operation, slot: &str) {
+    let mut bench = Bench::new();
+    let census = Census::take(&bench.host);
+    // The first worker finds the view built, as all but the first do.
+    let first = prepare(&bench, Operation::Delete, slot);
+    assert_eq!(
+        ask(&bench.host, &request(Operation::Delete, first, slot)),
+        Some(Reply::Deleted)
+    );
+    let worker = prepare(&bench, operation, slot);
+    let (reply, seen) = bench.under_the_tracer(&request(operation, worker, slot), None);
+    assert!(reply.as_ref().is_some_and(is_success), "{reply:?}");
+    end(&bench, worker, "an operation that nobody disturbed");
+    // What is called in one run and not in another need not be found again.
+    let worker = prepare(&bench, operation, slot);
+    let (_, again) = bench.under_the_tracer(&request(operation, worker, slot), None);
+    end(&bench, worker, "an operation that nobody disturbed");
+    let sample = Sample::of(29);
+    let (mut killed, mut missed) = (0, 0);
+    let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
+    for (plan, after) in plans(&seen, &sample) {
+        let worker = prepare(&bench, operation, slot);
+        let (_, seen) = bench.under_the_tracer(&request(operation, worker, slot), Some(plan));
+        let Some(at) = seen.killed else {
+            // No two runs are quite the same.
+            missed += 1;
+            end(
+                &bench,
+                worker,
+                "an operation that ended before it was to be killed",
+            );
+            continue;
+        };
+        let what = format!("{operation:?} in {slot}, killed: {at}, then {after:?}");
+        killed += 1;
+        covered.insert((at.kind, at.number));
+        if sample.is_all() && killed % 200 == 0 {
+            println!("{what}: {killed} so far");
+        }
+        if at.service {
+            bench.restart();
+        }
+        if let After::Repeat = after {
+            repeat(&bench, operation, worker, slot, &what);
+        }
+        end(&bench, worker, &what);
+    }
+    census.assert_unchanged(&bench.host);
+    report(
+        &format!("{operation:?} in {slot}"),
+        [&seen, &again],
+        &covered,
+        killed,
+        missed,
+        &sample,
+    );
+}
+
+/// The same request again must succeed, and an agent is started once.
+fn repeat(bench: &Bench, operation: Operation, worker: WorkerId, slot: &str, what: &str) {
+    let before = state_of(bench, worker);
+    let reply = ask_with(&bench.host, &request(operation, worker, slot));
+    let (reply, mut descriptors) = reply.unwrap_or_else(|| panic!("after {what}: the helper hung up"));
+    assert!(is_success(&reply), "after {what}: {reply:?}");
+    if operation == Operation::Install {
+        let console = descriptors.pop().expect("a console comes").into();
+        let client = Client::new(&bench.host);
+        if before == Some(State::Created) {
+            wait_until(&client, worker, |state| state == State::Running);
+            testbed::stage::wait_for_line(&console, "ready");
+        }
+        let text = testbed::stage::read(&console);
+        assert!(
+            text.matches("ready").count() <= 1,
+            "after {what}: an agent was started twice"
+        );
+    }
+}
+
+fn end(bench: &Bench, worker: WorkerId, what: &str) {
+    let was_one = state_of(bench, worker).is_some();
+    let reply = ask(&bench.host, &Request::Delete { worker });
+    assert_eq!(reply, Some(Reply::Deleted), "after {what}");
+    assert_eq!(list(&Client::new(&bench.host)), [], "after {what}");
+    bench.assert_clean(was_one, what);
+}
+
+/// Say at how many points was killed, and fail if it was not as it should be.
+fn report(
+    what: &str,
+    [seen, again]: [&Seen; 2],
+    covered: &BTreeSet<(Kind, i64)>,
+    killed: usize,
+    missed: usize,
+    sample: &Sample,
+) {
+    let counts: Vec<String> = KINDS
+        .iter()
+        .filter_map(|kind| seen.calls.get(kind).map(|calls| (kind, calls.len())))
+        .map(|(kind, n)| format!("{kind:?} {n}"))
+        .collect();
+    println!(
+        "{what}: killed {killed} times, at every {}th call from {} on and at the first of each; \
+         system calls: {}; {missed} missed",
+        sample.step,
+        sample.offset,
+        counts.join(", ")
+    );
+    let all = |seen: &Seen| -> BTreeSet<(Kind, i64)> {
+        let of = |(kind, calls): (&Kind, &Vec<i64>)| calls.iter().map(|n| (*kind, *n)).collect::<Vec<_>>();
+        seen.calls.iter().flat_map(of).collect()
+    };
+    let left: Vec<String> = (&(&all(seen) & &all(again)) - covered)
+        .iter()
+        .filter(|(_, number)| !MEMORY.contains(number))
+        .map(|(kind, number)| format!("{kind:?} {}", name(*number)))
+        .collect();
+    assert!(left.is_empty(), "{what}: never killed at {left:?}");
+    assert!(killed >= 50, "{what}: killed {killed} times, that is too few");
+    assert!(
+        missed * 2 <= killed,
+        "{what}: {missed} of {killed} points were missed"
+    );
+}
+
+#[test]
+fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing() {
+    let mut bench = Bench::new();
+    let census = Census::take(&bench.host);
+    let running = prepare(&bench, Operation::Delete, "rich");
+    let created = prepare(&bench, Operation::Install, "plain");
+    let before = list(&Client::new(&bench.host));
+    let mut undisturbed = || {
+        bench.helper.signal(Signal::SIGKILL);
+        bench.helper.ended();
+        bench.start_under_the_tracer(None)
+    };
+    let (seen, again) = (undisturbed(), undisturbed());
+    let sample = Sample::of(29);
+    let (mut killed, mut missed) = (0, 0);
+    let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
+    // There is nobody but the daemon yet, and nothing to repeat but its start: the other forms are the same.
+    let mut plans = plans(&seen, &sample);
+    plans.dedup_by(|one, other| one.0.when == other.0.when);
+    for (plan, _) in plans {
+        bench.helper.signal(Signal::SIGKILL);
+        bench.helper.ended();
+        let Some(at) = bench.start_under_the_tracer(Some(plan)).killed else {
+            missed += 1;
+            continue;
+        };
+        killed += 1;
+        covered.insert((at.kind, at.number));
+        bench.restart();
+        let now = list(&Client::new(&bench.host));
+        assert_eq!(now, before, "after the start, killed: {at}");
+    }
+    assert_eq!(before.len(), 2);
+    assert!(before.iter().any(|info| info.state == State::Running));
+    // And one that nobody killed.
+    bench.helper.signal(Signal::SIGKILL);
+    bench.helper.ended();
+    bench.start_under_the_tracer(None);
+    for worker in [running, created] {
+        let reply = ask(&bench.host, &Request::Delete { worker });
+        assert_eq!(reply, Some(Reply::Deleted));
+    }
+    bench.assert_clean(true, "all starts");
+    census.assert_unchanged(&bench.host);
+    report("the start", [&seen, &again], &covered, killed, missed, &sample);
+}
+
+#[test]
+fn create_user_cut_off_anywhere_can_be_repeated_and_deleted() {
+    kill_at_every_step_of(Operation::Create, "rich");
+}
+
+#[test]
+fn install_agent_cut_off_anywhere_can_be_repeated_and_deleted() {
+    kill_at_every_step_of(Operation::Install, "rich");
+}
+
+#[test]
+fn install_agent_without_a_network_cut_off_anywhere_can_be_repeated_and_deleted() {
+    kill_at_every_step_of(Operation::Install, "alone");
+}
+
+#[test]
+fn kill_cut_off_anywhere_can_be_repeated_and_deleted() {
+    kill_at_every_step_of(Operation::Kill, "rich");
+}
+
+#[test]
+fn delete_cut_off_anywhere_gets_to_its_end_when_repeated() {
+    kill_at_every_step_of(Operation::Delete, "rich");
+}

@@ -1,0 +1,91 @@
+//! A connection that dies between its order and the answer.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use protocol::{Reply, Request, WorkerId, wire};
+use testbed::harness::{Client, PATIENCE, sealed};
+use testbed::stage::{read, wait_for_line};
+
+use crate::bench::{Bench, Operation, ask, prepare, request};
+
+/// Wait for what another process does.
+fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < end, "{what}: it does not come");
+        std::thread::yield_now();
+    }
+}
+
+fn children(pid: u32) -> Vec<i32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
+}
+
+fn is(pid: i32, state: char) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ")
+        .next()
+        .is_some_and(|rest| rest.starts_with(state))
+}
+
+/// The worker's cgroup, by its inode: another than `but`.
+fn cgroup(bench: &Bench, worker: WorkerId, but: Option<u64>) -> Option<u64> {
+    let path = bench.host.cgroup_dir().join("workers").join(worker.to_string());
+    let inode = fs::metadata(path).ok()?.ino();
+    (Some(inode) != but).then_some(inode)
+}
+
+const AGENT: &[u8] = b"#!/bin/bash\necho ready\nsleep 1000 & exit 0\n";
+
+#[test]
+fn an_order_of_a_connection_that_was_killed_is_not_carried_out() {
+    let bench = Bench::new();
+    let worker = prepare(&bench, Operation::Install, "rich");
+    let daemon = bench.helper.pid();
+    let connected = |others: &[i32]| {
+        let client = Client::new(&bench.host);
+        let new = |pid: &i32| !others.contains(pid);
+        let pid = until("the connection", || children(daemon).into_iter().find(new));
+        (client, pid)
+    };
+    let (first, first_pid) = connected(&[]);
+    let (second, second_pid) = connected(&[first_pid]);
+    bench.helper.signal(Signal::SIGSTOP);
+    let install = wire::encode(&request(Operation::Install, worker, "rich")).unwrap();
+    let agent = sealed(AGENT);
+    // Each has made a cgroup, and waits for the daemon, when its order is in the daemon's queue.
+    first.0.send(&install, Some(agent.as_fd())).unwrap();
+    let one = until("the first cgroup", || cgroup(&bench, worker, None));
+    until("the first order", || is(first_pid, 'S').then_some(()));
+    kill(Pid::from_raw(first_pid), Signal::SIGKILL).unwrap();
+    until("its end", || is(first_pid, 'Z').then_some(()));
+    second.0.send(&install, Some(agent.as_fd())).unwrap();
+    until("the second cgroup", || cgroup(&bench, worker, Some(one)));
+    until("the second order", || is(second_pid, 'S').then_some(()));
+    bench.helper.signal(Signal::SIGCONT);
+    let (reply, mut descriptors) = second.reply().expect("the helper answers");
+    assert_eq!(reply, Reply::AgentStarted);
+    let console = descriptors.pop().expect("a console comes").into();
+    bench
+        .helper
+        .log
+        .wait(&["an order was not carried out", "who asked for it is gone"]);
+    wait_for_line(&console, "ready");
+    assert_eq!(read(&console).matches("ready").count(), 1);
+    assert_eq!(
+        ask(&bench.host, &Request::Delete { worker }),
+        Some(Reply::Deleted)
+    );
+    bench.assert_clean(true, "the second order");
+}

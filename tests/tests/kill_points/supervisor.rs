@@ -1,0 +1,232 @@
+//! The supervisor, killed before each of its writes and requests, in the life of one job; then started again.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use protocol::config::STATE_DIR;
+use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
+use testbed::remains::Remains;
+use testbed::server::{JobSpec, Server, ServerOptions, State, Ulid};
+use testbed::service::Service;
+use testbed::tracer::outward::{Seen, watch};
+use testbed::tracer::wait_until_stopped;
+
+use crate::Sample;
+
+/// How a job's life goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    /// To its end.
+    Done,
+    /// Its agent is no program: the worker is held, and a person releases it.
+    NoStart,
+    /// It runs, and is cancelled.
+    Cancelled,
+}
+
+/// A server, a helper, and a supervisor that may be gone at any time.
+struct House {
+    life: Life,
+    server: Server,
+    _helper: Service,
+    supervisor: Service,
+    before: Remains,
+    host: TestHost,
+    _agent: tempfile::TempDir,
+}
+
+impl House {
+    async fn new(life: Life) -> House {
+        let directory = tempfile::tempdir().unwrap();
+        let agent = match life {
+            Life::NoStart => {
+                let path = directory.path().join("agent");
+                fs::write(&path, b"\x7fthis is no program").unwrap();
+                path
+            }
+            _ => binaries().join("reference-agent"),
+        };
+        let options = ServerOptions {
+            agent: Some(agent),
+            ..ServerOptions::default()
+        };
+        let server = Server::start(options).await.unwrap();
+        let target = server.add_target("linux");
+        let (_, token) = server.add_factory("here");
+        let host = TestHost::new();
+        let slots = format!("[slots.a]\ntarget = \"{target}\"\n");
+        host.configure(&server.url(), SUPERVISOR_UID, &slots);
+        host.write_token(&token);
+        let mut helper = Service::new(&mut host.helper_command());
+        helper.start();
+        helper.log.wait(&["serving"]);
+        House {
+            life,
+            server,
+            _helper: helper,
+            supervisor: Service::of_user(SUPERVISOR_UID, &mut host.supervisor_command()),
+            before: Remains::take(&host),
+            host,
+            _agent: directory,
+        }
+    }
+
+    fn state_dir(&self) -> PathBuf {
+        self.host.root.join(STATE_DIR).join("supervisor")
+    }
+
+    /// One life, with a supervisor that begins with nothing, and is killed before this call.
+    async fn live(&mut self, end_before: Option<usize>) -> Seen {
+        let state = self.state_dir();
+        fs::remove_dir_all(&state).unwrap();
+        fs::create_dir(&state).unwrap();
+        chown(&state, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
+        let script = match self.life {
+            Life::Cancelled => "echo once; sleep 1000",
+            _ => "echo once",
+        };
+        let job = self.server.submit_job(JobSpec::script("linux", script)).unwrap();
+        let pid = self.supervisor.start_stopped();
+        wait_until_stopped(pid);
+        let watcher = watch(pid, &state, end_before);
+        let (end, mut ended) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || end.send(watcher.join()));
+        let House {
+            server, supervisor, ..
+        } = self;
+        let life = to_its_end(server, self.life, job);
+        let mut life = std::pin::pin!(life);
+        let seen = tokio::select! {
+            () = &mut life => {
+                supervisor.signal(Signal::SIGKILL);
+                ended.await
+            }
+            seen = &mut ended => {
+                supervisor.ended();
+                // A lease that nobody knows of any more ends by itself.
+                server.advance(Duration::from_secs(61));
+                supervisor.start();
+                life.await;
+                supervisor.signal(Signal::SIGKILL);
+                seen
+            }
+        };
+        let seen = seen.unwrap().expect("the tracer has no trouble");
+        supervisor.ended();
+        let what = format!(
+            "{:?}, killed before {:?}",
+            self.life,
+            seen.killed.then(|| seen.calls.last())
+        );
+        let job = server.job(job);
+        let wanted = match self.life {
+            Life::Done => "completed",
+            Life::NoStart | Life::Cancelled => "failed",
+        };
+        assert_eq!(job.state(), wanted, "{what}: {:#?}", job.events);
+        let count = |text: &str| {
+            job.events
+                .iter()
+                .filter(|event| event.payload.contains(text))
+                .count()
+        };
+        let (ran, said) = (count("once"), count("Exec format error"));
+        match self.life {
+            Life::NoStart => assert!(said >= 1 && ran == 0, "{what}: {:#?}", job.events),
+            _ => assert_eq!(ran, 1, "{what}: {:#?}", job.events),
+        }
+        assert_eq!(
+            Remains::take(&self.host),
+            self.before,
+            "{what}: something is left"
+        );
+        seen
+    }
+}
+
+/// What is to be done next, from outside the factory.
+enum Next {
+    Release(Ulid),
+    Cancel,
+    Nothing,
+}
+
+/// Let the job live, and wait until the server knows no worker any more.
+async fn to_its_end(server: &Server, life: Life, job: Ulid) {
+    let mut cancelled = false;
+    loop {
+        let next = |state: &State| {
+            let alive = || state.workers.values().filter(|worker| !worker.deleted);
+            let (it, cancel) = (&state.jobs[&job], life == Life::Cancelled && !cancelled);
+            if let Some(held) = alive().find(|worker| worker.hold.is_some()) {
+                assert_eq!(life, Life::NoStart, "{held:?} is held");
+                return Some(Next::Release(held.id));
+            }
+            if cancel && it.events.iter().any(|event| event.payload == "once") {
+                return Some(Next::Cancel);
+            }
+            (it.complete() && alive().count() == 0).then_some(Next::Nothing)
+        };
+        match server.wait_for(PATIENCE, next).await.unwrap() {
+            Next::Release(worker) => server.release(worker).unwrap(),
+            Next::Cancel => {
+                server.cancel(job).unwrap();
+                cancelled = true;
+            }
+            Next::Nothing => return,
+        }
+    }
+}
+
+/// So many houses at a time: nearly all of a life is waiting.
+const HOUSES: usize = 6;
+
+async fn kill_before_each(life: Life) {
+    let mut house = House::new(life).await;
+    let seen = house.live(None).await;
+    assert!(!seen.killed);
+    let sample = Sample::of(seen.calls.len().div_ceil(16));
+    let points: Vec<usize> = (0..seen.calls.len()).filter(|n| sample.has(*n)).collect();
+    let total = points.len();
+    let points = Arc::new(Mutex::new(points));
+    let mut houses = tokio::task::JoinSet::new();
+    for _ in 0..HOUSES {
+        let points = points.clone();
+        houses.spawn(async move {
+            let (mut house, mut killed) = (House::new(life).await, Vec::new());
+            while let Some(n) = { points.lock().unwrap().pop() } {
+                let seen = house.live(Some(n)).await;
+                killed.extend(seen.killed.then(|| seen.calls.last().cloned()).flatten());
+            }
+            killed
+        });
+    }
+    let killed: Vec<String> = houses.join_all().await.concat();
+    let names: std::collections::BTreeSet<&String> = killed.iter().collect();
+    println!(
+        "{life:?}: killed {} times of {total}; {} writes and requests; before {names:?}",
+        killed.len(),
+        seen.calls.len()
+    );
+    assert!(seen.calls.len() > 50, "that is too few: {:?}", seen.calls);
+    assert!(killed.len() * 5 >= total * 4, "too many points were missed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_supervisor_killed_at_any_write_or_request_brings_its_job_to_one_end() {
+    kill_before_each(Life::Done).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_supervisor_killed_at_any_write_or_request_fails_a_job_that_cannot_start() {
+    kill_before_each(Life::NoStart).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_supervisor_killed_at_any_write_or_request_cleans_up_a_cancelled_job() {
+    kill_before_each(Life::Cancelled).await;
+}

@@ -1,0 +1,97 @@
+//! A record that the disk, or somebody, has spoiled.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+
+use protocol::{ErrorKind, Reply, Request};
+use testbed::census::processes_of;
+use testbed::harness::{Client, sealed, worker_id};
+use testbed::stage::{create, install, kind, list, wait_for_line};
+
+use crate::helper::{Plant, worker_file};
+
+fn agent() -> OwnedFd {
+    sealed(b"#!/bin/bash\nmkdir -p /work/dark; touch /work/dark/x; chmod 0 /work/dark; echo ready\nsleep 1000 & exit 0\n")
+}
+
+/// What a record may have become.
+const DAMAGE: [&[u8]; 4] = [
+    b"",
+    b"slot a\nuid 18790",
+    b"\xff\xfe\0\0\0\0",
+    b"slot ../x\nuid 0\ncreated 1\n",
+];
+
+/// A running worker in slot `a`, with its record spoiled.
+fn damaged(plant: &Plant, damage: &[u8]) -> protocol::WorkerId {
+    let client = Client::new(&plant.host);
+    let worker = worker_id();
+    assert!(matches!(create(&client, worker, "a"), Reply::UserCreated { .. }));
+    let (reply, console) = install(&client, worker, agent());
+    assert_eq!(reply, Reply::AgentStarted);
+    wait_for_line(&console.expect("it came with the reply"), "ready");
+    fs::write(worker_file(plant, worker, "record"), damage).unwrap();
+    worker
+}
+
+#[test]
+fn a_worker_with_a_damaged_record_is_said_to_be_so_and_can_be_deleted() {
+    let plant = Plant::new();
+    for damage in DAMAGE {
+        let worker = damaged(&plant, damage);
+        let client = Client::new(&plant.host);
+        let from = plant.helper.log.len();
+        assert_eq!(list(&client), [], "nothing is known of it");
+        plant
+            .helper
+            .log
+            .wait_from(from, &["its record is damaged", &worker.to_string()]);
+        for request in [Request::Kill { worker }, Request::Attach { worker }] {
+            assert_eq!(kind(client.ask(&request).0), ErrorKind::Failed);
+        }
+        assert_eq!(kind(create(&client, worker, "a")), ErrorKind::Failed);
+        assert!(
+            !processes_of(&plant.host.uids).is_empty(),
+            "nobody has asked for its end"
+        );
+        plant.end(worker, "its record was damaged");
+    }
+}
+
+#[test]
+fn no_slot_is_given_before_nothing_is_left_of_a_worker_with_a_damaged_record() {
+    let plant = Plant::new();
+    for (damage, slot) in DAMAGE.into_iter().zip(["a", "b", "a", "b"]) {
+        damaged(&plant, damage);
+        let client = Client::new(&plant.host);
+        let next = worker_id();
+        assert!(matches!(create(&client, next, slot), Reply::UserCreated { .. }));
+        assert!(
+            processes_of(&plant.host.uids).is_empty(),
+            "two workers were alive"
+        );
+        plant.end(next, "it took the place of a damaged one");
+    }
+}
+
+#[test]
+fn a_worker_with_a_damaged_record_that_cannot_be_deleted_keeps_every_slot_with_the_reason() {
+    let plant = Plant::new();
+    let worker = damaged(&plant, b"");
+    // Something that no helper made, and none removes.
+    let odd = worker_file(&plant, worker, "odd");
+    fs::create_dir(&odd).unwrap();
+    let client = Client::new(&plant.host);
+    let Reply::Error(error) = create(&client, worker_id(), "b") else {
+        panic!("a slot was given")
+    };
+    let said = error.message();
+    assert!(
+        said.contains("damaged") && said.contains(&worker.to_string()),
+        "{said}"
+    );
+    assert_eq!(list(&client), []);
+    fs::remove_dir(odd).unwrap();
+    plant.assert_other_slot_works("it can be deleted now");
+    plant.end(worker, "it is deleted already");
+}
