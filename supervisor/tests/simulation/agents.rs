@@ -1,0 +1,83 @@
+//! What agents do, once they are started.
+
+use protocol::{Exit, WorkerId};
+
+use crate::script::{Item, Misdeed, Mode};
+use crate::server::Job;
+use crate::world::{Event, World};
+
+impl World {
+    /// An agent was started: what will it do?
+    pub fn started(&mut self, id: WorkerId, agent: u64) {
+        let misdeed = self.misdeeds.pop_front();
+        if let Some(misdeed) = misdeed {
+            self.note(|| format!("  its agent will misbehave: {misdeed:?}"));
+            self.report.count(&Item::Agent(misdeed));
+        }
+        let usual = 500 + self.chance(2_500);
+        let takes = self.job_of(id).map_or(1_000, |job| job.takes);
+        match misdeed {
+            Some(Misdeed::NeverOnline) => self.checks.misbehaves(id),
+            Some(Misdeed::LateOnline(ms)) => {
+                self.checks.misbehaves(id);
+                self.after(usual + ms, Event::Online(id, agent));
+            }
+            Some(Misdeed::DiesEarly) => self.after(usual / 2, Event::Ends(id, agent, Exit::Status(1))),
+            Some(Misdeed::KilledEarly) => self.after(usual / 2, Event::Ends(id, agent, Exit::Unknown)),
+            Some(Misdeed::DiesLate) => {
+                self.after(usual, Event::Online(id, agent));
+                self.after(usual + takes / 2, Event::Ends(id, agent, Exit::Signal(11)));
+            }
+            Some(Misdeed::KilledLate) => {
+                self.after(usual, Event::Online(id, agent));
+                self.after(usual + takes / 2, Event::Ends(id, agent, Exit::Unknown));
+            }
+            Some(Misdeed::TimesOut) => {
+                self.after(usual, Event::Online(id, agent));
+                self.after(usual + takes / 2, Event::Ends(id, agent, Exit::TimedOut));
+            }
+            None => self.after(usual, Event::Online(id, agent)),
+        }
+    }
+
+    pub fn agents_reach_server(&self) -> bool {
+        matches!(self.server_mode, Mode::Up | Mode::Slow(_))
+    }
+
+    pub fn job_of(&self, id: WorkerId) -> Option<&Job> {
+        let worker = self.server.workers.get(&id)?;
+        self.server.jobs.get(worker.job.as_ref()?)
+    }
+
+    pub fn online(&mut self, id: WorkerId, agent: u64) {
+        if !self.host.runs(id, agent) {
+            return;
+        }
+        if !self.agents_reach_server() || !self.server.bootstrap(self.now, id, agent) {
+            return self.after(3_000, Event::Online(id, agent));
+        }
+        self.note(|| format!("agent {agent} of {id} is online"));
+        self.checks.online(id);
+        let takes = self.job_of(id).map_or(1_000, |job| job.takes);
+        self.after(takes, Event::Complete(id, agent));
+    }
+
+    pub fn complete(&mut self, id: WorkerId, agent: u64) {
+        if !self.host.runs(id, agent) {
+            return;
+        }
+        if !self.agents_reach_server() {
+            return self.after(3_000, Event::Complete(id, agent));
+        }
+        let known = self.server.complete(id, agent);
+        self.note(|| format!("agent {agent} of {id} has done its job; the server knows it: {known}"));
+    }
+
+    pub fn ends(&mut self, id: WorkerId, agent: u64, exit: Exit) {
+        if self.host.runs(id, agent) {
+            self.note(|| format!("agent {agent} of {id} ends: {exit}"));
+            self.host.end(id, exit);
+            self.checks.ended(id, exit);
+        }
+    }
+}

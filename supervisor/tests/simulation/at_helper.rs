@@ -1,0 +1,149 @@
+//! A call at the helper: when it is carried out, how far, and what comes of it.
+
+use protocol::{ErrorKind, Received, Reply, Request, WorkerId};
+
+use crate::host::Deed;
+use crate::net::{Answer, Ask, error, reply_of};
+use crate::script::{Extent, Fate, Mode, Point};
+use crate::world::{Event, World};
+
+impl World {
+    pub fn arrive_at_helper(&mut self, id: u64) {
+        let Some(call) = self.calls.get_mut(&id) else {
+            return;
+        };
+        call.begun = true;
+        let (fate, about) = (call.fate, call.ask.about());
+        let usual = 1 + self.chance(30);
+        let takes = match (fate, self.helper_mode()) {
+            (Fate::Slow(ms), _) | (_, Mode::Slow(ms)) => usual + ms,
+            (_, Mode::Hung) => return,
+            _ => usual,
+        };
+        // Requests about one worker take turns.
+        let mut at = self.now;
+        if let Some(worker) = about {
+            let lock = self.locks.entry(worker).or_default();
+            at = at.max(*lock);
+            *lock = at + takes;
+        }
+        self.at(at + takes, Event::Effect(id));
+    }
+
+    pub fn effect(&mut self, id: u64) {
+        let Some(call) = self.calls.get_mut(&id) else {
+            return;
+        };
+        call.begun = false;
+        let (fate, kind) = (call.fate, call.kind);
+        match (fate, self.helper_mode()) {
+            (Fate::Busy, _) | (_, Mode::Errors) => {
+                return self.reply(id, &error(ErrorKind::Busy, "as many connections as can be"));
+            }
+            (Fate::CouldNot, _) => {
+                self.could_not(id);
+                return self.reply(id, &error(ErrorKind::Failed, "no space left on device"));
+            }
+            (_, Mode::Broken) => {
+                self.could_not(id);
+                return self.reply(id, &error(ErrorKind::Failed, "input/output error"));
+            }
+            _ => {}
+        }
+        let extent = if let Fate::HangUp(extent) = fate {
+            extent
+        } else {
+            Extent::All
+        };
+        let (reply, lines) = self.operate(id, extent);
+        self.dies_at(kind, Point::CarriedOut);
+        match fate {
+            Fate::HangUp(_) | Fate::LostAnswer => self.hang_up(id),
+            Fate::Garbage => {
+                let bytes = vec![0xff, 0xff, 3];
+                let garbage = Received::Packet {
+                    bytes,
+                    descriptors: Vec::new(),
+                };
+                self.settle(id, Answer::Packet(Ok(garbage)));
+            }
+            _ => self.settle(id, Answer::Packet(Ok(reply_of(&reply, lines)))),
+        }
+    }
+
+    pub fn could_not(&mut self, id: u64) {
+        if let Some(worker) = self.calls.get(&id).and_then(|call| call.ask.about()) {
+            self.checks.start_failed(worker);
+        }
+    }
+
+    pub fn reply(&mut self, id: u64, reply: &Reply) {
+        self.settle(id, Answer::Packet(Ok(reply_of(reply, 0))));
+    }
+
+    pub fn hang_up(&mut self, id: u64) {
+        self.settle(id, Answer::Packet(Ok(Received::Closed)));
+    }
+
+    /// Carry an operation of the helper out, so far. The reply, and how many lines its console has.
+    pub fn operate(&mut self, id: u64, extent: Extent) -> (Reply, usize) {
+        let call = &self.calls[&id];
+        let Ask::Helper(request) = call.ask.clone() else {
+            panic!("a page for the helper");
+        };
+        let live = call.waits();
+        let (reply, deed) = self.host.carry_out(self.file.as_ref(), &request, extent);
+        if let Reply::Error(error) = &reply
+            && live
+        {
+            let about = request_worker(&request);
+            self.checks.refused(&request, about, error, &self.host);
+        }
+        let Some(worker) = request_worker(&request) else {
+            return (reply, 0);
+        };
+        match deed {
+            Deed::Nothing => {}
+            Deed::Made => {
+                if !live && let Some(w) = self.host.workers.get_mut(&worker) {
+                    w.ghost = true;
+                }
+            }
+            Deed::Started(agent) => {
+                self.checks.agent_started(worker, &self.server);
+                self.started(worker, agent);
+            }
+            Deed::Removed => self.checks.removed(worker, live),
+        }
+        let lines = worker_lines(worker);
+        (reply, lines)
+    }
+
+    /// The helper dies with all that it was doing.
+    pub fn cut_off_helper(&mut self, extent: Extent) -> bool {
+        let begun: Vec<u64> = self
+            .calls
+            .iter()
+            .filter(|(_, call)| call.begun)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in &begun {
+            self.operate(*id, extent);
+            if let Some(call) = self.calls.get_mut(id) {
+                call.begun = false;
+            }
+            self.hang_up(*id);
+        }
+        self.locks.clear();
+        !begun.is_empty()
+    }
+}
+
+fn request_worker(request: &Request) -> Option<WorkerId> {
+    Ask::Helper(request.clone()).about()
+}
+
+/// So many lines has an agent printed.
+fn worker_lines(id: WorkerId) -> usize {
+    id.to_string().bytes().map(usize::from).sum::<usize>() % 5
+}

@@ -1,0 +1,327 @@
+//! The supervisor's calls in this world: what becomes of each, and what it does.
+
+use protocol::{Received, Reply};
+use serde_json::json;
+use supervisor::helper;
+use supervisor::server::Error;
+use tokio::sync::oneshot;
+
+use crate::net::{Answer, Ask};
+use crate::script::{Fate, Item, Kind, Mode, Point};
+use crate::world::{Event, World};
+
+/// How long the supervisor's HTTP client waits.
+const PATIENCE_MS: u64 = 30_000;
+
+#[derive(Debug)]
+pub struct InFlight {
+    pub ask: Ask,
+    pub kind: Kind,
+    pub fate: Fate,
+    pub back: u64,
+    /// The caller; none once it has its answer, or has died.
+    pub caller: Option<oneshot::Sender<Answer>>,
+    pub answer: Option<Answer>,
+    /// Lost on the way.
+    pub lost: bool,
+    /// An operation of the helper that has begun.
+    pub begun: bool,
+}
+
+impl InFlight {
+    pub fn waits(&self) -> bool {
+        self.caller.as_ref().is_some_and(|caller| !caller.is_closed())
+    }
+}
+
+impl World {
+    /// The supervisor asks something.
+    pub fn send(&mut self, life: u64, ask: Ask, caller: oneshot::Sender<Answer>) {
+        if life != self.life || !self.alive {
+            return;
+        }
+        let (kind, about) = (ask.kind(), ask.about());
+        self.report.calls += 1;
+        *self
+            .report
+            .calls_per_hour
+            .entry(self.now / 3_600_000)
+            .or_default() += 1;
+        self.checks.called(self.now, kind, about);
+        self.look_at_request(&ask);
+        let armed = self.armed.iter().position(|(armed, _)| *armed == kind);
+        let fate = match armed.map(|at| self.armed.remove(at).1) {
+            Some(fate) => {
+                self.report.count(&Item::Call(kind, fate));
+                fate
+            }
+            None => self.always(kind),
+        };
+        let id = self.new_call();
+        if !kind.is_poll() || fate != Fate::Fine {
+            self.note(|| {
+                let about = about.map(|about| format!(" {about}")).unwrap_or_default();
+                let fate = if fate == Fate::Fine {
+                    String::new()
+                } else {
+                    format!(" ({fate:?})")
+                };
+                format!("> {kind:?}{about} #{id}{fate}")
+            });
+        }
+        let long = if self.chance(100) == 0 { 2_000 } else { 0 };
+        let mut there = if kind.is_of_server() {
+            1 + self.chance(40) + long
+        } else {
+            0
+        };
+        let back = if kind.is_of_server() {
+            1 + self.chance(20)
+        } else {
+            0
+        };
+        match (fate, self.server_mode) {
+            (Fate::Slow(ms), _) | (_, Mode::Slow(ms)) if kind.is_of_server() => there += ms,
+            (Fate::Late(ms), _) => there += ms,
+            _ => {}
+        }
+        let call = InFlight {
+            ask,
+            kind,
+            fate,
+            back,
+            caller: Some(caller),
+            answer: None,
+            lost: false,
+            begun: false,
+        };
+        self.calls.insert(id, call);
+        self.after(there, Event::Arrive(id));
+        if kind.is_of_server() && (there > PATIENCE_MS || self.server_mode == Mode::Hung) {
+            self.after(PATIENCE_MS, Event::GiveUp(id));
+        }
+        self.dies_at(kind, Point::Sent);
+    }
+
+    /// What becomes of every call of this kind, these days.
+    pub fn always(&self, kind: Kind) -> Fate {
+        let now = self.now;
+        let found = self.every.iter().find(|(k, _, until)| *k == kind && *until > now);
+        found.map_or(Fate::Fine, |(_, fate, _)| *fate)
+    }
+
+    /// Does the supervisor die here? Then all that is under way is without a caller.
+    pub fn dies_at(&mut self, kind: Kind, point: Point) {
+        let at = self
+            .crash_at
+            .iter()
+            .position(|(k, p, _)| (*k, *p) == (kind, point));
+        if let Some((_, _, down)) = at.map(|at| self.crash_at.remove(at)) {
+            self.report.count(&Item::CrashAt(kind, point, down));
+            self.orders.crash = Some(down);
+        }
+    }
+
+    /// The supervisor has died. What it had sent may still arrive.
+    pub fn abandon_calls(&mut self) {
+        let ids: Vec<u64> = self.calls.keys().copied().collect();
+        for id in ids {
+            let lost = self.chance(2) == 0;
+            if let Some(call) = self.calls.get_mut(&id) {
+                call.caller = None;
+                call.lost |= lost && call.kind.is_of_server();
+            }
+        }
+    }
+
+    pub fn settle(&mut self, id: u64, answer: Answer) {
+        if let Some(call) = self.calls.get_mut(&id) {
+            let back = call.back;
+            call.answer = Some(answer);
+            self.after(back, Event::Answer(id));
+        }
+    }
+
+    pub fn give_up(&mut self, id: u64) {
+        let late = Error::Unreachable("operation timed out".into());
+        let waiting = self.calls.get_mut(&id).filter(|call| call.answer.is_none());
+        if let Some(caller) = waiting.and_then(|call| call.caller.take()) {
+            self.trace.note(self.now, || format!("< #{id} gave up"));
+            let _ = caller.send(Answer::Page(Err(late)));
+        }
+    }
+
+    pub fn answer(&mut self, id: u64) {
+        let Some(mut call) = self.calls.remove(&id) else {
+            return;
+        };
+        let (Some(caller), Some(answer)) = (call.caller.take(), call.answer.take()) else {
+            return;
+        };
+        self.show(id, call.kind, &answer);
+        if let (Ask::Server(_), Answer::Page(Ok((200, body)))) = (&call.ask, &answer) {
+            self.checks
+                .heard(self.now, call.kind, body, call.fate == Fate::OtherIds);
+        }
+        if let (Kind::Fail, Some(worker), Answer::Page(Ok((400..=499, _)))) =
+            (call.kind, call.ask.about(), &answer)
+        {
+            self.checks.cannot_tell(worker);
+        }
+        let _ = caller.send(answer);
+        self.dies_at(call.kind, Point::Answered);
+    }
+
+    /// Polls are shown where their answer is another than the last time.
+    pub fn show(&mut self, id: u64, kind: Kind, answer: &Answer) {
+        if !self.trace.is_kept() {
+            return;
+        }
+        let text = show(answer);
+        if kind.is_poll() {
+            if self.polled.insert(kind, text.clone()).as_ref() != Some(&text) {
+                self.note(|| format!("< {kind:?} {text}"));
+            }
+        } else {
+            self.note(|| format!("< #{id} {text}"));
+        }
+    }
+
+    pub fn arrive(&mut self, id: u64) {
+        let Some(call) = self.calls.get(&id) else {
+            return;
+        };
+        if call.lost {
+            self.calls.remove(&id);
+        } else if call.kind.is_of_server() {
+            self.arrive_at_server(id);
+        } else {
+            self.arrive_at_helper(id);
+        }
+    }
+
+    pub fn arrive_at_server(&mut self, id: u64) {
+        let Some(call) = self.calls.get(&id) else {
+            return;
+        };
+        let (fate, kind, ask, waits) = (call.fate, call.kind, call.ask.clone(), call.waits());
+        let unreachable = |why: &str| Answer::Page(Err(Error::Unreachable(why.into())));
+        match self.server_mode {
+            Mode::Down => return self.settle(id, unreachable("connection refused")),
+            Mode::Hung => {
+                // Its caller gives up by itself.
+                if let Some(call) = self.calls.get_mut(&id) {
+                    call.lost = true;
+                    if !waits {
+                        self.calls.remove(&id);
+                    }
+                }
+                return self.after(PATIENCE_MS, Event::GiveUp(id));
+            }
+            Mode::Errors => return self.settle(id, page(502, false)),
+            Mode::Broken => return self.settle(id, page(500, true)),
+            Mode::Up | Mode::Slow(_) => {}
+        }
+        match fate {
+            Fate::LostRequest => return self.settle(id, unreachable("connection reset")),
+            Fate::Status {
+                code,
+                json,
+                done: false,
+            } => return self.settle(id, page(code, json)),
+            _ => {}
+        }
+        let (code, value) = self.serve(&ask, waits);
+        self.dies_at(kind, Point::CarriedOut);
+        let bytes = if value.is_null() {
+            Vec::new()
+        } else {
+            value.to_string().into_bytes()
+        };
+        let answer = match fate {
+            Fate::LostAnswer => unreachable("connection reset"),
+            Fate::Status { code, json, .. } => page(code, json),
+            Fate::Html => page(200, false),
+            Fate::Truncated => Answer::Page(Ok((code, bytes[..bytes.len() / 2].to_vec()))),
+            Fate::OtherIds => {
+                let other = self.other(kind, value);
+                Answer::Page(Ok((code, other.to_string().into_bytes())))
+            }
+            Fate::Twice { gap, second } => {
+                self.after(gap, Event::Again(id));
+                if second && gap < PATIENCE_MS {
+                    return;
+                }
+                // The repetition is nobody's.
+                let call = self.calls.remove(&id).expect("looked at above");
+                let copy = InFlight {
+                    ask: call.ask.clone(),
+                    caller: None,
+                    answer: None,
+                    ..call
+                };
+                self.calls.insert(id, copy);
+                let first = self.new_call();
+                let call = InFlight {
+                    fate: Fate::Fine,
+                    ..call
+                };
+                self.calls.insert(first, call);
+                return self.settle(first, Answer::Page(Ok((code, bytes))));
+            }
+            _ => Answer::Page(Ok((code, bytes))),
+        };
+        self.settle(id, answer);
+    }
+
+    /// The same request reaches the server once more.
+    pub fn again(&mut self, id: u64) {
+        let Some(call) = self.calls.get(&id) else {
+            return;
+        };
+        let (ask, waits) = (call.ask.clone(), call.waits());
+        let (code, value) = self.serve(&ask, waits);
+        let bytes = if value.is_null() {
+            Vec::new()
+        } else {
+            value.to_string().into_bytes()
+        };
+        self.settle(id, Answer::Page(Ok((code, bytes))));
+    }
+
+    pub fn look_at_request(&mut self, ask: &Ask) {
+        match ask {
+            Ask::Server(call) if ask.kind() == Kind::Lease => {
+                let body = call.body.as_ref().expect("a lease has a body");
+                let some = body["supported_targets"]
+                    .as_array()
+                    .is_some_and(|list| !list.is_empty());
+                self.checks.asks_for_jobs(self.now, some);
+            }
+            _ => {}
+        }
+    }
+}
+
+pub fn page(code: u16, json: bool) -> Answer {
+    let body = if json {
+        json!({ "request_id": "r", "message": "not now" }).to_string()
+    } else {
+        "<html><body>Something is wrong</body></html>".to_owned()
+    };
+    Answer::Page(Ok((code, body.into_bytes())))
+}
+
+fn show(answer: &Answer) -> String {
+    match answer {
+        Answer::Page(Ok((code, body))) => format!("{code} {}", String::from_utf8_lossy(body)),
+        Answer::Page(Err(error)) => error.to_string(),
+        Answer::Packet(Ok(Received::Packet { bytes, .. })) => match protocol::wire::decode::<Reply>(bytes) {
+            Ok(reply) => format!("{reply:?}"),
+            Err(_) => "garbage".to_owned(),
+        },
+        Answer::Packet(Ok(other)) => format!("{other:?}"),
+        Answer::Packet(Err(helper::Error::Away(why))) => why.clone(),
+        Answer::Packet(Err(other)) => other.to_string(),
+    }
+}

@@ -1,0 +1,220 @@
+//! What is remembered of each worker, and of the supervisor, to judge by. The judging is in `verdicts`.
+
+use std::collections::BTreeMap;
+
+use protocol::config::Config;
+use protocol::{Exit, SlotName, WorkerId};
+
+use crate::host::Host;
+use crate::server::Server;
+use crate::storm::Storm;
+
+/// A new configuration is everybody's after this.
+const RELOAD_MS: u64 = 15_000;
+
+/// What the world knows of a worker.
+#[derive(Clone, Debug, Default)]
+pub struct Track {
+    pub made_at: u64,
+    /// How long its agent had to come online, with nothing in its way.
+    pub had_ms: u64,
+    /// The helper could not make it, or start its agent.
+    pub start_failed: bool,
+    /// Its agent ended in a way that tells something, or did not do what agents do.
+    pub misbehaved: bool,
+    /// How often it was lost without anybody's fault.
+    pub lost: u32,
+    pub was_online: bool,
+    /// The server has lied about it, or forgotten something of it: any end is right.
+    pub lied_about: bool,
+    /// Its state was in a database that was lost.
+    pub forgotten: bool,
+    /// The server, asked to fail it, would not.
+    pub cannot_tell: bool,
+    pub held_since: Option<u64>,
+    /// The supervisor has seen that it is held, in this list of its.
+    pub seen_held: Option<u64>,
+    /// Its end had begun before it was held.
+    pub ending: bool,
+}
+
+#[derive(Debug)]
+pub struct Checks {
+    pub tracks: BTreeMap<WorkerId, Track>,
+    /// The configuration that the supervisor has, and the time since which it is everybody's.
+    pub config: Config,
+    pub changed_at: u64,
+    pub storm: Storm,
+    pub draining_since: Option<u64>,
+    pub drained_slot: Option<(SlotName, u64)>,
+    /// How many lists of the server this life has asked for.
+    pub lists: u64,
+    pub lied_since: Option<u64>,
+    /// When the agent's file was last asked for: in which list of the server, and at what time.
+    pub file_in_list: u64,
+    pub file_at: u64,
+    pub failure: Option<String>,
+}
+
+impl Checks {
+    pub fn new(config: Config) -> Self {
+        Self {
+            tracks: BTreeMap::new(),
+            config,
+            changed_at: 0,
+            storm: Storm::default(),
+            draining_since: None,
+            drained_slot: None,
+            lists: 0,
+            lied_since: None,
+            file_in_list: 0,
+            file_at: 0,
+            failure: None,
+        }
+    }
+
+    pub fn failure(&self) -> Option<&String> {
+        self.failure.as_ref()
+    }
+
+    /// The first word counts.
+    pub fn fail(&mut self, what: String) {
+        self.failure.get_or_insert(what);
+    }
+
+    pub fn track(&mut self, id: WorkerId) -> &mut Track {
+        self.tracks.entry(id).or_default()
+    }
+
+    pub fn made(&mut self, now: u64, id: WorkerId) {
+        self.track(id).made_at = now;
+    }
+
+    pub fn foreign(&mut self, id: WorkerId) {
+        self.track(id).lied_about = true;
+    }
+
+    pub fn online(&mut self, id: WorkerId) {
+        self.track(id).was_online = true;
+    }
+
+    pub fn misbehaves(&mut self, id: WorkerId) {
+        self.track(id).misbehaved = true;
+    }
+
+    pub fn start_failed(&mut self, id: WorkerId) {
+        self.track(id).start_failed = true;
+    }
+
+    /// The server would not be told of its failure.
+    pub fn cannot_tell(&mut self, id: WorkerId) {
+        let track = self.track(id);
+        (track.cannot_tell, track.ending) = (true, true);
+    }
+
+    pub fn ended(&mut self, id: WorkerId, exit: Exit) {
+        let track = self.track(id);
+        track.lost += 1;
+        track.misbehaved |= exit != Exit::Unknown;
+    }
+
+    pub fn rebooted(&mut self, host: &Host) {
+        for id in host.workers.keys() {
+            self.track(*id).lost += 1;
+        }
+    }
+
+    pub fn removed(&mut self, id: WorkerId, live: bool) {
+        let track = self.track(id);
+        track.had_ms = 0;
+        // Deleted by a request of an earlier life, that arrived late.
+        track.lied_about |= !live;
+    }
+
+    pub fn database_lost(&mut self) {
+        for track in self.tracks.values_mut() {
+            (track.forgotten, track.seen_held) = (true, None);
+        }
+    }
+
+    pub fn rolled_back(&mut self) {
+        for track in self.tracks.values_mut() {
+            track.lied_about = true;
+        }
+    }
+
+    pub fn started(&mut self, now: u64, config: Config) {
+        self.storm.started(now);
+        self.config = config;
+        self.lists = 0;
+        (self.draining_since, self.drained_slot) = (None, None);
+    }
+
+    pub fn supervisor_ended(&mut self) {
+        // What its last list has said, it may not have taken in.
+        let lists = self.lists;
+        for track in self.tracks.values_mut() {
+            if track.seen_held.is_some_and(|seen| seen >= lists) {
+                track.seen_held = None;
+            } else if track.seen_held.is_some() {
+                // Saved: the next life knows.
+                track.seen_held = Some(0);
+            }
+        }
+        (self.draining_since, self.drained_slot) = (None, None);
+    }
+
+    pub fn config_changed(&mut self, now: u64) {
+        self.changed_at = now + RELOAD_MS;
+    }
+
+    pub fn reloaded(&mut self, now: u64, config: Config) {
+        self.config = config;
+        self.changed_at = self.changed_at.max(now + RELOAD_MS);
+    }
+
+    pub fn drained(&mut self, now: u64, alive: bool) {
+        if alive {
+            self.draining_since.get_or_insert(now);
+        }
+    }
+
+    pub fn undrained(&mut self) {
+        self.draining_since = None;
+    }
+
+    pub fn slot_drained(&mut self, now: u64, slot: SlotName, alive: bool) {
+        self.drained_slot = alive.then_some((slot, now));
+    }
+
+    pub fn slot_undrained(&mut self) {
+        self.drained_slot = None;
+    }
+
+    pub fn held_since(&mut self, id: WorkerId, now: u64) -> u64 {
+        *self.track(id).held_since.get_or_insert(now)
+    }
+
+    /// A second has passed. `patient`: the supervisor runs, and can ask the server.
+    pub fn second(&mut self, server: &Server, patient: bool) {
+        for (id, w) in server.workers.iter().filter(|(_, w)| !w.deleted) {
+            let track = self.tracks.entry(*id).or_default();
+            if !w.hold {
+                track.held_since = None;
+                if patient && w.agent.is_none() {
+                    track.had_ms += 1_000;
+                }
+            }
+        }
+    }
+
+    pub fn after_step(&mut self, host: &Host) {
+        let live: Vec<_> = host.workers.iter().collect();
+        for (n, (a, x)) in live.iter().enumerate() {
+            if let Some((b, _)) = live[..n].iter().find(|(_, y)| y.slot == x.slot) {
+                self.failure
+                    .get_or_insert(format!("two workers in slot {}: {a} and {b}", x.slot));
+            }
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! What a script says happens, and how long it lasts.
+
+use protocol::{Exit, State, TargetId, WorkerId};
+use supervisor::factory::Input;
+use supervisor::view::JobId;
+
+use crate::plan::Plan;
+use crate::script::{Change, Extent, Item, Mode};
+use crate::server::{Job, Worker};
+use crate::world::{Event, Period, World};
+
+impl World {
+    pub fn happen(&mut self, item: Item) {
+        let injected = self.inject(item);
+        if injected {
+            self.report.count(&item);
+        }
+    }
+
+    /// False if there was nothing to do it to. Faults of single calls and agents are counted when they strike.
+    pub fn inject(&mut self, item: Item) -> bool {
+        match item {
+            Item::Submit { target, takes } => self.submit(target, takes),
+            Item::Call(kind, fate) => {
+                self.armed.push((kind, fate));
+                return false;
+            }
+            Item::Every(kind, fate, ms) => {
+                self.every.retain(|(_, _, until)| *until > self.now);
+                self.every.push((kind, fate, self.now + ms));
+            }
+            Item::Agent(misdeed) => {
+                self.misdeeds.push_back(misdeed);
+                return false;
+            }
+            Item::CrashAt(kind, point, down) => {
+                self.crash_at.push((kind, point, down));
+                return false;
+            }
+            Item::Server(mode, ms) => {
+                self.server_mode = mode;
+                self.lasts(Period::Server, ms);
+            }
+            Item::Helper(mode, ms) => {
+                self.helper_mode = mode;
+                self.lasts(Period::Helper, ms);
+            }
+            Item::NoLeases(ms) => {
+                self.settings.no_leases = true;
+                self.lasts(Period::NoLeases, ms);
+            }
+            Item::HoldNew(ms) => {
+                self.settings.hold_new = true;
+                self.lasts(Period::HoldNew, ms);
+            }
+            Item::OldServer(ms) => {
+                self.settings.old = true;
+                self.lasts(Period::Old, ms);
+            }
+            Item::ExpireLeases => self.server.expire_leases(),
+            Item::Rollback(minutes) => return self.roll_back(minutes),
+            Item::Kill(n) => return self.kill(n),
+            Item::Reboot(ms) => {
+                self.host.reboot();
+                self.checks.rebooted(&self.host);
+                self.cut_off_helper(Extent::Half);
+                self.host_up = false;
+                self.lasts(Period::Host, ms);
+                self.orders.crash = Some(ms + 1_000);
+            }
+            Item::HelperRestart(extent) => return self.cut_off_helper(extent),
+            Item::Crash(down) => {
+                self.orders.crash = Some(down);
+                return self.alive;
+            }
+            Item::CrashAfterSaves(n, down) => self.orders.crash_after_saves = Some((n, down)),
+            Item::Stop(down) => {
+                self.stop_for = down;
+                self.orders.words.push(Input::Stop);
+                return self.alive;
+            }
+            Item::LoseDatabase(down) => {
+                self.orders.crash = Some(down);
+                self.orders.lose_database = true;
+                self.checks.database_lost();
+            }
+            Item::Clock(seconds) => {
+                // It stays within what a clock can show.
+                let error = self.clock_error + seconds * 1_000;
+                self.clock_error = error.clamp(-1_800_000_000_000, 4_000_000_000_000);
+            }
+            Item::Hold(n) => return self.with_worker(n, |w| !std::mem::replace(&mut w.hold, true)),
+            Item::Release(n) => return self.with_worker(n, |w| std::mem::replace(&mut w.hold, false)),
+            Item::Recycle(n) => {
+                return self.with_worker(n, |w| !std::mem::replace(&mut w.recycle_asked, true));
+            }
+            Item::Cancel(n) => {
+                let open: Vec<JobId> = self.server.open_jobs();
+                let Some(job) = open.get(n as usize % open.len().max(1)).cloned() else {
+                    return false;
+                };
+                self.server.cancel(&job);
+            }
+            Item::Drain(ms) => {
+                self.say(Input::Drain(true));
+                self.checks.drained(self.now, self.alive);
+                self.lasts(Period::Drain, ms);
+            }
+            Item::DrainSlot(n, ms) => {
+                let slot = self.plan.name(n);
+                if let Some(before) = self.drained.take() {
+                    self.say(Input::DrainSlot(before, false));
+                }
+                self.say(Input::DrainSlot(slot.clone(), true));
+                self.checks.slot_drained(self.now, slot.clone(), self.alive);
+                self.drained = Some(slot);
+                self.lasts(Period::DrainSlot, ms);
+            }
+            Item::Config(change, delay) => return self.change_config(change, delay),
+            Item::InvalidConfig(ms) => {
+                self.file = None;
+                self.checks.config_changed(self.now);
+                self.lasts(Period::Invalid, ms);
+            }
+        }
+        true
+    }
+
+    pub fn lasts(&mut self, period: Period, ms: u64) {
+        let until = self.now + ms;
+        self.until.insert(period, until);
+        self.at(until, Event::Back(period));
+    }
+
+    pub fn back(&mut self, period: Period) {
+        if self.until.get(&period).is_none_or(|until| *until > self.now) && !self.is_calm() {
+            return;
+        }
+        self.until.remove(&period);
+        match period {
+            Period::Server => self.server_mode = Mode::Up,
+            Period::Helper => self.helper_mode = Mode::Up,
+            Period::Host => self.host_up = true,
+            Period::NoLeases => self.settings.no_leases = false,
+            Period::HoldNew => self.settings.hold_new = false,
+            Period::Old => self.settings.old = false,
+            Period::Drain => {
+                self.say(Input::Drain(false));
+                self.checks.undrained();
+            }
+            Period::DrainSlot => {
+                if let Some(slot) = self.drained.take() {
+                    self.say(Input::DrainSlot(slot, false));
+                    self.checks.slot_undrained();
+                }
+            }
+            Period::Invalid => {
+                self.file = Some(self.plan.config());
+                self.checks.config_changed(self.now);
+            }
+        }
+    }
+
+    /// All that is bad comes to its end, and stays away.
+    pub fn calm_down(&mut self) {
+        self.note(|| "* from here on nothing bad happens".into());
+        self.armed.clear();
+        self.every.clear();
+        self.misdeeds.clear();
+        self.crash_at.clear();
+        self.orders.crash_after_saves = None;
+        let periods = [
+            Period::Server,
+            Period::Helper,
+            Period::Host,
+            Period::NoLeases,
+            Period::HoldNew,
+            Period::Old,
+            Period::Drain,
+            Period::DrainSlot,
+            Period::Invalid,
+        ];
+        for period in periods {
+            self.back(period);
+        }
+        self.plan = Plan::new(self.script.slots, self.script.poll_seconds, self.script.seed);
+        self.file = Some(self.plan.config());
+        self.checks.config_changed(self.now);
+        self.reload();
+        // What has piled up would only take time.
+        self.server.cancel_all_but(10);
+    }
+
+    pub fn say(&mut self, word: Input) {
+        if self.alive {
+            self.orders.words.push(word);
+        }
+    }
+
+    pub fn submit(&mut self, target: u64, takes: u64) {
+        self.ids += 1;
+        let id = WorkerId::from_bits(1 << 100 | u128::from(self.ids)).to_string();
+        let job = Job {
+            target: TargetId::from_bits(1 + u128::from(target)).to_string(),
+            takes,
+            worker: None,
+            assigned_at: 0,
+            leased_at: 0,
+            began: false,
+            cancelled: false,
+            end: None,
+            lines: 0,
+        };
+        self.report.jobs += 1;
+        self.server.jobs.insert(JobId::try_from(id).expect("a ULID"), job);
+    }
+
+    pub fn with_worker(&mut self, n: u64, change: impl FnOnce(&mut Worker) -> bool) -> bool {
+        let mut live: Vec<(&WorkerId, &mut Worker)> = self
+            .server
+            .workers
+            .iter_mut()
+            .filter(|(_, w)| !w.deleted)
+            .collect();
+        let at = n as usize % live.len().max(1);
+        let Some((id, worker)) = live.get_mut(at) else {
+            return false;
+        };
+        let (id, done) = (**id, change(worker));
+        self.trace.note(self.now, || format!("  which is {id}"));
+        done
+    }
+
+    pub fn kill(&mut self, n: u64) -> bool {
+        let running: Vec<WorkerId> = self
+            .host
+            .workers
+            .iter()
+            .filter(|(_, w)| w.state == State::Running)
+            .map(|(id, _)| *id)
+            .collect();
+        let Some(id) = running.get(n as usize % running.len().max(1)) else {
+            return false;
+        };
+        let exit = if n.is_multiple_of(3) {
+            Exit::Signal(9)
+        } else {
+            Exit::Unknown
+        };
+        self.host.end(*id, exit);
+        self.checks.ended(*id, exit);
+        true
+    }
+
+    pub fn roll_back(&mut self, minutes: u64) -> bool {
+        let at = self.snapshots.len().checked_sub(minutes as usize + 1);
+        let Some(old) = at.and_then(|at| self.snapshots.get(at)).cloned() else {
+            return false;
+        };
+        let jobs: Vec<(JobId, Job)> = self.server.jobs.clone().into_iter().collect();
+        self.server = old;
+        // The jobs that it has lost are submitted again, by whoever waits for them.
+        for (id, job) in jobs {
+            let anew = Job {
+                worker: None,
+                began: false,
+                end: None,
+                leased_at: 0,
+                lines: 0,
+                ..job
+            };
+            self.server.jobs.entry(id).or_insert(anew);
+        }
+        self.checks.rolled_back();
+        true
+    }
+
+    pub fn change_config(&mut self, change: Change, delay: u64) -> bool {
+        self.plan.change(change);
+        self.checks.config_changed(self.now);
+        if self.file.is_some() {
+            self.file = Some(self.plan.config());
+        }
+        self.after(delay, Event::Reload);
+        true
+    }
+}

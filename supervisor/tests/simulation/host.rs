@@ -1,0 +1,195 @@
+//! The host and its helper: what there is of each worker, and what each request makes of it. Who may have a
+//! slot is decided by the helper's own policy.
+
+use std::collections::BTreeMap;
+
+use protocol::config::Config;
+use protocol::{
+    Error, ErrorKind, Exit, Reply, Request, SlotName, State, Uid, UserName, WorkerId, WorkerInfo,
+};
+
+#[allow(dead_code, reason = "uids are not given out here")]
+#[path = "../../../helper/src/policy.rs"]
+mod policy;
+
+use crate::script::Extent;
+
+#[derive(Clone, Debug)]
+pub struct Worker {
+    pub slot: SlotName,
+    pub state: State,
+    /// The user was made, or removed, only in part.
+    pub half: bool,
+    pub agent: Option<u64>,
+    /// Made by a request whose sender was gone by then: nobody can know of it before a list shows it.
+    pub ghost: bool,
+}
+
+#[derive(Debug, Default)]
+pub struct Host {
+    pub workers: BTreeMap<WorkerId, Worker>,
+    agents: u64,
+}
+
+/// What a request has done, besides its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deed {
+    Nothing,
+    Made,
+    /// This agent was started.
+    Started(u64),
+    Removed,
+}
+
+fn error(kind: ErrorKind, message: &str) -> Reply {
+    Reply::Error(Error::new(kind, message))
+}
+
+fn uid() -> Uid {
+    Uid::try_from(0x7000_0001).expect("a uid of the default range")
+}
+
+impl Host {
+    pub fn list(&self) -> Reply {
+        let info = |(id, w): (&WorkerId, &Worker)| WorkerInfo {
+            worker: *id,
+            slot: w.slot.clone(),
+            uid: uid(),
+            state: w.state,
+        };
+        Reply::Workers {
+            workers: self.workers.iter().map(info).collect(),
+            more: false,
+        }
+    }
+
+    /// Carry out as much of a request as is said. `config`: the file as it is now; None for one that does
+    /// not parse.
+    pub fn carry_out(&mut self, config: Option<&Config>, request: &Request, extent: Extent) -> (Reply, Deed) {
+        if extent == Extent::Nothing {
+            return (error(ErrorKind::Failed, "cut off"), Deed::Nothing);
+        }
+        let half = extent == Extent::Half;
+        match request {
+            Request::CreateUser { worker, slot } => self.create(config, *worker, slot, half),
+            Request::InstallAgent { worker, .. } => self.install(config, *worker, half),
+            Request::Attach { worker } => match self.workers.get(worker) {
+                Some(w) => (Reply::Attached { state: w.state }, Deed::Nothing),
+                None => (error(ErrorKind::NoSuchWorker, "no such worker"), Deed::Nothing),
+            },
+            Request::Delete { worker } => (Reply::Deleted, self.delete(*worker, half)),
+            Request::List { .. } => (self.list(), Deed::Nothing),
+            Request::Hello { .. } | Request::Kill { .. } => {
+                (error(ErrorKind::Refused, "not asked for here"), Deed::Nothing)
+            }
+        }
+    }
+
+    fn create(
+        &mut self,
+        config: Option<&Config>,
+        id: WorkerId,
+        slot: &SlotName,
+        half: bool,
+    ) -> (Reply, Deed) {
+        let Some(config) = config else {
+            let text = "the configuration has a mistake in line 7";
+            return (error(ErrorKind::Failed, text), Deed::Nothing);
+        };
+        if let Some(w) = self.workers.get_mut(&id) {
+            if !config.slots.contains_key(slot) {
+                return (Reply::Error(policy::no_such_slot(slot)), Deed::Nothing);
+            }
+            if w.slot != *slot {
+                return (
+                    error(ErrorKind::Refused, "the worker has another slot"),
+                    Deed::Nothing,
+                );
+            }
+            w.half &= half;
+        } else {
+            let tenant = |(id, w): (&WorkerId, &Worker)| policy::Tenant {
+                worker: *id,
+                slot: w.slot.clone(),
+                uid: uid(),
+            };
+            let tenants: Vec<policy::Tenant> = self.workers.iter().map(tenant).collect();
+            if let Err(refusal) = policy::may_take(config, &tenants, id, slot) {
+                return (Reply::Error(refusal), Deed::Nothing);
+            }
+            let worker = Worker {
+                slot: slot.clone(),
+                state: State::Created,
+                half,
+                agent: None,
+                ghost: false,
+            };
+            self.workers.insert(id, worker);
+        }
+        let name = UserName::from(id);
+        (Reply::UserCreated { uid: uid(), name }, Deed::Made)
+    }
+
+    fn install(&mut self, config: Option<&Config>, id: WorkerId, half: bool) -> (Reply, Deed) {
+        let Some(w) = self.workers.get_mut(&id) else {
+            return (error(ErrorKind::NoSuchWorker, "no such worker"), Deed::Nothing);
+        };
+        if w.state != State::Created {
+            return (Reply::AgentStarted, Deed::Nothing);
+        }
+        match config {
+            None => {
+                let text = "the configuration has a mistake in line 7";
+                return (error(ErrorKind::Failed, text), Deed::Nothing);
+            }
+            Some(config) if !config.slots.contains_key(&w.slot) => {
+                return (Reply::Error(policy::no_such_slot(&w.slot)), Deed::Nothing);
+            }
+            Some(_) if w.half => {
+                let text = "the worker's user is not known";
+                return (error(ErrorKind::Failed, text), Deed::Nothing);
+            }
+            Some(_) => {}
+        }
+        if half {
+            return (Reply::AgentStarted, Deed::Nothing);
+        }
+        self.agents += 1;
+        (w.state, w.agent) = (State::Running, Some(self.agents));
+        (Reply::AgentStarted, Deed::Started(self.agents))
+    }
+
+    fn delete(&mut self, id: WorkerId, half: bool) -> Deed {
+        let Some(w) = self.workers.get_mut(&id) else {
+            return Deed::Nothing;
+        };
+        if half {
+            w.half = true;
+            if w.state == State::Running {
+                w.state = State::Exited(Exit::Unknown);
+            }
+            return Deed::Nothing;
+        }
+        self.workers.remove(&id);
+        Deed::Removed
+    }
+
+    /// Is this agent of this worker alive?
+    pub fn runs(&self, id: WorkerId, agent: u64) -> bool {
+        self.workers
+            .get(&id)
+            .is_some_and(|w| w.state == State::Running && w.agent == Some(agent))
+    }
+
+    pub fn end(&mut self, id: WorkerId, exit: Exit) {
+        if let Some(w) = self.workers.get_mut(&id) {
+            w.state = State::Exited(exit);
+        }
+    }
+
+    pub fn reboot(&mut self) {
+        for w in self.workers.values_mut().filter(|w| w.state == State::Running) {
+            w.state = State::Exited(Exit::Unknown);
+        }
+    }
+}

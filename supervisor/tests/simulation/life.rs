@@ -1,0 +1,246 @@
+//! Running the real supervisor in a world: each life is a `Shell` from the store, and its death is the end of
+//! its future, wherever that is.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use supervisor::act::Hands;
+use supervisor::agent::AgentCache;
+use supervisor::control::desk::{Desk, Word};
+use supervisor::factory::Factory;
+use supervisor::helper::Helper;
+use supervisor::server::Server;
+use supervisor::shell::{Clock, Shell};
+use supervisor::store::Store;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::net::{Shared, Wire};
+use crate::report::Report;
+use crate::script::Script;
+use crate::trace::{Crash, Log, Trace};
+use crate::world::World;
+
+/// How a world has ended.
+#[derive(Debug)]
+pub struct Outcome {
+    pub failure: Option<String>,
+    pub trace: Trace,
+    pub report: Report,
+}
+
+/// Let a script happen, to its end or to the first thing that must not be.
+pub fn simulate(script: &Script, keep_trace: bool) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime");
+    runtime.block_on(run(script, keep_trace))
+}
+
+/// A place for the store where syncing costs nothing.
+fn directory() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    let made = if memory.is_dir() {
+        tempfile::tempdir_in(memory)
+    } else {
+        tempfile::tempdir()
+    };
+    made.expect("a temporary directory")
+}
+
+async fn run(script: &Script, keep_trace: bool) -> Outcome {
+    let dir = directory();
+    let agent = dir.path().join("agent");
+    std::fs::create_dir(&agent).expect("a directory");
+    std::fs::write(agent.join("agent"), "the agent's program").expect("written");
+    let tag = r#"{"path":"/file/agent.gz","etag":"1","modified":null}"#;
+    std::fs::write(agent.join("agent.tag"), tag).expect("written");
+
+    let began = Instant::now();
+    let trace = Trace::new(keep_trace);
+    let log = Log {
+        trace: trace.clone(),
+        began,
+    };
+    let _guard = tracing::subscriber::set_default(log);
+    let shared = Shared::new(World::new(script, trace.clone()));
+    let mut life: Option<Life> = None;
+    let mut spins = (began, 0);
+    loop {
+        if shared.world().checks.failure().is_some() {
+            break;
+        }
+        let at = began + Duration::from_millis(shared.world().next_at().min(1 << 50));
+        // Whoever runs and runs, and no time passes, is caught.
+        let now = Instant::now();
+        spins = if spins.0 == now {
+            (now, spins.1 + 1)
+        } else {
+            (now, 0)
+        };
+        if spins.1 > 100_000 {
+            shared
+                .world()
+                .checks
+                .fail("the supervisor is busy without end".into());
+        }
+        let end = tokio::select! {
+            biased;
+            end = ended(&mut life) => Some(end),
+            () = shared.changed.notified() => None,
+            () = tokio::time::sleep_until(at) => {
+                shared.world().step(began.elapsed().as_millis() as u64);
+                None
+            }
+        };
+        if let Some(end) = end {
+            life = None;
+            let mut world = shared.world();
+            match end {
+                End::Stopped => {
+                    let down = world.stop_for;
+                    world.ended(down);
+                }
+                End::Crashed(down) => world.ended(down),
+                End::Failed(why) => world
+                    .checks
+                    .fail(format!("the supervisor ended by itself: {why}")),
+            }
+        }
+        let orders = std::mem::take(&mut shared.world().orders);
+        if let Some(when) = orders.crash_after_saves {
+            trace.crash_after_saves(Some(when));
+        }
+        if let Some(life) = &life {
+            for word in orders.words {
+                let _ = life.operator.send(Word::Tell(word));
+            }
+        }
+        if let Some(down) = orders.crash
+            && life.take().is_some()
+        {
+            shared.world().ended(down);
+        }
+        if orders.lose_database {
+            for name in ["factory.db", "factory.db-wal", "factory.db-shm"] {
+                let _ = std::fs::remove_file(dir.path().join("store").join(name));
+            }
+        }
+        if orders.start {
+            life = Some(Life::begin(&shared, dir.path(), script.seed));
+        }
+        if shared.world().finished {
+            break;
+        }
+    }
+    drop(life);
+    let mut world = shared.world();
+    if world.checks.failure().is_none() && script.settles {
+        // The last round may be missing.
+        let left = Store::open(&dir.path().join("store")).and_then(|store| store.workers());
+        match left {
+            Ok(left) if left.is_empty() => {}
+            left => world.checks.fail(format!("the store is not empty: {left:?}")),
+        }
+    }
+    let mut report = std::mem::take(&mut world.report);
+    report.worlds = 1;
+    report.starts = world.life;
+    report.simulated_ms = world.now;
+    report.lives = world.server.workers.values().filter(|w| w.deleted).count() as u64;
+    report.done = world
+        .server
+        .jobs
+        .values()
+        .filter(|job| job.end == Some(Ok(())))
+        .count() as u64;
+    Outcome {
+        failure: world.checks.failure().cloned(),
+        trace,
+        report,
+    }
+}
+
+enum End {
+    Stopped,
+    Crashed(u64),
+    Failed(String),
+}
+
+struct Life {
+    shell: Pin<Box<dyn Future<Output = anyhow::Result<()>>>>,
+    operator: mpsc::UnboundedSender<Word>,
+}
+
+impl Life {
+    fn begin(shared: &Shared, dir: &Path, seed: u64) -> Self {
+        let world = shared.world();
+        let (config, number, wall) = (
+            world.file.clone().expect("it was there just now"),
+            world.life,
+            world.wall(),
+        );
+        drop(world);
+        let store = Store::open(&dir.join("store")).expect("the store opens");
+        let workers = store.workers().expect("the store reads");
+        let clock = Clock::at(wall);
+        let wire = Arc::new(Wire {
+            shared: shared.clone(),
+            life: number,
+        });
+        let hands = Hands {
+            server: Server::over(wire.clone()),
+            helper: Helper::over(wire),
+            agent: AgentCache::new(dir.join("agent"), Vec::new()),
+        };
+        let factory = Factory::new(config, workers, seed ^ number, clock.now());
+        let desk = Desk::new(
+            clock.now(),
+            "config.toml".into(),
+            "server".into(),
+            "helper".into(),
+            Arc::default(),
+        );
+        let shell = Shell {
+            factory,
+            store,
+            hands: Arc::new(hands),
+            clock,
+            desk,
+        };
+        let (operator, words) = mpsc::unbounded_channel();
+        Self {
+            shell: Box::pin(shell.run(words.into())),
+            operator,
+        }
+    }
+}
+
+/// When, and how, this life ends.
+async fn ended(life: &mut Option<Life>) -> End {
+    let Some(life) = life else {
+        return std::future::pending().await;
+    };
+    std::future::poll_fn(|context| poll(&mut life.shell, context)).await
+}
+
+fn poll(
+    shell: &mut Pin<Box<dyn Future<Output = anyhow::Result<()>>>>,
+    context: &mut Context<'_>,
+) -> Poll<End> {
+    match catch_unwind(AssertUnwindSafe(|| shell.as_mut().poll(context))) {
+        Ok(Poll::Pending) => Poll::Pending,
+        Ok(Poll::Ready(Ok(()))) => Poll::Ready(End::Stopped),
+        Ok(Poll::Ready(Err(error))) => Poll::Ready(End::Failed(format!("{error:#}"))),
+        Err(panic) => Poll::Ready(match panic.downcast_ref::<Crash>() {
+            Some(Crash(down)) => End::Crashed(*down),
+            None => End::Failed("it panicked".into()),
+        }),
+    }
+}

@@ -1,0 +1,229 @@
+//! What can happen in a world. A script is nothing but a list, so that a failing one can be made shorter.
+
+/// What is asked of the two partners, one name a kind of call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Workers,
+    Lease,
+    Renew,
+    Make,
+    Associate,
+    Delete,
+    Append,
+    Fail,
+    File,
+    List,
+    CreateUser,
+    Install,
+    Attach,
+    HostDelete,
+}
+
+pub const OF_SERVER: [Kind; 8] = [
+    Kind::Workers,
+    Kind::Lease,
+    Kind::Renew,
+    Kind::Make,
+    Kind::Associate,
+    Kind::Delete,
+    Kind::Append,
+    Kind::Fail,
+];
+pub const OF_HELPER: [Kind; 5] = [
+    Kind::List,
+    Kind::CreateUser,
+    Kind::Install,
+    Kind::Attach,
+    Kind::HostDelete,
+];
+
+impl Kind {
+    pub fn is_of_server(self) -> bool {
+        self < Kind::List
+    }
+
+    /// Asked once a round, whatever happens.
+    pub fn is_poll(self) -> bool {
+        matches!(self, Kind::Workers | Kind::List | Kind::Lease)
+    }
+}
+
+/// How much of an operation of the helper was done when it was cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    Nothing,
+    Half,
+    All,
+}
+
+/// What becomes of one call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    Fine,
+    /// The request is lost, and the caller is told at once.
+    LostRequest,
+    /// It is carried out, and the answer is lost.
+    LostAnswer,
+    /// The caller has given up long before it is carried out, so many milliseconds after it was sent.
+    Late(u64),
+    /// It is carried out, and again after so many milliseconds. The caller gets one of the two answers.
+    Twice {
+        gap: u64,
+        second: bool,
+    },
+    /// An error instead of an answer. `json`: in the server's own form. `done`: after it was carried out.
+    Status {
+        code: u16,
+        json: bool,
+        done: bool,
+    },
+    /// A page instead of an answer, with status 200.
+    Html,
+    /// Half of the answer, with status 200.
+    Truncated,
+    /// A whole answer about others.
+    OtherIds,
+    Slow(u64),
+    /// The helper hangs up in the middle.
+    HangUp(Extent),
+    Busy,
+    /// The helper could not do it.
+    CouldNot,
+    /// What the helper answers does not decode.
+    Garbage,
+}
+
+/// How one of the partners is for a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Up,
+    Down,
+    /// Nothing is ever answered.
+    Hung,
+    Slow(u64),
+    /// The server: 502 and a page from a proxy. The helper: Busy.
+    Errors,
+    /// The server: its own 500, in JSON.
+    Broken,
+}
+
+/// What the next agent does instead of its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misdeed {
+    NeverOnline,
+    /// It comes online so many milliseconds late.
+    LateOnline(u64),
+    DiesEarly,
+    /// Killed before it was online, by nobody who would say so.
+    KilledEarly,
+    DiesLate,
+    KilledLate,
+    TimesOut,
+}
+
+/// Where a supervisor dies with respect to a call of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Point {
+    Sent,
+    CarriedOut,
+    Answered,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    Add,
+    Remove(u64),
+    Rename(u64),
+    Conflicts(u64),
+    Target(u64),
+}
+
+/// One thing that happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Item {
+    Submit {
+        target: u64,
+        takes: u64,
+    },
+    Call(Kind, Fate),
+    /// The same for every call of this kind, for so long.
+    Every(Kind, Fate, u64),
+    Server(Mode, u64),
+    Helper(Mode, u64),
+    /// The server leases nothing: held, or this factory is disabled.
+    NoLeases(u64),
+    /// The server makes every worker held.
+    HoldNew(u64),
+    /// The server is one that does not know how to fail a worker.
+    OldServer(u64),
+    ExpireLeases,
+    /// The server's database is again what it was so many minutes ago.
+    Rollback(u64),
+    Agent(Misdeed),
+    /// The kernel's OOM killer, or somebody, ends the nth running agent.
+    Kill(u64),
+    Reboot(u64),
+    HelperRestart(Extent),
+    Crash(u64),
+    CrashAfterSaves(u64, u64),
+    CrashAt(Kind, Point, u64),
+    Stop(u64),
+    LoseDatabase(u64),
+    /// The host's clock is set forward or back by so many seconds.
+    Clock(i64),
+    Hold(u64),
+    Release(u64),
+    Recycle(u64),
+    Cancel(u64),
+    Drain(u64),
+    DrainSlot(u64, u64),
+    /// The file is changed; the supervisor reads it again after so many milliseconds.
+    Config(Change, u64),
+    /// The file makes no sense for so long.
+    InvalidConfig(u64),
+}
+
+impl Item {
+    /// For the report: each of these must have happened at least once.
+    pub fn name(&self) -> String {
+        let text = format!("{self:?}");
+        let word = |text: &str| {
+            text.split(['(', '{', ' ', ',', ')'])
+                .next()
+                .unwrap_or("")
+                .to_owned()
+        };
+        match self {
+            Item::Call(kind, fate) => {
+                let side = if kind.is_of_server() { "server" } else { "helper" };
+                format!("{side} call: {}", word(&format!("{fate:?}")))
+            }
+            Item::Every(..) => "every call of a kind".to_owned(),
+            Item::Server(mode, _) => format!("server: {}", word(&format!("{mode:?}"))),
+            Item::Helper(mode, _) => format!("helper: {}", word(&format!("{mode:?}"))),
+            Item::Agent(misdeed) => format!("agent: {}", word(&format!("{misdeed:?}"))),
+            Item::Config(change, _) => format!("configuration: {}", word(&format!("{change:?}"))),
+            Item::CrashAt(_, point, _) => format!("crash at a call: {point:?}"),
+            _ => word(&text),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Step {
+    pub at: u64,
+    pub item: Item,
+}
+
+/// A whole world's story.
+#[derive(Clone, Debug)]
+pub struct Script {
+    pub seed: u64,
+    pub slots: u64,
+    pub poll_seconds: u64,
+    pub steps: Vec<Step>,
+    /// From here on nothing bad happens any more.
+    pub calm_at: u64,
+    /// Everything must come to its end then; otherwise the world just stops.
+    pub settles: bool,
+}

@@ -1,0 +1,243 @@
+//! What must hold, whatever happens. Everything is judged from outside: by the calls that arrive, and by what
+//! the server and the host are then.
+
+use protocol::{Error, ErrorKind, Request, SlotName, WorkerId};
+use supervisor::view::ServerWorker;
+use supervisor::worker::{FORGOTTEN_MS, MAX_REMAKES};
+
+use crate::checks::Checks;
+use crate::host::Host;
+use crate::script::Kind;
+use crate::server::{Server, Worker};
+use crate::world::ONLINE_TIMEOUT_MS;
+
+impl Checks {
+    /// A call is made: is it one too many, or about a worker that must be left alone?
+    pub fn called(&mut self, now: u64, kind: Kind, about: Option<WorkerId>) {
+        if let Err(storm) = self.storm.called(now, kind, about) {
+            self.fail(storm);
+        }
+        if kind == Kind::Workers {
+            self.lists += 1;
+        }
+        if kind == Kind::File {
+            (self.file_in_list, self.file_at) = (self.lists, now);
+        }
+        let Some(id) = about else {
+            return;
+        };
+        let lists = self.lists;
+        let acts = matches!(
+            kind,
+            Kind::CreateUser | Kind::Install | Kind::HostDelete | Kind::Delete
+        );
+        let Some(track) = self.tracks.get(&id).filter(|_| acts) else {
+            return;
+        };
+        // An installation that had begun before, and waited for the agent's file, goes on.
+        let began =
+            kind == Kind::Install && track.seen_held.is_some_and(|seen| self.file_in_list <= seen + 1);
+        let excused = track.ending || track.lied_about || began && now < self.file_at + 40_000;
+        // The round in which it was seen is over: the next has begun.
+        if track.seen_held.is_some_and(|seen| seen < lists) && !excused {
+            self.fail(format!("{id} is held, and not left as it is: {kind:?}"));
+        }
+    }
+
+    pub fn asks_for_jobs(&mut self, now: u64, some: bool) {
+        if some && self.draining_since.is_some_and(|since| since < now) {
+            self.fail("jobs are asked for while draining".into());
+        }
+    }
+
+    /// An answer has come back whole.
+    pub fn heard(&mut self, now: u64, kind: Kind, body: &[u8], lie: bool) {
+        if kind == Kind::Lease && body.len() > r#"{"lease":null}"#.len() {
+            self.storm.leased(now);
+        }
+        if kind != Kind::Workers {
+            return;
+        }
+        if !lie {
+            self.lied_since = None;
+        } else if *self.lied_since.get_or_insert(now) + FORGOTTEN_MS <= now {
+            // For so long that it must be believed.
+            self.rolled_back();
+        }
+        let Ok(list) = serde_json::from_slice::<Vec<ServerWorker>>(body) else {
+            return;
+        };
+        let lists = self.lists;
+        for (id, track) in &mut self.tracks {
+            match list.iter().find(|w| w.id == *id) {
+                Some(w) if w.hold => drop(track.seen_held.get_or_insert(lists)),
+                Some(w) => {
+                    track.seen_held = None;
+                    track.ending |= w.recycle;
+                }
+                None if !lie => {
+                    track.seen_held = None;
+                    track.ending = true;
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Two workers that were made under this configuration, and not while it changed.
+    fn both_under_this_config(&self, a: WorkerId, b: WorkerId) -> bool {
+        let under = |id| self.tracks.get(&id).is_some_and(|t| t.made_at > self.changed_at);
+        under(a) && under(b) || self.changed_at == 0
+    }
+
+    fn exclude(&self, a: (WorkerId, &SlotName), b: (WorkerId, &SlotName)) -> bool {
+        a.1 == b.1 || (self.config.conflict(a.1, b.1) && self.both_under_this_config(a.0, b.0))
+    }
+
+    /// A worker gets a slot: nobody else may have anything in it, or in one that conflicts with it.
+    pub fn associates(&mut self, id: WorkerId, slot: &str, live: bool, server: &Server, host: &Host) {
+        if !live || self.track(id).lied_about {
+            return;
+        }
+        let slot: SlotName = slot.parse().expect("a slot's name");
+        for (other, w) in host.workers.iter().filter(|(other, w)| **other != id && !w.ghost) {
+            if self.exclude((id, &slot), (*other, &w.slot)) {
+                self.failure.get_or_insert(format!(
+                    "{id} gets slot {slot} while the host has {other} in {}",
+                    w.slot
+                ));
+            }
+        }
+        for (other, w) in server
+            .workers
+            .iter()
+            .filter(|(other, w)| **other != id && !w.deleted)
+        {
+            let Some(private) = w.private.as_ref().and_then(|p| p.parse().ok()) else {
+                continue;
+            };
+            let left_alone = self.tracks.get(other).is_none_or(|t| t.lied_about || t.forgotten);
+            if !left_alone && self.exclude((id, &slot), (*other, &private)) {
+                self.failure.get_or_insert(format!(
+                    "{id} gets slot {slot} while the server has {other} in {private}"
+                ));
+            }
+        }
+        if let Some((drained, since)) = &self.drained_slot
+            && *drained == slot
+        {
+            let job = server
+                .workers
+                .get(&id)
+                .and_then(|w| server.jobs.get(w.job.as_ref()?));
+            if job.is_some_and(|job| job.leased_at > *since) && !self.track(id).forgotten {
+                self.fail(format!("{id} gets slot {slot}, which is drained"));
+            }
+        }
+    }
+
+    /// The helper says no: to who comes to a slot that somebody has, if it is the schedule's doing, that is wrong.
+    pub fn refused(&mut self, request: &Request, about: Option<WorkerId>, error: &Error, host: &Host) {
+        let Some(id) = about else {
+            return;
+        };
+        match (error.kind, request) {
+            (ErrorKind::SlotTaken, Request::CreateUser { slot, .. }) => {
+                let ghosts = host.workers.values().any(|w| w.ghost);
+                let track = self.track(id).clone();
+                let settled = track.made_at > self.changed_at || self.changed_at == 0;
+                if settled && !ghosts && !track.lied_about && !track.forgotten {
+                    self.fail(format!("{id} is to get slot {slot}, but: {error}"));
+                }
+                self.track(id).start_failed = true;
+            }
+            (ErrorKind::Failed | ErrorKind::NoSuchSlot, _) => self.start_failed(id),
+            _ => {}
+        }
+    }
+
+    /// An agent is started twice in no worker.
+    pub fn agent_started(&mut self, id: WorkerId, server: &Server) {
+        if server
+            .workers
+            .get(&id)
+            .is_some_and(|w| w.agent.is_some() && !w.deleted)
+        {
+            self.fail(format!(
+                "a second agent is started in {id}, whose first was online"
+            ));
+        }
+    }
+
+    /// The host must be clean, and no job may fail that nobody has said anything about.
+    pub fn deletes(&mut self, id: WorkerId, live: bool, server: &Server, host: &Host) {
+        if !live {
+            return;
+        }
+        if host.workers.get(&id).is_some_and(|w| !w.ghost) {
+            self.fail(format!(
+                "{id} is deleted on the server while the host still has it"
+            ));
+        }
+        let Some(w) = with_open_job(server, id) else {
+            return;
+        };
+        let track = self.track(id).clone();
+        let slot_gone = w.private.as_ref().is_some_and(|p| {
+            p.parse()
+                .is_ok_and(|slot| !self.config.slots.contains_key::<SlotName>(&slot))
+        });
+        let no_slot = !self
+            .config
+            .slots
+            .values()
+            .any(|slot| slot.target.to_string() == w.target);
+        let began_and_lost = track.was_online && track.forgotten;
+        // It waited for a slot that others had, as long as it may.
+        let tired = track.forgotten && Self::had_its_time(track.had_ms);
+        let excused =
+            track.lied_about || track.cannot_tell || began_and_lost || slot_gone || no_slot || tired;
+        if !excused {
+            self.fail(format!(
+                "{id} is deleted on the server, which fails a job that nobody said anything about: {track:?}"
+            ));
+        }
+    }
+
+    /// A job whose worker was lost before it began is not failed, and none without a reason.
+    pub fn fails(&mut self, id: WorkerId, reason: &str, server: &Server) {
+        if with_open_job(server, id).is_none() {
+            return;
+        }
+        let track = self.track(id).clone();
+        if track.lied_about || track.start_failed || track.misbehaved {
+            return;
+        }
+        if reason.contains("did not come online") {
+            if !Self::had_its_time(track.had_ms) {
+                self.fail(format!(
+                    "{id} is failed, though it had only {} ms: {reason}",
+                    track.had_ms
+                ));
+            }
+        } else if !track.was_online && track.lost <= MAX_REMAKES {
+            self.fail(format!("{id} is failed, though its job had not begun: {reason}"));
+        } else if track.lost == 0 {
+            self.fail(format!(
+                "{id} is failed, though nothing was wrong with it: {reason}"
+            ));
+        }
+    }
+
+    /// Was it as good as all the time that an agent has?
+    fn had_its_time(had_ms: u64) -> bool {
+        had_ms * 10 >= ONLINE_TIMEOUT_MS * 8
+    }
+}
+
+/// The server's worker, if its job would fail by what the supervisor does, and nobody else has ended it.
+fn with_open_job(server: &Server, id: WorkerId) -> Option<&Worker> {
+    let w = server.workers.get(&id)?;
+    let job = server.jobs.get(w.job.as_ref()?)?;
+    (!w.deleted && !w.recycle_asked && job.end.is_none()).then_some(w)
+}

@@ -1,0 +1,352 @@
+//! The world: a server, a host, a network and a clock, and the order in which things happen in it.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use protocol::config::Config;
+use protocol::{Exit, WorkerId};
+use supervisor::backoff::Rng;
+use supervisor::factory::Input;
+
+use crate::calls::InFlight;
+use crate::checks::Checks;
+use crate::host::Host;
+use crate::plan::Plan;
+use crate::report::Report;
+use crate::script::{Fate, Kind, Misdeed, Mode, Point, Script};
+use crate::seed::below;
+use crate::server::{Server, Settings};
+use crate::trace::Trace;
+
+/// From the last fault until everything has come to its end, at most: a slot may rest for ten minutes, and as
+/// long does the server wait for an agent that has gone silent; then a person comes, and some jobs are left.
+pub const SETTLE_MS: u64 = 1_500_000;
+/// A person looks after held workers this often, and releases those held for so long.
+const VISIT_MS: u64 = 60_000;
+const HELD_MS: u64 = 180_000;
+pub const ONLINE_TIMEOUT_MS: u64 = 120_000;
+
+#[derive(Debug)]
+pub enum Event {
+    Step(usize),
+    Tick,
+    Visit,
+    Arrive(u64),
+    Effect(u64),
+    Again(u64),
+    Answer(u64),
+    GiveUp(u64),
+    Online(WorkerId, u64),
+    Complete(WorkerId, u64),
+    Ends(WorkerId, u64, Exit),
+    Start,
+    Reload,
+    Back(Period),
+}
+
+/// What is not as usual for a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Period {
+    Server,
+    Helper,
+    Host,
+    NoLeases,
+    HoldNew,
+    Old,
+    Drain,
+    DrainSlot,
+    Invalid,
+}
+
+/// What the world asks of whoever runs the supervisor.
+#[derive(Debug, Default)]
+pub struct Orders {
+    pub crash: Option<u64>,
+    pub lose_database: bool,
+    pub start: bool,
+    /// Die when so many more saves have been done.
+    pub crash_after_saves: Option<(u64, u64)>,
+    pub words: Vec<Input>,
+}
+
+#[derive(Debug)]
+pub struct World {
+    pub now: u64,
+    pub script: Script,
+    pub queue: BTreeMap<(u64, u64), Event>,
+    pub sequence: u64,
+    pub rng: Rng,
+    pub server: Server,
+    pub settings: Settings,
+    pub snapshots: VecDeque<Server>,
+    pub host: Host,
+    pub locks: BTreeMap<WorkerId, u64>,
+    pub plan: Plan,
+    /// The configuration's file; None while it does not parse.
+    pub file: Option<Config>,
+    pub config: Config,
+    pub server_mode: Mode,
+    pub helper_mode: Mode,
+    pub host_up: bool,
+    pub until: BTreeMap<Period, u64>,
+    pub drained: Option<protocol::SlotName>,
+    pub armed: Vec<(Kind, Fate)>,
+    pub every: Vec<(Kind, Fate, u64)>,
+    pub misdeeds: VecDeque<Misdeed>,
+    pub crash_at: Vec<(Kind, Point, u64)>,
+    pub calls: BTreeMap<u64, InFlight>,
+    /// The last answer to each poll, in the trace.
+    pub polled: BTreeMap<Kind, String>,
+    pub ids: u64,
+    pub life: u64,
+    pub alive: bool,
+    /// How far the host's clock is from the truth.
+    pub clock_error: i64,
+    /// A supervisor that was told to stop stays away for so long.
+    pub stop_for: u64,
+    pub orders: Orders,
+    pub checks: Checks,
+    pub trace: Trace,
+    pub report: Report,
+    empty_since: Option<u64>,
+    pub finished: bool,
+}
+
+impl World {
+    pub fn new(script: &Script, trace: Trace) -> Self {
+        let plan = Plan::new(script.slots, script.poll_seconds, script.seed);
+        let config = plan.config();
+        let mut world = Self {
+            now: 0,
+            script: script.clone(),
+            queue: BTreeMap::new(),
+            sequence: 0,
+            rng: Rng::new(script.seed ^ 0x5157),
+            server: Server::default(),
+            settings: Settings::default(),
+            snapshots: VecDeque::new(),
+            host: Host::default(),
+            locks: BTreeMap::new(),
+            file: Some(config.clone()),
+            checks: Checks::new(config.clone()),
+            config,
+            plan,
+            server_mode: Mode::Up,
+            helper_mode: Mode::Up,
+            host_up: true,
+            until: BTreeMap::new(),
+            drained: None,
+            armed: Vec::new(),
+            every: Vec::new(),
+            misdeeds: VecDeque::new(),
+            crash_at: Vec::new(),
+            calls: BTreeMap::new(),
+            polled: BTreeMap::new(),
+            ids: 0,
+            life: 0,
+            alive: false,
+            clock_error: 0,
+            stop_for: 0,
+            orders: Orders::default(),
+            trace,
+            report: Report::default(),
+            empty_since: None,
+            finished: false,
+        };
+        for n in 0..script.steps.len() {
+            world.at(script.steps[n].at, Event::Step(n));
+        }
+        world.at(0, Event::Start);
+        world.at(1_000, Event::Tick);
+        world.at(VISIT_MS, Event::Visit);
+        world
+    }
+
+    pub fn at(&mut self, at: u64, event: Event) {
+        self.sequence += 1;
+        self.queue.insert((at, self.sequence), event);
+    }
+
+    pub fn after(&mut self, ms: u64, event: Event) {
+        self.at(self.now + ms, event);
+    }
+
+    pub fn chance(&mut self, n: u64) -> u64 {
+        below(&mut self.rng, n)
+    }
+
+    pub fn next_at(&self) -> u64 {
+        self.queue.keys().next().map_or(u64::MAX, |(at, _)| *at)
+    }
+
+    /// What the host's clock reads.
+    pub fn wall(&self) -> u64 {
+        let truth = 1_800_000_000_000 + self.now as i64;
+        (truth + self.clock_error).max(0) as u64
+    }
+
+    pub fn helper_mode(&self) -> Mode {
+        if self.host_up {
+            self.helper_mode
+        } else {
+            Mode::Down
+        }
+    }
+
+    pub fn is_calm(&self) -> bool {
+        self.now >= self.script.calm_at
+    }
+
+    pub fn note(&self, line: impl FnOnce() -> String) {
+        self.trace.note(self.now, line);
+    }
+
+    /// Let the next thing happen, if it is due.
+    pub fn step(&mut self, now: u64) {
+        self.now = now;
+        let Some(entry) = self.queue.first_entry().filter(|entry| entry.key().0 <= now) else {
+            return;
+        };
+        match entry.remove() {
+            Event::Step(n) => {
+                let item = self.script.steps[n].item;
+                self.note(|| format!("* {item:?}"));
+                self.happen(item);
+            }
+            Event::Tick => self.tick(),
+            Event::Visit => self.visit(),
+            Event::Arrive(call) => self.arrive(call),
+            Event::Effect(call) => self.effect(call),
+            Event::Again(call) => self.again(call),
+            Event::Answer(call) => self.answer(call),
+            Event::GiveUp(call) => self.give_up(call),
+            Event::Online(id, agent) => self.online(id, agent),
+            Event::Complete(id, agent) => self.complete(id, agent),
+            Event::Ends(id, agent, exit) => self.ends(id, agent, exit),
+            Event::Start => self.start(),
+            Event::Reload => self.reload(),
+            Event::Back(period) => self.back(period),
+        }
+        self.checks.after_step(&self.host);
+    }
+
+    pub fn new_call(&mut self) -> u64 {
+        self.sequence += 1;
+        self.sequence
+    }
+
+    pub fn new_worker_id(&mut self) -> WorkerId {
+        self.ids += 1;
+        WorkerId::from_bits(2 << 100 | u128::from(self.ids))
+    }
+
+    /// The supervisor reads the file again.
+    pub fn reload(&mut self) {
+        if let Some(config) = self.file.clone() {
+            self.config = config.clone();
+            self.checks.reloaded(self.now, config.clone());
+            self.say(Input::Configure(config));
+        }
+    }
+
+    pub fn start(&mut self) {
+        if !self.host_up || self.file.is_none() {
+            // systemd tries again.
+            return self.after(5_000, Event::Start);
+        }
+        if self.alive || self.finished {
+            return;
+        }
+        self.life += 1;
+        self.alive = true;
+        let config = self.file.clone().expect("looked at above");
+        self.config = config.clone();
+        self.checks.started(self.now, config);
+        self.orders.start = true;
+    }
+
+    /// The supervisor is no more; it is started again later.
+    pub fn ended(&mut self, down: u64) {
+        self.note(|| format!("* the supervisor is gone, for {down} ms"));
+        self.alive = false;
+        self.orders.words.clear();
+        self.abandon_calls();
+        self.checks.supervisor_ended();
+        self.after(down, Event::Start);
+    }
+
+    pub fn tick(&mut self) {
+        if self.is_calm() && !self.script.settles {
+            self.finished = true;
+            return;
+        }
+        if self.now >= self.script.calm_at && self.now < self.script.calm_at + 1_000 {
+            self.calm_down();
+        }
+        let host = &self.host;
+        let reachable = self.agents_reach_server();
+        self.server
+            .tick(self.now, |id, agent| !reachable || host.runs(id, agent));
+        if self.now.is_multiple_of(60_000) {
+            self.snapshots.push_back(self.server.clone());
+            if self.snapshots.len() > 10 {
+                self.snapshots.pop_front();
+            }
+        }
+        let patient = self.alive && self.agents_reach_server();
+        self.checks.second(&self.server, patient);
+        self.after(1_000, Event::Tick);
+        if !self.is_empty() {
+            self.empty_since = None;
+        }
+        if self.is_calm() && self.is_empty() {
+            let since = *self.empty_since.get_or_insert(self.now);
+            self.report.settled(since - self.script.calm_at);
+            // The supervisor may have to learn of it.
+            self.finished = self.now > since + 70_000;
+        } else if self.now > self.script.calm_at + SETTLE_MS {
+            let left: Vec<String> = self
+                .server
+                .workers
+                .iter()
+                .filter(|(_, w)| !w.deleted)
+                .map(|(id, w)| format!("\n  {id} on the server: {w:?}"))
+                .chain(
+                    self.host
+                        .workers
+                        .iter()
+                        .map(|(id, w)| format!("\n  {id} on the host: {w:?}")),
+                )
+                .chain(
+                    self.server
+                        .open_jobs()
+                        .iter()
+                        .map(|id| format!("\n  {id} is open")),
+                )
+                .collect();
+            self.checks.fail(format!("things do not settle{}", left.concat()));
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.host.workers.is_empty()
+            && self.server.workers.values().all(|w| w.deleted)
+            && self.server.open_jobs().is_empty()
+    }
+
+    /// A person looks after what is held.
+    pub fn visit(&mut self) {
+        let now = self.now;
+        for (id, w) in self
+            .server
+            .workers
+            .iter_mut()
+            .filter(|(_, w)| !w.deleted && w.hold)
+        {
+            if self.checks.held_since(*id, now) + HELD_MS <= now {
+                w.hold = false;
+                self.trace.note(now, || format!("a person releases {id}"));
+            }
+        }
+        self.after(VISIT_MS, Event::Visit);
+    }
+}
