@@ -1,0 +1,193 @@
+//! What a person does by hand, as root: a command as a job would run it, and a look into a worker.
+
+use std::os::unix::process::CommandExt;
+
+use nix::sys::signal::Signal;
+use testbed::house::ONE;
+
+use super::*;
+
+/// Type a command at a terminal (`script(1)` makes one), and return all that is on it afterwards.
+fn at_a_terminal(house: &House, words: &str, typed: &str) -> String {
+    let program = binaries().join("user-factory");
+    let words = format!("{} {words} ", program.display())
+        .replace(" ROOT ", &format!(" --root {} ", house.host.root.display()));
+    let mut script = Command::new("script");
+    script
+        .args(["-qec", &words, "/dev/null"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut script = script.spawn().expect("script is there");
+    // It stays open: at its end, script would not wait for the rest.
+    let mut keyboard = script.stdin.take().unwrap();
+    std::io::Write::write_all(&mut keyboard, typed.as_bytes()).unwrap();
+    let output = tokio::task::block_in_place(|| script.wait_with_output().unwrap());
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_runs_as_a_job_would_and_leaves_nothing() {
+    let house = House::new("[slots.a]\ntarget = \"TARGET\"\nlimits.open_files = 100\n").await;
+    answering(&house).await;
+    let probe = "whoami; pwd; ulimit -Hn; ls /home | wc -l; ls /proc | grep -c '^[0-9]'; touch /work/x /tmp/y; (setsid sleep 1000 &) ; exit 7";
+    let said = say(&house, &["run", "--", "bash", "-c", probe]);
+    assert_eq!(said.status, 7, "{}", said.err);
+    let lines: Vec<&str> = said.out.lines().collect();
+    assert!(
+        lines[0].starts_with("bmat-01") && lines[0].len() == 31,
+        "{lines:?}"
+    );
+    assert_eq!(&lines[1..4], ["/work", "100", "1"], "{lines:?}");
+    assert!(lines[4].parse::<u32>().unwrap() < 8, "{lines:?}");
+    let said = say(&house, &["run", "--slot", "zz", "--", "true"]);
+    assert!(
+        said.status == 1 && said.err.contains("slot zz is not in the configuration"),
+        "{}",
+        said.err
+    );
+    let said = say(&house, &["run", "--", "/no/such/command"]);
+    assert!(
+        said.status == 1 && said.err.contains("/no/such/command"),
+        "{}",
+        said.err
+    );
+    let said: Said = command(&house, &["run", "--", "true"])
+        .uid(65_534)
+        .gid(65_534)
+        .output()
+        .unwrap()
+        .into();
+    assert!(
+        said.status == 1 && said.err.contains("needs root"),
+        "{}",
+        said.err
+    );
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_a_terminal_a_command_has_one_of_its_own() {
+    let house = House::new(ONE).await;
+    answering(&house).await;
+    let seen = at_a_terminal(
+        &house,
+        "run ROOT -- bash -i",
+        "tty\nsleep 100 &\nkill %1; wait; echo left=$?\nexit 5\n",
+    );
+    for part in ["/dev/pts/0", "[1]", "left="] {
+        assert!(seen.contains(part), "{part}: {seen}");
+    }
+    for part in ["no job control", "cannot set terminal"] {
+        assert!(!seen.contains(part), "{part}: {seen}");
+    }
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_somebody_uses_by_hand_is_taken_and_a_job_waits_for_it() {
+    let house = House::new(ONE).await;
+    answering(&house).await;
+    let script = "echo inside; while ! [ -e DOOR ]; do read -t 0.1 < <(sleep 1); done; exit 0";
+    let script = script.replace("DOOR", &house.shared().join("open").display().to_string());
+    let mut by_hand = Running::printing(&mut command(&house, &["run", "--", "bash", "-c", &script]));
+    tokio::task::block_in_place(|| by_hand.log.wait(&["inside"]));
+    let job = house.submit("echo now");
+    house.polls(4).await;
+    assert_eq!(house.server.job(job).state(), "queued");
+    house.let_end();
+    assert!(tokio::task::block_in_place(|| by_hand.wait()).success());
+    house.completed(job).await;
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_is_killed_is_cleaned_up_by_the_factory_and_one_that_is_interrupted_by_itself() {
+    let house = House::new(ONE).await;
+    answering(&house).await;
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let mut by_hand = Running::printing(&mut command(
+            &house,
+            &["run", "--", "bash", "-c", "echo inside; sleep 1000"],
+        ));
+        tokio::task::block_in_place(|| by_hand.log.wait(&["inside"]));
+        by_hand.signal(signal);
+        tokio::task::block_in_place(|| by_hand.wait());
+        let job = house.submit("true");
+        house.completed(job).await;
+        see(&house, |status| (state_of(status, "a") == "free").then_some(())).await;
+    }
+    house.finish().await;
+}
+
+/// An agent that leaves a file and fails.
+const BROKEN: &str = "#!/bin/bash\necho evidence > /work/left; (setsid sleep 1000 &); exit 9\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_held_worker_is_entered_though_its_processes_are_gone() {
+    let place = tempfile::tempdir().unwrap();
+    let agent = place.path().join("agent");
+    std::fs::write(&agent, BROKEN).unwrap();
+    let house = House::with_agent(ONE, agent).await;
+    let job = house.submit("true");
+    house.held(job).await;
+    let worker = worker_on(&house, "a").await;
+    let script = place.path().join("script");
+    std::fs::write(&script, "whoami; cat left; echo mine > mark; exit 4\n").unwrap();
+    let said: Said = tokio::task::block_in_place(|| {
+        let mut shell = command(&house, &["shell", &worker]);
+        shell
+            .stdin(std::fs::File::open(&script).unwrap())
+            .output()
+            .unwrap()
+            .into()
+    });
+    assert_eq!(
+        (said.status, said.out.lines().collect::<Vec<_>>()),
+        (4, vec![&*format!("bmat-{}", worker.to_lowercase()), "evidence"]),
+        "{}",
+        said.err
+    );
+    // It is as it was: held, and as its agent left it.
+    assert!(
+        json(&house, &["show", &worker])["worker"]["failure"]
+            .as_str()
+            .unwrap()
+            .contains("status 9")
+    );
+    let seen = at_a_terminal(
+        &house,
+        &format!("shell ROOT {worker}"),
+        "cat /work/mark; tty; exit\n",
+    );
+    assert!(seen.contains("mine") && seen.contains("/dev/pts/0"), "{seen}");
+    let said = say(&house, &["shell", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
+    assert!(
+        said.status == 1 && said.err.contains("does not exist"),
+        "{}",
+        said.err
+    );
+    house
+        .server
+        .release(house.server.job(job).worker.unwrap())
+        .unwrap();
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shell_ends_with_its_worker() {
+    let house = House::new(ONE).await;
+    let job = house.running().await;
+    let worker = online(&house).await;
+    let mut shell = command(&house, &["shell", &worker]);
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let mut shell = Running::printing_with(&mut shell, reader.into());
+    std::io::Write::write_all(&mut writer, b"echo inside; sleep 1000\n").unwrap();
+    tokio::task::block_in_place(|| shell.log.wait(&["inside"]));
+    // The job goes on meanwhile, and is done as ever.
+    house.let_end();
+    house.completed(job).await;
+    let status = tokio::task::block_in_place(|| shell.wait());
+    assert_eq!(status.code(), Some(128 + 9));
+    drop(writer);
+    house.finish().await;
+}

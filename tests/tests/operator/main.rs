@@ -1,0 +1,126 @@
+//! The operator's day, at the command line: each test types what a person would type, and reads what they would
+//! read. Needs root.
+
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+use testbed::harness::{PATIENCE, Running, binaries};
+use testbed::house::House;
+
+mod by_hand;
+mod checks;
+mod held;
+mod jobs;
+mod metrics;
+mod reload;
+
+/// What a command has printed, and how it ended.
+struct Said {
+    status: i32,
+    out: String,
+    err: String,
+}
+
+impl From<Output> for Said {
+    fn from(output: Output) -> Said {
+        Said {
+            status: output.status.code().expect("it exited"),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+fn command(house: &House, words: &[&str]) -> Command {
+    let mut command = Command::new(binaries().join("user-factory"));
+    // What follows a command of its own is that command's.
+    command
+        .arg(words[0])
+        .arg("--root")
+        .arg(&house.host.root)
+        .args(&words[1..]);
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Type a command, and let it come to its end. The server that it may wait for runs on other threads.
+fn say(house: &House, words: &[&str]) -> Said {
+    tokio::task::block_in_place(|| {
+        command(house, words)
+            .output()
+            .expect("the command is there")
+            .into()
+    })
+}
+
+fn done(house: &House, words: &[&str]) -> String {
+    let said = say(house, words);
+    assert_eq!(said.status, 0, "{words:?}: {}{}", said.out, said.err);
+    said.out
+}
+
+fn json(house: &House, words: &[&str]) -> Value {
+    let said = say(house, &[words, &["--json"]].concat());
+    serde_json::from_str(&said.out).unwrap_or_else(|e| panic!("{words:?}: {e}: {}{}", said.out, said.err))
+}
+
+/// Wait until the status shows what is wanted.
+async fn see<T>(house: &House, mut wanted: impl FnMut(&Value) -> Option<T>) -> T {
+    let end = std::time::Instant::now() + PATIENCE;
+    loop {
+        let said = say(house, &["status", "--json"]);
+        let status: Option<Value> = serde_json::from_str(&said.out).ok();
+        if let Some(found) = status.as_ref().and_then(&mut wanted) {
+            return found;
+        }
+        assert!(
+            std::time::Instant::now() < end,
+            "it never came: {}{}\n{}",
+            said.out,
+            said.err,
+            house.supervisor.log.text()
+        );
+        tokio::task::yield_now().await;
+    }
+}
+
+/// The worker on this slot, once there is one.
+async fn worker_on(house: &House, slot: &str) -> String {
+    see(house, |status| {
+        let mut slots = status["slots"].as_array()?.iter();
+        let found = slots.find(|s| s["name"] == slot)?;
+        found["worker"].as_str().map(str::to_owned)
+    })
+    .await
+}
+
+/// Wait until the factory answers, and has heard of both its partners.
+async fn answering(house: &House) {
+    see(house, |status| {
+        let both = status["server"]["reachable"] == true && status["helper"]["reachable"] == true;
+        both.then_some(())
+    })
+    .await;
+}
+
+/// The first worker, once its agent is online as the factory sees it.
+async fn online(house: &House) -> String {
+    see(house, |status| {
+        let worker = &status["workers"][0];
+        (worker["phase"] == "online").then(|| worker["id"].as_str().expect("an id is a word").to_owned())
+    })
+    .await
+}
+
+/// How the slot is.
+fn state_of(status: &Value, slot: &str) -> String {
+    let mut slots = status["slots"].as_array().expect("there are slots").iter();
+    let found = slots.find(|s| s["name"] == slot).expect("the slot is there");
+    found["state"].as_str().expect("a state is a word").to_owned()
+}
+
+fn socket(house: &House) -> PathBuf {
+    let place = protocol::config::CONTROL_DIR;
+    house.host.root.join(place).join(protocol::config::CONTROL_SOCKET)
+}

@@ -1,0 +1,183 @@
+//! The numbers, and the page, as those see them who have no shell on the host.
+
+use testbed::house::ONE;
+
+use super::*;
+
+/// `GET` on an address of this host; the body.
+async fn get(address: &str, path: &str) -> (u16, String) {
+    let answer = reqwest::get(format!("http://{address}{path}")).await.unwrap();
+    (answer.status().as_u16(), answer.text().await.unwrap())
+}
+
+/// The value of one line of the metrics.
+fn value(text: &str, name: &str) -> f64 {
+    let line = text
+        .lines()
+        .find(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ')));
+    let line = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// A port of loopback that was free just now.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// A house with a status page at a free port.
+async fn with_page(slots: &str) -> (House, String) {
+    let mut house = House::new(slots).await;
+    let address = format!("127.0.0.1:{}", free_port());
+    let path = house.host.root.join(protocol::config::CONFIG_PATH);
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(
+        &path,
+        text.replace(
+            "[factory]\n",
+            &format!("[factory]\nstatus_address = \"{address}\"\n"),
+        ),
+    )
+    .unwrap();
+    house.end_supervisor(nix::sys::signal::Signal::SIGTERM);
+    house.supervisor = house.host.supervisor();
+    answering(&house).await;
+    (house, address)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_numbers_tell_the_story_of_a_job_and_of_a_held_worker() {
+    let (house, address) = with_page(ONE).await;
+    let job = house.running().await;
+    online(&house).await;
+    let (status, text) = get(&address, "/metrics").await;
+    assert_eq!(status, 200);
+    let name = |rest: &str| format!("buildomat_user_factory_{rest}");
+    assert!(text.ends_with("# EOF\n"));
+    assert_eq!(value(&text, &name("slots{state=\"busy\"}")), 1.0);
+    assert_eq!(value(&text, &name("workers{phase=\"online\"}")), 1.0);
+    assert_eq!(value(&text, &name("leases_total")), 1.0);
+    assert_eq!(value(&text, &name("reachable{partner=\"server\"}")), 1.0);
+    assert_eq!(
+        value(
+            &text,
+            &name("calls_total{partner=\"helper\",call=\"create_user\",outcome=\"ok\"}")
+        ),
+        1.0
+    );
+    assert_eq!(
+        value(&text, &name("phase_seconds_count{phase=\"reserved\"}")),
+        1.0
+    );
+    assert!(value(&text, &name("slot_memory_bytes{slot=\"a\"}")) > 100_000.0);
+    let id = house.server.job(job).worker.unwrap();
+    house.server.hold(id).unwrap();
+    see(&house, |status| (state_of(status, "a") == "held").then_some(())).await;
+    let (_, text) = get(&address, "/metrics").await;
+    let held = text
+        .lines()
+        .find(|line| line.starts_with(&name("held_seconds{")))
+        .unwrap_or_else(|| panic!("{text}"));
+    assert!(
+        held.contains("slot=\"a\"") && held.contains(&id.to_string()),
+        "{held}"
+    );
+    house.let_end();
+    house.completed(job).await;
+    house.server.release(id).unwrap();
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_token_and_a_server_that_is_away_can_be_told_apart() {
+    let (house, address) = with_page(ONE).await;
+    let set = |token: &str| {
+        house.server.with(|state| {
+            let factory = state.factories.values_mut().next().expect("there is one");
+            std::mem::replace(&mut factory.token, token.to_owned())
+        })
+    };
+    let right = set("another-token");
+    let unauthorised =
+        "buildomat_user_factory_calls_total{partner=\"server\",call=\"workers\",outcome=\"unauthorised\"}";
+    let end = std::time::Instant::now() + PATIENCE;
+    loop {
+        let (_, text) = get(&address, "/metrics").await;
+        if text.contains(unauthorised) {
+            assert_eq!(
+                value(&text, "buildomat_user_factory_reachable{partner=\"server\"}"),
+                0.0
+            );
+            break;
+        }
+        assert!(std::time::Instant::now() < end, "{text}");
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(say(&house, &["status"]).status, 4);
+    set(&right);
+    answering(&house).await;
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_shows_and_changes_nothing() {
+    let (house, address) = with_page(ONE).await;
+    let (status, page) = get(&address, "/").await;
+    assert!(
+        status == 200 && page.contains("/v1/status") && !page.contains("http://"),
+        "{page}"
+    );
+    let (status, body) = get(&address, "/v1/status").await;
+    assert_eq!(status, 200);
+    let seen: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(state_of(&seen, "a"), "free");
+    let http = reqwest::Client::new();
+    for path in ["/v1/drain", "/v1/reload", "/v1/slots/a/drain"] {
+        let answer = http.post(format!("http://{address}{path}")).send().await.unwrap();
+        assert_eq!(answer.status(), 404, "{path}");
+    }
+    assert_eq!(json(&house, &["status"])["draining"], false);
+    house.finish().await;
+}
+
+/// Every name of a number of ours in a text.
+fn names_in(text: &str) -> std::collections::BTreeSet<String> {
+    let prefix = "buildomat_user_factory_";
+    let found = text.match_indices(prefix).map(|(at, _)| {
+        let rest = &text[at..];
+        let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        rest[..end.unwrap_or(rest.len())].to_owned()
+    });
+    found.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn alerts_and_dashboard_use_no_number_that_is_not_there() {
+    let (house, address) = with_page(ONE).await;
+    let job = house.running().await;
+    online(&house).await;
+    house.server.hold(house.server.job(job).worker.unwrap()).unwrap();
+    see(&house, |status| (state_of(status, "a") == "held").then_some(())).await;
+    let (_, text) = get(&address, "/metrics").await;
+    let mut there = names_in(&text);
+    // It takes a host with quotas: see `tests/machine`.
+    there.insert("buildomat_user_factory_slot_disk_bytes".into());
+    let packaging = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/monitoring");
+    for file in ["alerts.yml", "dashboard.json"] {
+        let used = names_in(&std::fs::read_to_string(packaging.join(file)).unwrap());
+        assert!(used.len() > 4, "{file} uses {used:?}");
+        for name in used {
+            assert!(
+                there.contains(&name),
+                "{file} uses {name}, which is not in\n{text}"
+            );
+        }
+    }
+    house.let_end();
+    house.completed(job).await;
+    house
+        .server
+        .release(house.server.job(job).worker.unwrap())
+        .unwrap();
+    house.finish().await;
+}
