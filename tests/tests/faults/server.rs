@@ -110,11 +110,7 @@ async fn row_79_a_worker_whose_making_was_answered_with_silence_is_found() {
     // The server makes it each time it is asked.
     proxy(&house).set("POST /0/factory/worker ", Fault::Lose);
     let job = house.submit("echo found");
-    house.told(&[
-        "WARN no worker for job",
-        &job.to_string(),
-        "if this goes on",
-    ]);
+    house.told(&["WARN no worker for job", &job.to_string(), "if this goes on"]);
     house.completed(job).await;
     assert_eq!(house.server.workers().len(), 1, "it was made twice");
     house.finish().await;

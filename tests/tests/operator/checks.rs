@@ -1,6 +1,5 @@
-//! What can be known before anything starts, and what a log tells afterwards.
+//! What can be known before anything starts.
 
-use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 
 use nix::sys::signal::Signal;
@@ -56,62 +55,5 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
         said.out
     );
     house.helper = house.host.helper();
-    house.finish().await;
-}
-
-/// Starts the supervisor as systemd does: with its standard error connected to a journal, here in `$1`.
-const UNDER_SYSTEMD: &str = r#"
-mount -t tmpfs none /run && mkdir -p /run/systemd/journal && mount --bind "$1" /run/systemd/journal || exit 99
-shift
-JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec setpriv --reuid "$UID_OF" --regid "$UID_OF" --clear-groups "$@"
-"#;
-
-#[tokio::test(flavor = "multi_thread")]
-async fn under_systemd_each_line_is_an_entry_of_the_journal_with_fields() {
-    let mut house = House::new(ONE).await;
-    answering(&house).await;
-    house.end_supervisor(Signal::SIGTERM);
-    // Its root directory must be seen where /run is another.
-    assert!(!house.host.root.starts_with("/run"));
-    let place = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let socket = place.path().join("socket");
-    let journal = UnixDatagram::bind(&socket).unwrap();
-    std::fs::set_permissions(&socket, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
-    journal.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut start = Command::new("unshare");
-    start
-        .args(["--mount", "sh", "-c", UNDER_SYSTEMD, "sh"])
-        .arg(place.path());
-    start
-        .arg(binaries().join("user-factory"))
-        .arg("serve")
-        .arg("--root")
-        .arg(&house.host.root);
-    house.supervisor = Running::start(start.env("UID_OF", SUPERVISOR_UID.to_string()));
-    let job = house.submit("true");
-    house.completed(job).await;
-    let end = std::time::Instant::now() + PATIENCE;
-    let entry = loop {
-        let mut bytes = vec![0; 64 << 10];
-        let n = tokio::task::block_in_place(|| journal.recv(&mut bytes)).expect("an entry comes");
-        let text = String::from_utf8_lossy(&bytes[..n]).into_owned();
-        if text.contains("worker phase") && text.contains("online") {
-            break text;
-        }
-        assert!(std::time::Instant::now() < end, "no worker comes online");
-    };
-    let worker = house.server.job(job).worker.unwrap().to_string();
-    for part in [
-        "SYSLOG_IDENTIFIER\n",
-        "WORKER\n",
-        &worker,
-        "SLOT\n",
-        "JOB\n",
-        &job.to_string(),
-        "PRIORITY=",
-    ] {
-        assert!(entry.contains(part), "{part:?}: {entry:?}");
-    }
     house.finish().await;
 }
