@@ -39,6 +39,8 @@ pub const MOUNT_POINTS: [&str; 3] = ["pts", "shm", "mqueue"];
 
 /// More than any slot has: a pattern that means more is a mistake.
 const MAX_NODES: usize = 4096;
+/// So often a job's `/dev` is made to agree with the host's before it starts.
+const ROUNDS: usize = 8;
 /// Deeper than anything in `/dev`.
 const MAX_DEPTH: usize = 8;
 
@@ -156,7 +158,16 @@ pub fn make(host: &Host, worker: WorkerId, uid: Uid, slot: &Slot) -> Result<()> 
             "{pattern} is no device node: name one in devices"
         );
     }
-    bring_up_to_date(dev.as_fd(), uid, &find(host, &slot.devices)?.0)
+    // A device that goes between the look and the making would stay: the daemon, which is told of it, may have been
+    // here before. Where they come and go without end, it is told again.
+    for _ in 0..ROUNDS {
+        let (wanted, _) = find(host, &slot.devices)?;
+        bring_up_to_date(dev.as_fd(), uid, &wanted)?;
+        if find(host, &slot.devices)?.0 == wanted {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Is it the job's in any case?
@@ -201,7 +212,11 @@ fn bring_up_to_date(dev: BorrowedFd<'_>, uid: Uid, wanted: &Nodes) -> Result<()>
             Err(Errno::EEXIST) => {}
             result => result.with_context(describe)?,
         }
-        fchownat(dev, path.as_path(), owner, group, AtFlags::AT_SYMLINK_NOFOLLOW).with_context(describe)?;
+        match fchownat(dev, path.as_path(), owner, group, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            // It has gone, and whoever else works here (the daemon, or a job's first process) has seen it before us.
+            Err(Errno::ENOENT) => {}
+            result => result.with_context(describe)?,
+        }
     }
     Ok(())
 }

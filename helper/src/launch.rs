@@ -28,10 +28,6 @@ pub fn take_order(host: &Host, view: &mut View, orders: &Seqpacket) -> bool {
         },
         _ => return false,
     };
-    if has_hung_up(&answer) {
-        // It had no time to wait for us, and the worker may be another's by now.
-        return false;
-    }
     let begun = match Order::decode(&bytes) {
         Some(Order::Launch { worker, bootstrap }) => {
             // A job sees the host as it is when it starts.
@@ -51,13 +47,13 @@ pub fn take_order(host: &Host, view: &mut View, orders: &Seqpacket) -> bool {
     built
 }
 
-fn has_hung_up(asker: &Seqpacket) -> bool {
+/// Does who asked still wait? It holds the worker's lock for as long as it lives. Once it is dead, the worker may be
+/// another's.
+fn is_waited_for(asker: &Seqpacket) -> Result<()> {
     let mut events = [PollFd::new(asker.as_fd(), PollFlags::empty())];
-    let looked = poll(&mut events, PollTimeout::ZERO);
-    looked.is_ok()
-        && events[0]
-            .revents()
-            .is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    poll(&mut events, PollTimeout::ZERO)?;
+    ensure!(events[0].any() == Some(false), "who asked for it is gone");
+    Ok(())
 }
 
 /// Make the worker's first process, in its cgroup and its namespaces from the first instruction.
@@ -68,9 +64,8 @@ fn launch(
     connection: &Seqpacket,
 ) -> Result<()> {
     let cgroup = open_dir(&host.cgroups, worker.to_string()).context("the worker has no cgroup")?;
-    // Who asked holds the worker's lock, so while it lives this is its cgroup. Once it is dead, another may have
-    // the worker, and a cgroup of its own for it, in which a first process that nobody waits for has no place.
-    ensure!(!has_hung_up(connection), "who asked for it is gone");
+    // With the cgroup open: it is that of who asked, and not one in which another has its first process.
+    is_waited_for(connection)?;
     sys::clone_sandboxed(cgroup.as_fd(), || {
         let prepared =
             forget_all_but(host, connection).and_then(|()| sandbox::enter(host, worker, bootstrap));
@@ -85,6 +80,7 @@ fn launch(
 
 /// Forget the quota of a worker that has nothing on disk any more.
 fn unlimit(host: &Host, worker: WorkerId, connection: &Seqpacket) -> Result<()> {
+    is_waited_for(connection)?;
     sys::fork(|| {
         let work = || -> Result<()> {
             forget_all_but(host, connection)?;

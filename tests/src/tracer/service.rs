@@ -193,8 +193,8 @@ impl Watcher {
             if self.connection_gone && call.number == libc::SYS_wait4 {
                 self.reaped = true;
             }
-            // Its last wait has four descriptors; that for new mounts has one, that of Rust's start three.
-            let waits = call.is(WAITS) && call.arguments[1] == 4;
+            // Its wait in `serve` has five descriptors; that for new mounts has one, that of Rust's start three.
+            let waits = call.is(WAITS) && call.arguments[1] == 5;
             if waits && (self.reaped || self.span == Span::Start) {
                 return Then::End;
             }

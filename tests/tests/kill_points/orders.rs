@@ -53,6 +53,10 @@ fn an_order_of_a_connection_that_was_killed_is_not_carried_out() {
     let bench = Bench::new();
     let worker = prepare(&bench, Operation::Install, "rich");
     let daemon = bench.helper.pid();
+    // Those of what was prepared are on their way out.
+    until("the end of the others", || {
+        children(daemon).is_empty().then_some(())
+    });
     let connected = |others: &[i32]| {
         let client = Client::new(&bench.host);
         let new = |pid: &i32| !others.contains(pid);

@@ -119,7 +119,6 @@ fn a_device_that_is_not_there_fails_the_start_with_a_sentence() {
 }
 
 #[test]
-#[ignore = "a start sometimes meets ENOENT for a device that goes while its /dev is made: to be mended"]
 fn devices_that_come_and_go_do_not_hold_up_the_end_of_a_worker() {
     let name = format!("user-factory-test-{}-flood", std::process::id());
     let slots =
