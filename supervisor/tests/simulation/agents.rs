@@ -28,6 +28,9 @@ impl World {
                 self.after(usual, Event::Online(id, agent));
                 self.after(usual + takes / 2, Event::Ends(id, agent, Exit::Signal(11)));
             }
+            Some(Misdeed::KilledAtOnce) => {
+                self.ambushes.push((id, agent));
+            }
             Some(Misdeed::KilledLate) => {
                 self.after(usual, Event::Online(id, agent));
                 self.after(usual + takes / 2, Event::Ends(id, agent, Exit::Unknown));
@@ -47,6 +50,14 @@ impl World {
     pub fn job_of(&self, id: WorkerId) -> Option<&Job> {
         let worker = self.server.workers.get(&id)?;
         self.server.jobs.get(worker.job.as_ref()?)
+    }
+
+    /// The server has just said that these agents are not online: they are, and are killed.
+    pub fn spring_ambushes(&mut self) {
+        for (id, agent) in std::mem::take(&mut self.ambushes) {
+            self.online(id, agent);
+            self.ends(id, agent, Exit::Unknown);
+        }
     }
 
     pub fn online(&mut self, id: WorkerId, agent: u64) {

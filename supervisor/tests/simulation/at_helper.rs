@@ -50,10 +50,11 @@ impl World {
             }
             _ => {}
         }
-        let extent = if let Fate::HangUp(extent) = fate {
-            extent
-        } else {
-            Extent::All
+        let half = self.dies_at(kind, Point::HalfDone);
+        let extent = match fate {
+            _ if half => Extent::Half,
+            Fate::HangUp(extent) => extent,
+            _ => Extent::All,
         };
         let (reply, lines) = self.operate(id, extent);
         self.dies_at(kind, Point::CarriedOut);

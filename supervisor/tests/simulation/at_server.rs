@@ -25,7 +25,11 @@ impl World {
         let worker = || -> WorkerId { last.parse().expect("a worker's id in a path") };
         let job = |text: &str| JobId::try_from(text.to_owned()).expect("a job's id");
         match ask.kind() {
-            Kind::Workers => self.server.list(),
+            Kind::Workers => {
+                let list = self.server.list();
+                self.spring_ambushes();
+                list
+            }
             Kind::Lease => {
                 let targets = field("supported_targets");
                 let targets = targets.as_array().expect("a list of targets");

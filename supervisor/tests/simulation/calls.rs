@@ -75,13 +75,16 @@ impl World {
         } else {
             0
         };
-        let back = if kind.is_of_server() {
+        let mut back = if kind.is_of_server() {
             1 + self.chance(20)
         } else {
             0
         };
         match (fate, self.server_mode) {
-            (Fate::Slow(ms), _) | (_, Mode::Slow(ms)) if kind.is_of_server() => there += ms,
+            (Fate::Slow(ms), _) | (_, Mode::Slow(ms)) if kind.is_of_server() => {
+                // Both ways: an answer may be old when it comes.
+                (there, back) = (there + ms / 2, back + ms / 2);
+            }
             (Fate::Late(ms), _) => there += ms,
             _ => {}
         }
@@ -97,7 +100,7 @@ impl World {
         };
         self.calls.insert(id, call);
         self.after(there, Event::Arrive(id));
-        if kind.is_of_server() && (there > PATIENCE_MS || self.server_mode == Mode::Hung) {
+        if kind.is_of_server() && (there + back > PATIENCE_MS || self.server_mode == Mode::Hung) {
             self.after(PATIENCE_MS, Event::GiveUp(id));
         }
         self.dies_at(kind, Point::Sent);
@@ -111,15 +114,19 @@ impl World {
     }
 
     /// Does the supervisor die here? Then all that is under way is without a caller.
-    pub fn dies_at(&mut self, kind: Kind, point: Point) {
-        let at = self
-            .crash_at
-            .iter()
-            .position(|(k, p, _)| (*k, *p) == (kind, point));
-        if let Some((_, _, down)) = at.map(|at| self.crash_at.remove(at)) {
-            self.report.count(&Item::CrashAt(kind, point, down));
-            self.orders.crash = Some(down);
+    pub fn dies_at(&mut self, kind: Kind, point: Point) -> bool {
+        let here = |(k, p, _): &(Kind, Point, u64)| (*k, *p) == (kind, point);
+        let Some(at) = self.crash_at.iter().position(here) else {
+            return false;
+        };
+        let (_, _, down) = self.crash_at.remove(at);
+        self.report.count(&Item::CrashAt(kind, point, down));
+        self.orders.crash = Some(down);
+        if point == Point::HalfDone {
+            self.orders.lose_database = true;
+            self.checks.database_lost();
         }
+        true
     }
 
     /// The supervisor has died. What it had sent may still arrive.
@@ -163,10 +170,17 @@ impl World {
             self.checks
                 .heard(self.now, call.kind, body, call.fate == Fate::OtherIds);
         }
-        if let (Kind::Fail, Some(worker), Answer::Page(Ok((400..=499, _)))) =
+        if let (Kind::Fail, Some(worker), Answer::Page(Ok((400..=499, body)))) =
             (call.kind, call.ask.about(), &answer)
+            && body.starts_with(b"{")
         {
             self.checks.cannot_tell(worker);
+        }
+        if let (Kind::Delete, Some(worker), Answer::Page(Ok((200, body)))) =
+            (call.kind, call.ask.about(), &answer)
+            && body == b"true"
+        {
+            self.checks.deleted(worker);
         }
         let _ = caller.send(answer);
         self.dies_at(call.kind, Point::Answered);

@@ -34,6 +34,8 @@ pub struct Track {
     pub held_since: Option<u64>,
     /// The supervisor has seen that it is held, in this list of its.
     pub seen_held: Option<u64>,
+    /// The supervisor knows that the server has deleted it.
+    pub deleted: bool,
     /// Its end had begun before it was held.
     pub ending: bool,
 }
@@ -50,6 +52,8 @@ pub struct Checks {
     /// How many lists of the server this life has asked for.
     pub lists: u64,
     pub lied_since: Option<u64>,
+    /// When a job was last leased, as far as the supervisor knows.
+    pub leased_at: BTreeMap<WorkerId, u64>,
     /// When the agent's file was last asked for: in which list of the server, and at what time.
     pub file_in_list: u64,
     pub file_at: u64,
@@ -67,6 +71,7 @@ impl Checks {
             drained_slot: None,
             lists: 0,
             lied_since: None,
+            leased_at: BTreeMap::new(),
             file_in_list: 0,
             file_at: 0,
             failure: None,
@@ -104,6 +109,10 @@ impl Checks {
 
     pub fn start_failed(&mut self, id: WorkerId) {
         self.track(id).start_failed = true;
+    }
+
+    pub fn deleted(&mut self, id: WorkerId) {
+        self.track(id).deleted = true;
     }
 
     /// The server would not be told of its failure.

@@ -73,7 +73,10 @@ impl World {
                 self.orders.crash = Some(down);
                 return self.alive;
             }
-            Item::CrashAfterSaves(n, down) => self.orders.crash_after_saves = Some((n, down)),
+            Item::CrashAfterSaves(n, down) => {
+                self.trace.crash_after_saves(Some((n, down)));
+                return false;
+            }
             Item::Stop(down) => {
                 self.stop_for = down;
                 self.orders.words.push(Input::Stop);
@@ -168,7 +171,7 @@ impl World {
         self.every.clear();
         self.misdeeds.clear();
         self.crash_at.clear();
-        self.orders.crash_after_saves = None;
+        self.trace.crash_after_saves(None);
         let periods = [
             Period::Server,
             Period::Helper,

@@ -14,6 +14,9 @@ mod policy;
 
 use crate::script::Extent;
 
+/// Why no agent can be started in what is there of a worker.
+pub const HALF_MADE: &str = "the worker's user is not known";
+
 #[derive(Clone, Debug)]
 pub struct Worker {
     pub slot: SlotName,
@@ -146,8 +149,7 @@ impl Host {
                 return (Reply::Error(policy::no_such_slot(&w.slot)), Deed::Nothing);
             }
             Some(_) if w.half => {
-                let text = "the worker's user is not known";
-                return (error(ErrorKind::Failed, text), Deed::Nothing);
+                return (error(ErrorKind::Failed, HALF_MADE), Deed::Nothing);
             }
             Some(_) => {}
         }

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::net::{Shared, Wire};
 use crate::report::Report;
-use crate::script::Script;
+use crate::script::{Item, Script};
 use crate::trace::{Crash, Log, Trace};
 use crate::world::World;
 
@@ -107,16 +107,16 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
                     let down = world.stop_for;
                     world.ended(down);
                 }
-                End::Crashed(down) => world.ended(down),
+                End::Crashed(down) => {
+                    world.report.count(&Item::CrashAfterSaves(0, down));
+                    world.ended(down);
+                }
                 End::Failed(why) => world
                     .checks
                     .fail(format!("the supervisor ended by itself: {why}")),
             }
         }
         let orders = std::mem::take(&mut shared.world().orders);
-        if let Some(when) = orders.crash_after_saves {
-            trace.crash_after_saves(Some(when));
-        }
         if let Some(life) = &life {
             for word in orders.words {
                 let _ = life.operator.send(Word::Tell(word));

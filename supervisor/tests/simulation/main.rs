@@ -99,7 +99,7 @@ fn a_seed_is_a_world_to_the_last_letter() {
     for seed in 1..=12 {
         let script = seed::script(seed);
         let [first, second] = [(); 2].map(|()| life::simulate(&script, true));
-        assert!(first.trace.lines().len() > 1_000, "seed {seed} tells nothing");
+        assert!(first.trace.lines().len() > 100, "seed {seed} tells nothing");
         assert_eq!(first.trace.lines(), second.trace.lines(), "seed {seed}");
     }
 }

@@ -117,6 +117,8 @@ pub enum Misdeed {
     /// Killed before it was online, by nobody who would say so.
     KilledEarly,
     DiesLate,
+    /// Killed in the instant in which it has come online.
+    KilledAtOnce,
     KilledLate,
     TimesOut,
 }
@@ -125,6 +127,8 @@ pub enum Misdeed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Point {
     Sent,
+    /// The helper has done half of it; and the database is lost with the supervisor.
+    HalfDone,
     CarriedOut,
     Answered,
 }

@@ -96,10 +96,11 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
             match below(rng, 4) {
                 0 => Item::Crash(down(rng)),
                 1 => Item::CrashAfterSaves(1 + below(rng, 6), down(rng)),
-                _ => {
+                2 => {
                     let point = pick(rng, &[Point::Sent, Point::CarriedOut, Point::Answered]);
                     Item::CrashAt(pick(rng, &calls), point, down(rng))
                 }
+                _ => Item::CrashAt(pick(rng, &OF_HELPER), Point::HalfDone, down(rng)),
             }
         }
         6 => match below(rng, 4) {
@@ -111,7 +112,7 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
                 Item::Clock(if below(rng, 2) == 0 { by } else { -by })
             }
         },
-        7 => match below(rng, 8) {
+        7 => match below(rng, 9) {
             0 => Item::Agent(Misdeed::NeverOnline),
             1 => Item::Agent(Misdeed::LateOnline(span(rng))),
             2 => Item::Agent(Misdeed::DiesEarly),
@@ -119,6 +120,7 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
             4 => Item::Agent(Misdeed::DiesLate),
             5 => Item::Agent(Misdeed::KilledLate),
             6 => Item::Agent(Misdeed::TimesOut),
+            7 => Item::Agent(Misdeed::KilledAtOnce),
             _ => Item::Kill(which),
         },
         8 => match below(rng, 4) {

@@ -6,7 +6,7 @@ use protocol::WorkerId;
 use serde_json::{Value, json};
 use supervisor::view::JobId;
 
-const LEASE_MS: u64 = 60_000;
+pub const LEASE_MS: u64 = 60_000;
 const SILENT_MS: u64 = 600_000;
 const MAX_RUNTIME_MS: u64 = 900_000;
 
@@ -276,7 +276,9 @@ impl Server {
                     job.end = Some(Err(Cause::Cancelled));
                     w.recycle_asked = true;
                 }
-                Some(job) if now > job.assigned_at + MAX_RUNTIME_MS => {
+                // It is the server's to end a job whose agent is there, and has nothing to do with it; but what it
+                // takes for not begun, it leaves to the factory, and here that is never helped out of it.
+                Some(job) if w.agent.is_some() && now > job.assigned_at + MAX_RUNTIME_MS => {
                     job.end = Some(Err(Cause::Overlong));
                     w.recycle_asked = true;
                 }

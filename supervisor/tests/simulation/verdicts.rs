@@ -2,14 +2,18 @@
 //! the server and the host are then.
 
 use protocol::{Error, ErrorKind, Request, SlotName, WorkerId};
+use serde_json::Value;
 use supervisor::view::ServerWorker;
-use supervisor::worker::{FORGOTTEN_MS, MAX_REMAKES};
+use supervisor::worker::FORGOTTEN_MS;
 
 use crate::checks::Checks;
-use crate::host::Host;
+use crate::host::{HALF_MADE, Host};
 use crate::script::Kind;
-use crate::server::{Server, Worker};
+use crate::server::{LEASE_MS, Server, Worker};
 use crate::world::ONLINE_TIMEOUT_MS;
+
+/// A job may lose its worker so often before anybody calls it broken.
+const REMAKES: u32 = 3;
 
 impl Checks {
     /// A call is made: is it one too many, or about a worker that must be left alone?
@@ -26,6 +30,10 @@ impl Checks {
         let Some(id) = about else {
             return;
         };
+        let leased_at = self.leased_at.get(&id).filter(|_| kind == Kind::Make);
+        if leased_at.is_some_and(|at| *at + LEASE_MS < now) {
+            self.fail(format!("a worker is asked for job {id}, whose lease has ended"));
+        }
         let lists = self.lists;
         let acts = matches!(
             kind,
@@ -34,6 +42,10 @@ impl Checks {
         let Some(track) = self.tracks.get(&id).filter(|_| acts) else {
             return;
         };
+        if kind == Kind::CreateUser && track.deleted && !track.lied_about {
+            self.fail(format!("{id} is made again after its end"));
+            return;
+        }
         // An installation that had begun before, and waited for the agent's file, goes on.
         let began =
             kind == Kind::Install && track.seen_held.is_some_and(|seen| self.file_in_list <= seen + 1);
@@ -52,8 +64,12 @@ impl Checks {
 
     /// An answer has come back whole.
     pub fn heard(&mut self, now: u64, kind: Kind, body: &[u8], lie: bool) {
-        if kind == Kind::Lease && body.len() > r#"{"lease":null}"#.len() {
-            self.storm.leased(now);
+        if kind == Kind::Lease {
+            let answer: Value = serde_json::from_slice(body).unwrap_or_default();
+            if let Some(job) = answer["lease"]["job"].as_str().and_then(|job| job.parse().ok()) {
+                self.storm.leased(now);
+                self.leased_at.insert(job, now);
+            }
         }
         if kind != Kind::Workers {
             return;
@@ -151,6 +167,9 @@ impl Checks {
                 }
                 self.track(id).start_failed = true;
             }
+            (ErrorKind::Failed, _) if error.message() == HALF_MADE && !self.track(id).lied_about => {
+                self.fail(format!("{id} is half made, and its agent is started"));
+            }
             (ErrorKind::Failed | ErrorKind::NoSuchSlot, _) => self.start_failed(id),
             _ => {}
         }
@@ -194,7 +213,8 @@ impl Checks {
             .any(|slot| slot.target.to_string() == w.target);
         let began_and_lost = track.was_online && track.forgotten;
         // It waited for a slot that others had, as long as it may.
-        let tired = track.forgotten && Self::had_its_time(track.had_ms);
+        let without_slot = track.forgotten || w.private.is_none();
+        let tired = without_slot && Self::had_its_time(track.had_ms);
         let excused =
             track.lied_about || track.cannot_tell || began_and_lost || slot_gone || no_slot || tired;
         if !excused {
@@ -220,7 +240,7 @@ impl Checks {
                     track.had_ms
                 ));
             }
-        } else if !track.was_online && track.lost <= MAX_REMAKES {
+        } else if !track.was_online && track.lost <= REMAKES {
             self.fail(format!("{id} is failed, though its job had not begun: {reason}"));
         } else if track.lost == 0 {
             self.fail(format!(

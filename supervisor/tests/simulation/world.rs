@@ -63,8 +63,6 @@ pub struct Orders {
     pub crash: Option<u64>,
     pub lose_database: bool,
     pub start: bool,
-    /// Die when so many more saves have been done.
-    pub crash_after_saves: Option<(u64, u64)>,
     pub words: Vec<Input>,
 }
 
@@ -92,6 +90,7 @@ pub struct World {
     pub armed: Vec<(Kind, Fate)>,
     pub every: Vec<(Kind, Fate, u64)>,
     pub misdeeds: VecDeque<Misdeed>,
+    pub ambushes: Vec<(WorkerId, u64)>,
     pub crash_at: Vec<(Kind, Point, u64)>,
     pub calls: BTreeMap<u64, InFlight>,
     /// The last answer to each poll, in the trace.
@@ -138,6 +137,7 @@ impl World {
             armed: Vec::new(),
             every: Vec::new(),
             misdeeds: VecDeque::new(),
+            ambushes: Vec::new(),
             crash_at: Vec::new(),
             calls: BTreeMap::new(),
             polled: BTreeMap::new(),
