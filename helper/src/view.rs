@@ -4,7 +4,8 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{File, FileType};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
@@ -115,6 +116,11 @@ impl AsFd for View {
     }
 }
 
+fn is_not_found(error: &anyhow::Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<std::io::Error>();
+    cause.is_some_and(|cause| cause.kind() == ErrorKind::NotFound)
+}
+
 struct Builder {
     /// A copy of the mount of jobs' `/dev` directories, made before the tmpfs lay over it.
     devices: OwnedFd,
@@ -201,7 +207,7 @@ impl Builder {
     fn make_directory(&mut self, path: &Path, mode: u32) -> Result<()> {
         let real = below(&self.new_root, path);
         match std::fs::create_dir(&real) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error.into()),
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error.into()),
             _ => std::fs::set_permissions(&real, std::fs::Permissions::from_mode(mode))?,
         }
         self.open.insert(path.to_owned());
@@ -218,19 +224,31 @@ impl Builder {
             if path == Path::new("/") && NOT_THE_HOSTS.iter().any(|name| *name == entry.file_name()) {
                 continue;
             }
-            let real = below(&self.new_root, &place);
-            let kind = entry.file_type()?;
-            if kind.is_symlink() {
-                symlink(std::fs::read_link(&place)?, &real)?;
-            } else if kind.is_dir() {
-                std::fs::create_dir(&real)?;
-                self.bind(&place, &place, READ_ONLY, true)?;
-            } else if kind.is_file() {
-                File::create(&real)?;
-                self.bind(&place, &place, READ_ONLY, false)?;
+            let kind = entry.file_type().map_err(anyhow::Error::from);
+            match kind.and_then(|kind| self.show_entry(&place, kind)) {
+                // Gone since the directory was read. Even if it is back by now: that was a change, and is seen.
+                Err(error) if is_not_found(&error) => {
+                    let real = below(&self.new_root, &place);
+                    let _ = std::fs::remove_dir(&real).or_else(|_| std::fs::remove_file(&real));
+                }
+                shown => shown?,
             }
         }
         self.watched.push((dir, seen));
+        Ok(())
+    }
+
+    fn show_entry(&self, place: &Path, kind: FileType) -> Result<()> {
+        let real = below(&self.new_root, place);
+        if kind.is_symlink() {
+            symlink(std::fs::read_link(place)?, &real)?;
+        } else if kind.is_dir() {
+            std::fs::create_dir(&real)?;
+            self.bind(place, place, READ_ONLY, true)?;
+        } else if kind.is_file() {
+            File::create(&real)?;
+            self.bind(place, place, READ_ONLY, false)?;
+        }
         Ok(())
     }
 
@@ -348,7 +366,7 @@ impl Builder {
         }
         for path in own {
             match path.canonicalize() {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
                 real => hidden.push(real.with_context(|| format!("cannot hide {}", path.display()))?),
             }
         }
@@ -367,7 +385,7 @@ impl Builder {
                     self.watched.push((parent, seen));
                 }
                 // Below what jobs have of their own, or below what is hidden by now.
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => return Err(error).with_context(|| format!("cannot hide {}", path.display())),
             }
         }

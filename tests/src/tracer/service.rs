@@ -51,6 +51,8 @@ pub struct Plan {
     pub when: When,
     /// Everything that is the service's dies with it: all but the jobs.
     pub all: bool,
+    /// It hangs there instead (`SIGSTOP`), and the connections die.
+    pub hangs: bool,
 }
 
 /// What was seen until the end, or until somebody was killed.
@@ -193,8 +195,8 @@ impl Watcher {
             if self.connection_gone && call.number == libc::SYS_wait4 {
                 self.reaped = true;
             }
-            // Its wait in `serve` has five descriptors; that for new mounts has one, that of Rust's start three.
-            let waits = call.is(WAITS) && call.arguments[1] == 5;
+            // Its own wait has four descriptors and more; that of Rust's start has three, other looks one.
+            let waits = call.is(WAITS) && call.arguments[1] > 3;
             if waits && (self.reaped || self.span == Span::Start) {
                 return Then::End;
             }
@@ -226,7 +228,10 @@ impl Watcher {
         });
         for (other, kind) in &self.alive {
             let jobs = matches!(kind, Kind::First | Kind::Agent);
-            if *other == pid || (plan.all && !jobs) {
+            let connection = *kind == Kind::Connection;
+            if *other == pid && plan.hangs {
+                let _ = kill(*other, Signal::SIGSTOP);
+            } else if *other == pid || (plan.all && !jobs) || (plan.hangs && connection) {
                 let _ = kill(*other, Signal::SIGKILL);
             }
         }

@@ -36,7 +36,13 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
             let mut take = |when, forms: &[(bool, After)]| {
                 for (all, after) in forms {
                     let (kind, all) = (*kind, *all);
-                    plans.push((Plan { kind, when, all }, *after));
+                    let plan = Plan {
+                        kind,
+                        when,
+                        all,
+                        hangs: false,
+                    };
+                    plans.push((plan, *after));
                 }
             };
             // By its name: the nth is not the same in every run.

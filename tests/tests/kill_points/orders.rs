@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use protocol::{Reply, Request, WorkerId, wire};
 use testbed::harness::{Client, PATIENCE, sealed};
 use testbed::stage::{read, wait_for_line};
+use testbed::tracer::service::{Kind, Plan, When};
 
 use crate::bench::{Bench, Operation, ask, prepare, request};
 
@@ -53,10 +54,8 @@ fn an_order_of_a_connection_that_was_killed_is_not_carried_out() {
     let bench = Bench::new();
     let worker = prepare(&bench, Operation::Install, "rich");
     let daemon = bench.helper.pid();
-    // Those of what was prepared are on their way out.
-    until("the end of the others", || {
-        children(daemon).is_empty().then_some(())
-    });
+    // The connection that made the worker is on its way out.
+    until("its end", || children(daemon).is_empty().then_some(()));
     let connected = |others: &[i32]| {
         let client = Client::new(&bench.host);
         let new = |pid: &i32| !others.contains(pid);
@@ -92,4 +91,27 @@ fn an_order_of_a_connection_that_was_killed_is_not_carried_out() {
         Some(Reply::Deleted)
     );
     bench.assert_clean(true, "the second order");
+}
+
+#[test]
+fn a_first_process_that_hangs_is_ended_by_a_repetition_of_the_start() {
+    let bench = Bench::new();
+    for call in [libc::SYS_setsid, libc::SYS_umount2] {
+        let worker = prepare(&bench, Operation::Install, "rich");
+        let plan = Plan {
+            kind: Kind::First,
+            when: When::First(call),
+            all: false,
+            hangs: true,
+        };
+        let install = request(Operation::Install, worker, "rich");
+        let (reply, seen) = bench.under_the_tracer(&install, Some(plan));
+        assert!(reply.is_none() && seen.killed.is_some(), "{reply:?}");
+        assert_eq!(ask(&bench.host, &install), Some(Reply::AgentStarted));
+        assert_eq!(
+            ask(&bench.host, &Request::Delete { worker }),
+            Some(Reply::Deleted)
+        );
+        bench.assert_clean(true, "a first process that hung");
+    }
 }

@@ -171,7 +171,8 @@ async fn to_its_end(server: &Server, life: Life, job: Ulid) {
             }
             (it.complete() && alive().count() == 0).then_some(Next::Nothing)
         };
-        match server.wait_for(PATIENCE, next).await.unwrap() {
+        // A whole life, of several at once.
+        match server.wait_for(3 * PATIENCE, next).await.unwrap() {
             Next::Release(worker) => server.release(worker).unwrap(),
             Next::Cancel => {
                 server.cancel(job).unwrap();
