@@ -10,22 +10,21 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
-use protocol::config::{self, Network};
+use protocol::config;
 use protocol::{Error, ErrorKind, Received, Seqpacket, SlotName, Uid, UserName, WorkerId};
 
-use crate::host::{Host, open_path, write_atomically};
+use crate::host::{Host, open_path};
 use crate::orders::Word;
-use crate::terminal::{self, Terminal};
+use crate::terminal::{self, Ours, Terminal};
 use crate::view::View;
-use crate::worker::{Record, Worker};
-use crate::{cgroup, limits, network, sandbox, sys, tenancy, user};
+use crate::worker::Worker;
+use crate::{cgroup, init, limits, sandbox, sys, tenancy, user};
 
 /// The file, in the directory of the sockets, that says where the workers' cgroups are.
 pub const CGROUP: &str = "helper.cgroup";
@@ -95,7 +94,7 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         for warning in limits::check(&record.slot, &slot.limits, host.abilities)? {
             tracing::warn!("{warning}");
         }
-        write_files(&host, &worker, &record, &config)?;
+        user::write_files_for_the_job(&host, &worker, record.uid, &config, slot)?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
         limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
         inside(&host, id, &cgroup, &typed.rest, &signals)
@@ -160,22 +159,6 @@ fn take(host: &Host, unlimit: tenancy::Unlimit<'_>, id: WorkerId, slot: Option<S
     Err(last.expect("a configuration has a slot"))
 }
 
-/// The files of root's that a job sees as its own.
-fn write_files(host: &Host, worker: &Worker, record: &Record, config: &config::Config) -> Result<()> {
-    let (passwd, group) = user::files_for_the_job(host, &worker.user(), record.uid)?;
-    let hosts = match config.slots[&record.slot].network {
-        Network::Host => None,
-        Network::None => network::hosts(&config.general.baseurl),
-    };
-    for (name, text) in [("passwd", Some(passwd)), ("group", Some(group)), ("hosts", hosts)] {
-        if let Some(text) = text {
-            write_atomically(worker.dir(), name, &text, 0o644)
-                .with_context(|| format!("cannot write the job's {name}"))?;
-        }
-    }
-    Ok(())
-}
-
 /// A command in the worker's sandbox, at this process's terminal, until it has ended. Returns its status.
 fn inside(
     host: &Host,
@@ -193,7 +176,7 @@ fn inside(
         SockFlag::SOCK_CLOEXEC,
     )?;
     let (here, there) = (Seqpacket::from(here), Seqpacket::from(there));
-    let at_terminal = terminal::is_ours();
+    let ours = terminal::ours();
     let first = sys::clone_sandboxed(cgroup.as_fd(), || {
         let keep = [&host.descriptors()[..], &[there.as_raw_fd()]].concat();
         let ready = || -> Result<UserName> {
@@ -201,7 +184,7 @@ fn inside(
             SigSet::empty().thread_set_mask()?;
             sandbox::enter_by_hand(host, worker)
         };
-        let ended = ready().and_then(|user| first_process(&there, &user, command, at_terminal));
+        let ended = ready().and_then(|user| first_process(&there, &user, command, ours));
         ended.unwrap_or_else(|error| {
             let _ = Word::Failed(format!("{error:#}")).say(&there);
             1
@@ -223,7 +206,7 @@ fn inside(
         },
         _ => bail!("the first process was killed: look for the reason in the kernel's log"),
     };
-    let terminal = terminal.map(Terminal::new).transpose()?;
+    let terminal = terminal.map(|job| Terminal::new(job, ours)).transpose()?;
     let status = terminal::attend(first, terminal, signals)?;
     // Did it get as far as to start the command?
     if let Ok(Received::Packet { bytes, .. }) = here.recv(Word::MAX)
@@ -235,45 +218,34 @@ fn inside(
 }
 
 /// Pid 1: start the command, and reap until it has ended. With its own end the kernel ends whatever is left.
-fn first_process(
-    parent: &Seqpacket,
-    user: &UserName,
-    command: &[OsString],
-    at_terminal: bool,
-) -> Result<i32> {
-    let (master, streams) = match at_terminal {
-        true => terminal::of_the_job().map(|(master, streams)| (Some(master), Some(streams)))?,
-        false => (None, None),
+fn first_process(parent: &Seqpacket, user: &UserName, command: &[OsString], ours: Ours) -> Result<i32> {
+    // What was looked up on the host is not for here.
+    sys::close_all_but(&[parent.as_raw_fd()])?;
+    let mut start = init::command(Path::new(&command[0]), user);
+    start
+        .args(&command[1..])
+        .env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()))
+        .current_dir("/work");
+    let master = match ours.any() {
+        true => {
+            let (master, terminal) = terminal::of_the_job()?;
+            terminal::instead_of(ours, &terminal, &mut start)?;
+            // Of its own, so that a shell can move other groups to the foreground.
+            start.process_group(0);
+            Some(master)
+        }
+        false => None,
     };
     parent
         .send(b"R", master.as_ref().map(AsFd::as_fd))
         .context("nobody is left who waits for the command")?;
     drop(master);
-    let mut start = Command::new(&command[0]);
-    start
-        .args(&command[1..])
-        .env_clear()
-        .env(
-            "PATH",
-            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        )
-        .env("HOME", format!("/home/{user}"))
-        .env("USER", user.to_string())
-        .env("LOGNAME", user.to_string())
-        .env("LANG", "C.UTF-8")
-        .env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()))
-        .current_dir("/work");
-    if let Some([input, output, errors]) = streams {
-        start.stdin(input).stdout(output).stderr(errors);
-        // Of its own, so that a shell can move other groups to the foreground.
-        start.process_group(0);
-    }
     let child = start
         .spawn()
         .with_context(|| format!("cannot start {:?}", command[0]))?;
     drop(start);
     let child = Pid::from_raw(child.id() as i32);
-    if at_terminal {
+    if ours.any() {
         terminal::to_the_foreground(child)?;
     }
     loop {

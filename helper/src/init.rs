@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -43,13 +44,10 @@ pub struct Agent {
     children_ended: SignalFd,
 }
 
-/// Start `agent install …`. The error is the kernel's reason.
-pub fn spawn_agent(program: &str, arguments: &[String], user: &UserName) -> io::Result<Agent> {
-    let mask = SigSet::from(Signal::SIGCHLD);
-    let children_ended = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let (output, input) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-    let child = Command::new(program)
-        .args(arguments)
+/// A program with the environment of a worker's first one, and nothing of ours.
+pub fn command(program: &Path, user: &UserName) -> Command {
+    let mut command = Command::new(program);
+    command
         .env_clear()
         .env(
             "PATH",
@@ -59,7 +57,17 @@ pub fn spawn_agent(program: &str, arguments: &[String], user: &UserName) -> io::
         .env("USER", user.to_string())
         .env("LOGNAME", user.to_string())
         .env("LANG", "C.UTF-8")
-        .env("TZ", "UTC")
+        .env("TZ", "UTC");
+    command
+}
+
+/// Start `agent install …`. The error is the kernel's reason.
+pub fn spawn_agent(program: &str, arguments: &[String], user: &UserName) -> io::Result<Agent> {
+    let mask = SigSet::from(Signal::SIGCHLD);
+    let children_ended = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let (output, input) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    let child = command(Path::new(program), user)
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(input.try_clone()?)
         .stderr(input)

@@ -12,14 +12,13 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::sys::time::TimeVal;
-use protocol::config::Network;
 use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket};
 
-use crate::host::{Host, open_dir, open_file, write_atomically};
+use crate::host::{Host, open_dir, open_file};
 use crate::orders::{Order, Word};
 use crate::sandbox::AGENT;
 use crate::worker::{Record, Worker};
-use crate::{cgroup, limits, network, policy, trees, user};
+use crate::{cgroup, limits, policy, trees, user};
 
 /// Start the agent, unless it was started before. Returns when the kernel has accepted the program.
 pub fn install(
@@ -44,17 +43,7 @@ pub fn install(
     trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
     let run = open_dir(worker.dir(), "fs/run")?;
     copy_agent(&agent, &run)?;
-    let (passwd, group) = user::files_for_the_job(host, &worker.user(), record.uid)?;
-    let hosts = match slot.network {
-        Network::Host => None,
-        Network::None => network::hosts(&config.general.baseurl),
-    };
-    for (name, text) in [("passwd", Some(passwd)), ("group", Some(group)), ("hosts", hosts)] {
-        if let Some(text) = text {
-            write_atomically(worker.dir(), name, &text, 0o644)
-                .with_context(|| format!("cannot write the job's {name}"))?;
-        }
-    }
+    user::write_files_for_the_job(host, worker, record.uid, &config, slot)?;
     // A first attempt that was cut off may have left its pid 1, waiting for a word that will not come.
     cgroup::kill(&host.cgroups, worker.id)?;
     let cgroup =

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::Stdio;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -37,14 +37,31 @@ pub fn signals() -> Result<Signals> {
         .context("cannot watch for signals")
 }
 
-/// Is a person there to be passed through?
-pub fn is_ours() -> bool {
-    std::io::stdin().is_terminal() && std::io::stdout().is_terminal()
+/// Which of the standard streams are a person's terminal. A job gets none of these, but one of its own instead.
+#[derive(Clone, Copy, Debug)]
+pub struct Ours {
+    input: bool,
+    output: bool,
+    errors: bool,
 }
 
-/// In the sandbox, as a session's leader without a terminal: a new one, which becomes the session's, and the
-/// command's streams.
-pub fn of_the_job() -> Result<(OwnedFd, [Stdio; 3])> {
+impl Ours {
+    pub fn any(self) -> bool {
+        self.input || self.output || self.errors
+    }
+}
+
+pub fn ours() -> Ours {
+    Ours {
+        input: std::io::stdin().is_terminal(),
+        output: std::io::stdout().is_terminal(),
+        errors: std::io::stderr().is_terminal(),
+    }
+}
+
+/// In the sandbox, as a session's leader without a terminal: a new one, which becomes the session's. First the end
+/// for who is outside.
+pub fn of_the_job() -> Result<(OwnedFd, OwnedFd)> {
     let master =
         posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).context("cannot make a terminal")?;
     grantpt(&master)?;
@@ -53,8 +70,25 @@ pub fn of_the_job() -> Result<(OwnedFd, [Stdio; 3])> {
     // Without O_NOCTTY it becomes the session's (`open(2)`).
     let terminal = nix::fcntl::open(&*name, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
         .with_context(|| format!("cannot open {name}"))?;
-    let streams = [terminal.try_clone()?, terminal.try_clone()?, terminal].map(Stdio::from);
-    Ok((master.into(), streams))
+    Ok((master.into(), terminal))
+}
+
+/// Put the job's terminal in the place of each stream that is a person's; from now on this process has none of them.
+pub fn instead_of(ours: Ours, terminal: &OwnedFd, command: &mut Command) -> Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    if ours.input {
+        command.stdin(terminal.try_clone()?);
+        nix::unistd::dup2_stdin(&null)?;
+    }
+    if ours.output {
+        command.stdout(terminal.try_clone()?);
+        nix::unistd::dup2_stdout(&null)?;
+    }
+    if ours.errors {
+        command.stderr(terminal.try_clone()?);
+        nix::unistd::dup2_stderr(&null)?;
+    }
+    Ok(())
 }
 
 /// The group of this process, which is of the terminal's session, may read from the terminal.
@@ -77,64 +111,84 @@ pub fn to_the_foreground(leader: Pid) -> Result<()> {
 /// The sandbox's terminal, from outside, and the person's as it was.
 pub struct Terminal {
     job: File,
-    before: Termios,
+    ours: Ours,
+    before: Option<Termios>,
 }
 
 impl Terminal {
-    pub fn new(job: OwnedFd) -> Result<Terminal> {
-        let ours = std::io::stdin();
-        let before = tcgetattr(&ours).context("cannot examine the terminal")?;
-        let mut raw = before.clone();
-        cfmakeraw(&mut raw);
-        tcsetattr(&ours, SetArg::TCSANOW, &raw).context("cannot set the terminal")?;
-        let terminal = Terminal {
-            job: File::from(job),
-            before,
-        };
+    pub fn new(job: OwnedFd, ours: Ours) -> Result<Terminal> {
+        let mut before = None;
+        if ours.input {
+            let typed = std::io::stdin();
+            let now = tcgetattr(&typed).context("cannot examine the terminal")?;
+            let mut raw = now.clone();
+            cfmakeraw(&mut raw);
+            tcsetattr(&typed, SetArg::TCSANOW, &raw).context("cannot set the terminal")?;
+            before = Some(now);
+        }
+        let job = File::from(job);
+        let terminal = Terminal { job, ours, before };
         terminal.resize();
         Ok(terminal)
     }
 
     fn resize(&self) {
+        let (input, output, errors) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+        let person = match self.ours {
+            Ours { input: true, .. } => input.as_fd(),
+            Ours { output: true, .. } => output.as_fd(),
+            _ => errors.as_fd(),
+        };
         // A terminal without a size has none to pass on.
-        let _ = sys::copy_window_size(std::io::stdin().as_fd(), self.job.as_fd());
+        let _ = sys::copy_window_size(person, self.job.as_fd());
     }
 
     /// Some of what the job has printed. False at its end: nobody has the other side open any more.
     fn print(&mut self) -> bool {
         let mut buffer = [0; 16 << 10];
-        match self.job.read(&mut buffer) {
-            Ok(0) | Err(_) => false,
-            Ok(n) => {
-                let mut out = std::io::stdout().lock();
-                out.write_all(&buffer[..n]).and_then(|()| out.flush()).is_ok()
-            }
-        }
+        let text = match self.job.read(&mut buffer) {
+            Ok(0) | Err(_) => return false,
+            Ok(n) => &buffer[..n],
+        };
+        let printed = if self.ours.output {
+            let mut out = std::io::stdout().lock();
+            out.write_all(text).and_then(|()| out.flush())
+        } else {
+            std::io::stderr().lock().write_all(text)
+        };
+        printed.is_ok()
     }
 
-    /// Some of what was typed.
-    fn pass_on(&mut self) {
+    /// Some of what was typed. False at its end.
+    fn pass_on(&mut self) -> bool {
         let mut buffer = [0; 4 << 10];
-        if let Ok(n) = nix::unistd::read(std::io::stdin(), &mut buffer) {
-            let _ = self.job.write_all(&buffer[..n]);
+        match nix::unistd::read(std::io::stdin(), &mut buffer) {
+            Ok(0) => false,
+            Ok(n) => self.job.write_all(&buffer[..n]).is_ok(),
+            Err(errno) => errno == Errno::EINTR,
         }
     }
 }
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.before);
+        if let Some(before) = &self.before {
+            let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, before);
+        }
     }
 }
 
 /// Pass bytes both ways until the sandbox's first process has ended; its status. A signal that would end us ends it.
 pub fn attend(first: Pid, mut terminal: Option<Terminal>, signals: &Signals) -> Result<u8> {
+    let mut typed = terminal.as_ref().is_some_and(|terminal| terminal.ours.input);
     loop {
-        let ours = std::io::stdin();
+        let keyboard = std::io::stdin();
         let mut events = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         if let Some(terminal) = &terminal {
             events.push(PollFd::new(terminal.job.as_fd(), PollFlags::POLLIN));
-            events.push(PollFd::new(ours.as_fd(), PollFlags::POLLIN));
+            if typed {
+                events.push(PollFd::new(keyboard.as_fd(), PollFlags::POLLIN));
+            }
         }
         match poll(&mut events, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -145,7 +199,7 @@ pub fn attend(first: Pid, mut terminal: Option<Terminal>, signals: &Signals) -> 
         if ready.get(1) == Some(&true) && !terminal.as_mut().is_some_and(Terminal::print) {
             terminal = None;
         } else if let (Some(true), Some(terminal)) = (ready.get(2), &mut terminal) {
-            terminal.pass_on();
+            typed = terminal.pass_on();
         }
         while let Some(signal) = signals.read_signal()? {
             match Signal::try_from(signal.ssi_signo as i32) {

@@ -13,11 +13,12 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Gid, Pid, setgroups, setresgid, setresuid, symlinkat};
-use protocol::config::{GroupName, UidRange, User};
+use protocol::config::{Config, GroupName, Network, Slot, UidRange, User};
 use protocol::{Uid, UserName};
 
 use crate::host::{Host, open_file, remove_file, write_atomically};
-use crate::sys;
+use crate::worker::Worker;
+use crate::{network, sys};
 
 /// The most that the host's passwd or group file may have, in bytes.
 const MAX_FILE: u64 = 64 << 20;
@@ -104,20 +105,38 @@ pub fn is_known_to_the_host(host: &Host, uid: Uid) -> Result<bool> {
     Ok(has(&read_etc(host, "passwd")?) || has(&read_etc(host, "group")?))
 }
 
-/// The job's `/etc/passwd` and `/etc/group`: the host's, and the user's own line.
-pub fn files_for_the_job(host: &Host, name: &UserName, uid: Uid) -> Result<(String, String)> {
+/// Write the files of root's that the job sees as its own: the host's `/etc/passwd` and `/etc/group` with its own
+/// line, and where it has no network, `/etc/hosts`.
+pub fn write_files_for_the_job(
+    host: &Host,
+    worker: &Worker,
+    uid: Uid,
+    config: &Config,
+    slot: &Slot,
+) -> Result<()> {
     let with = |mut file: String, line: String| {
         if !file.is_empty() && !file.ends_with('\n') {
             file.push('\n');
         }
         file + &line
     };
+    let name = worker.user();
     let passwd = with(
         read_etc(host, "passwd")?,
         format!("{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n"),
     );
     let group = with(read_etc(host, "group")?, format!("{name}:x:{uid}:\n"));
-    Ok((passwd, group))
+    let hosts = match slot.network {
+        Network::Host => None,
+        Network::None => network::hosts(&config.general.baseurl),
+    };
+    for (name, text) in [("passwd", Some(passwd)), ("group", Some(group)), ("hosts", hosts)] {
+        if let Some(text) = text {
+            write_atomically(worker.dir(), name, &text, 0o644)
+                .with_context(|| format!("cannot write the job's {name}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// The records by which the host knows a user and its group (<https://systemd.io/USER_RECORD/>,

@@ -112,7 +112,7 @@ impl Hands {
             lines: Vec::new(),
         };
         match self.helper.attach(worker).await {
-            Ok(attached) => Ok(console::read(&attached.console).unwrap_or(none)),
+            Ok(console) => Ok(console::read(&console).unwrap_or(none)),
             Err(helper::Error::Said(error))
                 if !matches!(error.kind, ErrorKind::Busy | ErrorKind::Version) =>
             {

@@ -210,11 +210,6 @@ pub fn details(d: &Details, now: Timestamp) -> String {
         line("trouble", trouble);
     }
     line("memory", &size(d.memory));
-    line(
-        "disk",
-        &d.disk
-            .map_or("not counted: this host has no user quotas".into(), size),
-    );
     line("next", &w.next);
     text += &format!("\n{}\n", styled(HEAD, "phases"));
     for step in &d.history {

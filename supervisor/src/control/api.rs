@@ -146,8 +146,6 @@ pub struct Details {
     pub processes: Vec<Process>,
     /// The sum of their resident memory, in bytes; what they share is counted once for each.
     pub memory: u64,
-    /// What it has on the disk, in bytes; None where the host does not count it (it takes user quotas).
-    pub disk: Option<u64>,
     /// The last lines of its console, without control characters.
     pub console: Vec<String>,
 }

@@ -68,14 +68,6 @@ type Seconds = Family<Phase, Histogram, fn() -> Histogram>;
 type Whole<L> = Family<L, Gauge<i64, AtomicI64>>;
 type Real<L> = Family<L, Gauge<f64, AtomicU64>>;
 
-/// What a slot's worker takes of the host just now, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    pub memory: u64,
-    /// None where the host does not count it.
-    pub disk: Option<u64>,
-}
-
 /// What is counted.
 #[derive(Debug)]
 pub struct Metrics {
@@ -185,19 +177,19 @@ impl Metrics {
         self.reloads_refused.inc();
     }
 
-    /// Everything, at this instant.
-    pub fn text(&self, status: &Status, usage: &BTreeMap<SlotName, Usage>) -> String {
+    /// Everything, at this instant; `memory` is what each slot's worker takes, in bytes.
+    pub fn text(&self, status: &Status, memory: &BTreeMap<SlotName, u64>) -> String {
         let mut text = String::new();
         // Writing to a String does not fail.
         let _ = text::encode_registry(&mut text, &self.registry);
-        let _ = text::encode_registry(&mut text, &states(status, usage));
+        let _ = text::encode_registry(&mut text, &states(status, memory));
         let _ = text::encode_eof(&mut text);
         text
     }
 }
 
 /// What is a state, not a count.
-fn states(status: &Status, usage: &BTreeMap<SlotName, Usage>) -> Registry {
+fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
     let mut registry = Registry::with_prefix(PREFIX);
     let version: Whole<Version> = Family::default();
     version
@@ -272,30 +264,17 @@ fn states(status: &Status, usage: &BTreeMap<SlotName, Usage>) -> Registry {
         held,
     );
 
-    let (memory, disk): (Whole<OfSlot>, Whole<OfSlot>) = Default::default();
-    for (slot, usage) in usage {
-        let labels = OfSlot {
-            slot: slot.to_string(),
-        };
-        memory
-            .get_or_create(&labels)
-            .set(i64::try_from(usage.memory).unwrap_or(i64::MAX));
-        if let Some(bytes) = usage.disk {
-            disk.get_or_create(&labels)
-                .set(i64::try_from(bytes).unwrap_or(i64::MAX));
-        }
+    let resident: Whole<OfSlot> = Family::default();
+    for (slot, bytes) in memory {
+        let slot = slot.to_string();
+        let bytes = i64::try_from(*bytes).unwrap_or(i64::MAX);
+        resident.get_or_create(&OfSlot { slot }).set(bytes);
     }
     registry.register_with_unit(
         "slot_memory",
         "Resident memory of the slot's worker",
         Unit::Bytes,
-        memory,
-    );
-    registry.register_with_unit(
-        "slot_disk",
-        "What the slot's worker has on disk, where quotas count it",
-        Unit::Bytes,
-        disk,
+        resident,
     );
     registry
 }

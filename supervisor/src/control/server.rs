@@ -20,10 +20,11 @@ use protocol::{SlotName, WorkerId};
 use serde::Deserialize;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 
-use super::api::{Details, Refusal, Status};
+use super::api::{self, Details, Refusal, Status};
 use super::desk::{Answer, Word};
-use super::metrics::{Metrics, Usage};
+use super::metrics::Metrics;
 use super::{page, procs};
 use crate::console;
 use crate::helper::{self, Helper};
@@ -33,6 +34,8 @@ use crate::store::History;
 const LOOK: Duration = Duration::from_millis(300);
 /// How often the socket's directory is looked for, until the helper has made it.
 const WAIT: Duration = Duration::from_secs(1);
+/// How long a worker's details wait for its console.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Lines of the console in a worker's details.
 const LAST_LINES: usize = 20;
 
@@ -163,7 +166,7 @@ async fn status(State(counter): State<Counter>) -> Said<Json<Status>> {
 
 async fn metrics(State(counter): State<Counter>) -> Said<Response> {
     let status = counter.status().await?;
-    let mut usage = BTreeMap::new();
+    let mut memory_of: BTreeMap<SlotName, u64> = BTreeMap::new();
     for worker in &status.workers {
         let memory = worker
             .uid
@@ -172,15 +175,9 @@ async fn metrics(State(counter): State<Counter>) -> Said<Response> {
             .iter()
             .map(|process| process.memory)
             .sum();
-        let disk = counter
-            .helper
-            .attach(worker.id)
-            .await
-            .ok()
-            .and_then(|attached| attached.disk);
-        usage.insert(worker.slot.clone(), Usage { memory, disk });
+        memory_of.insert(worker.slot.clone(), memory);
     }
-    let text = counter.metrics.text(&status, &usage);
+    let text = counter.metrics.text(&status, &memory_of);
     Ok((
         [(
             header::CONTENT_TYPE,
@@ -206,18 +203,16 @@ async fn details(
         .history
         .of(worker)
         .map_err(|error| No(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")))?;
-    let (console, disk) = match counter.helper.attach(worker).await {
-        Ok(attached) => (last_lines(&attached.console), attached.disk),
-        // Not made on the host yet, or not any more.
-        Err(_) => (Vec::new(), None),
-    };
+    // It is locked while it is being made or deleted, and may not be on the host at all.
+    let console = timeout(PATIENCE, counter.helper.attach(worker)).await;
+    let console = console.ok().and_then(Result::ok);
+    let console = console.map(|console| last_lines(&console)).unwrap_or_default();
     let processes = found.uid.map(procs::of).unwrap_or_default();
     Ok(Json(Details {
         memory: processes.iter().map(|process| process.memory).sum(),
         worker: found,
         history,
         processes,
-        disk,
         console,
     }))
 }
@@ -248,7 +243,7 @@ async fn read_console(
     Query(Follow { follow }): Query<Follow>,
 ) -> Said<Response> {
     let console = match counter.helper.attach(worker).await {
-        Ok(attached) => attached.console,
+        Ok(console) => console,
         Err(helper::Error::Said(error)) => return Err(No(StatusCode::NOT_FOUND, error.to_string())),
         Err(error) => return Err(No(StatusCode::BAD_GATEWAY, error.to_string())),
     };
@@ -299,9 +294,13 @@ impl Reader {
         }
     }
 
-    /// Is the worker there, and its agent not at its end?
+    /// May the worker's agent print more, as far as the core knows?
     async fn goes_on(&self) -> bool {
-        matches!(self.counter.helper.attach(self.worker).await, Ok(attached) if !matches!(attached.state, protocol::State::Exited(_)))
+        let status = self.counter.status().await;
+        let phase = |w: api::Worker| w.phase;
+        let workers = status.map(|status| status.workers).unwrap_or_default();
+        let phase = workers.into_iter().find(|w| w.id == self.worker).map(phase);
+        phase.is_some_and(|phase| ["reserved", "created", "running", "online"].contains(&&*phase))
     }
 }
 

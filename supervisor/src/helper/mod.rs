@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::{
-    BootstrapToken, ErrorKind, Received, Reply, Request, SlotName, State, VERSION, WorkerId, WorkerInfo, wire,
+    BootstrapToken, ErrorKind, Received, Reply, Request, SlotName, VERSION, WorkerId, WorkerInfo, wire,
 };
 use tokio::time::timeout;
 
@@ -25,15 +25,6 @@ const LONG: Duration = Duration::from_secs(30 * 60);
 const SHORT: Duration = Duration::from_secs(60);
 /// More pages than a helper with the widest uid range could fill.
 const MAX_PAGES: usize = 8192;
-
-/// A worker's console, and how it is.
-#[derive(Debug)]
-pub struct Attached {
-    pub state: State,
-    pub console: File,
-    /// Bytes that it has on disk, where the host counts them.
-    pub disk: Option<u64>,
-}
 
 /// Why the helper did not do it.
 #[derive(Debug)]
@@ -122,13 +113,9 @@ impl Helper {
     }
 
     /// The console of a worker.
-    pub async fn attach(&self, worker: WorkerId) -> Result<Attached> {
+    pub async fn attach(&self, worker: WorkerId) -> Result<File> {
         match self.ask(&Request::Attach { worker }, None, SHORT).await? {
-            (Reply::Attached { state }, Some(console)) => Ok(Attached {
-                state,
-                console: console.into(),
-                disk: None,
-            }),
+            (Reply::Attached { .. }, Some(console)) => Ok(console.into()),
             (other, _) => Err(unexpected(&other)),
         }
     }

@@ -84,6 +84,22 @@ async fn at_a_terminal_a_command_has_one_of_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_a_persons_terminal_a_command_gets_nothing_whichever_stream_it_is() {
+    let house = House::new(ONE).await;
+    answering(&house).await;
+    // What a name of the sandbox's own is found for is not the person's.
+    for (streams, part) in [
+        ("< /dev/null", "1=/dev/pts/0 2=/dev/pts/0 fds=0,1,2,"),
+        ("< /dev/null 2> /dev/null", "1=/dev/pts/0 2=/dev/null fds=0,1,2,"),
+    ] {
+        let probe = r#"echo 1=$(readlink /proc/$$/fd/1) 2=$(readlink /proc/$$/fd/2) fds=$(ls /proc/$$/fd | tr "\n" ,)"#;
+        let seen = at_a_terminal(&house, &format!("run ROOT -- bash -c '{probe}' {streams}"), "");
+        assert!(seen.contains(part), "{streams}: {seen}");
+    }
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_slot_that_somebody_uses_by_hand_is_taken_and_a_job_waits_for_it() {
     let house = House::new(ONE).await;
     answering(&house).await;

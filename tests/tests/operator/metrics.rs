@@ -103,11 +103,8 @@ async fn a_refused_token_and_a_server_that_is_away_can_be_told_apart() {
     let end = std::time::Instant::now() + PATIENCE;
     loop {
         let (_, text) = get(&address, "/metrics").await;
-        if text.contains(unauthorised) {
-            assert_eq!(
-                value(&text, "buildomat_user_factory_reachable{partner=\"server\"}"),
-                0.0
-            );
+        let reachable = value(&text, "buildomat_user_factory_reachable{partner=\"server\"}");
+        if text.contains(unauthorised) && reachable == 0.0 {
             break;
         }
         assert!(std::time::Instant::now() < end, "{text}");
@@ -159,9 +156,7 @@ async fn alerts_and_dashboard_use_no_number_that_is_not_there() {
     house.server.hold(house.server.job(job).worker.unwrap()).unwrap();
     see(&house, |status| (state_of(status, "a") == "held").then_some(())).await;
     let (_, text) = get(&address, "/metrics").await;
-    let mut there = names_in(&text);
-    // It takes a host with quotas: see `tests/machine`.
-    there.insert("buildomat_user_factory_slot_disk_bytes".into());
+    let there = names_in(&text);
     let packaging = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/monitoring");
     for file in ["alerts.yml", "dashboard.json"] {
         let used = names_in(&std::fs::read_to_string(packaging.join(file)).unwrap());
