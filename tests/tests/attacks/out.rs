@@ -399,12 +399,13 @@ fn conflicting(mine: &str, other: &str) {
                 let next = worker_id();
                 let reply = create(&client, next, other);
                 if let Reply::UserCreated { .. } = reply {
+                    // First, so that what fails below does not leave the others asking for ever.
+                    over.store(true, Ordering::SeqCst);
                     // At this instant, whatever the reply to Delete is doing.
                     let all = processes_of(&stage.host.uids);
                     assert!(all.is_empty(), "the job of slot {mine} still has {all:?}");
                     assert!(!stage.host.worker_dir(worker).exists(), "it still has files");
                     assert!(list(&client).iter().all(|info| info.worker != worker));
-                    over.store(true, Ordering::SeqCst);
                     return Some(next);
                 }
                 assert_eq!(kind(reply), ErrorKind::SlotTaken);
