@@ -8,7 +8,7 @@ use anyhow::Result;
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::{
-    Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire,
+    Error, ErrorKind, MAX_LIST, PREVIOUS, Received, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire,
 };
 use tracing::{info, warn};
 
@@ -30,7 +30,8 @@ pub fn serve(host: &Host, orders: &Seqpacket, peer: Peer, busy: bool, socket: Se
         sockopt::SendTimeout,
         &nix::sys::time::TimeVal::new(10, 0),
     );
-    let mut greeted = false;
+    // The version that this connection speaks, once it has been greeted.
+    let mut spoken = None;
     loop {
         let (bytes, descriptors) = match socket.recv(wire::MAX_REQUEST) {
             Ok(Received::Closed) => return,
@@ -58,43 +59,59 @@ pub fn serve(host: &Host, orders: &Seqpacket, peer: Peer, busy: bool, socket: Se
             );
         }
         let begin = Instant::now();
-        let (reply, descriptor) = match (&request, greeted) {
-            (Request::Hello { version: VERSION }, false) if busy => {
+        let (reply, descriptor) = match (&request, spoken) {
+            (
+                Request::Hello {
+                    version: PREVIOUS..=VERSION,
+                },
+                None,
+            ) if busy => {
                 let message = "the helper serves as many connections as it can: try again later";
                 (Reply::Error(Error::new(ErrorKind::Busy, message)), None)
             }
-            (Request::Hello { version: VERSION }, false) => {
-                greeted = true;
+            (
+                &Request::Hello {
+                    version: version @ PREVIOUS..=VERSION,
+                },
+                None,
+            ) => {
+                spoken = Some(version);
                 let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(3600));
-                (Reply::Welcome { version: VERSION }, None)
+                (Reply::Welcome { version }, None)
             }
-            (Request::Hello { version }, false) => {
+            (Request::Hello { version }, None) => {
                 let message = format!(
-                    "the helper speaks version {VERSION} of the protocol, you speak {version}: install both halves from one release"
+                    "the helper speaks versions {PREVIOUS} and {VERSION} of the protocol, you speak {version}: install both halves from one release"
                 );
                 (Reply::Error(Error::new(ErrorKind::Version, message)), None)
             }
-            (_, false) => (
+            (_, None) => (
                 Reply::Error(Error::new(
                     ErrorKind::Refused,
                     "the first packet of a connection must be Hello",
                 )),
                 None,
             ),
-            (_, true) => answer(host, orders, &request, descriptors),
+            (_, Some(version)) => answer(host, orders, version, &request, descriptors),
         };
         audit(peer, &request, &reply, begin);
         let sent = wire::encode(&reply).map_err(|_| Errno::EMSGSIZE);
         let sent = sent.and_then(|bytes| socket.send(&bytes, descriptor.as_ref().map(AsFd::as_fd)));
         match sent {
-            Ok(()) if greeted => {}
+            Ok(()) if spoken.is_some() => {}
             Ok(()) => return,
             Err(errno) => return warn!("hung up: cannot answer: {errno}"),
         }
     }
 }
 
-fn answer(host: &Host, orders: &Seqpacket, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
+fn answer(
+    host: &Host,
+    orders: &Seqpacket,
+    version: u16,
+    request: &Request,
+    mut descriptors: Vec<OwnedFd>,
+) -> Answer {
     // The process of a connection may set no quota.
     let unlimit = |worker, _| {
         let daemon = install::order(orders, &Order::Unlimit { worker })?;
@@ -113,7 +130,7 @@ fn answer(host: &Host, orders: &Seqpacket, request: &Request, mut descriptors: V
         Request::Delete { worker } => {
             tenancy::delete(host, &unlimit, *worker).map(|()| (Reply::Deleted, None))
         }
-        Request::List { after } => list(host, *after).map(|reply| (reply, None)),
+        Request::List { after } => list(host, *after, version).map(|reply| (reply, None)),
     };
     result.unwrap_or_else(|error| (Reply::Error(typed(error)), None))
 }
@@ -149,7 +166,7 @@ fn kill(host: &Host, id: WorkerId) -> Result<()> {
     tenancy::end_processes(host, &worker, Some(record.uid))
 }
 
-fn list(host: &Host, after: Option<WorkerId>) -> Result<Reply> {
+fn list(host: &Host, after: Option<WorkerId>, version: u16) -> Result<Reply> {
     let all = worker::list(host)?;
     for id in all.damaged {
         warn!(worker = %id, "its record is damaged: the worker is lost, and will be deleted before a slot is taken");
@@ -162,9 +179,12 @@ fn list(host: &Host, after: Option<WorkerId>) -> Result<Reply> {
     for (id, dir, record) in rest.by_ref().take(MAX_LIST) {
         workers.push(worker::info(host, id, &dir, record)?);
     }
-    Ok(Reply::Workers {
-        workers,
-        more: rest.next().is_some(),
+    let more = rest.next().is_some();
+    Ok(if version == PREVIOUS {
+        let workers = workers.into_iter().map(Into::into).collect();
+        Reply::Workers { workers, more }
+    } else {
+        Reply::Listed { workers, more }
     })
 }
 

@@ -163,6 +163,8 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_prctl,
     libc::SYS_prlimit64,
     libc::SYS_exit_group,
+    // How much a job's user has on disk: without CAP_SYS_ADMIN it is a question that one may ask about oneself.
+    libc::SYS_quotactl_fd,
     // The C library and Rust's.
     libc::SYS_brk,
     libc::SYS_mmap,

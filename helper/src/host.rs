@@ -280,3 +280,27 @@ pub fn names(directory: BorrowedFd<'_>) -> nix::Result<Vec<std::ffi::OsString>> 
     }
     Ok(names)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_opened_through_a_link_or_above_its_parent() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        std::fs::write(dir.path().join("secret"), "x").unwrap();
+        std::os::unix::fs::symlink("a", dir.path().join("link")).unwrap();
+        std::os::unix::fs::symlink("../../secret", dir.path().join("a/b/link")).unwrap();
+        let here = open_path(dir.path()).unwrap();
+        let below = open_dir(&here, "a").unwrap();
+        assert!(open_dir(&below, "b").is_ok());
+        assert_eq!(open_dir(&here, "link").unwrap_err(), Errno::ENOTDIR);
+        assert_eq!(open_dir(&here, "link/b").unwrap_err(), Errno::ELOOP);
+        assert_eq!(open_dir(&below, "..").unwrap_err(), Errno::EXDEV);
+        let read = |parent: &OwnedFd, name: &str| open_file(parent, name, OFlag::O_RDONLY).unwrap_err();
+        assert_eq!(read(&below, "b/link"), Errno::ELOOP);
+        assert_eq!(read(&below, "../secret"), Errno::EXDEV);
+        assert_eq!(read(&below, "/etc/passwd"), Errno::EXDEV);
+    }
+}

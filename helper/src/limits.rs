@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{ROOT, seteuid};
 use protocol::config::{Config, Limits};
 use protocol::{Error, ErrorKind, SlotName, Uid};
 
@@ -142,6 +143,19 @@ pub fn of_disk(host: &Host, uid: Uid, disk: Option<u64>, inodes: Option<u64>) ->
             .with_context(|| format!("cannot set the disk quota of uid {uid}"))?;
     }
     Ok(())
+}
+
+/// How many bytes on disk are the user's, where the host counts them. A process that is root in name alone may
+/// ask that as the user itself (`quotactl(2)`): no process of a job can touch it for its effective uid, which
+/// is all that changes.
+pub fn disk_used(host: &Host, uid: Uid) -> Result<Option<u64>> {
+    if !host.abilities.quotas {
+        return Ok(None);
+    }
+    seteuid(uid.get().into())?;
+    let used = sys::bytes_of_user(host.workers.as_fd(), uid.get());
+    seteuid(ROOT).context("cannot become root again")?;
+    Ok(used.ok())
 }
 
 /// Limit this process, and all that it will start (`getrlimit(2)`).

@@ -239,6 +239,25 @@ const fn user_quota(command: u32) -> u32 {
     command << 8
 }
 
+/// `Q_SETQUOTA` or `Q_GETQUOTA`, for `uid` on the file system of `at`.
+fn quota(at: BorrowedFd<'_>, command: i32, uid: u32, block: &mut libc::dqblk) -> io::Result<()> {
+    let command = user_quota(command as u32 & 0xff_ffff);
+    // SAFETY: either command reads or writes one dqblk, which outlives the call.
+    done(unsafe { libc::syscall(libc::SYS_quotactl_fd, at.as_raw_fd(), command, uid, block) })
+}
+
+const NO_QUOTA: libc::dqblk = libc::dqblk {
+    dqb_bhardlimit: 0,
+    dqb_bsoftlimit: 0,
+    dqb_curspace: 0,
+    dqb_ihardlimit: 0,
+    dqb_isoftlimit: 0,
+    dqb_curinodes: 0,
+    dqb_btime: 0,
+    dqb_itime: 0,
+    dqb_valid: 0,
+};
+
 /// Are limits of user quotas enforced on the file system of `at`?
 pub fn enforces_user_quotas(at: BorrowedFd<'_>) -> bool {
     // Q_XGETQSTAT of linux/dqblk_xfs.h, which ext4 answers too; qs_flags is the second field of a struct
@@ -260,12 +279,18 @@ pub fn enforces_user_quotas(at: BorrowedFd<'_>) -> bool {
 
 /// Let `uid` have at most so many KiB and files on the file system of `at`; 0 is no limit.
 pub fn set_user_quota(at: BorrowedFd<'_>, uid: u32, kib: u64, files: u64) -> io::Result<()> {
-    // SAFETY: all bytes zero is a valid dqblk.
-    let mut limits: libc::dqblk = unsafe { std::mem::zeroed() };
-    limits.dqb_bhardlimit = kib;
-    limits.dqb_ihardlimit = files;
-    limits.dqb_valid = libc::QIF_LIMITS;
-    let command = user_quota(libc::Q_SETQUOTA as u32 & 0xff_ffff);
-    // SAFETY: Q_SETQUOTA reads a dqblk, which outlives the call.
-    done(unsafe { libc::syscall(libc::SYS_quotactl_fd, at.as_raw_fd(), command, uid, &limits) })
+    let mut limits = libc::dqblk {
+        dqb_bhardlimit: kib,
+        dqb_ihardlimit: files,
+        dqb_valid: libc::QIF_LIMITS,
+        ..NO_QUOTA
+    };
+    quota(at, libc::Q_SETQUOTA, uid, &mut limits)
+}
+
+/// How many bytes of the file system of `at` belong to `uid`: for itself, or with CAP_SYS_ADMIN.
+pub fn bytes_of_user(at: BorrowedFd<'_>, uid: u32) -> io::Result<u64> {
+    let mut used = NO_QUOTA;
+    quota(at, libc::Q_GETQUOTA, uid, &mut used)?;
+    Ok(used.dqb_curspace)
 }

@@ -17,6 +17,7 @@ use crate::cgroup;
 use crate::host::{
     Host, look, make_dir, names, open_dir, open_file, read_small, remove_dir, remove_file, write_atomically,
 };
+use crate::limits;
 use crate::policy::Tenant;
 
 /// What the record says.
@@ -275,6 +276,7 @@ pub fn info(host: &Host, worker: WorkerId, dir: impl AsFd, record: Record) -> Re
         slot: record.slot,
         uid: record.uid,
         state: state(host, dir, worker)?,
+        disk: limits::disk_used(host, record.uid)?,
     })
 }
 

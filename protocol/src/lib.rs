@@ -10,7 +10,8 @@
 //! 1. The client connects. The helper asks the kernel who it is (`SO_PEERCRED`) and hangs up on
 //!    anyone but the supervisor's uid.
 //! 2. The client says [`Request::Hello`] with its [`VERSION`]; the helper answers
-//!    [`Reply::Welcome`], or an [`ErrorKind::Version`] that names both versions, and hangs up.
+//!    [`Reply::Welcome`], or an [`ErrorKind::Version`] that names both versions, and hangs up. A client that
+//!    is refused so tries [`PREVIOUS`] on a new connection.
 //! 3. Then any number of requests, one at a time, each answered by exactly one reply.
 //!
 //! # Rules that hold for every request
@@ -28,7 +29,9 @@ mod socket;
 mod sys;
 pub mod wire;
 
-pub use message::{Error, ErrorKind, Exit, MAX_LIST, Reply, Request, State, VERSION, WorkerInfo};
+pub use message::{
+    Error, ErrorKind, Exit, MAX_LIST, PREVIOUS, Reply, Request, State, VERSION, WorkerInfo, version_2,
+};
 pub use name::{BadName, BootstrapToken, SlotName, TargetId, Uid, UserName, WorkerId, is_ulid};
 pub use socket::{Received, Seqpacket};
 

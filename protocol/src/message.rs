@@ -7,15 +7,19 @@ use serde::{Deserialize, Serialize};
 use crate::{BootstrapToken, SlotName, Uid, UserName, WorkerId};
 
 /// The version that this crate speaks. It changes with every change to a message.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
+/// The version before, which both halves still speak with a partner that knows no later one: for the length of
+/// an upgrade.
+pub const PREVIOUS: u16 = VERSION - 1;
 
-/// The most workers in one [`Reply::Workers`]; ask again with `after` for the rest.
+/// The most workers in one [`Reply::Listed`]; ask again with `after` for the rest.
 pub const MAX_LIST: usize = 256;
 
 /// What the supervisor may ask for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// First packet of every connection, and only the first. Its encoding never changes.
+    /// First packet of every connection, and only the first. Its encoding never changes. From then on the
+    /// connection speaks this version, which is [`VERSION`] or [`PREVIOUS`].
     ///
     /// Answer: [`Reply::Welcome`]. Errors: `Version`, after which the helper hangs up.
     Hello { version: u16 },
@@ -69,7 +73,7 @@ pub enum Request {
     /// Everything that exists on this host, in the order of ids, beginning after `after`: at most
     /// [`MAX_LIST`] workers. Takes no lock, so it never waits.
     ///
-    /// Answer: [`Reply::Workers`]. Errors: `Failed`.
+    /// Answer: [`Reply::Listed`], in version 2 [`Reply::Workers`]. Errors: `Failed`.
     List { after: Option<WorkerId> },
 }
 
@@ -83,7 +87,7 @@ impl Request {
 /// What the helper answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
-    /// To `Hello`: the helper's version, the same as the client's.
+    /// To `Hello`: the client's version.
     Welcome { version: u16 },
     /// To `CreateUser`.
     UserCreated { uid: Uid, name: UserName },
@@ -95,10 +99,15 @@ pub enum Reply {
     Killed,
     /// To `Delete`.
     Deleted,
-    /// To `List`. `more`: there are workers after the last of these.
-    Workers { workers: Vec<WorkerInfo>, more: bool },
+    /// To `List`, in version 2.
+    Workers {
+        workers: Vec<version_2::WorkerInfo>,
+        more: bool,
+    },
     /// To any request.
     Error(Error),
+    /// To `List`. `more`: there are workers after the last of these.
+    Listed { workers: Vec<WorkerInfo>, more: bool },
 }
 
 impl Reply {
@@ -115,6 +124,45 @@ pub struct WorkerInfo {
     pub slot: SlotName,
     pub uid: Uid,
     pub state: State,
+    /// Bytes on disk that its user owns, where the file system of the state directory has user quotas
+    /// (`quotactl(2)`, `dqb_curspace`).
+    pub disk: Option<u64>,
+}
+
+/// What was said otherwise in version 2.
+pub mod version_2 {
+    use super::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+    pub struct WorkerInfo {
+        pub worker: WorkerId,
+        pub slot: SlotName,
+        pub uid: Uid,
+        pub state: State,
+    }
+
+    impl From<WorkerInfo> for super::WorkerInfo {
+        fn from(it: WorkerInfo) -> Self {
+            Self {
+                worker: it.worker,
+                slot: it.slot,
+                uid: it.uid,
+                state: it.state,
+                disk: None,
+            }
+        }
+    }
+
+    impl From<super::WorkerInfo> for WorkerInfo {
+        fn from(it: super::WorkerInfo) -> Self {
+            Self {
+                worker: it.worker,
+                slot: it.slot,
+                uid: it.uid,
+                state: it.state,
+            }
+        }
+    }
 }
 
 /// How far a worker is.

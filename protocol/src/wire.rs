@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 /// The longest request, in bytes.
 pub const MAX_REQUEST: usize = 512;
 
-/// The longest reply, in bytes: a full [`Reply::Workers`](crate::Reply::Workers) fits.
+/// The longest reply, in bytes: a full [`Reply::Listed`](crate::Reply::Listed) fits.
 pub const MAX_REPLY: usize = 32 << 10;
 
 /// Why a packet is not a message.
@@ -126,8 +126,9 @@ mod tests {
             slot: "a".repeat(32).parse().unwrap(),
             uid: Uid::try_from(i32::MAX as u32).unwrap(),
             state: State::Exited(Exit::Signal(255)),
+            disk: Some(u64::MAX),
         };
-        let reply = Reply::Workers {
+        let reply = Reply::Listed {
             workers: vec![info; MAX_LIST],
             more: true,
         };

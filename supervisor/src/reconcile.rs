@@ -179,6 +179,7 @@ mod tests {
             slot: slot.parse().unwrap(),
             uid,
             state,
+            disk: None,
         }
     }
 

@@ -195,7 +195,7 @@ pub fn wait_for_line(console: &File, line: &str) {
 
 pub fn list(client: &Client) -> Vec<protocol::WorkerInfo> {
     match client.ask(&Request::List { after: None }).0 {
-        Reply::Workers { workers, more: false } => workers,
+        Reply::Listed { workers, more: false } => workers,
         other => panic!("{other:?}"),
     }
 }

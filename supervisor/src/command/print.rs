@@ -210,6 +210,8 @@ pub fn details(d: &Details, now: Timestamp) -> String {
         line("trouble", trouble);
     }
     line("memory", &size(d.memory));
+    let uncounted = || "not counted: the state directory's file system has no user quotas".into();
+    line("disk", &w.disk.map_or_else(uncounted, size));
     line("next", &w.next);
     text += &format!("\n{}\n", styled(HEAD, "phases"));
     for step in &d.history {

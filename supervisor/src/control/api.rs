@@ -126,6 +126,8 @@ pub struct Worker {
     /// Its user on this host.
     pub user: String,
     pub uid: Option<u32>,
+    /// Bytes that it has on this host's disk, where the helper counts them: it takes user quotas.
+    pub disk: Option<u64>,
     /// Held on the server, and since when.
     pub hold: Option<Timestamp>,
     /// Why it failed.

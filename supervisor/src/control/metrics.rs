@@ -264,19 +264,31 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         held,
     );
 
-    let resident: Whole<OfSlot> = Family::default();
-    for (slot, bytes) in memory {
-        let slot = slot.to_string();
-        let bytes = i64::try_from(*bytes).unwrap_or(i64::MAX);
-        resident.get_or_create(&OfSlot { slot }).set(bytes);
-    }
+    let resident = memory.iter().map(|(slot, bytes)| (slot, *bytes));
     registry.register_with_unit(
         "slot_memory",
         "Resident memory of the slot's worker",
         Unit::Bytes,
-        resident,
+        bytes_by_slot(resident),
+    );
+    let on_disk = status.workers.iter().filter_map(|w| Some((&w.slot, w.disk?)));
+    registry.register_with_unit(
+        "slot_disk",
+        "What the slot's worker has on disk, where user quotas count it",
+        Unit::Bytes,
+        bytes_by_slot(on_disk),
     );
     registry
+}
+
+fn bytes_by_slot<'a>(all: impl Iterator<Item = (&'a SlotName, u64)>) -> Whole<OfSlot> {
+    let family: Whole<OfSlot> = Family::default();
+    for (slot, bytes) in all {
+        let slot = slot.to_string();
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        family.get_or_create(&OfSlot { slot }).set(bytes);
+    }
+    family
 }
 
 /// Whom an output asks, and for what.

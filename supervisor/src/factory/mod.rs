@@ -212,8 +212,8 @@ pub struct Factory {
     reconciled: bool,
     draining: bool,
     drained_slots: BTreeSet<SlotName>,
-    /// The users of workers on this host, by the last list.
-    uids: BTreeMap<WorkerId, u32>,
+    /// The workers on this host, by the last list.
+    on_host: BTreeMap<WorkerId, WorkerInfo>,
     stopped: bool,
     /// Counts inputs: the order of things, where the clock is too coarse.
     turn: u64,
@@ -246,7 +246,7 @@ impl Factory {
             reconciled: false,
             draining: false,
             drained_slots: BTreeSet::new(),
-            uids: BTreeMap::new(),
+            on_host: BTreeMap::new(),
             stopped: false,
             turn: 0,
             last_lease_trouble: String::new(),

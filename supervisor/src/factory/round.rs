@@ -75,7 +75,7 @@ impl Factory {
     pub(super) fn host_listed(&mut self, now: u64, result: Result<Vec<WorkerInfo>, Trouble>) {
         let list = self.heard(now, Side::Helper, result);
         if let Some(list) = &list {
-            self.uids = list.iter().map(|info| (info.worker, info.uid.get())).collect();
+            self.on_host = list.iter().map(|info| (info.worker, info.clone())).collect();
         }
         if let Some(open) = &mut self.round.open {
             (open.host_due, open.host) = (false, list);

@@ -108,6 +108,7 @@ impl Factory {
 
     fn shown_one(&self, worker: &Worker) -> api::Worker {
         let runtime = self.runtimes.get(&worker.id);
+        let on_host = self.on_host.get(&worker.id);
         let trouble = runtime
             .map(|r| r.last_trouble.clone())
             .filter(|text| !text.is_empty());
@@ -118,7 +119,8 @@ impl Factory {
             since: time(worker.since),
             job: worker.job.clone(),
             user: UserName::from(worker.id).to_string(),
-            uid: self.uids.get(&worker.id).copied(),
+            uid: on_host.map(|info| info.uid.get()),
+            disk: on_host.and_then(|info| info.disk),
             hold: worker.waits_since().map(time),
             failure: worker.failure.clone(),
             next: next(worker, trouble.as_deref()),

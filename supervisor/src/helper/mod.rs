@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::{
-    BootstrapToken, ErrorKind, Received, Reply, Request, SlotName, VERSION, WorkerId, WorkerInfo, wire,
+    BootstrapToken, ErrorKind, PREVIOUS, Received, Reply, Request, SlotName, VERSION, WorkerId, WorkerInfo,
+    wire,
 };
 use tokio::time::timeout;
 
@@ -41,7 +42,7 @@ impl fmt::Display for Error {
             Error::Away(why) => f.write_str(why),
             Error::Said(error) if error.kind == ErrorKind::Version => write!(
                 f,
-                "the helper speaks another version of the protocol than this supervisor's {VERSION} ({error}): \
+                "the helper speaks another version of the protocol than this supervisor's {PREVIOUS} and {VERSION} ({error}): \
                  install both from the same release and restart them"
             ),
             Error::Said(error) => write!(f, "the helper says: {error}"),
@@ -139,23 +140,22 @@ impl Helper {
         let mut all: Vec<WorkerInfo> = Vec::new();
         for _ in 0..MAX_PAGES {
             let after = all.last().map(|info| info.worker);
-            match connection.exchange(&Request::List { after }, None).await? {
+            let (workers, more) = match connection.exchange(&Request::List { after }, None).await? {
+                (Reply::Listed { workers, more }, _) => (workers, more),
                 (Reply::Workers { workers, more }, _) => {
-                    if more
-                        && workers
-                            .last()
-                            .is_none_or(|last| after.is_some_and(|after| last.worker <= after))
-                    {
-                        return Err(Error::Away(
-                            "the helper's list of workers does not go on: see its log".into(),
-                        ));
-                    }
-                    all.extend(workers);
-                    if !more {
-                        return Ok(all);
-                    }
+                    (workers.into_iter().map(WorkerInfo::from).collect(), more)
                 }
                 (other, _) => return Err(unexpected(&other)),
+            };
+            let goes_on = |last: &WorkerInfo| after.is_none_or(|after| last.worker > after);
+            if more && !workers.last().is_some_and(goes_on) {
+                return Err(Error::Away(
+                    "the helper's list of workers does not go on: see its log".into(),
+                ));
+            }
+            all.extend(workers);
+            if !more {
+                return Ok(all);
             }
         }
         Err(Error::Away(
@@ -178,16 +178,17 @@ impl Helper {
     }
 
     async fn connect(&self) -> Result<Connection> {
+        match self.connect_in(VERSION).await {
+            // Before its own upgrade, or after it was taken back. If it knows that version as little, it says so.
+            Err(Error::Said(error)) if error.kind == ErrorKind::Version => self.connect_in(PREVIOUS).await,
+            result => result,
+        }
+    }
+
+    async fn connect_in(&self, version: u16) -> Result<Connection> {
         let connection = Connection(self.road.connect()?);
-        match connection
-            .exchange(&Request::Hello { version: VERSION }, None)
-            .await?
-        {
-            (Reply::Welcome { version }, _) if version == VERSION => Ok(connection),
-            (Reply::Welcome { version }, _) => {
-                let text = format!("the helper speaks version {version}, the supervisor {VERSION}");
-                Err(Error::Said(protocol::Error::new(ErrorKind::Version, text)))
-            }
+        match connection.exchange(&Request::Hello { version }, None).await? {
+            (Reply::Welcome { version: said }, _) if said == version => Ok(connection),
             (other, _) => Err(unexpected(&other)),
         }
     }

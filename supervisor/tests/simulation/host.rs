@@ -59,8 +59,9 @@ impl Host {
             slot: w.slot.clone(),
             uid: uid(),
             state: w.state,
+            disk: None,
         };
-        Reply::Workers {
+        Reply::Listed {
             workers: self.workers.iter().map(info).collect(),
             more: false,
         }

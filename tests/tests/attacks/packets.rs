@@ -125,7 +125,7 @@ fn row_59_the_first_and_the_last_worker_and_what_looks_like_one() {
 }
 
 fn no_workers() -> Reply {
-    Reply::Workers {
+    Reply::Listed {
         workers: Vec::new(),
         more: false,
     }

@@ -10,17 +10,17 @@ use protocol::{Received, Request, Seqpacket, wire};
 
 use super::*;
 
-/// Stands between the two halves, where the helper's socket was, and makes each believe that the other is of the
-/// next version.
-struct NextVersion {
+/// Stands between the two halves, where the helper's socket was, and makes the helper believe that the supervisor
+/// speaks another version than it does.
+struct Between {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
     place: PathBuf,
     behind: PathBuf,
 }
 
-impl NextVersion {
-    fn new(host: &TestHost) -> NextVersion {
+impl Between {
+    fn new(host: &TestHost, version: fn(u16) -> u16) -> Between {
         let place = host.socket();
         let behind = place.with_extension("behind");
         fs::rename(&place, &behind).unwrap();
@@ -43,10 +43,10 @@ impl NextVersion {
                     return;
                 }
                 let helper = helper.clone();
-                std::thread::spawn(move || relay(OwnedFd::from(client).into(), &helper));
+                std::thread::spawn(move || relay(OwnedFd::from(client).into(), &helper, version));
             }
         });
-        NextVersion {
+        Between {
             stop,
             thread: Some(thread),
             place,
@@ -55,7 +55,7 @@ impl NextVersion {
     }
 }
 
-impl Drop for NextVersion {
+impl Drop for Between {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         let _ = Seqpacket::connect(&self.place, false);
@@ -66,11 +66,14 @@ impl Drop for NextVersion {
     }
 }
 
-fn relay(client: Seqpacket, helper: &Path) {
+fn relay(client: Seqpacket, helper: &Path, other: fn(u16) -> u16) {
     let helper = Seqpacket::connect(helper, false).expect("the helper listens");
     while let Ok(Received::Packet { bytes, descriptors }) = client.recv(wire::MAX_REQUEST) {
         let bytes = match wire::decode::<Request>(&bytes) {
-            Ok(Request::Hello { version }) => wire::encode(&Request::Hello { version: version + 1 }).unwrap(),
+            Ok(Request::Hello { version }) => {
+                let version = other(version);
+                wire::encode(&Request::Hello { version }).unwrap()
+            }
             _ => bytes,
         };
         let descriptor = descriptors.first().map(OwnedFd::as_fd);
@@ -90,7 +93,7 @@ fn relay(client: Seqpacket, helper: &Path) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_82_a_helper_of_the_next_version_is_named_on_both_sides_and_jobs_go_on() {
+async fn row_82_a_helper_of_a_far_version_is_named_on_both_sides_and_jobs_go_on() {
     let mut house = House::new(TWO).await;
     let job = house.running().await;
     // As an upgrade does it: a new helper, under a supervisor that is the old one still. What stands between them
@@ -99,15 +102,12 @@ async fn row_82_a_helper_of_the_next_version_is_named_on_both_sides_and_jobs_go_
     let slots = TWO.replace("TARGET", &house.target.to_string());
     house.host.configure(&house.url(), 0, &slots);
     house.helper = house.host.helper();
-    let next_version = NextVersion::new(&house.host);
+    let between = Between::new(&house.host, |version| version + 2);
     house.end_supervisor(Signal::SIGTERM);
     house.supervisor = house.host.supervisor();
     let seen = 0;
-    let versions = (protocol::VERSION, protocol::VERSION + 1);
-    let ours = format!(
-        "another version of the protocol than this supervisor's {}",
-        versions.0
-    );
+    let (previous, version) = (protocol::PREVIOUS, protocol::VERSION);
+    let ours = format!("another version of the protocol than this supervisor's {previous} and {version}");
     let parts = [
         "ERROR helper away",
         &ours,
@@ -117,8 +117,8 @@ async fn row_82_a_helper_of_the_next_version_is_named_on_both_sides_and_jobs_go_
     house.polls(3).await;
     once(&house.supervisor.log, seen, &parts);
     let said = format!(
-        "speaks version {} of the protocol, you speak {}",
-        versions.0, versions.1
+        "speaks versions {previous} and {version} of the protocol, you speak {}",
+        previous + 2
     );
     let count = house
         .helper
@@ -131,13 +131,40 @@ async fn row_82_a_helper_of_the_next_version_is_named_on_both_sides_and_jobs_go_
     house.completed(job).await;
     house.polls(2).await;
     assert!(!house.server.worker(worker_of(&house, job)).deleted);
-    drop(next_version);
+    drop(between);
     house.end_helper(Signal::SIGTERM);
     house.configure(TWO);
     house.helper = house.host.helper();
     house.told_from(seen, &["helper back"]);
     let next = house.submit("echo next");
     house.completed(next).await;
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_82_a_helper_of_the_version_before_is_spoken_to_in_its_own() {
+    let mut house = House::new(TWO).await;
+    // It knows the supervisor's version as little as one that no helper speaks.
+    house.end_helper(Signal::SIGTERM);
+    let slots = TWO.replace("TARGET", &house.target.to_string());
+    house.host.configure(&house.url(), 0, &slots);
+    house.helper = house.host.helper();
+    let between = Between::new(&house.host, |version| match version {
+        protocol::VERSION => protocol::PREVIOUS - 1,
+        other => other,
+    });
+    let job = house.submit("echo one");
+    house.completed(job).await;
+    let refused = format!("you speak {}", protocol::PREVIOUS - 1);
+    assert!(
+        house.helper.log.count(&["WARN", "Hello", &refused]) > 0,
+        "nothing was between"
+    );
+    assert_eq!(house.supervisor.log.count(&["another version"]), 0);
+    drop(between);
+    house.end_helper(Signal::SIGTERM);
+    house.configure(TWO);
+    house.helper = house.host.helper();
     house.finish().await;
 }
 

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
-use protocol::{ErrorKind, Exit, Reply, Request, State, WorkerId, wire};
+use protocol::{ErrorKind, Exit, PREVIOUS, Reply, Request, State, WorkerId, wire};
 use testbed::census::{Census, processes_of};
 use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, sealed, worker_id};
 use testbed::stage::{
@@ -21,3 +21,4 @@ mod packets;
 mod quotas;
 mod sync;
 mod view;
+mod walls;

@@ -263,6 +263,7 @@ impl World {
             slot: slot.clone(),
             uid,
             state: *state,
+            disk: None,
         };
         self.host.iter().map(info).collect()
     }

@@ -1,0 +1,92 @@
+//! The walls as root sees them from outside: what each kind of process may still do, and what it holds.
+
+use super::*;
+
+/// `capability.h`'s numbers: CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID.
+const OF_CONNECTIONS: [u32; 5] = [0, 1, 3, 6, 7];
+/// SETPCAP, NET_BIND_SERVICE, NET_ADMIN, SYS_CHROOT, SYS_ADMIN, MKNOD.
+const OF_THE_DAEMON: [u32; 6] = [8, 10, 12, 18, 21, 27];
+
+/// A line of `proc_pid_status(5)`.
+fn status(pid: u32, name: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap_or_else(|| panic!("no {name}:\n{text}"))
+        .trim()
+        .to_owned()
+}
+
+fn assert_walls(who: &str, pid: u32, capabilities: &[u32], filters: u32) {
+    let mask = capabilities.iter().fold(0u64, |mask, bit| mask | 1 << bit);
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        assert_eq!(status(pid, set), format!("{mask:016x}"), "{who}'s {set}");
+    }
+    for set in ["CapInh", "CapAmb"] {
+        assert_eq!(status(pid, set), "0".repeat(16), "{who}'s {set}");
+    }
+    assert_eq!(status(pid, "NoNewPrivs"), "1", "{who}");
+    assert_eq!(status(pid, "Seccomp"), "2", "{who}");
+    assert_eq!(status(pid, "Seccomp_filters"), filters.to_string(), "{who}");
+}
+
+fn descriptor(pid: u32, number: u32) -> String {
+    fs::read_link(format!("/proc/{pid}/fd/{number}"))
+        .map_or_else(|error| error.to_string(), |to| to.to_string_lossy().into_owned())
+}
+
+#[test]
+fn each_process_keeps_what_its_work_takes_and_no_more() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let program = sealed(b"#!/bin/bash\necho here\nread -r < <(sleep infinity)\n");
+    let (reply, console) = install(&client, worker, program);
+    assert_eq!(reply, Reply::AgentStarted);
+    wait_for_line(&console.unwrap(), "here");
+
+    let daemon = stage.helper.pid();
+    let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).unwrap();
+    let of_the_worker = |pid: &u32| {
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        cgroup.contains(&worker.to_string())
+    };
+    let children = children.split_whitespace().map(|pid| pid.parse().unwrap());
+    let (first, connections): (Vec<u32>, Vec<u32>) = children.partition(of_the_worker);
+    assert!(
+        first.len() == 1 && connections.len() == 1,
+        "{first:?} {connections:?}"
+    );
+    let (first, connection) = (first[0], connections[0]);
+
+    assert_walls(
+        "the daemon",
+        daemon,
+        &[&OF_CONNECTIONS[..], &OF_THE_DAEMON].concat(),
+        1,
+    );
+    assert_walls("a connection", connection, &OF_CONNECTIONS, 2);
+    assert_walls("pid 1", first, &[], 2);
+    let agent = fs::read_to_string(format!("/proc/{first}/task/{first}/children")).unwrap();
+    let agent: u32 = agent.split_whitespace().next().unwrap().parse().unwrap();
+    assert_walls("the agent", agent, &[], 2);
+
+    // Nothing of the helper's own is held by a job's first process.
+    for number in 0..3 {
+        assert_eq!(
+            descriptor(first, number),
+            "/dev/null",
+            "pid 1's descriptor {number}"
+        );
+    }
+    // What the sandbox was made from has been lifted off.
+    let mounts = fs::read_to_string(format!("/proc/{agent}/mountinfo")).unwrap();
+    let places: Vec<&str> = mounts.lines().filter_map(|line| line.split(' ').nth(4)).collect();
+    assert!(places.contains(&"/work"), "{places:?}");
+    assert!(
+        !places.iter().any(|place| place.starts_with("/.buildomat")),
+        "{places:?}"
+    );
+    stage.finish(&[worker]);
+}
