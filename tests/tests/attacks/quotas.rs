@@ -4,7 +4,7 @@
 use protocol::{Reply, Request, State};
 use testbed::disk::SmallDisk;
 use testbed::harness::{TestHost, worker_id};
-use testbed::stage::{Stage, attack, create, created, state};
+use testbed::stage::{Stage, attack, create, created, list, state};
 
 use crate::leave::ongoing;
 use crate::starve::{refused, slots};
@@ -49,6 +49,18 @@ fn fills_its_own(disk: fn(&TestHost) -> SmallDisk) {
     // The console is root's file: not the job's quota, but `limits.console` is its bound.
     assert!(console.contains("line 999 with a full quota"), "{console}");
     assert!(console.contains("a project of its own: Ok(0)"), "{console}");
+    let used = |worker| {
+        list(&client)
+            .into_iter()
+            .find(|info| info.worker == worker)
+            .unwrap()
+            .disk
+    };
+    let used = (used(full).unwrap(), used(other).unwrap());
+    assert!(
+        (7 << 20..=8 << 20).contains(&used.0) && used.1 < 1 << 20,
+        "{used:?}"
+    );
     attack(&client, other, "write-much", &["32", "1000"]);
     // Its limit is its own, too. Not much more: XFS counts what it reserves for an open file to grow, as much again.
     let third = created(&client, "d");
