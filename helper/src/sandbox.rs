@@ -84,6 +84,7 @@ enum For {
 fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For) -> Result<Option<Door>> {
     // A session of its own: no terminal of the helper's is reachable.
     nix::unistd::setsid().context("cannot make a session")?;
+    sys::default_signals();
     umask(Mode::empty());
     // Named devices may be block devices, and what goes to a disk of the slot's outlives the job.
     let ignore_sync = plan.slot.ignore_sync && !devices::has_block_device(host, &plan.slot)?;

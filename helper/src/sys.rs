@@ -160,6 +160,16 @@ pub fn no_new_privs_and_undumpable() -> io::Result<()> {
     }
 }
 
+/// Answer every signal as the kernel does by default, but for `SIGPIPE`, which Rust ignores for itself and gives
+/// back to each program that it starts. Who started the helper may have had it ignore some (`nohup(1)`, a shell's
+/// `&`), and what is ignored stays so in every program that is started.
+pub fn default_signals() {
+    for number in (1..=libc::SIGRTMAX()).filter(|number| *number != libc::SIGPIPE) {
+        // SAFETY: no handler is set. For SIGKILL, SIGSTOP and the C library's own it fails, and changes nothing.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
+}
+
 /// Orphans below this process become its children (`PR_SET_CHILD_SUBREAPER`).
 pub fn become_subreaper() -> io::Result<()> {
     // SAFETY: this prctl(2) call takes plain integers.

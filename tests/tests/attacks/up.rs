@@ -4,10 +4,13 @@ use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
+use nix::sys::signal::Signal;
 use protocol::{Reply, Request};
 use tempfile::TempDir;
 use testbed::census::processes_of;
+use testbed::harness::Running;
 use testbed::stage::{Stage, attack, created};
 
 use crate::leave::{ongoing, with_user_namespaces};
@@ -125,7 +128,16 @@ fn row_33_no_program_that_runs_can_be_overwritten_or_replaced() {
 
 #[test]
 fn row_34_the_first_program_inherits_three_descriptors_and_six_variables() {
-    try_once(Stage::new(), "a", "inheritance", &[]);
+    let mut stage = Stage::new();
+    // As from a shell's background, or under nohup(1): what is ignored is inherited, too.
+    stage.helper.signal(Signal::SIGTERM);
+    assert!(stage.helper.wait().success());
+    let plain = stage.host.helper_command();
+    let mut ignoring = Command::new("sh");
+    ignoring.args(["-c", "trap '' HUP INT QUIT USR1; exec \"$@\"", "sh"]);
+    stage.helper = Running::start(ignoring.arg(plain.get_program()).args(plain.get_args()));
+    stage.helper.log.wait(&["serving"]);
+    try_once(stage, "a", "inheritance", &[]);
 }
 
 #[test]
