@@ -257,7 +257,8 @@ impl Server {
     }
 
     /// What the server does by itself, once a second. `pings`: is this agent there, and talking?
-    pub fn tick(&mut self, now: u64, pings: impl Fn(WorkerId, u64) -> bool) {
+    /// Returns those whose agents it had to miss by itself, and when it had heard from them last.
+    pub fn tick(&mut self, now: u64, pings: impl Fn(WorkerId, u64) -> bool) -> Vec<(WorkerId, u64)> {
         self.leases.retain(|_, until| *until > now);
         let mut silent = Vec::new();
         for (id, w) in self.workers.iter_mut().filter(|(_, w)| !w.deleted) {
@@ -266,7 +267,7 @@ impl Server {
                     w.heard = now;
                 }
                 if now > w.heard + SILENT_MS && !w.hold && !w.recycle() {
-                    silent.push(*id);
+                    silent.push((*id, w.heard));
                 }
             }
             let job = w.job.as_ref().and_then(|job| self.jobs.get_mut(job));
@@ -286,8 +287,8 @@ impl Server {
                 None => w.recycle_asked |= w.agent.is_some() && now > w.heard + 1_800_000,
             }
         }
-        for id in silent {
-            self.fail_worker(id, "agent has stopped pinging");
+        for (id, _) in &silent {
+            self.fail_worker(*id, "agent has stopped pinging");
         }
         for job in self
             .jobs
@@ -297,6 +298,7 @@ impl Server {
             job.end.get_or_insert(Err(Cause::Cancelled));
         }
         self.end_orphans();
+        silent
     }
 
     pub fn end_orphans(&mut self) {

@@ -20,6 +20,8 @@ use crate::trace::Trace;
 /// From the last fault until everything has come to its end, at most: a slot may rest for ten minutes, and as
 /// long does the server wait for an agent that has gone silent; then a person comes, and some jobs are left.
 pub const SETTLE_MS: u64 = 1_500_000;
+/// In so much fair weather the factory has told what it knows.
+const FAIR_MS: u64 = 300_000;
 /// A person looks after held workers this often, and releases those held for so long.
 const VISIT_MS: u64 = 60_000;
 const HELD_MS: u64 = 180_000;
@@ -89,6 +91,8 @@ pub struct World {
     pub drained: Option<protocol::SlotName>,
     pub armed: Vec<(Kind, Fate)>,
     pub every: Vec<(Kind, Fate, u64)>,
+    /// Since when nothing stands in the way.
+    pub fair_since: Option<u64>,
     pub misdeeds: VecDeque<Misdeed>,
     pub ambushes: Vec<(WorkerId, u64)>,
     pub crash_at: Vec<(Kind, Point, u64)>,
@@ -136,6 +140,7 @@ impl World {
             drained: None,
             armed: Vec::new(),
             every: Vec::new(),
+            fair_since: None,
             misdeeds: VecDeque::new(),
             ambushes: Vec::new(),
             crash_at: Vec::new(),
@@ -284,8 +289,24 @@ impl World {
         }
         let host = &self.host;
         let reachable = self.agents_reach_server();
-        self.server
+        let missed = self
+            .server
             .tick(self.now, |id, agent| !reachable || host.runs(id, agent));
+        let fair = self.alive
+            && self.every.is_empty()
+            && matches!((self.server_mode, self.helper_mode), (Mode::Up, Mode::Up));
+        self.fair_since = fair.then_some(self.fair_since.unwrap_or(self.now));
+        for (id, heard) in missed {
+            // In fair weather the factory sees long before what became of its agent.
+            if self
+                .fair_since
+                .is_some_and(|since| since.max(heard) + FAIR_MS <= self.now)
+            {
+                self.checks.fail(format!(
+                    "the server had to miss the agent of {id}, of which the factory says nothing"
+                ));
+            }
+        }
         if self.now.is_multiple_of(60_000) {
             self.snapshots.push_back(self.server.clone());
             if self.snapshots.len() > 10 {
