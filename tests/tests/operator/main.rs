@@ -12,6 +12,7 @@ mod by_hand;
 mod checks;
 mod held;
 mod jobs;
+mod journal;
 mod metrics;
 mod reload;
 
