@@ -486,6 +486,38 @@ mod tests {
         }
     }
 
+    /// Whoever adds a migration keeps a database of the schema before it, with a worker and an event, in `schemas`.
+    #[test]
+    fn every_earlier_schema_is_brought_to_this_one_with_all_that_is_in_it() {
+        for version in 1..MIGRATIONS.len() {
+            let dir = tempfile::tempdir().unwrap();
+            let dump = format!("{}/src/store/schemas/{version}.sql", env!("CARGO_MANIFEST_DIR"));
+            let dump = fs::read_to_string(&dump).unwrap_or_else(|e| panic!("{dump}: {e}"));
+            Connection::open(dir.path().join("factory.db"))
+                .unwrap()
+                .execute_batch(&dump)
+                .unwrap();
+            let store = Store::open(dir.path()).unwrap();
+            let broken = worker(Phase::Broken {
+                told: false,
+                lines_sent: 12,
+            });
+            // Since when it is held was not known before schema 2.
+            let hold_since = broken.hold_since.filter(|_| version >= 2);
+            assert_eq!(
+                store.workers().unwrap(),
+                [Worker { hold_since, ..broken }],
+                "{version}"
+            );
+            assert!(!dir.path().join("factory.db.damaged").exists(), "{version}");
+            drop(store);
+            let history = History::open(dir.path()).unwrap();
+            let steps = history.of(WorkerId::from_bits(7)).unwrap();
+            assert_eq!(steps.len(), 1, "{version}");
+            assert_eq!(steps[0].note.as_deref(), Some("it broke"));
+        }
+    }
+
     #[test]
     fn a_newer_schema_is_said_plainly_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
