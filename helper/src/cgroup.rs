@@ -27,8 +27,10 @@ fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
 
 /// Find the helper's own part of the hierarchy, move the helper into its `daemon/`, and open its `workers/`.
 ///
-/// `wanted` is a cgroup's path below the mount; without it, the one that this process was started in.
-pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
+/// `wanted` is a cgroup's path below the mount; without it, the one that this process was started in. `apart`: it is
+/// for the workers alone, and the helper stays where it is. Its unit is such a one: systemd can start no process in
+/// a cgroup that limits its children, so a helper could not be restarted while its own has jobs below it.
+pub fn prepare(wanted: Option<&Path>, apart: bool) -> Result<OwnedFd> {
     let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")
         .context("cannot read /proc/self/mountinfo: mount /proc (mount -t proc none /proc)")?;
     let Some((mount, root)) = find_mount(&mountinfo) else {
@@ -52,8 +54,6 @@ pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
     };
     let workers = base.join("workers");
     make_directories(&workers, 0o755)?;
-    let daemon = base.join("daemon");
-    make_directories(&daemon, 0o755)?;
     let meta = std::fs::metadata(&workers)?;
     ensure!(
         meta.uid() == 0,
@@ -65,8 +65,12 @@ pub fn prepare(wanted: Option<&Path>) -> Result<OwnedFd> {
         "{} has no cgroup.kill: use Linux 5.14 or newer",
         workers.display()
     );
-    std::fs::write(daemon.join("cgroup.procs"), "0")
-        .with_context(|| format!("cannot move into {}", daemon.display()))?;
+    if !apart {
+        let daemon = base.join("daemon");
+        make_directories(&daemon, 0o755)?;
+        std::fs::write(daemon.join("cgroup.procs"), "0")
+            .with_context(|| format!("cannot move into {}", daemon.display()))?;
+    }
     // Limits take their controllers; which of them there are, `limits` sees in the end.
     for controller in ["+memory", "+cpu", "+pids"] {
         for level in [&base, &workers] {

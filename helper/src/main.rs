@@ -74,7 +74,7 @@ const MAX_CONNECTIONS: usize = 256;
 /// The most that are told so beyond these. Others wait in the listener's queue.
 const MAX_BUSY: usize = 64;
 
-const USAGE: &str = "usage: user-factory-helper [--root DIR] [--cgroup PATH]
+const USAGE: &str = "usage: user-factory-helper [--root DIR] [--cgroup PATH [--apart]]
        user-factory-helper run [--root DIR] [--slot SLOT] -- COMMAND [ARGUMENT…]
        user-factory-helper shell [--root DIR] WORKER
 
@@ -82,18 +82,21 @@ Root's half of the buildomat user factory; see the README. `run` and `shell` are
 `user-factory run` and `user-factory shell`.
   --root DIR     where etc/buildomat-user-factory/config.toml, run/ and var/lib/ are found [/]
   --cgroup PATH  the cgroup, below the cgroup v2 mount, in which to keep the workers' [its own]
+  --apart        that cgroup is for them alone: do not move into it
 ";
 
 #[derive(Debug)]
 struct Options {
     root: PathBuf,
     cgroup: Option<PathBuf>,
+    apart: bool,
 }
 
 fn options() -> Result<Option<Options>> {
     let mut options = Options {
         root: "/".into(),
         cgroup: None,
+        apart: false,
     };
     let mut arguments = std::env::args_os().skip(1);
     while let Some(argument) = arguments.next() {
@@ -106,6 +109,7 @@ fn options() -> Result<Option<Options>> {
         match argument.to_str() {
             Some("--root") => options.root = value()?,
             Some("--cgroup") => options.cgroup = Some(value()?),
+            Some("--apart") => options.apart = true,
             Some("--help" | "-h") => return Ok(None),
             Some("--version") => {
                 println!(
@@ -163,7 +167,8 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     );
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     sys::become_subreaper().context("cannot become the reaper of workers")?;
-    let cgroups = cgroup::prepare(options.cgroup.as_deref()).context("cannot prepare the cgroup")?;
+    let cgroups =
+        cgroup::prepare(options.cgroup.as_deref(), options.apart).context("cannot prepare the cgroup")?;
     let host = Host::open(&options.root, cgroups)?;
     let (config, _) = host.configuration()?;
     let client = user::supervisor(&host, &config.factory.user)?;

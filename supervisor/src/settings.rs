@@ -78,7 +78,27 @@ pub fn print(path: &Path, mistakes: &[Mistake]) -> String {
         .collect()
 }
 
-/// The factory's token.
+/// The name of the factory's token among the credentials of the unit.
+const CREDENTIAL: &str = "token";
+
+/// The factory's token: what systemd has passed on (`LoadCredential=token:…`), so that the file itself is root's
+/// alone; without that, the file that the configuration names.
+///
+/// # Errors
+/// As of [`token`].
+pub fn token_of(config: &Config) -> Result<Token> {
+    let passed = std::env::var_os("CREDENTIALS_DIRECTORY").map(|dir| Path::new(&dir).join(CREDENTIAL));
+    token_in(passed, config.factory.token_file.as_path())
+}
+
+fn token_in(passed: Option<PathBuf>, file: &Path) -> Result<Token> {
+    match passed.filter(|path| path.exists()) {
+        Some(passed) => token(&passed),
+        None => token(file),
+    }
+}
+
+/// The token in a file.
 ///
 /// # Errors
 /// Where the file is empty, not a token, or anybody's to read.
@@ -264,6 +284,22 @@ mod tests {
             let error = set(text, mode).unwrap_err().to_string();
             assert!(error.contains(part) && !error.contains("abc"), "{error}");
         }
+    }
+
+    #[test]
+    fn what_systemd_passes_on_comes_before_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, name).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).unwrap();
+            path
+        };
+        let (passed, file) = (write("passed"), write("file"));
+        let read = |passed| token_in(passed, &file).unwrap();
+        assert_eq!(read(Some(passed)), Token::new("passed".into()));
+        assert_eq!(read(Some(dir.path().join("none"))), Token::new("file".into()));
+        assert_eq!(read(None), Token::new("file".into()));
     }
 
     #[test]

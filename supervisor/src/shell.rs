@@ -18,12 +18,13 @@ use crate::act::Hands;
 use crate::control::desk::{Desk, Word};
 use crate::control::metrics;
 use crate::factory::{Factory, Input, Output};
+use crate::notify::Watchdog;
 use crate::store::{Store, Unsaved};
 use phases::Phases;
 
 /// How long a stop waits for what is under way.
 const GRACE: Duration = Duration::from_secs(10);
-/// How soon, and how late at most, a change is written again that could not be.
+/// How soon, and how late at most, a change is written again that could not be. The watchdog's patience is longer.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LAST_WAIT: Duration = Duration::from_secs(15);
 
@@ -89,6 +90,7 @@ pub struct Shell {
     pub hands: Arc<Hands>,
     pub clock: Clock,
     pub desk: Desk,
+    pub watchdog: Watchdog,
 }
 
 impl Shell {
@@ -132,7 +134,13 @@ impl Shell {
                 .next_deadline()
                 .map(|at| Duration::from_millis(at.saturating_sub(now)));
             let grace = stopping.map(|since| GRACE.saturating_sub(since.elapsed()));
-            let wait = grace.or(deadline).unwrap_or(Duration::from_secs(3600));
+            let mut wait = grace.or(deadline).unwrap_or(Duration::from_secs(3600));
+            // The core is then asked once more than it needs.
+            if stopping.is_none()
+                && let Some(again) = self.watchdog.alive()
+            {
+                wait = wait.min(again);
+            }
             input = tokio::select! {
                 // In this order: what happens must not depend on chance.
                 biased;
@@ -189,6 +197,7 @@ impl Shell {
                 tracing::error!("{text}");
                 self.desk.trouble(self.clock.now(), text);
             }
+            self.watchdog.alive();
             let again = Instant::now() + wait;
             wait = (wait * 2).min(LAST_WAIT);
             loop {

@@ -40,7 +40,7 @@ fn looked_good(config: &Config, online: bool, root: &Path) -> u8 {
 fn mistakes_here(path: &Path, config: &Config) -> Vec<Mistake> {
     let groups = fs::read_to_string("/etc/group").unwrap_or_default();
     let mut mistakes = settings::check_host(config, &groups);
-    if let Err(error) = settings::token(config.factory.token_file.as_path()) {
+    if let Err(error) = settings::token_of(config) {
         let line = token_line(path);
         let message = format!("{error:#}");
         mistakes.insert(0, Mistake { line, message });
@@ -81,7 +81,7 @@ fn ask(config: &Config, root: &Path) -> bool {
 
 async fn answers(config: &Config, root: &Path) -> Vec<(&'static str, Result<String, String>)> {
     let mut answers = Vec::new();
-    let token = settings::token(config.factory.token_file.as_path()).map_err(|e| format!("{e:#}"));
+    let token = settings::token_of(config).map_err(|e| format!("{e:#}"));
     let server =
         token.and_then(|token| Server::new(&config.general.baseurl, token).map_err(|e| e.to_string()));
     match server {

@@ -12,11 +12,12 @@ use supervisor::control::server::Counter;
 use supervisor::factory::{Factory, Input};
 use supervisor::gate::Gate;
 use supervisor::helper::Helper;
+use supervisor::log;
+use supervisor::notify::{self, Watchdog};
 use supervisor::server::Server;
 use supervisor::settings::{self, Places};
 use supervisor::shell::{Clock, Shell};
 use supervisor::store::{History, Store};
-use supervisor::{log, notify};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -42,7 +43,7 @@ pub fn serve(
             settings::print(&path, &mistakes).trim_end()
         )
     })?;
-    let token = settings::token(config.factory.token_file.as_path())?;
+    let token = settings::token_of(&config)?;
     let store = Store::open(&places.state)?;
     let history = Arc::new(History::open(&places.state)?);
     let clock = Clock::start();
@@ -98,6 +99,7 @@ pub fn serve(
             hands: Arc::new(hands),
             clock,
             desk,
+            watchdog: Watchdog::of_the_unit(),
         }
         .run(heard.into())
         .await

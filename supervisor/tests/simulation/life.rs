@@ -213,6 +213,7 @@ impl Life {
             hands: Arc::new(hands),
             clock,
             desk,
+            watchdog: Default::default(),
         };
         let (operator, words) = mpsc::unbounded_channel();
         Self {
