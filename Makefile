@@ -1,0 +1,63 @@
+# Builds and lays down what is installed. Distributions: `make install DESTDIR=…`; the Debian package: `make deb`.
+#
+# The list of files is here and nowhere else: the package is made of what `install` has laid down.
+
+DESTDIR ?=
+CARGO ?= cargo
+# The profile that is installed: `release`, or `debug` for the tests, which have built that already.
+PROFILE ?= release
+TARGET ?= $(or $(CARGO_TARGET_DIR),target)
+# What the package calls itself besides the version of the workspace.
+REVISION ?= 1
+CARGO_DEB = $(TARGET)/tools/bin/cargo-deb
+CARGO_DEB_VERSION = 3.6.2
+
+name = buildomat-user-factory
+command = $(TARGET)/$(PROFILE)/user-factory
+stage = $(TARGET)/package
+doc = $(DESTDIR)/usr/share/doc/$(name)
+program = install -D -m 755
+file = install -D -m 644
+
+build:
+	$(CARGO) build $(if $(filter release,$(PROFILE)),--release) --package supervisor --package helper
+
+# Users and directories are made by systemd-sysusers(8) and systemd-tmpfiles(8), which the package calls.
+install: build
+	$(program) $(command) $(DESTDIR)/usr/bin/user-factory
+	$(program) $(command)-helper $(DESTDIR)/usr/libexec/$(name)/user-factory-helper
+	for unit in packaging/systemd/*.socket packaging/systemd/*.service; do \
+		$(file) $$unit $(DESTDIR)/usr/lib/systemd/system/$${unit##*/} || exit 1; done
+	$(file) packaging/systemd/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/$(name).conf
+	$(file) packaging/systemd/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/$(name).conf
+	install -d $(addprefix $(DESTDIR)/usr/share/, man/man1 bash-completion/completions zsh/vendor-completions \
+		fish/vendor_completions.d)
+	$(command) generate man >$(DESTDIR)/usr/share/man/man1/user-factory.1
+	$(command) generate bash >$(DESTDIR)/usr/share/bash-completion/completions/user-factory
+	$(command) generate zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_user-factory
+	$(command) generate fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/user-factory.fish
+	$(file) README.md $(doc)/README.md
+	for page in docs/*.md; do $(file) $$page $(doc)/docs/$${page##*/} || exit 1; done
+	$(file) packaging/config.toml $(doc)/examples/config.toml
+	$(file) packaging/firewall.nft $(doc)/examples/firewall.nft
+	for example in alerts.yml dashboard.json; do \
+		$(file) packaging/monitoring/$$example $(doc)/examples/monitoring/$$example || exit 1; done
+
+deb: $(CARGO_DEB)
+	rm -rf $(stage)
+	umask 022 && $(MAKE) install DESTDIR=$(stage)
+	strip --strip-unneeded --remove-section=.comment $(stage)/usr/bin/* $(stage)/usr/libexec/*/*
+	$(CARGO_DEB) --no-build --no-strip --package supervisor --deb-revision $(REVISION) --output $(TARGET)/debian/
+
+# A pinned version, beside what it builds: nothing of the user's own is touched.
+$(CARGO_DEB):
+	$(CARGO) install cargo-deb --quiet --locked --version $(CARGO_DEB_VERSION) --root $(TARGET)/tools \
+		--target-dir $(TARGET)/tools/build
+	rm -rf $(TARGET)/tools/build
+
+# What the units expose: see docs/deploying.md. A unit that exposes more than is written here fails.
+security:
+	systemd-analyze security --no-pager --offline=yes --threshold=12 packaging/systemd/$(name).service
+	systemd-analyze security --no-pager --offline=yes --threshold=53 packaging/systemd/$(name)-helper.service
+
+.PHONY: build install deb security
