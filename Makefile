@@ -7,6 +7,8 @@ CARGO ?= cargo
 # The profile that is installed: `release`, or `debug` for the tests, which have built that already.
 PROFILE ?= release
 TARGET ?= $(or $(CARGO_TARGET_DIR),target)
+# `--workspace` where all of it is built anyway: features are then what they were, and nothing is built twice.
+CRATES ?= --package supervisor --package helper
 # What the package calls itself besides the version of the workspace.
 REVISION ?= 1
 CARGO_DEB = $(TARGET)/tools/bin/cargo-deb
@@ -20,7 +22,7 @@ program = install -D -m 755
 file = install -D -m 644
 
 build:
-	$(CARGO) build $(if $(filter release,$(PROFILE)),--release) --package supervisor --package helper
+	$(CARGO) build $(if $(filter release,$(PROFILE)),--release) $(CRATES)
 
 # Users and directories are made by systemd-sysusers(8) and systemd-tmpfiles(8), which the package calls.
 install: build
@@ -47,7 +49,7 @@ deb: $(CARGO_DEB)
 	rm -rf $(stage)
 	umask 022 && $(MAKE) install DESTDIR=$(stage)
 	strip --strip-unneeded --remove-section=.comment $(stage)/usr/bin/* $(stage)/usr/libexec/*/*
-	$(CARGO_DEB) --no-build --no-strip --package supervisor --deb-revision $(REVISION) --output $(TARGET)/debian/
+	$(CARGO_DEB) --quiet --no-build --no-strip --package supervisor --deb-revision $(REVISION) --output $(TARGET)/debian/
 
 # A pinned version, beside what it builds: nothing of the user's own is touched.
 $(CARGO_DEB):
@@ -55,9 +57,16 @@ $(CARGO_DEB):
 		--target-dir $(TARGET)/tools/build
 	rm -rf $(TARGET)/tools/build
 
-# What the units expose: see docs/deploying.md. A unit that exposes more than is written here fails.
+# Are the units what systemd understands? It is silent then. Programs stand where they are installed, not here.
+verify:
+	rm -rf $(TARGET)/units && mkdir -p $(TARGET)/units
+	cp packaging/systemd/*.socket packaging/systemd/*.service $(TARGET)/units
+	sed -i -E 's,^(Exec[A-Za-z]+)=/[^ ]+,\1=/bin/true,' $(TARGET)/units/*.service
+	said=$$(systemd-analyze verify --man=no $(TARGET)/units/* 2>&1); test -z "$$said" || { echo "$$said" >&2; exit 1; }
+
+# What the units expose, in tenths; more than is written here and in docs/deploying.md fails.
 security:
 	systemd-analyze security --no-pager --offline=yes --threshold=12 packaging/systemd/$(name).service
-	systemd-analyze security --no-pager --offline=yes --threshold=53 packaging/systemd/$(name)-helper.service
+	systemd-analyze security --no-pager --offline=yes --threshold=54 packaging/systemd/$(name)-helper.service
 
-.PHONY: build install deb security
+.PHONY: build install deb verify security

@@ -23,7 +23,7 @@ start_machine() {
     "$qemu" -nodefaults -no-user-config -display none "${firmware[@]}" \
         -M q35 -accel tcg,thread=single -cpu max,-la57 -smp 2 -m 3072 -rtc base=utc \
         -kernel "$image/vmlinuz" -initrd "$image/initrd.img" \
-        -append 'root=/dev/vda rw rootflags=usrquota console=ttyS0 quiet panic=-1' -no-reboot \
+        -append 'root=/dev/vda rw rootflags=usrquota console=ttyS0 quiet panic=-1' \
         -drive if=none,id=root,format=qcow2,cache=unsafe,file="$run/disk.qcow2" \
         -device virtio-blk-pci,drive=root \
         -drive if=none,id=bundle,format=raw,readonly=on,file="$run/bundle.ext4" \
@@ -90,13 +90,51 @@ boot_once() {
     rm -f "$run"/{control,monitor}.{in,out}
 }
 
+# Have the story run, with these words, until it has ended: its exit status is then in $status. It may say `rebooting`,
+# and do so: it is then run again, with the word `rebooted`.
+run_story() {
+    local rebooting=
+    status=
+    # The machine's clock stood still while it was asleep.
+    printf '%s %s\n' "$(date +%s)" "$*" >&"$to_machine"
+    while [ -z "$status" ]; do
+        await '@(exit [0-9]*|rebooting|ready)' "${MACHINE_TIMEOUT:-7200}"
+        case $answer in
+            rebooting) rebooting=1 ;;
+            ready)
+                [ -n "$rebooting" ] || fail "the machine has rebooted by itself: see $target/last/console"
+                rebooting=
+                printf '%s %s rebooted\n' "$(date +%s)" "$1" >&"$to_machine"
+                ;;
+            *) status=${answer#exit } ;;
+        esac
+    done
+}
+
+# The package, and a newer one, for the story of the deployment.
+pack_packages() {
+    note "building the packages"
+    local revision
+    mkdir -p "$run/bundle/packages"
+    for revision in 1 2; do
+        make --silent deb "REVISION=$revision" >&2
+        cp "$target/../debian/buildomat-user-factory_"*"-${revision}_"*.deb "$run/bundle/packages/$revision.deb"
+    done
+}
+
 # What the story needs from outside, on a disk of its own: always of the same size, as the saved machine knows it.
+# The story of the deployment has packages instead of tests.
 pack_bundle() {
-    note "building the factory and its tests"
     local bundle=$run/bundle executable name
     mkdir -p "$bundle"/{bin,tests}
+    if [ "$1" = deployment ]; then
+        pack_packages
+        : >"$run/tests.json"
+    fi
+    note "building the factory's programs and tests"
     cargo build --quiet --workspace --bins --message-format=json >"$run/bins.json"
-    cargo test --quiet --package testbed --tests --no-run --message-format=json >"$run/tests.json"
+    [ "$1" = deployment ] ||
+        cargo test --quiet --package testbed --tests --no-run --message-format=json >"$run/tests.json"
     # Hard links where they can be, for they are large.
     while read -r executable; do
         cp --link "$executable" "$bundle/bin/" 2>/dev/null || cp "$executable" "$bundle/bin/"
@@ -106,7 +144,7 @@ pack_bundle() {
         cp --link "$executable" "$bundle/tests/${name%-*}" 2>/dev/null || cp "$executable" "$bundle/tests/${name%-*}"
     done < <(sed -nE 's/.*"kind":\["test"\].*"executable":"([^"]*)".*/\1/p' "$run/tests.json")
     [ -x "$bundle/bin/user-factory-helper" ] || fail "cargo made no helper"
-    [ -x "$bundle/tests/attacks" ] || fail "cargo made no tests"
+    [ "$1" = deployment ] || [ -x "$bundle/tests/attacks" ] || fail "cargo made no tests"
     cp -r "$here/stories" "$bundle/stories"
     mke2fs -q -t ext4 -d "$bundle" "$run/bundle.ext4" 4G >/dev/null
     rm -rf "$bundle"
