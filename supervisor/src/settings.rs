@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use protocol::config::{
     CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET, Config, GATE_DIR, HELPER_SOCKET, Limits, Mistake, Network,
-    STATE_DIR, Slot,
+    RUN_DIR, STATE_DIR, Slot,
 };
 
 use crate::server::Token;
@@ -21,6 +21,8 @@ pub struct Places {
     pub helper: PathBuf,
     pub gate: PathBuf,
     pub control: PathBuf,
+    /// Where the helper says where the workers' cgroups are.
+    pub cgroups: PathBuf,
     pub state: PathBuf,
 }
 
@@ -31,6 +33,7 @@ impl Places {
             helper: root.join(HELPER_SOCKET),
             gate: root.join(GATE_DIR),
             control: root.join(CONTROL_DIR),
+            cgroups: root.join(RUN_DIR).join("helper.cgroup"),
             state: root.join(STATE_DIR).join("supervisor"),
         }
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use protocol::{SlotName, WorkerId};
 use supervisor::control::api::Status;
 use supervisor::control::client::{Client, Error};
+use supervisor::control::procs;
 use supervisor::settings::Places;
 
 use super::print::{self, Visible};
@@ -95,7 +96,8 @@ pub async fn workers(client: Client, how: How) -> Ended {
 }
 
 pub async fn show(client: Client, worker: WorkerId, how: How) -> Ended {
-    let details = client.details(worker).await?;
+    let mut details = client.details(worker).await?;
+    procs::complete(&mut details);
     let now = client.status().await?.now;
     say(&if how.json {
         json(&details)

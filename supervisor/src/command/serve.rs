@@ -81,6 +81,7 @@ pub fn serve(
             helper,
             history,
             metrics,
+            cgroups: places.cgroups.clone(),
         };
         if let Some(address) = page {
             let listener = TcpListener::bind(address).await;

@@ -267,7 +267,7 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
     let resident = memory.iter().map(|(slot, bytes)| (slot, *bytes));
     registry.register_with_unit(
         "slot_memory",
-        "Resident memory of the slot's worker",
+        "Memory of the slot's worker: resident, or charged to its cgroup",
         Unit::Bytes,
         bytes_by_slot(resident),
     );

@@ -23,5 +23,5 @@ pub mod client;
 pub mod desk;
 pub mod metrics;
 mod page;
-mod procs;
+pub mod procs;
 pub mod server;

@@ -1,10 +1,14 @@
 //! The processes of one uid, as `/proc` shows them to everybody (`proc_pid_stat(5)`). A host that hides other
-//! users' processes (`hidepid`) shows none here either.
+//! users' processes (`hidepid`) shows none here either; the packaged supervisor sees none, so the operator's command
+//! looks for itself.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
-use super::api::Process;
+use protocol::WorkerId;
+
+use super::api::{Details, Process};
 
 /// More are not listed; a fork bomb must not make a page of megabytes.
 const MOST: usize = 1000;
@@ -25,6 +29,28 @@ pub fn of(uid: u32) -> Vec<Process> {
         .collect();
     found.sort_by_key(|process| process.pid);
     found
+}
+
+/// The processes, where the supervisor could not see them and this process can.
+pub fn complete(details: &mut Details) {
+    if let (true, Some(uid)) = (details.processes.is_empty(), details.worker.uid) {
+        details.processes = of(uid);
+        details.memory = details.memory.max(resident(&details.processes));
+    }
+}
+
+pub fn resident(processes: &[Process]) -> u64 {
+    processes.iter().map(|process| process.memory).sum()
+}
+
+/// What a worker's cgroup is charged with, page cache included. `noted` is the file in which the helper says where the
+/// workers' cgroups are; without the controller there is no such number.
+pub fn charged(noted: &Path, worker: WorkerId) -> Option<u64> {
+    let cgroups = fs::read_to_string(noted).ok()?;
+    let file = Path::new(&cgroups)
+        .join(worker.to_string())
+        .join("memory.current");
+    fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
 /// `PID (NAME) STATE …`, where NAME is the process's own choice and may hold anything; RSS, in pages, is the

@@ -22,7 +22,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use super::api::{self, Details, Refusal, Status};
+use super::api::{self, Details, Process, Refusal, Status};
 use super::desk::{Answer, Word};
 use super::metrics::Metrics;
 use super::{page, procs};
@@ -46,6 +46,8 @@ pub struct Counter {
     pub helper: Helper,
     pub history: Arc<History>,
     pub metrics: Arc<Metrics>,
+    /// Where the helper says where the workers' cgroups are.
+    pub cgroups: PathBuf,
 }
 
 /// Why an answer is not what was asked for.
@@ -108,6 +110,14 @@ impl Counter {
         answered.await.map_err(|_| stopping())
     }
 
+    /// What a worker's processes have resident; where they cannot be seen, what their cgroup is charged with.
+    fn memory(&self, worker: WorkerId, processes: &[Process]) -> u64 {
+        match processes {
+            [] => procs::charged(&self.cgroups, worker).unwrap_or(0),
+            seen => procs::resident(seen),
+        }
+    }
+
     /// Done, or refused for a reason.
     async fn order(&self, refusal: StatusCode, word: impl FnOnce(Answer) -> Word) -> Said<StatusCode> {
         match self.ask(word).await? {
@@ -168,13 +178,8 @@ async fn metrics(State(counter): State<Counter>) -> Said<Response> {
     let status = counter.status().await?;
     let mut memory_of: BTreeMap<SlotName, u64> = BTreeMap::new();
     for worker in &status.workers {
-        let memory = worker
-            .uid
-            .map(procs::of)
-            .unwrap_or_default()
-            .iter()
-            .map(|process| process.memory)
-            .sum();
+        let processes = worker.uid.map(procs::of).unwrap_or_default();
+        let memory = counter.memory(worker.id, &processes);
         memory_of.insert(worker.slot.clone(), memory);
     }
     let text = counter.metrics.text(&status, &memory_of);
@@ -209,7 +214,7 @@ async fn details(
     let console = console.map(|console| last_lines(&console)).unwrap_or_default();
     let processes = found.uid.map(procs::of).unwrap_or_default();
     Ok(Json(Details {
-        memory: processes.iter().map(|process| process.memory).sum(),
+        memory: counter.memory(worker, &processes),
         worker: found,
         history,
         processes,
