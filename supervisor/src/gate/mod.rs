@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use protocol::config::{Config, GATE_SOCKET, Network};
+use protocol::config::{Config, GATE_SOCKET};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpStream, UnixListener, UnixStream, lookup_host};
@@ -75,12 +75,9 @@ impl std::fmt::Debug for Gate {
 }
 
 impl Gate {
-    /// The gate, where one is needed: for slots without a network, and for `earlier` workers, whose slots may
-    /// have been such before the configuration was changed.
-    pub fn wanted(config: &Config, earlier: bool, directory: PathBuf) -> Option<Gate> {
-        if !earlier && config.slots.values().all(|slot| slot.network == Network::Host) {
-            return None;
-        }
+    /// The gate to the configuration's server; none where it has no name. It is there also while no slot is without a
+    /// network: workers may be left whose slot was, and the configuration may be read again with one that is.
+    pub fn to_the_server(config: &Config, directory: PathBuf) -> Option<Gate> {
         let (host, port) = config.general.baseurl.name_and_port()?;
         let range = config.factory.uid_range;
         let is_worker = Box::new(move |uid| range.contains(uid));
