@@ -46,6 +46,10 @@ pub fn binaries() -> &'static Path {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.args(["build", "--quiet", "--workspace", "--bins"]);
+        // Benchmarks are built as what is released, and measure that.
+        if !cfg!(debug_assertions) {
+            build.arg("--release");
+        }
         build.current_dir(
             Path::new(env!("CARGO_MANIFEST_DIR"))
                 .parent()

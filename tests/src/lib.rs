@@ -5,6 +5,7 @@
 //! the library is in `tracer::sys`.
 
 pub mod agent;
+pub mod bench;
 pub mod census;
 pub mod disk;
 pub mod harness;
