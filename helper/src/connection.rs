@@ -8,7 +8,8 @@ use anyhow::Result;
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::{
-    Error, ErrorKind, MAX_LIST, PREVIOUS, Received, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire,
+    BootstrapToken, Error, ErrorKind, MAX_LIST, PREVIOUS, Received, Reply, Request, Seqpacket, SlotName,
+    State, Uid, UserName, VERSION, WorkerId, WorkerInfo, wire,
 };
 use tracing::{info, warn};
 
@@ -20,8 +21,20 @@ use crate::{install, tenancy};
 /// Answers and the descriptor that goes with them.
 type Answer = (Reply, Option<File>);
 
+/// What lies beneath a connection: the host, or a model of one where connections are tested. Each does what the
+/// request of its name says in the `protocol` crate.
+pub trait Operations {
+    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)>;
+    fn install_agent(&self, worker: WorkerId, agent: OwnedFd, bootstrap: &BootstrapToken) -> Result<File>;
+    fn attach(&self, worker: WorkerId) -> Result<(State, File)>;
+    fn kill(&self, worker: WorkerId) -> Result<()>;
+    fn delete(&self, worker: WorkerId) -> Result<()>;
+    /// At most [`MAX_LIST`], and if there are more.
+    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)>;
+}
+
 /// Serve this connection to its end.
-pub fn serve(host: &Host, orders: &Seqpacket, peer: Peer, busy: bool, socket: Seqpacket) {
+pub fn serve(beneath: &dyn Operations, peer: Peer, busy: bool, socket: Seqpacket) {
     // A peer that says nothing, or does not read, must not keep a process for ever.
     let patience = |seconds| nix::sys::time::TimeVal::new(seconds, 0);
     let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(10));
@@ -92,7 +105,7 @@ pub fn serve(host: &Host, orders: &Seqpacket, peer: Peer, busy: bool, socket: Se
                 )),
                 None,
             ),
-            (_, Some(version)) => answer(host, orders, version, &request, descriptors),
+            (_, Some(version)) => answer(beneath, version, &request, descriptors),
         };
         audit(peer, &request, &reply, begin);
         let sent = wire::encode(&reply).map_err(|_| Errno::EMSGSIZE);
@@ -106,31 +119,36 @@ pub fn serve(host: &Host, orders: &Seqpacket, peer: Peer, busy: bool, socket: Se
 }
 
 fn answer(
-    host: &Host,
-    orders: &Seqpacket,
+    beneath: &dyn Operations,
     version: u16,
     request: &Request,
     mut descriptors: Vec<OwnedFd>,
 ) -> Answer {
-    // The process of a connection may set no quota.
-    let unlimit = |worker, _| {
-        let daemon = install::order(orders, &Order::Unlimit { worker })?;
-        install::expect(&daemon, Word::Done)
-    };
     let result = match request {
         Request::Hello { .. } => Err(Error::new(ErrorKind::Refused, "Hello was said before").into()),
-        Request::CreateUser { worker, slot } => tenancy::create_user(host, &unlimit, *worker, slot)
+        Request::CreateUser { worker, slot } => beneath
+            .create_user(*worker, slot)
             .map(|(uid, name)| (Reply::UserCreated { uid, name }, None)),
         Request::InstallAgent { worker, bootstrap } => match descriptors.pop() {
-            Some(agent) => install_agent(host, orders, *worker, agent, bootstrap),
+            Some(agent) => beneath
+                .install_agent(*worker, agent, bootstrap)
+                .map(|console| (Reply::AgentStarted, Some(console))),
             None => Err(Error::new(ErrorKind::Refused, "the agent is missing").into()),
         },
-        Request::Attach { worker } => attach(host, *worker),
-        Request::Kill { worker } => kill(host, *worker).map(|()| (Reply::Killed, None)),
-        Request::Delete { worker } => {
-            tenancy::delete(host, &unlimit, *worker).map(|()| (Reply::Deleted, None))
-        }
-        Request::List { after } => list(host, *after, version).map(|reply| (reply, None)),
+        Request::Attach { worker } => beneath
+            .attach(*worker)
+            .map(|(state, console)| (Reply::Attached { state }, Some(console))),
+        Request::Kill { worker } => beneath.kill(*worker).map(|()| (Reply::Killed, None)),
+        Request::Delete { worker } => beneath.delete(*worker).map(|()| (Reply::Deleted, None)),
+        Request::List { after } => beneath.list(*after).map(|(workers, more)| {
+            let reply = if version == PREVIOUS {
+                let workers = workers.into_iter().map(Into::into).collect();
+                Reply::Workers { workers, more }
+            } else {
+                Reply::Listed { workers, more }
+            };
+            (reply, None)
+        }),
     };
     result.unwrap_or_else(|error| (Reply::Error(typed(error)), None))
 }
@@ -143,49 +161,60 @@ fn typed(error: anyhow::Error) -> Error {
     }
 }
 
-fn install_agent(
-    host: &Host,
-    orders: &Seqpacket,
-    id: WorkerId,
-    agent: OwnedFd,
-    bootstrap: &protocol::BootstrapToken,
-) -> Result<Answer> {
-    let (worker, record) = Worker::existing(host, id)?;
-    install::install(host, orders, &worker, &record, agent, bootstrap)?;
-    Ok((Reply::AgentStarted, Some(worker.console()?)))
+/// The host, and the way to the daemon.
+pub struct OnHost<'a> {
+    pub host: &'a Host,
+    pub orders: &'a Seqpacket,
 }
 
-fn attach(host: &Host, id: WorkerId) -> Result<Answer> {
-    let (worker, _) = Worker::existing(host, id)?;
-    let state: State = worker.state(host)?;
-    Ok((Reply::Attached { state }, Some(worker.console()?)))
-}
-
-fn kill(host: &Host, id: WorkerId) -> Result<()> {
-    let (worker, record) = Worker::existing(host, id)?;
-    tenancy::end_processes(host, &worker, Some(record.uid))
-}
-
-fn list(host: &Host, after: Option<WorkerId>, version: u16) -> Result<Reply> {
-    let all = worker::list(host)?;
-    for id in all.damaged {
-        warn!(worker = %id, "its record is damaged: the worker is lost, and will be deleted before a slot is taken");
+impl OnHost<'_> {
+    /// The process of a connection may set no quota.
+    fn unlimit(&self, worker: WorkerId) -> Result<()> {
+        let daemon = install::order(self.orders, &Order::Unlimit { worker })?;
+        install::expect(&daemon, Word::Done)
     }
-    let mut rest = all
-        .workers
-        .into_iter()
-        .filter(|(id, ..)| after.is_none_or(|after| *id > after));
-    let mut workers = Vec::new();
-    for (id, dir, record) in rest.by_ref().take(MAX_LIST) {
-        workers.push(worker::info(host, id, &dir, record)?);
+}
+
+impl Operations for OnHost<'_> {
+    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
+        tenancy::create_user(self.host, &|id, _| self.unlimit(id), worker, slot)
     }
-    let more = rest.next().is_some();
-    Ok(if version == PREVIOUS {
-        let workers = workers.into_iter().map(Into::into).collect();
-        Reply::Workers { workers, more }
-    } else {
-        Reply::Listed { workers, more }
-    })
+
+    fn install_agent(&self, worker: WorkerId, agent: OwnedFd, bootstrap: &BootstrapToken) -> Result<File> {
+        let (worker, record) = Worker::existing(self.host, worker)?;
+        install::install(self.host, self.orders, &worker, &record, agent, bootstrap)?;
+        worker.console()
+    }
+
+    fn attach(&self, worker: WorkerId) -> Result<(State, File)> {
+        let (worker, _) = Worker::existing(self.host, worker)?;
+        Ok((worker.state(self.host)?, worker.console()?))
+    }
+
+    fn kill(&self, worker: WorkerId) -> Result<()> {
+        let (worker, record) = Worker::existing(self.host, worker)?;
+        tenancy::end_processes(self.host, &worker, Some(record.uid))
+    }
+
+    fn delete(&self, worker: WorkerId) -> Result<()> {
+        tenancy::delete(self.host, &|id, _| self.unlimit(id), worker)
+    }
+
+    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)> {
+        let all = worker::list(self.host)?;
+        for id in all.damaged {
+            warn!(worker = %id, "its record is damaged: the worker is lost, and will be deleted before a slot is taken");
+        }
+        let mut rest = all
+            .workers
+            .into_iter()
+            .filter(|(id, ..)| after.is_none_or(|after| *id > after));
+        let mut workers = Vec::new();
+        for (id, dir, record) in rest.by_ref().take(MAX_LIST) {
+            workers.push(worker::info(self.host, id, &dir, record)?);
+        }
+        Ok((workers, rest.next().is_some()))
+    }
 }
 
 fn name(request: &Request) -> &'static str {

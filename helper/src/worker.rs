@@ -37,11 +37,11 @@ impl Record {
         Self { slot, uid, created }
     }
 
-    fn print(&self) -> String {
+    pub fn print(&self) -> String {
         format!("slot {}\nuid {}\ncreated {}\n", self.slot, self.uid, self.created)
     }
 
-    fn parse(text: &str) -> Option<Record> {
+    pub fn parse(text: &str) -> Option<Record> {
         let mut lines = text.lines();
         let mut field = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
         let slot = field("slot")?.parse().ok()?;
@@ -219,7 +219,7 @@ pub fn print_exit(exit: Exit) -> String {
 }
 
 /// Anything that is not whole says nothing.
-fn parse_exit(text: &str) -> Exit {
+pub fn parse_exit(text: &str) -> Exit {
     let line = text.strip_suffix('\n').unwrap_or_default();
     match line.split_once(' ') {
         Some(("status", n)) => n.parse().map_or(Exit::Unknown, Exit::Status),

@@ -1,0 +1,420 @@
+//! Root's half of the buildomat user factory.
+//!
+//! It listens on one Unix socket for the unprivileged supervisor and does four things: make a user,
+//! start the buildomat agent as that user in a sandbox, end its processes, delete all that is left. The
+//! protocol is specified in the `protocol` crate. The helper keeps no state in memory: the kernel and
+//! its state directory are its state, so it can be restarted at any time.
+//!
+//! Three kinds of processes, each with the `privileges` that it needs. The *daemon* (in this file) accepts, forks,
+//! and builds what every job sees (`view`). A process for each *connection* (`connection`) reads what the
+//! supervisor sends, with few capabilities and few system calls: `policy` decides, `tenancy` takes and frees slots,
+//! `user`, `trees`, `cgroup`, `limits` and `install` are the mechanisms. What takes more it asks of the daemon
+//! by an order (`orders`), which `launch` carries out: above all a worker's *first process*, which makes its
+//! job's `sandbox` (`devices`, `network`, `filter`), gives up everything, and is its pid 1 (`init`). All
+//! `unsafe` is in `sys`. What a person on the host does as root, with the same sandbox and no socket, is
+//! `by_hand`, at a `terminal`.
+
+mod by_hand;
+mod cgroup;
+mod connection;
+mod devices;
+mod filter;
+mod host;
+mod hotplug;
+mod init;
+mod install;
+mod launch;
+mod limits;
+mod network;
+mod orders;
+mod policy;
+mod privileges;
+mod sandbox;
+mod sys;
+mod tenancy;
+mod terminal;
+mod trees;
+mod user;
+mod view;
+mod worker;
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, socketpair,
+    sockopt,
+};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use protocol::{Seqpacket, config};
+use tracing::{error, info, warn};
+
+use connection::OnHost;
+use host::Host;
+use hotplug::Hotplug;
+use view::View;
+
+// For those who try the helper's parts by themselves (`fuzz/`).
+pub use connection::{Operations, Peer, serve as serve_connection};
+pub use worker::{Record, parse_exit};
+
+/// The most connections that are served at once; the supervisor makes one for each operation.
+const MAX_CONNECTIONS: usize = 256;
+/// The most that are told so beyond these. Others wait in the listener's queue.
+const MAX_BUSY: usize = 64;
+
+const USAGE: &str = "usage: user-factory-helper [--root DIR] [--cgroup PATH [--apart]]
+       user-factory-helper run [--root DIR] [--slot SLOT] -- COMMAND [ARGUMENT…]
+       user-factory-helper shell [--root DIR] WORKER
+
+Root's half of the buildomat user factory; see the README. `run` and `shell` are for people, by way of
+`user-factory run` and `user-factory shell`.
+  --root DIR     where etc/buildomat-user-factory/config.toml, run/ and var/lib/ are found [/]
+  --cgroup PATH  the cgroup, below the cgroup v2 mount, in which to keep the workers' [its own]
+  --apart        that cgroup is for them alone: do not move into it
+";
+
+#[derive(Debug)]
+struct Options {
+    root: PathBuf,
+    cgroup: Option<PathBuf>,
+    apart: bool,
+}
+
+fn options() -> Result<Option<Options>> {
+    let mut options = Options {
+        root: "/".into(),
+        cgroup: None,
+        apart: false,
+    };
+    let mut arguments = std::env::args_os().skip(1);
+    while let Some(argument) = arguments.next() {
+        let mut value = || {
+            arguments
+                .next()
+                .map(PathBuf::from)
+                .with_context(|| format!("{argument:?} wants a value\n{USAGE}"))
+        };
+        match argument.to_str() {
+            Some("--root") => options.root = value()?,
+            Some("--cgroup") => options.cgroup = Some(value()?),
+            Some("--apart") => options.apart = true,
+            Some("--help" | "-h") => return Ok(None),
+            Some("--version") => {
+                println!(
+                    "user-factory-helper {}, protocol {}",
+                    env!("CARGO_PKG_VERSION"),
+                    protocol::VERSION
+                );
+                std::process::exit(0);
+            }
+            _ => bail!("{argument:?} is no option of the helper\n{USAGE}"),
+        }
+    }
+    ensure!(
+        options.root.is_absolute(),
+        "--root must be an absolute path, not {}",
+        options.root.display()
+    );
+    Ok(Some(options))
+}
+
+/// The program `user-factory-helper`.
+pub fn main() -> ExitCode {
+    let systemd_socket = sys::listening_socket_of_systemd();
+    tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .init();
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let run = || match words.first().and_then(|word| word.to_str()) {
+        Some("run") => by_hand::run(&words[1..]),
+        Some("shell") => by_hand::shell(&words[1..]),
+        _ => {
+            match options()? {
+                Some(options) => daemon(&options, systemd_socket)?,
+                None => std::io::stdout().write_all(USAGE.as_bytes())?,
+            }
+            Ok(0)
+        }
+    };
+    match run() {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Root's own things, in their order: refuse what is unsafe, find the host, listen, leave the host's
+/// mounts, drop what is not needed, serve.
+fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the helper must run as root: start it with systemd or sudo"
+    );
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    sys::become_subreaper().context("cannot become the reaper of workers")?;
+    let cgroups =
+        cgroup::prepare(options.cgroup.as_deref(), options.apart).context("cannot prepare the cgroup")?;
+    let host = Host::open(&options.root, cgroups)?;
+    let (config, _) = host.configuration()?;
+    let client = user::supervisor(&host, &config.factory.user)?;
+    user::nobody_else_has(&host, config.factory.uid_range)?;
+    for (name, slot) in &config.slots {
+        user::groups(&host, &slot.add_to_groups)
+            .with_context(|| format!("{}:{}: slot {name}", config::CONFIG_PATH, slot.line))?;
+    }
+    for warning in limits::check_all(&config, host.abilities)? {
+        warn!("{warning}");
+    }
+    if !sys::has_scopes() {
+        warn!("abstract sockets and signals are not kept within jobs: that takes Linux 6.12 with Landlock");
+    }
+    let run_dir = options.root.join(config::RUN_DIR);
+    for place in [config::GATE_DIR, config::CONTROL_DIR] {
+        std::os::unix::fs::chown(options.root.join(place), Some(client), None)
+            .with_context(|| format!("cannot give {place} to the supervisor"))?;
+    }
+    let _only_one = lock(&run_dir, &options.root.join(config::STATE_DIR).join("workers"))?;
+    // For whoever starts something by hand.
+    std::fs::write(
+        run_dir.join(by_hand::CGROUP),
+        cgroup::path_of(&host.cgroups)?.as_os_str().as_bytes(),
+    )
+    .context("cannot write down where the workers' cgroups are")?;
+    let socket = match systemd_socket {
+        Some(socket) => {
+            check_socket(&socket).context("the socket that systemd passed cannot be used")?;
+            socket
+        }
+        None => listen_at(&options.root.join(config::HELPER_SOCKET), client)?,
+    };
+    let mut view = View::new()?;
+    view.refresh(&host)?;
+    privileges::of_the_daemon()?;
+    info!(slots = config.slots.len(), client, "serving");
+    serve(&host, &mut view, socket, client)
+}
+
+/// Two helpers on one state directory would each be right and together wrong. The directory of the workers is locked,
+/// too: the two may have a `/run` each.
+///
+/// These are locks of the process (`F_SETLK`, `fcntl(2)`), not of the open file: a child that outlives the daemon
+/// by a moment, with its parent's files still open, must not keep the next daemon out.
+fn lock(run_dir: &Path, workers: &Path) -> Result<[File; 2]> {
+    let lock = |name: &str, what: &str, place: &Path| {
+        let path = place.join(name);
+        let mut options = File::options();
+        let file = options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path);
+        let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+        let all_of_it = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        match fcntl(&file, FcntlArg::F_SETLK(&all_of_it)) {
+            Ok(_) => Ok(file),
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                bail!("another helper {what} {}: stop that one first", place.display())
+            }
+            Err(errno) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
+        }
+    };
+    // The second is the file by which workers wait for each other, with a lock of another kind.
+    Ok([
+        lock("helper.lock", "serves", run_dir)?,
+        lock(".lock", "works in", workers)?,
+    ])
+}
+
+fn listen_at(path: &Path, client: u32) -> Result<OwnedFd> {
+    let describe = || format!("cannot listen at {}", path.display());
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(describe);
+        }
+        _ => {}
+    }
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        None,
+    )?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?).with_context(describe)?;
+    // Nobody can connect before listen(2), so nobody sees the wider mode in between.
+    std::os::unix::fs::chown(path, Some(client), Some(0)).with_context(describe)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).with_context(describe)?;
+    listen(&fd, Backlog::new(128)?).with_context(describe)?;
+    Ok(fd)
+}
+
+/// It must be of the right kind, and closed to other users; who connects is checked again each time.
+fn check_socket(socket: &OwnedFd) -> Result<()> {
+    let kind = getsockopt(socket, sockopt::SockType)?;
+    ensure!(
+        kind == SockType::SeqPacket && getsockopt(socket, sockopt::AcceptConn)?,
+        "it is not a listening SOCK_SEQPACKET socket: use ListenSequentialPacket="
+    );
+    let address: UnixAddr = nix::sys::socket::getsockname(socket.as_raw_fd())?;
+    let path = address.path().context("it has no path: give it one")?;
+    let mode = std::fs::symlink_metadata(path)?.permissions().mode();
+    ensure!(
+        mode & 0o007 == 0,
+        "{} is open to everybody: set SocketMode=0660",
+        path.display()
+    );
+    host::only_root_writes(path.parent().context("it is in no directory")?)
+}
+
+/// Accept, check who it is, and fork; carry out orders; follow devices. Nothing that the supervisor sends is
+/// ever read in this process.
+fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result<()> {
+    // The standard library's listener does not mind that packets have borders.
+    let listener = UnixListener::from(listener);
+    listener.set_nonblocking(true)?;
+    let mask = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT]);
+    mask.thread_block()?;
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let (orders, for_connections) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    let (orders, for_connections) = (Seqpacket::from(orders), Seqpacket::from(for_connections));
+    let mut hotplug = Hotplug::new()?;
+    hotplug.refresh(host);
+    let mut connections = BTreeSet::new();
+    loop {
+        let full = connections.len() >= MAX_CONNECTIONS + MAX_BUSY;
+        let ready = {
+            let mut events = vec![
+                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(orders.as_fd(), PollFlags::POLLIN),
+                PollFd::new(hotplug.as_fd(), PollFlags::POLLIN),
+                PollFd::new(view.as_fd(), PollFlags::POLLPRI),
+            ];
+            if !full {
+                events.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+            }
+            match poll(&mut events, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context("cannot wait for connections"),
+            }
+            events
+                .iter()
+                .map(|event| event.any() == Some(true))
+                .collect::<Vec<_>>()
+        };
+        while let Some(signal) = signals.read_signal()? {
+            if signal.ssi_signo != Signal::SIGCHLD as u32 {
+                // Connections go on to their end, and workers do not notice.
+                info!("stopping");
+                return Ok(());
+            }
+        }
+        reap(&mut connections);
+        if ready[1] && launch::take_order(host, view, &orders) {
+            // The configuration may name other devices now.
+            hotplug.refresh(host);
+        }
+        if ready[2] {
+            hotplug.refresh(host);
+        }
+        if ready[3] {
+            // A file system that the host has unmounted must not stay in use until the next job starts.
+            view.forget();
+            if let Err(error) = view.refresh(host) {
+                warn!("no job can be started until this is mended: {error:#}");
+            }
+        }
+        if ready.get(4) == Some(&true) {
+            accept(host, &listener, &for_connections, client, &mut connections);
+        }
+    }
+}
+
+/// Collect the dead: connections, workers' first processes, orphans.
+fn reap(connections: &mut BTreeSet<Pid>) {
+    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+        match status {
+            WaitStatus::StillAlive => break,
+            WaitStatus::Signaled(pid, signal, _) => {
+                if connections.remove(&pid) {
+                    warn!("a connection's process was ended by {signal}: its request is lost, repeat it");
+                }
+            }
+            other => {
+                other.pid().map(|pid| connections.remove(&pid));
+            }
+        }
+    }
+}
+
+fn accept(
+    host: &Host,
+    listener: &UnixListener,
+    orders: &Seqpacket,
+    client: u32,
+    connections: &mut BTreeSet<Pid>,
+) {
+    let connection = match listener.accept() {
+        Ok((connection, _)) => OwnedFd::from(connection),
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+        Err(error) => return warn!("cannot accept a connection: {error}"),
+    };
+    let peer = match getsockopt(&connection, sockopt::PeerCredentials) {
+        Ok(peer) => Peer {
+            uid: peer.uid(),
+            pid: peer.pid(),
+        },
+        Err(errno) => return warn!("hung up: cannot ask who it is: {errno}"),
+    };
+    if peer.uid != client {
+        let Peer { uid, pid } = peer;
+        return warn!(uid, pid, "hung up: the helper serves uid {client} alone");
+    }
+    let busy = connections.len() >= MAX_CONNECTIONS;
+    let own = [connection.as_raw_fd(), orders.as_raw_fd()];
+    let keep = [&host.descriptors()[..], &own].concat();
+    let child = sys::fork(|| {
+        // The listening socket, the lock and the host's mount namespace are the daemon's alone.
+        let alone = sys::close_all_but(&keep).is_ok() && SigSet::empty().thread_set_mask().is_ok();
+        match privileges::of_a_connection() {
+            Ok(()) if alone => connection::serve(&OnHost { host, orders }, peer, busy, connection.into()),
+            Ok(()) => warn!("hung up: cannot close what is not a connection's"),
+            Err(error) => warn!("hung up: {error:#}"),
+        }
+        0
+    });
+    match child {
+        Ok(pid) => drop(connections.insert(pid)),
+        Err(error) => warn!("cannot fork for a connection: {error}"),
+    }
+}
