@@ -24,7 +24,7 @@ use crate::orders::Word;
 use crate::terminal::{self, Ours, Terminal};
 use crate::view::View;
 use crate::worker::Worker;
-use crate::{cgroup, init, limits, sandbox, sys, tenancy, user};
+use crate::{cgroup, init, limits, sandbox, sys, tenancy, trees};
 
 /// The file, in the directory of the sockets, that says where the workers' cgroups are.
 pub const CGROUP: &str = "helper.cgroup";
@@ -94,7 +94,7 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         for warning in limits::check(&record.slot, &slot.limits, host.abilities)? {
             tracing::warn!("{warning}");
         }
-        user::write_files_for_the_job(&host, &worker, record.uid, &config, slot)?;
+        trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
         limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
         inside(&host, id, &cgroup, &typed.rest, &signals)
@@ -144,7 +144,7 @@ fn take(host: &Host, unlimit: tenancy::Unlimit<'_>, id: WorkerId, slot: Option<S
     let (config, _) = host.configuration()?;
     let wanted: Vec<SlotName> = match slot {
         Some(slot) => vec![slot],
-        None => config.slots.into_keys().collect(),
+        None => config.slots.keys().cloned().collect(),
     };
     let mut last = None;
     for slot in wanted {

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 use protocol::WorkerId;
 
 use crate::host::{make_dir, make_directories, open_dir, open_file, open_path, read_small, remove_dir};
@@ -127,6 +128,7 @@ pub fn kill_one(cgroups: impl AsFd, name: &str) -> Result<()> {
     };
     let end = Instant::now() + Duration::from_secs(60);
     let events = open_file(&cgroup, "cgroup.events", OFlag::O_RDONLY)?;
+    let mut patience = Duration::from_micros(100);
     loop {
         while populated(&cgroup)? {
             ensure!(
@@ -135,9 +137,12 @@ pub fn kill_one(cgroups: impl AsFd, name: &str) -> Result<()> {
             );
             let order = open_file(&cgroup, "cgroup.kill", OFlag::O_WRONLY)?;
             std::io::Write::write_all(&mut &order, b"1").context("cannot write cgroup.kill")?;
-            // The kernel wakes us when `populated` changes; once a second we ask again all the same.
+            // The kernel wakes us when `populated` changes, but tells of a cgroup at most every 10 ms
+            // (CGROUP_FILE_NOTIFY_MIN_INTV of kernel/cgroup/cgroup.c): so we ask again, ever more seldom.
             let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-            match poll(&mut wait, 1000u16) {
+            let waited = ppoll(&mut wait, Some(TimeSpec::from_duration(patience)), None);
+            patience = (patience * 2).min(Duration::from_secs(1));
+            match waited {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
             }

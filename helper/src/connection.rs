@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use crate::host::Host;
 use crate::orders::{Order, Word};
 use crate::worker::{self, Worker};
-use crate::{install, tenancy};
+use crate::{cgroup, install, tenancy};
 
 /// Answers and the descriptor that goes with them.
 type Answer = (Reply, Option<File>);
@@ -192,8 +192,8 @@ impl Operations for OnHost<'_> {
     }
 
     fn kill(&self, worker: WorkerId) -> Result<()> {
-        let (worker, record) = Worker::existing(self.host, worker)?;
-        tenancy::end_processes(self.host, &worker, Some(record.uid))
+        let (worker, _) = Worker::existing(self.host, worker)?;
+        cgroup::kill(&self.host.cgroups, worker.id)
     }
 
     fn delete(&self, worker: WorkerId) -> Result<()> {
@@ -208,10 +208,10 @@ impl Operations for OnHost<'_> {
         let mut rest = all
             .workers
             .into_iter()
-            .filter(|(id, ..)| after.is_none_or(|after| *id > after));
+            .filter(|(id, _)| after.is_none_or(|after| *id > after));
         let mut workers = Vec::new();
-        for (id, dir, record) in rest.by_ref().take(MAX_LIST) {
-            workers.push(worker::info(self.host, id, &dir, record)?);
+        for (id, record) in rest.by_ref().take(MAX_LIST) {
+            workers.extend(worker::info(self.host, id, record)?);
         }
         Ok((workers, rest.next().is_some()))
     }

@@ -5,6 +5,8 @@
 //! requests take. [`job`] is the wall around a job: like those of container engines it lets ordinary
 //! software work, and refuses what has led out of sandboxes or burdens the host.
 
+use std::collections::BTreeMap;
+
 use libc::{c_long, sock_filter};
 
 /// `linux/audit.h`: what the kernel says of a call that was made by this architecture's own entry point.
@@ -134,6 +136,7 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_read,
     libc::SYS_pread64,
     libc::SYS_write,
+    libc::SYS_sendfile,
     libc::SYS_lseek,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
@@ -156,6 +159,7 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_clone,
     libc::SYS_wait4,
     libc::SYS_kill,
+    libc::SYS_getpriority,
     libc::SYS_setgroups,
     libc::SYS_setresuid,
     libc::SYS_setresgid,
@@ -215,8 +219,11 @@ const fn argument(n: u32) -> u32 {
 const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
 const IS: u32 = libc::BPF_JMP | libc::BPF_JEQ;
 const HAS_BIT: u32 = libc::BPF_JMP | libc::BPF_JSET;
-const IS_OVER: u32 = libc::BPF_JMP | libc::BPF_JGT;
+const IS_AT_LEAST: u32 = libc::BPF_JMP | libc::BPF_JGE;
+const SKIP: u32 = libc::BPF_JMP | libc::BPF_JA;
 const ANSWER: u32 = libc::BPF_RET;
+
+type Steps = Vec<sock_filter>;
 
 fn step(code: u32, value: u32) -> sock_filter {
     sock_filter {
@@ -228,7 +235,7 @@ fn step(code: u32, value: u32) -> sock_filter {
 }
 
 /// If the loaded word meets the test, do `then`, which ends with an answer; otherwise what follows.
-fn when(test: u32, value: u32, then: &[sock_filter]) -> Vec<sock_filter> {
+fn when(test: u32, value: u32, then: &[sock_filter]) -> Steps {
     let over = u8::try_from(then.len()).expect("a rule is short");
     let mut steps = vec![step(test, value)];
     steps[0].jf = over;
@@ -240,110 +247,147 @@ fn answer(what: u32) -> [sock_filter; 1] {
     [step(ANSWER, what)]
 }
 
-/// The beginning of each program: other entry points are closed (`ABSENT`), and the number is loaded.
-fn begin(last: Option<c_long>) -> Vec<sock_filter> {
-    let mut steps = vec![step(LOAD, ARCHITECTURE)];
-    // int 0x80 and the like. The test is turned round: what follows is for our own.
-    steps.push(sock_filter {
-        jt: 1,
-        ..step(IS, NATIVE)
-    });
-    steps.extend(answer(ABSENT));
-    steps.push(step(LOAD, NUMBER));
-    // x32's numbers, on x86-64, begin far above all others.
-    steps.extend(when(
-        IS_OVER,
-        last.map_or(0x3fff_ffff, |last| last as u32),
-        &answer(ABSENT),
-    ));
+/// What is done about calls, by their number: steps that end with an answer. What was said first counts.
+#[derive(Default)]
+struct Rules(BTreeMap<u32, Steps>);
+
+impl Rules {
+    fn rule(&mut self, call: c_long, steps: Steps) {
+        self.0.entry(call as u32).or_insert(steps);
+    }
+
+    fn each(&mut self, calls: &[c_long], what: u32) {
+        for call in calls {
+            self.rule(*call, answer(what).into());
+        }
+    }
+
+    /// A rule on one argument: `tests` on its lower half, each with its answer, and `otherwise`.
+    fn on_argument(&mut self, call: c_long, n: u32, tests: &[(u32, u32, u32)], otherwise: u32) {
+        let mut steps = vec![step(LOAD, argument(n))];
+        for (test, value, what) in tests {
+            steps.extend(when(*test, *value, &answer(*what)));
+        }
+        steps.extend(answer(otherwise));
+        self.rule(call, steps);
+    }
+
+    /// The program: `otherwise` for calls without a rule, and none at all after `last`.
+    ///
+    /// It searches by halves. The kernel runs each new program once for every number there is, to remember what needs
+    /// no second look: with a comparison for each rule that took longer than a worker's namespaces.
+    fn program(self, last: u32, otherwise: u32) -> Steps {
+        // Each beginning of a range of numbers, and what is done about it.
+        let mut ranges: Vec<(u32, Steps)> = Vec::new();
+        let mut range = |at: u32, steps: Steps| match ranges.last() {
+            Some((_, same)) if *same == steps => {}
+            _ => ranges.push((at, steps)),
+        };
+        let mut next = 0;
+        for (call, steps) in self.0 {
+            if call > next {
+                range(next, answer(otherwise).into());
+            }
+            range(call, steps);
+            next = call + 1;
+        }
+        range(next, answer(otherwise).into());
+        range(last + 1, answer(ABSENT).into());
+        let mut steps = vec![step(LOAD, ARCHITECTURE)];
+        // int 0x80 and the like. The test is turned round: what follows the answer is for our own.
+        steps.push(sock_filter {
+            jt: 1,
+            ..step(IS, NATIVE)
+        });
+        steps.extend(answer(ABSENT));
+        steps.push(step(LOAD, NUMBER));
+        steps.extend(search(&ranges));
+        steps
+    }
+}
+
+/// Find the range that the loaded number is in.
+fn search(ranges: &[(u32, Steps)]) -> Steps {
+    if let [(_, steps)] = ranges {
+        return steps.clone();
+    }
+    let (lower, upper) = ranges.split_at(ranges.len() / 2);
+    let below = search(lower);
+    let is_above = step(IS_AT_LEAST, upper[0].0);
+    let mut steps = match u8::try_from(below.len()) {
+        Ok(near) => vec![sock_filter { jt: near, ..is_above }],
+        // Only SKIP reaches so far.
+        Err(_) => vec![sock_filter { jf: 1, ..is_above }, step(SKIP, below.len() as u32)],
+    };
+    steps.extend(below);
+    steps.extend(search(upper));
     steps
 }
 
-fn each(calls: &[c_long], what: u32) -> Vec<sock_filter> {
-    calls
-        .iter()
-        .flat_map(|call| when(IS, *call as u32, &answer(what)))
-        .collect()
-}
-
-/// A rule on one argument: `tests` on its lower half, each with its answer, and `otherwise`.
-fn on_argument(call: c_long, n: u32, tests: &[(u32, u32, u32)], otherwise: u32) -> Vec<sock_filter> {
-    let mut then = vec![step(LOAD, argument(n))];
-    for (test, value, what) in tests {
-        then.extend(when(*test, *value, &answer(*what)));
-    }
-    then.extend(answer(otherwise));
-    when(IS, call as u32, &then)
-}
+/// x32's numbers, on x86-64, begin after this one, far above all others.
+const LAST: u32 = 0x3fff_ffff;
 
 /// For the daemon, and by inheritance for all.
-pub fn daemon() -> Vec<sock_filter> {
-    [begin(None), each(NEVER, REFUSED), answer(ALLOW).into()].concat()
+pub fn daemon() -> Steps {
+    let mut rules = Rules::default();
+    rules.each(NEVER, REFUSED);
+    rules.program(LAST, ALLOW)
 }
 
 /// For a process that serves a connection.
-pub fn connection() -> Vec<sock_filter> {
-    [begin(None), each(CONNECTION, ALLOW), answer(REFUSED).into()].concat()
+pub fn connection() -> Steps {
+    let mut rules = Rules::default();
+    rules.each(CONNECTION, ALLOW);
+    rules.program(LAST, REFUSED)
 }
 
 /// For a job.
-pub fn job(slot: Job) -> Vec<sock_filter> {
-    let mut steps = begin(Some(LAST_REVIEWED));
-    steps.extend(each(NEVER, REFUSED));
-    steps.extend(each(&[libc::SYS_quotactl_fd], REFUSED));
+pub fn job(slot: Job) -> Steps {
+    let mut rules = Rules::default();
+    rules.each(NEVER, REFUSED);
+    rules.each(&[libc::SYS_quotactl_fd], REFUSED);
     if !slot.allow_user_namespaces {
-        steps.extend(each(OF_NAMESPACES, REFUSED));
+        rules.each(OF_NAMESPACES, REFUSED);
         // Its flags are in memory, where a filter cannot look; C libraries then use clone(2).
-        steps.extend(each(&[libc::SYS_clone3], ABSENT));
-        steps.extend(on_argument(
-            libc::SYS_clone,
-            0,
-            &[(HAS_BIT, NEW_NAMESPACES, REFUSED)],
-            ALLOW,
-        ));
-        steps.extend(on_argument(
-            libc::SYS_unshare,
-            0,
-            &[(HAS_BIT, NEW_NAMESPACES | CLONE_NEWTIME, REFUSED)],
-            ALLOW,
-        ));
+        rules.each(&[libc::SYS_clone3], ABSENT);
+        let new = [(HAS_BIT, NEW_NAMESPACES, REFUSED)];
+        rules.on_argument(libc::SYS_clone, 0, &new, ALLOW);
+        let new = [(HAS_BIT, NEW_NAMESPACES | CLONE_NEWTIME, REFUSED)];
+        rules.on_argument(libc::SYS_unshare, 0, &new, ALLOW);
     }
     let families = FAMILIES.map(|family| (IS, family, ALLOW));
     for call in [libc::SYS_socket, libc::SYS_socketpair] {
-        steps.extend(on_argument(call, 0, &families, errno(libc::EAFNOSUPPORT)));
+        rules.on_argument(call, 0, &families, errno(libc::EAFNOSUPPORT));
     }
     // Typing on behalf of whoever sits at the terminal.
     let typing = [libc::TIOCSTI as u32, libc::TIOCLINUX as u32].map(|request| (IS, request, REFUSED));
-    steps.extend(on_argument(libc::SYS_ioctl, 1, &typing, ALLOW));
-    steps.extend(keep_core_limit());
+    rules.on_argument(libc::SYS_ioctl, 1, &typing, ALLOW);
+    keep_core_limit(&mut rules);
     if slot.ignore_sync {
-        steps.extend(each(SYNC, DONE));
+        rules.each(SYNC, DONE);
         // Asynchronous ones do nothing but check the address, which some programs use them for.
         let at_once = [(HAS_BIT, libc::MS_SYNC as u32, DONE)];
-        steps.extend(on_argument(libc::SYS_msync, 2, &at_once, ALLOW));
+        rules.on_argument(libc::SYS_msync, 2, &at_once, ALLOW);
     }
-    steps.extend(answer(ALLOW));
-    steps
+    rules.program(LAST_REVIEWED as u32, ALLOW)
 }
 
 /// The limit of cores is 1: it stops a pipe in `core_pattern` too, which 0 does not (`core(5)`). A job that
 /// sets it is told that it did, for no core is what it gets; reading it works.
-fn keep_core_limit() -> Vec<sock_filter> {
+fn keep_core_limit(rules: &mut Rules) {
     let core = libc::RLIMIT_CORE;
-    let mut steps = Vec::new();
     #[cfg(target_arch = "x86_64")]
-    steps.extend(on_argument(libc::SYS_setrlimit, 0, &[(IS, core, DONE)], ALLOW));
+    rules.on_argument(libc::SYS_setrlimit, 0, &[(IS, core, DONE)], ALLOW);
     // prlimit(2) sets where its third argument, a pointer, is not null: in either half.
     let mut set = vec![step(LOAD, argument(2))];
     set.extend(when(HAS_BIT, u32::MAX, &answer(DONE)));
     set.push(step(LOAD, argument(2) + 4));
     set.extend(when(HAS_BIT, u32::MAX, &answer(DONE)));
     set.extend(answer(ALLOW));
-    let mut rule = vec![step(LOAD, argument(1))];
-    rule.extend(when(IS, core, &set));
-    rule.extend(answer(ALLOW));
-    steps.extend(when(IS, libc::SYS_prlimit64 as u32, &rule));
-    steps
+    let mut steps = vec![step(LOAD, argument(1))];
+    steps.extend(when(IS, core, &set));
+    steps.extend(answer(ALLOW));
+    rules.rule(libc::SYS_prlimit64, steps);
 }
 
 #[cfg(test)]
@@ -369,7 +413,8 @@ mod tests {
                 LOAD => loaded = word(step.k),
                 IS => at += usize::from(jump(loaded == step.k)),
                 HAS_BIT => at += usize::from(jump(loaded & step.k != 0)),
-                IS_OVER => at += usize::from(jump(loaded > step.k)),
+                IS_AT_LEAST => at += usize::from(jump(loaded >= step.k)),
+                SKIP => at += step.k as usize,
                 ANSWER => return step.k,
                 other => panic!("no such step: {other}"),
             }

@@ -2,11 +2,13 @@
 //! helper touches later it reaches from these descriptors, with fixed names and names made of a
 //! `WorkerId`; it never follows a link.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
@@ -17,6 +19,7 @@ use protocol::config::{self, Config};
 use protocol::{Error, ErrorKind};
 
 use crate::limits::Abilities;
+use crate::user::Accounts;
 
 #[derive(Debug)]
 pub struct Host {
@@ -40,6 +43,29 @@ pub struct Host {
     pub cgroups: OwnedFd,
     /// Which limits this host can enforce.
     pub abilities: Abilities,
+    /// Read last, and true for as long as the files are the same. The daemon's children begin with the daemon's.
+    config_read: Latest<Config>,
+    accounts_read: Latest<Accounts>,
+}
+
+/// What was made of files, with what tells whether they are the same still.
+type Latest<T> = RefCell<Option<(Vec<FileIdentity>, Rc<T>)>>;
+
+/// What is known of these files, or what `read` makes of them now.
+fn latest<T>(
+    known: &Latest<T>,
+    files: &[&File],
+    read: impl FnOnce() -> Result<T>,
+) -> Result<(Vec<FileIdentity>, Rc<T>)> {
+    let identities: std::io::Result<Vec<_>> = files.iter().map(|file| FileIdentity::of_file(file)).collect();
+    let identities = identities?;
+    match &*known.borrow() {
+        Some((same, made)) if *same == identities => return Ok((identities, made.clone())),
+        _ => {}
+    }
+    let made = Rc::new(read()?);
+    *known.borrow_mut() = Some((identities.clone(), made.clone()));
+    Ok((identities, made))
 }
 
 impl Host {
@@ -77,6 +103,8 @@ impl Host {
             devices: open_path(&devices)?,
             gate: open_path(&gate)?,
             cgroups,
+            config_read: RefCell::default(),
+            accounts_read: RefCell::default(),
         })
     }
 
@@ -96,14 +124,14 @@ impl Host {
     }
 
     /// The configuration for a request. One with a mistake is no reason to fail a job: somebody is about to mend it.
-    pub fn configuration_now(&self) -> Result<Config, Error> {
+    pub fn configuration_now(&self) -> Result<Rc<Config>, Error> {
         let read = self.configuration();
         read.map(|(config, _)| config)
             .map_err(|error| Error::new(ErrorKind::Busy, format!("{error:#}")))
     }
 
     /// The configuration as it is now, and what tells whether the file is still the same later.
-    pub fn configuration(&self) -> Result<(Config, FileIdentity)> {
+    pub fn configuration(&self) -> Result<(Rc<Config>, FileIdentity)> {
         let path = self.root.join(config::CONFIG_PATH);
         let name = path.file_name().expect("CONFIG_PATH has a file name");
         let file = open_file(&self.config, Path::new(name), OFlag::O_RDONLY | OFlag::O_NONBLOCK)
@@ -119,26 +147,49 @@ impl Host {
             "{} is over 1 MiB: that is no configuration",
             path.display()
         );
-        let mut text = String::new();
-        (&file)
-            .take(1 << 20)
-            .read_to_string(&mut text)
-            .with_context(|| format!("cannot read {}", path.display()))?;
-        let parsed = Config::parse(&text).map_err(|mistakes| {
-            let first = &mistakes[0];
-            anyhow::anyhow!("{}:{}: {}", path.display(), first.line, first.message)
-        })?;
-        Ok((parsed, FileIdentity::of(&meta)))
+        let read = || {
+            let mut text = String::new();
+            (&file)
+                .take(1 << 20)
+                .read_to_string(&mut text)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            Config::parse(&text).map_err(|mistakes| {
+                let first = &mistakes[0];
+                anyhow::anyhow!("{}:{}: {}", path.display(), first.line, first.message)
+            })
+        };
+        let (identities, config) = latest(&self.config_read, &[&file], read)?;
+        Ok((config, identities[0]))
+    }
+
+    /// Who the host knows now by its `/etc/passwd` and `/etc/group`.
+    pub fn accounts(&self) -> Result<Rc<Accounts>> {
+        let open = |name: &str| {
+            open_file(&self.etc, name, OFlag::O_RDONLY).with_context(|| format!("cannot open /etc/{name}"))
+        };
+        let (passwd, group) = (open("passwd")?, open("group")?);
+        let read = || Accounts::read(&passwd, &group);
+        Ok(latest(&self.accounts_read, &[&passwd, &group], read)?.1)
     }
 }
 
 /// Two of these are equal when nobody has changed or replaced the file in between.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
-pub struct FileIdentity(u64, u64, i64, i64);
+pub struct FileIdentity(u64, u64, i64, i64, u64);
 
 impl FileIdentity {
     pub fn of(meta: &std::fs::Metadata) -> Self {
-        Self(meta.dev(), meta.ino(), meta.ctime(), meta.ctime_nsec())
+        Self(
+            meta.dev(),
+            meta.ino(),
+            meta.ctime(),
+            meta.ctime_nsec(),
+            meta.len(),
+        )
+    }
+
+    fn of_file(file: &File) -> std::io::Result<Self> {
+        Ok(Self::of(&file.metadata()?))
     }
 }
 
@@ -214,9 +265,13 @@ pub fn read_small(parent: impl AsFd, name: impl AsRef<Path>) -> std::io::Result<
         Err(Errno::ENOENT) => return Ok(None),
         other => other?,
     };
-    let mut text = String::new();
-    file.take(64 << 10).read_to_string(&mut text)?;
-    Ok(Some(text))
+    // Room for nearly all, so that it takes one call.
+    let mut bytes = Vec::with_capacity(4096);
+    file.take(64 << 10).read_to_end(&mut bytes)?;
+    let text = String::from_utf8(bytes);
+    Ok(Some(text.map_err(|error| {
+        std::io::Error::new(std::io::ErrorKind::InvalidData, error)
+    })?))
 }
 
 /// Make the directory `name` in `parent` unless it is there.

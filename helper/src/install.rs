@@ -3,13 +3,13 @@
 //! neither the capabilities nor the system calls.
 
 use std::fs::{File, Permissions};
-use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::sys::sendfile::sendfile;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::sys::time::TimeVal;
 use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket};
@@ -18,7 +18,7 @@ use crate::host::{Host, open_dir, open_file};
 use crate::orders::{Order, Word};
 use crate::sandbox::AGENT;
 use crate::worker::{Record, Worker};
-use crate::{cgroup, limits, policy, trees, user};
+use crate::{cgroup, limits, policy, trees};
 
 /// Start the agent, unless it was started before. Returns when the kernel has accepted the program.
 pub fn install(
@@ -39,11 +39,7 @@ pub fn install(
         .get(&record.slot)
         .ok_or_else(|| policy::no_such_slot(&record.slot))?;
     limits::check(&record.slot, &slot.limits, host.abilities)?;
-    // The slot may have got more places since the user was made.
     trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
-    let run = open_dir(worker.dir(), "fs/run")?;
-    copy_agent(&agent, &run)?;
-    user::write_files_for_the_job(host, worker, record.uid, &config, slot)?;
     // A first attempt that was cut off may have left its pid 1, waiting for a word that will not come.
     cgroup::kill(&host.cgroups, worker.id)?;
     let cgroup =
@@ -56,6 +52,8 @@ pub fn install(
             bootstrap: bootstrap.clone(),
         },
     )?;
+    // Meanwhile: its first process needs about as long for the sandbox. It waits for a word before it looks.
+    copy_agent(&agent, &open_dir(worker.dir(), "fs/run")?)?;
     expect(&child, Word::Ready)?;
     worker.mark_started()?;
     Word::Go.say(&child).context("the worker's pid 1 is gone")?;
@@ -137,19 +135,11 @@ fn check_agent(fd: OwnedFd) -> Result<File> {
 fn copy_agent(agent: &File, run: &OwnedFd) -> Result<()> {
     let name = AGENT.rsplit('/').next().expect("a path has a last part");
     let describe = || "cannot copy the agent";
-    let mut copy =
+    let copy =
         open_file(run, name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC).with_context(describe)?;
-    let mut buffer = vec![0; 128 << 10];
+    // At an offset of our own: the sender shares the descriptor's.
     let mut at = 0;
-    // At offsets of our own: the sender shares the descriptor's.
-    loop {
-        let n = agent.read_at(&mut buffer, at).with_context(describe)?;
-        if n == 0 {
-            break;
-        }
-        copy.write_all(&buffer[..n]).with_context(describe)?;
-        at += n as u64;
-    }
+    while sendfile(&copy, agent, Some(&mut at), MAX_AGENT_BYTES as usize).with_context(describe)? > 0 {}
     copy.set_permissions(Permissions::from_mode(0o755))
         .with_context(describe)
 }

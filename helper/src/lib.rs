@@ -137,6 +137,7 @@ fn options() -> Result<Option<Options>> {
 /// The program `user-factory-helper`.
 pub fn main() -> ExitCode {
     let systemd_socket = sys::listening_socket_of_systemd();
+    sys::default_signals();
     tracing_subscriber::fmt()
         .with_ansi(false)
         .with_target(false)

@@ -33,8 +33,8 @@ struct Plan {
     uid: Uid,
     groups: Vec<Gid>,
     trees: Vec<Tree>,
-    /// Files of the worker's directory that lie over the host's, by their name in `/etc`.
-    etc: Vec<&'static str>,
+    /// What lies over the host's files, by their names in `/etc`.
+    etc: Vec<(&'static str, String)>,
     slot: Slot,
 }
 
@@ -84,7 +84,6 @@ enum For {
 fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For) -> Result<Option<Door>> {
     // A session of its own: no terminal of the helper's is reachable.
     nix::unistd::setsid().context("cannot make a session")?;
-    sys::default_signals();
     umask(Mode::empty());
     // Named devices may be block devices, and what goes to a disk of the slot's outlives the job.
     let ignore_sync = plan.slot.ignore_sync && !devices::has_block_device(host, &plan.slot)?;
@@ -169,15 +168,15 @@ fn plan(host: &Host, config: &Config, worker: WorkerId) -> Result<Plan> {
         .get(&record.slot)
         .ok_or_else(|| policy::no_such_slot(&record.slot))?;
     let user = UserName::from(worker);
-    let mut etc = vec!["passwd", "group"];
-    if slot.network == Network::None && network::hosts(&config.general.baseurl).is_some() {
-        etc.push("hosts");
-    }
+    let groups = user::groups(host, &slot.add_to_groups)?;
+    let etc = host
+        .accounts()?
+        .files_for_a_job(&user, record.uid, &groups, config, slot);
     Ok(Plan {
         worker,
         user: user.clone(),
         uid: record.uid,
-        groups: user::groups(host, &slot.add_to_groups)?,
+        groups: groups.into_iter().map(|(_, gid)| gid).collect(),
         trees: trees::of(&user, slot),
         etc,
         slot: slot.clone(),
@@ -217,9 +216,13 @@ fn mounts(plan: &Plan) -> Result<()> {
     for (place, source) in &plan.slot.read_only {
         bind(&view::source_path(source), place.as_path(), view::READ_ONLY)?;
     }
-    for name in &plan.etc {
-        let source = private(plan, "workers").join(name);
+    for (name, text) in &plan.etc {
+        // In memory, and gone with the mount, which is the only one to know it by then.
+        let source = Path::new(PRIVATE).join(format!("{}-{name}", plan.worker));
+        std::fs::write(&source, text).with_context(|| format!("cannot write the job's {name}"))?;
+        std::fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
         bind(&source, &Path::new("/etc").join(name), view::READ_ONLY)?;
+        std::fs::remove_file(&source)?;
     }
     bind(&private(plan, "devices"), Path::new("/dev"), view::DEVICES)?;
     for name in devices::MOUNT_POINTS {

@@ -170,6 +170,19 @@ pub fn default_signals() {
     }
 }
 
+/// Has the user any process, be it one that waits to be reaped? The kernel finds those of a real uid, and says ESRCH
+/// where there is none (`getpriority(2)`): so there is no walk over `/proc`, and no process that hides.
+pub fn has_process_of(uid: u32) -> io::Result<bool> {
+    // SAFETY: this call takes integers. The kernel's answer is never negative for a process that is there.
+    if unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_USER, uid) } >= 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        none if none.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+        error => Err(error),
+    }
+}
+
 /// Orphans below this process become its children (`PR_SET_CHILD_SUBREAPER`).
 pub fn become_subreaper() -> io::Result<()> {
     // SAFETY: this prctl(2) call takes plain integers.
@@ -236,8 +249,12 @@ pub fn bring_up_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Make a terminal as large as another (`TIOCGWINSZ` and `TIOCSWINSZ`, `ioctl_tty(2)`).
 pub fn copy_window_size(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: all bytes zero is a valid winsize.
-    let mut size: libc::winsize = unsafe { std::mem::zeroed() };
+    let mut size = libc::winsize {
+        ws_row: 0,
+        ws_col: 0,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: TIOCGWINSZ writes a winsize, which outlives the call.
     done(unsafe { libc::ioctl(from.as_raw_fd(), libc::TIOCGWINSZ, &mut size) }.into())?;
     // SAFETY: TIOCSWINSZ reads a winsize, which outlives the call.

@@ -13,7 +13,7 @@ use tracing::warn;
 
 use crate::host::{Host, open_file};
 use crate::worker::{self, Record, Worker, Written};
-use crate::{cgroup, devices, policy, trees, user};
+use crate::{cgroup, devices, policy, sys, trees, user};
 
 /// How the quota of a worker that has nothing on disk any more is forgotten.
 pub type Unlimit<'a> = &'a dyn Fn(WorkerId, Uid) -> Result<()>;
@@ -48,9 +48,6 @@ pub fn create_user(
             }
         },
     };
-    if !worker.is_started()? {
-        trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot_config))?;
-    }
     user::write_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
     Ok((record.uid, worker.user()))
 }
@@ -81,12 +78,12 @@ fn take_slot(
     let tenants = all.tenants();
     policy::may_take(config, &tenants, worker.id, slot)?;
     let used: BTreeSet<u32> = tenants.iter().map(|tenant| tenant.uid.get()).collect();
+    let accounts = host.accounts()?;
     // The standard library's hash keys are random: getrandom(2) without a crate or a device node.
     let random = std::hash::RandomState::new().build_hasher().finish();
     for uid in policy::candidates(config.factory.uid_range, random, &used) {
-        let free = !user::is_in_userdb(&host.userdb, uid)
-            && !user::is_known_to_the_host(host, uid)?
-            && user::has_no_process(uid, false)?;
+        let free =
+            !user::is_in_userdb(&host.userdb, uid) && !accounts.has(uid) && !sys::has_process_of(uid.get())?;
         if free {
             let record = Record::new(slot.clone(), uid);
             worker.write_record(record.clone())?;
@@ -98,12 +95,6 @@ fn take_slot(
         "every uid of factory.uid_range is in use: widen it",
     )
     .into())
-}
-
-/// End every process of the worker; without a uid, those that its cgroup knows.
-pub fn end_processes(host: &Host, worker: &Worker, uid: Option<Uid>) -> Result<()> {
-    cgroup::kill(&host.cgroups, worker.id)?;
-    uid.map_or(Ok(()), trees::no_process_left)
 }
 
 /// Remove every trace of the worker; its slot is free after that.
@@ -121,7 +112,8 @@ pub fn delete(host: &Host, unlimit: Unlimit<'_>, id: WorkerId) -> Result<()> {
             user::remove_userdb(host.userdb.as_fd(), &worker.user(), uid)
         })
     };
-    end_processes(host, &worker, uid)?;
+    cgroup::kill(&host.cgroups, worker.id)?;
+    uid.map_or(Ok(()), user::end_all)?;
     if !is_recorded {
         forget()?;
     }

@@ -2,20 +2,19 @@
 //! a process that has become the job's user. Root itself never walks them.
 
 use std::ffi::OsString;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmod, fchmodat, fstat};
-use nix::sys::wait::waitpid;
 use nix::unistd::{Gid, UnlinkatFlags, fchownat, unlinkat};
 use protocol::config::{PRIVATE_TREES, Slot};
 use protocol::{Uid, UserName};
 
 use crate::host::{kind, look, make_dir, names, open_dir, remove_dir, remove_file};
-use crate::{sys, user};
+use crate::user;
 
 /// One tree: its path below `fs/`, where the job sees it, and its mode.
 #[derive(Debug, PartialEq, Eq)]
@@ -53,17 +52,20 @@ pub fn of(user: &UserName, slot: &Slot) -> Vec<Tree> {
 pub fn make(worker: BorrowedFd<'_>, uid: Uid, trees: &[Tree]) -> Result<()> {
     make_dir(worker, "fs", 0o755).context("cannot make the worker's fs")?;
     let fs = open_dir(worker, "fs")?;
-    fchmod(&fs, Mode::from_bits_truncate(0o755))?;
+    let (owner, group) = (nix::unistd::Uid::from_raw(uid.get()), Gid::from_raw(uid.get()));
     for tree in trees {
         let describe = || format!("cannot make the tree {}", tree.below_fs);
         if let Some((parent, _)) = tree.below_fs.split_once('/') {
             make_dir(&fs, parent, 0o755).with_context(describe)?;
         }
-        make_dir(&fs, &tree.below_fs, 0o700).with_context(describe)?;
-        let dir = open_dir(&fs, &tree.below_fs).with_context(describe)?;
-        let (owner, group) = (nix::unistd::Uid::from_raw(uid.get()), Gid::from_raw(uid.get()));
-        fchownat(&dir, "", Some(owner), Some(group), AtFlags::AT_EMPTY_PATH).with_context(describe)?;
-        fchmod(&dir, Mode::from_bits_truncate(tree.mode)).with_context(describe)?;
+        let path = tree.below_fs.as_str();
+        make_dir(&fs, path, tree.mode).with_context(describe)?;
+        if tree.mode != 0o755 {
+            // The umask has taken some of it.
+            let mode = Mode::from_bits_truncate(tree.mode);
+            fchmodat(&fs, path, mode, FchmodatFlags::FollowSymlink).with_context(describe)?;
+        }
+        fchownat(&fs, path, Some(owner), Some(group), AtFlags::AT_SYMLINK_NOFOLLOW).with_context(describe)?;
     }
     Ok(())
 }
@@ -116,51 +118,18 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
         .filter(|(_, owner)| uid.is_some_and(|uid| uid.get() == *owner))
         .map(|(path, _)| path.as_path())
         .collect();
-    if let Some(uid) = uid {
-        empty_as(uid, &fs, &given)?;
+    if let Some(uid) = uid.filter(|_| !given.is_empty()) {
+        user::as_user(uid, &[fs.as_raw_fd()], || {
+            given.iter().try_for_each(|tree| {
+                empty(fs.as_fd(), tree).with_context(|| format!("cannot empty the tree {}", tree.display()))
+            })
+        })?;
     }
     let all = trees.iter().map(|(path, _)| path.as_path());
     for path in all.chain([Path::new("home"), Path::new("run")]) {
         remove_dir(&fs, path).with_context(|| format!("cannot remove the tree {}", path.display()))?;
     }
     remove_dir(worker, "fs").context("cannot remove the worker's fs")
-}
-
-/// Empty these directories in a process that has become `uid`.
-fn empty_as(uid: Uid, fs: &OwnedFd, trees: &[&Path]) -> Result<()> {
-    let (errors, to_parent) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-    let child = sys::fork(|| {
-        let work = || -> Result<()> {
-            use std::os::fd::AsRawFd;
-            sys::close_all_but(&[fs.as_raw_fd(), to_parent.as_raw_fd()])?;
-            user::become_user(uid, &[])?;
-            trees.iter().try_for_each(|tree| {
-                empty(fs.as_fd(), tree).with_context(|| format!("cannot empty the tree {}", tree.display()))
-            })
-        };
-        work().map_or_else(
-            |error| {
-                nix::unistd::write(&to_parent, format!("{error:#}").as_bytes()).ok();
-                1
-            },
-            |()| 0,
-        )
-    })?;
-    drop(to_parent);
-    let mut message = String::new();
-    std::io::Read::read_to_string(&mut std::fs::File::from(errors), &mut message).ok();
-    let status = waitpid(child, None)?;
-    if !matches!(status, nix::sys::wait::WaitStatus::Exited(_, 0)) {
-        bail!(
-            "{}",
-            if message.is_empty() {
-                format!("the process that deletes ended with {status:?}")
-            } else {
-                message
-            }
-        );
-    }
-    Ok(())
 }
 
 /// Open a directory of our own, whatever mode its owner has left it in.
@@ -235,18 +204,4 @@ fn empty(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
         });
         (dir, entries) = (inner, content);
     }
-}
-
-/// End every process of the uid that the cgroup does not know, and wait until the last is reaped.
-pub fn no_process_left(uid: Uid) -> Result<()> {
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    while !user::has_no_process(uid, true)? {
-        ensure!(
-            std::time::Instant::now() < end,
-            "processes of uid {uid} live a minute after SIGKILL: look for them in ps, and repeat"
-        );
-        // Dead, and about to be reaped by its parent, of which nobody can tell us.
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
-    Ok(())
 }

@@ -4,12 +4,12 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Gid, Pid, setgroups, setresgid, setresuid, symlinkat};
@@ -17,19 +17,20 @@ use protocol::config::{Config, GroupName, Network, Slot, UidRange, User};
 use protocol::{Uid, UserName};
 
 use crate::host::{Host, open_file, remove_file, write_atomically};
-use crate::worker::Worker;
 use crate::{network, sys};
 
 /// The most that the host's passwd or group file may have, in bytes.
 const MAX_FILE: u64 = 64 << 20;
 
 fn read_etc(host: &Host, name: &str) -> Result<String> {
-    let file: File =
-        open_file(&host.etc, name, OFlag::O_RDONLY).with_context(|| format!("cannot open /etc/{name}"))?;
+    let file = open_file(&host.etc, name, OFlag::O_RDONLY);
+    let file = file.with_context(|| format!("cannot open /etc/{name}"))?;
+    read_whole(&file).with_context(|| format!("cannot read /etc/{name}"))
+}
+
+fn read_whole(file: &File) -> Result<String> {
     let mut bytes = Vec::new();
-    file.take(MAX_FILE)
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("cannot read /etc/{name}"))?;
+    file.take(MAX_FILE).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
@@ -60,7 +61,7 @@ pub fn nobody_else_has(host: &Host, range: UidRange) -> Result<()> {
             file => file?,
         };
         if let Some(line) = delegation_within(&file, range) {
-            anyhow::bail!(
+            bail!(
                 "/etc/{name} gives away ids of factory.uid_range ({line:?}): remove that line, or choose another range"
             );
         }
@@ -79,8 +80,8 @@ fn delegation_within(file: &str, range: UidRange) -> Option<&str> {
     })
 }
 
-/// The gids of the slot's groups.
-pub fn groups(host: &Host, names: &BTreeSet<GroupName>) -> Result<Vec<Gid>> {
+/// The slot's groups, with their gids.
+pub fn groups(host: &Host, names: &BTreeSet<GroupName>) -> Result<Vec<(GroupName, Gid)>> {
     if names.is_empty() {
         return Ok(Vec::new());
     }
@@ -93,50 +94,80 @@ pub fn groups(host: &Host, names: &BTreeSet<GroupName>) -> Result<Vec<Gid>> {
             gid != 0,
             "a job must not be in group {name}, which is root's: remove it from add_to_groups"
         );
-        Ok(Gid::from_raw(gid))
+        Ok((name.clone(), Gid::from_raw(gid)))
     };
     names.iter().map(gid).collect()
 }
 
-/// Is this uid a line's of the host's `/etc/passwd`, or this gid one of `/etc/group`?
-pub fn is_known_to_the_host(host: &Host, uid: Uid) -> Result<bool> {
-    let number = uid.to_string();
-    let has = |file: &str| file.lines().any(|line| line.split(':').nth(2) == Some(&number));
-    Ok(has(&read_etc(host, "passwd")?) || has(&read_etc(host, "group")?))
+/// Up to here ids are the system's (`login.defs(5)`), and so is this one, `nobody`'s.
+const LAST_OF_THE_SYSTEM: u32 = 999;
+const NOBODY: u32 = 65534;
+
+/// What the host's `/etc/passwd` and `/etc/group` say that matters here.
+#[derive(Debug)]
+pub struct Accounts {
+    /// All uids and gids, in order.
+    ids: Vec<u32>,
+    /// The lines of the system's own accounts. Those of people are not for jobs.
+    passwd: String,
+    group: String,
 }
 
-/// Write the files of root's that the job sees as its own: the host's `/etc/passwd` and `/etc/group` with its own
-/// line, and where it has no network, `/etc/hosts`.
-pub fn write_files_for_the_job(
-    host: &Host,
-    worker: &Worker,
-    uid: Uid,
-    config: &Config,
-    slot: &Slot,
-) -> Result<()> {
-    let with = |mut file: String, line: String| {
-        if !file.is_empty() && !file.ends_with('\n') {
-            file.push('\n');
+impl Accounts {
+    pub fn read(passwd: &File, group: &File) -> Result<Accounts> {
+        let mut accounts = Accounts {
+            ids: Vec::new(),
+            passwd: String::new(),
+            group: String::new(),
+        };
+        for (file, kept) in [(passwd, &mut accounts.passwd), (group, &mut accounts.group)] {
+            for line in read_whole(file)?.lines() {
+                let Some(id) = line.split(':').nth(2).and_then(|id| id.parse().ok()) else {
+                    continue;
+                };
+                accounts.ids.push(id);
+                if id <= LAST_OF_THE_SYSTEM || id == NOBODY {
+                    *kept += line;
+                    *kept += "\n";
+                }
+            }
         }
-        file + &line
-    };
-    let name = worker.user();
-    let passwd = with(
-        read_etc(host, "passwd")?,
-        format!("{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n"),
-    );
-    let group = with(read_etc(host, "group")?, format!("{name}:x:{uid}:\n"));
-    let hosts = match slot.network {
-        Network::Host => None,
-        Network::None => network::hosts(&config.general.baseurl),
-    };
-    for (name, text) in [("passwd", Some(passwd)), ("group", Some(group)), ("hosts", hosts)] {
-        if let Some(text) = text {
-            write_atomically(worker.dir(), name, &text, 0o644)
-                .with_context(|| format!("cannot write the job's {name}"))?;
-        }
+        accounts.ids.sort_unstable();
+        Ok(accounts)
     }
-    Ok(())
+
+    /// Is this number a uid or gid of the host?
+    pub fn has(&self, uid: Uid) -> bool {
+        self.ids.binary_search(&uid.get()).is_ok()
+    }
+
+    /// The files that a job sees in `/etc` in place of the host's, by their names: the system's accounts with its own,
+    /// the slot's groups, and where it has no network, who the server is.
+    pub fn files_for_a_job(
+        &self,
+        name: &UserName,
+        uid: Uid,
+        groups: &[(GroupName, Gid)],
+        config: &Config,
+        slot: &Slot,
+    ) -> Vec<(&'static str, String)> {
+        let passwd = format!(
+            "{}{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n",
+            self.passwd
+        );
+        let mut group = format!("{}{name}:x:{uid}:\n", self.group);
+        let more = groups.iter().filter(|(_, gid)| gid.as_raw() > LAST_OF_THE_SYSTEM);
+        for (name, gid) in more {
+            group += &format!("{name}:x:{gid}:\n");
+        }
+        let hosts = match slot.network {
+            Network::Host => None,
+            Network::None => network::hosts(&config.general.baseurl),
+        };
+        let mut files = vec![("passwd", passwd), ("group", group)];
+        files.extend(hosts.map(|hosts| ("hosts", hosts)));
+        files
+    }
 }
 
 /// The records by which the host knows a user and its group (<https://systemd.io/USER_RECORD/>,
@@ -186,11 +217,11 @@ pub fn become_user(uid: Uid, groups: &[Gid]) -> Result<()> {
     setgroups(groups).context("cannot set the groups")?;
     setresgid(group, group, group).context("cannot set the gid")?;
     setresuid(user, user, user).context("cannot set the uid")?;
+    // With the permitted set the ambient one is empty, too (capabilities(7)).
     for set in [
         caps::CapSet::Effective,
         caps::CapSet::Permitted,
         caps::CapSet::Inheritable,
-        caps::CapSet::Ambient,
     ] {
         let left = caps::read(None, set).map_err(|e| anyhow::anyhow!("cannot read the capabilities: {e}"))?;
         ensure!(
@@ -201,36 +232,50 @@ pub fn become_user(uid: Uid, groups: &[Gid]) -> Result<()> {
     sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")
 }
 
-/// Is there no process of this uid, not even one that waits to be reaped? With `kill`, each that there
-/// is gets SIGKILL first.
-///
-/// The kernel counts the processes of each user, so it is asked, by a process that has become the user
-/// and may have one child, if nobody else is there (`RLIMIT_NPROC`, `getrlimit(2)`): no walk over
-/// `/proc`, and no process that hides.
-pub fn has_no_process(uid: Uid, kill: bool) -> Result<bool> {
-    let ask = || -> Result<bool> {
-        become_user(uid, &[])?;
-        if kill {
-            // It reaches all of the user's but this process (kill(2)); whom it found, it does not tell.
-            let _ = nix::sys::signal::kill(Pid::from_raw(-1), Signal::SIGKILL);
-        }
-        setrlimit(Resource::RLIMIT_NPROC, 2, 2)?;
-        match sys::fork(|| 0) {
-            Ok(child) => Ok(waitpid(child, None).is_ok()),
-            Err(error) if error.raw_os_error() == Some(Errno::EAGAIN as i32) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
-    };
-    let child = sys::fork(|| match ask() {
-        Ok(true) => 0,
-        Ok(false) => 1,
-        Err(_) => 2,
+/// Do this in a process that has become the user, and has these descriptors alone.
+pub fn as_user(uid: Uid, keep: &[RawFd], work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let (errors, to_parent) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    let child = sys::fork(|| {
+        let work = || {
+            sys::close_all_but(&[keep, &[to_parent.as_raw_fd()]].concat())?;
+            become_user(uid, &[])?;
+            work()
+        };
+        let Err(error) = work() else { return 0 };
+        let _ = nix::unistd::write(&to_parent, format!("{error:#}").as_bytes());
+        1
     })?;
+    drop(to_parent);
+    let mut message = String::new();
+    File::from(errors).read_to_string(&mut message).ok();
     match waitpid(child, None)? {
-        WaitStatus::Exited(_, 0) => Ok(true),
-        WaitStatus::Exited(_, 1) => Ok(false),
-        other => anyhow::bail!("cannot ask for the processes of uid {uid}: {other:?}"),
+        WaitStatus::Exited(_, 0) => Ok(()),
+        status if message.is_empty() => bail!("a process that worked as uid {uid} ended with {status:?}"),
+        _ => bail!("{message}"),
     }
+}
+
+/// End every process of the user, those included that no cgroup of ours knows, and wait until the last is reaped.
+pub fn end_all(uid: Uid) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(60);
+    let mut patience = Duration::from_micros(20);
+    while sys::has_process_of(uid.get())? {
+        ensure!(
+            Instant::now() < end,
+            "processes of uid {uid} live a minute after SIGKILL: look for them in ps, and repeat"
+        );
+        // Most often those of its cgroup, dead, and about to be reaped by a parent who cannot tell us.
+        std::thread::sleep(patience);
+        patience = (patience * 2).min(Duration::from_millis(10));
+        if patience > Duration::from_millis(1) {
+            // It reaches all of the user's but the process itself (kill(2)); whom it found, it does not tell.
+            as_user(uid, &[], || {
+                let _ = nix::sys::signal::kill(Pid::from_raw(-1), Signal::SIGKILL);
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -87,6 +87,7 @@ impl View {
         // A change is told once: if the configuration cannot be read now, it must not be forgotten.
         let previous = self.built.take();
         let (config, identity) = host.configuration()?;
+        host.accounts()?;
         if let Some(built) = &previous
             && !remounted
             && built.configuration == identity
@@ -312,7 +313,7 @@ impl Builder {
             &real,
             Some("tmpfs"),
             MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
-            Some("mode=700,size=1m"),
+            Some("mode=700,size=64m"),
         )?;
         std::fs::create_dir(real.join("workers"))?;
         let workers = host.root.join(config::STATE_DIR).join("workers");

@@ -5,12 +5,13 @@
 //! deleted; nothing else of it exists, because the record is the first thing written and the last removed.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::unistd::{fsync, symlinkat};
 use protocol::{Error, ErrorKind, Exit, SlotName, State, Uid, UserName, WorkerId, WorkerInfo};
 
 use crate::cgroup;
@@ -137,7 +138,12 @@ impl Worker {
     }
 
     pub fn mark_started(&self) -> Result<()> {
-        write_atomically(self.dir(), "started", "", 0o600).context("cannot mark the worker as started")
+        // A link is whole at once, and there is nothing in it to be written before.
+        match symlinkat("record", self.dir(), "started") {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(errno) => return Err(errno).context("cannot mark the worker as started"),
+        }
+        fsync(self.dir()).context("cannot keep the mark of the worker's start")
     }
 
     pub fn state(&self, host: &Host) -> Result<State> {
@@ -180,7 +186,11 @@ pub fn no_such_worker(id: WorkerId) -> Error {
 
 /// What is there but is no record is damage; what cannot be read is an error, and may be there the next time.
 pub fn read_record(dir: impl AsFd, id: WorkerId) -> Result<Written> {
-    Ok(match read_small(dir, "record") {
+    read_record_at(dir, "record", id)
+}
+
+fn read_record_at(dir: impl AsFd, path: &str, id: WorkerId) -> Result<Written> {
+    Ok(match read_small(dir, path) {
         Ok(None) => Written::Nothing,
         Ok(Some(text)) => Record::parse(&text).map_or(Written::Damaged, Written::Record),
         // Not even text.
@@ -234,7 +244,7 @@ pub fn parse_exit(text: &str) -> Exit {
 #[derive(Debug, Default)]
 pub struct Listing {
     /// Those that have a record, in the order of their ids.
-    pub workers: Vec<(WorkerId, OwnedFd, Record)>,
+    pub workers: Vec<(WorkerId, Record)>,
     pub damaged: Vec<WorkerId>,
 }
 
@@ -247,12 +257,9 @@ pub fn list(host: &Host) -> Result<Listing> {
     ids.sort_unstable();
     let mut found = Listing::default();
     for id in ids {
-        let Ok(dir) = open_dir(&host.workers, id.to_string()) else {
-            continue;
-        };
-        match read_record(&dir, id)? {
+        match read_record_at(&host.workers, &format!("{id}/record"), id)? {
             Written::Nothing => {}
-            Written::Record(record) => found.workers.push((id, dir, record)),
+            Written::Record(record) => found.workers.push((id, record)),
             Written::Damaged => found.damaged.push(id),
         }
     }
@@ -261,7 +268,7 @@ pub fn list(host: &Host) -> Result<Listing> {
 
 impl Listing {
     pub fn tenants(&self) -> Vec<Tenant> {
-        let tenant = |(worker, _, record): &(WorkerId, OwnedFd, Record)| Tenant {
+        let tenant = |(worker, record): &(WorkerId, Record)| Tenant {
             worker: *worker,
             slot: record.slot.clone(),
             uid: record.uid,
@@ -270,14 +277,19 @@ impl Listing {
     }
 }
 
-pub fn info(host: &Host, worker: WorkerId, dir: impl AsFd, record: Record) -> Result<WorkerInfo> {
-    Ok(WorkerInfo {
+/// None if it has been deleted meanwhile.
+pub fn info(host: &Host, worker: WorkerId, record: Record) -> Result<Option<WorkerInfo>> {
+    let dir = match open_dir(&host.workers, worker.to_string()) {
+        Err(Errno::ENOENT) => return Ok(None),
+        dir => dir?,
+    };
+    Ok(Some(WorkerInfo {
         worker,
         slot: record.slot,
         uid: record.uid,
         state: state(host, dir, worker)?,
         disk: limits::disk_used(host, record.uid)?,
-    })
+    }))
 }
 
 #[cfg(test)]
