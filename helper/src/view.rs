@@ -12,6 +12,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -122,6 +123,34 @@ fn is_not_found(error: &anyhow::Error) -> bool {
     cause.is_some_and(|cause| cause.kind() == ErrorKind::NotFound)
 }
 
+/// A path as the kernel writes it into `mountinfo` (`proc_pid_mountinfo(5)`): white space and backslashes in octal.
+fn unescape(path: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut rest = path;
+    while let [first, more @ ..] = rest {
+        let octal = more.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &more[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = more;
+            }
+        }
+    }
+    bytes
+}
+
+/// Can no job enter this directory of the host? It is nobody's owner there, and never in root's group.
+fn is_closed_to_jobs(directory: &Path) -> bool {
+    std::fs::symlink_metadata(directory).is_ok_and(|meta| {
+        let for_a_group = meta.gid() != 0 && meta.mode() & 0o010 != 0;
+        meta.is_dir() && meta.mode() & 0o001 == 0 && !for_a_group
+    })
+}
+
 struct Builder {
     /// A copy of the mount of jobs' `/dev` directories, made before the tmpfs lay over it.
     devices: OwnedFd,
@@ -190,6 +219,7 @@ impl Builder {
             this.make_place(&place)
                 .with_context(|| format!("cannot make a place for {}", place.display()))?;
         }
+        this.prune()?;
         this.private(host, config)?;
         this.hide(host, config)?;
         this.hide_sockets()?;
@@ -299,6 +329,36 @@ impl Builder {
                     "{} is a symbolic link on this host: name the place that it leads to",
                     above.display()
                 );
+            }
+        }
+        Ok(())
+    }
+
+    /// Take away the mounts that no job could reach. Those of container engines are many, and each that is left is
+    /// copied for each job.
+    fn prune(&self) -> Result<()> {
+        let table = std::fs::read("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+        for line in table.split(|b| *b == b'\n') {
+            let Some(place) = line.split(|b| *b == b' ').nth(4) else {
+                continue;
+            };
+            let real = PathBuf::from(OsStr::from_bytes(&unescape(place)));
+            let Ok(path) = real.strip_prefix(&self.new_root) else {
+                continue;
+            };
+            if Path::new("/")
+                .join(path)
+                .ancestors()
+                .skip(1)
+                .any(is_closed_to_jobs)
+            {
+                match umount2(&real, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                    // It went with the one that it was mounted on, or is behind another.
+                    Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+                    Err(errno) => {
+                        return Err(errno).with_context(|| format!("cannot leave {}", real.display()));
+                    }
+                }
             }
         }
         Ok(())
