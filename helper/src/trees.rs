@@ -1,20 +1,24 @@
 //! A worker's trees: the directories below its `fs/` that its job may write, made by root, emptied by
 //! a process that has become the job's user. Root itself never walks them.
 
-use std::ffi::OsString;
+use std::ffi::{CStr, OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::dir::{Dir, Entry, OwningIter, Type};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmod, fchmodat, fstat};
+use nix::sys::wait::waitpid;
 use nix::unistd::{Gid, UnlinkatFlags, fchownat, unlinkat};
 use protocol::config::{PRIVATE_TREES, Slot};
 use protocol::{Uid, UserName};
 
 use crate::host::{kind, look, make_dir, names, open_dir, remove_dir, remove_file};
-use crate::user;
+use crate::{sys, user};
 
 /// One tree: its path below `fs/`, where the job sees it, and its mode.
 #[derive(Debug, PartialEq, Eq)]
@@ -119,11 +123,7 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
         .map(|(path, _)| path.as_path())
         .collect();
     if let Some(uid) = uid.filter(|_| !given.is_empty()) {
-        user::as_user(uid, &[fs.as_raw_fd()], || {
-            given.iter().try_for_each(|tree| {
-                empty(fs.as_fd(), tree).with_context(|| format!("cannot empty the tree {}", tree.display()))
-            })
-        })?;
+        user::as_user(uid, &[fs.as_raw_fd()], || empty_all(fs.as_fd(), &given))?;
     }
     let all = trees.iter().map(|(path, _)| path.as_path());
     for path in all.chain([Path::new("home"), Path::new("run")]) {
@@ -148,10 +148,121 @@ fn open_own(parent: BorrowedFd<'_>, name: &Path) -> nix::Result<OwnedFd> {
     Ok(dir)
 }
 
+/// From so many files on, a second process helps.
+const MANY: usize = 1000;
+
+/// Empty the trees, as their owner. Each process of the two would do it alone: what one finds gone is no error.
+fn empty_all(fs: BorrowedFd<'_>, trees: &[&Path]) -> Result<()> {
+    let mut second = None;
+    let mut removed = 0;
+    let mut count = || {
+        removed += 1;
+        if removed == MANY {
+            // Without it, it takes longer.
+            second = sys::fork(|| {
+                trees.iter().rev().for_each(|tree| drop(help(fs, tree)));
+                0
+            })
+            .ok();
+        }
+    };
+    let emptied = trees.iter().try_for_each(|tree| {
+        empty(fs, tree, &mut count).with_context(|| format!("cannot empty the tree {}", tree.display()))
+    });
+    if let Some(second) = second {
+        let _ = kill(second, Signal::SIGKILL);
+        waitpid(second, None)?;
+    }
+    emptied
+}
+
+/// Take directories from the other end, in the first directory that has several.
+fn help(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
+    let mut dir = open_own(fs, tree)?;
+    loop {
+        let mut directories = Vec::new();
+        for entry in &mut listing(&dir)? {
+            let entry = entry?;
+            if entry.file_type() == Some(Type::Directory) && !is_dot(entry.file_name()) {
+                directories.push(name_of(&entry));
+            }
+        }
+        let Some(last) = directories.pop() else {
+            return Ok(());
+        };
+        if directories.is_empty() {
+            dir = open_own(dir.as_fd(), Path::new(&last))?;
+            continue;
+        }
+        for name in std::iter::once(last).chain(directories.into_iter().rev()) {
+            let _ = empty(dir.as_fd(), Path::new(&name), &mut || ());
+            let _ = remove_dir(&dir, &name);
+        }
+        return Ok(());
+    }
+}
+
+/// The entries of a directory, by a descriptor of their own: reading moves the offset, which copies share.
+fn listing(dir: &OwnedFd) -> nix::Result<OwningIter> {
+    Ok(Dir::from_fd(open_dir(dir, ".")?)?.into_iter())
+}
+
+fn is_dot(name: &CStr) -> bool {
+    name == c"." || name == c".."
+}
+
+fn name_of(entry: &Entry) -> OsString {
+    OsStr::from_bytes(entry.file_name().to_bytes()).to_owned()
+}
+
+/// Directories within a directory that are still to do.
+struct Level {
+    /// The next one last.
+    names: Vec<OsString>,
+    /// Are they all that is left in it?
+    is_all: bool,
+}
+
+impl Level {
+    /// So many are remembered at once.
+    const MOST: usize = 1024;
+
+    /// Remove what is no directory.
+    fn begin(dir: &OwnedFd, count: &mut dyn FnMut()) -> Result<Level> {
+        let mut names = Vec::new();
+        let mut entries = listing(dir)?;
+        let is_all = loop {
+            let Some(entry) = entries.next().transpose()? else {
+                break true;
+            };
+            if is_dot(entry.file_name()) {
+                continue;
+            }
+            let mut is_directory = entry.file_type() == Some(Type::Directory);
+            if !is_directory {
+                match unlinkat(dir, entry.file_name(), UnlinkatFlags::NoRemoveDir) {
+                    Ok(()) | Err(Errno::ENOENT) => count(),
+                    // Not every file system says in a listing what is one.
+                    Err(Errno::EISDIR) => is_directory = true,
+                    Err(errno) => bail!("cannot remove {:?}: {errno}", entry.file_name()),
+                }
+            }
+            if is_directory {
+                names.push(name_of(&entry));
+                if names.len() == Self::MOST {
+                    break false;
+                }
+            }
+        };
+        names.reverse();
+        Ok(Level { names, is_all })
+    }
+}
+
 /// A directory above the one that is being emptied: which it is, and what of it is still to do.
 struct Above {
     identity: (u64, u64),
-    entries: Vec<OsString>,
+    level: Level,
 }
 
 fn identity(dir: &OwnedFd) -> nix::Result<(u64, u64)> {
@@ -159,17 +270,21 @@ fn identity(dir: &OwnedFd) -> nix::Result<(u64, u64)> {
     Ok((stat.st_dev, stat.st_ino))
 }
 
-/// Remove everything in the directory, as its owner, with two descriptors and no recursion, whatever the
+/// Remove everything in the directory, as its owner, with three descriptors and no recursion, whatever the
 /// names, modes, depth and number.
 ///
 /// The way back up is `..`, checked against what was left there. It takes no room: moving what is too deep
 /// somewhere else would, and on a full disk, or at the end of a quota, there is none.
-fn empty(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
+fn empty(fs: BorrowedFd<'_>, tree: &Path, count: &mut dyn FnMut()) -> Result<()> {
     let mut dir = open_own(fs, tree)?;
-    let mut entries = names(dir.as_fd())?;
+    let mut level = Level::begin(&dir, count)?;
     let mut path: Vec<Above> = Vec::new();
     loop {
-        let Some(name) = entries.pop() else {
+        let Some(name) = level.names.pop() else {
+            if !level.is_all {
+                level = Level::begin(&dir, count)?;
+                continue;
+            }
             // Empty now. Its parent, whose next entry it is, removes it.
             let Some(above) = path.pop() else {
                 return Ok(());
@@ -180,28 +295,26 @@ fn empty(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
                 identity(&parent)? == above.identity,
                 "a directory was moved while it was deleted: see which process does that, and repeat"
             );
-            (dir, entries) = (parent, above.entries);
+            (dir, level) = (parent, above.level);
             continue;
         };
-        match unlinkat(&dir, name.as_os_str(), UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => continue,
-            Err(Errno::EISDIR | Errno::EPERM) => {}
-            Err(errno) => bail!("cannot remove {name:?}: {errno}"),
-        }
         match unlinkat(&dir, name.as_os_str(), UnlinkatFlags::RemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => continue,
+            Ok(()) | Err(Errno::ENOENT) => {
+                count();
+                continue;
+            }
             Err(Errno::ENOTEMPTY | Errno::EEXIST) => {}
             Err(errno) => bail!("cannot remove {name:?}: {errno}"),
         }
-        let inner =
-            open_own(dir.as_fd(), Path::new(&name)).with_context(|| format!("cannot open {name:?}"))?;
+        let inner = match open_own(dir.as_fd(), Path::new(&name)) {
+            Err(Errno::ENOENT) => continue,
+            inner => inner.with_context(|| format!("cannot open {name:?}"))?,
+        };
         // Once more after its content: then rmdir succeeds.
-        entries.push(name);
-        let content = names(inner.as_fd())?;
-        path.push(Above {
-            identity: identity(&dir)?,
-            entries,
-        });
-        (dir, entries) = (inner, content);
+        level.names.push(name);
+        let content = Level::begin(&inner, count)?;
+        let identity = identity(&dir)?;
+        path.push(Above { identity, level });
+        (dir, level) = (inner, content);
     }
 }

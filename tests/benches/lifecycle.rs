@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::{Reply, Request, WorkerId};
-use testbed::bench::{Go, Group, Options, Report, time};
+use testbed::bench::{Go, Group, Options, Report, c_program, time};
 use testbed::harness::{Client, TestHost, binaries, sealed, tool, worker_id};
 
 /// Slots of every configuration here: enough for the workers that are alive beside the measured one.
@@ -152,13 +152,8 @@ impl Tools {
         let place = place.expect("a directory in /srv, which jobs see");
         let open = fs::Permissions::from_mode(0o755);
         fs::set_permissions(place.path(), open).expect("it is ours");
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches");
-        for (name, flags) in [("bare", "-O2"), ("agent", "-static")] {
-            let mut cc = Command::new("cc");
-            cc.arg(flags).arg("-o").arg(place.path().join(name));
-            cc.arg(sources.join(name).with_extension("c"));
-            assert!(cc.status().expect("cc is here: Rust links with it").success());
-        }
+        c_program(place.path(), "bare", &["-O2"]);
+        c_program(place.path(), "agent", &["-static"]);
         Tools { place }
     }
 
@@ -521,16 +516,17 @@ unshare --mount --pid --ipc --uts --fork --kill-child bash -ec '
     mount --make-rprivate /
     mount --bind / /
     mount -o remount,bind,ro,nosuid /
-    for tree in home input work tmp; do mkdir -p /mnt/$tree; done
     mount -t tmpfs none /mnt
-    mount --bind "$BASE/fs/tmp" /tmp
-    mount --bind "$BASE/fs/vartmp" /var/tmp
+    mkdir /mnt/input /mnt/work
+    mount --bind "$BASE/fs/input" /mnt/input
+    mount --bind "$BASE/fs/work" /mnt/work
     mount --bind "$BASE/fs/home" /home
+    mount --bind "$BASE/fs/vartmp" /var/tmp
+    mount --bind "$BASE/fs/tmp" /tmp
     mount -t proc proc /proc
-    mount -t tmpfs none /run
     exec setpriv --reuid "$0" --regid "$0" --clear-groups --bounding-set=-all --no-new-privs "$1" install "$2"
 ' "$user" "$PLACE/agent" "$FIFO" &
-read -r -n 1 <"$FIFO"
+read -r -t 10 -n 1 <"$FIFO"
 pkill -KILL -u "$user" || true
 wait || true
 rm -rf "$BASE/fs"

@@ -3,7 +3,8 @@
 //! Machines are noisy, so a bare time says little: what counts is the ratio of two medians of one run. The ways
 //! take turns, so that what disturbs one disturbs the next.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -71,6 +72,19 @@ pub struct Way {
 
 /// A way, and how to go it once: it says itself how long the part that counts took.
 pub type Go<'a> = (&'a str, Box<dyn FnMut() -> Duration + 'a>);
+
+/// Build `tests/benches/NAME.c` into a directory. Rust links with a C compiler, so there is one.
+pub fn c_program(into: &Path, name: &str, flags: &[&str]) -> PathBuf {
+    let program = into.join(name);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches").join(name);
+    let mut cc = Command::new("cc");
+    cc.args(flags)
+        .arg("-o")
+        .arg(&program)
+        .arg(source.with_extension("c"));
+    assert!(cc.status().is_ok_and(|status| status.success()), "{cc:?} failed");
+    program
+}
 
 /// How long this takes.
 pub fn time<T>(work: impl FnOnce() -> T) -> Duration {
@@ -171,6 +185,6 @@ impl Report {
 
 /// Where measurements are kept.
 pub fn place() -> PathBuf {
-    let tests = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     tests.parent().expect("the workspace").join("docs/performance")
 }
