@@ -226,7 +226,7 @@ pub fn make_directories(path: &Path, mode: u32) -> Result<()> {
     only_root_writes(path)
 }
 
-const DIRECTORY: OFlag = OFlag::O_RDONLY
+pub const DIRECTORY: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_DIRECTORY)
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_CLOEXEC);

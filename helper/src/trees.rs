@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use nix::dir::{Dir, Entry, OwningIter, Type};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::fcntl::{AtFlags, openat};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmod, fchmodat, fstat};
+use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmod, fchmodat, fstat};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Gid, UnlinkatFlags, fchownat, unlinkat};
 use protocol::config::{PRIVATE_TREES, Slot};
 use protocol::{Uid, UserName};
 
-use crate::host::{kind, look, make_dir, names, open_dir, remove_dir, remove_file};
+use crate::host::{DIRECTORY, kind, look, make_dir, names, open_dir, remove_dir, remove_file};
 use crate::{sys, user};
 
 /// One tree: its path below `fs/`, where the job sees it, and its mode.
@@ -132,20 +132,46 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
     remove_dir(worker, "fs").context("cannot remove the worker's fs")
 }
 
-/// Open a directory of our own, whatever mode its owner has left it in.
-fn open_own(parent: BorrowedFd<'_>, name: &Path) -> nix::Result<OwnedFd> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let dir = match openat(parent, name, flags, Mode::empty()) {
-        Err(Errno::EACCES) => {
-            fchmodat(parent, name, Mode::S_IRWXU, FchmodatFlags::FollowSymlink)?;
-            openat(parent, name, flags, Mode::empty())?
+/// A directory of our own, open, and which it is.
+struct Own {
+    dir: OwnedFd,
+    identity: (u64, u64),
+}
+
+impl Own {
+    /// Open it, whatever mode its owner has left it in.
+    fn open(parent: impl AsFd, name: &Path) -> nix::Result<Own> {
+        let parent = parent.as_fd();
+        let dir = match openat(parent, name, DIRECTORY, Mode::empty()) {
+            Err(Errno::EACCES) => {
+                fchmodat(parent, name, Mode::S_IRWXU, FchmodatFlags::FollowSymlink)?;
+                openat(parent, name, DIRECTORY, Mode::empty())?
+            }
+            dir => dir?,
+        };
+        let stat = fstat(&dir)?;
+        if stat.st_mode & 0o700 != 0o700 {
+            fchmod(&dir, Mode::S_IRWXU)?;
         }
-        dir => dir?,
-    };
-    if fstat(&dir)?.st_mode & 0o700 != 0o700 {
-        fchmod(&dir, Mode::S_IRWXU)?;
+        Ok(Own::of(dir, stat))
     }
-    Ok(dir)
+
+    /// The directory above.
+    fn up(&self) -> nix::Result<Own> {
+        let dir = openat(&self.dir, "..", DIRECTORY, Mode::empty())?;
+        let stat = fstat(&dir)?;
+        Ok(Own::of(dir, stat))
+    }
+
+    fn of(dir: OwnedFd, stat: FileStat) -> Own {
+        let identity = (stat.st_dev, stat.st_ino);
+        Own { dir, identity }
+    }
+
+    /// Its entries, by a descriptor that shares its offset: nobody else reads by it.
+    fn entries(&self) -> Result<OwningIter> {
+        Ok(Dir::from_fd(self.dir.try_clone()?)?.into_iter())
+    }
 }
 
 /// From so many files on, a second process helps.
@@ -178,33 +204,25 @@ fn empty_all(fs: BorrowedFd<'_>, trees: &[&Path]) -> Result<()> {
 
 /// Take directories from the other end, in the first directory that has several.
 fn help(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
-    let mut dir = open_own(fs, tree)?;
+    let mut own = Own::open(fs, tree)?;
     loop {
         let mut directories = Vec::new();
-        for entry in &mut listing(&dir)? {
+        for entry in own.entries()? {
             let entry = entry?;
             if entry.file_type() == Some(Type::Directory) && !is_dot(entry.file_name()) {
                 directories.push(name_of(&entry));
             }
         }
-        let Some(last) = directories.pop() else {
-            return Ok(());
-        };
-        if directories.is_empty() {
-            dir = open_own(dir.as_fd(), Path::new(&last))?;
+        if let [only] = &directories[..] {
+            own = Own::open(&own.dir, Path::new(only))?;
             continue;
         }
-        for name in std::iter::once(last).chain(directories.into_iter().rev()) {
-            let _ = empty(dir.as_fd(), Path::new(&name), &mut || ());
-            let _ = remove_dir(&dir, &name);
+        for name in directories.iter().rev() {
+            let _ = empty(own.dir.as_fd(), Path::new(name), &mut || ());
+            let _ = remove_dir(&own.dir, name);
         }
         return Ok(());
     }
-}
-
-/// The entries of a directory, by a descriptor of their own: reading moves the offset, which copies share.
-fn listing(dir: &OwnedFd) -> nix::Result<OwningIter> {
-    Ok(Dir::from_fd(open_dir(dir, ".")?)?.into_iter())
 }
 
 fn is_dot(name: &CStr) -> bool {
@@ -228,19 +246,19 @@ impl Level {
     const MOST: usize = 1024;
 
     /// Remove what is no directory.
-    fn begin(dir: &OwnedFd, count: &mut dyn FnMut()) -> Result<Level> {
-        let mut names = Vec::new();
-        let mut entries = listing(dir)?;
-        let is_all = loop {
-            let Some(entry) = entries.next().transpose()? else {
-                break true;
-            };
+    fn begin(own: &Own, count: &mut dyn FnMut()) -> Result<Level> {
+        let mut level = Level {
+            names: Vec::new(),
+            is_all: true,
+        };
+        for entry in own.entries()? {
+            let entry = entry?;
             if is_dot(entry.file_name()) {
                 continue;
             }
             let mut is_directory = entry.file_type() == Some(Type::Directory);
             if !is_directory {
-                match unlinkat(dir, entry.file_name(), UnlinkatFlags::NoRemoveDir) {
+                match unlinkat(&own.dir, entry.file_name(), UnlinkatFlags::NoRemoveDir) {
                     Ok(()) | Err(Errno::ENOENT) => count(),
                     // Not every file system says in a listing what is one.
                     Err(Errno::EISDIR) => is_directory = true,
@@ -248,73 +266,68 @@ impl Level {
                 }
             }
             if is_directory {
-                names.push(name_of(&entry));
-                if names.len() == Self::MOST {
-                    break false;
+                level.names.push(name_of(&entry));
+                if level.names.len() == Self::MOST {
+                    level.is_all = false;
+                    break;
                 }
             }
-        };
-        names.reverse();
-        Ok(Level { names, is_all })
+        }
+        level.names.reverse();
+        Ok(level)
     }
 }
 
-/// A directory above the one that is being emptied: which it is, and what of it is still to do.
+/// A directory above the one that is being emptied: which it is, what of it is still to do, and what is being done.
 struct Above {
     identity: (u64, u64),
     level: Level,
+    name: OsString,
 }
 
-fn identity(dir: &OwnedFd) -> nix::Result<(u64, u64)> {
-    let stat = fstat(dir)?;
-    Ok((stat.st_dev, stat.st_ino))
-}
-
-/// Remove everything in the directory, as its owner, with three descriptors and no recursion, whatever the
+/// Remove everything in the directory, as its owner, with four descriptors and no recursion, whatever the
 /// names, modes, depth and number.
 ///
 /// The way back up is `..`, checked against what was left there. It takes no room: moving what is too deep
 /// somewhere else would, and on a full disk, or at the end of a quota, there is none.
 fn empty(fs: BorrowedFd<'_>, tree: &Path, count: &mut dyn FnMut()) -> Result<()> {
-    let mut dir = open_own(fs, tree)?;
-    let mut level = Level::begin(&dir, count)?;
+    let mut own = Own::open(fs, tree)?;
+    let mut level = Level::begin(&own, count)?;
     let mut path: Vec<Above> = Vec::new();
     loop {
-        let Some(name) = level.names.pop() else {
-            if !level.is_all {
-                level = Level::begin(&dir, count)?;
-                continue;
-            }
-            // Empty now. Its parent, whose next entry it is, removes it.
-            let Some(above) = path.pop() else {
+        if let Some(name) = level.names.pop() {
+            let inner = match Own::open(&own.dir, Path::new(&name)) {
+                Err(Errno::ENOENT) => continue,
+                inner => inner.with_context(|| format!("cannot open {name:?}"))?,
+            };
+            let content = Level::begin(&inner, count)?;
+            let identity = own.identity;
+            path.push(Above {
+                identity,
+                level,
+                name,
+            });
+            (own, level) = (inner, content);
+        } else if !level.is_all {
+            // Anew: its listing goes on where it was left.
+            own = Own::open(&own.dir, Path::new("."))?;
+            level = Level::begin(&own, count)?;
+        } else {
+            let Some(mut above) = path.pop() else {
                 return Ok(());
             };
-            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let parent = openat(&dir, "..", flags, Mode::empty()).context("cannot go back up")?;
+            own = own.up().context("cannot go back up")?;
             ensure!(
-                identity(&parent)? == above.identity,
+                own.identity == above.identity,
                 "a directory was moved while it was deleted: see which process does that, and repeat"
             );
-            (dir, level) = (parent, above.level);
-            continue;
-        };
-        match unlinkat(&dir, name.as_os_str(), UnlinkatFlags::RemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => {
-                count();
-                continue;
+            match unlinkat(&own.dir, above.name.as_os_str(), UnlinkatFlags::RemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => count(),
+                // Not everything in it was listed.
+                Err(Errno::ENOTEMPTY | Errno::EEXIST) => above.level.names.push(above.name),
+                Err(errno) => bail!("cannot remove {:?}: {errno}", above.name),
             }
-            Err(Errno::ENOTEMPTY | Errno::EEXIST) => {}
-            Err(errno) => bail!("cannot remove {name:?}: {errno}"),
+            level = above.level;
         }
-        let inner = match open_own(dir.as_fd(), Path::new(&name)) {
-            Err(Errno::ENOENT) => continue,
-            inner => inner.with_context(|| format!("cannot open {name:?}"))?,
-        };
-        // Once more after its content: then rmdir succeeds.
-        level.names.push(name);
-        let content = Level::begin(&inner, count)?;
-        let identity = identity(&dir)?;
-        path.push(Above { identity, level });
-        (dir, level) = (inner, content);
     }
 }

@@ -38,7 +38,7 @@ fn main() {
             make.args([size.to_string(), uid.to_string()]);
             assert!(make.status().expect("it was built").success());
             // What is still to be written is not what is measured.
-            nix::unistd::sync();
+            nix::unistd::syncfs(fs::File::open(place).expect("it was made")).expect("it is a disk");
         };
         let other = |command: &mut Command| -> Duration {
             fs::create_dir(&beside).expect("a directory of ours");
