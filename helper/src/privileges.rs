@@ -36,43 +36,53 @@ const OF_THE_DAEMON: [Capability; 6] = [
 
 /// For the daemon: what it and its children need.
 pub fn of_the_daemon() -> Result<()> {
-    keep_only(OF_CONNECTIONS.into_iter().chain(OF_THE_DAEMON).collect())?;
-    sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
-    sys::filter_system_calls(&filter::daemon()).context("cannot filter system calls")
-}
-
-/// For a process that serves a connection: what is left takes no mounts, no namespaces, no devices and no network.
-pub fn of_a_connection() -> Result<()> {
-    keep_only(OF_CONNECTIONS.into())?;
-    sys::filter_system_calls(&filter::connection()).context("cannot filter system calls")
-}
-
-/// Drop the rest, from all sets, and check that they are gone.
-fn keep_only(keep: HashSet<Capability>) -> Result<()> {
-    let describe = |error: caps::errors::CapsError| anyhow!("cannot drop capabilities: {error}");
+    let keep: HashSet<_> = OF_CONNECTIONS.into_iter().chain(OF_THE_DAEMON).collect();
     for capability in caps::read(None, CapSet::Bounding)
         .map_err(describe)?
         .difference(&keep)
     {
         caps::drop(None, CapSet::Bounding, *capability).map_err(describe)?;
     }
+    caps::clear(None, CapSet::Ambient).map_err(describe)?;
+    caps::clear(None, CapSet::Inheritable).map_err(describe)?;
+    keep_only(&keep)?;
+    let now = caps::read(None, CapSet::Bounding).map_err(describe)?;
+    ensure!(
+        now == keep,
+        "the bounding set is {now:?}, and should be {keep:?}: start the helper with all of root's capabilities"
+    );
+    sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
+    sys::filter_system_calls(&filter::daemon()).context("cannot filter system calls")
+}
+
+/// For a process that serves a connection: what is left takes no mounts, no namespaces, no devices and no network.
+pub fn of_a_connection() -> Result<()> {
+    // The daemon has dropped the others.
+    for capability in OF_THE_DAEMON {
+        caps::drop(None, CapSet::Bounding, capability).map_err(describe)?;
+    }
+    keep_only(&OF_CONNECTIONS.into())?;
+    sys::filter_system_calls(&filter::connection()).context("cannot filter system calls")
+}
+
+/// Drop the rest, and check that they are gone.
+fn keep_only(keep: &HashSet<Capability>) -> Result<()> {
     let permitted = caps::read(None, CapSet::Permitted).map_err(describe)?;
     let missing: Vec<_> = keep.difference(&permitted).collect();
     ensure!(
         missing.is_empty(),
         "the helper lacks {missing:?}: start it with them"
     );
-    caps::clear(None, CapSet::Ambient).map_err(describe)?;
-    caps::clear(None, CapSet::Inheritable).map_err(describe)?;
-    caps::set(None, CapSet::Effective, &keep).map_err(describe)?;
-    caps::set(None, CapSet::Permitted, &keep).map_err(describe)?;
-    for set in [CapSet::Bounding, CapSet::Permitted, CapSet::Effective] {
+    for set in [CapSet::Effective, CapSet::Permitted] {
+        caps::set(None, set, keep).map_err(describe)?;
+    }
+    for set in [CapSet::Effective, CapSet::Permitted] {
         let now = caps::read(None, set).map_err(describe)?;
-        ensure!(
-            now.is_subset(&keep),
-            "capabilities are left that should not be: {:?}",
-            now.difference(&keep)
-        );
+        ensure!(now == *keep, "capabilities are left that should not be: {now:?}");
     }
     Ok(())
+}
+
+fn describe(error: caps::errors::CapsError) -> anyhow::Error {
+    anyhow!("cannot drop capabilities: {error}")
 }
