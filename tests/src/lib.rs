@@ -10,6 +10,7 @@ pub mod census;
 pub mod disk;
 pub mod harness;
 pub mod house;
+pub mod model;
 pub mod proxy;
 pub mod remains;
 pub mod server;

@@ -1,0 +1,184 @@
+//! The helper's contract as a program: what each request does to the workers of a host, and what it answers.
+//! Read it beside the page of the `protocol` crate, which says the same in words.
+//!
+//! `--test model` asks the real helper and this the same, and compares; in `fuzz/` it stands beneath the real
+//! dispatcher in place of a host. For that it needs nothing but the messages.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
+
+use protocol::{ErrorKind, Exit, SlotName, State, Uid, WorkerId};
+
+/// What the contract takes from the configuration: the slots, and which of them conflict, as it is written there.
+#[derive(Clone, Debug, Default)]
+pub struct Configuration {
+    pub slots: BTreeSet<SlotName>,
+    pub conflicts: BTreeSet<(SlotName, SlotName)>,
+}
+
+impl Configuration {
+    /// Written on either side, it holds for both.
+    pub fn conflict(&self, one: &SlotName, other: &SlotName) -> bool {
+        let written = |a: &SlotName, b: &SlotName| self.conflicts.contains(&(a.clone(), b.clone()));
+        written(one, other) || written(other, one)
+    }
+}
+
+/// What comes with `InstallAgent`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Agent {
+    /// It runs until it is killed.
+    Stays,
+    /// It ends by itself.
+    Ends(Exit),
+    /// A sealed memfd in which there is no program.
+    NoProgram,
+    /// Anything else than a sealed memfd.
+    Unsealed,
+}
+
+/// A worker that has a slot.
+#[derive(Clone, Debug)]
+struct Tenant {
+    slot: SlotName,
+    uid: Uid,
+    state: State,
+}
+
+/// A host, its configuration, and its workers.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// None while somebody is mending it: it does not parse.
+    pub configuration: Option<Configuration>,
+    pub uids: RangeInclusive<u32>,
+    /// None is a worker whose record is damaged: nobody knows which slot it has.
+    workers: BTreeMap<WorkerId, Option<Tenant>>,
+}
+
+impl Model {
+    pub fn new(configuration: Configuration, uids: RangeInclusive<u32>) -> Model {
+        Model {
+            configuration: Some(configuration),
+            uids,
+            workers: BTreeMap::new(),
+        }
+    }
+
+    /// `CreateUser`. Which of the free uids it gets is the host's affair: see [`Model::settle_for`].
+    pub fn create_user(&mut self, worker: WorkerId, slot: &SlotName) -> Result<Uid, ErrorKind> {
+        let configuration = self.configuration.as_ref().ok_or(ErrorKind::Busy)?;
+        if !configuration.slots.contains(slot) {
+            return Err(ErrorKind::NoSuchSlot);
+        }
+        match self.workers.get(&worker) {
+            Some(Some(tenant)) if tenant.slot == *slot => return Ok(tenant.uid),
+            Some(Some(_)) => return Err(ErrorKind::Refused),
+            Some(None) => return Err(ErrorKind::Failed),
+            None => {}
+        }
+        // The damaged may have any slot, so nobody gets one before they are gone.
+        self.workers.retain(|_, tenant| tenant.is_some());
+        let mut others = self.workers.values().flatten();
+        if others.any(|other| other.slot == *slot || configuration.conflict(&other.slot, slot))
+            || self.workers.len() >= configuration.slots.len()
+        {
+            return Err(ErrorKind::SlotTaken);
+        }
+        let free = self.uids.clone().find(|uid| self.is_free(*uid));
+        let uid = free.and_then(|uid| Uid::try_from(uid).ok());
+        let uid = uid.ok_or(ErrorKind::Limit)?;
+        let tenant = Tenant {
+            slot: slot.clone(),
+            uid,
+            state: State::Created,
+        };
+        self.workers.insert(worker, Some(tenant));
+        Ok(uid)
+    }
+
+    /// `InstallAgent`. An agent is started once in a worker's life, however that went.
+    pub fn install_agent(&mut self, worker: WorkerId, agent: Agent) -> Result<(), ErrorKind> {
+        let configuration = self.configuration.clone();
+        let tenant = self.existing(worker)?;
+        if tenant.state != State::Created {
+            return Ok(());
+        }
+        if agent == Agent::Unsealed {
+            return Err(ErrorKind::Refused);
+        }
+        let configuration = configuration.ok_or(ErrorKind::Busy)?;
+        if !configuration.slots.contains(&tenant.slot) {
+            return Err(ErrorKind::NoSuchSlot);
+        }
+        tenant.state = match agent {
+            Agent::Stays => State::Running,
+            Agent::Ends(exit) => State::Exited(exit),
+            Agent::NoProgram | Agent::Unsealed => State::Exited(Exit::NotStarted),
+        };
+        match agent {
+            Agent::NoProgram => Err(ErrorKind::Failed),
+            _ => Ok(()),
+        }
+    }
+
+    /// `Attach`.
+    pub fn attach(&mut self, worker: WorkerId) -> Result<State, ErrorKind> {
+        Ok(self.existing(worker)?.state)
+    }
+
+    /// `Kill`.
+    pub fn kill(&mut self, worker: WorkerId) -> Result<(), ErrorKind> {
+        let tenant = self.existing(worker)?;
+        if tenant.state == State::Running {
+            tenant.state = State::Exited(Exit::Unknown);
+        }
+        Ok(())
+    }
+
+    /// `Delete` gets to its end from every state, and only then the slot is free.
+    pub fn delete(&mut self, worker: WorkerId) {
+        self.workers.remove(&worker);
+    }
+
+    /// `List`, however many there are.
+    pub fn list(&self, after: Option<WorkerId>) -> Vec<(WorkerId, SlotName, Uid, State)> {
+        let listed = |(worker, tenant): (&WorkerId, &Option<Tenant>)| {
+            let Tenant { slot, uid, state } = tenant.clone()?;
+            Some((*worker, slot, uid, state))
+        };
+        let all = self.workers.iter().filter_map(listed);
+        all.filter(|(worker, ..)| after.is_none_or(|after| *worker > after))
+            .collect()
+    }
+
+    fn existing(&mut self, worker: WorkerId) -> Result<&mut Tenant, ErrorKind> {
+        let tenant = self.workers.get_mut(&worker).ok_or(ErrorKind::NoSuchWorker)?;
+        tenant.as_mut().ok_or(ErrorKind::Failed)
+    }
+
+    fn is_free(&self, uid: u32) -> bool {
+        self.uids.contains(&uid)
+            && self
+                .workers
+                .values()
+                .flatten()
+                .all(|other| other.uid.get() != uid)
+    }
+
+    /// The host has given the worker this uid. False if it could not have.
+    pub fn settle_for(&mut self, worker: WorkerId, uid: Uid) -> bool {
+        let free = self.is_free(uid.get());
+        match self.workers.get_mut(&worker) {
+            Some(Some(tenant)) if free || tenant.uid == uid => {
+                tenant.uid = uid;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Something outside the contract happens: the disk, or somebody, spoils the worker's record.
+    pub fn damage(&mut self, worker: WorkerId) {
+        self.workers.entry(worker).and_modify(|tenant| *tenant = None);
+    }
+}

@@ -1,0 +1,459 @@
+//! Random requests, asked of the real helper and of its contract as a program (`testbed::model`), with the same
+//! answers and the same `List` after each step. Several connections take turns; bursts ask at the same instant, and
+//! some order of their requests must explain the answers. Between the requests the helper is killed, the
+//! configuration changes, and records are damaged. Needs root.
+//!
+//! ```text
+//! USER_FACTORY_TEST_MODEL=5000 cargo test -p testbed --test model     a night
+//! SEED=17 cargo test -p testbed --test model                          the same stories again
+//! ```
+//! A failure prints the shortest story found that still fails, and its seed.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::fs;
+use std::os::fd::AsFd;
+use std::sync::Barrier;
+use std::time::{Instant, SystemTime};
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
+use protocol::{ErrorKind, Exit, Reply, Request, SlotName, State, Uid, WorkerId};
+use testbed::census::Census;
+use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, sealed, worker_id};
+use testbed::model::{Agent, Configuration, Model};
+use testbed::stage::{slot, token};
+
+const CLIENTS: usize = 3;
+const WORKERS: usize = 6;
+/// The last is in no configuration.
+const SLOTS: [&str; 6] = ["a", "b", "c", "d", "e", "zz"];
+/// Fewer than slots, so that they run out.
+const UIDS: u32 = 3;
+
+/// The configurations, by the names of their slots and the conflicts as they are written. Then one that is broken.
+const CONFIGURATIONS: [(&str, &[(&str, &str)]); 3] = [
+    ("abcde", &[("a", "b"), ("d", "b")]),
+    ("cd", &[("d", "c")]),
+    ("e", &[]),
+];
+const BROKEN: usize = CONFIGURATIONS.len();
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// This client asks.
+    Ask(usize, Question),
+    /// Each is asked on a connection of its own, all at the same instant.
+    Burst(Vec<Question>),
+    /// The helper is killed and started again.
+    Restart,
+    Configure(usize),
+    Damage(usize),
+}
+
+/// A request, with the numbers of a worker and a slot.
+#[derive(Clone, Copy, Debug)]
+enum Question {
+    Create(usize, usize),
+    Install(usize, Agent),
+    Attach(usize),
+    Kill(usize),
+    Delete(usize),
+    List(Option<usize>),
+}
+
+/// A reply, without what the contract leaves open: sentences, and the disk in use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Answer {
+    UserCreated(Uid),
+    AgentStarted,
+    Attached(State),
+    Killed,
+    Deleted,
+    Listed(Vec<(WorkerId, SlotName, Uid, State)>),
+    Error(ErrorKind),
+}
+
+fn questions(agents: &'static [Agent]) -> impl Strategy<Value = Question> + Clone {
+    let worker = 0..WORKERS;
+    prop_oneof![
+        6 => (worker.clone(), 0..SLOTS.len()).prop_map(|(worker, slot)| Question::Create(worker, slot)),
+        4 => (worker.clone(), proptest::sample::select(agents))
+            .prop_map(|(worker, agent)| Question::Install(worker, agent)),
+        1 => worker.clone().prop_map(Question::Attach),
+        2 => worker.clone().prop_map(Question::Kill),
+        3 => worker.clone().prop_map(Question::Delete),
+    ]
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    const ALL: &[Agent] = &[
+        Agent::Stays,
+        Agent::Stays,
+        Agent::Ends(Exit::Status(7)),
+        Agent::NoProgram,
+        Agent::Unsealed,
+    ];
+    let any = prop_oneof![
+        16 => questions(ALL),
+        1 => proptest::option::of(0..WORKERS).prop_map(Question::List),
+    ];
+    // In a burst nothing may change but by its requests, or no order of these explains it: no agent ends by itself,
+    // and `List`, which takes no lock, is not asked.
+    let burst = proptest::collection::vec(questions(&[Agent::Stays, Agent::Unsealed]), 2..=4);
+    prop_oneof![
+        40 => (0..CLIENTS, any).prop_map(|(client, question)| Step::Ask(client, question)),
+        8 => burst.prop_map(Step::Burst),
+        2 => Just(Step::Restart),
+        4 => (0..=BROKEN).prop_map(Step::Configure),
+        2 => (0..WORKERS).prop_map(Step::Damage),
+    ]
+}
+
+/// What the question does to the model, and what it should be answered.
+fn ask_model(model: &mut Model, workers: &[WorkerId], question: Question) -> Answer {
+    let answer = match question {
+        Question::Create(worker, number) => model
+            .create_user(workers[worker], &slot(SLOTS[number]))
+            .map(Answer::UserCreated),
+        Question::Install(worker, agent) => model
+            .install_agent(workers[worker], agent)
+            .map(|()| Answer::AgentStarted),
+        Question::Attach(worker) => model.attach(workers[worker]).map(Answer::Attached),
+        Question::Kill(worker) => model.kill(workers[worker]).map(|()| Answer::Killed),
+        Question::Delete(worker) => {
+            model.delete(workers[worker]);
+            Ok(Answer::Deleted)
+        }
+        Question::List(after) => Ok(Answer::Listed(model.list(after.map(|after| workers[after])))),
+    };
+    answer.unwrap_or_else(Answer::Error)
+}
+
+/// Ask the helper.
+fn ask_helper(client: &Client, workers: &[WorkerId], question: Question) -> Answer {
+    let request = match question {
+        Question::Create(worker, number) => Request::CreateUser {
+            worker: workers[worker],
+            slot: slot(SLOTS[number]),
+        },
+        Question::Install(worker, _) => Request::InstallAgent {
+            worker: workers[worker],
+            bootstrap: token(),
+        },
+        Question::Attach(worker) => Request::Attach {
+            worker: workers[worker],
+        },
+        Question::Kill(worker) => Request::Kill {
+            worker: workers[worker],
+        },
+        Question::Delete(worker) => Request::Delete {
+            worker: workers[worker],
+        },
+        Question::List(after) => Request::List {
+            after: after.map(|after| workers[after]),
+        },
+    };
+    let agent = match question {
+        Question::Install(_, Agent::Stays) => Some(sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n")),
+        Question::Install(_, Agent::Ends(Exit::Status(status))) => {
+            Some(sealed(format!("#!/bin/bash\nexit {status}\n").as_bytes()))
+        }
+        Question::Install(_, Agent::Ends(exit)) => panic!("no agent here ends so: {exit:?}"),
+        Question::Install(_, Agent::NoProgram) => Some(sealed(b"\x7fNO PROGRAM")),
+        Question::Install(_, Agent::Unsealed) => Some(memory(b"#!/bin/true\n")),
+        _ => None,
+    };
+    let (reply, descriptors) = client.ask_with(&request, agent.as_ref().map(AsFd::as_fd));
+    assert_eq!(
+        descriptors.len(),
+        usize::from(reply.carries_descriptor()),
+        "{reply:?}"
+    );
+    match reply {
+        Reply::UserCreated { uid, .. } => Answer::UserCreated(uid),
+        Reply::AgentStarted => Answer::AgentStarted,
+        Reply::Attached { state } => Answer::Attached(state),
+        Reply::Killed => Answer::Killed,
+        Reply::Deleted => Answer::Deleted,
+        Reply::Listed { workers, more: false } => {
+            let workers = workers.into_iter();
+            Answer::Listed(workers.map(|it| (it.worker, it.slot, it.uid, it.state)).collect())
+        }
+        Reply::Error(error) => Answer::Error(error.kind),
+        other => panic!("{question:?} was answered {other:?}"),
+    }
+}
+
+/// Could the helper have answered this, where the model answers that? The model learns which uid it was.
+fn agree(
+    model: &mut Model,
+    workers: &[WorkerId],
+    question: Question,
+    real: &Answer,
+    should: &Answer,
+) -> bool {
+    match (question, real, should) {
+        (Question::Create(worker, _), Answer::UserCreated(uid), Answer::UserCreated(_)) => {
+            model.settle_for(workers[worker], *uid)
+        }
+        _ => real == should,
+    }
+}
+
+/// The real thing.
+struct World {
+    host: TestHost,
+    helper: Option<Running>,
+    /// Each with whether the helper has been restarted since it connected.
+    clients: Vec<(Client, bool)>,
+    workers: Vec<WorkerId>,
+    before: Census,
+}
+
+impl World {
+    fn new() -> World {
+        let mut host = TestHost::new();
+        host.uids = *host.uids.start()..=*host.uids.start() + UIDS - 1;
+        configure(&host, 0);
+        let before = Census::take(&host);
+        let helper = Some(host.helper());
+        World {
+            clients: (0..CLIENTS).map(|_| (Client::new(&host), false)).collect(),
+            workers: (0..WORKERS).map(|_| worker_id()).collect(),
+            host,
+            helper,
+            before,
+        }
+    }
+
+    fn restart(&mut self) {
+        self.helper = None;
+        self.helper = Some(self.host.helper());
+        for (_, is_old) in &mut self.clients {
+            *is_old = true;
+        }
+    }
+
+    /// What a client does: where its connection is of a helper that is no more, and that is said, ask on a new one.
+    fn ask(&mut self, client: usize, question: Question) -> Answer {
+        let (connection, is_old) = &mut self.clients[client];
+        let answer = ask_helper(connection, &self.workers, question);
+        if !*is_old || answer != Answer::Error(ErrorKind::Busy) {
+            return answer;
+        }
+        (*connection, *is_old) = (Client::new(&self.host), false);
+        ask_helper(connection, &self.workers, question)
+    }
+
+    /// All at the same instant.
+    fn burst(&self, questions: &[Question]) -> Vec<Answer> {
+        let clients: Vec<Client> = questions.iter().map(|_| Client::new(&self.host)).collect();
+        let barrier = Barrier::new(questions.len());
+        std::thread::scope(|scope| {
+            let ask = |(question, client)| {
+                let barrier = &barrier;
+                scope.spawn(move || {
+                    barrier.wait();
+                    ask_helper(client, &self.workers, question)
+                })
+            };
+            let asked: Vec<_> = questions.iter().copied().zip(&clients).map(ask).collect();
+            let joined = asked.into_iter().map(|thread| thread.join());
+            joined.map(|answer| answer.expect("it was answered")).collect()
+        })
+    }
+
+    /// What is listed, once every agent that should end by itself has done so.
+    fn list(&mut self, model: &Model) -> Vec<(WorkerId, SlotName, Uid, State)> {
+        let begin = Instant::now();
+        loop {
+            let Answer::Listed(real) = self.ask(0, Question::List(None)) else {
+                panic!("List is always answered");
+            };
+            let should = model.list(None);
+            let is_ending = |(worker, _, _, state): &(WorkerId, SlotName, Uid, State)| {
+                let mut should = should.iter();
+                let ended = |(other, _, _, state): &&(WorkerId, SlotName, Uid, State)| {
+                    worker == other && matches!(state, State::Exited(exit) if *exit != Exit::Unknown)
+                };
+                *state == State::Running && should.any(|other| ended(&other))
+            };
+            if !real.iter().any(is_ending) {
+                return real;
+            }
+            assert!(begin.elapsed() < PATIENCE, "an agent does not end: {real:?}");
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn configure(host: &TestHost, number: usize) {
+    let mut text = String::new();
+    match CONFIGURATIONS.get(number) {
+        Some((slots, conflicts)) => {
+            for name in slots.chars().map(String::from) {
+                let written = conflicts.iter().filter(|(one, _)| *one == name);
+                let others: Vec<&str> = written.map(|(_, other)| *other).collect();
+                writeln!(
+                    text,
+                    "[slots.{name}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nconflicts_with_slots = {others:?}"
+                )
+                .unwrap();
+            }
+        }
+        None => text.push_str("[slots.a\n"),
+    }
+    host.configure("http://127.0.0.1:9", 0, &text);
+}
+
+fn configuration(number: usize) -> Option<Configuration> {
+    let (slots, conflicts) = CONFIGURATIONS.get(number)?;
+    Some(Configuration {
+        slots: slots.chars().map(|name| slot(&name.to_string())).collect(),
+        conflicts: conflicts
+            .iter()
+            .map(|(one, other)| (slot(one), slot(other)))
+            .collect(),
+    })
+}
+
+/// Every order of these.
+fn orders(of: usize) -> Vec<Vec<usize>> {
+    let mut all = vec![Vec::new()];
+    for next in 0..of {
+        let longer = |order: Vec<usize>| {
+            (0..=order.len()).map(move |at| {
+                let mut order = order.clone();
+                order.insert(at, next);
+                order
+            })
+        };
+        all = all.into_iter().flat_map(longer).collect();
+    }
+    all
+}
+
+/// One step in the real world and in the model, and where they differ.
+fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String> {
+    match step {
+        Step::Ask(client, question) => {
+            let real = world.ask(*client, *question);
+            let should = ask_model(model, &world.workers, *question);
+            if !agree(model, &world.workers, *question, &real, &should) {
+                return Err(format!("the helper answers {real:?}, the model {should:?}"));
+            }
+            Ok(())
+        }
+        Step::Burst(questions) => {
+            let real = world.burst(questions);
+            let listed = world.list(model);
+            let mut explained = orders(questions.len()).into_iter().filter_map(|order| {
+                let mut model = model.clone();
+                let agrees = order.iter().all(|at| {
+                    let should = ask_model(&mut model, &world.workers, questions[*at]);
+                    agree(&mut model, &world.workers, questions[*at], &real[*at], &should)
+                });
+                (agrees && model.list(None) == listed).then_some(model)
+            });
+            *model = explained.next().ok_or_else(|| {
+                format!(
+                    "no order of these requests explains the answers {real:?} and then the list {listed:?}"
+                )
+            })?;
+            Ok(())
+        }
+        Step::Restart => {
+            // With a broken one it does not start.
+            if model.configuration.is_none() {
+                configure(&world.host, 0);
+                model.configuration = configuration(0);
+            }
+            world.restart();
+            Ok(())
+        }
+        Step::Configure(number) => {
+            configure(&world.host, *number);
+            model.configuration = configuration(*number);
+            Ok(())
+        }
+        Step::Damage(worker) => {
+            let worker = world.workers[*worker];
+            let record = world.host.worker_dir(worker).join("record");
+            if record.exists() {
+                fs::write(record, "slot a\nuid").unwrap();
+            }
+            model.damage(worker);
+            Ok(())
+        }
+    }
+}
+
+/// The steps, and after each the same list in both, in which nobody shares what is for one.
+fn play(steps: &[Step]) -> Result<(), String> {
+    let mut world = World::new();
+    let mut model = Model::new(configuration(0).unwrap(), world.host.uids.clone());
+    for (number, step) in steps.iter().enumerate() {
+        let describe = |what: String| format!("step {number}, {step:?}: {what}");
+        take(&mut world, &mut model, step).map_err(describe)?;
+        let (real, should) = (world.list(&model), model.list(None));
+        if real != should {
+            return Err(describe(format!(
+                "the helper lists {real:?}, the model {should:?}"
+            )));
+        }
+        let slots: BTreeSet<_> = real.iter().map(|(_, slot, ..)| slot).collect();
+        let uids: BTreeSet<_> = real.iter().map(|(_, _, uid, _)| uid).collect();
+        if slots.len() != real.len() || uids.len() != real.len() {
+            return Err(describe(format!("a slot or a uid is shared: {real:?}")));
+        }
+    }
+    // Whatever happened, each can be deleted, and nothing is left.
+    for worker in 0..WORKERS {
+        let answer = world.ask(0, Question::Delete(worker));
+        if answer != Answer::Deleted {
+            return Err(format!(
+                "worker {worker} cannot be deleted in the end: {answer:?}"
+            ));
+        }
+    }
+    if !world.list(&model).is_empty() {
+        return Err("deleted workers are listed".into());
+    }
+    let after = Census::take(&world.host);
+    if after != world.before {
+        return Err(format!(
+            "the host is not as it was: {:?}, not {after:?}",
+            world.before
+        ));
+    }
+    Ok(())
+}
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} must be a number")))
+}
+
+#[test]
+fn the_helper_does_what_its_model_does() {
+    let clock = || {
+        SystemTime::UNIX_EPOCH
+            .elapsed()
+            .map_or(0, |age| age.as_micros() as u64)
+    };
+    let seed = number("SEED").unwrap_or_else(clock);
+    let mut runner = TestRunner::new(Config {
+        cases: number("USER_FACTORY_TEST_MODEL").map_or(12, |cases| cases as u32),
+        rng_seed: RngSeed::Fixed(seed),
+        max_shrink_iters: 300,
+        failure_persistence: None,
+        ..Config::default()
+    });
+    let result = runner.run(&proptest::collection::vec(steps(), 1..60), |steps| {
+        play(&steps).map_err(TestCaseError::fail)
+    });
+    if let Err(failure) = result {
+        panic!("SEED={seed}: {failure}");
+    }
+}
