@@ -5,9 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect,
-    recvmsg, sendmsg, socket,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, sendmsg, socket,
 };
 
 /// A connection between the two halves. Whether calls block is the descriptor's own affair.
@@ -70,7 +70,7 @@ impl Seqpacket {
         let mut bytes = vec![0; limit];
         // Room for two, so that a surplus one is seen; those beyond are closed by the kernel (MSG_CTRUNC).
         let mut control = nix::cmsg_space!([RawFd; 2]);
-        let (length, flags, descriptors) = loop {
+        let (length, flags) = loop {
             let mut iov = [IoSliceMut::new(&mut bytes)];
             match recvmsg::<()>(
                 self.0.as_raw_fd(),
@@ -80,17 +80,10 @@ impl Seqpacket {
             ) {
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno),
-                Ok(message) => {
-                    let mut descriptors = Vec::new();
-                    for item in message.cmsgs()? {
-                        if let ControlMessageOwned::ScmRights(raw) = item {
-                            descriptors.append(&mut crate::sys::adopt(raw));
-                        }
-                    }
-                    break (message.bytes, message.flags, descriptors);
-                }
+                Ok(message) => break (message.bytes, message.flags),
             }
         };
+        let descriptors = crate::sys::adopt(rights(&control));
         if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
             return Ok(Received::Oversize);
         }
@@ -101,6 +94,20 @@ impl Seqpacket {
         bytes.truncate(length);
         Ok(Received::Packet { bytes, descriptors })
     }
+}
+
+/// The descriptors that the kernel has written down here, of which it makes one list (`cmsg(3)`, `unix(7)`). nix
+/// does not look into a list that was cut, and then nobody would close what there is of it.
+fn rights(control: &[u8]) -> Vec<RawFd> {
+    let (length, rest) = control.split_at(size_of::<usize>());
+    let kind = [libc::SOL_SOCKET, libc::SCM_RIGHTS].map(i32::to_ne_bytes);
+    let Some(list) = rest.strip_prefix(kind.as_flattened()) else {
+        return Vec::new();
+    };
+    let length = length.try_into().map_or(0, usize::from_ne_bytes);
+    let list = &list[..length.saturating_sub(size_of::<libc::cmsghdr>())];
+    let number = |bytes: &[u8]| bytes.try_into().map(RawFd::from_ne_bytes).ok();
+    list.chunks_exact(size_of::<RawFd>()).filter_map(number).collect()
 }
 
 impl From<OwnedFd> for Seqpacket {
@@ -150,6 +157,43 @@ mod tests {
             panic!()
         };
         assert_eq!((bytes.as_slice(), descriptors.len()), (&b"two"[..], 1));
+    }
+
+    #[test]
+    fn what_comes_of_too_many_descriptors_is_closed() {
+        let (a, b) = pair();
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let own: Vec<OwnedFd> = (0..5).map(|_| a.0.try_clone().unwrap()).collect();
+        let raw: Vec<RawFd> = own.iter().map(AsRawFd::as_raw_fd).collect();
+        // Other tests of this process open some at the same time, but not a hundred.
+        let before = open();
+        for number in [3, 5].repeat(100) {
+            let rights = [ControlMessage::ScmRights(&raw[..number])];
+            let iov = [IoSlice::new(b"x")];
+            sendmsg::<()>(a.as_raw_fd(), &iov, &rights, MsgFlags::empty(), None).unwrap();
+            assert!(matches!(b.recv(16), Ok(Received::Oversize)));
+        }
+        let left = open().saturating_sub(before);
+        assert!(left < 100, "{left} descriptors are left");
+    }
+
+    #[test]
+    fn nothing_but_a_list_of_descriptors_is_one() {
+        let (a, b) = pair();
+        nix::sys::socket::setsockopt(&b, nix::sys::socket::sockopt::PassCred, &true).unwrap();
+        a.send(b"one", None).unwrap();
+        match b.recv(16) {
+            Ok(Received::Oversize) => {}
+            Ok(Received::Packet { descriptors, .. }) => assert!(descriptors.is_empty()),
+            other => panic!("{other:?}"),
+        }
+        let mut control = vec![0; 24];
+        control[0] = 24;
+        assert_eq!(rights(&control), []);
+        control[8..16].copy_from_slice(&[1, 0, 0, 0, 1, 0, 0, 0]);
+        assert_eq!(rights(&control), [0, 0]);
+        control[0] = 20;
+        assert_eq!(rights(&control), [0]);
     }
 
     #[test]
