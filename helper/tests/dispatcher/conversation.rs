@@ -1,0 +1,354 @@
+//! A client's side of one connection, made of bytes; what lies beneath the dispatcher, a model of a host; and what
+//! every connection must keep to, whatever is sent. `fuzz/` uses this, too: an input that it finds is a test here.
+
+#[path = "../../../tests/src/model.rs"]
+#[allow(dead_code, reason = "the test over the real helper uses the rest")]
+mod model;
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::{IoSlice, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use anyhow::{Result, anyhow};
+use helper::{Operations, Peer};
+use model::{Agent, Configuration, Model};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, sendmsg, shutdown, socketpair,
+};
+use protocol::{
+    BootstrapToken, Error, ErrorKind, MAX_LIST, PREVIOUS, Received, Reply, Request, Seqpacket, SlotName,
+    State, Uid, UserName, VERSION, WorkerId, WorkerInfo, wire,
+};
+
+/// The most packets in one conversation: all of them, and all answers, fit into the socket's buffers.
+const MAX_PACKETS: usize = 64;
+/// The last is in no configuration; the first two conflict.
+const SLOTS: [&str; 4] = ["a", "b", "c", "zz"];
+/// So few that they run out before the slots do.
+const UIDS: std::ops::RangeInclusive<u32> = 2_000_000..=2_000_000;
+
+/// A descriptor that travels with a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carried {
+    Program,
+    NoProgram,
+    Unsealed,
+    Socket,
+}
+
+#[derive(Clone, Debug)]
+pub struct Packet {
+    pub bytes: Vec<u8>,
+    pub descriptors: Vec<Carried>,
+}
+
+/// What a client sends, and whether the helper has too many of them.
+#[derive(Debug)]
+pub struct Conversation {
+    pub busy: bool,
+    pub packets: Vec<Packet>,
+}
+
+impl From<&[u8]> for Conversation {
+    /// Any bytes are a conversation, most of it well formed: a fuzzer that flips one gets somewhere else.
+    fn from(bytes: &[u8]) -> Self {
+        let mut bytes = bytes.iter().copied();
+        let mut packets = Vec::new();
+        let busy = bytes.next() == Some(1);
+        while let Some(what) = bytes.next().filter(|_| packets.len() < MAX_PACKETS) {
+            let mut next = || bytes.next().unwrap_or_default();
+            let (which, how) = (next(), next());
+            let worker = WorkerId::from_bits(u128::from(which % 4) << 80 | 7);
+            let slot = SLOTS[usize::from(which / 4 % 4)].parse().expect("a name");
+            let request = match what % 10 {
+                0 => Request::Hello {
+                    version: which.into(),
+                },
+                1 | 2 => Request::CreateUser { worker, slot },
+                3 => Request::InstallAgent {
+                    worker,
+                    bootstrap: "abcdefgh01234567".parse().expect("a token"),
+                },
+                4 => Request::Attach { worker },
+                5 => Request::Kill { worker },
+                6 => Request::Delete { worker },
+                7 => Request::List { after: None },
+                8 => Request::List { after: Some(worker) },
+                // Anything: this many bytes as they come.
+                _ => {
+                    let bytes = (0..u16::from(which) * 3).map(|_| next()).collect();
+                    let descriptors = carried(how, 0);
+                    packets.push(Packet { bytes, descriptors });
+                    continue;
+                }
+            };
+            let descriptors = carried(how, usize::from(request.carries_descriptor()));
+            let mut bytes = wire::encode(&request).expect("a request can be encoded");
+            match how / 16 {
+                12 => bytes.truncate(usize::from(next()) % (bytes.len() + 1)),
+                13 => bytes.push(next()),
+                14 => {
+                    let (at, bit) = (usize::from(next()) % bytes.len(), next() % 8);
+                    bytes[at] ^= 1 << bit;
+                }
+                15 => bytes.resize(wire::MAX_REQUEST + usize::from(next() % 3) - 1, 0),
+                _ => {}
+            }
+            packets.push(Packet { bytes, descriptors });
+        }
+        Conversation { busy, packets }
+    }
+}
+
+/// What `how` makes of the number of descriptors that is called for.
+fn carried(how: u8, called_for: usize) -> Vec<Carried> {
+    use Carried::*;
+    let kind = [Program, NoProgram, Unsealed, Socket][usize::from(how / 4 % 4)];
+    let number = match how {
+        0xb0 => 0,
+        0xb1 => 1,
+        0xb2 => 2,
+        0xb3 => 3,
+        _ => called_for,
+    };
+    vec![kind; number]
+}
+
+impl Carried {
+    fn open(self) -> OwnedFd {
+        let memory = |program: &[u8], seals| {
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let mut file = File::from(memfd_create("agent", flags).expect("a memfd"));
+            file.write_all(program).expect("a memfd can be written");
+            fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).expect("a memfd can be sealed");
+            file.into()
+        };
+        match self {
+            Carried::Program => memory(b"#!", SealFlag::F_SEAL_WRITE),
+            Carried::NoProgram => memory(b"?", SealFlag::F_SEAL_WRITE),
+            Carried::Unsealed => memory(b"#!", SealFlag::empty()),
+            Carried::Socket => pair().0,
+        }
+    }
+
+    /// What it is to the model.
+    fn agent(self) -> Agent {
+        match self {
+            Carried::Program => Agent::Stays,
+            Carried::NoProgram => Agent::NoProgram,
+            Carried::Unsealed | Carried::Socket => Agent::Unsealed,
+        }
+    }
+}
+
+fn pair() -> (OwnedFd, OwnedFd) {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("a pair of sockets")
+}
+
+/// A host in which everything happens as the contract says.
+struct Beneath(RefCell<Model>);
+
+/// `Failed` is what has no type.
+fn failure(kind: ErrorKind) -> anyhow::Error {
+    match kind {
+        ErrorKind::Failed => anyhow!("it failed"),
+        kind => Error::new(kind, "it cannot be").into(),
+    }
+}
+
+fn console() -> File {
+    File::open("/dev/null").expect("/dev/null can be opened")
+}
+
+impl Operations for Beneath {
+    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
+        let uid = self.0.borrow_mut().create_user(worker, slot).map_err(failure)?;
+        Ok((uid, worker.into()))
+    }
+
+    fn install_agent(&self, worker: WorkerId, agent: OwnedFd, _: &BootstrapToken) -> Result<File> {
+        use std::os::unix::fs::FileExt;
+        let seals = fcntl(&agent, FcntlArg::F_GET_SEALS).unwrap_or_default();
+        let mut begin = [0];
+        let agent = match SealFlag::from_bits_truncate(seals).contains(SealFlag::F_SEAL_WRITE) {
+            false => Agent::Unsealed,
+            true if File::from(agent).read_at(&mut begin, 0).is_ok() && begin == *b"#" => Agent::Stays,
+            true => Agent::NoProgram,
+        };
+        let mut model = self.0.borrow_mut();
+        model.install_agent(worker, agent).map_err(failure)?;
+        Ok(console())
+    }
+
+    fn attach(&self, worker: WorkerId) -> Result<(State, File)> {
+        let state = self.0.borrow_mut().attach(worker).map_err(failure)?;
+        Ok((state, console()))
+    }
+
+    fn kill(&self, worker: WorkerId) -> Result<()> {
+        self.0.borrow_mut().kill(worker).map_err(failure)
+    }
+
+    fn delete(&self, worker: WorkerId) -> Result<()> {
+        self.0.borrow_mut().delete(worker);
+        Ok(())
+    }
+
+    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)> {
+        Ok(listed(&self.0.borrow(), after))
+    }
+}
+
+fn listed(model: &Model, after: Option<WorkerId>) -> (Vec<WorkerInfo>, bool) {
+    let all = model.list(after);
+    let more = all.len() > MAX_LIST;
+    let info = |(worker, slot, uid, state)| WorkerInfo {
+        worker,
+        slot,
+        uid,
+        state,
+        disk: Some(1),
+    };
+    (all.into_iter().take(MAX_LIST).map(info).collect(), more)
+}
+
+/// What must be answered, packet by packet, until the helper hangs up: the page of the `protocol` crate.
+fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, ErrorKind>> {
+    let mut answers = Vec::new();
+    let mut spoken = None;
+    for Packet { bytes, descriptors } in &conversation.packets {
+        let Ok(request) = wire::decode::<Request>(bytes) else {
+            break;
+        };
+        if bytes.len() > wire::MAX_REQUEST || descriptors.len() != usize::from(request.carries_descriptor()) {
+            break;
+        }
+        let Some(version) = spoken else {
+            answers.push(match request {
+                Request::Hello {
+                    version: PREVIOUS..=VERSION,
+                } if conversation.busy => Err(ErrorKind::Busy),
+                Request::Hello {
+                    version: version @ PREVIOUS..=VERSION,
+                } => {
+                    spoken = Some(version);
+                    Ok(Reply::Welcome { version })
+                }
+                Request::Hello { .. } => Err(ErrorKind::Version),
+                _ => Err(ErrorKind::Refused),
+            });
+            if spoken.is_none() {
+                break;
+            }
+            continue;
+        };
+        answers.push(match request {
+            Request::Hello { .. } => Err(ErrorKind::Refused),
+            Request::CreateUser { worker, slot } => {
+                model.create_user(worker, &slot).map(|uid| Reply::UserCreated {
+                    uid,
+                    name: worker.into(),
+                })
+            }
+            Request::InstallAgent { worker, .. } => model
+                .install_agent(worker, descriptors[0].agent())
+                .map(|()| Reply::AgentStarted),
+            Request::Attach { worker } => model.attach(worker).map(|state| Reply::Attached { state }),
+            Request::Kill { worker } => model.kill(worker).map(|()| Reply::Killed),
+            Request::Delete { worker } => {
+                model.delete(worker);
+                Ok(Reply::Deleted)
+            }
+            Request::List { after } => {
+                let (workers, more) = listed(&model, after);
+                Ok(match version {
+                    VERSION => Reply::Listed { workers, more },
+                    _ => Reply::Workers {
+                        workers: workers.into_iter().map(Into::into).collect(),
+                        more,
+                    },
+                })
+            }
+        });
+    }
+    answers
+}
+
+fn send(socket: &OwnedFd, packet: &Packet) {
+    let open: Vec<OwnedFd> = packet.descriptors.iter().map(|it| it.open()).collect();
+    let raw: Vec<i32> = open.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
+    let iov = [IoSlice::new(&packet.bytes)];
+    sendmsg::<()>(socket.as_raw_fd(), &iov, control, MsgFlags::empty(), None).expect("a packet can be sent");
+}
+
+fn open_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd")
+        .expect("/proc is mounted")
+        .count()
+}
+
+/// Serve the conversation by the real dispatcher, with a model beneath it. Panics where anything is not as it must
+/// be: the answers, up to the packet at which the helper has to hang up; what comes with them; and that no
+/// descriptor is left. One at a time in a process, which has nothing else to do.
+pub fn hold(conversation: &Conversation) {
+    let before = open_descriptors();
+    let slots = SLOTS[..3].iter().map(|name| name.parse().expect("a name"));
+    let configuration = Configuration {
+        slots: slots.collect(),
+        conflicts: [("a", "b")]
+            .map(|(a, b)| (a.parse().expect("a name"), b.parse().expect("a name")))
+            .into(),
+    };
+    let model = Model::new(configuration, UIDS);
+    let (client, server) = pair();
+    for packet in &conversation.packets {
+        send(&client, packet);
+    }
+    shutdown(client.as_raw_fd(), Shutdown::Write).expect("a socket can be shut down");
+    let client = Seqpacket::from(client);
+    let beneath = Beneath(RefCell::new(model.clone()));
+    let peer = Peer { uid: 0, pid: 1 };
+    helper::serve_connection(&beneath, peer, conversation.busy, server.into());
+
+    let mut answered = Vec::new();
+    loop {
+        let (bytes, descriptors) = match client.recv(wire::MAX_REPLY) {
+            Ok(Received::Packet { bytes, descriptors }) => (bytes, descriptors),
+            // The helper has not read all of it. What it answered before is still to come.
+            Err(Errno::ECONNRESET) => continue,
+            Ok(Received::Closed) => break,
+            other => panic!("received {other:?}"),
+        };
+        let reply: Reply = wire::decode(&bytes).expect("a reply");
+        assert_eq!(
+            descriptors.len(),
+            usize::from(reply.carries_descriptor()),
+            "{reply:?}"
+        );
+        for console in &descriptors {
+            let flags = fcntl(console, FcntlArg::F_GETFL).expect("a descriptor has flags");
+            assert_eq!(
+                OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE,
+                OFlag::O_RDONLY
+            );
+        }
+        answered.push(match reply {
+            Reply::Error(error) => Err(error.kind),
+            reply => Ok(reply),
+        });
+    }
+    assert_eq!(answered, answers(conversation, model), "{conversation:?}");
+    drop(client);
+    assert_eq!(
+        open_descriptors(),
+        before,
+        "descriptors are left: {conversation:?}"
+    );
+}

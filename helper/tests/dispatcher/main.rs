@@ -1,0 +1,155 @@
+//! Connections at the real dispatcher, with a model of a host beneath it: it needs neither root nor processes, so
+//! many can be tried.
+
+mod conversation;
+
+use std::sync::Mutex;
+
+use conversation::{Carried, Conversation, Packet, hold};
+use proptest::prelude::*;
+use protocol::{PREVIOUS, Request, VERSION, WorkerId, wire};
+
+/// Descriptors are counted by the process.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn hold_alone(conversation: &Conversation) {
+    let _turn = ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    hold(conversation);
+}
+
+fn packet(request: &Request, descriptors: &[Carried]) -> Packet {
+    Packet {
+        bytes: wire::encode(request).unwrap(),
+        descriptors: descriptors.to_vec(),
+    }
+}
+
+fn hello(version: u16) -> Packet {
+    packet(&Request::Hello { version }, &[])
+}
+
+fn create(worker: WorkerId, slot: &str) -> Packet {
+    packet(
+        &Request::CreateUser {
+            worker,
+            slot: slot.parse().unwrap(),
+        },
+        &[],
+    )
+}
+
+fn install(worker: WorkerId, descriptors: &[Carried]) -> Packet {
+    packet(
+        &Request::InstallAgent {
+            worker,
+            bootstrap: "abcdefgh01234567".parse().unwrap(),
+        },
+        descriptors,
+    )
+}
+
+/// A life, with everything said that can be said, in both versions and to a helper that is busy.
+#[test]
+fn each_request_is_answered_as_the_contract_says() {
+    let [worker, other] = [1, 2].map(WorkerId::from_bits);
+    for version in [0, PREVIOUS - 1, PREVIOUS, VERSION, VERSION + 1, u16::MAX] {
+        for busy in [false, true] {
+            let list = |after| packet(&Request::List { after }, &[]);
+            let packets = vec![
+                hello(version),
+                create(worker, "a"),
+                create(worker, "a"),
+                create(worker, "c"),
+                create(other, "zz"),
+                create(other, "b"),
+                create(other, "c"),
+                list(None),
+                install(worker, &[Carried::Unsealed]),
+                install(worker, &[Carried::Socket]),
+                install(worker, &[Carried::Program]),
+                install(other, &[Carried::Program]),
+                packet(&Request::Attach { worker }, &[]),
+                packet(&Request::Attach { worker: other }, &[]),
+                packet(&Request::Kill { worker }, &[]),
+                packet(&Request::Kill { worker: other }, &[]),
+                list(None),
+                list(Some(worker)),
+                hello(version),
+                packet(&Request::Delete { worker }, &[]),
+                packet(&Request::Delete { worker: other }, &[]),
+                create(other, "b"),
+                install(other, &[Carried::NoProgram]),
+                list(None),
+            ];
+            hold_alone(&Conversation { busy, packets });
+        }
+    }
+}
+
+#[test]
+fn nothing_is_answered_before_the_greeting() {
+    let worker = WorkerId::from_bits(1);
+    for first in [
+        create(worker, "a"),
+        install(worker, &[Carried::Program]),
+        packet(&Request::Attach { worker }, &[]),
+        packet(&Request::Delete { worker }, &[]),
+        packet(&Request::List { after: None }, &[]),
+    ] {
+        let packets = vec![first, hello(VERSION), create(worker, "a")];
+        hold_alone(&Conversation { busy: false, packets });
+    }
+}
+
+#[test]
+fn descriptors_that_no_message_calls_for_end_the_connection() {
+    let worker = WorkerId::from_bits(1);
+    let many = [Carried::Program; 4];
+    for number in 0..=many.len() {
+        for wrong in [
+            install(worker, &many[..number]),
+            packet(&Request::Attach { worker }, &many[..number]),
+            Packet {
+                bytes: Vec::new(),
+                descriptors: many[..number].to_vec(),
+            },
+        ] {
+            let mut greeting = hello(VERSION);
+            let packets = vec![greeting.clone(), create(worker, "a"), wrong, create(worker, "a")];
+            hold_alone(&Conversation { busy: false, packets });
+            greeting.descriptors = many[..number].to_vec();
+            let packets = vec![greeting, create(worker, "a")];
+            hold_alone(&Conversation { busy: false, packets });
+        }
+    }
+}
+
+#[test]
+fn what_is_no_request_ends_the_connection() {
+    let worker = WorkerId::from_bits(1);
+    let good = create(worker, "a");
+    let lengths = [0, 1, good.bytes.len() - 1, good.bytes.len() + 1];
+    for length in lengths
+        .into_iter()
+        .chain([wire::MAX_REQUEST, wire::MAX_REQUEST + 1, 9000])
+    {
+        let mut broken = good.clone();
+        broken.bytes.resize(length, 0);
+        let packets = vec![hello(VERSION), good.clone(), broken, good.clone()];
+        hold_alone(&Conversation { busy: false, packets });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn any_connection_keeps_to_the_contract(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        hold_alone(&Conversation::from(&bytes[..]));
+        // The same behind a greeting: few random bytes are one.
+        let greeted = [&[0, 0, VERSION as u8, 0], &bytes[..]].concat();
+        hold_alone(&Conversation::from(&greeted[..]));
+    }
+}
