@@ -337,16 +337,193 @@ pub fn names(directory: BorrowedFd<'_>) -> nix::Result<Vec<std::ffi::OsString>> 
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+
     use super::*;
+
+    /// A host of a test's own below this directory, with nothing in it.
+    pub fn host(root: &Path) -> Host {
+        let make = |name: &str| {
+            fs::create_dir_all(root.join(name)).unwrap();
+            open_path(&root.join(name)).unwrap()
+        };
+        let (workers, cgroups) = (make("workers"), make("cgroups"));
+        Host {
+            root: root.to_owned(),
+            config: make("etc/buildomat-user-factory"),
+            abilities: Abilities::of(&workers, &cgroups).unwrap(),
+            workers,
+            userdb: make("userdb"),
+            etc: make("etc"),
+            dev: make("dev"),
+            devices: make("devices"),
+            gate: make("gate"),
+            cgroups,
+        }
+    }
+
+    fn set_mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn a_configuration_is_a_file_that_root_alone_can_write_and_not_a_long_one() {
+        let root = tempfile::tempdir().unwrap();
+        let host = host(root.path());
+        let path = root.path().join(config::CONFIG_PATH);
+        let refuses = |why: &str| {
+            let error = format!("{:#}", host.configuration().unwrap_err());
+            assert!(error.contains(why), "{error}");
+            assert_eq!(host.configuration_now().unwrap_err().kind, ErrorKind::Busy);
+        };
+        refuses("No such file");
+        let text = "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
+                    target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n#";
+        fs::write(&path, text).unwrap();
+        for mode in [0o600, 0o644, 0o755] {
+            set_mode(&path, mode);
+            assert_eq!(host.configuration().unwrap().0.slots.len(), 1, "{mode:o}");
+        }
+        for mode in [0o664, 0o646, 0o620, 0o602, 0o666] {
+            set_mode(&path, mode);
+            refuses("a file of root's");
+        }
+        set_mode(&path, 0o644);
+        chown(&path, Some(1), None).unwrap();
+        refuses("a file of root's");
+        chown(&path, Some(0), None).unwrap();
+        let longest = text.to_owned() + &"#".repeat((1 << 20) - text.len());
+        fs::write(&path, &longest).unwrap();
+        let (_, before) = host.configuration().unwrap();
+        assert_eq!(host.configuration().unwrap().1, before);
+        fs::write(&path, longest + "#").unwrap();
+        refuses("over 1 MiB");
+        fs::write(&path, "[general]\nbaseurl = 1\n").unwrap();
+        refuses("config.toml:2: ");
+        // Neither a link to a good one, nor what never ends or never begins.
+        fs::rename(&path, root.path().join("good")).unwrap();
+        symlink(root.path().join("good"), &path).unwrap();
+        refuses("symbolic links");
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600)).unwrap();
+        refuses("a file of root's");
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        refuses("a file of root's");
+    }
+
+    #[test]
+    fn a_replaced_configuration_is_another() {
+        let root = tempfile::tempdir().unwrap();
+        let identity = |name: &str| {
+            fs::write(root.path().join(name), "x").unwrap();
+            FileIdentity::of(&fs::metadata(root.path().join(name)).unwrap())
+        };
+        assert_ne!(identity("a"), identity("b"));
+    }
+
+    #[test]
+    fn a_directory_that_somebody_else_could_replace_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        fs::create_dir_all(at("a/b/c")).unwrap();
+        let (a, b) = (at("a"), at("a/b"));
+        let accepts = |name: &str| only_root_writes(&at(name)).is_ok();
+        assert!(accepts("a/b") && accepts("a/b/c") && accepts("a/b/not/yet/there"));
+        for mode in [0o775, 0o757, 0o777] {
+            set_mode(&b, mode);
+            assert!(
+                !accepts("a/b") && !accepts("a/b/c") && !accepts("a/b/later"),
+                "{mode:o}"
+            );
+            // Sticky, it is safe to have something in, but not to be.
+            set_mode(&b, mode | 0o1000);
+            assert!(!accepts("a/b") && accepts("a/b/c"), "sticky {mode:o}");
+        }
+        set_mode(&b, 0o755);
+        chown(&a, Some(1), None).unwrap();
+        assert!(!accepts("a") && !accepts("a/b") && !accepts("a/b/c"));
+        chown(&a, Some(0), None).unwrap();
+        fs::write(at("file"), "").unwrap();
+        symlink(&a, at("link")).unwrap();
+        assert!(!accepts("file") && !accepts("file/below") && !accepts("link") && !accepts("link/b"));
+        // What cannot be looked at is not what is not there.
+        assert!(!accepts(&"x".repeat(300)));
+
+        make_directories(&at("a/new/er"), 0o711).unwrap();
+        assert_eq!(fs::metadata(at("a/new/er")).unwrap().mode() & 0o777, 0o711);
+        assert!(make_directories(&at("link/new"), 0o755).is_err());
+        assert!(!at("a/new/new").exists() && !at("a/b/new").exists());
+    }
+
+    #[test]
+    fn files_are_roots_alone_small_and_whole() {
+        let root = tempfile::tempdir().unwrap();
+        let here = open_path(root.path()).unwrap();
+        let at = |name: &str| root.path().join(name);
+        let mode = |name: &str| fs::symlink_metadata(at(name)).unwrap().mode() & 0o777;
+
+        let made = open_file(&here, "made", OFlag::O_WRONLY | OFlag::O_CREAT).unwrap();
+        assert_eq!(mode("made"), 0o600);
+        make_dir(&here, "dir", 0o700).unwrap();
+        make_dir(&here, "dir", 0o700).unwrap();
+        assert!(make_dir(&here, "no/dir", 0o700).is_err());
+        let dir = open_dir(&here, "dir").unwrap();
+        // Nothing is left open for a program that is started.
+        for fd in [made.as_fd(), dir.as_fd()] {
+            let flags = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_GETFD).unwrap();
+            assert_eq!(flags, libc::FD_CLOEXEC);
+        }
+
+        assert_eq!(read_small(&here, "none").unwrap(), None);
+        assert!(read_small(&here, "dir").is_err());
+        fs::write(at("long"), "x".repeat(70_000)).unwrap();
+        assert_eq!(read_small(&here, "long").unwrap().unwrap().len(), 64 << 10);
+
+        // A crash has left a part, and somebody has put a link there: it is not written through.
+        fs::write(at("kept"), "kept").unwrap();
+        symlink("kept", at("new.part")).unwrap();
+        for text in ["one", "two"] {
+            write_atomically(here.as_fd(), "new", text, 0o640).unwrap();
+            assert_eq!(read_small(&here, "new").unwrap().as_deref(), Some(text));
+            assert_eq!(mode("new"), 0o640);
+        }
+        assert_eq!(fs::read_to_string(at("kept")).unwrap(), "kept");
+        assert!(!at("new.part").exists());
+
+        let mut found = names(here.as_fd()).unwrap();
+        found.sort();
+        assert_eq!(found, ["dir", "kept", "long", "made", "new"]);
+        assert_eq!(kind(&look(&here, "dir").unwrap()), SFlag::S_IFDIR);
+        assert_eq!(kind(&look(&here, "new").unwrap()), SFlag::S_IFREG);
+        for _ in 0..2 {
+            remove_file(&here, "new").unwrap();
+            remove_dir(&here, "dir").unwrap();
+        }
+        assert!(!at("new").exists() && !at("dir").exists());
+        assert!(remove_dir(&here, "kept").is_err() && remove_file(&here, "kept/x").is_err());
+    }
+
+    #[test]
+    fn children_keep_the_hosts_places_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let host = host(root.path());
+        let mut kept = host.descriptors();
+        kept.sort_unstable();
+        assert!(kept.windows(2).all(|two| two[0] != two[1]));
+        assert!(kept.contains(&host.workers.as_raw_fd()) && kept.contains(&host.config.as_raw_fd()));
+        assert!(kept.contains(&host.cgroups.as_raw_fd()) && kept.contains(&host.etc.as_raw_fd()));
+    }
 
     #[test]
     fn nothing_is_opened_through_a_link_or_above_its_parent() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
-        std::fs::write(dir.path().join("secret"), "x").unwrap();
-        std::os::unix::fs::symlink("a", dir.path().join("link")).unwrap();
-        std::os::unix::fs::symlink("../../secret", dir.path().join("a/b/link")).unwrap();
+        fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        fs::write(dir.path().join("secret"), "x").unwrap();
+        symlink("a", dir.path().join("link")).unwrap();
+        symlink("../../secret", dir.path().join("a/b/link")).unwrap();
         let here = open_path(dir.path()).unwrap();
         let below = open_dir(&here, "a").unwrap();
         assert!(open_dir(&below, "b").is_ok());

@@ -143,3 +143,140 @@ fn copy_agent(agent: &File, run: &OwnedFd) -> Result<()> {
     copy.set_permissions(Permissions::from_mode(0o755))
         .with_context(describe)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek, SeekFrom};
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::host::open_path;
+
+    fn memfd(bytes: &[u8]) -> File {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let mut file = File::from(memfd_create("agent", flags).unwrap());
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    fn sealed(file: File, seals: SealFlag) -> OwnedFd {
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+        file.into()
+    }
+
+    fn kind(result: Result<impl std::fmt::Debug>) -> Option<ErrorKind> {
+        result
+            .unwrap_err()
+            .downcast::<Error>()
+            .ok()
+            .map(|error| error.kind)
+    }
+
+    #[test]
+    fn an_agent_has_all_three_seals_and_a_size_within_bounds() {
+        let all = [
+            SealFlag::F_SEAL_WRITE,
+            SealFlag::F_SEAL_GROW,
+            SealFlag::F_SEAL_SHRINK,
+        ];
+        let whole: SealFlag = all.into_iter().collect();
+        check_agent(sealed(memfd(b"x"), whole)).unwrap();
+        check_agent(sealed(memfd(b"x"), whole | SealFlag::F_SEAL_SEAL)).unwrap();
+        for without in all {
+            let agent = sealed(memfd(b"x"), whole - without);
+            assert_eq!(
+                kind(check_agent(agent)),
+                Some(ErrorKind::Refused),
+                "without {without:?}"
+            );
+        }
+        let plain = File::open("/proc/self/exe").unwrap().into();
+        assert_eq!(kind(check_agent(plain)), Some(ErrorKind::Refused));
+        for (length, is_good) in [
+            (0, false),
+            (1, true),
+            (MAX_AGENT_BYTES, true),
+            (MAX_AGENT_BYTES + 1, false),
+        ] {
+            let sparse = memfd(b"");
+            sparse.set_len(length).unwrap();
+            assert_eq!(
+                check_agent(sealed(sparse, whole)).is_ok(),
+                is_good,
+                "{length} bytes"
+            );
+        }
+    }
+
+    #[test]
+    fn an_agent_is_copied_whole_wherever_its_offset_is_and_over_what_a_crash_has_left() {
+        let place = tempfile::tempdir().unwrap();
+        let run = open_path(place.path()).unwrap();
+        let path = place.path().join(AGENT.rsplit('/').next().unwrap());
+        std::fs::write(&path, "y".repeat(1 << 20)).unwrap();
+        let program: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8).collect();
+        let mut agent = memfd(&program);
+        agent.seek(SeekFrom::Start(299_999)).unwrap();
+        copy_agent(&agent, &run).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), program);
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777,
+            0o755
+        );
+        std::fs::remove_file(&path).unwrap();
+        copy_agent(&agent, &run).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), program);
+    }
+
+    fn pair() -> (Seqpacket, Seqpacket) {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (a, b) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        (a.into(), b.into())
+    }
+
+    #[test]
+    fn an_order_reaches_the_daemon_with_the_way_back_or_is_to_be_repeated() {
+        let (connection, daemon) = pair();
+        let unlimit = Order::Unlimit {
+            worker: protocol::WorkerId::from_bits(7),
+        };
+        let answer = order(&connection, &unlimit).unwrap();
+        let Ok(Received::Packet {
+            bytes,
+            mut descriptors,
+        }) = daemon.recv(Order::MAX)
+        else {
+            panic!("no order came");
+        };
+        assert_eq!(Order::decode(&bytes), Some(unlimit.clone()));
+        let back = Seqpacket::from(descriptors.pop().unwrap());
+        Word::Done.say(&back).unwrap();
+        expect(&answer, Word::Done).unwrap();
+        drop(daemon);
+        assert_eq!(kind(order(&connection, &unlimit)), Some(ErrorKind::Busy));
+    }
+
+    #[test]
+    fn only_the_word_that_is_waited_for_is_taken_for_it() {
+        let (here, there) = pair();
+        for word in [Word::Ready, Word::Go, Word::Done] {
+            word.say(&there).unwrap();
+            expect(&here, word).unwrap();
+        }
+        Word::Ready.say(&there).unwrap();
+        let said = expect(&here, Word::Done).unwrap_err().to_string();
+        assert!(said.contains("said Some(Ready) instead of Done"), "{said}");
+        Word::Failed("no space".into()).say(&there).unwrap();
+        assert_eq!(expect(&here, Word::Done).unwrap_err().to_string(), "no space");
+        let soon = TimeVal::new(0, 1);
+        setsockopt(&here, sockopt::ReceiveTimeout, &soon).unwrap();
+        let late = expect(&here, Word::Done).unwrap_err();
+        assert!(late.to_string().contains("state D"), "{late}");
+        assert_eq!(kind(expect(&here, Word::Done)), Some(ErrorKind::Busy));
+        drop(there);
+        let gone = expect(&here, Word::Done).unwrap_err();
+        assert!(gone.to_string().contains("was killed"), "{gone}");
+        assert_eq!(kind(expect(&here, Word::Done)), Some(ErrorKind::Busy));
+    }
+}

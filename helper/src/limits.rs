@@ -253,4 +253,60 @@ mod tests {
         let swap = limits("memory = \"1G\"\nswap = \"2G\"");
         assert!(cgroup_settings(&swap, ALL).contains(&("memory.swap.max", "2147483648".into())));
     }
+
+    #[test]
+    fn a_host_can_do_what_its_controllers_say() {
+        let root = tempfile::tempdir().unwrap();
+        let place = crate::host::open_path(root.path()).unwrap();
+        let can = |controllers: &str| {
+            std::fs::write(root.path().join("cgroup.subtree_control"), controllers).unwrap();
+            let Abilities {
+                memory, cpu, pids, ..
+            } = Abilities::of(&place, &place).unwrap();
+            (memory, cpu, pids)
+        };
+        assert_eq!(can(""), (false, false, false));
+        assert_eq!(can("cpuset memory pids\n"), (true, false, true));
+        assert_eq!(can("cpu\n"), (false, true, false));
+        assert!(ALL.has_quotas() && !NOTHING.has_quotas());
+    }
+
+    #[test]
+    fn all_slots_are_checked_and_the_one_is_named() {
+        let text = |limits: &str| {
+            format!(
+                "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
+                 target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n[slots.b]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n\
+                 limits = {{ {limits} }}\n"
+            )
+        };
+        let check = |limits: &str, can| check_all(&Config::parse(&text(limits)).unwrap(), can);
+        assert_eq!(check("cpus = 1", ALL).unwrap(), Vec::<String>::new());
+        let error = format!("{:#}", check("cpus = 1", NOTHING).unwrap_err());
+        assert!(error.contains("config.toml:7: slot b: limits.cpus"), "{error}");
+        let warnings = check("cpus = 1, memory = \"1G\", best_effort = true", NOTHING).unwrap();
+        assert_eq!(warnings.len(), 2);
+        assert!(warnings[1].contains("limits.cpus of slot b"));
+    }
+
+    #[test]
+    fn a_cgroup_gets_its_settings_and_only_swap_that_no_kernel_has_may_be_missing() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = crate::host::open_path(root.path()).unwrap();
+        let set = |text: &str, can| of_cgroup(&cgroup, &limits(text), can);
+        let text = "memory = \"1G\"\nprocesses = 100";
+        assert!(set(text, ALL).is_err(), "nothing is there");
+        for name in ["pids.max", "memory.high", "memory.max"] {
+            std::fs::write(root.path().join(name), "").unwrap();
+        }
+        set(text, ALL).unwrap();
+        let read = |name: &str| std::fs::read_to_string(root.path().join(name)).unwrap();
+        assert_eq!(
+            (read("pids.max"), read("memory.max")),
+            ("100".into(), "1073741824".into())
+        );
+        let error = set("memory = \"1G\"\nswap = 0", ALL).unwrap_err();
+        assert!(error.to_string().contains("memory.swap.max"), "{error}");
+        assert!(set("cpus = 1", ALL).is_err(), "cpu.max is not there");
+    }
 }

@@ -280,7 +280,153 @@ pub fn end_all(uid: Uid) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use protocol::WorkerId;
+
     use super::*;
+    use crate::host::tests::host;
+
+    fn range() -> UidRange {
+        UidRange {
+            first: Uid::try_from(2_000_000).unwrap(),
+            last: Uid::try_from(2_000_009).unwrap(),
+        }
+    }
+
+    fn configured(slot: &str) -> Config {
+        let head = "[general]\nbaseurl = \"http://127.0.0.1\"\n[factory]\ntoken_file = \"/t\"\n\
+                    [slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+        Config::parse(&format!("{head}{slot}\n")).unwrap()
+    }
+
+    #[test]
+    fn the_supervisors_uid_is_what_the_configuration_or_the_host_says() {
+        let root = tempfile::tempdir().unwrap();
+        let host = host(root.path());
+        assert_eq!(supervisor(&host, &User::Number(7)).unwrap(), 7);
+        let name = User::Name("factory".into());
+        assert!(supervisor(&host, &name).is_err());
+        fs::write(
+            root.path().join("etc/passwd"),
+            "factor:x:5:5::/:/x\nfactory:x:6:7::/:/x\n",
+        )
+        .unwrap();
+        assert_eq!(supervisor(&host, &name).unwrap(), 6);
+        assert!(supervisor(&host, &User::Name("nobody".into())).is_err());
+    }
+
+    #[test]
+    fn groups_are_the_hosts_and_never_roots() {
+        let root = tempfile::tempdir().unwrap();
+        let host = host(root.path());
+        let of = |names: &[&str]| {
+            let config = configured(&format!("add_to_groups = {names:?}"));
+            groups(&host, &config.slots.values().next().unwrap().add_to_groups)
+        };
+        assert_eq!(of(&[]).unwrap(), []);
+        assert!(of(&["plugdev"]).is_err(), "without /etc/group");
+        fs::write(
+            root.path().join("etc/group"),
+            "wheel:x:0:\nplugdev:x:46:\ndialout:x:20:\n",
+        )
+        .unwrap();
+        let gids = [20, 46].map(Gid::from_raw);
+        assert_eq!(of(&["plugdev", "dialout"]).unwrap(), gids);
+        assert!(format!("{:#}", of(&["plugdev", "kvm"]).unwrap_err()).contains("group kvm is not"));
+        assert!(format!("{:#}", of(&["plugdev", "wheel"]).unwrap_err()).contains("wheel, which is root's"));
+    }
+
+    #[test]
+    fn a_range_of_which_somebody_else_may_take_uids_is_refused() {
+        for name in ["subuid", "subgid"] {
+            let root = tempfile::tempdir().unwrap();
+            let (host, path) = (host(root.path()), root.path().join("etc").join(name));
+            nobody_else_has(&host, range()).unwrap();
+            fs::write(&path, "a:100000:65536\n").unwrap();
+            nobody_else_has(&host, range()).unwrap();
+            fs::write(&path, "a:100000:65536\nb:2000009:1\n").unwrap();
+            let error = format!("{:#}", nobody_else_has(&host, range()).unwrap_err());
+            assert!(
+                error.contains(&format!("/etc/{name} ")) && error.contains("b:2000009:1"),
+                "{error}"
+            );
+            // What cannot be read may say anything.
+            fs::remove_file(&path).unwrap();
+            fs::create_dir(&path).unwrap();
+            assert!(nobody_else_has(&host, range()).is_err());
+        }
+    }
+
+    #[test]
+    fn a_uid_is_known_to_the_host_as_a_user_or_as_a_group() {
+        let root = tempfile::tempdir().unwrap();
+        let host = host(root.path());
+        let uid = range().first;
+        assert!(
+            is_known_to_the_host(&host, uid).is_err(),
+            "nothing can be said without the files"
+        );
+        for (passwd, group, known) in [
+            ("a:x:1:2000000:", "a:x:200000:2000000", false),
+            ("a:x:1:1:\nb:x:2000000:1:", "a:x:1:", true),
+            ("a:x:1:1:", "a:x:1:\nb:x:2000000:", true),
+        ] {
+            fs::write(root.path().join("etc/passwd"), passwd).unwrap();
+            fs::write(root.path().join("etc/group"), group).unwrap();
+            assert_eq!(
+                is_known_to_the_host(&host, uid).unwrap(),
+                known,
+                "{passwd} {group}"
+            );
+        }
+    }
+
+    #[test]
+    fn users_are_known_by_name_and_number_until_they_are_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let (host, uid) = (host(root.path()), range().first);
+        let name = UserName::from(WorkerId::from_bits(7));
+        assert!(!is_in_userdb(&host.userdb, uid));
+        for _ in 0..2 {
+            write_userdb(host.userdb.as_fd(), &name, uid).unwrap();
+            assert!(is_in_userdb(&host.userdb, uid));
+        }
+        let read = |file: String| fs::read_to_string(root.path().join("userdb").join(file)).unwrap();
+        let user = read(format!("{uid}.user"));
+        assert_eq!(user, read(format!("{name}.user")));
+        assert!(user.contains(&format!("\"userName\":\"{name}\",\"uid\":{uid},\"gid\":{uid},")));
+        assert!(read(format!("{uid}.group")).contains(&format!("\"groupName\":\"{name}\",\"gid\":{uid},")));
+        for _ in 0..2 {
+            remove_userdb(host.userdb.as_fd(), &name, uid).unwrap();
+            assert!(crate::host::names(host.userdb.as_fd()).unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_jobs_files_are_the_hosts_and_a_line_of_its_own() {
+        let root = tempfile::tempdir().unwrap();
+        let (host, uid) = (host(root.path()), range().first);
+        let worker = Worker::find_or_make(&host, WorkerId::from_bits(7)).unwrap();
+        let name = worker.user();
+        let config = configured("");
+        for (passwd, before) in [
+            ("", ""),
+            ("root:x:0:0", "root:x:0:0\n"),
+            ("a:x:1:1\n", "a:x:1:1\n"),
+        ] {
+            for file in ["passwd", "group"] {
+                fs::write(root.path().join("etc").join(file), passwd).unwrap();
+            }
+            let slot = config.slots.values().next().unwrap();
+            write_files_for_the_job(&host, &worker, uid, &config, slot).unwrap();
+            let read = |file: &str| crate::host::read_small(worker.dir(), file).unwrap();
+            let line = format!("{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n");
+            assert_eq!(read("passwd").unwrap(), before.to_owned() + &line);
+            assert_eq!(read("group").unwrap(), format!("{before}{name}:x:{uid}:\n"));
+            assert_eq!(read("hosts"), None);
+        }
+    }
 
     #[test]
     fn numbers_are_read_from_the_right_line_and_field() {
@@ -293,11 +439,6 @@ mod tests {
 
     #[test]
     fn a_delegation_of_any_uid_of_the_range_is_found() {
-        let uid = |n| Uid::try_from(n).unwrap();
-        let range = UidRange {
-            first: uid(2_000_000),
-            last: uid(2_000_009),
-        };
         for (line, found) in [
             ("a:2000000:1", true),
             ("a:2000009:65536", true),
@@ -310,7 +451,7 @@ mod tests {
             ("", false),
         ] {
             let file = format!("b:100000:65536\n{line}\n");
-            assert_eq!(delegation_within(&file, range), found.then_some(line), "{line}");
+            assert_eq!(delegation_within(&file, range()), found.then_some(line), "{line}");
         }
     }
 }

@@ -264,3 +264,69 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_before_is_one_less() {
+        assert_eq!((VERSION, PREVIOUS), (3, 2));
+    }
+
+    #[test]
+    fn descriptors_travel_with_three_messages() {
+        let worker = WorkerId::from_bits(7);
+        let install = Request::InstallAgent {
+            worker,
+            bootstrap: "abcdefgh01234567".parse().unwrap(),
+        };
+        assert!(install.carries_descriptor());
+        assert!(!Request::Attach { worker }.carries_descriptor());
+        let state = State::Created;
+        assert!(Reply::AgentStarted.carries_descriptor() && Reply::Attached { state }.carries_descriptor());
+        assert!(!Reply::Killed.carries_descriptor());
+    }
+
+    #[test]
+    fn the_version_before_loses_the_disk_and_nothing_else() {
+        let it = WorkerInfo {
+            worker: WorkerId::from_bits(7),
+            slot: "a".parse().unwrap(),
+            uid: Uid::try_from(2_000_000).unwrap(),
+            state: State::Exited(Exit::Status(3)),
+            disk: Some(1),
+        };
+        let back = WorkerInfo::from(version_2::WorkerInfo::from(it.clone()));
+        assert_eq!(back, WorkerInfo { disk: None, ..it });
+    }
+
+    #[test]
+    fn sentences_are_bounded_and_cannot_break_a_log() {
+        let error = Error::new(ErrorKind::Failed, "a\nb\u{1b}[2J\0é");
+        assert_eq!(error.message(), r"a\nb\u{1b}[2J\u{0}é");
+        assert_eq!(error.to_string(), error.message());
+        for (text, length) in [
+            ("x".repeat(2000), 1024),
+            ("é".repeat(2000), 1024),
+            ("\n".repeat(2000), 1024),
+        ] {
+            assert_eq!(Error::new(ErrorKind::Failed, text).message().len(), length);
+        }
+        let odd = "x".to_owned() + &"é".repeat(2000);
+        assert_eq!(Error::new(ErrorKind::Failed, odd).message().len(), 1023);
+    }
+
+    #[test]
+    fn ends_are_said_in_words() {
+        for (exit, words) in [
+            (Exit::Status(3), "status 3"),
+            (Exit::Signal(9), "signal 9"),
+            (Exit::NotStarted, "not be started"),
+            (Exit::TimedOut, "run_time_seconds"),
+            (Exit::Unknown, "killed"),
+        ] {
+            assert!(exit.to_string().contains(words), "{exit}");
+        }
+    }
+}

@@ -365,6 +365,68 @@ mod tests {
         }
     }
 
+    #[test]
+    fn uids_are_neither_the_systems_nor_the_kernels_words_for_none() {
+        for good in [1000, 1001, 65_533, 65_536, (1 << 31) - 1] {
+            let uid = Uid::try_from(good).unwrap();
+            assert_eq!((uid.get(), u32::from(uid)), (good, good));
+            assert_eq!(
+                (uid.to_string(), format!("{uid:?}")),
+                (good.to_string(), good.to_string())
+            );
+        }
+        for bad in [0, 1, 999, 65_534, 65_535, 1 << 31, (1 << 31) + 1, u32::MAX] {
+            let error = Uid::try_from(bad).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{bad} cannot be")), "{error}");
+        }
+    }
+
+    #[test]
+    fn users_are_named_after_their_workers_and_nobody_else_is() {
+        let worker: WorkerId = "01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap();
+        let user = UserName::from(worker);
+        assert_eq!(user.worker(), worker);
+        assert_eq!(String::from(user.clone()), "bmat-01hzx3n8q4j5k6m7p8r9s0t1v2");
+        assert_eq!(format!("{user:?}"), user.to_string());
+        for bad in [
+            "root",
+            "bmat-",
+            "bmat-01HZX3N8Q4J5K6M7P8R9S0T1V2",
+            "01hzx3n8q4j5k6m7p8r9s0t1v2",
+        ] {
+            let error = UserName::try_from(bad.to_owned()).unwrap_err().to_string();
+            assert_eq!(error, format!("{bad:?} is not a worker's user"));
+        }
+    }
+
+    #[test]
+    fn ids_are_text_where_people_read_and_bytes_elsewhere() {
+        let text = "01HZX3N8Q4J5K6M7P8R9S0T1V2";
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        struct Table {
+            id: WorkerId,
+            slot: SlotName,
+        }
+        let table: Table = toml::from_str(&format!("id = \"{text}\"\nslot = \"a\"")).unwrap();
+        assert_eq!(
+            (table.id, table.slot.to_string()),
+            (text.parse().unwrap(), "a".into())
+        );
+        assert_eq!(format!("{:?} {:?}", table.id, table.slot), format!("{text} a"));
+        let error = toml::from_str::<Table>("id = \"x\\u0007\"\nslot = \"a\"")
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(r#""x\u{7}" is not a ULID"#), "{error}");
+        assert!(is_ulid(text) && !is_ulid("x"));
+        let first = [0; 16].map(|_: u8| 0u8);
+        assert_eq!(
+            crate::wire::decode::<WorkerId>(&first).unwrap(),
+            WorkerId::from_bits(0)
+        );
+        assert!("7ZZZZZZZZZZZZZZZZZZZZZZZZZ".parse::<WorkerId>().is_ok());
+        assert!("80000000000000000000000000".parse::<WorkerId>().is_err());
+    }
+
     proptest! {
         #[test]
         fn ulids_print_and_parse(bits: u128) {

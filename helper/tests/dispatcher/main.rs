@@ -3,7 +3,7 @@
 
 mod conversation;
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use conversation::{Carried, Conversation, Packet, hold};
 use proptest::prelude::*;
@@ -12,10 +12,14 @@ use protocol::{PREVIOUS, Request, VERSION, WorkerId, wire};
 /// Descriptors are counted by the process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-fn hold_alone(conversation: &Conversation) {
-    let _turn = ONE_AT_A_TIME
+fn turn() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME
         .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner());
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn hold_alone(conversation: &Conversation) {
+    let _turn = turn();
     hold(conversation);
 }
 
@@ -142,8 +146,87 @@ fn what_is_no_request_ends_the_connection() {
     }
 }
 
+/// What the log says while this is held.
+fn logged(conversation: &Conversation) -> Vec<String> {
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    let _turn = turn();
+    tracing::subscriber::with_default(subscriber, || {
+        // What another thread, without a subscriber, has said before is remembered as unwanted.
+        tracing::callsite::rebuild_interest_cache();
+        hold(conversation);
+    });
+    let bytes = lines.0.lock().unwrap();
+    String::from_utf8_lossy(&bytes)
+        .lines()
+        .map(String::from)
+        .collect()
+}
+
+#[test]
+fn the_log_says_who_asked_for_what_and_how_it_ended_but_not_of_each_poll() {
+    let worker = WorkerId::from_bits(1);
+    let log = logged(&Conversation {
+        busy: false,
+        packets: vec![
+            hello(VERSION),
+            packet(&Request::List { after: None }, &[]),
+            create(worker, "a"),
+            install(worker, &[Carried::Program]),
+            packet(&Request::Attach { worker }, &[]),
+            packet(&Request::Kill { worker }, &[]),
+            packet(&Request::Delete { worker }, &[]),
+            packet(&Request::Kill { worker }, &[]),
+            install(worker, &[]),
+        ],
+    });
+    let expected = [
+        ["INFO", "\"CreateUser\"", "slot=\"a\"", "outcome=\"done\""],
+        ["INFO", "\"InstallAgent\"", "slot=\"\"", "outcome=\"done\""],
+        ["INFO", "\"Attach\"", "slot=\"\"", "outcome=\"done\""],
+        ["INFO", "\"Kill\"", "slot=\"\"", "outcome=\"done\""],
+        ["INFO", "\"Delete\"", "slot=\"\"", "outcome=\"done\""],
+        ["WARN", "\"Kill\"", "slot=\"\"", "outcome=NoSuchWorker"],
+    ];
+    assert_eq!(log.len(), expected.len() + 1, "{log:#?}");
+    for (line, parts) in log.iter().zip(expected) {
+        let who = format!("worker=\"{worker}\"");
+        let all = parts.into_iter().chain(["uid=0", "pid=1", &who]);
+        for part in all {
+            assert!(line.contains(part), "{line} has no {part}");
+        }
+    }
+    assert!(
+        log[6].contains("hung up: InstallAgent came with 0 descriptors"),
+        "{}",
+        log[6]
+    );
+    let log = logged(&Conversation {
+        busy: false,
+        packets: vec![packet(&Request::List { after: None }, &[])],
+    });
+    assert!(log.len() == 1 && log[0].contains("outcome=Refused"), "{log:?}");
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_connection_keeps_to_the_contract(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
