@@ -361,6 +361,8 @@ pub mod tests {
             devices: make("devices"),
             gate: make("gate"),
             cgroups,
+            config_read: RefCell::default(),
+            accounts_read: RefCell::default(),
         }
     }
 

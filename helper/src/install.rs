@@ -146,7 +146,7 @@ fn copy_agent(agent: &File, run: &OwnedFd) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Seek, SeekFrom};
+    use std::io::{Seek, SeekFrom, Write};
 
     use nix::sys::memfd::{MFdFlags, memfd_create};
 

@@ -331,8 +331,12 @@ mod tests {
             "wheel:x:0:\nplugdev:x:46:\ndialout:x:20:\n",
         )
         .unwrap();
-        let gids = [20, 46].map(Gid::from_raw);
-        assert_eq!(of(&["plugdev", "dialout"]).unwrap(), gids);
+        let found = of(&["plugdev", "dialout"]).unwrap();
+        let found: Vec<_> = found
+            .iter()
+            .map(|(name, gid)| (name.as_str(), gid.as_raw()))
+            .collect();
+        assert_eq!(found, [("dialout", 20), ("plugdev", 46)]);
         assert!(format!("{:#}", of(&["plugdev", "kvm"]).unwrap_err()).contains("group kvm is not"));
         assert!(format!("{:#}", of(&["plugdev", "wheel"]).unwrap_err()).contains("wheel, which is root's"));
     }
@@ -359,26 +363,19 @@ mod tests {
     }
 
     #[test]
-    fn a_uid_is_known_to_the_host_as_a_user_or_as_a_group() {
+    fn an_id_is_known_to_the_host_as_a_users_or_as_a_groups() {
         let root = tempfile::tempdir().unwrap();
         let host = host(root.path());
         let uid = range().first;
-        assert!(
-            is_known_to_the_host(&host, uid).is_err(),
-            "nothing can be said without the files"
-        );
+        assert!(host.accounts().is_err(), "nothing can be said without the files");
         for (passwd, group, known) in [
             ("a:x:1:2000000:", "a:x:200000:2000000", false),
             ("a:x:1:1:\nb:x:2000000:1:", "a:x:1:", true),
-            ("a:x:1:1:", "a:x:1:\nb:x:2000000:", true),
+            ("a:x:1:1:", "a:x:3000000:\nbroken\nb:x:2000000:", true),
         ] {
             fs::write(root.path().join("etc/passwd"), passwd).unwrap();
             fs::write(root.path().join("etc/group"), group).unwrap();
-            assert_eq!(
-                is_known_to_the_host(&host, uid).unwrap(),
-                known,
-                "{passwd} {group}"
-            );
+            assert_eq!(host.accounts().unwrap().has(uid), known, "{passwd} {group}");
         }
     }
 
@@ -404,28 +401,33 @@ mod tests {
     }
 
     #[test]
-    fn a_jobs_files_are_the_hosts_and_a_line_of_its_own() {
+    fn a_job_sees_the_systems_accounts_its_own_and_its_groups_but_no_persons() {
         let root = tempfile::tempdir().unwrap();
-        let (host, uid) = (host(root.path()), range().first);
-        let worker = Worker::find_or_make(&host, WorkerId::from_bits(7)).unwrap();
-        let name = worker.user();
-        let config = configured("");
-        for (passwd, before) in [
-            ("", ""),
-            ("root:x:0:0", "root:x:0:0\n"),
-            ("a:x:1:1\n", "a:x:1:1\n"),
-        ] {
-            for file in ["passwd", "group"] {
-                fs::write(root.path().join("etc").join(file), passwd).unwrap();
-            }
-            let slot = config.slots.values().next().unwrap();
-            write_files_for_the_job(&host, &worker, uid, &config, slot).unwrap();
-            let read = |file: &str| crate::host::read_small(worker.dir(), file).unwrap();
-            let line = format!("{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n");
-            assert_eq!(read("passwd").unwrap(), before.to_owned() + &line);
-            assert_eq!(read("group").unwrap(), format!("{before}{name}:x:{uid}:\n"));
-            assert_eq!(read("hosts"), None);
+        let host = host(root.path());
+        let line = |name: &str, id: u32| format!("{name}:x:{id}:{id}:\n");
+        let system = line("root", 0) + &line("last", 999) + &line("nobody", 65_534);
+        let people = line("first", 1000) + &line("other", 65_533);
+        for file in ["passwd", "group"] {
+            fs::write(
+                root.path().join("etc").join(file),
+                format!("broken\n{people}{system}"),
+            )
+            .unwrap();
         }
+        let config = configured("add_to_groups = [\"first\", \"last\"]");
+        let slot = config.slots.values().next().unwrap();
+        let (name, uid) = (UserName::from(WorkerId::from_bits(7)), range().first);
+        let groups = groups(&host, &slot.add_to_groups).unwrap();
+        let files = host
+            .accounts()
+            .unwrap()
+            .files_for_a_job(&name, uid, &groups, &config, slot);
+        let own = format!("{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n");
+        let expected = [
+            ("passwd", system.clone() + &own),
+            ("group", format!("{system}{name}:x:{uid}:\nfirst:x:1000:\n")),
+        ];
+        assert_eq!(files, expected);
     }
 
     #[test]
