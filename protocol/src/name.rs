@@ -348,7 +348,7 @@ mod tests {
     #[test]
     fn bootstrap_tokens_are_plain_words_and_stay_secret() {
         let token: BootstrapToken = "a".repeat(64).parse().unwrap();
-        assert!(!format!("{token:?}").contains("aa"));
+        assert_eq!(format!("{token:?}"), "BootstrapToken(…)");
         for bad in [
             "",
             "short",

@@ -197,6 +197,23 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_is_made_as_it_is_asked_for_and_no_program_inherits_it() {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let path = std::env::temp_dir().join(format!("protocol-socket-{}", std::process::id()));
+        let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
+        let listener = socket(AddressFamily::Unix, kind, flags, None).unwrap();
+        nix::sys::socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(2).unwrap()).unwrap();
+        for nonblocking in [false, true] {
+            let connected = Seqpacket::connect(&path, nonblocking).unwrap();
+            assert_eq!(fcntl(&connected, FcntlArg::F_GETFD), Ok(libc::FD_CLOEXEC));
+            let flags = OFlag::from_bits_truncate(fcntl(&connected, FcntlArg::F_GETFL).unwrap());
+            assert_eq!(flags.contains(OFlag::O_NONBLOCK), nonblocking);
+        }
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
     fn too_long_is_oversize_and_a_closed_peer_is_closed() {
         let (a, b) = pair();
         a.send(&[7; 17], None).unwrap();
