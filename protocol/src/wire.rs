@@ -120,6 +120,20 @@ mod tests {
     }
 
     #[test]
+    fn a_message_is_as_long_as_the_limit_or_shorter() {
+        // Three bytes say how long the text is.
+        let longest = "x".repeat(MAX_REPLY - 3);
+        assert_eq!(encode(&longest).unwrap().len(), MAX_REPLY);
+        let error = encode(&(longest + "x")).unwrap_err().to_string();
+        assert!(
+            error.contains("32769 bytes is over the limit of 32768"),
+            "{error}"
+        );
+        let error = decode::<Request>(&[0, 3, 0]).unwrap_err().to_string();
+        assert!(error.starts_with("1 bytes are left over"), "{error}");
+    }
+
+    #[test]
     fn the_longest_list_fits_into_a_reply() {
         let info = WorkerInfo {
             worker: WorkerId::from_bits(u128::MAX),
