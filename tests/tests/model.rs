@@ -422,9 +422,14 @@ fn play(world: &mut World, steps: &[Step]) -> Result<(), String> {
             ));
         }
     }
-    match world.list(&model) {
-        left if left.is_empty() => Ok(()),
-        left => Err(format!("deleted workers are listed: {left:?}")),
+    let left = world.list(&model);
+    if !left.is_empty() {
+        return Err(format!("deleted workers are listed: {left:?}"));
+    }
+    let known = fs::read_dir(world.host.userdb()).expect("the helper has made it");
+    match known.flatten().next() {
+        None => Ok(()),
+        Some(left) => Err(format!("the host still knows {:?}", left.file_name())),
     }
 }
 
