@@ -1,0 +1,159 @@
+//! What the buildomat server answers, or whoever stands where it should be: each call of the factory, and the
+//! download of the agent, over a carrier that brings these bytes instead of a network.
+//!
+//! An input is a letter for the call, a status of three digits, and the body. For a download there are headers before
+//! the body, as lines, and an empty line.
+
+#![no_main]
+
+use std::cell::RefCell;
+use std::fs;
+use std::sync::Arc;
+
+use libfuzzer_sys::fuzz_target;
+use protocol::WorkerId;
+use reqwest::Response;
+use supervisor::agent::AgentCache;
+use supervisor::server::{Call, Carrier, Error, Pending, Server};
+use supervisor::view::{JobId, Scripts};
+use tokio::runtime::Runtime;
+
+const ULID: &str = "01HZX3N8Q4J5W56M9W8969S0XP";
+
+/// One answer, to whatever is asked.
+#[derive(Debug)]
+struct Always {
+    code: u16,
+    headers: Vec<(String, String)>,
+    body: Vec<u8>,
+}
+
+impl Carrier for Always {
+    fn call(&self, call: Call) -> Pending<'_, (u16, Vec<u8>)> {
+        // Nothing that the server has ever said may have made another path of it.
+        assert!(call.path.starts_with("/0/factory/") && !call.path.contains(".."), "{}", call.path);
+        Box::pin(async { Ok((self.code, self.body.clone())) })
+    }
+
+    fn file<'a>(
+        &'a self,
+        _: &'a str,
+        _: &'a [(&'a str, String)],
+        conditions: &'a [(&'static str, String)],
+    ) -> Pending<'a, Response> {
+        for (name, value) in conditions {
+            http::HeaderValue::from_str(value).unwrap_or_else(|_| panic!("{name} cannot be {value:?}"));
+        }
+        let mut answer = http::Response::builder().status(self.code);
+        for (name, value) in &self.headers {
+            answer = answer.header(name, value);
+        }
+        let answer = answer.body(self.body.clone());
+        Box::pin(async { answer.map(Response::from).map_err(|e| Error::Unreachable(e.to_string())) })
+    }
+}
+
+/// What goes to the log, to the operator and into the database.
+fn plain(sentence: &str) {
+    assert!(!sentence.contains(char::is_control), "{sentence:?}");
+    assert!(sentence.chars().count() < 1000, "{} characters", sentence.chars().count());
+}
+
+fn said<T>(answer: Result<T, Error>, server: &Always) -> Option<T> {
+    let error = match answer {
+        Ok(value) => {
+            assert!((200..300).contains(&server.code));
+            return Some(value);
+        }
+        Err(error) => error,
+    };
+    plain(&error.to_string());
+    plain(&error.trouble().sentence);
+    // To give a worker up for good takes the server's own words.
+    if error.is_refusal() {
+        assert!((400..500).contains(&server.code) && server.body.contains(&b'{'));
+    }
+    None
+}
+
+async fn call(which: u8, server: &Server, carrier: &Always) {
+    let worker: WorkerId = ULID.parse().unwrap();
+    let job = JobId::try_from(ULID.to_owned()).unwrap();
+    match which {
+        b'p' => drop(said(server.ping().await, carrier)),
+        b'w' => {
+            for worker in said(server.workers().await, carrier).unwrap_or_default() {
+                // What goes into the agent's command line.
+                if let Some(token) = worker.bootstrap {
+                    assert!(token.as_str().bytes().all(|b| b.is_ascii_alphanumeric()));
+                }
+            }
+        }
+        b'l' => {
+            let lease = said(server.lease(["01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap()]).await, carrier);
+            if let Some(lease) = lease.flatten() {
+                // It becomes part of a path: the carrier looks.
+                let _ = server.renew(&lease.job).await;
+            }
+        }
+        b'r' => drop(said(server.renew(&job).await, carrier)),
+        b'm' => drop(said(server.make_worker("01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap(), &job).await, carrier)),
+        b's' => drop(said(server.associate(worker, &"a".parse().unwrap(), &Scripts::default()).await, carrier)),
+        b'd' => drop(said(server.delete(worker).await, carrier)),
+        b'a' => drop(said(server.append(worker, "a line").await, carrier)),
+        _ => drop(said(server.fail(worker, "a reason").await, carrier)),
+    }
+}
+
+async fn download(server: &Server, carrier: &Always) {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let first = AgentCache::new(dir.path().into(), Vec::new()).get(server).await;
+    match &first {
+        Ok(agent) => {
+            let size = agent.size().unwrap();
+            assert!(carrier.code == 200 && (1..=protocol::MAX_AGENT_BYTES).contains(&size));
+            assert_eq!(fs::metadata(dir.path().join("agent")).unwrap().len(), size);
+        }
+        Err(why) => {
+            plain(why);
+            assert!(!dir.path().join("agent").exists(), "{why}");
+        }
+    }
+    for left in ["agent.download", "agent.new"] {
+        assert!(!dir.path().join(left).exists(), "{left} is left");
+    }
+    // After a restart the disk is all that is known; the server answers as before.
+    let again = AgentCache::new(dir.path().into(), Vec::new()).get(server).await;
+    assert_eq!(again.is_ok(), first.is_ok());
+}
+
+thread_local! {
+    static RUNTIME: RefCell<Runtime> =
+        RefCell::new(tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap());
+}
+
+fuzz_target!(|data: &[u8]| {
+    let (Some(&which), Some(code)) = (data.first(), data.get(1..4)) else { return };
+    let Some(code) = std::str::from_utf8(code).ok().and_then(|text| text.parse().ok()) else { return };
+    let mut body = &data[4..];
+    let mut headers = Vec::new();
+    if which == b'g' {
+        while let Some(end) = body.iter().position(|byte| *byte == b'\n') {
+            let line = String::from_utf8_lossy(&body[..end]).into_owned();
+            body = &body[end + 1..];
+            let Some((name, value)) = line.split_once(": ") else { break };
+            headers.push((name.into(), value.into()));
+        }
+    }
+    let body = body.to_vec();
+    let carrier = Arc::new(Always { code, headers, body });
+    let server = Server::over(carrier.clone());
+    RUNTIME.with_borrow(|runtime| {
+        runtime.block_on(async {
+            match which {
+                b'g' => download(&server, &carrier).await,
+                which => call(which, &server, &carrier).await,
+            }
+        });
+    });
+});
