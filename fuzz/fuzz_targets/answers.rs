@@ -31,7 +31,11 @@ struct Always {
 impl Carrier for Always {
     fn call(&self, call: Call) -> Pending<'_, (u16, Vec<u8>)> {
         // Nothing that the server has ever said may have made another path of it.
-        assert!(call.path.starts_with("/0/factory/") && !call.path.contains(".."), "{}", call.path);
+        assert!(
+            call.path.starts_with("/0/factory/") && !call.path.contains(".."),
+            "{}",
+            call.path
+        );
         Box::pin(async { Ok((self.code, self.body.clone())) })
     }
 
@@ -49,14 +53,22 @@ impl Carrier for Always {
             answer = answer.header(name, value);
         }
         let answer = answer.body(self.body.clone());
-        Box::pin(async { answer.map(Response::from).map_err(|e| Error::Unreachable(e.to_string())) })
+        Box::pin(async {
+            answer
+                .map(Response::from)
+                .map_err(|e| Error::Unreachable(e.to_string()))
+        })
     }
 }
 
 /// What goes to the log, to the operator and into the database.
 fn plain(sentence: &str) {
     assert!(!sentence.contains(char::is_control), "{sentence:?}");
-    assert!(sentence.chars().count() < 1000, "{} characters", sentence.chars().count());
+    assert!(
+        sentence.chars().count() < 1000,
+        "{} characters",
+        sentence.chars().count()
+    );
 }
 
 fn said<T>(answer: Result<T, Error>, server: &Always) -> Option<T> {
@@ -90,15 +102,30 @@ async fn call(which: u8, server: &Server, carrier: &Always) {
             }
         }
         b'l' => {
-            let lease = said(server.lease(["01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap()]).await, carrier);
+            let lease = said(
+                server
+                    .lease(["01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap()])
+                    .await,
+                carrier,
+            );
             if let Some(lease) = lease.flatten() {
                 // It becomes part of a path: the carrier looks.
                 let _ = server.renew(&lease.job).await;
             }
         }
         b'r' => drop(said(server.renew(&job).await, carrier)),
-        b'm' => drop(said(server.make_worker("01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap(), &job).await, carrier)),
-        b's' => drop(said(server.associate(worker, &"a".parse().unwrap(), &Scripts::default()).await, carrier)),
+        b'm' => drop(said(
+            server
+                .make_worker("01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap(), &job)
+                .await,
+            carrier,
+        )),
+        b's' => drop(said(
+            server
+                .associate(worker, &"a".parse().unwrap(), &Scripts::default())
+                .await,
+            carrier,
+        )),
         b'd' => drop(said(server.delete(worker).await, carrier)),
         b'a' => drop(said(server.append(worker, "a line").await, carrier)),
         _ => drop(said(server.fail(worker, "a reason").await, carrier)),
@@ -133,15 +160,21 @@ thread_local! {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let (Some(&which), Some(code)) = (data.first(), data.get(1..4)) else { return };
-    let Some(code) = std::str::from_utf8(code).ok().and_then(|text| text.parse().ok()) else { return };
+    let (Some(&which), Some(code)) = (data.first(), data.get(1..4)) else {
+        return;
+    };
+    let Some(code) = std::str::from_utf8(code).ok().and_then(|text| text.parse().ok()) else {
+        return;
+    };
     let mut body = &data[4..];
     let mut headers = Vec::new();
     if which == b'g' {
         while let Some(end) = body.iter().position(|byte| *byte == b'\n') {
             let line = String::from_utf8_lossy(&body[..end]).into_owned();
             body = &body[end + 1..];
-            let Some((name, value)) = line.split_once(": ") else { break };
+            let Some((name, value)) = line.split_once(": ") else {
+                break;
+            };
             headers.push((name.into(), value.into()));
         }
     }

@@ -12,7 +12,10 @@ fn findable(mistakes: &[Mistake], text: &str) {
     assert!(!mistakes.is_empty());
     let lines = 1 + text.matches('\n').count();
     for mistake in mistakes {
-        assert!((1..=lines).contains(&mistake.line), "{mistake:?} of {lines} lines");
+        assert!(
+            (1..=lines).contains(&mistake.line),
+            "{mistake:?} of {lines} lines"
+        );
         assert!(!mistake.message.is_empty(), "{mistake:?}");
         assert!(!mistake.message.contains(char::is_control), "{mistake:?}");
     }
@@ -24,7 +27,12 @@ fn sound(slot: &Slot, lines: usize) {
     for (name, value) in &slot.env {
         assert!(!name.as_str().contains(['=', '\0']) && !value.as_str().contains('\0'));
     }
-    let places: Vec<&Path> = slot.writable.iter().chain(slot.read_only.keys()).map(|p| p.as_path()).collect();
+    let places: Vec<&Path> = slot
+        .writable
+        .iter()
+        .chain(slot.read_only.keys())
+        .map(|p| p.as_path())
+        .collect();
     for (i, place) in places.iter().enumerate() {
         for own in ["/proc", "/sys", "/dev", "/run", "/home", "/etc", "/tmp"] {
             assert!(!place.starts_with(own), "{}", place.display());
@@ -47,11 +55,23 @@ fn sound(slot: &Slot, lines: usize) {
         }
     }
     let limits = &slot.limits;
-    assert!(limits.memory.is_none_or(|bytes| (16 << 20..1 << 63).contains(&bytes)));
+    assert!(
+        limits
+            .memory
+            .is_none_or(|bytes| (16 << 20..1 << 63).contains(&bytes))
+    );
     assert!(limits.swap.is_none_or(|bytes| bytes < 1 << 63));
-    assert!(limits.disk.is_none_or(|bytes| (1 << 20..1 << 63).contains(&bytes)));
+    assert!(
+        limits
+            .disk
+            .is_none_or(|bytes| (1 << 20..1 << 63).contains(&bytes))
+    );
     assert!(limits.inodes.is_none_or(|files| (100..1 << 63).contains(&files)));
-    assert!(limits.cpus.is_none_or(|cpus| (10..=4_096_000).contains(&cpus.thousandths())));
+    assert!(
+        limits
+            .cpus
+            .is_none_or(|cpus| (10..=4_096_000).contains(&cpus.thousandths()))
+    );
     assert!((1 << 10..=protocol::MAX_CONSOLE_BYTES).contains(&limits.console));
 }
 
@@ -65,7 +85,11 @@ fuzz_target!(|text: &str| {
     for (name, slot) in &config.slots {
         sound(slot, lines);
         assert!(!config.conflict(name, name));
-        assert!(slot.conflicts_with_slots.iter().all(|other| config.slots.contains_key(other)));
+        assert!(
+            slot.conflicts_with_slots
+                .iter()
+                .all(|other| config.slots.contains_key(other))
+        );
         for other in config.slots.keys() {
             assert_eq!(config.conflict(name, other), config.conflict(other, name));
         }

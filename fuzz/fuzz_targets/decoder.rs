@@ -21,7 +21,11 @@ fn read<T: Debug + PartialEq + Serialize + DeserializeOwned>(packet: &[u8], limi
             return None;
         }
     };
-    assert_eq!(encode(&message).unwrap(), packet, "{message:?} has another spelling");
+    assert_eq!(
+        encode(&message).unwrap(),
+        packet,
+        "{message:?} has another spelling"
+    );
     assert!(packet.len() <= limit, "{message:?} is longer than any packet");
     Some(message)
 }

@@ -71,7 +71,8 @@ use view::View;
 
 // For those who try the helper's parts by themselves (`fuzz/`).
 pub use connection::{Operations, Peer, serve as serve_connection};
-pub use worker::{Record, parse_exit};
+pub use orders::{Order, Word};
+pub use worker::{Record, parse_exit, print_exit};
 
 /// The most connections that are served at once; the supervisor makes one for each operation.
 const MAX_CONNECTIONS: usize = 256;

@@ -1,0 +1,61 @@
+//! What the helper reads of its own writing: a worker's record and its agent's end from the disk, which may be
+//! spoiled, and the orders and words among its processes. Each is whole, or it is none.
+
+#![no_main]
+
+use std::cell::OnceCell;
+
+use helper::{Order, Record, Word, parse_exit, print_exit};
+use libfuzzer_sys::fuzz_target;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use protocol::{Exit, Received, Seqpacket};
+
+thread_local! {
+    static PAIR: OnceCell<(Seqpacket, Seqpacket)> = const { OnceCell::new() };
+}
+
+/// What the other end makes of it.
+fn heard(word: &Word) -> Option<Word> {
+    PAIR.with(|pair| {
+        let (from, to) = pair.get_or_init(|| {
+            let (a, b) = socketpair(
+                AddressFamily::Unix,
+                SockType::SeqPacket,
+                None,
+                SockFlag::SOCK_CLOEXEC,
+            )
+            .unwrap();
+            (a.into(), b.into())
+        });
+        word.say(from).unwrap();
+        match to.recv(Word::MAX).unwrap() {
+            Received::Packet { bytes, .. } => Word::decode(&bytes),
+            _ => None,
+        }
+    })
+}
+
+fuzz_target!(|data: &[u8]| {
+    if let Ok(text) = str::from_utf8(data) {
+        if let Some(record) = Record::parse(text) {
+            assert_eq!(record.print(), text, "a record with another spelling");
+        }
+        let exit = parse_exit(text);
+        if exit != Exit::Unknown {
+            assert_eq!(print_exit(exit), text, "an end with another spelling");
+        }
+    }
+    if let Some(order) = Order::decode(data) {
+        assert_eq!(order.encode(), data, "an order with another spelling");
+        assert!(data.len() <= Order::MAX);
+    }
+    if let Some(word) = Word::decode(data) {
+        match (heard(&word), &word) {
+            // A sentence is cut where the packet ends.
+            (Some(Word::Failed(heard)), Word::Failed(said)) if said.len() >= Word::MAX => {
+                assert!(!heard.is_empty());
+            }
+            (heard, _) => assert_eq!(heard.as_ref(), Some(&word)),
+        }
+    }
+});
