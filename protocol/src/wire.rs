@@ -42,8 +42,9 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, BadPacket> {
     Ok(bytes)
 }
 
-/// The message that `packet` is, all of it.
-pub fn decode<T: DeserializeOwned>(packet: &[u8]) -> Result<T, BadPacket> {
+/// The message that `packet` is, all of it, in its one spelling: a number that takes more bytes than it need is refused,
+/// like a packet that goes on after the message.
+pub fn decode<T: Serialize + DeserializeOwned>(packet: &[u8]) -> Result<T, BadPacket> {
     let (message, used) =
         bincode::serde::decode_from_slice(packet, CONFIG).map_err(|e| BadPacket(e.to_string()))?;
     if used != packet.len() {
@@ -51,6 +52,11 @@ pub fn decode<T: DeserializeOwned>(packet: &[u8]) -> Result<T, BadPacket> {
             "{} bytes are left over after the message",
             packet.len() - used
         )));
+    }
+    if encode(&message)? != packet {
+        return Err(BadPacket(
+            "the message has another spelling: its numbers are longer than they need be".into(),
+        ));
     }
     Ok(message)
 }
@@ -134,6 +140,16 @@ mod tests {
     }
 
     #[test]
+    fn a_message_has_one_spelling() {
+        // 125 fits into a byte; 251 says that two bytes follow.
+        assert!(decode::<Request>(&[0, 125]).is_ok());
+        assert!(decode::<Request>(&[0, 251, 125, 0]).is_err());
+        // A list of no workers, whose number takes nine bytes.
+        assert!(decode::<Reply>(&[8, 0, 0]).is_ok());
+        assert!(decode::<Reply>(&[8, 253, 0, 0, 0, 0, 0, 0, 0, 0, 0]).is_err());
+    }
+
+    #[test]
     fn the_longest_list_fits_into_a_reply() {
         let info = WorkerInfo {
             worker: WorkerId::from_bits(u128::MAX),
@@ -155,9 +171,11 @@ mod tests {
         #[test]
         fn random_packets_never_panic_and_never_mean_two_things(packet: Vec<u8>) {
             if let Ok(request) = decode::<Request>(&packet) {
-                prop_assert_eq!(decode::<Request>(&encode(&request).unwrap()).unwrap(), request);
+                prop_assert_eq!(encode(&request).unwrap(), &packet[..]);
             }
-            let _ = decode::<Reply>(&packet);
+            if let Ok(reply) = decode::<Reply>(&packet) {
+                prop_assert_eq!(encode(&reply).unwrap(), packet);
+            }
         }
 
         #[test]
