@@ -42,13 +42,15 @@ impl Record {
         format!("slot {}\nuid {}\ncreated {}\n", self.slot, self.uid, self.created)
     }
 
+    /// Only what `print` writes: a number that was cut off is another number.
     pub fn parse(text: &str) -> Option<Record> {
         let mut lines = text.lines();
         let mut field = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
         let slot = field("slot")?.parse().ok()?;
         let uid = Uid::try_from(field("uid")?.parse::<u32>().ok()?).ok()?;
         let created = field("created")?.parse().ok()?;
-        Some(Record { slot, uid, created })
+        let record = Record { slot, uid, created };
+        (record.print() == text).then_some(record)
     }
 }
 
@@ -228,15 +230,20 @@ pub fn print_exit(exit: Exit) -> String {
     }
 }
 
-/// Anything that is not whole says nothing.
+/// Anything that is not as it was written says nothing.
 pub fn parse_exit(text: &str) -> Exit {
-    let line = text.strip_suffix('\n').unwrap_or_default();
-    match line.split_once(' ') {
+    let line = text.trim_end();
+    let exit = match line.split_once(' ') {
         Some(("status", n)) => n.parse().map_or(Exit::Unknown, Exit::Status),
         Some(("signal", n)) => n.parse().map_or(Exit::Unknown, Exit::Signal),
         _ if line == "not-started" => Exit::NotStarted,
         _ if line == "timed-out" => Exit::TimedOut,
         _ => Exit::Unknown,
+    };
+    if print_exit(exit) == text {
+        exit
+    } else {
+        Exit::Unknown
     }
 }
 
@@ -301,15 +308,19 @@ mod tests {
         let record = Record::new("a-1".parse().unwrap(), Uid::try_from(2_000_000).unwrap());
         let text = record.print();
         assert_eq!(Record::parse(&text), Some(record));
-        for cut in 0..text.len() - 2 {
-            let parsed = Record::parse(&text[..cut]);
-            assert!(
-                parsed.is_none() || text[..cut].contains("created"),
-                "{:?} parsed",
-                &text[..cut]
-            );
+        for cut in 0..text.len() {
+            assert_eq!(Record::parse(&text[..cut]), None, "{:?} parsed", &text[..cut]);
         }
-        assert_eq!(Record::parse("slot ../x\nuid 0\ncreated 1\n"), None);
+        for bad in [
+            "slot ../x\nuid 2000000\ncreated 1\n",
+            "slot a\nuid 0\ncreated 1\n",
+            "slot a\nuid +2000000\ncreated 1\n",
+            "slot a\nuid 2000000\ncreated 01\n",
+            "slot a\r\nuid 2000000\ncreated 1\n",
+            "slot a\nuid 2000000\ncreated 1\nmore\n",
+        ] {
+            assert_eq!(Record::parse(bad), None, "{bad:?} parsed");
+        }
     }
 
     #[test]
@@ -327,6 +338,15 @@ mod tests {
             for cut in 0..text.len() {
                 assert_eq!(parse_exit(&text[..cut]), Exit::Unknown);
             }
+        }
+        for bad in [
+            "status 01\n",
+            "status +1\n",
+            "status 1\n\n",
+            "status 256\n",
+            "timed-out\r\n",
+        ] {
+            assert_eq!(parse_exit(bad), Exit::Unknown, "{bad:?}");
         }
     }
 }
