@@ -261,8 +261,7 @@ impl Server {
             Ok(said) => said.message.as_str().into(),
             Err(_) => String::from_utf8_lossy(&body),
         };
-        let plain = text.trim().chars().filter(|c| !c.is_control());
-        let mut message: String = plain.take(MAX_MESSAGE).collect();
+        let mut message = shortened(&text);
         if message.is_empty() {
             message = "no reason given".into();
         }
@@ -279,8 +278,14 @@ impl Server {
         body: Option<Value>,
     ) -> Result<T> {
         let body = self.answer(method, path, body).await?;
-        serde_json::from_slice(&body).map_err(|e| Error::Body(e.to_string()))
+        serde_json::from_slice(&body).map_err(|e| Error::Body(shortened(&e.to_string())))
     }
+}
+
+/// Of somebody else's words, what can stand in a sentence. An error of JSON repeats the value that is wrong, too.
+fn shortened(text: &str) -> String {
+    let plain = text.trim().chars().filter(|c| !c.is_control());
+    plain.take(MAX_MESSAGE).collect()
 }
 
 #[cfg(test)]
@@ -344,6 +349,17 @@ mod tests {
             assert!(!proxys.is_refusal(), "{proxys}");
             assert!(proxys.to_string().contains("something before"), "{proxys}");
         }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_makes_no_sense_is_not_repeated_whole() {
+        let answer = format!(r#"{{"ok":"{}"}}"#, "long".repeat(9999));
+        let server = Server::over(Arc::new(Always(200, answer.leak())));
+        let sentence = server.ping().await.unwrap_err().to_string();
+        assert!(
+            sentence.contains("makes no sense") && sentence.len() < 600,
+            "{sentence}"
+        );
     }
 
     #[test]
