@@ -16,7 +16,7 @@ fn read<T: Debug + PartialEq + Serialize + DeserializeOwned>(packet: &[u8], limi
         Err(why) => {
             // It goes to the log.
             let sentence = why.to_string();
-            assert!(!sentence.is_empty() && sentence.len() < 512, "{sentence}");
+            assert!(!sentence.is_empty() && sentence.len() < 1024, "{sentence}");
             assert!(!sentence.contains(char::is_control), "{sentence:?}");
             return None;
         }
