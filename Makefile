@@ -15,6 +15,15 @@ CARGO_DEB = $(TARGET)/tools/bin/cargo-deb
 CARGO_DEB_VERSION = 3.6.2
 
 name = buildomat-user-factory
+# The same sources give the same bytes, wherever they are built: no path of this machine is in them, and what has a
+# date has the changelog's.
+export SOURCE_DATE_EPOCH ?= $(shell date --date="$$(sed -n '/^ -- /{s/.*>  //p;q}' packaging/debian/changelog)" +%s)
+cargo_home = $(or $(CARGO_HOME),$(HOME)/.cargo)
+places = $(CURDIR)=/build $(cargo_home)=/cargo
+ifeq ($(PROFILE),release)
+build: export RUSTFLAGS += $(places:%=--remap-path-prefix=%)
+build: export CFLAGS += $(places:%=-ffile-prefix-map=%)
+endif
 command = $(TARGET)/$(PROFILE)/user-factory
 stage = $(TARGET)/package
 doc = $(DESTDIR)/usr/share/doc/$(name)
@@ -57,6 +66,11 @@ $(CARGO_DEB):
 		--target-dir $(TARGET)/tools/build
 	rm -rf $(TARGET)/tools/build
 
+# Two builds in different folders, compared byte by byte: both programs and the package, which takes a quarter of an hour;
+# `make reproducible ONLY=helper` is root's program alone.
+reproducible:
+	packaging/reproducible $(ONLY)
+
 # Are the units what systemd understands? It is silent then. Programs stand where they are installed, not here.
 verify:
 	rm -rf $(TARGET)/units && mkdir -p $(TARGET)/units
@@ -69,4 +83,4 @@ security:
 	systemd-analyze security --no-pager --offline=yes --threshold=12 packaging/systemd/$(name).service
 	systemd-analyze security --no-pager --offline=yes --threshold=54 packaging/systemd/$(name)-helper.service
 
-.PHONY: build install deb verify security
+.PHONY: build install deb reproducible verify security
