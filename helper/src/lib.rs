@@ -53,6 +53,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{
@@ -173,7 +174,8 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         "the helper must run as root: start it with systemd or sudo"
     );
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-    sys::become_subreaper().context("cannot become the reaper of workers")?;
+    // Orphans become the children of this process.
+    prctl::set_child_subreaper(true).context("cannot become the reaper of workers")?;
     let cgroups =
         cgroup::prepare(options.cgroup.as_deref(), options.apart).context("cannot prepare the cgroup")?;
     let host = Host::open(&options.root, cgroups)?;

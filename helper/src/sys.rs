@@ -183,12 +183,6 @@ pub fn has_process_of(uid: u32) -> io::Result<bool> {
     }
 }
 
-/// Orphans below this process become its children (`PR_SET_CHILD_SUBREAPER`).
-pub fn become_subreaper() -> io::Result<()> {
-    // SAFETY: this prctl(2) call takes plain integers.
-    done(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }.into())
-}
-
 /// Put a filter of system calls before this process and all that it will start, for good (`seccomp(2)`).
 pub fn filter_system_calls(program: &[libc::sock_filter]) -> io::Result<()> {
     let program = libc::sock_fprog {
