@@ -14,6 +14,30 @@
 //!    is refused so tries [`PREVIOUS`] on a new connection.
 //! 3. Then any number of requests, one at a time, each answered by exactly one reply.
 //!
+//! ```
+//! use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+//! use protocol::{Received, Reply, Request, Seqpacket, VERSION, wire};
+//!
+//! // Two ends, as connect(2) and accept(2) would make them.
+//! let (family, kind) = (AddressFamily::Unix, SockType::SeqPacket);
+//! let (client, helper) = socketpair(family, kind, None, SockFlag::SOCK_CLOEXEC)?;
+//! let (client, helper) = (Seqpacket::from(client), Seqpacket::from(helper));
+//!
+//! client.send(&wire::encode(&Request::Hello { version: VERSION })?, None)?;
+//!
+//! let Received::Packet { bytes, descriptors } = helper.recv(wire::MAX_REQUEST)? else { panic!() };
+//! assert!(descriptors.is_empty());
+//! let Request::Hello { version } = wire::decode(&bytes)? else { panic!() };
+//! helper.send(&wire::encode(&Reply::Welcome { version })?, None)?;
+//!
+//! let Received::Packet { bytes, .. } = client.recv(wire::MAX_REPLY)? else { panic!() };
+//! assert_eq!(wire::decode::<Reply>(&bytes)?, Reply::Welcome { version: VERSION });
+//!
+//! drop(client);
+//! assert!(matches!(helper.recv(wire::MAX_REQUEST)?, Received::Closed));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Rules that hold for every request
 //! * It names things, it never describes them: no path, uid, pid, command or environment crosses.
 //! * It is idempotent. Cut off anywhere and said again, it gets to the same end; and

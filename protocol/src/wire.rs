@@ -1,5 +1,32 @@
 //! Messages to bytes and back: bincode 2, little endian, variable-length integers, behind two functions.
 //! A limit stands before every allocation, and a message must be the whole packet.
+//!
+//! | what | on the wire |
+//! | --- | --- |
+//! | which message, which kind of error, which state | its place in the `enum`, beginning with 0: a number |
+//! | a number | up to 250: one byte. Else 251, 252 or 253, and its 2, 4 or 8 bytes, the lowest first; the fewest that do |
+//! | a number of 8 bits in an [`Exit`](crate::Exit), a `bool` | one byte |
+//! | a worker's id | 16 bytes, the highest first |
+//! | a text, a list | its length as a number, and what is in it |
+//! | an `Option` | 0, or 1 and what is in it |
+//!
+//! ```
+//! use protocol::{Request, WorkerId, wire};
+//!
+//! let worker: WorkerId = "01HZX3N8Q4J5W56M9W8969S0XP".parse()?;
+//! let create = Request::CreateUser { worker, slot: "s-1".parse()? };
+//! let packet = wire::encode(&create)?;
+//! assert_eq!(packet[0], 1); // the second of the requests
+//! assert_eq!(packet[1..17], 0x018f_fa3a_a2e4_9178_5351_3c42_4c9c_83b6_u128.to_be_bytes());
+//! assert_eq!(packet[17..], *b"\x03s-1");
+//! assert_eq!(wire::decode::<Request>(&packet)?, create);
+//!
+//! // Cut, longer, or with something in it that is no slot's name, it is no request.
+//! assert!(wire::decode::<Request>(&packet[..20]).is_err());
+//! assert!(wire::decode::<Request>(&[&packet[..], b"!"].concat()).is_err());
+//! assert!(wire::decode::<Request>(&[&packet[..18], b"../"].concat()).is_err());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::fmt;
 
@@ -42,8 +69,8 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, BadPacket> {
     Ok(bytes)
 }
 
-/// The message that `packet` is, all of it, in its one spelling: a number that takes more bytes than it need is refused,
-/// like a packet that goes on after the message.
+/// The message that `packet` is, all of it, in its one spelling: a number that takes more bytes than it needs is
+/// refused, like a packet that goes on after the message.
 pub fn decode<T: Serialize + DeserializeOwned>(packet: &[u8]) -> Result<T, BadPacket> {
     let (message, used) =
         bincode::serde::decode_from_slice(packet, CONFIG).map_err(|e| BadPacket(e.to_string()))?;
@@ -55,7 +82,7 @@ pub fn decode<T: Serialize + DeserializeOwned>(packet: &[u8]) -> Result<T, BadPa
     }
     if encode(&message)? != packet {
         return Err(BadPacket(
-            "the message has another spelling: its numbers are longer than they need be".into(),
+            "the message has another spelling: its numbers are longer than need be".into(),
         ));
     }
     Ok(message)
