@@ -17,10 +17,13 @@ CARGO_DEB_VERSION = 3.6.2
 name = buildomat-user-factory
 # The same sources give the same bytes, wherever they are built: no path of this machine is in them, and what has a
 # date has the changelog's.
-export SOURCE_DATE_EPOCH ?= $(shell date --date="$$(sed -n '/^ -- /{s/.*>  //p;q}' packaging/debian/changelog)" +%s)
+SOURCE_DATE_EPOCH ?= $(shell date --date="$$(sed -n '/^ -- /{s/.*>  //p;q}' packaging/debian/changelog)" +%s)
 cargo_home = $(or $(CARGO_HOME),$(HOME)/.cargo)
 places = $(CURDIR)=/build $(cargo_home)=/cargo
+dated = SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH)
+# What the tests have built stays as it is: C sources would be compiled anew for a variable more.
 ifeq ($(PROFILE),release)
+build: export SOURCE_DATE_EPOCH := $(SOURCE_DATE_EPOCH)
 build: export RUSTFLAGS += $(places:%=--remap-path-prefix=%)
 build: export CFLAGS += $(places:%=-ffile-prefix-map=%)
 endif
@@ -48,7 +51,7 @@ install: build
 	$(command) generate zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_user-factory
 	$(command) generate fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/user-factory.fish
 	$(file) README.md $(doc)/README.md
-	packaging/sbom >$(doc)/sbom.cdx.json
+	$(dated) packaging/sbom >$(doc)/sbom.cdx.json
 	for page in docs/*.md; do $(file) $$page $(doc)/docs/$${page##*/} || exit 1; done
 	$(file) packaging/config.toml $(doc)/examples/config.toml
 	$(file) packaging/firewall.nft $(doc)/examples/firewall.nft
@@ -59,7 +62,7 @@ deb: $(CARGO_DEB)
 	rm -rf $(stage)
 	umask 022 && $(MAKE) install DESTDIR=$(stage)
 	strip --strip-unneeded --remove-section=.comment $(stage)/usr/bin/* $(stage)/usr/libexec/*/*
-	$(CARGO_DEB) --quiet --no-build --no-strip --package supervisor --deb-revision $(REVISION) --output $(TARGET)/debian/
+	$(dated) $(CARGO_DEB) --quiet --no-build --no-strip --package supervisor --deb-revision $(REVISION) --output $(TARGET)/debian/
 
 # A pinned version, beside what it builds: nothing of the user's own is touched.
 $(CARGO_DEB):
