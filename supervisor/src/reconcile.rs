@@ -6,17 +6,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::config::Config;
 use protocol::{SlotName, State, TargetId, WorkerId, WorkerInfo};
 
-use crate::schedule;
+use crate::schedule::{Free, Plan};
 use crate::view::ServerWorker;
 use crate::worker::{Action, Phase, Worker};
 
 /// All that a decision depends on.
 #[derive(Debug)]
 pub struct Question<'a> {
-    pub config: &'a Config,
+    pub plan: &'a Plan,
     pub known: &'a BTreeMap<WorkerId, Worker>,
     pub server: &'a [ServerWorker],
     pub host: &'a [WorkerInfo],
@@ -54,6 +53,7 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
     let mut used: BTreeSet<SlotName> = q.known.values().map(|w| w.slot.clone()).collect();
     used.extend(q.promised.iter().cloned());
     used.extend(q.host.iter().map(|info| info.slot.clone()));
+    let (mut free, all) = (q.plan.free(&used, []), q.plan.free(&BTreeSet::new(), []));
     let mut decisions = Vec::new();
     for w in q.server.iter().filter(|w| strange(w.id)) {
         if let Some(info) = on_host.get(&w.id) {
@@ -65,10 +65,10 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
             )));
         } else if w.hold || (w.private.is_none() && q.making) {
             // Somebody's evidence, or perhaps the one that is just being made: a later list will tell.
-        } else if let Some(slot) = slot_for(q, w, &used) {
-            used.insert(slot.clone());
+        } else if let Some(slot) = slot_for(w, &free) {
+            free.take(&slot);
             decisions.push(Decision::Adopt(adopted(w, slot, Phase::Reserved, q.now)));
-        } else if !q.tired.contains(&w.id) && slot_for(q, w, &BTreeSet::new()).is_some() {
+        } else if !q.tired.contains(&w.id) && slot_for(w, &all).is_some() {
             // Its job has not begun, and need not fail because others were here first.
             decisions.push(Decision::Wait(w.target));
         } else {
@@ -95,24 +95,16 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
 }
 
 /// Can this worker, of which the host has nothing, still be made here? Its bootstrap token must be unused.
-fn slot_for(q: &Question<'_>, w: &ServerWorker, used: &BTreeSet<SlotName>) -> Option<SlotName> {
+fn slot_for(w: &ServerWorker, free: &Free<'_>) -> Option<SlotName> {
     if w.online || w.recycle {
         return None;
     }
-    let free = schedule::available(q.config, used, &BTreeSet::new());
-    match &w.private {
-        None => schedule::pick(q.config, &free, w.target),
+    let slot = match &w.private {
+        None => free.pick(w.target),
         // The server lets a slot be set once, so it is this one or none.
-        Some(name) => {
-            let fits =
-                |slot: &&SlotName| slot.as_str() == name && target_of(q.config, slot) == Some(w.target);
-            free.iter().find(fits).cloned()
-        }
-    }
-}
-
-fn target_of(config: &Config, slot: &SlotName) -> Option<TargetId> {
-    config.slots.get(slot).map(|slot| slot.target)
+        Some(name) => free.has(name, w.target),
+    };
+    slot.cloned()
 }
 
 fn phase_of(w: &ServerWorker, state: State) -> Phase {
@@ -149,6 +141,7 @@ pub fn adopted(w: &ServerWorker, slot: SlotName, phase: Phase, now: u64) -> Work
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use protocol::config::Config;
     use protocol::{Exit, Uid};
 
     fn config() -> Config {
@@ -194,9 +187,9 @@ mod tests {
         tired: &BTreeSet<WorkerId>,
     ) -> Vec<String> {
         let (known, promised, ended) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-        let config = config();
+        let plan = Plan::of(&config());
         let q = Question {
-            config: &config,
+            plan: &plan,
             known: &known,
             server,
             host,

@@ -1,40 +1,155 @@
 //! Which slots may take a job now. Pure: slots in, slots out.
+//!
+//! There may be ten thousand slots, which exclude each other in any number, and the question is asked again and
+//! again. So names are compared where a configuration comes in, and numbers after that: a pass costs a
+//! step for each slot, and one for each conflict of a slot that is used.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::config::Config;
 use protocol::{SlotName, TargetId};
 
-/// The slots that are neither used, nor excluded by a used one (in either direction), nor resting. A used slot
-/// that has left the configuration counts as one of those that are there: the helper has no more workers than
-/// slots.
-pub fn available(config: &Config, used: &BTreeSet<SlotName>, resting: &BTreeSet<SlotName>) -> Vec<SlotName> {
-    if used.len() >= config.slots.len() {
-        return Vec::new();
+/// The slots of one configuration, by number: the order is that of their names.
+#[derive(Debug)]
+pub struct Plan {
+    names: Vec<SlotName>,
+    targets: Vec<TargetId>,
+    /// The others that each excludes, whichever of the two says so.
+    conflicts: Vec<Vec<u32>>,
+    of_target: BTreeMap<TargetId, Vec<u32>>,
+}
+
+impl Plan {
+    pub fn of(config: &Config) -> Plan {
+        let names: Vec<SlotName> = config.slots.keys().cloned().collect();
+        let targets: Vec<TargetId> = config.slots.values().map(|slot| slot.target).collect();
+        let mut plan = Plan {
+            conflicts: vec![Vec::new(); names.len()],
+            of_target: BTreeMap::new(),
+            names,
+            targets,
+        };
+        for (number, slot) in (0..).zip(config.slots.values()) {
+            plan.of_target.entry(slot.target).or_default().push(number);
+            for name in &slot.conflicts_with_slots {
+                let Some(other) = plan.number(name) else {
+                    continue;
+                };
+                plan.conflicts[number as usize].push(other);
+                plan.conflicts[other as usize].push(number);
+            }
+        }
+        for others in &mut plan.conflicts {
+            others.sort_unstable();
+            others.dedup();
+            others.shrink_to_fit();
+        }
+        plan
     }
-    let free = |slot: &SlotName| {
-        !used.contains(slot)
-            && !resting.contains(slot)
-            && !used.iter().any(|other| config.conflict(slot, other))
-    };
-    config.slots.keys().filter(|slot| free(slot)).cloned().collect()
+
+    fn number(&self, name: &SlotName) -> Option<u32> {
+        let at = self.names.binary_search(name).ok()?;
+        u32::try_from(at).ok()
+    }
+
+    /// The slots that are neither used, nor excluded by a used one (in either direction), nor resting. A used slot
+    /// that has left the configuration counts as one of those that are there: the helper has no more workers than
+    /// slots.
+    pub fn free<'a>(
+        &self,
+        used: &'a BTreeSet<SlotName>,
+        resting: impl IntoIterator<Item = &'a SlotName>,
+    ) -> Free<'_> {
+        let mut free = Free {
+            plan: self,
+            closed: vec![false; self.names.len()],
+            used: 0,
+        };
+        for slot in used {
+            free.take(slot);
+        }
+        for number in resting.into_iter().filter_map(|slot| self.number(slot)) {
+            free.closed[number as usize] = true;
+        }
+        free
+    }
+
+    /// For each slot that a used one excludes, the first of those.
+    pub fn excluded<'a>(&'a self, used: &'a BTreeSet<SlotName>) -> BTreeMap<&'a SlotName, &'a SlotName> {
+        let mut excluded = BTreeMap::new();
+        for slot in used {
+            for other in self.number(slot).map_or(&[][..], |n| &self.conflicts[n as usize]) {
+                excluded.entry(&self.names[*other as usize]).or_insert(slot);
+            }
+        }
+        excluded
+    }
 }
 
-/// The targets to ask jobs for.
-pub fn targets(config: &Config, available: &[SlotName]) -> BTreeSet<TargetId> {
-    available
-        .iter()
-        .filter_map(|slot| config.slots.get(slot))
-        .map(|slot| slot.target)
-        .collect()
+/// The slots that may take a job, until one is taken.
+#[derive(Clone, Debug)]
+pub struct Free<'a> {
+    plan: &'a Plan,
+    /// By number.
+    closed: Vec<bool>,
+    used: usize,
 }
 
-/// The slot for a job of this target.
-pub fn pick(config: &Config, available: &[SlotName], target: TargetId) -> Option<SlotName> {
-    available
-        .iter()
-        .find(|slot| config.slots.get(slot).is_some_and(|s| s.target == target))
-        .cloned()
+impl Free<'_> {
+    /// This slot is used from now on. It must not have been before.
+    pub fn take(&mut self, slot: &SlotName) {
+        self.used += 1;
+        if let Some(number) = self.plan.number(slot) {
+            self.closed[number as usize] = true;
+            for other in &self.plan.conflicts[number as usize] {
+                self.closed[*other as usize] = true;
+            }
+        }
+    }
+
+    fn is_open(&self, number: u32) -> bool {
+        self.used < self.closed.len() && !self.closed[number as usize]
+    }
+
+    /// All of them, in the order of names.
+    pub fn slots(&self) -> impl Iterator<Item = &SlotName> {
+        (0..)
+            .zip(&self.plan.names)
+            .filter(|(number, _)| self.is_open(*number))
+            .map(|(_, name)| name)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.slots().next().is_none()
+    }
+
+    /// The targets to ask jobs for.
+    pub fn targets(&self) -> BTreeSet<TargetId> {
+        let of_target = self.plan.of_target.iter();
+        of_target
+            .filter(|(_, slots)| slots.iter().any(|slot| self.is_open(*slot)))
+            .map(|(target, _)| *target)
+            .collect()
+    }
+
+    /// The slot for a job of this target.
+    pub fn pick(&self, target: TargetId) -> Option<&SlotName> {
+        let mut slots = self.plan.of_target.get(&target)?.iter();
+        slots
+            .find(|slot| self.is_open(**slot))
+            .map(|slot| &self.plan.names[*slot as usize])
+    }
+
+    /// This slot, if it may take a job of this target.
+    pub fn has(&self, name: &str, target: TargetId) -> Option<&SlotName> {
+        let number = self
+            .plan
+            .names
+            .binary_search_by(|slot| slot.as_str().cmp(name))
+            .ok()?;
+        let open = self.plan.targets[number] == target && self.is_open(u32::try_from(number).ok()?);
+        open.then(|| &self.plan.names[number])
+    }
 }
 
 #[cfg(test)]
@@ -59,33 +174,44 @@ mod tests {
         Config::parse(&text).unwrap()
     }
 
+    fn names(free: &Free<'_>) -> Vec<SlotName> {
+        free.slots().cloned().collect()
+    }
+
     #[test]
     fn a_conflict_excludes_in_both_directions() {
         let config = config(&[(0, 1)], &[7, 7, 8]);
-        let names: Vec<SlotName> = config.slots.keys().cloned().collect();
+        let plan = Plan::of(&config);
+        let all: Vec<SlotName> = config.slots.keys().cloned().collect();
         let none = BTreeSet::new();
         for used in 0..2 {
-            let free = available(&config, &[names[used].clone()].into(), &none);
-            assert_eq!(free, [names[2].clone()]);
+            let used = [all[used].clone()].into();
+            assert_eq!(names(&plan.free(&used, [])), [all[2].clone()]);
+            let excluded = plan.excluded(&used);
+            assert_eq!(excluded.values().collect::<Vec<_>>(), [&used.first().unwrap()]);
         }
-        assert_eq!(available(&config, &none, &[names[1].clone()].into()).len(), 2);
-        assert_eq!(
-            pick(&config, &names, TargetId::from_bits(8)),
-            Some(names[2].clone())
-        );
-        assert_eq!(pick(&config, &names, TargetId::from_bits(9)), None);
-        assert_eq!(targets(&config, &names).len(), 2);
+        let free = plan.free(&none, [&all[1]]);
+        assert_eq!(names(&free), [all[0].clone(), all[2].clone()]);
+        assert_eq!(free.targets().len(), 2);
+        assert_eq!(free.pick(TargetId::from_bits(8)), Some(&all[2]));
+        assert_eq!(free.pick(TargetId::from_bits(9)), None);
+        assert_eq!(free.has("s0", TargetId::from_bits(7)), Some(&all[0]));
+        for (name, target) in [("s0", 8), ("s1", 7), ("zz", 7)] {
+            assert_eq!(free.has(name, TargetId::from_bits(target)), None, "{name}");
+        }
     }
 
     #[test]
     fn a_used_slot_that_has_left_counts_as_one_of_those_that_are_there() {
         let config = config(&[], &[7, 7]);
-        let none = BTreeSet::new();
+        let plan = Plan::of(&config);
         let gone: SlotName = "gone".parse().unwrap();
         let mut used = BTreeSet::from([gone]);
-        assert_eq!(available(&config, &used, &none).len(), 2);
+        assert_eq!(plan.free(&used, []).slots().count(), 2);
         used.insert(config.slots.keys().next().unwrap().clone());
-        assert_eq!(available(&config, &used, &none), []);
+        let free = plan.free(&used, []);
+        assert!(free.is_empty() && free.targets().is_empty());
+        assert_eq!(free.pick(TargetId::from_bits(7)), None);
     }
 
     proptest! {
@@ -95,11 +221,20 @@ mod tests {
             wanted in proptest::collection::vec(0u128..3, 0..12),
         ) {
             let config = config(&conflicts, &[0, 1, 2, 0, 1, 2]);
+            let plan = Plan::of(&config);
             let mut used = BTreeSet::new();
+            let mut taking = plan.free(&used, []);
             for target in wanted {
-                let free = available(&config, &used, &BTreeSet::new());
-                if let Some(slot) = pick(&config, &free, TargetId::from_bits(target)) {
+                let free = plan.free(&used, []);
+                // What was taken one by one, and what was counted anew, is the same.
+                prop_assert_eq!(names(&free), names(&taking));
+                let free_by_name = config.slots.keys().filter(|slot| {
+                    !used.contains(*slot) && !used.iter().any(|other| config.conflict(slot, other))
+                });
+                prop_assert_eq!(names(&free), free_by_name.cloned().collect::<Vec<_>>());
+                if let Some(slot) = free.pick(TargetId::from_bits(target)).cloned() {
                     prop_assert_eq!(config.slots[&slot].target, TargetId::from_bits(target));
+                    taking.take(&slot);
                     prop_assert!(used.insert(slot));
                 }
             }

@@ -10,7 +10,7 @@ use protocol::{SlotName, WorkerId};
 use super::{Factory, Level, Output, Promise, RENEW_MS};
 use crate::backoff::Backoff;
 use crate::reconcile::adopted;
-use crate::schedule;
+use crate::schedule::Free;
 use crate::view::{JobId, Lease, ServerWorker, Side, Trouble};
 use crate::worker::Phase;
 
@@ -20,14 +20,13 @@ const LEASE_MS: u64 = 50_000;
 impl Factory {
     /// The slots that may take a job now.
     pub fn available(&self, now: u64) -> Vec<SlotName> {
-        let used = self.used();
+        self.free(now).slots().cloned().collect()
+    }
+
+    fn free(&self, now: u64) -> Free<'_> {
         let resting = self.rests.iter().filter(|(_, rest)| rest.until > now);
-        let resting = resting
-            .map(|(slot, _)| slot)
-            .chain(&self.drained_slots)
-            .cloned()
-            .collect();
-        schedule::available(&self.config, &used, &resting)
+        let resting = resting.map(|(slot, _)| slot).chain(&self.drained_slots);
+        self.plan.free(&self.used(), resting)
     }
 
     /// The slots that have a worker, or a job that is to get one.
@@ -47,7 +46,7 @@ impl Factory {
         let mut targets = if closed {
             BTreeSet::new()
         } else {
-            schedule::targets(&self.config, &self.available(now))
+            self.free(now).targets()
         };
         targets.retain(|target| !self.awaited.contains(target));
         self.leasing = true;
@@ -79,7 +78,7 @@ impl Factory {
             promise.leased_at = now;
             return;
         }
-        let slot = schedule::pick(&self.config, &self.available(now), lease.target);
+        let slot = self.free(now).pick(lease.target).cloned();
         let Some(slot) = slot.filter(|_| !self.stopped && !self.draining) else {
             let trouble = format!("a job of target {} finds no slot", lease.target);
             if self.last_lease_trouble != trouble {
@@ -105,7 +104,7 @@ impl Factory {
             target: lease.target,
             job: lease.job,
         });
-        if !self.available(now).is_empty() {
+        if !self.free(now).is_empty() {
             self.ask_for_jobs(now);
         }
     }
@@ -158,7 +157,7 @@ impl Factory {
         };
         if !fits(&slot) {
             // The configuration has changed since. Without a slot it is a stranger, which may wait for one.
-            match schedule::pick(&self.config, &self.available(now), worker.target) {
+            match self.free(now).pick(worker.target).cloned() {
                 Some(other) => slot = other,
                 None => return,
             }

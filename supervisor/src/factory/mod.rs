@@ -20,6 +20,7 @@ use protocol::config::Config;
 use protocol::{SlotName, TargetId, WorkerId, WorkerInfo};
 
 use crate::backoff::{Backoff, Rng};
+use crate::schedule::Plan;
 use crate::view::{JobId, Lease, ServerWorker, Side, Trouble};
 use crate::worker::{Action, Event, Phase, Rules, Worker};
 
@@ -191,6 +192,8 @@ struct Rest {
 #[derive(Debug)]
 pub struct Factory {
     config: Config,
+    /// Its slots.
+    plan: Plan,
     workers: BTreeMap<WorkerId, Worker>,
     /// Nobody's workers, being ended: the slot that each occupies, and how.
     strays: BTreeMap<WorkerId, (Option<SlotName>, Action)>,
@@ -228,6 +231,7 @@ impl Factory {
     /// A factory with the workers of its last life. The same `seed` and inputs give the same outputs.
     pub fn new(config: Config, workers: Vec<Worker>, seed: u64, now: u64) -> Self {
         let mut factory = Self {
+            plan: Plan::of(&config),
             config,
             workers: BTreeMap::new(),
             strays: BTreeMap::new(),
@@ -287,7 +291,7 @@ impl Factory {
             Input::Drain(draining) => self.draining = draining,
             Input::DrainSlot(slot, true) => drop(self.drained_slots.insert(slot)),
             Input::DrainSlot(slot, false) => drop(self.drained_slots.remove(&slot)),
-            Input::Configure(config) => self.config = config,
+            Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), config),
             Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
             Input::Stop => self.stopped = true,
             Input::ServerListed(result) => self.server_listed(now, result),

@@ -241,7 +241,7 @@ impl Factory {
         let tired = strangers.filter(|(_, s)| now.saturating_sub(s.since) >= patience);
         let tired: BTreeSet<WorkerId> = tired.map(|(id, _)| *id).collect();
         let decisions = reconcile(&Question {
-            config: &self.config,
+            plan: &self.plan,
             known: &self.workers,
             server,
             host,

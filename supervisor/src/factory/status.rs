@@ -1,6 +1,6 @@
 //! What the core shows of itself: slots, workers and partners at one instant. It changes nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use protocol::config::Config;
@@ -15,6 +15,13 @@ use crate::worker::{Phase, Worker};
 pub fn time(ms: u64) -> Timestamp {
     let ms = i64::try_from(ms).unwrap_or(i64::MAX);
     Timestamp::from_millisecond(ms).unwrap_or(Timestamp::MAX)
+}
+
+/// What all slots are looked up in.
+struct Taken<'a> {
+    workers: BTreeMap<&'a SlotName, &'a Worker>,
+    /// By which used slot.
+    excluded: BTreeMap<&'a SlotName, &'a SlotName>,
 }
 
 impl Factory {
@@ -40,18 +47,22 @@ impl Factory {
     /// Every slot of the configuration, in the order of names, and those that only a worker still has.
     pub fn slots(&self, now: u64) -> Vec<api::Slot> {
         let used = self.used();
+        let taken = Taken {
+            workers: self.workers.values().map(|w| (&w.slot, w)).collect(),
+            excluded: self.plan.excluded(&used),
+        };
         let removed = self.workers.values().map(|w| &w.slot);
         let removed = removed.filter(|slot| !self.config.slots.contains_key(*slot));
         let names: BTreeSet<&SlotName> = self.config.slots.keys().chain(removed).collect();
         names
             .into_iter()
-            .map(|slot| self.slot(now, slot, &used))
+            .map(|slot| self.slot(now, slot, &taken))
             .collect()
     }
 
-    fn slot(&self, now: u64, name: &SlotName, used: &BTreeSet<SlotName>) -> api::Slot {
+    fn slot(&self, now: u64, name: &SlotName, taken: &Taken<'_>) -> api::Slot {
         let target = self.config.slots.get(name).map(|slot| slot.target);
-        let worker = self.workers.values().find(|w| w.slot == *name);
+        let worker = taken.workers.get(name).copied();
         let promise = self.promises.iter().find(|p| p.slot == *name);
         let stray = self
             .strays
@@ -73,7 +84,7 @@ impl Factory {
             )
         } else if self.drained_slots.contains(name) {
             (SlotState::Draining, None)
-        } else if let Some(other) = used.iter().find(|other| self.config.conflict(name, other)) {
+        } else if let Some(other) = taken.excluded.get(name) {
             (SlotState::Blocked, Some(format!("conflicts with {other}")))
         } else if let Some(rest) = self.rests.get(name).filter(|rest| rest.until > now) {
             (
