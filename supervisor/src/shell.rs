@@ -27,6 +27,8 @@ const GRACE: Duration = Duration::from_secs(10);
 /// How soon, and how late at most, a change is written again that could not be. The watchdog's patience is longer.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LAST_WAIT: Duration = Duration::from_secs(15);
+/// Whoever looks waits no longer for a helper that must be asked first.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Milliseconds since 1970 that never go back, and do not jump, within one life.
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +106,8 @@ impl Shell {
         let mut under_way = JoinSet::new();
         let mut phases = Phases::of(&self.factory);
         let mut stopping: Option<Instant> = None;
+        // Those who look, since when.
+        let (mut lookers, mut looked) = (Vec::new(), Instant::now());
         let mut input = Input::Tick;
         loop {
             for output in self.factory.handle(self.clock.now(), input) {
@@ -129,12 +133,20 @@ impl Shell {
                 break;
             }
             let now = self.clock.now();
+            if !self.factory.is_looking() || looked.elapsed() >= LOOK {
+                for looker in lookers.drain(..) {
+                    self.show(looker);
+                }
+            }
             let deadline = self
                 .factory
                 .next_deadline()
                 .map(|at| Duration::from_millis(at.saturating_sub(now)));
             let grace = stopping.map(|since| GRACE.saturating_sub(since.elapsed()));
             let mut wait = grace.or(deadline).unwrap_or(Duration::from_secs(3600));
+            if !lookers.is_empty() {
+                wait = wait.min(LOOK.saturating_sub(looked.elapsed()));
+            }
             // The core is then asked once more than it needs.
             if stopping.is_none()
                 && let Some(again) = self.watchdog.alive()
@@ -144,14 +156,21 @@ impl Shell {
             input = tokio::select! {
                 // In this order: what happens must not depend on chance.
                 biased;
-                word = ears.next(), if stopping.is_none() => {
-                    let input = self.hear(word);
-                    if matches!(input, Input::Stop) {
-                        tracing::info!("stopping: running jobs go on");
-                        stopping = Some(Instant::now());
+                word = ears.next(), if stopping.is_none() => match word {
+                    Word::Status(looker) if self.factory.wants_a_look(self.clock.now()) => {
+                        lookers.push(looker);
+                        looked = Instant::now();
+                        Input::Look
                     }
-                    input
-                }
+                    word => {
+                        let input = self.hear(word);
+                        if matches!(input, Input::Stop) {
+                            tracing::info!("stopping: running jobs go on");
+                            stopping = Some(Instant::now());
+                        }
+                        input
+                    }
+                },
                 Some(answer) = under_way.join_next() => answer.context("a call came to no end")?,
                 () = tokio::time::sleep(wait) => {
                     if grace.is_some() {

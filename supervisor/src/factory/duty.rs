@@ -79,6 +79,7 @@ impl Factory {
     fn forget(&mut self, now: u64, id: WorkerId) {
         self.runtimes.remove(&id);
         self.strays.remove(&id);
+        self.on_host.remove(&id);
         self.ended.insert(id, self.turn);
         if let Some(worker) = self.workers.remove(&id) {
             self.out.push(Output::Remove(id));

@@ -29,11 +29,16 @@ impl Factory {
         self.plan.free(&self.used(), resting)
     }
 
-    /// The slots that have a worker, or a job that is to get one.
+    /// The slots that have a worker, or a job that is to get one, or somebody's worker that the helper has shown.
     pub(super) fn used(&self) -> BTreeSet<SlotName> {
         let mut used: BTreeSet<SlotName> = self.workers.values().map(|w| w.slot.clone()).collect();
         used.extend(self.promises.iter().map(|p| p.slot.clone()));
         used.extend(self.strays.values().filter_map(|(slot, _)| slot.clone()));
+        let unknown = self
+            .on_host
+            .values()
+            .filter(|info| !self.workers.contains_key(&info.worker));
+        used.extend(unknown.map(|info| info.slot.clone()));
         used
     }
 
@@ -78,6 +83,41 @@ impl Factory {
             promise.leased_at = now;
             return;
         }
+        if let Some((_, leased_at)) = self.unplaced.as_mut().filter(|(other, _)| other.job == lease.job) {
+            *leased_at = now;
+            return;
+        }
+        if self.wants_a_look(now) {
+            // The helper may have gone away since it was last asked, or a person may use the slot by hand.
+            self.unplaced = Some((lease, now));
+            return self.ask_the_host();
+        }
+        self.begin_job(now, lease, now);
+    }
+
+    /// Begin the job for which the helper was asked, once it has answered and a slot is free; or leave it to others, with
+    /// the end of its lease.
+    pub(super) fn place(&mut self, now: u64, heard: bool) {
+        let Some((lease, leased_at)) = self.unplaced.take() else {
+            return;
+        };
+        let free = heard && self.free(now).pick(lease.target).is_some();
+        if now >= leased_at + LEASE_MS {
+            let why = if heard {
+                "no slot for it is free"
+            } else {
+                "the helper is away"
+            };
+            let text = format!("the lease of job {} will expire: {why}", lease.job);
+            self.say(Level::Warn, None, text);
+        } else if free {
+            self.begin_job(now, lease, leased_at);
+        } else {
+            self.unplaced = Some((lease, leased_at));
+        }
+    }
+
+    fn begin_job(&mut self, now: u64, lease: Lease, leased_at: u64) {
         let slot = self.free(now).pick(lease.target).cloned();
         let Some(slot) = slot.filter(|_| !self.stopped && !self.draining) else {
             let trouble = format!("a job of target {} finds no slot", lease.target);
@@ -92,7 +132,7 @@ impl Factory {
             job: lease.job.clone(),
             slot,
             target: lease.target,
-            leased_at: now,
+            leased_at,
             began: self.turn,
             making: true,
             turn: self.turn,

@@ -6,9 +6,12 @@
 //! It works in *rounds*, one a poll interval, whatever the number of workers: ask the server for its
 //! workers and the helper for its own, compare (`reconcile`), let each worker take its next step, then
 //! ask for jobs. Everything that arrives between rounds is acted on at once.
+//!
+//! An idle factory leaves its helper asleep (`quiet`): while nobody has a worker, there is none to ask for.
 
 mod duty;
 mod leasing;
+mod quiet;
 mod round;
 mod status;
 #[cfg(test)]
@@ -51,6 +54,8 @@ pub enum Input {
     Configure(Config),
     /// Delete this worker, whoever holds it.
     Destroy(WorkerId),
+    /// Somebody wants to know how things are.
+    Look,
     /// Begin nothing any more. Answers to what is under way are still taken in, and saved.
     Stop,
 }
@@ -198,6 +203,9 @@ pub struct Factory {
     /// Nobody's workers, being ended: the slot that each occupies, and how.
     strays: BTreeMap<WorkerId, (Option<SlotName>, Action)>,
     runtimes: BTreeMap<WorkerId, Runtime>,
+    /// A job that was leased while the helper was left alone, and when: its slot is chosen once the helper has
+    /// answered.
+    unplaced: Option<(Lease, u64)>,
     promises: Vec<Promise>,
     strangers: BTreeMap<WorkerId, Stranger>,
     /// Targets that have a stranger waiting for a slot: it comes before new jobs.
@@ -236,6 +244,7 @@ impl Factory {
             workers: BTreeMap::new(),
             strays: BTreeMap::new(),
             runtimes: BTreeMap::new(),
+            unplaced: None,
             promises: Vec::new(),
             strangers: BTreeMap::new(),
             awaited: BTreeSet::new(),
@@ -293,6 +302,8 @@ impl Factory {
             Input::DrainSlot(slot, false) => drop(self.drained_slots.remove(&slot)),
             Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), config),
             Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
+            Input::Look if self.wants_a_look(now) => self.ask_the_host(),
+            Input::Look => {}
             Input::Stop => self.stopped = true,
             Input::ServerListed(result) => self.server_listed(now, result),
             Input::HostListed(result) => self.host_listed(now, result),

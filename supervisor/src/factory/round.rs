@@ -1,5 +1,6 @@
 //! A round: both lists are asked for at the same instant, and what they say together is acted on once
 //! both have answered (or failed). It must never decide anything from a list older than what it decides on.
+//! The helper's is left out where there is no reason to ask (`quiet`), and asked for later where one comes up.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -38,6 +39,23 @@ impl Round {
     pub(super) fn next(&self) -> Option<u64> {
         self.open.is_none().then_some(self.next_at)
     }
+
+    /// The round is not over before the helper has answered; if none is open, one is for the helper alone. False where
+    /// it is being asked already.
+    pub(super) fn ask_the_host(&mut self, turn: u64) -> bool {
+        let open = self.open.get_or_insert(Open {
+            turn,
+            server_due: false,
+            host_due: false,
+            server: None,
+            host: None,
+        });
+        !std::mem::replace(&mut open.host_due, true)
+    }
+
+    pub(super) fn waits_for_the_host(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.host_due)
+    }
 }
 
 impl Factory {
@@ -46,7 +64,8 @@ impl Factory {
             return;
         }
         self.round.next_at = now + self.config.factory.poll_seconds * 1000;
-        let (server_due, host_due) = (self.server.retry_at <= now, self.helper.retry_at <= now);
+        let server_due = self.server.retry_at <= now;
+        let host_due = self.helper.retry_at <= now && !self.is_quiet(now);
         if server_due {
             self.out.push(Output::ListServer);
         }
@@ -66,8 +85,12 @@ impl Factory {
 
     pub(super) fn server_listed(&mut self, now: u64, result: Result<Vec<ServerWorker>, Trouble>) {
         let list = self.heard(now, Side::Server, result);
+        let anybody = list.as_ref().is_some_and(|list| !list.is_empty());
         if let Some(open) = &mut self.round.open {
             (open.server_due, open.server) = (false, list);
+            if anybody && open.host.is_none() && self.is_quiet(now) {
+                self.ask_the_host();
+            }
         }
         self.end_round(now);
     }
@@ -75,7 +98,8 @@ impl Factory {
     pub(super) fn host_listed(&mut self, now: u64, result: Result<Vec<WorkerInfo>, Trouble>) {
         let list = self.heard(now, Side::Helper, result);
         if let Some(list) = &list {
-            self.on_host = list.iter().map(|info| (info.worker, info.clone())).collect();
+            let there = list.iter().filter(|info| !self.ended.contains_key(&info.worker));
+            self.on_host = there.map(|info| (info.worker, info.clone())).collect();
         }
         if let Some(open) = &mut self.round.open {
             (open.host_due, open.host) = (false, list);
@@ -154,6 +178,7 @@ impl Factory {
             self.reconciled = true;
         }
         self.ended.retain(|_, turn| *turn >= open.turn);
+        self.place(now, open.host.is_some());
         if open.server.is_some() {
             self.ask_for_jobs(now);
         }

@@ -1,17 +1,25 @@
 //! What the operator says, as the core hears it. What only asks is answered here.
 
+use tokio::sync::oneshot;
+
 use super::Shell;
+use crate::control::api::Status;
 use crate::control::desk::{Answer, Word};
 use crate::factory::Input;
 
 impl Shell {
+    /// How things are.
+    pub(super) fn show(&self, looker: oneshot::Sender<Status>) {
+        // Who asked may have gone.
+        let _ = looker.send(self.desk.status(&self.factory, self.clock.now()));
+    }
+
     pub(super) fn hear(&mut self, word: Word) -> Input {
         let now = self.clock.now();
         match word {
             Word::Tell(input) => input,
             Word::Status(answer) => {
-                // Who asked may have gone.
-                let _ = answer.send(self.desk.status(&self.factory, now));
+                self.show(answer);
                 Input::Tick
             }
             Word::Drain {

@@ -23,7 +23,7 @@ fn jobs_are_done_and_nothing_is_left() {
 }
 
 #[test]
-fn an_idle_factory_asks_three_things_a_round() {
+fn an_idle_factory_asks_the_server_two_things_a_round_and_leaves_the_helper_asleep() {
     let mut world = World::new();
     world.run(|w| w.counts.get("lease") == Some(&50));
     assert!(
@@ -32,14 +32,51 @@ fn an_idle_factory_asks_three_things_a_round() {
         world.now
     );
     assert!(
-        world.counts["workers"] <= 51 && world.counts["list"] <= 51,
+        world.counts["workers"] <= 51 && world.counts["list"] == 1,
         "{:?}",
         world.counts
     );
+    world.run(|w| w.counts["lease"] == 2000);
+    assert_eq!(world.counts["list"], 2, "now and then it is asked all the same");
 }
 
 #[test]
-fn nothing_is_leased_before_both_have_answered_nor_while_the_helper_is_away() {
+fn a_factory_with_workers_asks_as_much_as_one_with_one() {
+    for workers in [1, 2] {
+        let mut world = World::new();
+        for n in 0..workers {
+            world.submit(n, if n == 0 { '2' } else { '3' });
+        }
+        let online = |w: &World| {
+            w.disk
+                .values()
+                .filter(|w| w.phase == Phase::Running { online: true })
+                .count()
+        };
+        world.run(|w| online(w) == workers as usize);
+        let before = world.counts.clone();
+        let mut rounds = 0;
+        while rounds < 20 {
+            world.step(0);
+            rounds = world.counts["lease"] - before["lease"];
+        }
+        for kind in ["workers", "list"] {
+            let asked = world.counts[kind] - before[kind];
+            assert!((19..=21).contains(&asked), "{kind} with {workers}: {asked}");
+        }
+        let others = |counts: &BTreeMap<&str, usize>| {
+            counts
+                .iter()
+                .filter(|(kind, _)| !["workers", "list", "lease"].contains(kind))
+                .map(|(_, n)| n)
+                .sum::<usize>()
+        };
+        assert_eq!(others(&world.counts), others(&before));
+    }
+}
+
+#[test]
+fn nothing_is_leased_before_both_have_answered_and_nothing_is_made_while_the_helper_is_away() {
     let mut world = World::new();
     world.helper_up = false;
     world.submit(1, '2');
@@ -49,15 +86,78 @@ fn nothing_is_leased_before_both_have_answered_nor_while_the_helper_is_away() {
     assert_eq!(world.counts.get("lease"), None);
     world.helper_up = true;
     world.run(World::is_empty);
+    // Nobody has noticed it when the next job comes: that one's lease is lost, and no other.
     world.helper_up = false;
+    world.said.clear();
     for n in 0..10 {
         world.step(n);
     }
     world.submit(2, '2');
-    for n in 0..100 {
-        world.step(n);
+    world.submit(3, '3');
+    let end = world.now + 100_000;
+    while world.now < end {
+        world.step(0);
     }
-    assert_eq!(world.queue.len(), 1);
+    assert_eq!(
+        (world.queue.len(), world.leased.len(), world.counts["make"]),
+        (2, 0, 1)
+    );
+    for part in ["helper away", "will expire: the helper is away"] {
+        assert_eq!(
+            world.said.iter().filter(|s| s.contains(part)).count(),
+            1,
+            "{part}: {:?}",
+            world.said
+        );
+    }
+    world.helper_up = true;
+    world.run(World::is_empty);
+}
+
+#[test]
+fn a_job_outlives_a_moment_without_a_helper_and_a_slot_that_is_used_by_hand() {
+    let mut world = World::new();
+    world.run(|w| w.counts.get("lease") == Some(&10));
+    world.helper_up = false;
+    world.submit(1, '3');
+    world.run(|w| w.said.iter().any(|s| s.starts_with("helper away")));
+    world.helper_up = true;
+    world.run(World::is_empty);
+    assert_eq!(world.done.len(), 1);
+    // Somebody's whom the store and the server do not know.
+    world.run(|w| w.core.is_quiet(w.now));
+    let stray = WorkerId::from_bits(5);
+    world.host.insert(stray, ("c".parse().unwrap(), State::Running));
+    world.submit(2, '3');
+    world.run(|w| w.done.len() == 2 && w.is_empty());
+    let deleted = world.said.iter().position(|s| s.contains("nobody's worker"));
+    assert!(deleted.is_some(), "{:?}", world.said);
+}
+
+#[test]
+fn whoever_looks_has_the_helper_asked_once_a_poll_interval() {
+    let mut world = World::new();
+    world.run(|w| w.core.is_quiet(w.now));
+    let lists = world.counts["list"];
+    for _ in 0..5 {
+        world.now += 2_000;
+        assert!(world.core.wants_a_look(world.now));
+        world.tell(Input::Look);
+        assert!(world.core.is_looking());
+        world.tell(Input::Look);
+        while world.core.is_looking() {
+            world.step(0);
+        }
+        assert!(!world.core.wants_a_look(world.now));
+        world.tell(Input::Look);
+    }
+    assert_eq!(world.counts["list"], lists + 5);
+    world.helper_up = false;
+    world.now += 2_000;
+    world.tell(Input::Look);
+    while world.core.is_looking() {
+        world.step(0);
+    }
     assert!(world.said.iter().any(|s| s.starts_with("helper away")));
 }
 
