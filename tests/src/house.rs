@@ -14,6 +14,9 @@ use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
 pub const ONE: &str = "[slots.a]\ntarget = \"TARGET\"\nenv.COLOUR = \"red\"\n";
 pub const TWO: &str = "[slots.a]\ntarget = \"TARGET\"\n[slots.b]\ntarget = \"TARGET\"\n";
 
+/// The calls of a round, as the supervisor's log names them.
+pub const CALLS: [&str; 3] = ["workers", "lease", "list"];
+
 /// How long a job runs that says `running` and waits for [`House::let_end`]. It may not write where the test can,
 /// so it is ended by a file of the host's that it can read.
 const WAITING: &str = "echo running; while ! [ -e DOOR ]; do read -t 0.2 < <(sleep 1); done; echo done";
@@ -200,6 +203,43 @@ impl House {
         let polls = || self.server.requests("GET /0/factory/workers");
         let end = polls() + more;
         self.see(|_| (polls() >= end).then_some(())).await;
+    }
+
+    /// Start the supervisor anew, as one that logs its calls.
+    pub fn count_calls(&mut self) {
+        self.end_supervisor(Signal::SIGTERM);
+        let mut command = self.host.supervisor_command();
+        self.supervisor = Running::start(command.args(["--log-level", "debug"]));
+    }
+
+    /// Wait until so many workers are online, and the factory knows.
+    pub async fn online(&self, workers: usize) {
+        let online = |state: &State| {
+            let online = state.workers.values().filter(|w| w.online() && !w.deleted);
+            (online.count() == workers).then_some(())
+        };
+        self.see(online).await;
+        self.polls(2).await;
+    }
+
+    /// How often the supervisor (see [`House::count_calls`]) makes each of its calls, to the server and to the helper, in
+    /// one of the next `rounds` rounds.
+    pub async fn calls_of_a_round(&self, rounds: u64) -> std::collections::BTreeMap<String, f64> {
+        self.polls(1).await;
+        let seen = self.supervisor.log.len();
+        self.polls(rounds).await;
+        let mut calls = std::collections::BTreeMap::new();
+        for line in self.supervisor.log.text_from(seen).lines() {
+            if let Some((_, rest)) = line.split_once(" call=") {
+                let call = rest
+                    .split(' ')
+                    .next()
+                    .expect("there is a first")
+                    .trim_matches('"');
+                *calls.entry(call.to_owned()).or_default() += 1.0 / rounds as f64;
+            }
+        }
+        calls
     }
 
     /// Wait for a line of the supervisor's log, from `from` on.

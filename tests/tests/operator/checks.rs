@@ -57,3 +57,20 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
     house.helper = house.host.helper();
     house.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_looks_is_told_how_the_helper_is_though_an_idle_one_is_left_alone() {
+    let mut house = House::new(ONE).await;
+    answering(&house).await;
+    house.polls(3).await;
+    house.end_helper(Signal::SIGKILL);
+    // Nobody needs it, so nobody has noticed; the first look does.
+    house.polls(3).await;
+    assert_eq!(house.supervisor.log.count(&["helper away"]), 0);
+    let status = json(&house, &["status"]);
+    assert_eq!(status["helper"]["reachable"], false, "{status:#}");
+    house.told(&["ERROR helper away", "start the helper"]);
+    house.helper = house.host.helper();
+    answering(&house).await;
+    house.finish().await;
+}

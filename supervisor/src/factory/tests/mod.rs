@@ -3,7 +3,7 @@
 
 mod world;
 
-use protocol::{Exit, State};
+use protocol::{BootstrapToken, Exit, State};
 
 use super::*;
 use world::{World, job};
@@ -132,6 +132,43 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_that_is_used_by_hand() {
     world.run(|w| w.done.len() == 2 && w.is_empty());
     let deleted = world.said.iter().position(|s| s.contains("nobody's worker"));
     assert!(deleted.is_some(), "{:?}", world.said);
+    assert!(
+        !world.said.iter().any(|s| s.contains("slot taken")),
+        "{:?}",
+        world.said
+    );
+}
+
+#[test]
+fn a_worker_that_only_the_server_knows_comes_before_a_new_job_though_the_helper_was_left_alone() {
+    let mut world = World::new();
+    world.run(|w| w.core.is_quiet(w.now) && w.counts.get("lease") == Some(&5));
+    let lost = WorkerId::from_bits(5);
+    let worker = ServerWorker {
+        id: lost,
+        target: "01HZX3N8Q4J5K6M7P8R9S0T1V3".parse().unwrap(),
+        private: None,
+        bootstrap: Some(BootstrapToken::try_from("t".repeat(64)).unwrap()),
+        online: false,
+        hold: false,
+        recycle: false,
+    };
+    world.server.insert(lost, worker);
+    world.submit(1, '3');
+    world.run(|w| !w.disk.is_empty());
+    assert!(world.disk.contains_key(&lost) && world.queue.len() == 1);
+    world.run(World::is_empty);
+    assert_eq!(world.done.len(), 1);
+}
+
+#[test]
+fn a_slot_is_free_as_soon_as_its_worker_has_come_to_its_end() {
+    let mut world = World::new();
+    world.submit(1, '3');
+    world.run(|w| !w.disk.is_empty());
+    assert_eq!(world.core.available(world.now).len(), 2);
+    world.run(|w| w.disk.is_empty());
+    assert_eq!(world.core.available(world.now).len(), 3);
 }
 
 #[test]
