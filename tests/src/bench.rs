@@ -63,7 +63,7 @@ pub struct Group {
     pub ways: Vec<Way>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Way {
     pub name: String,
     /// Microseconds, sorted.
