@@ -4,14 +4,17 @@
 //! on the same file system with warm caches, in turn, and each round begins with empty trees.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use protocol::Reply;
 use testbed::bench::{Go, Group, Options, Report};
-use testbed::harness::{TestHost, tool};
-use testbed::stage::{Stage, created, run};
+use testbed::harness::{TestHost, sealed, tool};
+use testbed::stage::{Stage, created, install, read};
 
 /// Nobody's, outside every range in use.
 const USER: u32 = 0x6fff_fff1;
@@ -174,15 +177,35 @@ fn on_host(host: &TestHost, place: &Path, script: &str) -> Duration {
     took(&(String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr)))
 }
 
-/// The same in a worker of its own.
+/// The same in a worker of its own. Its end is waited for at its cgroup: whoever asks the helper again and again takes
+/// one of the processors that the job should have.
 fn in_worker(stage: &Stage, script: &str) -> Duration {
     let client = stage.client();
     let worker = created(&client, "a");
     let script = format!(
-        "export IN=/opt/in RUST=/opt/rust; cd /work; exec 2>&1\n{}",
+        "#!/bin/bash\nexport IN=/opt/in RUST=/opt/rust; cd /work; exec 2>&1\n{}",
         timed(script)
     );
-    let (_, said) = run(&client, worker, &script);
+    let (reply, console) = install(&client, worker, sealed(script.as_bytes()));
+    assert_eq!(reply, Reply::AgentStarted);
+    let events = stage
+        .host
+        .cgroup_dir()
+        .join(format!("workers/{worker}/cgroup.events"));
+    let events = fs::File::open(&events).unwrap_or_else(|e| panic!("{}: {e}", events.display()));
+    let mut said = [0; 256];
+    loop {
+        let length = events.read_at(&mut said, 0).expect("the cgroup is there");
+        if String::from_utf8_lossy(&said[..length]).contains("populated 0") {
+            break;
+        }
+        poll(
+            &mut [PollFd::new(events.as_fd(), PollFlags::POLLPRI)],
+            PollTimeout::NONE,
+        )
+        .expect("it can be waited for");
+    }
+    let said = read(&console.expect("a console comes with the reply"));
     stage.delete(&[worker]);
     took(&said)
 }
