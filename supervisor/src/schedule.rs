@@ -65,8 +65,20 @@ impl Plan {
             closed: vec![false; self.names.len()],
             used: 0,
         };
+        // Both are in the order of names: each is looked for behind the last.
+        let mut from = 0;
         for slot in used {
-            free.take(slot);
+            free.used += 1;
+            let mut step = 1;
+            while self.names.get(from + step).is_some_and(|name| name <= slot) {
+                from += step;
+                step *= 2;
+            }
+            let to = self.names.len().min(from + step);
+            if let Ok(at) = self.names[from..to].binary_search(slot) {
+                from += at;
+                free.close(from);
+            }
         }
         for number in resting.into_iter().filter_map(|slot| self.number(slot)) {
             free.closed[number as usize] = true;
@@ -100,10 +112,14 @@ impl Free<'_> {
     pub fn take(&mut self, slot: &SlotName) {
         self.used += 1;
         if let Some(number) = self.plan.number(slot) {
-            self.closed[number as usize] = true;
-            for other in &self.plan.conflicts[number as usize] {
-                self.closed[*other as usize] = true;
-            }
+            self.close(number as usize);
+        }
+    }
+
+    fn close(&mut self, number: usize) {
+        self.closed[number] = true;
+        for other in &self.plan.conflicts[number] {
+            self.closed[*other as usize] = true;
         }
     }
 

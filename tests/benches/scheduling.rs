@@ -1,10 +1,12 @@
-//! What a look at all slots and all workers costs, as both grow: the pure part in time, and a round of the real
-//! two processes in calls.
+//! What a look at all slots and all workers costs, as both grow: the pure part in processor time, which is its time on
+//! a quiet machine and little more on a busy one, and a round of the real two processes in calls.
 //!
 //! `cargo bench -p testbed --bench scheduling`; needs root for the part `calls`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use protocol::config::Config;
 use protocol::{SlotName, State, TargetId, Uid, WorkerId, WorkerInfo};
 use supervisor::factory::{Factory, Input, Output};
@@ -12,7 +14,7 @@ use supervisor::reconcile::{Question, adopted, reconcile};
 use supervisor::schedule::Plan;
 use supervisor::view::ServerWorker;
 use supervisor::worker::{Phase, Worker};
-use testbed::bench::{Go, Group, Options, Report, time};
+use testbed::bench::{Go, Group, Options, Report};
 use testbed::house::{CALLS, House};
 
 /// Targets that the slots belong to, in turn.
@@ -81,12 +83,23 @@ fn pass(plan: &Plan, used: &BTreeSet<SlotName>) -> usize {
     free.slots().count() + picked
 }
 
+/// What this thread has had of the processors.
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .expect("the kernel counts it")
+        .into()
+}
+
 /// The ways of a group that differ in size, the largest first: ratios are against it.
 fn growing<'a>(sizes: &'a [usize], what: &str, go: impl Fn(usize) -> Box<dyn FnMut() + 'a>) -> Vec<Go<'a>> {
     let way = |size: &usize| {
         let mut once = go(*size);
         let name: &str = Box::leak(format!("{size} {what}").into_boxed_str());
-        let go = move || time(|| (0..AT_A_TIME).for_each(|_| once())) / AT_A_TIME;
+        let go = move || {
+            let begin = processor_time();
+            (0..AT_A_TIME).for_each(|_| once());
+            (processor_time() - begin) / AT_A_TIME
+        };
         (name, Box::new(go) as Box<dyn FnMut() -> _>)
     };
     sizes.iter().rev().map(way).collect()

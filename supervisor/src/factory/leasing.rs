@@ -87,7 +87,7 @@ impl Factory {
             *leased_at = now;
             return;
         }
-        if self.wants_a_look(now) {
+        if self.is_quiet(now) && !self.round.heard_the_host() && !self.stopped {
             // The helper may have gone away since it was last asked, or a person may use the slot by hand.
             self.unplaced = Some((lease, now));
             return self.ask_the_host();

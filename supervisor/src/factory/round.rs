@@ -16,6 +16,8 @@ use crate::worker::{Event, FORGOTTEN_MS, OnHost, OnServer};
 pub(super) struct Round {
     next_at: u64,
     open: Option<Open>,
+    /// The helper was heard in the last one.
+    heard_the_host: bool,
 }
 
 #[derive(Debug)]
@@ -33,7 +35,12 @@ impl Round {
         Self {
             next_at: now,
             open: None,
+            heard_the_host: false,
         }
+    }
+
+    pub(super) fn heard_the_host(&self) -> bool {
+        self.heard_the_host
     }
 
     pub(super) fn next(&self) -> Option<u64> {
@@ -168,6 +175,7 @@ impl Factory {
         let Some(open) = self.round.open.take_if(|open| !open.server_due && !open.host_due) else {
             return;
         };
+        self.round.heard_the_host = open.host.is_some();
         self.show_each(now, &open);
         if let Some(list) = &open.server {
             self.meet_strangers(now, list);
