@@ -1,0 +1,13 @@
+//! A connection to the helper: packets and descriptors, well formed and not, over a real socket to the real
+//! dispatcher, with the contract's model in place of a host. Exact answers up to the packet at which the helper must
+//! hang up, none before the greeting, and no descriptor left.
+
+#![no_main]
+
+use conversation::{Conversation, hold};
+use libfuzzer_sys::fuzz_target;
+
+#[path = "../../helper/tests/dispatcher/conversation.rs"]
+mod conversation;
+
+fuzz_target!(|bytes: &[u8]| hold(&Conversation::from(bytes)));
