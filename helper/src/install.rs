@@ -6,7 +6,7 @@ use std::fs::{File, Permissions};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::sendfile::sendfile;
@@ -138,8 +138,15 @@ fn copy_agent(agent: &File, run: &OwnedFd) -> Result<()> {
     let copy =
         open_file(run, name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC).with_context(describe)?;
     // At an offset of our own: the sender shares the descriptor's.
-    let mut at = 0;
-    while sendfile(&copy, agent, Some(&mut at), MAX_AGENT_BYTES as usize).with_context(describe)? > 0 {}
+    let (mut at, end) = (0, agent.metadata()?.len() as i64);
+    while at < end {
+        let left = (end - at) as usize;
+        let copied = sendfile(&copy, agent, Some(&mut at), left).with_context(describe)?;
+        ensure!(
+            copied > 0,
+            "cannot copy the agent: {left} bytes of it are missing"
+        );
+    }
     copy.set_permissions(Permissions::from_mode(0o755))
         .with_context(describe)
 }

@@ -104,8 +104,11 @@ pub fn delete(host: &Host, unlimit: Unlimit<'_>, id: WorkerId) -> Result<()> {
     };
     let (uid, is_recorded) = match &worker.written {
         Written::Record(record) => (Some(record.uid), true),
-        // Only its trees tell, so they go last. A worker that has none was never known to the host, or is no more.
-        _ => (trees::owner(worker.dir())?, false),
+        // Its trees tell, so they go last; or what the host was told, where it had none yet.
+        _ => match trees::owner(worker.dir())? {
+            None => (user::uid_in_userdb(host.userdb.as_fd(), &worker.user())?, false),
+            owner => (owner, false),
+        },
     };
     let forget = || {
         uid.map_or(Ok(()), |uid| {

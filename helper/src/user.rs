@@ -16,7 +16,7 @@ use nix::unistd::{Gid, Pid, setgroups, setresgid, setresuid, symlinkat};
 use protocol::config::{Config, GroupName, Network, Slot, UidRange, User};
 use protocol::{Uid, UserName};
 
-use crate::host::{Host, open_file, remove_file, write_atomically};
+use crate::host::{Host, open_file, read_small, remove_file, write_atomically};
 use crate::{network, sys};
 
 /// The most that the host's passwd or group file may have, in bytes.
@@ -196,8 +196,18 @@ pub fn write_userdb(userdb: BorrowedFd<'_>, name: &UserName, uid: Uid) -> Result
     Ok(())
 }
 
+/// The uid that a record here says: root alone has written it.
+pub fn uid_in_userdb(userdb: BorrowedFd<'_>, name: &UserName) -> Result<Option<Uid>> {
+    let text = read_small(userdb, format!("{name}.user"))?.unwrap_or_default();
+    let number = text
+        .split_once("\"uid\":")
+        .and_then(|(_, rest)| rest.split(',').next());
+    Ok(number.and_then(|number| Uid::try_from(number.parse::<u32>().ok()?).ok()))
+}
+
+/// What says the uid goes last.
 pub fn remove_userdb(userdb: BorrowedFd<'_>, name: &UserName, uid: Uid) -> Result<()> {
-    for (file, link) in userdb_names(name, uid) {
+    for (file, link) in userdb_names(name, uid).into_iter().rev() {
         for name in [format!("{file}.part"), link, file] {
             remove_file(userdb, &name).with_context(|| format!("cannot remove /run/userdb/{name}"))?;
         }

@@ -10,13 +10,13 @@ use protocol::{Reply, Request, WorkerId};
 use testbed::harness::{Client, TestHost, sealed, worker_id};
 use testbed::tracer::service::{KINDS, Kind, Span, watch};
 
-/// At most so many, for each operation on a connection of its own, which takes 150 of them.
+/// At most so many, for each operation on a connection of its own, which takes some 60 of them.
 const BUDGET: [(&str, usize); 5] = [
-    ("CreateUser", 0),
-    ("InstallAgent", 0),
-    ("List", 0),
-    ("Kill", 0),
-    ("Delete", 0),
+    ("CreateUser", 120),
+    ("InstallAgent", 560),
+    ("List", 80),
+    ("Kill", 80),
+    ("Delete", 320),
 ];
 
 /// The least of so many tries: waiting for what the kernel does takes more or fewer looks.
