@@ -20,6 +20,7 @@ use protocol::{Error, ErrorKind};
 
 use crate::limits::Abilities;
 use crate::user::Accounts;
+use crate::{sys, view};
 
 #[derive(Debug)]
 pub struct Host {
@@ -94,12 +95,12 @@ impl Host {
         let workers = open_path(&workers)?;
         Ok(Host {
             root: root.to_owned(),
-            config: open_path(config_dir)?,
+            config: open_to_read(config_dir)?,
             abilities: Abilities::of(&workers, &cgroups)?,
             workers,
             userdb: open_path(&userdb)?,
-            etc: open_path(Path::new("/etc"))?,
-            dev: open_path(Path::new("/dev"))?,
+            etc: open_to_read(Path::new("/etc"))?,
+            dev: open_to_read(Path::new("/dev"))?,
             devices: open_path(&devices)?,
             gate: open_path(&gate)?,
             cgroups,
@@ -235,6 +236,16 @@ pub const DIRECTORY: OFlag = OFlag::O_RDONLY
 pub fn open_path(path: &Path) -> Result<OwnedFd> {
     nix::fcntl::open(path, DIRECTORY, Mode::empty())
         .with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// The same, by a mount of its own through which nothing can be written, whoever has the descriptor: the processes of
+/// connections have it, and may ignore modes.
+fn open_to_read(path: &Path) -> Result<OwnedFd> {
+    let describe = || format!("cannot open {} read-only", path.display());
+    let mount = sys::clone_mount(path, false).with_context(describe)?;
+    let attributes = view::READ_ONLY | libc::MOUNT_ATTR_NOEXEC;
+    sys::set_mount_attributes(mount.as_fd(), attributes, 0).with_context(describe)?;
+    Ok(mount)
 }
 
 /// Open `name` below `parent`: never above it, and never through a link of any kind (`openat2(2)`).

@@ -1,5 +1,8 @@
 //! The walls as root sees them from outside: what each kind of process may still do, and what it holds.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use super::*;
 
 /// `capability.h`'s numbers: CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID.
@@ -71,6 +74,34 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
     let agent = fs::read_to_string(format!("/proc/{first}/task/{first}/children")).unwrap();
     let agent: u32 = agent.split_whitespace().next().unwrap().parse().unwrap();
     assert_walls("the agent", agent, &[], 2);
+
+    // A connection may ignore modes, but not what its descriptors are of.
+    let configuration = stage.host.root.join(protocol::config::CONFIG_PATH);
+    for place in [
+        Path::new("/etc"),
+        Path::new("/dev"),
+        configuration.parent().unwrap(),
+    ] {
+        let wanted = fs::metadata(place).unwrap();
+        let is_it = |meta: fs::Metadata| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino());
+        let held = fs::read_dir(format!("/proc/{connection}/fd")).unwrap().flatten();
+        let held: Vec<_> = held
+            .map(|entry| entry.path())
+            .filter(|path| fs::metadata(path).is_ok_and(is_it))
+            .collect();
+        let [held] = &held[..] else {
+            panic!("{held:?} are {}", place.display())
+        };
+        let written = fs::write(held.join("user-factory-test"), "");
+        let _ = fs::remove_file(place.join("user-factory-test"));
+        let error = written.expect_err("through a connection's descriptor");
+        assert_eq!(
+            error.raw_os_error(),
+            Some(libc::EROFS),
+            "{}: {error}",
+            place.display()
+        );
+    }
 
     // Nothing of the helper's own is held by a job's first process.
     for number in 0..3 {
