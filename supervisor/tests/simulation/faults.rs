@@ -160,6 +160,8 @@ impl World {
             Period::Invalid => {
                 self.file = Some(self.plan.config());
                 self.checks.config_changed(self.now);
+                // Who mends it says so: what was changed meanwhile, the supervisor could not read.
+                self.reload();
             }
         }
     }
