@@ -1,0 +1,658 @@
+//! SECURITY.md and docs/review.md are for people who trust neither, so what can be checked in them is: each reference
+//! leads to the line that it names, each test that is named exists, and the tables have everything that the code has,
+//! and nothing else.
+//!
+//! `UPDATE=1 cargo test -p testbed --test review` writes the lines' numbers anew. It reads files, and needs no root.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const PAGES: [&str; 2] = ["SECURITY.md", "docs/review.md"];
+const REVIEW: &str = "docs/review.md";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the workspace")
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    let path = root().join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn fail_with(mistakes: Vec<String>) {
+    assert!(mistakes.is_empty(), "\n{}", mistakes.join("\n"));
+}
+
+// Pages
+
+/// `[text](target)`.
+struct Link<'a> {
+    text: &'a str,
+    target: &'a str,
+    /// Where the target is in the page.
+    at: Range<usize>,
+}
+
+/// Without what is in blocks of code.
+fn links(page: &str) -> Vec<Link<'_>> {
+    let mut found = Vec::new();
+    let mut from = 0;
+    while let Some(middle) = page[from..].find("](").map(|at| from + at) {
+        let begin = middle + 2;
+        let end = begin + page[begin..].find(')').expect("a link has an end");
+        let text = page[..middle].rfind('[').expect("a link has a text") + 1;
+        found.push(Link {
+            text: &page[text..middle],
+            target: &page[begin..end],
+            at: begin..end,
+        });
+        from = end;
+    }
+    found
+}
+
+/// What is between backticks, apart from what is a link's text.
+fn words(text: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    let mut rest = text;
+    while let Some((before, more)) = rest.split_once('`') {
+        let Some((word, after)) = more.split_once('`') else {
+            break;
+        };
+        if !(before.ends_with('[') && after.starts_with("](")) {
+            found.push(word);
+        }
+        rest = after;
+    }
+    found
+}
+
+/// What is below this heading, up to the next of its level or above.
+fn section<'a>(page: &'a str, heading: &str) -> &'a str {
+    let level = heading.split(' ').next().expect("a heading has a level").len();
+    let begin = page
+        .find(&format!("\n{heading}\n"))
+        .unwrap_or_else(|| panic!("there is no {heading}"));
+    let body = &page[begin + heading.len() + 2..];
+    let mut at = 0;
+    for line in body.split_inclusive('\n') {
+        let hashes = line.bytes().take_while(|b| *b == b'#').count();
+        if (1..=level).contains(&hashes) {
+            break;
+        }
+        at += line.len();
+    }
+    &body[..at]
+}
+
+/// The rows of the tables in this text, without their heads, as cells.
+fn rows(text: &str) -> Vec<Vec<&str>> {
+    let mut found = Vec::new();
+    let mut in_table = 0;
+    for line in text.lines() {
+        in_table = if line.starts_with('|') { in_table + 1 } else { 0 };
+        if in_table > 2 {
+            found.push(line.trim_matches('|').split(" | ").map(str::trim).collect());
+        }
+    }
+    found
+}
+
+/// The names in the first column of a section's tables, each there once.
+fn first_column(page: &str, heading: &str) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for row in rows(section(page, heading)) {
+        let here: Vec<&str> = row[0].split('`').skip(1).step_by(2).collect();
+        assert!(!here.is_empty(), "{heading}: a row names nothing: {row:?}");
+        assert!(
+            row.iter().all(|cell| !cell.is_empty()),
+            "{heading}: a cell is empty: {row:?}"
+        );
+        for name in here {
+            assert!(names.insert(name.to_owned()), "{heading}: {name} is there twice");
+        }
+    }
+    names
+}
+
+fn assert_same(heading: &str, page: &BTreeSet<String>, code: &BTreeSet<String>) {
+    assert!(!code.is_empty(), "nothing was found in the code for {heading}");
+    let missing: Vec<_> = code.difference(page).collect();
+    let surplus: Vec<_> = page.difference(code).collect();
+    assert!(
+        missing.is_empty() && surplus.is_empty(),
+        "{REVIEW}, {heading}: missing {missing:?}, not in the code {surplus:?}"
+    );
+}
+
+// References to lines
+
+/// The lines of a source, numbered from 1, without its tests.
+fn code(text: &str) -> Vec<(usize, &str)> {
+    let lines = text.lines().enumerate().map(|(i, line)| (i + 1, line));
+    lines
+        .take_while(|(_, line)| *line != "#[cfg(test)]")
+        .filter(|(_, line)| !line.trim_start().starts_with("//"))
+        .collect()
+}
+
+fn is_part_of_a_name(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(is_part_of_a_name)
+}
+
+/// Is this name defined here? A macro of this project takes a type's name on a line of its own.
+fn defines(line: &str, name: &str) -> bool {
+    let line = line.trim_start();
+    if line.strip_suffix(',') == Some(name) {
+        return true;
+    }
+    let keywords = ["fn", "struct", "enum", "trait", "const", "type"];
+    keywords.iter().any(|keyword| {
+        let definition = format!("{keyword} {name}");
+        line.match_indices(&definition).any(|(at, _)| {
+            let after = line[at + definition.len()..].chars().next();
+            (at == 0 || line[..at].ends_with(' ')) && !after.is_some_and(is_part_of_a_name)
+        })
+    })
+}
+
+/// What `impl`, `trait` or a definition of a type at the beginning of a line is about.
+fn subject(line: &str) -> Option<&str> {
+    let rest = line.strip_prefix("pub ").unwrap_or(line);
+    let rest = ["impl", "trait ", "enum ", "struct "]
+        .iter()
+        .find_map(|keyword| rest.strip_prefix(keyword))?;
+    let rest = rest.rsplit_once(" for ").map_or(rest, |(_, subject)| subject);
+    let rest = rest.trim_start();
+    Some(&rest[..rest.find(|c| !is_part_of_a_name(c)).unwrap_or(rest.len())])
+}
+
+/// The lines that `item` may mean: where it is defined, `Type::function` in a block of that type; or else
+/// where exactly this is written.
+fn places(text: &str, item: &str) -> Vec<usize> {
+    let lines = code(text);
+    let numbers = |keep: &dyn Fn(&str) -> bool| -> Vec<usize> {
+        let kept = lines.iter().filter(|(_, line)| keep(line));
+        kept.map(|(number, _)| *number).collect()
+    };
+    if let Some((scope, name)) = item.rsplit_once("::")
+        && is_name(scope)
+        && is_name(name)
+        && scope.starts_with(char::is_uppercase)
+    {
+        let mut inside = false;
+        let mut found = Vec::new();
+        for (number, line) in &lines {
+            if let Some(subject) = subject(line) {
+                inside = subject == scope;
+            }
+            if *line == "}" {
+                inside = false;
+            }
+            let is_variant = line
+                .trim_start()
+                .strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with([' ', '(', ',', ':']));
+            if inside && (defines(line, name) || is_variant) {
+                found.push(*number);
+            }
+        }
+        return found;
+    }
+    if is_name(item) {
+        let found = numbers(&|line| defines(line, item));
+        if !found.is_empty() {
+            return found;
+        }
+        return numbers(&|line| line.split(|c| !is_part_of_a_name(c)).any(|word| word == item));
+    }
+    numbers(&|line| line.contains(item))
+}
+
+/// A page with the numbers that are right now, and what is wrong with it besides.
+fn renumbered(page: &str, beside: &Path) -> (String, Vec<String>, usize) {
+    let mut text = String::new();
+    let mut mistakes = Vec::new();
+    let (mut copied, mut count) = (0, 0);
+    for link in links(page) {
+        let Some((file, number)) = link.target.split_once("#L") else {
+            continue;
+        };
+        count += 1;
+        let item = link.text.trim_matches('`');
+        match places(&read(beside.join(file)), item)[..] {
+            [place] => {
+                text += &page[copied..link.at.end - number.len()];
+                text += &place.to_string();
+                copied = link.at.end;
+            }
+            [] => mistakes.push(format!("there is no {item} in {file}")),
+            ref several => mistakes.push(format!("{item} is several things in {file}: {several:?}")),
+        }
+    }
+    text += &page[copied..];
+    (text, mistakes, count)
+}
+
+#[test]
+fn every_reference_leads_to_the_line_that_it_names() {
+    let update = std::env::var_os("UPDATE").is_some();
+    let mut wrong = Vec::new();
+    let mut all = 0;
+    for name in PAGES {
+        let page = read(name);
+        let beside = Path::new(name).parent().expect("a page is in a folder");
+        let (now, mistakes, count) = renumbered(&page, beside);
+        all += count;
+        wrong.extend(mistakes.iter().map(|mistake| format!("{name}: {mistake}")));
+        if update && now != page {
+            let part = root().join(name).with_extension("part");
+            fs::write(&part, &now).expect("the page can be written");
+            fs::rename(&part, root().join(name)).expect("the page can be replaced");
+            continue;
+        }
+        for (old, new) in links(&page).iter().zip(links(&now)) {
+            if old.target != new.target {
+                wrong.push(format!(
+                    "{name}: {} is at {}, not at {}: UPDATE=1 mends it; read whether the sentence is still true",
+                    old.text, new.target, old.target
+                ));
+            }
+        }
+    }
+    assert!(all > 100, "the pages have only {all} references");
+    fail_with(wrong);
+}
+
+#[test]
+fn a_reference_means_one_line() {
+    let text = "\
+// fn one
+struct One;
+impl One {
+    fn go(&self) {
+        let flags = A | B;
+    }
+}
+impl Display for Two {
+    fn go(&self) {}
+}
+pub enum Three {
+    Go,
+    Gone { by: u8 },
+}
+fn one() -> u8 {
+    flags(1)
+}
+macro!(
+    Four,
+    1
+);
+#[cfg(test)]
+mod tests {
+    fn five() {}
+}
+";
+    for (item, expected) in [
+        ("One", &[2][..]),
+        ("One::go", &[4]),
+        ("Two::go", &[9]),
+        ("Three::Go", &[12]),
+        ("Three::Gone", &[13]),
+        ("one", &[15]),
+        ("A | B", &[5]),
+        ("flags", &[5, 16]),
+        ("go", &[4, 9]),
+        ("Four", &[19]),
+        ("five", &[]),
+        ("Four::go", &[]),
+        ("lags(", &[16]),
+    ] {
+        assert_eq!(places(text, item), expected, "{item}");
+    }
+    let page = "Begin [`places`](review.rs#L7), [`no_such`](review.rs#L7) and [`review`](review.rs) end.";
+    let (now, mistakes, count) = renumbered(page, Path::new("tests/tests"));
+    let line = code(&read("tests/tests/review.rs"))
+        .iter()
+        .find(|(_, line)| line.starts_with("fn places("))
+        .expect("it is in this file")
+        .0;
+    assert_eq!(now, page.replacen("#L7", &format!("#L{line}"), 1));
+    assert_eq!((mistakes.len(), count), (1, 2), "{mistakes:?}");
+}
+
+/// The names by which GitHub knows a page's headings.
+fn anchors(page: &str) -> BTreeSet<String> {
+    let headings = page.lines().filter(|line| line.starts_with('#'));
+    let anchor = |heading: &str| -> String {
+        let text = heading.trim_start_matches('#').trim().to_lowercase();
+        let kept = text
+            .chars()
+            .filter(|c| is_part_of_a_name(*c) || " -".contains(*c));
+        kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+    };
+    headings.map(anchor).collect()
+}
+
+#[test]
+fn every_page_file_and_heading_that_is_linked_exists() {
+    let mut mistakes = Vec::new();
+    for name in PAGES {
+        let text = read(name);
+        for link in links(&text) {
+            if link.target.starts_with("https://") {
+                continue;
+            }
+            let (file, anchor) = link.target.split_once('#').unwrap_or((link.target, ""));
+            let path = match file {
+                "" => root().join(name),
+                file => root().join(name).with_file_name("").join(file),
+            };
+            let is_there = match anchor {
+                "" => path.exists(),
+                _ if file.ends_with(".rs") => path.exists(),
+                anchor => fs::read_to_string(&path).is_ok_and(|page| anchors(&page).contains(anchor)),
+            };
+            if !is_there {
+                mistakes.push(format!("{name}: {} is not there", link.target));
+            }
+        }
+    }
+    fail_with(mistakes);
+}
+
+/// Every source below this folder.
+fn sources(folder: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("a folder of sources").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|end| end == "rs") {
+                found.push(path.strip_prefix(root()).expect("it is below").to_owned());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn the_guide_leads_through_every_file_of_roots_half() {
+    let page = read(REVIEW);
+    let guide = section(&page, "## A request's life");
+    let led: BTreeSet<&str> = links(guide)
+        .iter()
+        .filter_map(|link| link.target.strip_prefix("../")?.split('#').next())
+        .collect();
+    let files = [sources("protocol/src"), sources("helper/src")].concat();
+    assert!(files.len() > 20, "{files:?}");
+    let missing: Vec<_> = files
+        .iter()
+        .filter(|file| !led.contains(file.to_str().expect("a plain name")))
+        .collect();
+    assert!(missing.is_empty(), "{REVIEW} does not lead through {missing:?}");
+}
+
+// Tests
+
+/// The tests in a source that are run somewhere: by themselves, or in a machine that is booted for them.
+fn tests_in(text: &str) -> BTreeSet<&str> {
+    let mut found = BTreeSet::new();
+    let mut attributes = String::new();
+    for line in text.lines().map(str::trim_start) {
+        if line.starts_with("#[") {
+            attributes += line;
+        } else if let Some(rest) = line
+            .strip_prefix("async fn ")
+            .or_else(|| line.strip_prefix("fn "))
+        {
+            let is_run = !attributes.contains("#[ignore") || attributes.contains("tests/machine/run ");
+            if attributes.contains("test]") || attributes.contains("test(") {
+                found.extend(rest.split('(').next().filter(|_| is_run));
+            }
+            attributes.clear();
+        } else if !line.starts_with("//") {
+            attributes.clear();
+        }
+    }
+    found
+}
+
+/// The file in which a test of this name must be: `attacks::leave::row_01…` is in `tests/tests/attacks/leave.rs`,
+/// `helper::filter::tests::…` in `helper/src/filter.rs`.
+fn file_of(test: &str) -> Option<PathBuf> {
+    let (path, _) = test.rsplit_once("::")?;
+    let candidates = match path.strip_suffix("::tests") {
+        Some(path) => {
+            let (member, module) = path.split_once("::")?;
+            let module = format!("{member}/src/{}", module.replace("::", "/"));
+            [format!("{module}.rs"), format!("{module}/mod.rs")]
+        }
+        None => {
+            let path = path.replace("::", "/");
+            [
+                format!("tests/tests/{path}.rs"),
+                format!("tests/tests/{path}/main.rs"),
+            ]
+        }
+    };
+    candidates
+        .iter()
+        .map(|path| root().join(path))
+        .find(|path| path.exists())
+}
+
+/// Is this how a test's name looks? Types and constants have capitals; and functions are named in links.
+fn looks_like_a_test(word: &str) -> bool {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    word.contains("::")
+        && word
+            .split("::")
+            .all(|part| !part.is_empty() && part.chars().all(plain))
+}
+
+fn is_a_test(name: &str) -> bool {
+    let function = name.rsplit("::").next().unwrap_or_default();
+    file_of(name).is_some_and(|file| tests_in(&read(file)).contains(function))
+}
+
+#[test]
+fn every_test_that_is_named_exists() {
+    let mut mistakes = Vec::new();
+    for page in PAGES {
+        let text = read(page);
+        let named: BTreeSet<&str> = words(&text)
+            .into_iter()
+            .filter(|word| looks_like_a_test(word))
+            .collect();
+        assert!(named.len() > 20, "{page} names only {named:?}");
+        let missing = named.iter().filter(|name| !is_a_test(name));
+        mistakes.extend(missing.map(|name| format!("{page}: there is no test {name} that is run")));
+    }
+    fail_with(mistakes);
+}
+
+/// Each row of this section's tables has a test in its last cell.
+fn each_row_has_a_test(page: &str, heading: &str, at_least: usize) -> Vec<String> {
+    let text = read(page);
+    let rows = rows(section(&text, heading));
+    assert!(
+        rows.len() >= at_least,
+        "{page}, {heading}: only {} rows",
+        rows.len()
+    );
+    let without = rows.iter().filter(|row| {
+        let last = row.last().expect("a row has cells");
+        !words(last).iter().any(|word| looks_like_a_test(word))
+    });
+    without
+        .map(|row| format!("{page}, {heading}: no test shows {:?}", row[0]))
+        .collect()
+}
+
+#[test]
+fn every_promise_and_every_check_has_a_test() {
+    let mut mistakes = each_row_has_a_test("SECURITY.md", "## What is promised", 20);
+    mistakes.extend(each_row_has_a_test(REVIEW, "## What root touches", 20));
+    let page = read(REVIEW);
+    for row in rows(section(&page, "## What root touches")) {
+        if !row.iter().any(|cell| cell.contains(".rs#L")) {
+            mistakes.push(format!("{REVIEW}: no line of code is named for {:?}", row[0]));
+        }
+    }
+    fail_with(mistakes);
+}
+
+// Tables
+
+/// How many unsafe blocks each function of a source has.
+fn unsafe_blocks(text: &str) -> BTreeMap<String, usize> {
+    let mut found = BTreeMap::new();
+    let mut function = "";
+    for line in text.lines().filter(|line| !line.trim_start().starts_with("//")) {
+        if let Some((before, rest)) = line.split_once("fn ")
+            && before
+                .chars()
+                .all(|c| c.is_ascii_lowercase() || " ()".contains(c))
+        {
+            function = rest.split(['(', '<']).next().unwrap_or_default();
+        }
+        let blocks = line
+            .split(|c| !is_part_of_a_name(c))
+            .filter(|word| *word == "unsafe")
+            .count();
+        if blocks > 0 {
+            *found.entry(function.to_owned()).or_default() += blocks;
+        }
+    }
+    found
+}
+
+#[test]
+fn the_table_of_unsafe_blocks_has_them_all() {
+    const HEADING: &str = "## All that is unsafe";
+    let mut code = BTreeMap::new();
+    for file in [sources("helper/src"), sources("protocol/src")].concat() {
+        for (function, count) in unsafe_blocks(&read(&file)) {
+            code.insert((file.to_string_lossy().into_owned(), function), count);
+        }
+    }
+    assert!(code.len() > 10, "{code:?}");
+    let text = read(REVIEW);
+    let mut page = BTreeMap::new();
+    for row in rows(section(&text, HEADING)) {
+        let link = links(row[0]).pop().expect("the first cell is a reference");
+        let file = link.target.trim_start_matches("../").split('#').next();
+        let key = (
+            file.unwrap_or_default().to_owned(),
+            link.text.trim_matches('`').to_owned(),
+        );
+        assert!(
+            row.len() == 3 && row[2].len() > 20,
+            "there is no argument in {row:?}"
+        );
+        let before = page.insert(key, row[1].parse::<usize>().expect("a number of blocks"));
+        assert!(before.is_none(), "{HEADING}: {} is there twice", link.text);
+    }
+    assert_eq!(page, code, "{REVIEW}, {HEADING}: the page, and the code");
+}
+
+#[test]
+fn the_table_of_crates_has_the_helpers_whole_tree() {
+    const HEADING: &str = "## Every crate";
+    let tree = Command::new(env!("CARGO"))
+        .args(["tree", "--locked", "--offline", "--package", "helper"])
+        .args([
+            "--edges",
+            "normal",
+            "--prefix",
+            "none",
+            "--no-dedupe",
+            "--format",
+            "{p}",
+        ])
+        .current_dir(root())
+        .output()
+        .expect("cargo can be started");
+    assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
+    let tree = String::from_utf8(tree.stdout).expect("names are plain");
+    let crates = tree.lines().filter_map(|line| line.split(' ').next());
+    let crates: BTreeSet<String> = crates
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
+        .collect();
+    assert!(crates.contains("nix"), "{crates:?}");
+    assert_same(HEADING, &first_column(&read(REVIEW), HEADING), &crates);
+}
+
+/// The names with this beginning in the code of the constant's list.
+fn list(file: &str, constant: &str, prefix: &str) -> BTreeSet<String> {
+    let text = read(file);
+    let lines = code(&text).into_iter().map(|(_, line)| line);
+    let body: Vec<&str> = lines
+        .skip_while(|line| !line.starts_with(&format!("const {constant}:")))
+        .take_while(|line| *line != "];")
+        .collect();
+    assert!(body.len() > 1, "{file} has no list {constant}");
+    let words = body.iter().flat_map(|line| line.split(|c| !is_part_of_a_name(c)));
+    let names = words.filter(|word| word.starts_with(prefix)).map(str::to_owned);
+    names.collect()
+}
+
+#[test]
+fn the_table_of_capabilities_has_who_keeps_which() {
+    const HEADING: &str = "## Every capability";
+    let file = "helper/src/privileges.rs";
+    let mut code = BTreeMap::new();
+    for (constant, holders) in [("OF_CONNECTIONS", "both"), ("OF_THE_DAEMON", "daemon")] {
+        for name in list(file, constant, "CAP_") {
+            code.insert(name, holders.to_owned());
+        }
+    }
+    let text = read(REVIEW);
+    let page: BTreeMap<String, String> = rows(section(&text, HEADING))
+        .iter()
+        .map(|row| (row[0].trim_matches('`').to_owned(), row[1].to_owned()))
+        .collect();
+    assert_eq!(page, code, "{REVIEW}, {HEADING}: the page, and {file}");
+    let page = first_column(&text, HEADING);
+    // No capability is named in that file beside its two lists.
+    let source = read(file);
+    let words = source.split(|c| !is_part_of_a_name(c));
+    let all = words.filter(|word| word.starts_with("CAP_")).map(str::to_owned);
+    let all: BTreeSet<String> = all.collect();
+    assert_same(HEADING, &page, &all);
+}
+
+#[test]
+fn the_tables_of_system_calls_have_the_filters_lists() {
+    let file = "helper/src/filter.rs";
+    let page = read(REVIEW);
+    let allowed = list(file, "CONNECTION", "SYS_");
+    let heading = "### What a connection may call";
+    assert_same(heading, &first_column(&page, heading), &allowed);
+    let mut refused = list(file, "NEVER", "SYS_");
+    // Of the one that is newer than the C library, the constant of ours.
+    let of_namespaces = list(file, "OF_NAMESPACES", "SYS_");
+    refused.extend(of_namespaces);
+    refused.insert("OPEN_TREE_ATTR".into());
+    let heading = "### What a job is refused";
+    assert_same(heading, &first_column(&page, heading), &refused);
+    let heading = "### What a job is told that it was done";
+    assert_same(
+        heading,
+        &first_column(&page, heading),
+        &list(file, "SYNC", "SYS_"),
+    );
+}
