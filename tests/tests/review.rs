@@ -516,11 +516,11 @@ fn every_promise_and_every_check_has_a_test() {
 
 // Tables
 
-/// How many unsafe blocks each function of a source has.
-fn unsafe_blocks(text: &str) -> BTreeMap<String, usize> {
+/// What functions of a source have lines of this kind, and how many.
+fn functions_with(text: &str, count: impl Fn(&str) -> usize) -> BTreeMap<String, usize> {
     let mut found = BTreeMap::new();
     let mut function = "";
-    for line in text.lines().filter(|line| !line.trim_start().starts_with("//")) {
+    for (_, line) in code(text) {
         if let Some((before, rest)) = line.split_once("fn ")
             && before
                 .chars()
@@ -528,23 +528,67 @@ fn unsafe_blocks(text: &str) -> BTreeMap<String, usize> {
         {
             function = rest.split(['(', '<']).next().unwrap_or_default();
         }
-        let blocks = line
-            .split(|c| !is_part_of_a_name(c))
-            .filter(|word| *word == "unsafe")
-            .count();
-        if blocks > 0 {
-            *found.entry(function.to_owned()).or_default() += blocks;
+        let here = count(line);
+        if here > 0 {
+            *found.entry(function.to_owned()).or_default() += here;
+        }
+    }
+    found
+}
+
+/// The functions that the references in the first column of a section's tables lead to, with their files.
+fn referred(page: &str, heading: &str) -> BTreeSet<(String, String)> {
+    let mut found = BTreeSet::new();
+    for row in rows(section(page, heading)) {
+        let links = links(row[0]);
+        assert!(!links.is_empty(), "{heading}: a row refers to nothing: {row:?}");
+        for link in links {
+            let file = link.target.trim_start_matches("../").split('#').next();
+            let name = link.text.trim_matches('`').rsplit("::").next();
+            found.insert((
+                file.unwrap_or_default().to_owned(),
+                name.unwrap_or_default().to_owned(),
+            ));
         }
     }
     found
 }
 
 #[test]
+fn the_table_of_what_removes_files_has_every_function_that_does() {
+    const HEADING: &str = "### Can a job make root delete a file of mine?";
+    let calls = [
+        "remove_file(",
+        "remove_dir(",
+        "remove_dir_all(",
+        "unlink(",
+        "unlinkat(",
+    ];
+    let removes = |line: &str| calls.iter().filter(|call| line.contains(*call)).count();
+    let mut code = BTreeSet::new();
+    for file in sources("helper/src") {
+        for function in functions_with(&read(&file), removes).into_keys() {
+            code.insert(format!("{}: {function}", file.display()));
+        }
+    }
+    let page = referred(&read(REVIEW), HEADING);
+    let page = page
+        .iter()
+        .map(|(file, function)| format!("{file}: {function}"))
+        .collect();
+    assert_same(HEADING, &page, &code);
+}
+
+#[test]
 fn the_table_of_unsafe_blocks_has_them_all() {
     const HEADING: &str = "## All that is unsafe";
+    let blocks = |line: &str| {
+        let words = line.split(|c| !is_part_of_a_name(c));
+        words.filter(|word| *word == "unsafe").count()
+    };
     let mut code = BTreeMap::new();
     for file in [sources("helper/src"), sources("protocol/src")].concat() {
-        for (function, count) in unsafe_blocks(&read(&file)) {
+        for (function, count) in functions_with(&read(&file), blocks) {
             code.insert((file.to_string_lossy().into_owned(), function), count);
         }
     }
@@ -565,7 +609,9 @@ fn the_table_of_unsafe_blocks_has_them_all() {
         let before = page.insert(key, row[1].parse::<usize>().expect("a number of blocks"));
         assert!(before.is_none(), "{HEADING}: {} is there twice", link.text);
     }
-    assert_eq!(page, code, "{REVIEW}, {HEADING}: the page, and the code");
+    let of = |(file, function): &(String, String), blocks: usize| format!("{file}: {function}: {blocks}");
+    let lines = |map: &BTreeMap<(String, String), usize>| map.iter().map(|(key, n)| of(key, *n)).collect();
+    assert_same(HEADING, &lines(&page), &lines(&code));
 }
 
 #[test]
@@ -649,6 +695,17 @@ fn the_tables_of_system_calls_have_the_filters_lists() {
     refused.insert("OPEN_TREE_ATTR".into());
     let heading = "### What a job is refused";
     assert_same(heading, &first_column(&page, heading), &refused);
+    // What its rules name outside the lists.
+    let text = read(file);
+    let mut by_argument = BTreeSet::new();
+    for function in ["pub fn job(", "fn keep_core_limit("] {
+        let body = text.split_once(function).expect("a function of the filter").1;
+        let body = body.split("\n}\n").next().unwrap_or_default();
+        let words = body.split(|c| !is_part_of_a_name(c));
+        by_argument.extend(words.filter(|word| word.starts_with("SYS_")).map(str::to_owned));
+    }
+    let heading = "### What a job may call in part";
+    assert_same(heading, &first_column(&page, heading), &by_argument);
     let heading = "### What a job is told that it was done";
     assert_same(
         heading,
