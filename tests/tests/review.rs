@@ -229,6 +229,12 @@ fn renumbered(page: &str, beside: &Path) -> (String, Vec<String>, usize) {
         };
         count += 1;
         let item = link.text.trim_matches('`');
+        // `module::function` is read as the function of that module's file.
+        let module = Path::new(file).file_stem().unwrap_or_default();
+        let item = match item.split_once("::") {
+            Some((scope, rest)) if module == scope => rest,
+            _ => item,
+        };
         match places(&read(beside.join(file)), item)[..] {
             [place] => {
                 text += &page[copied..link.at.end - number.len()];
@@ -319,7 +325,8 @@ mod tests {
     ] {
         assert_eq!(places(text, item), expected, "{item}");
     }
-    let page = "Begin [`places`](review.rs#L7), [`no_such`](review.rs#L7) and [`review`](review.rs) end.";
+    let page =
+        "Begin [`review::places`](review.rs#L7), [`no_such`](review.rs#L7) and [`review`](review.rs) end.";
     let (now, mistakes, count) = renumbered(page, Path::new("tests/tests"));
     let line = code(&read("tests/tests/review.rs"))
         .iter()
@@ -598,9 +605,10 @@ fn the_table_of_unsafe_blocks_has_them_all() {
     for row in rows(section(&text, HEADING)) {
         let link = links(row[0]).pop().expect("the first cell is a reference");
         let file = link.target.trim_start_matches("../").split('#').next();
+        let name = link.text.trim_matches('`').rsplit("::").next();
         let key = (
             file.unwrap_or_default().to_owned(),
-            link.text.trim_matches('`').to_owned(),
+            name.unwrap_or_default().to_owned(),
         );
         assert!(
             row.len() == 3 && row[2].len() > 20,
