@@ -51,6 +51,7 @@ install: build
 	$(command) generate zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_user-factory
 	$(command) generate fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/user-factory.fish
 	$(file) README.md $(doc)/README.md
+	$(file) SECURITY.md $(doc)/SECURITY.md
 	$(dated) packaging/sbom >$(doc)/sbom.cdx.json
 	for page in docs/*.md; do $(file) $$page $(doc)/docs/$${page##*/} || exit 1; done
 	$(file) packaging/config.toml $(doc)/examples/config.toml

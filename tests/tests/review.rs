@@ -210,8 +210,12 @@ fn places(text: &str, item: &str) -> Vec<usize> {
     }
     if is_name(item) {
         let found = numbers(&|line| defines(line, item));
-        if !found.is_empty() {
-            return found;
+        // Without a type before it, it is one that belongs to none.
+        let outer = numbers(&|line| defines(line, item) && !line.starts_with(' '));
+        match outer.len() {
+            1 => return outer,
+            _ if !found.is_empty() => return found,
+            _ => {}
         }
         return numbers(&|line| line.split(|c| !is_part_of_a_name(c)).any(|word| word == item));
     }
@@ -299,6 +303,7 @@ pub enum Three {
 fn one() -> u8 {
     flags(1)
 }
+fn go() {}
 macro!(
     Four,
     1
@@ -317,8 +322,9 @@ mod tests {
         ("one", &[15]),
         ("A | B", &[5]),
         ("flags", &[5, 16]),
-        ("go", &[4, 9]),
-        ("Four", &[19]),
+        ("go", &[18]),
+        ("by", &[13]),
+        ("Four", &[20]),
         ("five", &[]),
         ("Four::go", &[]),
         ("lags(", &[16]),
