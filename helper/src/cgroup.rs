@@ -1,6 +1,6 @@
 //! cgroup v2: each worker in one of its own, which is how all its processes are found and ended.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use protocol::WorkerId;
 
-use crate::host::{make_dir, make_directories, open_dir, open_file, open_path, read_small, remove_dir};
+use crate::host::{make_dir, make_directories, open_dir, open_file, read_small, remove_dir};
 
 /// The mount point of cgroup v2 in a `mountinfo` (`proc_pid_mountinfo(5)`), with the cgroup that is mounted there.
 fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
@@ -31,7 +31,7 @@ fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
 /// `wanted` is a cgroup's path below the mount; without it, the one that this process was started in. `apart`: it is
 /// for the workers alone, and the helper stays where it is. Its unit is such a one: systemd can start no process in
 /// a cgroup that limits its children, so a helper could not be restarted while its own has jobs below it.
-pub fn prepare(wanted: Option<&Path>, apart: bool) -> Result<OwnedFd> {
+pub fn prepare(wanted: Option<&Path>, apart: bool) -> Result<PathBuf> {
     let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")
         .context("cannot read /proc/self/mountinfo: mount /proc (mount -t proc none /proc)")?;
     let Some((mount, root)) = find_mount(&mountinfo) else {
@@ -78,13 +78,7 @@ pub fn prepare(wanted: Option<&Path>, apart: bool) -> Result<OwnedFd> {
             let _ = std::fs::write(level.join("cgroup.subtree_control"), controller);
         }
     }
-    open_path(&workers)
-}
-
-/// Where this cgroup is.
-pub fn path_of(cgroup: &OwnedFd) -> Result<PathBuf> {
-    let link = format!("/proc/self/fd/{}", cgroup.as_raw_fd());
-    std::fs::read_link(link).context("cannot tell where the cgroups are")
+    Ok(workers)
 }
 
 /// The cgroup, beside the worker's own, of what a person does by hand in a worker: the worker's state does not

@@ -19,8 +19,9 @@ use protocol::config::{self, Config};
 use protocol::{Error, ErrorKind};
 
 use crate::limits::Abilities;
+use crate::sys;
 use crate::user::Accounts;
-use crate::{sys, view};
+use crate::view::{READ_ONLY, WRITABLE};
 
 #[derive(Debug)]
 pub struct Host {
@@ -70,7 +71,7 @@ fn latest<T>(
 }
 
 impl Host {
-    pub fn open(root: &Path, cgroups: OwnedFd) -> Result<Host> {
+    pub fn open(root: &Path, cgroups: &Path) -> Result<Host> {
         let run_dir = root.join(config::RUN_DIR);
         // Each by itself: those above a directory are made with the same mode.
         make_directories(&run_dir, 0o755)?;
@@ -92,17 +93,18 @@ impl Host {
         let userdb = root.join("run/userdb");
         make_directories(&userdb, 0o755)?;
         only_root_writes(config_dir)?;
-        let workers = open_path(&workers)?;
+        let workers = open_alone(&workers, WRITABLE)?;
+        let cgroups = open_alone(cgroups, WRITABLE)?;
         Ok(Host {
             root: root.to_owned(),
-            config: open_to_read(config_dir)?,
+            config: open_alone(config_dir, READ_ONLY)?,
             abilities: Abilities::of(&workers, &cgroups)?,
             workers,
-            userdb: open_path(&userdb)?,
-            etc: open_to_read(Path::new("/etc"))?,
-            dev: open_to_read(Path::new("/dev"))?,
-            devices: open_path(&devices)?,
-            gate: open_path(&gate)?,
+            userdb: open_alone(&userdb, WRITABLE)?,
+            etc: open_alone(Path::new("/etc"), READ_ONLY)?,
+            dev: open_alone(Path::new("/dev"), READ_ONLY)?,
+            devices: open_alone(&devices, WRITABLE)?,
+            gate: open_alone(&gate, READ_ONLY)?,
             cgroups,
             config_read: RefCell::default(),
             accounts_read: RefCell::default(),
@@ -232,20 +234,15 @@ pub const DIRECTORY: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_CLOEXEC);
 
-/// Open a directory by its whole path: only at the start, for those that root alone can replace.
-pub fn open_path(path: &Path) -> Result<OwnedFd> {
-    nix::fcntl::open(path, DIRECTORY, Mode::empty())
-        .with_context(|| format!("cannot open {}", path.display()))
-}
-
-/// The same, by a mount of its own through which nothing can be written, whoever has the descriptor: the processes of
-/// connections have it, and may ignore modes.
-fn open_to_read(path: &Path) -> Result<OwnedFd> {
-    let describe = || format!("cannot open {} read-only", path.display());
+/// Open a directory as the root of a mount that is attached nowhere (`open_tree(2)`): by this descriptor nothing above
+/// it can be reached, `..` ends there; and nothing is written where the mount is read-only. Connections have these
+/// descriptors, and may ignore modes.
+fn open_alone(path: &Path, attributes: u64) -> Result<OwnedFd> {
+    let describe = || format!("cannot open {} by itself", path.display());
     let mount = sys::clone_mount(path, false).with_context(describe)?;
-    let attributes = view::READ_ONLY | libc::MOUNT_ATTR_NOEXEC;
     sys::set_mount_attributes(mount.as_fd(), attributes, 0).with_context(describe)?;
-    Ok(mount)
+    // The first only names it: what is synced must be open.
+    open_dir(mount, ".").with_context(describe)
 }
 
 /// Open `name` below `parent`: never above it, and never through a link of any kind (`openat2(2)`).
@@ -353,6 +350,10 @@ pub mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 
     use super::*;
+
+    pub fn open_path(path: &Path) -> nix::Result<OwnedFd> {
+        nix::fcntl::open(path, DIRECTORY, Mode::empty())
+    }
 
     /// A host of a test's own below this directory, with nothing in it.
     pub fn host(root: &Path) -> Host {

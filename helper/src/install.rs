@@ -158,7 +158,7 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
     use super::*;
-    use crate::host::open_path;
+    use crate::host::tests::open_path;
 
     fn memfd(bytes: &[u8]) -> File {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;

@@ -178,7 +178,7 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     prctl::set_child_subreaper(true).context("cannot become the reaper of workers")?;
     let cgroups =
         cgroup::prepare(options.cgroup.as_deref(), options.apart).context("cannot prepare the cgroup")?;
-    let host = Host::open(&options.root, cgroups)?;
+    let host = Host::open(&options.root, &cgroups)?;
     let (config, _) = host.configuration()?;
     let client = user::supervisor(&host, &config.factory.user)?;
     user::nobody_else_has(&host, config.factory.uid_range)?;
@@ -199,11 +199,8 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     }
     let _only_one = lock(&run_dir, &options.root.join(config::STATE_DIR).join("workers"))?;
     // For whoever starts something by hand.
-    std::fs::write(
-        run_dir.join(by_hand::CGROUP),
-        cgroup::path_of(&host.cgroups)?.as_os_str().as_bytes(),
-    )
-    .context("cannot write down where the workers' cgroups are")?;
+    std::fs::write(run_dir.join(by_hand::CGROUP), cgroups.as_os_str().as_bytes())
+        .context("cannot write down where the workers' cgroups are")?;
     let socket = match systemd_socket {
         Some(socket) => {
             check_socket(&socket).context("the socket that systemd passed cannot be used")?;

@@ -257,7 +257,7 @@ mod tests {
     #[test]
     fn a_host_can_do_what_its_controllers_say() {
         let root = tempfile::tempdir().unwrap();
-        let place = crate::host::open_path(root.path()).unwrap();
+        let place = crate::host::tests::open_path(root.path()).unwrap();
         let can = |controllers: &str| {
             std::fs::write(root.path().join("cgroup.subtree_control"), controllers).unwrap();
             let Abilities {
@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn a_cgroup_gets_its_settings_and_only_swap_that_no_kernel_has_may_be_missing() {
         let root = tempfile::tempdir().unwrap();
-        let cgroup = crate::host::open_path(root.path()).unwrap();
+        let cgroup = crate::host::tests::open_path(root.path()).unwrap();
         let set = |text: &str, can| of_cgroup(&cgroup, &limits(text), can);
         let text = "memory = \"1G\"\nprocesses = 100";
         assert!(set(text, ALL).is_err(), "nothing is there");

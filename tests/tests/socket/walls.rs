@@ -75,7 +75,7 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
     let agent: u32 = agent.split_whitespace().next().unwrap().parse().unwrap();
     assert_walls("the agent", agent, &[], 2);
 
-    // A connection may ignore modes, but not what its descriptors are of.
+    // A connection may ignore modes, but not what its descriptors are of: these mounts are read-only, and have no parent.
     let configuration = stage.host.root.join(protocol::config::CONFIG_PATH);
     for place in [
         Path::new("/etc"),
@@ -100,6 +100,24 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
             Some(libc::EROFS),
             "{}: {error}",
             place.display()
+        );
+    }
+
+    let all = fs::read_dir(format!("/proc/{connection}/fd")).unwrap().flatten();
+    let directories: Vec<_> = all
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir())
+        .collect();
+    assert_eq!(directories.len(), 8, "{directories:?}");
+    for held in directories {
+        let (here, above) = (
+            fs::metadata(&held).unwrap(),
+            fs::metadata(held.join("..")).unwrap(),
+        );
+        assert_eq!(
+            (here.dev(), here.ino()),
+            (above.dev(), above.ino()),
+            "{held:?} leads up"
         );
     }
 
