@@ -62,7 +62,8 @@ use nix::sys::socket::{
 };
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use protocol::{Seqpacket, config};
+use protocol::Seqpacket;
+use protocol::config::{self, Config};
 use tracing::{error, info, warn};
 
 use connection::OnHost;
@@ -211,8 +212,7 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     let mut view = View::new()?;
     view.refresh(&host)?;
     privileges::of_the_daemon()?;
-    info!(slots = config.slots.len(), client, "serving");
-    serve(&host, &mut view, socket, client)
+    serve(&host, &config, &mut view, socket, client)
 }
 
 /// Two helpers on one state directory would each be right and together wrong. The directory of the workers is locked,
@@ -295,13 +295,15 @@ fn check_socket(socket: &OwnedFd) -> Result<()> {
 
 /// Accept, check who it is, and fork; carry out orders; follow devices. Nothing that the supervisor sends is
 /// ever read in this process.
-fn serve(host: &Host, view: &mut View, listener: OwnedFd, client: u32) -> Result<()> {
+fn serve(host: &Host, config: &Config, view: &mut View, listener: OwnedFd, client: u32) -> Result<()> {
     // The standard library's listener does not mind that packets have borders.
     let listener = UnixListener::from(listener);
     listener.set_nonblocking(true)?;
     let mask = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT]);
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    // Only now: who is told may say at once that it should stop.
+    info!(slots = config.slots.len(), client, "serving");
     let (orders, for_connections) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
