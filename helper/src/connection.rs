@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use crate::host::Host;
 use crate::orders::{Order, Word};
 use crate::worker::{self, Worker};
-use crate::{cgroup, install, tenancy};
+use crate::{cgroup, install, tenancy, user};
 
 /// Answers and the descriptor that goes with them.
 type Answer = (Reply, Option<File>);
@@ -192,8 +192,9 @@ impl Operations for OnHost<'_> {
     }
 
     fn kill(&self, worker: WorkerId) -> Result<()> {
-        let (worker, _) = Worker::existing(self.host, worker)?;
-        cgroup::kill(&self.host.cgroups, worker.id)
+        let (worker, record) = Worker::existing(self.host, worker)?;
+        cgroup::kill(&self.host.cgroups, worker.id)?;
+        user::end_all(record.uid)
     }
 
     fn delete(&self, worker: WorkerId) -> Result<()> {

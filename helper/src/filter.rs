@@ -134,7 +134,6 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_close,
     libc::SYS_close_range,
     libc::SYS_read,
-    libc::SYS_pread64,
     libc::SYS_write,
     libc::SYS_sendfile,
     libc::SYS_lseek,
@@ -165,7 +164,6 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_setresgid,
     libc::SYS_capget,
     libc::SYS_prctl,
-    libc::SYS_prlimit64,
     libc::SYS_exit_group,
     // How much a job's user has on disk: without CAP_SYS_ADMIN it is a question that one may ask about oneself.
     libc::SYS_quotactl_fd,
@@ -185,8 +183,6 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigreturn,
     libc::SYS_set_robust_list,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_poll,
 ];
 
 /// What the slot decides about a job's filter.
