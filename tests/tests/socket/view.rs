@@ -1,6 +1,9 @@
 //! What of the host a job must not reach although its mode would let it.
 
 use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use testbed::disk::SmallDisk;
 
 use super::*;
 
@@ -33,6 +36,34 @@ except OSError as e: print(\"refused\")'; exit 1",
     let (_, console) = run(&client, worker, &script);
     assert_eq!(console, "seen\na service\ngone\nrefused\n");
     stage.finish(&[worker]);
+}
+
+#[test]
+fn a_mount_that_no_job_can_reach_is_not_made_for_it() {
+    let place = tempfile::Builder::new()
+        .prefix("user-factory-test-")
+        .tempdir_in("/srv")
+        .unwrap();
+    let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    mode(place.path(), 0o755);
+    // A space: the kernel writes it in another way.
+    let (closed, open) = (place.path().join("of root"), place.path().join("of all"));
+    let mounts = [&closed, &open].map(|directory| {
+        let inner = directory.join("inner disk");
+        fs::create_dir_all(&inner).unwrap();
+        SmallDisk::in_memory_at(inner)
+    });
+    mode(&closed, 0o710);
+    mode(&open, 0o755);
+
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "c");
+    let (_, console) = run(&client, worker, "cat /proc/self/mountinfo");
+    assert!(console.contains("of\\040all/inner\\040disk "), "{console}");
+    assert!(!console.contains("of\\040root/"), "{console}");
+    stage.finish(&[worker]);
+    drop(mounts);
 }
 
 #[test]
