@@ -84,7 +84,7 @@ impl Recorder {
 
     pub fn on(&mut self, pid: Pid, event: &Event) {
         match event {
-            Event::Enter(call) => match begin(pid, call) {
+            Event::Enter(call) => match begin(&self.below, pid, call) {
                 Some(begun) => drop(self.begun.insert(pid, begun)),
                 None => drop(self.begun.remove(&pid)),
             },
@@ -102,22 +102,28 @@ impl Recorder {
 }
 
 /// A path among the arguments, as an absolute one of the host's.
-fn path_at(pid: Pid, directory: u64, pointer: u64) -> Option<PathBuf> {
+fn path_at(below: &Path, pid: Pid, directory: u64, pointer: u64) -> Option<PathBuf> {
     let name = text_at(pid, pointer)?;
     if name.is_absolute() {
         return Some(name);
     }
     let base = match directory as i32 {
         libc::AT_FDCWD => fs::read_link(format!("/proc/{pid}/cwd")).ok()?,
-        fd => path_of(pid, fd as u64)?,
+        fd => path_of(below, pid, fd as u64)?,
     };
     let whole = base.join(name);
     // A directory may be named by itself: `.`, or nothing.
     Some(whole.components().collect())
 }
 
-fn path_of(pid: Pid, fd: u64) -> Option<PathBuf> {
-    fs::read_link(format!("/proc/{pid}/fd/{}", fd as i32)).ok()
+/// The helper has the workers' directory as a mount that is attached nowhere: a path in it begins there.
+fn path_of(below: &Path, pid: Pid, fd: u64) -> Option<PathBuf> {
+    let link = format!("/proc/{pid}/fd/{}", fd as i32);
+    let path = fs::read_link(&link).ok()?;
+    let here = below.join("workers").join(path.strip_prefix("/").ok()?);
+    let identity = |meta: fs::Metadata| (meta.dev(), meta.ino());
+    let same = fs::symlink_metadata(&here).ok().map(identity) == Some(identity(fs::metadata(link).ok()?));
+    Some(if same { here } else { path })
 }
 
 fn text_at(pid: Pid, pointer: u64) -> Option<PathBuf> {
@@ -166,10 +172,10 @@ const OLD: [libc::c_long; 6] = [
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: [libc::c_long; 6] = [-1, -2, -3, -4, -5, -6];
 
-fn begin(pid: Pid, call: &Call) -> Option<Begun> {
+fn begin(below: &Path, pid: Pid, call: &Call) -> Option<Begun> {
     let a = call.arguments;
     let here = libc::AT_FDCWD as u64;
-    let fd = || path_of(pid, a[0]);
+    let fd = || path_of(below, pid, a[0]);
     let open = |path: PathBuf, flags: i32| {
         if flags & (libc::O_CREAT | libc::O_TRUNC) == 0 {
             return None;
@@ -184,8 +190,8 @@ fn begin(pid: Pid, call: &Call) -> Option<Begun> {
     let rename = |from, to| Some(Begun::Other(Change::Rename { from, to }));
     let link = |from, to| Some(Begun::Other(Change::Link { from, to }));
     match call.number {
-        libc::SYS_openat => open(path_at(pid, a[0], a[1])?, a[2] as i32),
-        libc::SYS_openat2 => open(path_at(pid, a[0], a[1])?, number_at(pid, a[2])? as i32),
+        libc::SYS_openat => open(path_at(below, pid, a[0], a[1])?, a[2] as i32),
+        libc::SYS_openat2 => open(path_at(below, pid, a[0], a[1])?, number_at(pid, a[2])? as i32),
         libc::SYS_write | libc::SYS_writev => Some(Begun::Write {
             path: fd()?,
             at: position(pid, a[0])?,
@@ -199,7 +205,7 @@ fn begin(pid: Pid, call: &Call) -> Option<Begun> {
             at: position(pid, a[0])?,
         }),
         libc::SYS_copy_file_range => Some(Begun::Write {
-            path: path_of(pid, a[2])?,
+            path: path_of(below, pid, a[2])?,
             at: if a[3] == 0 {
                 position(pid, a[2])?
             } else {
@@ -212,22 +218,22 @@ fn begin(pid: Pid, call: &Call) -> Option<Begun> {
         })),
         libc::SYS_fsync | libc::SYS_fdatasync => Some(Begun::Other(Change::Sync { path: fd()? })),
         libc::SYS_fchmod | libc::SYS_fchown => attributes(fd()?),
-        libc::SYS_fchmodat | libc::SYS_fchownat => attributes(path_at(pid, a[0], a[1])?),
-        libc::SYS_mkdirat => make_dir(path_at(pid, a[0], a[1])?),
-        libc::SYS_unlinkat => remove(path_at(pid, a[0], a[1])?),
+        libc::SYS_fchmodat | libc::SYS_fchownat => attributes(path_at(below, pid, a[0], a[1])?),
+        libc::SYS_mkdirat => make_dir(path_at(below, pid, a[0], a[1])?),
+        libc::SYS_unlinkat => remove(path_at(below, pid, a[0], a[1])?),
         libc::SYS_renameat | libc::SYS_renameat2 => {
-            rename(path_at(pid, a[0], a[1])?, path_at(pid, a[2], a[3])?)
+            rename(path_at(below, pid, a[0], a[1])?, path_at(below, pid, a[2], a[3])?)
         }
-        libc::SYS_linkat => link(path_at(pid, a[0], a[1])?, path_at(pid, a[2], a[3])?),
+        libc::SYS_linkat => link(path_at(below, pid, a[0], a[1])?, path_at(below, pid, a[2], a[3])?),
         libc::SYS_symlinkat => Some(Begun::Other(Change::Symlink {
             target: text_at(pid, a[0])?,
-            path: path_at(pid, a[1], a[2])?,
+            path: path_at(below, pid, a[1], a[2])?,
         })),
-        n if n == OLD[0] => make_dir(path_at(pid, here, a[0])?),
-        n if n == OLD[1] || n == OLD[2] => remove(path_at(pid, here, a[0])?),
-        n if n == OLD[3] => rename(path_at(pid, here, a[0])?, path_at(pid, here, a[1])?),
-        n if n == OLD[4] => attributes(path_at(pid, here, a[0])?),
-        n if n == OLD[5] => link(path_at(pid, here, a[0])?, path_at(pid, here, a[1])?),
+        n if n == OLD[0] => make_dir(path_at(below, pid, here, a[0])?),
+        n if n == OLD[1] || n == OLD[2] => remove(path_at(below, pid, here, a[0])?),
+        n if n == OLD[3] => rename(path_at(below, pid, here, a[0])?, path_at(below, pid, here, a[1])?),
+        n if n == OLD[4] => attributes(path_at(below, pid, here, a[0])?),
+        n if n == OLD[5] => link(path_at(below, pid, here, a[0])?, path_at(below, pid, here, a[1])?),
         _ => None,
     }
 }
