@@ -24,9 +24,9 @@ fn main() {
     let beside = host.root.join("beside");
     let mut report = Report::new("deletion");
     for (kind, title, large, small, rounds) in [
-        ("many", "100,000 files in 1,000 directories", 100_000, 2_000, 7),
+        ("many", "100,000 files in 1,000 directories", 100_000, 2_000, 3),
         ("deep", "A tree 5,000 deep", 5_000, 500, 7),
-        ("flat", "300,000 files in one directory", 300_000, 3_000, 5),
+        ("flat", "300,000 files in one directory", 300_000, 3_000, 3),
     ] {
         if !options.wants(kind) {
             continue;

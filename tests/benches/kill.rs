@@ -19,7 +19,7 @@ fn main() {
         ("one", "1 process", "1", 100),
         ("hundred", "100 processes", options.size("100", "10"), 50),
         ("thousands", "5,000 processes", options.size("5000", "100"), 10),
-        ("bomb", "A live fork bomb, limited to 1,000 processes", "bomb", 10),
+        ("bomb", "A live fork bomb, limited to 1,000 processes", "bomb", 3),
     ];
     let host = TestHost::new();
     let slot = |(part, _, crowd, _): &(&str, &str, &str, usize)| {
