@@ -202,10 +202,11 @@ fn empty_all(fs: BorrowedFd<'_>, trees: &[&Path]) -> Result<()> {
     emptied
 }
 
-/// Take directories from the other end, in the first directory that has several.
+/// Take directories from the other end, in the first directory that has several. Where there is none near the top, the
+/// first process is not to be held up.
 fn help(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
     let mut own = Own::open(fs, tree)?;
-    loop {
+    for _ in 0..16 {
         let mut directories = Vec::new();
         for entry in own.entries()? {
             let entry = entry?;
@@ -221,8 +222,9 @@ fn help(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
             let _ = empty(own.dir.as_fd(), Path::new(name), &mut || ());
             let _ = remove_dir(&own.dir, name);
         }
-        return Ok(());
+        break;
     }
+    Ok(())
 }
 
 fn is_dot(name: &CStr) -> bool {
