@@ -202,8 +202,10 @@ async fn a_new_gate_takes_the_old_ones_place_without_a_gap() {
     let until = over.clone();
     let watch = std::thread::spawn(move || {
         while !until.load(std::sync::atomic::Ordering::Relaxed) {
-            Seqpacket::connect(&path, false).expect("there is always somebody");
-            std::thread::yield_now();
+            let caller = Seqpacket::connect(&path, false).expect("there is always somebody");
+            // Each until it is hung up on: many at a time would take all of this uid's seats.
+            let _ = caller.send(&[0], None);
+            assert!(hung_up(&caller));
         }
     });
     for _ in 0..2 {
