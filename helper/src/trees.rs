@@ -1,6 +1,7 @@
 //! A worker's trees: the directories below its `fs/` that its job may write, made by root, emptied by
 //! a process that has become the job's user. Root itself never walks them.
 
+use std::collections::VecDeque;
 use std::ffi::{CStr, OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -177,6 +178,9 @@ impl Own {
 /// From so many files on, a second process helps.
 const MANY: usize = 1000;
 
+/// So many directories' names the second process remembers, whatever a job has left.
+const MOST_OF_SECOND: usize = 1 << 16;
+
 /// Empty the trees, as their owner. Each process of the two would do it alone: what one finds gone is no error.
 fn empty_all(fs: BorrowedFd<'_>, trees: &[&Path]) -> Result<()> {
     let mut second = None;
@@ -202,20 +206,23 @@ fn empty_all(fs: BorrowedFd<'_>, trees: &[&Path]) -> Result<()> {
     emptied
 }
 
-/// Take directories from the other end, in the first directory that has several. Where there is none near the top, the
-/// first process is not to be held up.
+/// Take directories from the other end, in the first directory that has several: the last so many of it. Where there is
+/// none near the top, the first process is not to be held up.
 fn help(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
     let mut own = Own::open(fs, tree)?;
     for _ in 0..16 {
-        let mut directories = Vec::new();
+        let mut directories = VecDeque::new();
         for entry in own.entries()? {
             let entry = entry?;
             if entry.file_type() == Some(Type::Directory) && !is_dot(entry.file_name()) {
-                directories.push(name_of(&entry));
+                directories.push_back(name_of(&entry));
+            }
+            if directories.len() > MOST_OF_SECOND {
+                directories.pop_front();
             }
         }
-        if let [only] = &directories[..] {
-            own = Own::open(&own.dir, Path::new(only))?;
+        if directories.len() == 1 {
+            own = Own::open(&own.dir, Path::new(&directories[0]))?;
             continue;
         }
         for name in directories.iter().rev() {
