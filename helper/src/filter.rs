@@ -147,6 +147,7 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_mkdirat,
     libc::SYS_unlinkat,
     libc::SYS_symlinkat,
+    libc::SYS_readlinkat,
     libc::SYS_renameat,
     libc::SYS_renameat2,
     libc::SYS_fchmod,

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
-use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
 use protocol::config::{self, Config};
 use protocol::{Error, ErrorKind};
 
@@ -290,16 +290,15 @@ pub fn make_dir(parent: impl AsFd, name: impl AsRef<Path>, mode: u32) -> nix::Re
     }
 }
 
-/// Write a file so that after a crash at any point it is whole, old or new, or not there.
+/// Write a file so that whoever reads it sees all of it, also after a crash of ours. It is for what a power loss takes
+/// with it anyway.
 pub fn write_atomically(parent: BorrowedFd<'_>, name: &str, text: &str, mode: u32) -> std::io::Result<()> {
     let part = format!("{name}.part");
     remove_file(parent, &part)?;
     let mut file = open_file(parent, &part, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL)?;
     file.write_all(text.as_bytes())?;
     file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))?;
-    file.sync_all()?;
-    renameat(parent, part.as_str(), parent, name)?;
-    Ok(fsync(parent)?)
+    Ok(renameat(parent, part.as_str(), parent, name)?)
 }
 
 /// Remove a file or link, if it is there.

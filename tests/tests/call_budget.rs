@@ -12,7 +12,7 @@ use testbed::tracer::service::{KINDS, Kind, Span, watch};
 
 /// At most so many, for each operation on a connection of its own, which takes some 60 of them.
 const BUDGET: [(&str, usize); 5] = [
-    ("CreateUser", 120),
+    ("CreateUser", 110),
     ("InstallAgent", 560),
     ("List", 80),
     ("Kill", 80),

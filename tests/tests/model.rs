@@ -14,6 +14,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::fs::symlink;
 use std::sync::Barrier;
 use std::time::{Instant, SystemTime};
 
@@ -382,8 +383,9 @@ fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String>
         Step::Damage(worker) => {
             let worker = world.workers[*worker];
             let record = world.host.worker_dir(worker).join("record");
-            if record.exists() {
-                fs::write(record, "slot a\nuid").unwrap();
+            if record.is_symlink() {
+                fs::remove_file(&record).unwrap();
+                symlink("a 187", record).unwrap();
             }
             model.damage(worker);
             Ok(())

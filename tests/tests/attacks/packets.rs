@@ -88,7 +88,7 @@ fn row_59_the_first_and_the_last_worker_and_what_looks_like_one() {
             matches!(create(&client, worker, "a"), Reply::UserCreated { .. }),
             "{worker}"
         );
-        assert!(stage.host.worker_dir(worker).join("record").is_file());
+        assert!(stage.host.worker_dir(worker).join("record").is_symlink());
         assert_eq!(
             client
                 .ask(&Request::List {
@@ -110,13 +110,14 @@ fn row_59_the_first_and_the_last_worker_and_what_looks_like_one() {
     ];
     for name in &mistakes {
         std::fs::create_dir(dir.with_file_name(name)).unwrap();
-        std::fs::copy(dir.join("record"), dir.with_file_name(name).join("record")).unwrap();
+        let record = std::fs::read_link(dir.join("record")).unwrap();
+        std::os::unix::fs::symlink(record, dir.with_file_name(name).join("record")).unwrap();
     }
     assert_eq!(list(&client).len(), 1);
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     for name in &mistakes {
         assert!(
-            dir.with_file_name(name).join("record").is_file(),
+            dir.with_file_name(name).join("record").is_symlink(),
             "{name} is gone"
         );
         std::fs::remove_dir_all(dir.with_file_name(name)).unwrap();

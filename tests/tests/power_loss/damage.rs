@@ -1,7 +1,10 @@
 //! A record that the disk, or somebody, has spoiled.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
 
 use protocol::{ErrorKind, Reply, Request};
 use testbed::census::processes_of;
@@ -14,23 +17,23 @@ fn agent() -> OwnedFd {
     sealed(b"#!/bin/bash\nmkdir -p /work/dark; touch /work/dark/x; chmod 0 /work/dark; echo ready\nsleep 1000 & exit 0\n")
 }
 
-/// What a record may have become.
-const DAMAGE: [&[u8]; 4] = [
-    b"",
-    b"slot a\nuid 18790",
-    b"\xff\xfe\0\0\0\0",
-    b"slot ../x\nuid 0\ncreated 1\n",
-];
+/// What a record may have become: what it leads to, or a file.
+const DAMAGE: [Option<&[u8]>; 4] = [None, Some(b"a 18790"), Some(b"\xff\xfe"), Some(b"../x 0 1.")];
 
 /// A running worker in slot `a`, with its record spoiled.
-fn damaged(plant: &Plant, damage: &[u8]) -> protocol::WorkerId {
+fn damaged(plant: &Plant, damage: Option<&[u8]>) -> protocol::WorkerId {
     let client = Client::new(&plant.host);
     let worker = worker_id();
     assert!(matches!(create(&client, worker, "a"), Reply::UserCreated { .. }));
     let (reply, console) = install(&client, worker, agent());
     assert_eq!(reply, Reply::AgentStarted);
     wait_for_line(&console.expect("it came with the reply"), "ready");
-    fs::write(worker_file(plant, worker, "record"), damage).unwrap();
+    let record = worker_file(plant, worker, "record");
+    fs::remove_file(&record).unwrap();
+    match damage {
+        Some(damage) => symlink(OsStr::from_bytes(damage), record).unwrap(),
+        None => fs::write(record, "").unwrap(),
+    }
     worker
 }
 
@@ -77,7 +80,7 @@ fn no_slot_is_given_before_nothing_is_left_of_a_worker_with_a_damaged_record() {
 #[test]
 fn a_worker_with_a_damaged_record_that_cannot_be_deleted_keeps_every_slot_with_the_reason() {
     let plant = Plant::new();
-    let worker = damaged(&plant, b"");
+    let worker = damaged(&plant, None);
     // Something that no helper made, and none removes.
     let odd = worker_file(&plant, worker, "odd");
     fs::create_dir(&odd).unwrap();
