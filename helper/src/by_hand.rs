@@ -89,6 +89,7 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
     take(&host, &unlimit, id, typed.slot)?;
     let ran = || -> Result<u8> {
         let (worker, record) = Worker::existing(&host, id)?;
+        worker.keep()?;
         let (config, _) = host.configuration()?;
         let slot = &config.slots[&record.slot];
         for warning in limits::check(&record.slot, &slot.limits, host.abilities)? {

@@ -126,10 +126,15 @@ impl Worker {
         // Of an earlier life that was all but deleted.
         remove_file(self.dir(), "started")?;
         symlinkat(record.print().as_str(), self.dir(), "record")
-            .and_then(|()| fsync(self.dir()))
             .with_context(|| format!("cannot write the record of worker {}", self.id))?;
         self.written = Written::Record(record);
         Ok(())
+    }
+
+    /// Let the record outlive a power loss, and the mark of the start with it. Until something of a job's can be there it
+    /// need not: a worker that is lost with it is made again.
+    pub fn keep(&self) -> Result<()> {
+        fsync(self.dir()).with_context(|| format!("cannot keep the record of worker {}", self.id))
     }
 
     /// Has its agent been started, or nearly so? From here on it is not started again.
@@ -143,7 +148,7 @@ impl Worker {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(errno) => return Err(errno).context("cannot mark the worker as started"),
         }
-        fsync(self.dir()).context("cannot keep the mark of the worker's start")
+        self.keep()
     }
 
     pub fn state(&self, host: &Host) -> Result<State> {
