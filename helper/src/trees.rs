@@ -7,12 +7,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use nix::dir::{Dir, Entry, OwningIter, Type};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, openat};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmod, fchmodat, fstat};
+use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmod, fchmodat, fstat};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Gid, UnlinkatFlags, fchownat, unlinkat};
 use protocol::config::{PRIVATE_TREES, Slot};
@@ -133,46 +133,25 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
     remove_dir(worker, "fs").context("cannot remove the worker's fs")
 }
 
-/// A directory of our own, open, and which it is.
-struct Own {
-    dir: OwnedFd,
-    identity: (u64, u64),
+/// Open a directory of our own, whatever mode its owner has left it in.
+fn open_own(parent: impl AsFd, name: &Path) -> nix::Result<OwnedFd> {
+    let parent = parent.as_fd();
+    let dir = match openat(parent, name, DIRECTORY, Mode::empty()) {
+        Err(Errno::EACCES) => {
+            fchmodat(parent, name, Mode::S_IRWXU, FchmodatFlags::FollowSymlink)?;
+            openat(parent, name, DIRECTORY, Mode::empty())?
+        }
+        dir => dir?,
+    };
+    if fstat(&dir)?.st_mode & 0o700 != 0o700 {
+        fchmod(&dir, Mode::S_IRWXU)?;
+    }
+    Ok(dir)
 }
 
-impl Own {
-    /// Open it, whatever mode its owner has left it in.
-    fn open(parent: impl AsFd, name: &Path) -> nix::Result<Own> {
-        let parent = parent.as_fd();
-        let dir = match openat(parent, name, DIRECTORY, Mode::empty()) {
-            Err(Errno::EACCES) => {
-                fchmodat(parent, name, Mode::S_IRWXU, FchmodatFlags::FollowSymlink)?;
-                openat(parent, name, DIRECTORY, Mode::empty())?
-            }
-            dir => dir?,
-        };
-        let stat = fstat(&dir)?;
-        if stat.st_mode & 0o700 != 0o700 {
-            fchmod(&dir, Mode::S_IRWXU)?;
-        }
-        Ok(Own::of(dir, stat))
-    }
-
-    /// The directory above.
-    fn up(&self) -> nix::Result<Own> {
-        let dir = openat(&self.dir, "..", DIRECTORY, Mode::empty())?;
-        let stat = fstat(&dir)?;
-        Ok(Own::of(dir, stat))
-    }
-
-    fn of(dir: OwnedFd, stat: FileStat) -> Own {
-        let identity = (stat.st_dev, stat.st_ino);
-        Own { dir, identity }
-    }
-
-    /// Its entries, by a descriptor that shares its offset: nobody else reads by it.
-    fn entries(&self) -> Result<OwningIter> {
-        Ok(Dir::from_fd(self.dir.try_clone()?)?.into_iter())
-    }
+/// Its entries, by a descriptor that shares its offset: nobody else reads by it.
+fn entries(dir: &OwnedFd) -> Result<OwningIter> {
+    Ok(Dir::from_fd(dir.try_clone()?)?.into_iter())
 }
 
 /// From so many files on, a second process helps.
@@ -209,10 +188,10 @@ fn empty_all(fs: BorrowedFd<'_>, trees: &[&Path]) -> Result<()> {
 /// Take directories from the other end, in the first directory that has several: the last so many of it. Where there is
 /// none near the top, the first process is not to be held up.
 fn help(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
-    let mut own = Own::open(fs, tree)?;
+    let mut own = open_own(fs, tree)?;
     for _ in 0..16 {
         let mut directories = VecDeque::new();
-        for entry in own.entries()? {
+        for entry in entries(&own)? {
             let entry = entry?;
             if entry.file_type() == Some(Type::Directory) && !is_dot(entry.file_name()) {
                 directories.push_back(name_of(&entry));
@@ -222,12 +201,12 @@ fn help(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
             }
         }
         if directories.len() == 1 {
-            own = Own::open(&own.dir, Path::new(&directories[0]))?;
+            own = open_own(&own, Path::new(&directories[0]))?;
             continue;
         }
         for name in directories.iter().rev() {
-            let _ = empty(own.dir.as_fd(), Path::new(name), &mut || ());
-            let _ = remove_dir(&own.dir, name);
+            let _ = empty(own.as_fd(), Path::new(name), &mut || ());
+            let _ = remove_dir(&own, name);
         }
         break;
     }
@@ -255,19 +234,19 @@ impl Level {
     const MOST: usize = 1024;
 
     /// Remove what is no directory.
-    fn begin(own: &Own, count: &mut dyn FnMut()) -> Result<Level> {
+    fn begin(own: &OwnedFd, count: &mut dyn FnMut()) -> Result<Level> {
         let mut level = Level {
             names: Vec::new(),
             is_all: true,
         };
-        for entry in own.entries()? {
+        for entry in entries(own)? {
             let entry = entry?;
             if is_dot(entry.file_name()) {
                 continue;
             }
             let mut is_directory = entry.file_type() == Some(Type::Directory);
             if !is_directory {
-                match unlinkat(&own.dir, entry.file_name(), UnlinkatFlags::NoRemoveDir) {
+                match unlinkat(own, entry.file_name(), UnlinkatFlags::NoRemoveDir) {
                     Ok(()) | Err(Errno::ENOENT) => count(),
                     // Not every file system says in a listing what is one.
                     Err(Errno::EISDIR) => is_directory = true,
@@ -287,56 +266,177 @@ impl Level {
     }
 }
 
-/// A directory above the one that is being emptied: which it is, what of it is still to do, and what is being done.
+/// Nothing is left to do in it.
+const DONE: Level = Level {
+    names: Vec::new(),
+    is_all: true,
+};
+
+/// A directory above the one that is being emptied: what of it is still to do, and the name of the next one below.
 struct Above {
-    identity: (u64, u64),
     level: Level,
-    name: OsString,
+    next: OsString,
 }
 
-/// Remove everything in the directory, as its owner, with four descriptors and no recursion, whatever the
-/// names, modes, depth and number.
+/// Of the directories above the one that is being emptied, some are open, by their depth: the nearest always.
 ///
-/// The way back up is `..`, checked against what was left there. It takes no room: moving what is too deep
-/// somewhere else would, and on a full disk, or at the end of a quota, there is none.
+/// The way back up is not `..`: below a mount of a part of a file system, as ours is, the kernel climbs from there to
+/// the mount's root each time (`path_connected` in `fs/namei.c`), and a job would have its worker's deletion take the
+/// square of a depth. It is the names again, from the nearest that is open.
+struct Held<D>(Vec<(usize, D)>);
+
+impl<D> Held<D> {
+    /// So many are left open on the way down, and so many at most.
+    const DOWN: usize = 64;
+    const MOST: usize = 256;
+
+    /// Beyond `most`, the one goes that leaves the smallest gap.
+    fn push(&mut self, depth: usize, dir: D, most: usize) {
+        self.0.push((depth, dir));
+        if self.0.len() > most {
+            let gap_without = |i: &usize| self.0[i + 1].0 - self.0[i - 1].0;
+            let least = (1..self.0.len() - 1).min_by_key(gap_without);
+            self.0.remove(least.expect("there are several"));
+        }
+    }
+
+    /// The one at `depth`, by `step` to what is below it from the one at a depth. What is passed on the way is held,
+    /// some of it: so that every depth is stepped to a few times, however deep it is.
+    fn pop(&mut self, depth: usize, mut step: impl FnMut(&D, usize) -> nix::Result<D>) -> nix::Result<D> {
+        let is_above = |(held, _): &mut (usize, D)| *held > depth;
+        while self.0.pop_if(is_above).is_some() {}
+        let (start, mut dir) = self.0.pop().expect("the topmost is held");
+        let every = (depth - start).div_ceil(Self::DOWN / 2);
+        for at in start..depth {
+            let next = step(&dir, at);
+            if next.is_err() || (at - start) % every == 0 {
+                self.push(at, dir, Self::MOST);
+            }
+            dir = next?;
+        }
+        Ok(dir)
+    }
+}
+
+/// Remove everything in the directory, as its owner, with at most 260 descriptors and no recursion, whatever the
+/// names, modes, depth and number. It takes no room: moving what is too deep somewhere else would, and on a full
+/// disk, or at the end of a quota, there is none.
 fn empty(fs: BorrowedFd<'_>, tree: &Path, count: &mut dyn FnMut()) -> Result<()> {
-    let mut own = Own::open(fs, tree)?;
+    let mut own = open_own(fs, tree)?;
     let mut level = Level::begin(&own, count)?;
-    let mut path: Vec<Above> = Vec::new();
+    let mut above: Vec<Above> = Vec::new();
+    let mut held = Held(Vec::new());
     loop {
-        if let Some(name) = level.names.pop() {
-            let inner = match Own::open(&own.dir, Path::new(&name)) {
+        if let Some(next) = level.names.pop() {
+            let inner = match open_own(&own, Path::new(&next)) {
                 Err(Errno::ENOENT) => continue,
-                inner => inner.with_context(|| format!("cannot open {name:?}"))?,
+                inner => inner.with_context(|| format!("cannot open {next:?}"))?,
             };
             let content = Level::begin(&inner, count)?;
-            let identity = own.identity;
-            path.push(Above {
-                identity,
-                level,
-                name,
-            });
+            held.push(above.len(), own, Held::<OwnedFd>::DOWN);
+            above.push(Above { level, next });
             (own, level) = (inner, content);
         } else if !level.is_all {
             // Anew: its listing goes on where it was left.
-            own = Own::open(&own.dir, Path::new("."))?;
+            own = open_own(&own, Path::new("."))?;
             level = Level::begin(&own, count)?;
         } else {
-            let Some(mut above) = path.pop() else {
+            let Some(mut back) = above.pop() else {
                 return Ok(());
             };
-            own = own.up().context("cannot go back up")?;
-            ensure!(
-                own.identity == above.identity,
-                "a directory was moved while it was deleted: see which process does that, and repeat"
-            );
-            match unlinkat(&own.dir, above.name.as_os_str(), UnlinkatFlags::RemoveDir) {
+            let step = |dir: &OwnedFd, at: usize| open_own(dir, Path::new(&above[at].next));
+            own = match held.pop(above.len(), step) {
+                // The other process has removed what is above, and so all of it.
+                Err(Errno::ENOENT) => {
+                    level = DONE;
+                    continue;
+                }
+                own => own.context("cannot go back up")?,
+            };
+            match unlinkat(&own, back.next.as_os_str(), UnlinkatFlags::RemoveDir) {
                 Ok(()) | Err(Errno::ENOENT) => count(),
                 // Not everything in it was listed.
-                Err(Errno::ENOTEMPTY | Errno::EEXIST) => above.level.names.push(above.name),
-                Err(errno) => bail!("cannot remove {:?}: {errno}", above.name),
+                Err(Errno::ENOTEMPTY | Errno::EEXIST) => back.level.names.push(back.next),
+                Err(errno) => bail!("cannot remove {:?}: {errno}", back.next),
             }
-            level = above.level;
+            level = back.level;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A walk whose directories are their depths.
+    struct Walk {
+        held: Held<usize>,
+        at: usize,
+        steps: usize,
+    }
+
+    impl Walk {
+        fn down(&mut self, levels: usize) {
+            for _ in 0..levels {
+                self.held.push(self.at, self.at, Held::<usize>::DOWN);
+                self.at += 1;
+                assert!(self.held.0.len() <= Held::<usize>::MOST);
+            }
+        }
+
+        fn up(&mut self, levels: usize) {
+            for _ in 0..levels {
+                self.at -= 1;
+                let step = |dir: &usize, at: usize| {
+                    assert_eq!(*dir, at);
+                    self.steps += 1;
+                    Ok(at + 1)
+                };
+                assert_eq!(self.held.pop(self.at, step), Ok(self.at));
+            }
+        }
+    }
+
+    /// Down so far, and up again, with a way aside of this length at each depth: the steps for each directory.
+    fn steps(depth: usize, aside: usize) -> usize {
+        let mut walk = Walk {
+            held: Held(Vec::new()),
+            at: 0,
+            steps: 0,
+        };
+        walk.down(depth);
+        for _ in 0..depth {
+            walk.up(1);
+            walk.down(aside);
+            walk.up(aside);
+        }
+        walk.steps.div_ceil(depth * (1 + aside))
+    }
+
+    #[test]
+    fn the_way_back_up_takes_few_steps_however_deep_and_branched_it_is() {
+        assert_eq!(steps(64, 0), 0);
+        for (depth, aside) in [
+            (1_000, 0),
+            (1_000_000, 0),
+            (50_000, 1),
+            (50_000, 20),
+            (10_000, 200),
+        ] {
+            let steps = steps(depth, aside);
+            assert!(steps <= 4, "{depth} deep, {aside} aside: {steps} steps for each");
+        }
+    }
+
+    #[test]
+    fn what_another_has_removed_on_the_way_loses_nothing_that_is_held() {
+        let mut held = Held(Vec::new());
+        held.push(0, 0, 1);
+        let gone = held.pop(
+            3,
+            |dir, _| if *dir < 1 { Ok(dir + 1) } else { Err(Errno::ENOENT) },
+        );
+        assert_eq!(gone, Err(Errno::ENOENT));
+        assert_eq!(held.pop(0, |_, _| unreachable!()), Ok(0));
     }
 }

@@ -134,7 +134,7 @@ fn row_19_no_mode_and_no_access_control_list_stops_the_deletion() {
 
 #[test]
 fn row_20_trees_far_deeper_than_a_path_can_say_are_removed() {
-    once("deep", &["6000"]);
+    once("deep", &["30000"]);
 }
 
 #[test]
