@@ -2,13 +2,13 @@
 //! a process that has become the job's user. Root itself never walks them.
 
 use std::collections::VecDeque;
-use std::ffi::{CStr, OsStr, OsString};
+use std::ffi::{CStr, CString, OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use nix::dir::{Dir, Entry, OwningIter, Type};
+use nix::dir::{Dir, OwningIter, Type};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, openat};
 use nix::sys::signal::{Signal, kill};
@@ -194,7 +194,7 @@ fn help(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
         for entry in entries(&own)? {
             let entry = entry?;
             if entry.file_type() == Some(Type::Directory) && !is_dot(entry.file_name()) {
-                directories.push_back(name_of(&entry));
+                directories.push_back(name_of(entry.file_name()));
             }
             if directories.len() > MOST_OF_SECOND {
                 directories.pop_front();
@@ -217,8 +217,8 @@ fn is_dot(name: &CStr) -> bool {
     name == c"." || name == c".."
 }
 
-fn name_of(entry: &Entry) -> OsString {
-    OsStr::from_bytes(entry.file_name().to_bytes()).to_owned()
+fn name_of(name: &CStr) -> OsString {
+    OsStr::from_bytes(name.to_bytes()).to_owned()
 }
 
 /// Directories within a directory that are still to do.
@@ -232,6 +232,8 @@ struct Level {
 impl Level {
     /// So many are remembered at once.
     const MOST: usize = 1024;
+    /// So many of what is no directory, until they are removed.
+    const FILES: usize = 100_000;
 
     /// Remove what is no directory.
     fn begin(own: &OwnedFd, count: &mut dyn FnMut()) -> Result<Level> {
@@ -239,30 +241,46 @@ impl Level {
             names: Vec::new(),
             is_all: true,
         };
+        let mut files = Vec::new();
         for entry in entries(own)? {
             let entry = entry?;
             if is_dot(entry.file_name()) {
                 continue;
             }
-            let mut is_directory = entry.file_type() == Some(Type::Directory);
-            if !is_directory {
-                match unlinkat(own, entry.file_name(), UnlinkatFlags::NoRemoveDir) {
-                    Ok(()) | Err(Errno::ENOENT) => count(),
-                    // Not every file system says in a listing what is one.
-                    Err(Errno::EISDIR) => is_directory = true,
-                    Err(errno) => bail!("cannot remove {:?}: {errno}", entry.file_name()),
-                }
+            match entry.file_type() {
+                Some(Type::Directory) => level.names.push(name_of(entry.file_name())),
+                _ => files.push((entry.ino(), entry.file_name().to_owned())),
             }
-            if is_directory {
-                level.names.push(name_of(&entry));
-                if level.names.len() == Self::MOST {
-                    level.is_all = false;
-                    break;
-                }
+            if files.len() == Self::FILES {
+                level.remove(own, &mut files, count)?;
+            }
+            if level.names.len() >= Self::MOST {
+                level.is_all = false;
+                break;
             }
         }
+        level.remove(own, &mut files, count)?;
         level.names.reverse();
         Ok(level)
+    }
+
+    /// In the order of inodes: in that of a listing, the kernel would visit each block of inodes many times.
+    fn remove(
+        &mut self,
+        own: &OwnedFd,
+        files: &mut Vec<(u64, CString)>,
+        count: &mut dyn FnMut(),
+    ) -> Result<()> {
+        files.sort_unstable();
+        for (_, name) in files.drain(..) {
+            match unlinkat(own, &*name, UnlinkatFlags::NoRemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => count(),
+                // Not every file system says in a listing what is one.
+                Err(Errno::EISDIR) => self.names.push(name_of(&name)),
+                Err(errno) => bail!("cannot remove {name:?}: {errno}"),
+            }
+        }
+        Ok(())
     }
 }
 

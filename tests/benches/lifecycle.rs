@@ -158,6 +158,10 @@ impl Tools {
     }
 
     fn start(&self, way: &str, arguments: &[&str]) -> Stand {
+        Stand::new(&mut self.command(way, arguments))
+    }
+
+    fn command(&self, way: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private"]);
         command.arg(std::env::current_exe().expect("a benchmark has a path"));
@@ -166,7 +170,7 @@ impl Tools {
             .arg(way)
             .arg(self.place.path())
             .args(arguments);
-        Stand::new(&mut command)
+        command
     }
 
     /// Is this engine here, and does it run something?
@@ -178,7 +182,7 @@ impl Tools {
         if !tried.is_ok_and(|status| status.success()) {
             return false;
         }
-        let mut stand = self.start(engine, &["--try"]);
+        let mut stand = Stand::new(self.command(engine, &["--try"]).stderr(Stdio::null()));
         let mut line = String::new();
         stand
             .answers

@@ -82,15 +82,37 @@ static void empty(int fd) {
     closedir(dir);
 }
 
+struct entry {
+    ino_t inode;
+    char name[64];
+};
+
+struct list {
+    struct entry *all;
+    int count, room;
+};
+
+static void add(struct list *list, const struct dirent *entry) {
+    if (list->count == list->room)
+        list->all = realloc(list->all, (list->room = list->room * 2 + 64) * sizeof *list->all);
+    struct entry *new = &list->all[list->count++];
+    new->inode = entry->d_ino;
+    snprintf(new->name, sizeof new->name, "%s", entry->d_name);
+}
+
+static int by_inode(const void *a, const void *b) {
+    ino_t one = ((const struct entry *)a)->inode, other = ((const struct entry *)b)->inode;
+    return one < other ? -1 : one > other;
+}
+
 static int top;
-static char (*names)[64];
-static int count;
+static struct list files, directories;
 static atomic_int taken;
 
 static void *worker(void *nothing) {
-    for (int i; (i = atomic_fetch_add(&taken, 1)) < count;) {
-        empty(open_dir(top, names[i]));
-        DO(unlinkat(top, names[i], AT_REMOVEDIR));
+    for (int i; (i = atomic_fetch_add(&taken, 1)) < directories.count;) {
+        empty(open_dir(top, directories.all[i].name));
+        DO(unlinkat(top, directories.all[i].name, AT_REMOVEDIR));
     }
     return nothing;
 }
@@ -98,20 +120,17 @@ static void *worker(void *nothing) {
 static void delete(const char *path) {
     top = open_dir(AT_FDCWD, path);
     DIR *dir = fdopendir(dup(top));
-    int room = 0;
     for (struct dirent *entry; (entry = readdir(dir));) {
         if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, ".."))
             continue;
-        if (entry->d_type != DT_DIR) {
-            // Two threads in one directory wait for each other.
-            DO(unlinkat(top, entry->d_name, 0));
-            continue;
-        }
-        if (count == room)
-            names = realloc(names, (room = room * 2 + 64) * sizeof *names);
-        snprintf(names[count++], sizeof *names, "%s", entry->d_name);
+        add(entry->d_type == DT_DIR ? &directories : &files, entry);
     }
     closedir(dir);
+    // Two threads in one directory wait for each other. In the order of a listing each block of inodes would be
+    // visited many times.
+    qsort(files.all, files.count, sizeof *files.all, by_inode);
+    for (int i = 0; i < files.count; i++)
+        DO(unlinkat(top, files.all[i].name, 0));
     pthread_t second;
     pthread_attr_t deep;
     pthread_attr_init(&deep);
