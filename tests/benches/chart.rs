@@ -37,7 +37,9 @@ fn main() {
             for (at, way) in group.ways.iter().enumerate() {
                 y += ROW;
                 let (median, p95) = (way.median() / most * BARS, way.quantile(0.95) / most * BARS);
-                text_at(&mut body, 20.0, y, "name", &way.name);
+                // What explains a long one does not fit.
+                let short = way.name.split(": ").next().filter(|_| way.name.len() > 38);
+                text_at(&mut body, 20.0, y, "name", short.unwrap_or(&way.name));
                 let class = if at == 0 { "ours" } else { "other" };
                 let top = y - 12.0;
                 writeln!(
