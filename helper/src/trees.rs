@@ -321,8 +321,8 @@ impl<D> Held<D> {
     /// The one at `depth`, by `step` to what is below it from the one at a depth. What is passed on the way is held,
     /// some of it: so that every depth is stepped to a few times, however deep it is.
     fn pop(&mut self, depth: usize, mut step: impl FnMut(&D, usize) -> nix::Result<D>) -> nix::Result<D> {
-        let is_above = |(held, _): &mut (usize, D)| *held > depth;
-        while self.0.pop_if(is_above).is_some() {}
+        let is_deeper = |(held, _): &mut (usize, D)| *held > depth;
+        while self.0.pop_if(is_deeper).is_some() {}
         let (start, mut dir) = self.0.pop().expect("the topmost is held");
         let every = (depth - start).div_ceil(Self::DOWN / 2);
         for at in start..depth {
