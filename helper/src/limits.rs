@@ -155,7 +155,11 @@ pub fn disk_used(host: &Host, uid: Uid) -> Result<Option<u64>> {
     seteuid(uid.get().into())?;
     let used = sys::bytes_of_user(host.workers.as_fd(), uid.get());
     seteuid(ROOT).context("cannot become root again")?;
-    Ok(used.ok())
+    Ok(match used {
+        // XFS keeps nothing of a user who has nothing.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some(0),
+        used => used.ok(),
+    })
 }
 
 /// Limit this process, and all that it will start (`getrlimit(2)`).
