@@ -1,5 +1,7 @@
 //! A worker's life: each request, in order, twice, and out of order.
 
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+
 use super::*;
 
 #[test]
@@ -43,6 +45,25 @@ fn a_worker_lives_and_leaves_nothing() {
     );
     assert_eq!(state(&client, worker), State::Exited(Exit::Unknown));
     stage.finish(&[worker]);
+}
+
+/// Somebody, or a kernel that lost it, has put one there: the job cannot.
+#[test]
+fn processes_of_its_user_in_no_cgroup_of_ours_are_ended_too() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = worker_id();
+    let Reply::UserCreated { uid, .. } = create(&client, worker, "a") else {
+        panic!()
+    };
+    let mut stray = std::process::Command::new("sleep");
+    stray.arg("1000").uid(uid.get()).gid(uid.get());
+    let mut stray = stray.spawn().unwrap();
+    // Whoever kills it waits until it is reaped.
+    let reaped = std::thread::spawn(move || stray.wait().unwrap());
+    assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
+    assert_eq!(reaped.join().unwrap().signal(), Some(9));
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
 }
 
 #[test]
