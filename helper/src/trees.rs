@@ -158,7 +158,7 @@ fn entries(dir: &OwnedFd) -> Result<OwningIter> {
 const MANY: usize = 1000;
 
 /// So many directories' names the second process remembers, whatever a job has left.
-const MOST_OF_SECOND: usize = 1 << 16;
+const MOST_OF_SECOND: usize = 1 << 14;
 
 /// Empty the trees, as their owner. Each process of the two would do it alone: what one finds gone is no error.
 fn empty_all(fs: BorrowedFd<'_>, trees: &[&Path]) -> Result<()> {
@@ -232,8 +232,9 @@ struct Level {
 impl Level {
     /// So many are remembered at once.
     const MOST: usize = 1024;
-    /// So many of what is no directory, until they are removed.
-    const FILES: usize = 100_000;
+    /// So many bytes of names of what is no directory, until they are removed; and so many for each name.
+    const FILES: usize = 8 << 20;
+    const FILE: usize = 48;
 
     /// Remove what is no directory.
     fn begin(own: &OwnedFd, count: &mut dyn FnMut()) -> Result<Level> {
@@ -241,18 +242,22 @@ impl Level {
             names: Vec::new(),
             is_all: true,
         };
-        let mut files = Vec::new();
+        let (mut files, mut bytes) = (Vec::new(), 0);
         for entry in entries(own)? {
             let entry = entry?;
-            if is_dot(entry.file_name()) {
+            let name = entry.file_name();
+            if is_dot(name) {
                 continue;
             }
-            match entry.file_type() {
-                Some(Type::Directory) => level.names.push(name_of(entry.file_name())),
-                _ => files.push((entry.ino(), entry.file_name().to_owned())),
+            if entry.file_type() == Some(Type::Directory) {
+                level.names.push(name_of(name));
+            } else {
+                files.push((entry.ino(), name.to_owned()));
+                bytes += name.count_bytes() + Self::FILE;
             }
-            if files.len() == Self::FILES {
+            if bytes >= Self::FILES {
                 level.remove(own, &mut files, count)?;
+                bytes = 0;
             }
             if level.names.len() >= Self::MOST {
                 level.is_all = false;
@@ -308,6 +313,11 @@ impl<D> Held<D> {
     const DOWN: usize = 64;
     const MOST: usize = 256;
 
+    /// On the way down: the one at `depth`, which is below all that are open, is left for one below it.
+    fn leave(&mut self, depth: usize, dir: D) {
+        self.push(depth, dir, Self::DOWN);
+    }
+
     /// Beyond `most`, the one goes that leaves the smallest gap.
     fn push(&mut self, depth: usize, dir: D, most: usize) {
         self.0.push((depth, dir));
@@ -318,9 +328,9 @@ impl<D> Held<D> {
         }
     }
 
-    /// The one at `depth`, by `step` to what is below it from the one at a depth. What is passed on the way is held,
-    /// some of it: so that every depth is stepped to a few times, however deep it is.
-    fn pop(&mut self, depth: usize, mut step: impl FnMut(&D, usize) -> nix::Result<D>) -> nix::Result<D> {
+    /// The one at `depth` again. `step` leads from the one at a depth to the next below it. Of what is passed on the way
+    /// some is held, so that every depth is stepped to a few times, however deep it is.
+    fn back_to(&mut self, depth: usize, mut step: impl FnMut(&D, usize) -> nix::Result<D>) -> nix::Result<D> {
         let is_deeper = |(held, _): &mut (usize, D)| *held > depth;
         while self.0.pop_if(is_deeper).is_some() {}
         let (start, mut dir) = self.0.pop().expect("the topmost is held");
@@ -351,7 +361,7 @@ fn empty(fs: BorrowedFd<'_>, tree: &Path, count: &mut dyn FnMut()) -> Result<()>
                 inner => inner.with_context(|| format!("cannot open {next:?}"))?,
             };
             let content = Level::begin(&inner, count)?;
-            held.push(above.len(), own, Held::<OwnedFd>::DOWN);
+            held.leave(above.len(), own);
             above.push(Above { level, next });
             (own, level) = (inner, content);
         } else if !level.is_all {
@@ -363,7 +373,7 @@ fn empty(fs: BorrowedFd<'_>, tree: &Path, count: &mut dyn FnMut()) -> Result<()>
                 return Ok(());
             };
             let step = |dir: &OwnedFd, at: usize| open_own(dir, Path::new(&above[at].next));
-            own = match held.pop(above.len(), step) {
+            own = match held.back_to(above.len(), step) {
                 // The other process has removed what is above, and so all of it.
                 Err(Errno::ENOENT) => {
                     level = DONE;
@@ -396,7 +406,7 @@ mod tests {
     impl Walk {
         fn down(&mut self, levels: usize) {
             for _ in 0..levels {
-                self.held.push(self.at, self.at, Held::<usize>::DOWN);
+                self.held.leave(self.at, self.at);
                 self.at += 1;
                 assert!(self.held.0.len() <= Held::<usize>::MOST);
             }
@@ -410,7 +420,7 @@ mod tests {
                     self.steps += 1;
                     Ok(at + 1)
                 };
-                assert_eq!(self.held.pop(self.at, step), Ok(self.at));
+                assert_eq!(self.held.back_to(self.at, step), Ok(self.at));
             }
         }
     }
@@ -449,12 +459,12 @@ mod tests {
     #[test]
     fn what_another_has_removed_on_the_way_loses_nothing_that_is_held() {
         let mut held = Held(Vec::new());
-        held.push(0, 0, 1);
-        let gone = held.pop(
+        held.leave(0, 0);
+        let gone = held.back_to(
             3,
             |dir, _| if *dir < 1 { Ok(dir + 1) } else { Err(Errno::ENOENT) },
         );
         assert_eq!(gone, Err(Errno::ENOENT));
-        assert_eq!(held.pop(0, |_, _| unreachable!()), Ok(0));
+        assert_eq!(held.back_to(0, |_, _| unreachable!()), Ok(0));
     }
 }

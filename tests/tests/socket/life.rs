@@ -1,6 +1,7 @@
 //! A worker's life: each request, in order, twice, and out of order.
 
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, Stdio};
 
 use super::*;
 
@@ -47,23 +48,50 @@ fn a_worker_lives_and_leaves_nothing() {
     stage.finish(&[worker]);
 }
 
-/// Somebody, or a kernel that lost it, has put one there: the job cannot.
+/// A job cannot put one there: somebody else has.
 #[test]
 fn processes_of_its_user_in_no_cgroup_of_ours_are_ended_too() {
     let stage = Stage::new();
     let client = stage.client();
-    let worker = worker_id();
-    let Reply::UserCreated { uid, .. } = create(&client, worker, "a") else {
-        panic!()
-    };
-    let mut stray = std::process::Command::new("sleep");
-    stray.arg("1000").uid(uid.get()).gid(uid.get());
-    let mut stray = stray.spawn().unwrap();
+    let worker = created(&client, "a");
+    let uid = list(&client)[0].uid.get();
+    let mut stray = Command::new("cat");
+    let mut stray = stray.uid(uid).gid(uid).stdin(Stdio::piped()).spawn().unwrap();
+    // Whatever fails here, it ends with this.
+    let input = stray.stdin.take();
     // Whoever kills it waits until it is reaped.
     let reaped = std::thread::spawn(move || stray.wait().unwrap());
     assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
+    drop(input);
     assert_eq!(reaped.join().unwrap().signal(), Some(9));
-    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    stage.finish(&[worker]);
+}
+
+/// Such a worker is there after an upgrade from a version that kept records in files.
+#[test]
+fn a_worker_whose_record_is_a_file_runs_on_and_is_deleted() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nsleep 1000\n"));
+    assert_eq!(reply, Reply::AgentStarted);
+    let before = list(&client);
+    let path = stage.host.worker_dir(worker).join("record");
+    let record = fs::read_link(&path).unwrap();
+    let words: Vec<_> = record
+        .to_str()
+        .unwrap()
+        .trim_end_matches('.')
+        .split(' ')
+        .collect();
+    fs::remove_file(&path).unwrap();
+    let [slot, uid, created] = words[..] else {
+        panic!("{words:?}")
+    };
+    fs::write(&path, format!("slot {slot}\nuid {uid}\ncreated {created}\n")).unwrap();
+    assert_eq!(list(&client), before);
+    assert_eq!(kind(create(&client, worker_id(), "a")), ErrorKind::SlotTaken);
+    stage.finish(&[worker]);
 }
 
 #[test]
