@@ -21,7 +21,10 @@ use nix::unistd::Pid;
 use protocol::{Received, Reply, Request, Seqpacket, WorkerId, config, wire};
 
 /// How long a test waits for what should come at once, before it fails.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+///
+/// A machine may be busy, and ext4 makes files slowly for minutes after many were removed (`recently_deleted` in
+/// `fs/ext4/ialloc.c`), which hostile jobs and their deletion do.
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The uid of the supervisor in tests: nobody's, outside every range in use.
 pub const SUPERVISOR_UID: u32 = 0x6fff_fff0;
@@ -249,21 +252,24 @@ pub struct TestHost {
     pub root: PathBuf,
     pub cgroup: String,
     pub uids: std::ops::RangeInclusive<u32>,
-    _directory: tempfile::TempDir,
 }
 
 impl TestHost {
+    /// Of the name of its directory.
+    pub const PREFIX: &str = "user-factory-test-";
+
     pub fn new() -> TestHost {
         binaries();
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
         let directory = tempfile::Builder::new()
-            .prefix("user-factory-test-")
+            .prefix(TestHost::PREFIX)
             .tempdir()
             .expect("a directory");
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let root = directory.path().canonicalize().unwrap();
+        // Dropped, it would be removed by calls of a function within itself: too many for a hostile job's trees.
+        let root = directory.keep().canonicalize().unwrap();
         fs::create_dir_all(root.join(config::CONFIG_PATH).parent().unwrap()).unwrap();
         let state = root.join(config::STATE_DIR).join("supervisor");
         fs::create_dir_all(&state).unwrap();
@@ -275,7 +281,6 @@ impl TestHost {
             root,
             cgroup,
             uids: first..=first + 63,
-            _directory: directory,
         }
     }
 
@@ -397,6 +402,8 @@ impl Drop for TestHost {
                 std::thread::yield_now();
             }
         }
+        let mut remove = Command::new("rm");
+        let _ = remove.args(["-rf", "--one-file-system"]).arg(&self.root).status();
     }
 }
 
@@ -429,7 +436,11 @@ pub fn cgroup2_mount() -> PathBuf {
 
 /// A client at the helper's socket, polite or not.
 #[derive(Debug)]
-pub struct Client(pub Seqpacket);
+pub struct Client {
+    pub socket: Seqpacket,
+    /// Where its workers' cgroups are.
+    pub cgroups: PathBuf,
+}
 
 impl Client {
     /// Connected, and past the greeting.
@@ -454,7 +465,8 @@ impl Client {
         // A helper that does not answer fails the test, and does not hang it.
         let patience = TimeVal::new(PATIENCE.as_secs() as i64, 0);
         setsockopt(&socket, sockopt::ReceiveTimeout, &patience).expect("a socket can have a time-out");
-        Client(socket)
+        let cgroups = host.cgroup_dir().join("workers");
+        Client { socket, cgroups }
     }
 
     pub fn ask(&self, request: &Request) -> (Reply, Vec<OwnedFd>) {
@@ -462,7 +474,7 @@ impl Client {
     }
 
     pub fn ask_with(&self, request: &Request, descriptor: Option<BorrowedFd<'_>>) -> (Reply, Vec<OwnedFd>) {
-        self.0
+        self.socket
             .send(&wire::encode(request).unwrap(), descriptor)
             .expect("the helper takes a packet");
         self.reply()
@@ -471,7 +483,7 @@ impl Client {
 
     /// The next reply; none if the helper has hung up.
     pub fn reply(&self) -> Option<(Reply, Vec<OwnedFd>)> {
-        match self.0.recv(wire::MAX_REPLY) {
+        match self.socket.recv(wire::MAX_REPLY) {
             Ok(Received::Packet { bytes, descriptors }) => {
                 Some((wire::decode(&bytes).expect("a reply"), descriptors))
             }

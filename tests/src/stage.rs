@@ -2,10 +2,13 @@
 //! its socket again and again.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::Instant;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::{BootstrapToken, ErrorKind, Reply, Request, SlotName, State, WorkerId};
 
 use crate::census::Census;
@@ -170,27 +173,54 @@ pub fn state(client: &Client, worker: WorkerId) -> State {
 }
 
 pub fn wait_until(client: &Client, worker: WorkerId, good: impl Fn(State) -> bool) -> State {
-    let begin = Instant::now();
+    let end = Instant::now() + PATIENCE;
+    // The kernel says when the last process has left (`cgroups(7)`): that is when the agent has ended.
+    let events = File::open(client.cgroups.join(format!("{worker}/cgroup.events"))).expect("it has an agent");
     loop {
+        let _ = read(&events);
         let now = state(client, worker);
         if good(now) {
             return now;
         }
-        assert!(begin.elapsed() < PATIENCE, "worker {worker} stays {now:?}");
-        std::thread::yield_now();
+        assert!(
+            ready(&events, PollFlags::POLLPRI, end),
+            "worker {worker} stays {now:?}"
+        );
     }
 }
 
-pub fn wait_for_line(console: &File, line: &str) {
-    let begin = Instant::now();
-    while !read(console).lines().any(|other| other == line) {
-        assert!(
-            begin.elapsed() < PATIENCE,
-            "the console has no {line:?}:\n{}",
-            read(console)
-        );
-        std::thread::yield_now();
+/// Wait until this happens at `path`, and there is what is looked for.
+pub fn watch(path: &Path, what: AddWatchFlags, mut found: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + PATIENCE;
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).expect("inotify");
+    inotify.add_watch(path, what).expect("it can be watched");
+    loop {
+        while inotify.read_events().is_ok() {}
+        if found() {
+            return true;
+        }
+        if !ready(&inotify, PollFlags::POLLIN, end) {
+            return false;
+        }
     }
+}
+
+fn ready(fd: impl AsFd, what: PollFlags, end: Instant) -> bool {
+    let left = end.saturating_duration_since(Instant::now());
+    let mut fds = [PollFd::new(fd.as_fd(), what)];
+    let timeout = PollTimeout::try_from(left).expect("it is short");
+    poll(&mut fds, timeout).expect("poll") == 1
+}
+
+/// Wait until the console is as it is looked for.
+pub fn wait_for_console(console: &File, found: impl Fn(&str) -> bool) {
+    let path = format!("/proc/self/fd/{}", console.as_raw_fd());
+    let found = watch(path.as_ref(), AddWatchFlags::IN_MODIFY, || found(&read(console)));
+    assert!(found, "it is not on the console:\n{}", read(console));
+}
+
+pub fn wait_for_line(console: &File, line: &str) {
+    wait_for_console(console, |text| text.lines().any(|other| other == line));
 }
 
 pub fn list(client: &Client) -> Vec<protocol::WorkerInfo> {

@@ -49,8 +49,8 @@ fn row_61_ten_thousand_connections() {
 
 fn half_close(client: &Client, how: Shutdown) {
     // The helper may have hung up already.
-    let _ = client.0.send(&wire::encode(&HELLO).unwrap(), None);
-    let _ = shutdown(client.0.as_raw_fd(), how);
+    let _ = client.socket.send(&wire::encode(&HELLO).unwrap(), None);
+    let _ = shutdown(client.socket.as_raw_fd(), how);
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn row_61_a_peer_that_reads_nothing() {
     let question = wire::encode(&Request::List { after: None }).unwrap();
     // Until there is room neither for an answer nor for a question: then the helper gives up.
     let end = loop {
-        match send(deaf.0.as_raw_fd(), &question, MsgFlags::MSG_NOSIGNAL) {
+        match send(deaf.socket.as_raw_fd(), &question, MsgFlags::MSG_NOSIGNAL) {
             Ok(_) => {}
             Err(errno) => break errno,
         }
@@ -102,7 +102,7 @@ fn row_61_closed_before_the_answer() {
             let agent = request.carries_descriptor().then_some(&agent);
             let client = stage.client();
             let bytes = wire::encode(request).unwrap();
-            client.0.send(&bytes, agent.map(AsFd::as_fd)).unwrap();
+            client.socket.send(&bytes, agent.map(AsFd::as_fd)).unwrap();
         }
         assert_eq!(
             stage.client().ask(&Request::Delete { worker }).0,

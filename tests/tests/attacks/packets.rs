@@ -29,7 +29,7 @@ fn install_packet(worker: WorkerId, bootstrap: &[u8]) -> Vec<u8> {
 
 /// Is a connection ended by this packet?
 fn ends(client: &Client, packet: &[u8], descriptor: Option<&OwnedFd>) -> bool {
-    let sent = client.0.send(packet, descriptor.map(AsFd::as_fd));
+    let sent = client.socket.send(packet, descriptor.map(AsFd::as_fd));
     sent.is_err() || client.reply().is_none()
 }
 

@@ -1,28 +1,21 @@
 //! Group E, the supervisor that turned: who it says it is, when it says what, how often and to whom.
 
-use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
-use protocol::{ErrorKind, PREVIOUS, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire};
+use protocol::{ErrorKind, PREVIOUS, Received, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire};
 use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, worker_id};
 use testbed::stage::{SLOTS, Stage, create, created, install, kind, list, run, state};
 
 const HELLO: Request = Request::Hello { version: VERSION };
 
 fn greet(socket: &Seqpacket) -> bool {
-    let copy = socket
-        .as_fd()
-        .try_clone_to_owned()
-        .expect("a descriptor can be copied");
-    let client = Client(copy.into());
-    let sent = client.0.send(&wire::encode(&HELLO).unwrap(), None);
+    let sent = socket.send(&wire::encode(&HELLO).unwrap(), None);
+    let is_welcome = |bytes: &[u8]| matches!(wire::decode(bytes), Ok(Reply::Welcome { .. }));
     sent.is_ok()
-        && client
-            .reply()
-            .is_some_and(|(reply, _)| matches!(reply, Reply::Welcome { .. }))
+        && matches!(socket.recv(wire::MAX_REPLY), Ok(Received::Packet { bytes, .. }) if is_welcome(&bytes))
 }
 
 /// What `somebody` does, in its environment: the socket, its uid when it connects, and its uid afterwards.

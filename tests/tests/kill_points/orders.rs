@@ -68,12 +68,12 @@ fn an_order_of_a_connection_that_was_killed_is_not_carried_out() {
     let install = wire::encode(&request(Operation::Install, worker, "rich")).unwrap();
     let agent = sealed(AGENT);
     // Each has made a cgroup, and waits for the daemon, when its order is in the daemon's queue.
-    first.0.send(&install, Some(agent.as_fd())).unwrap();
+    first.socket.send(&install, Some(agent.as_fd())).unwrap();
     let one = until("the first cgroup", || cgroup(&bench, worker, None));
     until("the first order", || is(first_pid, 'S').then_some(()));
     kill(Pid::from_raw(first_pid), Signal::SIGKILL).unwrap();
     until("its end", || is(first_pid, 'Z').then_some(()));
-    second.0.send(&install, Some(agent.as_fd())).unwrap();
+    second.socket.send(&install, Some(agent.as_fd())).unwrap();
     until("the second cgroup", || cgroup(&bench, worker, Some(one)));
     until("the second order", || is(second_pid, 'S').then_some(()));
     bench.helper.signal(Signal::SIGCONT);

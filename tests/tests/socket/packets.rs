@@ -33,7 +33,7 @@ fn agents_that_could_still_change_are_refused() {
         open(&fifo),
         open("/dev/null".as_ref()),
         Client::silent(&stage.host)
-            .0
+            .socket
             .as_fd()
             .try_clone_to_owned()
             .unwrap(),
@@ -61,7 +61,7 @@ fn descriptors_travel_only_where_a_message_calls_for_one() {
             stage.client()
         };
         client
-            .0
+            .socket
             .send(&wire::encode(&request).unwrap(), Some(agent.as_fd()))
             .unwrap();
         assert!(
@@ -71,7 +71,7 @@ fn descriptors_travel_only_where_a_message_calls_for_one() {
     }
     let client = stage.client();
     client
-        .0
+        .socket
         .send(
             &wire::encode(&Request::InstallAgent {
                 worker,
@@ -101,7 +101,7 @@ fn descriptors_travel_only_where_a_message_calls_for_one() {
         let rights = nix::sys::socket::ControlMessage::ScmRights(&descriptors);
         let packet = [std::io::IoSlice::new(&bytes)];
         let flags = nix::sys::socket::MsgFlags::empty();
-        nix::sys::socket::sendmsg::<()>(client.0.as_raw_fd(), &packet, &[rights], flags, None).unwrap();
+        nix::sys::socket::sendmsg::<()>(client.socket.as_raw_fd(), &packet, &[rights], flags, None).unwrap();
         assert!(
             client.reply().is_none(),
             "InstallAgent with {count} descriptors was answered"
@@ -122,7 +122,7 @@ fn garbage_ends_its_connection_and_no_other() {
     packets.push([&good[..], &[0]].concat());
     for packet in &packets {
         let client = stage.client();
-        client.0.send(packet, None).unwrap();
+        client.socket.send(packet, None).unwrap();
         assert!(client.reply().is_none(), "{packet:?} was answered");
     }
     assert_eq!(list(&witness), []);
@@ -130,7 +130,7 @@ fn garbage_ends_its_connection_and_no_other() {
         let mut flipped = good.clone();
         flipped[bit / 8] ^= 1 << (bit % 8);
         let client = stage.client();
-        client.0.send(&flipped, None).unwrap();
+        client.socket.send(&flipped, None).unwrap();
         let _ = client.reply();
     }
     assert_eq!(list(&witness), []);
@@ -178,7 +178,7 @@ fn only_the_supervisors_uid_is_served() {
     let helper = host.helper();
     // Root passes every mode, so the socket lets it in; the helper does not.
     let client = Client::silent(&host);
-    let _ = client.0.send(
+    let _ = client.socket.send(
         &wire::encode(&Request::Hello {
             version: protocol::VERSION,
         })
@@ -201,11 +201,7 @@ fn an_endless_console_is_bounded_and_harms_nobody() {
     let (reply, console) = install(&client, worker, sealed(b"#!/bin/bash\nyes & exec sleep 1000\n"));
     assert_eq!(reply, Reply::AgentStarted);
     let console = console.unwrap();
-    let begin = Instant::now();
-    while !read(&console).ends_with("was dropped]\n") {
-        assert!(begin.elapsed() < PATIENCE);
-        std::thread::yield_now();
-    }
+    wait_for_console(&console, |text| text.ends_with("was dropped]\n"));
     assert!(console.metadata().unwrap().len() < protocol::config::Limits::default().console + 100);
     assert!(console.write_at(b"x", 0).is_err(), "the console can be written");
     let mut byte = [0];
@@ -219,7 +215,7 @@ fn too_many_connections_are_told_to_come_back() {
     let mut clients = Vec::new();
     loop {
         let client = Client::silent(&stage.host);
-        let _ = client.0.send(
+        let _ = client.socket.send(
             &wire::encode(&Request::Hello {
                 version: protocol::VERSION,
             })
