@@ -104,8 +104,11 @@ pub fn is_populated(cgroups: impl AsFd, worker: WorkerId) -> std::io::Result<boo
 }
 
 fn populated(cgroup: &OwnedFd) -> std::io::Result<bool> {
-    let events = read_small(cgroup, "cgroup.events")?.unwrap_or_default();
-    Ok(events.lines().any(|line| line == "populated 1"))
+    match read_small(cgroup, "cgroup.events") {
+        // Removed since it was opened: an open file of it is no device any more (`fs/kernfs/file.c`).
+        Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(false),
+        events => Ok(events?.is_some_and(|events| events.lines().any(|line| line == "populated 1"))),
+    }
 }
 
 /// End every process in the worker's cgroups, wait until they are gone, and remove them.
@@ -163,5 +166,30 @@ mod tests {
                     41 31 0:38 /sub /cg/unified rw,relatime shared:4 - cgroup2 cgroup2 rw\n";
         assert_eq!(find_mount(info), Some(("/cg/unified".into(), "/sub".into())));
         assert_eq!(find_mount("22 27 0:21 / /proc rw - proc proc rw\n"), None);
+    }
+
+    #[test]
+    fn a_cgroup_that_is_removed_while_it_is_looked_at_has_no_process() {
+        let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let (mount, _) = find_mount(&mountinfo).expect("cgroup v2 is mounted");
+        let base = mount.join(format!("user-factory-test-{}-removed", std::process::id()));
+        std::fs::create_dir(&base).expect("this needs root: it makes a cgroup");
+        let cgroups = OwnedFd::from(std::fs::File::open(&base).unwrap());
+        let worker = WorkerId::from_bits(1);
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let seen = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    create(&cgroups, &worker.to_string()).unwrap();
+                    kill(&cgroups, worker).unwrap();
+                }
+            });
+            let mut looks = (0..50_000).map(|_| is_populated(&cgroups, worker));
+            let other = looks.find(|look| !matches!(look, Ok(false)));
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            other
+        });
+        std::fs::remove_dir(&base).unwrap();
+        assert!(seen.is_none(), "{seen:?}");
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg, OFlag};
@@ -61,20 +61,22 @@ fn take_slot(
     worker: &mut Worker,
     slot: &SlotName,
 ) -> Result<Record> {
-    let lock = open_file(&host.workers, ".lock", OFlag::O_RDWR | OFlag::O_CREAT)
-        .context("cannot open the slots' lock")?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| errno)
-        .context("cannot lock the slots")?;
-    let mut all = worker::list(host)?;
-    // It may have this slot, or any other: none is given before nothing is left of it.
-    for id in std::mem::take(&mut all.damaged) {
-        let deleted = delete(host, unlimit, id);
-        deleted.with_context(|| {
-            format!("no slot is free before worker {id}, whose record is damaged, is deleted")
-        })?;
-        warn!(worker = %id, "deleted, because its record was damaged");
-    }
+    let (_lock, all) = loop {
+        let lock = lock_slots(host)?;
+        let all = worker::list(host)?;
+        if all.damaged.is_empty() {
+            break (lock, all);
+        }
+        // Their deletion takes the lock itself, in its end.
+        drop(lock);
+        // It may have this slot, or any other: none is given before nothing is left of it.
+        for id in all.damaged {
+            delete(host, unlimit, id).with_context(|| {
+                format!("no slot is free before worker {id}, whose record is damaged, is deleted")
+            })?;
+            warn!(worker = %id, "deleted, because its record was damaged");
+        }
+    };
     let tenants = all.tenants();
     policy::may_take(config, &tenants, worker.id, slot)?;
     let used: BTreeSet<u32> = tenants.iter().map(|tenant| tenant.uid.get()).collect();
@@ -90,11 +92,16 @@ fn take_slot(
             return Ok(record);
         }
     }
-    Err(Error::new(
-        ErrorKind::Limit,
-        "every uid of factory.uid_range is in use: widen it",
-    )
-    .into())
+    let message = "every uid of factory.uid_range is in use: widen it";
+    Err(Error::new(ErrorKind::Limit, message).into())
+}
+
+fn lock_slots(host: &Host) -> Result<Flock<OwnedFd>> {
+    let lock = open_file(&host.workers, ".lock", OFlag::O_RDWR | OFlag::O_CREAT)
+        .context("cannot open the slots' lock")?;
+    Flock::lock(OwnedFd::from(lock), FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .context("cannot lock the slots")
 }
 
 /// Remove every trace of the worker; its slot is free after that.
@@ -128,5 +135,8 @@ pub fn delete(host: &Host, unlimit: Unlimit<'_>, id: WorkerId) -> Result<()> {
         }
         forget()?;
     }
+    worker.remove_files()?;
+    // Its record goes before its directory: who sees the slot free must not see that one either.
+    let _lock = lock_slots(host)?;
     worker.remove(host)
 }

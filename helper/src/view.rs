@@ -151,6 +151,15 @@ fn is_closed_to_jobs(directory: &Path) -> bool {
     })
 }
 
+/// Where, below `source`, which is shown at another place as well, `path` is to be hidden: if it is below it. What is
+/// the factory's own is hidden also where it is the source, or around it.
+fn shown_at<'a>(path: &'a Path, is_own: bool, source: &Path) -> Option<&'a Path> {
+    match path.strip_prefix(source) {
+        Ok(rest) => (is_own || !rest.as_os_str().is_empty()).then_some(rest),
+        Err(_) => (is_own && source.starts_with(path)).then_some(Path::new("")),
+    }
+}
+
 struct Builder {
     /// A copy of the mount of jobs' `/dev` directories, made before the tmpfs lay over it.
     devices: OwnedFd,
@@ -158,6 +167,8 @@ struct Builder {
     new_root: PathBuf,
     /// Paths, as the job sees them, that are directories of the tmpfs.
     open: BTreeSet<PathBuf>,
+    /// What slots show at other places, without links, and where the template has it.
+    sources: Vec<(PathBuf, PathBuf)>,
     watched: Vec<(File, FileIdentity)>,
 }
 
@@ -193,27 +204,18 @@ impl Builder {
             devices,
             new_root,
             open: BTreeSet::from([PathBuf::from("/")]),
+            sources: Vec::new(),
             watched: Vec::new(),
         };
         this.unfold_content(Path::new("/"))?;
         for name in NOT_THE_HOSTS.iter().filter(|name| **name != "lost+found") {
-            this.make_directory(
-                &Path::new("/").join(name),
-                if *name == "root" || *name == ".buildomat-factory" {
-                    0o700
-                } else {
-                    0o755
-                },
-            )?;
+            let is_roots = ["root", ".buildomat-factory"].contains(name);
+            this.make_directory(&Path::new("/").join(name), if is_roots { 0o700 } else { 0o755 })?;
         }
         let mut places: Vec<PathBuf> = PRIVATE_TREES.iter().map(PathBuf::from).collect();
         for slot in config.slots.values() {
-            places.extend(
-                slot.writable
-                    .iter()
-                    .chain(slot.read_only.keys())
-                    .map(|p| p.as_path().to_owned()),
-            );
+            let more = slot.writable.iter().chain(slot.read_only.keys());
+            places.extend(more.map(|place| place.as_path().to_owned()));
         }
         for place in places {
             this.make_place(&place)
@@ -292,13 +294,7 @@ impl Builder {
         let host = std::fs::symlink_metadata(path);
         let parent = path.parent().context("a place has a directory above it")?;
         if let Ok(meta) = &host {
-            if meta.is_symlink() {
-                bail!(
-                    "{} is a symbolic link on this host: name the place that it leads to",
-                    path.display()
-                );
-            }
-            self.make_place_of_existing(parent)?;
+            self.make_place_of_existing(path)?;
             if !meta.is_dir() {
                 bail!(
                     "{} is not a directory on this host: choose another place",
@@ -321,13 +317,13 @@ impl Builder {
         self.make_directory(path, 0o755)
     }
 
-    /// No component above a place may be a link, or the mount would land elsewhere.
-    fn make_place_of_existing(&self, parent: &Path) -> Result<()> {
-        for above in parent.ancestors() {
-            if std::fs::symlink_metadata(above)?.is_symlink() {
+    /// No component of a place may be a link, or the mount would land elsewhere.
+    fn make_place_of_existing(&self, place: &Path) -> Result<()> {
+        for path in place.ancestors() {
+            if std::fs::symlink_metadata(path)?.is_symlink() {
                 bail!(
                     "{} is a symbolic link on this host: name the place that it leads to",
-                    above.display()
+                    path.display()
                 );
             }
         }
@@ -346,12 +342,8 @@ impl Builder {
             let Ok(path) = real.strip_prefix(&self.new_root) else {
                 continue;
             };
-            if Path::new("/")
-                .join(path)
-                .ancestors()
-                .skip(1)
-                .any(is_closed_to_jobs)
-            {
+            let path = Path::new("/").join(path);
+            if path.ancestors().skip(1).any(is_closed_to_jobs) {
                 match umount2(&real, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
                     // It went with the one that it was mounted on, or is behind another.
                     Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
@@ -390,13 +382,15 @@ impl Builder {
         for source in config.slots.values().flat_map(|slot| slot.read_only.values()) {
             let place = source_path(source);
             if !below(&self.new_root, &place).exists() {
-                let meta = std::fs::symlink_metadata(source.as_path())
-                    .with_context(|| format!("{}, named in read_only, cannot be shown", source))?;
+                let describe = || format!("{source}, named in read_only, cannot be shown");
+                let meta = std::fs::symlink_metadata(source.as_path()).with_context(describe)?;
                 if !meta.is_dir() {
                     bail!("{source}, named in read_only, is not a directory: name one");
                 }
                 std::fs::create_dir(below(&self.new_root, &place))?;
                 self.bind(source.as_path(), &place, READ_ONLY, true)?;
+                let real = source.as_path().canonicalize().with_context(describe)?;
+                self.sources.push((real, place));
             }
         }
         Ok(())
@@ -407,11 +401,9 @@ impl Builder {
     fn hide(&mut self, host: &Host, config: &Config) -> Result<()> {
         let mut hidden = Vec::new();
         for path in &config.factory.hide {
-            let real = path.as_path().canonicalize();
             // One that is made later would be seen.
-            hidden.push(real.with_context(|| {
-                format!("{path}, named in hide, cannot be hidden: make it, or remove it")
-            })?);
+            let describe = || format!("{path}, named in hide, cannot be hidden: make it, or remove it");
+            hidden.push((path.as_path().canonicalize().with_context(describe)?, false));
         }
         let mut own = vec![config.factory.token_file.as_path().to_owned()];
         for root in [host.root.as_path(), Path::new("/")] {
@@ -426,30 +418,45 @@ impl Builder {
             own.extend(dirs.map(|dir| root.join(dir)));
         }
         for path in own {
-            match path.canonicalize() {
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                real => hidden.push(real.with_context(|| format!("cannot hide {}", path.display()))?),
+            let real = path.canonicalize();
+            if !real
+                .as_ref()
+                .is_err_and(|error| error.kind() == ErrorKind::NotFound)
+            {
+                let real = real.with_context(|| format!("cannot hide {}", path.display()))?;
+                hidden.push((real, true));
             }
         }
         // The outer before the inner: then the inner is hidden already.
         hidden.sort();
         hidden.dedup();
-        for path in hidden {
-            match std::fs::symlink_metadata(below(&self.new_root, &path)) {
-                Ok(meta) => {
-                    let cover = if meta.is_dir() { "nothing" } else { "no-file" };
-                    let cover = below(&self.new_root, &Path::new(PRIVATE).join(cover));
-                    self.bind(&cover, &path, READ_ONLY, false)?;
-                    // A file that is put in its place has no cover: the change of its directory tells.
-                    let parent = File::open(path.parent().context("the root cannot be hidden")?)?;
-                    let seen = FileIdentity::of(&parent.metadata()?);
-                    self.watched.push((parent, seen));
-                }
-                // Below what jobs have of their own, or below what is hidden by now.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(error).with_context(|| format!("cannot hide {}", path.display())),
+        for (path, is_own) in hidden {
+            let mut places = vec![path.clone()];
+            for (source, place) in &self.sources {
+                places.extend(shown_at(&path, is_own, source).map(|rest| place.join(rest)));
+            }
+            for place in places {
+                self.cover(&path, &place)
+                    .with_context(|| format!("cannot hide {}", path.display()))?;
             }
         }
+        Ok(())
+    }
+
+    /// Lay nothing over this place, where jobs would see what the host has at `path`.
+    fn cover(&mut self, path: &Path, place: &Path) -> Result<()> {
+        let meta = match std::fs::symlink_metadata(below(&self.new_root, place)) {
+            // Below what jobs have of their own, or below what is hidden by now.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            meta => meta?,
+        };
+        let cover = if meta.is_dir() { "nothing" } else { "no-file" };
+        let cover = below(&self.new_root, &Path::new(PRIVATE).join(cover));
+        self.bind(&cover, place, READ_ONLY, false)?;
+        // A file that is put in its place has no cover: the change of its directory tells.
+        let parent = File::open(path.parent().context("the root cannot be hidden")?)?;
+        let seen = FileIdentity::of(&parent.metadata()?);
+        self.watched.push((parent, seen));
         Ok(())
     }
 

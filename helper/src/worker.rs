@@ -176,19 +176,27 @@ impl Worker {
         }
     }
 
-    /// Remove what is left of the directory: its trees are gone. The record goes last, but for the mark of the
-    /// start: a worker that was started must never be seen without it.
-    pub fn remove(self, host: &Host) -> Result<()> {
-        let describe = || format!("cannot remove the directory of worker {}", self.id);
+    /// Remove the files in the directory but its record and the mark of the start: its trees are gone.
+    pub fn remove_files(&self) -> Result<()> {
         for name in names(self.dir())? {
             if name != "record" && name != "started" {
-                remove_file(self.dir(), &name).with_context(describe)?;
+                remove_file(self.dir(), &name).with_context(|| self.cannot_remove())?;
             }
         }
+        Ok(())
+    }
+
+    /// Remove the directory. The record goes last, but for the mark of the start: a worker that was started must
+    /// never be seen without it.
+    pub fn remove(self, host: &Host) -> Result<()> {
         for name in ["record", "started"] {
-            remove_file(self.dir(), name).with_context(describe)?;
+            remove_file(self.dir(), name).with_context(|| self.cannot_remove())?;
         }
-        remove_dir(&host.workers, self.id.to_string()).with_context(describe)
+        remove_dir(&host.workers, self.id.to_string()).with_context(|| self.cannot_remove())
+    }
+
+    fn cannot_remove(&self) -> String {
+        format!("cannot remove the directory of worker {}", self.id)
     }
 }
 

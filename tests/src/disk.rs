@@ -153,6 +153,8 @@ impl SmallDisk {
 /// A file that holds nothing yet, for a file system.
 fn sparse(host: &TestHost, bytes: u64) -> PathBuf {
     let image = host.root.join("disk.img");
+    // A new one each time: the last one may be in the mounts of another test's factory still.
+    let _ = std::fs::remove_file(&image);
     let file = std::fs::File::create(&image).expect("the test's directory is writable");
     file.set_len(bytes).expect("a sparse file takes no room");
     image
@@ -168,6 +170,10 @@ fn run(words: &[&str], place: &Path) {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        run(&["umount", "--lazy"], &self.0);
+        if !std::thread::panicking() {
+            run(&["umount", "--lazy"], &self.0);
+        } else {
+            let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+        }
     }
 }

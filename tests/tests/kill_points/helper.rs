@@ -69,18 +69,17 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
         ask(&bench.host, &request(Operation::Delete, first, slot)),
         Some(Reply::Deleted)
     );
-    let worker = prepare(&bench, operation, slot);
-    let (reply, seen) = bench.under_the_tracer(&request(operation, worker, slot), None);
-    assert!(reply.as_ref().is_some_and(is_success), "{reply:?}");
-    end(&bench, worker, "an operation that nobody disturbed");
-    // What is called in one run and not in another need not be found again.
-    let worker = prepare(&bench, operation, slot);
-    let (_, again) = bench.under_the_tracer(&request(operation, worker, slot), None);
-    end(&bench, worker, "an operation that nobody disturbed");
+    let runs = [(); 3].map(|()| {
+        let worker = prepare(&bench, operation, slot);
+        let (reply, seen) = bench.under_the_tracer(&request(operation, worker, slot), None);
+        assert!(reply.as_ref().is_some_and(is_success), "{reply:?}");
+        end(&bench, worker, "an operation that nobody disturbed");
+        seen
+    });
     let sample = Sample::of(29);
     let (mut killed, mut missed) = (0, 0);
     let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
-    for (plan, after) in plans(&seen, &sample) {
+    for (plan, after) in plans(shortest(&runs), &sample) {
         let worker = prepare(&bench, operation, slot);
         let (_, seen) = bench.under_the_tracer(&request(operation, worker, slot), Some(plan));
         let Some(at) = seen.killed else {
@@ -110,7 +109,7 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
     census.assert_unchanged(&bench.host);
     report(
         &format!("{operation:?} in {slot}"),
-        [&seen, &again],
+        &runs,
         &covered,
         killed,
         missed,
@@ -147,10 +146,16 @@ fn end(bench: &Bench, worker: WorkerId, what: &str) {
     bench.assert_clean(was_one, what);
 }
 
+/// What happens on the host meanwhile, a mount above all, makes the daemon do more: none of it is in the shortest run.
+fn shortest(runs: &[Seen]) -> &Seen {
+    let calls = |seen: &&Seen| seen.calls.values().map(Vec::len).sum::<usize>();
+    runs.iter().min_by_key(calls).expect("there are runs")
+}
+
 /// Say at how many points was killed, and fail if it was not as it should be.
 fn report(
     what: &str,
-    [seen, again]: [&Seen; 2],
+    runs: &[Seen],
     covered: &BTreeSet<(Kind, i64)>,
     killed: usize,
     missed: usize,
@@ -158,7 +163,7 @@ fn report(
 ) {
     let counts: Vec<String> = KINDS
         .iter()
-        .filter_map(|kind| seen.calls.get(kind).map(|calls| (kind, calls.len())))
+        .filter_map(|kind| shortest(runs).calls.get(kind).map(|calls| (kind, calls.len())))
         .map(|(kind, n)| format!("{kind:?} {n}"))
         .collect();
     println!(
@@ -172,7 +177,9 @@ fn report(
         let of = |(kind, calls): (&Kind, &Vec<i64>)| calls.iter().map(|n| (*kind, *n)).collect::<Vec<_>>();
         seen.calls.iter().flat_map(of).collect()
     };
-    let left: Vec<String> = (&(&all(seen) & &all(again)) - covered)
+    // What is called in one run and not in another need not be found again.
+    let always = runs.iter().map(all).reduce(|one, other| &one & &other);
+    let left: Vec<String> = (&always.expect("there are runs") - covered)
         .iter()
         .filter(|(_, number)| !MEMORY.contains(number))
         .map(|(kind, number)| format!("{kind:?} {}", name(*number)))
@@ -197,12 +204,12 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
         bench.helper.ended();
         bench.start_under_the_tracer(None)
     };
-    let (seen, again) = (undisturbed(), undisturbed());
+    let runs = [(); 3].map(|()| undisturbed());
     let sample = Sample::of(29);
     let (mut killed, mut missed) = (0, 0);
     let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
     // There is nobody but the daemon yet, and nothing to repeat but its start: the other forms are the same.
-    let mut plans = plans(&seen, &sample);
+    let mut plans = plans(shortest(&runs), &sample);
     plans.dedup_by(|one, other| one.0.when == other.0.when);
     for (plan, _) in plans {
         bench.helper.signal(Signal::SIGKILL);
@@ -229,7 +236,7 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
     }
     bench.assert_clean(true, "all starts");
     census.assert_unchanged(&bench.host);
-    report("the start", [&seen, &again], &covered, killed, missed, &sample);
+    report("the start", &runs, &covered, killed, missed, &sample);
 }
 
 #[test]

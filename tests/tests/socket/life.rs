@@ -359,6 +359,98 @@ fn a_job_gets_its_slots_groups_and_devices() {
 }
 
 #[test]
+fn what_is_hidden_is_hidden_also_where_a_slot_shows_what_is_around_it() {
+    let place = tempfile::Builder::new()
+        .prefix("user-factory-test-")
+        .tempdir_in("/srv")
+        .unwrap();
+    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let at = |name: &str| place.path().join(name).display().to_string();
+    for name in ["shown", "secret", "alone", "deep/secret"] {
+        fs::create_dir_all(at(name)).unwrap();
+        fs::write(at(&format!("{name}/file")), format!("content of {name}\n")).unwrap();
+    }
+    std::os::unix::fs::symlink(place.path(), at("link")).unwrap();
+    let host = TestHost::new();
+    let own = host.root.join(protocol::config::STATE_DIR);
+    let sources = [
+        ("all", at("")),
+        ("deep", at("link/deep")),
+        // Shown to this slot and to no other, as its operator says.
+        ("alone", at("alone")),
+        ("own", own.display().to_string()),
+        ("workers", own.join("workers").display().to_string()),
+        ("around", host.root.display().to_string()),
+    ];
+    let sources =
+        sources.map(|(name, source)| format!("\"/opt/{name}\" = {:?}", source.trim_end_matches('/')));
+    let slots = SLOTS.replace(
+        "[slots.c]",
+        &format!("[slots.c]\nread_only = {{ {} }}", sources.join(", ")),
+    );
+    let hide = format!("hide = {:?}\n{slots}", ["secret", "alone", "deep/secret"].map(at));
+    host.configure("http://127.0.0.1:9", 0, &hide);
+    let _helper = host.helper();
+    let client = Client::new(&host);
+    let worker = created(&client, "c");
+    let script = format!(
+        "cat {}/*/file; cd /opt; cat all/*/file all/deep/*/file deep/*/file alone/file; ls -A own workers; find around -name helper.sock; \
+         find around -name supervisor; exit 1",
+        place.path().display()
+    );
+    let (_, console) = run(&client, worker, &script);
+    let shown = |text: &str| console.matches(text).count();
+    assert_eq!(shown("content of shown"), 2, "{console}");
+    assert_eq!(shown("content of alone"), 1, "{console}");
+    for hidden in ["content of secret", "helper.sock", "supervisor", "01"] {
+        assert_eq!(shown(hidden), 0, "{hidden}: {console}");
+    }
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+}
+
+/// What the kernel has of waiting for a lock on this file: `proc_locks(5)`.
+fn is_waited_for(file: &File) -> bool {
+    let inode = format!(":{} ", file.metadata().unwrap().ino());
+    let locks = fs::read_to_string("/proc/locks").unwrap();
+    locks
+        .lines()
+        .any(|line| line.contains(" -> FLOCK ") && line.contains(&inode))
+}
+
+#[test]
+fn a_slot_is_given_back_at_once_with_the_last_of_its_worker() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let (state, _) = run(&client, worker, "exit 1");
+    assert_eq!(state, State::Exited(Exit::Status(1)));
+    let dir = stage.host.worker_dir(worker);
+    // Whoever takes a slot does so under this lock.
+    let lock = File::open(dir.parent().unwrap().join(".lock")).unwrap();
+    let lock = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
+    std::thread::scope(|scope| {
+        let deletion = scope.spawn(|| client.ask(&Request::Delete { worker }).0);
+        while !is_waited_for(&lock) {
+            assert!(
+                !deletion.is_finished(),
+                "the slot was given back without the lock"
+            );
+            std::thread::yield_now();
+        }
+        let left: BTreeSet<_> = fs::read_dir(&dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        let marks = ["record", "started"].map(std::ffi::OsString::from);
+        assert_eq!(left, BTreeSet::from(marks));
+        drop(lock);
+        assert_eq!(deletion.join().unwrap(), Reply::Deleted);
+    });
+    assert!(!dir.exists());
+    stage.finish(&[]);
+}
+
+#[test]
 fn what_the_operator_hides_is_hidden_also_behind_a_link() {
     let place = tempfile::Builder::new()
         .prefix("user-factory-test-")

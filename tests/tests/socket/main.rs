@@ -1,11 +1,13 @@
 //! The root helper, driven over its socket as the supervisor, or an attacker with its uid, would. Needs root.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::time::Instant;
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use protocol::{ErrorKind, Exit, PREVIOUS, Reply, Request, State, WorkerId, wire};
 use testbed::census::{Census, processes_of};
