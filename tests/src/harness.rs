@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -252,6 +252,20 @@ pub struct TestHost {
     pub root: PathBuf,
     pub cgroup: String,
     pub uids: std::ops::RangeInclusive<u32>,
+    _range: Flock<fs::File>,
+}
+
+/// A range of 64 uids, by its first, that no other test of this machine has for as long as the lock is held.
+fn take_range(start: u32) -> (Flock<fs::File>, u32) {
+    let locks = Path::new("/run/user-factory-test");
+    fs::create_dir_all(locks).expect("root can write /run");
+    let take = |number: u32| {
+        let file = fs::File::create(locks.join(number.to_string())).expect("root can write /run");
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()?;
+        Some((lock, 0x7000_0000 + number * 64))
+    };
+    let mut numbers = (0..1000).map(|number| (start % 1000 + number) % 1000);
+    numbers.find_map(take).expect("no thousand tests run at once")
 }
 
 impl TestHost {
@@ -274,13 +288,13 @@ impl TestHost {
         let state = root.join(config::STATE_DIR).join("supervisor");
         fs::create_dir_all(&state).unwrap();
         chown(&state, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
-        // Tests of one process, and of a few processes at the same time, keep out of each other's way.
-        let first = 0x7000_0000 + (pid.wrapping_mul(97).wrapping_add(number) % 1000) * 64;
+        let (range, first) = take_range(pid.wrapping_mul(97).wrapping_add(number));
         let cgroup = format!("{}/user-factory-test-{pid}-{number}", parent_cgroup());
         TestHost {
             root,
             cgroup,
             uids: first..=first + 63,
+            _range: range,
         }
     }
 
