@@ -31,11 +31,8 @@ pub fn create_user(
     let mut worker = Worker::find_or_make(host, id)?;
     let record = match worker.written.clone() {
         Written::Record(record) if record.slot == *slot => record,
-        Written::Record(record) => {
-            let message = format!(
-                "worker {id} has slot {}, it cannot have {slot} as well",
-                record.slot
-            );
+        Written::Record(Record { slot: other, .. }) => {
+            let message = format!("worker {id} has slot {other}, it cannot have {slot} as well");
             return Err(Error::new(ErrorKind::Refused, message).into());
         }
         Written::Damaged => bail!("the record of worker {id} is damaged: delete the worker"),

@@ -19,7 +19,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use protocol::config::{self, Config, HostPath, PRIVATE_TREES};
 
 use crate::host::{FileIdentity, Host};
-use crate::sys;
+use crate::{policy, sys};
 
 /// Where the template keeps what only `sandbox` may see, and unmounts before the job begins.
 pub const PRIVATE: &str = "/.buildomat-factory";
@@ -149,15 +149,6 @@ fn is_closed_to_jobs(directory: &Path) -> bool {
         let for_a_group = meta.gid() != 0 && meta.mode() & 0o010 != 0;
         meta.is_dir() && meta.mode() & 0o001 == 0 && !for_a_group
     })
-}
-
-/// Where, below `source`, which is shown at another place as well, `path` is to be hidden: if it is below it. What is
-/// the factory's own is hidden also where it is the source, or around it.
-fn shown_at<'a>(path: &'a Path, is_own: bool, source: &Path) -> Option<&'a Path> {
-    match path.strip_prefix(source) {
-        Ok(rest) => (is_own || !rest.as_os_str().is_empty()).then_some(rest),
-        Err(_) => (is_own && source.starts_with(path)).then_some(Path::new("")),
-    }
 }
 
 struct Builder {
@@ -433,7 +424,7 @@ impl Builder {
         for (path, is_own) in hidden {
             let mut places = vec![path.clone()];
             for (source, place) in &self.sources {
-                places.extend(shown_at(&path, is_own, source).map(|rest| place.join(rest)));
+                places.extend(policy::hidden_at(&path, is_own, source).map(|rest| place.join(rest)));
             }
             for place in places {
                 self.cover(&path, &place)
