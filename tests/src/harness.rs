@@ -421,6 +421,16 @@ impl Drop for TestHost {
     }
 }
 
+/// A new directory that everybody on the host can see, jobs too: neither /tmp nor /run are the host's in there.
+pub fn place() -> tempfile::TempDir {
+    let place = tempfile::Builder::new()
+        .prefix(TestHost::PREFIX)
+        .tempdir_in("/srv");
+    let place = place.expect("root can write /srv");
+    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    place
+}
+
 /// The cgroup, below the mount, that tests make theirs in: the root, or what `TESTBED_CGROUP` names. It should be one
 /// that systemd has delegated, with controllers for its children and no process of its own.
 fn parent_cgroup() -> String {

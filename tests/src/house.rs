@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::census::Census;
 use crate::disk::SmallDisk;
-use crate::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries};
+use crate::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, place};
 use crate::proxy::Proxy;
 use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
 
@@ -82,13 +82,7 @@ impl House {
         let before = Census::take(&host);
         let helper = host.helper();
         let supervisor = host.supervisor();
-        // Where a job sees it: neither /tmp nor /run are the host's in there.
-        let doors = tempfile::Builder::new()
-            .prefix("user-factory-test-")
-            .tempdir_in("/srv");
-        let doors = doors.unwrap();
-        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(doors.path(), open).unwrap();
+        let doors = place();
         House {
             supervisor,
             helper,

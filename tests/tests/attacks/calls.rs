@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use protocol::{Reply, Request};
 use testbed::census::processes_of;
+use testbed::harness::place;
 use testbed::stage::{Stage, attack, created};
 
 use crate::leave::{ongoing, with_user_namespaces};
@@ -120,11 +121,7 @@ fn row_47_a_slots_group_reaches_what_the_slot_says_and_no_further() {
     });
     let (given, gid) = others.next().expect("the host has groups");
     let (_, other) = others.next().expect("the host has groups");
-    let place = tempfile::Builder::new()
-        .prefix("user-factory-test-")
-        .tempdir_in("/srv")
-        .unwrap();
-    fs::set_permissions(place.path(), Permissions::from_mode(0o755)).unwrap();
+    let place = place();
     let closed = file_of_group(place.path(), "closed", other);
     let open = file_of_group(place.path(), "open", gid);
     let stage = Stage::with(&format!("{SLOT}add_to_groups = [\"{given}\"]\n"));

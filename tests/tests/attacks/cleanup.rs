@@ -12,7 +12,7 @@ use nix::sys::statvfs::statvfs;
 use protocol::{Request, State};
 use testbed::census::Census;
 use testbed::disk::SmallDisk;
-use testbed::harness::{Client, SUPERVISOR_UID, TestHost};
+use testbed::harness::{Client, SUPERVISOR_UID, TestHost, place};
 use testbed::stage::{SLOTS, Stage, attack, created, read, start_attack, state, wait_for_line, watch};
 
 use crate::leave::{ongoing, with_user_namespaces};
@@ -34,11 +34,7 @@ type Seen = Vec<(PathBuf, u32, u32, u64, i64, i64)>;
 
 impl Canaries {
     fn new() -> Canaries {
-        let place = tempfile::Builder::new()
-            .prefix("user-factory-test-")
-            .tempdir_in("/srv")
-            .unwrap();
-        fs::set_permissions(place.path(), Permissions::from_mode(0o755)).unwrap();
+        let place = place();
         let make = |name: &str, mode| {
             let dir = place.path().join(name);
             fs::create_dir_all(dir.join("below")).unwrap();

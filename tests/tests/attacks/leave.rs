@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 
@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Reply, State, WorkerId};
 use testbed::census::{Census, files_anywhere, ipc_of, processes_of};
-use testbed::harness::{Client, worker_id};
+use testbed::harness::{Client, place, worker_id};
 use testbed::stage::{
     SLOTS, Stage, attack, create, created, read, start_attack, state, wait_for_line, wait_until,
 };
@@ -254,11 +254,7 @@ fn row_12_user_namespaces_are_refused_unless_the_slot_allows_them_and_then_leave
 
 #[test]
 fn row_13_watches_terminals_and_a_lock_on_a_host_file_are_gone() {
-    let place = tempfile::Builder::new()
-        .prefix("user-factory-test-")
-        .tempdir_in("/srv")
-        .unwrap();
-    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let place = place();
     let path = place.path().join("of-the-host");
     fs::write(&path, "x").unwrap();
     let stage = Stage::new();

@@ -8,22 +8,11 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use protocol::{Reply, Request};
-use tempfile::TempDir;
 use testbed::census::processes_of;
-use testbed::harness::Running;
+use testbed::harness::{Running, place};
 use testbed::stage::{Stage, attack, created};
 
 use crate::leave::{ongoing, with_user_namespaces};
-
-/// A directory of the host's that everybody can see, jobs too.
-fn place() -> TempDir {
-    let place = tempfile::Builder::new()
-        .prefix("user-factory-test-")
-        .tempdir_in("/srv")
-        .unwrap();
-    fs::set_permissions(place.path(), Permissions::from_mode(0o755)).unwrap();
-    place
-}
 
 /// In it a directory that the configuration hides, with a file that everybody could read. And the slots.
 fn with_hidden(place: &Path) -> String {

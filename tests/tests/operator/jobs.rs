@@ -1,6 +1,7 @@
 //! Watching a job run, finding out how one ended, draining for a kernel update, and bringing the host back.
 
 use nix::sys::signal::Signal;
+use testbed::harness::place;
 use testbed::house::{ONE, TWO};
 
 use super::*;
@@ -80,12 +81,7 @@ const TALKER: &str = "#!/bin/bash\necho begun; printf '\\033[31mred\\n'; while !
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_console_is_followed_to_its_end_and_its_escapes_are_only_for_files() {
-    // Where a job sees it: neither /tmp nor /run are the host's in there.
-    let place = tempfile::Builder::new()
-        .prefix("user-factory-test-")
-        .tempdir_in("/srv")
-        .unwrap();
-    std::fs::set_permissions(place.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let place = place();
     let (agent, door) = (place.path().join("agent"), place.path().join("door"));
     std::fs::write(&agent, TALKER.replace("DOOR", &door.display().to_string())).unwrap();
     let house = House::with_agent(ONE, agent).await;

@@ -360,11 +360,7 @@ fn a_job_gets_its_slots_groups_and_devices() {
 
 #[test]
 fn what_is_hidden_is_hidden_also_where_a_slot_shows_what_is_around_it() {
-    let place = tempfile::Builder::new()
-        .prefix("user-factory-test-")
-        .tempdir_in("/srv")
-        .unwrap();
-    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let place = place();
     let at = |name: &str| place.path().join(name).display().to_string();
     for name in ["shown", "secret", "alone", "deep/secret"] {
         fs::create_dir_all(at(name)).unwrap();
@@ -402,7 +398,12 @@ fn what_is_hidden_is_hidden_also_where_a_slot_shows_what_is_around_it() {
     let shown = |text: &str| console.matches(text).count();
     assert_eq!(shown("content of shown"), 2, "{console}");
     assert_eq!(shown("content of alone"), 1, "{console}");
-    for hidden in ["content of secret", "helper.sock", "supervisor", "01"] {
+    for hidden in [
+        "content of secret",
+        "helper.sock",
+        "supervisor",
+        &worker.to_string(),
+    ] {
         assert_eq!(shown(hidden), 0, "{hidden}: {console}");
     }
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
@@ -452,11 +453,7 @@ fn a_slot_is_given_back_at_once_with_the_last_of_its_worker() {
 
 #[test]
 fn what_the_operator_hides_is_hidden_also_behind_a_link() {
-    let place = tempfile::Builder::new()
-        .prefix("user-factory-test-")
-        .tempdir_in("/srv")
-        .unwrap();
-    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let place = place();
     let at = |name: &str| place.path().join(name).display().to_string();
     for name in ["shown", "plain", "real/secret"] {
         fs::create_dir_all(at(name)).unwrap();

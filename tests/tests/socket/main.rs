@@ -11,7 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use protocol::{ErrorKind, Exit, PREVIOUS, Reply, Request, State, WorkerId, wire};
 use testbed::census::{Census, processes_of};
-use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, sealed, worker_id};
+use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, place, sealed, worker_id};
 use testbed::stage::{
     SLOTS, Stage, create, created, install, kind, list, read, run, state, token, wait_for_console,
     wait_for_line, wait_until,

@@ -9,11 +9,7 @@ use super::*;
 
 #[test]
 fn sockets_of_the_hosts_services_are_covered_wherever_they_are() {
-    let place = tempfile::Builder::new()
-        .prefix("user-factory-test-")
-        .tempdir_in("/srv")
-        .unwrap();
-    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let place = place();
     let path = place.path().join("a service");
     let _listener = UnixListener::bind(&path).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
@@ -40,12 +36,8 @@ except OSError as e: print(\"refused\")'; exit 1",
 
 #[test]
 fn a_mount_that_no_job_can_reach_is_not_made_for_it() {
-    let place = tempfile::Builder::new()
-        .prefix("user-factory-test-")
-        .tempdir_in("/srv")
-        .unwrap();
+    let place = place();
     let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-    mode(place.path(), 0o755);
     // A space: the kernel writes it in another way.
     let (closed, open) = (place.path().join("of root"), place.path().join("of all"));
     let mounts = [&closed, &open].map(|directory| {
