@@ -30,6 +30,7 @@ endif
 command = $(TARGET)/$(PROFILE)/user-factory
 stage = $(TARGET)/package
 doc = $(DESTDIR)/usr/share/doc/$(name)
+units = $(wildcard packaging/systemd/*.socket packaging/systemd/*.service packaging/systemd/*.timer)
 program = install -D -m 755
 file = install -D -m 644
 
@@ -40,7 +41,7 @@ build:
 install: build
 	$(program) $(command) $(DESTDIR)/usr/bin/user-factory
 	$(program) $(command)-helper $(DESTDIR)/usr/libexec/$(name)/user-factory-helper
-	for unit in packaging/systemd/*.socket packaging/systemd/*.service; do \
+	for unit in $(units); do \
 		$(file) $$unit $(DESTDIR)/usr/lib/systemd/system/$${unit##*/} || exit 1; done
 	$(file) packaging/systemd/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/$(name).conf
 	$(file) packaging/systemd/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/$(name).conf
@@ -79,7 +80,7 @@ reproducible:
 # Are the units what systemd understands? It is silent then. Programs stand where they are installed, not here.
 verify:
 	rm -rf $(TARGET)/units && mkdir -p $(TARGET)/units
-	cp packaging/systemd/*.socket packaging/systemd/*.service $(TARGET)/units
+	cp $(units) $(TARGET)/units
 	sed -i -E 's,^(Exec[A-Za-z]+)=/[^ ]+,\1=/bin/true,' $(TARGET)/units/*.service
 	said=$$(systemd-analyze verify --man=no $(TARGET)/units/* 2>&1); test -z "$$said" || { echo "$$said" >&2; exit 1; }
 

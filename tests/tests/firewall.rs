@@ -24,6 +24,20 @@ const OWN_ADDRESS: &str = "10.9.9.1";
 /// Who serves at which port: the host, and job a.
 const OF_THE_HOST: u16 = 7001;
 const OF_JOB_A: u16 = 7002;
+/// The port of the host's own addresses that leads to a container, which serves there under the same number.
+const PUBLISHED: u16 = 7003;
+/// The two ends of the way to the container: the host's addresses, and the container's.
+const HOST_ADDRESSES: [&str; 2] = ["10.9.9.1", "fd09::1"];
+const CONTAINER_ADDRESSES: [&str; 2] = ["10.9.9.2", "fd09::2"];
+/// What a container engine loads for a published port, with IPv4 and IPv6.
+const PUBLISH: &str = "table inet published {
+    chain output {
+        type nat hook output priority -100;
+        ip daddr 10.9.9.1 meta l4proto { tcp, udp } th dport 7003 dnat ip to 10.9.9.2
+        ip6 daddr fd09::1 meta l4proto { tcp, udp } th dport 7003 dnat ip6 to fd09::2
+    }
+}
+";
 /// What a player does, handed over in its environment.
 const ORDER: &str = "USER_FACTORY_FIREWALL_TEST";
 
@@ -131,6 +145,12 @@ impl Player {
     fn start(uid: u32, cgroup: &str, what: &str) -> Player {
         let order = format!("{uid}\n{cgroup}\n{what}");
         let mut command = again("player", &order);
+        if what == "container" {
+            let mut unshare = Command::new(tool("unshare", "util-linux"));
+            unshare.arg("--net").arg(command.get_program());
+            unshare.args(command.get_args()).env(ORDER, &order);
+            command = unshare;
+        }
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         Player(child.expect("this program can be started"))
     }
@@ -158,6 +178,33 @@ fn addresses(port: u16) -> Vec<SocketAddr> {
     ["127.0.0.1", "[::1]", OWN_ADDRESS]
         .map(|host| format!("{host}:{port}").parse().unwrap())
         .to_vec()
+}
+
+fn at(addresses: [&str; 2], port: u16) -> Vec<SocketAddr> {
+    addresses
+        .map(|address| SocketAddr::new(address.parse().unwrap(), port))
+        .to_vec()
+}
+
+fn ip(words: &str) {
+    let ip = tool("ip", "iproute2").display().to_string();
+    command(&[&[&*ip][..], &words.split(' ').collect::<Vec<_>>()].concat());
+}
+
+/// In a network namespace of its own: take the other end of the host's veth pair into it, and serve there.
+fn become_container() {
+    let host = format!("--net=/proc/{}/ns/net", std::os::unix::process::parent_id());
+    let nsenter = tool("nsenter", "util-linux").display().to_string();
+    let own = std::process::id().to_string();
+    command(&[&nsenter, &host, "ip", "link", "set", "two", "netns", &own]);
+    ip("link set lo up");
+    ip(&format!("address add {}/24 dev two", CONTAINER_ADDRESSES[0]));
+    ip(&format!(
+        "address add {}/64 dev two nodad",
+        CONTAINER_ADDRESSES[1]
+    ));
+    ip("link set two up");
+    serve(&at(CONTAINER_ADDRESSES, PUBLISHED));
 }
 
 /// Serve at these addresses, over both protocols, until the process ends: say back what is said.
@@ -229,6 +276,9 @@ fn player() {
         fs::write(Path::new(cgroup).join("cgroup.procs"), "0").expect("root may move itself");
     }
     let uid: u32 = uid.parse().expect("a uid");
+    if what == "container" {
+        become_container();
+    }
     let gid = Gid::from_raw(uid);
     setgroups(&[]).unwrap();
     setresgid(gid, gid, gid).unwrap();
@@ -236,11 +286,12 @@ fn player() {
     let mut report = String::from("\n");
     if what == "serve" {
         serve(&addresses(OF_JOB_A));
-    } else {
+    } else if what == "ask" {
         let stub = "127.0.0.53:53".parse().unwrap();
         for address in addresses(OF_THE_HOST)
             .into_iter()
             .chain(addresses(OF_JOB_A))
+            .chain(at(HOST_ADDRESSES, PUBLISHED))
             .chain([stub])
         {
             for protocol in ["tcp", "udp"] {
@@ -279,7 +330,7 @@ fn outcomes(cgroups: &Cgroups) -> BTreeMap<(&'static str, String, SocketAddr), S
             );
         }
     }
-    assert_eq!(outcomes.len(), players.len() * 14, "somebody did not report");
+    assert_eq!(outcomes.len(), players.len() * 18, "somebody did not report");
     outcomes
 }
 
@@ -289,16 +340,20 @@ fn the_host() {
     let order = std::env::var(ORDER).expect("the other test gives an order");
     let (nft, outside) = order.split_once('\n').expect("an order has two lines");
     assert_ne!(network(), outside, "the host's own network is not for tests");
-    let ip = tool("ip", "iproute2").display().to_string();
     for words in [
         "link set lo up",
         "link add one type veth peer name two",
         "address add 10.9.9.1/24 dev one",
+        "address add fd09::1/64 dev one nodad",
         "link set one up",
-        "link set two up",
     ] {
-        command(&[&[&*ip][..], &words.split(' ').collect::<Vec<_>>()].concat());
+        ip(words);
     }
+    let mut container = Player::start(0, "", "container");
+    assert_eq!(container.report(), [""; 0], "the container serves");
+    let mut publish = tempfile::NamedTempFile::new().unwrap();
+    publish.write_all(PUBLISH.as_bytes()).unwrap();
+    command(&[nft, "-f", &publish.path().display().to_string()]);
     let cgroups = Cgroups::new();
     let stub = "127.0.0.53:53".parse().unwrap();
     serve(&[addresses(OF_THE_HOST), vec![stub]].concat());
@@ -322,7 +377,7 @@ fn the_host() {
     let tables = command(&[nft, "list", "tables"]);
     assert_eq!(
         tables.lines().count(),
-        2,
+        3,
         "loading twice is not loading once: {tables}"
     );
     for ((who, protocol, address), outcome) in outcomes(&cgroups) {
