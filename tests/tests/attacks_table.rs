@@ -4,8 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The rows that can be tried by tests of this kind; group G is that of the fault tests.
+/// The rows that must be there. Group G, accidents, is in docs/reliability.md, and group I, hosts, in docs/hosts.md.
 const ROWS: std::ops::RangeInclusive<u32> = 1..=72;
+
+/// Groups whose rows are not all tried yet.
+const PARTLY: [std::ops::RangeInclusive<u32>; 2] = [86..=99, 100..=115];
 /// What begins a cell that names no test.
 const ELSEWHERE: &str = "needs another host: ";
 
@@ -79,22 +82,38 @@ fn functions(file: &Path) -> BTreeSet<String> {
     found
 }
 
-/// `binary::test` or `binary::module::test`: is there such a test?
+/// Is there a test of this name? `binary::test` and `binary::module::test` are of this crate; what begins with the name of
+/// another crate of the workspace is in the module before `tests`, or in a program of that crate's `tests`.
 fn exists(name: &str) -> bool {
     let Some((path, function)) = name.rsplit_once("::") else {
         return false;
     };
-    let file: PathBuf = tests().join(path.replace("::", "/")).with_extension("rs");
-    functions(&file).contains(function)
+    let path = path.strip_suffix("::tests").unwrap_or(path);
+    let file = match path.split_once("::") {
+        Some((member @ ("helper" | "protocol" | "supervisor"), module)) => {
+            let module = module.replace("::", "/");
+            let member = tests().join("../..").join(member);
+            let files = ["src", "tests"].map(|place| member.join(place).join(&module));
+            let files = files.iter().flat_map(|file| {
+                [
+                    file.with_extension("rs"),
+                    file.join("mod.rs"),
+                    file.join("tests/mod.rs"),
+                ]
+            });
+            files.into_iter().find(|file| functions(file).contains(function))
+        }
+        _ => Some(tests().join(path.replace("::", "/")).with_extension("rs")),
+    };
+    file.is_some_and(|file: PathBuf| functions(&file).contains(function))
 }
 
 #[test]
 fn every_row_is_there_once_and_shown_by_tests_that_exist_or_says_why_not() {
     let table = table();
-    assert_eq!(
-        table.keys().copied().collect::<Vec<_>>(),
-        ROWS.collect::<Vec<_>>()
-    );
+    let is_partly = |row: &u32| PARTLY.iter().any(|rows| rows.contains(row));
+    let required = table.keys().copied().filter(|row| !is_partly(row));
+    assert_eq!(required.collect::<Vec<_>>(), ROWS.collect::<Vec<_>>());
     let mut mistakes = Vec::new();
     for (row, cell) in &table {
         let named = names(cell);
@@ -128,7 +147,7 @@ fn every_test_of_an_attack_is_in_its_row() {
             count += 1;
             let row = function
                 .strip_prefix("row_")
-                .and_then(|rest| rest.get(..2)?.parse::<u32>().ok());
+                .and_then(|rest| rest.split('_').next()?.parse::<u32>().ok());
             let name = format!("attacks::{module}::{function}");
             match row.and_then(|row| table.get(&row)) {
                 Some(cell) if names(cell).contains(&name) => {}
