@@ -15,6 +15,7 @@
 pub mod act;
 pub mod agent;
 pub mod backoff;
+pub mod config_check;
 pub mod console;
 pub mod control;
 pub mod factory;

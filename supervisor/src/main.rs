@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
-use command::{Arguments, Command, DONE, FAILED, ask, check, exit, generate, root, serve};
+use command::{Arguments, Command, DONE, FAILED, ask, check, exit, generate, root, say_error, serve};
 
 fn main() -> ExitCode {
     exit(run(Arguments::parse().command))
@@ -74,7 +74,7 @@ fn or_say<E: Into<anyhow::Error>>(result: Result<(), E>) -> u8 {
     match result {
         Ok(()) => DONE,
         Err(error) => {
-            eprintln!("user-factory: {:#}", error.into());
+            say_error(&format!("user-factory: {:#}", error.into()));
             FAILED
         }
     }

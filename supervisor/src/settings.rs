@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -12,6 +12,7 @@ use protocol::config::{
     RUN_DIR, STATE_DIR, Slot,
 };
 
+use crate::config_check;
 use crate::server::Token;
 
 /// Where everything is below a root directory.
@@ -62,15 +63,25 @@ pub fn needs_restart(old: &Config, new: &Config) -> Option<String> {
     (!names.is_empty()).then(|| names.join(", "))
 }
 
-/// The configuration at `path`, or all its mistakes.
+/// The configuration at `path`, or all its mistakes: those of the text, and a server that the token must not be sent to.
+///
+/// # Errors
+/// The mistakes, in the order of their lines.
 pub fn load(path: &Path) -> std::result::Result<Config, Vec<Mistake>> {
-    let text = fs::read_to_string(path).map_err(|e| {
+    config_check::parse(&read(path)?)
+}
+
+/// The text of the configuration at `path`.
+///
+/// # Errors
+/// One mistake, on the first line: why it cannot be read.
+pub fn read(path: &Path) -> std::result::Result<String, Vec<Mistake>> {
+    fs::read_to_string(path).map_err(|e| {
         vec![Mistake {
             line: 1,
             message: format!("the file cannot be read: {e}; check its path and mode"),
         }]
-    })?;
-    Config::parse(&text)
+    })
 }
 
 /// `FILE:LINE: sentence`, one a line.
@@ -130,54 +141,6 @@ pub fn token(path: &Path) -> Result<Token> {
         bail!("the token file {name} holds more than one word: write the factory's token alone into it");
     }
     Ok(Token::new(text.to_owned()))
-}
-
-/// What is wrong with a configuration on this host, as far as this user can see.
-pub fn check_host(config: &Config, groups: &str) -> Vec<Mistake> {
-    let known = |name: &str| groups.lines().any(|line| line.split(':').next() == Some(name));
-    let mut mistakes = Vec::new();
-    for (name, slot) in &config.slots {
-        let mut note = |message: String| {
-            mistakes.push(Mistake {
-                line: slot.line,
-                message: format!("slot {name}: {message}"),
-            });
-        };
-        for group in slot.add_to_groups.iter().filter(|group| !known(group.as_str())) {
-            note(format!(
-                "the group {group} is not in /etc/group: make it with groupadd, or remove it"
-            ));
-        }
-        for source in slot.read_only.values() {
-            match fs::metadata(source.as_path()) {
-                Ok(meta) if meta.is_dir() => {}
-                Ok(_) => note(format!(
-                    "{source} is not a directory: read_only takes directories"
-                )),
-                Err(e) if hidden(&e) => {}
-                Err(e) => note(format!(
-                    "the directory {source} cannot be used: {e}; make it, or remove it from read_only"
-                )),
-            }
-        }
-        for device in slot.devices.iter().filter(|device| device.is_plain()) {
-            match fs::metadata(Path::new("/dev").join(device.below_dev())) {
-                Ok(meta) if meta.is_dir() => {}
-                Ok(meta) if meta.file_type().is_char_device() || meta.file_type().is_block_device() => {}
-                Ok(_) => note(format!("{device} is not a device: name a device node")),
-                Err(e) if hidden(&e) => {}
-                Err(e) => note(format!(
-                    "the device {device} cannot be used: {e}; plug it in, or remove it from devices"
-                )),
-            }
-        }
-    }
-    mistakes
-}
-
-/// What this user may not see may well be there.
-fn hidden(error: &std::io::Error) -> bool {
-    error.kind() == std::io::ErrorKind::PermissionDenied
 }
 
 /// The slots, for a person who has just written them.
@@ -303,20 +266,6 @@ mod tests {
         assert_eq!(read(Some(passed)), Token::new("passed".into()));
         assert_eq!(read(Some(dir.path().join("none"))), Token::new("file".into()));
         assert_eq!(read(None), Token::new("file".into()));
-    }
-
-    #[test]
-    fn a_host_without_the_group_the_directory_or_the_device_is_noticed_at_the_slots_line() {
-        let config = Config::parse(
-            "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
-             target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nadd_to_groups = [\"here\", \"away\"]\n\
-             read_only = { \"/srv/x\" = \"/no/such/directory\" }\ndevices = [\"/dev/no-such-device\", \"/dev/null\"]\n",
-        )
-        .unwrap();
-        let mistakes = check_host(&config, "root:x:0:\nhere:x:5:\n");
-        assert_eq!(mistakes.len(), 3, "{mistakes:?}");
-        assert!(mistakes.iter().all(|m| m.line == 5));
-        assert!(summary(&config).contains("slot a: target 01HZX3N8Q4J5K6M7P8R9S0T1V2; groups away here"));
     }
 
     #[test]

@@ -301,7 +301,7 @@ impl TestHost {
     /// Write the configuration: the general part for `baseurl` and `user`, then `slots`.
     pub fn configure(&self, baseurl: &str, user: u32, slots: &str) {
         let text = format!(
-            "[general]\nbaseurl = \"{baseurl}\"\n[factory]\ntoken_file = \"{}\"\nuser = {user}\nuid_range = \"{}-{}\"\n{slots}",
+            "[general]\nbaseurl = \"{baseurl}\"\nallow_http = true\n[factory]\ntoken_file = \"{}\"\nuser = {user}\nuid_range = \"{}-{}\"\n{slots}",
             self.root.join("token").display(),
             self.uids.start(),
             self.uids.end(),

@@ -40,17 +40,20 @@ fn check(slots: &str) -> (bool, String) {
 fn check_accepts_a_good_configuration_and_names_its_slots() {
     let (good, said) = check(SLOT);
     assert!(good, "{said}");
-    assert!(said.contains('a'), "{said}");
+    assert!(
+        said.contains("\nslot a: target 01HZX3N8Q4J5K6M7P8R9S0T1V2"),
+        "{said}"
+    );
 }
 
 #[test]
 fn check_names_file_and_line_of_each_mistake() {
     for (slots, line, part) in [
-        (format!("{SLOT}colour = \"red\"\n"), 9, "unknown field"),
-        (format!("{SLOT}conflicts_with_slots = [\"a\"]\n"), 9, "itself"),
-        (format!("{SLOT}conflicts_with_slots = [\"zz\"]\n"), 9, "zz"),
-        (SLOT.replace("01HZ", "xxxx"), 8, "ULID"),
-        (format!("{SLOT}writable = [\"relative\"]\n"), 9, "absolute"),
+        (format!("{SLOT}colour = \"red\"\n"), 10, "unknown field"),
+        (format!("{SLOT}conflicts_with_slots = [\"a\"]\n"), 10, "itself"),
+        (format!("{SLOT}conflicts_with_slots = [\"zz\"]\n"), 10, "zz"),
+        (SLOT.replace("01HZ", "xxxx"), 9, "ULID"),
+        (format!("{SLOT}writable = [\"relative\"]\n"), 10, "absolute"),
     ] {
         let (good, said) = check(&slots);
         assert!(!good, "{slots} was accepted");
@@ -137,7 +140,36 @@ fn a_missing_group_stops_the_helper_with_file_and_line() {
     assert!(!output.status.success());
     let said = text(&output);
     assert!(
-        said.contains("config.toml:7: slot a: group no-such-group is not in /etc/group"),
+        said.contains("config.toml:8: slot a: group no-such-group is not in /etc/group"),
         "{said}"
     );
+}
+
+#[test]
+fn every_command_ends_quietly_when_its_reader_has_gone() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOT);
+    host.write_token("a-token\n");
+    let path = host.root.join(protocol::config::CONFIG_PATH);
+    let (path, root) = (path.to_str().unwrap(), host.root.to_str().unwrap());
+    for words in [
+        &["check", path][..],
+        &["check", "/no/such/file"],
+        &["check", path, "--online", "--root", root],
+        &["generate", "man"],
+        &["generate", "bash"],
+        &["status", "--root", root],
+        &["--help"],
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut command = Command::new(binaries().join("user-factory"));
+        command
+            .args(words)
+            .stdout(writer.try_clone().unwrap())
+            .stderr(writer);
+        drop(reader);
+        let status = command.status().unwrap();
+        // 101 is the status of a panic.
+        assert!(status.code().is_some_and(|code| code < 5), "{words:?}: {status}");
+    }
 }

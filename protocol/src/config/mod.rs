@@ -72,6 +72,9 @@ pub struct Config {
 pub struct General {
     /// Where the buildomat server is: `http://` or `https://`, without a query.
     pub baseurl: BaseUrl,
+    /// May `http://` lead to another host? The token and the agent's program are then sent unencrypted.
+    #[serde(default)]
+    pub allow_http: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -10,7 +10,7 @@ use supervisor::control::procs;
 use supervisor::settings::Places;
 
 use super::print::{self, Visible};
-use super::{ATTENTION, AWAY, DONE, FAILED, How, There};
+use super::{ATTENTION, AWAY, DONE, FAILED, How, There, say, say_error};
 
 /// How often `status --watch` draws, and `drain --wait` looks.
 const LOOK: Duration = Duration::from_secs(2);
@@ -29,7 +29,7 @@ pub fn ask(there: &There, asking: impl AsyncFnOnce(Client) -> Ended) -> u8 {
     match ended {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("user-factory: {error}");
+            say_error(&format!("user-factory: {error}"));
             if matches!(error, Error::Away(_)) {
                 AWAY
             } else {
@@ -37,12 +37,6 @@ pub fn ask(there: &There, asking: impl AsyncFnOnce(Client) -> Ended) -> u8 {
             }
         }
     }
-}
-
-/// A reader that has gone (`| head`) is no failure.
-fn say(text: &str) {
-    let mut out = anstream::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 fn json(value: &impl serde::Serialize) -> String {
@@ -150,7 +144,7 @@ pub async fn drain(client: Client, slot: Option<SlotName>, wait: bool) -> Ended 
             .collect::<Vec<_>>()
             .join("; ");
         if said != names {
-            eprintln!("waiting for {names}");
+            say_error(&format!("waiting for {names}"));
             said = names;
         }
         tokio::time::sleep(LOOK).await;

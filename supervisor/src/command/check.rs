@@ -1,59 +1,44 @@
 //! `user-factory check`: all that can be known before anything is started.
 
-use std::fs;
 use std::path::Path;
 
 use protocol::config::{Config, Mistake};
 use supervisor::agent::{self, AgentCache};
+use supervisor::config_check;
 use supervisor::helper::Helper;
 use supervisor::host::{self, Seen};
 use supervisor::server::Server;
 use supervisor::settings::{self, Places};
 
-use super::{DONE, FAILED};
+use super::{DONE, FAILED, say};
 
 /// Print every mistake, or a summary of the slots and of the host; with `online`, ask the server and the helper.
 pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
-    let mistakes = match settings::load(path) {
-        Err(mistakes) => mistakes,
-        Ok(config) => {
-            let mistakes = mistakes_here(path, &config);
-            if mistakes.is_empty() {
-                return looked_good(&config, online, root);
-            }
-            mistakes
+    let loaded = config_check::load(path, root).and_then(|config| match settings::token_of(&config) {
+        Ok(_) => Ok(config),
+        Err(error) => {
+            let text = settings::read(path)?;
+            Err(vec![Mistake {
+                line: config_check::line_of(&text, &["factory", "token_file"]),
+                message: format!("{error:#}"),
+            }])
         }
-    };
-    print!("{}", settings::print(path, &mistakes));
-    FAILED
+    });
+    match loaded {
+        Ok(config) => looked_good(&config, online, root),
+        Err(mistakes) => {
+            say(&settings::print(path, &mistakes));
+            FAILED
+        }
+    }
 }
 
 fn looked_good(config: &Config, online: bool, root: &Path) -> u8 {
-    print!("{}", settings::summary(config));
     let findings = host::findings(&Seen::look(), config, root);
-    print!("{}", host::print(&findings));
+    say(&(settings::summary(config) + &host::print(&findings)));
     let fine = !findings.iter().any(|finding| finding.needed);
     let answered = !online || ask(config, root);
     if fine && answered { DONE } else { FAILED }
-}
-
-fn mistakes_here(path: &Path, config: &Config) -> Vec<Mistake> {
-    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
-    let mut mistakes = settings::check_host(config, &groups);
-    if let Err(error) = settings::token_of(config) {
-        let line = token_line(path);
-        let message = format!("{error:#}");
-        mistakes.insert(0, Mistake { line, message });
-    }
-    mistakes
-}
-
-/// The line that names the token file.
-fn token_line(path: &Path) -> usize {
-    let text = fs::read_to_string(path).unwrap_or_default();
-    text.lines()
-        .position(|line| line.trim_start().starts_with("token_file"))
-        .map_or(1, |at| at + 1)
 }
 
 /// Do the server, its agent and the helper answer? A line for each.
@@ -65,15 +50,15 @@ fn ask(config: &Config, root: &Path) -> bool {
     {
         Ok(runtime) => runtime,
         Err(error) => {
-            println!("online: cannot start the runtime: {error}");
+            say(&format!("online: cannot start the runtime: {error}\n"));
             return false;
         }
     };
     let answers = runtime.block_on(answers(config, root));
     for (what, answer) in &answers {
         match answer {
-            Ok(how) => println!("online {what}: {how}"),
-            Err(why) => println!("online {what}: FAILED: {why}"),
+            Ok(how) => say(&format!("online {what}: {how}\n")),
+            Err(why) => say(&format!("online {what}: FAILED: {why}\n")),
         }
     }
     answers.iter().all(|(_, answer)| answer.is_ok())

@@ -6,7 +6,7 @@ use clap::{Command, CommandFactory, ValueEnum};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::Arguments;
+use super::{Arguments, say};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum What {
@@ -19,14 +19,15 @@ pub enum What {
 
 pub fn generate(what: What) -> io::Result<()> {
     let mut command = Arguments::command();
-    let mut out = io::stdout().lock();
+    let mut out = Vec::new();
     let shell = match what {
         What::Bash => Shell::Bash,
         What::Zsh => Shell::Zsh,
         What::Fish => Shell::Fish,
-        What::Man => return man(command, &mut out),
+        What::Man => return man(command, &mut out).map(|()| say(&String::from_utf8_lossy(&out))),
     };
     clap_complete::generate(shell, &mut command, "user-factory", &mut out);
+    say(&String::from_utf8_lossy(&out));
     Ok(())
 }
 

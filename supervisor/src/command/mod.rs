@@ -7,6 +7,7 @@ pub mod print;
 pub mod root;
 pub mod serve;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -164,6 +165,17 @@ pub enum Command {
     /// Write a file that comes with the package.
     #[command(hide = true)]
     Generate { what: generate::What },
+}
+
+/// Print this. A reader that has gone (`| head`) is no failure.
+pub fn say(text: &str) {
+    let mut out = anstream::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Print this line on standard error.
+pub fn say_error(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// The status as the shell gets it.

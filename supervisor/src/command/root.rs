@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-use super::FAILED;
+use super::{FAILED, say_error};
 
 /// Where the package puts the helper.
 const INSTALLED: &str = "/usr/libexec/buildomat-user-factory/user-factory-helper";
@@ -13,7 +13,7 @@ const INSTALLED: &str = "/usr/libexec/buildomat-user-factory/user-factory-helper
 /// Become the helper, with these words.
 pub fn become_helper(words: impl IntoIterator<Item = OsString>) -> u8 {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("user-factory: this needs root: it enters a job's sandbox");
+        say_error("user-factory: this needs root: it enters a job's sandbox");
         return FAILED;
     }
     let beside = std::env::current_exe()
@@ -23,9 +23,9 @@ pub fn become_helper(words: impl IntoIterator<Item = OsString>) -> u8 {
         .filter(|path| path.is_file())
         .unwrap_or_else(|| PathBuf::from(INSTALLED));
     let error = Command::new(&helper).args(words).exec();
-    eprintln!(
+    say_error(&format!(
         "user-factory: cannot run {}: {error}; install the helper of this release",
         helper.display()
-    );
+    ));
     FAILED
 }

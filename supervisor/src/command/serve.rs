@@ -61,6 +61,7 @@ pub fn serve(
     let desk = Desk::new(
         clock.now(),
         path,
+        root.to_owned(),
         config.general.baseurl.to_string(),
         places.helper.display().to_string(),
         metrics.clone(),

@@ -12,8 +12,8 @@ use tokio::sync::oneshot;
 use super::api::{self, Status};
 use super::metrics::Metrics;
 use crate::factory::{Factory, Input, Level, Say, time};
-use crate::settings;
 use crate::view::Side;
+use crate::{config_check, settings};
 
 /// So many warnings and errors are kept.
 const TROUBLES: usize = 50;
@@ -47,6 +47,8 @@ pub type Answer = oneshot::Sender<Result<(), String>>;
 pub struct Desk {
     started: u64,
     config: PathBuf,
+    /// Where the factory's files are looked for.
+    root: PathBuf,
     loaded: u64,
     refused: Option<String>,
     server: String,
@@ -57,10 +59,18 @@ pub struct Desk {
 
 impl Desk {
     /// At the start: the configuration from `config` is in use, and the helper is looked for at `helper`.
-    pub fn new(now: u64, config: PathBuf, server: String, helper: String, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        now: u64,
+        config: PathBuf,
+        root: PathBuf,
+        server: String,
+        helper: String,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
             started: now,
             config,
+            root,
             loaded: now,
             refused: None,
             server,
@@ -117,9 +127,9 @@ impl Desk {
     /// The configuration as it is in the file now.
     ///
     /// # Errors
-    /// Every mistake, with its line, or the keys that only a restart can change; then nothing has changed.
+    /// Every mistake that `check` finds, with its line, or the keys that only a restart can change; then nothing has changed.
     pub fn reload(&mut self, now: u64, old: &Config) -> Result<Config, String> {
-        let loaded = settings::load(&self.config)
+        let loaded = config_check::load(&self.config, &self.root)
             .map_err(|mistakes| settings::print(&self.config, &mistakes).trim_end().to_owned())
             .and_then(|new| match settings::needs_restart(old, &new) {
                 Some(keys) => Err(format!(

@@ -203,6 +203,7 @@ impl Life {
         let desk = Desk::new(
             clock.now(),
             "config.toml".into(),
+            "/".into(),
             "server".into(),
             "helper".into(),
             Arc::default(),

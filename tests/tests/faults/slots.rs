@@ -42,7 +42,7 @@ async fn row_80_a_configuration_made_invalid_fails_no_job_and_works_again_when_i
     // As many lines as there are before the slots, and theirs.
     let parts = [
         "WARN cannot create user, will try again",
-        "config.toml:11: unknown field",
+        "config.toml:12: unknown field",
     ];
     house.told(&parts);
     house.polls(3).await;
@@ -51,12 +51,12 @@ async fn row_80_a_configuration_made_invalid_fails_no_job_and_works_again_when_i
     house.end_supervisor(Signal::SIGTERM);
     refused(
         &mut house.host.supervisor_command(),
-        &["config.toml:11: unknown field"],
+        &["config.toml:12: unknown field"],
     );
     house.end_helper(Signal::SIGTERM);
     refused(
         &mut house.host.helper_command(),
-        &["ERROR", "config.toml:11: unknown field"],
+        &["ERROR", "config.toml:12: unknown field"],
     );
     house.configure(TWO);
     house.helper = house.host.helper();

@@ -1,0 +1,339 @@
+//! What is wrong with a configuration beyond its form, each mistake with its line: a server that the token must not be
+//! sent to, and what this host lacks. `serve`, `reload` and `check` ask here; `check` and `reload` refuse the same.
+
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use protocol::config::{BaseUrl, CONFIG_PATH, Config, Mistake, User};
+
+use crate::settings;
+
+/// The files of the host that name users and groups. The helper reads the same ones, and asks no name service.
+#[derive(Clone, Debug, Default)]
+pub struct Accounts {
+    /// `/etc/passwd`, see passwd(5).
+    pub passwd: String,
+    /// `/etc/group`, see group(5).
+    pub group: String,
+}
+
+impl Accounts {
+    /// Those of this host; a file that cannot be read names nobody.
+    pub fn read() -> Accounts {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        Accounts {
+            passwd: read("/etc/passwd"),
+            group: read("/etc/group"),
+        }
+    }
+}
+
+/// Parse a configuration, and refuse a server that the token would be sent to in the clear.
+///
+/// # Errors
+/// The mistakes, in the order of their lines.
+pub fn parse(text: &str) -> Result<Config, Vec<Mistake>> {
+    let config = Config::parse(text)?;
+    let baseurl = &config.general.baseurl;
+    if config.general.allow_http || !is_http_to_another_host(baseurl) {
+        return Ok(config);
+    }
+    Err(vec![Mistake {
+        line: line_of(text, &["general", "baseurl"]),
+        message: format!(
+            "{baseurl} would carry the factory's token and the agent's program unencrypted over a network: use https://, or set general.allow_http = true if every host on the way is trusted"
+        ),
+    }])
+}
+
+/// The configuration at `path`, checked against this host. `root` is where the factory's files are looked for.
+///
+/// # Errors
+/// The mistakes, in the order of their lines.
+pub fn load(path: &Path, root: &Path) -> Result<Config, Vec<Mistake>> {
+    let text = settings::read(path)?;
+    let config = parse(&text)?;
+    let mut mistakes = mistakes_on_host(&text, &config, &Accounts::read());
+    mistakes.extend(mistake_of_mode(path, root));
+    mistakes.sort_by_key(|mistake| mistake.line);
+    if mistakes.is_empty() {
+        Ok(config)
+    } else {
+        Err(mistakes)
+    }
+}
+
+/// Does `http://` lead to another host than this one? `localhost` and addresses of the loopback network do not.
+fn is_http_to_another_host(baseurl: &BaseUrl) -> bool {
+    let Some(rest) = baseurl.as_str().strip_prefix("http://") else {
+        return false;
+    };
+    let authority = rest.split('/').next().unwrap_or_default();
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => authority.split(':').next().unwrap_or_default(),
+    };
+    let is_loopback = |host: &str| match host.parse::<std::net::IpAddr>() {
+        Ok(address) => address.is_loopback(),
+        Err(_) => host.eq_ignore_ascii_case("localhost"),
+    };
+    !is_loopback(host)
+}
+
+/// The line of this key, beginning with 1; that of the nearest table where the key is not written.
+pub fn line_of(text: &str, keys: &[&str]) -> usize {
+    let Ok(table) = toml::de::DeTable::parse(text) else {
+        return 1;
+    };
+    let mut table = table.get_ref();
+    let mut offset = 0;
+    for key in keys {
+        let entry = table.iter().find(|(name, _)| name.get_ref() == key);
+        let Some((name, value)) = entry else { break };
+        offset = name.span().start;
+        match value.get_ref() {
+            toml::de::DeValue::Table(inner) => table = inner,
+            _ => break,
+        }
+    }
+    1 + text.bytes().take(offset).filter(|b| *b == b'\n').count()
+}
+
+/// What this configuration names and this host does not have, as far as this user can see.
+pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec<Mistake> {
+    let mut mistakes = Vec::new();
+    let mut note = |keys: &[&str], message: String| {
+        let line = line_of(text, keys);
+        mistakes.push(Mistake { line, message });
+    };
+    if let User::Name(name) = &config.factory.user
+        && !has_entry(&accounts.passwd, name)
+    {
+        note(
+            &["factory", "user"],
+            format!(
+                "the user {name} is not in /etc/passwd: make it with useradd --system, or name another as factory.user"
+            ),
+        );
+    }
+    for path in &config.factory.hide {
+        // A directory that this user may not enter is looked at by the helper.
+        if let Err(error) = path.as_path().canonicalize()
+            && !is_out_of_sight(&error)
+        {
+            note(
+                &["factory", "hide"],
+                format!("{path}, named in hide, cannot be hidden: {error}; make it, or remove it from hide"),
+            );
+        }
+    }
+    for (name, slot) in &config.slots {
+        let mut note = |key: &[&str], message: String| {
+            let keys = [&["slots", name.as_str()], key].concat();
+            note(&keys, format!("slot {name}: {message}"));
+        };
+        for group in &slot.add_to_groups {
+            if !has_entry(&accounts.group, group.as_str()) {
+                note(
+                    &["add_to_groups"],
+                    format!("the group {group} is not in /etc/group: make it with groupadd, or remove it"),
+                );
+            }
+        }
+        for (place, source) in &slot.read_only {
+            if let Some(why) = missing(source.as_path(), Metadata::is_dir, "is not a directory") {
+                note(
+                    &["read_only", &place.to_string()],
+                    format!("{source} {why}: name a directory, or remove it from read_only"),
+                );
+            }
+        }
+        for device in slot.devices.iter().filter(|device| device.is_plain()) {
+            let is_device = |meta: &Metadata| {
+                meta.is_dir() || meta.file_type().is_char_device() || meta.file_type().is_block_device()
+            };
+            let path = Path::new("/dev").join(device.below_dev());
+            if let Some(why) = missing(&path, is_device, "is not a device") {
+                note(
+                    &["devices"],
+                    format!("{device} {why}: plug it in, name a device node, or remove it from devices"),
+                );
+            }
+        }
+    }
+    mistakes
+}
+
+/// Does a file like `/etc/passwd` have a line for this name?
+fn has_entry(file: &str, name: &str) -> bool {
+    file.lines().any(|line| line.split(':').next() == Some(name))
+}
+
+/// Why what is at `path` cannot be used, or nothing where it can, or where this user may not look.
+fn missing(path: &Path, is_right: impl FnOnce(&Metadata) -> bool, wrong: &str) -> Option<String> {
+    match fs::metadata(path) {
+        Ok(meta) if is_right(&meta) => None,
+        Ok(_) => Some(wrong.to_owned()),
+        Err(error) if is_out_of_sight(&error) => None,
+        Err(error) => Some(format!("cannot be used ({error})")),
+    }
+}
+
+/// What this user may not look at may well be there.
+fn is_out_of_sight(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
+}
+
+/// The helper reads the installed configuration only where it, and every directory above it, is root's and nobody
+/// else may write it. A draft elsewhere may be anybody's, but not everybody's.
+fn mistake_of_mode(path: &Path, root: &Path) -> Option<Mistake> {
+    let path = path.canonicalize().ok()?;
+    let is_installed = root
+        .join(CONFIG_PATH)
+        .canonicalize()
+        .is_ok_and(|installed| installed == path);
+    let is_safe = |path: &Path, is_file: bool| {
+        let Ok(meta) = fs::symlink_metadata(path) else {
+            return true;
+        };
+        // In a sticky directory, as /tmp is, only root can replace what is root's (inode(7)).
+        let others = if is_file || meta.mode() & 0o1000 == 0 {
+            0o022
+        } else {
+            0
+        };
+        meta.uid() == 0 && meta.mode() & others == 0
+    };
+    let unsafe_path = if is_installed {
+        path.ancestors().find(|part| !is_safe(part, *part == path))?
+    } else if fs::metadata(&path).is_ok_and(|meta| meta.mode() & 0o002 != 0) {
+        &path
+    } else {
+        return None;
+    };
+    let name = unsafe_path.display();
+    Some(Mistake {
+        line: 1,
+        message: format!(
+            "{name} can be written by others than root, who could take over the host through it: chown root: {name} and chmod go-w {name}"
+        ),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn text(general: &str, factory: &str, slot: &str) -> String {
+        format!(
+            "[general]\n{general}\n[factory]\ntoken_file = \"/t\"\n{factory}\n[slots.a]\n\
+             target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n{slot}\n"
+        )
+    }
+
+    fn accounts() -> Accounts {
+        Accounts {
+            passwd: "root:x:0:0::/:/x\nbuildomat-factory:x:7:7::/:/x\n".into(),
+            group: "root:x:0:\nhere:x:5:\n".into(),
+        }
+    }
+
+    fn mistakes(text: &str) -> Vec<(usize, String)> {
+        let config = parse(text).unwrap();
+        let mistakes = mistakes_on_host(text, &config, &accounts());
+        mistakes.into_iter().map(|m| (m.line, m.message)).collect()
+    }
+
+    #[test]
+    fn a_token_is_sent_unencrypted_to_this_host_alone_unless_a_key_allows_more() {
+        for (url, is_fine) in [
+            ("https://b.example", true),
+            ("http://localhost:9979", true),
+            ("http://127.8.9.1", true),
+            ("http://[::1]:80/b", true),
+            ("http://b.example", false),
+            ("http://localhost.example", false),
+            ("http://10.0.0.1:80", false),
+            ("http://[fd00::1]", false),
+        ] {
+            let config = text(&format!("\nbaseurl = \"{url}\""), "", "");
+            match parse(&config) {
+                Ok(_) => assert!(is_fine, "{url}"),
+                Err(mistakes) => {
+                    assert!(!is_fine, "{url}: {mistakes:?}");
+                    assert_eq!(mistakes[0].line, 3);
+                    assert!(mistakes[0].message.contains("allow_http"), "{mistakes:?}");
+                }
+            }
+            let allowed = text(&format!("baseurl = \"{url}\"\nallow_http = true"), "", "");
+            assert!(parse(&allowed).is_ok(), "{url}");
+        }
+    }
+
+    #[test]
+    fn what_the_host_does_not_have_is_told_with_its_line() {
+        let url = "baseurl = \"http://localhost\"";
+        assert_eq!(
+            mistakes(&text(
+                url,
+                "",
+                "add_to_groups = [\"here\"]\ndevices = [\"/dev/null\"]"
+            )),
+            []
+        );
+        let found = mistakes(&text(
+            url,
+            "user = \"61234\"\nhide = [\"/usr\", \"/no/such/place\"]",
+            "add_to_groups = [\"here\",\n  \"away\"]\nread_only = { \"/srv/x\" = \"/no/such/directory\", \"/srv/y\" = \"/etc/passwd\" }\n\
+             devices = [\"/dev/no-such-device\", \"/dev/null\"]",
+        ));
+        let expected = [
+            (5, "the user 61234 is not in /etc/passwd"),
+            (6, "/no/such/place, named in hide"),
+            (9, "slot a: the group away is not in /etc/group"),
+            (11, "slot a: /no/such/directory cannot be used"),
+            (11, "slot a: /etc/passwd is not a directory"),
+            (12, "slot a: /dev/no-such-device cannot be used"),
+        ];
+        assert_eq!(found.len(), expected.len(), "{found:#?}");
+        for ((line, message), (at, part)) in found.iter().zip(expected) {
+            assert!(
+                *line == at && message.contains(part),
+                "{line}: {message}, expected {at}: {part}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_number_is_a_user_without_an_account() {
+        assert_eq!(
+            mistakes(&text("baseurl = \"http://localhost\"", "user = 61234", "")),
+            []
+        );
+    }
+
+    #[test]
+    fn a_configuration_that_others_may_write_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let installed = root.path().join(CONFIG_PATH);
+        fs::create_dir_all(installed.parent().unwrap()).unwrap();
+        let draft = root.path().join("draft.toml");
+        for path in [&installed, &draft] {
+            let text = text("baseurl = \"http://localhost\"", "user = 7", "");
+            fs::write(path, text).unwrap();
+            for (mode, is_fine) in [(0o644, true), (0o664, *path == draft), (0o646, false)] {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+                let loaded = load(path, root.path());
+                assert_eq!(loaded.is_ok(), is_fine, "{} {mode:o}: {loaded:?}", path.display());
+            }
+        }
+        fs::set_permissions(&installed, fs::Permissions::from_mode(0o644)).unwrap();
+        fs::set_permissions(installed.parent().unwrap(), fs::Permissions::from_mode(0o777)).unwrap();
+        let refused = load(&installed, root.path()).unwrap_err();
+        assert!(refused[0].message.contains("chmod go-w"), "{refused:?}");
+    }
+}
