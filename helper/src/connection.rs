@@ -31,6 +31,7 @@ pub trait Operations {
     fn delete(&self, worker: WorkerId) -> Result<()>;
     /// At most [`MAX_LIST`], and if there are more.
     fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)>;
+    fn check(&self) -> Result<()>;
 }
 
 /// Serve this connection to its end.
@@ -149,6 +150,7 @@ fn answer(
             };
             (reply, None)
         }),
+        Request::Check => beneath.check().map(|()| (Reply::Checked, None)),
     };
     result.unwrap_or_else(|error| (Reply::Error(typed(error)), None))
 }
@@ -216,6 +218,14 @@ impl Operations for OnHost<'_> {
         }
         Ok((workers, rest.next().is_some()))
     }
+
+    fn check(&self) -> Result<()> {
+        // The reason alone matters: nothing was tried that could have failed.
+        let refused = |error: anyhow::Error| Error::new(ErrorKind::Refused, format!("{error:#}"));
+        let (config, _) = self.host.configuration().map_err(refused)?;
+        crate::check_configuration(self.host, &config).map_err(refused)?;
+        Ok(())
+    }
 }
 
 fn name(request: &Request) -> &'static str {
@@ -227,6 +237,7 @@ fn name(request: &Request) -> &'static str {
         Request::Kill { .. } => "Kill",
         Request::Delete { .. } => "Delete",
         Request::List { .. } => "List",
+        Request::Check => "Check",
     }
 }
 
@@ -241,7 +252,7 @@ pub struct Peer {
 /// well are not worth one.
 fn audit(peer: Peer, request: &Request, reply: &Reply, begin: Instant) {
     let (worker, slot) = match request {
-        Request::Hello { .. } | Request::List { .. } => (None, None),
+        Request::Hello { .. } | Request::List { .. } | Request::Check => (None, None),
         Request::CreateUser { worker, slot } => (Some(*worker), Some(slot.to_string())),
         Request::InstallAgent { worker, .. }
         | Request::Attach { worker }

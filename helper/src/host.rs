@@ -126,11 +126,11 @@ impl Host {
         .map(AsRawFd::as_raw_fd)
     }
 
-    /// The configuration for a request. One with a mistake is no reason to fail a job: somebody is about to mend it.
+    /// The configuration for a request.
     pub fn configuration_now(&self) -> Result<Rc<Config>, Error> {
-        let read = self.configuration();
-        read.map(|(config, _)| config)
-            .map_err(|error| Error::new(ErrorKind::Busy, format!("{error:#}")))
+        self.configuration()
+            .map(|(config, _)| config)
+            .map_err(misconfigured)
     }
 
     /// The configuration as it is now, and what tells whether the file is still the same later.
@@ -174,6 +174,11 @@ impl Host {
         let read = || Accounts::read(&passwd, &group);
         Ok(latest(&self.accounts_read, &[&passwd, &group], read)?.1)
     }
+}
+
+/// A mistake in the configuration is no reason to fail a job: the job waits until an operator has corrected it.
+pub fn misconfigured(error: anyhow::Error) -> Error {
+    Error::new(ErrorKind::Busy, format!("{error:#}"))
 }
 
 /// Two of these are equal when nobody has changed or replaced the file in between.

@@ -14,11 +14,11 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair
 use nix::sys::time::TimeVal;
 use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket};
 
-use crate::host::{Host, open_dir, open_file};
+use crate::host::{Host, misconfigured, open_dir, open_file};
 use crate::orders::{Order, Word};
 use crate::sandbox::AGENT;
 use crate::worker::{Record, Worker};
-use crate::{cgroup, limits, policy, trees};
+use crate::{cgroup, limits, policy, trees, user};
 
 /// Start the agent, unless it was started before. Returns when the kernel has accepted the program.
 pub fn install(
@@ -39,6 +39,7 @@ pub fn install(
         .get(&record.slot)
         .ok_or_else(|| policy::no_such_slot(&record.slot))?;
     limits::check(&record.slot, &slot.limits, host.abilities)?;
+    user::groups(host, &slot.add_to_groups).map_err(misconfigured)?;
     trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
     // A first attempt that was cut off may have left its pid 1, waiting for a word that will not come.
     cgroup::kill(&host.cgroups, worker.id)?;

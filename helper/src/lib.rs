@@ -182,12 +182,7 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     let host = Host::open(&options.root, &cgroups)?;
     let (config, _) = host.configuration()?;
     let client = user::supervisor(&host, &config.factory.user)?;
-    user::nobody_else_has(&host, config.factory.uid_range)?;
-    for (name, slot) in &config.slots {
-        user::groups(&host, &slot.add_to_groups)
-            .with_context(|| format!("{}:{}: slot {name}", config::CONFIG_PATH, slot.line))?;
-    }
-    for warning in limits::check_all(&config, host.abilities)? {
+    for warning in check_configuration(&host, &config)? {
         warn!("{warning}");
     }
     if !sys::has_scopes() {
@@ -213,6 +208,17 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     view.refresh(&host)?;
     privileges::of_the_daemon()?;
     serve(&host, &config, &mut view, socket, client)
+}
+
+/// Refuse a configuration that names what this host does not have, at the start and for `Check`. The warnings are of
+/// limits that are not enforced.
+fn check_configuration(host: &Host, config: &Config) -> Result<Vec<String>> {
+    user::nobody_else_has(host, config.factory.uid_range)?;
+    for (name, slot) in &config.slots {
+        user::groups(host, &slot.add_to_groups)
+            .with_context(|| format!("{}:{}: slot {name}", config::CONFIG_PATH, slot.line))?;
+    }
+    limits::check_all(config, host.abilities)
 }
 
 /// Two helpers on one state directory would each be right and together wrong. The directory of the workers is locked,

@@ -75,7 +75,7 @@ pub fn check(slot: &SlotName, limits: &Limits, can: Abilities) -> Result<Vec<Str
         return Ok(missing.iter().map(warn).collect());
     }
     Err(Error::new(
-        ErrorKind::Failed,
+        ErrorKind::Busy,
         format!(
             "slot {slot}: limits.{key} cannot be enforced on this host: {remedy}, or set limits.best_effort = true"
         ),

@@ -11,7 +11,7 @@ use protocol::config::Config;
 use protocol::{Error, ErrorKind, SlotName, Uid, UserName, WorkerId};
 use tracing::warn;
 
-use crate::host::{Host, open_file};
+use crate::host::{Host, misconfigured, open_file};
 use crate::worker::{self, Record, Worker, Written};
 use crate::{cgroup, devices, policy, sys, trees, user};
 
@@ -27,7 +27,7 @@ pub fn create_user(
 ) -> Result<(Uid, UserName)> {
     let config = host.configuration_now()?;
     let slot_config = config.slots.get(slot).ok_or_else(|| policy::no_such_slot(slot))?;
-    user::groups(host, &slot_config.add_to_groups)?;
+    user::groups(host, &slot_config.add_to_groups).map_err(misconfigured)?;
     let mut worker = Worker::find_or_make(host, id)?;
     let record = match worker.written.clone() {
         Written::Record(record) if record.slot == *slot => record,

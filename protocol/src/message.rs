@@ -27,7 +27,8 @@ pub enum Request {
     /// Take the slot for the worker, pick an unused uid = gid, make the user known, make the worker's
     /// directories.
     ///
-    /// * Before: the slot is in the configuration, neither it nor a slot that conflicts with it (in
+    /// * Before: the slot is in the configuration and has nothing in it that the host lacks (else `NoSuchSlot` or `Busy`,
+    ///   until an operator has corrected it); neither it nor a slot that conflicts with it (in
     ///   either direction) has a worker.
     /// * Answer: [`Reply::UserCreated`]; said again for the same worker and slot, the same answer.
     /// * Errors: `NoSuchSlot`; `SlotTaken` (by another worker, or through a conflict; try again once that
@@ -75,6 +76,11 @@ pub enum Request {
     ///
     /// Answer: [`Reply::Listed`], in version 2 [`Reply::Workers`]. Errors: `Failed`.
     List { after: Option<WorkerId> },
+
+    /// Would the helper start with the configuration as the file is now? Nothing changes.
+    ///
+    /// Answer: [`Reply::Checked`]. Errors: `Refused`, with the file, the line and what is wrong.
+    Check,
 }
 
 impl Request {
@@ -108,6 +114,8 @@ pub enum Reply {
     Error(Error),
     /// To `List`. `more`: there are workers after the last of these.
     Listed { workers: Vec<WorkerInfo>, more: bool },
+    /// To `Check`.
+    Checked,
 }
 
 impl Reply {
@@ -218,7 +226,7 @@ pub enum ErrorKind {
     Version,
     /// The request contradicts what is there, or came with the wrong descriptor. Do not repeat it.
     Refused,
-    /// Not now: too many connections, a configuration that does not parse, a helper that was restarted meanwhile.
+    /// Not now: too many connections, a configuration with a mistake, a helper that was restarted meanwhile.
     /// Come back later.
     Busy,
     NoSuchWorker,

@@ -120,6 +120,7 @@ mod tests {
             (Request::Delete { worker }, "05<id>"),
             (Request::List { after: None }, "0600"),
             (Request::List { after: Some(worker) }, "0601<id>"),
+            (Request::Check, "07"),
         ]
     }
 

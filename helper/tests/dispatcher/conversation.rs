@@ -64,7 +64,7 @@ impl From<&[u8]> for Conversation {
             let (which, how) = (next(), next());
             let worker = WorkerId::from_bits(u128::from(which % 4) << 80 | 7);
             let slot = SLOTS[usize::from(which / 4 % 4)].parse().expect("a name");
-            let request = match what % 10 {
+            let request = match what % 11 {
                 0 => Request::Hello {
                     version: which.into(),
                 },
@@ -78,6 +78,7 @@ impl From<&[u8]> for Conversation {
                 6 => Request::Delete { worker },
                 7 => Request::List { after: None },
                 8 => Request::List { after: Some(worker) },
+                9 => Request::Check,
                 // Anything: this many bytes as they come.
                 _ => {
                     let bytes = (0..u16::from(which) * 3).map(|_| next()).collect();
@@ -202,6 +203,10 @@ impl Operations for Beneath {
     fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)> {
         Ok(listed(&self.0.borrow(), after))
     }
+
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 fn listed(model: &Model, after: Option<WorkerId>) -> (Vec<WorkerInfo>, bool) {
@@ -264,6 +269,7 @@ fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, E
                 model.delete(worker);
                 Ok(Reply::Deleted)
             }
+            Request::Check => Ok(Reply::Checked),
             Request::List { after } => {
                 let (workers, more) = listed(&model, after);
                 Ok(match version {

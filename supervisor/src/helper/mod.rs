@@ -128,6 +128,14 @@ impl Helper {
         }
     }
 
+    /// Would the helper start with the configuration as the file is now?
+    pub async fn check(&self) -> Result<()> {
+        match self.ask(&Request::Check, None, SHORT).await? {
+            (Reply::Checked, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
     /// All workers of this host.
     pub async fn list(&self) -> Result<Vec<WorkerInfo>> {
         timeout(SHORT, self.list_pages())

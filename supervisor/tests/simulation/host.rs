@@ -83,7 +83,7 @@ impl Host {
             },
             Request::Delete { worker } => (Reply::Deleted, self.delete(*worker, half)),
             Request::List { .. } => (self.list(), Deed::Nothing),
-            Request::Hello { .. } | Request::Kill { .. } => {
+            Request::Hello { .. } | Request::Kill { .. } | Request::Check => {
                 (error(ErrorKind::Refused, "not asked for here"), Deed::Nothing)
             }
         }

@@ -41,7 +41,9 @@ impl Ask {
                 Request::InstallAgent { .. } => Kind::Install,
                 Request::Attach { .. } => Kind::Attach,
                 Request::Delete { .. } => Kind::HostDelete,
-                Request::Hello { .. } | Request::Kill { .. } | Request::List { .. } => Kind::List,
+                Request::Hello { .. } | Request::Kill { .. } | Request::List { .. } | Request::Check => {
+                    Kind::List
+                }
             },
             Ask::Server(call) => {
                 let parts: Vec<&str> = call.path.split('/').skip(3).collect();
@@ -70,7 +72,7 @@ impl Ask {
                 | Request::Attach { worker }
                 | Request::Kill { worker }
                 | Request::Delete { worker } => Some(*worker),
-                Request::Hello { .. } | Request::List { .. } => None,
+                Request::Hello { .. } | Request::List { .. } | Request::Check => None,
             },
             Ask::Server(call) => match call.path.split('/').nth(4) {
                 Some(id) => id.parse().ok(),
