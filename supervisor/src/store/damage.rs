@@ -111,7 +111,11 @@ impl std::fmt::Display for Unsaved {
 
 impl std::error::Error for Unsaved {}
 
-/// Move the database out of the way, for whoever wants to see what happened to it; an earlier one goes.
+/// So many damaged databases are kept; the next one replaces the last of them, so that the first stays.
+const MOST_ASIDE: u32 = 9;
+
+/// Move the database out of the way, for whoever wants to see what happened to it: to the first of `.damaged`,
+/// `.damaged-2` … `.damaged-9` that is not there.
 ///
 /// The database first: a crash here leaves a log without a database, which SQLite removes; the other way round it
 /// would leave a database without its log, which might be taken for a good old one.
@@ -121,7 +125,13 @@ pub fn set_aside(path: &Path) -> Result<PathBuf> {
         name.push(end);
         PathBuf::from(name)
     };
-    let aside = with(path, ".damaged");
+    let names = (1..=MOST_ASIDE).map(|n| match n {
+        1 => with(path, ".damaged"),
+        n => with(path, &format!(".damaged-{n}")),
+    });
+    let is_free = |name: &PathBuf| fs::symlink_metadata(name).is_err();
+    let last = with(path, &format!(".damaged-{MOST_ASIDE}"));
+    let aside = names.into_iter().find(is_free).unwrap_or(last);
     let describe = || format!("cannot set the damaged database {} aside", path.display());
     let gone = |result: std::io::Result<()>| match result {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
@@ -136,4 +146,27 @@ pub fn set_aside(path: &Path) -> Result<PathBuf> {
         .and_then(|directory| directory.sync_all())
         .with_context(describe)?;
     Ok(aside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_later_damaged_database_overwrites_no_earlier_one_and_their_number_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("factory.db");
+        for n in 1..=12 {
+            fs::write(&path, n.to_string()).unwrap();
+            fs::write(dir.path().join("factory.db-wal"), n.to_string()).unwrap();
+            let aside = set_aside(&path).unwrap();
+            assert_eq!(fs::read_to_string(&aside).unwrap(), n.to_string());
+        }
+        let content = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+        assert_eq!(content("factory.db.damaged"), "1");
+        assert_eq!(content("factory.db.damaged-wal"), "1");
+        assert_eq!(content("factory.db.damaged-2"), "2");
+        assert_eq!(content("factory.db.damaged-9"), "12");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 18);
+    }
 }
