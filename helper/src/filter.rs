@@ -5,6 +5,9 @@
 //! requests take. [`job`] is the wall around a job: like those of container engines it lets ordinary
 //! software work, and refuses what has led out of sandboxes or burdens the host.
 
+mod ioctl;
+mod socket;
+
 use std::collections::BTreeMap;
 
 use libc::{c_long, sock_filter};
@@ -21,25 +24,18 @@ const LAST_REVIEWED: c_long = 469;
 
 // Newer than the C library's list.
 const OPEN_TREE_ATTR: c_long = 467;
+const FILE_SETATTR: c_long = 469;
 
-/// For no job, whatever its slot says; and the helper needs none of them.
+/// For no job, whatever its slot says, and the helper needs none of them: refused with EPERM, which the man page of
+/// each names.
 const NEVER: &[c_long] = &[
     // Programs and handlers in the kernel, and what reads other processes through it.
     libc::SYS_bpf,
     libc::SYS_perf_event_open,
     libc::SYS_userfaultfd,
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
-    libc::SYS_lookup_dcookie,
     libc::SYS_fanotify_init,
-    // Keys outlive processes, and are counted for the whole host.
-    libc::SYS_add_key,
-    libc::SYS_request_key,
-    libc::SYS_keyctl,
     // Files by handle: past every mount and directory permission.
     libc::SYS_open_by_handle_at,
-    libc::SYS_name_to_handle_at,
     // The machine.
     libc::SYS_kexec_load,
     libc::SYS_kexec_file_load,
@@ -55,25 +51,42 @@ const NEVER: &[c_long] = &[
     libc::SYS_clock_settime,
     libc::SYS_clock_adjtime,
     libc::SYS_quotactl,
-    libc::SYS_nfsservctl,
     libc::SYS_vhangup,
-    // The memory of the whole machine, and of other processes' pages.
-    libc::SYS_mbind,
-    libc::SYS_set_mempolicy,
-    libc::SYS_migrate_pages,
-    libc::SYS_move_pages,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_iopl,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_ioperm,
+];
+
+/// The same, but they do not exist (ENOSYS): programs try these calls, and do without where the kernel has none.
+const UNAVAILABLE: &[c_long] = &[
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    // The host has room for `fs.aio-max-nr` events of all users together, which four contexts can take.
+    libc::SYS_io_setup,
+    // Keys outlive processes, and are counted for the whole host.
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_keyctl,
     // Segments of 16- and 32-bit programs, whose entry points are closed.
     #[cfg(target_arch = "x86_64")]
     libc::SYS_modify_ldt,
+    // No longer in any new kernel.
+    libc::SYS_lookup_dcookie,
+    libc::SYS_nfsservctl,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_uselib,
     #[cfg(target_arch = "x86_64")]
     libc::SYS__sysctl,
 ];
+
+/// The same, but not for this file (EOPNOTSUPP): a handle's name is no use to who may not open by it.
+const WITHOUT_HANDLES: &[c_long] = &[libc::SYS_name_to_handle_at];
+
+/// Attributes of files, as the file system's own requests of `ioctl(2)` set them: no file system has them. They make
+/// unlinking slow, or impossible.
+const ATTRIBUTES: &[c_long] = &[FILE_SETATTR];
 
 /// What belongs to namespaces: the helper needs most of it, a job only if its slot allows user namespaces.
 const OF_NAMESPACES: &[c_long] = &[
@@ -104,13 +117,8 @@ const NEW_NAMESPACES: u32 = (libc::CLONE_NEWUSER
 /// `linux/sched.h`; `clone(2)` has its signal in this bit.
 const CLONE_NEWTIME: u32 = 0x80;
 
-/// Socket families that builds and tests use. The others are where the kernel's forgotten modules live.
-const FAMILIES: [u32; 4] = [
-    libc::AF_UNIX as u32,
-    libc::AF_INET as u32,
-    libc::AF_INET6 as u32,
-    libc::AF_NETLINK as u32,
-];
+/// `linux/ioprio.h`: what the second argument of `ioprio_set(2)` is: a process, a process group, a user.
+const IOPRIO_WHO: [u32; 3] = [1, 2, 3];
 
 /// Writing to disk at once what ends with the job: answered as if it were done.
 const SYNC: &[c_long] = &[
@@ -190,6 +198,8 @@ const CONNECTION: &[c_long] = &[
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Job {
     pub allow_user_namespaces: bool,
+    /// It has devices of the host, whose drivers it may ask anything.
+    pub devices: bool,
     pub ignore_sync: bool,
 }
 
@@ -214,7 +224,7 @@ const fn argument(n: u32) -> u32 {
 }
 
 const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-const IS: u32 = libc::BPF_JMP | libc::BPF_JEQ;
+const MASK: u32 = libc::BPF_ALU | libc::BPF_AND;
 const HAS_BIT: u32 = libc::BPF_JMP | libc::BPF_JSET;
 const IS_AT_LEAST: u32 = libc::BPF_JMP | libc::BPF_JGE;
 const SKIP: u32 = libc::BPF_JMP | libc::BPF_JA;
@@ -231,17 +241,59 @@ fn step(code: u32, value: u32) -> sock_filter {
     }
 }
 
-/// If the loaded word meets the test, do `then`, which ends with an answer; otherwise what follows.
-fn when(test: u32, value: u32, then: &[sock_filter]) -> Steps {
-    let over = u8::try_from(then.len()).expect("a rule is short");
-    let mut steps = vec![step(test, value)];
-    steps[0].jf = over;
-    steps.extend(then);
+fn answer(what: u32) -> Steps {
+    vec![step(ANSWER, what)]
+}
+
+/// The steps that tell on the word at `offset`, of which `mask` counts: those of the case, or else `otherwise`. Each
+/// ends with an answer.
+fn decide(offset: u32, mask: u32, cases: BTreeMap<u32, Steps>, otherwise: Steps) -> Steps {
+    let mut steps = vec![step(LOAD, offset)];
+    if mask != u32::MAX {
+        steps.push(step(MASK, mask));
+    }
+    steps.extend(search(&ranges(cases, &otherwise)));
     steps
 }
 
-fn answer(what: u32) -> [sock_filter; 1] {
-    [step(ANSWER, what)]
+/// The same for the pointer that is argument `n`, in either half of it.
+fn if_null(n: u32, null: Steps, otherwise: Steps) -> Steps {
+    let upper = BTreeMap::from([(0, null)]);
+    let lower = BTreeMap::from([(0, decide(argument(n) + 4, u32::MAX, upper, otherwise.clone()))]);
+    decide(argument(n), u32::MAX, lower, otherwise)
+}
+
+/// One answer if argument `n` has any of the bits, another if not.
+fn if_bits(n: u32, bits: u32, what: u32, otherwise: u32) -> Steps {
+    let mut steps = vec![step(LOAD, argument(n))];
+    steps.push(sock_filter {
+        jf: 1,
+        ..step(HAS_BIT, bits)
+    });
+    steps.extend(answer(what));
+    steps.extend(answer(otherwise));
+    steps
+}
+
+/// Each beginning of a range of values, and what is done about it.
+fn ranges(cases: BTreeMap<u32, Steps>, otherwise: &Steps) -> Vec<(u32, Steps)> {
+    let mut ranges: Vec<(u32, Steps)> = Vec::new();
+    let mut begin = |at: u32, steps: Steps| match ranges.last() {
+        Some((_, same)) if *same == steps => {}
+        _ => ranges.push((at, steps)),
+    };
+    let mut next = Some(0);
+    for (value, steps) in cases {
+        if next.is_some_and(|next| value > next) {
+            begin(next.expect("there is a value"), otherwise.clone());
+        }
+        begin(value, steps);
+        next = value.checked_add(1);
+    }
+    if let Some(next) = next {
+        begin(next, otherwise.clone());
+    }
+    ranges
 }
 
 /// What is done about calls, by their number: steps that end with an answer. What was said first counts.
@@ -255,18 +307,8 @@ impl Rules {
 
     fn each(&mut self, calls: &[c_long], what: u32) {
         for call in calls {
-            self.rule(*call, answer(what).into());
+            self.rule(*call, answer(what));
         }
-    }
-
-    /// A rule on one argument: `tests` on its lower half, each with its answer, and `otherwise`.
-    fn on_argument(&mut self, call: c_long, n: u32, tests: &[(u32, u32, u32)], otherwise: u32) {
-        let mut steps = vec![step(LOAD, argument(n))];
-        for (test, value, what) in tests {
-            steps.extend(when(*test, *value, &answer(*what)));
-        }
-        steps.extend(answer(otherwise));
-        self.rule(call, steps);
     }
 
     /// The program: `otherwise` for calls without a rule, and none at all after `last`.
@@ -274,32 +316,14 @@ impl Rules {
     /// It searches by halves. The kernel runs each new program once for every number there is, to remember what needs
     /// no second look: with a comparison for each rule that took longer than a worker's namespaces.
     fn program(self, last: u32, otherwise: u32) -> Steps {
-        // Each beginning of a range of numbers, and what is done about it.
-        let mut ranges: Vec<(u32, Steps)> = Vec::new();
-        let mut range = |at: u32, steps: Steps| match ranges.last() {
-            Some((_, same)) if *same == steps => {}
-            _ => ranges.push((at, steps)),
-        };
-        let mut next = 0;
-        for (call, steps) in self.0 {
-            if call > next {
-                range(next, answer(otherwise).into());
-            }
-            range(call, steps);
-            next = call + 1;
-        }
-        range(next, answer(otherwise).into());
-        range(last + 1, answer(ABSENT).into());
-        let mut steps = vec![step(LOAD, ARCHITECTURE)];
-        // int 0x80 and the like. The test is turned round: what follows the answer is for our own.
-        steps.push(sock_filter {
-            jt: 1,
-            ..step(IS, NATIVE)
-        });
-        steps.extend(answer(ABSENT));
-        steps.push(step(LOAD, NUMBER));
+        let mut ranges = ranges(self.0, &answer(otherwise));
+        ranges.retain(|(at, _)| *at <= last);
+        ranges.push((last + 1, answer(ABSENT)));
+        let mut steps = vec![step(LOAD, NUMBER)];
         steps.extend(search(&ranges));
-        steps
+        // int 0x80 and the like are another architecture's.
+        let architectures = BTreeMap::from([(NATIVE, steps)]);
+        decide(ARCHITECTURE, u32::MAX, architectures, answer(ABSENT))
     }
 }
 
@@ -324,11 +348,19 @@ fn search(ranges: &[(u32, Steps)]) -> Steps {
 /// x32's numbers, on x86-64, begin after this one, far above all others.
 const LAST: u32 = 0x3fff_ffff;
 
-/// For the daemon, and by inheritance for all.
-pub fn daemon() -> Steps {
+/// What the daemon's filter and a job's refuse alike. They have to: of two filters with an error each, the kernel
+/// answers with that of the one that was installed last, but one filter's error goes before the other's permission.
+fn never() -> Rules {
     let mut rules = Rules::default();
     rules.each(NEVER, REFUSED);
-    rules.program(LAST, ALLOW)
+    rules.each(UNAVAILABLE, ABSENT);
+    rules.each(WITHOUT_HANDLES, errno(libc::EOPNOTSUPP));
+    rules
+}
+
+/// For the daemon, and by inheritance for all.
+pub fn daemon() -> Steps {
+    never().program(LAST, ALLOW)
 }
 
 /// For a process that serves a connection.
@@ -340,55 +372,109 @@ pub fn connection() -> Steps {
 
 /// For a job.
 pub fn job(slot: Job) -> Steps {
-    let mut rules = Rules::default();
-    rules.each(NEVER, REFUSED);
+    let mut rules = never();
     rules.each(&[libc::SYS_quotactl_fd], REFUSED);
+    rules.each(ATTRIBUTES, errno(libc::EOPNOTSUPP));
     if !slot.allow_user_namespaces {
         rules.each(OF_NAMESPACES, REFUSED);
         // Its flags are in memory, where a filter cannot look; C libraries then use clone(2).
         rules.each(&[libc::SYS_clone3], ABSENT);
-        let new = [(HAS_BIT, NEW_NAMESPACES, REFUSED)];
-        rules.on_argument(libc::SYS_clone, 0, &new, ALLOW);
-        let new = [(HAS_BIT, NEW_NAMESPACES | CLONE_NEWTIME, REFUSED)];
-        rules.on_argument(libc::SYS_unshare, 0, &new, ALLOW);
+        rules.rule(libc::SYS_clone, if_bits(0, NEW_NAMESPACES, REFUSED, ALLOW));
+        let new = NEW_NAMESPACES | CLONE_NEWTIME;
+        rules.rule(libc::SYS_unshare, if_bits(0, new, REFUSED, ALLOW));
+        refuse_filters(&mut rules);
     }
-    let families = FAMILIES.map(|family| (IS, family, ALLOW));
     for call in [libc::SYS_socket, libc::SYS_socketpair] {
-        rules.on_argument(call, 0, &families, errno(libc::EAFNOSUPPORT));
+        rules.rule(call, socket::rule(slot));
     }
-    // Typing on behalf of whoever sits at the terminal.
-    let typing = [libc::TIOCSTI as u32, libc::TIOCLINUX as u32].map(|request| (IS, request, REFUSED));
-    rules.on_argument(libc::SYS_ioctl, 1, &typing, ALLOW);
-    keep_core_limit(&mut rules);
+    rules.rule(libc::SYS_setsockopt, socket::options());
+    rules.rule(libc::SYS_ioctl, ioctl::rule(slot));
+    for call in [libc::SYS_move_pages, libc::SYS_migrate_pages] {
+        // The caller's own memory is process 0's.
+        rules.rule(call, if_process(&[0], ALLOW, REFUSED));
+    }
+    keep_limits(&mut rules);
+    keep_pid_1(&mut rules);
     if slot.ignore_sync {
         rules.each(SYNC, DONE);
         // Asynchronous ones do nothing but check the address, which some programs use them for.
-        let at_once = [(HAS_BIT, libc::MS_SYNC as u32, DONE)];
-        rules.on_argument(libc::SYS_msync, 2, &at_once, ALLOW);
+        rules.rule(libc::SYS_msync, if_bits(2, libc::MS_SYNC as u32, DONE, ALLOW));
     }
     rules.program(LAST_REVIEWED as u32, ALLOW)
 }
 
-/// The limit of cores is 1: it stops a pipe in `core_pattern` too, which 0 does not (`core(5)`). A job that
-/// sets it is told that it did, for no core is what it gets; reading it works.
-fn keep_core_limit(rules: &mut Rules) {
+/// One answer for calls whose first argument is any of these, another for the rest.
+fn if_process(pids: &[u32], what: u32, otherwise: u32) -> Steps {
+    let cases = pids.iter().map(|pid| (*pid, answer(what)));
+    decide(argument(0), u32::MAX, cases.collect(), answer(otherwise))
+}
+
+/// A job's own filters are BPF programs in the kernel, and no limit counts them: those of many processes, freed at
+/// once, are what stops a kernel (see `socket::options`). It is told what a kernel without them says.
+fn refuse_filters(rules: &mut Rules) {
+    let without = answer(errno(libc::EINVAL));
+    let filter = BTreeMap::from([(libc::SECCOMP_SET_MODE_FILTER, without.clone())]);
+    let seccomp = decide(argument(0), u32::MAX, filter, answer(ALLOW));
+    rules.rule(libc::SYS_seccomp, seccomp);
+    let filter = BTreeMap::from([(libc::SECCOMP_MODE_FILTER, without)]);
+    let mode = decide(argument(1), u32::MAX, filter, answer(ALLOW));
+    let set = BTreeMap::from([(libc::PR_SET_SECCOMP as u32, mode)]);
+    let prctl = decide(argument(0), u32::MAX, set, answer(ALLOW));
+    rules.rule(libc::SYS_prctl, prctl);
+}
+
+/// The limit of cores is 1: it stops a pipe in `core_pattern` too, which 0 does not (`core(5)`). A job that sets it is
+/// told that it did, for no core is what it gets; reading it works. A filter cannot fill in what the limit was: who
+/// sets the limit and asks for the old one in the same call is refused. So is setting any limit of pid 1.
+fn keep_limits(rules: &mut Rules) {
     let core = libc::RLIMIT_CORE;
-    #[cfg(target_arch = "x86_64")]
-    rules.on_argument(libc::SYS_setrlimit, 0, &[(IS, core, DONE)], ALLOW);
-    // prlimit(2) sets where its third argument, a pointer, is not null: in either half.
-    let mut set = vec![step(LOAD, argument(2))];
-    set.extend(when(HAS_BIT, u32::MAX, &answer(DONE)));
-    set.push(step(LOAD, argument(2) + 4));
-    set.extend(when(HAS_BIT, u32::MAX, &answer(DONE)));
-    set.extend(answer(ALLOW));
-    let mut steps = vec![step(LOAD, argument(1))];
-    steps.extend(when(IS, core, &set));
-    steps.extend(answer(ALLOW));
-    rules.rule(libc::SYS_prlimit64, steps);
+    let set = BTreeMap::from([(core, answer(DONE))]);
+    rules.rule(
+        libc::SYS_setrlimit,
+        decide(argument(0), u32::MAX, set, answer(ALLOW)),
+    );
+    let set_core = if_null(3, answer(DONE), answer(REFUSED));
+    let set = BTreeMap::from([(core, set_core)]);
+    let set = decide(argument(1), u32::MAX, set, if_process(&[1], REFUSED, ALLOW));
+    rules.rule(libc::SYS_prlimit64, if_null(2, answer(ALLOW), set));
+}
+
+/// Pid 1 has the job's uid, and keeps the job's limits: nobody else says how it is scheduled. It is in process group
+/// 1, which processes of the job may be in too (their own is 0), and is meant by whatever is said of all processes of a
+/// user.
+fn keep_pid_1(rules: &mut Rules) {
+    for call in [
+        libc::SYS_sched_setscheduler,
+        libc::SYS_sched_setparam,
+        libc::SYS_sched_setattr,
+        libc::SYS_sched_setaffinity,
+    ] {
+        rules.rule(call, if_process(&[1], REFUSED, ALLOW));
+    }
+    let of = |which: u32, whom: &[u32]| {
+        let cases = whom.iter().map(|who| (*who, answer(REFUSED)));
+        (
+            which,
+            decide(argument(1), u32::MAX, cases.collect(), answer(ALLOW)),
+        )
+    };
+    let priority = BTreeMap::from([
+        of(libc::PRIO_PROCESS, &[1]),
+        of(libc::PRIO_PGRP, &[0, 1]),
+        (libc::PRIO_USER, answer(REFUSED)),
+    ]);
+    let rule = decide(argument(0), u32::MAX, priority, answer(ALLOW));
+    rules.rule(libc::SYS_setpriority, rule);
+    let [process, group, user] = IOPRIO_WHO;
+    let priority = BTreeMap::from([of(process, &[1]), of(group, &[0, 1]), (user, answer(REFUSED))]);
+    let rule = decide(argument(0), u32::MAX, priority, answer(ALLOW));
+    rules.rule(libc::SYS_ioprio_set, rule);
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use super::*;
 
     /// What the kernel's interpreter would answer.
@@ -408,7 +494,7 @@ mod tests {
             at += 1;
             match u32::from(step.code) {
                 LOAD => loaded = word(step.k),
-                IS => at += usize::from(jump(loaded == step.k)),
+                MASK => loaded &= step.k,
                 HAS_BIT => at += usize::from(jump(loaded & step.k != 0)),
                 IS_AT_LEAST => at += usize::from(jump(loaded >= step.k)),
                 SKIP => at += step.k as usize,
@@ -420,38 +506,70 @@ mod tests {
 
     const USUAL: Job = Job {
         allow_user_namespaces: false,
+        devices: false,
         ignore_sync: true,
     };
+    const WITH_DEVICES: Job = Job {
+        devices: true,
+        ..USUAL
+    };
+    const WITH_NAMESPACES: Job = Job {
+        allow_user_namespaces: true,
+        ..USUAL
+    };
+    const EVERYTHING: Job = Job {
+        allow_user_namespaces: true,
+        devices: true,
+        ignore_sync: false,
+    };
+    const SLOTS: [Job; 4] = [USUAL, WITH_DEVICES, WITH_NAMESPACES, EVERYTHING];
+
+    const NOT_THERE: u32 = errno(libc::ENOTTY);
+    const NOT_SUPPORTED: u32 = errno(libc::EOPNOTSUPP);
+    const NO_PROTOCOL: u32 = errno(libc::EPROTONOSUPPORT);
+    const NO_OPTION: u32 = errno(libc::ENOPROTOOPT);
+    const NO_FAMILY: u32 = errno(libc::EAFNOSUPPORT);
+    const INVALID: u32 = errno(libc::EINVAL);
+
+    /// Of `int` arguments, the kernel takes no part of this.
+    const UPPER: u64 = 1 << 40;
 
     fn ask(slot: Job, call: c_long, arguments: [u64; 6]) -> u32 {
-        run(&job(slot), NATIVE, call as u32, arguments)
+        static PROGRAMS: LazyLock<[Steps; 4]> = LazyLock::new(|| SLOTS.map(job));
+        let of_slot = SLOTS.iter().position(|other| *other == slot);
+        let program = &PROGRAMS[of_slot.expect("it is one of the slots")];
+        run(program, NATIVE, call as u32, arguments)
+    }
+
+    /// What is answered to these first arguments, each with and without an upper half.
+    fn ask_both(slot: Job, call: c_long, first: &[u64]) -> u32 {
+        let mut arguments = [0; 6];
+        arguments[..first.len()].copy_from_slice(first);
+        let answer = ask(slot, call, arguments);
+        for argument in &mut arguments[..first.len()] {
+            *argument |= UPPER;
+        }
+        assert_eq!(ask(slot, call, arguments), answer, "{call} {first:x?}");
+        answer
     }
 
     #[test]
     fn a_job_is_refused_what_the_lists_say_and_nothing_else() {
-        let with_arguments = [
-            libc::SYS_clone,
-            libc::SYS_unshare,
-            libc::SYS_socket,
-            libc::SYS_socketpair,
-            libc::SYS_ioctl,
-            libc::SYS_prlimit64,
-            libc::SYS_msync,
-        ];
+        // Those whose answer to zeroes is not what is said of the others.
+        let with_arguments = [libc::SYS_socket, libc::SYS_socketpair, libc::SYS_ioctl];
         for call in (0..=LAST_REVIEWED).filter(|call| !with_arguments.contains(call)) {
-            let refused = NEVER.contains(&call) || call == libc::SYS_quotactl_fd;
-            for (allow_user_namespaces, ignore_sync) in
-                [(false, false), (false, true), (true, false), (true, true)]
-            {
-                let slot = Job {
-                    allow_user_namespaces,
-                    ignore_sync,
-                };
-                let expected = if refused || !allow_user_namespaces && OF_NAMESPACES.contains(&call) {
+            for slot in SLOTS {
+                let expected = if NEVER.contains(&call) || call == libc::SYS_quotactl_fd {
                     REFUSED
-                } else if !allow_user_namespaces && call == libc::SYS_clone3 {
+                } else if UNAVAILABLE.contains(&call) {
                     ABSENT
-                } else if ignore_sync && SYNC.contains(&call) {
+                } else if WITHOUT_HANDLES.contains(&call) || ATTRIBUTES.contains(&call) {
+                    NOT_SUPPORTED
+                } else if !slot.allow_user_namespaces && OF_NAMESPACES.contains(&call) {
+                    REFUSED
+                } else if !slot.allow_user_namespaces && call == libc::SYS_clone3 {
+                    ABSENT
+                } else if slot.ignore_sync && SYNC.contains(&call) {
                     DONE
                 } else {
                     ALLOW
@@ -470,31 +588,70 @@ mod tests {
         }
     }
 
+    /// The daemon's filter is in force for jobs as well: what it refuses, and a job's allows, is refused.
+    #[test]
+    fn the_daemons_filter_and_a_jobs_have_the_same_error_for_a_call() {
+        let daemon = daemon();
+        for call in 0..=LAST_REVIEWED {
+            let said = run(&daemon, NATIVE, call as u32, [0; 6]);
+            if said != ALLOW {
+                for slot in SLOTS {
+                    assert_eq!(ask(slot, call, [0; 6]), said, "{call} {slot:?}");
+                }
+            }
+        }
+        let call = libc::SYS_mbind as u32;
+        assert_eq!(run(&daemon, NATIVE, call, [0; 6]), ALLOW);
+    }
+
     #[test]
     fn other_entry_points_are_closed_in_every_program() {
         let i386 = 0x4000_0003;
-        for program in [daemon(), connection(), job(USUAL)] {
+        let jobs = SLOTS.map(job);
+        for program in [daemon(), connection()].iter().chain(&jobs) {
             for number in 0..500 {
-                assert_eq!(run(&program, i386, number, [0; 6]), ABSENT);
+                for other in [i386, NATIVE - 1, NATIVE + 1, 0, u32::MAX] {
+                    assert_eq!(run(program, other, number, [0; 6]), ABSENT);
+                }
             }
-            assert!(program.len() < libc::BPF_MAXINSNS as usize);
+            assert!(program.len() < libc::BPF_MAXINSNS as usize, "{}", program.len());
         }
     }
 
     #[test]
-    fn arguments_are_looked_at_as_the_kernel_does() {
-        let open = Job {
-            allow_user_namespaces: true,
-            ..USUAL
-        };
-        let upper = 1 << 40;
-        let nth = |n: usize, value: u64| {
-            let mut arguments = [0; 6];
-            arguments[n] = value;
-            arguments
-        };
+    fn values_on_either_side_of_a_case_are_not_the_case() {
+        let cases = [0, 1, 7, 0xffff_fffe, 0xffff_ffff];
+        let tried = [
+            0,
+            1,
+            2,
+            6,
+            7,
+            8,
+            0x7fff_ffff,
+            0xffff_fffd,
+            0xffff_fffe,
+            0xffff_ffff,
+        ];
+        for few in 0..=cases.len() {
+            let steps = cases[..few].iter().map(|value| (*value, answer(ALLOW)));
+            let program = decide(argument(0), u32::MAX, steps.collect(), answer(REFUSED));
+            for value in tried {
+                let expected = if cases[..few].contains(&value) {
+                    ALLOW
+                } else {
+                    REFUSED
+                };
+                let said = run(&program, NATIVE, 0, [u64::from(value), 0, 0, 0, 0, 0]);
+                assert_eq!(said, expected, "{value:#x} of {few}");
+            }
+        }
+    }
+
+    #[test]
+    fn new_namespaces_are_refused_by_their_flags() {
         for flag in [
-            0x1000_0000u64,
+            0x1000_0000,
             0x0002_0000,
             0x2000_0000,
             0x4000_0000,
@@ -503,39 +660,323 @@ mod tests {
             0x0200_0000,
         ] {
             for call in [libc::SYS_clone, libc::SYS_unshare] {
-                assert_eq!(ask(USUAL, call, nth(0, flag | upper)), REFUSED, "{flag:#x}");
-                assert_eq!(ask(open, call, nth(0, flag)), ALLOW, "{flag:#x}");
+                assert_eq!(ask_both(USUAL, call, &[flag]), REFUSED, "{flag:#x}");
+                assert_eq!(ask_both(WITH_NAMESPACES, call, &[flag]), ALLOW, "{flag:#x}");
             }
         }
         let thread = 0x003d_0f00;
-        assert_eq!(ask(USUAL, libc::SYS_clone, nth(0, thread)), ALLOW);
-        assert_eq!(ask(USUAL, libc::SYS_unshare, nth(0, 0x80)), REFUSED);
-        assert_eq!(
-            ask(USUAL, libc::SYS_unshare, nth(0, libc::CLONE_FILES as u64)),
-            ALLOW
-        );
-        for family in 0..64 {
-            let allowed = FAMILIES.contains(&(family as u32));
-            let expected = if allowed { ALLOW } else { errno(libc::EAFNOSUPPORT) };
-            assert_eq!(ask(USUAL, libc::SYS_socket, nth(0, family)), expected);
-            assert_eq!(ask(USUAL, libc::SYS_socketpair, nth(0, family | upper)), expected);
+        assert_eq!(ask_both(USUAL, libc::SYS_clone, &[thread]), ALLOW);
+        assert_eq!(ask_both(USUAL, libc::SYS_unshare, &[0x80]), REFUSED);
+        let files = libc::CLONE_FILES as u64;
+        assert_eq!(ask_both(USUAL, libc::SYS_unshare, &[files]), ALLOW);
+    }
+
+    #[test]
+    fn syncs_are_answered_as_done_where_the_slot_says_so() {
+        let msync = |slot, flags: i32| ask(slot, libc::SYS_msync, [0, 0, flags as u64, 0, 0, 0]);
+        assert_eq!(msync(USUAL, libc::MS_SYNC), DONE);
+        assert_eq!(msync(USUAL, libc::MS_ASYNC), ALLOW);
+        assert_eq!(msync(EVERYTHING, libc::MS_SYNC), ALLOW);
+    }
+
+    #[test]
+    fn of_each_family_only_the_usual_types_and_protocols_are_allowed() {
+        let (unix, ip, ip6) = (libc::AF_UNIX, libc::AF_INET, libc::AF_INET6);
+        let netlink = libc::AF_NETLINK;
+        let (stream, datagram, raw) = (libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_RAW);
+        let protocols = [0, 1, 2, 6, 17, 33, 58, 115, 132, 136, 255, 256, 262];
+        for slot in SLOTS {
+            for family in 0..64 {
+                for kind in 0..16 {
+                    for protocol in protocols.into_iter().chain(0..24) {
+                        let nothing_special = match (family, kind) {
+                            (f, _) if f == unix => true,
+                            (f, k) if [ip, ip6].contains(&f) && k == stream => [0, 6].contains(&protocol),
+                            (f, k) if f == ip && k == datagram => [0, 17, 1].contains(&protocol),
+                            (f, k) if f == ip6 && k == datagram => [0, 17, 58].contains(&protocol),
+                            (f, k) if [ip, ip6].contains(&f) => k == raw,
+                            (f, _) if f == netlink => {
+                                [0, 4, 7, 15].contains(&protocol)
+                                    || slot.allow_user_namespaces && [12, 16].contains(&protocol)
+                            }
+                            _ => false,
+                        };
+                        let expected = match nothing_special {
+                            true => ALLOW,
+                            false if [unix, ip, ip6, netlink].contains(&family) => NO_PROTOCOL,
+                            false => NO_FAMILY,
+                        };
+                        for flags in [0, libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK] {
+                            let words = [family, kind | flags, protocol].map(|word| word as u64);
+                            for call in [libc::SYS_socket, libc::SYS_socketpair] {
+                                assert_eq!(ask_both(slot, call, &words), expected, "{words:?}");
+                            }
+                        }
+                    }
+                }
+            }
         }
-        for request in [0x5412, 0x541c] {
-            assert_eq!(ask(USUAL, libc::SYS_ioctl, nth(1, request)), REFUSED);
-            assert_eq!(ask(USUAL, libc::SYS_ioctl, nth(1, request | upper)), REFUSED);
+    }
+
+    #[test]
+    fn no_socket_gets_a_bpf_program() {
+        for slot in SLOTS {
+            for (option, expected) in [
+                (libc::SO_ATTACH_FILTER, DONE),
+                (libc::SO_DETACH_FILTER, DONE),
+                (libc::SO_ATTACH_BPF, NO_OPTION),
+                (libc::SO_ATTACH_REUSEPORT_CBPF, NO_OPTION),
+                (libc::SO_ATTACH_REUSEPORT_EBPF, NO_OPTION),
+                (libc::SO_LOCK_FILTER, ALLOW),
+                (libc::SO_REUSEADDR, ALLOW),
+                (libc::SO_RCVBUF, ALLOW),
+            ] {
+                let of = |level: i32| [3, level as u64, option as u64];
+                let said = ask_both(slot, libc::SYS_setsockopt, &of(libc::SOL_SOCKET));
+                assert_eq!(said, expected, "{option}");
+                let said = ask_both(slot, libc::SYS_setsockopt, &of(libc::IPPROTO_IPV6));
+                assert_eq!(said, ALLOW, "{option}");
+            }
         }
-        assert_eq!(ask(USUAL, libc::SYS_ioctl, nth(1, 0x5413)), ALLOW);
-        let core = u64::from(libc::RLIMIT_CORE);
-        for pointer in [0x1000, 1 << 32] {
-            assert_eq!(ask(USUAL, libc::SYS_prlimit64, [0, core, pointer, 0, 0, 0]), DONE);
-            assert_eq!(
-                ask(USUAL, libc::SYS_prlimit64, [0, core + 1, pointer, 0, 0, 0]),
+    }
+
+    #[test]
+    fn without_user_namespaces_a_job_has_no_filter_of_its_own() {
+        for slot in SLOTS {
+            let filter = if slot.allow_user_namespaces {
                 ALLOW
-            );
+            } else {
+                INVALID
+            };
+            let seccomp = |operation| ask_both(slot, libc::SYS_seccomp, &[operation]);
+            // SECCOMP_SET_MODE_STRICT, _FILTER, _GET_ACTION_AVAIL, _GET_NOTIF_SIZES.
+            assert_eq!([0, 1, 2, 3].map(seccomp), [ALLOW, filter, ALLOW, ALLOW]);
+            let prctl = |option: i32, mode| ask_both(slot, libc::SYS_prctl, &[option as u64, mode]);
+            // SECCOMP_MODE_STRICT and SECCOMP_MODE_FILTER.
+            let (get, set) = (libc::PR_GET_SECCOMP, libc::PR_SET_SECCOMP);
+            let said = [(get, 2), (set, 1), (set, 2), (set, 3), (libc::PR_SET_NAME, 2)];
+            let said = said.map(|(option, mode)| prctl(option, mode));
+            assert_eq!(said, [ALLOW, ALLOW, filter, ALLOW, ALLOW]);
         }
-        assert_eq!(ask(USUAL, libc::SYS_prlimit64, [0, core, 0, 0x1000, 0, 0]), ALLOW);
-        assert_eq!(ask(USUAL, libc::SYS_msync, nth(2, libc::MS_SYNC as u64)), DONE);
-        assert_eq!(ask(USUAL, libc::SYS_msync, nth(2, libc::MS_ASYNC as u64)), ALLOW);
+    }
+
+    fn ioctl(slot: Job, request: u64) -> u32 {
+        ask_both(slot, libc::SYS_ioctl, &[3, request])
+    }
+
+    #[test]
+    fn requests_that_any_job_may_make() {
+        for (request, name) in [
+            (0x5401, "TCGETS"),
+            (0x5411, "TIOCOUTQ"),
+            (0x5413, "TIOCGWINSZ"),
+            (0x541b, "FIONREAD"),
+            (0x5421, "FIONBIO"),
+            (0x5451, "FIOCLEX"),
+            (0x5452, "FIOASYNC"),
+            (0x5460, "FIOQSIZE"),
+            (0x802c_542a, "TCGETS2"),
+            (0x402c_542b, "TCSETS2"),
+            (0x8004_5430, "TIOCGPTN"),
+            (0x4004_5431, "TIOCSPTLCK"),
+            (0x5441, "TIOCGPTPEER"),
+            (0x8901, "FIOSETOWN"),
+            (0x8912, "SIOCGIFCONF"),
+            (0x8914, "SIOCSIFFLAGS"),
+            (0x8933, "SIOCGIFINDEX"),
+            (0x8946, "SIOCETHTOOL"),
+            (0x0002, "FIGETBSZ"),
+            (0x8008_6601, "FS_IOC_GETFLAGS"),
+            (0xc020_660b, "FS_IOC_FIEMAP"),
+            (0x8008_7601, "FS_IOC_GETVERSION"),
+            (0x801c_581f, "FS_IOC_FSGETXATTR"),
+            (0x4004_9409, "FICLONE"),
+            (0x4020_940d, "FICLONERANGE"),
+            (0xc018_9436, "FIDEDUPERANGE"),
+            (0x8011_1500, "FS_IOC_GETFSUUID"),
+            (0xb701, "NS_GET_USERNS"),
+            (0xff01, "PIDFD_GET_CGROUP_NAMESPACE"),
+            (0x8004_5200, "RNDGETENTCNT"),
+        ] {
+            for slot in SLOTS {
+                assert_eq!(ioctl(slot, request), ALLOW, "{name} {slot:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn requests_that_no_job_may_make() {
+        for (request, expected, name) in [
+            (0x5412, REFUSED, "TIOCSTI"),
+            (0x541c, REFUSED, "TIOCLINUX"),
+            (0x541d, REFUSED, "TIOCCONS"),
+            (0x5423, REFUSED, "TIOCSETD"),
+            (0x4010_54d5, REFUSED, "TUNATTACHFILTER"),
+            (0x4008_6602, NOT_SUPPORTED, "FS_IOC_SETFLAGS"),
+            (0x401c_5820, NOT_SUPPORTED, "FS_IOC_FSSETXATTR"),
+            (0x4008_7602, NOT_THERE, "FS_IOC_SETVERSION"),
+            (0x800c_6613, NOT_THERE, "FS_IOC_SET_ENCRYPTION_POLICY"),
+            (0x4010_6614, NOT_THERE, "FS_IOC_GET_ENCRYPTION_PWSALT"),
+            (0xc050_6617, NOT_THERE, "FS_IOC_ADD_ENCRYPTION_KEY"),
+            (0xc040_6618, NOT_THERE, "FS_IOC_REMOVE_ENCRYPTION_KEY"),
+            (0xc080_661a, NOT_THERE, "FS_IOC_GET_ENCRYPTION_KEY_STATUS"),
+            (0x4080_6685, NOT_THERE, "FS_IOC_ENABLE_VERITY"),
+            (0xc028_660f, NOT_THERE, "EXT4_IOC_MOVE_EXT"),
+            (0xc004_5877, NOT_THERE, "FIFREEZE"),
+            (0xc018_5879, NOT_THERE, "FITRIM"),
+            (0x8004_587d, NOT_THERE, "FS_IOC_SHUTDOWN"),
+            (0x4030_5828, NOT_THERE, "FS_IOC_RESVSP"),
+            (0x5000_9401, NOT_THERE, "BTRFS_IOC_SNAP_CREATE"),
+            (0x5000_9402, NOT_THERE, "BTRFS_IOC_DEFRAG"),
+            (0x0000_9408, NOT_THERE, "BTRFS_IOC_SYNC"),
+            (0x5000_940e, NOT_THERE, "BTRFS_IOC_SUBVOL_CREATE"),
+            (0x5000_9417, NOT_THERE, "BTRFS_IOC_SNAP_CREATE_V2"),
+            (0x5000_9418, NOT_THERE, "BTRFS_IOC_SUBVOL_CREATE_V2"),
+            (0x4008_941a, NOT_THERE, "BTRFS_IOC_SUBVOL_SETFLAGS"),
+            (0x4020_bc10, NOT_THERE, "BCH_IOCTL_SUBVOLUME_CREATE"),
+            (0x5a23, NOT_THERE, "ZFS_IOC_SNAPSHOT"),
+            (0x4008_8302, NOT_THERE, "ZFS_IOC_SETDOSFLAGS"),
+            (0x0000_9360, NOT_THERE, "AUTOFS_IOC_READY"),
+            (0xf501, NOT_THERE, "F2FS_IOC_START_ATOMIC_WRITE"),
+            (0x8940, NOT_THERE, "SIOCGIFBR"),
+            (0x8982, NOT_THERE, "SIOCGIFVLAN"),
+            (0x89a0, NOT_THERE, "SIOCBRADDBR"),
+        ] {
+            for slot in SLOTS {
+                assert_eq!(ioctl(slot, request), expected, "{name} {slot:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn requests_that_a_slot_has_for_its_devices() {
+        for (request, without, name) in [
+            (0x8004_550fu64, NOT_THERE, "USBDEVFS_SETINTERFACE"),
+            (0xae00, NOT_THERE, "KVM_GET_API_VERSION"),
+            (0x1268, NOT_THERE, "BLKSSZGET"),
+            (0x2285, NOT_THERE, "SG_IO"),
+            (0x400454ca, NOT_THERE, "TUNSETIFF"),
+            (0x541e, ALLOW, "TIOCGSERIAL"),
+            (0x545c, NOT_THERE, "TIOCMIWAIT"),
+            (0x8068_5600, NOT_THERE, "VIDIOC_QUERYCAP"),
+            (0x5605, NOT_THERE, "VT_RELDISP"),
+            (0x4b3a, NOT_THERE, "KDSETMODE"),
+            (0x8b01, NOT_THERE, "SIOCGIWNAME"),
+            (0x7437, NOT_THERE, "a request of point-to-point links"),
+        ] {
+            for slot in SLOTS {
+                let expected = if slot.devices { ALLOW } else { without };
+                assert_eq!(ioctl(slot, request), expected, "{name} {slot:?}");
+            }
+        }
+        for (request, name) in [
+            (0x5606u64, "VT_ACTIVATE"),
+            (0x5609, "VT_RESIZE"),
+            (0x560b, "VT_LOCKSWITCH"),
+            (0x4b72, "KDFONTOP"),
+            (0x4b71, "PIO_CMAP"),
+            (0x4b47, "KDSKBENT"),
+            (0x4010_7447, "PPPIOCSPASS"),
+        ] {
+            for slot in SLOTS {
+                let expected = if slot.devices { REFUSED } else { NOT_THERE };
+                assert_eq!(ioctl(slot, request), expected, "{name} {slot:?}");
+            }
+        }
+    }
+
+    /// Each class, by what it lets through without and with devices.
+    #[test]
+    fn no_class_is_open_but_those_that_are_listed() {
+        let open = |slot: Job, byte: u64| {
+            // Numbers that nobody has listed.
+            let all = [0x7d, 0xee].map(|number| ioctl(slot, byte << 8 | number));
+            all == [ALLOW; 2]
+        };
+        let file_systems = b"fXvrZ"
+            .iter()
+            .copied()
+            .chain([0x15, 0x83, 0x89, 0x93, 0x94, 0x97, 0xbc, 0xcd, 0xcf, 0xf5, b'K']);
+        let closed: Vec<u64> = file_systems.map(u64::from).collect();
+        for byte in 0..=0xff {
+            let namespaces = byte == 0xb7 || byte == 0xff;
+            assert_eq!(open(USUAL, byte), namespaces, "{byte:#x}");
+            let notifications = namespaces || byte == u64::from(b'!');
+            assert_eq!(open(WITH_NAMESPACES, byte), notifications, "{byte:#x}");
+            for slot in [WITH_DEVICES, EVERYTHING] {
+                assert_eq!(open(slot, byte), !closed.contains(&byte), "{byte:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_limit_of_cores_stays_and_no_call_leaves_memory_unwritten() {
+        let core = u64::from(libc::RLIMIT_CORE);
+        let prlimit =
+            |pid, resource, new, old| ask(USUAL, libc::SYS_prlimit64, [pid, resource, new, old, 0, 0]);
+        // A pointer may have its only bits in the upper half.
+        for pointer in [0x1000, 1 << 32] {
+            assert_eq!(prlimit(0, core, pointer, 0), DONE);
+            assert_eq!(prlimit(0, core, 0, pointer), ALLOW);
+            for new in [0x1000, 1 << 32] {
+                assert_eq!(prlimit(0, core, new, pointer), REFUSED);
+            }
+            assert_eq!(prlimit(0, core + 1, pointer, 0), ALLOW);
+            assert_eq!(prlimit(0, core + 1, pointer, pointer), ALLOW);
+        }
+        assert_eq!(ask_both(USUAL, libc::SYS_setrlimit, &[core]), DONE);
+        assert_eq!(ask_both(USUAL, libc::SYS_setrlimit, &[core + 1]), ALLOW);
+    }
+
+    #[test]
+    fn nobody_says_how_pid_1_is_scheduled_and_what_its_limits_are() {
+        let files = u64::from(libc::RLIMIT_NOFILE);
+        for slot in SLOTS {
+            for call in [
+                libc::SYS_sched_setscheduler,
+                libc::SYS_sched_setparam,
+                libc::SYS_sched_setattr,
+                libc::SYS_sched_setaffinity,
+            ] {
+                let said = [0, 1, 2].map(|pid| ask_both(slot, call, &[pid]));
+                assert_eq!(said, [ALLOW, REFUSED, ALLOW], "{call}");
+            }
+            for (call, first) in [(libc::SYS_setpriority, 0), (libc::SYS_ioprio_set, 1)] {
+                let said = |which, who| ask_both(slot, call, &[which, who]);
+                assert_eq!([0, 1, 2].map(|who| said(first, who)), [ALLOW, REFUSED, ALLOW]);
+                assert_eq!(
+                    [0, 1, 2].map(|who| said(first + 1, who)),
+                    [REFUSED, REFUSED, ALLOW]
+                );
+                assert_eq!([0, 1, 2].map(|who| said(first + 2, who)), [REFUSED; 3]);
+            }
+            let prlimit = |pid, new| ask(slot, libc::SYS_prlimit64, [pid, files, new, 0, 0, 0]);
+            assert_eq!([0, 1, 2].map(|pid| prlimit(pid, 0x1000)), [ALLOW, REFUSED, ALLOW]);
+            assert_eq!(
+                [0, 1, 2].map(|pid| prlimit(pid, 1 << 32)),
+                [ALLOW, REFUSED, ALLOW]
+            );
+            assert_eq!(prlimit(1 | UPPER, 0x1000), REFUSED);
+            assert_eq!(prlimit(1, 0), ALLOW);
+        }
+    }
+
+    #[test]
+    fn a_job_places_its_own_memory_and_no_other_processes() {
+        for slot in SLOTS {
+            for call in [
+                libc::SYS_mbind,
+                libc::SYS_set_mempolicy,
+                libc::SYS_get_mempolicy,
+                libc::SYS_set_mempolicy_home_node,
+            ] {
+                assert_eq!(ask_both(slot, call, &[0x1000, 1, 1]), ALLOW);
+            }
+            for call in [libc::SYS_move_pages, libc::SYS_migrate_pages] {
+                let said = [0, 1, 2].map(|pid| ask_both(slot, call, &[pid]));
+                assert_eq!(said, [ALLOW, REFUSED, REFUSED]);
+            }
+        }
     }
 
     #[test]

@@ -118,6 +118,7 @@ fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For) -> Res
     // Last: it refuses most of the above.
     let allowed = filter::job(filter::Job {
         allow_user_namespaces: plan.slot.allow_user_namespaces,
+        devices: !plan.slot.devices.is_empty(),
         ignore_sync,
     });
     sys::filter_system_calls(&allowed).context("cannot filter system calls")?;

@@ -41,13 +41,19 @@ impl SmallDisk {
 
     /// ext4 of 64 MiB in a file, with this many inodes: its directories take blocks, as on most hosts.
     pub fn ext4(host: &TestHost, inodes: u32) -> SmallDisk {
-        let image = sparse(host, 64 << 20);
         // Nothing is kept back for root: the last block is the job's.
         let inodes = inodes.to_string();
-        run(
-            &["mkfs.ext4", "-q", "-F", "-m", "0", "-b", "4096", "-N", &inodes],
-            &image,
-        );
+        SmallDisk::ext4_with(host, &["-m", "0", "-b", "4096", "-N", &inodes])
+    }
+
+    /// The same, whose files can be encrypted (`CONFIG_FS_ENCRYPTION`).
+    pub fn ext4_with_encryption(host: &TestHost) -> SmallDisk {
+        SmallDisk::ext4_with(host, &["-b", "4096", "-O", "encrypt"])
+    }
+
+    fn ext4_with(host: &TestHost, options: &[&str]) -> SmallDisk {
+        let image = sparse(host, 64 << 20);
+        run(&[&["mkfs.ext4", "-q", "-F"], options].concat(), &image);
         let disk = SmallDisk(host.root.join(STATE_DIR));
         let image = image.to_str().expect("a test's path is ASCII");
         run(&["mount", "-o", "loop", image], &disk.0);

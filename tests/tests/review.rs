@@ -702,17 +702,21 @@ fn the_tables_of_system_calls_have_the_filters_lists() {
     let allowed = list(file, "CONNECTION", "SYS_");
     let heading = "### What a connection may call";
     assert_same(heading, &first_column(&page, heading), &allowed);
-    let mut refused = list(file, "NEVER", "SYS_");
-    // Of the one that is newer than the C library, the constant of ours.
-    let of_namespaces = list(file, "OF_NAMESPACES", "SYS_");
-    refused.extend(of_namespaces);
-    refused.insert("OPEN_TREE_ATTR".into());
+    let lists = ["NEVER", "UNAVAILABLE", "OF_NAMESPACES"];
+    let mut refused: BTreeSet<String> = lists.iter().flat_map(|name| list(file, name, "SYS_")).collect();
+    // Lists of one; of those that are newer than the C library, the constants of ours.
+    refused.extend(["SYS_name_to_handle_at", "OPEN_TREE_ATTR", "FILE_SETATTR"].map(str::to_owned));
     let heading = "### What a job is refused";
     assert_same(heading, &first_column(&page, heading), &refused);
     // What its rules name outside the lists.
     let text = read(file);
     let mut by_argument = BTreeSet::new();
-    for function in ["pub fn job(", "fn keep_core_limit("] {
+    for function in [
+        "pub fn job(",
+        "fn refuse_filters(",
+        "fn keep_limits(",
+        "fn keep_pid_1(",
+    ] {
         let body = text.split_once(function).expect("a function of the filter").1;
         let body = body.split("\n}\n").next().unwrap_or_default();
         let words = body.split(|c| !is_part_of_a_name(c));

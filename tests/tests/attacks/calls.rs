@@ -1,4 +1,5 @@
-//! Group C: system calls, environment, groups, scheduling, raw sockets. What the hostile job attempts is in its module of the same name.
+//! Group C: system calls, environment, groups, scheduling, raw sockets; of group H, what the filter of system calls
+//! refuses. What the hostile job attempts is in its modules of the same names.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -6,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use protocol::{Reply, Request};
 use testbed::census::processes_of;
-use testbed::harness::place;
+use testbed::disk::SmallDisk;
+use testbed::harness::{TestHost, place};
 use testbed::stage::{Stage, attack, created};
 
 use crate::leave::{ongoing, with_user_namespaces};
@@ -162,4 +164,78 @@ fn row_49_raw_sockets_and_low_ports_are_refused() {
     attack(&client, worker, "raw-sockets", &[lowest.trim(), "lo"]);
     assert_eq!(flags(), before);
     stage.finish(&[worker]);
+}
+
+/// The attempt in slot `a`, which allows nothing, and in `c`, which allows user namespaces.
+fn in_both(name: &str, words: [&[&str]; 2]) {
+    let stage = Stage::with(&with_user_namespaces());
+    let client = stage.client();
+    let workers = ["a", "c"].map(|slot| created(&client, slot));
+    for (worker, words) in workers.into_iter().zip(words) {
+        attack(&client, worker, name, words);
+    }
+    stage.finish(&workers);
+}
+
+#[test]
+fn row_86_no_socket_of_a_job_gets_a_bpf_program() {
+    in_both("socket-programs", [&[], &[]]);
+}
+
+#[test]
+fn row_86_a_job_has_no_seccomp_filter_of_its_own_unless_its_slot_allows_user_namespaces() {
+    in_both("seccomp-programs", [&["refused"], &["allowed"]]);
+}
+
+#[test]
+fn row_87_no_asynchronous_context_of_the_hosts_is_taken() {
+    let taken = || fs::read_to_string("/proc/sys/fs/aio-nr").unwrap();
+    let before = taken();
+    in_both("asynchronous-contexts", [&[], &[]]);
+    assert_eq!(taken(), before);
+}
+
+#[test]
+fn row_88_no_key_policy_or_snapshot_is_left_in_a_file_system() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, &with_user_namespaces());
+    let disk = SmallDisk::ext4_with_encryption(&host);
+    let stage = Stage::on(host, Some(disk));
+    let client = stage.client();
+    let workers = ["a", "c"].map(|slot| created(&client, slot));
+    for worker in workers {
+        attack(&client, worker, "file-system-objects", &[]);
+    }
+    stage.finish(&workers);
+}
+
+#[test]
+fn row_90_no_flag_of_a_file_slows_its_deletion() {
+    let stage = Stage::with(&with_user_namespaces());
+    let client = stage.client();
+    let workers = ["a", "c"].map(|slot| created(&client, slot));
+    for worker in workers {
+        ongoing(&client, worker, "flags", &[], "ready");
+    }
+    stage.finish(&workers);
+}
+
+#[test]
+fn row_91_how_pid_1_runs_is_not_the_jobs_to_say() {
+    in_both("pid-1", [&[], &[]]);
+}
+
+#[test]
+fn row_95_no_line_discipline_is_set() {
+    in_both("line-disciplines", [&[], &[]]);
+}
+
+#[test]
+fn row_95_protocols_that_load_modules_are_not_there() {
+    in_both("protocols", [&["refused"], &["allowed"]]);
+}
+
+#[test]
+fn row_95_a_job_says_where_its_own_memory_is() {
+    in_both("memory-policy", [&[], &[]]);
 }

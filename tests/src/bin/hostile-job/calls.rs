@@ -47,28 +47,6 @@ const NEVER: &[Call] = &[
     // Only faults of its own, which needs no privilege.
     ("userfaultfd", libc::SYS_userfaultfd, [1, 0, 0, 0, 0, 0]),
     (
-        "io_uring_setup",
-        libc::SYS_io_uring_setup,
-        [1, NOWHERE, 0, 0, 0, 0],
-    ),
-    (
-        "io_uring_enter",
-        libc::SYS_io_uring_enter,
-        [NO_FILE, 0, 0, 0, 0, 0],
-    ),
-    (
-        "io_uring_register",
-        libc::SYS_io_uring_register,
-        [NO_FILE, 0, 0, 0, 0, 0],
-    ),
-    ("keyctl", libc::SYS_keyctl, [9999, 0, 0, 0, 0, 0]),
-    ("add_key", libc::SYS_add_key, [NOWHERE, NOWHERE, 0, 0, 0, 0]),
-    (
-        "request_key",
-        libc::SYS_request_key,
-        [NOWHERE, NOWHERE, 0, 0, 0, 0],
-    ),
-    (
         "kexec_load",
         libc::SYS_kexec_load,
         [0, ALL_BITS, NOWHERE, ALL_BITS, 0, 0],
@@ -89,11 +67,6 @@ const NEVER: &[Call] = &[
         [NO_FILE, NOWHERE, ALL_BITS, 0, 0, 0],
     ),
     ("delete_module", libc::SYS_delete_module, [NOWHERE, 0, 0, 0, 0, 0]),
-    (
-        "name_to_handle_at",
-        libc::SYS_name_to_handle_at,
-        [NO_FILE, NOWHERE, NOWHERE, NOWHERE, ALL_BITS, 0],
-    ),
     (
         "open_by_handle_at",
         libc::SYS_open_by_handle_at,
@@ -123,26 +96,66 @@ const NEVER: &[Call] = &[
     ("fanotify_init", libc::SYS_fanotify_init, [0x200, 0, 0, 0, 0, 0]),
     ("vhangup", libc::SYS_vhangup, [0; 6]),
     (
+        "migrate_pages",
+        libc::SYS_migrate_pages,
+        [1, 0, NOWHERE, NOWHERE, 0, 0],
+    ),
+    ("move_pages", libc::SYS_move_pages, [1, 0, 0, 0, 0, ALL_BITS]),
+    #[cfg(target_arch = "x86_64")]
+    ("iopl", libc::SYS_iopl, [9, 0, 0, 0, 0, 0]),
+    #[cfg(target_arch = "x86_64")]
+    ("ioperm", libc::SYS_ioperm, [1 << 20, 1, 1, 0, 0, 0]),
+];
+
+/// The same, of those that programs do without where the kernel has none.
+const UNAVAILABLE: &[Call] = &[
+    (
+        "io_uring_setup",
+        libc::SYS_io_uring_setup,
+        [1, NOWHERE, 0, 0, 0, 0],
+    ),
+    (
+        "io_uring_enter",
+        libc::SYS_io_uring_enter,
+        [NO_FILE, 0, 0, 0, 0, 0],
+    ),
+    (
+        "io_uring_register",
+        libc::SYS_io_uring_register,
+        [NO_FILE, 0, 0, 0, 0, 0],
+    ),
+    ("keyctl", libc::SYS_keyctl, [9999, 0, 0, 0, 0, 0]),
+    ("add_key", libc::SYS_add_key, [NOWHERE, NOWHERE, 0, 0, 0, 0]),
+    (
+        "request_key",
+        libc::SYS_request_key,
+        [NOWHERE, NOWHERE, 0, 0, 0, 0],
+    ),
+    ("io_setup", libc::SYS_io_setup, [1, NOWHERE, 0, 0, 0, 0]),
+    (
         "lookup_dcookie",
         libc::SYS_lookup_dcookie,
         [0, NOWHERE, 0, 0, 0, 0],
     ),
     ("nfsservctl", libc::SYS_nfsservctl, [0; 6]),
-    ("mbind", libc::SYS_mbind, [NOWHERE, 0, 9999, 0, 0, ALL_BITS]),
-    ("set_mempolicy", libc::SYS_set_mempolicy, [9999, 0, 0, 0, 0, 0]),
-    (
-        "migrate_pages",
-        libc::SYS_migrate_pages,
-        [0, 0, NOWHERE, NOWHERE, 0, 0],
-    ),
-    ("move_pages", libc::SYS_move_pages, [0, 0, 0, 0, 0, ALL_BITS]),
-    #[cfg(target_arch = "x86_64")]
-    ("iopl", libc::SYS_iopl, [9, 0, 0, 0, 0, 0]),
-    #[cfg(target_arch = "x86_64")]
-    ("ioperm", libc::SYS_ioperm, [1 << 20, 1, 1, 0, 0, 0]),
     // Reading its own table, which is empty.
     #[cfg(target_arch = "x86_64")]
     ("modify_ldt", libc::SYS_modify_ldt, [0, 0, 0, 0, 0, 0]),
+];
+
+/// The same, of those that do not work on every file.
+const NOT_FOR_FILES: &[Call] = &[
+    (
+        "name_to_handle_at",
+        libc::SYS_name_to_handle_at,
+        [NO_FILE, NOWHERE, NOWHERE, NOWHERE, ALL_BITS, 0],
+    ),
+    // Attributes that are none.
+    (
+        "file_setattr",
+        469,
+        [NO_FILE, NOWHERE, NOWHERE, NO_FILE, ALL_BITS, 0],
+    ),
 ];
 
 /// The same, of those that a slot may allow.
@@ -208,8 +221,15 @@ fn try_all(report: &mut Report, all: &[Call], reason: i32) {
     }
 }
 
-fn calls(report: &mut Report, _: &[String]) {
+/// What no slot allows.
+fn try_never(report: &mut Report) {
     try_all(report, NEVER, libc::EPERM);
+    try_all(report, UNAVAILABLE, libc::ENOSYS);
+    try_all(report, NOT_FOR_FILES, libc::EOPNOTSUPP);
+}
+
+fn calls(report: &mut Report, _: &[String]) {
+    try_never(report);
     try_all(report, OF_NAMESPACES, libc::EPERM);
     refused(
         report,
@@ -254,7 +274,7 @@ fn calls_in_user_namespace(report: &mut Report, _: &[String]) {
             "the slot allows user namespaces, and there is none: {error}"
         ));
     }
-    try_all(report, NEVER, libc::EPERM);
+    try_never(report);
     families(report);
     other_entry_points(report, &[]);
 }
@@ -275,7 +295,7 @@ fn other_entry_points(report: &mut Report, _: &[String]) {
         refused(report, format!("{name} by int 0x80"), result, libc::ENOSYS);
     }
     const X32: libc::c_long = 0x4000_0000;
-    for (name, number, arguments) in [NEVER, OF_NAMESPACES].concat() {
+    for (name, number, arguments) in [NEVER, UNAVAILABLE, NOT_FOR_FILES, OF_NAMESPACES].concat() {
         let result = call(number | X32, arguments);
         refused(report, format!("{name} of x32"), result, libc::ENOSYS);
     }
@@ -324,7 +344,7 @@ fn file_handles(report: &mut Report, _: &[String]) {
             report,
             &what,
             call(libc::SYS_name_to_handle_at, arguments),
-            libc::EPERM,
+            libc::EOPNOTSUPP,
         );
     }
 }

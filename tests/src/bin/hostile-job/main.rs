@@ -6,6 +6,7 @@
 
 mod calls;
 mod cleanup;
+mod filter;
 mod leave;
 mod memory;
 mod mess;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         mess::ATTEMPTS,
         cleanup::ATTEMPTS,
         calls::ATTEMPTS,
+        filter::ATTEMPTS,
         out::ATTEMPTS,
         up::ATTEMPTS,
         starve::ATTEMPTS,

@@ -476,7 +476,7 @@ fn handles(report: &mut Report, _: &[String]) {
                 0,
             ];
             let named = call(libc::SYS_name_to_handle_at, arguments);
-            refused(report, format!("the handle of {path}"), named, libc::EPERM);
+            refused(report, format!("the handle of {path}"), named, libc::EOPNOTSUPP);
         }
         // The handle of inode 2, the root of most disks' file systems: FILEID_INO32_GEN.
         handle[..4].copy_from_slice(&[8, 1, 2, 0]);

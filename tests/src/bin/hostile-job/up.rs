@@ -235,16 +235,12 @@ fn never_calls(report: &mut Report, place: &str) {
     let none = usize::MAX;
     for (name, number, arguments) in [
         ("bpf", libc::SYS_bpf, [0; 6]),
-        ("keyctl", libc::SYS_keyctl, [0; 6]),
-        ("add_key", libc::SYS_add_key, [0; 6]),
-        ("request_key", libc::SYS_request_key, [0; 6]),
         ("perf_event_open", libc::SYS_perf_event_open, [0; 6]),
         ("init_module", libc::SYS_init_module, [0, 0, empty, 0, 0, 0]),
         ("finit_module", libc::SYS_finit_module, [none, empty, 0, 0, 0, 0]),
         ("delete_module", libc::SYS_delete_module, [empty, 0, 0, 0, 0, 0]),
         // For its own memory alone, which an ordinary user may handle.
         ("userfaultfd", libc::SYS_userfaultfd, [1, 0, 0, 0, 0, 0]),
-        ("io_uring_setup", libc::SYS_io_uring_setup, [0; 6]),
         (
             "open_by_handle_at",
             libc::SYS_open_by_handle_at,
@@ -264,6 +260,16 @@ fn never_calls(report: &mut Report, place: &str) {
             call(number, arguments),
             libc::EPERM,
         );
+    }
+    for (name, number) in [
+        ("keyctl", libc::SYS_keyctl),
+        ("add_key", libc::SYS_add_key),
+        ("request_key", libc::SYS_request_key),
+        ("io_uring_setup", libc::SYS_io_uring_setup),
+        ("io_setup", libc::SYS_io_setup),
+    ] {
+        let what = format!("{name} {place}");
+        refused(report, &what, call(number, [0; 6]), libc::ENOSYS);
     }
 }
 
