@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 
 use libc::{c_long, sock_filter};
 
+use crate::sys;
+
 /// `linux/audit.h`: what the kernel says of a call that was made by this architecture's own entry point.
 #[cfg(target_arch = "x86_64")]
 const NATIVE: u32 = 0xc000_003e;
@@ -367,6 +369,12 @@ pub fn daemon() -> Steps {
 pub fn connection() -> Steps {
     let mut rules = Rules::default();
     rules.each(CONNECTION, ALLOW);
+    // The deletion's one request: to make a btrfs subvolume of the job's writable.
+    let request = BTreeMap::from([(sys::SET_SUBVOLUME_FLAGS, answer(ALLOW))]);
+    rules.rule(
+        libc::SYS_ioctl,
+        decide(argument(1), u32::MAX, request, answer(REFUSED)),
+    );
     rules.program(LAST, REFUSED)
 }
 
@@ -996,6 +1004,27 @@ mod tests {
             libc::SYS_linkat,
         ] {
             assert_eq!(run(&connection(), NATIVE, call as u32, [0; 6]), REFUSED, "{call}");
+        }
+    }
+
+    #[test]
+    fn a_connection_may_make_one_request_of_ioctl() {
+        let ask = |request: u64| {
+            run(
+                &connection(),
+                NATIVE,
+                libc::SYS_ioctl as u32,
+                [0, request, 0, 0, 0, 0],
+            )
+        };
+        let allowed = u64::from(sys::SET_SUBVOLUME_FLAGS);
+        assert_eq!(ask(allowed), ALLOW);
+        for bit in 0..32 {
+            assert_eq!(ask(allowed ^ 1 << bit), REFUSED, "{bit}");
+        }
+        // FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR, FS_IOC_ADD_ENCRYPTION_KEY, BTRFS_IOC_SNAP_CREATE_V2, BTRFS_IOC_SNAP_DESTROY.
+        for request in [0, 0x4008_6602, 0x401c_5820, 0xc050_6617, 0x5000_9417, 0x5000_940f] {
+            assert_eq!(ask(request), REFUSED, "{request:#x}");
         }
     }
 }

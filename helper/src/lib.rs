@@ -18,6 +18,7 @@ mod by_hand;
 mod cgroup;
 mod connection;
 mod devices;
+mod filesystem;
 mod filter;
 mod host;
 mod hotplug;
@@ -180,6 +181,9 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     let cgroups =
         cgroup::prepare(options.cgroup.as_deref(), options.apart).context("cannot prepare the cgroup")?;
     let host = Host::open(&options.root, &cgroups)?;
+    if let Some(warning) = filesystem::check(&host.workers)? {
+        warn!("{warning}");
+    }
     let (config, _) = host.configuration()?;
     let client = user::supervisor(&host, &config.factory.user)?;
     for warning in check_configuration(&host, &config)? {

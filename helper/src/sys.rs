@@ -255,6 +255,20 @@ pub fn copy_window_size(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<
     done(unsafe { libc::ioctl(to.as_raw_fd(), libc::TIOCSWINSZ, &size) }.into())
 }
 
+/// The inode number of a btrfs subvolume's top directory (`BTRFS_FIRST_FREE_OBJECTID` of `linux/btrfs_tree.h`).
+pub const SUBVOLUME_TOP: u64 = 256;
+
+/// `BTRFS_IOC_SUBVOL_SETFLAGS` of `linux/btrfs.h`.
+pub const SET_SUBVOLUME_FLAGS: u32 = 0x4008_941a;
+
+/// Clear the flags of the btrfs subvolume with this top directory, so that a read-only one can be written. It takes the
+/// owner of the directory, and no capability. ENOTTY: the file system is another.
+pub fn make_subvolume_writable(top: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = 0u64;
+    // SAFETY: the request reads 8 bytes, which outlive the call.
+    done(unsafe { libc::ioctl(top.as_raw_fd(), SET_SUBVOLUME_FLAGS as _, &flags) }.into())
+}
+
 /// `quotactl(2)`'s command, for user quotas (type 0).
 const fn user_quota(command: u32) -> u32 {
     command << 8

@@ -143,7 +143,13 @@ fn open_own(parent: impl AsFd, name: &Path) -> nix::Result<OwnedFd> {
         }
         dir => dir?,
     };
-    if fstat(&dir)?.st_mode & 0o700 != 0o700 {
+    let stat = fstat(&dir)?;
+    if stat.st_ino == sys::SUBVOLUME_TOP {
+        // In a read-only subvolume not even a mode can be changed. A directory of another file system may have the same
+        // number: there the request is unknown. What fails for another reason is told by the next change.
+        let _ = sys::make_subvolume_writable(dir.as_fd());
+    }
+    if stat.st_mode & 0o700 != 0o700 {
         fchmod(&dir, Mode::S_IRWXU)?;
     }
     Ok(dir)
@@ -358,6 +364,11 @@ fn empty(fs: BorrowedFd<'_>, tree: &Path, count: &mut dyn FnMut()) -> Result<()>
         if let Some(next) = level.names.pop() {
             let inner = match open_own(&own, Path::new(&next)) {
                 Err(Errno::ENOENT) => continue,
+                // No job can make one: it takes requests of ioctl(2) that are refused to it.
+                Err(Errno::EROFS) => bail!(
+                    "cannot open {next:?}, which is closed to its owner and read-only: if it is a snapshot, make it \
+                     writable (btrfs property set -ts PATH ro false), and repeat"
+                ),
                 inner => inner.with_context(|| format!("cannot open {next:?}"))?,
             };
             let content = Level::begin(&inner, count)?;

@@ -4,7 +4,7 @@
 
 # What the tests and stories use in the machine.
 packages=(
-    systemd-sysv udev dbus libnss-systemd kmod procps iproute2 util-linux e2fsprogs xfsprogs nftables
+    systemd-sysv udev dbus libnss-systemd kmod procps iproute2 util-linux e2fsprogs xfsprogs btrfs-progs nftables
     python3 ca-certificates sudo cron at
     initramfs-tools zstd linux-image-amd64/bookworm-backports
 )

@@ -114,15 +114,56 @@ impl SmallDisk {
         run(&["sync", "-f"], &self.0);
     }
 
-    /// XFS, which always has quotas, with those of users enforced, and of projects.
+    /// XFS, with quotas of users enforced, and of projects.
     pub fn xfs(host: &TestHost) -> SmallDisk {
+        SmallDisk::xfs_with(host, "loop,uquota,pquota")
+    }
+
+    /// XFS without quotas, for kernels that have none.
+    pub fn plain_xfs(host: &TestHost) -> SmallDisk {
+        SmallDisk::xfs_with(host, "loop")
+    }
+
+    fn xfs_with(host: &TestHost, options: &str) -> SmallDisk {
         // As small as mkfs.xfs makes one.
         let image = sparse(host, 320 << 20);
         let mkfs = crate::harness::tool("mkfs.xfs", "xfsprogs");
         run(&[mkfs.to_str().expect("its path is ASCII"), "-q"], &image);
         let disk = SmallDisk(host.root.join(STATE_DIR));
         let image = image.to_str().expect("a test's path is ASCII");
-        run(&["mount", "-o", "loop,uquota,pquota", image], &disk.0);
+        run(&["mount", "-o", options, image], &disk.0);
+        disk
+    }
+
+    /// btrfs, which lets everybody make subvolumes.
+    pub fn btrfs(host: &TestHost) -> SmallDisk {
+        let image = sparse(host, 256 << 20);
+        let mkfs = crate::harness::tool("mkfs.btrfs", "btrfs-progs");
+        run(&[mkfs.to_str().expect("its path is ASCII"), "-q"], &image);
+        let disk = SmallDisk(host.root.join(STATE_DIR));
+        let image = image.to_str().expect("a test's path is ASCII");
+        run(&["mount", "-o", "loop", image], &disk.0);
+        disk
+    }
+
+    /// overlayfs, as in a container.
+    pub fn overlay(host: &TestHost) -> SmallDisk {
+        let at = |name: &str| {
+            let dir = host.root.join(name);
+            std::fs::create_dir(&dir).expect("the test's directory is writable");
+            dir.display().to_string()
+        };
+        let (lower, upper, work) = (at("lower"), at("upper"), at("overlay-work"));
+        let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+        let disk = SmallDisk(host.root.join(STATE_DIR));
+        run(&["mount", "-t", "overlay", "-o", &options, "none"], &disk.0);
+        disk
+    }
+
+    /// A file system without a backing store, which the helper does not know.
+    pub fn ramfs(host: &TestHost) -> SmallDisk {
+        let disk = SmallDisk(host.root.join(STATE_DIR));
+        run(&["mount", "-t", "ramfs", "-o", "mode=755", "none"], &disk.0);
         disk
     }
 

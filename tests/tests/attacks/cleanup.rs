@@ -1,19 +1,22 @@
 //! Group B: a hostile job; what it attempts is in `hostile-job`'s module of the same name.
 
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sys::inotify::AddWatchFlags;
 use nix::sys::statvfs::statvfs;
-use protocol::{Request, State};
+use protocol::config::STATE_DIR;
+use protocol::{Reply, Request, State};
 use testbed::census::Census;
 use testbed::disk::SmallDisk;
-use testbed::harness::{Client, SUPERVISOR_UID, TestHost, place};
-use testbed::stage::{SLOTS, Stage, attack, created, read, start_attack, state, wait_for_line, watch};
+use testbed::harness::{Client, SUPERVISOR_UID, TestHost, place, sealed, tool};
+use testbed::stage::{
+    SLOTS, Stage, attack, created, install, read, run, start_attack, state, wait_for_line, wait_until, watch,
+};
 
 use crate::leave::{ongoing, with_user_namespaces};
 
@@ -241,7 +244,7 @@ fn row_27_a_job_that_has_filled_the_disk_is_removed() {
             );
             assert_eq!(state(&client, worker), State::Running, "{}", read(&console));
             let reply = client.ask(&Request::Delete { worker }).0;
-            assert_eq!(reply, protocol::Reply::Deleted, "{steps:?}, in memory: {memory}");
+            assert_eq!(reply, Reply::Deleted, "{steps:?}, in memory: {memory}");
             before.assert_unchanged(&host);
             drop(disk);
         }
@@ -258,6 +261,162 @@ fn row_28_daemons_that_make_files_anew_are_gone_with_the_files() {
         wait_for_line(&console, &format!("recreates {number}"));
     }
     stage.finish(&[worker]);
+}
+
+/// As root, from outside: no job is let make these.
+fn btrfs(words: &[&str], paths: &[&Path]) {
+    let mut command = Command::new(tool("btrfs", "btrfs-progs"));
+    let output = command.args(words).args(paths).output().expect("it is there");
+    assert!(output.status.success(), "{words:?} {paths:?}: {output:?}");
+}
+
+fn snapshot(of: &Path, at: &Path) {
+    btrfs(&["subvolume", "snapshot", "-r"], &[of, at]);
+    // It is read-only indeed.
+    let error = fs::write(at.join("more"), "x").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnlyFilesystem);
+}
+
+/// A directory of the worker's user, whose uid is that of the tree around it.
+fn give(path: &Path, uid: u32) {
+    for name in fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()) {
+        if name.is_dir() {
+            give(&name, uid);
+        }
+        lchown(&name, Some(uid), Some(uid)).unwrap();
+    }
+    lchown(path, Some(uid), Some(uid)).unwrap();
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+}
+
+/// A host whose state directory is on a file system of its own.
+fn on_disk(disk: fn(&TestHost) -> SmallDisk) -> Stage {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    fs::create_dir_all(host.root.join(STATE_DIR)).unwrap();
+    let disk = disk(&host);
+    Stage::on(host, Some(disk))
+}
+
+#[test]
+fn row_89_subvolumes_and_read_only_snapshots_are_deleted() {
+    let stage = on_disk(SmallDisk::btrfs);
+    let client = stage.client();
+    let worker = created(&client, "a");
+    run(&client, worker, "true");
+    let trees = stage.host.worker_dir(worker).join("fs");
+    let uid = fs::metadata(trees.join("work")).unwrap().uid();
+    for tree in ["work", "tmp"] {
+        let at = |name: &str| trees.join(tree).join(name);
+        for path in ["one", "one/two"] {
+            btrfs(&["subvolume", "create"], &[&at(path)]);
+            fs::create_dir_all(at(path).join("closed/below")).unwrap();
+            for file in ["file", "closed/file", "closed/below/file"] {
+                fs::write(at(path).join(file), "x").unwrap();
+            }
+            for dir in ["closed/below", "closed"] {
+                set_mode(&at(path).join(dir), 0o000);
+            }
+        }
+        give(&at("one"), uid);
+        // In a snapshot, the subvolumes below are empty directories.
+        snapshot(&at("one"), &at("snapshot"));
+        snapshot(&at("snapshot"), &at("of a snapshot"));
+        // One in the other, both read-only, the upper one without the right to write in its mode.
+        set_mode(&at("one"), 0o500);
+        for path in ["one/two", "one"] {
+            btrfs(
+                &["property", "set", "-ts"],
+                &[&at(path), "ro".as_ref(), "true".as_ref()],
+            );
+        }
+    }
+    stage.delete(&[worker]);
+    let next = created(&client, "a");
+    stage.finish(&[next]);
+}
+
+#[test]
+fn row_89_a_snapshot_that_its_owner_cannot_open_is_named_and_deleted_once_it_is_writable() {
+    let stage = on_disk(SmallDisk::btrfs);
+    let client = stage.client();
+    let worker = created(&client, "a");
+    run(&client, worker, "true");
+    let work = stage.host.worker_dir(worker).join("fs/work");
+    let at = |name: &str| work.join(name);
+    btrfs(&["subvolume", "create"], &[&at("one")]);
+    give(&at("one"), fs::metadata(&work).unwrap().uid());
+    set_mode(&at("one"), 0o000);
+    snapshot(&at("one"), &at("snapshot"));
+    let Reply::Error(error) = client.ask(&Request::Delete { worker }).0 else {
+        panic!("a snapshot that nobody can open is deleted")
+    };
+    for part in ["the tree work", "\"snapshot\"", "btrfs property set"] {
+        assert!(error.message().contains(part), "{error}");
+    }
+    btrfs(
+        &["property", "set", "-ts"],
+        &[&at("snapshot"), "ro".as_ref(), "false".as_ref()],
+    );
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn row_89_the_file_systems_that_the_helper_takes_are_those_on_which_all_is_deleted() {
+    for disk in [
+        |host: &TestHost| SmallDisk::ext4(host, 4000),
+        SmallDisk::plain_xfs,
+        SmallDisk::btrfs,
+        SmallDisk::in_memory,
+        SmallDisk::overlay,
+    ] {
+        let stage = on_disk(disk);
+        assert_eq!(
+            stage.helper.log.count(&["was not tested"]),
+            0,
+            "{}",
+            stage.helper.log.text()
+        );
+        let client = stage.client();
+        let worker = created(&client, "a");
+        ongoing(&client, worker, "mess", &[], "ready");
+        stage.finish(&[worker]);
+    }
+    let unknown = on_disk(SmallDisk::ramfs);
+    unknown.helper.log.wait(&["was not tested", "0x858458f6"]);
+    unknown.finish(&[]);
+}
+
+#[test]
+fn row_96_descriptors_of_a_deleted_workers_console_hold_no_block() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let (reply, console) = install(&client, worker, sealed(b"#!/bin/bash\nyes | head -c 4M\n"));
+    assert_eq!(reply, Reply::AgentStarted);
+    wait_until(&client, worker, |state| state != State::Running);
+    let (reply, attached) = client.ask(&Request::Attach { worker });
+    assert!(matches!(reply, Reply::Attached { .. }), "{reply:?}");
+    let held: Vec<File> = console
+        .into_iter()
+        .chain(attached.into_iter().map(File::from))
+        .collect();
+    let sizes = || -> Vec<(u64, u64)> {
+        let meta = held.iter().map(|console| console.metadata().unwrap());
+        meta.map(|meta| (meta.len(), meta.blocks())).collect()
+    };
+    assert!(
+        sizes()
+            .iter()
+            .all(|(bytes, blocks)| *bytes > 1 << 20 && *blocks > 0),
+        "{:?}",
+        sizes()
+    );
+    stage.finish(&[worker]);
+    assert_eq!(sizes(), [(0, 0); 2]);
 }
 
 #[test]
