@@ -1,7 +1,8 @@
 #!/bin/bash
 # Ordinary software in a job, behind the whole wall: cargo run -p testbed --bin demo -- tests/software.sh
 #
-# It needs the network, and of Debian: build-essential cmake git gdb strace python3-venv npm chromium.
+# It needs the network, and of Debian: build-essential cmake git gdb strace python3-venv npm man-db openssh-client e2fsprogs
+# libudev1 chromium.
 cd "$(mktemp -d)" || exit 1
 failed=0
 
@@ -65,7 +66,50 @@ the_chromium() {
     grep -q '42' dom
 }
 
-for name in cargo make cmake npm pip apt git gdb strace chromium; do
+the_files() {
+    mkdir f && echo one >f/one && cp -a --reflink=auto f f2 && cp --sparse=always f/one f/two && tar cf f.tar --xattrs --acls f &&
+        mkdir x && tar xf f.tar -C x && diff -r f x/f && dd if=/dev/zero of=disk bs=1M count=8 && /usr/sbin/mkfs.ext4 -q -F disk &&
+        /usr/sbin/filefrag disk && lsattr f
+}
+
+# A key agent, which sets the limit of cores; and a pager with a sandbox of its own.
+the_agents() {
+    eval "$(ssh-agent)" && ssh-keygen -q -t ed25519 -N '' -f key && ssh-add key && ssh-add -l && ssh-agent -k && man ls | grep -q LS
+}
+
+# What libusb does when it starts: it cannot without a filter on its socket.
+the_udev() {
+    /usr/bin/python3 - <<'PYTHON'
+from ctypes import CDLL, c_void_p
+udev = CDLL("libudev.so.1")
+udev.udev_new.restype = udev.udev_monitor_new_from_netlink.restype = c_void_p
+monitor = c_void_p(udev.udev_monitor_new_from_netlink(c_void_p(udev.udev_new()), b"udev"))
+assert udev.udev_monitor_filter_add_match_subsystem_devtype(monitor, b"usb", b"usb_device") == 0
+assert udev.udev_monitor_enable_receiving(monitor) == 0
+assert udev.udev_monitor_filter_remove(monitor) == 0
+PYTHON
+}
+
+# Sockets of the usual kinds, addresses and names; and what a program that would like Multipath TCP is told.
+the_network() {
+    /usr/bin/python3 - <<'PYTHON'
+import socket
+for family, protocol in (socket.AF_INET, 0), (socket.AF_INET, socket.IPPROTO_TCP), (socket.AF_INET6, 0):
+    socket.socket(family, socket.SOCK_STREAM, protocol)
+try:
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
+except PermissionError:
+    pass  # net.ipv4.ping_group_range leaves the job's group out
+print(socket.if_nameindex(), socket.getaddrinfo("localhost", 80))
+try:
+    socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    raise SystemExit("Multipath TCP")
+except OSError as error:
+    print(error)
+PYTHON
+}
+
+for name in cargo make cmake npm pip apt git gdb strace files agents udev network chromium; do
     try "$name" "the_$name"
 done
 exit $failed

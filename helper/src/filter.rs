@@ -286,8 +286,8 @@ fn ranges(cases: BTreeMap<u32, Steps>, otherwise: &Steps) -> Vec<(u32, Steps)> {
     };
     let mut next = Some(0);
     for (value, steps) in cases {
-        if next.is_some_and(|next| value > next) {
-            begin(next.expect("there is a value"), otherwise.clone());
+        if let Some(next) = next.filter(|next| *next != value) {
+            begin(next, otherwise.clone());
         }
         begin(value, steps);
         next = value.checked_add(1);
