@@ -131,8 +131,10 @@ const SYNC: &[c_long] = &[
     libc::SYS_sync_file_range,
 ];
 
-/// What the processes of connections call: see each module for where. Collected by tracing the tests, and read.
+/// What the listener and its sessions call: see each module for where. Collected by tracing the tests, and read.
 const CONNECTION: &[c_long] = &[
+    // The listener's next connection. A session has no socket that listens, and cannot make one.
+    libc::SYS_accept4,
     // Packets, and the daemon's and the child's words.
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
@@ -365,7 +367,7 @@ pub fn daemon() -> Steps {
     never().program(LAST, ALLOW)
 }
 
-/// For a process that serves a connection.
+/// For the listener, and by inheritance for its sessions.
 pub fn connection() -> Steps {
     let mut rules = Rules::default();
     rules.each(CONNECTION, ALLOW);
@@ -374,6 +376,12 @@ pub fn connection() -> Steps {
     rules.rule(
         libc::SYS_ioctl,
         decide(argument(1), u32::MAX, request, answer(REFUSED)),
+    );
+    // The listener's one question: who is at the other end of a new connection.
+    let option = BTreeMap::from([(libc::SO_PEERCRED as u32, answer(ALLOW))]);
+    rules.rule(
+        libc::SYS_getsockopt,
+        decide(argument(2), u32::MAX, option, answer(REFUSED)),
     );
     rules.program(LAST, REFUSED)
 }
@@ -997,6 +1005,8 @@ mod tests {
             libc::SYS_setns,
             libc::SYS_clone3,
             libc::SYS_socket,
+            libc::SYS_bind,
+            libc::SYS_listen,
             libc::SYS_connect,
             libc::SYS_ptrace,
             libc::SYS_bpf,
@@ -1004,6 +1014,20 @@ mod tests {
             libc::SYS_linkat,
         ] {
             assert_eq!(run(&connection(), NATIVE, call as u32, [0; 6]), REFUSED, "{call}");
+        }
+    }
+
+    #[test]
+    fn a_session_may_ask_one_thing_of_a_socket() {
+        for option in 0..256 {
+            let asked = run(
+                &connection(),
+                NATIVE,
+                libc::SYS_getsockopt as u32,
+                [3, libc::SOL_SOCKET as u64, option, 0, 0, 0],
+            );
+            let may = option == libc::SO_PEERCRED as u64;
+            assert_eq!(asked, if may { ALLOW } else { REFUSED }, "{option}");
         }
     }
 

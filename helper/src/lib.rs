@@ -5,10 +5,11 @@
 //! protocol is specified in the `protocol` crate. The helper keeps no state in memory: the kernel and
 //! its state directory are its state, so it can be restarted at any time.
 //!
-//! Three kinds of processes, each with the `privileges` that it needs. The *daemon* (in this file) accepts, forks,
-//! and builds what every job sees (`view`). A process for each *connection* (`connection`) reads what the
-//! supervisor sends, with few capabilities and few system calls: `policy` decides, `tenancy` takes and frees slots,
-//! `user`, `trees`, `cgroup`, `limits` and `install` are the mechanisms. What takes more it asks of the daemon
+//! Four kinds of processes, each with the `privileges` that it needs. The *monitor*, also called the daemon (in this
+//! file), builds what every job sees (`view`), and starts the others. The *listener* (`listener`) accepts, with few
+//! capabilities and few system calls, and forks a *session* for each connection (`connection`), which inherits both
+//! and reads what the supervisor sends: `policy` decides, `tenancy` takes and frees slots,
+//! `user`, `trees`, `cgroup`, `limits` and `install` are the mechanisms. What takes more it asks of the monitor
 //! by an order (`orders`), which `launch` carries out: above all a worker's *first process*, which makes its
 //! job's `sandbox` (`devices`, `network`, `filter`), gives up everything, and is its pid 1 (`init`). All
 //! `unsafe` is in `sys`. What a person on the host does as root, with the same sandbox and no socket, is
@@ -26,6 +27,7 @@ mod init;
 mod install;
 mod launch;
 mod limits;
+mod listener;
 mod network;
 mod orders;
 mod policy;
@@ -39,16 +41,15 @@ mod user;
 mod view;
 mod worker;
 
-use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
@@ -62,25 +63,19 @@ use nix::sys::socket::{
     sockopt,
 };
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
 use protocol::Seqpacket;
 use protocol::config::{self, Config};
 use tracing::{error, info, warn};
 
-use connection::OnHost;
 use host::Host;
 use hotplug::Hotplug;
+use listener::Listener;
 use view::View;
 
 // For those who try the helper's parts by themselves (`fuzz/`).
 pub use connection::{Operations, Peer, serve as serve_connection};
 pub use orders::{Order, Word};
 pub use worker::{Record, parse_exit, print_exit};
-
-/// The most connections that are served at once; the supervisor makes one for each operation.
-const MAX_CONNECTIONS: usize = 256;
-/// The most that are told so beyond these. Others wait in the listener's queue.
-const MAX_BUSY: usize = 64;
 
 const USAGE: &str = "usage: user-factory-helper [--root DIR] [--cgroup PATH [--apart]]
        user-factory-helper run [--root DIR] [--slot SLOT] -- COMMAND [ARGUMENT…]
@@ -303,29 +298,24 @@ fn check_socket(socket: &OwnedFd) -> Result<()> {
     host::only_root_writes(path.parent().context("it is in no directory")?)
 }
 
-/// Accept, check who it is, and fork; carry out orders; follow devices. Nothing that the supervisor sends is
-/// ever read in this process.
-fn serve(host: &Host, config: &Config, view: &mut View, listener: OwnedFd, client: u32) -> Result<()> {
-    // The standard library's listener does not mind that packets have borders.
-    let listener = UnixListener::from(listener);
-    listener.set_nonblocking(true)?;
+/// Keep a listener running, carry out orders, follow devices. Nothing that the supervisor sends is ever read in this
+/// process.
+fn serve(host: &Host, config: &Config, view: &mut View, socket: OwnedFd, client: u32) -> Result<()> {
     let mask = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT]);
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    // Only now: who is told may say at once that it should stop.
-    info!(slots = config.slots.len(), client, "serving");
-    let (orders, for_connections) = socketpair(
+    let (orders, for_sessions) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
         None,
         SockFlag::SOCK_CLOEXEC,
     )?;
-    let (orders, for_connections) = (Seqpacket::from(orders), Seqpacket::from(for_connections));
+    let orders = Seqpacket::from(orders);
+    let mut listener = Listener::new(socket, client, for_sessions.into(), Instant::now())?;
     let mut hotplug = Hotplug::new()?;
     hotplug.refresh(host);
-    let mut connections = BTreeSet::new();
     loop {
-        let full = connections.len() >= MAX_CONNECTIONS + MAX_BUSY;
+        listener.tick(host, Instant::now());
         let ready = {
             let mut events = vec![
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
@@ -333,12 +323,10 @@ fn serve(host: &Host, config: &Config, view: &mut View, listener: OwnedFd, clien
                 PollFd::new(hotplug.as_fd(), PollFlags::POLLIN),
                 PollFd::new(view.as_fd(), PollFlags::POLLPRI),
             ];
-            if !full {
-                events.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
-            }
-            match poll(&mut events, PollTimeout::NONE) {
+            events.extend(listener.events());
+            match poll(&mut events, until(listener.due())) {
                 Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno).context("cannot wait for connections"),
+                Err(errno) => return Err(errno).context("cannot wait for orders"),
             }
             events
                 .iter()
@@ -347,12 +335,12 @@ fn serve(host: &Host, config: &Config, view: &mut View, listener: OwnedFd, clien
         };
         while let Some(signal) = signals.read_signal()? {
             if signal.ssi_signo != Signal::SIGCHLD as u32 {
-                // Connections go on to their end, and workers do not notice.
+                // Sessions go on to their end, and workers do not notice. The listener ends with this process.
                 info!("stopping");
                 return Ok(());
             }
         }
-        reap(&mut connections);
+        reap(&mut listener);
         if ready[1] && launch::take_order(host, view, &orders) {
             // The configuration may name other devices now.
             hotplug.refresh(host);
@@ -367,67 +355,26 @@ fn serve(host: &Host, config: &Config, view: &mut View, listener: OwnedFd, clien
                 warn!("no job can be started until this is mended: {error:#}");
             }
         }
-        if ready.get(4) == Some(&true) {
-            accept(host, &listener, &for_connections, client, &mut connections);
+        if ready[4..].contains(&true) && listener.on_event(Instant::now()) {
+            info!(slots = config.slots.len(), client, "serving");
         }
     }
 }
 
-/// Collect the dead: connections, workers' first processes, orphans.
-fn reap(connections: &mut BTreeSet<Pid>) {
+/// How long to wait so that this time has come.
+fn until(due: Option<Instant>) -> PollTimeout {
+    due.map_or(PollTimeout::NONE, |due| {
+        let left = due.saturating_duration_since(Instant::now()).as_millis() + 1;
+        PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+    })
+}
+
+/// Collect the dead: a listener, workers' first processes, orphans.
+fn reap(listener: &mut Listener) {
     while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-        match status {
-            WaitStatus::StillAlive => break,
-            WaitStatus::Signaled(pid, signal, _) => {
-                if connections.remove(&pid) {
-                    warn!("a connection's process was ended by {signal}: its request is lost, repeat it");
-                }
-            }
-            other => {
-                other.pid().map(|pid| connections.remove(&pid));
-            }
+        if status == WaitStatus::StillAlive {
+            return;
         }
-    }
-}
-
-fn accept(
-    host: &Host,
-    listener: &UnixListener,
-    orders: &Seqpacket,
-    client: u32,
-    connections: &mut BTreeSet<Pid>,
-) {
-    let connection = match listener.accept() {
-        Ok((connection, _)) => OwnedFd::from(connection),
-        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
-        Err(error) => return warn!("cannot accept a connection: {error}"),
-    };
-    let peer = match getsockopt(&connection, sockopt::PeerCredentials) {
-        Ok(peer) => Peer {
-            uid: peer.uid(),
-            pid: peer.pid(),
-        },
-        Err(errno) => return warn!("hung up: cannot ask who it is: {errno}"),
-    };
-    if peer.uid != client {
-        let Peer { uid, pid } = peer;
-        return warn!(uid, pid, "hung up: the helper serves uid {client} alone");
-    }
-    let busy = connections.len() >= MAX_CONNECTIONS;
-    let own = [connection.as_raw_fd(), orders.as_raw_fd()];
-    let keep = [&host.descriptors()[..], &own].concat();
-    let child = sys::fork(|| {
-        // The listening socket, the lock and the host's mount namespace are the daemon's alone.
-        let alone = sys::close_all_but(&keep).is_ok() && SigSet::empty().thread_set_mask().is_ok();
-        match privileges::of_a_connection() {
-            Ok(()) if alone => connection::serve(&OnHost { host, orders }, peer, busy, connection.into()),
-            Ok(()) => warn!("hung up: cannot close what is not a connection's"),
-            Err(error) => warn!("hung up: {error:#}"),
-        }
-        0
-    });
-    match child {
-        Ok(pid) => drop(connections.insert(pid)),
-        Err(error) => warn!("cannot fork for a connection: {error}"),
+        listener.ended(status, Instant::now());
     }
 }

@@ -7,8 +7,8 @@ use caps::{CapSet, Capability};
 
 use crate::{filter, sys};
 
-/// What the processes of connections keep, and for what. They alone read what the supervisor sends.
-const OF_CONNECTIONS: [Capability; 5] = [
+/// What the listener and its sessions keep, and for what. Sessions alone read what the supervisor sends.
+const OF_SESSIONS: [Capability; 5] = [
     // Becoming the job's user, to delete its trees and to end and count its processes.
     Capability::CAP_SETUID,
     Capability::CAP_SETGID,
@@ -25,7 +25,7 @@ const OF_THE_DAEMON: [Capability; 6] = [
     Capability::CAP_SYS_ADMIN,
     // setns(2) to a mount namespace and pivot_root(2) need it beside CAP_SYS_ADMIN.
     Capability::CAP_SYS_CHROOT,
-    // Emptying the bounding set of a job, and of connections.
+    // Emptying the bounding set of a job, and of the listener.
     Capability::CAP_SETPCAP,
     // The nodes of a job's /dev.
     Capability::CAP_MKNOD,
@@ -36,7 +36,7 @@ const OF_THE_DAEMON: [Capability; 6] = [
 
 /// For the daemon: what it and its children need.
 pub fn of_the_daemon() -> Result<()> {
-    let keep: HashSet<_> = OF_CONNECTIONS.into_iter().chain(OF_THE_DAEMON).collect();
+    let keep: HashSet<_> = OF_SESSIONS.into_iter().chain(OF_THE_DAEMON).collect();
     for capability in caps::read(None, CapSet::Bounding)
         .map_err(describe)?
         .difference(&keep)
@@ -55,13 +55,14 @@ pub fn of_the_daemon() -> Result<()> {
     sys::filter_system_calls(&filter::daemon()).context("cannot filter system calls")
 }
 
-/// For a process that serves a connection: what is left takes no mounts, no namespaces, no devices and no network.
-pub fn of_a_connection() -> Result<()> {
+/// For the listener, and by inheritance for its sessions: what is left takes no mounts, no namespaces, no devices and
+/// no network.
+pub fn of_a_session() -> Result<()> {
     // The daemon has dropped the others.
     for capability in OF_THE_DAEMON {
         caps::drop(None, CapSet::Bounding, capability).map_err(describe)?;
     }
-    keep_only(&OF_CONNECTIONS.into())?;
+    keep_only(&OF_SESSIONS.into())?;
     sys::filter_system_calls(&filter::connection()).context("cannot filter system calls")
 }
 

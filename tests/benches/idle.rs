@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use testbed::bench::{Options, Report};
 use testbed::house::House;
+use testbed::tracer::service::listener;
 
 /// What the kernel has counted for a process, over all its threads (`proc(5)`).
 #[derive(Clone, Copy, Debug, Default)]
@@ -106,6 +107,7 @@ fn main() {
     let halves = [
         ("helper", house.helper.pid()),
         ("supervisor", house.supervisor.pid()),
+        ("listener", listener(house.helper.pid())),
     ];
     let before = halves.map(|(_, pid)| counted(pid));
     let requests = house.server.all_requests().values().sum::<u64>();

@@ -10,13 +10,13 @@ use protocol::{Reply, Request, WorkerId};
 use testbed::harness::{Client, TestHost, sealed, worker_id};
 use testbed::tracer::service::{KINDS, Kind, Span, watch};
 
-/// At most so many, for each operation on a connection of its own, which takes some 60 of them.
+/// At most so many, for each operation on a connection of its own, which takes some 40 of them.
 const BUDGET: [(&str, usize); 5] = [
-    ("CreateUser", 110),
+    ("CreateUser", 95),
     ("InstallAgent", 560),
-    ("List", 80),
-    ("Kill", 80),
-    ("Delete", 320),
+    ("List", 60),
+    ("Kill", 60),
+    ("Delete", 305),
 ];
 
 /// The least of so many tries: waiting for what the kernel does takes more or fewer looks.
@@ -86,6 +86,7 @@ fn an_operation_takes_no_more_system_calls_than_its_budget() {
 fn name(kind: Kind) -> &'static str {
     match kind {
         Kind::Daemon => "daemon",
+        Kind::Listener => "listener",
         Kind::Connection => "connection",
         Kind::AsUser => "as the user",
         Kind::Order => "order",

@@ -59,24 +59,26 @@ pub enum Then {
 }
 
 /// Trace a running process, all its threads, and all that it starts, until `watch` says `End` or the process is
-/// gone. It must run in a thread of its own, which ends with it: then the kernel lets everybody go.
+/// gone; and `others` that run already, with what they start. It must run in a thread of its own, which ends with it:
+/// then the kernel lets everybody go.
 ///
 /// `attached` is called when nothing that the process does from now on is missed. The process itself, once
 /// dead, is left for its parent to reap.
-pub fn trace(root: Pid, attached: impl FnOnce(), mut watch: impl FnMut(Pid, Event) -> Then) {
+pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl FnMut(Pid, Event) -> Then) {
     let options = Options::PTRACE_O_TRACESYSGOOD
         | Options::PTRACE_O_TRACEFORK
         | Options::PTRACE_O_TRACEVFORK
         | Options::PTRACE_O_TRACECLONE
         | Options::PTRACE_O_TRACEEXEC;
-    for thread in threads(root) {
-        seize(thread, options);
+    let all: Vec<Pid> = [&[root], others].concat().into_iter().flat_map(threads).collect();
+    for thread in &all {
+        seize(*thread, options);
     }
     // One that has stopped itself runs under the tracer all the same; but left alone later, it would stop again.
     let _ = kill(root, Signal::SIGCONT);
     attached();
     // What each is in the middle of.
-    let mut inside: HashMap<Pid, Option<Call>> = threads(root).into_iter().map(|t| (t, None)).collect();
+    let mut inside: HashMap<Pid, Option<Call>> = all.into_iter().map(|t| (t, None)).collect();
     // Children that stopped before their parents were seen to have made them.
     let mut early: HashSet<Pid> = HashSet::new();
     loop {

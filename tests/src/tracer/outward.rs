@@ -63,6 +63,7 @@ pub fn watch(program: u32, below: &Path, end_before: Option<usize>) -> JoinHandl
         let mut begun = false;
         trace(
             root,
+            &[],
             || {
                 let _ = ready.send(());
             },

@@ -2,19 +2,25 @@
 //! before a call of our choice.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::calls::{WAITS, name};
 use super::{Call, Event, Then, trace};
+use crate::harness::PATIENCE;
 
 /// The kinds of processes that the helper is made of: see its `main`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     Daemon,
+    /// It accepts, and forks a process for each connection.
+    Listener,
     Connection,
     /// A connection's child: it has become, or is about to become, the job's user.
     AsUser,
@@ -26,8 +32,9 @@ pub enum Kind {
     Agent,
 }
 
-pub const KINDS: [Kind; 6] = [
+pub const KINDS: [Kind; 7] = [
     Kind::Daemon,
+    Kind::Listener,
     Kind::Connection,
     Kind::AsUser,
     Kind::Order,
@@ -80,7 +87,7 @@ impl std::fmt::Display for Killed {
 /// From when to when the daemon is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Span {
-    /// It runs; until the next connection has ended, and the daemon waits for others.
+    /// It runs; until the next connection has ended, and the listener waits for others.
     OneConnection,
     /// It has stopped itself before it becomes the helper; until it serves.
     Start,
@@ -102,9 +109,12 @@ pub fn watch_with(
     let (ready, attached) = mpsc::channel();
     let daemon = Pid::from_raw(daemon as i32);
     let thread = std::thread::spawn(move || {
-        let mut watcher = Watcher::new(daemon, span, plan);
+        let listener = (span == Span::OneConnection).then(|| listener(daemon.as_raw() as u32));
+        let listener = listener.map(|pid| Pid::from_raw(pid as i32));
+        let mut watcher = Watcher::new(daemon, listener, span, plan);
         trace(
             daemon,
+            listener.as_slice(),
             || {
                 let _ = ready.send(());
             },
@@ -120,6 +130,36 @@ pub fn watch_with(
     thread
 }
 
+/// The helper's process that accepts connections: of the daemon's children the one that has its cgroup, and waits for
+/// signals by a descriptor.
+pub fn listener(daemon: u32) -> u32 {
+    let cgroup = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
+    let is_listener = |pid: &u32| {
+        let open = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let mut open = open.filter_map(|entry| fs::read_link(entry.path()).ok());
+        cgroup(*pid) == cgroup(daemon) && open.any(|to| to == Path::new("anon_inode:[signalfd]"))
+    };
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(pid) = children(daemon).into_iter().find(is_listener) {
+            return pid;
+        }
+        assert!(Instant::now() < end, "process {daemon} has no listener");
+        std::thread::yield_now();
+    }
+}
+
+/// A process's children (`proc_pid_task_children(5)`), of one with a single thread.
+pub fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
+}
+
 struct Watcher {
     daemon: Pid,
     span: Span,
@@ -131,20 +171,27 @@ struct Watcher {
     counting: bool,
     connection_gone: bool,
     reaped: bool,
+    /// How often the daemon has begun to wait.
+    waits: usize,
+    /// The listener waits for connections.
+    listens: bool,
 }
 
 impl Watcher {
-    fn new(daemon: Pid, span: Span, plan: Option<Plan>) -> Watcher {
+    fn new(daemon: Pid, listener: Option<Pid>, span: Span, plan: Option<Plan>) -> Watcher {
+        let listener = listener.map(|pid| (pid, Kind::Listener));
         Watcher {
             daemon,
             span,
             plan,
             seen: Seen::default(),
-            alive: BTreeMap::from([(daemon, Kind::Daemon)]),
+            alive: [(daemon, Kind::Daemon)].into_iter().chain(listener).collect(),
             last: 0,
             counting: span == Span::OneConnection,
             connection_gone: false,
             reaped: false,
+            waits: 0,
+            listens: false,
         }
     }
 
@@ -154,7 +201,8 @@ impl Watcher {
                 let kind = match self.alive.get(&parent) {
                     Some(Kind::Daemon) if by.number == libc::SYS_clone3 => Kind::First,
                     Some(Kind::Daemon) if self.last == libc::SYS_recvmsg => Kind::Order,
-                    Some(Kind::Daemon) => Kind::Connection,
+                    Some(Kind::Daemon) => Kind::Listener,
+                    Some(Kind::Listener) => Kind::Connection,
                     Some(Kind::Connection | Kind::AsUser) => Kind::AsUser,
                     Some(Kind::First) => Kind::Agent,
                     Some(other) => *other,
@@ -188,22 +236,27 @@ impl Watcher {
         let Some(kind) = self.alive.get(&pid).copied() else {
             return Then::GoOn;
         };
+        // The daemon's own wait has four descriptors and more; that of Rust's start has three, other looks one.
         if kind == Kind::Daemon {
-            if call.is(&[libc::SYS_accept4, libc::SYS_recvmsg]) {
+            if call.is(&[libc::SYS_pipe2, libc::SYS_recvmsg]) {
                 self.last = call.number;
             }
-            if self.connection_gone && call.number == libc::SYS_wait4 {
-                self.reaped = true;
-            }
-            // Its own wait has four descriptors and more; that of Rust's start has three, other looks one.
-            let waits = call.is(WAITS) && call.arguments[1] > 3;
-            if waits && (self.reaped || self.span == Span::Start) {
-                return Then::End;
-            }
+            self.waits += usize::from(call.is(WAITS) && call.arguments[1] > 3);
+        } else if kind == Kind::Listener {
+            self.reaped |= self.connection_gone && call.number == libc::SYS_wait4;
+            self.listens = call.is(WAITS);
         } else if kind == Kind::First && call.is(WAITS) {
             // It keeps house from here on.
             self.alive.remove(&pid);
             return Then::Forget;
+        }
+        let over = match self.span {
+            Span::OneConnection => self.listens && self.reaped,
+            // Once before it knows that the listener accepts, and once after.
+            Span::Start => self.listens && self.waits > 1,
+        };
+        if over {
+            return Then::End;
         }
         // What the kernel makes of a wait that the tracer has interrupted is no call of the program.
         if !self.counting || call.number == libc::SYS_restart_syscall {

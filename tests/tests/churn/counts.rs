@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use testbed::harness::PATIENCE;
 use testbed::stage::Stage;
+use testbed::tracer::service::listener;
 
 /// How far a count may be from what it was.
 #[derive(Clone, Copy, Debug)]
@@ -80,7 +81,8 @@ impl Counts {
                 .lines()
                 .count()
         };
-        while processes() > 1 {
+        // The daemon and its listener.
+        while processes() > 2 {
             assert!(
                 Instant::now() < end,
                 "{} processes of the daemon are left",
@@ -89,6 +91,10 @@ impl Counts {
             std::thread::yield_now();
         }
         count("daemon: descriptors", entries(format!("{own}/fd")), Exact);
+        let listener = format!("/proc/{}", listener(stage.helper.pid()));
+        count("listener: descriptors", entries(format!("{listener}/fd")), Exact);
+        let memory = text(format!("{listener}/smaps_rollup"));
+        count("listener: KiB of its own", field(&memory, "Anonymous:"), Memory);
         count(
             "daemon: mounts",
             text(format!("{own}/mountinfo")).lines().count() as u64,

@@ -4,6 +4,7 @@
 use protocol::{ErrorKind, Exit, Reply, Request, State};
 use testbed::harness::sealed;
 use testbed::stage::{Stage, created, install, run};
+use testbed::tracer::service::listener;
 
 use super::*;
 
@@ -76,15 +77,16 @@ async fn row_77_a_killed_helper_is_away_for_the_supervisor_and_the_job_goes_on()
 async fn row_77_a_connections_process_that_is_killed_costs_its_request_and_no_job() {
     let mut house = House::new(ONE).await;
     let job = house.running().await;
-    // Every process of the helper's cgroup but the daemon serves a connection.
+    // Every process of the helper's cgroup serves a connection, but the daemon and its listener.
     let cgroup = house.host.cgroup_dir().join("daemon/cgroup.procs");
-    let daemon = house.helper.pid().to_string();
+    let daemon = house.helper.pid();
+    let service = [daemon, listener(daemon)].map(|pid| pid.to_string());
     let mut killed = 0;
     while killed < 3 {
         for pid in fs::read_to_string(&cgroup)
             .unwrap()
             .lines()
-            .filter(|pid| **pid != *daemon)
+            .filter(|pid| !service.iter().any(|other| other == pid))
         {
             // It may have ended by itself.
             killed += usize::from(kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).is_ok());

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use protocol::{Reply, Request, WorkerId, wire};
 use testbed::harness::{Client, PATIENCE, sealed};
 use testbed::stage::{read, wait_for_line};
-use testbed::tracer::service::{Kind, Plan, When};
+use testbed::tracer::service::{Kind, Plan, When, children, listener};
 
 use crate::bench::{Bench, Operation, ask, prepare, request};
 
@@ -26,14 +26,7 @@ fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> T {
     }
 }
 
-fn children(pid: u32) -> Vec<i32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace()
-        .filter_map(|pid| pid.parse().ok())
-        .collect()
-}
-
-fn is(pid: i32, state: char) -> bool {
+fn is(pid: u32, state: char) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(") ")
         .next()
@@ -53,13 +46,13 @@ const AGENT: &[u8] = b"#!/bin/bash\necho ready\nsleep 1000 & exit 0\n";
 fn an_order_of_a_connection_that_was_killed_is_not_carried_out() {
     let bench = Bench::new();
     let worker = prepare(&bench, Operation::Install, "rich");
-    let daemon = bench.helper.pid();
+    let listener = listener(bench.helper.pid());
     // The connection that made the worker is on its way out.
-    until("its end", || children(daemon).is_empty().then_some(()));
-    let connected = |others: &[i32]| {
+    until("its end", || children(listener).is_empty().then_some(()));
+    let connected = |others: &[u32]| {
         let client = Client::new(&bench.host);
-        let new = |pid: &i32| !others.contains(pid);
-        let pid = until("the connection", || children(daemon).into_iter().find(new));
+        let new = |pid: &u32| !others.contains(pid);
+        let pid = until("the connection", || children(listener).into_iter().find(new));
         (client, pid)
     };
     let (first, first_pid) = connected(&[]);
@@ -71,8 +64,10 @@ fn an_order_of_a_connection_that_was_killed_is_not_carried_out() {
     first.socket.send(&install, Some(agent.as_fd())).unwrap();
     let one = until("the first cgroup", || cgroup(&bench, worker, None));
     until("the first order", || is(first_pid, 'S').then_some(()));
-    kill(Pid::from_raw(first_pid), Signal::SIGKILL).unwrap();
-    until("its end", || is(first_pid, 'Z').then_some(()));
+    kill(Pid::from_raw(first_pid as i32), Signal::SIGKILL).unwrap();
+    until("its end", || {
+        (!children(listener).contains(&first_pid) || is(first_pid, 'Z')).then_some(())
+    });
     second.socket.send(&install, Some(agent.as_fd())).unwrap();
     until("the second cgroup", || cgroup(&bench, worker, Some(one)));
     until("the second order", || is(second_pid, 'S').then_some(()));

@@ -40,10 +40,15 @@ async fn record(host: &TestHost) -> Vec<Change> {
         let attached = || {
             let _ = ready.send(());
         };
-        trace(Pid::from_raw(pid as i32), attached, |thread, event: Event| {
-            tap.lock().unwrap().on(thread, &event);
-            Then::GoOn
-        });
+        trace(
+            Pid::from_raw(pid as i32),
+            &[],
+            attached,
+            |thread, event: Event| {
+                tap.lock().unwrap().on(thread, &event);
+                Then::GoOn
+            },
+        );
     });
     attached.recv().unwrap();
     let over = |state: &State| {

@@ -3,6 +3,8 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use testbed::tracer::service::{children, listener};
+
 use super::*;
 
 /// `capability.h`'s numbers: CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID.
@@ -50,18 +52,16 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
     wait_for_line(&console.unwrap(), "here");
 
     let daemon = stage.helper.pid();
-    let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).unwrap();
-    let of_the_worker = |pid: &u32| {
-        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-        cgroup.contains(&worker.to_string())
-    };
-    let children = children.split_whitespace().map(|pid| pid.parse().unwrap());
-    let (first, connections): (Vec<u32>, Vec<u32>) = children.partition(of_the_worker);
+    let listener = listener(daemon);
+    let (first, connections) = (children(daemon), children(listener));
+    let first: Vec<u32> = first.into_iter().filter(|pid| *pid != listener).collect();
     assert!(
         first.len() == 1 && connections.len() == 1,
         "{first:?} {connections:?}"
     );
     let (first, connection) = (first[0], connections[0]);
+    let cgroup = fs::read_to_string(format!("/proc/{first}/cgroup")).unwrap();
+    assert!(cgroup.contains(&worker.to_string()), "{cgroup}");
 
     assert_walls(
         "the daemon",
@@ -69,10 +69,10 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
         &[&OF_CONNECTIONS[..], &OF_THE_DAEMON].concat(),
         1,
     );
+    assert_walls("the listener", listener, &OF_CONNECTIONS, 2);
     assert_walls("a connection", connection, &OF_CONNECTIONS, 2);
     assert_walls("pid 1", first, &[], 2);
-    let agent = fs::read_to_string(format!("/proc/{first}/task/{first}/children")).unwrap();
-    let agent: u32 = agent.split_whitespace().next().unwrap().parse().unwrap();
+    let agent = children(first)[0];
     assert_walls("the agent", agent, &[], 2);
 
     // A connection may ignore modes, but not what its descriptors are of: these mounts are read-only, and have no parent.
@@ -120,6 +120,34 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
             "{held:?} leads up"
         );
     }
+
+    // Who was accepted cannot accept, and nobody but the listener hears of signals by descriptor.
+    let sockets = |pid: u32| {
+        let numbers = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let mut all: Vec<String> = numbers
+            .filter(|number| *number > 2)
+            .map(|number| descriptor(pid, number))
+            .collect();
+        all.retain(|to| !to.starts_with('/'));
+        all.sort();
+        all
+    };
+    let (of_listener, of_connection) = (sockets(listener), sockets(connection));
+    assert_eq!(
+        of_listener.len(),
+        3,
+        "the socket, the way to the daemon, signals: {of_listener:?}"
+    );
+    assert_eq!(
+        of_connection.len(),
+        2,
+        "its peer, the way to the daemon: {of_connection:?}"
+    );
+    assert_eq!(
+        of_connection.iter().filter(|to| of_listener.contains(to)).count(),
+        1
+    );
 
     // Nothing of the helper's own is held by a job's first process.
     for number in 0..3 {
