@@ -33,6 +33,12 @@ impl Hands {
             }
             Action::CreateUser { slot } => of_helper(self.helper.create_user(worker, slot).await),
             Action::InstallAgent { bootstrap } => self.install(worker, bootstrap).await,
+            Action::HostKill => match self.helper.kill(worker).await {
+                Ok(()) => Outcome::Done,
+                Err(helper::Error::Said(error)) if error.kind == ErrorKind::NoSuchWorker => Outcome::Done,
+                Err(error @ helper::Error::Said(_)) => Outcome::KillFailed(error.trouble()),
+                Err(error) => Outcome::Trouble(error.trouble()),
+            },
             Action::Tell { reason, lines_sent } => self.tell(worker, &reason, lines_sent).await,
             // The helper answers Failed where something is left: saying it again goes on.
             Action::HostDelete => match self.helper.delete(worker).await {

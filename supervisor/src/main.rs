@@ -43,6 +43,7 @@ fn run(command: Command) -> u8 {
             ask::ask(&there, async |factory| ask::drain(factory, slot, wait).await)
         }
         Command::Resume { slot, there } => ask::ask(&there, async |factory| ask::resume(factory, slot).await),
+        Command::Kill { worker, there } => ask::ask(&there, async |factory| ask::kill(factory, worker).await),
         Command::Destroy { worker, yes, there } => {
             ask::ask(&there, async |factory| ask::destroy(factory, worker, yes).await)
         }

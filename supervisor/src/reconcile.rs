@@ -10,7 +10,7 @@ use protocol::{SlotName, State, TargetId, WorkerId, WorkerInfo};
 
 use crate::schedule::{Free, Plan};
 use crate::view::ServerWorker;
-use crate::worker::{Action, Phase, Worker};
+use crate::worker::{Action, Kill, Phase, Worker};
 
 /// All that a decision depends on.
 #[derive(Debug)]
@@ -134,6 +134,7 @@ pub fn adopted(w: &ServerWorker, slot: SlotName, phase: Phase, now: u64) -> Work
         remakes: 0,
         failure: None,
         trouble: None,
+        kill: Kill::default(),
     }
 }
 

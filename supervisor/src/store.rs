@@ -16,7 +16,7 @@ use protocol::{BootstrapToken, SlotName, WorkerId};
 use rusqlite::{Connection, Row, params};
 
 use crate::view::JobId;
-use crate::worker::{Phase, Worker};
+use crate::worker::{Kill, Phase, Worker};
 pub use damage::Unsaved;
 pub use history::History;
 
@@ -319,6 +319,7 @@ fn worker_of(row: &Row<'_>) -> Result<Worker> {
         remakes: row.get("remakes")?,
         failure: row.get("failure")?,
         trouble: row.get("trouble")?,
+        kill: Kill::default(),
     })
 }
 
@@ -367,6 +368,7 @@ mod tests {
             remakes: 2,
             failure: Some("it broke".into()),
             trouble: None,
+            kill: Kill::default(),
         }
     }
 

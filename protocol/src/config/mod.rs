@@ -132,12 +132,13 @@ pub struct Slot {
     pub pre_job_diagnostic_script: Option<Script>,
     /// The same after the job. If it fails, the worker is held.
     pub post_job_diagnostic_script: Option<Script>,
-    /// Seconds from when the agent is online until its worker is failed, if it is not done by then: 10 to 31536000. Its
-    /// processes go on, for a person to look at; `limits.run_time_seconds` ends them.
+    /// Seconds from when the agent is online until its worker is failed, if it is not done by then: 10 to 31536000.
     pub job_timeout_seconds: Option<u64>,
     /// Is a worker that the factory has failed kept until a person releases it? Otherwise its console goes to the
     /// job's log, and it is deleted.
     pub hold_on_failure: bool,
+    /// Do the processes of a failed worker go on while it is kept? They are ended unless this is set.
+    pub keep_processes: bool,
     /// The line on which the slot begins, for messages.
     pub line: usize,
 }
@@ -303,6 +304,8 @@ struct RawSlot {
     job_timeout_seconds: Option<u64>,
     #[serde(default = "yes")]
     hold_on_failure: bool,
+    #[serde(default)]
+    keep_processes: bool,
 }
 
 impl RawSlot {
@@ -331,6 +334,7 @@ impl RawSlot {
             post_job_diagnostic_script: self.post_job_diagnostic_script,
             job_timeout_seconds: self.job_timeout_seconds,
             hold_on_failure: self.hold_on_failure,
+            keep_processes: self.keep_processes,
             line,
         }
     }

@@ -155,6 +155,10 @@ pub async fn resume(client: Client, slot: Option<SlotName>) -> Ended {
     client.drain(slot.as_ref(), false).await.map(|()| DONE)
 }
 
+pub async fn kill(client: Client, worker: WorkerId) -> Ended {
+    client.kill(worker).await.map(|()| DONE)
+}
+
 pub async fn destroy(client: Client, worker: WorkerId, yes: bool) -> Ended {
     if !yes {
         let details = client.details(worker).await?;

@@ -132,6 +132,12 @@ pub enum Command {
         #[command(flatten)]
         there: There,
     },
+    /// End a worker's processes and keep its files, to look into it. A job on it fails.
+    Kill {
+        worker: WorkerId,
+        #[command(flatten)]
+        there: There,
+    },
     /// Delete a worker now, whatever it is doing and whoever holds it. A job on it fails.
     Destroy {
         worker: WorkerId,

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use supervisor::act::Hands;
 use supervisor::agent::{self, AgentCache};
-use supervisor::control::desk::{Desk, Word};
+use supervisor::control::desk::{Desk, Operator, Word};
 use supervisor::control::metrics::Metrics;
-use supervisor::control::server::Counter;
+use supervisor::control::server::{Counter, refused_by};
 use supervisor::factory::{Factory, Input};
 use supervisor::gate::Gate;
 use supervisor::helper::Helper;
@@ -76,7 +76,7 @@ pub fn serve(
         .context("cannot start the runtime")?;
     let done = runtime.block_on(async {
         let (words, heard) = mpsc::unbounded_channel();
-        listen_to_signals(words.clone())?;
+        listen_to_signals(words.clone(), helper.clone())?;
         let counter = Counter {
             words,
             helper,
@@ -111,7 +111,7 @@ pub fn serve(
     done
 }
 
-fn listen_to_signals(words: mpsc::UnboundedSender<Word>) -> Result<()> {
+fn listen_to_signals(words: mpsc::UnboundedSender<Word>, helper: Helper) -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
     tokio::spawn(async move {
@@ -120,7 +120,11 @@ fn listen_to_signals(words: mpsc::UnboundedSender<Word>) -> Result<()> {
                 _ = term.recv() => Word::Tell(Input::Stop),
                 _ = int.recv() => Word::Tell(Input::Stop),
                 // The answer is in the log.
-                _ = hangup.recv() => Word::Reload { answer: oneshot::channel().0 },
+                _ = hangup.recv() => Word::Reload {
+                    by: Operator::Signal,
+                    refused: refused_by(&helper).await,
+                    answer: oneshot::channel().0,
+                },
             };
             let stop = matches!(word, Word::Tell(_));
             // The loop may have ended by itself.

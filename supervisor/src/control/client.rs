@@ -84,6 +84,12 @@ impl Client {
             .map(drop)
     }
 
+    pub async fn kill(&self, worker: WorkerId) -> Result<(), Error> {
+        self.call(Method::POST, &format!("/v1/workers/{worker}/kill"))
+            .await
+            .map(drop)
+    }
+
     pub async fn reload(&self) -> Result<(), Error> {
         self.call(Method::POST, "/v1/reload").await.map(drop)
     }

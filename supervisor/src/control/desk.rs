@@ -2,6 +2,7 @@
 //! what went wrong of late.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -28,16 +29,44 @@ pub enum Word {
     Drain {
         slot: Option<SlotName>,
         drain: bool,
+        by: Operator,
         answer: Answer,
     },
     Destroy {
         worker: WorkerId,
+        by: Operator,
         answer: Answer,
     },
-    /// Read the configuration again.
+    /// End a worker's processes, and keep its files.
+    Kill {
+        worker: WorkerId,
+        by: Operator,
+        answer: Answer,
+    },
+    /// Read the configuration again. `refused`: why the helper would not start with it.
     Reload {
+        by: Operator,
+        refused: Option<String>,
         answer: Answer,
     },
+}
+
+/// Who gives an order: it is logged with each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operator {
+    /// At the control socket, by the kernel's word on who connected (`SO_PEERCRED`, unix(7)).
+    Uid(u32),
+    /// SIGHUP.
+    Signal,
+}
+
+impl fmt::Display for Operator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Operator::Uid(uid) => write!(f, "uid {uid}"),
+            Operator::Signal => f.write_str("SIGHUP"),
+        }
+    }
 }
 
 /// Where an answer goes.
@@ -128,7 +157,7 @@ impl Desk {
     ///
     /// # Errors
     /// Every mistake that `check` finds, with its line, or the keys that only a restart can change; then nothing has changed.
-    pub fn reload(&mut self, now: u64, old: &Config) -> Result<Config, String> {
+    pub fn reload(&mut self, now: u64, old: &Config, refused: Option<String>) -> Result<Config, String> {
         let loaded = config_check::load(&self.config, &self.root)
             .map_err(|mistakes| settings::print(&self.config, &mistakes).trim_end().to_owned())
             .and_then(|new| match settings::needs_restart(old, &new) {
@@ -136,7 +165,7 @@ impl Desk {
                     "{}: {keys} cannot change while the supervisor runs: restart it, running jobs go on",
                     self.config.display()
                 )),
-                None => Ok(new),
+                None => refused.map_or(Ok(new), |why| Err(format!("the helper refuses it: {why}"))),
             });
         match &loaded {
             Ok(_) => (self.loaded, self.refused) = (now, None),

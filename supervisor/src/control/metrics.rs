@@ -305,6 +305,7 @@ pub fn call_of(output: &Output) -> Option<(Side, &'static str)> {
             Action::ServerDelete { .. } => (Side::Server, "delete_worker"),
             Action::CreateUser { .. } => (Side::Helper, "create_user"),
             Action::InstallAgent { .. } => (Side::Helper, "install_agent"),
+            Action::HostKill => (Side::Helper, "kill"),
             Action::HostDelete => (Side::Helper, DELETE),
         },
         Output::Save(_) | Output::Remove(_) | Output::Say(_) => return None,
@@ -320,7 +321,10 @@ fn outcome_of(input: &Input) -> &'static str {
     match input {
         Input::ServerListed(Err(t)) | Input::HostListed(Err(t)) | Input::Leased(Err(t)) => of(t),
         Input::WorkerMade(_, Err(t)) | Input::Renewed(_, Err(t)) => of(t),
-        Input::Done(_, Outcome::Partly { trouble, .. } | Outcome::Trouble(trouble)) => of(trouble),
+        Input::Done(
+            _,
+            Outcome::Partly { trouble, .. } | Outcome::Trouble(trouble) | Outcome::KillFailed(trouble),
+        ) => of(trouble),
         Input::Done(_, Outcome::StartFailed(_) | Outcome::NoSuchWorker | Outcome::CannotTell(_)) => "refused",
         _ => "ok",
     }

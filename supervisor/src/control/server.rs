@@ -9,21 +9,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Path as PathPart, Query, State};
+use axum::extract::connect_info::Connected;
+use axum::extract::{ConnectInfo, Path as PathPart, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use futures_util::stream;
 use protocol::config::CONTROL_SOCKET;
-use protocol::{SlotName, WorkerId};
+use protocol::{ErrorKind, SlotName, WorkerId};
 use serde::Deserialize;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::api::{self, Details, Process, Refusal, Status};
-use super::desk::{Answer, Word};
+use super::desk::{Answer, Operator, Word};
 use super::metrics::Metrics;
 use super::{page, procs};
 use crate::console;
@@ -50,6 +52,30 @@ pub struct Counter {
     pub cgroups: PathBuf,
 }
 
+/// Who connected to the control socket. None where the kernel does not say.
+#[derive(Clone, Copy, Debug)]
+struct Peer(Option<u32>);
+
+impl Connected<IncomingStream<'_, UnixListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        Peer(stream.io().peer_cred().ok().map(|peer| peer.uid()))
+    }
+}
+
+impl Peer {
+    /// # Errors
+    /// Where the kernel does not say who it is: an order is somebody's.
+    fn operator(self) -> Said<Operator> {
+        let unknown = || {
+            No(
+                StatusCode::FORBIDDEN,
+                "the kernel does not say who connected: repeat it".into(),
+            )
+        };
+        self.0.map(Operator::Uid).ok_or_else(unknown)
+    }
+}
+
 /// Why an answer is not what was asked for.
 struct No(StatusCode, String);
 
@@ -68,21 +94,23 @@ impl Counter {
             .route("/v1/workers/{worker}", get(details))
             .route("/v1/workers/{worker}/console", get(read_console))
             .route("/v1/workers/{worker}/destroy", post(destroy))
-            .route("/v1/drain", post(|state| drain_all(state, true)))
-            .route("/v1/resume", post(|state| drain_all(state, false)))
+            .route("/v1/workers/{worker}/kill", post(kill))
+            .route("/v1/drain", post(|state, by| drain_all(state, by, true)))
+            .route("/v1/resume", post(|state, by| drain_all(state, by, false)))
             .route(
                 "/v1/slots/{slot}/drain",
-                post(|state, slot| drain_one(state, slot, true)),
+                post(|state, by, slot| drain_one(state, by, slot, true)),
             )
             .route(
                 "/v1/slots/{slot}/resume",
-                post(|state, slot| drain_one(state, slot, false)),
+                post(|state, by, slot| drain_one(state, by, slot, false)),
             )
             .route("/v1/reload", post(reload))
             .merge(public())
             .with_state(self);
         let listener = open(&dir).await;
-        if let Err(error) = axum::serve(listener, router).await {
+        let service = router.into_make_service_with_connect_info::<Peer>();
+        if let Err(error) = axum::serve(listener, service).await {
             tracing::error!("the control socket has ended: {error}; restart the supervisor");
         }
     }
@@ -309,16 +337,42 @@ impl Reader {
     }
 }
 
-async fn destroy(State(counter): State<Counter>, PathPart(worker): PathPart<WorkerId>) -> Said<StatusCode> {
+async fn destroy(
+    State(counter): State<Counter>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    PathPart(worker): PathPart<WorkerId>,
+) -> Said<StatusCode> {
+    let by = peer.operator()?;
     counter
-        .order(StatusCode::NOT_FOUND, |answer| Word::Destroy { worker, answer })
+        .order(StatusCode::NOT_FOUND, |answer| Word::Destroy {
+            worker,
+            by,
+            answer,
+        })
         .await
 }
 
-async fn drain_all(State(counter): State<Counter>, drain: bool) -> Said<StatusCode> {
+async fn kill(
+    State(counter): State<Counter>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    PathPart(worker): PathPart<WorkerId>,
+) -> Said<StatusCode> {
+    let by = peer.operator()?;
+    counter
+        .order(StatusCode::NOT_FOUND, |answer| Word::Kill { worker, by, answer })
+        .await
+}
+
+async fn drain_all(
+    State(counter): State<Counter>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    drain: bool,
+) -> Said<StatusCode> {
+    let by = peer.operator()?;
     let word = |answer| Word::Drain {
         slot: None,
         drain,
+        by,
         answer,
     };
     counter.order(StatusCode::CONFLICT, word).await
@@ -326,19 +380,32 @@ async fn drain_all(State(counter): State<Counter>, drain: bool) -> Said<StatusCo
 
 async fn drain_one(
     State(counter): State<Counter>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
     PathPart(slot): PathPart<SlotName>,
     drain: bool,
 ) -> Said<StatusCode> {
+    let by = peer.operator()?;
     let word = |answer| Word::Drain {
         slot: Some(slot),
         drain,
+        by,
         answer,
     };
     counter.order(StatusCode::NOT_FOUND, word).await
 }
 
-async fn reload(State(counter): State<Counter>) -> Said<StatusCode> {
-    counter
-        .order(StatusCode::UNPROCESSABLE_ENTITY, |answer| Word::Reload { answer })
-        .await
+/// Why the helper, which reads the same file and sees more of the host, would not start with the configuration. One that
+/// is away says nothing: it is asked again by the first worker that it is to make.
+pub async fn refused_by(helper: &Helper) -> Option<String> {
+    match timeout(PATIENCE, helper.check()).await {
+        Ok(Err(helper::Error::Said(error))) if error.kind == ErrorKind::Refused => Some(error.to_string()),
+        _ => None,
+    }
+}
+
+async fn reload(State(counter): State<Counter>, ConnectInfo(peer): ConnectInfo<Peer>) -> Said<StatusCode> {
+    let by = peer.operator()?;
+    let refused = refused_by(&counter.helper).await;
+    let word = |answer| Word::Reload { by, refused, answer };
+    counter.order(StatusCode::UNPROCESSABLE_ENTITY, word).await
 }

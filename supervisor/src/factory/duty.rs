@@ -46,6 +46,10 @@ impl Factory {
                 self.event(now, id, Event::Trouble(trouble.sentence.clone()));
                 self.put_off(now, id, &action, trouble);
             }
+            Outcome::KillFailed(trouble) => {
+                self.event(now, id, Event::KillFailed);
+                self.put_off(now, id, &action, trouble);
+            }
             Outcome::StartFailed(reason) => self.event(now, id, Event::StartFailed(reason)),
             Outcome::NoSuchWorker => self.event(now, id, Event::HostLost),
             Outcome::CannotTell(why) => {
@@ -64,6 +68,7 @@ impl Factory {
             Action::Associate { .. } => Event::Associated,
             Action::CreateUser { .. } => Event::UserCreated,
             Action::InstallAgent { .. } => Event::AgentStarted,
+            Action::HostKill => Event::Killed,
             Action::Tell { .. } => Event::Told,
             Action::HostDelete => Event::HostClean,
             Action::ServerDelete { .. } => return self.forget(now, id),

@@ -54,6 +54,8 @@ pub enum Input {
     Configure(Config),
     /// Delete this worker, whoever holds it.
     Destroy(WorkerId),
+    /// End this worker's processes and keep its files; the reason is why its job fails.
+    Kill(WorkerId, String),
     /// Somebody wants to know how things are.
     Look,
     /// Begin nothing any more. Answers to what is under way are still taken in, and saved.
@@ -71,6 +73,8 @@ pub enum Outcome {
     },
     /// Try again.
     Trouble(Trouble),
+    /// The worker's processes could not be ended.
+    KillFailed(Trouble),
     /// The worker cannot be started here.
     StartFailed(String),
     /// The helper has no such worker.
@@ -302,6 +306,7 @@ impl Factory {
             Input::DrainSlot(slot, false) => drop(self.drained_slots.remove(&slot)),
             Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), config),
             Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
+            Input::Kill(worker, reason) => self.event(now, worker, Event::Kill(reason)),
             Input::Look if self.wants_a_look(now) => self.ask_the_host(),
             Input::Look => {}
             Input::Stop => self.stopped = true,
@@ -364,6 +369,7 @@ impl Factory {
             online_timeout: self.config.factory.online_timeout_seconds * 1000,
             job_timeout: slot.and_then(|slot| slot.job_timeout_seconds).map(|s| s * 1000),
             hold_on_failure: slot.is_none_or(|slot| slot.hold_on_failure),
+            keep_processes: slot.is_some_and(|slot| slot.keep_processes),
         }
     }
 

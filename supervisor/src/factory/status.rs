@@ -161,6 +161,7 @@ fn next(worker: &Worker, trouble: Option<&str>) -> String {
             .into();
     }
     match worker.phase {
+        Phase::Broken { .. } if worker.kill.wanted => "its processes are being ended".into(),
         Phase::Broken { told: false, .. } => "the server is being told that it failed".into(),
         Phase::Broken { told: true, .. } => {
             "look into it (show, logs, shell), then release it on the server: it is deleted then".into()

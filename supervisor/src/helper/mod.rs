@@ -121,6 +121,14 @@ impl Helper {
         }
     }
 
+    /// End every process of a worker. Its files stay.
+    pub async fn kill(&self, worker: WorkerId) -> Result<()> {
+        match self.ask(&Request::Kill { worker }, None, LONG).await? {
+            (Reply::Killed, _) => Ok(()),
+            (other, _) => Err(unexpected(&other)),
+        }
+    }
+
     pub async fn delete(&self, worker: WorkerId) -> Result<()> {
         match self.ask(&Request::Delete { worker }, None, LONG).await? {
             (Reply::Deleted, _) => Ok(()),

@@ -25,17 +25,19 @@ impl Shell {
             Word::Drain {
                 slot: None,
                 drain,
+                by,
                 answer,
             } => {
                 if let Err(why) = self.store.save_drain(None, drain) {
                     return refused(answer, format!("it cannot be remembered: {why}"));
                 }
-                tracing::info!(drain, "the operator's word: jobs");
+                tracing::info!(drain, %by, "an operator drains or resumes all slots");
                 done(answer, Input::Drain(drain))
             }
             Word::Drain {
                 slot: Some(slot),
                 drain,
+                by,
                 answer,
             } => {
                 if !self.factory.has_slot(&slot) {
@@ -47,23 +49,38 @@ impl Shell {
                 if let Err(why) = self.store.save_drain(Some(&slot), drain) {
                     return refused(answer, format!("it cannot be remembered: {why}"));
                 }
-                tracing::info!(%slot, drain, "the operator's word: jobs of a slot");
+                tracing::info!(%slot, drain, %by, "an operator drains or resumes a slot");
                 done(answer, Input::DrainSlot(slot, drain))
             }
-            Word::Destroy { worker, answer } => {
+            Word::Destroy { worker, by, answer } => {
                 if !self.factory.knows(worker) {
                     return refused(
                         answer,
                         format!("there is no worker {worker}: see `user-factory workers`"),
                     );
                 }
-                tracing::warn!(%worker, "the operator's word: destroy");
+                tracing::warn!(%worker, %by, "an operator destroys a worker");
                 done(answer, Input::Destroy(worker))
             }
-            Word::Reload { answer } => match self.desk.reload(now, self.factory.config()) {
+            Word::Kill { worker, by, answer } => {
+                if !self.factory.knows(worker) {
+                    return refused(
+                        answer,
+                        format!("there is no worker {worker}: see `user-factory workers`"),
+                    );
+                }
+                tracing::warn!(%worker, %by, "an operator ends a worker's processes");
+                let reason = format!("an operator ({by}) ended its processes with `user-factory kill`");
+                done(answer, Input::Kill(worker, reason))
+            }
+            Word::Reload {
+                by,
+                refused: why,
+                answer,
+            } => match self.desk.reload(now, self.factory.config(), why) {
                 Ok(config) => {
                     let slots = config.slots.len();
-                    tracing::info!(slots, "configuration loaded again: new workers get what it says");
+                    tracing::info!(slots, %by, "configuration loaded again: new workers get what it says");
                     done(answer, Input::Configure(config))
                 }
                 Err(why) => {

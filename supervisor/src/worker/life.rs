@@ -3,19 +3,42 @@
 
 use protocol::{Exit, State};
 
-use super::{Event, FORGOTTEN_MS, MAX_REMAKES, OnHost, OnServer, Phase, Rules, Worker};
+use super::{Event, FORGOTTEN_MS, Kill, MAX_REMAKES, OnHost, OnServer, Phase, Rules, Worker};
 
 impl Worker {
     /// What the worker is after `event`. `now` is in milliseconds since 1970.
     #[must_use]
     pub fn step(mut self, event: Event, now: u64, rules: &Rules) -> Worker {
         match (self.phase, event) {
-            (_, Event::Seen { server, host }) => return self.seen(server, host, now, rules),
+            (_, Event::Seen { server, host }) => {
+                let mut seen = self.seen(server, host, now, rules);
+                seen.see_processes(host, rules);
+                return seen;
+            }
             (_, Event::ServerWasAway { ms }) => {
                 self.waiting_since = self.waiting_since.saturating_add(ms).min(now);
             }
             // True whatever has happened since.
             (_, Event::Associated) => self.associated = true,
+            (_, Event::Killed) => self.kill = Kill::default(),
+            (_, Event::KillFailed) => self.kill.failed = true,
+            (Phase::Broken { .. }, Event::Kill(_)) => {
+                self.kill = Kill {
+                    wanted: true,
+                    failed: false,
+                    asked: true,
+                }
+            }
+            (phase, Event::Kill(reason)) => {
+                if !phase.is_ending() {
+                    self.fail(reason, now);
+                    self.kill = Kill {
+                        wanted: true,
+                        failed: false,
+                        asked: true,
+                    };
+                }
+            }
             (Phase::Destroying | Phase::Destroyed, Event::Destroy) => {}
             (_, Event::Destroy) => self.enter(Phase::Destroying, now),
             (phase, Event::Trouble(sentence)) => {
@@ -232,6 +255,17 @@ impl Worker {
             );
         }
         self
+    }
+
+    /// A worker that has failed keeps no processes beside a slot that waits for a person, unless the slot says so.
+    fn see_processes(&mut self, host: Option<OnHost>, rules: &Rules) {
+        match (self.phase, host) {
+            (_, None) => {}
+            (Phase::Broken { .. }, Some(OnHost::Has(State::Running))) => {
+                self.kill.wanted = self.kill.asked || !rules.keep_processes;
+            }
+            _ => self.kill.wanted = false,
+        }
     }
 
     fn enter(&mut self, phase: Phase, now: u64) {

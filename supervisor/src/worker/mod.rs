@@ -98,6 +98,19 @@ pub struct Worker {
     pub failure: Option<String>,
     /// What last stood in the way of its start, for the sentence when its time is up.
     pub trouble: Option<String>,
+    /// What is known of the processes of a worker that has failed. Not saved: the host's next list tells.
+    pub kill: Kill,
+}
+
+/// Are the processes of a worker that has failed to be ended?
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kill {
+    /// The host has shown some that are not to be kept, and they have not been ended since.
+    pub wanted: bool,
+    /// It was tried in vain, so the server is told of the failure first.
+    pub failed: bool,
+    /// An operator wants it, whatever the slot says.
+    pub asked: bool,
 }
 
 /// What the configuration says of a worker's life. Times are in milliseconds.
@@ -109,6 +122,8 @@ pub struct Rules {
     pub job_timeout: Option<u64>,
     /// Is it kept for a person when it has failed?
     pub hold_on_failure: bool,
+    /// Do its processes go on when it has failed?
+    pub keep_processes: bool,
 }
 
 /// The server's word on a worker.
@@ -174,6 +189,12 @@ pub enum Event {
     StartFailed(String),
     /// An action did not work, and will be tried again.
     Trouble(String),
+    /// No process of it is left on the host.
+    Killed,
+    /// Its processes could not be ended.
+    KillFailed,
+    /// An operator wants its processes ended, for this reason.
+    Kill(String),
     /// The operator wants it deleted, whoever holds it.
     Destroy,
 }
@@ -192,6 +213,8 @@ pub enum Action {
     InstallAgent {
         bootstrap: BootstrapToken,
     },
+    /// End its processes. What they wrote stays.
+    HostKill,
     /// The console from this line on into the job's log, then the failure.
     Tell {
         reason: String,
@@ -211,6 +234,7 @@ impl Action {
             Action::Associate { .. } => "associate",
             Action::CreateUser { .. } => "create user",
             Action::InstallAgent { .. } => "install agent",
+            Action::HostKill => "end its processes",
             Action::Tell { .. } => "tell the failure",
             Action::HostDelete => "delete on the host",
             Action::ServerDelete { .. } => "delete on the server",
@@ -231,6 +255,10 @@ impl Worker {
     /// The one thing to do now, if any.
     pub fn duty(&self) -> Option<Action> {
         match self.phase {
+            // Before the console is told, which is then complete; but what cannot be killed is told of all the same.
+            Phase::Broken { told, .. } if self.kill.wanted && (told || !self.kill.failed) => {
+                Some(Action::HostKill)
+            }
             Phase::Broken {
                 told: false,
                 lines_sent,

@@ -9,6 +9,7 @@ const RULES: Rules = Rules {
     online_timeout: TIMEOUT,
     job_timeout: None,
     hold_on_failure: true,
+    keep_processes: false,
 };
 
 fn worker(phase: Phase) -> Worker {
@@ -28,6 +29,7 @@ fn worker(phase: Phase) -> Worker {
         remakes: 0,
         failure: None,
         trouble: None,
+        kill: Kill::default(),
     }
 }
 
@@ -79,6 +81,75 @@ fn a_job_that_takes_longer_than_the_slot_lets_it_fails_its_worker() {
     assert_eq!(held.phase, ONLINE);
     let recycled = online.step(seen(view(false, true, true), RUNNING), 9000, &rules);
     assert_eq!(recycled.phase, Phase::Destroying);
+}
+
+#[test]
+fn the_processes_of_a_failed_worker_are_ended_before_the_server_is_told() {
+    let limit = Some(1000);
+    let rules = Rules {
+        job_timeout: limit,
+        ..RULES
+    };
+    let look = seen(view(false, false, true), RUNNING);
+    let late = worker(ONLINE).step(look.clone(), 1500, &rules);
+    assert_eq!((late.phase, late.duty()), (BROKEN, Some(Action::HostKill)));
+    let tells = |w: &Worker| matches!(w.duty(), Some(Action::Tell { .. }));
+    assert!(tells(&late.clone().step(Event::Killed, 1501, &rules)));
+    // What cannot be ended is told of first, and tried again while it is held, until the host shows none.
+    let failed = late.step(Event::KillFailed, 1501, &rules);
+    assert!(tells(&failed));
+    let held = failed.step(Event::Told, 1502, &rules);
+    assert_eq!(held.duty(), Some(Action::HostKill));
+    let look = |host| seen(view(true, false, true), host);
+    assert_eq!(
+        held.clone().step(look(RUNNING), 1503, &rules).duty(),
+        Some(Action::HostKill)
+    );
+    assert_eq!(held.step(look(LOST), 1503, &rules).duty(), None);
+    // After a restart the list tells again what is to be done.
+    let found = worker(BROKEN).step(look(RUNNING), 5, &rules);
+    assert_eq!(found.duty(), Some(Action::HostKill));
+}
+
+#[test]
+fn a_slot_may_keep_the_processes_of_a_failed_worker_and_an_operator_may_end_them_all_the_same() {
+    let rules = Rules {
+        job_timeout: Some(1000),
+        keep_processes: true,
+        ..RULES
+    };
+    let look = seen(view(true, false, true), RUNNING);
+    let late = worker(ONLINE).step(seen(view(false, false, true), RUNNING), 1500, &rules);
+    assert!(matches!(late.duty(), Some(Action::Tell { .. })));
+    let held = late
+        .step(Event::Told, 1501, &rules)
+        .step(look.clone(), 1502, &rules);
+    assert_eq!(held.duty(), None);
+    let asked = held.step(Event::Kill("they asked".into()), 1503, &rules);
+    assert_eq!(
+        asked.clone().step(look, 1504, &rules).duty(),
+        Some(Action::HostKill)
+    );
+    assert!(
+        !asked.failure.unwrap().contains("they asked"),
+        "it had failed before"
+    );
+}
+
+#[test]
+fn an_operator_ends_the_processes_of_any_worker_which_fails_its_job() {
+    for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, CLEARING] {
+        let killed = worker(phase).step(Event::Kill("they asked".into()), 6, &RULES);
+        assert_eq!((killed.phase, killed.duty()), (BROKEN, Some(Action::HostKill)));
+        assert_eq!(killed.failure.as_deref(), Some("they asked"));
+    }
+    for phase in [Phase::Destroying, Phase::Destroyed] {
+        let ending = worker(phase);
+        assert_eq!(
+            ending.clone().step(Event::Kill("they asked".into()), 6, &RULES),
+            ending
+        );
+    }
 }
 
 #[test]

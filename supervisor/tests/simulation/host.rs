@@ -83,7 +83,15 @@ impl Host {
             },
             Request::Delete { worker } => (Reply::Deleted, self.delete(*worker, half)),
             Request::List { .. } => (self.list(), Deed::Nothing),
-            Request::Hello { .. } | Request::Kill { .. } | Request::Check => {
+            Request::Kill { worker } => {
+                let known = self.workers.contains_key(worker);
+                self.end(*worker, Exit::Unknown);
+                match known {
+                    true => (Reply::Killed, Deed::Nothing),
+                    false => (error(ErrorKind::NoSuchWorker, "no such worker"), Deed::Nothing),
+                }
+            }
+            Request::Hello { .. } | Request::Check => {
                 (error(ErrorKind::Refused, "not asked for here"), Deed::Nothing)
             }
         }

@@ -39,11 +39,9 @@ impl Ask {
             Ask::Helper(request) => match request {
                 Request::CreateUser { .. } => Kind::CreateUser,
                 Request::InstallAgent { .. } => Kind::Install,
-                Request::Attach { .. } => Kind::Attach,
+                Request::Attach { .. } | Request::Kill { .. } => Kind::Attach,
                 Request::Delete { .. } => Kind::HostDelete,
-                Request::Hello { .. } | Request::Kill { .. } | Request::List { .. } | Request::Check => {
-                    Kind::List
-                }
+                Request::Hello { .. } | Request::List { .. } | Request::Check => Kind::List,
             },
             Ask::Server(call) => {
                 let parts: Vec<&str> = call.path.split('/').skip(3).collect();

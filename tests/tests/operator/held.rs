@@ -120,17 +120,79 @@ async fn the_slots_scripts_examine_the_host_and_a_fault_keeps_the_worker() {
     house.finish().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_outlasts_its_slot_fails_and_its_processes_can_be_looked_at() {
-    let house = House::new("[slots.a]\ntarget = \"TARGET\"\njob_timeout_seconds = 10\n").await;
+/// A job that has outlasted its slot, and the pages of its worker from when no process of it is left.
+async fn outlasted(slots: &str) -> (House, testbed::server::Ulid, String) {
+    let house = House::new(&format!(
+        "[slots.a]\ntarget = \"TARGET\"\njob_timeout_seconds = 10\n{slots}"
+    ))
+    .await;
     let job = house.running().await;
     house.held(job).await;
     let worker = worker_on(&house, "a").await;
+    (house, job, worker)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_outlasts_its_slot_fails_and_has_no_process_when_it_is_held() {
+    let (house, job, worker) = outlasted("").await;
     let shown = json(&house, &["show", &worker]);
     let failure = shown["worker"]["failure"].as_str().unwrap();
     assert!(failure.contains("job_timeout_seconds (10 s)"), "{failure}");
-    assert!(!shown["processes"].as_array().unwrap().is_empty(), "{shown:#}");
+    assert_eq!(shown["processes"], serde_json::json!([]), "{shown:#}");
     assert_eq!(house.ended(job).await.state(), "failed");
+    done(&house, &["destroy", &worker, "--yes"]);
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_keeps_the_processes_of_a_failed_worker_until_an_operator_ends_them() {
+    let (house, _, worker) = outlasted("keep_processes = true\n").await;
+    let shown = json(&house, &["show", &worker]);
+    assert!(!shown["processes"].as_array().unwrap().is_empty(), "{shown:#}");
+    done(&house, &["kill", &worker]);
+    see(&house, |_| {
+        let shown = json(&house, &["show", &worker]);
+        shown["processes"].as_array()?.is_empty().then_some(())
+    })
+    .await;
+    let failure = json(&house, &["show", &worker])["worker"]["failure"].to_string();
+    assert!(
+        failure.contains("job_timeout_seconds"),
+        "the first reason stays: {failure}"
+    );
+    done(&house, &["destroy", &worker, "--yes"]);
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_an_operator_kills_keeps_its_files_and_the_job_is_told_who_did_it() {
+    let house = House::new(ONE).await;
+    let job = house.running().await;
+    let worker = worker_on(&house, "a").await;
+    done(&house, &["kill", &worker]);
+    house.held(job).await;
+    let reason = format!("an operator (uid {}) ended its processes", nix::unistd::getuid());
+    let shown = json(&house, &["show", &worker]);
+    assert!(
+        shown["worker"]["failure"].as_str().unwrap().contains(&reason),
+        "{shown:#}"
+    );
+    assert_eq!(shown["processes"], serde_json::json!([]), "{shown:#}");
+    house.told(&["an operator ends a worker's processes", "uid 0"]);
+    let files = house
+        .host
+        .root
+        .join("var/lib/buildomat-user-factory/workers")
+        .join(&worker)
+        .join("fs/work");
+    assert!(files.is_dir(), "its files stay");
+    assert_eq!(house.ended(job).await.state(), "failed");
+    let unknown = say(&house, &["kill", "01HZX3N8Q4J5W56M9W8969S0XP"]);
+    assert!(
+        unknown.status == 1 && unknown.err.contains("there is no worker"),
+        "{}",
+        unknown.err
+    );
     done(&house, &["destroy", &worker, "--yes"]);
     house.finish().await;
 }

@@ -116,7 +116,13 @@ fn garbage_ends_its_connection_and_no_other() {
     let stage = Stage::new();
     let witness = stage.client();
     let good = wire::encode(&Request::Kill { worker: worker_id() }).unwrap();
-    let mut packets: Vec<Vec<u8>> = vec![vec![0xff], vec![0x7f], vec![0; 300], vec![1; 513], vec![0xfd; 4000]];
+    let mut packets: Vec<Vec<u8>> = vec![
+        vec![0xff],
+        vec![0x7f],
+        vec![0; 300],
+        vec![1; 513],
+        vec![0xfd; 4000],
+    ];
     packets.extend((1..good.len()).map(|len| good[..len].to_vec()));
     packets.push([&good[..], &good[..]].concat());
     packets.push([&good[..], &[0]].concat());

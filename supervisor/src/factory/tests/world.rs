@@ -327,6 +327,11 @@ impl World {
                     *state = State::Running;
                 }
             }
+            Action::HostKill => {
+                if let Some((_, state)) = self.host.get_mut(&id) {
+                    *state = State::Exited(Exit::Unknown);
+                }
+            }
             Action::Tell { .. } => {
                 if self.old_server {
                     return Outcome::CannotTell("too old".into());
