@@ -78,8 +78,13 @@ impl Host {
         let devices = run_dir.join("devices");
         make_directories(&devices, 0o700)?;
         let gate = root.join(config::GATE_DIR);
-        // The supervisor's, in a directory of root's: nobody has put a link there.
-        for (place, mode) in [(&gate, 0o711), (&root.join(config::CONTROL_DIR), 0o755)] {
+        let closed = gate.parent().expect("GATE_DIR has a directory");
+        // The supervisor's, in directories of root's: nobody has put a link there.
+        for (place, mode) in [
+            (closed, 0o700),
+            (&gate, 0o711),
+            (&root.join(config::CONTROL_DIR), 0o755),
+        ] {
             if !place.is_dir() {
                 make_directories(place, mode)?;
             }

@@ -180,7 +180,7 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         warn!("{warning}");
     }
     let (config, _) = host.configuration()?;
-    let client = user::supervisor(&host, &config.factory.user)?;
+    let (client, group) = user::supervisor(&host, &config.factory.user)?;
     for warning in check_configuration(&host, &config)? {
         warn!("{warning}");
     }
@@ -192,6 +192,12 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         std::os::unix::fs::chown(options.root.join(place), Some(client), None)
             .with_context(|| format!("cannot give {place} to the supervisor"))?;
     }
+    // Other users of the host must not connect where jobs do: what they would send costs the supervisor time.
+    let closed = options.root.join(config::GATE_DIR);
+    let closed = closed.parent().expect("GATE_DIR has a directory");
+    std::os::unix::fs::chown(closed, Some(0), Some(group))
+        .and_then(|()| std::fs::set_permissions(closed, std::fs::Permissions::from_mode(0o710)))
+        .with_context(|| format!("cannot open {} to the supervisor's group", closed.display()))?;
     let _only_one = lock(&run_dir, &options.root.join(config::STATE_DIR).join("workers"))?;
     // For whoever starts something by hand.
     std::fs::write(run_dir.join(by_hand::CGROUP), cgroups.as_os_str().as_bytes())

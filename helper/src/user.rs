@@ -40,15 +40,30 @@ fn number_of(file: &str, name: &str) -> Option<u32> {
     line.split(':').nth(2)?.parse().ok()
 }
 
-/// The uid of the supervisor, the only one that the helper serves.
-pub fn supervisor(host: &Host, user: &User) -> Result<u32> {
+/// The uid of the supervisor, the only one that the helper serves, and its gid: of a number that is nobody's in
+/// `/etc/passwd`, the same number.
+pub fn supervisor(host: &Host, user: &User) -> Result<(u32, u32)> {
+    let passwd = read_etc(host, "passwd")?;
+    let mut users = passwd.lines().filter_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let mut numbers = fields.skip(1).map(|number| number.parse::<u32>().ok());
+        Some((name, numbers.next()??, numbers.next()??))
+    });
     match user {
-        User::Number(uid) => Ok(*uid),
-        User::Name(name) => number_of(&read_etc(host, "passwd")?, name).with_context(|| {
-            format!(
-                "the supervisor's user {name} is not in /etc/passwd: add it, or name another as factory.user"
-            )
-        }),
+        User::Number(uid) => {
+            let gid = users.find(|(_, number, _)| number == uid).map(|(_, _, gid)| gid);
+            Ok((*uid, gid.unwrap_or(*uid)))
+        }
+        User::Name(name) => {
+            let found = users.find(|(other, _, _)| other == name);
+            let found = found.map(|(_, uid, gid)| (uid, gid));
+            found.with_context(|| {
+                format!(
+                    "the supervisor's user {name} is not in /etc/passwd: add it, or name another as factory.user"
+                )
+            })
+        }
     }
 }
 
@@ -314,7 +329,11 @@ mod tests {
     fn the_supervisors_uid_is_what_the_configuration_or_the_host_says() {
         let root = tempfile::tempdir().unwrap();
         let host = host(root.path());
-        assert_eq!(supervisor(&host, &User::Number(7)).unwrap(), 7);
+        fs::create_dir_all(root.path().join("etc")).unwrap();
+        assert!(
+            supervisor(&host, &User::Number(6)).is_err(),
+            "the file cannot be read"
+        );
         let name = User::Name("factory".into());
         assert!(supervisor(&host, &name).is_err());
         fs::write(
@@ -322,7 +341,9 @@ mod tests {
             "factor:x:5:5::/:/x\nfactory:x:6:7::/:/x\n",
         )
         .unwrap();
-        assert_eq!(supervisor(&host, &name).unwrap(), 6);
+        assert_eq!(supervisor(&host, &name).unwrap(), (6, 7));
+        assert_eq!(supervisor(&host, &User::Number(6)).unwrap(), (6, 7));
+        assert_eq!(supervisor(&host, &User::Number(9)).unwrap(), (9, 9));
         assert!(supervisor(&host, &User::Name("nobody".into())).is_err());
     }
 

@@ -43,8 +43,9 @@ pub const RUN_DIR: &str = "run/buildomat-user-factory";
 /// The helper's socket, below the root directory.
 pub const HELPER_SOCKET: &str = "run/buildomat-user-factory/helper.sock";
 /// The directory, below the root directory, in which the supervisor listens for jobs that can reach nobody but
-/// the server: the helper makes it and gives it to the supervisor.
-pub const GATE_DIR: &str = "run/buildomat-user-factory/gate";
+/// the server: the helper makes it and gives it to the supervisor. Jobs' first processes have it by descriptor. To all
+/// others but the supervisor's group it is closed, by the mode of the directory that it is in.
+pub const GATE_DIR: &str = "run/buildomat-user-factory/gate/jobs";
 /// The name of that socket, of type `SOCK_SEQPACKET`. One packet, of one byte, brings one descriptor: a TCP
 /// connection that a job has opened to the server.
 pub const GATE_SOCKET: &str = "server.sock";
