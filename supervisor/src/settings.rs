@@ -21,6 +21,8 @@ pub struct Places {
     pub config: PathBuf,
     pub helper: PathBuf,
     pub gate: PathBuf,
+    /// Where the helper's records of the workers' users are.
+    pub userdb: PathBuf,
     pub control: PathBuf,
     /// Where the helper says where the workers' cgroups are.
     pub cgroups: PathBuf,
@@ -33,6 +35,7 @@ impl Places {
             config: root.join(CONFIG_PATH),
             helper: root.join(HELPER_SOCKET),
             gate: root.join(GATE_DIR),
+            userdb: root.join("run/userdb"),
             control: root.join(CONTROL_DIR),
             cgroups: root.join(RUN_DIR).join("helper.cgroup"),
             state: root.join(STATE_DIR).join("supervisor"),

@@ -55,7 +55,8 @@ pub fn serve(
         agent: AgentCache::new(places.state.join("agent"), agent::hints()),
     };
     tracing::info!(server = %config.general.baseurl, slots = config.slots.len(), workers = workers.len(), "supervisor started");
-    let gate = Gate::to_the_server(&config, places.gate.clone());
+    let gate = Gate::to_the_server(&config, places.gate.clone(), places.userdb.clone())
+        .context("cannot start the relay for jobs without a network")?;
     let page = config.factory.status_address;
     let metrics = Arc::new(Metrics::default());
     let desk = Desk::new(

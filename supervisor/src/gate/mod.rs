@@ -1,99 +1,124 @@
-//! The gate: the one way out for jobs whose slot says `network = "none"`.
+//! The relay to the buildomat server, for jobs whose slot says `network = "none"`.
 //!
 //! The first process of such a worker sends us, as a descriptor, each TCP connection that is made to the
 //! server's port in the job's network namespace ([`GATE_SOCKET`]). We connect to the server ourselves and carry
-//! the bytes both ways; TLS is between the agent and the server, so we see nothing and can change nothing.
+//! the bytes both ways; TLS is between the agent and the server, so we see nothing and can change nothing. Where the
+//! server speaks TLS, only connections that name it are carried: others may be at the same address.
 //!
 //! It must never believe anything that comes, and never let a job choose where a connection leads, nor how
-//! long one of the runtime's own threads takes: what a job can make slow is done on the pool for blocking work,
-//! where a worker has as many threads as it has seats, and no more.
+//! long it takes to accept the next caller. What one caller can make many or slow is its own: a worker has so many
+//! connections whatever the others do, and who is no worker is hung up on before anything is received.
 
-mod complaints;
-mod foreign;
-mod seats;
+mod client_hello;
+mod closer;
+mod forward;
 #[cfg(test)]
 mod tests;
+mod untrusted;
+mod upstream;
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use protocol::config::{Config, GATE_SOCKET};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::io::copy_bidirectional;
-use tokio::net::{TcpStream, UnixListener, UnixStream, lookup_host};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::{interval, sleep, timeout};
 
-use complaints::Complaints;
-use seats::{Seat, Seats};
+use crate::descriptors;
+use crate::limiter::{ConnectionLimiter, Permit};
+use crate::rate_limited_log::RateLimitedLog;
+use client_hello::ClientHello;
+use closer::Closer;
+use forward::forward;
+use untrusted::UntrustedTcpStream;
+use upstream::Upstream;
 
 /// How often the socket is looked for, and tried to be made where it is not there.
 const LOOK: Duration = Duration::from_secs(1);
-/// How long a caller may take to bring its descriptor.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How long one of the server's addresses may take to answer; then the next is tried.
-const CONNECT: Duration = Duration::from_secs(10);
+/// How long a caller may take to bring its descriptor, and a job to send its first TLS message.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a connection of which one side has ended may stand still.
+const HALF_CLOSED: Duration = Duration::from_secs(60);
 /// Connections of one worker at the same time: an agent and its job's uploads need a few.
-const SEATS_OF_A_WORKER: usize = 64;
-/// Connections of all workers together.
-const SEATS: usize = 1024;
-/// Callers without a seat that are being hung up on at the same time.
-const DOORMEN: usize = 64;
-/// Descriptors that the rest of the supervisor may need.
-const OTHER_FILES: u64 = 256;
+const CONNECTIONS_OF_A_WORKER: usize = 64;
+/// Of them, those whose packet is being received at the same time: that takes a thread each, and could take long.
+const RECEIVING: usize = 4;
+/// Callers that the kernel keeps until they are accepted.
+const BACKLOG: i32 = 4096;
 
 /// Which uids are workers'.
 type IsWorker = Box<dyn Fn(u32) -> bool + Send + Sync>;
 
-/// Everything that the gate knows.
+/// Everything that the relay knows.
 pub struct Gate {
     directory: PathBuf,
-    host: String,
-    port: u16,
+    upstream: Upstream,
+    /// What a connection must name as the server it is for, where that is looked at. None in it: no name, as the server
+    /// is an address.
+    tls_name: Option<Option<String>>,
     is_worker: IsWorker,
-    seats: Seats,
-    doormen: Arc<Semaphore>,
-    complaints: Complaints,
+    limiter: ConnectionLimiter<u32>,
+    receiving: Mutex<HashMap<u32, Weak<Semaphore>>>,
+    half_closed: Duration,
+    closer: Closer,
+    log: RateLimitedLog,
 }
 
 impl std::fmt::Debug for Gate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "Gate({} to {}:{})",
-            self.directory.display(),
-            self.host,
-            self.port
-        )
+        write!(f, "Gate({} to {})", self.directory.display(), self.upstream)
     }
 }
 
 impl Gate {
-    /// The gate to the configuration's server; none where it has no name. It is there also while no slot is without a
+    /// The relay to the configuration's server; none where it has no name. It is there also while no slot is without a
     /// network: workers may be left whose slot was, and the configuration may be read again with one that is.
-    pub fn to_the_server(config: &Config, directory: PathBuf) -> Option<Gate> {
-        let (host, port) = config.general.baseurl.name_and_port()?;
+    ///
+    /// Who is a worker the helper says, in the host's user records at `userdb`.
+    ///
+    /// # Errors
+    /// Where there can be no more threads.
+    pub fn to_the_server(config: &Config, directory: PathBuf, userdb: PathBuf) -> io::Result<Option<Gate>> {
+        let Some((host, port)) = config.general.baseurl.name_and_port() else {
+            return Ok(None);
+        };
         let range = config.factory.uid_range;
-        let is_worker = Box::new(move |uid| range.contains(uid));
-        Some(Gate::new(directory, host.into(), port, is_worker))
+        let is_worker = move |uid| {
+            let record = || userdb.join(format!("{uid}.user")).symlink_metadata();
+            range.contains(uid) && record().is_ok()
+        };
+        let tls = config.general.baseurl.as_str().starts_with("https://");
+        let mut gate = Gate::new(directory, host.into(), port, Box::new(is_worker))?;
+        gate.tls_name = tls.then(|| tls_name(host));
+        gate.limiter = ConnectionLimiter::new(
+            CONNECTIONS_OF_A_WORKER,
+            descriptors::relayed_connections(),
+            config.slots.len(),
+        );
+        Ok(Some(gate))
     }
 
-    fn new(directory: PathBuf, host: String, port: u16, is_worker: IsWorker) -> Gate {
-        Gate {
+    fn new(directory: PathBuf, host: String, port: u16, is_worker: IsWorker) -> io::Result<Gate> {
+        Ok(Gate {
             directory,
-            host,
-            port,
+            upstream: Upstream::new(host, port),
+            tls_name: None,
             is_worker,
-            seats: Seats::new(SEATS_OF_A_WORKER, SEATS.min(affordable())),
-            doormen: Arc::new(Semaphore::new(DOORMEN)),
-            complaints: Complaints::default(),
-        }
+            limiter: ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, 16 * CONNECTIONS_OF_A_WORKER, 1),
+            receiving: Mutex::default(),
+            half_closed: HALF_CLOSED,
+            closer: Closer::start()?,
+            log: RateLimitedLog::default(),
+        })
     }
 
     /// Serve without end. Dropped with the runtime, it cuts every connection: agents make new ones.
@@ -101,7 +126,7 @@ impl Gate {
         let gate = Arc::new(self);
         loop {
             let listener = gate.open().await;
-            gate.welcome(&listener).await;
+            gate.accept_from(&listener).await;
         }
     }
 
@@ -132,15 +157,19 @@ impl Gate {
 
     /// Let callers in until the socket is gone. One that was replaced is the affair of who replaced it: a
     /// newer supervisor; to take it back would only set the two against each other.
-    async fn welcome(self: &Arc<Self>, listener: &UnixListener) {
+    async fn accept_from(self: &Arc<Self>, listener: &UnixListener) {
         let path = self.directory.join(GATE_SOCKET);
         let mut look = interval(LOOK);
         loop {
+            // Only for as long as the closer needs, which waits for nobody.
+            while self.closer.pending() >= descriptors::PENDING_CLOSES {
+                sleep(Duration::from_millis(1)).await;
+            }
             tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((caller, _)) => self.admit(caller).await,
+                    Ok((caller, _)) => self.admit(caller),
                     Err(error) => {
-                        self.complaints.say(format_args!("the gate cannot accept: {error}; see the supervisor's limit of open files"));
+                        self.log.warn(format_args!("the gate cannot accept: {error}; see the supervisor's limit of open files"));
                         sleep(LOOK).await;
                     }
                 },
@@ -155,79 +184,123 @@ impl Gate {
         }
     }
 
-    async fn admit(self: &Arc<Self>, caller: UnixStream) {
+    fn admit(self: &Arc<Self>, caller: UnixStream) {
         let uid = match caller.peer_cred() {
             Ok(peer) if (self.is_worker)(peer.uid()) => peer.uid(),
-            Ok(peer) => return self.hang_up(caller, peer.uid(), "this uid is no worker's").await,
-            Err(_) => {
-                return self
-                    .hang_up(caller, u32::MAX, "the kernel does not name it")
-                    .await;
-            }
+            Ok(peer) => return self.hang_up(caller, peer.uid(), "this uid is no worker's"),
+            Err(_) => return self.hang_up(caller, u32::MAX, "the kernel does not name it"),
         };
-        let Some(seat) = self.seats.take(uid) else {
-            return self.hang_up(caller, uid, "it has too many connections").await;
+        let Some(permit) = self.limiter.take(uid) else {
+            return self.hang_up(caller, uid, "it has too many connections");
         };
         let gate = self.clone();
-        tokio::spawn(async move { gate.pass(caller, uid, seat).await });
+        tokio::spawn(async move { gate.serve_caller(caller, uid, permit).await });
     }
 
-    /// What the caller may have sent already is closed with its socket, and that can take as long as it
-    /// likes (`SO_LINGER`, `socket(7)`). Where many do that, the gate waits; the supervisor does not.
-    async fn hang_up(&self, caller: UnixStream, uid: u32, why: &str) {
-        self.complaints
-            .say(format_args!("the gate has hung up on uid {uid}: {why}"));
-        let doorman = self.doormen.clone().acquire_owned().await;
-        spawn_blocking(move || drop((caller, doorman)));
+    /// What the caller may have sent already is closed with its socket.
+    fn hang_up(&self, caller: UnixStream, uid: u32, why: &str) {
+        self.log
+            .warn(format_args!("the gate has hung up on uid {uid}: {why}"));
+        // Otherwise it is closed by now.
+        if let Ok(caller) = caller.into_std() {
+            self.closer.close(caller.into());
+        }
     }
 
-    /// One connection from its beginning to its end. The seat is free when the last descriptor is closed.
-    async fn pass(&self, caller: UnixStream, uid: u32, seat: Seat) {
+    /// One connection from its beginning to its end.
+    async fn serve_caller(&self, caller: UnixStream, uid: u32, permit: Permit<u32>) {
         // Where it has said nothing, nothing is found.
-        let _ = timeout(PATIENCE, foreign::has_spoken(&caller)).await;
-        let (brought, seat) = match spawn_blocking(move || (foreign::receive(caller), seat)).await {
+        let _ = timeout(PATIENCE, untrusted::has_spoken(&caller)).await;
+        let turn = self.turns_of(uid).acquire_owned().await;
+        // Closing what else it has sent can take long. The thread has the permit, for as long as it takes.
+        let received = spawn_blocking(move || (untrusted::receive(caller), permit, turn)).await;
+        let (received, permit, turn) = match received {
             Ok(received) => received,
             Err(error) => return tracing::error!("the gate could not receive: {error}"),
         };
-        let mut job = match brought {
+        drop(turn);
+        let mut job = match received {
             Ok(job) => job,
             Err(why) => {
                 return self
-                    .complaints
-                    .say(format_args!("the gate has hung up on uid {uid}: {why}"));
+                    .log
+                    .warn(format_args!("the gate has hung up on uid {uid}: {why}"));
             }
         };
-        match self.connect().await {
+        self.relay(&mut job, uid).await;
+        if let Ok(job) = job.into_descriptor() {
+            self.closer.close(job);
+        }
+        drop(permit);
+    }
+
+    fn turns_of(&self, uid: u32) -> Arc<Semaphore> {
+        let mut receiving = self.receiving.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(turns) = receiving.get(&uid).and_then(Weak::upgrade) {
+            return turns;
+        }
+        receiving.retain(|_, turns| turns.strong_count() > 0);
+        let turns = Arc::new(Semaphore::new(RECEIVING));
+        receiving.insert(uid, Arc::downgrade(&turns));
+        turns
+    }
+
+    async fn relay(&self, job: &mut UntrustedTcpStream, uid: u32) {
+        let first = match &self.tls_name {
+            None => Vec::new(),
+            Some(name) => match timeout(PATIENCE, client_hello_for(name.as_deref(), job)).await {
+                Ok(Ok(first)) => first,
+                refused => {
+                    let why = match refused {
+                        Ok(Err(why)) => why,
+                        _ => "it sent no whole ClientHello in time".into(),
+                    };
+                    return self.log.warn(format_args!(
+                        "the gate has closed a connection of uid {uid}, which may only be one to the buildomat server: {why}"
+                    ));
+                }
+            },
+        };
+        match self.upstream.connect().await {
             Ok(mut server) => {
-                if let Err(error) = copy_bidirectional(&mut job, &mut server).await {
+                let carried = match server.write_all(&first).await {
+                    Ok(()) => forward(job, &mut server, self.half_closed).await,
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = carried {
                     tracing::debug!(uid, "a connection through the gate has broken: {error}");
                 }
             }
-            Err(error) => tracing::debug!(
-                uid,
-                "the gate cannot reach {}:{} for a job: {error}",
-                self.host,
-                self.port
-            ),
+            Err(error) => tracing::debug!(uid, "the gate cannot reach {} for a job: {error}", self.upstream),
         }
-        spawn_blocking(move || drop((job, seat)));
     }
+}
 
-    /// Asked anew each time, as the server may move; the name is the configuration's, never the job's. The
-    /// look-up has no limit here, for it could not be cut off: the seat bounds how many there are.
-    async fn connect(&self) -> io::Result<TcpStream> {
-        let mut last = io::Error::other("the name has no address");
-        for address in lookup_host((self.host.as_str(), self.port)).await? {
-            match timeout(CONNECT, TcpStream::connect(address)).await {
-                Ok(Ok(server)) => {
-                    foreign::keep_alive(&server)?;
-                    return Ok(server);
-                }
-                Ok(Err(error)) => last = error,
-                Err(_) => last = io::ErrorKind::TimedOut.into(),
+/// What clients name a server of this host; no name where it is an address (RFC 6066, 3).
+fn tls_name(host: &str) -> Option<String> {
+    let is_address = host.parse::<std::net::IpAddr>().is_ok();
+    (!is_address).then(|| host.trim_end_matches('.').to_ascii_lowercase())
+}
+
+/// The first bytes of the job, which are for the server of this name.
+async fn client_hello_for(name: Option<&str>, job: &mut UntrustedTcpStream) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::with_capacity(2048);
+    loop {
+        match client_hello::read(&bytes)? {
+            ClientHello::Incomplete => {}
+            ClientHello::For(named) if named.as_deref() == name => return Ok(bytes),
+            ClientHello::For(named) => {
+                let say =
+                    |name: Option<&str>| name.map_or("no server".to_owned(), |name| format!("{name:?}"));
+                let (named, name) = (say(named.as_deref()), say(name));
+                return Err(format!("its ClientHello names {named:.100}, not {name}"));
             }
         }
-        Err(last)
+        match job.read_buf(&mut bytes).await {
+            Ok(0) => return Err("it ended before its ClientHello did".into()),
+            Ok(_) => {}
+            Err(error) => return Err(format!("it broke off before its ClientHello: {error}")),
+        }
     }
 }
 
@@ -241,24 +314,9 @@ fn listen_in(directory: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     }
     let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
     socket.bind(&SockAddr::unix(&new)?)?;
-    socket.listen(128)?;
+    socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
     std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o666))?;
     std::fs::rename(&new, directory.join(GATE_SOCKET))?;
     Ok(OwnedFd::from(socket).into())
-}
-
-/// How many connections there are descriptors for: three each, the caller's, the job's and the server's. The
-/// soft limit is often too low for that, and ours to raise.
-fn affordable() -> usize {
-    let wanted = OTHER_FILES + 3 * SEATS as u64;
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return SEATS_OF_A_WORKER;
-    };
-    let raised = soft.max(wanted.min(hard));
-    let have = match setrlimit(Resource::RLIMIT_NOFILE, raised, hard) {
-        Ok(()) => raised,
-        Err(_) => soft,
-    };
-    usize::try_from(have.saturating_sub(OTHER_FILES) / 3).map_or(SEATS, |seats| seats.max(1))
 }

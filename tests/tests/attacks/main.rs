@@ -12,6 +12,7 @@ mod neighbours;
 mod out;
 mod packets;
 mod quotas;
+mod relay;
 mod starve;
 mod supervisor;
 mod tokens;

@@ -63,7 +63,7 @@ async fn what_is_not_one_connection_in_one_byte_is_hung_up_on() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_callers_hold_up_nobody_and_lose_patience_first() {
     let house = house(0).await;
-    let silent: Vec<Seqpacket> = (0..SEATS_OF_A_WORKER - 1).map(|_| house.call()).collect();
+    let silent: Vec<Seqpacket> = (0..CONNECTIONS_OF_A_WORKER - 1).map(|_| house.call()).collect();
     house.works().await;
     assert!(silent.iter().all(hung_up));
 }
@@ -72,7 +72,7 @@ async fn silent_callers_hold_up_nobody_and_lose_patience_first() {
 async fn a_worker_has_so_many_connections_and_gets_them_back() {
     let house = house(0).await;
     let mut kept = Vec::new();
-    for _ in 0..SEATS_OF_A_WORKER {
+    for _ in 0..CONNECTIONS_OF_A_WORKER {
         let mut job = house.connection().await;
         job.write_all(b"x").await.unwrap();
         assert_eq!(job.read_u8().await.unwrap(), b'x');
@@ -93,7 +93,10 @@ async fn a_worker_has_so_many_connections_and_gets_them_back() {
         if matches!((&job).read(&mut [0]), Ok(1)) {
             break;
         }
-        assert!(std::time::Instant::now() < end, "the seats have not come back");
+        assert!(
+            std::time::Instant::now() < end,
+            "the connections have not come back"
+        );
     }
 }
 
@@ -116,6 +119,16 @@ async fn a_socket_that_its_sender_keeps_and_makes_blocking_blocks_nothing() {
     house.works().await;
 }
 
+/// A TCP connection of which closing the second end takes a thousand seconds, or until the first is closed.
+fn slow_to_close() -> (StdStream, StdStream) {
+    let (job, worker) = tcp();
+    let worker_is = SockRef::from(&worker);
+    worker_is.set_linger(Some(Duration::from_secs(1000))).unwrap();
+    worker.set_nonblocking(true).unwrap();
+    while (&worker).write(&[7; 4096]).is_ok() {}
+    (job, worker)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
     let house = house(0).await;
@@ -124,11 +137,7 @@ async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
     for (bytes, count) in [(1, 1), (2, 1), (1, 3)] {
         let caller = house.call();
         for _ in 0..count {
-            let (job, worker) = tcp();
-            let worker_is = SockRef::from(&worker);
-            worker_is.set_linger(Some(Duration::from_secs(1000))).unwrap();
-            worker.set_nonblocking(true).unwrap();
-            while (&worker).write(&[7; 4096]).is_ok() {}
+            let (job, worker) = slow_to_close();
             let _ = caller.send(&[0, 0][..bytes], Some(worker.as_fd()));
             // Whoever closes it last has to wait: elsewhere, lest it be us.
             std::thread::spawn(move || drop(worker));
@@ -138,4 +147,106 @@ async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
     }
     house.works().await;
     house.works().await;
+}
+
+/// More than any pool of threads in here could wait for.
+const MANY: usize = 600;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn many_strangers_with_sockets_that_take_long_to_close_hold_up_no_worker() {
+    // Whether a caller is a worker is asked once for each: the strangers come first.
+    let asked = std::sync::atomic::AtomicUsize::new(0);
+    let house = house_with(0, |gate| {
+        let order = std::sync::atomic::Ordering::Relaxed;
+        gate.is_worker = Box::new(move |_| asked.fetch_add(1, order) >= MANY);
+    })
+    .await;
+    // Nobody is accepted before all have sent what they have: the one thread that does is held.
+    let (go_on, held) = std::sync::mpsc::channel::<()>();
+    let (tell, is_held) = std::sync::mpsc::channel();
+    tokio::spawn(async move {
+        tell.send(()).unwrap();
+        let _ = held.recv();
+    });
+    is_held.recv().unwrap();
+    let mut strangers = Vec::new();
+    for _ in 0..MANY {
+        let caller = house.call();
+        let (job, worker) = slow_to_close();
+        caller.send(&[0], Some(worker.as_fd())).unwrap();
+        // The packet has it still, and whoever closes that one has to wait.
+        drop(worker);
+        strangers.push((job, caller));
+    }
+    drop(go_on);
+    house.works().await;
+    assert!(strangers.iter().all(|(_, caller)| hung_up(caller)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_connection_that_one_side_has_ended_and_the_other_does_not_gives_its_place_back() {
+    let house = house_with(0, |gate| {
+        gate.half_closed = Duration::from_millis(200);
+        // One that never answers and never ends.
+        gate.upstream = Upstream::new("127.0.0.1".into(), silent());
+        gate.limiter = ConnectionLimiter::new(2, 2, 1);
+    })
+    .await;
+    for _ in 0..5 {
+        let (job, worker) = tcp();
+        let caller = house.bring(worker.as_fd());
+        drop(worker);
+        assert!(hung_up(&caller));
+        job.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(ended(&job));
+    }
+}
+
+/// A server that takes connections and does nothing with them, as long as the test's process is there.
+fn silent() -> u16 {
+    let listener = StdListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let mut kept = Vec::new();
+        while let Ok((stream, _)) = listener.accept() {
+            kept.push(stream);
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_tls_connection_reaches_the_server_that_it_names_or_nobody() {
+    use super::super::client_hello::tests::client_hello;
+    let tls = |name: Option<&str>| {
+        let name = name.map(str::to_owned);
+        house_with(0, |gate| gate.tls_name = Some(name))
+    };
+    let house = tls(Some("build.example")).await;
+    let hello = client_hello("build.EXAMPLE");
+    let mut job = house.connection().await;
+    // In two parts, of which the first says nothing yet.
+    job.write_all(&hello[..3]).await.unwrap();
+    sleep(Duration::from_millis(50)).await;
+    job.write_all(&[&hello[3..], b"and more"].concat()).await.unwrap();
+    job.shutdown().await.unwrap();
+    assert_eq!(answer(job).await, [&hello[..], b"and more"].concat());
+    for first in [client_hello("other.example"), b"GET / HTTP/1.1\r\n\r\n".to_vec()] {
+        let mut job = house.connection().await;
+        job.write_all(&first).await.unwrap();
+        assert_eq!(answer(job).await, b"");
+    }
+    // A client of a server without a name names none.
+    let house = tls(None).await;
+    let mut job = house.connection().await;
+    job.write_all(&client_hello("build.example")).await.unwrap();
+    assert_eq!(answer(job).await, b"");
+}
+
+/// All that comes back: from the server what was sent, and otherwise nothing.
+async fn answer(mut job: TcpStream) -> Vec<u8> {
+    let mut answer = Vec::new();
+    let all = timeout(Duration::from_secs(20), job.read_to_end(&mut answer)).await;
+    let _ = all.expect("the connection ends");
+    answer
 }

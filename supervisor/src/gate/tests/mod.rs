@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use protocol::{Received, Seqpacket};
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
 /// More than all buffers on the way can hold.
@@ -26,13 +26,20 @@ struct House {
 
 /// A gate for this uid, before a server that sends everything back.
 async fn house(uid: u32) -> House {
+    house_with(uid, |_| {}).await
+}
+
+/// The same, with a gate that is changed before it opens.
+async fn house_with(uid: u32, change: impl FnOnce(&mut Gate)) -> House {
     let directory = tempfile::tempdir().unwrap();
     let port = echo().await;
-    let gate = open(directory.path(), port, uid);
+    let is_worker = Box::new(move |caller| caller == uid);
+    let mut gate = Gate::new(directory.path().into(), "127.0.0.1".into(), port, is_worker).unwrap();
+    change(&mut gate);
     let house = House {
         directory,
         port,
-        gate,
+        gate: tokio::spawn(gate.serve()),
     };
     house.opened().await;
     house
@@ -40,7 +47,8 @@ async fn house(uid: u32) -> House {
 
 fn open(directory: &Path, port: u16, uid: u32) -> JoinHandle<()> {
     let is_worker = Box::new(move |caller| caller == uid);
-    tokio::spawn(Gate::new(directory.into(), "127.0.0.1".into(), port, is_worker).serve())
+    let gate = Gate::new(directory.into(), "127.0.0.1".into(), port, is_worker).unwrap();
+    tokio::spawn(gate.serve())
 }
 
 async fn echo() -> u16 {

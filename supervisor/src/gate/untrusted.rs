@@ -2,7 +2,7 @@
 //!
 //! Whoever holds it too can take away its non-blocking mode at any time, as that belongs to the socket and
 //! not to the descriptor. So that mode is never relied on: every call here says `MSG_DONTWAIT` itself. For
-//! the same reason (`SO_LINGER`) it must not be closed on a thread that has other things to do.
+//! the same reason (`SO_LINGER`) a [`Closer`](super::closer::Closer) closes it.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -19,7 +19,14 @@ use tokio::net::{TcpStream, UnixStream};
 
 /// The job's end of a connection.
 #[derive(Debug)]
-pub(super) struct Foreign(TcpStream);
+pub(super) struct UntrustedTcpStream(TcpStream);
+
+impl UntrustedTcpStream {
+    /// What is to be closed.
+    pub(super) fn into_descriptor(self) -> io::Result<OwnedFd> {
+        self.0.into_std().map(OwnedFd::from)
+    }
+}
 
 /// Wait until there is something to receive, or nothing will ever come. That a socket is called readable is
 /// no proof: tokio takes it for granted of one that was just accepted.
@@ -37,7 +44,7 @@ pub(super) async fn has_spoken(caller: &UnixStream) {
 
 /// Take the one descriptor of the one packet that the caller should have sent by now, and hang up. This may
 /// block, for whatever else it has sent is closed here.
-pub(super) fn receive(caller: UnixStream) -> Result<Foreign, String> {
+pub(super) fn receive(caller: UnixStream) -> Result<UntrustedTcpStream, String> {
     let caller = caller
         .into_std()
         .map_err(|error| format!("its socket cannot be used: {error}"))?;
@@ -79,11 +86,11 @@ fn check(fd: &OwnedFd) -> Result<(), String> {
     }
 }
 
-fn adopt(fd: OwnedFd) -> io::Result<Foreign> {
+fn adopt(fd: OwnedFd) -> io::Result<UntrustedTcpStream> {
     // tokio asks for it, although nothing here depends on it.
     SockRef::from(&fd).set_nonblocking(true)?;
     keep_alive(&fd)?;
-    TcpStream::from_std(fd.into()).map(Foreign)
+    TcpStream::from_std(fd.into()).map(UntrustedTcpStream)
 }
 
 /// A connection may be idle for days; one whose other end is gone without a word is noticed in three minutes.
@@ -98,7 +105,7 @@ pub(super) fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
     socket.set_tcp_nodelay(true)
 }
 
-impl AsyncRead for Foreign {
+impl AsyncRead for UntrustedTcpStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let socket = &self.get_mut().0;
         loop {
@@ -119,7 +126,7 @@ impl AsyncRead for Foreign {
     }
 }
 
-impl AsyncWrite for Foreign {
+impl AsyncWrite for UntrustedTcpStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let socket = &self.get_mut().0;
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;

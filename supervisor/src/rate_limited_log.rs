@@ -8,10 +8,10 @@ const PAUSE: Duration = Duration::from_secs(60);
 
 /// When the last one was logged, and how many were not since.
 #[derive(Debug, Default)]
-pub(super) struct Complaints(Mutex<(Option<Instant>, u64)>);
+pub struct RateLimitedLog(Mutex<(Option<Instant>, u64)>);
 
-impl Complaints {
-    pub(super) fn say(&self, what: fmt::Arguments<'_>) {
+impl RateLimitedLog {
+    pub fn warn(&self, what: fmt::Arguments<'_>) {
         match self.left_out(Instant::now()) {
             Some(0) => tracing::warn!("{what}"),
             Some(left_out) => tracing::warn!(left_out, "{what}"),
@@ -38,11 +38,11 @@ mod tests {
 
     #[test]
     fn one_a_minute_is_logged_and_the_others_are_counted() {
-        let (complaints, now) = (Complaints::default(), Instant::now());
-        assert_eq!(complaints.left_out(now), Some(0));
-        assert_eq!(complaints.left_out(now), None);
-        assert_eq!(complaints.left_out(now + PAUSE - Duration::from_millis(1)), None);
-        assert_eq!(complaints.left_out(now + PAUSE), Some(2));
-        assert_eq!(complaints.left_out(now + 2 * PAUSE), Some(0));
+        let (log, now) = (RateLimitedLog::default(), Instant::now());
+        assert_eq!(log.left_out(now), Some(0));
+        assert_eq!(log.left_out(now), None);
+        assert_eq!(log.left_out(now + PAUSE - Duration::from_millis(1)), None);
+        assert_eq!(log.left_out(now + PAUSE), Some(2));
+        assert_eq!(log.left_out(now + 2 * PAUSE), Some(0));
     }
 }

@@ -1,0 +1,49 @@
+//! Who may have how many of this process's file descriptors. What jobs and other callers can make many has a bound of
+//! its own, so that leasing, the helper's socket and the database always have theirs.
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// For all that is not below: the database, the helper, the buildomat server, agents.
+const OTHERS: u64 = 256;
+/// Connections to the control socket: each may have the helper's socket and a console, too.
+pub const CONTROL_CONNECTIONS: usize = 128;
+const OF_CONTROL: u64 = 3 * CONTROL_CONNECTIONS as u64;
+/// Connections to `factory.status_address`.
+pub const STATUS_CONNECTIONS: usize = 64;
+/// What the relay has refused or is done with, and has not closed yet.
+pub const PENDING_CLOSES: usize = 256;
+/// Each connection through the relay has the caller's, the job's and the server's socket.
+const OF_RELAYED: u64 = 3;
+/// More connections through the relay are of no use: it raises the limit for no more.
+const MOST_RELAYED: u64 = 64 << 10;
+
+/// How many connections there may be through the relay, within this limit of open files.
+fn relayed_within(limit: u64) -> usize {
+    let taken = OTHERS + OF_CONTROL + STATUS_CONNECTIONS as u64 + PENDING_CLOSES as u64;
+    let left = limit.saturating_sub(taken) / OF_RELAYED;
+    usize::try_from(left.clamp(1, MOST_RELAYED)).unwrap_or(1)
+}
+
+/// Raise the limit of open files as far as it is ours to raise (`getrlimit(2)`), and say how many connections there may be
+/// through the relay.
+pub fn relayed_connections() -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return relayed_within(0);
+    };
+    match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => relayed_within(hard),
+        Err(_) => relayed_within(soft),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_relay_gets_what_the_others_leave() {
+        for (limit, connections) in [(0, 1), (960, 1), (1024, 21), (8192, 2410), (u64::MAX, 64 << 10)] {
+            assert_eq!(relayed_within(limit), connections, "{limit}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Carries the bytes of one connection, both ways.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
+use tokio::time::sleep;
+
+/// What has happened on both sides of a connection.
+#[derive(Debug, Default)]
+struct Activity {
+    /// Bytes that were read or written.
+    bytes: AtomicU64,
+    /// One side will send no more.
+    half_closed: AtomicBool,
+}
+
+/// Until both sides have sent all that they will, or, once one has, until no byte has moved for `idle`: who has closed its
+/// side may be gone.
+///
+/// # Errors
+/// Where a side has broken off, or the time is over.
+pub(super) async fn forward(
+    job: impl AsyncRead + AsyncWrite + Unpin,
+    server: impl AsyncRead + AsyncWrite + Unpin,
+    idle: Duration,
+) -> io::Result<()> {
+    let activity = Activity::default();
+    let activity = &activity;
+    let mut job = Watched { side: job, activity };
+    let mut server = Watched {
+        side: server,
+        activity,
+    };
+    tokio::select! {
+        copied = copy_bidirectional(&mut job, &mut server) => copied.map(drop),
+        () = activity.has_stopped(idle) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+impl Activity {
+    async fn has_stopped(&self, idle: Duration) {
+        let state = || {
+            let half_closed = self.half_closed.load(Ordering::Relaxed);
+            (half_closed, self.bytes.load(Ordering::Relaxed))
+        };
+        let mut before = state();
+        loop {
+            sleep(idle).await;
+            let now = state();
+            if now == before && now.0 {
+                return;
+            }
+            before = now;
+        }
+    }
+
+    fn moved(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+struct Watched<'a, S> {
+    side: S,
+    activity: &'a Activity,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Watched<'_, S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = into.filled().len();
+        ready!(Pin::new(&mut this.side).poll_read(cx, into))?;
+        match into.filled().len() - before {
+            0 => this.activity.half_closed.store(true, Ordering::Relaxed),
+            bytes => this.activity.moved(bytes),
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<'_, S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = ready!(Pin::new(&mut this.side).poll_write(cx, bytes))?;
+        this.activity.moved(written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().side).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().side).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::time::Instant;
+
+    use super::*;
+
+    const IDLE: Duration = Duration::from_secs(60);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_half_closed_connection_ends_when_nothing_has_moved_for_a_while_and_not_before() {
+        let (mut job, relay_job) = duplex(64);
+        let (mut server, relay_server) = duplex(64);
+        let begun = Instant::now();
+        let forwarding = tokio::spawn(forward(relay_job, relay_server, IDLE));
+        // A connection that is open both ways may be idle for days.
+        sleep(100 * IDLE).await;
+        assert!(!forwarding.is_finished());
+        job.write_all(b"request").await.unwrap();
+        job.shutdown().await.unwrap();
+        let mut request = String::new();
+        server.read_to_string(&mut request).await.unwrap();
+        assert_eq!(request, "request");
+        // An answer that takes its time is no answer that does not come.
+        for _ in 0..10 {
+            sleep(IDLE / 2).await;
+            server.write_all(b"x").await.unwrap();
+            assert_eq!(job.read_u8().await.unwrap(), b'x');
+        }
+        let last = begun.elapsed();
+        let ended = tokio::time::timeout(10 * IDLE, forwarding).await;
+        let ended = ended.expect("it ends").unwrap();
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let idle = begun.elapsed() - last;
+        assert!((IDLE..=2 * IDLE).contains(&idle), "{idle:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_ends_when_both_sides_have() {
+        let (mut job, relay_job) = duplex(64);
+        let (mut server, relay_server) = duplex(64);
+        let forwarding = tokio::spawn(forward(relay_job, relay_server, IDLE));
+        job.shutdown().await.unwrap();
+        server.write_all(b"answer").await.unwrap();
+        server.shutdown().await.unwrap();
+        let mut answer = String::new();
+        job.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, "answer");
+        forwarding.await.unwrap().unwrap();
+    }
+}

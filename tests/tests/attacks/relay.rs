@@ -1,0 +1,153 @@
+//! Group J: the relay through which jobs without a network reach the server.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::libc::linger;
+use nix::sys::socket::{setsockopt, sockopt};
+use protocol::Seqpacket;
+use protocol::config::{GATE_DIR, GATE_SOCKET};
+use testbed::harness::{SUPERVISOR_UID, TestHost};
+use testbed::house::House;
+
+/// A user of the host who has nothing to do with the factory.
+const SOMEBODY: u32 = 0x6fff_0001;
+const NO_NETWORK: &str = "[slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n";
+/// What the test's own program finds in its environment when it is to be that user.
+const SOCKET: &str = "USER_FACTORY_TEST_SOCKET";
+/// More than any pool that callers could share.
+const CALLS: usize = 1500;
+
+/// This test, as another user of the host, who calls at the relay again and again.
+struct Stranger(Child);
+
+impl Stranger {
+    /// Has made all its calls, or has been refused: it says which.
+    fn call(host: &TestHost, uid: u32) -> (Stranger, String) {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--ignored", "--exact", "--nocapture", "relay::a_stranger"]);
+        command.env(SOCKET, host.root.join(GATE_DIR).join(GATE_SOCKET));
+        command.uid(uid).gid(uid).current_dir("/");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut stranger = Stranger(command.spawn().unwrap());
+        let mut said = String::new();
+        let output = stranger.0.stdout.as_mut().expect("it was piped");
+        while !said.ends_with(".\n") {
+            let mut byte = [0];
+            output
+                .read_exact(&mut byte)
+                .expect("the stranger says how it went");
+            said.push(byte[0].into());
+        }
+        (stranger, said)
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+#[ignore = "a part of row 101, which starts it"]
+fn a_stranger() {
+    let socket = PathBuf::from(std::env::var_os(SOCKET).expect("row 101 starts it"));
+    let mut kept = Vec::new();
+    for _ in 0..CALLS {
+        let caller = match Seqpacket::connect(&socket, false) {
+            Ok(caller) => caller,
+            Err(errno) => {
+                assert_eq!(errno, Errno::EACCES);
+                println!("refused.");
+                return wait_for_the_end();
+            }
+        };
+        // Closing it takes a thousand seconds, for its other end takes nothing.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let slow = listener.accept().unwrap().0;
+        let long = linger {
+            l_onoff: 1,
+            l_linger: 1000,
+        };
+        setsockopt(&slow, sockopt::Linger, &long).unwrap();
+        slow.set_nonblocking(true).unwrap();
+        while (&slow).write(&[7; 1 << 16]).is_ok() {}
+        let _ = caller.send(&[0], Some(slow.as_fd()));
+        // Whoever has it last waits.
+        std::thread::spawn(move || drop(slow));
+        kept.push((caller, other));
+    }
+    println!("called.");
+    wait_for_the_end();
+}
+
+fn wait_for_the_end() {
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+/// A job starts, runs and ends, and all that takes no longer than it should.
+async fn a_job_works(house: &House, how: &str) {
+    let begun = Instant::now();
+    house.completed(house.submit("echo through the relay")).await;
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(60), "{how}: the job took {took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_server() {
+    let house = House::new(NO_NETWORK).await;
+    a_job_works(&house, "alone").await;
+    let (stranger, said) = tokio::task::block_in_place(|| Stranger::call(&house.host, SOMEBODY));
+    assert!(said.contains("refused."), "another user can call: {said}");
+    a_job_works(&house, "refused").await;
+    drop(stranger);
+
+    // Where somebody has opened the directory, whoever calls is asked who it is.
+    let closed = house.host.root.join(GATE_DIR).parent().unwrap().to_owned();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o755)).unwrap();
+    // One who is nobody here, one in the range of uids without being a worker, and the supervisor's own user.
+    let strangers = [SOMEBODY, *house.host.uids.end(), SUPERVISOR_UID].map(|uid| {
+        let (stranger, said) = tokio::task::block_in_place(|| Stranger::call(&house.host, uid));
+        assert!(said.contains("called."), "{said}");
+        stranger
+    });
+    a_job_works(&house, "called").await;
+    house.told(&["WARN", "hung up on uid", "no worker's"]);
+    assert!(
+        house.supervisor.log.count(&["hung up on uid"]) < 5,
+        "the log is filled"
+    );
+    drop(strangers);
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o710)).unwrap();
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_101_a_job_with_all_its_connections_leaves_the_next_job_its_own() {
+    let slots = format!("{NO_NETWORK}{}", NO_NETWORK.replace("[slots.a]", "[slots.b]"));
+    let house = House::new(&slots).await;
+    let port = house.server.url().rsplit(':').next().unwrap().to_owned();
+    // As many as it gets, each half-sent; then it says so, and keeps them for as long as it runs.
+    let open = house.shared().join("open");
+    let greedy = house.submit(&format!(
+        "for n in $(seq 300); do exec {{fd}}<>/dev/tcp/127.0.0.1/{port} || break; printf 'GET /' >&$fd; done; \
+         while ! [ -e {} ]; do read -t 0.2 < <(sleep 1); done",
+        open.display()
+    ));
+    house.told(&["WARN", "hung up on uid", "too many connections"]);
+    a_job_works(&house, "beside a greedy one").await;
+    house.let_end();
+    house.ended(greedy).await;
+    house.finish().await;
+}
