@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # The machine while it runs. It is spoken to through two virtio-serial ports: `control`, a line each way, and `output`.
-# shellcheck disable=SC2154 # $run, $target, $here: of tests/machine/run; $image, $booted, $qemu, $firmware: of image.sh
+# shellcheck disable=SC2154 # $run, $target, $here: of tests/machine/run; $image, $booted, $qemu, $qemu_img, $firmware: of
+# image.sh
 
 note() {
     echo "machine: $*" >&2
@@ -73,7 +74,7 @@ stop_machine() {
 # Boot the image once and save the machine as it is when it waits for a story.
 boot_once() {
     note "booting for the first time (some minutes, under emulation)"
-    qemu-img create -q -f qcow2 -b "$image/root.ext4" -F raw "$run/disk.qcow2"
+    "$qemu_img" create -q -f qcow2 -b "$image/root.ext4" -F raw "$run/disk.qcow2"
     start_machine
     await ready 900
     printf 'savevm booted\nquit\n' >&"$to_monitor"
@@ -84,7 +85,7 @@ boot_once() {
     done
     wait "$qemu_pid" || fail "the machine cannot be saved: $(cat "$run/qemu.log")"
     qemu_pid=
-    qemu-img snapshot -l "$run/disk.qcow2" | grep -q booted || fail "the machine was not saved"
+    "$qemu_img" snapshot -l "$run/disk.qcow2" | grep -q booted || fail "the machine was not saved"
     rm -f "$image"/booted-*
     mv "$run/disk.qcow2" "$booted"
     rm -f "$run"/{control,monitor}.{in,out}
