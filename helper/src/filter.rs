@@ -176,6 +176,7 @@ const CONNECTION: &[c_long] = &[
     libc::SYS_setresuid,
     libc::SYS_setresgid,
     libc::SYS_capget,
+    libc::SYS_capset,
     libc::SYS_prctl,
     libc::SYS_exit_group,
     // How much a job's user has on disk: without CAP_SYS_ADMIN it is a question that one may ask about oneself.

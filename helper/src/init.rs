@@ -19,7 +19,7 @@ use nix::unistd::Pid;
 use protocol::{Exit, UserName};
 
 use crate::network::Door;
-use crate::worker::print_exit;
+use crate::worker::{TIMED_OUT, print_exit};
 
 /// Files of root's that pid 1 was given open for writing.
 pub struct Files {
@@ -123,6 +123,10 @@ impl Console<'_> {
     }
 }
 
+/// The most children that are reaped, or connections that are forwarded, in one turn: a flood of one kind must not keep
+/// pid 1 from all else.
+pub const TURN: usize = 64;
+
 /// Keep house until the agent has ended. Returns the status for pid 1 itself.
 ///
 /// `install` starts the real agent and exits, so the agent is the child that is there when it does.
@@ -135,6 +139,8 @@ pub fn run(agent: Agent, files: &Files, house: &House) -> i32 {
     let mut awaited = vec![agent.install];
     let mut installing = true;
     let mut open = true;
+    // More children may have ended than one turn reaps.
+    let mut unreaped = false;
     let exit = 'ended: loop {
         let mut events = vec![PollFd::new(agent.children_ended.as_fd(), PollFlags::POLLIN)];
         if open {
@@ -148,20 +154,26 @@ pub fn run(agent: Agent, files: &Files, house: &House) -> i32 {
             break Exit::TimedOut;
         }
         // A millisecond more than is left, so that it is over then; days are waited for in parts.
-        let wait = left.map_or(PollTimeout::NONE, |left| {
-            PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX)
-        });
+        let wait = match left {
+            _ if unreaped => PollTimeout::ZERO,
+            None => PollTimeout::NONE,
+            Some(left) => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),
+        };
         let _ = poll(&mut events, wait);
         while let Ok(Some(_)) = agent.children_ended.read_signal() {}
         if let Some(door) = &house.door {
             door.pass_on();
         }
         open = open && console.pump(&agent.output);
-        loop {
+        unreaped = true;
+        for _ in 0..TURN {
             let (pid, exit) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, status)) => (pid, Exit::Status(status as u8)),
                 Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, Exit::Signal(signal as u8)),
-                Ok(WaitStatus::StillAlive) => break,
+                Ok(WaitStatus::StillAlive) => {
+                    unreaped = false;
+                    break;
+                }
                 Err(Errno::EINTR) | Ok(_) => continue,
                 // No child at all: nobody is left of the agent.
                 Err(_) => break 'ended Exit::Unknown,
@@ -181,7 +193,7 @@ pub fn run(agent: Agent, files: &Files, house: &House) -> i32 {
     };
     console.pump(&agent.output);
     if exit == Exit::TimedOut {
-        console.keep(b"\n[the agent has run as long as the slot lets it]\n");
+        console.keep(TIMED_OUT.as_bytes());
     }
     let _ = (&files.exit).write_all(print_exit(exit).as_bytes());
     0

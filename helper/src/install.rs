@@ -5,6 +5,7 @@
 use std::fs::{File, Permissions};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
@@ -18,7 +19,7 @@ use crate::host::{Host, misconfigured, open_dir, open_file};
 use crate::orders::{Order, Word};
 use crate::sandbox::AGENT;
 use crate::worker::{Record, Worker};
-use crate::{cgroup, limits, policy, trees, user};
+use crate::{cgroup, limits, policy, timer, trees, user};
 
 /// Start the agent, unless it was started before. Returns when the kernel has accepted the program.
 pub fn install(
@@ -56,6 +57,9 @@ pub fn install(
     // Meanwhile: its first process needs about as long for the sandbox. It waits for a word before it looks.
     copy_agent(&agent, &open_dir(worker.dir(), "fs/run")?)?;
     expect(&child, Word::Ready)?;
+    if let Some(seconds) = slot.limits.run_time_seconds {
+        timer::start(worker, &cgroup, Duration::from_secs(seconds))?;
+    }
     worker.mark_started()?;
     Word::Go.say(&child).context("the worker's pid 1 is gone")?;
     expect(&child, Word::Done)

@@ -36,6 +36,7 @@ mod sandbox;
 mod sys;
 mod tenancy;
 mod terminal;
+mod timer;
 mod trees;
 mod user;
 mod view;

@@ -15,6 +15,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use protocol::Seqpacket;
 use protocol::config::{BaseUrl, GATE_SOCKET};
 
+use crate::init::TURN;
 use crate::sys;
 
 /// The job's `/etc/hosts`: the server is here. None where an address says so already.
@@ -67,7 +68,10 @@ impl Door {
     /// agent comes again.
     pub fn pass_on(&self) {
         let socket: PathBuf = format!("/proc/self/fd/{}/{GATE_SOCKET}", self.gate.as_raw_fd()).into();
-        while let Ok((connection, _)) = self.listener.accept() {
+        for _ in 0..TURN {
+            let Ok((connection, _)) = self.listener.accept() else {
+                return;
+            };
             if let Ok(supervisor) = Seqpacket::connect(&socket, true) {
                 let _ = supervisor.send(b"c", Some(connection.as_fd()));
             }

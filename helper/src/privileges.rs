@@ -66,6 +66,11 @@ pub fn of_a_session() -> Result<()> {
     sys::filter_system_calls(&filter::connection()).context("cannot filter system calls")
 }
 
+/// For a timer, which has its files open: nothing.
+pub fn of_a_timer() -> Result<()> {
+    keep_only(&HashSet::new())
+}
+
 /// Drop the rest, and check that they are gone.
 fn keep_only(keep: &HashSet<Capability>) -> Result<()> {
     let permitted = caps::read(None, CapSet::Permitted).map_err(describe)?;

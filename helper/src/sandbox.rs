@@ -21,7 +21,7 @@ use crate::network::Door;
 use crate::orders::Word;
 use crate::trees::{self, Tree};
 use crate::view::{self, PRIVATE};
-use crate::{devices, filter, init, launch, limits, network, policy, sys, user};
+use crate::{devices, filter, init, launch, limits, network, policy, sys, user, worker};
 
 /// Where the job sees the agent's program, until `install` has copied itself.
 pub const AGENT: &str = "/run/buildomat-agent";
@@ -191,8 +191,8 @@ fn files(host: &Host, worker: WorkerId) -> Result<init::Files> {
         open_file(&dir, name, flags).with_context(|| format!("cannot open the worker's {name}"))
     };
     Ok(init::Files {
-        console: output("console.log")?,
-        exit: output("exit")?,
+        console: output(worker::CONSOLE)?,
+        exit: output(worker::EXIT)?,
     })
 }
 

@@ -61,7 +61,11 @@ impl Record {
     }
 }
 
-const CONSOLE: &str = "console.log";
+pub const CONSOLE: &str = "console.log";
+/// The file in which the end of the agent is written down: by pid 1, or by the worker's `timer`.
+pub const EXIT: &str = "exit";
+/// The console's last line where that is the end of the run time.
+pub const TIMED_OUT: &str = "\n[the agent has run as long as the slot lets it]\n";
 
 /// What a worker's directory says of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -252,7 +256,7 @@ fn state(host: &Host, dir: impl AsFd, id: WorkerId) -> Result<State> {
     if cgroup::is_populated(&host.cgroups, id)? {
         return Ok(State::Running);
     }
-    let exit = read_small(dir, "exit")?.unwrap_or_default();
+    let exit = read_small(dir, EXIT)?.unwrap_or_default();
     Ok(State::Exited(parse_exit(&exit)))
 }
 
@@ -266,8 +270,9 @@ pub fn print_exit(exit: Exit) -> String {
     }
 }
 
-/// Anything that is not as it was written says nothing.
+/// Anything that is not as it was written says nothing. The first line counts: pid 1 and the timer may both have written.
 pub fn parse_exit(text: &str) -> Exit {
+    let text = text.split_inclusive('\n').next().unwrap_or_default();
     let line = text.trim_end();
     let exit = match line.split_once(' ') {
         Some(("status", n)) => n.parse().map_or(Exit::Unknown, Exit::Status),
@@ -404,11 +409,12 @@ mod tests {
         for bad in [
             "status 01\n",
             "status +1\n",
-            "status 1\n\n",
             "status 256\n",
             "timed-out\r\n",
+            "\ntimed-out\n",
         ] {
             assert_eq!(parse_exit(bad), Exit::Unknown, "{bad:?}");
         }
+        assert_eq!(parse_exit("timed-out\nstatus 1\n"), Exit::TimedOut);
     }
 }

@@ -5,7 +5,9 @@ use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::time::Instant;
 
-use protocol::{Exit, Reply, Request, State};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use protocol::{Exit, Reply, Request, State, WorkerId};
 use testbed::census::processes_of;
 use testbed::harness::{PATIENCE, Running, TestHost, binaries, has_controller};
 use testbed::stage::{Stage, attack, created, read, start_attack, state, wait_for_line, wait_until};
@@ -170,4 +172,64 @@ fn row_56_a_job_that_ends_before_its_time_is_not_ended_by_it() {
     assert_eq!(state(&client, worker), State::Exited(Exit::Status(0)));
     assert!(!console.contains("as long as the slot lets it"), "{console}");
     stage.finish(&[worker]);
+}
+
+/// The sandbox's pid 1: the first process in the worker's cgroup.
+fn first_process(host: &TestHost, worker: WorkerId) -> Pid {
+    let procs = fs::read_to_string(
+        host.cgroup_dir()
+            .join("workers")
+            .join(worker.to_string())
+            .join("cgroup.procs"),
+    )
+    .unwrap();
+    let is_first = |pid: &&str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let namespaces = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        namespaces.is_some_and(|pids| pids.split_whitespace().last() == Some("1"))
+    };
+    let first = procs.lines().find(is_first).expect("a job has a pid 1");
+    Pid::from_raw(first.parse().unwrap())
+}
+
+#[test]
+fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
+    let mut stage = Stage::with(&slots(&[
+        ("a", "run_time_seconds = 10"),
+        ("c", "run_time_seconds = 10"),
+    ]));
+    let client = stage.client();
+    let (one, other) = (created(&client, "a"), created(&client, "c"));
+    let console = start_attack(&client, one, "never-end", &["quiet"]);
+    wait_for_line(&console, "ready");
+    wait_for_line(&start_attack(&client, other, "never-end", &["quiet"]), "ready");
+    // A job that starves its pid 1 gets no further than this.
+    for worker in [one, other] {
+        kill(first_process(&stage.host, worker), Signal::SIGSTOP).unwrap();
+    }
+    drop(client);
+    // The helper is away when the time is over.
+    stage.helper.signal(Signal::SIGKILL);
+    stage.helper.wait();
+    let begin = Instant::now();
+    for worker in [one, other] {
+        let events = stage
+            .host
+            .cgroup_dir()
+            .join("workers")
+            .join(worker.to_string())
+            .join("cgroup.events");
+        while !fs::read_to_string(&events).unwrap().contains("populated 0") {
+            assert!(begin.elapsed() < PATIENCE, "the job goes on");
+            std::thread::yield_now();
+        }
+    }
+    stage.helper = stage.host.helper();
+    let client = stage.client();
+    for worker in [one, other] {
+        assert_eq!(state(&client, worker), State::Exited(Exit::TimedOut));
+    }
+    assert!(read(&console).ends_with("[the agent has run as long as the slot lets it]\n"));
+    drop(client);
+    stage.finish(&[one, other]);
 }

@@ -1,0 +1,110 @@
+//! The end of a worker's run time, from outside of its sandbox.
+//!
+//! Pid 1 of a sandbox has the job's uid: the job can starve it among thousands of threads, so it cannot be what enforces
+//! `limits.run_time_seconds`. A worker with that limit has a *timer* process beside it, in the helper's cgroup, which the
+//! job can neither see nor signal. It is no state of the monitor's and no task of the supervisor's, so the limit holds
+//! while either is away: the package's units end no such process (`KillMode=process`).
+//!
+//! Pid 1 still ends a job in time, and then knows best how its agent ended. The timer waits [`GRACE`] longer.
+//!
+//! | cut off | what follows |
+//! | --- | --- |
+//! | before the timer is forked | the agent is not started: pid 1 gets no `Go` |
+//! | between the timer and `Go` | pid 1 ends with the session, and the timer with the cgroup |
+//! | the timer, by a signal of root's | pid 1 alone enforces the limit |
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
+use protocol::Exit;
+
+use crate::host::open_file;
+use crate::worker::{self, Worker};
+use crate::{privileges, sys};
+
+/// How much later than pid 1 the timer ends a job. A pid 1 that is not starved needs milliseconds.
+const GRACE: Duration = Duration::from_secs(5);
+/// How often processes are killed again that are not gone yet.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// What a timer holds: open files of root's, and nothing else.
+struct Timer {
+    /// The worker's `cgroup.kill` and `cgroup.events` (the kernel's cgroup-v2 documentation).
+    kill: File,
+    events: File,
+    /// Where the end of the agent is written down.
+    exit: File,
+    console: File,
+}
+
+/// Fork the timer of a worker whose first process is in its cgroup. `limit` is measured from now by a clock that does not
+/// jump, and that stands still while the host is suspended (`CLOCK_MONOTONIC`, clock_gettime(2)).
+pub fn start(worker: &Worker, cgroup: &OwnedFd, limit: Duration) -> Result<()> {
+    let append = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND;
+    let timer = Timer {
+        kill: open_file(cgroup, "cgroup.kill", OFlag::O_WRONLY)?,
+        events: open_file(cgroup, "cgroup.events", OFlag::O_RDONLY)?,
+        exit: open_file(worker.dir(), worker::EXIT, append)?,
+        console: open_file(worker.dir(), worker::CONSOLE, append)?,
+    };
+    let end = Instant::now() + limit + GRACE;
+    sys::fork(|| {
+        let keep = [&timer.kill, &timer.events, &timer.exit, &timer.console].map(AsRawFd::as_raw_fd);
+        let ready = sys::close_all_but(&keep).is_ok() && privileges::of_a_timer().is_ok();
+        i32::from(!ready || timer.run(end).is_err())
+    })
+    .context("cannot fork the timer of the slot's run_time_seconds")?;
+    Ok(())
+}
+
+impl Timer {
+    /// Until the cgroup has no process: by itself, or killed at `end`.
+    fn run(&self, end: Instant) -> std::io::Result<()> {
+        while self.is_populated()? {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return self.end_all();
+            }
+            self.wait(left)?;
+        }
+        Ok(())
+    }
+
+    fn end_all(&self) -> std::io::Result<()> {
+        // Before the processes end: nobody may see an end of which nothing is written. If pid 1 writes one after all, the
+        // first line counts.
+        if self.exit.metadata()?.len() == 0 {
+            (&self.exit).write_all(worker::print_exit(Exit::TimedOut).as_bytes())?;
+            // A full disk loses a line of the console, and nothing else.
+            let _ = (&self.console).write_all(worker::TIMED_OUT.as_bytes());
+        }
+        while self.is_populated()? {
+            (&self.kill).write_all(b"1")?;
+            self.wait(AGAIN)?;
+        }
+        Ok(())
+    }
+
+    /// Wait so long, or until `cgroup.events` has changed.
+    fn wait(&self, time: Duration) -> std::io::Result<()> {
+        let mut events = [PollFd::new(self.events.as_fd(), PollFlags::POLLPRI)];
+        match ppoll(&mut events, Some(TimeSpec::from_duration(time)), None) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// An error (ENODEV) where the cgroup has been removed.
+    fn is_populated(&self) -> std::io::Result<bool> {
+        let mut text = String::new();
+        (&self.events).seek(SeekFrom::Start(0))?;
+        (&self.events).take(4096).read_to_string(&mut text)?;
+        Ok(text.lines().any(|line| line == "populated 1"))
+    }
+}
