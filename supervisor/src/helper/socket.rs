@@ -64,10 +64,13 @@ impl Line for AsyncFd<Seqpacket> {
                     Err(errno) => return Err(Error::Away(format!("cannot send to the helper: {errno}"))),
                 }
             }
+            let mut was_reset = false;
             loop {
                 let mut ready = self.readable().await.map_err(|e| Error::Away(e.to_string()))?;
                 match self.get_ref().recv(MAX_REPLY) {
                     Err(Errno::EAGAIN) => ready.clear_ready(),
+                    // It has hung up without reading what was sent. The kernel says so once, before what it has said.
+                    Err(Errno::ECONNRESET) if !was_reset => was_reset = true,
                     Err(errno) => {
                         return Err(Error::Away(format!("cannot receive from the helper: {errno}")));
                     }
@@ -75,5 +78,55 @@ impl Line for AsyncFd<Seqpacket> {
                 }
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
+
+    use nix::sys::socket::{
+        AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, recv, socket,
+    };
+    use protocol::{ErrorKind, Reply, wire};
+
+    use super::super::Helper;
+    use super::*;
+
+    fn listen_at(path: &Path) -> UnixListener {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        bind(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+        listen(&fd, Backlog::new(8).unwrap()).unwrap();
+        fd.into()
+    }
+
+    /// The helper does this while it has no process that may read what is sent.
+    #[tokio::test]
+    async fn an_answer_from_who_hung_up_without_reading_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("helper.sock");
+        let listening = listen_at(&path);
+        for waits in [true, false] {
+            let there = listening.try_clone().unwrap();
+            let answer = std::thread::spawn(move || {
+                let connection = OwnedFd::from(there.accept().unwrap().0);
+                if waits {
+                    // Until the greeting lies there: the kernel then says that the connection was reset.
+                    recv(connection.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK).unwrap();
+                }
+                let error = protocol::Error::new(ErrorKind::Busy, "the reason");
+                let bytes = wire::encode(&Reply::Error(error)).unwrap();
+                Seqpacket::from(connection).send(&bytes, None).unwrap();
+            });
+            let error = Helper::new(path.clone()).list().await.unwrap_err();
+            assert!(
+                matches!(&error, Error::Said(said) if said.message() == "the reason"),
+                "{waits}: {error:?}"
+            );
+            answer.join().unwrap();
+        }
     }
 }
