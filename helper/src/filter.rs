@@ -14,6 +14,10 @@ use libc::{c_long, sock_filter};
 
 use crate::sys;
 
+/// What a person does where the kernel has not installed a filter in time (row 86 of `docs/attacks.md`).
+pub const IS_LATE: &str = "Look for kernel workers in bpf_prog_free_deferred, in /proc/PID/stack; if there are any, \
+                           reboot the host";
+
 /// `linux/audit.h`: what the kernel says of a call that was made by this architecture's own entry point.
 #[cfg(target_arch = "x86_64")]
 const NATIVE: u32 = 0xc000_003e;

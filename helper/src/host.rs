@@ -2,7 +2,7 @@
 //! helper touches later it reaches from these descriptors, with fixed names and names made of a
 //! `WorkerId`; it never follows a link.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -48,6 +48,8 @@ pub struct Host {
     /// Read last, and true for as long as the files are the same. The daemon's children begin with the daemon's.
     config_read: Latest<Config>,
     accounts_read: Latest<Accounts>,
+    /// How often this process, or one that it was forked from, has read either.
+    reads: Cell<u64>,
 }
 
 /// What was made of files, with what tells whether they are the same still.
@@ -113,6 +115,7 @@ impl Host {
             cgroups,
             config_read: RefCell::default(),
             accounts_read: RefCell::default(),
+            reads: Cell::default(),
         })
     }
 
@@ -156,6 +159,7 @@ impl Host {
             path.display()
         );
         let read = || {
+            self.reads.set(self.reads.get() + 1);
             let mut text = String::new();
             (&file)
                 .take(1 << 20)
@@ -170,13 +174,21 @@ impl Host {
         Ok((config, identities[0]))
     }
 
+    /// How often the configuration and the accounts were read because nothing was known of them as they are.
+    pub fn reads(&self) -> u64 {
+        self.reads.get()
+    }
+
     /// Who the host knows now by its `/etc/passwd` and `/etc/group`.
     pub fn accounts(&self) -> Result<Rc<Accounts>> {
         let open = |name: &str| {
             open_file(&self.etc, name, OFlag::O_RDONLY).with_context(|| format!("cannot open /etc/{name}"))
         };
         let (passwd, group) = (open("passwd")?, open("group")?);
-        let read = || Accounts::read(&passwd, &group);
+        let read = || {
+            self.reads.set(self.reads.get() + 1);
+            Accounts::read(&passwd, &group)
+        };
         Ok(latest(&self.accounts_read, &[&passwd, &group], read)?.1)
     }
 }
@@ -384,6 +396,7 @@ pub mod tests {
             cgroups,
             config_read: RefCell::default(),
             accounts_read: RefCell::default(),
+            reads: Cell::default(),
         }
     }
 

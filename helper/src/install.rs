@@ -19,7 +19,7 @@ use crate::host::{Host, misconfigured, open_dir, open_file};
 use crate::orders::{Order, Word};
 use crate::sandbox::AGENT;
 use crate::worker::{Record, Worker};
-use crate::{cgroup, limits, policy, timer, trees, user};
+use crate::{cgroup, filter, limits, policy, timer, trees, user};
 
 /// Start the agent, unless it was started before. Returns when the kernel has accepted the program.
 pub fn install(
@@ -56,7 +56,10 @@ pub fn install(
     )?;
     // Meanwhile: its first process needs about as long for the sandbox. It waits for a word before it looks.
     copy_agent(&agent, &open_dir(worker.dir(), "fs/run")?)?;
+    expect(&child, Word::Filter)?;
+    set_patience(&child, FILTER_PATIENCE)?;
     expect(&child, Word::Ready)?;
+    set_patience(&child, PATIENCE)?;
     if let Some(seconds) = slot.limits.run_time_seconds {
         timer::start(worker, &cgroup, Duration::from_secs(seconds))?;
     }
@@ -65,9 +68,16 @@ pub fn install(
     expect(&child, Word::Done)
 }
 
-/// How long the daemon, or a process of its making, may take for a step, in seconds: as long as the supervisor waits.
-/// One that hangs in a mount must not keep the worker's lock: its deletion would wait for ever.
-const PATIENCE: i64 = 60;
+/// How long the daemon, or a process of its making, may take for a step, in seconds. One that hangs in a mount must not
+/// keep the worker's lock: its deletion would wait for ever. With the filter it is less than the supervisor waits for an
+/// answer, a minute: so the supervisor gets the reason.
+const PATIENCE: i64 = 45;
+/// The same for a job's filter of system calls, which takes a millisecond or does not end.
+const FILTER_PATIENCE: i64 = 10;
+
+fn set_patience(answers: &impl AsFd, seconds: i64) -> nix::Result<()> {
+    setsockopt(answers, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))
+}
 
 /// Give the daemon an order: the other end of the socket that it gets answers.
 pub fn order(orders: &Seqpacket, order: &Order) -> Result<Seqpacket> {
@@ -77,7 +87,7 @@ pub fn order(orders: &Seqpacket, order: &Order) -> Result<Seqpacket> {
         None,
         SockFlag::SOCK_CLOEXEC,
     )?;
-    setsockopt(&here, sockopt::ReceiveTimeout, &TimeVal::new(PATIENCE, 0))?;
+    set_patience(&here, PATIENCE)?;
     orders.send(&order.encode(), Some(there.as_fd())).map_err(|_| {
         Error::new(
             ErrorKind::Busy,
@@ -93,9 +103,15 @@ pub fn expect(from: &Seqpacket, word: Word) -> Result<()> {
         Ok(Received::Packet { bytes, .. }) => bytes,
         // The request did not fail: nobody is left who could say so.
         Err(Errno::EAGAIN) => {
-            let message = format!(
-                "the helper has not done it within {PATIENCE} s: look for its processes in state D in ps, and repeat"
-            );
+            let message = match word {
+                Word::Ready => format!(
+                    "the kernel has not installed the job's filter of system calls (seccomp) within {FILTER_PATIENCE} s. {}",
+                    filter::IS_LATE
+                ),
+                _ => format!(
+                    "the helper has not done it within {PATIENCE} s: look for its processes in state D in ps, and repeat"
+                ),
+            };
             bail!(Error::new(ErrorKind::Busy, message));
         }
         _ => bail!(Error::new(
@@ -272,7 +288,7 @@ mod tests {
     #[test]
     fn only_the_word_that_is_waited_for_is_taken_for_it() {
         let (here, there) = pair();
-        for word in [Word::Ready, Word::Go, Word::Done] {
+        for word in [Word::Filter, Word::Ready, Word::Go, Word::Done] {
             word.say(&there).unwrap();
             expect(&here, word).unwrap();
         }
@@ -286,6 +302,10 @@ mod tests {
         let late = expect(&here, Word::Done).unwrap_err();
         assert!(late.to_string().contains("state D"), "{late}");
         assert_eq!(kind(expect(&here, Word::Done)), Some(ErrorKind::Busy));
+        let late = expect(&here, Word::Ready).unwrap_err();
+        assert!(late.to_string().contains("seccomp"), "{late}");
+        assert!(late.to_string().contains("bpf_prog_free_deferred"), "{late}");
+        assert_eq!(kind(expect(&here, Word::Ready)), Some(ErrorKind::Busy));
         drop(there);
         let gone = expect(&here, Word::Done).unwrap_err();
         assert!(gone.to_string().contains("was killed"), "{gone}");

@@ -67,8 +67,8 @@ fn launch(
     // With the cgroup open: it is that of who asked, and not one in which another has its first process.
     is_waited_for(connection)?;
     sys::clone_sandboxed(cgroup.as_fd(), || {
-        let prepared =
-            forget_all_but(host, connection).and_then(|()| sandbox::enter(host, worker, bootstrap));
+        let prepared = forget_all_but(host, connection)
+            .and_then(|()| sandbox::enter(host, worker, bootstrap, connection));
         match prepared {
             Ok(job) => job.start(connection),
             Err(error) => failed(connection, &error),

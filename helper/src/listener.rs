@@ -31,7 +31,7 @@ use tracing::{error, warn};
 
 use crate::connection::{self, OnHost, Peer};
 use crate::host::Host;
-use crate::{privileges, sys};
+use crate::{filter, privileges, sys};
 
 /// The most connections that are served at once; the supervisor makes one for each operation.
 const MAX_SESSIONS: usize = 256;
@@ -45,6 +45,9 @@ const LATE_AFTER: Duration = Duration::from_secs(10);
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 /// After a connection could not be accepted.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// A session's exit status when the configuration or the host's accounts were not as the listener had read them.
+const HAS_READ: i32 = 1;
 
 /// What the monitor knows of its listener.
 #[derive(Debug)]
@@ -102,8 +105,8 @@ impl Outage {
         match &self.next {
             Next::Wait(Child { pid, .. }, _) => format!(
                 "the helper has accepted no connection for {seconds} s: its process {pid} waits for the kernel to install \
-                 a filter of system calls (seccomp). Look for kernel workers in bpf_prog_free_deferred, in \
-                 /proc/PID/stack; if there are any, reboot the host"
+                 a filter of system calls (seccomp). {}",
+                filter::IS_LATE
             ),
             Next::Start(_) => format!(
                 "the helper has accepted no connection for {seconds} s: its process that accepts them ends whenever it is \
@@ -292,7 +295,10 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
                 return Ok(());
             }
         }
-        reap(&mut sessions);
+        if reap(&mut sessions) {
+            // The next sessions begin with it.
+            let _ = (host.configuration(), host.accounts());
+        }
         if !is_called {
             continue;
         }
@@ -339,20 +345,23 @@ fn serve(host: &Host, orders: &Seqpacket, connection: OwnedFd, peer: Peer, is_bu
     sys::fork(|| {
         // The listening socket is the listener's alone.
         if sys::close_all_but(&keep).is_ok() && SigSet::empty().thread_set_mask().is_ok() {
+            let before = host.reads();
             connection::serve(&OnHost { host, orders }, peer, is_busy, connection.into());
-        } else {
-            warn!("hung up: cannot close what is not a session's");
+            return if host.reads() == before { 0 } else { HAS_READ };
         }
+        warn!("hung up: cannot close what is not a session's");
         0
     })
 }
 
-/// Collect sessions that have ended.
-fn reap(sessions: &mut BTreeSet<Pid>) {
+/// Collect sessions that have ended. True if one had to read what the listener should know.
+fn reap(sessions: &mut BTreeSet<Pid>) -> bool {
+    let mut has_read = false;
     while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
         let Some(pid) = status.pid() else {
-            return;
+            break;
         };
+        has_read |= matches!(status, WaitStatus::Exited(_, HAS_READ));
         let was_session = sessions.remove(&pid);
         if let WaitStatus::Signaled(_, signal, _) = status
             && was_session
@@ -360,4 +369,5 @@ fn reap(sessions: &mut BTreeSet<Pid>) {
             warn!("a session was ended by {signal}: its request is lost, repeat it");
         }
     }
+    has_read
 }

@@ -7,7 +7,7 @@ use protocol::{BootstrapToken, Seqpacket, WorkerId};
 /// A connection's order. The socket that comes with it takes the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Make the worker's first process. Answer: `Ready`; then, after `Go`, `Done`.
+    /// Make the worker's first process. Answer: `Filter` and `Ready`; then, after `Go`, `Done`.
     Launch {
         worker: WorkerId,
         bootstrap: BootstrapToken,
@@ -45,6 +45,8 @@ impl Order {
 /// A word between a connection and the process that carries out its order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Word {
+    /// All is prepared but the filter of system calls, which is installed next.
+    Filter,
     /// All is prepared; write down that the agent is started, and say so.
     Ready,
     /// It is written down.
@@ -61,6 +63,7 @@ impl Word {
 
     pub fn say(&self, to: &Seqpacket) -> nix::Result<()> {
         let mut bytes = match self {
+            Word::Filter => "S".to_owned(),
             Word::Ready => "R".to_owned(),
             Word::Go => "G".to_owned(),
             Word::Done => "D".to_owned(),
@@ -73,6 +76,7 @@ impl Word {
 
     pub fn decode(bytes: &[u8]) -> Option<Word> {
         match bytes {
+            b"S" => Some(Word::Filter),
             b"R" => Some(Word::Ready),
             b"G" => Some(Word::Go),
             b"D" => Some(Word::Done),

@@ -47,11 +47,11 @@ pub struct Job {
 }
 
 /// For the first process of a worker: everything, up to the agent's start.
-pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken) -> Result<Job> {
+pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session: &Seqpacket) -> Result<Job> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
     let files = files(host, worker)?;
-    let door = put_up_the_walls(host, &config, &plan, For::Agent)?;
+    let door = put_up_the_walls(host, &config, &plan, For::Agent(session))?;
     Ok(Job {
         agent_arguments: arguments(&config, &plan.slot, bootstrap),
         user: plan.user,
@@ -74,21 +74,22 @@ pub fn enter_by_hand(host: &Host, worker: WorkerId) -> Result<UserName> {
 }
 
 /// For whom the walls are put up.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum For {
-    Agent,
+#[derive(Clone, Copy)]
+enum For<'a> {
+    /// With the session that waits for it.
+    Agent(&'a Seqpacket),
     Person,
 }
 
 /// From a copy of root to the job's user in the job's view. Each step has its place.
-fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For) -> Result<Option<Door>> {
+fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For<'_>) -> Result<Option<Door>> {
     // A session of its own: no terminal of the helper's is reachable.
     nix::unistd::setsid().context("cannot make a session")?;
     umask(Mode::empty());
     // Named devices may be block devices, and what goes to a disk of the slot's outlives the job.
     let ignore_sync = plan.slot.ignore_sync && !devices::has_block_device(host, &plan.slot)?;
     // A person finds the /dev of an agent that was started: it may be using it.
-    if whom == For::Agent || open_dir(&host.devices, plan.worker.to_string()).is_err() {
+    if matches!(whom, For::Agent(_)) || open_dir(&host.devices, plan.worker.to_string()).is_err() {
         devices::make(host, plan.worker, plan.uid, &plan.slot)?;
     }
     let door = match plan.slot.network {
@@ -97,7 +98,7 @@ fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For) -> Res
     };
     // The root is the template's already, copied with the namespace. Add what is this job's own.
     mounts(plan)?;
-    if whom == For::Agent {
+    if let For::Agent(_) = whom {
         silence()?;
     }
     limits::of_disk(host, plan.uid, plan.slot.limits.disk, plan.slot.limits.inodes)?;
@@ -114,6 +115,10 @@ fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For) -> Res
     // Where the kernel has no scopes, the helper has said so at its start.
     if sys::has_scopes() {
         sys::scope_sockets_and_signals().context("cannot scope sockets and signals")?;
+    }
+    if let For::Agent(session) = whom {
+        // It says what hangs, if this does.
+        Word::Filter.say(session).context("the session is gone")?;
     }
     // Last: it refuses most of the above.
     let allowed = filter::job(filter::Job {

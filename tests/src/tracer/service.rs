@@ -58,8 +58,15 @@ pub struct Plan {
     pub when: When,
     /// Everything that is the service's dies with it: all but the jobs.
     pub all: bool,
-    /// It hangs there instead (`SIGSTOP`), and the connections die.
-    pub hangs: bool,
+    /// It hangs there instead (`SIGSTOP`).
+    pub hangs: Option<Connections>,
+}
+
+/// What becomes of the connections where another process hangs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    Die,
+    GoOn,
 }
 
 /// What was seen until the end, or until somebody was killed.
@@ -282,9 +289,12 @@ impl Watcher {
         for (other, kind) in &self.alive {
             let jobs = matches!(kind, Kind::First | Kind::Agent);
             let connection = *kind == Kind::Connection;
-            if *other == pid && plan.hangs {
+            if *other == pid && plan.hangs.is_some() {
                 let _ = kill(*other, Signal::SIGSTOP);
-            } else if *other == pid || (plan.all && !jobs) || (plan.hangs && connection) {
+            } else if *other == pid
+                || (plan.all && !jobs)
+                || (plan.hangs == Some(Connections::Die) && connection)
+            {
                 let _ = kill(*other, Signal::SIGKILL);
             }
         }

@@ -40,7 +40,7 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
                         kind,
                         when,
                         all,
-                        hangs: false,
+                        hangs: None,
                     };
                     plans.push((plan, *after));
                 }

@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use protocol::{Reply, Request, WorkerId, wire};
+use protocol::{ErrorKind, Reply, Request, WorkerId, wire};
 use testbed::harness::{Client, PATIENCE, sealed};
 use testbed::stage::{read, wait_for_line};
-use testbed::tracer::service::{Kind, Plan, When, children, listener};
+use testbed::tracer::service::{Connections, Kind, Plan, When, children, listener};
 
 use crate::bench::{Bench, Operation, ask, prepare, request};
 
@@ -97,7 +97,7 @@ fn a_first_process_that_hangs_is_ended_by_a_repetition_of_the_start() {
             kind: Kind::First,
             when: When::First(call),
             all: false,
-            hangs: true,
+            hangs: Some(Connections::Die),
         };
         let install = request(Operation::Install, worker, "rich");
         let (reply, seen) = bench.under_the_tracer(&install, Some(plan));
@@ -109,4 +109,35 @@ fn a_first_process_that_hangs_is_ended_by_a_repetition_of_the_start() {
         );
         bench.assert_clean(true, "a first process that hung");
     }
+}
+
+#[test]
+fn a_job_whose_filter_cannot_be_installed_says_so_in_time_and_a_repetition_ends_it() {
+    let bench = Bench::new();
+    let worker = prepare(&bench, Operation::Install, "rich");
+    let plan = Plan {
+        kind: Kind::First,
+        when: When::First(libc::SYS_seccomp),
+        all: false,
+        hangs: Some(Connections::GoOn),
+    };
+    let install = request(Operation::Install, worker, "rich");
+    let begin = Instant::now();
+    let (reply, seen) = bench.under_the_tracer(&install, Some(plan));
+    assert!(seen.killed.is_some(), "{reply:?}");
+    let Some(Reply::Error(error)) = reply else {
+        panic!("{reply:?}")
+    };
+    assert_eq!(error.kind, ErrorKind::Busy);
+    for part in ["seccomp", "bpf_prog_free_deferred", "reboot the host"] {
+        assert!(error.message().contains(part), "{}", error.message());
+    }
+    // Before the supervisor gives up.
+    assert!(begin.elapsed().as_secs() < 55, "{:?}", begin.elapsed());
+    assert_eq!(ask(&bench.host, &install), Some(Reply::AgentStarted));
+    assert_eq!(
+        ask(&bench.host, &Request::Delete { worker }),
+        Some(Reply::Deleted)
+    );
+    bench.assert_clean(true, "a filter that was not installed");
 }

@@ -8,6 +8,7 @@ use serde_json::Value;
 use testbed::harness::{PATIENCE, Running, binaries};
 use testbed::house::House;
 
+mod away;
 mod by_hand;
 mod checks;
 mod held;

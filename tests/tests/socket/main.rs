@@ -20,6 +20,7 @@ use testbed::stage::{
 mod devices;
 mod host;
 mod life;
+mod listener;
 mod packets;
 mod quotas;
 mod sync;

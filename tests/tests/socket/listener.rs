@@ -1,0 +1,196 @@
+//! The process that accepts connections: it lives as long as the daemon, and no longer; and while it does not accept,
+//! clients are told why.
+
+use std::time::Duration;
+
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+use testbed::service::Service;
+use testbed::tracer::service::{Connections, Kind, Plan, Span, When, children, listener, watch};
+use testbed::tracer::wait_until_stopped;
+
+use super::*;
+
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid as i32), signal).expect("it lives");
+}
+
+/// Is there no such process, or only what is left of it until it is waited for?
+fn is_gone(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ")
+        .next()
+        .is_none_or(|rest| rest.is_empty() || rest.starts_with('Z'))
+}
+
+fn wait_until_gone(pid: u32) {
+    let end = Instant::now() + PATIENCE;
+    while !is_gone(pid) {
+        assert!(Instant::now() < end, "process {pid} stays");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_go_on() {
+    let stage = Stage::new();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let daemon = stage.helper.pid();
+    let killed = |pid: u32| {
+        signal(pid, Signal::SIGKILL);
+        wait_until_gone(pid);
+        let next = listener(daemon);
+        assert_ne!(next, pid);
+        (next, Instant::now())
+    };
+    let (second, seen) = killed(listener(daemon));
+    // This one has hardly begun.
+    let (_, seen_again) = killed(second);
+    let passed = seen_again - seen;
+    assert!(
+        passed > Duration::from_millis(500),
+        "the next came after {passed:?}"
+    );
+    assert_eq!(list(&stage.client()).len(), 1);
+    let told = ["WARN", "the process that accepts connections has ended (SIGKILL)"];
+    assert_eq!(stage.helper.log.count(&told), 2);
+    // The session of the first asks the daemon all the same.
+    let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
+    assert_eq!(reply, Reply::AgentStarted);
+    stage.finish(&[worker]);
+}
+
+#[test]
+fn a_listener_ends_with_its_daemon_and_sessions_go_on() {
+    for how in [Signal::SIGTERM, Signal::SIGKILL] {
+        let mut stage = Stage::new();
+        let client = stage.client();
+        let worker = created(&client, "a");
+        let old = listener(stage.helper.pid());
+        let [session] = children(old)[..] else {
+            panic!("one session serves {client:?}")
+        };
+        stage.helper.signal(how);
+        assert_eq!(stage.helper.wait().success(), how == Signal::SIGTERM);
+        wait_until_gone(old);
+        assert_eq!(list(&client).len(), 1, "after {how}");
+        assert!(!is_gone(session), "after {how}");
+        // What takes the daemon is to be asked on a new connection.
+        let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
+        assert_eq!(kind(reply), ErrorKind::Busy, "after {how}");
+        stage.helper = stage.host.helper();
+        assert_eq!(list(&stage.client()).len(), 1);
+        drop(client);
+        stage.finish(&[worker]);
+    }
+}
+
+/// A helper whose listener stops where it would install its filter, as one does that the kernel keeps there. Returns
+/// the listener.
+fn stopped_before_its_filter(helper: &mut Service) -> u32 {
+    let daemon = helper.start_stopped();
+    wait_until_stopped(daemon);
+    let plan = Plan {
+        kind: Kind::Listener,
+        when: When::First(libc::SYS_seccomp),
+        all: false,
+        hangs: Some(Connections::GoOn),
+    };
+    let seen = watch(daemon, Span::Start, Some(plan))
+        .join()
+        .expect("the tracer has no trouble");
+    assert!(seen.killed.is_some(), "no listener installs a filter");
+    let [listener] = children(daemon)[..] else {
+        panic!("a daemon that has just begun has one child")
+    };
+    listener
+}
+
+#[test]
+fn a_listener_that_cannot_install_its_filter_is_told_of_until_it_can() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let mut helper = Service::new(&mut host.helper_command());
+    let listener = stopped_before_its_filter(&mut helper);
+    let early = Client::silent(&host);
+    let sentence = [
+        "has accepted no connection for 1",
+        "seccomp",
+        "bpf_prog_free_deferred",
+        "reboot",
+    ];
+    helper.log.wait(&[
+        "ERROR",
+        &format!("process {listener} "),
+        sentence[0],
+        sentence[1],
+        sentence[2],
+        sentence[3],
+    ]);
+    // One that has waited, one that has greeted, and one after the other: nothing is read of any.
+    let greeting = Client::silent(&host);
+    let hello = Request::Hello {
+        version: protocol::VERSION,
+    };
+    let _ = greeting.socket.send(&wire::encode(&hello).unwrap(), None);
+    for client in [early, greeting, Client::silent(&host)] {
+        // The kernel tells first that the connection was reset, where there was something to read.
+        let (reply, _) = client.reply().or_else(|| client.reply()).expect("an answer");
+        let Reply::Error(error) = reply else {
+            panic!("{reply:?}")
+        };
+        assert_eq!(error.kind, ErrorKind::Busy);
+        for part in sentence {
+            assert!(
+                error.message().contains(part),
+                "{part} is not in {}",
+                error.message()
+            );
+        }
+        assert!(client.reply().is_none(), "it is answered once");
+    }
+    assert_eq!(helper.log.count(&["ERROR"]), 1, "{}", helper.log.text());
+    assert_eq!(helper.log.count(&["serving"]), 0);
+    signal(listener, Signal::SIGCONT);
+    helper.log.wait(&["serving"]);
+    assert_eq!(list(&Client::new(&host)), []);
+}
+
+#[test]
+fn a_listener_that_comes_back_after_its_daemon_has_ended_accepts_nobody() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let mut helper = Service::new(&mut host.helper_command());
+    let listener = stopped_before_its_filter(&mut helper);
+    let waiting = Client::silent(&host);
+    helper.signal(Signal::SIGKILL);
+    helper.ended();
+    signal(listener, Signal::SIGCONT);
+    wait_until_gone(listener);
+    assert!(waiting.reply().is_none(), "it was answered");
+}
+
+#[test]
+fn a_changed_configuration_is_read_by_one_session_and_known_to_the_next() {
+    let stage = Stage::new();
+    let mut workers = Vec::new();
+    let mut reads = |name: &str| {
+        let watcher = watch(stage.helper.pid(), Span::OneConnection, None);
+        let client = stage.client();
+        workers.push(created(&client, name));
+        drop(client);
+        let seen = watcher.join().expect("the tracer has no trouble");
+        let calls = seen.calls[&Kind::Connection].iter();
+        calls.filter(|call| **call == libc::SYS_read).count()
+    };
+    let known = reads("a");
+    let more = "[slots.d]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+    stage
+        .host
+        .configure("http://127.0.0.1:9", 0, &(SLOTS.to_owned() + more));
+    let (first, second) = (reads("d"), reads("c"));
+    assert!(first > known, "{first} reads, and {known} before it changed");
+    assert_eq!(second, known, "{first} by the one before");
+    stage.finish(&workers);
+}
