@@ -57,6 +57,7 @@ pub fn needs_restart(old: &Config, new: &Config) -> Option<String> {
         ("factory.user", a.user != b.user),
         ("factory.uid_range", a.uid_range != b.uid_range),
         ("factory.status_address", a.status_address != b.status_address),
+        ("factory.status_names", a.status_names != b.status_names),
     ];
     let names: Vec<&str> = changed
         .iter()

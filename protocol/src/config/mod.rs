@@ -34,7 +34,7 @@ use crate::{SlotName, TargetId};
 
 pub use devices::DevicePattern;
 pub use limits::{Cpus, Limits};
-pub use value::{BaseUrl, EnvName, EnvValue, GroupName, HostPath, Script, UidRange, User};
+pub use value::{BaseUrl, EnvName, EnvValue, GroupName, HostName, HostPath, Script, UidRange, User};
 
 /// The configuration's place below the root directory.
 pub const CONFIG_PATH: &str = "etc/buildomat-user-factory/config.toml";
@@ -99,6 +99,10 @@ pub struct Factory {
     /// port. Whoever reaches it may read them. Nowhere unless written.
     #[serde(default)]
     pub status_address: Option<SocketAddr>,
+    /// Names of this host by which the status page may be asked, besides `localhost` and what `hostname` prints. An address
+    /// is always taken.
+    #[serde(default)]
+    pub status_names: BTreeSet<HostName>,
     /// Directories of the host that no job sees, besides those that none ever sees. Each must exist; one that
     /// leads through a link hides what it leads to.
     #[serde(default)]

@@ -87,6 +87,19 @@ checked!(
 );
 
 checked!(
+    /// The name of a host, as in DNS.
+    HostName,
+    |name| {
+        name.len() <= 253
+            && name.split('.').all(|label| {
+                (1..=63).contains(&label.len())
+                    && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+            })
+    },
+    "a host's name: write it without port, as in ci-1.example.com"
+);
+
+checked!(
     /// A group's name (`groupadd(8)`).
     GroupName,
     |name| {

@@ -115,6 +115,11 @@ fn partner(name: &str, partner: &Partner, now: Timestamp) -> String {
 pub fn status(s: &Status) -> String {
     let mut text = partner("server", &s.server, s.now);
     text += &partner("helper", &s.helper, s.now);
+    if let Some(page) = s.status_page.as_ref().filter(|page| page.reachable != Some(true)) {
+        let why = page.trouble.as_deref().unwrap_or("no reason is known");
+        let closed = styled(BAD, &format!("not open for {}", ago(page.since, s.now)));
+        text += &format!("{:8} {} {closed}: {why}\n", "page", page.address);
+    }
     text += &format!(
         "{:8} {} (protocol {}), running for {}\n",
         "version",

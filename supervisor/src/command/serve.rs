@@ -7,8 +7,10 @@ use anyhow::{Context, Result, bail};
 use supervisor::act::Hands;
 use supervisor::agent::{self, AgentCache};
 use supervisor::control::desk::{Desk, Operator, Word};
+use supervisor::control::listener::{Names, StatusPage};
 use supervisor::control::metrics::Metrics;
 use supervisor::control::server::{Counter, refused_by};
+use supervisor::descriptors;
 use supervisor::factory::{Factory, Input};
 use supervisor::gate::Gate;
 use supervisor::helper::Helper;
@@ -18,7 +20,6 @@ use supervisor::server::Server;
 use supervisor::settings::{self, Places};
 use supervisor::shell::{Clock, Shell};
 use supervisor::store::{History, Store};
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
@@ -55,11 +56,16 @@ pub fn serve(
         agent: AgentCache::new(places.state.join("agent"), agent::hints()),
     };
     tracing::info!(server = %config.general.baseurl, slots = config.slots.len(), workers = workers.len(), "supervisor started");
-    let gate = Gate::to_the_server(&config, places.gate.clone(), places.userdb.clone())
+    let relayed = descriptors::relayed_connections();
+    let gate = Gate::to_the_server(&config, places.gate.clone(), places.userdb.clone(), relayed)
         .context("cannot start the relay for jobs without a network")?;
-    let page = config.factory.status_address;
+    let page = config
+        .factory
+        .status_address
+        .map(|address| Arc::new(StatusPage::new(address)));
+    let names = Names::new(config.factory.status_names.iter().map(|name| name.as_str()));
     let metrics = Arc::new(Metrics::default());
-    let desk = Desk::new(
+    let mut desk = Desk::new(
         clock.now(),
         path,
         root.to_owned(),
@@ -67,6 +73,7 @@ pub fn serve(
         places.helper.display().to_string(),
         metrics.clone(),
     );
+    desk.page = page.clone();
     // The seed spreads the retries of several factories; it is no secret.
     let seed = clock.now() ^ u64::from(std::process::id());
     let factory = Factory::new(config, workers, seed, clock.now()).drained(store.drained()?);
@@ -85,12 +92,8 @@ pub fn serve(
             metrics,
             cgroups: places.cgroups.clone(),
         };
-        if let Some(address) = page {
-            let listener = TcpListener::bind(address).await;
-            let listener = listener.with_context(|| {
-                format!("cannot listen at factory.status_address {address}: choose another")
-            })?;
-            tokio::spawn(counter.clone().serve_page(listener));
+        if let Some(page) = page {
+            tokio::spawn(counter.clone().serve_page(page, names));
         }
         // They end with the runtime: stopping does not wait for connections that may last as long as a job.
         tokio::spawn(counter.serve(places.control));

@@ -17,6 +17,9 @@ pub struct Status {
     pub configuration: Configuration,
     pub server: Partner,
     pub helper: Partner,
+    /// What listens at `factory.status_address`, where that is written; `reachable` says that it does.
+    #[serde(default)]
+    pub status_page: Option<Partner>,
     /// No new jobs are taken, by the operator's word.
     pub draining: bool,
     pub slots: Vec<Slot>,

@@ -11,6 +11,7 @@ use protocol::{SlotName, WorkerId};
 use tokio::sync::oneshot;
 
 use super::api::{self, Status};
+use super::listener::StatusPage;
 use super::metrics::Metrics;
 use crate::factory::{Factory, Input, Level, Say, time};
 use crate::view::Side;
@@ -84,6 +85,7 @@ pub struct Desk {
     helper: String,
     troubles: VecDeque<api::Trouble>,
     pub metrics: Arc<Metrics>,
+    pub page: Option<Arc<StatusPage>>,
 }
 
 impl Desk {
@@ -106,6 +108,7 @@ impl Desk {
             helper,
             troubles: VecDeque::new(),
             metrics,
+            page: None,
         }
     }
 
@@ -146,6 +149,7 @@ impl Desk {
             },
             server: factory.partner(Side::Server, self.server.clone()),
             helper: factory.partner(Side::Helper, self.helper.clone()),
+            status_page: self.page.as_ref().map(|page| page.shown()),
             draining: factory.draining(),
             slots: factory.slots(now),
             workers: factory.shown(),

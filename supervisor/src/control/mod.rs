@@ -21,6 +21,7 @@
 pub mod api;
 pub mod client;
 pub mod desk;
+pub mod listener;
 pub mod metrics;
 mod page;
 pub mod procs;

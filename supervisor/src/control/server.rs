@@ -9,23 +9,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::connect_info::Connected;
 use axum::extract::{ConnectInfo, Path as PathPart, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use futures_util::stream;
 use protocol::config::CONTROL_SOCKET;
 use protocol::{ErrorKind, SlotName, WorkerId};
 use serde::Deserialize;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::api::{self, Details, Process, Refusal, Status};
 use super::desk::{Answer, Operator, Word};
+use super::listener::{Names, StatusPage, serve_operators};
 use super::metrics::Metrics;
 use super::{page, procs};
 use crate::console;
@@ -54,13 +53,7 @@ pub struct Counter {
 
 /// Who connected to the control socket. None where the kernel does not say.
 #[derive(Clone, Copy, Debug)]
-struct Peer(Option<u32>);
-
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Peer(stream.io().peer_cred().ok().map(|peer| peer.uid()))
-    }
-}
+pub(super) struct Peer(pub(super) Option<u32>);
 
 impl Peer {
     /// # Errors
@@ -109,17 +102,12 @@ impl Counter {
             .merge(public())
             .with_state(self);
         let listener = open(&dir).await;
-        let service = router.into_make_service_with_connect_info::<Peer>();
-        if let Err(error) = axum::serve(listener, service).await {
-            tracing::error!("the control socket has ended: {error}; restart the supervisor");
-        }
+        serve_operators(listener, router).await;
     }
 
-    /// Serve what anybody may read at an address, without end.
-    pub async fn serve_page(self, listener: TcpListener) {
-        if let Err(error) = axum::serve(listener, public().with_state(self)).await {
-            tracing::error!("the status page has ended: {error}; restart the supervisor");
-        }
+    /// Serve what anybody may read at an address, by these names, without end.
+    pub async fn serve_page(self, page: Arc<StatusPage>, names: Names) {
+        page.serve(public().with_state(self), names).await;
     }
 
     async fn status(&self) -> Said<Status> {

@@ -83,11 +83,16 @@ impl Gate {
     /// The relay to the configuration's server; none where it has no name. It is there also while no slot is without a
     /// network: workers may be left whose slot was, and the configuration may be read again with one that is.
     ///
-    /// Who is a worker the helper says, in the host's user records at `userdb`.
+    /// Who is a worker the helper says, in the host's user records at `userdb`. There are at most so many `connections`.
     ///
     /// # Errors
     /// Where there can be no more threads.
-    pub fn to_the_server(config: &Config, directory: PathBuf, userdb: PathBuf) -> io::Result<Option<Gate>> {
+    pub fn to_the_server(
+        config: &Config,
+        directory: PathBuf,
+        userdb: PathBuf,
+        connections: usize,
+    ) -> io::Result<Option<Gate>> {
         let Some((host, port)) = config.general.baseurl.name_and_port() else {
             return Ok(None);
         };
@@ -99,11 +104,7 @@ impl Gate {
         let tls = config.general.baseurl.as_str().starts_with("https://");
         let mut gate = Gate::new(directory, host.into(), port, Box::new(is_worker))?;
         gate.tls_name = tls.then(|| tls_name(host));
-        gate.limiter = ConnectionLimiter::new(
-            CONNECTIONS_OF_A_WORKER,
-            descriptors::relayed_connections(),
-            config.slots.len(),
-        );
+        gate.limiter = ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, connections, config.slots.len());
         Ok(Some(gate))
     }
 

@@ -14,6 +14,7 @@ mod packets;
 mod quotas;
 mod relay;
 mod starve;
+mod status_page;
 mod supervisor;
 mod tokens;
 mod up;
