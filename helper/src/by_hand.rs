@@ -4,6 +4,11 @@
 //! The daemon knows nothing of it. A worker that was made for `run` is locked until its end, so whoever wants to
 //! delete it (a supervisor that finds it owned by nobody) waits, and has nothing to do in the end; if this
 //! process is killed, that deletion goes on.
+//!
+//! A worker that `shell` enters is locked from the check that it exists until the shell's first process is in its
+//! cgroup. A deletion comes before that, and then there is no worker to enter; or after it, and then it kills that
+//! cgroup (`cgroup::kill`) before it removes anything. Everything that a shell makes outside its own namespaces (a
+//! `/dev`, a quota) is made by a process in that cgroup, so the deletion removes it after the process is dead.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -12,6 +17,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -98,7 +104,8 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
         limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
-        inside(&host, id, &cgroup, &typed.rest, &signals)
+        View::new()?.refresh(&host)?;
+        start(&host, id, &cgroup, &typed.rest)?.attend(&signals)
     };
     let status = ran();
     tenancy::delete(&host, &unlimit, id).with_context(|| {
@@ -115,19 +122,26 @@ pub fn shell(typed: &[OsString]) -> Result<u8> {
     };
     let id: WorkerId = worker.to_str().unwrap_or_default().parse()?;
     let host = host(&typed.root)?;
-    let signals = terminal::signals()?;
-    // Not locked: who wants the worker deleted must not wait for a person. The shell ends with it.
+    // Before the lock: it takes as long as the host has mounts.
+    View::new()?.refresh(&host)?;
     let (worker, _) = Worker::existing(&host, id)?;
     ensure!(
         worker.is_started()?,
         "worker {id} has not been started yet: there is nothing to look at"
     );
-    drop(worker);
+    let signals = terminal::signals()?;
     let name = cgroup::by_hand(id);
-    let cgroup = cgroup::create(&host.cgroups, &name)
-        .context("another shell is in this worker: end that one first")?;
-    let status = inside(&host, id, &cgroup, &["/bin/bash".into()], &signals);
-    cgroup::kill_one(&host.cgroups, &name)?;
+    let cgroup = match cgroup::create(&host.cgroups, &name) {
+        Err(Errno::EBUSY) => bail!("another shell is in worker {id}: end that one first"),
+        cgroup => cgroup.with_context(|| format!("cannot make the cgroup {name}"))?,
+    };
+    let started = start(&host, id, &cgroup, &["/bin/bash".into()]);
+    // From here on a deletion finds the shell by its cgroup: it must not wait for a person.
+    drop(worker);
+    let status = started.and_then(|shell| shell.attend(&signals));
+    // By its descriptor: another worker, or another shell, may have a cgroup of that name by now. The empty directory
+    // is for the next shell, or the deletion, to remove: only they know under the lock that nobody enters it.
+    cgroup::end(&cgroup, &name)?;
     status
 }
 
@@ -160,16 +174,15 @@ fn take(host: &Host, unlimit: tenancy::Unlimit<'_>, id: WorkerId, slot: Option<S
     Err(last.expect("a configuration has a slot"))
 }
 
-/// A command in the worker's sandbox, at this process's terminal, until it has ended. Returns its status.
-fn inside(
-    host: &Host,
-    worker: WorkerId,
-    cgroup: &OwnedFd,
-    command: &[OsString],
-    signals: &terminal::Signals,
-) -> Result<u8> {
-    // This process's own copy of what the jobs see; its mount namespace is nobody else's.
-    View::new()?.refresh(host)?;
+/// A first process in a worker's sandbox that is about to start a command at this process's terminal.
+struct Started {
+    first: Pid,
+    socket: Seqpacket,
+    ours: Ours,
+}
+
+/// Make the first process, in the cgroup from its first instruction. What it sees, this process has built.
+fn start(host: &Host, worker: WorkerId, cgroup: &OwnedFd, command: &[OsString]) -> Result<Started> {
     let (here, there) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -192,30 +205,42 @@ fn inside(
         })
     })
     .context("cannot make the namespaces")?;
-    drop(there);
-    let terminal = match here.recv(Word::MAX)? {
-        Received::Packet {
-            bytes,
-            mut descriptors,
-        } => match Word::decode(&bytes) {
-            Some(Word::Ready) => descriptors.pop(),
-            Some(Word::Failed(sentence)) => {
-                let _ = waitpid(first, None);
-                bail!("{sentence}");
-            }
-            other => bail!("the first process said {other:?}"),
-        },
-        _ => bail!("the first process was killed: look for the reason in the kernel's log"),
-    };
-    let terminal = terminal.map(|job| Terminal::new(job, ours)).transpose()?;
-    let status = terminal::attend(first, terminal, signals)?;
-    // Did it get as far as to start the command?
-    if let Ok(Received::Packet { bytes, .. }) = here.recv(Word::MAX)
-        && let Some(Word::Failed(sentence)) = Word::decode(&bytes)
-    {
-        bail!("{sentence}");
+    Ok(Started {
+        first,
+        socket: here,
+        ours,
+    })
+}
+
+impl Started {
+    /// Until the command has ended. Returns its status.
+    fn attend(self, signals: &terminal::Signals) -> Result<u8> {
+        let terminal = match self.socket.recv(Word::MAX)? {
+            Received::Packet {
+                bytes,
+                mut descriptors,
+            } => match Word::decode(&bytes) {
+                Some(Word::Ready) => descriptors.pop(),
+                Some(Word::Failed(sentence)) => {
+                    let _ = waitpid(self.first, None);
+                    bail!("{sentence}");
+                }
+                other => bail!("the first process said {other:?}"),
+            },
+            _ => bail!(
+                "the first process was killed: its worker was deleted meanwhile, or the kernel's log has the reason"
+            ),
+        };
+        let terminal = terminal.map(|job| Terminal::new(job, self.ours)).transpose()?;
+        let status = terminal::attend(self.first, terminal, signals)?;
+        // Did it get as far as to start the command?
+        if let Ok(Received::Packet { bytes, .. }) = self.socket.recv(Word::MAX)
+            && let Some(Word::Failed(sentence)) = Word::decode(&bytes)
+        {
+            bail!("{sentence}");
+        }
+        Ok(status)
     }
-    Ok(status)
 }
 
 /// Pid 1: start the command, and reap until it has ended. With its own end the kernel ends whatever is left.
@@ -253,7 +278,7 @@ fn first_process(parent: &Seqpacket, user: &UserName, command: &[OsString], ours
         match waitpid(None, None) {
             Ok(WaitStatus::Exited(pid, status)) if pid == child => return Ok(status),
             Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => return Ok(128 + signal as i32),
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for the command"),
         }
     }

@@ -123,36 +123,55 @@ pub fn kill_one(cgroups: impl AsFd, name: &str) -> Result<()> {
         Err(Errno::ENOENT) => return Ok(()),
         cgroup => cgroup?,
     };
-    let end = Instant::now() + Duration::from_secs(60);
-    let events = open_file(&cgroup, "cgroup.events", OFlag::O_RDONLY)?;
-    let mut patience = Duration::from_micros(100);
+    let until = Instant::now() + PATIENCE;
     loop {
-        while populated(&cgroup)? {
-            ensure!(
-                Instant::now() < end,
-                "processes of {name} live a minute after SIGKILL: look for state D in ps, and repeat"
-            );
-            let order = open_file(&cgroup, "cgroup.kill", OFlag::O_WRONLY)?;
-            std::io::Write::write_all(&mut &order, b"1").context("cannot write cgroup.kill")?;
-            // The kernel wakes us when `populated` changes, but tells of a cgroup at most every 10 ms
-            // (CGROUP_FILE_NOTIFY_MIN_INTV of kernel/cgroup/cgroup.c): so we ask again, ever more seldom.
-            let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-            let waited = ppoll(&mut wait, Some(TimeSpec::from_duration(patience)), None);
-            patience = (patience * 2).min(Duration::from_secs(1));
-            match waited {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
-            }
-            std::io::Read::read(&mut &events, &mut [0; 256]).ok();
-        }
+        end(&cgroup, name)?;
         match remove_dir(cgroups.as_fd(), name) {
             // A first process that the daemon was just making, for a connection that has died.
-            Err(Errno::EBUSY) if Instant::now() < end => {}
+            Err(Errno::EBUSY) if Instant::now() < until => {}
             removed => {
                 return removed.with_context(|| format!("cannot remove the cgroup {name}"));
             }
         }
     }
+}
+
+/// How long processes may take to end once they have the signal.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// End every process in this cgroup, and wait until they are gone. One that has been removed has none.
+pub fn end(cgroup: &OwnedFd, name: &str) -> Result<()> {
+    let events = match open_file(cgroup, "cgroup.events", OFlag::O_RDONLY) {
+        Err(Errno::ENOENT) => return Ok(()),
+        events => events?,
+    };
+    let until = Instant::now() + PATIENCE;
+    let mut patience = Duration::from_micros(100);
+    while populated(cgroup)? {
+        ensure!(
+            Instant::now() < until,
+            "processes of {name} live a minute after SIGKILL: look for state D in ps, and repeat"
+        );
+        let order = match open_file(cgroup, "cgroup.kill", OFlag::O_WRONLY) {
+            Err(Errno::ENOENT) => return Ok(()),
+            order => order?,
+        };
+        match std::io::Write::write_all(&mut &order, b"1") {
+            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => return Ok(()),
+            written => written.context("cannot write cgroup.kill")?,
+        }
+        // The kernel wakes us when `populated` changes, but tells of a cgroup at most every 10 ms
+        // (CGROUP_FILE_NOTIFY_MIN_INTV of kernel/cgroup/cgroup.c): so we ask again, ever more seldom.
+        let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        let waited = ppoll(&mut wait, Some(TimeSpec::from_duration(patience)), None);
+        patience = (patience * 2).min(Duration::from_secs(1));
+        match waited {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
+        }
+        std::io::Read::read(&mut &events, &mut [0; 256]).ok();
+    }
+    Ok(())
 }
 
 #[cfg(test)]

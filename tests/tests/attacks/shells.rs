@@ -1,0 +1,377 @@
+//! Group E: a shell (`user-factory shell`) that is made while its worker is deleted. Both run under the tracer: each
+//! is stopped before a call of our choice, and the other goes on from there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use protocol::{Reply, Request, WorkerId};
+use testbed::harness::{PATIENCE, Running, TestHost, binaries};
+use testbed::remains::Remains;
+use testbed::stage::{Stage, created, start_attack, wait_for_line};
+use testbed::tracer::service::{Span, listener, watch_with};
+use testbed::tracer::{Call, Event, Then, trace, wait_until_stopped};
+
+/// Before the nth call of a process of this kind.
+type Point = (&'static str, usize);
+
+/// What a traced process tells the test.
+#[derive(Debug, PartialEq, Eq)]
+enum Told {
+    /// It has stopped at its point, and waits for a word. It has the worker's lock.
+    Stopped { locked: bool },
+    /// It asks for the worker's lock, and goes on once it has it.
+    AsksForTheLock,
+    /// The shell's program runs.
+    Inside,
+    /// It has come to its end.
+    Over,
+}
+
+/// Counts the calls of traced processes by their kind, and stops one before the call of its point.
+struct Stopper {
+    point: Option<Point>,
+    seen: BTreeMap<&'static str, Vec<i64>>,
+    tell: Sender<Told>,
+    go: Receiver<()>,
+    /// Points begin with the first call for the worker's lock.
+    begun: bool,
+    locked: bool,
+}
+
+impl Stopper {
+    fn new(point: Option<Point>, tell: Sender<Told>, go: Receiver<()>) -> Stopper {
+        Stopper {
+            point,
+            seen: BTreeMap::new(),
+            tell,
+            go,
+            begun: false,
+            locked: false,
+        }
+    }
+
+    fn enter(&mut self, kind: &'static str, call: Call) {
+        self.begun |= call.number == libc::SYS_flock;
+        if !self.begun {
+            return;
+        }
+        let calls = self.seen.entry(kind).or_default();
+        calls.push(call.number);
+        if self.point == Some((kind, calls.len() - 1)) {
+            let locked = self.locked;
+            let _ = self.tell.send(Told::Stopped { locked });
+            let _ = self.go.recv();
+        }
+        if call.number == libc::SYS_flock && call.arguments[1] == libc::LOCK_EX as u64 {
+            let _ = self.tell.send(Told::AsksForTheLock);
+        }
+    }
+
+    /// The lock is had from the call that takes it to the one that gives it back.
+    fn note_the_lock(&mut self, event: &Event) {
+        match event {
+            Event::Leave(call, 0) if call.number == libc::SYS_flock => {
+                self.locked = call.arguments[1] == libc::LOCK_EX as u64;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// One that is traced, from outside.
+struct Traced {
+    told: Receiver<Told>,
+    go: Sender<()>,
+    watcher: JoinHandle<BTreeMap<&'static str, Vec<i64>>>,
+}
+
+impl Traced {
+    fn next(&self) -> Told {
+        self.told.recv_timeout(PATIENCE).expect("it comes to something")
+    }
+
+    fn let_go(&self) {
+        let _ = self.go.send(());
+    }
+}
+
+/// A shell, stopped before its first instruction, then traced.
+struct Shell {
+    child: Child,
+    /// Open: at its end the shell would end.
+    _typed: ChildStdin,
+    traced: Traced,
+}
+
+fn shell_command(program: &str, host: &TestHost, worker: WorkerId) -> Command {
+    let mut command = Command::new(binaries().join(program));
+    if program != "user-factory-helper" {
+        command
+            .arg("--stop-first")
+            .arg(binaries().join("user-factory-helper"));
+    }
+    command
+        .arg("shell")
+        .arg("--root")
+        .arg(&host.root)
+        .arg(worker.to_string());
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command
+}
+
+fn traced_shell(host: &TestHost, worker: WorkerId, point: Option<Point>) -> Shell {
+    let mut child = shell_command("service-manager", host, worker)
+        .spawn()
+        .expect("the shell can be started");
+    wait_until_stopped(child.id());
+    let (tell, told) = channel();
+    let (go, gone_on) = channel();
+    let root = Pid::from_raw(child.id() as i32);
+    let watcher = std::thread::spawn(move || {
+        let mut stopper = Stopper::new(point, tell, gone_on);
+        // Until its first exec it is another program.
+        let mut is_helper = false;
+        trace(
+            root,
+            &[],
+            || (),
+            |pid, event| {
+                if pid == root {
+                    stopper.note_the_lock(&event);
+                }
+                match event {
+                    Event::Exec if pid == root => is_helper = true,
+                    Event::Exec => {
+                        // It is made: no point is behind this.
+                        is_helper = false;
+                        let _ = stopper.tell.send(Told::Inside);
+                        return Then::Forget;
+                    }
+                    Event::Enter(call) if is_helper => {
+                        stopper.enter(if pid == root { "shell" } else { "first" }, call);
+                    }
+                    Event::Gone if pid == root => {
+                        let _ = stopper.tell.send(Told::Over);
+                    }
+                    _ => {}
+                }
+                Then::GoOn
+            },
+        );
+        stopper.seen
+    });
+    Shell {
+        _typed: child.stdin.take().expect("it was piped"),
+        child,
+        traced: Traced { told, go, watcher },
+    }
+}
+
+/// The deletion of a worker, traced in the helper's processes that do it.
+fn traced_deletion(stage: &Stage, worker: WorkerId, point: Option<Point>) -> (Traced, JoinHandle<Reply>) {
+    let (tell, told) = channel();
+    let (go, gone_on) = channel();
+    let (seen, calls) = channel();
+    let mut stopper = Stopper::new(point, tell, gone_on);
+    let daemon = stage.helper.pid();
+    let listener = Pid::from_raw(listener(daemon) as i32);
+    let mut session = None;
+    // The tracer's own thread ends with this span; what was seen comes by the channel.
+    let watcher = watch_with(daemon, Span::OneConnection, None, move |pid, event| match event {
+        Event::Born { parent, .. } if *parent == listener => session = Some(pid),
+        Event::Enter(call)
+            if session.is_some() && ![listener, Pid::from_raw(daemon as i32)].contains(&pid) =>
+        {
+            let kind = if session == Some(pid) { "session" } else { "user" };
+            stopper.enter(kind, *call);
+        }
+        Event::Gone if session == Some(pid) => {
+            let _ = seen.send(std::mem::take(&mut stopper.seen));
+            let _ = stopper.tell.send(Told::Over);
+        }
+        _ => {}
+    });
+    let watcher = std::thread::spawn(move || {
+        watcher.join().expect("the tracer has no trouble");
+        calls.recv().unwrap_or_default()
+    });
+    let client = stage.client();
+    let request = std::thread::spawn(move || client.ask(&Request::Delete { worker }).0);
+    (Traced { told, go, watcher }, request)
+}
+
+/// A worker with a job that goes on.
+fn running(stage: &Stage) -> WorkerId {
+    let client = stage.client();
+    let worker = created(&client, "c");
+    let console = start_attack(&client, worker, "never-end", &["quiet"]);
+    wait_for_line(&console, "ready");
+    worker
+}
+
+/// The first of each call, and every so many of all.
+fn points(kind: &'static str, calls: &[i64], every: usize) -> Vec<Point> {
+    let mut names = BTreeSet::new();
+    let numbered = calls.iter().enumerate();
+    let chosen = numbered.filter(|(n, number)| names.insert(**number) || n % every == 0);
+    chosen.map(|(n, _)| (kind, n)).collect()
+}
+
+/// Stop the shell at its point, the deletion at its own, let the shell go on as far as it comes, and then the deletion.
+fn meet(stage: &Stage, before: &Remains, at: (Point, Point)) {
+    let worker = running(stage);
+    let shell = traced_shell(&stage.host, worker, Some(at.0));
+    let locked = loop {
+        match shell.traced.next() {
+            Told::Stopped { locked } => break Some(locked),
+            // No two runs are quite the same: it had fewer calls.
+            Told::Inside | Told::Over => break None,
+            Told::AsksForTheLock => {}
+        }
+    };
+    // Who holds the lock lets nobody else get to a point behind it.
+    let point = (locked != Some(true)).then_some(at.1);
+    let (deletion, request) = traced_deletion(stage, worker, point);
+    loop {
+        match deletion.next() {
+            Told::Stopped { .. } | Told::Over => break,
+            Told::AsksForTheLock if point.is_none() => break,
+            _ => {}
+        }
+    }
+    if locked.is_some() {
+        shell.traced.let_go();
+        // As far as it comes: where the deletion has the lock, that is not far.
+        while let Told::Stopped { .. } = shell.traced.next() {}
+    }
+    deletion.let_go();
+    assert_eq!(request.join().expect("the helper answers"), Reply::Deleted);
+    let left = Remains::take(&stage.host);
+    let Shell {
+        mut child, traced, ..
+    } = shell;
+    let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+    // Both ask the kernel for its end, and the tracer goes first.
+    traced.watcher.join().expect("the tracer has no trouble");
+    let _ = child.wait();
+    deletion.watcher.join().expect("the tracer has no trouble");
+    assert_eq!(
+        &left, before,
+        "something is left: the shell was stopped at {at:?}"
+    );
+}
+
+#[test]
+fn row_65_a_shell_that_is_made_while_its_worker_is_deleted_does_not_outlive_it() {
+    let stage = Stage::new();
+    // The helper's first worker finds nothing built.
+    let worker = running(&stage);
+    stage.delete(&[worker]);
+    let before = Remains::take(&stage.host);
+    // What each does where nobody disturbs it.
+    let worker = running(&stage);
+    let shell = traced_shell(&stage.host, worker, None);
+    while shell.traced.next() != Told::Inside {}
+    let Shell {
+        mut child,
+        traced,
+        _typed,
+    } = shell;
+    drop(_typed);
+    let of_shell = traced.watcher.join().expect("the tracer has no trouble");
+    child.wait().expect("it is our child");
+    let (deletion, request) = traced_deletion(&stage, worker, None);
+    assert_eq!(request.join().expect("the helper answers"), Reply::Deleted);
+    let of_deletion = deletion.watcher.join().expect("the tracer has no trouble");
+
+    let position = |calls: &[i64], number| calls.iter().position(|call| *call == number);
+    let until_the_clone = position(&of_shell["shell"], libc::SYS_clone3).expect("it makes its first process");
+    // One that is in the cgroup is dead once the deletion has waited for it.
+    let until_all_are_dead =
+        position(&of_deletion["session"], libc::SYS_ppoll).expect("it waits for the dead");
+    let pairs = |shells: Vec<Point>, deletions: Vec<Point>, every: usize| {
+        let mut pairs = Vec::new();
+        for (n, shell) in shells.iter().enumerate() {
+            let some = deletions.iter().enumerate().filter(|(m, _)| (m + n) % every == 0);
+            pairs.extend(some.map(|(_, deletion)| (*shell, *deletion)));
+        }
+        pairs
+    };
+    let of_session = &of_deletion["session"];
+    let before_the_clone = pairs(
+        points("shell", &of_shell["shell"][..=until_the_clone], 1),
+        [
+            points("session", of_session, 9),
+            points("user", &of_deletion["user"], 20),
+        ]
+        .concat(),
+        12,
+    );
+    let after_it = pairs(
+        points("first", &of_shell["first"], 20),
+        points("session", &of_session[..=until_all_are_dead], 1),
+        16,
+    );
+    for at in before_the_clone.iter().chain(&after_it) {
+        meet(&stage, &before, *at);
+    }
+    stage.finish(&[]);
+}
+
+/// The pids in the cgroup of the worker's shell.
+fn in_the_shell(host: &TestHost, worker: WorkerId) -> Vec<i32> {
+    let procs = host
+        .cgroup_dir()
+        .join(format!("workers/{worker}-by-hand/cgroup.procs"));
+    let text = fs::read_to_string(procs).unwrap_or_default();
+    text.lines().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+#[test]
+fn row_65_a_shell_that_ends_late_ends_no_other_shell_of_its_worker() {
+    let stage = Stage::new();
+    let before = Remains::take(&stage.host);
+    let worker = running(&stage);
+    let open = || {
+        let mut command = shell_command("user-factory-helper", &stage.host, worker);
+        let (reader, mut writer) = std::io::pipe().expect("a pipe");
+        let shell = Running::printing_with(&mut command, reader.into());
+        writer.write_all(b"echo inside\n").expect("it reads");
+        shell.log.wait(&["inside"]);
+        (shell, writer)
+    };
+    let (mut first, typed) = open();
+    let refused = shell_command("user-factory-helper", &stage.host, worker)
+        .stderr(Stdio::piped())
+        .output()
+        .expect("the shell can be started");
+    let refused = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.contains("another shell is in worker"), "{refused}");
+    // It is stopped when what it has started ends; so it removes its cgroup when the next one has it.
+    first.signal(Signal::SIGSTOP);
+    for pid in in_the_shell(&stage.host, worker) {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    while !in_the_shell(&stage.host, worker).is_empty() {
+        std::thread::yield_now();
+    }
+    drop(typed);
+    let (mut second, mut typed) = open();
+    first.signal(Signal::SIGCONT);
+    first.wait();
+    typed.write_all(b"echo still\n").expect("it reads");
+    second.log.wait(&["still"]);
+    stage.delete(&[worker]);
+    assert_eq!(Remains::take(&stage.host), before);
+    second.wait();
+    stage.finish(&[]);
+}
