@@ -79,9 +79,9 @@ impl Timer {
     fn end_all(&self) -> std::io::Result<()> {
         // Before the processes end: nobody may see an end of which nothing is written. If pid 1 writes one after all, the
         // first line counts.
-        if self.exit.metadata()?.len() == 0 {
-            (&self.exit).write_all(worker::print_exit(Exit::TimedOut).as_bytes())?;
-            // A full disk loses a line of the console, and nothing else.
+        if self.exit.metadata().is_ok_and(|meta| meta.len() == 0) {
+            // A full disk, which the job may have filled, loses both lines. It must not keep the job alive.
+            let _ = (&self.exit).write_all(worker::print_exit(Exit::TimedOut).as_bytes());
             let _ = (&self.console).write_all(worker::TIMED_OUT.as_bytes());
         }
         while self.is_populated()? {
