@@ -28,9 +28,8 @@ use protocol::{Error, ErrorKind, Received, Seqpacket, SlotName, Uid, UserName, W
 use crate::host::Host;
 use crate::orders::Word;
 use crate::terminal::{self, Ours, Terminal};
-use crate::view::View;
 use crate::worker::Worker;
-use crate::{cgroup, init, limits, sandbox, sys, tenancy, trees};
+use crate::{cgroup, init, limits, rootfs, sandbox, sys, tenancy, trees};
 
 /// The file, in the directory of the sockets, that says where the workers' cgroups are.
 pub const CGROUP: &str = "helper.cgroup";
@@ -104,7 +103,7 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
         limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
-        View::new()?.refresh(&host)?;
+        rootfs::enter_new(&host)?;
         start(&host, id, &cgroup, &typed.rest)?.attend(&signals)
     };
     let status = ran();
@@ -123,7 +122,7 @@ pub fn shell(typed: &[OsString]) -> Result<u8> {
     let id: WorkerId = worker.to_str().unwrap_or_default().parse()?;
     let host = host(&typed.root)?;
     // Before the lock: it takes as long as the host has mounts.
-    View::new()?.refresh(&host)?;
+    rootfs::enter_new(&host)?;
     let (worker, _) = Worker::existing(&host, id)?;
     ensure!(
         worker.is_started()?,

@@ -1,5 +1,7 @@
 //! cgroup v2: each worker in one of its own, which is how all its processes are found and ended.
 
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +15,9 @@ use nix::sys::time::TimeSpec;
 use protocol::WorkerId;
 
 use crate::host::{make_dir, make_directories, open_dir, open_file, read_small, remove_dir};
+
+/// The most bytes of the mount table that are read.
+const MAX_MOUNT_TABLE: u64 = 64 << 20;
 
 /// The mount point of cgroup v2 in a `mountinfo` (`proc_pid_mountinfo(5)`), with the cgroup that is mounted there.
 fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
@@ -32,9 +37,12 @@ fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
 /// for the workers alone, and the helper stays where it is. Its unit is such a one: systemd can start no process in
 /// a cgroup that limits its children, so a helper could not be restarted while its own has jobs below it.
 pub fn prepare(wanted: Option<&Path>, apart: bool) -> Result<PathBuf> {
-    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")
+    let mut mountinfo = Vec::new();
+    File::open("/proc/self/mountinfo")
+        .and_then(|file| file.take(MAX_MOUNT_TABLE).read_to_end(&mut mountinfo))
         .context("cannot read /proc/self/mountinfo: mount /proc (mount -t proc none /proc)")?;
-    let Some((mount, root)) = find_mount(&mountinfo) else {
+    // Who may mount, as users may by fusermount3, may do it at any name.
+    let Some((mount, root)) = find_mount(&String::from_utf8_lossy(&mountinfo)) else {
         bail!("no cgroup v2 hierarchy is mounted: mount one (mount -t cgroup2 none /sys/fs/cgroup)");
     };
     let own = std::fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
@@ -169,7 +177,7 @@ pub fn end(cgroup: &OwnedFd, name: &str) -> Result<()> {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
         }
-        std::io::Read::read(&mut &events, &mut [0; 256]).ok();
+        Read::read(&mut &events, &mut [0; 256]).ok();
     }
     Ok(())
 }
@@ -193,7 +201,7 @@ mod tests {
         let (mount, _) = find_mount(&mountinfo).expect("cgroup v2 is mounted");
         let base = mount.join(format!("user-factory-test-{}-removed", std::process::id()));
         std::fs::create_dir(&base).expect("this needs root: it makes a cgroup");
-        let cgroups = OwnedFd::from(std::fs::File::open(&base).unwrap());
+        let cgroups = OwnedFd::from(File::open(&base).unwrap());
         let worker = WorkerId::from_bits(1);
         let over = std::sync::atomic::AtomicBool::new(false);
         let seen = std::thread::scope(|scope| {

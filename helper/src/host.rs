@@ -19,9 +19,9 @@ use protocol::config::{self, Config};
 use protocol::{Error, ErrorKind};
 
 use crate::limits::Abilities;
+use crate::rootfs::{READ_ONLY, WRITABLE};
 use crate::sys;
 use crate::user::Accounts;
-use crate::view::{READ_ONLY, WRITABLE};
 
 #[derive(Debug)]
 pub struct Host {
@@ -203,7 +203,7 @@ pub fn misconfigured(error: anyhow::Error) -> Error {
 pub struct FileIdentity(u64, u64, i64, i64, u64);
 
 impl FileIdentity {
-    pub fn of(meta: &std::fs::Metadata) -> Self {
+    fn of(meta: &std::fs::Metadata) -> Self {
         Self(
             meta.dev(),
             meta.ino(),

@@ -122,6 +122,7 @@ pub fn expect(from: &Seqpacket, word: Word) -> Result<()> {
     match Word::decode(&packet) {
         Some(said) if said == word => Ok(()),
         Some(Word::Failed(sentence)) => bail!("{sentence}"),
+        Some(Word::Busy(sentence)) => bail!(Error::new(ErrorKind::Busy, sentence)),
         other => bail!("the process that was to do it said {other:?} instead of {word:?}"),
     }
 }
@@ -297,6 +298,10 @@ mod tests {
         assert!(said.contains("said Some(Ready) instead of Done"), "{said}");
         Word::Failed("no space".into()).say(&there).unwrap();
         assert_eq!(expect(&here, Word::Done).unwrap_err().to_string(), "no space");
+        Word::Busy("later".into()).say(&there).unwrap();
+        let busy = expect(&here, Word::Done).unwrap_err();
+        assert_eq!(busy.to_string(), "later");
+        assert_eq!(kind(Err::<(), _>(busy)), Some(ErrorKind::Busy));
         let soon = TimeVal::new(0, 1);
         setsockopt(&here, sockopt::ReceiveTimeout, &soon).unwrap();
         let late = expect(&here, Word::Done).unwrap_err();

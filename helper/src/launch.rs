@@ -1,50 +1,127 @@
 //! Carrying out orders, in processes that the daemon makes for them. The daemon itself looks at nothing but
 //! the order.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
-use protocol::{Received, Seqpacket, WorkerId};
+use protocol::{BootstrapToken, Error, ErrorKind, Received, Seqpacket, WorkerId};
 use tracing::warn;
 
 use crate::host::{Host, open_dir};
 use crate::orders::{Order, Word};
-use crate::view::View;
+use crate::rootfs::RootFs;
 use crate::worker::{self, Record, Written};
 use crate::{limits, sandbox, sys};
 
-/// Take the next order and have it carried out. True if what jobs see was built again for it.
-pub fn take_order(host: &Host, view: &mut View, orders: &Seqpacket) -> bool {
-    let mut built = false;
+/// Launches that wait for the jobs' root file system, in the order in which they were asked for.
+#[derive(Debug, Default)]
+pub struct Waiting(VecDeque<Launch>);
+
+/// More than sessions ask for at once.
+const MAX_WAITING: usize = 512;
+
+#[derive(Debug)]
+struct Launch {
+    worker: WorkerId,
+    bootstrap: BootstrapToken,
+    /// Who asked, and gets the answer.
+    session: Seqpacket,
+    asked: Instant,
+}
+
+/// Take the next order. What can be done now is done; a launch begins to wait.
+pub fn take_order(host: &Host, waiting: &mut Waiting, orders: &Seqpacket) {
     let (bytes, answer) = match orders.recv(Order::MAX) {
         Ok(Received::Packet {
             bytes,
             mut descriptors,
         }) => match descriptors.pop() {
             Some(answer) => (bytes, Seqpacket::from(answer)),
-            None => return false,
+            None => return,
         },
-        _ => return false,
+        _ => return,
     };
     let begun = match Order::decode(&bytes) {
         Some(Order::Launch { worker, bootstrap }) => {
-            // A job sees the host as it is when it starts.
-            view.refresh(host).and_then(|anew| {
-                built = anew;
-                launch(host, worker, &bootstrap, &answer)
-            })
+            return waiting.push(Launch {
+                worker,
+                bootstrap,
+                session: answer,
+                asked: Instant::now(),
+            });
         }
         Some(Order::Unlimit { worker }) => unlimit(host, worker, &answer),
         None => Err(anyhow!("an order of {} bytes is none", bytes.len())),
     };
     if let Err(error) = begun {
-        warn!("an order was not carried out: {error:#}");
-        // Who asked may be gone.
-        let _ = Word::Failed(format!("{error:#}")).say(&answer);
+        refuse(&answer, &error);
     }
-    built
+}
+
+impl Waiting {
+    fn push(&mut self, launch: Launch) {
+        if self.0.len() >= MAX_WAITING {
+            // Sessions that gave up have left theirs.
+            self.0.retain(|other| is_waited_for(&other.session).is_ok());
+        }
+        if self.0.len() >= MAX_WAITING {
+            let message = format!("{MAX_WAITING} workers wait to be started: repeat this later");
+            return refuse(&launch.session, &Error::new(ErrorKind::Busy, message).into());
+        }
+        self.0.push_back(launch);
+    }
+
+    /// Make the first processes of those that need not wait any longer.
+    pub fn launch(&mut self, host: &Host, rootfs: &mut RootFs) {
+        // A job sees the host as it was when its launch was asked for, or later.
+        while let Some(next) = self.0.front() {
+            match rootfs.prepare(host, next.asked) {
+                Ok(true) => {
+                    let launched = launch(host, rootfs, next);
+                    let next = self.0.pop_front().expect("it was the first");
+                    if let Err(error) = launched {
+                        refuse(&next.session, &error);
+                    }
+                }
+                Ok(false) => return,
+                Err(error) => {
+                    let message = format!("{error:#}");
+                    return self.refuse_all(&Error::new(ErrorKind::Busy, message));
+                }
+            }
+        }
+        rootfs.forget_stale();
+    }
+
+    /// There is no root file system for them.
+    pub fn refuse_all(&mut self, error: &Error) {
+        for launch in self.0.drain(..) {
+            refuse(&launch.session, &error.clone().into());
+        }
+    }
+}
+
+fn refuse(session: &Seqpacket, error: &anyhow::Error) {
+    warn!("an order was not carried out: {error:#}");
+    let sentence = format!("{error:#}");
+    let is_busy = matches!(
+        error.downcast_ref(),
+        Some(Error {
+            kind: ErrorKind::Busy,
+            ..
+        })
+    );
+    let word = if is_busy {
+        Word::Busy(sentence)
+    } else {
+        Word::Failed(sentence)
+    };
+    // Who asked may be gone.
+    let _ = word.say(session);
 }
 
 /// Does who asked still wait? It holds the worker's lock for as long as it lives. Once it is dead, the worker may be
@@ -57,24 +134,27 @@ fn is_waited_for(asker: &Seqpacket) -> Result<()> {
 }
 
 /// Make the worker's first process, in its cgroup and its namespaces from the first instruction.
-fn launch(
-    host: &Host,
-    worker: WorkerId,
-    bootstrap: &protocol::BootstrapToken,
-    connection: &Seqpacket,
-) -> Result<()> {
+fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
+    let Launch {
+        worker,
+        bootstrap,
+        session,
+        ..
+    } = launch;
     let cgroup = open_dir(&host.cgroups, worker.to_string()).context("the worker has no cgroup")?;
     // With the cgroup open: it is that of who asked, and not one in which another has its first process.
-    is_waited_for(connection)?;
-    sys::clone_sandboxed(cgroup.as_fd(), || {
-        let prepared = forget_all_but(host, connection)
-            .and_then(|()| sandbox::enter(host, worker, bootstrap, connection));
+    is_waited_for(session)?;
+    let first = || {
+        let prepared =
+            forget_all_but(host, session).and_then(|()| sandbox::enter(host, *worker, bootstrap, session));
         match prepared {
-            Ok(job) => job.start(connection),
-            Err(error) => failed(connection, &error),
+            Ok(job) => job.start(session),
+            Err(error) => failed(session, &error),
         }
-    })
-    .context("cannot make the worker's namespaces")?;
+    };
+    rootfs
+        .inside(|| sys::clone_sandboxed(cgroup.as_fd(), first))?
+        .context("cannot make the worker's namespaces")?;
     Ok(())
 }
 
@@ -96,7 +176,7 @@ fn unlimit(host: &Host, worker: WorkerId, connection: &Seqpacket) -> Result<()> 
     Ok(())
 }
 
-/// The listening socket, the lock, and the way back to the host's mounts are the daemon's alone.
+/// The listening socket, the lock, and the ways to mount namespaces are the daemon's alone.
 fn forget_all_but(host: &Host, connection: &Seqpacket) -> Result<()> {
     sys::close_all_but(&[&host.descriptors()[..], &[connection.as_raw_fd()]].concat())?;
     Ok(SigSet::empty().thread_set_mask()?)

@@ -32,6 +32,7 @@ mod network;
 mod orders;
 mod policy;
 mod privileges;
+mod rootfs;
 mod sandbox;
 mod sys;
 mod tenancy;
@@ -39,7 +40,6 @@ mod terminal;
 mod timer;
 mod trees;
 mod user;
-mod view;
 mod worker;
 
 use std::ffi::OsString;
@@ -70,8 +70,9 @@ use tracing::{error, info, warn};
 
 use host::Host;
 use hotplug::Hotplug;
+use launch::Waiting;
 use listener::Listener;
-use view::View;
+use rootfs::{Event, RootFs};
 
 // For those who try the helper's parts by themselves (`fuzz/`).
 pub use connection::{Operations, Peer, serve as serve_connection};
@@ -210,10 +211,14 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         }
         None => listen_at(&options.root.join(config::HELPER_SOCKET), client)?,
     };
-    let mut view = View::new()?;
-    view.refresh(&host)?;
+    if !rootfs::sockets::have_owners()? {
+        warn!(
+            "jobs' sockets are not told from the host's, and too many of them keep jobs from starting: load the module unix_diag"
+        );
+    }
+    let rootfs = RootFs::new(&host)?;
     privileges::of_the_daemon()?;
-    serve(&host, &config, &mut view, socket, client)
+    serve(&host, &config, rootfs, socket, client)
 }
 
 /// Refuse a configuration that names what this host does not have, at the start and for `Check`. The warnings are of
@@ -307,10 +312,11 @@ fn check_socket(socket: &OwnedFd) -> Result<()> {
 
 /// Keep a listener running, carry out orders, follow devices. Nothing that the supervisor sends is ever read in this
 /// process.
-fn serve(host: &Host, config: &Config, view: &mut View, socket: OwnedFd, client: u32) -> Result<()> {
+fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, client: u32) -> Result<()> {
     let mask = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT]);
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    build_first(host, &mut rootfs)?;
     let (orders, for_sessions) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -321,24 +327,24 @@ fn serve(host: &Host, config: &Config, view: &mut View, socket: OwnedFd, client:
     let mut listener = Listener::new(socket, client, for_sessions.into(), Instant::now())?;
     let mut hotplug = Hotplug::new()?;
     hotplug.refresh(host);
+    let mut waiting = Waiting::default();
     loop {
         listener.tick(host, Instant::now());
-        let ready = {
+        let (ready, listening) = {
             let mut events = vec![
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(orders.as_fd(), PollFlags::POLLIN),
                 PollFd::new(hotplug.as_fd(), PollFlags::POLLIN),
-                PollFd::new(view.as_fd(), PollFlags::POLLPRI),
             ];
             events.extend(listener.events());
-            match poll(&mut events, until(listener.due())) {
+            let listening = events.len();
+            events.extend(rootfs.events());
+            let due = [listener.due(), rootfs.due()].into_iter().flatten().min();
+            match poll(&mut events, until(due)) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno).context("cannot wait for orders"),
             }
-            events
-                .iter()
-                .map(|event| event.any() == Some(true))
-                .collect::<Vec<_>>()
+            (happened(&events), listening)
         };
         while let Some(signal) = signals.read_signal()? {
             if signal.ssi_signo != Signal::SIGCHLD as u32 {
@@ -348,24 +354,54 @@ fn serve(host: &Host, config: &Config, view: &mut View, socket: OwnedFd, client:
             }
         }
         reap(&mut listener);
-        if ready[1] && launch::take_order(host, view, &orders) {
-            // The configuration may name other devices now.
-            hotplug.refresh(host);
+        if ready[1] {
+            launch::take_order(host, &mut waiting, &orders);
         }
-        if ready[2] {
-            hotplug.refresh(host);
-        }
-        if ready[3] {
-            // A file system that the host has unmounted must not stay in use until the next job starts.
-            view.forget();
-            if let Err(error) = view.refresh(host) {
-                warn!("no job can be started until this is mended: {error:#}");
+        let built = match rootfs.on_events(&ready[listening..]) {
+            Some(Event::Failed(error) | Event::Lost(error)) => {
+                waiting.refuse_all(&error);
+                false
             }
+            event => event.is_some(),
+        };
+        waiting.launch(host, &mut rootfs);
+        // The configuration of what was built may name other devices.
+        if ready[2] || built {
+            hotplug.refresh(host);
         }
-        if ready[4..].contains(&true) && listener.on_event(Instant::now()) {
+        if ready[3..listening].contains(&true) && listener.on_event(Instant::now()) {
             info!(slots = config.slots.len(), client, "serving");
         }
     }
+}
+
+/// Build the root file system once before anybody is served: a mistake in the configuration, or a host on which no job
+/// can run, is refused at the start. Where a mount of the host's hangs, there may still be workers to delete.
+fn build_first(host: &Host, rootfs: &mut RootFs) -> Result<()> {
+    let begun = Instant::now();
+    while !rootfs.prepare(host, begun)? {
+        let ready = {
+            let mut events = rootfs.events();
+            match poll(&mut events, until(rootfs.due())) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).context("cannot wait for the jobs' root file system"),
+            }
+            happened(&events)
+        };
+        match rootfs.on_events(&ready) {
+            Some(Event::Failed(error)) => return Err(error.into()),
+            Some(Event::Lost(error)) => {
+                warn!("no job can be started: {error}");
+                break;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn happened(events: &[PollFd<'_>]) -> Vec<bool> {
+    events.iter().map(|event| event.any() == Some(true)).collect()
 }
 
 /// How long to wait so that this time has come.

@@ -55,6 +55,8 @@ pub enum Word {
     Done,
     /// It could not be, for this reason.
     Failed(String),
+    /// It could not be now, for this reason; the same again may succeed.
+    Busy(String),
 }
 
 impl Word {
@@ -68,6 +70,7 @@ impl Word {
             Word::Go => "G".to_owned(),
             Word::Done => "D".to_owned(),
             Word::Failed(sentence) => format!("F{sentence}"),
+            Word::Busy(sentence) => format!("B{sentence}"),
         }
         .into_bytes();
         bytes.truncate(Self::MAX);
@@ -81,6 +84,7 @@ impl Word {
             b"G" => Some(Word::Go),
             b"D" => Some(Word::Done),
             [b'F', sentence @ ..] => Some(Word::Failed(String::from_utf8_lossy(sentence).into_owned())),
+            [b'B', sentence @ ..] => Some(Word::Busy(String::from_utf8_lossy(sentence).into_owned())),
             _ => None,
         }
     }

@@ -19,8 +19,8 @@ use protocol::{BootstrapToken, Received, Seqpacket, Uid, UserName, WorkerId};
 use crate::host::{Host, open_dir, open_file};
 use crate::network::Door;
 use crate::orders::Word;
+use crate::rootfs::{self, PRIVATE};
 use crate::trees::{self, Tree};
-use crate::view::{self, PRIVATE};
 use crate::{devices, filter, init, launch, limits, network, policy, sys, user, worker};
 
 /// Where the job sees the agent's program, until `install` has copied itself.
@@ -96,7 +96,7 @@ fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For<'_>) ->
         Network::Host => None,
         Network::None => Some(network::enter(&config.general.baseurl, &host.gate)?),
     };
-    // The root is the template's already, copied with the namespace. Add what is this job's own.
+    // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
     mounts(plan)?;
     if let For::Agent(_) = whom {
         silence()?;
@@ -220,17 +220,17 @@ fn mounts(plan: &Plan) -> Result<()> {
         bind_tree(plan, tree)?;
     }
     for (place, source) in &plan.slot.read_only {
-        bind(&view::source_path(source), place.as_path(), view::READ_ONLY)?;
+        bind(&rootfs::source_path(source), place.as_path(), rootfs::READ_ONLY)?;
     }
     for (name, text) in &plan.etc {
         // In memory, and gone with the mount, which is the only one to know it by then.
         let source = Path::new(PRIVATE).join(format!("{}-{name}", plan.worker));
         std::fs::write(&source, text).with_context(|| format!("cannot write the job's {name}"))?;
         std::fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
-        bind(&source, &Path::new("/etc").join(name), view::READ_ONLY)?;
+        bind(&source, &Path::new("/etc").join(name), rootfs::READ_ONLY)?;
         std::fs::remove_file(&source)?;
     }
-    bind(&private(plan, "devices"), Path::new("/dev"), view::DEVICES)?;
+    bind(&private(plan, "devices"), Path::new("/dev"), rootfs::DEVICES)?;
     for name in devices::MOUNT_POINTS {
         mount_in_dev(name, plan).with_context(|| format!("cannot mount /dev/{name}"))?;
     }
@@ -268,7 +268,7 @@ fn bind_tree(plan: &Plan, tree: &Tree) -> Result<()> {
     bind(
         &private(plan, "workers").join("fs").join(top),
         &tree.place,
-        view::WRITABLE,
+        rootfs::WRITABLE,
     )
 }
 

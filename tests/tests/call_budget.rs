@@ -90,6 +90,7 @@ fn name(kind: Kind) -> &'static str {
         Kind::Connection => "connection",
         Kind::AsUser => "as the user",
         Kind::Order => "order",
+        Kind::RootFs => "root file system",
         Kind::First => "first process",
         Kind::Agent => "agent",
     }

@@ -26,18 +26,21 @@ pub enum Kind {
     AsUser,
     /// Carries out an order that takes no worker's namespaces.
     Order,
+    /// Builds the root file system that jobs see, or unmounts the last one.
+    RootFs,
     /// A worker's first process, until it keeps house.
     First,
     /// The first process's child, until it is the agent.
     Agent,
 }
 
-pub const KINDS: [Kind; 7] = [
+pub const KINDS: [Kind; 8] = [
     Kind::Daemon,
     Kind::Listener,
     Kind::Connection,
     Kind::AsUser,
     Kind::Order,
+    Kind::RootFs,
     Kind::First,
     Kind::Agent,
 ];
@@ -208,6 +211,8 @@ impl Watcher {
                 let kind = match self.alive.get(&parent) {
                     Some(Kind::Daemon) if by.number == libc::SYS_clone3 => Kind::First,
                     Some(Kind::Daemon) if self.last == libc::SYS_recvmsg => Kind::Order,
+                    // It tells the daemon by a socket when it has done its work, or waits for the daemon.
+                    Some(Kind::Daemon) if self.last == libc::SYS_socketpair => Kind::RootFs,
                     Some(Kind::Daemon) => Kind::Listener,
                     Some(Kind::Listener) => Kind::Connection,
                     Some(Kind::Connection | Kind::AsUser) => Kind::AsUser,
@@ -245,7 +250,7 @@ impl Watcher {
         };
         // The daemon's own wait has four descriptors and more; that of Rust's start has three, other looks one.
         if kind == Kind::Daemon {
-            if call.is(&[libc::SYS_pipe2, libc::SYS_recvmsg]) {
+            if call.is(&[libc::SYS_pipe2, libc::SYS_recvmsg, libc::SYS_socketpair]) {
                 self.last = call.number;
             }
             self.waits += usize::from(call.is(WAITS) && call.arguments[1] > 3);

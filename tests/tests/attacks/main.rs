@@ -13,6 +13,7 @@ mod out;
 mod packets;
 mod quotas;
 mod relay;
+mod rootfs;
 mod shells;
 mod starve;
 mod status_page;

@@ -19,6 +19,7 @@ use testbed::stage::{
 
 mod devices;
 mod host;
+mod hung;
 mod life;
 mod listener;
 mod packets;

@@ -4,7 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::symlink;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -24,6 +24,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("write-much", write_much),
     ("chatter", chatter),
     ("never-end", never_end),
+    ("bind-sockets", bind_sockets),
 ];
 
 fn number(word: &str) -> u64 {
@@ -372,5 +373,27 @@ fn never_end(report: &mut Report, words: &[String]) {
     }
     ignore_every_signal();
     report.say("ready");
+    wait_for_ever();
+}
+
+/// Bind so many sockets to paths that are long to resolve, and keep them.
+fn bind_sockets(report: &mut Report, words: &[String]) {
+    const EACH: u64 = 900;
+    let count = number(&words[0]);
+    fs::create_dir("/work/d").expect("a job may write there");
+    let long = "d/../".repeat(16);
+    for process in 0..count.div_ceil(EACH) {
+        let (mut here, mut there) = UnixStream::pair().expect("a socket pair");
+        child(|| {
+            let bind = |n| UnixDatagram::bind(format!("/work/{long}{process}-{n}"));
+            let sockets: Vec<_> = (0..EACH).map(|n| bind(n).expect("a job may bind")).collect();
+            there.write_all(b"x").expect("the parent reads");
+            std::mem::forget(sockets);
+        })
+        .expect("a job has processes");
+        here.read_exact(&mut [0])
+            .expect("the child says that it has bound them");
+    }
+    report.say("bound");
     wait_for_ever();
 }

@@ -1,27 +1,28 @@
-//! What every job sees, made once: the *template*. The daemon moves into a mount namespace of its own
-//! whose root is a small tmpfs with the host's top directories in it, read-only; so making a job's
-//! namespace copies few mounts, however many the host has. What differs between jobs, `sandbox` adds.
+//! Building the root file system that every job gets a copy of: a small tmpfs with the host's top directories in it,
+//! read-only; so a job's namespace has few mounts, however many the host has. What differs between jobs, `sandbox` adds.
+//!
+//! All of this happens in a builder, which has a limited time, and in the host's mounts until the last step.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{File, FileType};
-use std::io::ErrorKind;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::inotify::{AddWatchFlags, Inotify};
 use protocol::config::{self, Config, HostPath, PRIVATE_TREES};
 
-use crate::host::{FileIdentity, Host};
+use super::sockets;
+use crate::host::Host;
 use crate::{policy, sys};
 
-/// Where the template keeps what only `sandbox` may see, and unmounts before the job begins.
+/// Where the root file system keeps what only `sandbox` may see, and unmounts before the job begins.
 pub const PRIVATE: &str = "/.buildomat-factory";
 
 /// Top directories of which the job gets its own, or none: they are not the host's.
@@ -42,80 +43,16 @@ pub const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | l
 pub const WRITABLE: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 pub const DEVICES: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
 
-/// The daemon's mount namespace, and what tells when it is out of date.
-#[derive(Debug)]
-pub struct View {
-    host_namespace: File,
-    /// The host's mount table; `poll(2)` tells when it has changed (`proc_pid_mounts(5)`).
-    host_mounts: File,
-    built: Option<Built>,
-}
+/// The most bytes of the mount table that are read: more than `fs.mount-max` lets it have with paths of a usual length.
+/// A mount beyond that is shown, or not, by its mode.
+const MAX_MOUNT_TABLE: u64 = 64 << 20;
+/// The most entries of a directory that are mounted one by one.
+const MAX_ENTRIES: usize = 4096;
 
-#[derive(Debug)]
-struct Built {
-    configuration: FileIdentity,
-    /// Directories of the host whose entries were mounted one by one, or of which one is hidden, and when they
-    /// last changed.
-    watched: Vec<(File, FileIdentity)>,
-}
-
-/// The bind of `source`, for a job: the place in the template where `sandbox` finds it.
+/// The bind of `source`, for a job: the place where `sandbox` finds it.
 pub fn source_path(source: &HostPath) -> PathBuf {
     let name = source.to_string().replace('%', "%25").replace('/', "%2f");
     Path::new(PRIVATE).join("sources").join(name)
-}
-
-impl View {
-    pub fn new() -> Result<View> {
-        Ok(View {
-            host_namespace: File::open("/proc/self/ns/mnt").context("cannot open the mount namespace")?,
-            host_mounts: File::open("/proc/self/mountinfo").context("cannot open /proc/self/mountinfo")?,
-            built: None,
-        })
-    }
-
-    /// The host's mounts have changed: what was built still has the old ones.
-    pub fn forget(&mut self) {
-        self.built = None;
-    }
-
-    /// Build the template, or build it again if the configuration, the host's mounts, or a directory that
-    /// was taken apart or has a hidden entry has changed. After an error there is none, and no job can be started. True if it was
-    /// built.
-    pub fn refresh(&mut self, host: &Host) -> Result<bool> {
-        let mut mounts = [PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI)];
-        let remounted = poll(&mut mounts, PollTimeout::ZERO)? > 0;
-        // A change is told once: if the configuration cannot be read now, it must not be forgotten.
-        let previous = self.built.take();
-        let (config, identity) = host.configuration()?;
-        host.accounts()?;
-        if let Some(built) = &previous
-            && !remounted
-            && built.configuration == identity
-            && built
-                .watched
-                .iter()
-                .all(|(dir, seen)| dir.metadata().is_ok_and(|meta| FileIdentity::of(&meta) == *seen))
-        {
-            self.built = previous;
-            return Ok(false);
-        }
-        setns(&self.host_namespace, CloneFlags::CLONE_NEWNS).context("cannot return to the host's mounts")?;
-        unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
-        let watched = Builder::build(host, &config).context("cannot build the jobs' view of the host")?;
-        self.built = Some(Built {
-            configuration: identity,
-            watched,
-        });
-        Ok(true)
-    }
-}
-
-/// `poll(2)` tells with POLLPRI when the host's mounts have changed, once.
-impl AsFd for View {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.host_mounts.as_fd()
-    }
 }
 
 fn is_not_found(error: &anyhow::Error) -> bool {
@@ -151,35 +88,33 @@ fn is_closed_to_jobs(directory: &Path) -> bool {
     })
 }
 
-struct Builder {
+/// Make the root file system, and be in it. `directories` will tell of changes in directories of the host that it depends
+/// on. This namespace is nobody else's: a failure halfway leaves mounts that no job ever sees.
+pub fn build(host: &Host, config: &Config, directories: &Inotify) -> Result<()> {
+    Builder::build(host, config, directories)
+}
+
+struct Builder<'a> {
     /// A copy of the mount of jobs' `/dev` directories, made before the tmpfs lay over it.
     devices: OwnedFd,
     /// The tmpfs that becomes the root.
     new_root: PathBuf,
     /// Paths, as the job sees them, that are directories of the tmpfs.
     open: BTreeSet<PathBuf>,
-    /// What slots show at other places, without links, and where the template has it.
+    /// What slots show at other places, without links, and where the root file system has it.
     sources: Vec<(PathBuf, PathBuf)>,
-    watched: Vec<(File, FileIdentity)>,
+    /// Watches the directories of the host that the result depends on.
+    directories: &'a Inotify,
 }
 
 fn below(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
-impl Builder {
-    /// The dangerous steps in their order. This namespace is the daemon's alone: a failure halfway
-    /// leaves mounts that no job ever sees, and the next attempt starts from the host's again.
-    fn build(host: &Host, config: &Config) -> Result<Vec<(File, FileIdentity)>> {
-        // Nothing that is mounted here may reach the host, and nothing mounted there may appear here
-        // later, when it would be writable.
-        mount(
-            None::<&str>,
-            "/",
-            None::<&str>,
-            MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-            None::<&str>,
-        )?;
+impl<'a> Builder<'a> {
+    /// The dangerous steps in their order.
+    fn build(host: &Host, config: &Config, directories: &'a Inotify) -> Result<()> {
+        super::make_private()?;
         let new_root = host.root.join(config::RUN_DIR);
         let devices = sys::clone_mount(&new_root.join("devices"), false)?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
@@ -196,7 +131,7 @@ impl Builder {
             new_root,
             open: BTreeSet::from([PathBuf::from("/")]),
             sources: Vec::new(),
-            watched: Vec::new(),
+            directories,
         };
         this.unfold_content(Path::new("/"))?;
         for name in NOT_THE_HOSTS.iter().filter(|name| **name != "lost+found") {
@@ -215,9 +150,24 @@ impl Builder {
         this.prune()?;
         this.private(host, config)?;
         this.hide(host, config)?;
-        this.hide_sockets()?;
-        this.enter()?;
-        Ok(this.watched)
+        this.hide_sockets(config)?;
+        this.enter()
+    }
+
+    /// A change of this directory of the host makes the result out of date.
+    fn watch(&self, directory: &Path) -> Result<()> {
+        let changes = AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_DELETE
+            | AddWatchFlags::IN_MOVED_FROM
+            | AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_ATTRIB
+            | AddWatchFlags::IN_DELETE_SELF
+            | AddWatchFlags::IN_MOVE_SELF
+            | AddWatchFlags::IN_ONLYDIR;
+        self.directories
+            .add_watch(directory, changes)
+            .with_context(|| format!("cannot watch {}", directory.display()))?;
+        Ok(())
     }
 
     /// Attach a copy of the host's `source`, with what is mounted below it.
@@ -240,10 +190,14 @@ impl Builder {
 
     /// Fill the tmpfs directory `path` with the host's entries, each mounted by itself.
     fn unfold_content(&mut self, path: &Path) -> Result<()> {
-        let dir = File::open(path)?;
-        let seen = FileIdentity::of(&dir.metadata()?);
-        for entry in std::fs::read_dir(path)? {
+        self.watch(path)?;
+        for (count, entry) in std::fs::read_dir(path)?.enumerate() {
             let entry = entry?;
+            ensure!(
+                count < MAX_ENTRIES,
+                "{} has more than {MAX_ENTRIES} entries: no place can be made in it",
+                path.display()
+            );
             let place = path.join(entry.file_name());
             if path == Path::new("/") && NOT_THE_HOSTS.iter().any(|name| *name == entry.file_name()) {
                 continue;
@@ -258,7 +212,6 @@ impl Builder {
                 shown => shown?,
             }
         }
-        self.watched.push((dir, seen));
         Ok(())
     }
 
@@ -324,7 +277,10 @@ impl Builder {
     /// Take away the mounts that no job could reach. Those of container engines are many, and each that is left is
     /// copied for each job.
     fn prune(&self) -> Result<()> {
-        let table = std::fs::read("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+        let mut table = Vec::new();
+        File::open("/proc/self/mountinfo")
+            .and_then(|file| file.take(MAX_MOUNT_TABLE).read_to_end(&mut table))
+            .context("cannot read /proc/self/mountinfo")?;
         for line in table.split(|b| *b == b'\n') {
             let Some(place) = line.split(|b| *b == b' ').nth(4) else {
                 continue;
@@ -445,24 +401,15 @@ impl Builder {
         let cover = below(&self.new_root, &Path::new(PRIVATE).join(cover));
         self.bind(&cover, place, READ_ONLY, false)?;
         // A file that is put in its place has no cover: the change of its directory tells.
-        let parent = File::open(path.parent().context("the root cannot be hidden")?)?;
-        let seen = FileIdentity::of(&parent.metadata()?);
-        self.watched.push((parent, seen));
-        Ok(())
+        self.watch(path.parent().context("the root cannot be hidden")?)
     }
 
     /// Lay nothing over the sockets of the host's services, wherever they are: a read-only mount keeps nobody
-    /// from connecting. One that is made later is seen until the view is built again: its mode must do, or `hide`.
-    fn hide_sockets(&self) -> Result<()> {
-        let text =
-            std::fs::read("/proc/net/unix").context("cannot read /proc/net/unix: mount /proc whole")?;
+    /// from connecting. One that is made later is seen until this is built again: its mode must do, or `hide`.
+    fn hide_sockets(&self, config: &Config) -> Result<()> {
         let cover = below(&self.new_root, &Path::new(PRIVATE).join("no-file"));
-        for line in text.split(|b| *b == b'\n') {
-            let Some(at) = line.windows(2).position(|pair| pair == b" /") else {
-                continue;
-            };
+        for path in sockets::paths(config.factory.uid_range)? {
             // Whoever bound it chose the name, perhaps in another mount namespace: look what it is here.
-            let path = Path::new(OsStr::from_bytes(&line[at + 1..]));
             let is_socket =
                 |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
             let Ok(real) = path.canonicalize() else { continue };
@@ -484,10 +431,6 @@ impl Builder {
             | MsFlags::MS_NOSUID
             | MsFlags::MS_NODEV;
         mount(None::<&str>, &self.new_root, None::<&str>, flags, None::<&str>)?;
-        nix::unistd::chdir(&self.new_root)?;
-        nix::unistd::pivot_root(".", ".").context("cannot enter the new root")?;
-        umount2(".", MntFlags::MNT_DETACH).context("cannot leave the host's root")?;
-        nix::unistd::chdir("/")?;
-        Ok(())
+        super::become_root(&self.new_root)
     }
 }

@@ -1,0 +1,77 @@
+//! Group H: what a job does to whoever makes the root file system of the next one.
+
+use std::fs;
+
+use protocol::Reply;
+use testbed::disk::SmallDisk;
+use testbed::harness::{place, sealed};
+use testbed::stage::{Stage, created, install, start_attack, wait_for_line};
+use testbed::tracer::service::{Kind, Span, watch};
+
+/// The most memory that a process has had, in KiB.
+fn peak(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let number = line.expect("the kernel counts it").trim().trim_end_matches(" kB");
+    number.parse().expect("a number")
+}
+
+#[test]
+fn row_92_sockets_of_a_job_are_resolved_by_nobody_and_the_monitor_looks_at_no_mount() {
+    // Not more: to the helpers of other tests these are sockets of the host's, of which they look at 32,768.
+    const SOCKETS: usize = 6_000;
+    let place = place();
+    let stage = Stage::new();
+    let client = stage.client();
+    let hostile = created(&client, "c");
+    let console = start_attack(&client, hostile, "bind-sockets", &[&SOCKETS.to_string()]);
+    wait_for_line(&console, "bound");
+    let neighbour = created(&client, "b");
+    drop(client);
+    let before = peak(stage.helper.pid());
+
+    fs::create_dir(place.path().join("disk")).unwrap();
+    let disk = SmallDisk::in_memory_at(place.path().join("disk"));
+    fs::write(place.path().join("disk/file"), "mounted\n").unwrap();
+    let watcher = watch(stage.helper.pid(), Span::OneConnection, None);
+    let script = format!("#!/bin/bash\ncat {}/disk/file\n", place.path().display());
+    let client = stage.client();
+    let (reply, console) = install(&client, neighbour, sealed(script.as_bytes()));
+    assert_eq!(reply, Reply::AgentStarted);
+    drop(client);
+    let seen = watcher.join().expect("the tracer saw the end");
+    // It was built again for this launch.
+    wait_for_line(&console.expect("a console comes with the reply"), "mounted");
+
+    let calls = |kind| seen.calls.get(&kind).map_or(&[][..], Vec::as_slice);
+    let (monitor, builder) = (calls(Kind::Daemon), calls(Kind::RootFs));
+    println!(
+        "the monitor: {} calls, its builder: {}",
+        monitor.len(),
+        builder.len()
+    );
+    let by_path = [
+        libc::SYS_openat,
+        libc::SYS_readlinkat,
+        libc::SYS_open_tree,
+        libc::SYS_move_mount,
+        libc::SYS_mount,
+        libc::SYS_umount2,
+        libc::SYS_getdents64,
+        libc::SYS_inotify_add_watch,
+    ];
+    let looked: Vec<_> = monitor.iter().filter(|call| by_path.contains(call)).collect();
+    assert!(looked.is_empty(), "the monitor called {looked:?}");
+    assert!(monitor.len() < 150, "the monitor made {} calls", monitor.len());
+    assert!(builder.contains(&libc::SYS_open_tree), "nothing was built");
+    // A handful for each packet of the kernel's list; resolving a name takes as many as it has parts.
+    assert!(
+        builder.len() < SOCKETS / 4,
+        "the builder made {} calls",
+        builder.len()
+    );
+    let grown = peak(stage.helper.pid()) - before;
+    assert!(grown < 1024, "the monitor grew by {grown} KiB");
+    drop(disk);
+    stage.finish(&[hostile, neighbour]);
+}

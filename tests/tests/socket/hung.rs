@@ -1,0 +1,254 @@
+//! A mount of the host's that does not answer, as of a network file system without its server. Here it is FUSE, which
+//! nobody serves, and it is there for the helper alone: others on the machine would hang on it, too.
+
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::Command;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+use testbed::harness::tool;
+use testbed::tracer::wait_until_stopped;
+
+use super::*;
+
+/// A helper in a mount namespace of its own, with a slot that shows a directory in which everything may hang.
+struct Apart {
+    host: TestHost,
+    helper: Running,
+    namespace: File,
+    place: tempfile::TempDir,
+}
+
+const SENTENCE: &str =
+    "the host's mounts have not answered for 20 s: look for one that hangs (df hangs on it)";
+
+impl Apart {
+    /// In its namespace, but not yet begun.
+    fn stopped() -> Apart {
+        let place = place();
+        let shown = place.path().join("shown");
+        fs::create_dir(&shown).unwrap();
+        let host = TestHost::new();
+        let target = "target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"";
+        let slots = format!(
+            "[slots.a]\n{target}\nread_only = {{ \"/opt/shown\" = \"{}\" }}\n[slots.b]\n{target}\n[slots.c]\n{target}\n",
+            shown.display()
+        );
+        host.configure("http://127.0.0.1:9", 0, &slots);
+        let own = host.helper_command();
+        let mut command = Command::new(tool("unshare", "util-linux"));
+        command.args(["--mount", "--propagation", "private", "bash", "-euc"]);
+        command.args(["kill -STOP $$; exec \"$@\"", "bash"]);
+        command.arg(own.get_program()).args(own.get_args());
+        let helper = Running::start(&mut command);
+        wait_until_stopped(helper.pid());
+        let namespace = File::open(format!("/proc/{}/ns/mnt", helper.pid())).unwrap();
+        Apart {
+            host,
+            helper,
+            namespace,
+            place,
+        }
+    }
+
+    fn go_on(&self) {
+        self.helper.signal(Signal::SIGCONT);
+        self.helper.log.wait(&["serving"]);
+    }
+
+    fn started() -> Apart {
+        let apart = Apart::stopped();
+        apart.go_on();
+        apart
+    }
+
+    fn client(&self) -> Client {
+        Client::new(&self.host)
+    }
+
+    fn shown(&self) -> PathBuf {
+        self.place.path().join("shown")
+    }
+
+    /// In the namespace of the helper's host.
+    fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_FS).unwrap();
+                setns(&self.namespace, CloneFlags::CLONE_NEWNS).unwrap();
+                work()
+            });
+            thread.join().expect("the work is done")
+        })
+    }
+
+    /// Mount what hangs. Once the descriptor is closed, what waits for it fails.
+    fn hang(&self) -> File {
+        self.inside(|| {
+            let server = File::options().read(true).write(true).open("/dev/fuse").unwrap();
+            let options = format!(
+                "fd={},rootmode=40000,user_id=0,group_id=0,allow_other",
+                server.as_raw_fd()
+            );
+            mount(
+                Some("user-factory-test"),
+                &self.shown(),
+                Some("fuse"),
+                MsFlags::empty(),
+                Some(options.as_str()),
+            )
+            .unwrap();
+            server
+        })
+    }
+
+    fn mend(&self) {
+        self.inside(|| umount2(&self.shown(), MntFlags::MNT_DETACH).unwrap());
+    }
+
+    /// The helper's child that is in other mounts than the helper, if there is one, and not a worker's.
+    fn builder(&self) -> Option<i32> {
+        let daemon = self.helper.pid();
+        let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).unwrap();
+        let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+        let own = mounts(&daemon.to_string());
+        let is_one = |pid: &&str| {
+            let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+            mounts(pid).is_some() && mounts(pid) != own && !cgroup.contains("/workers/")
+        };
+        let all: Vec<i32> = children
+            .split_whitespace()
+            .filter(is_one)
+            .map(|pid| pid.parse().unwrap())
+            .collect();
+        assert!(all.len() <= 1, "{all:?}");
+        all.first().copied()
+    }
+}
+
+/// Ask for a launch, and do not wait for the answer.
+fn begin_install(client: &Client, worker: WorkerId) {
+    let request = Request::InstallAgent {
+        worker,
+        bootstrap: token(),
+    };
+    let agent = sealed(b"#!/bin/bash\nexit 1\n");
+    client
+        .socket
+        .send(&wire::encode(&request).unwrap(), Some(agent.as_fd()))
+        .unwrap();
+}
+
+fn assert_told(client: &Client) {
+    let (reply, _) = client.reply().expect("the helper answers");
+    let Reply::Error(error) = reply else {
+        panic!("{reply:?}");
+    };
+    assert_eq!(error.kind, ErrorKind::Busy);
+    assert!(error.message().contains(SENTENCE), "{error}");
+}
+
+fn is_answered(client: &Client) -> bool {
+    let mut events = [nix::poll::PollFd::new(
+        client.socket.as_fd(),
+        nix::poll::PollFlags::POLLIN,
+    )];
+    nix::poll::poll(&mut events, nix::poll::PollTimeout::ZERO).unwrap() > 0
+}
+
+fn assert_launches(apart: &Apart, worker: WorkerId) {
+    let (reply, _) = install(&apart.client(), worker, sealed(b"#!/bin/bash\nexit 1\n"));
+    assert_eq!(reply, Reply::AgentStarted);
+}
+
+fn end(apart: &Apart, workers: &[WorkerId]) {
+    for worker in workers {
+        let deleted = apart.client().ask(&Request::Delete { worker: *worker }).0;
+        assert_eq!(deleted, Reply::Deleted);
+    }
+}
+
+#[test]
+fn a_mount_that_hangs_keeps_launches_waiting_and_nobody_else_and_they_are_told_in_time() {
+    let apart = Apart::started();
+    let client = apart.client();
+    let (first, second) = (created(&client, "a"), created(&client, "b"));
+    let server = apart.hang();
+    let waiting = [apart.client(), apart.client()];
+    begin_install(&waiting[0], first);
+    begin_install(&waiting[1], second);
+    // The monitor makes these their sessions, while a builder hangs.
+    let other = apart.client();
+    assert_eq!(list(&other).len(), 2);
+    let third = created(&other, "c");
+    assert_eq!(other.ask(&Request::Kill { worker: third }).0, Reply::Killed);
+    assert_eq!(other.ask(&Request::Delete { worker: third }).0, Reply::Deleted);
+    assert!(apart.builder().is_some());
+    assert!(!waiting.iter().any(is_answered), "a launch did not wait");
+    waiting.iter().for_each(assert_told);
+    // The kernel has ended the builder; the next is another.
+    apart.mend();
+    assert_launches(&apart, first);
+    assert_launches(&apart, second);
+    end(&apart, &[first, second]);
+    drop(server);
+}
+
+#[test]
+fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
+    let apart = Apart::started();
+    let client = apart.client();
+    let worker = created(&client, "a");
+    let server = apart.hang();
+    let waiting = apart.client();
+    begin_install(&waiting, worker);
+    let end_of_patience = Instant::now() + PATIENCE;
+    let builder = loop {
+        if let Some(builder) = apart.builder() {
+            break Pid::from_raw(builder);
+        }
+        assert!(Instant::now() < end_of_patience, "nothing is built");
+        std::thread::yield_now();
+    };
+    // Stopped, it does not take the signal that ends it, as if it were in state D.
+    kill(builder, Signal::SIGSTOP).unwrap();
+    wait_until_stopped(builder.as_raw() as u32);
+    assert_told(&waiting);
+    assert_eq!(apart.builder(), Some(builder.as_raw()));
+    // No second one is begun, and nobody waits for the first.
+    let asked = Instant::now();
+    begin_install(&waiting, worker);
+    assert_told(&waiting);
+    assert!(asked.elapsed().as_secs() < 15, "it waited {:?}", asked.elapsed());
+    assert_eq!(apart.builder(), Some(builder.as_raw()));
+    kill(builder, Signal::SIGCONT).unwrap();
+    while apart.builder().is_some() {
+        assert!(Instant::now() < end_of_patience, "it does not end");
+        std::thread::yield_now();
+    }
+    apart.mend();
+    assert_launches(&apart, worker);
+    end(&apart, &[worker]);
+    drop(server);
+}
+
+#[test]
+fn a_mount_that_hangs_when_the_helper_starts_keeps_no_worker_from_being_deleted() {
+    let apart = Apart::stopped();
+    let server = apart.hang();
+    apart.go_on();
+    apart
+        .helper
+        .log
+        .wait(&["WARN", "no job can be started", SENTENCE]);
+    let worker = created(&apart.client(), "a");
+    end(&apart, &[worker]);
+    apart.mend();
+    let worker = created(&apart.client(), "a");
+    assert_launches(&apart, worker);
+    end(&apart, &[worker]);
+    drop(server);
+}
