@@ -25,6 +25,7 @@ mod host;
 mod hotplug;
 mod init;
 mod install;
+mod landlock;
 mod launch;
 mod limits;
 mod listener;
@@ -186,8 +187,8 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     for warning in check_configuration(&host, &config)? {
         warn!("{warning}");
     }
-    if !sys::has_scopes() {
-        warn!("abstract sockets and signals are not kept within jobs: that takes Linux 6.12 with Landlock");
+    for warning in landlock::warnings() {
+        warn!("{warning}");
     }
     let run_dir = options.root.join(config::RUN_DIR);
     for place in [config::GATE_DIR, config::CONTROL_DIR] {

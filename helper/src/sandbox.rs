@@ -3,7 +3,7 @@
 //! else is read from the host's own files.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use crate::network::Door;
 use crate::orders::Word;
 use crate::rootfs::{self, PRIVATE};
 use crate::trees::{self, Tree};
-use crate::{devices, filter, init, launch, limits, network, policy, sys, user, worker};
+use crate::{devices, filter, init, landlock, launch, limits, network, policy, sys, user, worker};
 
 /// Where the job sees the agent's program, until `install` has copied itself.
 pub const AGENT: &str = "/run/buildomat-agent";
@@ -97,7 +97,8 @@ fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For<'_>) ->
         Network::None => Some(network::enter(&config.general.baseurl, &host.gate)?),
     };
     // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
-    mounts(plan)?;
+    let rules = landlock::Rules::new(plan.slot.allow_user_namespaces)?;
+    mounts(plan, &rules)?;
     if let For::Agent(_) = whom {
         silence()?;
     }
@@ -112,10 +113,7 @@ fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For<'_>) ->
     limits::of_process(&plan.slot.limits)?;
     empty_bounding_set()?;
     user::become_user(plan.uid, &plan.groups)?;
-    // Where the kernel has no scopes, the helper has said so at its start.
-    if sys::has_scopes() {
-        sys::scope_sockets_and_signals().context("cannot scope sockets and signals")?;
-    }
+    rules.restrict_self()?;
     if let For::Agent(session) = whom {
         // It says what hangs, if this does.
         Word::Filter.say(session).context("the session is gone")?;
@@ -215,9 +213,9 @@ fn arguments(config: &Config, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<St
     arguments
 }
 
-fn mounts(plan: &Plan) -> Result<()> {
+fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
     for tree in &plan.trees {
-        bind_tree(plan, tree)?;
+        rules.allow_writing(bind_tree(plan, tree)?.as_fd())?;
     }
     for (place, source) in &plan.slot.read_only {
         bind(&rootfs::source_path(source), place.as_path(), rootfs::READ_ONLY)?;
@@ -230,12 +228,20 @@ fn mounts(plan: &Plan) -> Result<()> {
         bind(&source, &Path::new("/etc").join(name), rootfs::READ_ONLY)?;
         std::fs::remove_file(&source)?;
     }
-    bind(&private(plan, "devices"), Path::new("/dev"), rootfs::DEVICES)?;
+    let dev = bind(&private(plan, "devices"), Path::new("/dev"), rootfs::DEVICES)?;
+    // With what is mounted in it below.
+    rules.allow_writing(dev.as_fd())?;
     for name in devices::MOUNT_POINTS {
         mount_in_dev(name, plan).with_context(|| format!("cannot mount /dev/{name}"))?;
     }
     let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("proc"), "/proc", Some("proc"), hardened, None::<&str>).context("cannot mount /proc")
+    mount(Some("proc"), "/proc", Some("proc"), hardened, None::<&str>).context("cannot mount /proc")?;
+    // Message queues are opened by a mount of the kernel's own, which is nowhere below /dev.
+    for place in ["/proc", "/dev/mqueue"] {
+        let place = nix::fcntl::open(place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+        rules.allow_writing(place.as_fd())?;
+    }
+    Ok(())
 }
 
 /// Where the private part has this worker's own.
@@ -251,15 +257,17 @@ fn silence() -> Result<()> {
     Ok(nix::unistd::dup2_stderr(&null)?)
 }
 
-fn bind(source: &Path, place: &Path, attributes: u64) -> Result<()> {
+/// Returns the mount.
+fn bind(source: &Path, place: &Path, attributes: u64) -> Result<OwnedFd> {
     let describe = || format!("cannot mount {} at {}", source.display(), place.display());
     let copy = sys::clone_mount(source, true).with_context(describe)?;
     sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
-    sys::attach_mount(copy.as_fd(), place).with_context(describe)
+    sys::attach_mount(copy.as_fd(), place).with_context(describe)?;
+    Ok(copy)
 }
 
 /// `home/USER` is mounted as `/home` by way of its parent, and so is `run/…`.
-fn bind_tree(plan: &Plan, tree: &Tree) -> Result<()> {
+fn bind_tree(plan: &Plan, tree: &Tree) -> Result<OwnedFd> {
     let top = tree
         .below_fs
         .split('/')

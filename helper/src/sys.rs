@@ -194,40 +194,54 @@ pub fn filter_system_calls(program: &[libc::sock_filter]) -> io::Result<()> {
     done(unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &program) })
 }
 
-/// `struct landlock_ruleset_attr` of `linux/landlock.h`, with the scopes of Linux 6.12.
+/// `struct landlock_ruleset_attr` of `linux/landlock.h`, as of Linux 6.12. A kernel that knows less of it takes it as long
+/// as what it does not know is zero.
 #[repr(C)]
-struct LandlockRuleset {
-    handled_access_fs: u64,
-    handled_access_net: u64,
-    scoped: u64,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LandlockRuleset {
+    pub handled_access_fs: u64,
+    pub handled_access_net: u64,
+    pub scoped: u64,
 }
 
-/// Has this kernel the scopes of [`scope_sockets_and_signals`] (the sixth version of Landlock's interface)?
-pub fn has_scopes() -> bool {
+/// `struct landlock_path_beneath_attr`.
+#[repr(C, packed)]
+struct LandlockPathBeneath {
+    allowed_access: u64,
+    parent_fd: i32,
+}
+
+/// The version of this kernel's Landlock interface; less than 1 if it has none (`landlock_create_ruleset(2)`).
+pub fn landlock_version() -> i64 {
     // SAFETY: with this flag (LANDLOCK_CREATE_RULESET_VERSION) no attributes are read.
-    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0usize, 0usize, 1) };
-    version >= 6
+    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0usize, 0usize, 1) }
 }
 
-/// From now on this process, and all that it will start, reach abstract sockets and send signals only among
-/// themselves (`landlock(7)`). It takes `no_new_privs`.
-pub fn scope_sockets_and_signals() -> io::Result<()> {
-    let attributes = LandlockRuleset {
-        handled_access_fs: 0,
-        handled_access_net: 0,
-        // LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET and LANDLOCK_SCOPE_SIGNAL
-        scoped: 1 | 2,
-    };
-    let size = size_of_val(&attributes);
-    // SAFETY: attributes is of the size that is said, and outlives the call.
-    let rules = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, &attributes, size, 0) };
-    if rules < 0 {
+pub fn landlock_create_ruleset(ruleset: &LandlockRuleset) -> io::Result<OwnedFd> {
+    let size = size_of_val(ruleset);
+    // SAFETY: the struct is of the size that is said, and outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, ruleset, size, 0) };
+    if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: a result that is not negative is a new descriptor, which nobody else knows.
-    let rules = unsafe { OwnedFd::from_raw_fd(rules as RawFd) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Allow this access to `place` and to all beneath it (`LANDLOCK_RULE_PATH_BENEATH`).
+pub fn landlock_allow_beneath(ruleset: BorrowedFd<'_>, place: BorrowedFd<'_>, access: u64) -> io::Result<()> {
+    let rule = LandlockPathBeneath {
+        allowed_access: access,
+        parent_fd: place.as_raw_fd(),
+    };
+    // SAFETY: the kernel reads one such struct, which outlives the call.
+    done(unsafe { libc::syscall(libc::SYS_landlock_add_rule, ruleset.as_raw_fd(), 1, &rule, 0) })
+}
+
+/// Keep this process, and all that it will start, to the ruleset, for good. It takes `no_new_privs`.
+pub fn landlock_restrict_self(ruleset: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: this call takes a descriptor and an integer.
-    done(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0) })
+    done(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) })
 }
 
 /// Bring up `lo` of this process's network namespace (`netdevice(7)`): the kernel then gives it 127.0.0.1.

@@ -1,11 +1,17 @@
-//! Group H: what a job does to whoever makes the root file system of the next one.
+//! Group H: what a job does to whoever makes the root file system of the next one, and what of the host's in it can be
+//! written to although it is mounted read-only.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
 
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use protocol::Reply;
 use testbed::disk::SmallDisk;
 use testbed::harness::{place, sealed};
-use testbed::stage::{Stage, created, install, start_attack, wait_for_line};
+use testbed::stage::{Stage, attack, created, install, start_attack, wait_for_line};
 use testbed::tracer::service::{Kind, Span, watch};
 
 /// The most memory that a process has had, in KiB.
@@ -74,4 +80,47 @@ fn row_92_sockets_of_a_job_are_resolved_by_nobody_and_the_monitor_looks_at_no_mo
     assert!(grown < 1024, "the monitor grew by {grown} KiB");
     drop(disk);
     stage.finish(&[hostile, neighbour]);
+}
+
+/// A FIFO that everybody may read and write, with a reader.
+fn fifo(path: &Path) -> File {
+    mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666)).unwrap();
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    options.open(path).unwrap()
+}
+
+#[test]
+fn row_94_fifos_of_the_host_are_not_written_to_wherever_they_are() {
+    let place = place();
+    let at = |name: &str| place.path().join(name);
+    for name in ["plain", "disk", "shown"] {
+        fs::create_dir(at(name)).unwrap();
+    }
+    let disk = SmallDisk::in_memory_at(at("disk"));
+    let shown = at("shown").display().to_string();
+    let stage = Stage::with(&format!(
+        "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nread_only = {{ \"/opt/shown\" = \"{shown}\" }}\n"
+    ));
+    let client = stage.client();
+    let worker = created(&client, "a");
+    // One of them is made when the root file system is there already.
+    let readers = ["plain/fifo", "disk/fifo", "shown/fifo"].map(|name| fifo(&at(name)));
+    let words = [
+        at("plain/fifo").display().to_string(),
+        at("disk/fifo").display().to_string(),
+        at("shown/fifo").display().to_string(),
+        "/opt/shown/fifo".to_owned(),
+    ];
+    attack(&client, worker, "fifos", &words.each_ref().map(String::as_str));
+    for mut reader in readers {
+        let mut bytes = Vec::new();
+        let error = reader.read_to_end(&mut bytes).expect_err("nobody has closed it");
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+        assert_eq!(String::from_utf8_lossy(&bytes), "");
+    }
+    drop(client);
+    stage.finish(&[worker]);
+    drop(disk);
 }

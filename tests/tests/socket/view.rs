@@ -79,3 +79,67 @@ fn the_audit_log_names_the_worker_and_the_job_cannot_change_that() {
     assert_eq!(console.matches(&named).count(), 2, "{console}");
     stage.finish(&[worker]);
 }
+
+/// What programs do with files of their own. Each line fails the script where it does not work.
+const ORDINARY: &str = r#"
+set -eu
+for place in ~ /input /work /tmp /var/tmp /opt/buildomat /run/buildomat /dev/shm; do
+    cd $place
+    mkdir one two one/inner
+    echo text > one/file
+    ln one/file two/linked
+    mv one/file two/moved
+    mv one/inner two/
+    : > two/moved
+    truncate -s 5 two/moved
+    mkfifo two/fifo
+    echo through > two/fifo & read -r line < two/fifo
+    [ "$line" = through ]
+    python3 -c 'import os
+fd = os.open(".", os.O_TMPFILE | os.O_RDWR)
+os.write(fd, b"x")
+here = os.open(".", os.O_RDONLY)
+os.link(f"/proc/self/fd/{fd}", "two/from-nothing", src_dir_fd=here, follow_symlinks=True)
+os.unlink("two/from-nothing")
+open(f"/proc/self/fd/{fd}", "r+b").write(b"y")'
+    rm -r one two
+done
+cd /work
+for device in null zero; do echo x > /dev/$device; done
+echo to-stdout > /dev/stdout
+echo to-stderr > /dev/stderr
+echo 500 > /proc/self/oom_score_adj
+echo name > /proc/self/comm
+python3 -c 'import ctypes, os, pty
+memory = os.memfd_create("m")
+open(f"/proc/self/fd/{memory}", "r+b").write(b"x")
+read, write = os.pipe()
+open(f"/proc/self/fd/{write}", "wb").write(b"x")
+master, slave = pty.openpty()
+open(os.ttyname(slave), "wb").write(b"x")
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mq_open.restype = ctypes.c_int
+queue = libc.mq_open(b"/queue", os.O_CREAT | os.O_RDWR, 0o600, None)
+assert queue >= 0, os.strerror(ctypes.get_errno())
+open("/dev/mqueue/queue", "r").read()
+import multiprocessing.shared_memory as s
+s.SharedMemory("shared", create=True, size=4096).unlink()'
+echo all of it works
+"#;
+
+#[test]
+fn what_keeps_a_job_from_writing_elsewhere_leaves_its_own_places_as_they_were() {
+    let stage = Stage::with(
+        "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n\
+         [slots.b]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nallow_user_namespaces = true\n",
+    );
+    let client = stage.client();
+    let mut workers = Vec::new();
+    for slot in ["a", "b"] {
+        let worker = created(&client, slot);
+        let (_, console) = run(&client, worker, ORDINARY);
+        assert!(console.contains("all of it works"), "{slot}:\n{console}");
+        workers.push(worker);
+    }
+    stage.finish(&workers);
+}

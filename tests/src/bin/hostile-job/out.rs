@@ -2,14 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, mkfifo};
 
 use crate::calls::refused;
 use crate::leave::own_places;
@@ -25,6 +26,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("keep-secret", keep_secret),
     ("seek", seek),
     ("handles", handles),
+    ("fifos", fifos),
 ];
 
 /// A Unix address as the kernel reads it: a name that begins with a NUL is abstract.
@@ -489,6 +491,66 @@ fn handles(report: &mut Report, _: &[String]) {
             let arguments = [mount, handle.as_ptr() as usize, 0, 0, 0, 0];
             let opened = call(libc::SYS_open_by_handle_at, arguments);
             refused(report, format!("a handle on {path}"), opened, libc::EPERM);
+        }
+    }
+}
+
+/// Words are FIFOs of the host that their modes let everybody write to, each with a reader.
+fn fifos(report: &mut Report, words: &[String]) {
+    let nonblock = libc::O_NONBLOCK;
+    let write = |report: &mut Report, name: &str, path: &str, options: &OpenOptions| {
+        let written = options
+            .open(path)
+            .and_then(|mut fifo| fifo.write_all(b"from the job"));
+        report.must_fail(format!("{name} {path}"), written);
+    };
+    for word in words {
+        let only = OpenOptions::new().write(true).custom_flags(nonblock).clone();
+        let both = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(nonblock)
+            .clone();
+        let made = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(nonblock)
+            .clone();
+        for (name, options) in [("write", &only), ("read and write", &both), ("create", &made)] {
+            write(report, name, word, options);
+            write(report, name, &format!("/proc/self/root{word}"), options);
+        }
+        // By a descriptor that was opened for less.
+        for flags in [libc::O_PATH, libc::O_RDONLY] {
+            let held = OpenOptions::new()
+                .read(true)
+                .custom_flags(flags | nonblock)
+                .open(word);
+            let held = held.expect("its mode lets everybody read it");
+            let path = format!("/proc/self/fd/{}", held.as_raw_fd());
+            write(report, "write by descriptor", &path, &only);
+        }
+        report.must_fail(format!("link {word}"), fs::hard_link(word, "/work/fifo"));
+        report.must_fail(format!("rename {word}"), fs::rename(word, "/work/fifo"));
+    }
+    // That it works at all: with its own, a job does what it likes, in each of its places.
+    for place in own_places() {
+        let own = place.join("own-fifo");
+        let made = mkfifo(&own, Mode::S_IRUSR | Mode::S_IWUSR).map_err(io::Error::from);
+        let written = made.and_then(|()| {
+            let both = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&own)?
+                .write_all(b"x");
+            fs::remove_file(&own).and(both)
+        });
+        if let Err(error) = written {
+            report.broken(format!(
+                "not even its own {} can be written: {error}",
+                own.display()
+            ));
         }
     }
 }
