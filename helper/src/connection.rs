@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
 use protocol::{
     BootstrapToken, Error, ErrorKind, MAX_LIST, PREVIOUS, Received, Reply, Request, Seqpacket, SlotName,
     State, Uid, UserName, VERSION, WorkerId, WorkerInfo, wire,
@@ -37,13 +38,12 @@ pub trait Operations {
 /// Serve this connection to its end.
 pub fn serve(beneath: &dyn Operations, peer: Peer, busy: bool, socket: Seqpacket) {
     // A peer that says nothing, or does not read, must not keep a process for ever.
-    let patience = |seconds| nix::sys::time::TimeVal::new(seconds, 0);
-    let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(10));
-    let _ = setsockopt(
-        &socket,
-        sockopt::SendTimeout,
-        &nix::sys::time::TimeVal::new(10, 0),
-    );
+    let patience = |seconds| TimeVal::new(seconds, 0);
+    let limited = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(10))
+        .and_then(|()| setsockopt(&socket, sockopt::SendTimeout, &patience(10)));
+    if let Err(errno) = limited {
+        return warn!("hung up: cannot limit how long it is waited for: {errno}");
+    }
     // The version that this connection speaks, once it has been greeted.
     let mut spoken = None;
     loop {

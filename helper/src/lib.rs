@@ -187,6 +187,9 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     for warning in check_configuration(&host, &config)? {
         warn!("{warning}");
     }
+    if let Some(warning) = limits::check_cores() {
+        warn!("{warning}");
+    }
     for warning in landlock::warnings() {
         warn!("{warning}");
     }

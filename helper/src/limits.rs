@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ROOT, seteuid};
-use protocol::config::{Config, Limits};
+use protocol::config::{Config, Limits, core_goes_to_a_socket};
 use protocol::{Error, ErrorKind, SlotName, Uid};
 
 use crate::host::{Host, open_file, read_small};
@@ -90,6 +90,29 @@ pub fn check_all(config: &Config, can: Abilities) -> Result<Vec<String>> {
         warnings.extend(checked.with_context(|| format!("{}:{}", protocol::config::CONFIG_PATH, slot.line))?);
     }
     Ok(warnings)
+}
+
+/// What to warn of where this is `/proc/sys/kernel/core_pattern`.
+fn core_warning(core_pattern: &str) -> Option<String> {
+    core_goes_to_a_socket(core_pattern).then(|| {
+        format!(
+            "NOT ENFORCED on this host: that jobs leave no core. kernel.core_pattern is {:?}, a socket, which gets the \
+             whole core of every process whatever its limit is (core(5)): set it to a file's name or to a pipe",
+            core_pattern.trim_end()
+        )
+    })
+}
+
+/// Warn where jobs leave cores in spite of their limit of one byte.
+pub fn check_cores() -> Option<String> {
+    match std::fs::read_to_string("/proc/sys/kernel/core_pattern") {
+        Ok(core_pattern) => core_warning(&core_pattern),
+        // A kernel that writes no cores.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => Some(format!(
+            "cannot read /proc/sys/kernel/core_pattern: {error}. If it names a socket, that gets whole cores of jobs"
+        )),
+    }
 }
 
 /// What to write into which file of the worker's cgroup (the kernel's cgroup-v2 documentation).
@@ -239,6 +262,17 @@ mod tests {
             assert_eq!(check(&slot, &limits(key), ALL), Ok(vec![]));
         }
         assert_eq!(check(&slot, &Limits::default(), NOTHING), Ok(vec![]));
+    }
+
+    #[test]
+    fn a_socket_for_cores_is_warned_about_with_its_name() {
+        let warning = core_warning("@/run/cores.sock\n").unwrap();
+        for part in ["\"@/run/cores.sock\"", "NOT ENFORCED", "set it to"] {
+            assert!(warning.contains(part), "{warning}");
+        }
+        for harmless in ["core\n", "|/usr/lib/systemd/systemd-coredump %P\n"] {
+            assert_eq!(core_warning(harmless), None);
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use protocol::config::{Config, Limits, Network, STATE_DIR};
+use protocol::config::{Config, Limits, Network, STATE_DIR, core_goes_to_a_socket};
 
 /// One thing that the host has or lacks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub struct Seen {
     pub controllers: String,
     /// `/sys/kernel/security/lsm`.
     pub modules: String,
+    /// `/proc/sys/kernel/core_pattern`.
+    pub core_pattern: String,
 }
 
 impl Seen {
@@ -40,6 +42,9 @@ impl Seen {
             release: read(Path::new("/proc/sys/kernel/osrelease")).trim().to_owned(),
             controllers: controllers.unwrap_or_default(),
             modules: read(Path::new("/sys/kernel/security/lsm")),
+            core_pattern: read(Path::new("/proc/sys/kernel/core_pattern"))
+                .trim_end()
+                .to_owned(),
             mounts,
         }
     }
@@ -140,6 +145,18 @@ pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
         false,
         "a job of a slot with network = \"host\" can reach abstract sockets of the host; it takes Linux 6.12 with lsm=…,landlock",
     ));
+    let is_socket = core_goes_to_a_socket(&seen.core_pattern);
+    let how = match seen.core_pattern.as_str() {
+        "" => "unknown: /proc/sys/kernel/core_pattern is empty or cannot be read",
+        pattern => pattern,
+    };
+    found.push(finding(
+        "core_pattern",
+        how,
+        !is_socket,
+        false,
+        "jobs leave cores: a socket gets the whole core of every process, whatever its limit; set kernel.core_pattern to a file's name or a pipe",
+    ));
     let state = root.join(STATE_DIR);
     let quotas = options_at(&seen.mounts, &state).is_some_and(|(_, options)| {
         options.iter().any(|option| {
@@ -232,6 +249,24 @@ mod tests {
             missing(&old, "", "/"),
             [("kernel", true), ("Landlock scopes", false)]
         );
+    }
+
+    #[test]
+    fn a_socket_that_gets_whole_cores_is_told_of() {
+        for (pattern, is_missing) in [
+            ("core", false),
+            ("|/usr/lib/systemd/systemd-coredump %P", false),
+            ("@/run/cores.sock", true),
+            ("@@/run/cores.sock", true),
+            ("", false),
+        ] {
+            let seen = Seen {
+                core_pattern: pattern.into(),
+                ..Seen::default()
+            };
+            let told = missing(&seen, "", "/").contains(&("core_pattern", false));
+            assert_eq!(told, is_missing, "{pattern:?}");
+        }
     }
 
     #[test]

@@ -41,6 +41,13 @@ pub struct Limits {
     pub best_effort: bool,
 }
 
+/// Does this value of `/proc/sys/kernel/core_pattern` send each core to a socket (`core(5)`)? From Linux 6.16 on
+/// `@path` does, and from 6.17 on `@@path`. Such a core is whole whatever `RLIMIT_CORE` says: nothing that a job
+/// inherits keeps it back. A limit of 1 byte keeps the kernel from the other two kinds, a file and a pipe.
+pub fn core_goes_to_a_socket(core_pattern: &str) -> bool {
+    core_pattern.starts_with('@')
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Limits {
@@ -164,6 +171,30 @@ mod tests {
 
     fn parse(text: &str) -> Result<Limits, String> {
         toml::from_str(text).map_err(|error: toml::de::Error| error.message().to_owned())
+    }
+
+    #[test]
+    fn a_core_goes_to_a_socket_where_the_pattern_begins_with_an_at_sign() {
+        for (pattern, is_socket) in [
+            ("@/run/systemd/coredump\n", true),
+            ("@/run/x.sock", true),
+            // The receiver is asked first what it wants.
+            ("@@/run/x.sock\n", true),
+            ("@", true),
+            // Files, by a name relative to the process's directory or an absolute one.
+            ("core\n", false),
+            ("", false),
+            ("\n", false),
+            ("core.%p@%h\n", false),
+            (" @/run/x.sock\n", false),
+            ("/var/crash/core.%e.%p\n", false),
+            ("/run/@x\n", false),
+            // Pipes.
+            ("|/usr/lib/systemd/systemd-coredump %P %u %g %s %t %c %h\n", false),
+            ("|@/run/x.sock\n", false),
+        ] {
+            assert_eq!(core_goes_to_a_socket(pattern), is_socket, "{pattern:?}");
+        }
     }
 
     #[test]

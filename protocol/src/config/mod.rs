@@ -33,7 +33,7 @@ use toml::Spanned;
 use crate::{SlotName, TargetId};
 
 pub use devices::DevicePattern;
-pub use limits::{Cpus, Limits};
+pub use limits::{Cpus, Limits, core_goes_to_a_socket};
 pub use value::{BaseUrl, EnvName, EnvValue, GroupName, HostName, HostPath, Script, UidRange, User};
 
 /// The configuration's place below the root directory.

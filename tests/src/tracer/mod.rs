@@ -11,6 +11,8 @@ pub mod replay;
 pub mod service;
 mod sys;
 
+pub use sys::descriptor_of;
+
 use std::collections::{HashMap, HashSet};
 use std::fs;
 

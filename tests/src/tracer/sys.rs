@@ -1,5 +1,8 @@
-//! What the kernel says of a stopped process in a union.
+//! What the kernel says of a stopped process in a union, and descriptors of other processes.
 #![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::sys::ptrace;
 use nix::unistd::Pid;
@@ -15,6 +18,21 @@ pub enum At {
 /// `linux/ptrace.h`
 const ENTRY: u8 = 1;
 const EXIT: u8 = 2;
+
+/// A copy of another process's descriptor (`pidfd_getfd(2)`).
+pub fn descriptor_of(pid: u32, number: u32) -> io::Result<OwnedFd> {
+    let owned = |result: libc::c_long| {
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: what the two calls below return is a new descriptor, which nobody else knows.
+        Ok(unsafe { OwnedFd::from_raw_fd(result as RawFd) })
+    };
+    // SAFETY: this call takes integers.
+    let process = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: this call takes descriptors and integers.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })
+}
 
 /// None where it stopped at no call, or is gone.
 pub fn stopped_at(pid: Pid) -> Option<At> {

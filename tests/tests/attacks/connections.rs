@@ -1,14 +1,17 @@
 //! Group E: many connections, half ones, and several about the same worker.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
 use protocol::{ErrorKind, Reply, Request, VERSION, wire};
 use testbed::harness::{Client, PATIENCE, sealed, worker_id};
 use testbed::stage::{Stage, create, created, install, kind, list, token};
+use testbed::tracer::descriptor_of;
+use testbed::tracer::service::{children, listener};
 
 const HELLO: Request = Request::Hello { version: VERSION };
 
@@ -77,6 +80,49 @@ fn row_61_a_peer_that_reads_nothing() {
     };
     assert!(matches!(end, Errno::EPIPE | Errno::ECONNRESET), "{end}");
     stage.helper.log.wait(&["hung up", "cannot answer"]);
+    stage.finish(&[]);
+}
+
+/// How many seconds each session of the helper waits for its peer: for a packet, and for room for an answer.
+fn waits_of_sessions(stage: &Stage) -> Vec<(i64, i64)> {
+    let mut all = Vec::new();
+    for session in children(listener(stage.helper.pid())) {
+        let open = fs::read_dir(format!("/proc/{session}/fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let numbers = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        for number in numbers.filter(|number| *number > 2) {
+            // What is no socket has neither, and so has the way to the daemon.
+            let copy = descriptor_of(session, number).ok();
+            let wait = |fd: &OwnedFd| -> nix::Result<_> {
+                let receive = getsockopt(fd, sockopt::ReceiveTimeout)?.tv_sec();
+                Ok((receive, getsockopt(fd, sockopt::SendTimeout)?.tv_sec()))
+            };
+            let waits = copy.and_then(|fd| wait(&fd).ok());
+            all.extend(waits.filter(|waits| *waits != (0, 0)));
+        }
+    }
+    all.sort();
+    all
+}
+
+#[test]
+fn row_61_a_peer_that_says_nothing_has_ten_seconds_to_greet_and_then_an_hour() {
+    let stage = Stage::new();
+    let begin = Instant::now();
+    let silent = Client::silent(&stage.host);
+    let greeted = stage.client();
+    while waits_of_sessions(&stage) != [(10, 10), (3600, 10)] {
+        assert!(begin.elapsed() < PATIENCE, "{:?}", waits_of_sessions(&stage));
+        std::thread::yield_now();
+    }
+    assert!(silent.reply().is_none(), "it was answered");
+    assert!(begin.elapsed().as_secs() >= 9, "{:?}", begin.elapsed());
+    stage.helper.log.wait(&["hung up", "cannot receive", "EAGAIN"]);
+    assert_eq!(waits_of_sessions(&stage), [(3600, 10)]);
+    assert_eq!(list(&greeted), []);
+    drop(greeted);
     stage.finish(&[]);
 }
 

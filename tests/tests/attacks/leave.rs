@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Reply, State, WorkerId};
 use testbed::census::{Census, files_anywhere, ipc_of, processes_of};
-use testbed::harness::{Client, place, worker_id};
+use testbed::harness::{Client, Running, TestHost, place, tool, worker_id};
 use testbed::stage::{
     SLOTS, Stage, attack, create, created, read, start_attack, state, wait_for_line, wait_until,
 };
@@ -330,4 +330,30 @@ fn row_16_no_record_of_a_login_is_written() {
     wait_until(&client, worker, |state| state != State::Running);
     assert_eq!(records(), before, "{console}");
     stage.finish(&[worker]);
+}
+
+#[test]
+fn row_93_a_socket_that_gets_whole_cores_is_warned_about_at_the_start() {
+    // The helper alone sees this setting: it is the whole machine's, which has other work.
+    for (pattern, warnings) in [("@/run/cores.sock", 1), ("|/usr/bin/true %P", 0), ("core", 0)] {
+        let host = TestHost::new();
+        host.configure("http://127.0.0.1:9", 0, SLOTS);
+        let setting = host.root.join("core_pattern");
+        std::fs::write(&setting, format!("{pattern}\n")).unwrap();
+        let own = host.helper_command();
+        let mut command = Command::new(tool("unshare", "util-linux"));
+        command.args(["--mount", "--propagation", "private", "bash", "-euc"]);
+        command.arg("mount --bind \"$0\" /proc/sys/kernel/core_pattern; exec \"$@\"");
+        command.arg(&setting).arg(own.get_program()).args(own.get_args());
+        let helper = Running::start(&mut command);
+        helper.log.wait(&["serving"]);
+        let told = [
+            "WARN",
+            "NOT ENFORCED",
+            "core_pattern",
+            pattern,
+            "set it to a file",
+        ];
+        assert_eq!(helper.log.count(&told), warnings, "{}", helper.log.text());
+    }
 }

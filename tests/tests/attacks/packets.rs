@@ -1,10 +1,14 @@
 //! Group E: what the bytes of a request can be made to say.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use protocol::{ErrorKind, Reply, Request, State, VERSION, WorkerId, wire};
 use testbed::harness::{Client, sealed, worker_id};
 use testbed::stage::{Stage, create, created, kind, list, state, token};
+use testbed::tracer::Event;
+use testbed::tracer::service::{Span, listener, watch_with};
 
 /// `CreateUser` with a slot's name that no honest client could write down.
 fn create_packet(worker: WorkerId, name: &[u8]) -> Vec<u8> {
@@ -176,6 +180,64 @@ fn row_60_every_bit_of_every_request_turned() {
     stage.finish(&workers);
 }
 
+/// Integers of two, four, eight and sixteen bytes where the length of a name is.
+fn of_absurd_lengths() -> Vec<Vec<u8>> {
+    let mut packets = Vec::new();
+    let worker = worker_id();
+    for (mark, bytes) in [(0xfb, 2), (0xfc, 4), (0xfd, 8), (0xfe, 16)] {
+        for fill in [0xff, 0x7f, 0x01] {
+            let mut packet = create_packet(worker, b"");
+            packet.pop();
+            packet.push(mark);
+            packet.extend(std::iter::repeat_n(fill, bytes));
+            packet.extend(b"aaaa");
+            packets.push(packet);
+        }
+    }
+    packets
+}
+
+/// The most KiB that the next session has had resident when it ended, and what its listener has.
+fn memory_of_next_session(stage: &Stage, packet: &[u8]) -> (u64, u64) {
+    let peak = |pid: u32| -> Option<u64> {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        line.trim().trim_end_matches(" kB").parse().ok()
+    };
+    let (daemon, listener) = (stage.helper.pid(), listener(stage.helper.pid()));
+    let most = Arc::new(AtomicU64::new(0));
+    let seen = most.clone();
+    let watcher = watch_with(daemon, Span::OneConnection, None, move |pid, event| {
+        let pid = pid.as_raw() as u32;
+        if let Event::Enter(call) = event
+            && call.is(&[libc::SYS_exit_group])
+            && ![daemon, listener].contains(&pid)
+        {
+            seen.fetch_max(peak(pid).expect("it is stopped"), Ordering::Relaxed);
+        }
+    });
+    let _ = ends(&stage.client(), packet, None);
+    watcher.join().expect("the tracer has no trouble");
+    let most = most.load(Ordering::Relaxed);
+    assert!(most > 0, "no session has ended");
+    (most, peak(listener).expect("it lives"))
+}
+
+#[test]
+fn row_60_the_session_that_decodes_needs_no_memory_for_what_a_length_claims() {
+    let stage = Stage::new();
+    let mut packets = of_absurd_lengths();
+    packets.extend([vec![], vec![0xff; 512], vec![0xfd; 4000]]);
+    for packet in packets {
+        let (session, listener) = memory_of_next_session(&stage, &packet);
+        assert!(
+            session < listener + 1024,
+            "{session} KiB, and {listener} of who forked it, for {packet:?}"
+        );
+    }
+    stage.finish(&[]);
+}
+
 #[test]
 fn row_60_random_bytes_and_lengths_of_gigabytes() {
     let stage = Stage::new();
@@ -196,30 +258,12 @@ fn row_60_random_bytes_and_lengths_of_gigabytes() {
         }
         packets.push(packet);
     }
-    // Integers of two, four, eight and sixteen bytes where the length of a name is.
-    let worker = worker_id();
-    for (mark, bytes) in [(0xfb, 2), (0xfc, 4), (0xfd, 8), (0xfe, 16)] {
-        for fill in [0xff, 0x7f, 0x01] {
-            let mut packet = create_packet(worker, b"");
-            packet.pop();
-            packet.push(mark);
-            packet.extend(std::iter::repeat_n(fill, bytes));
-            packet.extend(b"aaaa");
-            packets.push(packet);
-        }
-    }
+    packets.extend(of_absurd_lengths());
     let witness = stage.client();
     for packet in &packets {
         // Whether it is answered or not: the next connection is as good as ever.
         let _ = ends(&stage.client(), packet, None);
     }
-    let memory = std::fs::read_to_string(format!("/proc/{}/status", stage.helper.pid())).unwrap();
-    let peak = memory
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .unwrap();
-    let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
-    assert!(peak < 64 << 10, "the helper has used {peak} KiB");
     let workers: Vec<WorkerId> = list(&witness).into_iter().map(|info| info.worker).collect();
     stage.finish(&workers);
 }

@@ -23,6 +23,7 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
         "slot a",
         "host kernel",
         "host cgroup v2",
+        "host core_pattern",
         "host user quotas",
         "takes the token",
         "downloaded and unpacked",
