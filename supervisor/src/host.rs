@@ -231,6 +231,7 @@ mod tests {
             mounts: MOUNTS.into(),
             controllers: "cpuset cpu io memory pids\n".into(),
             modules: "lockdown,capability,landlock,yama".into(),
+            core_pattern: "core".into(),
         };
         assert_eq!(
             missing(&seen, "limits.memory = \"1G\"\nlimits.disk = \"1G\"", "/"),

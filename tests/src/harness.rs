@@ -423,10 +423,15 @@ impl Drop for TestHost {
 
 /// A new directory that everybody on the host can see, jobs too: neither /tmp nor /run are the host's in there.
 pub fn place() -> tempfile::TempDir {
+    place_in(Path::new("/srv"))
+}
+
+/// The same below another directory that everybody can see.
+pub fn place_in(dir: &Path) -> tempfile::TempDir {
     let place = tempfile::Builder::new()
         .prefix(TestHost::PREFIX)
-        .tempdir_in("/srv");
-    let place = place.expect("root can write /srv");
+        .tempdir_in(dir)
+        .unwrap_or_else(|error| panic!("root can write {}: {error}", dir.display()));
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
     place
 }

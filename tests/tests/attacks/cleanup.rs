@@ -4,82 +4,27 @@ use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use nix::mount::{MsFlags, mount};
 use nix::sys::inotify::AddWatchFlags;
 use nix::sys::statvfs::statvfs;
 use protocol::config::STATE_DIR;
 use protocol::{Reply, Request, State};
 use testbed::census::Census;
 use testbed::disk::SmallDisk;
-use testbed::harness::{Client, SUPERVISOR_UID, TestHost, place, sealed, tool};
+use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, tool};
 use testbed::stage::{
     SLOTS, Stage, attack, created, install, read, run, start_attack, state, wait_for_line, wait_until, watch,
 };
 
+use crate::canaries::Canaries;
 use crate::leave::{ongoing, with_user_namespaces};
 
 /// How many entries a directory gets. A million, as docs/attacks.md has it, takes minutes on a small machine;
 /// nightly runs set `USER_FACTORY_TEST_ENTRIES`.
 const ENTRIES: u32 = 100_000;
-
-/// Directories of the host that must not notice: one that is root's alone, and one that everybody may write,
-/// in which the process that deletes could do harm, had it been led there.
-struct Canaries {
-    _place: tempfile::TempDir,
-    closed: PathBuf,
-    open: PathBuf,
-}
-
-/// A canary's path, mode, owner, inode and change time, and those of what is in it.
-type Seen = Vec<(PathBuf, u32, u32, u64, i64, i64)>;
-
-impl Canaries {
-    fn new() -> Canaries {
-        let place = place();
-        let make = |name: &str, mode| {
-            let dir = place.path().join(name);
-            fs::create_dir_all(dir.join("below")).unwrap();
-            for file in ["file", "below/file", "0", "inner"] {
-                fs::write(dir.join(file), "of the host").unwrap();
-            }
-            for path in ["below", ""] {
-                fs::set_permissions(dir.join(path), Permissions::from_mode(mode)).unwrap();
-            }
-            dir
-        };
-        let (closed, open) = (make("closed", 0o755), make("open", 0o777));
-        Canaries {
-            _place: place,
-            closed,
-            open,
-        }
-    }
-
-    fn look(&self) -> Seen {
-        let mut seen = Vec::new();
-        for dir in [&self.closed, &self.open] {
-            for path in ["", "file", "below", "below/file", "0", "inner"] {
-                let path = dir.join(path);
-                let meta = path.symlink_metadata().unwrap();
-                seen.push((
-                    path,
-                    meta.mode(),
-                    meta.uid(),
-                    meta.ino(),
-                    meta.ctime(),
-                    meta.ctime_nsec(),
-                ));
-            }
-        }
-        seen
-    }
-
-    fn words(&self) -> [&str; 2] {
-        [self.closed.to_str().unwrap(), self.open.to_str().unwrap()]
-    }
-}
 
 /// One job in slot `a` that stays until it is deleted.
 fn once(name: &str, words: &[&str]) -> String {
@@ -167,15 +112,49 @@ fn row_24_files_that_grow_are_removed() {
 
 #[test]
 fn row_25_mounts_inside_a_tree_are_refused_or_the_jobs_own_and_nothing_below_them_is_touched() {
-    let stage = Stage::with(&with_user_namespaces());
+    let (stage, canaries) = (Stage::with(&with_user_namespaces()), Canaries::new());
+    let before = canaries.look();
     let client = stage.client();
     let (refused, allowed) = (created(&client, "a"), created(&client, "c"));
-    attack(&client, refused, "mount-inside", &["refused"]);
-    ongoing(&client, allowed, "mount-inside", &["allowed"], "ready");
+    let open = canaries.words()[1];
+    attack(&client, refused, "mount-inside", &["refused", open]);
+    ongoing(&client, allowed, "mount-inside", &["allowed", open], "ready");
     let count = || ["/etc", "/usr"].map(|dir| fs::read_dir(dir).unwrap().count());
-    let before = count();
+    let names = count();
     stage.finish(&[refused, allowed]);
-    assert_eq!(count(), before);
+    assert_eq!(count(), names);
+    assert_eq!(canaries.look(), before);
+}
+
+#[test]
+fn row_25_what_root_has_mounted_inside_a_tree_is_left_as_it_is() {
+    let (stage, canaries) = (Stage::new(), Canaries::new());
+    let before = canaries.look();
+    let client = stage.client();
+    let worker = created(&client, "a");
+    run(
+        &client,
+        worker,
+        "mkdir -p /work/one/two /tmp/one; echo x >/tmp/file; echo x >/work/one/file",
+    );
+    for place in ["work/one/two", "work/one/file", "tmp/one", "tmp/file"] {
+        let place = stage.host.worker_dir(worker).join("fs").join(place);
+        let source = if place.is_dir() {
+            canaries.open.clone()
+        } else {
+            canaries.open.join("file")
+        };
+        mount(
+            Some(&source),
+            &place,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .unwrap();
+    }
+    stage.finish(&[worker]);
+    assert_eq!(canaries.look(), before);
 }
 
 #[test]

@@ -208,7 +208,7 @@ fn row_65_an_agent_installed_twice_at_the_same_time() {
             .ask(&Request::Attach { worker })
             .1
             .pop()
-            .map(std::fs::File::from)
+            .map(fs::File::from)
             .unwrap();
         testbed::stage::wait_for_line(&console, "started");
         assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);

@@ -3,19 +3,20 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
+use crate::canaries::Canaries;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use protocol::{Reply, State, WorkerId};
+use nix::unistd::{Pid, User};
+use protocol::{Reply, Request, State, WorkerId};
 use testbed::census::{Census, files_anywhere, ipc_of, processes_of};
+use testbed::disk::SmallDisk;
 use testbed::harness::{Client, Running, TestHost, place, tool, worker_id};
-use testbed::stage::{
-    SLOTS, Stage, attack, create, created, read, start_attack, state, wait_for_line, wait_until,
-};
+use testbed::stage::{SLOTS, Stage, attack, create, created, read, start_attack, state, wait_for_line};
 
 /// Start the attempt and let it get as far as it says with `line`; then it stays. Returns the console so far.
 pub fn ongoing(client: &Client, worker: WorkerId, name: &str, words: &[&str], line: &str) -> String {
@@ -103,19 +104,22 @@ fn row_03_stopped_traced_and_vforking_processes_are_gone() {
 
 #[test]
 fn row_04_a_process_cannot_leave_its_cgroup() {
-    let stage = Stage::new();
+    let stage = Stage::with(&with_user_namespaces());
     let client = stage.client();
-    let worker = created(&client, "a");
-    ongoing(&client, worker, "cgroups", &[], "ready");
+    let workers = [("a", "no clone3"), ("c", "clone3")].map(|(slot, how)| {
+        let worker = created(&client, slot);
+        ongoing(&client, worker, "cgroups", &[how], "ready");
+        worker
+    });
+    let own = workers.map(|worker| format!("{}/workers/{worker}", stage.host.cgroup));
     let all = pids(&stage);
-    assert!(all.len() >= 2, "{all:?}");
+    assert!(all.len() >= 4, "{all:?}");
     for pid in all {
         let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-        let own = format!("{}/workers/{worker}", stage.host.cgroup);
         let line = cgroups.lines().find(|line| line.starts_with("0::")).unwrap();
-        assert!(line.ends_with(&own), "{cgroups}");
+        assert!(own.iter().any(|own| line.ends_with(own)), "{cgroups}");
     }
-    stage.finish(&[worker]);
+    stage.finish(&workers);
 }
 
 #[test]
@@ -159,6 +163,37 @@ fn row_05_files_in_every_directory_are_refused_or_private_and_none_is_left_on_an
 }
 
 #[test]
+fn row_05_no_file_of_the_host_is_changed_though_everybody_may_write_it() {
+    let memory = place();
+    let _disk = SmallDisk::in_memory_at(memory.path().to_owned());
+    let places = ["/srv", "/var/lib", "/opt", "/usr/local"].map(Path::new);
+    let canaries: Vec<Canaries> = places
+        .into_iter()
+        .chain([memory.path()])
+        .map(Canaries::below)
+        .collect();
+    let before: Vec<_> = canaries.iter().map(Canaries::look).collect();
+    // One of them is what the slots show elsewhere.
+    let shown = canaries[0].open.display();
+    let slots = with_user_namespaces().replace("\"/usr/share\"", &format!("\"{shown}\""));
+    let stage = Stage::with(&slots);
+    let client = stage.client();
+    for (slot, how) in [("a", "alone"), ("c", "namespaces")] {
+        let mut words = vec![how];
+        words.extend(canaries.iter().map(|canaries| canaries.words()[1]));
+        if slot == "a" {
+            words.push("/opt/shown");
+        }
+        let worker = created(&client, slot);
+        attack(&client, worker, "host-files", &words);
+        stage.delete(&[worker]);
+    }
+    let after: Vec<_> = canaries.iter().map(Canaries::look).collect();
+    assert_eq!(after, before);
+    stage.finish(&[]);
+}
+
+#[test]
 fn row_06_system_v_objects_are_the_jobs_own_and_gone() {
     let stage = Stage::new();
     let client = stage.client();
@@ -199,12 +234,86 @@ fn row_08_a_job_gets_no_key_that_could_outlive_it() {
     stage.finish(&[worker]);
 }
 
+/// Commands that ask services of the host to do something. The first take what `order` has in it, or are asked of the
+/// D-Bus at this address: an ordinary user outside of every job may do that on any host.
+fn requests(order: &str, bus: &str) -> [Vec<Vec<String>>; 2] {
+    let everybody = format!(
+        "crontab {order}
+         crontab -r
+         at -f {order} now + 1 year
+         batch
+         dbus-send --bus={bus} --print-reply --dest=org.freedesktop.DBus / org.freedesktop.DBus.ListNames
+         busctl --address={bus} list"
+    );
+    let of_systemd = "systemd-run --user true
+         systemd-run true
+         systemctl --user start default.target
+         loginctl enable-linger
+         busctl call org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager Reload
+         dbus-send --system --print-reply --dest=org.freedesktop.DBus / org.freedesktop.DBus.ListNames
+         dbus-send --session --print-reply --dest=org.freedesktop.DBus / org.freedesktop.DBus.ListNames";
+    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect();
+    [&*everybody, of_systemd].map(|text| text.lines().map(words).collect())
+}
+
 #[test]
 fn row_09_no_service_of_the_host_takes_an_order() {
+    for (program, package) in [
+        ("crontab", "cron"),
+        ("at", "at"),
+        ("dbus-daemon", "dbus"),
+        ("busctl", "systemd"),
+    ] {
+        tool(program, package);
+    }
+    let place = place();
+    let order = place.path().join("order");
+    fs::write(&order, "0 0 1 1 * true\n").unwrap();
+    // A bus for everybody, in /run, as the host's is.
+    let run = tempfile::tempdir_in("/run").unwrap();
+    fs::set_permissions(run.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let bus = format!("unix:path={}", run.path().join("bus").display());
+    let rules = "<policy context=\"default\"><allow user=\"*\"/><allow send_destination=\"*\"/><allow receive_sender=\"*\"/></policy>";
+    let config = format!("<busconfig><listen>{bus}</listen><auth>EXTERNAL</auth>{rules}</busconfig>");
+    fs::write(run.path().join("config"), config).unwrap();
+    let mut daemon = Command::new("dbus-daemon");
+    daemon.args(["--nofork", "--print-address"]).stderr(Stdio::null());
+    daemon.arg(format!("--config-file={}", run.path().join("config").display()));
+    let daemon = Running::printing(&mut daemon);
+    daemon.log.wait(&["unix:path="]);
+
+    // An ordinary user, whom Debian's cron and at do not turn away as they do most of the system's own.
+    let user = User::from_name("_apt").unwrap().expect("Debian has this user");
+    let ask = |words: &[String]| {
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).stdin(File::open(&order).unwrap());
+        command
+            .uid(user.uid.as_raw())
+            .gid(user.gid.as_raw())
+            .current_dir("/");
+        command.output().unwrap()
+    };
+    let [everybody, of_systemd] = requests(order.to_str().unwrap(), &bus);
+    for words in &everybody {
+        let output = ask(words);
+        assert!(output.status.success(), "the host refuses {words:?}: {output:?}");
+    }
+    let queue = String::from_utf8(ask(&["atq".to_owned()]).stdout).unwrap();
+    for job in queue.lines().filter_map(|line| line.split_whitespace().next()) {
+        ask(&["atrm".to_owned(), job.to_owned()]);
+    }
+
     let stage = Stage::new();
     let client = stage.client();
     let worker = created(&client, "a");
-    attack(&client, worker, "services", &[]);
+    let [everybody, _] = requests("/work/order", &bus);
+    let all: Vec<String> = everybody
+        .iter()
+        .chain(&of_systemd)
+        .map(|words| words.join("\u{1f}"))
+        .collect();
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    attack(&client, worker, "services", &all);
     stage.finish(&[worker]);
 }
 
@@ -306,30 +415,56 @@ fn row_15_a_port_that_an_escaped_daemon_listens_at_is_free_again() {
     }
 }
 
+/// Records of logins, which no job may write. Here they are copies that nobody else on the host writes, and everybody may.
+const RECORDS: [&str; 4] = ["wtmp", "btmp", "lastlog", "faillog"];
+
 #[test]
 fn row_16_no_record_of_a_login_is_written() {
-    let records = || {
-        [
-            "/run/utmp",
-            "/var/log/wtmp",
-            "/var/log/btmp",
-            "/var/log/lastlog",
-            "/var/log/faillog",
-        ]
-        .map(|path| {
-            let meta = fs::metadata(path).ok()?;
-            // lastlog is sparse: a record of a huge uid shows in its length, not in its blocks.
-            Some((meta.len(), meta.blocks(), meta.mtime(), meta.mtime_nsec()))
+    let place = place();
+    let copy = |name: &str| place.path().join(name);
+    let mut script = "set -e; mount --make-rprivate /".to_owned();
+    for name in RECORDS {
+        fs::write(copy(name), "").unwrap();
+        fs::set_permissions(copy(name), fs::Permissions::from_mode(0o666)).unwrap();
+    }
+    script += &format!("; mount --bind {} /var/log; exec \"$@\"", place.path().display());
+    let look = || {
+        RECORDS.map(|name| {
+            let meta = fs::metadata(copy(name)).unwrap();
+            (
+                meta.len(),
+                meta.blocks(),
+                meta.mtime(),
+                meta.mtime_nsec(),
+                meta.ctime(),
+                meta.ctime_nsec(),
+            )
         })
     };
-    let before = records();
-    let stage = Stage::new();
-    let client = stage.client();
+    let before = look();
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
+    let census = Census::take(&host);
+    // In a mount namespace in which these are the host's.
+    let mut helper = Command::new(tool("unshare", "util-linux"));
+    helper.args(["--mount", "sh", "-c", &script, "sh"]);
+    let program = host.helper_command();
+    helper.arg(program.get_program()).args(program.get_args());
+    let helper = Running::start(&mut helper);
+    helper.log.wait(&["serving"]);
+    let client = Client::new(&host);
     let worker = created(&client, "a");
     let console = attack(&client, worker, "accounting", &[]);
-    wait_until(&client, worker, |state| state != State::Running);
-    assert_eq!(records(), before, "{console}");
-    stage.finish(&[worker]);
+    for name in RECORDS {
+        assert!(
+            console.contains(&format!("held: /var/log/{name}: Read-only file system")),
+            "{console}"
+        );
+    }
+    assert_eq!(look(), before, "{console}");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    assert_eq!(look(), before);
+    census.assert_unchanged(&host);
 }
 
 #[test]
@@ -339,7 +474,7 @@ fn row_93_a_socket_that_gets_whole_cores_is_warned_about_at_the_start() {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, SLOTS);
         let setting = host.root.join("core_pattern");
-        std::fs::write(&setting, format!("{pattern}\n")).unwrap();
+        fs::write(&setting, format!("{pattern}\n")).unwrap();
         let own = host.helper_command();
         let mut command = Command::new(tool("unshare", "util-linux"));
         command.args(["--mount", "--propagation", "private", "bash", "-euc"]);

@@ -3,6 +3,7 @@
 //! its name begins with its row in docs/attacks.md. Needs root.
 
 mod calls;
+mod canaries;
 mod cleanup;
 mod connections;
 mod controllers;
@@ -18,5 +19,6 @@ mod shells;
 mod starve;
 mod status_page;
 mod supervisor;
+mod swapper;
 mod tokens;
 mod up;

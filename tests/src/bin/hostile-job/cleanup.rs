@@ -403,7 +403,12 @@ fn grow(report: &mut Report, _: &[String]) {
 }
 
 fn mount_inside(report: &mut Report, words: &[String]) {
-    for place in ["/work/mounted/inner", "/work/bound/inner", "/tmp/mounted"] {
+    for place in [
+        "/work/mounted/inner",
+        "/work/bound/inner",
+        "/work/bound/canary",
+        "/tmp/mounted",
+    ] {
         fs::create_dir_all(place).expect("its own places are writable");
     }
     fs::write("/work/bound/file", "x").expect("/work is writable");
@@ -413,6 +418,7 @@ fn mount_inside(report: &mut Report, words: &[String]) {
         ("/etc", "/work/mounted/inner", "none", libc::MS_BIND),
         ("/work/bound", "/work/bound", "none", libc::MS_BIND),
         ("/usr", "/work/bound/inner", "none", libc::MS_BIND | libc::MS_REC),
+        (&*words[1], "/work/bound/canary", "none", libc::MS_BIND),
     ];
     if words[0] == "refused" {
         for (source, place, kind, flags) in mounts {

@@ -197,26 +197,39 @@ fn walk(dir: &Path, visit: &mut impl FnMut(&Path, &fs::Metadata)) {
     }
 }
 
-fn cgroups(report: &mut Report, _: &[String]) {
-    let mut tried = 0;
-    walk(Path::new("/sys/fs/cgroup"), &mut |path, meta| {
+/// A process that ends at once, in the cgroup of this directory or else in the caller's own (`clone3(2)`).
+fn clone_into(cgroup: Option<&File>) -> io::Result<libc::c_long> {
+    // struct clone_args: flags, four pointers, the exit signal, stack, its size, tls, set_tid, its size, the cgroup.
+    let mut arguments = [0u64; 11];
+    arguments[4] = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        // CLONE_INTO_CGROUP
+        arguments[0] = 0x2_0000_0000;
+        arguments[10] = cgroup.as_raw_fd() as u64;
+    }
+    let address = arguments.as_ptr() as usize;
+    let result = call(libc::SYS_clone3, [address, size_of_val(&arguments), 0, 0, 0, 0]);
+    if matches!(result, Ok(0)) {
+        std::process::exit(0);
+    }
+    result
+}
+
+/// Everything that could move this job to one of the cgroups that are mounted here, or end or stop them.
+fn other_cgroups(report: &mut Report, mount: &str, clone3_works: bool) {
+    let (mut tried, mut cloned) = (0, 0);
+    let mut visit = |path: &Path, meta: &fs::Metadata| {
         let name = path.file_name().unwrap_or_default();
         if meta.is_dir() {
             report.must_fail(path.display(), fs::create_dir(path.join("of-the-job")));
             if let Ok(dir) = File::open(path) {
-                // struct clone_args: flags, four pointers, the exit signal, stack, its size, tls, set_tid, its
-                // size, the cgroup.
-                let mut arguments = [0u64; 11];
-                arguments[0] = 0x2_0000_0000;
-                arguments[4] = libc::SIGCHLD as u64;
-                arguments[10] = dir.as_raw_fd() as u64;
-                let result = call(
-                    libc::SYS_clone3,
-                    [arguments.as_ptr() as usize, size_of_val(&arguments), 0, 0, 0, 0],
-                );
-                if matches!(result, Ok(0)) {
-                    wait_for_ever();
+                let result = clone_into(Some(&dir));
+                let is_absent = matches!(&result, Err(error) if error.raw_os_error() == Some(libc::ENOSYS));
+                if is_absent == clone3_works {
+                    report.broken(format!("clone3(2) was not as expected: {result:?}"));
                 }
+                // Version 1 has no such file, and no such clone.
+                cloned += u32::from(path.join("cgroup.controllers").exists());
                 report.must_fail(format!("clone into {}", path.display()), result);
             }
             tried += 1;
@@ -233,15 +246,39 @@ fn cgroups(report: &mut Report, _: &[String]) {
             report.must_fail(path.display(), fs::write(path, "0"));
             tried += 1;
         }
-    });
-    report.say(format!("tried {tried}"));
-    let (none, kind, place) = (c("none"), c("cgroup2"), c("/tmp"));
-    let arguments = [none.as_ptr(), place.as_ptr(), kind.as_ptr()].map(|p| p as usize);
-    let [source, target, kind] = arguments;
-    report.must_fail(
-        "mount cgroup2",
-        call(libc::SYS_mount, [source, target, kind, 0, 0, 0]),
-    );
+    };
+    let top = Path::new(mount);
+    visit(top, &top.metadata().expect("it is mounted"));
+    walk(top, &mut visit);
+    report.say(format!("tried {tried} in {mount}"));
+    if cloned == 0 {
+        report.broken(format!("no cgroup could be opened in {mount}"));
+    }
+}
+
+fn cgroups(report: &mut Report, words: &[String]) {
+    let clone3_works = words[0] == "clone3";
+    if clone3_works {
+        report.must_work("clone3", clone_into(None));
+    } else {
+        report.must_fail("clone3", clone_into(None));
+    }
+    other_cgroups(report, "/sys/fs/cgroup", clone3_works);
+    report.must_fail("mount cgroup2", mount("none", "/tmp", "cgroup2", 0));
+    if clone3_works {
+        // As root of a user namespace, which may mount the cgroups of its own cgroup namespace.
+        report.must_work("namespaces", own_namespaces());
+        let flags = libc::CLONE_NEWCGROUP as usize;
+        report.must_work(
+            "a cgroup namespace",
+            call(libc::SYS_unshare, [flags, 0, 0, 0, 0, 0]),
+        );
+        other_cgroups(report, "/sys/fs/cgroup", clone3_works);
+        match mount("none", "/tmp", "cgroup2", 0) {
+            Ok(()) => other_cgroups(report, "/tmp", clone3_works),
+            Err(error) => report.say(format!("held: cgroup2 in a namespace: {error}")),
+        }
+    }
     report.say("ready");
     wait_for_ever();
 }
@@ -376,7 +413,8 @@ pub fn keys(report: &mut Report, _: &[String]) {
     report.must_fail("the persistent keyring", call(libc::SYS_keyctl, arguments));
 }
 
-fn services(report: &mut Report, _: &[String]) {
+/// Files that services of the host look for, and these commands, which ask them.
+fn services(report: &mut Report, commands: &[String]) {
     let user = std::env::var("USER").unwrap_or_default();
     let unit = "[Service]\nExecStart=/bin/true\n";
     for (path, content) in [
@@ -395,49 +433,21 @@ fn services(report: &mut Report, _: &[String]) {
     ] {
         report.must_fail(&path, fs::write(&path, content));
     }
-    let manager = "org.freedesktop.systemd1";
-    for words in [
-        &["crontab", "/dev/null"][..],
-        &["crontab", "-r"],
-        &["at", "-f", "/dev/null", "now + 1 minute"],
-        &["batch", "-f", "/dev/null"],
-        &["systemd-run", "--user", "true"],
-        &["systemd-run", "true"],
-        &["systemctl", "--user", "start", "default.target"],
-        &["loginctl", "enable-linger"],
-        &[
-            "busctl",
-            "call",
-            manager,
-            "/org/freedesktop/systemd1",
-            manager,
-            "Reload",
-        ],
-        &[
-            "dbus-send",
-            "--system",
-            "--print-reply",
-            "--dest=org.freedesktop.DBus",
-            "/",
-            "org.freedesktop.DBus.ListNames",
-        ],
-        &[
-            "dbus-send",
-            "--session",
-            "--print-reply",
-            "--dest=org.freedesktop.DBus",
-            "/",
-            "org.freedesktop.DBus.ListNames",
-        ],
-    ] {
-        let outcome = Command::new(words[0])
-            .args(&words[1..])
-            .stdin(Stdio::null())
+    // What they are to do, for those that read it.
+    fs::write("/work/order", "0 0 1 1 * true\n").expect("/work is writable");
+    for command in commands {
+        let command: Vec<&str> = command.split('\u{1f}').collect();
+        let outcome = Command::new(command[0])
+            .args(&command[1..])
+            .stdin(File::open("/work/order").expect("it was written"))
             .output();
         match outcome {
-            Err(error) => report.say(format!("absent: {}: {error}", words[0])),
-            Ok(output) if output.status.success() => report.broken(format!("{words:?} worked")),
-            Ok(output) => report.say(format!("held: {words:?}: {}", output.status)),
+            Err(error) => report.broken(format!("{command:?} cannot be tried: {error}")),
+            Ok(output) if output.status.success() => report.broken(format!("{command:?} worked")),
+            Ok(output) => {
+                let why = String::from_utf8_lossy(&output.stderr);
+                report.say(format!("held: {command:?}: {}: {}", output.status, why.trim()));
+            }
         }
     }
 }

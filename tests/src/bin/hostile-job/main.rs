@@ -7,6 +7,7 @@
 mod calls;
 mod cleanup;
 mod filter;
+mod host_files;
 mod leave;
 mod memory;
 mod mess;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
     let words: Vec<String> = words.collect();
     let all = [
         leave::ATTEMPTS,
+        host_files::ATTEMPTS,
         mess::ATTEMPTS,
         cleanup::ATTEMPTS,
         calls::ATTEMPTS,

@@ -1,0 +1,251 @@
+//! Group B: somebody changes the tree while it is deleted, with the rights of the job's user.
+//!
+//! No process of the job's lives then, so the test is that somebody. It traces the deletion, stops it before each of its
+//! system calls, and exchanges directories for links to directories that everybody may write. What else would keep the
+//! deletion from these is out of the way: they lie beside the worker's directory, on the mount that the deletion works
+//! on, which is writable, and no mode above them is closed.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nix::fcntl::{OFlag, RenameFlags, open, renameat2};
+use nix::sys::stat::Mode;
+use nix::unistd::{Gid, Pid, Uid, setfsgid, setfsuid};
+use protocol::config::STATE_DIR;
+use protocol::{ErrorKind, Reply, Request};
+use testbed::harness::TestHost;
+use testbed::stage::{SLOTS, Stage, created, run};
+use testbed::tracer::service::{Span, watch_with};
+use testbed::tracer::{Call, Event};
+
+use crate::canaries::Canaries;
+
+/// When the links are where the directories were, by the number of the call and whether it is about to be made.
+#[derive(Clone, Copy, Debug)]
+enum When {
+    Never,
+    /// During this call alone.
+    During(usize),
+    /// From this call on.
+    From(usize),
+    /// During every call whose number leaves this rest when divided by that number.
+    Every {
+        divisor: usize,
+        rest: usize,
+    },
+}
+
+impl When {
+    fn is_swapped(self, call: usize, begins: bool) -> bool {
+        match self {
+            When::Never => false,
+            When::During(at) => begins && call == at,
+            When::From(at) => call >= at,
+            When::Every { divisor, rest } => begins && call % divisor == rest,
+        }
+    }
+}
+
+/// A directory and the link that takes its place, both in the directory that is open here.
+#[derive(Debug)]
+struct Pair(OwnedFd, &'static str, &'static str);
+
+#[derive(Debug)]
+struct Swapper {
+    pairs: Vec<Pair>,
+    uid: u32,
+    swapped: bool,
+}
+
+impl Swapper {
+    /// As the user: these ids are those of the calling thread alone, and take root's privileges over files with them.
+    fn set(&mut self, swapped: bool) {
+        if self.swapped == swapped {
+            return;
+        }
+        self.swapped = swapped;
+        setfsgid(Gid::from_raw(self.uid));
+        setfsuid(Uid::from_raw(self.uid));
+        for Pair(dir, one, other) in &self.pairs {
+            // One of them may be deleted already.
+            let _ = renameat2(dir, *one, dir, *other, RenameFlags::RENAME_EXCHANGE);
+        }
+        setfsuid(Uid::from_raw(0));
+        setfsgid(Gid::from_raw(0));
+    }
+}
+
+/// Which of the traced processes are the job's user by now.
+#[derive(Debug, Default)]
+struct Users(Vec<Pid>);
+
+impl Users {
+    fn has(&mut self, pid: Pid, event: &Event) -> bool {
+        match event {
+            Event::Born { parent, .. } if self.0.contains(parent) => self.0.push(pid),
+            Event::Leave(
+                Call {
+                    number: libc::SYS_setresuid,
+                    ..
+                },
+                0,
+            ) => self.0.push(pid),
+            _ => {}
+        }
+        self.0.contains(&pid)
+    }
+}
+
+/// A tree with the names of the canaries, and beside each directory a link to one of them.
+fn grow(work: &Path, files: usize, depth: usize) -> Vec<Pair> {
+    let mut pairs = Vec::new();
+    // From a directory so many levels below `work`.
+    let mut pair = |dir: &Path, level: usize, name: &'static str, link: &'static str, target: &str| {
+        let up = "../".repeat(level + 3);
+        symlink(format!("{up}{CANARIES}/{target}"), dir.join(link)).unwrap();
+        let canary = fs::metadata(dir.join(link)).expect("the link leads somewhere");
+        assert!(canary.is_dir() && canary.mode() & 0o777 == 0o777);
+        let dir = open(dir, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).unwrap();
+        pairs.push(Pair(dir, name, link));
+    };
+    let fill = |dir: &Path| {
+        fs::create_dir_all(dir.join("below")).unwrap();
+        for file in ["file", "0", "inner", "below/file"] {
+            fs::write(dir.join(file), "x").unwrap();
+        }
+    };
+    for (name, link) in [("tree", "link"), ("closed", "closed-link")] {
+        fill(&work.join(name));
+        pair(&work.join(name), 1, "below", "link", "open/below");
+        pair(work, 0, name, link, "open");
+    }
+    for number in 0..files {
+        fs::write(work.join(format!("tree/{number}")), "x").unwrap();
+    }
+    let mut dir = work.join("deep");
+    fs::create_dir(&dir).unwrap();
+    for level in 1..=depth {
+        fill(&dir.join("d"));
+        pair(&dir, level, "d", "link", "open");
+        dir.push("d");
+    }
+    pairs
+}
+
+fn give(path: &Path, uid: u32) {
+    if path.symlink_metadata().unwrap().is_dir() {
+        for entry in fs::read_dir(path).unwrap() {
+            give(&entry.unwrap().path(), uid);
+        }
+    }
+    lchown(path, Some(uid), Some(uid)).unwrap();
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// Beside the workers' directories.
+const CANARIES: &str = "canaries";
+
+struct Scene {
+    stage: Stage,
+    canaries: Canaries,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        let host = TestHost::new();
+        host.configure("http://127.0.0.1:9", 0, SLOTS);
+        let workers = host.root.join(STATE_DIR).join("workers");
+        fs::create_dir_all(&workers).unwrap();
+        let canaries = Canaries::at(&workers.join(CANARIES));
+        let stage = Stage::on(host, None);
+        set_mode(&workers, 0o711);
+        Scene { stage, canaries }
+    }
+}
+
+/// Delete a worker with such a tree while it is swapped. Returns how many calls its user's processes made.
+fn delete(Scene { stage, canaries }: &Scene, (files, depth): (usize, usize), when: When) -> usize {
+    let client = stage.client();
+    let worker = created(&client, "a");
+    run(&client, worker, "true");
+    let work = stage.host.worker_dir(worker).join("fs/work");
+    let uid = fs::metadata(&work).unwrap().uid();
+    set_mode(&stage.host.worker_dir(worker), 0o711);
+    let pairs = grow(&work, files, depth);
+    give(&work, uid);
+    set_mode(&work.join("closed"), 0o000);
+    let before = canaries.look();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let seen = calls.clone();
+    let mut users = Users::default();
+    let mut swapper = Swapper {
+        pairs,
+        uid,
+        swapped: false,
+    };
+    let watcher = watch_with(
+        stage.helper.pid(),
+        Span::OneConnection,
+        None,
+        move |pid, event| {
+            if !users.has(pid, event) {
+                return;
+            }
+            match event {
+                Event::Enter(_) => swapper.set(when.is_swapped(seen.fetch_add(1, Ordering::Relaxed), true)),
+                Event::Leave(..) => {
+                    // The call by which it became the user was not counted.
+                    let last = seen.load(Ordering::Relaxed).checked_sub(1);
+                    swapper.set(last.is_some_and(|call| when.is_swapped(call, false)));
+                }
+                _ => {}
+            }
+        },
+    );
+    let traced = stage.client();
+    let reply = traced.ask(&Request::Delete { worker }).0;
+    drop(traced);
+    watcher.join().expect("the tracer saw the end");
+    assert_eq!(canaries.look(), before, "{when:?}: {reply:?}");
+    match reply {
+        Reply::Deleted => {}
+        // A directory has become a link: it says so, and is repeated.
+        Reply::Error(error) if error.kind == ErrorKind::Failed => stage.delete(&[worker]),
+        other => panic!("{when:?}: {other:?}"),
+    }
+    assert_eq!(canaries.look(), before, "{when:?}, repeated");
+    calls.load(Ordering::Relaxed)
+}
+
+#[test]
+fn row_17_no_exchange_of_a_directory_for_a_link_before_any_call_leads_the_deletion_astray() {
+    let scene = Scene::new();
+    let tree = (0, 1);
+    let calls = delete(&scene, tree, When::Never);
+    assert!(calls > 50, "the deletion was not traced: {calls} calls");
+    for call in 0..calls {
+        delete(&scene, tree, When::During(call));
+        delete(&scene, tree, When::From(call));
+    }
+    scene.stage.finish(&[]);
+}
+
+#[test]
+fn row_17_no_exchange_at_every_other_call_leads_two_processes_or_a_deep_deletion_astray() {
+    let scene = Scene::new();
+    for tree in [(1200, 1), (0, 100)] {
+        for divisor in [1, 2, 3, 5] {
+            for rest in 0..divisor {
+                delete(&scene, tree, When::Every { divisor, rest });
+            }
+        }
+    }
+    scene.stage.finish(&[]);
+}
