@@ -142,11 +142,11 @@ fn of_helper(result: Result<(), helper::Error>) -> Outcome {
         Ok(()) => Outcome::Done,
         Err(helper::Error::Said(error)) => match error.kind {
             ErrorKind::NoSuchWorker => Outcome::NoSuchWorker,
-            ErrorKind::Refused | ErrorKind::Limit | ErrorKind::Failed => {
+            ErrorKind::Refused | ErrorKind::NoSuchSlot | ErrorKind::Limit | ErrorKind::Failed => {
                 Outcome::StartFailed(error.message().to_owned())
             }
-            // A mistake of the configuration's, such as a slot that was renamed, must not fail a job: it waits.
-            ErrorKind::Busy | ErrorKind::NoSuchSlot | ErrorKind::SlotTaken | ErrorKind::Version => {
+            // Come back later.
+            ErrorKind::Busy | ErrorKind::SlotTaken | ErrorKind::Version => {
                 Outcome::Trouble(helper::Error::Said(error).trouble())
             }
         },
