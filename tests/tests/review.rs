@@ -675,7 +675,7 @@ fn the_table_of_capabilities_has_who_keeps_which() {
     const HEADING: &str = "## Every capability";
     let file = "helper/src/privileges.rs";
     let mut code = BTreeMap::new();
-    for (constant, holders) in [("OF_CONNECTIONS", "both"), ("OF_THE_DAEMON", "daemon")] {
+    for (constant, holders) in [("OF_SESSIONS", "both"), ("OF_THE_DAEMON", "daemon")] {
         for name in list(file, constant, "CAP_") {
             code.insert(name, holders.to_owned());
         }
