@@ -152,6 +152,19 @@ fn shortest(runs: &[Seen]) -> &Seen {
     runs.iter().min_by_key(calls).expect("there are runs")
 }
 
+/// The jobs' root file system is only built again where mounts of the host have changed since, as tests beside this one
+/// change them: these calls may be in every run that is looked at, and not in the one that is to be killed.
+fn is_of_a_build((kind, number): &(Kind, i64)) -> bool {
+    const OF_THE_DAEMON: [i64; 5] = [
+        libc::SYS_lseek,
+        libc::SYS_chdir,
+        libc::SYS_fchdir,
+        libc::SYS_getdents64,
+        libc::SYS_inotify_add_watch,
+    ];
+    *kind == Kind::RootFs || *kind == Kind::Daemon && OF_THE_DAEMON.contains(number)
+}
+
 /// Say at how many points was killed, and fail if it was not as it should be.
 fn report(
     what: &str,
@@ -182,6 +195,7 @@ fn report(
     let left: Vec<String> = (&always.expect("there are runs") - covered)
         .iter()
         .filter(|(_, number)| !MEMORY.contains(number))
+        .filter(|call| !is_of_a_build(call))
         .map(|(kind, number)| format!("{kind:?} {}", name(*number)))
         .collect();
     assert!(left.is_empty(), "{what}: never killed at {left:?}");
