@@ -19,10 +19,12 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use protocol::Exit;
+use tracing::warn;
 
 use crate::host::open_file;
 use crate::worker::{self, Worker};
@@ -30,8 +32,9 @@ use crate::{privileges, sys};
 
 /// How much later than pid 1 the timer ends a job. A pid 1 that is not starved needs milliseconds.
 const GRACE: Duration = Duration::from_secs(5);
-/// How often processes are killed again that are not gone yet.
+/// Processes that are not gone yet are killed again after this time, then after twice as long each time, up to the second of these.
 const AGAIN: Duration = Duration::from_millis(100);
+const AGAIN_MOST: Duration = Duration::from_secs(10);
 
 /// What a timer holds: open files of root's, and nothing else.
 struct Timer {
@@ -56,8 +59,22 @@ pub fn start(worker: &Worker, cgroup: &OwnedFd, limit: Duration) -> Result<()> {
     let end = Instant::now() + limit + GRACE;
     sys::fork(|| {
         let keep = [&timer.kill, &timer.events, &timer.exit, &timer.console].map(AsRawFd::as_raw_fd);
-        let ready = sys::close_all_but(&keep).is_ok() && privileges::of_a_timer().is_ok();
-        i32::from(!ready || timer.run(end).is_err())
+        // What fails here must be seen, and must not take the limit away.
+        if let Err(error) = sys::close_all_but(&keep)
+            .map_err(Into::into)
+            .and_then(|()| privileges::of_a_timer())
+        {
+            warn!(worker = %worker.id, "the timer of its run time keeps more than it needs: {error:#}");
+        }
+        match timer.run(end) {
+            // It has been removed, so nobody is left in it.
+            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => 0,
+            Err(error) => {
+                warn!(worker = %worker.id, "its run time is not limited any more: {error}");
+                1
+            }
+            Ok(()) => 0,
+        }
     })
     .context("cannot fork the timer of the slot's run_time_seconds")?;
     Ok(())
@@ -84,9 +101,11 @@ impl Timer {
             let _ = (&self.exit).write_all(worker::print_exit(Exit::TimedOut).as_bytes());
             let _ = (&self.console).write_all(worker::TIMED_OUT.as_bytes());
         }
+        let mut again = AGAIN;
         while self.is_populated()? {
             (&self.kill).write_all(b"1")?;
-            self.wait(AGAIN)?;
+            self.wait(again)?;
+            again = (again * 2).min(AGAIN_MOST);
         }
         Ok(())
     }
@@ -95,7 +114,7 @@ impl Timer {
     fn wait(&self, time: Duration) -> std::io::Result<()> {
         let mut events = [PollFd::new(self.events.as_fd(), PollFlags::POLLPRI)];
         match ppoll(&mut events, Some(TimeSpec::from_duration(time)), None) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
     }

@@ -27,31 +27,31 @@ const SOCKET: &str = "USER_FACTORY_TEST_SOCKET";
 const CALLS: usize = 1500;
 
 /// This test, as another user of the host, who calls at the relay again and again.
-struct Stranger(Child);
+struct OtherUser(Child);
 
-impl Stranger {
+impl OtherUser {
     /// Has made all its calls, or has been refused: it says which.
-    fn call(host: &TestHost, uid: u32) -> (Stranger, String) {
+    fn call(host: &TestHost, uid: u32) -> (OtherUser, String) {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--ignored", "--exact", "--nocapture", "relay::a_stranger"]);
+        command.args(["--ignored", "--exact", "--nocapture", "relay::another_user"]);
         command.env(SOCKET, host.root.join(GATE_DIR).join(GATE_SOCKET));
         command.uid(uid).gid(uid).current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut stranger = Stranger(command.spawn().unwrap());
+        let mut other = OtherUser(command.spawn().unwrap());
         let mut said = String::new();
-        let output = stranger.0.stdout.as_mut().expect("it was piped");
+        let output = other.0.stdout.as_mut().expect("it was piped");
         while !said.ends_with(".\n") {
             let mut byte = [0];
             output
                 .read_exact(&mut byte)
-                .expect("the stranger says how it went");
+                .expect("the other user says how it went");
             said.push(byte[0].into());
         }
-        (stranger, said)
+        (other, said)
     }
 }
 
-impl Drop for Stranger {
+impl Drop for OtherUser {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -60,7 +60,7 @@ impl Drop for Stranger {
 
 #[test]
 #[ignore = "a part of row 101, which starts it"]
-fn a_stranger() {
+fn another_user() {
     let socket = PathBuf::from(std::env::var_os(SOCKET).expect("row 101 starts it"));
     let mut kept = Vec::new();
     for _ in 0..CALLS {
@@ -108,19 +108,19 @@ async fn a_job_works(house: &House, how: &str) {
 async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_server() {
     let house = House::new(NO_NETWORK).await;
     a_job_works(&house, "alone").await;
-    let (stranger, said) = tokio::task::block_in_place(|| Stranger::call(&house.host, SOMEBODY));
+    let (other, said) = tokio::task::block_in_place(|| OtherUser::call(&house.host, SOMEBODY));
     assert!(said.contains("refused."), "another user can call: {said}");
     a_job_works(&house, "refused").await;
-    drop(stranger);
+    drop(other);
 
     // Where somebody has opened the directory, whoever calls is asked who it is.
     let closed = house.host.root.join(GATE_DIR).parent().unwrap().to_owned();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o755)).unwrap();
     // One who is nobody here, one in the range of uids without being a worker, and the supervisor's own user.
-    let strangers = [SOMEBODY, *house.host.uids.end(), SUPERVISOR_UID].map(|uid| {
-        let (stranger, said) = tokio::task::block_in_place(|| Stranger::call(&house.host, uid));
+    let others = [SOMEBODY, *house.host.uids.end(), SUPERVISOR_UID].map(|uid| {
+        let (other, said) = tokio::task::block_in_place(|| OtherUser::call(&house.host, uid));
         assert!(said.contains("called."), "{said}");
-        stranger
+        other
     });
     a_job_works(&house, "called").await;
     house.told(&["WARN", "hung up on uid", "no worker's"]);
@@ -128,7 +128,7 @@ async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_se
         house.supervisor.log.count(&["hung up on uid"]) < 5,
         "the log is filled"
     );
-    drop(strangers);
+    drop(others);
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o710)).unwrap();
     house.finish().await;
 }

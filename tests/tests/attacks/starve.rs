@@ -9,6 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Exit, Reply, Request, State, WorkerId};
 use testbed::census::processes_of;
+use testbed::disk::SmallDisk;
 use testbed::harness::{PATIENCE, Running, TestHost, binaries, has_controller};
 use testbed::stage::{Stage, attack, created, read, start_attack, state, wait_for_line, wait_until};
 
@@ -232,4 +233,23 @@ fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
     assert!(read(&console).ends_with("[the agent has run as long as the slot lets it]\n"));
     drop(client);
     stage.finish(&[one, other]);
+}
+
+#[test]
+fn row_91_the_run_time_limit_holds_for_a_job_that_has_filled_the_disk() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, &slots(&[("a", "run_time_seconds = 10")]));
+    let disk = SmallDisk::in_memory(&host);
+    let stage = Stage::on(host, Some(disk));
+    let client = stage.client();
+    let worker = created(&client, "a");
+    wait_for_line(&start_attack(&client, worker, "never-end", &["quiet"]), "ready");
+    kill(first_process(&stage.host, worker), Signal::SIGSTOP).unwrap();
+    let disk = stage.disk.as_ref().unwrap();
+    disk.fill();
+    // How it ended finds no room.
+    let ended = wait_until(&client, worker, |state| state != State::Running);
+    assert_eq!(ended, State::Exited(Exit::Unknown));
+    disk.limit("size=64m,nr_inodes=1000");
+    stage.finish(&[worker]);
 }

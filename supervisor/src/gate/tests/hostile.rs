@@ -153,8 +153,8 @@ async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
 const MANY: usize = 600;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn many_strangers_with_sockets_that_take_long_to_close_hold_up_no_worker() {
-    // Whether a caller is a worker is asked once for each: the strangers come first.
+async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_worker() {
+    // Whether a caller is a worker is asked once for each: the untrusted ones come first.
     let asked = std::sync::atomic::AtomicUsize::new(0);
     let house = house_with(0, |gate| {
         let order = std::sync::atomic::Ordering::Relaxed;
@@ -169,18 +169,18 @@ async fn many_strangers_with_sockets_that_take_long_to_close_hold_up_no_worker()
         let _ = held.recv();
     });
     is_held.recv().unwrap();
-    let mut strangers = Vec::new();
+    let mut untrusted = Vec::new();
     for _ in 0..MANY {
         let caller = house.call();
         let (job, worker) = slow_to_close();
         caller.send(&[0], Some(worker.as_fd())).unwrap();
         // The packet has it still, and whoever closes that one has to wait.
         drop(worker);
-        strangers.push((job, caller));
+        untrusted.push((job, caller));
     }
     drop(go_on);
     house.works().await;
-    assert!(strangers.iter().all(|(_, caller)| hung_up(caller)));
+    assert!(untrusted.iter().all(|(_, caller)| hung_up(caller)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
