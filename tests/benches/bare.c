@@ -1,10 +1,10 @@
 // The least that a worker's whole life can cost: bare system calls of one long-lived root process, in the order in
 // which the helper does the same. No socket, no checks, no filter, no limits, no record that lasts.
 //
-//   bare STATE USERDB CGROUPS AGENT FIFO
+//   bare STATE USERDB CGROUPS AGENT STARTED
 //
 // For each byte on standard input it makes a worker, copies the agent for it, starts that as the worker's user in
-// namespaces of its own, waits until the agent has written to the FIFO, kills, deletes, and prints how many
+// namespaces of its own, waits until the agent has opened the file STARTED, kills, deletes, and prints how many
 // microseconds that took.
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
@@ -36,8 +37,8 @@ static void check(long result, const char *what) {
 }
 #define DO(call) check((call), #call)
 
-static int state, userdb, cgroups, agent, fifo;
-static const char *fifo_path;
+static int state, userdb, cgroups, agent, opens;
+static const char *started;
 
 static void put(int dir, const char *name, const char *text, int mode) {
     int fd = openat(dir, name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, mode);
@@ -145,7 +146,7 @@ static void first_process(const char *id, unsigned uid) {
     pid_t child = vfork();
     DO(child);
     if (child == 0) {
-        char *arguments[] = {"/run/agent", "install", (char *)fifo_path, NULL};
+        char *arguments[] = {"/run/agent", "install", (char *)started, NULL};
         char *environment[] = {"PATH=/usr/bin:/bin", NULL};
         execve("/run/agent", arguments, environment);
         _exit(127);
@@ -203,10 +204,8 @@ static void life(unsigned number) {
     DO(child);
     if (child == 0)
         first_process(id, uid);
-    char byte;
-    struct pollfd ready = {.fd = fifo, .events = POLLIN};
-    while (read(fifo, &byte, 1) != 1)
-        poll(&ready, 1, -1);
+    struct inotify_event first;
+    DO(read(opens, &first, sizeof first));
     // Its end.
     int kill_file = openat(cgroup, "cgroup.kill", O_WRONLY | O_CLOEXEC);
     DO(write(kill_file, "1", 1));
@@ -244,9 +243,10 @@ int main(int count, char **arguments) {
     userdb = open(arguments[2], O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     cgroups = open(arguments[3], O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     agent = open(arguments[4], O_RDONLY | O_CLOEXEC);
-    fifo_path = arguments[5];
-    fifo = open(fifo_path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
-    DO(state), DO(userdb), DO(cgroups), DO(agent), DO(fifo);
+    started = arguments[5];
+    opens = inotify_init1(IN_CLOEXEC);
+    DO(state), DO(userdb), DO(cgroups), DO(agent), DO(opens);
+    DO(inotify_add_watch(opens, started, IN_OPEN));
     template(arguments[1]);
     char byte;
     for (unsigned number = 0; read(0, &byte, 1) == 1; number++) {

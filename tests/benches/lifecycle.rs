@@ -8,12 +8,14 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::{Reply, Request, WorkerId};
 use testbed::bench::{Go, Group, Options, Report, c_program, time};
 use testbed::harness::{Client, TestHost, binaries, sealed, tool, worker_id};
@@ -207,27 +209,27 @@ fn stand(way: &str, arguments: &[String]) {
         number("--mounts"),
         arguments.iter().any(|argument| argument == "--seen"),
     );
-    let fifo = Fifo::new(&place);
+    let started = FirstOpen::new(&place);
     let lives: Box<dyn FnMut() -> Duration> = match way {
         "helper" => {
             let connect = arguments.iter().any(|argument| argument == "--connect");
-            let mut house = House::new(&place, &fifo, number("--alive").unwrap_or(0));
-            Box::new(move || house.life(&fifo, connect))
+            let mut house = House::new(&place, &started, number("--alive").unwrap_or(0));
+            Box::new(move || house.life(&started, connect))
         }
-        "bare" => return bare(&place, own.path(), &fifo),
+        "bare" => return bare(&place, own.path(), &started),
         "bubblewrap" => {
             let base = own.path().to_owned();
-            Box::new(move || bubblewrap(&place, &base, &fifo))
+            Box::new(move || bubblewrap(&place, &base, &started))
         }
         "script" => {
             let base = own.path().to_owned();
-            Box::new(move || script(&place, &base, &fifo))
+            Box::new(move || script(&place, &base, &started))
         }
         "crun" => {
-            let bundle = crun_bundle(&place, own.path(), &fifo);
-            Box::new(move || crun(&bundle, &fifo))
+            let bundle = crun_bundle(&place, own.path(), &started);
+            Box::new(move || crun(&bundle, &started))
         }
-        "podman" => Box::new(move || podman(&place, &fifo)),
+        "podman" => Box::new(move || podman(&place, &started)),
         other => panic!("{other} is no way"),
     };
     serve(lives, arguments.iter().any(|argument| argument == "--try"));
@@ -294,43 +296,35 @@ fn run(command: &mut Command) {
     );
 }
 
-/// Through which agents say that they are there.
-struct Fifo {
+/// A file that each agent opens as soon as it runs. A job may read what its modes let everybody read, and write to no
+/// place of the host that all the ways have.
+struct FirstOpen {
     path: PathBuf,
-    open: fs::File,
+    opens: Inotify,
 }
 
-impl Fifo {
-    fn new(place: &Path) -> Fifo {
-        let path = place.join(format!("fifo-{}", std::process::id()));
-        let mode = nix::sys::stat::Mode::from_bits_truncate(0o666);
-        nix::unistd::mkfifo(&path, mode).expect("a directory of ours");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).expect("it is ours");
-        let mut options = fs::File::options();
-        let options = options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
-        let open = options.open(&path).expect("it is ours");
-        Fifo { path, open }
+impl FirstOpen {
+    fn new(place: &Path) -> FirstOpen {
+        let path = place.join(format!("started-{}", std::process::id()));
+        fs::write(&path, "").expect("a directory of ours");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("it is ours");
+        let opens = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).expect("inotify");
+        opens
+            .add_watch(&path, AddWatchFlags::IN_OPEN)
+            .expect("it can be watched");
+        FirstOpen { path, opens }
     }
 
     /// Wait for an agent's first instruction.
     fn wait(&self) {
-        loop {
-            match nix::unistd::read(&self.open, &mut [0; 1]) {
-                Ok(1) => return,
-                _ => {
-                    let mut event = [PollFd::new(
-                        std::os::fd::AsFd::as_fd(&self.open),
-                        PollFlags::POLLIN,
-                    )];
-                    let ready = poll(&mut event, PollTimeout::from(10_000u16)).expect("it can be polled");
-                    assert!(ready > 0, "no agent said anything for ten seconds");
-                }
-            }
-        }
+        let mut event = [PollFd::new(self.opens.as_fd(), PollFlags::POLLIN)];
+        let ready = poll(&mut event, PollTimeout::from(10_000u16)).expect("it can be polled");
+        assert!(ready > 0, "no agent started within ten seconds");
+        self.opens.read_events().expect("there is one");
     }
 }
 
-impl Drop for Fifo {
+impl Drop for FirstOpen {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
@@ -346,7 +340,7 @@ struct House {
 }
 
 impl House {
-    fn new(place: &Path, fifo: &Fifo, alive: usize) -> House {
+    fn new(place: &Path, started: &FirstOpen, alive: usize) -> House {
         let mut host = TestHost::new();
         // More than a test has, and not among theirs.
         let first = 0x7010_0000 + std::process::id() % 1000 * 256;
@@ -358,8 +352,8 @@ impl House {
             .args(["-t", "tmpfs", "-o", "mode=755", "none"])
             .arg(&run_dir));
         let slot = |n: usize| {
-            let fifo = fifo.path.display();
-            format!("[slots.s{n}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nenv.FIFO = \"{fifo}\"\n")
+            let started = started.path.display();
+            format!("[slots.s{n}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nenv.STARTED = \"{started}\"\n")
         };
         host.configure("http://127.0.0.1:1", 0, &(0..SLOTS).map(slot).collect::<String>());
         let helper = host.helper();
@@ -373,7 +367,7 @@ impl House {
         };
         for n in 1..=alive {
             let other = house.start(&house.client, n);
-            fifo.wait();
+            started.wait();
             house.others.push(other);
         }
         house
@@ -391,13 +385,13 @@ impl House {
     fn install(&self, client: &Client, worker: WorkerId) {
         let bootstrap = "abcdefgh01234567".parse().expect("it is a token");
         let request = Request::InstallAgent { worker, bootstrap };
-        let agent = std::os::fd::AsFd::as_fd(&self.agent);
+        let agent = self.agent.as_fd();
         let reply = client.ask_with(&request, Some(agent)).0;
         assert_eq!(reply, Reply::AgentStarted);
     }
 
     /// One worker. The supervisor makes a connection for each request; what that costs is seen by itself.
-    fn life(&mut self, fifo: &Fifo, connect: bool) -> Duration {
+    fn life(&mut self, started: &FirstOpen, connect: bool) -> Duration {
         time(|| {
             let mut anew = || {
                 if connect {
@@ -413,7 +407,7 @@ impl House {
                 self.client = Client::new(&self.host);
             }
             self.install(&self.client, worker);
-            fifo.wait();
+            started.wait();
             for (request, done) in [
                 (Request::Kill { worker }, Reply::Killed),
                 (Request::Delete { worker }, Reply::Deleted),
@@ -441,7 +435,7 @@ impl Drop for House {
 }
 
 /// The program of system calls, in place of this one's loop.
-fn bare(place: &Path, own: &Path, fifo: &Fifo) {
+fn bare(place: &Path, own: &Path, started: &FirstOpen) {
     for name in ["state", "userdb"] {
         fs::create_dir(own.join(name)).expect("a directory of ours");
     }
@@ -457,7 +451,7 @@ fn bare(place: &Path, own: &Path, fifo: &Fifo) {
         own.join("userdb"),
         cgroups.clone(),
         place.join("agent"),
-        fifo.path.clone(),
+        started.path.clone(),
     ]);
     run_through(&mut bare);
     fs::remove_dir(cgroups).expect("it left nothing");
@@ -474,7 +468,7 @@ fn run_through(command: &mut Command) {
 }
 
 /// A comparable sandbox. It makes no user, and deletes nothing but what the next copy replaces.
-fn bubblewrap(place: &Path, own: &Path, fifo: &Fifo) -> Duration {
+fn bubblewrap(place: &Path, own: &Path, started: &FirstOpen) -> Duration {
     let trees = ["home", "input", "work", "tmp"].map(|name| own.join("trees").join(name));
     for tree in &trees {
         fs::create_dir_all(tree).expect("a directory of ours");
@@ -500,9 +494,9 @@ fn bubblewrap(place: &Path, own: &Path, fifo: &Fifo) -> Duration {
         }
         bwrap.args(["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/run"]);
         bwrap.arg("--ro-bind").arg(&agent).arg("/run/agent");
-        bwrap.args(["--", "/run/agent", "install"]).arg(&fifo.path);
+        bwrap.args(["--", "/run/agent", "install"]).arg(&started.path);
         let mut child = bwrap.spawn().expect("bubblewrap can be started");
-        fifo.wait();
+        started.wait();
         child.kill().expect("it is our child");
         child.wait().expect("it is our child");
     })
@@ -529,8 +523,8 @@ unshare --mount --pid --ipc --uts --fork --kill-child bash -ec '
     mount --bind "$BASE/fs/tmp" /tmp
     mount -t proc proc /proc
     exec setpriv --reuid "$0" --regid "$0" --clear-groups --bounding-set=-all --no-new-privs "$1" install "$2"
-' "$user" "$PLACE/agent" "$FIFO" &
-read -r -t 10 -n 1 <"$FIFO"
+' "$user" "$PLACE/agent" "$STARTED" &
+read -r -t 10
 pkill -KILL -u "$user" || true
 wait || true
 rm -rf "$BASE/fs"
@@ -538,23 +532,28 @@ userdel "$user" 2>/dev/null
 groupdel "$user" 2>/dev/null || true
 "#;
 
-fn script(place: &Path, own: &Path, fifo: &Fifo) -> Duration {
+fn script(place: &Path, own: &Path, started: &FirstOpen) -> Duration {
     let mut bash = Command::new("bash");
     bash.args(["-c", SCRIPT])
+        .stdin(Stdio::piped())
         .stderr(Stdio::null())
         .stdout(Stdio::null());
     bash.env("BASE", own)
         .env("PLACE", place)
         .env("AGENT", place.join("agent"))
-        .env("FIFO", &fifo.path);
+        .env("STARTED", &started.path);
     time(|| {
-        let status = bash.status().expect("bash can be started");
+        let mut bash = bash.spawn().expect("bash can be started");
+        started.wait();
+        let mut input = bash.stdin.take().expect("it was piped");
+        input.write_all(b"\n").expect("the script waits for a line");
+        let status = bash.wait().expect("it is our child");
         assert!(status.success(), "the script ended with {status}");
     })
 }
 
 /// A bundle for crun, with the same sandbox.
-fn crun_bundle(place: &Path, own: &Path, fifo: &Fifo) -> PathBuf {
+fn crun_bundle(place: &Path, own: &Path, started: &FirstOpen) -> PathBuf {
     let bundle = own.join("bundle");
     let tree = |name: &str, at: &str| {
         let source = bundle.join(name);
@@ -577,7 +576,7 @@ fn crun_bundle(place: &Path, own: &Path, fifo: &Fifo) -> PathBuf {
         "ociVersion": "1.0.2",
         "process": {
             "user": {"uid": 1_900_000_001, "gid": 1_900_000_001},
-            "args": [place.join("agent"), "install", fifo.path],
+            "args": [place.join("agent"), "install", started.path],
             "env": ["PATH=/usr/bin:/bin"],
             "cwd": "/",
             "noNewPrivileges": true,
@@ -590,7 +589,7 @@ fn crun_bundle(place: &Path, own: &Path, fifo: &Fifo) -> PathBuf {
     bundle
 }
 
-fn crun(bundle: &Path, fifo: &Fifo) -> Duration {
+fn crun(bundle: &Path, started: &FirstOpen) -> Duration {
     let name = format!("bench-{}", std::process::id());
     let state = bundle.join("state");
     let with = |words: &[&str]| {
@@ -605,12 +604,12 @@ fn crun(bundle: &Path, fifo: &Fifo) -> Duration {
     time(|| {
         let mut start = with(&["run", "--detach", "--bundle"]);
         run_through(start.arg(bundle).arg(&name));
-        fifo.wait();
+        started.wait();
         run_through(&mut with(&["delete", "--force", &name]));
     })
 }
 
-fn podman(place: &Path, fifo: &Fifo) -> Duration {
+fn podman(place: &Path, started: &FirstOpen) -> Duration {
     let name = format!("bench-{}", std::process::id());
     let volume = format!("{0}:{0}:rw", place.display());
     time(|| {
@@ -629,9 +628,9 @@ fn podman(place: &Path, fifo: &Fifo) -> Duration {
             .args(["--rootfs", "/:O"])
             .arg(place.join("agent"))
             .arg("install")
-            .arg(&fifo.path);
+            .arg(&started.path);
         run(start.stderr(Stdio::null()));
-        fifo.wait();
+        started.wait();
         run(Command::new("podman")
             .args(["rm", "--force", "--time", "0", &name])
             .stderr(Stdio::null()));
