@@ -450,6 +450,12 @@ pub fn has_controller(name: &str) -> bool {
     all.split_whitespace().any(|other| other == name)
 }
 
+/// Is this the machine that `tests/machine` boots? What can stop a kernel is tried there and nowhere else.
+pub fn booted_machine() -> bool {
+    let vendor = fs::read_to_string("/sys/class/dmi/id/sys_vendor").unwrap_or_default();
+    vendor.trim() == "QEMU" && Path::new("/etc/user-factory-booted-machine").exists()
+}
+
 /// Where cgroup v2 is mounted here.
 pub fn cgroup2_mount() -> PathBuf {
     let info = fs::read_to_string("/proc/self/mountinfo").expect("/proc is mounted");

@@ -12,6 +12,7 @@ mod leave;
 mod neighbours;
 mod out;
 mod packets;
+mod programs;
 mod quotas;
 mod relay;
 mod rootfs;

@@ -12,6 +12,7 @@ mod leave;
 mod memory;
 mod mess;
 mod out;
+mod programs;
 mod starve;
 mod sys;
 mod up;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         calls::ATTEMPTS,
         filter::ATTEMPTS,
         out::ATTEMPTS,
+        programs::ATTEMPTS,
         up::ATTEMPTS,
         starve::ATTEMPTS,
         memory::ATTEMPTS,
