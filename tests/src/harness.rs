@@ -20,6 +20,8 @@ use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 use protocol::{Received, Reply, Request, Seqpacket, WorkerId, config, wire};
 
+use crate::tracer::sys::landlock_version;
+
 /// How long a test waits for what should come at once, before it fails.
 ///
 /// A machine may be busy, and ext4 makes files slowly for minutes after many were removed (`recently_deleted` in
@@ -454,6 +456,23 @@ pub fn has_controller(name: &str) -> bool {
 pub fn booted_machine() -> bool {
     let vendor = fs::read_to_string("/sys/class/dmi/id/sys_vendor").unwrap_or_default();
     vendor.trim() == "QEMU" && Path::new("/etc/user-factory-booted-machine").exists()
+}
+
+/// Does the running kernel have Landlock's scopes (Linux 6.12), which keep abstract sockets within a job?
+pub fn has_scopes() -> bool {
+    landlock_version() >= 6
+}
+
+/// Does it have Landlock's right to refer (Linux 5.19), with which the helper keeps jobs from the host's FIFOs?
+pub fn has_file_rules() -> bool {
+    landlock_version() >= 2
+}
+
+/// The running kernel does not keep what SECURITY.md promises for newer ones. The helper must have said so at its start.
+pub fn not_kept(helper: &Running, warning: &str) {
+    assert!(helper.log.count(&["WARN", warning]) > 0, "{}", helper.log.text());
+    // Not by println!, whose output is shown of tests that fail alone.
+    let _ = writeln!(std::io::stderr(), "not kept here (SECURITY.md): {warning}");
 }
 
 /// Where cgroup v2 is mounted here.

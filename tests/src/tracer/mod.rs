@@ -9,7 +9,7 @@ pub mod disk;
 pub mod outward;
 pub mod replay;
 pub mod service;
-mod sys;
+pub(crate) mod sys;
 
 pub use sys::descriptor_of;
 

@@ -1,4 +1,4 @@
-//! What the kernel says of a stopped process in a union, and descriptors of other processes.
+//! What the kernel says of a stopped process in a union, descriptors of other processes, and Landlock's version.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -32,6 +32,14 @@ pub fn descriptor_of(pid: u32, number: u32) -> io::Result<OwnedFd> {
     let process = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
     // SAFETY: this call takes descriptors and integers.
     owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })
+}
+
+/// The version of Landlock's interface (`landlock_create_ruleset(2)`); -1 where the kernel has none.
+pub fn landlock_version() -> i64 {
+    const VERSION: libc::c_uint = 1;
+    let none = std::ptr::null::<libc::c_void>();
+    // SAFETY: with this flag the call takes no attributes, and returns a number.
+    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0usize, VERSION) }
 }
 
 /// None where it stopped at no call, or is gone.

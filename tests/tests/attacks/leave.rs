@@ -15,7 +15,7 @@ use nix::unistd::{Pid, User};
 use protocol::{Reply, Request, State, WorkerId};
 use testbed::census::{Census, files_anywhere, ipc_of, processes_of};
 use testbed::disk::SmallDisk;
-use testbed::harness::{Client, Running, TestHost, place, tool, worker_id};
+use testbed::harness::{Client, Running, TestHost, has_scopes, not_kept, place, tool, worker_id};
 use testbed::stage::{SLOTS, Stage, attack, create, created, read, start_attack, state, wait_for_line};
 
 /// Start the attempt and let it get as far as it says with `line`; then it stays. Returns the console so far.
@@ -331,18 +331,28 @@ fn row_10_sockets_fifos_and_whiteouts_are_gone_and_devices_refused() {
 
 #[test]
 fn row_11_no_descriptor_can_be_handed_to_another_job() {
-    let stage = Stage::new();
+    let slot =
+        |name| format!("[slots.{name}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nnetwork = \"none\"\n");
+    let stage = Stage::with(&format!("{SLOTS}{}{}", slot("alone"), slot("remote")));
     let client = stage.client();
-    let holder = worker_id();
-    let Reply::UserCreated { uid, .. } = create(&client, holder, "a") else {
-        panic!()
-    };
-    let other = created(&client, "c");
-    // The census knows a Unix socket's owner by this name alone.
-    let name = format!("uid-{uid}-door");
-    ongoing(&client, holder, "door", &[&name], "ready");
-    attack(&client, other, "knock", &[&name]);
-    stage.finish(&[holder, other]);
+    let mut workers = Vec::new();
+    for [one, other] in [["a", "c"], ["alone", "remote"]] {
+        if one == "a" && !has_scopes() {
+            not_kept(&stage.helper, "abstract sockets and signals are not kept within jobs");
+            continue;
+        }
+        let holder = worker_id();
+        let Reply::UserCreated { uid, .. } = create(&client, holder, one) else {
+            panic!()
+        };
+        let other = created(&client, other);
+        // The census knows a Unix socket's owner by this name alone.
+        let name = format!("uid-{uid}-door");
+        ongoing(&client, holder, "door", &[&name], "ready");
+        attack(&client, other, "knock", &[&name]);
+        workers.extend([holder, other]);
+    }
+    stage.finish(&workers);
 }
 
 #[test]

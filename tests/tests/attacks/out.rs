@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use protocol::{ErrorKind, Exit, Reply, Request, State, UserName, config};
 use testbed::census::processes_of;
-use testbed::harness::{sealed, worker_id};
+use testbed::harness::{has_scopes, not_kept, sealed, worker_id};
 use testbed::stage::{
-    Stage, attack, create, created, install, kind, list, start_attack, wait_for_line, wait_until,
+    SLOTS, Stage, attack, create, created, install, kind, list, start_attack, wait_for_line, wait_until,
 };
 
 use crate::leave::ongoing;
@@ -70,7 +70,8 @@ fn row_38_sockets_of_the_host_by_path_and_by_abstract_name() {
 #[test]
 #[ignore = "a part of row 38, which starts it"]
 fn sockets() {
-    let stage = Stage::new();
+    let alone = "[slots.alone]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nnetwork = \"none\"\n";
+    let stage = Stage::with(&format!("{SLOTS}{alone}"));
     let pid = std::process::id();
     let client = stage.client();
     let made = |path: PathBuf| {
@@ -115,12 +116,28 @@ fn sockets() {
         at(&datagrams.0),
         at(&stage.host.socket()),
     ];
+    let paths = words.len();
     for (kind, name) in ["stream", "datagram", "seqpacket"].iter().zip(&names) {
         words.push(format!("{kind}@{name}"));
     }
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let worker = created(&client, "a");
-    attack(&client, worker, "sockets", &words);
+    let [worker, alone] = ["a", "alone"].map(|slot| created(&client, slot));
+    let elsewhere: Vec<String> = words[paths..]
+        .iter()
+        .map(|word| format!("{word}@elsewhere"))
+        .collect();
+    let elsewhere: Vec<&str> = words[..paths]
+        .iter()
+        .copied()
+        .chain(elsewhere.iter().map(String::as_str))
+        .collect();
+    attack(&client, alone, "sockets", &elsewhere);
+    if has_scopes() {
+        attack(&client, worker, "sockets", &words);
+    } else {
+        not_kept(&stage.helper, "abstract sockets and signals are not kept within jobs");
+        attack(&client, worker, "sockets", &words[..paths]);
+    }
     for (listener, made) in &listeners {
         let called = listener.accept().map(drop).expect_err("nobody may call");
         assert_eq!(
@@ -145,7 +162,7 @@ fn sockets() {
         );
     }
     drop((listeners, datagrams));
-    stage.finish(&[worker]);
+    stage.finish(&[worker, alone]);
 }
 
 /// One attempt of a job of slot a, to its end.
@@ -332,7 +349,7 @@ fn row_43_a_token_that_everybody_on_the_host_may_read() {
 #[ignore = "a part of row 43, which starts it"]
 fn open_token() {
     let host = testbed::harness::TestHost::new();
-    host.configure("http://127.0.0.1:9", 0, testbed::stage::SLOTS);
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
     let token = host.root.join("token");
     fs::write(&token, secret()).unwrap();
     open_to_all(&token);
@@ -353,7 +370,7 @@ fn row_43_a_token_that_was_replaced_since() {
 #[ignore = "a part of row 43, which starts it"]
 fn replaced_token() {
     let host = testbed::harness::TestHost::new();
-    host.configure("http://127.0.0.1:9", 0, testbed::stage::SLOTS);
+    host.configure("http://127.0.0.1:9", 0, SLOTS);
     let token = host.root.join("token");
     fs::write(&token, "an old one").unwrap();
     let stage = Stage::on(host, None);

@@ -71,7 +71,8 @@ const KINDS: [(&str, i32); 3] = [
     ("seqpacket", libc::SOCK_SEQPACKET),
 ];
 
-/// Words are paths, and `KIND@NAME` for abstract names on which somebody listens.
+/// Words are paths, and `KIND@NAME` for abstract names on which somebody listens; `KIND@NAME@elsewhere`, where that is in
+/// another network namespace, so that the name is not even known.
 fn sockets(report: &mut Report, words: &[String]) {
     let usual = [
         "/run/docker.sock",
@@ -121,6 +122,10 @@ fn sockets(report: &mut Report, words: &[String]) {
         let Some((name, place)) = word.split_once('@') else {
             continue;
         };
+        let (place, expected) = match place.strip_suffix("@elsewhere") {
+            Some(place) => (place, libc::ECONNREFUSED),
+            None => (place, libc::EPERM),
+        };
         let place = format!("\0{place}");
         let kind = KINDS
             .iter()
@@ -131,14 +136,14 @@ fn sockets(report: &mut Report, words: &[String]) {
             report,
             format!("abstract {name}"),
             connect(kind, place.as_bytes()),
-            libc::EPERM,
+            expected,
         );
         if name == "datagram" {
             refused(
                 report,
                 "an abstract datagram",
                 send_to(place.as_bytes()),
-                libc::EPERM,
+                expected,
             );
         }
     }
