@@ -67,7 +67,11 @@ impl World {
                 let reason = field("reason");
                 let reason = reason.as_str().expect("a reason");
                 self.checks.fails(worker(), reason, &self.server);
-                self.server.fail(worker(), reason, self.settings)
+                let answer = self.server.fail(worker(), reason, self.settings);
+                if answer.0 == 204 {
+                    self.checks.told(worker());
+                }
+                answer
             }
             other => panic!("{other:?} is not the server's"),
         }

@@ -31,6 +31,10 @@ pub struct Track {
     pub forgotten: bool,
     /// The server, asked to fail it, would not.
     pub cannot_tell: bool,
+    /// The server has been told that it failed.
+    pub told: bool,
+    /// For how long its processes have gone on since, with nothing in the way of ending them.
+    pub goes_on_ms: u64,
     pub held_since: Option<u64>,
     /// The supervisor has seen that it is held, in this list of its.
     pub seen_held: Option<u64>,
@@ -113,6 +117,10 @@ impl Checks {
 
     pub fn deleted(&mut self, id: WorkerId) {
         self.track(id).deleted = true;
+    }
+
+    pub fn told(&mut self, id: WorkerId) {
+        self.track(id).told = true;
     }
 
     /// The server would not be told of its failure.

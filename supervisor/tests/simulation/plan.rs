@@ -102,8 +102,10 @@ impl Plan {
         for slot in &self.slots {
             let target = TargetId::from_bits(1 + u128::from(slot.target));
             text += &format!(
-                "[slots.{}]\ntarget = \"{target}\"\nconflicts_with_slots = {:?}\n",
-                slot.name, slot.conflicts
+                "[slots.{}]\ntarget = \"{target}\"\nconflicts_with_slots = {:?}\nkeep_processes = {}\n",
+                slot.name,
+                slot.conflicts,
+                slot.name.ends_with('2')
             );
         }
         Config::parse(&text).expect("a plan makes a configuration")

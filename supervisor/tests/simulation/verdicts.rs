@@ -1,7 +1,7 @@
 //! What must hold, whatever happens. Everything is judged from outside: by the calls that arrive, and by what
 //! the server and the host are then.
 
-use protocol::{Error, ErrorKind, Request, SlotName, WorkerId};
+use protocol::{Error, ErrorKind, Request, SlotName, State, WorkerId};
 use serde_json::Value;
 use supervisor::view::ServerWorker;
 use supervisor::worker::FORGOTTEN_MS;
@@ -246,6 +246,32 @@ impl Checks {
             self.fail(format!(
                 "{id} is failed, though nothing was wrong with it: {reason}"
             ));
+        }
+    }
+
+    /// A second has passed. No process of a failed worker goes on beside a slot that waits for a person, unless the slot
+    /// keeps them. `fair`: the supervisor runs, and all whom it calls answer.
+    pub fn processes_end(&mut self, fair: bool, server: &Server, host: &Host) {
+        let limit = 60_000 + 2_000 * self.config.factory.poll_seconds;
+        let mut found = None;
+        for (id, track) in &mut self.tracks {
+            let is_held = server.workers.get(id).is_some_and(|w| w.hold && !w.deleted);
+            let goes_on = host.workers.get(id).is_some_and(|w| {
+                let slot = self.config.slots.get(&w.slot);
+                w.state == State::Running && !w.ghost && slot.is_none_or(|slot| !slot.keep_processes)
+            });
+            let excused = track.lied_about || track.forgotten;
+            if !(fair && track.told && is_held && goes_on) || excused {
+                track.goes_on_ms = 0;
+                continue;
+            }
+            track.goes_on_ms += 1_000;
+            if track.goes_on_ms > limit {
+                found.get_or_insert(*id);
+            }
+        }
+        if let Some(id) = found {
+            self.fail(format!("{id} has failed, and its processes go on"));
         }
     }
 

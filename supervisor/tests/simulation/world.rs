@@ -296,6 +296,7 @@ impl World {
             && self.every.is_empty()
             && matches!((self.server_mode, self.helper_mode), (Mode::Up, Mode::Up));
         self.fair_since = fair.then_some(self.fair_since.unwrap_or(self.now));
+        self.checks.processes_end(fair, &self.server, &self.host);
         for (id, heard) in missed {
             // In fair weather the factory sees long before what became of its agent.
             if self
