@@ -289,11 +289,11 @@ fn mount_in_dev(name: &str, plan: &Plan) -> Result<()> {
         .memory
         .map_or("50%".to_owned(), |bytes| bytes.to_string());
     let (kind, nodev, options) = match name {
-        // Of terminals the host has as many for all jobs together as kernel.pty.max says.
+        // All jobs together have what kernel.pty.max and kernel.pty.reserve leave them: 3,072, unless the host sets it.
         "pts" => (
             "devpts",
             MsFlags::empty(),
-            "newinstance,ptmxmode=0666,mode=0620,max=1024".to_owned(),
+            "newinstance,ptmxmode=0666,mode=0620,max=128".to_owned(),
         ),
         "shm" => ("tmpfs", nodev, format!("mode=1777,size={memory}")),
         _ => ("mqueue", nodev, String::new()),

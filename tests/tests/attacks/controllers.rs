@@ -14,9 +14,9 @@ use testbed::stage::{Stage, attack, created, read, start_attack, state, wait_unt
 use crate::leave::ongoing;
 use crate::starve::slots;
 
-const LIMIT: u64 = 48 << 20;
+pub const LIMIT: u64 = 48 << 20;
 /// What the kernel charges in any case, for pages that must be had.
-const SLACK: u64 = 1 << 20;
+pub const SLACK: u64 = 1 << 20;
 
 /// A file of the worker's cgroup.
 fn file(stage: &Stage, worker: WorkerId, name: &str) -> PathBuf {
@@ -24,7 +24,7 @@ fn file(stage: &Stage, worker: WorkerId, name: &str) -> PathBuf {
     cgroup.join(name)
 }
 
-fn number(stage: &Stage, worker: WorkerId, name: &str) -> u64 {
+pub fn number(stage: &Stage, worker: WorkerId, name: &str) -> u64 {
     let path = file(stage, worker, name);
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path:?}: {error}"));
     text.trim()

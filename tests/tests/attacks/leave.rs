@@ -338,7 +338,10 @@ fn row_11_no_descriptor_can_be_handed_to_another_job() {
     let mut workers = Vec::new();
     for [one, other] in [["a", "c"], ["alone", "remote"]] {
         if one == "a" && !has_scopes() {
-            not_kept(&stage.helper, "abstract sockets and signals are not kept within jobs");
+            not_kept(
+                &stage.helper,
+                "abstract sockets and signals are not kept within jobs",
+            );
             continue;
         }
         let holder = worker_id();

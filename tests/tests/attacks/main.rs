@@ -8,6 +8,7 @@ mod cleanup;
 mod connections;
 mod controllers;
 mod descriptors;
+mod held;
 mod leave;
 mod neighbours;
 mod out;

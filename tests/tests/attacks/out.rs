@@ -135,7 +135,10 @@ fn sockets() {
     if has_scopes() {
         attack(&client, worker, "sockets", &words);
     } else {
-        not_kept(&stage.helper, "abstract sockets and signals are not kept within jobs");
+        not_kept(
+            &stage.helper,
+            "abstract sockets and signals are not kept within jobs",
+        );
         attack(&client, worker, "sockets", &words[..paths]);
     }
     for (listener, made) in &listeners {

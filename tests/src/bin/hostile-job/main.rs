@@ -7,6 +7,7 @@
 mod calls;
 mod cleanup;
 mod filter;
+mod hold;
 mod host_files;
 mod leave;
 mod memory;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
     let name = words.next().unwrap_or_default();
     let words: Vec<String> = words.collect();
     let all = [
+        hold::ATTEMPTS,
         leave::ATTEMPTS,
         host_files::ATTEMPTS,
         mess::ATTEMPTS,

@@ -49,7 +49,7 @@ fn in_a_memfd() -> io::Result<Held> {
 }
 
 /// Write what nobody reads, until no more goes in.
-fn filled(mut end: impl Write + AsFd) -> io::Result<usize> {
+pub fn filled(mut end: impl Write + AsFd) -> io::Result<usize> {
     fcntl(&end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     let mut total = 0;
     loop {
@@ -119,7 +119,7 @@ fn memory_bomb(report: &mut Report, words: &[String]) {
 }
 
 /// As many as a process of the slot may have: the soft limit is lower.
-fn raise_open_files() {
+pub fn raise_open_files() {
     let mut limit = [0u64; 2];
     let get = [
         0,

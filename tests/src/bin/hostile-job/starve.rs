@@ -215,7 +215,7 @@ fn take_everything(report: &mut Report, words: &[String]) {
         total += u64::from(count);
         last = Some(io::Error::from_raw_os_error(why as i32));
     }
-    bounded(report, "terminals", total, (files, 1024), &last, &[libc::ENOSPC]);
+    bounded(report, "terminals", total, (128, 128), &last, &[libc::ENOSPC]);
 
     let (all, error) = take(20 * processes, |_| child(|| ()));
     // Some are there already: the terminals' holders, this one, pid 1.

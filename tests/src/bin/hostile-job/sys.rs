@@ -26,6 +26,12 @@ pub fn fork(work: impl FnOnce()) -> libc::pid_t {
     }
 }
 
+/// A fault that the kernel takes note of (`show_unhandled_signals`).
+pub fn read_nothing() {
+    // SAFETY: it is not sound: it ends the process, which is what it is for.
+    let _ = unsafe { std::ptr::read_volatile(std::ptr::without_provenance::<u8>(16)) };
+}
+
 /// A path for a system call; it must outlive the call.
 pub fn c(path: impl AsRef<std::ffi::OsStr>) -> std::ffi::CString {
     use std::os::unix::ffi::OsStrExt;
