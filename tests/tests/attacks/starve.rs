@@ -3,17 +3,21 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use nix::sys::inotify::AddWatchFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Exit, Reply, Request, State, WorkerId};
 use testbed::census::processes_of;
 use testbed::disk::SmallDisk;
 use testbed::harness::{PATIENCE, Running, TestHost, binaries, has_controller};
-use testbed::stage::{Stage, attack, created, read, start_attack, state, wait_for_line, wait_until};
+use testbed::stage::{Stage, attack, created, read, start_attack, state, wait_for_line, wait_until, watch};
 
 use crate::leave::ongoing;
+
+/// What a timer may have of its own: its stack, and what it changed of the memory that it was forked with.
+const TIMER_KIB: u64 = 256;
 
 /// Slots with these limits: a slot's name and the lines of its table `limits`.
 pub fn slots(all: &[(&str, &str)]) -> String {
@@ -193,6 +197,17 @@ fn first_process(host: &TestHost, worker: WorkerId) -> Pid {
     Pid::from_raw(first.parse().unwrap())
 }
 
+/// Wait until no process of the worker is left, without asking the helper.
+fn wait_until_empty(host: &TestHost, worker: WorkerId) {
+    let cgroup = host.cgroup_dir().join("workers").join(worker.to_string());
+    let events = cgroup.join("cgroup.events");
+    let is_empty = || fs::read_to_string(&events).unwrap().contains("populated 0");
+    assert!(
+        watch(&events, AddWatchFlags::IN_MODIFY, is_empty),
+        "the job goes on"
+    );
+}
+
 #[test]
 fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
     let mut stage = Stage::with(&slots(&[
@@ -212,18 +227,8 @@ fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
     // The helper is away when the time is over.
     stage.helper.signal(Signal::SIGKILL);
     stage.helper.wait();
-    let begin = Instant::now();
     for worker in [one, other] {
-        let events = stage
-            .host
-            .cgroup_dir()
-            .join("workers")
-            .join(worker.to_string())
-            .join("cgroup.events");
-        while !fs::read_to_string(&events).unwrap().contains("populated 0") {
-            assert!(begin.elapsed() < PATIENCE, "the job goes on");
-            std::thread::yield_now();
-        }
+        wait_until_empty(&stage.host, worker);
     }
     stage.helper = stage.host.helper();
     let client = stage.client();
@@ -233,6 +238,71 @@ fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
     assert!(read(&console).ends_with("[the agent has run as long as the slot lets it]\n"));
     drop(client);
     stage.finish(&[one, other]);
+}
+
+#[test]
+fn row_91_the_run_time_limit_holds_beside_thousands_of_threads_and_endless_output() {
+    let stage = Stage::with(&slots(&[("a", "run_time_seconds = 10\nconsole = \"64K\"")]));
+    let client = stage.client();
+    let worker = created(&client, "a");
+    let begin = Instant::now();
+    let console = start_attack(&client, worker, "never-end", &["threads"]);
+    wait_for_line(&console, "ready");
+    // Both its pid 1 and the supervisor do nothing from now on.
+    kill(first_process(&stage.host, worker), Signal::SIGSTOP).unwrap();
+    drop((client, console));
+    wait_until_empty(&stage.host, worker);
+    let took = begin.elapsed();
+    // The limit, the five seconds that the timer leaves to pid 1, and what two thousand threads hold the test up.
+    assert!(took < Duration::from_secs(10 + 5 + 30), "{took:?}");
+    assert_eq!(state(&stage.client(), worker), State::Exited(Exit::TimedOut));
+    stage.finish(&[worker]);
+}
+
+/// The timers of all workers: who has a `cgroup.kill` open among the helper's processes.
+fn timers(host: &TestHost) -> Vec<String> {
+    let processes = fs::read_to_string(host.cgroup_dir().join("daemon/cgroup.procs")).unwrap();
+    let is_timer = |pid: &&str| {
+        let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+            return false;
+        };
+        let mut paths = descriptors
+            .flatten()
+            .filter_map(|entry| fs::read_link(entry.path()).ok());
+        paths.any(|path| path.ends_with("cgroup.kill"))
+    };
+    processes.lines().filter(is_timer).map(str::to_owned).collect()
+}
+
+#[test]
+fn row_91_a_timer_takes_little_memory_and_ends_with_its_worker() {
+    let stage = Stage::with(&slots(&[("a", "run_time_seconds = 3600"), ("c", "")]));
+    let client = stage.client();
+    let [timed, other] = ["a", "c"].map(|slot| created(&client, slot));
+    for worker in [timed, other] {
+        let console = start_attack(&client, worker, "never-end", &["quiet"]);
+        wait_for_line(&console, "ready");
+    }
+    let [timer] = &timers(&stage.host)[..] else {
+        panic!("one worker has a timer: {:?}", timers(&stage.host));
+    };
+    let memory = fs::read_to_string(format!("/proc/{timer}/smaps_rollup")).unwrap();
+    let private: u64 = memory
+        .lines()
+        .filter(|line| line.starts_with("Private_"))
+        .map(|line| line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap())
+        .sum();
+    println!("a timer has {private} KiB of its own");
+    assert!(private < TIMER_KIB, "{memory}");
+    let own = fs::read_to_string(format!("/proc/{timer}/status")).unwrap();
+    assert!(own.contains("CapPrm:\t0000000000000000"), "{own}");
+    stage.delete(&[timed]);
+    let begin = Instant::now();
+    while !timers(&stage.host).is_empty() {
+        assert!(begin.elapsed() < PATIENCE, "{:?}", timers(&stage.host));
+        std::thread::yield_now();
+    }
+    stage.finish(&[other]);
 }
 
 #[test]

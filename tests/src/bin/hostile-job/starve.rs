@@ -358,12 +358,25 @@ fn chatter(_: &mut Report, words: &[String]) {
 }
 
 /// With the word `noisy`, all of them print as fast as they can.
+/// The word: `quiet`, `noisy`, or `threads`: two thousand that spin, beside the noise.
 fn never_end(report: &mut Report, words: &[String]) {
-    let noisy = words.first().is_some_and(|word| word == "noisy");
+    const THREADS: usize = 500;
+    let word = words.first().map(String::as_str);
     for _ in 0..4 {
         daemon(|| {
             ignore_every_signal();
-            if noisy {
+            if word == Some("threads") {
+                for _ in 0..THREADS {
+                    let spin = || {
+                        loop {
+                            std::hint::spin_loop();
+                        }
+                    };
+                    let thread = std::thread::Builder::new().stack_size(1 << 16);
+                    thread.spawn(spin).expect("the slot has room for threads");
+                }
+            }
+            if word != Some("quiet") {
                 loop {
                     let _ = nix::unistd::write(io::stdout(), &[b'y'; 4096]);
                 }
