@@ -10,6 +10,7 @@ use crate::agent::AgentCache;
 use crate::console;
 use crate::factory::Outcome;
 use crate::helper::{self, Helper};
+use crate::identity::Identity;
 use crate::server::{self, Server};
 use crate::view::{Side, Trouble};
 use crate::worker::Action;
@@ -17,19 +18,22 @@ use crate::worker::Action;
 /// A server that has no job for the lines yet is asked again so many times, a second apart.
 const APPEND_TRIES: u32 = 3;
 
-/// The three that actions need.
+/// What actions need.
 #[derive(Debug)]
 pub struct Hands {
     pub server: Server,
     pub helper: Helper,
     pub agent: AgentCache,
+    /// What this host marks its workers with.
+    pub identity: Identity,
 }
 
 impl Hands {
     pub async fn carry_out(&self, worker: WorkerId, action: Action) -> Outcome {
         match action {
             Action::Associate { slot, scripts } => {
-                of_server(self.server.associate(worker, &slot, &scripts).await)
+                let mark = self.identity.mark(&slot);
+                of_server(self.server.associate(worker, &mark, &scripts).await)
             }
             Action::CreateUser { slot } => of_helper(self.helper.create_user(worker, slot).await),
             Action::InstallAgent { bootstrap } => self.install(worker, bootstrap).await,
@@ -158,6 +162,7 @@ fn of_helper(result: Result<(), helper::Error>) -> Outcome {
 mod tests {
     use super::*;
     use crate::helper::{Line, Pending, Road};
+    use crate::identity::InstanceId;
     use crate::server::{Call, Carrier};
     use protocol::{Exit, Received, Reply, Request, State, VERSION, wire};
     use std::io::Write;
@@ -213,6 +218,7 @@ mod tests {
             server: Server::over(Arc::new(world.clone())),
             helper: Helper::over(Arc::new(world.clone())),
             agent: AgentCache::new("/nowhere".into(), Vec::new()),
+            identity: Identity::new("here", InstanceId::parse("00000000").unwrap()),
         };
         let action = Action::Tell {
             reason: "it broke".into(),

@@ -4,9 +4,9 @@
 //! [`schedule`] finds free, and makes a [`worker`] for each. What the worker needs next follows from its
 //! saved phase alone; [`act`] carries it out, with the buildomat server ([`server`]), the root helper
 //! ([`helper`]) and the agent's program ([`agent`]). [`store`] remembers the workers, [`reconcile`] finds
-//! an owner or an end for whatever does not fit, and [`shell`] is the loop that ties the pure core
-//! ([`factory`], [`worker`], [`schedule`], [`reconcile`], [`backoff`]) to the world. The operator looks in, and
-//! has a say, through [`control`]. Beside all that, and without a word to it, [`gate`] carries the bytes of jobs
+//! an owner or an end for whatever does not fit ([`identity`] tells this host's workers from another's), and
+//! [`shell`] is the loop that ties the pure core ([`factory`], [`worker`], [`schedule`], [`reconcile`], [`backoff`])
+//! to the world. The operator looks in, and has a say, through [`control`]. Beside all that, and without a word to it, [`gate`] carries the bytes of jobs
 //! that can reach nobody but the server.
 //!
 //! Nothing in this crate runs as root, and nothing in it needs to be trusted by the helper.
@@ -23,6 +23,7 @@ pub mod factory;
 pub mod gate;
 pub mod helper;
 pub mod host;
+pub mod identity;
 pub mod limiter;
 pub mod log;
 pub mod notify;

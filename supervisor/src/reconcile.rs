@@ -8,14 +8,24 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{SlotName, State, TargetId, WorkerId, WorkerInfo};
 
+use crate::identity::{Identity, Owner};
 use crate::schedule::{Free, Plan};
 use crate::view::ServerWorker;
 use crate::worker::{Action, Kill, Phase, Worker};
+
+/// A host that has just made a worker associates it at once. One that has been without an owner for so long, or for as
+/// long as an agent may take, has lost the one that made it. (Should it return, it is too late: the server takes the
+/// first owner's mark and no other.)
+const UNCLAIMED_MS: u64 = 60_000;
+/// A worker of this host that its database does not know is made again this long after its agent should have been
+/// online: a copy of this host, with its instance id, would have started it by then.
+const RECLAIM_MS: u64 = 60_000;
 
 /// All that a decision depends on.
 #[derive(Debug)]
 pub struct Question<'a> {
     pub plan: &'a Plan,
+    pub identity: &'a Identity,
     pub known: &'a BTreeMap<WorkerId, Worker>,
     pub server: &'a [ServerWorker],
     pub host: &'a [WorkerInfo],
@@ -23,9 +33,15 @@ pub struct Question<'a> {
     pub promised: &'a BTreeSet<SlotName>,
     /// Workers that came to their end after a list was asked for.
     pub ended: &'a BTreeSet<WorkerId>,
-    /// Workers of the server that have waited for a slot for too long.
-    pub tired: &'a BTreeSet<WorkerId>,
-    /// A worker is being made: one without a slot may be it.
+    /// For how many milliseconds the server has listed those that are not known, and not held.
+    pub unknown_for: &'a BTreeMap<WorkerId, u64>,
+    /// How long an agent may take to come online, in milliseconds.
+    pub online_timeout: u64,
+    /// Workers that are not this host's, and that the operator wants deleted all the same.
+    pub condemned: &'a BTreeSet<WorkerId>,
+    /// Another host has been seen to use the same token.
+    pub others_seen: bool,
+    /// A worker is being made: one without an owner may be it.
     pub making: bool,
     pub now: u64,
 }
@@ -43,6 +59,19 @@ pub enum Decision {
         slot: Option<SlotName>,
         action: Action,
     },
+    /// It may be another host's: it is left alone, and a person is told.
+    Report { worker: WorkerId, why: NotOurs },
+}
+
+/// Why a worker on the server is left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotOurs {
+    /// It has another host's mark.
+    OtherHost,
+    /// It has no mark of any host, and nothing shows that it is this one's.
+    NoMark,
+    /// It has this host's mark, and neither the database nor the host has it.
+    Lost,
 }
 
 /// What to do about those that the store does not know. The order is that of the lists.
@@ -56,28 +85,16 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
     let (mut free, all) = (q.plan.free(&used, []), q.plan.free(&BTreeSet::new(), []));
     let mut decisions = Vec::new();
     for w in q.server.iter().filter(|w| strange(w.id)) {
-        if let Some(info) = on_host.get(&w.id) {
-            decisions.push(Decision::Adopt(adopted(
-                w,
-                info.slot.clone(),
-                phase_of(w, info.state),
-                q.now,
-            )));
-        } else if w.hold || (w.private.is_none() && q.making) {
-            // Somebody's evidence, or perhaps the one that is just being made: a later list will tell.
-        } else if let Some(slot) = slot_for(w, &free) {
-            free.take(&slot);
-            decisions.push(Decision::Adopt(adopted(w, slot, Phase::Reserved, q.now)));
-        } else if !q.tired.contains(&w.id) && slot_for(w, &all).is_some() {
-            // Its job has not begun, and need not fail because others were here first.
-            decisions.push(Decision::Wait(w.target));
-        } else {
-            decisions.push(Decision::End {
-                worker: w.id,
-                slot: None,
-                action: Action::ServerDelete { gone: false },
-            });
+        let decision = match on_host.get(&w.id) {
+            Some(info) => Some(present(q, w, info)),
+            None => absent(q, w, &free, &all),
+        };
+        if let Some(Decision::Adopt(worker)) = &decision
+            && !on_host.contains_key(&w.id)
+        {
+            free.take(&worker.slot);
         }
+        decisions.extend(decision);
     }
     for info in q
         .host
@@ -94,15 +111,74 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
     decisions
 }
 
-/// Can this worker, of which the host has nothing, still be made here? Its bootstrap token must be unused.
-fn slot_for(w: &ServerWorker, free: &Free<'_>) -> Option<SlotName> {
-    if w.online || w.recycle {
+/// A worker of the server that this host has something of.
+fn present(q: &Question<'_>, w: &ServerWorker, info: &WorkerInfo) -> Decision {
+    let slot = info.slot.clone();
+    if q.condemned.contains(&w.id) {
+        return Decision::Adopt(adopted(w, slot, Phase::Destroying, q.now));
+    }
+    match q.identity.owner(w.private.as_deref()) {
+        // Its files can have been copied with a disk. What runs here was started here, whatever the mark says.
+        Owner::Other(_) if info.state != State::Running => Decision::Report {
+            worker: w.id,
+            why: NotOurs::OtherHost,
+        },
+        _ => Decision::Adopt(adopted(w, slot, phase_of(w, info.state), q.now)),
+    }
+}
+
+/// A worker of the server that this host has nothing of.
+fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -> Option<Decision> {
+    let worker = w.id;
+    let report = |why| Some(Decision::Report { worker, why });
+    let end = Some(Decision::End {
+        worker,
+        slot: None,
+        action: Action::ServerDelete { gone: false },
+    });
+    if q.condemned.contains(&worker) {
+        return end;
+    }
+    let owner = q.identity.owner(w.private.as_deref());
+    let waits = match owner {
+        Owner::Other(_) => return report(NotOurs::OtherHost),
+        // Somebody's evidence.
+        _ if w.hold => return None,
+        Owner::Unmarked(_) => return report(NotOurs::NoMark),
+        // Its job is over, and this host is clean of it.
+        _ if w.recycle => return end,
+        Owner::Nobody if w.online => return report(NotOurs::NoMark),
+        Owner::Own(_) if w.online => return report(NotOurs::Lost),
+        // Perhaps the one that is just being made: a later list will tell.
+        Owner::Nobody if q.making => return None,
+        Owner::Nobody => UNCLAIMED_MS.min(q.online_timeout),
+        Owner::Own(_) => q.online_timeout.saturating_add(RECLAIM_MS),
+    };
+    let unknown_for = q.unknown_for.get(&worker).copied().unwrap_or(0);
+    if unknown_for < waits {
         return None;
     }
-    let slot = match &w.private {
-        None => free.pick(w.target),
+    if let Some(slot) = slot_for(w, &owner, free) {
+        return Some(Decision::Adopt(adopted(w, slot, Phase::Reserved, q.now)));
+    }
+    let tired = unknown_for >= waits.saturating_add(q.online_timeout);
+    if !tired && slot_for(w, &owner, all).is_some() {
+        // Its job has not begun, and need not fail because others were here first.
+        Some(Decision::Wait(w.target))
+    } else if owner == Owner::Nobody && q.others_seen {
+        report(NotOurs::NoMark)
+    } else {
+        end
+    }
+}
+
+/// The slot in which this worker, of which the host has nothing, can be made.
+fn slot_for(w: &ServerWorker, owner: &Owner, free: &Free<'_>) -> Option<SlotName> {
+    let slot = match owner {
+        Owner::Nobody => free.pick(w.target),
         // The server lets a slot be set once, so it is this one or none.
-        Some(name) => free.has(name, w.target),
+        Owner::Own(slot) | Owner::Unmarked(slot) => free.has(slot.as_str(), w.target),
+        Owner::Other(_) => None,
     };
     slot.cloned()
 }
@@ -141,6 +217,7 @@ pub fn adopted(w: &ServerWorker, slot: SlotName, phase: Phase, now: u64) -> Work
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::InstanceId;
     use proptest::prelude::*;
     use protocol::config::Config;
     use protocol::{Exit, Uid};
@@ -177,106 +254,138 @@ mod tests {
         }
     }
 
-    fn decide(server: &[ServerWorker], host: &[WorkerInfo], making: bool) -> Vec<String> {
-        decide_tired(server, host, making, &BTreeSet::new())
+    /// What is asked besides the lists.
+    #[derive(Clone, Default)]
+    struct Around {
+        making: bool,
+        unknown_for: u64,
+        condemned: bool,
+        others_seen: bool,
     }
 
-    fn decide_tired(
-        server: &[ServerWorker],
-        host: &[WorkerInfo],
-        making: bool,
-        tired: &BTreeSet<WorkerId>,
-    ) -> Vec<String> {
+    const TIMEOUT: u64 = 300_000;
+    const LONG: Around = Around {
+        making: false,
+        unknown_for: TIMEOUT + RECLAIM_MS,
+        condemned: false,
+        others_seen: false,
+    };
+
+    fn decide(server: &[ServerWorker], host: &[WorkerInfo], around: &Around) -> Vec<String> {
         let (known, promised, ended) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
         let plan = Plan::of(&config());
+        let unknown_for = server.iter().map(|w| (w.id, around.unknown_for)).collect();
+        let condemned = server.iter().filter(|_| around.condemned).map(|w| w.id);
         let q = Question {
             plan: &plan,
+            identity: &Identity::new("here", InstanceId::parse("00000000").unwrap()),
             known: &known,
             server,
             host,
             promised: &promised,
             ended: &ended,
-            tired,
-            making,
+            unknown_for: &unknown_for,
+            online_timeout: TIMEOUT,
+            condemned: &condemned.collect(),
+            others_seen: around.others_seen,
+            making: around.making,
             now: 5,
         };
         let show = |d: Decision| match d {
             Decision::Adopt(w) => format!("adopt {} {}", w.slot, w.phase.name()),
             Decision::Wait(_) => "wait".to_owned(),
             Decision::End { action, .. } => action.name().to_owned(),
+            Decision::Report { why, .. } => format!("{why:?}"),
         };
         reconcile(&q).into_iter().map(show).collect()
     }
 
+    const OWN: Option<&str> = Some("a@here/00000000");
+    const OTHER: Option<&str> = Some("a@here/11111111");
+    const EXITED: State = State::Exited(Exit::Unknown);
+
     #[test]
-    fn strays_of_the_server_and_the_host() {
-        let no: &[WorkerInfo] = &[];
-        let has = |state| vec![host(1, "a", state)];
-        for (worker, on_host, making, expected) in [
-            (
-                server(1, None, false, false, false),
-                no,
-                false,
-                "adopt a reserved",
-            ),
-            (
-                server(1, Some("b"), false, false, false),
-                no,
-                false,
-                "adopt b reserved",
-            ),
-            (
-                server(1, Some("zz"), false, false, false),
-                no,
-                false,
-                "delete on the server",
-            ),
-            (
-                server(1, Some("a"), true, false, false),
-                no,
-                false,
-                "delete on the server",
-            ),
-            (
-                server(1, None, false, false, true),
-                no,
-                false,
-                "delete on the server",
-            ),
-            (server(1, None, false, true, false), no, false, ""),
-            (server(1, None, false, false, false), no, true, ""),
-            (
-                server(1, Some("a"), true, false, false),
-                &has(State::Running),
-                false,
-                "adopt a online",
-            ),
-            (
-                server(1, Some("a"), true, true, false),
-                &has(State::Exited(Exit::Unknown)),
-                false,
-                "adopt a online",
-            ),
-            (
-                server(1, Some("a"), false, false, false),
-                &has(State::Created),
-                false,
-                "adopt a reserved",
-            ),
-            (
-                server(1, Some("a"), true, false, true),
-                &has(State::Running),
-                false,
-                "adopt a destroying",
-            ),
+    fn what_only_the_server_has_is_taken_up_ended_or_left_to_its_owner() {
+        let long = |unknown_for| Around { unknown_for, ..LONG };
+        let new = Around::default();
+        let making = Around { making: true, ..LONG };
+        let others = Around {
+            others_seen: true,
+            ..LONG
+        };
+        let condemned = Around {
+            condemned: true,
+            ..Around::default()
+        };
+        let end = "delete on the server";
+        // Its private; then: online, held, to be recycled.
+        for (private, [online, hold, recycle], around, expected) in [
+            (None, [false; 3], &new, ""),
+            (None, [false; 3], &long(UNCLAIMED_MS - 1), ""),
+            (None, [false; 3], &long(UNCLAIMED_MS), "adopt a reserved"),
+            (None, [false; 3], &making, ""),
+            (None, [false; 3], &others, "adopt a reserved"),
+            (None, [false, true, false], &LONG, ""),
+            (None, [false, false, true], &new, end),
+            (None, [true, false, false], &LONG, "NoMark"),
+            (OWN, [false; 3], &new, ""),
+            (OWN, [false; 3], &long(TIMEOUT + RECLAIM_MS - 1), ""),
+            (OWN, [false; 3], &LONG, "adopt a reserved"),
+            (Some("zz@here/00000000"), [false; 3], &new, ""),
+            (Some("zz@here/00000000"), [false; 3], &LONG, end),
+            (OWN, [true, false, false], &LONG, "Lost"),
+            (OWN, [true, true, false], &LONG, ""),
+            (OWN, [true, false, true], &new, end),
+            (Some("a"), [false; 3], &LONG, "NoMark"),
+            (Some("a"), [true, false, false], &LONG, "NoMark"),
+            (Some("a"), [true, false, true], &LONG, "NoMark"),
+            (OTHER, [false; 3], &LONG, "OtherHost"),
+            (OTHER, [true, false, false], &LONG, "OtherHost"),
+            (OTHER, [true, true, false], &LONG, "OtherHost"),
+            (OTHER, [true, false, true], &LONG, "OtherHost"),
+            (Some("no mark at all"), [true, false, true], &LONG, "OtherHost"),
+            (OTHER, [true, false, false], &condemned, end),
+            (OTHER, [true, true, false], &condemned, end),
+            (OWN, [true, false, false], &condemned, end),
         ] {
+            let worker = server(1, private, online, hold, recycle);
             assert_eq!(
-                decide(std::slice::from_ref(&worker), on_host, making).join(" "),
+                decide(std::slice::from_ref(&worker), &[], around).join(" "),
                 expected,
                 "{worker:?}"
             );
         }
-        assert_eq!(decide(&[], &has(State::Running), false), ["delete on the host"]);
+    }
+
+    #[test]
+    fn what_the_host_has_is_this_hosts_unless_another_marked_it_and_nothing_of_it_runs() {
+        let new = Around::default();
+        for (private, [online, hold, recycle], state, expected) in [
+            (OWN, [true, false, false], State::Running, "adopt a online"),
+            (OWN, [true, true, false], EXITED, "adopt a online"),
+            (OWN, [false; 3], State::Created, "adopt a reserved"),
+            (OWN, [true, false, true], State::Running, "adopt a destroying"),
+            (None, [false; 3], State::Created, "adopt a reserved"),
+            (Some("a"), [true, false, false], State::Running, "adopt a online"),
+            (Some("a"), [true, false, false], EXITED, "adopt a online"),
+            (OTHER, [true, false, false], State::Running, "adopt a online"),
+            (OTHER, [true, false, false], EXITED, "OtherHost"),
+            (OTHER, [false; 3], State::Created, "OtherHost"),
+            (OTHER, [true, false, true], EXITED, "OtherHost"),
+        ] {
+            let worker = server(1, private, online, hold, recycle);
+            let decided = decide(std::slice::from_ref(&worker), &[host(1, "a", state)], &new);
+            assert_eq!(decided.join(" "), expected, "{worker:?} {state:?}");
+        }
+        let condemned = Around {
+            condemned: true,
+            ..Around::default()
+        };
+        let worker = server(1, OTHER, true, false, false);
+        let decided = decide(&[worker], &[host(1, "a", EXITED)], &condemned);
+        assert_eq!(decided, ["adopt a destroying"]);
+        let alone = decide(&[], &[host(1, "a", State::Running)], &new);
+        assert_eq!(alone, ["delete on the host"]);
     }
 
     #[test]
@@ -285,32 +394,71 @@ mod tests {
             server(1, None, false, false, false),
             server(2, None, false, false, false),
         ];
-        assert_eq!(decide(&both, &[], false), ["adopt a reserved", "wait"]);
+        let around = Around {
+            unknown_for: UNCLAIMED_MS,
+            ..LONG
+        };
+        assert_eq!(decide(&both, &[], &around), ["adopt a reserved", "wait"]);
     }
 
     #[test]
     fn a_worker_whose_slot_is_busy_waits_for_it_and_not_for_ever() {
-        let strays = [server(1, Some("a"), false, false, false)];
         let busy = [host(2, "b", State::Running)];
-        let decide = |tired: &BTreeSet<WorkerId>| decide_tired(&strays, &busy, false, tired);
-        assert_eq!(decide(&BTreeSet::new()), ["wait", "delete on the host"]);
-        let tired = BTreeSet::from([WorkerId::from_bits(1)]);
-        assert_eq!(decide(&tired), ["delete on the server", "delete on the host"]);
+        let decide = |private, others_seen, unknown_for| {
+            let around = Around {
+                others_seen,
+                unknown_for,
+                ..LONG
+            };
+            let strays = [server(1, private, false, false, false)];
+            decide(&strays, &busy, &around)[0].clone()
+        };
+        for (private, waits) in [(OWN, TIMEOUT + RECLAIM_MS), (None, UNCLAIMED_MS)] {
+            let decide = |others, waited| decide(private, others, waits + waited);
+            assert_eq!(decide(false, TIMEOUT - 1), "wait");
+            assert_eq!(decide(false, TIMEOUT), "delete on the server");
+            // It may be the other's: then nothing says that it has no owner.
+            let left = if private.is_none() {
+                "NoMark"
+            } else {
+                "delete on the server"
+            };
+            assert_eq!(decide(true, TIMEOUT), left);
+        }
     }
 
     proptest! {
         #[test]
         fn every_stray_has_one_decision_at_most_and_slots_are_never_shared(
-            strays in proptest::collection::vec((0u128..8, 0usize..4, any::<(bool, bool, bool)>()), 0..8),
+            strays in proptest::collection::vec((0u128..8, 0usize..5, any::<(bool, bool, bool)>()), 0..8),
+            on_host in proptest::collection::vec((0u128..8, any::<bool>()), 0..3),
             making: bool,
+            long: bool,
+            others_seen: bool,
         ) {
-            let privates = [None, Some("a"), Some("b"), Some("gone")];
+            let privates = [None, OWN, Some("b@here/00000000"), Some("a"), OTHER];
             let mut list: Vec<ServerWorker> =
                 strays.iter().map(|(id, p, (x, y, z))| server(*id, privates[*p], *x, *y, *z)).collect();
             list.sort_by_key(|w| w.id);
             list.dedup_by_key(|w| w.id);
-            let reserved = decide(&list, &[], making).iter().filter(|d| d.starts_with("adopt")).count();
+            let mut here: Vec<WorkerInfo> = on_host
+                .iter()
+                .map(|(id, runs)| host(*id, "zz", if *runs { State::Running } else { EXITED }))
+                .collect();
+            here.sort_by_key(|w| w.worker);
+            here.dedup_by_key(|w| w.worker);
+            let around = Around { making, others_seen, ..if long { LONG } else { Around::default() } };
+            let decided = decide(&list, &here, &around);
+            let reserved = decided.iter().filter(|d| *d == "adopt a reserved" || *d == "adopt b reserved").count();
             prop_assert!(reserved <= 1, "a and b exclude each other");
+            // Another's is never ended, nor taken up unless it runs here.
+            for w in list.iter().filter(|w| w.private.as_deref() == OTHER) {
+                let alone = decide(std::slice::from_ref(w), &here, &around);
+                let runs = here.iter().any(|i| i.worker == w.id && i.state == State::Running);
+                let here_alone = here.iter().filter(|i| i.worker != w.id).count();
+                prop_assert_eq!(alone[0] == "OtherHost", !runs, "{:?}", alone);
+                prop_assert_eq!(alone.len(), 1 + here_alone);
+            }
         }
     }
 }

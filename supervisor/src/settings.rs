@@ -27,6 +27,8 @@ pub struct Places {
     /// Where the helper says where the workers' cgroups are.
     pub cgroups: PathBuf,
     pub state: PathBuf,
+    /// The machine's id, `machine-id(5)`.
+    pub machine_id: PathBuf,
 }
 
 impl Places {
@@ -39,6 +41,7 @@ impl Places {
             control: root.join(CONTROL_DIR),
             cgroups: root.join(RUN_DIR).join("helper.cgroup"),
             state: root.join(STATE_DIR).join("supervisor"),
+            machine_id: root.join("etc/machine-id"),
         }
     }
 

@@ -186,6 +186,15 @@ impl Store {
         Ok(())
     }
 
+    /// Forget all workers; how many there were.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn forget_all(&mut self) -> std::result::Result<usize, Unsaved> {
+        let removed = self.db.execute("DELETE FROM workers", []);
+        Ok(removed.map_err(anyhow::Error::from)?)
+    }
+
     /// Remember that no jobs are taken, on this slot or on all; or that they are again.
     pub fn save_drain(&mut self, slot: Option<&SlotName>, drained: bool) -> std::result::Result<(), Unsaved> {
         let change = if drained {

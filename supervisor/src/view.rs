@@ -49,7 +49,7 @@ pub struct Lease {
 pub struct ServerWorker {
     pub id: WorkerId,
     pub target: TargetId,
-    /// The name of its slot, once it is associated.
+    /// Its mark, once it is associated: see `identity`.
     #[serde(default)]
     pub private: Option<String>,
     /// None for a token that could not be handed to an agent anyway.

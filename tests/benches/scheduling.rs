@@ -10,6 +10,7 @@ use nix::time::{ClockId, clock_gettime};
 use protocol::config::Config;
 use protocol::{SlotName, State, TargetId, Uid, WorkerId, WorkerInfo};
 use supervisor::factory::{Factory, Input, Output};
+use supervisor::identity::{Identity, InstanceId};
 use supervisor::reconcile::{Question, adopted, reconcile};
 use supervisor::schedule::Plan;
 use supervisor::view::ServerWorker;
@@ -49,11 +50,15 @@ fn configuration(count: usize, neighbours: usize) -> Config {
     Config::parse(&text).unwrap_or_else(|mistakes| panic!("{mistakes:?}"))
 }
 
+fn here() -> Identity {
+    Identity::new("here", InstanceId::parse("00000000").expect("eight digits"))
+}
+
 fn listed(n: usize) -> ServerWorker {
     ServerWorker {
         id: WorkerId::from_bits(n as u128 + 1),
         target: target(n),
-        private: Some(slot(n).to_string()),
+        private: Some(here().mark(&slot(n))),
         bootstrap: None,
         online: true,
         hold: false,
@@ -170,7 +175,9 @@ fn reconciling(options: &Options, report: &mut Report) {
         })
         .collect();
     let host: Vec<WorkerInfo> = (0..largest).map(on_host).collect();
-    let nobody = BTreeMap::new();
+    let (nobody, identity) = (BTreeMap::new(), here());
+    // Long enough for each that has no owner.
+    let unknown_for: BTreeMap<WorkerId, u64> = (0..largest).map(|n| (listed(n).id, 600_000)).collect();
     let kinds: [(&str, bool, &[ServerWorker], bool); 3] = [
         ("all are known", true, &server, true),
         ("none is known: all are taken on", false, &server, true),
@@ -190,7 +197,11 @@ fn reconciling(options: &Options, report: &mut Report) {
                 host: if is_here { &host[..size] } else { &[] },
                 promised: &none.0,
                 ended: &none.1,
-                tired: &none.2,
+                identity: &identity,
+                unknown_for: &unknown_for,
+                online_timeout: 300_000,
+                condemned: &none.2,
+                others_seen: false,
                 making: false,
                 now: 0,
             };
@@ -202,7 +213,7 @@ fn reconciling(options: &Options, report: &mut Report) {
     }
     let ways = growing(&sizes, "workers online", |size| {
         let workers: Vec<Worker> = (0..size).map(online).collect();
-        let mut factory = Factory::new(config.clone(), workers, 1, 0);
+        let mut factory = Factory::new(here(), config.clone(), workers, 1, 0);
         let mut now = 0;
         let (server, host) = (&server[..size], &host[..size]);
         Box::new(move || {

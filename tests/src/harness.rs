@@ -290,6 +290,9 @@ impl TestHost {
         let state = root.join(config::STATE_DIR).join("supervisor");
         fs::create_dir_all(&state).unwrap();
         chown(&state, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
+        // A machine of its own, as its supervisor sees it.
+        let machine = format!("{:016x}{pid:08x}{number:08x}\n", 0x7e57_u64);
+        fs::write(root.join("etc/machine-id"), machine).unwrap();
         let (range, first) = take_range(pid.wrapping_mul(97).wrapping_add(number));
         let cgroup = format!("{}/user-factory-test-{pid}-{number}", parent_cgroup());
         TestHost {

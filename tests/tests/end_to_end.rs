@@ -274,6 +274,7 @@ async fn a_slot_removed_while_its_worker_lives_is_still_cleaned_up() {
         .worker(house.server.job(job).worker.unwrap())
         .private
         .unwrap();
+    let slot = slot.split('@').next().unwrap();
     let target = house.server.job(job).target;
     let other = if slot == "a" { "b" } else { "a" };
     house.supervisor.signal(Signal::SIGTERM);

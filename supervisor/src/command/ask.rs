@@ -77,6 +77,7 @@ fn wants_a_person(status: &Status) -> bool {
             .iter()
             .any(|partner| partner.reachable == Some(false))
         || status.configuration.refused.is_some()
+        || !status.foreign.is_empty()
 }
 
 pub async fn workers(client: Client, how: How) -> Ended {
@@ -161,6 +162,13 @@ pub async fn kill(client: Client, worker: WorkerId) -> Ended {
 
 pub async fn destroy(client: Client, worker: WorkerId, yes: bool) -> Ended {
     if !yes {
+        let foreign = client.status().await?.foreign;
+        if let Some(foreign) = foreign.iter().find(|foreign| foreign.id == worker) {
+            return Err(Error::Refused(format!(
+                "{}. Its job fails, wherever it runs: add --yes to do it",
+                foreign.text.split(". ").next().unwrap_or_default()
+            )));
+        }
         let details = client.details(worker).await?;
         let job = details
             .worker

@@ -29,8 +29,8 @@ Exit status:
   1  it could not be done: standard error has the reason
   2  the command line makes no sense
   3  the factory does not answer at its control socket
-  4  `status`: something waits for a person (a worker is held or broken, the server or the helper is away, or a
-     changed configuration was not taken)
+  4  `status`: something waits for a person (a worker is held or broken, the server or the helper is away, a
+     changed configuration was not taken, or another host uses the same token)
   `run` and `shell` end with the status of what they ran.";
 
 /// Buildomat workers as ephemeral Unix users of this host.

@@ -143,6 +143,9 @@ pub fn status(s: &Status) -> String {
             styled(BAD, "changed, and not in use:")
         );
     }
+    for foreign in &s.foreign {
+        text += &format!("{:8} {}\n", "token", styled(BAD, &foreign.text));
+    }
     let rows = s.slots.iter().map(|slot| {
         let since = slot.since.map(|since| ago(since, s.now));
         [

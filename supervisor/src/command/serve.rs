@@ -14,6 +14,7 @@ use supervisor::descriptors;
 use supervisor::factory::{Factory, Input};
 use supervisor::gate::Gate;
 use supervisor::helper::Helper;
+use supervisor::identity;
 use supervisor::log;
 use supervisor::notify::{self, Watchdog};
 use supervisor::server::Server;
@@ -45,7 +46,15 @@ pub fn serve(
         )
     })?;
     let token = settings::token_of(&config)?;
-    let store = Store::open(&places.state)?;
+    let mut store = Store::open(&places.state)?;
+    let host = nix::unistd::gethostname().unwrap_or_default();
+    let machine = identity::machine_id(&places.machine_id);
+    let identity = identity::establish(
+        &places.state,
+        machine.as_deref(),
+        &host.to_string_lossy(),
+        &mut store,
+    )?;
     let history = Arc::new(History::open(&places.state)?);
     let clock = Clock::start();
     let workers = store.workers()?;
@@ -54,8 +63,9 @@ pub fn serve(
         server: Server::new(&config.general.baseurl, token)?,
         helper: helper.clone(),
         agent: AgentCache::new(places.state.join("agent"), agent::hints()),
+        identity: identity.clone(),
     };
-    tracing::info!(server = %config.general.baseurl, slots = config.slots.len(), workers = workers.len(), "supervisor started");
+    tracing::info!(server = %config.general.baseurl, host = %identity, slots = config.slots.len(), workers = workers.len(), "supervisor started");
     let relayed = descriptors::relayed_connections();
     let gate = Gate::to_the_server(&config, places.gate.clone(), places.userdb.clone(), relayed)
         .context("cannot start the relay for jobs without a network")?;
@@ -76,7 +86,7 @@ pub fn serve(
     desk.page = page.clone();
     // The seed spreads the retries of several factories; it is no secret.
     let seed = clock.now() ^ u64::from(std::process::id());
-    let factory = Factory::new(config, workers, seed, clock.now()).drained(store.drained()?);
+    let factory = Factory::new(identity, config, workers, seed, clock.now()).drained(store.drained()?);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

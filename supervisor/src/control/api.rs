@@ -24,6 +24,12 @@ pub struct Status {
     pub draining: bool,
     pub slots: Vec<Slot>,
     pub workers: Vec<Worker>,
+    /// With what this host marks its workers on the server, besides the slot: `HOST/INSTANCE`.
+    #[serde(default)]
+    pub identity: String,
+    /// Workers on the server that may be another host's. While the server lists one, no jobs are taken.
+    #[serde(default)]
+    pub foreign: Vec<ForeignWorker>,
     /// The last warnings and errors, the oldest first.
     pub troubles: Vec<Trouble>,
 }
@@ -139,6 +145,17 @@ pub struct Worker {
     pub trouble: Option<String>,
     /// What happens next, or what a person has to do.
     pub next: String,
+}
+
+/// A worker of this factory on the server that may be another host's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForeignWorker {
+    pub id: WorkerId,
+    /// Its mark, or whatever the server has instead.
+    pub private: Option<String>,
+    pub since: Timestamp,
+    /// What is known of it, and what a person has to do.
+    pub text: String,
 }
 
 /// One worker, with what takes a look at the host.

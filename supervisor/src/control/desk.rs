@@ -153,6 +153,8 @@ impl Desk {
             draining: factory.draining(),
             slots: factory.slots(now),
             workers: factory.shown(),
+            identity: factory.mark(),
+            foreign: factory.foreign_workers(now),
             troubles: self.troubles.iter().cloned().collect(),
         }
     }

@@ -226,6 +226,14 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         refused,
     );
 
+    let foreign: Gauge = Gauge::default();
+    foreign.set(i64::try_from(status.foreign.len()).unwrap_or(i64::MAX));
+    registry.register(
+        "foreign_workers",
+        "Workers on the server that may be another host's, of the last ten minutes",
+        foreign,
+    );
+
     let slots: Whole<State> = Family::default();
     for state in SlotState::ALL {
         let count = status.slots.iter().filter(|slot| slot.state == state).count();

@@ -85,6 +85,7 @@ impl Factory {
         self.runtimes.remove(&id);
         self.strays.remove(&id);
         self.on_host.remove(&id);
+        self.foreign.forget(id);
         self.ended.insert(id, self.turn);
         if let Some(worker) = self.workers.remove(&id) {
             self.out.push(Output::Remove(id));

@@ -16,6 +16,9 @@ use crate::worker::Phase;
 
 /// A lease lasts sixty seconds; no worker is made for one that is about to end.
 const LEASE_MS: u64 = 50_000;
+/// A worker whose making was not answered is looked at for so long before it is taken for it: another host with the
+/// same token would have associated one of its own by then.
+const CLAIM_MS: u64 = 10_000;
 
 impl Factory {
     /// The slots that may take a job now.
@@ -47,7 +50,8 @@ impl Factory {
         if self.leasing || self.stopped || !self.reconciled {
             return;
         }
-        let closed = self.draining || self.helper.away || now < self.no_jobs_until;
+        let closed =
+            self.draining || self.helper.away || self.foreign.is_listed() || now < self.no_jobs_until;
         let mut targets = if closed {
             BTreeSet::new()
         } else {
@@ -217,7 +221,7 @@ impl Factory {
             }
             // One that was there before it was asked for is another, however much it looks like it.
             let is_new = |id| self.strangers.get(id).is_some_and(|s| s.turn > promise.began);
-            let found = list.iter().find(|w| {
+            let found = list.iter().filter(|w| {
                 w.target == promise.target
                     && w.private.is_none()
                     && !(w.online || w.recycle)
@@ -225,8 +229,14 @@ impl Factory {
                     && !self.workers.contains_key(&w.id)
                     && !self.ended.contains_key(&w.id)
             });
+            let since = |w: &ServerWorker| self.strangers.get(&w.id).map_or(now, |s| s.since);
+            let found = found.min_by_key(|w| since(w));
             if let Some(found) = found {
-                self.keep(now, promise, found);
+                if now.saturating_sub(since(found)) >= CLAIM_MS || found.hold {
+                    self.keep(now, promise, found);
+                } else {
+                    self.promises.push(promise);
+                }
             } else if now >= promise.leased_at + LEASE_MS {
                 self.take_no_jobs_for_a_while(now);
             } else if now >= promise.retry_at && !self.stopped {

@@ -10,6 +10,7 @@
 //! An idle factory leaves its helper asleep (`quiet`): while nobody has a worker, there is none to ask for.
 
 mod duty;
+mod foreign;
 mod leasing;
 mod quiet;
 mod round;
@@ -23,6 +24,7 @@ use protocol::config::Config;
 use protocol::{SlotName, TargetId, WorkerId, WorkerInfo};
 
 use crate::backoff::{Backoff, Rng};
+use crate::identity::Identity;
 use crate::schedule::Plan;
 use crate::view::{JobId, Lease, ServerWorker, Side, Trouble};
 use crate::worker::{Action, Event, Phase, Rules, Worker};
@@ -52,7 +54,7 @@ pub enum Input {
     DrainSlot(SlotName, bool),
     /// The configuration has changed. A worker whose slot is no longer in it stays to its end.
     Configure(Config),
-    /// Delete this worker, whoever holds it.
+    /// Delete this worker, whoever holds it, and whosoever it is.
     Destroy(WorkerId),
     /// End this worker's processes and keep its files; the reason is why its job fails.
     Kill(WorkerId, String),
@@ -200,6 +202,7 @@ struct Rest {
 /// The factory.
 #[derive(Debug)]
 pub struct Factory {
+    identity: Identity,
     config: Config,
     /// Its slots.
     plan: Plan,
@@ -214,6 +217,8 @@ pub struct Factory {
     strangers: BTreeMap<WorkerId, Stranger>,
     /// Targets that have a stranger waiting for a slot: it comes before new jobs.
     awaited: BTreeSet<TargetId>,
+    /// Workers on the server that may be another host's.
+    foreign: foreign::Foreign,
     /// Workers whose end is newer than some list, and the turn of it.
     ended: BTreeMap<WorkerId, u64>,
     rests: BTreeMap<SlotName, Rest>,
@@ -241,8 +246,9 @@ pub struct Factory {
 
 impl Factory {
     /// A factory with the workers of its last life. The same `seed` and inputs give the same outputs.
-    pub fn new(config: Config, workers: Vec<Worker>, seed: u64, now: u64) -> Self {
+    pub fn new(identity: Identity, config: Config, workers: Vec<Worker>, seed: u64, now: u64) -> Self {
         let mut factory = Self {
+            identity,
             plan: Plan::of(&config),
             config,
             workers: BTreeMap::new(),
@@ -252,6 +258,7 @@ impl Factory {
             promises: Vec::new(),
             strangers: BTreeMap::new(),
             awaited: BTreeSet::new(),
+            foreign: foreign::Foreign::default(),
             ended: BTreeMap::new(),
             rests: BTreeMap::new(),
             server: Partner::since(now),
@@ -305,6 +312,7 @@ impl Factory {
             Input::DrainSlot(slot, true) => drop(self.drained_slots.insert(slot)),
             Input::DrainSlot(slot, false) => drop(self.drained_slots.remove(&slot)),
             Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), config),
+            Input::Destroy(worker) if self.foreign.shows(worker) => self.foreign.condemn(worker),
             Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
             Input::Kill(worker, reason) => self.event(now, worker, Event::Kill(reason)),
             Input::Look if self.wants_a_look(now) => self.ask_the_host(),

@@ -203,7 +203,12 @@ impl Factory {
             .as_ref()
             .map(|list| list.iter().map(|i| (i.worker, OnHost::Has(i.state))).collect());
         let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
+        let others = self.with_other_owners(open.server.as_deref().unwrap_or_default());
         for id in ids {
+            if others.contains(&id) && !self.runs_here(id, host.as_ref()) {
+                self.let_go(id, host.is_some(), open.turn);
+                continue;
+            }
             let runtime = self.runtimes.entry(id).or_default();
             // A worker that is newer than the list is not gone; one that is being changed is not absent.
             let (listed, settled) = (
@@ -262,6 +267,7 @@ impl Factory {
 
     /// Give an owner or an end to what the store does not know.
     fn compare(&mut self, now: u64, turn: u64, server: &[ServerWorker], host: &[WorkerInfo]) {
+        self.foreign.retain(now, server);
         let promised: BTreeSet<_> = self.promises.iter().map(|p| p.slot.clone()).collect();
         let ended: BTreeSet<WorkerId> = self
             .ended
@@ -269,18 +275,20 @@ impl Factory {
             .filter(|(_, end)| **end >= turn)
             .map(|(id, _)| *id)
             .collect();
-        let patience = self.config.factory.online_timeout_seconds * 1000;
         let strangers = self.strangers.iter();
-        let tired = strangers.filter(|(_, s)| now.saturating_sub(s.since) >= patience);
-        let tired: BTreeSet<WorkerId> = tired.map(|(id, _)| *id).collect();
+        let unknown_for = strangers.map(|(id, s)| (*id, now.saturating_sub(s.since)));
         let decisions = reconcile(&Question {
             plan: &self.plan,
+            identity: &self.identity,
             known: &self.workers,
             server,
             host,
             promised: &promised,
             ended: &ended,
-            tired: &tired,
+            unknown_for: &unknown_for.collect(),
+            online_timeout: self.config.factory.online_timeout_seconds * 1000,
+            condemned: self.foreign.condemned(),
+            others_seen: self.foreign.others_seen(),
             making: self.promises.iter().any(|p| p.making || p.turn >= turn),
             now,
         });
@@ -296,6 +304,11 @@ impl Factory {
                         self.say(Level::Warn, Some(worker), text);
                     }
                     self.strays.insert(worker, (slot, action));
+                }
+                Decision::Report { worker, why } => {
+                    let private = server.iter().find(|w| w.id == worker);
+                    let private = private.and_then(|w| w.private.clone());
+                    self.report(now, worker, private, why);
                 }
             }
         }
@@ -324,6 +337,7 @@ impl Factory {
             ..Runtime::default()
         };
         self.strays.remove(&id);
+        self.foreign.forget(id);
         self.out.push(Output::Save(worker.clone()));
         self.workers.insert(id, worker);
         self.say(Level::Info, Some(id), text);

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use protocol::config::BaseUrl;
-use protocol::{SlotName, TargetId, WorkerId};
+use protocol::{TargetId, WorkerId};
 use reqwest::{Method, Response};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -187,8 +187,8 @@ impl Server {
             .await
     }
 
-    /// The slot, set once, and what the agent is to run before and after the job.
-    pub async fn associate(&self, worker: WorkerId, slot: &SlotName, scripts: &Scripts) -> Result<()> {
+    /// The worker's mark, set once, and what the agent is to run before and after the job.
+    pub async fn associate(&self, worker: WorkerId, mark: &str, scripts: &Scripts) -> Result<()> {
         let metadata = (*scripts != Scripts::default()).then(|| {
             json!({
                 "v": "1",
@@ -196,7 +196,7 @@ impl Server {
                 "post_job_diagnostic_script": scripts.post_job_diagnostic_script,
             })
         });
-        let body = json!({ "private": slot, "ip": null, "metadata": metadata });
+        let body = json!({ "private": mark, "ip": null, "metadata": metadata });
         self.answer(Method::PATCH, format!("/0/factory/worker/{worker}"), Some(body))
             .await
             .map(drop)

@@ -53,7 +53,7 @@ impl Shell {
                 done(answer, Input::DrainSlot(slot, drain))
             }
             Word::Destroy { worker, by, answer } => {
-                if !self.factory.knows(worker) {
+                if !self.factory.knows(worker) && !self.factory.is_foreign(worker) {
                     return refused(
                         answer,
                         format!("there is no worker {worker}: see `user-factory workers`"),

@@ -1,9 +1,9 @@
 //! A database that cannot be used: one that is damaged is set aside, and a new one is begun; all else is the
 //! host's trouble, which only a person can end, and is said with what to do.
 //!
-//! Setting aside is safe because nothing here is the last word: the server has every worker with its token, slot
-//! and holds, the host has every worker with its slot and state, and `reconcile` takes on what both have, and ends
-//! what nobody does. What is lost is which job a worker was made for (a lease that is not renewed any more: the
+//! Setting aside is safe because nothing here is the last word: the server has every worker with its token, mark
+//! and holds, the host has every worker with its slot and state, and `reconcile` takes on what both have, ends what
+//! is over, and shows the rest to a person. What is lost is which job a worker was made for (a lease that is not renewed any more: the
 //! job is tied to its worker by then), how often it was remade (it may be remade three times more), and how much
 //! of a failure was told (it is found again on the host, and told from the first line).
 

@@ -42,6 +42,10 @@ pub struct Track {
     pub deleted: bool,
     /// Its end had begun before it was held.
     pub ending: bool,
+    /// Since when the supervisor shows that it may be another host's.
+    pub foreign_since: Option<u64>,
+    /// A person wants it deleted.
+    pub condemned: bool,
 }
 
 #[derive(Debug)]
@@ -210,6 +214,15 @@ impl Checks {
 
     pub fn held_since(&mut self, id: WorkerId, now: u64) -> u64 {
         *self.track(id).held_since.get_or_insert(now)
+    }
+
+    pub fn foreign_since(&mut self, id: WorkerId, now: u64) -> u64 {
+        *self.track(id).foreign_since.get_or_insert(now)
+    }
+
+    pub fn condemned(&mut self, id: WorkerId) {
+        let track = self.track(id);
+        (track.condemned, track.ending) = (true, true);
     }
 
     /// A second has passed. `patient`: the supervisor runs, and can ask the server.

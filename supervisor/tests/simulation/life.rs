@@ -10,13 +10,15 @@ use std::time::Duration;
 
 use supervisor::act::Hands;
 use supervisor::agent::AgentCache;
+use supervisor::control::api::Status;
 use supervisor::control::desk::{Desk, Word};
 use supervisor::factory::Factory;
 use supervisor::helper::Helper;
+use supervisor::identity::{Identity, InstanceId};
 use supervisor::server::Server;
 use supervisor::shell::{Clock, Shell};
 use supervisor::store::Store;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::net::{Shared, Wire};
@@ -72,6 +74,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
     let shared = Shared::new(World::new(script, trace.clone()));
     let mut life: Option<Life> = None;
     let mut spins = (began, 0);
+    let mut looking: Option<oneshot::Receiver<Status>> = None;
     loop {
         if shared.world().checks.failure().is_some() {
             break;
@@ -93,6 +96,10 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         let end = tokio::select! {
             biased;
             end = ended(&mut life) => Some(end),
+            Ok(status) = seen(&mut looking) => {
+                shared.world().looked(&status);
+                None
+            }
             () = shared.changed.notified() => None,
             () = tokio::time::sleep_until(at) => {
                 shared.world().step(began.elapsed().as_millis() as u64);
@@ -120,6 +127,11 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         if let Some(life) = &life {
             for word in orders.words {
                 let _ = life.operator.send(Word::Tell(word));
+            }
+            if orders.look {
+                let (answer, answered) = oneshot::channel();
+                let _ = life.operator.send(Word::Status(answer));
+                looking = Some(answered);
             }
         }
         if let Some(down) = orders.crash
@@ -189,6 +201,7 @@ impl Life {
         drop(world);
         let store = Store::open(&dir.join("store")).expect("the store opens");
         let workers = store.workers().expect("the store reads");
+        let identity = Identity::new("here", InstanceId::parse("00000000").expect("eight digits"));
         let clock = Clock::at(wall);
         let wire = Arc::new(Wire {
             shared: shared.clone(),
@@ -198,8 +211,9 @@ impl Life {
             server: Server::over(wire.clone()),
             helper: Helper::over(wire),
             agent: AgentCache::new(dir.join("agent"), Vec::new()),
+            identity: identity.clone(),
         };
-        let factory = Factory::new(config, workers, seed ^ number, clock.now());
+        let factory = Factory::new(identity, config, workers, seed ^ number, clock.now());
         let desk = Desk::new(
             clock.now(),
             "config.toml".into(),
@@ -222,6 +236,16 @@ impl Life {
             operator,
         }
     }
+}
+
+/// What the supervisor shows to who looks; nothing where it has died meanwhile.
+async fn seen(looking: &mut Option<oneshot::Receiver<Status>>) -> Result<Status, oneshot::error::RecvError> {
+    let Some(answer) = looking else {
+        return std::future::pending().await;
+    };
+    let status = answer.await;
+    *looking = None;
+    status
 }
 
 /// When, and how, this life ends.

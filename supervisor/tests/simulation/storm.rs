@@ -59,7 +59,9 @@ impl Storm {
 fn bound(kind: Kind, starts: usize, leases: usize) -> usize {
     match kind {
         // One a round, and rounds are a second apart; a new life begins with one.
-        Kind::Workers | Kind::List => 61 + starts,
+        Kind::Workers => 61 + starts,
+        // And a person looks once a minute.
+        Kind::List => 63 + starts,
         // The same; a leased job is a reason to ask for another. (One may have been leased just before.)
         Kind::Lease => 62 + starts + leases,
         // Waits of 0.25, 0.5, 1 … 30 s at the least fill a minute with seven; two of a phase before.

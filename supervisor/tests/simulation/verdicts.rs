@@ -14,6 +14,8 @@ use crate::world::ONLINE_TIMEOUT_MS;
 
 /// A job may lose its worker so often before anybody calls it broken.
 const REMAKES: u32 = 3;
+/// The two lists of a round may be so far apart.
+const ROUND_MS: u64 = 3_000;
 
 impl Checks {
     /// A call is made: is it one too many, or about a worker that must be left alone?
@@ -76,8 +78,8 @@ impl Checks {
         }
         if !lie {
             self.lied_since = None;
-        } else if *self.lied_since.get_or_insert(now) + FORGOTTEN_MS <= now {
-            // For so long that it must be believed.
+        } else if *self.lied_since.get_or_insert(now) + FORGOTTEN_MS <= now + ROUND_MS {
+            // For so long that it must be believed, once the other list of the round is there.
             self.rolled_back();
         }
         let Ok(list) = serde_json::from_slice::<Vec<ServerWorker>>(body) else {
@@ -115,7 +117,7 @@ impl Checks {
         if !live || self.track(id).lied_about {
             return;
         }
-        let slot: SlotName = slot.parse().expect("a slot's name");
+        let slot = slot_of(slot).expect("a slot's name");
         for (other, w) in host.workers.iter().filter(|(other, w)| **other != id && !w.ghost) {
             if self.exclude((id, &slot), (*other, &w.slot)) {
                 self.failure.get_or_insert(format!(
@@ -129,7 +131,7 @@ impl Checks {
             .iter()
             .filter(|(other, w)| **other != id && !w.deleted)
         {
-            let Some(private) = w.private.as_ref().and_then(|p| p.parse().ok()) else {
+            let Some(private) = w.private.as_ref().and_then(|p| slot_of(p)) else {
                 continue;
             };
             let left_alone = self.tracks.get(other).is_none_or(|t| t.lied_about || t.forgotten);
@@ -203,8 +205,7 @@ impl Checks {
         };
         let track = self.track(id).clone();
         let slot_gone = w.private.as_ref().is_some_and(|p| {
-            p.parse()
-                .is_ok_and(|slot| !self.config.slots.contains_key::<SlotName>(&slot))
+            slot_of(p).is_some_and(|slot| !self.config.slots.contains_key::<SlotName>(&slot))
         });
         let no_slot = !self
             .config
@@ -215,8 +216,13 @@ impl Checks {
         // It waited for a slot that others had, as long as it may.
         let without_slot = track.forgotten || w.private.is_none();
         let tired = without_slot && Self::had_its_time(track.had_ms);
-        let excused =
-            track.lied_about || track.cannot_tell || began_and_lost || slot_gone || no_slot || tired;
+        let excused = track.condemned
+            || track.lied_about
+            || track.cannot_tell
+            || began_and_lost
+            || slot_gone
+            || no_slot
+            || tired;
         if !excused {
             self.fail(format!(
                 "{id} is deleted on the server, which fails a job that nobody said anything about: {track:?}"
@@ -279,6 +285,11 @@ impl Checks {
     fn had_its_time(had_ms: u64) -> bool {
         had_ms * 10 >= ONLINE_TIMEOUT_MS * 8
     }
+}
+
+/// The slot in a worker's mark.
+fn slot_of(private: &str) -> Option<SlotName> {
+    private.split('@').next()?.parse().ok()
 }
 
 /// The server's worker, if its job would fail by what the supervisor does, and nobody else has ended it.

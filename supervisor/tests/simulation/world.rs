@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use protocol::config::Config;
 use protocol::{Exit, WorkerId};
 use supervisor::backoff::Rng;
+use supervisor::control::api::Status;
 use supervisor::factory::Input;
 
 use crate::calls::InFlight;
@@ -66,6 +67,8 @@ pub struct Orders {
     pub lose_database: bool,
     pub start: bool,
     pub words: Vec<Input>,
+    /// A person wants to know how things are.
+    pub look: bool,
 }
 
 #[derive(Debug)]
@@ -294,14 +297,17 @@ impl World {
             .tick(self.now, |id, agent| !reachable || host.runs(id, agent));
         let fair = self.alive
             && self.every.is_empty()
+            && self.locks.values().all(|until| *until <= self.now + 1_000)
             && matches!((self.server_mode, self.helper_mode), (Mode::Up, Mode::Up));
         self.fair_since = fair.then_some(self.fair_since.unwrap_or(self.now));
         self.checks.processes_end(fair, &self.server, &self.host);
         for (id, heard) in missed {
-            // In fair weather the factory sees long before what became of its agent.
-            if self
-                .fair_since
-                .is_some_and(|since| since.max(heard) + FAIR_MS <= self.now)
+            // In fair weather the factory sees long before what became of its agent; or it shows that it does not know.
+            let shown = self.checks.track(id).foreign_since.is_some();
+            if !shown
+                && self
+                    .fair_since
+                    .is_some_and(|since| since.max(heard) + FAIR_MS <= self.now)
             {
                 self.checks.fail(format!(
                     "the server had to miss the agent of {id}, of which the factory says nothing"
@@ -369,6 +375,21 @@ impl World {
                 self.trace.note(now, || format!("a person releases {id}"));
             }
         }
+        self.orders.look = self.alive;
         self.after(VISIT_MS, Event::Visit);
+    }
+
+    /// What the person sees: workers of which the supervisor does not know whose they are, and which nobody has. They
+    /// are deleted by the operator's word.
+    pub fn looked(&mut self, status: &Status) {
+        for foreign in &status.foreign {
+            let listed = self.server.workers.get(&foreign.id).is_some_and(|w| !w.deleted);
+            let since = self.checks.foreign_since(foreign.id, self.now);
+            if listed && !self.host.workers.contains_key(&foreign.id) && since + HELD_MS <= self.now {
+                self.note(|| format!("a person destroys {}", foreign.id));
+                self.checks.condemned(foreign.id);
+                self.say(Input::Destroy(foreign.id));
+            }
+        }
     }
 }

@@ -49,7 +49,7 @@ impl Random {
 fn slots_are_shared_by_nobody(state: &State) {
     let live = state.workers.values().filter(|worker| !worker.deleted);
     let mut slots: Vec<&str> = live
-        .filter_map(|worker| worker.private.as_deref())
+        .filter_map(|worker| worker.private.as_deref()?.split('@').next())
         .map(|slot| if slot == "b" { "a" } else { slot })
         .collect();
     slots.sort_unstable();

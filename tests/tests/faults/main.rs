@@ -15,6 +15,7 @@ mod clock;
 mod database;
 mod devices;
 mod disk;
+mod identity;
 mod kernel;
 mod killed;
 mod kills;
@@ -43,11 +44,10 @@ fn worker_of(house: &House, job: Ulid) -> Ulid {
 
 /// The slot of the job's worker.
 fn slot_of(house: &House, job: Ulid) -> String {
-    house
-        .server
-        .worker(worker_of(house, job))
-        .private
-        .expect("it is associated")
+    let private = house.server.worker(worker_of(house, job)).private;
+    let private = private.expect("it is associated");
+    let (slot, _) = private.split_once('@').expect("it has the host's mark");
+    slot.to_owned()
 }
 
 /// The processes of a job, each with its command line.

@@ -21,10 +21,7 @@ async fn row_80_a_slot_that_is_renamed_keeps_its_worker_until_the_job_ends() {
         !house.server.job(next).complete(),
         "a third worker where two slots are"
     );
-    assert_eq!(
-        house.server.worker(worker_of(&house, jobs[0])).private,
-        Some(renamed)
-    );
+    assert_eq!(slot_of(&house, jobs[0]), renamed);
     house.let_end();
     for job in jobs {
         house.completed(job).await;

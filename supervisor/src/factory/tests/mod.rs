@@ -154,11 +154,186 @@ fn a_worker_that_only_the_server_knows_comes_before_a_new_job_though_the_helper_
         recycle: false,
     };
     world.server.insert(lost, worker);
-    world.submit(1, '3');
+    let began = world.now;
     world.run(|w| !w.disk.is_empty());
-    assert!(world.disk.contains_key(&lost) && world.queue.len() == 1);
+    assert!(
+        world.now >= began + 60_000,
+        "another host may be about to take it"
+    );
+    assert!(world.disk.contains_key(&lost));
     world.run(World::is_empty);
-    assert_eq!(world.done.len(), 1);
+    // The next waits for its slot, and then it comes before a new job.
+    world.submit(1, '3');
+    world.run(|w| phase(w) == Some(Phase::Running { online: true }));
+    world.server.insert(lost, worker_of_others(5, '3', None));
+    world.agents_sleep = true;
+    let began = world.now;
+    while world.now < began + 70_000 {
+        world.step(0);
+    }
+    world.submit(2, '3');
+    world.agents_sleep = false;
+    world.run(|w| w.disk.contains_key(&lost));
+    assert_eq!(world.queue.len(), 1);
+    world.run(World::is_empty);
+    assert_eq!(world.done.len(), 2);
+}
+
+fn worker_of_others(id: u128, target: char, private: Option<&str>) -> ServerWorker {
+    ServerWorker {
+        id: WorkerId::from_bits(id),
+        target: format!("01HZX3N8Q4J5K6M7P8R9S0T1V{target}").parse().unwrap(),
+        private: private.map(str::to_owned),
+        bootstrap: Some(BootstrapToken::try_from("t".repeat(64)).unwrap()),
+        online: private.is_some(),
+        hold: false,
+        recycle: false,
+    }
+}
+
+const OTHER: Option<&str> = Some("c@here/11111111");
+
+fn steps(world: &mut World, ms: u64) {
+    let end = world.now + ms;
+    while world.now < end {
+        world.step(0);
+    }
+}
+
+#[test]
+fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() {
+    let mut world = World::new();
+    world.submit(1, '2');
+    world.run(|w| phase(w) == Some(Phase::Running { online: true }));
+    let others = worker_of_others(5, '3', OTHER);
+    world.server.insert(others.id, others.clone());
+    world.agents_sleep = true;
+    steps(&mut world, 2_000);
+    world.submit(2, '3');
+    steps(&mut world, 700_000);
+    assert_eq!(world.server[&others.id], others, "it was touched");
+    assert_eq!((world.queue.len(), world.disk.len()), (1, 1));
+    let said = world
+        .said
+        .iter()
+        .filter(|s| s.contains("another host uses this factory's token"));
+    assert_eq!(said.count(), 1, "{:?}", world.said);
+    // Its own job goes on, to its end.
+    world.agents_sleep = false;
+    world.run(|w| w.done.contains(&job(1)) && w.disk.is_empty());
+    let shown = &world.core.foreign_workers(world.now)[0];
+    for part in [
+        "c@here/11111111",
+        "SLOT@here/00000000",
+        "a token of its own",
+        "--yes",
+    ] {
+        assert!(shown.text.contains(part), "{part}: {}", shown.text);
+    }
+    // The other host has done with it.
+    world.server.remove(&others.id);
+    world.run(World::is_empty);
+    assert!(world.done.contains(&job(2)));
+    assert_eq!(
+        world.core.foreign_workers(world.now).len(),
+        1,
+        "it was a moment ago"
+    );
+    steps(&mut world, 700_000);
+    assert!(world.core.foreign_workers(world.now).is_empty());
+}
+
+#[test]
+fn the_operator_deletes_another_hosts_worker_by_its_name() {
+    let mut world = World::new();
+    let others = worker_of_others(5, '3', OTHER);
+    world.server.insert(others.id, others.clone());
+    world.agents_sleep = true;
+    world.tell(Input::Destroy(others.id));
+    steps(&mut world, 5_000);
+    assert!(world.server.contains_key(&others.id), "it was not known yet");
+    assert!(world.core.is_foreign(others.id));
+    world.tell(Input::Destroy(others.id));
+    world.run(|w| w.server.is_empty());
+    assert!(world.core.foreign_workers(world.now).is_empty());
+    // The same of one of which this host has a copy.
+    world.server.insert(others.id, others.clone());
+    let copy = ("c".parse().unwrap(), State::Exited(Exit::Unknown));
+    world.host.insert(others.id, copy);
+    steps(&mut world, 5_000);
+    assert!(world.host.contains_key(&others.id) && world.disk.is_empty());
+    world.tell(Input::Destroy(others.id));
+    world.run(World::is_empty);
+}
+
+#[test]
+fn a_worker_that_another_host_was_first_to_claim_is_let_go() {
+    for known in [true, false] {
+        let mut world = World::new();
+        world.submit(1, '3');
+        if !known {
+            world.lose = Some("make");
+        }
+        world.run(|w| w.counts.get("make") == Some(&1));
+        let id = *world.server.keys().next().unwrap();
+        assert_eq!(world.disk.contains_key(&id), known);
+        world.pending.retain(|output| !matches!(output, Output::Do(..)));
+        // It was without an owner for a moment, and it is the other's now.
+        let w = world.server.get_mut(&id).unwrap();
+        w.private = OTHER.map(str::to_owned);
+        world.core.runtimes.values_mut().for_each(|r| r.doing = None);
+        world.refuses_workers = true;
+        world.agents_sleep = true;
+        steps(&mut world, 100_000);
+        assert!(world.disk.is_empty() && world.host.is_empty(), "{known}");
+        assert_eq!(world.server[&id].private.as_deref(), OTHER, "{known}");
+        assert!(world.failed.is_empty(), "{known}");
+    }
+}
+
+#[test]
+fn a_lost_answer_does_not_make_another_hosts_new_worker_this_ones() {
+    let mut world = World::new();
+    world.submit(1, '3');
+    world.lose = Some("make");
+    world.run(|w| w.counts.get("make") == Some(&1) && w.lose.is_none());
+    // The request was lost, not the answer; and another host makes one in this instant.
+    let id = *world.server.keys().next().unwrap();
+    let (leased, lease) = (world.now + 60_000, world.jobs_of.remove(&id).unwrap());
+    world.server.clear();
+    let target = "01HZX3N8Q4J5K6M7P8R9S0T1V3".parse().unwrap();
+    world.leased.push((leased, Lease { target, job: lease }));
+    world
+        .server
+        .insert(WorkerId::from_bits(5), worker_of_others(5, '3', None));
+    steps(&mut world, 5_000);
+    assert!(world.disk.is_empty(), "it was taken for this one's");
+    let other = world.server.get_mut(&WorkerId::from_bits(5)).unwrap();
+    other.private = OTHER.map(str::to_owned);
+    world.run(|w| w.jobs_of.values().any(|j| *j == job(1)));
+    assert_eq!(world.server[&WorkerId::from_bits(5)].private.as_deref(), OTHER);
+}
+
+#[test]
+fn what_runs_here_is_this_hosts_also_when_its_instance_id_was_lost() {
+    let mut world = World::new();
+    world.submit(1, '3');
+    world.run(|w| phase(w) == Some(Phase::Running { online: true }));
+    let renamed = |w: &mut World| {
+        for worker in w.server.values_mut() {
+            worker.private = OTHER.map(str::to_owned);
+        }
+    };
+    renamed(&mut world);
+    world.agents_sleep = true;
+    steps(&mut world, 100_000);
+    world.disk.clear();
+    world.crash(false);
+    steps(&mut world, 100_000);
+    assert_eq!(phase(&world), Some(Phase::Running { online: true }));
+    world.agents_sleep = false;
+    world.run(World::is_empty);
+    assert!(world.done.contains(&job(1)));
 }
 
 #[test]
@@ -329,8 +504,13 @@ fn a_forgotten_database_is_rebuilt_from_the_server_and_the_host() {
     world.host.retain(|_, (slot, _)| slot.as_str() != "a");
     world.disk.clear();
     world.crash(false);
-    world.run(World::is_empty);
+    // What is lost on the host as well may be a copy's of this host: only a person can know.
+    world.run(|w| w.host.is_empty() && w.disk.is_empty());
     assert!(world.said.iter().any(|s| s.contains("nobody's worker")));
+    let lost = world.core.foreign_workers(world.now);
+    assert!(lost.len() == 1 && lost[0].text.contains("neither the database nor the host has it"));
+    world.tell(Input::Destroy(lost[0].id));
+    world.run(World::is_empty);
     assert_eq!(world.done.len() + world.failed.len(), 2);
 }
 

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use protocol::{BootstrapToken, Exit, SlotName, State, Uid};
 
 use super::super::*;
+use crate::identity::{InstanceId, Owner};
 use crate::worker::Worker;
 
 pub const CONFIG: &str = "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_file = \"/t\"\n\
@@ -29,6 +30,8 @@ pub struct World {
     pub server_up: bool,
     pub helper_up: bool,
     pub old_server: bool,
+    /// No agent comes online or ends its job.
+    pub agents_sleep: bool,
     /// The next answer of this kind is lost after it was carried out.
     pub lose: Option<&'static str>,
     pub start_fails: Option<&'static str>,
@@ -37,6 +40,10 @@ pub struct World {
     pub counts: BTreeMap<&'static str, usize>,
     ids: u128,
     agents: BTreeMap<WorkerId, usize>,
+}
+
+pub fn here() -> Identity {
+    Identity::new("here", InstanceId::parse("00000000").unwrap())
 }
 
 pub fn job(n: u128) -> JobId {
@@ -57,7 +64,7 @@ fn kind(output: &Output) -> &'static str {
 
 impl World {
     pub fn new() -> Self {
-        let core = Factory::new(Config::parse(CONFIG).unwrap(), Vec::new(), 7, 1000);
+        let core = Factory::new(here(), Config::parse(CONFIG).unwrap(), Vec::new(), 7, 1000);
         Self {
             core,
             now: 1000,
@@ -73,6 +80,7 @@ impl World {
             server_up: true,
             helper_up: true,
             old_server: false,
+            agents_sleep: false,
             lose: None,
             start_fails: None,
             refuses_workers: false,
@@ -117,7 +125,7 @@ impl World {
         self.disk
             .values_mut()
             .for_each(|worker| worker.waiting_since = self.now);
-        self.core = Factory::new(Config::parse(CONFIG).unwrap(), workers, 8, self.now);
+        self.core = Factory::new(here(), Config::parse(CONFIG).unwrap(), workers, 8, self.now);
         // What a new life begins with is new: the waits.
         self.disk = self.core.workers().map(|w| (w.id, w.clone())).collect();
         self.tell(Input::Tick);
@@ -162,7 +170,7 @@ impl World {
                 return;
             }
             self.step(n * 7);
-            if n % 5 == 0 {
+            if n % 5 == 0 && !self.agents_sleep {
                 self.agents_work();
             }
         }
@@ -295,11 +303,17 @@ impl World {
                     .server
                     .get_mut(&id)
                     .expect("it is associated before it is deleted");
+                if w.private
+                    .as_ref()
+                    .is_some_and(|old| matches!(here().owner(Some(old)), Owner::Other(_)))
+                {
+                    return Outcome::Trouble(Trouble::passing(Side::Server, "not authorised"));
+                }
                 assert!(
-                    w.private.as_ref().is_none_or(|old| old == slot.as_str()),
+                    w.private.as_ref().is_none_or(|old| *old == here().mark(&slot)),
                     "the slot is set once"
                 );
-                w.private = Some(slot.to_string());
+                w.private = Some(here().mark(&slot));
             }
             Action::CreateUser { slot } => {
                 let config = Config::parse(CONFIG).unwrap();
