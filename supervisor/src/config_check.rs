@@ -37,6 +37,20 @@ impl Accounts {
 pub fn parse(text: &str) -> Result<Config, Vec<Mistake>> {
     let config = Config::parse(text)?;
     let baseurl = &config.general.baseurl;
+    let is_http = baseurl.as_str().starts_with("http://");
+    if let Some(proxy) = config
+        .general
+        .proxy
+        .as_ref()
+        .filter(|_| is_http && !config.general.allow_http)
+    {
+        return Err(vec![Mistake {
+            line: line_of(text, &["general", "proxy"]),
+            message: format!(
+                "{proxy} would see the factory's token and the agent's program, as {baseurl} is not encrypted: use https:// in general.baseurl, or set general.allow_http = true if the proxy and every host on the way is trusted"
+            ),
+        }]);
+    }
     if config.general.allow_http || !is_http_to_another_host(baseurl) {
         return Ok(config);
     }

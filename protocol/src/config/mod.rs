@@ -34,7 +34,9 @@ use crate::{SlotName, TargetId};
 
 pub use devices::DevicePattern;
 pub use limits::{Cpus, Limits, core_goes_to_a_socket};
-pub use value::{BaseUrl, EnvName, EnvValue, GroupName, HostName, HostPath, Script, UidRange, User};
+pub use value::{
+    BaseUrl, EnvName, EnvValue, GroupName, HostName, HostPath, ProxyUrl, Script, UidRange, User,
+};
 
 /// The configuration's place below the root directory.
 pub const CONFIG_PATH: &str = "etc/buildomat-user-factory/config.toml";
@@ -76,6 +78,10 @@ pub struct General {
     /// May `http://` lead to another host? The token and the agent's program are then sent unencrypted.
     #[serde(default)]
     pub allow_http: bool,
+    /// The HTTP proxy through which the supervisor reaches the server, for itself and for jobs with `network = "none"`. None
+    /// unless written: variables of the environment name none.
+    #[serde(default)]
+    pub proxy: Option<ProxyUrl>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -87,15 +87,46 @@ checked!(
 );
 
 checked!(
+    /// An HTTP proxy's address.
+    ProxyUrl,
+    |url| split_proxy(url).is_some(),
+    "a proxy: write http://HOST:PORT, without user and path"
+);
+
+/// Host and port of a proxy's address.
+fn split_proxy(url: &str) -> Option<(&str, u16)> {
+    let (host, port) = url.strip_prefix("http://")?.rsplit_once(':')?;
+    let port = port.parse().ok().filter(|port| *port != 0)?;
+    let host = match host.strip_prefix('[') {
+        Some(rest) => rest
+            .strip_suffix(']')
+            .filter(|ip| ip.parse::<std::net::Ipv6Addr>().is_ok())?,
+        None => Some(host).filter(|name| is_host_name(name))?,
+    };
+    Some((host, port))
+}
+
+impl ProxyUrl {
+    /// An IPv6 address is without its brackets.
+    pub fn host_and_port(&self) -> (&str, u16) {
+        split_proxy(&self.0).expect("it was checked")
+    }
+}
+
+fn is_host_name(name: &str) -> bool {
+    name.len() <= 253
+        && name.split('.').all(|label| {
+            (1..=63).contains(&label.len())
+                && label
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+        })
+}
+
+checked!(
     /// The name of a host, as in DNS.
     HostName,
-    |name| {
-        name.len() <= 253
-            && name.split('.').all(|label| {
-                (1..=63).contains(&label.len())
-                    && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-            })
-    },
+    is_host_name,
     "a host's name: write it without port, as in ci-1.example.com"
 );
 

@@ -103,6 +103,10 @@ impl Gate {
         };
         let tls = config.general.baseurl.as_str().starts_with("https://");
         let mut gate = Gate::new(directory, host.into(), port, Box::new(is_worker))?;
+        if let Some(proxy) = &config.general.proxy {
+            let (proxy, port) = proxy.host_and_port();
+            gate.upstream = gate.upstream.through(proxy.into(), port);
+        }
         gate.tls_name = tls.then(|| tls_name(host));
         gate.limiter = ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, connections, config.slots.len());
         Ok(Some(gate))
