@@ -1,7 +1,7 @@
 //! The cache against a server of a few lines on the loopback.
 
 use super::*;
-use crate::server::Token;
+use crate::token::TokenStore;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use nix::fcntl::FcntlArg;
@@ -34,7 +34,7 @@ async fn serve(answers: Vec<Vec<u8>>) -> (Server, mpsc::UnboundedReceiver<String
          [slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
     ));
     (
-        Server::new(&config.unwrap().general.baseurl, Token::new("secret".into())).unwrap(),
+        Server::new(&config.unwrap().general, TokenStore::fixed("secret")).unwrap(),
         requests,
     )
 }

@@ -34,5 +34,6 @@ pub mod server;
 pub mod settings;
 pub mod shell;
 pub mod store;
+pub mod token;
 pub mod view;
 pub mod worker;

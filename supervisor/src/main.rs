@@ -8,7 +8,9 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
-use command::{Arguments, Command, DONE, FAILED, ask, check, exit, generate, root, say_error, serve};
+use command::{
+    Arguments, Command, DONE, FAILED, NOT_CONFIGURED, ask, check, exit, generate, root, say_error, serve,
+};
 
 fn main() -> ExitCode {
     exit(run(Arguments::parse().command))
@@ -75,8 +77,12 @@ fn or_say<E: Into<anyhow::Error>>(result: Result<(), E>) -> u8 {
     match result {
         Ok(()) => DONE,
         Err(error) => {
-            say_error(&format!("user-factory: {:#}", error.into()));
-            FAILED
+            let error = error.into();
+            say_error(&format!("user-factory: {error:#}"));
+            match error.is::<serve::NotConfigured>() {
+                true => NOT_CONFIGURED,
+                false => FAILED,
+            }
         }
     }
 }

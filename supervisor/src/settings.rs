@@ -1,19 +1,15 @@
 //! The configuration and the token, read once at the start. A mistake is said with its place, and with
 //! what to do; nothing is guessed.
 
-use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
 use protocol::config::{
     CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET, Config, GATE_DIR, HELPER_SOCKET, Limits, Mistake, Network,
     RUN_DIR, STATE_DIR, Slot,
 };
 
 use crate::config_check;
-use crate::server::Token;
 
 /// Where everything is below a root directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +52,7 @@ pub fn needs_restart(old: &Config, new: &Config) -> Option<String> {
     let (a, b) = (&old.factory, &new.factory);
     let changed = [
         ("general.baseurl", old.general.baseurl != new.general.baseurl),
-        ("factory.token_file", a.token_file != b.token_file),
+        ("general.proxy", old.general.proxy != new.general.proxy),
         ("factory.user", a.user != b.user),
         ("factory.uid_range", a.uid_range != b.uid_range),
         ("factory.status_address", a.status_address != b.status_address),
@@ -74,7 +70,7 @@ pub fn needs_restart(old: &Config, new: &Config) -> Option<String> {
 ///
 /// # Errors
 /// The mistakes, in the order of their lines.
-pub fn load(path: &Path) -> std::result::Result<Config, Vec<Mistake>> {
+pub fn load(path: &Path) -> Result<Config, Vec<Mistake>> {
     config_check::parse(&read(path)?)
 }
 
@@ -82,7 +78,7 @@ pub fn load(path: &Path) -> std::result::Result<Config, Vec<Mistake>> {
 ///
 /// # Errors
 /// One mistake, on the first line: why it cannot be read.
-pub fn read(path: &Path) -> std::result::Result<String, Vec<Mistake>> {
+pub fn read(path: &Path) -> Result<String, Vec<Mistake>> {
     fs::read_to_string(path).map_err(|e| {
         vec![Mistake {
             line: 1,
@@ -97,57 +93,6 @@ pub fn print(path: &Path, mistakes: &[Mistake]) -> String {
         .iter()
         .map(|m| format!("{}:{}: {}\n", path.display(), m.line, m.message))
         .collect()
-}
-
-/// The name of the factory's token among the credentials of the unit.
-const CREDENTIAL: &str = "token";
-
-/// The factory's token: what systemd has passed on (`LoadCredential=token:…`), so that the file itself is root's
-/// alone; without that, the file that the configuration names.
-///
-/// # Errors
-/// As of [`token`].
-pub fn token_of(config: &Config) -> Result<Token> {
-    let passed = std::env::var_os("CREDENTIALS_DIRECTORY").map(|dir| Path::new(&dir).join(CREDENTIAL));
-    token_in(passed, config.factory.token_file.as_path())
-}
-
-fn token_in(passed: Option<PathBuf>, file: &Path) -> Result<Token> {
-    match passed.filter(|path| path.exists()) {
-        Some(passed) => token(&passed),
-        None => token(file),
-    }
-}
-
-/// The token in a file.
-///
-/// # Errors
-/// Where the file is empty, not a token, or anybody's to read.
-pub fn token(path: &Path) -> Result<Token> {
-    let name = path.display();
-    let mut file = File::open(path)
-        .with_context(|| format!("the token file {name} cannot be read: give it to the supervisor's user"))?;
-    let mode = file
-        .metadata()
-        .with_context(|| format!("the token file {name} cannot be examined"))?;
-    if mode.permissions().mode() & 0o007 != 0 {
-        bail!(
-            "the token file {name} is open to everybody: run chmod o= {name}, and ask for a new token if others use this host"
-        );
-    }
-    let mut text = String::new();
-    file.by_ref()
-        .take(4096)
-        .read_to_string(&mut text)
-        .with_context(|| format!("the token file {name} is no text"))?;
-    let text = text.trim();
-    if text.is_empty() {
-        bail!("the token file {name} is empty: write the factory's token into it");
-    }
-    if !text.bytes().all(|b| b.is_ascii_graphic()) {
-        bail!("the token file {name} holds more than one word: write the factory's token alone into it");
-    }
-    Ok(Token::new(text.to_owned()))
 }
 
 /// The slots, for a person who has just written them.
@@ -238,42 +183,6 @@ fn size(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_token_is_trimmed_and_an_open_or_empty_file_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("token");
-        let set = |text: &str, mode: u32| {
-            fs::write(&path, text).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-            token(&path)
-        };
-        assert_eq!(set("  abc\n", 0o640).unwrap(), Token::new("abc".into()));
-        for (text, mode, part) in [
-            ("abc", 0o644, "everybody"),
-            (" \n", 0o600, "empty"),
-            ("a b", 0o600, "one word"),
-        ] {
-            let error = set(text, mode).unwrap_err().to_string();
-            assert!(error.contains(part) && !error.contains("abc"), "{error}");
-        }
-    }
-
-    #[test]
-    fn what_systemd_passes_on_comes_before_the_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str| {
-            let path = dir.path().join(name);
-            fs::write(&path, name).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).unwrap();
-            path
-        };
-        let (passed, file) = (write("passed"), write("file"));
-        let read = |passed| token_in(passed, &file).unwrap();
-        assert_eq!(read(Some(passed)), Token::new("passed".into()));
-        assert_eq!(read(Some(dir.path().join("none"))), Token::new("file".into()));
-        assert_eq!(read(None), Token::new("file".into()));
-    }
 
     #[test]
     fn the_summary_names_what_is_not_as_usual_on_one_line_a_slot() {

@@ -173,3 +173,27 @@ fn every_command_ends_quietly_when_its_reader_has_gone() {
         assert!(status.code().is_some_and(|code| code < 5), "{words:?}: {status}");
     }
 }
+
+#[test]
+fn serve_without_a_token_or_a_good_configuration_ends_with_78_which_the_unit_does_not_restart() {
+    let host = TestHost::new();
+    let serve = |part: &str| {
+        let root = host.root.to_str().unwrap();
+        let output = user_factory(&["serve", "--allow-root", "--root", root]);
+        let said = text(&output);
+        assert_eq!(output.status.code(), Some(78), "{said}");
+        assert!(
+            said.starts_with("user-factory: ") && said.contains(part),
+            "{said}"
+        );
+        said
+    };
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOT);
+    assert_eq!(serve("there is no token file ").lines().count(), 1);
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, "[slots.a]\n");
+    serve("the configuration has mistakes");
+    let unit = include_str!("../../packaging/systemd/buildomat-user-factory.service");
+    for line in ["RestartPreventExitStatus=78", "SetCredential=token:\\n"] {
+        assert!(unit.lines().any(|own| own == line), "the unit lacks {line}");
+    }
+}

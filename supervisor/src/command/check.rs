@@ -9,13 +9,14 @@ use supervisor::helper::Helper;
 use supervisor::host::{self, Seen};
 use supervisor::server::Server;
 use supervisor::settings::{self, Places};
+use supervisor::token::{TokenPlaces, TokenStore};
 
 use super::{DONE, FAILED, say};
 
 /// Print every mistake, or a summary of the slots and of the host; with `online`, ask the server and the helper.
 pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
-    let loaded = config_check::load(path, root).and_then(|config| match settings::token_of(&config) {
-        Ok(_) => Ok(config),
+    let loaded = config_check::load(path, root).and_then(|config| match token_of(&config, path, root) {
+        Ok(tokens) => Ok((config, tokens)),
         Err(error) => {
             let text = settings::read(path)?;
             Err(vec![Mistake {
@@ -25,7 +26,7 @@ pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
         }
     });
     match loaded {
-        Ok(config) => looked_good(&config, online, root),
+        Ok((config, tokens)) => looked_good(&config, &tokens, online, root),
         Err(mistakes) => {
             say(&settings::print(path, &mistakes));
             FAILED
@@ -33,16 +34,26 @@ pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
     }
 }
 
-fn looked_good(config: &Config, online: bool, root: &Path) -> u8 {
+/// The token that `serve` uses: where this is the configuration of the running unit, what systemd has passed to that.
+fn token_of(config: &Config, path: &Path, root: &Path) -> anyhow::Result<TokenStore> {
+    TokenStore::open(match path == Places::below(root).config {
+        true => TokenPlaces::of_the_unit(config, root),
+        false => TokenPlaces::of_this_process(config),
+    })
+}
+
+fn looked_good(config: &Config, tokens: &TokenStore, online: bool, root: &Path) -> u8 {
     let findings = host::findings(&Seen::look(), config, root);
-    say(&(settings::summary(config) + &host::print(&findings)));
+    say(&settings::summary(config));
+    say(&format!("token of {}\n", tokens.source()));
+    say(&host::print(&findings));
     let fine = !findings.iter().any(|finding| finding.needed);
-    let answered = !online || ask(config, root);
+    let answered = !online || ask(config, tokens, root);
     if fine && answered { DONE } else { FAILED }
 }
 
 /// Do the server, its agent and the helper answer? A line for each.
-fn ask(config: &Config, root: &Path) -> bool {
+fn ask(config: &Config, tokens: &TokenStore, root: &Path) -> bool {
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -54,7 +65,7 @@ fn ask(config: &Config, root: &Path) -> bool {
             return false;
         }
     };
-    let answers = runtime.block_on(answers(config, root));
+    let answers = runtime.block_on(answers(config, tokens, root));
     for (what, answer) in &answers {
         match answer {
             Ok(how) => say(&format!("online {what}: {how}\n")),
@@ -64,11 +75,13 @@ fn ask(config: &Config, root: &Path) -> bool {
     answers.iter().all(|(_, answer)| answer.is_ok())
 }
 
-async fn answers(config: &Config, root: &Path) -> Vec<(&'static str, Result<String, String>)> {
+async fn answers(
+    config: &Config,
+    tokens: &TokenStore,
+    root: &Path,
+) -> Vec<(&'static str, Result<String, String>)> {
     let mut answers = Vec::new();
-    let token = settings::token_of(config).map_err(|e| format!("{e:#}"));
-    let server =
-        token.and_then(|token| Server::new(&config.general.baseurl, token).map_err(|e| e.to_string()));
+    let server = Server::new(&config.general, tokens.clone()).map_err(|e| e.to_string());
     match server {
         Err(why) => answers.push(("server", Err(why))),
         Ok(server) => {

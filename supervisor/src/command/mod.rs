@@ -22,6 +22,9 @@ pub const FAILED: u8 = 1;
 pub const AWAY: u8 = 3;
 /// `status` alone: all answers, and something waits for a person.
 pub const ATTENTION: u8 = 4;
+/// `serve` alone: the configuration or the token cannot be used, and the next start would end in the same way. The unit does
+/// not restart it then (EX_CONFIG of sysexits.h).
+pub const NOT_CONFIGURED: u8 = 78;
 
 const STATUSES: &str = "\
 Exit status:
@@ -31,6 +34,7 @@ Exit status:
   3  the factory does not answer at its control socket
   4  `status`: something waits for a person (a worker is held or broken, the server or the helper is away, a
      changed configuration was not taken, or another host uses the same token)
+  78 `serve`: the configuration or the token cannot be used; starting it again does not help
   `run` and `shell` end with the status of what they ran.";
 
 /// Buildomat workers as ephemeral Unix users of this host.

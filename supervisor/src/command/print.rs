@@ -127,6 +127,9 @@ pub fn status(s: &Status) -> String {
         s.protocol,
         ago(s.started, s.now)
     );
+    if let Some(token) = &s.configuration.token {
+        text += &format!("{:8} of {token}\n", "token");
+    }
     let taken = if s.draining {
         styled(
             RESTING,

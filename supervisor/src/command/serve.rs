@@ -21,8 +21,19 @@ use supervisor::server::Server;
 use supervisor::settings::{self, Places};
 use supervisor::shell::{Clock, Shell};
 use supervisor::store::{History, Store};
+use supervisor::token::{TokenPlaces, TokenStore};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
+
+/// Starting again would not help: a person has to change the configuration or the token.
+#[derive(Debug)]
+pub struct NotConfigured;
+
+impl std::fmt::Display for NotConfigured {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("cannot serve until this is mended")
+    }
+}
 
 /// Serve until SIGTERM or SIGINT; SIGHUP reads the configuration again.
 pub fn serve(
@@ -44,8 +55,9 @@ pub fn serve(
             "the configuration has mistakes:\n{}",
             settings::print(&path, &mistakes).trim_end()
         )
+        .context(NotConfigured)
     })?;
-    let token = settings::token_of(&config)?;
+    let tokens = TokenStore::open(TokenPlaces::of_this_process(&config)).context(NotConfigured)?;
     let mut store = Store::open(&places.state)?;
     let host = nix::unistd::gethostname().unwrap_or_default();
     let machine = identity::machine_id(&places.machine_id);
@@ -60,12 +72,12 @@ pub fn serve(
     let workers = store.workers()?;
     let helper = Helper::new(places.helper.clone());
     let hands = Hands {
-        server: Server::new(&config.general.baseurl, token)?,
+        server: Server::new(&config.general, tokens.clone())?,
         helper: helper.clone(),
         agent: AgentCache::new(places.state.join("agent"), agent::hints()),
         identity: identity.clone(),
     };
-    tracing::info!(server = %config.general.baseurl, host = %identity, slots = config.slots.len(), workers = workers.len(), "supervisor started");
+    tracing::info!(server = %config.general.baseurl, host = %identity, slots = config.slots.len(), workers = workers.len(), token = %tokens.source(), "supervisor started");
     let relayed = descriptors::relayed_connections();
     let gate = Gate::to_the_server(&config, places.gate.clone(), places.userdb.clone(), relayed)
         .context("cannot start the relay for jobs without a network")?;
@@ -84,6 +96,7 @@ pub fn serve(
         metrics.clone(),
     );
     desk.page = page.clone();
+    desk.tokens = Some(tokens);
     // The seed spreads the retries of several factories; it is no secret.
     let seed = clock.now() ^ u64::from(std::process::id());
     let factory = Factory::new(identity, config, workers, seed, clock.now()).drained(store.drained()?);

@@ -41,6 +41,9 @@ pub struct Configuration {
     pub loaded: Timestamp,
     /// Why the last reload changed nothing.
     pub refused: Option<String>,
+    /// Where the token in use was read.
+    #[serde(default)]
+    pub token: Option<String>,
 }
 
 /// The buildomat server, or the helper.

@@ -14,6 +14,7 @@ use super::api::{self, Status};
 use super::listener::StatusPage;
 use super::metrics::Metrics;
 use crate::factory::{Factory, Input, Level, Say, time};
+use crate::token::TokenStore;
 use crate::view::Side;
 use crate::{config_check, settings};
 
@@ -86,6 +87,7 @@ pub struct Desk {
     troubles: VecDeque<api::Trouble>,
     pub metrics: Arc<Metrics>,
     pub page: Option<Arc<StatusPage>>,
+    pub tokens: Option<TokenStore>,
 }
 
 impl Desk {
@@ -109,6 +111,7 @@ impl Desk {
             troubles: VecDeque::new(),
             metrics,
             page: None,
+            tokens: None,
         }
     }
 
@@ -146,6 +149,7 @@ impl Desk {
                 path: self.config.display().to_string(),
                 loaded: time(self.loaded),
                 refused: self.refused.clone(),
+                token: self.tokens.as_ref().map(|tokens| tokens.source().to_string()),
             },
             server: factory.partner(Side::Server, self.server.clone()),
             helper: factory.partner(Side::Helper, self.helper.clone()),
@@ -172,7 +176,13 @@ impl Desk {
                     self.config.display()
                 )),
                 None => refused.map_or(Ok(new), |why| Err(format!("the helper refuses it: {why}"))),
-            });
+            })
+            .and_then(
+                |new| match self.tokens.as_ref().map(|tokens| tokens.reload(&new)) {
+                    Some(Err(error)) => Err(format!("{error:#}")),
+                    _ => Ok(new),
+                },
+            );
         match &loaded {
             Ok(_) => (self.loaded, self.refused) = (now, None),
             Err(why) => {

@@ -6,35 +6,20 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use protocol::config::BaseUrl;
+use protocol::config::General;
 use protocol::{TargetId, WorkerId};
 use reqwest::{Method, Response};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::token::TokenStore;
 use crate::view::{JobId, Lease, Scripts, ServerWorker, Side, Trouble};
 
 pub(crate) use http::causes;
 
 /// The longest part of an error's text that is kept, in characters.
 const MAX_MESSAGE: usize = 300;
-
-/// The factory's token. No formatting prints it.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Token(String);
-
-impl Token {
-    pub fn new(text: String) -> Self {
-        Self(text)
-    }
-}
-
-impl fmt::Debug for Token {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Token(…)")
-    }
-}
 
 /// Why a call has no answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -133,17 +118,22 @@ pub trait Carrier: fmt::Debug + Send + Sync {
 #[derive(Clone, Debug)]
 pub struct Server {
     carrier: Arc<dyn Carrier>,
+    /// For a person who is told that the token was refused.
+    tokens: Option<TokenStore>,
 }
 
 impl Server {
     /// # Errors
     /// Where the host's TLS set-up cannot be used.
-    pub fn new(base: &BaseUrl, token: Token) -> Result<Self> {
-        Ok(Self::over(Arc::new(http::Http::new(base, token)?)))
+    pub fn new(general: &General, tokens: TokenStore) -> Result<Self> {
+        let carrier = Arc::new(http::Http::new(general, tokens.clone())?);
+        let tokens = Some(tokens);
+        Ok(Self { carrier, tokens })
     }
 
     pub fn over(carrier: Arc<dyn Carrier>) -> Self {
-        Self { carrier }
+        let tokens = None;
+        Self { carrier, tokens }
     }
 
     /// # Errors
@@ -265,6 +255,9 @@ impl Server {
         if message.is_empty() {
             message = "no reason given".into();
         }
+        if let (401, Some(tokens)) = (code, &self.tokens) {
+            message += &format!("; the token is of {}", tokens.source());
+        }
         Err(match said {
             Ok(_) => Error::Status { code, message },
             Err(_) => Error::Foreign { code, message },
@@ -360,10 +353,5 @@ mod tests {
             sentence.contains("makes no sense") && sentence.len() < 600,
             "{sentence}"
         );
-    }
-
-    #[test]
-    fn the_token_is_never_printed() {
-        assert!(!format!("{:?}", Token::new("secret".into())).contains("secret"));
     }
 }

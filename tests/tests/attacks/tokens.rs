@@ -1,13 +1,18 @@
 //! Group F: row 71, secrets in the places where other users of the host look for them.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use testbed::census::Census;
-use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, sealed};
+use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, sealed, tool};
+use testbed::house::{House, ONE};
 use testbed::server::{JobSpec, Server, ServerOptions};
 use testbed::stage::{Stage, created, install, run, token, wait_for_line};
 
@@ -191,4 +196,250 @@ fn row_71_a_bootstrap_token_as_logs_and_other_jobs_see_it() {
         "the token is in the log"
     );
     stage.finish(&[worker, other]);
+}
+
+/// The supervisor with this credential, as systemd passes one.
+fn with_credential(host: &TestHost, token: &str) -> Running {
+    let directory = host.root.join("credentials");
+    let credential = directory.join("token");
+    fs::create_dir_all(&directory).unwrap();
+    fs::write(&credential, token).unwrap();
+    fs::set_permissions(&credential, fs::Permissions::from_mode(0o400)).unwrap();
+    chown(&credential, Some(SUPERVISOR_UID), None).unwrap();
+    Running::start(host.supervisor_command().env("CREDENTIALS_DIRECTORY", directory))
+}
+
+/// What `user-factory` says, and whether it was done.
+fn command(host: &TestHost, words: &[&str]) -> (bool, String) {
+    let mut command = Command::new(binaries().join("user-factory"));
+    let output = command
+        .args(words)
+        .arg("--root")
+        .arg(&host.root)
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(said).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_106_of_two_tokens_it_is_said_which_is_used_and_two_that_differ_are_refused() {
+    let mut house = House::new(ONE).await;
+    let (host, file) = (&house.host, house.host.root.join("token"));
+    let token = fs::read_to_string(&file).unwrap();
+    let config = host
+        .root
+        .join(protocol::config::CONFIG_PATH)
+        .display()
+        .to_string();
+    let shown = |place: &str| {
+        let (_, said) = command(host, &["status"]);
+        assert!(said.contains(&format!("token    of {place}")), "{said}");
+    };
+    house.told(&["INFO supervisor started", "token=the file "]);
+    shown("the file ");
+    let (_, said) = command(host, &["check", &config]);
+    assert!(
+        said.contains(&format!("token of the file {}", file.display())),
+        "{said}"
+    );
+
+    // The same in both: the credential, and it is said.
+    house.end_supervisor(Signal::SIGTERM);
+    house.supervisor = with_credential(&house.host, &token);
+    house.told(&["INFO supervisor started", "token=the credential "]);
+    house.completed(house.submit("echo with a credential")).await;
+    let host = &house.host;
+    let shown = |place: &str| {
+        let (_, said) = command(host, &["status"]);
+        assert!(said.contains(&format!("token    of {place}")), "{said}");
+    };
+    shown("the credential ");
+    // A new one in the file alone is not silently left aside.
+    host.write_token("another-token");
+    let (done, said) = command(host, &["reload"]);
+    assert!(!done && said.contains("hold different tokens"), "{said}");
+    house.completed(house.submit("echo as before")).await;
+
+    // What systemd has passed to the unit is what `check` looks at.
+    let of_the_unit = host.root.join("run/credentials/buildomat-user-factory.service");
+    fs::create_dir_all(&of_the_unit).unwrap();
+    fs::write(of_the_unit.join("token"), &token).unwrap();
+    fs::set_permissions(of_the_unit.join("token"), fs::Permissions::from_mode(0o400)).unwrap();
+    let (done, said) = command(host, &["check", &config]);
+    assert!(
+        !done && said.contains("config.toml:5: ") && said.contains("hold different tokens"),
+        "{said}"
+    );
+    fs::remove_dir_all(host.root.join("run/credentials")).unwrap();
+
+    house.end_supervisor(Signal::SIGTERM);
+    let mut refuses = with_credential(&house.host, &token);
+    assert!(!refuses.wait().success());
+    let text = refuses.log.text();
+    assert_eq!(text.matches("hold different tokens").count(), 1, "{text}");
+    assert!(
+        !text.contains(&token) && !text.contains("another-token"),
+        "{text}"
+    );
+    // The right one in the file, and it is taken without a restart.
+    house.host.write_token("wrong-token");
+    house.supervisor = house.host.supervisor();
+    house.told(&["refused with 401"]);
+    house.host.write_token(&token);
+    let (done, said) = command(&house.host, &["reload"]);
+    assert!(done, "{said}");
+    house.told(&["a new token is in use, of the file "]);
+    house.told(&["server back"]);
+    house.completed(house.submit("echo with the new one")).await;
+    fs::remove_dir_all(house.host.root.join("credentials")).unwrap();
+    house.finish().await;
+}
+
+const SLOT: &str = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+
+#[test]
+fn row_107_a_proxy_in_the_environment_is_not_used_and_one_in_the_configuration_is() {
+    let host = TestHost::new();
+    let proxy = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", proxy.local_addr().unwrap());
+    host.write_token("the-token");
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOT);
+    let config = host.root.join(protocol::config::CONFIG_PATH);
+    let check = || {
+        let mut command = Command::new(binaries().join("user-factory"));
+        command.arg("check").arg(&config).arg("--online");
+        command.arg("--root").arg(&host.root);
+        for name in ["http_proxy", "https_proxy", "all_proxy"] {
+            command.env(name, &address).env(name.to_uppercase(), &address);
+        }
+        command.env_remove("no_proxy").env_remove("NO_PROXY");
+        command
+    };
+    let output = check().output().unwrap();
+    assert!(!output.status.success());
+    proxy.set_nonblocking(true).unwrap();
+    assert!(proxy.accept().is_err(), "the environment's proxy was asked");
+    // It may be trusted, where the configuration says so.
+    let text = fs::read_to_string(&config).unwrap();
+    let text = text.replacen("[factory]", &format!("proxy = \"{address}\"\n[factory]"), 1);
+    fs::write(&config, &text).unwrap();
+    let _check = Running::printing(&mut check());
+    let end = Instant::now() + PATIENCE;
+    let stream = loop {
+        match proxy.accept() {
+            Ok((stream, _)) => break stream,
+            Err(error) => assert!(Instant::now() < end, "the proxy is not asked: {error}"),
+        }
+    };
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut head = BufReader::new(stream).lines().map_while(Result::ok);
+    let first = head.next().unwrap();
+    assert!(first.starts_with("GET http://127.0.0.1:9/"), "{first}");
+    // Unencrypted, it takes a key to let it see the token.
+    fs::write(&config, text.replace("allow_http = true", "allow_http = false")).unwrap();
+    let output = check().output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        !output.status.success() && said.contains("would see the factory's token"),
+        "{said}"
+    );
+}
+
+/// Certificates below a directory, and servers that show them.
+struct Certificates(tempfile::TempDir);
+
+impl Certificates {
+    /// An authority of its own, in `ca.pem`.
+    fn new() -> Certificates {
+        let certificates = Certificates(tempfile::tempdir().unwrap());
+        certificates
+            .openssl("req -x509 -nodes -newkey rsa:2048 -keyout ca.key -out ca.pem -days 2 -subj /CN=ca");
+        certificates
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn openssl(&self, words: &str) {
+        let mut command = Command::new(tool("openssl", "openssl"));
+        let output = command
+            .args(words.split(' '))
+            .current_dir(self.0.path())
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{words}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    /// A server with a certificate for this name, valid for so many days from now. It prints what it is sent.
+    fn server(&self, name: &str, days: u32) -> (Running, String) {
+        self.openssl(&format!(
+            "req -new -nodes -newkey rsa:2048 -keyout s.key -out s.csr -subj /CN=server -addext subjectAltName=DNS:{name}"
+        ));
+        self.openssl(&format!(
+            "x509 -req -in s.csr -CA ca.pem -CAkey ca.key -days {days} -copy_extensions copyall -out s.pem"
+        ));
+        let mut command = Command::new(tool("openssl", "openssl"));
+        command
+            .args("s_server -accept localhost:0 -cert s.pem -key s.key".split(' '))
+            .current_dir(self.0.path())
+            .stderr(Stdio::null());
+        // It ends where there is nothing more to read.
+        let server = Running::printing_with(&mut command, Stdio::piped());
+        let line = server.log.wait(&["ACCEPT "]);
+        let (_, port) = line.rsplit_once(':').unwrap();
+        let url = format!("https://localhost:{port}");
+        (server, url)
+    }
+}
+
+#[test]
+fn row_113_only_a_server_with_a_certificate_that_is_trusted_and_names_it_gets_the_token() {
+    let host = TestHost::new();
+    let certificates = Certificates::new();
+    let check = |url: &str, authority: Option<&str>| {
+        host.configure(url, SUPERVISOR_UID, SLOT);
+        host.write_token("the-token");
+        let mut command = Command::new(binaries().join("user-factory"));
+        command
+            .arg("check")
+            .arg(host.root.join(protocol::config::CONFIG_PATH))
+            .arg("--online")
+            .arg("--root")
+            .arg(&host.root)
+            .env_remove("SSL_CERT_FILE")
+            .env_remove("SSL_CERT_DIR");
+        if let Some(name) = authority {
+            command.env("SSL_CERT_FILE", certificates.path(name));
+        }
+        command
+    };
+    for (what, name, days, authority) in [
+        ("untrusted", "localhost", 2, None),
+        ("another name", "ci.example.com", 2, Some("ca.pem")),
+        ("expired", "localhost", 0, Some("ca.pem")),
+    ] {
+        let (server, url) = certificates.server(name, days);
+        if days == 0 {
+            // Valid for no day is valid for the second in which it was made.
+            std::thread::sleep(Duration::from_secs(2));
+        }
+        let output = check(&url, authority).output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(
+            !output.status.success() && said.contains("invalid peer certificate"),
+            "{what}: {said}"
+        );
+        assert!(!server.log.text().contains("the-token"), "{what}");
+    }
+    // A private authority is one that SSL_CERT_FILE names; this server never answers.
+    let (server, url) = certificates.server("localhost", 2);
+    let _check = Running::printing(&mut check(&url, Some("ca.pem")));
+    server.log.wait(&["authorization: Bearer the-token"]);
 }

@@ -174,7 +174,7 @@ async fn row_79_a_worker_made_under_another_id_is_found_under_its_own() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_79_a_token_that_is_replaced_is_named_and_works_again_when_it_is_right() {
-    let mut house = House::new(ONE).await;
+    let house = House::new(ONE).await;
     let job = house.running().await;
     let set = |token: &str| {
         house.server.with(|state| {
@@ -195,13 +195,21 @@ async fn row_79_a_token_that_is_replaced_is_named_and_works_again_when_it_is_rig
         !house.supervisor.log.text().contains(&old),
         "the token is in the log"
     );
-    // Right again by itself; then replaced for good, and the new one written where the line says.
+    // Right again by itself; then replaced for good, and the new one written where the line says: that is enough.
     set(&old);
     house.told(&["server back"]);
+    let seen = house.supervisor.log.len();
     set("another-token");
+    house.told_from(
+        seen,
+        &[
+            "ERROR server away",
+            &house.host.root.join("token").display().to_string(),
+        ],
+    );
     house.host.write_token("another-token");
-    house.end_supervisor(Signal::SIGTERM);
-    house.supervisor = house.host.supervisor();
+    house.told_from(seen, &["a new token is in use"]);
+    house.told_from(seen, &["server back"]);
     house.let_end();
     house.completed(job).await;
     house.finish().await;
