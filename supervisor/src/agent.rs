@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use flate2::read::MultiGzDecoder;
@@ -13,8 +13,8 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protocol::MAX_AGENT_BYTES;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Mutex;
-use tokio::time::{Instant, timeout};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::server::{Server, causes};
 
@@ -22,6 +22,10 @@ use crate::server::{Server, causes};
 const FRESH: Duration = Duration::from_secs(600);
 /// A download that stands still for this long has failed.
 const IDLE: Duration = Duration::from_secs(30);
+/// One that takes this long in all, too.
+const WHOLE: Duration = Duration::from_secs(600);
+/// A start waits for so long, counted from the question, to learn whether there is a newer agent than the one that is there.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// What was downloaded, and what it was unpacked to, before that takes the place of the last agent.
 const PARTS: [&str; 2] = ["agent.download", "agent.new"];
@@ -45,10 +49,31 @@ impl Agent {
 
 /// The agent of this factory's server.
 #[derive(Debug)]
-pub struct AgentCache {
+pub struct AgentCache(Arc<Cache>);
+
+#[derive(Debug)]
+struct Cache {
     dir: PathBuf,
     query: Vec<(&'static str, String)>,
-    held: Mutex<Option<(Agent, Instant)>>,
+    /// How long a download may take.
+    whole: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    agent: Option<Agent>,
+    /// When the server was last asked to an end, with whatever answer.
+    asked: Option<Instant>,
+    /// The download that runs now.
+    download: Option<Download>,
+}
+
+/// A download, and where its end is told.
+#[derive(Clone, Debug)]
+struct Download {
+    begun: Instant,
+    done: watch::Receiver<Option<Result<(), String>>>,
 }
 
 /// Which version the file on the disk is, if the server says so.
@@ -67,52 +92,115 @@ enum Fetched {
 impl AgentCache {
     /// A cache in `dir`, for a machine that these hints describe.
     pub fn new(dir: PathBuf, query: Vec<(&'static str, String)>) -> Self {
-        Self {
+        Self(Arc::new(Cache {
             dir,
             query,
-            held: Mutex::new(None),
+            whole: WHOLE,
+            state: Mutex::default(),
+        }))
+    }
+
+    /// The agent: the newest if the server answers at once, else the last one that it had. A slow answer is waited for in
+    /// the background, and is there for the next start.
+    ///
+    /// # Errors
+    /// A sentence, where there has never been one or the disk fails.
+    pub async fn get(&self, server: &Server) -> Result<Agent, String> {
+        let known = self.0.known().await;
+        let asked = self.0.state().asked;
+        if let (Some(agent), Some(asked)) = (&known, asked)
+            && asked.elapsed() < FRESH
+        {
+            return Ok(agent.clone());
         }
+        let mut download = self.download(server);
+        let end = match known {
+            Some(_) => download.begun + GRACE,
+            // It has a limit of its own.
+            None => download.begun + 2 * self.0.whole,
+        };
+        let done = timeout_at(end, download.done.wait_for(Option::is_some)).await;
+        let why = match done {
+            Ok(Ok(done)) => done.clone().and_then(Result::err),
+            _ => None,
+        };
+        let agent = self.0.state().agent.clone();
+        agent.ok_or_else(|| why.unwrap_or_else(|| "the download of the agent came to no end".into()))
+    }
+
+    /// The one that runs, or a new one.
+    fn download(&self, server: &Server) -> Download {
+        let mut state = self.0.state();
+        if let Some(running) = &state.download {
+            return running.clone();
+        }
+        let (tell, done) = watch::channel(None);
+        let download = Download {
+            begun: Instant::now(),
+            done,
+        };
+        state.download = Some(download.clone());
+        let (cache, server) = (self.0.clone(), server.clone());
+        tokio::spawn(async move {
+            let done = cache.refresh(&server).await;
+            let mut state = cache.state();
+            state.download = None;
+            state.asked = Some(Instant::now());
+            tell.send_replace(Some(done));
+        });
+        download
+    }
+}
+
+impl Cache {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn program(&self) -> PathBuf {
         self.dir.join("agent")
     }
 
-    /// The agent: a recent one if the server has it, else the last one that it had.
-    ///
-    /// # Errors
-    /// A sentence, where there has never been one or the disk fails.
-    pub async fn get(&self, server: &Server) -> Result<Agent, String> {
-        let mut held = self.held.lock().await;
-        if let Some((agent, since)) = &*held
-            && since.elapsed() < FRESH
-        {
-            return Ok(agent.clone());
+    /// The agent that is there, in memory or on the disk.
+    async fn known(&self) -> Option<Agent> {
+        if let Some(agent) = &self.state().agent {
+            return Some(agent.clone());
         }
-        let fetched = self.fetch(server).await;
-        if fetched.is_err() {
-            // The next attempt begins anew; what is left of this one may be all that the disk had room for.
-            for part in PARTS {
-                let _ = fs::remove_file(self.dir.join(part));
-            }
-        }
-        let agent = match (fetched, &*held) {
-            (Ok(Fetched::Unchanged), Some((agent, _))) => agent.clone(),
-            (Ok(_), _) => sealed(&self.program())?,
-            (Err(why), Some((agent, _))) => {
-                tracing::warn!("the agent cannot be renewed, the last one is used: {why}");
-                agent.clone()
-            }
-            (Err(why), None) => match sealed(&self.program()) {
-                Ok(agent) => {
-                    tracing::warn!("the agent cannot be downloaded, the last one is used: {why}");
-                    agent
-                }
-                Err(_) => return Err(why),
-            },
+        let agent = self.read().await.ok()?;
+        Some(self.state().agent.get_or_insert(agent).clone())
+    }
+
+    async fn read(&self) -> Result<Agent, String> {
+        let program = self.program();
+        let read = tokio::task::spawn_blocking(move || sealed(&program)).await;
+        read.map_err(|e| e.to_string())?
+    }
+
+    /// Ask the server, and take what it has.
+    async fn refresh(&self, server: &Server) -> Result<(), String> {
+        let late = |_| format!("the download of the agent takes longer than {:?}", self.whole);
+        let fetched = timeout(self.whole, self.fetch(server)).await;
+        let fetched = match fetched.map_err(late).and_then(|fetched| fetched) {
+            Ok(Fetched::Unchanged) if self.state().agent.is_some() => return Ok(()),
+            Ok(_) => self.read().await,
+            Err(why) => Err(why),
         };
-        *held = Some((agent.clone(), Instant::now()));
-        Ok(agent)
+        match fetched {
+            Ok(agent) => {
+                self.state().agent = Some(agent);
+                Ok(())
+            }
+            Err(why) => {
+                // The next attempt begins anew; what is left of this one may be all that the disk had room for.
+                for part in PARTS {
+                    let _ = fs::remove_file(self.dir.join(part));
+                }
+                if self.state().agent.is_some() {
+                    tracing::warn!("the agent cannot be renewed, the last one is used: {why}");
+                }
+                Err(why)
+            }
+        }
     }
 
     async fn fetch(&self, server: &Server) -> Result<Fetched, String> {

@@ -142,6 +142,70 @@ async fn what_is_no_agent_is_refused_and_leaves_none() {
     }
 }
 
+/// A server whose answer to one question comes piece by piece, as the test sends it.
+async fn serve_slowly() -> (Server, mpsc::UnboundedSender<Vec<u8>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (pieces, mut sent) = mpsc::unbounded_channel::<Vec<u8>>();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        while let Some(piece) = sent.recv().await {
+            let _ = stream.write_all(&piece).await;
+        }
+    });
+    let config = Config::parse(&format!(
+        "[general]\nbaseurl = \"http://{address}\"\n[factory]\ntoken_file = \"/t\"\n\
+         [slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
+    ));
+    let server = Server::new(&config.unwrap().general, TokenStore::fixed("secret"));
+    (server.unwrap(), pieces)
+}
+
+#[tokio::test]
+async fn a_slow_answer_holds_up_no_start_and_is_there_for_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, _requests) = serve(vec![http("200 OK", "etag: \"v1\"\r\n", &packed(b"old"))]).await;
+    cache(dir.path()).get(&server).await.unwrap();
+    let (server, pieces) = serve_slowly().await;
+    let cache = cache(dir.path());
+    let begun = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(content(&cache.get(&server).await.unwrap()), b"old");
+    }
+    // All twenty wait for one answer, and together.
+    assert!(begun.elapsed() < 2 * GRACE, "{:?}", begun.elapsed());
+    pieces.send(http("200 OK", "", &packed(b"new"))).unwrap();
+    let end = Instant::now() + IDLE;
+    while content(&cache.get(&server).await.unwrap()) != b"new" {
+        assert!(Instant::now() < end, "the new one does not come");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_download_that_never_stands_still_and_never_ends_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, pieces) = serve_slowly().await;
+    pieces
+        .send(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n".to_vec())
+        .unwrap();
+    let dripping = tokio::spawn(async move {
+        while pieces.send(b"x".to_vec()).is_ok() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    let AgentCache(cache) = cache(dir.path());
+    assert_eq!(cache.whole, Duration::from_secs(600));
+    let mut cache = Arc::into_inner(cache).unwrap();
+    cache.whole = Duration::from_millis(500);
+    let begun = Instant::now();
+    let error = AgentCache(Arc::new(cache)).get(&server).await.unwrap_err();
+    assert!(error.contains("longer than 500ms"), "{error}");
+    assert!(begun.elapsed() < IDLE, "{:?}", begun.elapsed());
+    assert!(!dir.path().join("agent").join(PARTS[0]).exists());
+    dripping.abort();
+}
+
 #[test]
 fn os_release_values_lose_their_quotes() {
     let text = "NAME=\"Debian\"\nVERSION_ID=\"13\"\nID=debian\nID_LIKE='a b'\n";
