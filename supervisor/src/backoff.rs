@@ -32,7 +32,7 @@ impl Backoff {
     pub const fn cap(side: Side) -> u64 {
         match side {
             Side::Server => 60_000,
-            Side::Helper => 5_000,
+            Side::Helper | Side::Database => 5_000,
         }
     }
 

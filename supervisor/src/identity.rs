@@ -229,6 +229,7 @@ pub fn machine_id(path: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Storage;
     use protocol::{TargetId, WorkerId};
 
     fn identity(host: &str, instance: &str) -> Identity {

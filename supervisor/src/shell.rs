@@ -1,8 +1,9 @@
 //! The loop around the core: it keeps the clock, carries out what the core puts out, and hands the
 //! answers back. It must never decide anything, and never begin an output before what was to be saved
-//! ahead of it is on the disk.
+//! ahead of it is on the disk: but for deletions, which follow from what there is, and make room.
 
 mod operator;
+mod persistence;
 mod phases;
 
 use std::collections::VecDeque;
@@ -16,17 +17,17 @@ use tokio::time::Instant;
 
 use crate::act::Hands;
 use crate::control::desk::{Desk, Word};
-use crate::control::metrics;
-use crate::factory::{Factory, Input, Output};
+use crate::control::metrics::{self, Metrics};
+use crate::factory::{Factory, Input, Outcome, Output};
 use crate::notify::Watchdog;
-use crate::store::{Store, Unsaved};
+use crate::store::Storage;
+use crate::view::{Side, Trouble};
+use crate::worker::Action;
+pub use persistence::Persistence;
 use phases::Phases;
 
 /// How long a stop waits for what is under way.
 const GRACE: Duration = Duration::from_secs(10);
-/// How soon, and how late at most, a change is written again that could not be. The watchdog's patience is longer.
-const FIRST_WAIT: Duration = Duration::from_millis(500);
-const LAST_WAIT: Duration = Duration::from_secs(15);
 /// Whoever looks waits no longer for a helper that must be asked first.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -56,78 +57,67 @@ impl Clock {
     }
 }
 
-/// What is said to the loop, in its order. Its end is the word to stop.
-#[derive(Debug)]
-pub struct Ears {
-    words: mpsc::UnboundedReceiver<Word>,
-    /// Heard while nothing could be done about it.
-    kept: VecDeque<Word>,
-}
-
-impl From<mpsc::UnboundedReceiver<Word>> for Ears {
-    fn from(words: mpsc::UnboundedReceiver<Word>) -> Self {
-        let kept = VecDeque::new();
-        Self { words, kept }
-    }
-}
-
-impl Ears {
-    async fn next(&mut self) -> Word {
-        match self.kept.pop_front() {
-            Some(word) => word,
-            None => self.fresh().await,
-        }
-    }
-
-    async fn fresh(&mut self) -> Word {
-        self.words.recv().await.unwrap_or(Word::Tell(Input::Stop))
-    }
-}
-
 /// Everything that the loop holds.
 #[derive(Debug)]
-pub struct Shell {
+pub struct Shell<S> {
     pub factory: Factory,
-    pub store: Store,
+    pub persistence: Persistence<S>,
     pub hands: Arc<Hands>,
     pub clock: Clock,
     pub desk: Desk,
     pub watchdog: Watchdog,
 }
 
-impl Shell {
+impl<S: Storage> Shell<S> {
     /// Run until the words end or one of them is [`Input::Stop`], then wait a little for what is under way. Jobs go
     /// on without us.
     ///
     /// # Errors
     /// Where the database cannot be written, and waiting would not help: nothing may be begun that would be
     /// forgotten.
-    pub async fn run(mut self, mut ears: Ears) -> Result<()> {
+    pub async fn run(mut self, mut words: mpsc::UnboundedReceiver<Word>) -> Result<()> {
         let mut under_way = JoinSet::new();
         let mut phases = Phases::of(&self.factory);
         let mut stopping: Option<Instant> = None;
         // Those who look, since when.
         let (mut lookers, mut looked) = (Vec::new(), Instant::now());
+        // Answers of what was not begun.
+        let mut unbegun = VecDeque::new();
         let mut input = Input::Tick;
         loop {
             for output in self.factory.handle(self.clock.now(), input) {
                 match output {
                     Output::Save(worker) => {
-                        let save = |store: &mut Store| store.save(&worker);
-                        self.written(save, &mut ears, stopping.is_some()).await?;
+                        self.persistence.save(&worker)?;
                         phases.changed(&worker, &self.desk.metrics);
                     }
                     Output::Remove(worker) => {
-                        let remove = |store: &mut Store| store.remove(worker);
-                        self.written(remove, &mut ears, stopping.is_some()).await?;
+                        self.persistence.remove(worker)?;
                         phases.gone(worker, self.clock.now(), &self.desk.metrics);
                     }
                     Output::Say(say) => {
                         self.desk.note(self.clock.now(), &say);
                         phases::log(&say);
                     }
-                    output => drop(under_way.spawn(self.begun(output))),
+                    output => match self.admitted(output) {
+                        Ok(output) => {
+                            let (metrics, hands) = (self.desk.metrics.clone(), self.hands.clone());
+                            under_way.spawn(begun(metrics, hands, output));
+                        }
+                        Err(answer) => unbegun.push_back(*answer),
+                    },
                 }
+            }
+            self.persistence.look()?;
+            if self.persistence.trouble() != self.factory.storage_trouble() {
+                let trouble = self.persistence.trouble().cloned();
+                self.tell_of_storage(trouble.as_ref());
+                input = Input::Storage(trouble);
+                continue;
+            }
+            if let Some(answer) = unbegun.pop_front() {
+                input = answer;
+                continue;
             }
             if stopping.is_some() && self.factory.is_idle() {
                 break;
@@ -147,6 +137,7 @@ impl Shell {
             if !lookers.is_empty() {
                 wait = wait.min(LOOK.saturating_sub(looked.elapsed()));
             }
+            wait = wait.min(self.persistence.due_in());
             // The core is then asked once more than it needs.
             if stopping.is_none()
                 && let Some(again) = self.watchdog.alive()
@@ -156,7 +147,7 @@ impl Shell {
             input = tokio::select! {
                 // In this order: what happens must not depend on chance.
                 biased;
-                word = ears.next(), if stopping.is_none() => match word {
+                word = words.recv(), if stopping.is_none() => match word.unwrap_or(Word::Tell(Input::Stop)) {
                     Word::Status(looker) if self.factory.wants_a_look(self.clock.now()) => {
                         lookers.push(looker);
                         looked = Instant::now();
@@ -173,7 +164,7 @@ impl Shell {
                 },
                 Some(answer) = under_way.join_next() => answer.context("a call came to no end")?,
                 () = tokio::time::sleep(wait) => {
-                    if grace.is_some() {
+                    if stopping.is_some_and(|since| since.elapsed() >= GRACE) {
                         tracing::warn!("stopping without waiting longer: what is under way will be repeated");
                         break;
                     }
@@ -181,77 +172,64 @@ impl Shell {
                 }
             };
         }
+        self.persistence.finish()?;
         tracing::info!("stopped");
         Ok(())
     }
 
-    /// Write a change, as soon as it can be: a full disk is waited for, and told once. Whoever asks meanwhile is
-    /// answered; what is told is kept for later.
-    ///
-    /// # Errors
-    /// Where waiting does not help, or is not wanted any more.
-    async fn written(
-        &mut self,
-        write: impl Fn(&mut Store) -> Result<(), Unsaved>,
-        ears: &mut Ears,
-        mut stopping: bool,
-    ) -> Result<()> {
-        let mut wait = FIRST_WAIT;
-        loop {
-            let unsaved = match write(&mut self.store) {
-                Ok(()) if wait == FIRST_WAIT => return Ok(()),
-                Ok(()) => {
-                    tracing::info!("the database can be written again");
-                    return Ok(());
-                }
-                Err(unsaved) => unsaved,
-            };
-            if !unsaved.passing {
-                return Err(unsaved).context("the database cannot be written");
-            }
-            if wait == FIRST_WAIT {
-                let text = format!(
-                    "the database cannot be written, and nothing is begun until it can: {unsaved}; running jobs go on"
-                );
-                tracing::error!("{text}");
-                self.desk.trouble(self.clock.now(), text);
-            }
-            self.watchdog.alive();
-            let again = Instant::now() + wait;
-            wait = (wait * 2).min(LAST_WAIT);
-            loop {
-                if stopping {
-                    return Err(unsaved).context("stopped while the database could not be written");
-                }
-                tokio::select! {
-                    biased;
-                    word = ears.fresh() => match word {
-                        Word::Tell(Input::Stop) => stopping = true,
-                        Word::Status(_) => drop(self.hear(word)),
-                        word => ears.kept.push_back(word),
-                    },
-                    () = tokio::time::sleep_until(again) => break,
-                }
-            }
+    /// An output that may be begun now; otherwise the answer that it was not.
+    fn admitted(&self, output: Output) -> Result<Output, Box<Input>> {
+        if !self.persistence.is_behind() {
+            return Ok(output);
+        }
+        let because = self.persistence.trouble().cloned().unwrap_or_default();
+        let trouble = Trouble::passing(Side::Database, because);
+        match output {
+            // The server still learns that the factory lives.
+            Output::Lease(_) => Ok(Output::Lease(Default::default())),
+            Output::MakeWorker { job, .. } => Err(Input::WorkerMade(job, Err(trouble)).into()),
+            Output::Do(_, Action::HostDelete | Action::ServerDelete { .. }) => Ok(output),
+            Output::Do(worker, _) => Err(Input::Done(worker, Outcome::Trouble(trouble)).into()),
+            _ => Ok(output),
         }
     }
 
-    /// One piece of I/O, counted, and its answer.
-    fn begun(&self, output: Output) -> impl Future<Output = Input> + use<> {
-        let (metrics, hands) = (self.desk.metrics.clone(), self.hands.clone());
-        async move {
-            let call = metrics::call_of(&output);
-            let (worker, job) = phases::about(&output);
-            let began = Instant::now();
-            let answer = answer_to(output, &hands).await;
-            if let Some(call) = call {
-                let outcome = metrics.answered(call, &answer);
-                let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-                tracing::debug!(worker, job, call = call.1, outcome, ms, "call");
-            }
-            answer
+    /// Say once that nothing can be saved, and once that it can.
+    fn tell_of_storage(&mut self, trouble: Option<&String>) {
+        let Some(why) = trouble else {
+            tracing::info!("the database can be written again");
+            return;
+        };
+        if self.factory.storage_trouble().is_some() {
+            return;
         }
+        let text = if self.persistence.is_behind() {
+            format!(
+                "the database cannot be written, and nothing is begun until it can: {why}; running jobs go on, and \
+                 workers are deleted"
+            )
+        } else {
+            format!(
+                "the database may soon not be written any more, and no jobs are taken: {why}; running jobs go on"
+            )
+        };
+        tracing::error!("{text}");
+        self.desk.trouble(self.clock.now(), text);
     }
+}
+
+/// One piece of I/O, counted, and its answer.
+async fn begun(metrics: Arc<Metrics>, hands: Arc<Hands>, output: Output) -> Input {
+    let call = metrics::call_of(&output);
+    let (worker, job) = phases::about(&output);
+    let began = Instant::now();
+    let answer = answer_to(output, &hands).await;
+    if let Some(call) = call {
+        let outcome = metrics.answered(call, &answer);
+        let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::debug!(worker, job, call = call.1, outcome, ms, "call");
+    }
+    answer
 }
 
 async fn answer_to(output: Output, hands: &Hands) -> Input {

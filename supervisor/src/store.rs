@@ -4,11 +4,13 @@
 
 mod damage;
 mod history;
+mod reserve;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, anyhow};
 use nix::fcntl::{Flock, FlockArg};
@@ -19,8 +21,40 @@ use crate::view::JobId;
 use crate::worker::{Kill, Phase, Worker};
 pub use damage::Unsaved;
 pub use history::History;
+pub use reserve::RESERVE_BYTES;
 
 use damage::Unusable;
+use reserve::Reserve;
+
+/// What must survive a crash, as the driver writes it.
+pub trait Storage {
+    /// Remember a worker as it is now.
+    ///
+    /// # Errors
+    /// With what to do. The change is not there then, as a whole.
+    fn save(&mut self, worker: &Worker) -> std::result::Result<(), Unsaved>;
+
+    /// Forget a worker.
+    ///
+    /// # Errors
+    /// The same.
+    fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), Unsaved>;
+
+    /// Remember that no jobs are taken, on this slot or on all; or that they are again.
+    ///
+    /// # Errors
+    /// The same.
+    fn save_drain(&mut self, slot: Option<&SlotName>, drained: bool) -> std::result::Result<(), Unsaved>;
+
+    /// Is there a file system that can be written, with room for what is to be saved next? Makes the room if it can.
+    ///
+    /// # Errors
+    /// With what to do.
+    fn check(&mut self) -> std::result::Result<(), Unsaved>;
+
+    /// Has room been given up since this was asked last?
+    fn has_given_up_room(&mut self) -> bool;
+}
 
 /// Each brings the schema from its number to the next. Never change one that was released.
 const MIGRATIONS: [&str; 2] = [
@@ -68,7 +102,10 @@ const MAX_EVENTS: i64 = 10_000;
 #[derive(Debug)]
 pub struct Store {
     db: Connection,
-    _lock: Flock<File>,
+    lock: Flock<File>,
+    dir: PathBuf,
+    reserve: Reserve,
+    given_up: bool,
 }
 
 impl Store {
@@ -87,6 +124,7 @@ impl Store {
             )
         })?;
         let path = dir.join("factory.db");
+        let reserve = Reserve::new(dir);
         let db = match open_db(&path)? {
             Err(Unusable::Damaged(how)) => {
                 let aside = damage::set_aside(&path)?;
@@ -98,27 +136,27 @@ impl Store {
                 );
                 open_db(&path)?
             }
+            // Without room nothing can be deleted, not even what has taken it.
+            Err(Unusable::Not(_)) if reserve.give_up_if_needed() => open_db(&path)?,
             opened => opened,
         };
         let db = db.map_err(|unusable| {
             let (Unusable::Damaged(why) | Unusable::Not(why)) = unusable;
             anyhow!("the database {} cannot be used: {why}", path.display())
         })?;
-        Ok(Self { db, _lock: lock })
+        Ok(Self {
+            db,
+            lock,
+            dir: dir.to_owned(),
+            reserve,
+            given_up: false,
+        })
     }
 
     /// # Errors
     /// Where a row makes no sense.
     pub fn workers(&self) -> Result<Vec<Worker>> {
         workers_in(&self.db)
-    }
-
-    /// Remember a worker as it is now.
-    ///
-    /// # Errors
-    /// With what to do. The change is not there then, as a whole.
-    pub fn save(&mut self, w: &Worker) -> std::result::Result<(), Unsaved> {
-        Ok(self.write(w)?)
     }
 
     fn write(&mut self, w: &Worker) -> Result<()> {
@@ -195,18 +233,6 @@ impl Store {
         Ok(removed.map_err(anyhow::Error::from)?)
     }
 
-    /// Remember that no jobs are taken, on this slot or on all; or that they are again.
-    pub fn save_drain(&mut self, slot: Option<&SlotName>, drained: bool) -> std::result::Result<(), Unsaved> {
-        let change = if drained {
-            "INSERT OR IGNORE INTO drained (slot) VALUES (?1)"
-        } else {
-            "DELETE FROM drained WHERE slot = ?1"
-        };
-        let slot = slot.map_or("", SlotName::as_str);
-        self.db.execute(change, [slot]).map_err(anyhow::Error::from)?;
-        Ok(())
-    }
-
     /// What was drained when the last life ended: the slots, and whether it was all.
     ///
     /// # Errors
@@ -220,16 +246,61 @@ impl Store {
         Ok((names.iter().filter_map(|name| name.parse().ok()).collect(), all))
     }
 
-    /// Forget a worker.
-    ///
-    /// # Errors
-    /// The same.
-    pub fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), Unsaved> {
+    /// Write; where room is missing, once more with what is kept for that.
+    fn with_room(&mut self, write: impl Fn(&mut Self) -> Result<()>) -> std::result::Result<(), Unsaved> {
+        let unsaved = match write(self).map_err(Unsaved::from) {
+            Err(unsaved) if unsaved.lacks_room => unsaved,
+            written => return written,
+        };
+        if !self.reserve.give_up() {
+            return Err(unsaved);
+        }
+        self.given_up = true;
+        Ok(write(self)?)
+    }
+}
+
+impl Storage for Store {
+    fn save(&mut self, worker: &Worker) -> std::result::Result<(), Unsaved> {
+        self.with_room(|store| store.write(worker))
+    }
+
+    fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), Unsaved> {
         let id = worker.to_string();
-        let removed = self.db.execute("DELETE FROM workers WHERE id = ?1", [id]);
-        removed.map_err(anyhow::Error::from)?;
+        self.with_room(|store| {
+            store.db.execute("DELETE FROM workers WHERE id = ?1", [&id])?;
+            Ok(())
+        })?;
         tracing::debug!(%worker, "removed");
         Ok(())
+    }
+
+    fn save_drain(&mut self, slot: Option<&SlotName>, drained: bool) -> std::result::Result<(), Unsaved> {
+        let change = if drained {
+            "INSERT OR IGNORE INTO drained (slot) VALUES (?1)"
+        } else {
+            "DELETE FROM drained WHERE slot = ?1"
+        };
+        let slot = slot.map_or("", SlotName::as_str);
+        self.with_room(|store| {
+            store.db.execute(change, [slot])?;
+            Ok(())
+        })
+    }
+
+    fn check(&mut self) -> std::result::Result<(), Unsaved> {
+        // A file system that has become read-only says so to whoever changes something.
+        self.lock.set_modified(SystemTime::now()).map_err(|error| {
+            let dir = self.dir.display();
+            Unsaved::passing(format!(
+                "nothing can be written in {dir}: {error}: look for the file system's errors in the kernel's log"
+            ))
+        })?;
+        self.reserve.keep().map_err(Unsaved::passing)
+    }
+
+    fn has_given_up_room(&mut self) -> bool {
+        std::mem::take(&mut self.given_up)
     }
 }
 

@@ -74,11 +74,12 @@ pub struct Scripts {
     pub post_job_diagnostic_script: Option<String>,
 }
 
-/// Which of the two partners something is about.
+/// Which of the two partners something is about; or the supervisor's own database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Side {
     Server,
     Helper,
+    Database,
 }
 
 impl fmt::Display for Side {
@@ -86,6 +87,7 @@ impl fmt::Display for Side {
         f.write_str(match self {
             Side::Server => "server",
             Side::Helper => "helper",
+            Side::Database => "database",
         })
     }
 }

@@ -15,6 +15,9 @@ use super::{ATTENTION, AWAY, DONE, FAILED, How, There, say, say_error};
 /// How often `status --watch` draws, and `drain --wait` looks.
 const LOOK: Duration = Duration::from_secs(2);
 
+/// Who follows a console that says nothing asks this often whether the factory is there.
+const SILENCE: Duration = Duration::from_secs(20);
+
 /// The exit status of a command that asks.
 pub type Ended = Result<u8, Error>;
 
@@ -78,6 +81,7 @@ fn wants_a_person(status: &Status) -> bool {
             .any(|partner| partner.reachable == Some(false))
         || status.configuration.refused.is_some()
         || !status.foreign.is_empty()
+        || status.storage.is_some()
 }
 
 pub async fn workers(client: Client, how: How) -> Ended {
@@ -108,7 +112,14 @@ pub async fn logs(client: Client, worker: WorkerId, follow: bool) -> Ended {
     let mut out = io::stdout().lock();
     let mut visible = out.is_terminal().then(Visible::default);
     loop {
-        let chunk = answer.chunk().await;
+        let chunk = tokio::select! {
+            chunk = answer.chunk() => chunk,
+            // A job may say nothing for hours; the factory may not.
+            () = tokio::time::sleep(SILENCE) => {
+                client.status().await?;
+                continue;
+            }
+        };
         let Some(bytes) = chunk.map_err(|e| Error::Away(format!("the console was cut off: {e}")))? else {
             return Ok(DONE);
         };

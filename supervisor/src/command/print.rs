@@ -93,7 +93,7 @@ fn state(state: SlotState) -> Cell {
         SlotState::Free => GOOD,
         SlotState::Busy => BUSY,
         SlotState::Broken | SlotState::Held => BAD,
-        SlotState::Resting => RESTING,
+        SlotState::Resting | SlotState::Closed => RESTING,
         SlotState::Blocked | SlotState::Draining | SlotState::Removed => QUIET,
     };
     (style, state.name().to_owned())
@@ -130,13 +130,13 @@ pub fn status(s: &Status) -> String {
     if let Some(token) = &s.configuration.token {
         text += &format!("{:8} of {token}\n", "token");
     }
-    let taken = if s.draining {
-        styled(
+    let taken = match &s.not_taken {
+        _ if s.draining => styled(
             RESTING,
             "draining: no new ones are taken; `user-factory resume` takes them again",
-        )
-    } else {
-        "taken".into()
+        ),
+        Some(why) => styled(BAD, &format!("not taken: {why}")),
+        None => "taken".into(),
     };
     text += &format!("{:8} {taken}\n", "jobs");
     if let Some(why) = &s.configuration.refused {
@@ -145,6 +145,9 @@ pub fn status(s: &Status) -> String {
             "config",
             styled(BAD, "changed, and not in use:")
         );
+    }
+    if let Some(why) = &s.storage {
+        text += &format!("{:8} {}\n", "disk", styled(BAD, why));
     }
     for foreign in &s.foreign {
         text += &format!("{:8} {}\n", "token", styled(BAD, &foreign.text));

@@ -19,7 +19,7 @@ use supervisor::log;
 use supervisor::notify::{self, Watchdog};
 use supervisor::server::Server;
 use supervisor::settings::{self, Places};
-use supervisor::shell::{Clock, Shell};
+use supervisor::shell::{Clock, Persistence, Shell};
 use supervisor::store::{History, Store};
 use supervisor::token::{TokenPlaces, TokenStore};
 use tokio::signal::unix::{SignalKind, signal};
@@ -124,13 +124,13 @@ pub fn serve(
         notify::ready();
         Shell {
             factory,
-            store,
+            persistence: Persistence::new(store),
             hands: Arc::new(hands),
             clock,
             desk,
             watchdog: Watchdog::of_the_unit(),
         }
-        .run(heard.into())
+        .run(heard)
         .await
     });
     // A blocked file operation must not hold up the end.

@@ -24,6 +24,12 @@ pub struct Status {
     pub draining: bool,
     pub slots: Vec<Slot>,
     pub workers: Vec<Worker>,
+    /// Why the supervisor cannot save its state, or may soon not be able to.
+    #[serde(default)]
+    pub storage: Option<String>,
+    /// Why no jobs are taken, whatever slot is free.
+    #[serde(default)]
+    pub not_taken: Option<String>,
     /// With what this host marks its workers on the server, besides the slot: `HOST/INSTANCE`.
     #[serde(default)]
     pub identity: String,
@@ -65,6 +71,8 @@ pub struct Partner {
 pub enum SlotState {
     /// It can take a job now.
     Free,
+    /// It could, but the factory takes no jobs.
+    Closed,
     /// A job is running on it, or its worker is being made or deleted.
     Busy,
     /// A slot that conflicts with it is not free.
@@ -82,8 +90,9 @@ pub enum SlotState {
 }
 
 impl SlotState {
-    pub const ALL: [SlotState; 8] = [
+    pub const ALL: [SlotState; 9] = [
         SlotState::Free,
+        SlotState::Closed,
         SlotState::Busy,
         SlotState::Blocked,
         SlotState::Broken,
@@ -96,6 +105,7 @@ impl SlotState {
     pub fn name(self) -> &'static str {
         match self {
             SlotState::Free => "free",
+            SlotState::Closed => "closed",
             SlotState::Busy => "busy",
             SlotState::Blocked => "blocked",
             SlotState::Broken => "broken",

@@ -7,9 +7,13 @@ use std::time::Duration;
 use protocol::{SlotName, WorkerId};
 use reqwest::{Client as Http, Method, Response};
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use super::api::{Details, Refusal, Status};
 use crate::server::causes;
+
+/// A call has been answered in full by then, or the factory is away. (A deletion is answered before it is done.)
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Why the factory did not do it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +100,8 @@ impl Client {
 
     async fn json<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
         let answer = self.call(Method::GET, path).await?;
-        answer.json().await.map_err(|e| {
+        let body = timeout(PATIENCE, answer.json()).await;
+        body.map_err(|_| self.late())?.map_err(|e| {
             Error::Refused(format!(
                 "the factory's answer makes no sense ({}): use the command of its own release",
                 causes(&e)
@@ -104,10 +109,20 @@ impl Client {
         })
     }
 
+    fn late(&self) -> Error {
+        Error::Away(format!(
+            "the factory at {} did not answer within {} s, and may still do what was asked: is `user-factory serve` \
+             stopped or hung? Its log may say why",
+            self.socket.display(),
+            PATIENCE.as_secs()
+        ))
+    }
+
     async fn call(&self, method: Method, path: &str) -> Result<Response, Error> {
         // The name is never looked up: the socket is where it leads.
         let request = self.http.request(method, format!("http://user-factory{path}"));
-        let answer = request.send().await.map_err(|e| {
+        let answer = timeout(PATIENCE, request.send()).await.map_err(|_| self.late())?;
+        let answer = answer.map_err(|e| {
             Error::Away(format!(
                 "the factory cannot be asked at {}: {}; is `user-factory serve` running, and may you open the socket?",
                 self.socket.display(),
@@ -118,7 +133,8 @@ impl Client {
         if status.is_success() {
             return Ok(answer);
         }
-        let said = answer.json::<Refusal>().await.map(|refusal| refusal.message);
+        let said = timeout(PATIENCE, answer.json::<Refusal>()).await;
+        let said = said.map_err(|_| self.late())?.map(|refusal| refusal.message);
         Err(Error::Refused(
             said.unwrap_or_else(|_| format!("the factory answered {status}")),
         ))

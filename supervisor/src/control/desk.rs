@@ -15,7 +15,6 @@ use super::listener::StatusPage;
 use super::metrics::Metrics;
 use crate::factory::{Factory, Input, Level, Say, time};
 use crate::token::TokenStore;
-use crate::view::Side;
 use crate::{config_check, settings};
 
 /// So many warnings and errors are kept.
@@ -151,12 +150,14 @@ impl Desk {
                 refused: self.refused.clone(),
                 token: self.tokens.as_ref().map(|tokens| tokens.source().to_string()),
             },
-            server: factory.partner(Side::Server, self.server.clone()),
-            helper: factory.partner(Side::Helper, self.helper.clone()),
+            server: factory.server_status(self.server.clone()),
+            helper: factory.helper_status(self.helper.clone()),
             status_page: self.page.as_ref().map(|page| page.shown()),
             draining: factory.draining(),
             slots: factory.slots(now),
             workers: factory.shown(),
+            storage: factory.storage_trouble().cloned(),
+            not_taken: factory.not_taken(),
             identity: factory.mark(),
             foreign: factory.foreign_workers(now),
             troubles: self.troubles.iter().cloned().collect(),

@@ -148,6 +148,7 @@ impl Metrics {
         let partner = match side {
             Side::Server => "server",
             Side::Helper => "helper",
+            Side::Database => "database",
         };
         self.calls
             .get_or_create(&Call {
@@ -224,6 +225,14 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         "configuration_refused",
         "Is the configuration in use older than the file, which has mistakes?",
         refused,
+    );
+
+    let writable: Gauge = Gauge::default();
+    writable.set(i64::from(status.storage.is_none()));
+    registry.register(
+        "state_writable",
+        "Can the supervisor save its state, with room for more?",
+        writable,
     );
 
     let foreign: Gauge = Gauge::default();

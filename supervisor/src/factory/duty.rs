@@ -123,10 +123,20 @@ impl Factory {
         }
         let duties = self.workers.iter().filter_map(|(id, w)| Some((*id, w.duty()?)));
         let strays = self.strays.iter().map(|(id, (_, action))| (*id, action.clone()));
-        let duties: Vec<(WorkerId, Action)> = duties.chain(strays).collect();
+        // What the last life has saved may be old: before both lists have been compared, nothing is begun but deletions.
+        let deletes = |action: &Action| matches!(action, Action::HostDelete | Action::ServerDelete { .. });
+        let duties = duties.chain(strays);
+        let duties = duties.filter(|(_, action)| self.reconciled || deletes(action));
+        let duties: Vec<(WorkerId, Action)> = duties.collect();
         for (id, mut action) in duties {
             let runtime = self.runtimes.entry(id).or_default();
             if runtime.doing.is_some() || runtime.retry.is_some() {
+                continue;
+            }
+            // The server's last list lacks it. Its end may not have been saved: it is not made again on that ground.
+            if runtime.missing_since.is_some()
+                && matches!(action, Action::CreateUser { .. } | Action::InstallAgent { .. })
+            {
                 continue;
             }
             if let Action::Associate { slot, scripts } = &mut action {

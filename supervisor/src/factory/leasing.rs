@@ -50,8 +50,7 @@ impl Factory {
         if self.leasing || self.stopped || !self.reconciled {
             return;
         }
-        let closed =
-            self.draining || self.helper.away || self.foreign.is_listed() || now < self.no_jobs_until;
+        let closed = self.not_taken().is_some() || now < self.no_jobs_until;
         let mut targets = if closed {
             BTreeSet::new()
         } else {
@@ -123,7 +122,7 @@ impl Factory {
 
     fn begin_job(&mut self, now: u64, lease: Lease, leased_at: u64) {
         let slot = self.free(now).pick(lease.target).cloned();
-        let Some(slot) = slot.filter(|_| !self.stopped && !self.draining) else {
+        let Some(slot) = slot.filter(|_| !self.stopped && !self.draining && self.storage.is_none()) else {
             let trouble = format!("a job of target {} finds no slot", lease.target);
             if self.last_lease_trouble != trouble {
                 let text = format!("{trouble}: the lease of job {} will expire", lease.job);

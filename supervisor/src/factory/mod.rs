@@ -58,6 +58,8 @@ pub enum Input {
     Destroy(WorkerId),
     /// End this worker's processes and keep its files; the reason is why its job fails.
     Kill(WorkerId, String),
+    /// Why the state cannot be saved, or may soon not be; None once it can.
+    Storage(Option<String>),
     /// Somebody wants to know how things are.
     Look,
     /// Begin nothing any more. Answers to what is under way are still taken in, and saved.
@@ -234,6 +236,8 @@ pub struct Factory {
     drained_slots: BTreeSet<SlotName>,
     /// The workers on this host, by the last list.
     on_host: BTreeMap<WorkerId, WorkerInfo>,
+    /// Why the state cannot be saved.
+    storage: Option<String>,
     stopped: bool,
     /// Counts inputs: the order of things, where the clock is too coarse.
     turn: u64,
@@ -271,6 +275,7 @@ impl Factory {
             draining: false,
             drained_slots: BTreeSet::new(),
             on_host: BTreeMap::new(),
+            storage: None,
             stopped: false,
             turn: 0,
             last_lease_trouble: String::new(),
@@ -315,6 +320,12 @@ impl Factory {
             Input::Destroy(worker) if self.foreign.shows(worker) => self.foreign.condemn(worker),
             Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
             Input::Kill(worker, reason) => self.event(now, worker, Event::Kill(reason)),
+            Input::Storage(trouble) => {
+                if trouble.is_none() {
+                    self.retry_at_once(Side::Database);
+                }
+                self.storage = trouble;
+            }
             Input::Look if self.wants_a_look(now) => self.ask_the_host(),
             Input::Look => {}
             Input::Stop => self.stopped = true,

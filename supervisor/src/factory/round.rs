@@ -119,6 +119,8 @@ impl Factory {
         let partner = match side {
             Side::Server => &mut self.server,
             Side::Helper => &mut self.helper,
+            // It is asked nothing.
+            Side::Database => return None,
         };
         match result {
             Ok(list) => {
@@ -148,14 +150,18 @@ impl Factory {
         }
     }
 
-    /// Whatever waited for this partner is tried at once.
-    fn came_back(&mut self, now: u64, side: Side, answered_at: Option<u64>) {
-        self.say(Level::Info, None, format!("{side} back"));
+    /// Whatever waited for this side is tried at once.
+    pub(super) fn retry_at_once(&mut self, side: Side) {
         for runtime in self.runtimes.values_mut() {
             if runtime.retry.is_some_and(|(_, because)| because == side) {
                 runtime.retry = None;
             }
         }
+    }
+
+    fn came_back(&mut self, now: u64, side: Side, answered_at: Option<u64>) {
+        self.say(Level::Info, None, format!("{side} back"));
+        self.retry_at_once(side);
         let Some(answered_at) = answered_at.filter(|_| side == Side::Server) else {
             return;
         };

@@ -8,7 +8,6 @@ use protocol::{SlotName, UserName, WorkerId};
 
 use super::{Factory, Partner};
 use crate::control::api::{self, SlotState};
-use crate::view::Side;
 use crate::worker::{Phase, Worker};
 
 /// Milliseconds since 1970, for people.
@@ -29,12 +28,17 @@ impl Factory {
         self.draining
     }
 
-    /// How one of the partners is; `address` is where it was asked.
-    pub fn partner(&self, side: Side, address: String) -> api::Partner {
-        let partner: &Partner = match side {
-            Side::Server => &self.server,
-            Side::Helper => &self.helper,
-        };
+    /// How the server is; `address` is where it was asked.
+    pub fn server_status(&self, address: String) -> api::Partner {
+        Self::partner(&self.server, address)
+    }
+
+    /// How the helper is; `address` is where it was asked.
+    pub fn helper_status(&self, address: String) -> api::Partner {
+        Self::partner(&self.helper, address)
+    }
+
+    fn partner(partner: &Partner, address: String) -> api::Partner {
         let asked = partner.away || partner.answered_at.is_some();
         api::Partner {
             address,
@@ -96,6 +100,13 @@ impl Factory {
                         .unwrap_or(time(rest.until))
                 )),
             )
+        } else if let Some(why) = self.not_taken() {
+            let state = if self.draining {
+                SlotState::Draining
+            } else {
+                SlotState::Closed
+            };
+            (state, Some(why))
         } else {
             (SlotState::Free, None)
         };
@@ -137,6 +148,31 @@ impl Factory {
             next: next(worker, trouble.as_deref()),
             trouble,
         }
+    }
+
+    /// Why no jobs are taken, whatever slot is free.
+    pub fn not_taken(&self) -> Option<String> {
+        let why = if self.draining {
+            "all slots are drained: `user-factory resume` takes jobs again"
+        } else if self.storage.is_some() {
+            "the supervisor's state cannot be saved"
+        } else if self.foreign.is_listed() {
+            "another host may use this factory's token"
+        } else if self.server.away {
+            "the server is away"
+        } else if self.helper.away {
+            "the helper is away"
+        } else if !self.reconciled {
+            "the server and the helper have not both answered yet"
+        } else {
+            return None;
+        };
+        Some(why.to_owned())
+    }
+
+    /// Why the state cannot be saved, or may soon not be.
+    pub fn storage_trouble(&self) -> Option<&String> {
+        self.storage.as_ref()
     }
 
     pub fn config(&self) -> &Config {

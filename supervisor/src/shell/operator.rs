@@ -6,8 +6,9 @@ use super::Shell;
 use crate::control::api::Status;
 use crate::control::desk::{Answer, Word};
 use crate::factory::Input;
+use crate::store::Storage;
 
-impl Shell {
+impl<S: Storage> Shell<S> {
     /// How things are.
     pub(super) fn show(&self, looker: oneshot::Sender<Status>) {
         // Who asked may have gone.
@@ -28,7 +29,7 @@ impl Shell {
                 by,
                 answer,
             } => {
-                if let Err(why) = self.store.save_drain(None, drain) {
+                if let Err(why) = self.persistence.store().save_drain(None, drain) {
                     return refused(answer, format!("it cannot be remembered: {why}"));
                 }
                 tracing::info!(drain, %by, "an operator drains or resumes all slots");
@@ -46,7 +47,7 @@ impl Shell {
                         format!("there is no slot {slot}: see `user-factory status`"),
                     );
                 }
-                if let Err(why) = self.store.save_drain(Some(&slot), drain) {
+                if let Err(why) = self.persistence.store().save_drain(Some(&slot), drain) {
                     return refused(answer, format!("it cannot be remembered: {why}"));
                 }
                 tracing::info!(%slot, drain, %by, "an operator drains or resumes a slot");

@@ -72,7 +72,8 @@ fn remedy(error: &rusqlite::Error) -> &'static str {
     match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => "make room on the disk",
         Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
-            "let the supervisor's user write the directory and the files in it"
+            "let the supervisor's user write the directory and the files in it; if the file system has become \
+             read-only by itself, look for its errors in the kernel's log"
         }
         Some(ErrorCode::CannotOpen) => {
             "let the supervisor's user write the directory and the files in it, and make room on the disk"
@@ -90,7 +91,20 @@ fn remedy(error: &rusqlite::Error) -> &'static str {
 pub struct Unsaved {
     /// It may be written later: the host's trouble ends when somebody does what the sentence says.
     pub passing: bool,
+    /// Room on the disk may be what is missing.
+    pub lacks_room: bool,
     sentence: String,
+}
+
+impl Unsaved {
+    /// One that ends when somebody does what the sentence says.
+    pub fn passing(sentence: String) -> Self {
+        Unsaved {
+            passing: true,
+            lacks_room: false,
+            sentence,
+        }
+    }
 }
 
 impl From<anyhow::Error> for Unsaved {
@@ -98,6 +112,9 @@ impl From<anyhow::Error> for Unsaved {
         let of_database = error.downcast_ref::<rusqlite::Error>();
         Unsaved {
             passing: of_database.is_some_and(is_the_hosts),
+            lacks_room: of_database
+                .and_then(rusqlite::Error::sqlite_error_code)
+                .is_some_and(|code| matches!(code, ErrorCode::DiskFull | ErrorCode::SystemIoFailure)),
             sentence: of_database.map_or_else(|| format!("{error:#}"), |e| format!("{e}: {}", remedy(e))),
         }
     }

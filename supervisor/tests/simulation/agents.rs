@@ -43,6 +43,11 @@ impl World {
         }
     }
 
+    /// Is this agent alive, on one of the hosts?
+    pub fn runs(&self, id: WorkerId, agent: u64) -> bool {
+        self.host.runs(id, agent) || self.second.host.runs(id, agent)
+    }
+
     pub fn agents_reach_server(&self) -> bool {
         matches!(self.server_mode, Mode::Up | Mode::Slow(_))
     }
@@ -61,7 +66,7 @@ impl World {
     }
 
     pub fn online(&mut self, id: WorkerId, agent: u64) {
-        if !self.host.runs(id, agent) {
+        if !self.runs(id, agent) {
             return;
         }
         if !self.agents_reach_server() || !self.server.bootstrap(self.now, id, agent) {
@@ -74,7 +79,7 @@ impl World {
     }
 
     pub fn complete(&mut self, id: WorkerId, agent: u64) {
-        if !self.host.runs(id, agent) {
+        if !self.runs(id, agent) {
             return;
         }
         if !self.agents_reach_server() {
@@ -85,7 +90,9 @@ impl World {
     }
 
     pub fn ends(&mut self, id: WorkerId, agent: u64, exit: Exit) {
-        if self.host.runs(id, agent) {
+        if self.second.host.runs(id, agent) {
+            self.second.host.end(id, exit);
+        } else if self.host.runs(id, agent) {
             self.note(|| format!("agent {agent} of {id} ends: {exit}"));
             self.host.end(id, exit);
             self.checks.ended(id, exit);

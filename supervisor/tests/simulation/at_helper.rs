@@ -35,6 +35,9 @@ impl World {
             return;
         };
         call.begun = false;
+        if call.second {
+            return self.effect_of_second(id);
+        }
         let (fate, kind) = (call.fate, call.kind);
         match (fate, self.helper_mode()) {
             (Fate::Busy, _) | (_, Mode::Errors) => {

@@ -12,7 +12,7 @@ use crate::world::World;
 
 impl World {
     /// `live`: the supervisor still waits for the answer.
-    pub fn serve(&mut self, ask: &Ask, live: bool) -> (u16, Value) {
+    pub fn serve(&mut self, ask: &Ask, live: bool, second: bool) -> (u16, Value) {
         let call = match ask {
             Ask::Server(call) => call,
             // The agent is the one that the supervisor has.
@@ -23,11 +23,16 @@ impl World {
         let field = |name: &str| body.as_ref().map(|body| body[name].clone()).unwrap_or_default();
         let last = path.split('/').nth(4).unwrap_or_default();
         let worker = || -> WorkerId { last.parse().expect("a worker's id in a path") };
+        if let Some(id) = ask.about().filter(|_| live) {
+            self.judge_owner(ask.kind(), id, second);
+        }
         let job = |text: &str| JobId::try_from(text.to_owned()).expect("a job's id");
         match ask.kind() {
             Kind::Workers => {
                 let list = self.server.list();
-                self.spring_ambushes();
+                if !second {
+                    self.spring_ambushes();
+                }
                 list
             }
             Kind::Lease => {
@@ -47,6 +52,9 @@ impl World {
                 );
                 if answer.0 == 201 {
                     self.checks.made(self.now, id);
+                    if second {
+                        self.second.own.insert(id);
+                    }
                     self.trace.note(self.now, || format!("  made {id}"));
                 }
                 answer
@@ -54,21 +62,33 @@ impl World {
             Kind::Associate => {
                 let slot = field("private");
                 let slot = slot.as_str().expect("a slot");
-                self.checks
-                    .associates(worker(), slot, live, &self.server, &self.host);
-                self.server.associate(worker(), slot)
+                if !second {
+                    self.checks
+                        .associates(worker(), slot, live, &self.server, &self.host);
+                }
+                let answer = self.server.associate(worker(), slot);
+                if answer.0 == 204 && second {
+                    self.second.own.insert(worker());
+                } else if answer.0 == 204 {
+                    self.second.own.remove(&worker());
+                }
+                answer
             }
             Kind::Delete => {
-                self.checks.deletes(worker(), live, &self.server, &self.host);
+                if !second {
+                    self.checks.deletes(worker(), live, &self.server, &self.host);
+                }
                 self.server.delete(worker())
             }
             Kind::Append => self.server.append(worker()),
             Kind::Fail => {
                 let reason = field("reason");
                 let reason = reason.as_str().expect("a reason");
-                self.checks.fails(worker(), reason, &self.server);
+                if !second {
+                    self.checks.fails(worker(), reason, &self.server);
+                }
                 let answer = self.server.fail(worker(), reason, self.settings);
-                if answer.0 == 204 {
+                if !second && answer.0 == 204 {
                     self.checks.told(worker());
                 }
                 answer

@@ -8,10 +8,11 @@ use tokio::sync::oneshot;
 
 use crate::net::{Answer, Ask};
 use crate::script::{Fate, Item, Kind, Mode, Point};
+use crate::second::SECOND;
 use crate::world::{Event, World};
 
 /// How long the supervisor's HTTP client waits.
-const PATIENCE_MS: u64 = 30_000;
+pub const PATIENCE_MS: u64 = 30_000;
 
 #[derive(Debug)]
 pub struct InFlight {
@@ -26,6 +27,8 @@ pub struct InFlight {
     pub lost: bool,
     /// An operation of the helper that has begun.
     pub begun: bool,
+    /// Of the second supervisor.
+    pub second: bool,
 }
 
 impl InFlight {
@@ -37,6 +40,9 @@ impl InFlight {
 impl World {
     /// The supervisor asks something.
     pub fn send(&mut self, life: u64, ask: Ask, caller: oneshot::Sender<Answer>) {
+        if life & SECOND != 0 {
+            return self.send_second(life, ask, caller);
+        }
         if life != self.life || !self.alive {
             return;
         }
@@ -97,6 +103,7 @@ impl World {
             answer: None,
             lost: false,
             begun: false,
+            second: false,
         };
         self.calls.insert(id, call);
         self.after(there, Event::Arrive(id));
@@ -131,7 +138,8 @@ impl World {
 
     /// The supervisor has died. What it had sent may still arrive.
     pub fn abandon_calls(&mut self) {
-        let ids: Vec<u64> = self.calls.keys().copied().collect();
+        let ids = self.calls.iter().filter(|(_, call)| !call.second);
+        let ids: Vec<u64> = ids.map(|(id, _)| *id).collect();
         for id in ids {
             let lost = self.chance(2) == 0;
             if let Some(call) = self.calls.get_mut(&id) {
@@ -165,6 +173,10 @@ impl World {
         let (Some(caller), Some(answer)) = (call.caller.take(), call.answer.take()) else {
             return;
         };
+        if call.second {
+            let _ = caller.send(answer);
+            return;
+        }
         self.show(id, call.kind, &answer);
         if let (Ask::Server(_), Answer::Page(Ok((200, body)))) = (&call.ask, &answer) {
             self.checks
@@ -207,6 +219,8 @@ impl World {
         };
         if call.lost {
             self.calls.remove(&id);
+        } else if call.second {
+            self.arrive_of_second(id);
         } else if call.kind.is_of_server() {
             self.arrive_at_server(id);
         } else {
@@ -245,7 +259,7 @@ impl World {
             } => return self.settle(id, page(code, json)),
             _ => {}
         }
-        let (code, value) = self.serve(&ask, waits);
+        let (code, value) = self.serve(&ask, waits, false);
         self.dies_at(kind, Point::CarriedOut);
         let bytes = if value.is_null() {
             Vec::new()
@@ -294,7 +308,7 @@ impl World {
             return;
         };
         let (ask, waits) = (call.ask.clone(), call.waits());
-        let (code, value) = self.serve(&ask, waits);
+        let (code, value) = self.serve(&ask, waits, false);
         let bytes = if value.is_null() {
             Vec::new()
         } else {

@@ -11,6 +11,8 @@ use crate::storm::Storm;
 
 /// A new configuration is everybody's after this.
 const RELOAD_MS: u64 = 15_000;
+/// In so much fair weather a worker is deleted on the host.
+const DELETED_MS: u64 = 120_000;
 
 /// What the world knows of a worker.
 #[derive(Clone, Debug, Default)]
@@ -42,6 +44,8 @@ pub struct Track {
     pub deleted: bool,
     /// Its end had begun before it was held.
     pub ending: bool,
+    /// Since when the server wants it gone.
+    pub recycled_since: Option<u64>,
     /// Since when the supervisor shows that it may be another host's.
     pub foreign_since: Option<u64>,
     /// A person wants it deleted.
@@ -62,9 +66,15 @@ pub struct Checks {
     pub lied_since: Option<u64>,
     /// When a job was last leased, as far as the supervisor knows.
     pub leased_at: BTreeMap<WorkerId, u64>,
+    /// Since when the server's lists show the first supervisor a worker of another host.
+    pub others_listed: Option<u64>,
     /// When the agent's file was last asked for: in which list of the server, and at what time.
     pub file_in_list: u64,
     pub file_at: u64,
+    /// Since when there is no room on the disk, or little.
+    pub disk_bad_since: Option<u64>,
+    /// When a change was first not written, of those that are not written yet.
+    pub unsaved_since: Option<u64>,
     pub failure: Option<String>,
 }
 
@@ -80,8 +90,11 @@ impl Checks {
             lists: 0,
             lied_since: None,
             leased_at: BTreeMap::new(),
+            others_listed: None,
             file_in_list: 0,
             file_at: 0,
+            disk_bad_since: None,
+            unsaved_since: None,
             failure: None,
         }
     }
@@ -172,6 +185,7 @@ impl Checks {
     }
 
     pub fn supervisor_ended(&mut self) {
+        (self.unsaved_since, self.others_listed) = (None, None);
         // What its last list has said, it may not have taken in.
         let lists = self.lists;
         for track in self.tracks.values_mut() {
@@ -225,8 +239,45 @@ impl Checks {
         (track.condemned, track.ending) = (true, true);
     }
 
+    pub fn disk_is_bad(&mut self, now: u64) {
+        self.disk_bad_since.get_or_insert(now);
+    }
+
+    pub fn disk_is_fine(&mut self) {
+        self.disk_bad_since = None;
+    }
+
+    /// A change was written, or not.
+    pub fn written(&mut self, now: u64, written: bool) {
+        if written {
+            (self.unsaved_since, self.others_listed) = (None, None);
+        } else {
+            self.unsaved_since.get_or_insert(now);
+        }
+    }
+
+    /// In fair weather a worker that the server wants gone is gone, whatever the supervisor can save.
+    pub fn recycled(&mut self, now: u64, fair_since: Option<u64>, server: &Server, host: &Host) {
+        for (id, w) in server.workers.iter().filter(|(_, w)| !w.deleted) {
+            let track = self.tracks.entry(*id).or_default();
+            if !w.recycle() {
+                track.recycled_since = None;
+                continue;
+            }
+            let since = *track.recycled_since.get_or_insert(now);
+            let fair = fair_since.is_some_and(|fair| fair.max(since) + DELETED_MS <= now);
+            if fair && host.workers.contains_key(id) && !track.lied_about {
+                let text = format!(
+                    "{id} is to be recycled for {} s, and the host has it",
+                    (now - since) / 1_000
+                );
+                self.failure.get_or_insert(text);
+            }
+        }
+    }
+
     /// A second has passed. `patient`: the supervisor runs, and can ask the server.
-    pub fn second(&mut self, server: &Server, patient: bool) {
+    pub fn a_second_passes(&mut self, server: &Server, patient: bool) {
         for (id, w) in server.workers.iter().filter(|(_, w)| !w.deleted) {
             let track = self.tracks.entry(*id).or_default();
             if !w.hold {

@@ -7,7 +7,7 @@ use supervisor::view::JobId;
 use crate::plan::Plan;
 use crate::script::{Change, Extent, Item, Mode};
 use crate::server::{Job, Worker};
-use crate::world::{Event, Period, World};
+use crate::world::{Disk, Event, Period, World};
 
 impl World {
     pub fn happen(&mut self, item: Item) {
@@ -87,6 +87,28 @@ impl World {
                 self.orders.lose_database = true;
                 self.checks.database_lost();
             }
+            Item::SecondStarts => {
+                if self.second.begun {
+                    return false;
+                }
+                self.start_second();
+            }
+            Item::SecondCrashes(down) => {
+                self.second.orders.crash = self.second.alive.then_some(down);
+                return self.second.alive;
+            }
+            Item::SecondCut(ms) => {
+                self.second.cut = true;
+                self.lasts(Period::SecondCut, ms);
+                return self.second.alive;
+            }
+            Item::SecondIsLost => return self.second_is_lost(),
+            Item::DiskFull(ms) => self.disk_is(Disk::Full, ms),
+            Item::DiskLow(ms) => self.disk_is(Disk::Low, ms),
+            Item::DiskFullAfter(writes, ms) => {
+                self.full_after = Some((writes, ms));
+                return false;
+            }
             Item::Clock(seconds) => {
                 // It stays within what a clock can show.
                 let error = self.clock_error + seconds * 1_000;
@@ -157,6 +179,11 @@ impl World {
                     self.checks.slot_undrained();
                 }
             }
+            Period::SecondCut => self.second.cut = false,
+            Period::Disk => {
+                self.disk = Disk::Fine;
+                self.checks.disk_is_fine();
+            }
             Period::Invalid => {
                 self.file = Some(self.plan.config());
                 self.checks.config_changed(self.now);
@@ -184,7 +211,13 @@ impl World {
             Period::Drain,
             Period::DrainSlot,
             Period::Invalid,
+            Period::Disk,
+            Period::SecondCut,
         ];
+        if self.second.alive {
+            self.second.orders.words.push(Input::Drain(true));
+        }
+        self.full_after = None;
         for period in periods {
             self.back(period);
         }

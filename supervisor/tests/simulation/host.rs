@@ -53,6 +53,14 @@ fn uid() -> Uid {
 }
 
 impl Host {
+    /// One whose agents have numbers of their own.
+    pub fn numbered_from(agents: u64) -> Self {
+        Self {
+            agents,
+            ..Self::default()
+        }
+    }
+
     pub fn list(&self) -> Reply {
         let info = |(id, w): (&WorkerId, &Worker)| WorkerInfo {
             worker: *id,
@@ -106,7 +114,7 @@ impl Host {
     ) -> (Reply, Deed) {
         let Some(config) = config else {
             let text = "the configuration has a mistake in line 7";
-            return (error(ErrorKind::Failed, text), Deed::Nothing);
+            return (error(ErrorKind::Busy, text), Deed::Nothing);
         };
         if let Some(w) = self.workers.get_mut(&id) {
             if !config.slots.contains_key(slot) {
@@ -152,7 +160,7 @@ impl Host {
         match config {
             None => {
                 let text = "the configuration has a mistake in line 7";
-                return (error(ErrorKind::Failed, text), Deed::Nothing);
+                return (error(ErrorKind::Busy, text), Deed::Nothing);
             }
             Some(config) if !config.slots.contains_key(&w.slot) => {
                 return (Reply::Error(policy::no_such_slot(&w.slot)), Deed::Nothing);

@@ -16,14 +16,16 @@ use supervisor::factory::Factory;
 use supervisor::helper::Helper;
 use supervisor::identity::{Identity, InstanceId};
 use supervisor::server::Server;
-use supervisor::shell::{Clock, Shell};
+use supervisor::shell::{Clock, Persistence, Shell};
 use supervisor::store::Store;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use crate::disk::WorldStore;
 use crate::net::{Shared, Wire};
 use crate::report::Report;
 use crate::script::{Item, Script};
+use crate::second::SECOND;
 use crate::trace::{Crash, Log, Trace};
 use crate::world::World;
 
@@ -73,6 +75,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
     let _guard = tracing::subscriber::set_default(log);
     let shared = Shared::new(World::new(script, trace.clone()));
     let mut life: Option<Life> = None;
+    let mut second: Option<Life> = None;
     let mut spins = (began, 0);
     let mut looking: Option<oneshot::Receiver<Status>> = None;
     loop {
@@ -96,6 +99,16 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         let end = tokio::select! {
             biased;
             end = ended(&mut life) => Some(end),
+            end = ended(&mut second) => {
+                second = None;
+                let mut world = shared.world();
+                match end {
+                    End::Stopped => world.second_ended(1_000),
+                    End::Crashed(down) => world.second_ended(down),
+                    End::Failed(why) => world.checks.fail(format!("the second supervisor ended by itself: {why}")),
+                }
+                None
+            }
             Ok(status) = seen(&mut looking) => {
                 shared.world().looked(&status);
                 None
@@ -145,13 +158,27 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
             }
         }
         if orders.start {
-            life = Some(Life::begin(&shared, dir.path(), script.seed));
+            life = Some(Life::begin(&shared, dir.path(), script.seed, false));
+        }
+        let orders = std::mem::take(&mut shared.world().second.orders);
+        if orders.start {
+            second = Some(Life::begin(&shared, dir.path(), script.seed, true));
+        }
+        if let Some(second) = &second {
+            for word in orders.words {
+                let _ = second.operator.send(Word::Tell(word));
+            }
+        }
+        if let Some(down) = orders.crash
+            && second.take().is_some()
+        {
+            shared.world().second_ended(down);
         }
         if shared.world().finished {
             break;
         }
     }
-    drop(life);
+    drop((life, second));
     let mut world = shared.world();
     if world.checks.failure().is_none() && script.settles {
         // The last round may be missing.
@@ -191,17 +218,20 @@ struct Life {
 }
 
 impl Life {
-    fn begin(shared: &Shared, dir: &Path, seed: u64) -> Self {
+    fn begin(shared: &Shared, dir: &Path, seed: u64, second: bool) -> Self {
         let world = shared.world();
-        let (config, number, wall) = (
-            world.file.clone().expect("it was there just now"),
-            world.life,
-            world.wall(),
-        );
+        let wall = world.wall();
+        let (config, number, place, instance) = if second {
+            let life = world.second.life | SECOND;
+            (world.second.config.clone(), life, "second", "11111111")
+        } else {
+            let config = world.file.clone().expect("it was there just now");
+            (config, world.life, "store", "00000000")
+        };
         drop(world);
-        let store = Store::open(&dir.join("store")).expect("the store opens");
+        let store = Store::open(&dir.join(place)).expect("the store opens");
         let workers = store.workers().expect("the store reads");
-        let identity = Identity::new("here", InstanceId::parse("00000000").expect("eight digits"));
+        let identity = Identity::new("here", InstanceId::parse(instance).expect("eight digits"));
         let clock = Clock::at(wall);
         let wire = Arc::new(Wire {
             shared: shared.clone(),
@@ -224,7 +254,10 @@ impl Life {
         );
         let shell = Shell {
             factory,
-            store,
+            persistence: Persistence::new(WorldStore {
+                store,
+                shared: (!second).then(|| shared.clone()),
+            }),
             hands: Arc::new(hands),
             clock,
             desk,
@@ -232,7 +265,7 @@ impl Life {
         };
         let (operator, words) = mpsc::unbounded_channel();
         Self {
-            shell: Box::pin(shell.run(words.into())),
+            shell: Box::pin(shell.run(words)),
             operator,
         }
     }
@@ -263,6 +296,9 @@ fn poll(
     match catch_unwind(AssertUnwindSafe(|| shell.as_mut().poll(context))) {
         Ok(Poll::Pending) => Poll::Pending,
         Ok(Poll::Ready(Ok(()))) => Poll::Ready(End::Stopped),
+        Ok(Poll::Ready(Err(error))) if error.to_string().starts_with("stopped while") => {
+            Poll::Ready(End::Stopped)
+        }
         Ok(Poll::Ready(Err(error))) => Poll::Ready(End::Failed(format!("{error:#}"))),
         Err(panic) => Poll::Ready(match panic.downcast_ref::<Crash>() {
             Some(Crash(down)) => End::Crashed(*down),

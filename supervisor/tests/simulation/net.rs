@@ -148,7 +148,7 @@ impl Carrier for Wire {
 
 impl Road for Wire {
     fn connect(&self) -> Result<Box<dyn Line>, helper::Error> {
-        if self.shared.world().helper_mode() == Mode::Down {
+        if self.shared.world().helper_mode_of(self.life) == Mode::Down {
             return Err(helper::Error::Away("the helper is away: start the helper".into()));
         }
         Ok(Box::new(self.clone()))
@@ -162,7 +162,7 @@ impl Line for Wire {
             assert_eq!(fd.is_some(), request.carries_descriptor(), "{request:?}");
             if let Request::Hello { version } = request {
                 assert_eq!(version, VERSION);
-                let mode = self.shared.world().helper_mode();
+                let mode = self.shared.world().helper_mode_of(self.life);
                 return match mode {
                     Mode::Hung => std::future::pending().await,
                     Mode::Errors => Ok(packet_of(&error(ErrorKind::Busy, "try again later"), vec![])),

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use crate::script::Item;
 
 /// All that can go wrong here. A world in which it never did shows nothing about it.
-const FAULTS: &str = "Cancel, Clock, Crash, CrashAfterSaves, Drain, DrainSlot, ExpireLeases, HelperRestart, Hold, \
-    HoldNew, InvalidConfig, Kill, LoseDatabase, NoLeases, OldServer, Reboot, Recycle, Release, Rollback, Stop, \
+const FAULTS: &str = "Cancel, Clock, Crash, CrashAfterSaves, DiskFull, DiskFullAfter, DiskLow, Drain, DrainSlot, ExpireLeases, HelperRestart, Hold, \
+    HoldNew, InvalidConfig, Kill, LoseDatabase, NoLeases, OldServer, Reboot, Recycle, Release, Rollback, SecondCrashes, SecondCut, SecondIsLost, SecondStarts, Stop, \
     agent: DiesEarly, agent: DiesLate, agent: KilledAtOnce, agent: KilledEarly, agent: KilledLate, agent: LateOnline, \
     agent: NeverOnline, agent: TimesOut, configuration: Add, configuration: Conflicts, configuration: Remove, \
     configuration: Rename, configuration: Target, crash at a call: Answered, crash at a call: CarriedOut, \

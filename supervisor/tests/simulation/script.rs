@@ -173,6 +173,19 @@ pub enum Item {
     CrashAt(Kind, Point, u64),
     Stop(u64),
     LoseDatabase(u64),
+    /// The supervisor's disk is full, or read-only, for so long: no write is carried out.
+    DiskFull(u64),
+    /// The same, after so many more writes.
+    DiskFullAfter(u64, u64),
+    /// There is little room left, for so long: what is written is written.
+    DiskLow(u64),
+    /// A second host is started with the same token.
+    SecondStarts,
+    SecondCrashes(u64),
+    /// The second host does not reach the server for so long.
+    SecondCut(u64),
+    /// The second host is no more, and nobody has deleted its workers.
+    SecondIsLost,
     /// The host's clock is set forward or back by so many seconds.
     Clock(i64),
     Hold(u64),

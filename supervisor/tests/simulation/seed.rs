@@ -73,7 +73,7 @@ fn mode(rng: &mut Rng) -> Mode {
 }
 
 /// The families of faults; a seed has some of them, so that each gets worlds of its own.
-const FAMILIES: u64 = 14;
+const FAMILIES: u64 = 19;
 
 fn fault(rng: &mut Rng, family: u64) -> Item {
     let which = rng.draw() % 64;
@@ -91,6 +91,18 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
             _ => Item::Reboot(pick(rng, &[5_000, 60_000, 60_000, 900_000])),
         },
         // Dying is what all this is about.
+        // There is one from the first of these on.
+        16..19 => match below(rng, 12) {
+            0 => Item::SecondCrashes(down(rng)),
+            1 | 2 => Item::SecondCut(span(rng)),
+            3 if below(rng, 4) == 0 => Item::SecondIsLost,
+            _ => Item::SecondStarts,
+        },
+        14 | 15 => match below(rng, 4) {
+            0 => Item::DiskFull(span(rng)),
+            1 => Item::DiskLow(span(rng)),
+            _ => Item::DiskFullAfter(below(rng, 12), span(rng)),
+        },
         5 | 12 | 13.. => {
             let calls = [&OF_SERVER[..], &OF_HELPER].concat();
             match below(rng, 4) {

@@ -9,11 +9,14 @@ use supervisor::worker::FORGOTTEN_MS;
 use crate::checks::Checks;
 use crate::host::{HALF_MADE, Host};
 use crate::script::Kind;
+use crate::second::MARK;
 use crate::server::{LEASE_MS, Server, Worker};
 use crate::world::ONLINE_TIMEOUT_MS;
 
 /// A job may lose its worker so often before anybody calls it broken.
 const REMAKES: u32 = 3;
+/// A supervisor that has nothing to write notices a full disk after this.
+const DISK_CHECK_MS: u64 = 15_000;
 /// The two lists of a round may be so far apart.
 const ROUND_MS: u64 = 3_000;
 
@@ -25,6 +28,14 @@ impl Checks {
         }
         if kind == Kind::Workers {
             self.lists += 1;
+        }
+        // In the same instant, it had been begun before.
+        let begins = matches!(
+            kind,
+            Kind::Make | Kind::Associate | Kind::CreateUser | Kind::File | Kind::Attach
+        );
+        if begins && self.unsaved_since.is_some_and(|since| since < now) {
+            self.fail(format!("{kind:?} is begun while something is not saved"));
         }
         if kind == Kind::File {
             (self.file_in_list, self.file_at) = (self.lists, now);
@@ -59,6 +70,14 @@ impl Checks {
     }
 
     pub fn asks_for_jobs(&mut self, now: u64, some: bool) {
+        let closed = |since: u64| since + DISK_CHECK_MS < now;
+        let unsaved = self.unsaved_since.is_some_and(|since| since < now);
+        if some && (unsaved || self.disk_bad_since.is_some_and(closed)) {
+            self.fail("jobs are asked for while nothing can be saved".into());
+        }
+        if some && self.others_listed.is_some_and(|since| since + ROUND_MS < now) {
+            self.fail("jobs are asked for while another host uses the token".into());
+        }
         if some && self.draining_since.is_some_and(|since| since < now) {
             self.fail("jobs are asked for while draining".into());
         }
@@ -85,6 +104,13 @@ impl Checks {
         let Ok(list) = serde_json::from_slice::<Vec<ServerWorker>>(body) else {
             return;
         };
+        let others = |w: &ServerWorker| w.private.as_ref().is_some_and(|private| private.ends_with(MARK));
+        let condemned = |w: &ServerWorker| self.tracks.get(&w.id).is_some_and(|track| track.condemned);
+        if list.iter().any(|w| others(w) && !condemned(w)) {
+            self.others_listed.get_or_insert(now);
+        } else {
+            self.others_listed = None;
+        }
         let lists = self.lists;
         for (id, track) in &mut self.tracks {
             match list.iter().find(|w| w.id == *id) {
@@ -131,7 +157,8 @@ impl Checks {
             .iter()
             .filter(|(other, w)| **other != id && !w.deleted)
         {
-            let Some(private) = w.private.as_ref().and_then(|p| slot_of(p)) else {
+            let private = w.private.as_ref().filter(|private| !private.ends_with(MARK));
+            let Some(private) = private.and_then(|p| slot_of(p)) else {
                 continue;
             };
             let left_alone = self.tracks.get(other).is_none_or(|t| t.lied_about || t.forgotten);

@@ -13,7 +13,8 @@ use crate::checks::Checks;
 use crate::host::Host;
 use crate::plan::Plan;
 use crate::report::Report;
-use crate::script::{Fate, Kind, Misdeed, Mode, Point, Script};
+use crate::script::{Fate, Item, Kind, Misdeed, Mode, Point, Script};
+use crate::second::{SECOND, Second};
 use crate::seed::below;
 use crate::server::{Server, Settings};
 use crate::trace::Trace;
@@ -44,6 +45,7 @@ pub enum Event {
     Start,
     Reload,
     Back(Period),
+    SecondStart,
 }
 
 /// What is not as usual for a time.
@@ -58,6 +60,16 @@ pub enum Period {
     Drain,
     DrainSlot,
     Invalid,
+    Disk,
+    SecondCut,
+}
+
+/// How the supervisor's disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disk {
+    Fine,
+    Low,
+    Full,
 }
 
 /// What the world asks of whoever runs the supervisor.
@@ -105,6 +117,10 @@ pub struct World {
     pub ids: u64,
     pub life: u64,
     pub alive: bool,
+    pub second: Second,
+    pub disk: Disk,
+    /// It is full after so many writes, for so long.
+    pub full_after: Option<(u64, u64)>,
     /// How far the host's clock is from the truth.
     pub clock_error: i64,
     /// A supervisor that was told to stop stays away for so long.
@@ -134,7 +150,7 @@ impl World {
             locks: BTreeMap::new(),
             file: Some(config.clone()),
             checks: Checks::new(config.clone()),
-            config,
+            config: config.clone(),
             plan,
             server_mode: Mode::Up,
             helper_mode: Mode::Up,
@@ -152,6 +168,9 @@ impl World {
             ids: 0,
             life: 0,
             alive: false,
+            second: Second::new(config.clone()),
+            disk: Disk::Fine,
+            full_after: None,
             clock_error: 0,
             stop_for: 0,
             orders: Orders::default(),
@@ -200,6 +219,15 @@ impl World {
         }
     }
 
+    /// The helper, as the supervisor of this life meets it.
+    pub fn helper_mode_of(&self, life: u64) -> Mode {
+        if life & SECOND == 0 {
+            self.helper_mode()
+        } else {
+            Mode::Up
+        }
+    }
+
     pub fn is_calm(&self) -> bool {
         self.now >= self.script.calm_at
     }
@@ -233,8 +261,10 @@ impl World {
             Event::Start => self.start(),
             Event::Reload => self.reload(),
             Event::Back(period) => self.back(period),
+            Event::SecondStart => self.start_second(),
         }
         self.checks.after_step(&self.host);
+        self.judge_hosts();
     }
 
     pub fn new_call(&mut self) -> u64 {
@@ -257,7 +287,9 @@ impl World {
     }
 
     pub fn start(&mut self) {
-        if !self.host_up || self.file.is_none() {
+        // Without a reserve nothing of the database can be opened on a full disk; with one it can.
+        let full = self.disk == Disk::Full && self.script.seed.is_multiple_of(2);
+        if !self.host_up || self.file.is_none() || full {
             // systemd tries again.
             return self.after(5_000, Event::Start);
         }
@@ -270,6 +302,29 @@ impl World {
         self.config = config.clone();
         self.checks.started(self.now, config);
         self.orders.start = true;
+    }
+
+    /// The supervisor writes to its disk: is that carried out?
+    pub fn may_write(&mut self) -> bool {
+        if let Some((left, ms)) = self.full_after {
+            self.full_after = left.checked_sub(1).map(|left| (left, ms));
+            if self.full_after.is_none() {
+                self.report.count(&Item::DiskFullAfter(0, ms));
+                self.disk_is(Disk::Full, ms);
+            }
+        }
+        let written = self.disk != Disk::Full;
+        self.checks.written(self.now, written);
+        if !written {
+            self.note(|| "  the disk is full".into());
+        }
+        written
+    }
+
+    pub fn disk_is(&mut self, disk: Disk, ms: u64) {
+        self.disk = disk;
+        self.checks.disk_is_bad(self.now);
+        self.lasts(Period::Disk, ms);
     }
 
     /// The supervisor is no more; it is started again later.
@@ -290,20 +345,20 @@ impl World {
         if self.now >= self.script.calm_at && self.now < self.script.calm_at + 1_000 {
             self.calm_down();
         }
-        let host = &self.host;
+        let (host, second) = (&self.host, &self.second.host);
         let reachable = self.agents_reach_server();
-        let missed = self
-            .server
-            .tick(self.now, |id, agent| !reachable || host.runs(id, agent));
+        let missed = self.server.tick(self.now, |id, agent| {
+            !reachable || host.runs(id, agent) || second.runs(id, agent)
+        });
         let fair = self.alive
             && self.every.is_empty()
             && self.locks.values().all(|until| *until <= self.now + 1_000)
-            && matches!((self.server_mode, self.helper_mode), (Mode::Up, Mode::Up));
+            && matches!((self.server_mode, self.helper_mode()), (Mode::Up, Mode::Up));
         self.fair_since = fair.then_some(self.fair_since.unwrap_or(self.now));
         self.checks.processes_end(fair, &self.server, &self.host);
         for (id, heard) in missed {
             // In fair weather the factory sees long before what became of its agent; or it shows that it does not know.
-            let shown = self.checks.track(id).foreign_since.is_some();
+            let shown = self.checks.track(id).foreign_since.is_some() || self.second.own.contains(&id);
             if !shown
                 && self
                     .fair_since
@@ -320,8 +375,11 @@ impl World {
                 self.snapshots.pop_front();
             }
         }
+        self.checks
+            .recycled(self.now, self.fair_since, &self.server, &self.host);
         let patient = self.alive && self.agents_reach_server();
-        self.checks.second(&self.server, patient);
+        self.checks.a_second_passes(&self.server, patient);
+        self.retire_second();
         self.after(1_000, Event::Tick);
         if !self.is_empty() {
             self.empty_since = None;
@@ -357,6 +415,8 @@ impl World {
 
     pub fn is_empty(&self) -> bool {
         self.host.workers.is_empty()
+            && self.second.host.workers.is_empty()
+            && !self.second.alive
             && self.server.workers.values().all(|w| w.deleted)
             && self.server.open_jobs().is_empty()
     }
@@ -385,7 +445,9 @@ impl World {
         for foreign in &status.foreign {
             let listed = self.server.workers.get(&foreign.id).is_some_and(|w| !w.deleted);
             let since = self.checks.foreign_since(foreign.id, self.now);
-            if listed && !self.host.workers.contains_key(&foreign.id) && since + HELD_MS <= self.now {
+            let others = self.second.is_there() && self.second.own.contains(&foreign.id);
+            let nobodys = !others && !self.host.workers.contains_key(&foreign.id);
+            if listed && nobodys && since + HELD_MS <= self.now {
                 self.note(|| format!("a person destroys {}", foreign.id));
                 self.checks.condemned(foreign.id);
                 self.say(Input::Destroy(foreign.id));

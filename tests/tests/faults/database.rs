@@ -141,39 +141,88 @@ fn small(host: &TestHost) -> Option<SmallDisk> {
     Some(disk)
 }
 
+/// A job that runs until this file of the shared directory is there; it runs when this returns.
+async fn running_until(house: &House, file: &str) -> Ulid {
+    let path = house.shared().join(file);
+    let path = path.display();
+    let job = house.submit(&format!(
+        "echo running; while ! [ -e {path} ]; do read -t 0.2 < <(sleep 1); done; echo done"
+    ));
+    house.printed(job, "running").await;
+    job
+}
+
+async fn deleted(house: &House, job: Ulid) {
+    let worker = worker_of(house, job);
+    house
+        .see(|state| state.workers[&worker].deleted.then_some(()))
+        .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn row_78_a_full_disk_is_waited_for_and_nothing_is_forgotten() {
+async fn row_78_a_full_disk_takes_no_jobs_deletes_workers_and_forgets_nothing() {
     let mut house = House::on(TWO, small).await;
-    let job = house.running().await;
+    let (first, second) = (
+        running_until(&house, "first").await,
+        running_until(&house, "second").await,
+    );
+    let reserve = house.state_dir().join("reserve");
+    assert!(reserve.exists());
     let disk = house.disk.take().unwrap();
     disk.fill();
+    let low = [
+        "ERROR the database may soon not be written",
+        "no jobs are taken",
+        "make room on the disk",
+    ];
+    house.told(&low);
+    // With the room of the reserve, which may be given up already, what ends is written, and deleted.
+    fs::write(house.shared().join("first"), "").unwrap();
+    house.completed(first).await;
+    deleted(&house, first).await;
     let next = house.submit("echo next");
+    house.polls(3).await;
+    assert_eq!(house.server.job(next).worker, None, "a job was taken");
+    // Without it, it is deleted all the same.
+    let _ = fs::remove_file(&reserve);
+    disk.fill();
+    fs::write(house.shared().join("second"), "").unwrap();
+    house.completed(second).await;
     let parts = [
         "ERROR the database cannot be written",
         "make room on the disk",
         "running jobs go on",
+        "workers are deleted",
     ];
-    house.told(&parts);
-    // A running job goes on, and ends. Of the next there is a worker on the server, which nothing is begun for.
-    house.let_end();
-    house.completed(job).await;
-    once(&house.supervisor.log, 0, &parts);
-    let begun = house
-        .server
-        .workers()
-        .iter()
-        .filter(|worker| worker.private.is_some())
-        .count();
-    assert_eq!(begun, 1, "a worker was begun that is not saved");
+    deleted(&house, second).await;
+    house.polls(3).await;
+    assert!(
+        house.supervisor.log.count(&parts) <= 1,
+        "it is said again and again"
+    );
+    assert_eq!(house.server.job(next).worker, None, "a job was taken");
     disk.limit(ROOM);
     house.told(&["the database can be written again"]);
     house.completed(next).await;
 
-    // And at the start.
+    // And at the start: with the reserve it starts, and without it says what to do.
+    house.polls(2).await;
     house.end_supervisor(Signal::SIGKILL);
-    for file in ["factory.db-wal", "factory.db-shm"] {
-        fs::remove_file(house.state_dir().join(file)).unwrap();
-    }
+    let remove_logs = |house: &House| {
+        for file in ["factory.db-wal", "factory.db-shm"] {
+            let _ = fs::remove_file(house.state_dir().join(file));
+        }
+    };
+    assert!(reserve.exists(), "it was not made again");
+    remove_logs(&house);
+    disk.fill();
+    house.supervisor = house.host.supervisor();
+    house.told(&[
+        "ERROR the database may soon not be written",
+        "is used up: make room on the disk",
+    ]);
+    house.end_supervisor(Signal::SIGKILL);
+    remove_logs(&house);
     disk.fill();
     refused(
         &mut house.host.supervisor_command(),

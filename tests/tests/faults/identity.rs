@@ -3,7 +3,6 @@
 use std::process::Command;
 
 use testbed::census::Census;
-use testbed::harness::binaries;
 
 use super::*;
 
@@ -40,15 +39,6 @@ impl Second {
 
 fn one(house: &House) -> String {
     ONE.replace("TARGET", &house.target.to_string())
-}
-
-/// Type a command on this host: its exit status and what it prints.
-fn command(host: &TestHost, words: &[&str]) -> (i32, String) {
-    let mut command = Command::new(binaries().join("user-factory"));
-    command.args(words).arg("--root").arg(&host.root);
-    let output = tokio::task::block_in_place(|| command.output().unwrap());
-    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    (output.status.code().expect("it exited"), text)
 }
 
 /// Wait for a line of this supervisor's log.

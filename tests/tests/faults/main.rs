@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::harness::{Log, Running, SUPERVISOR_UID, TestHost};
+use testbed::harness::{Log, Running, SUPERVISOR_UID, TestHost, binaries};
 use testbed::house::{House, ONE, TWO, lines};
 use testbed::server::Ulid;
 
@@ -21,6 +21,7 @@ mod killed;
 mod kills;
 mod server;
 mod slots;
+mod storage;
 mod twice;
 mod upgrade;
 
@@ -40,6 +41,15 @@ fn refused(command: &mut std::process::Command, parts: &[&str]) {
 
 fn worker_of(house: &House, job: Ulid) -> Ulid {
     house.server.job(job).worker.expect("the job runs")
+}
+
+/// Type a command on this host: its exit status and what it prints.
+fn command(host: &TestHost, words: &[&str]) -> (i32, String) {
+    let mut command = std::process::Command::new(binaries().join("user-factory"));
+    command.args(words).arg("--root").arg(&host.root);
+    let output = tokio::task::block_in_place(|| command.output().unwrap());
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    (output.status.code().expect("it exited"), text)
 }
 
 /// The slot of the job's worker.

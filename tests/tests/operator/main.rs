@@ -16,6 +16,7 @@ mod jobs;
 mod journal;
 mod metrics;
 mod reload;
+mod stopped;
 
 /// What a command has printed, and how it ended.
 struct Said {

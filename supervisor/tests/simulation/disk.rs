@@ -1,0 +1,53 @@
+//! The real store, on the first host's disk, which may be full.
+
+use protocol::{SlotName, WorkerId};
+use supervisor::store::{Storage, Store, Unsaved};
+use supervisor::worker::Worker;
+
+use crate::net::Shared;
+use crate::world::Disk;
+
+#[derive(Debug)]
+pub struct WorldStore {
+    pub store: Store,
+    /// None for one whose disk is always fine.
+    pub shared: Option<Shared>,
+}
+
+impl WorldStore {
+    fn may_write(&self) -> Result<(), Unsaved> {
+        let may = self
+            .shared
+            .as_ref()
+            .is_none_or(|shared| shared.world().may_write());
+        may.then_some(())
+            .ok_or_else(|| Unsaved::passing("database or disk is full: make room".into()))
+    }
+}
+
+impl Storage for WorldStore {
+    fn save(&mut self, worker: &Worker) -> Result<(), Unsaved> {
+        self.may_write()?;
+        self.store.save(worker)
+    }
+
+    fn remove(&mut self, worker: WorkerId) -> Result<(), Unsaved> {
+        self.may_write()?;
+        self.store.remove(worker)
+    }
+
+    fn save_drain(&mut self, slot: Option<&SlotName>, drained: bool) -> Result<(), Unsaved> {
+        self.store.save_drain(slot, drained)
+    }
+
+    fn check(&mut self) -> Result<(), Unsaved> {
+        match self.shared.as_ref().map(|shared| shared.world().disk) {
+            None | Some(Disk::Fine) => Ok(()),
+            Some(Disk::Low | Disk::Full) => Err(Unsaved::passing("little room is left: make room".into())),
+        }
+    }
+
+    fn has_given_up_room(&mut self) -> bool {
+        false
+    }
+}

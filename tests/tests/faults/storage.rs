@@ -1,0 +1,120 @@
+//! Row 102: the file system of the whole state directory is full, or has become read-only, while the server says
+//! recycle.
+
+use std::os::unix::fs::chown;
+use std::process::Command;
+
+use testbed::disk::SmallDisk;
+use testbed::harness::PATIENCE;
+
+use super::*;
+
+/// The state directory, with workers and database, on ext4 of its own.
+fn small(host: &TestHost) -> Option<SmallDisk> {
+    let disk = SmallDisk::roomy(host, false);
+    let place = host.root.join(protocol::config::STATE_DIR).join("supervisor");
+    fs::create_dir(&place).unwrap();
+    chown(&place, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
+    Some(disk)
+}
+
+/// Wait until `status` says this, as a person sees it, and return what it prints.
+fn status(house: &House, exit: i32, parts: &[&str]) -> String {
+    let end = std::time::Instant::now() + PATIENCE;
+    loop {
+        let (code, text) = command(&house.host, &["status"]);
+        if code == exit && parts.iter().all(|part| text.contains(part)) {
+            return text;
+        }
+        assert!(
+            std::time::Instant::now() < end,
+            "status never ended with {exit} and {parts:?}:\n{text}\n{}",
+            house.supervisor.log.text()
+        );
+    }
+}
+
+const NO_JOBS: &str = "not taken: the supervisor's state cannot be saved";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_102_a_job_that_fills_the_disk_is_deleted_when_the_server_says_so() {
+    let house = House::on(TWO, small).await;
+    // It takes all that is given up, for as long as it lives.
+    let hog = house.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; done");
+    house.printed(hog, "filling").await;
+    let text = status(&house, 4, &[NO_JOBS, "make room on the disk"]);
+    let slot = if slot_of(&house, hog) == "a" { "b " } else { "a " };
+    let other = text
+        .lines()
+        .find(|line| line.starts_with(slot))
+        .expect("its slot");
+    assert!(
+        other.contains("closed") && other.contains("cannot be saved"),
+        "{text}"
+    );
+    let next = house.submit("echo next");
+    house.polls(3).await;
+    assert_eq!(house.server.job(next).worker, None, "a job was taken");
+    let (_, metrics) = command(&house.host, &["status", "--json"]);
+    assert!(metrics.contains("\"storage\": \""), "{metrics}");
+    let worker = worker_of(&house, hog);
+    house.server.cancel(hog).unwrap();
+    house
+        .see(|state| state.workers[&worker].deleted.then_some(()))
+        .await;
+    house.completed(next).await;
+    status(&house, 0, &["taken"]);
+    assert_eq!(house.supervisor.log.count(&["panicked"]), 0);
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_102_destroy_is_answered_and_done_while_the_disk_is_full() {
+    let house = House::on(ONE, small).await;
+    let hog = house.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; done");
+    house.printed(hog, "filling").await;
+    status(&house, 4, &[NO_JOBS]);
+    let worker = worker_of(&house, hog);
+    let began = std::time::Instant::now();
+    let (code, text) = command(&house.host, &["destroy", &worker.to_string(), "--yes"]);
+    assert_eq!(code, 0, "{text}");
+    assert!(began.elapsed().as_secs() < 25, "{:?}", began.elapsed());
+    house
+        .see(|state| state.workers[&worker].deleted.then_some(()))
+        .await;
+    let next = house.submit("echo next");
+    house.completed(next).await;
+    status(&house, 0, &["taken"]);
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_102_a_file_system_that_becomes_read_only_is_seen_and_takes_no_jobs() {
+    let mut house = House::on(ONE, small).await;
+    status(&house, 0, &["taken"]);
+    let place = house.host.root.join(protocol::config::STATE_DIR);
+    let mount = |words: &[&str]| {
+        let status = Command::new(words[0]).args(&words[1..]).arg(&place).status();
+        assert!(status.unwrap().success(), "{words:?}");
+    };
+    // As after an error of the device.
+    mount(&["mount", "-o", "remount,abort"]);
+    status(&house, 4, &[NO_JOBS, "Read-only file system", "the kernel's log"]);
+    let job = house.submit("echo done");
+    house.polls(3).await;
+    assert_eq!(house.server.job(job).worker, None, "a job was taken");
+    let (code, text) = command(&house.host, &["drain"]);
+    assert!(code == 1 && text.contains("it cannot be remembered"), "{text}");
+    // It is mended, and mounted again.
+    house.end_supervisor(Signal::SIGTERM);
+    house.end_helper(Signal::SIGTERM);
+    mount(&["umount"]);
+    let image = house.host.root.join("disk.img");
+    let _ = Command::new("e2fsck").arg("-fy").arg(&image).output().unwrap();
+    mount(&["mount", "-o", "loop", image.to_str().unwrap()]);
+    house.helper = house.host.helper();
+    house.supervisor = house.host.supervisor();
+    house.completed(job).await;
+    status(&house, 0, &["taken"]);
+    house.finish().await;
+}

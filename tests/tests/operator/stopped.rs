@@ -1,0 +1,62 @@
+//! Row 109: commands, while the supervisor does not answer.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use testbed::house::ONE;
+
+use super::*;
+
+/// No command takes longer than this to say that nobody answers.
+const AT_MOST: Duration = Duration::from_secs(60);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
+    let house = House::new(ONE).await;
+    house.running().await;
+    let worker = online(&house).await;
+    let start = |words: &[&str]| {
+        let mut command = command(&house, words);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        (words.join(" "), command.spawn().expect("the command is there"))
+    };
+    // One that has begun, and has nothing more to print.
+    let mut started = vec![start(&["logs", "-f", &worker])];
+    house.polls(2).await;
+    house.supervisor.signal(Signal::SIGSTOP);
+    let began = Instant::now();
+    let all: [&[&str]; 12] = [
+        &["status"],
+        &["status", "--json"],
+        &["workers"],
+        &["show", &worker],
+        &["logs", &worker],
+        &["logs", "-f", &worker],
+        &["resume"],
+        &["resume", "a"],
+        &["drain", "a", "--wait"],
+        &["kill", &worker],
+        &["destroy", &worker],
+        &["reload"],
+    ];
+    started.extend(all.iter().map(|words| start(words)));
+    for (words, child) in started {
+        let said = Said::from(tokio::task::block_in_place(|| child.wait_with_output()).unwrap());
+        assert_eq!(said.status, 3, "{words}: {}{}", said.out, said.err);
+        assert!(
+            said.err.contains("did not answer within"),
+            "{words}: {}",
+            said.err
+        );
+        assert!(began.elapsed() < AT_MOST, "{words}: {:?}", began.elapsed());
+    }
+    house.supervisor.signal(Signal::SIGCONT);
+    // What was asked for is done when it goes on: here, the job's processes are ended.
+    let held = see(&house, |status| status["workers"][0]["hold"].as_str().map(drop));
+    held.await;
+    assert_eq!(say(&house, &["destroy", &worker, "--yes"]).status, 0);
+    assert_eq!(say(&house, &["resume", "a"]).status, 0);
+    let job = house.submit("echo next");
+    house.completed(job).await;
+    house.finish().await;
+}
