@@ -146,11 +146,11 @@ fn of_helper(result: Result<(), helper::Error>) -> Outcome {
         Ok(()) => Outcome::Done,
         Err(helper::Error::Said(error)) => match error.kind {
             ErrorKind::NoSuchWorker => Outcome::NoSuchWorker,
-            ErrorKind::Refused | ErrorKind::NoSuchSlot | ErrorKind::Limit | ErrorKind::Failed => {
+            ErrorKind::Refused | ErrorKind::Limit | ErrorKind::Failed => {
                 Outcome::StartFailed(error.message().to_owned())
             }
-            // Come back later.
-            ErrorKind::Busy | ErrorKind::SlotTaken | ErrorKind::Version => {
+            // Come back later. The file in which the helper finds no such slot has changed since the worker was leased.
+            ErrorKind::Busy | ErrorKind::NoSuchSlot | ErrorKind::SlotTaken | ErrorKind::Version => {
                 Outcome::Trouble(helper::Error::Said(error).trouble())
             }
         },
@@ -174,9 +174,9 @@ mod tests {
     struct NoJob(Arc<Mutex<Vec<String>>>);
 
     impl Carrier for NoJob {
-        fn call(&self, call: Call) -> server::Pending<'_, (u16, Vec<u8>)> {
+        fn call(&self, call: Call) -> server::Pending<'_, server::Answer> {
             self.0.lock().unwrap().push(call.path);
-            Box::pin(async { Ok((200, br#"{"retry":true}"#.to_vec())) })
+            Box::pin(async { Ok(server::Answer::new(200, r#"{"retry":true}"#)) })
         }
 
         fn file<'a>(

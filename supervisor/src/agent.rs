@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use flate2::read::MultiGzDecoder;
@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protocol::MAX_AGENT_BYTES;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::server::{Server, causes};
@@ -73,7 +73,14 @@ struct State {
 #[derive(Clone, Debug)]
 struct Download {
     begun: Instant,
-    done: watch::Receiver<Option<Result<(), String>>>,
+    end: Arc<End>,
+}
+
+/// The end of a download. Those who wait go on in the order in which they came: of a `watch` they would not.
+#[derive(Debug, Default)]
+struct End {
+    result: OnceLock<Result<(), String>>,
+    told: Notify,
 }
 
 /// Which version the file on the disk is, if the server says so.
@@ -113,17 +120,18 @@ impl AgentCache {
         {
             return Ok(agent.clone());
         }
-        let mut download = self.download(server);
+        let download = self.download(server);
         let end = match known {
             Some(_) => download.begun + GRACE,
             // It has a limit of its own.
             None => download.begun + 2 * self.0.whole,
         };
-        let done = timeout_at(end, download.done.wait_for(Option::is_some)).await;
-        let why = match done {
-            Ok(Ok(done)) => done.clone().and_then(Result::err),
-            _ => None,
-        };
+        // Before the look at the result, so that its end is not missed.
+        let told = download.end.told.notified();
+        if download.end.result.get().is_none() {
+            let _ = timeout_at(end, told).await;
+        }
+        let why = download.end.result.get().cloned().and_then(Result::err);
         let agent = self.0.state().agent.clone();
         agent.ok_or_else(|| why.unwrap_or_else(|| "the download of the agent came to no end".into()))
     }
@@ -134,19 +142,21 @@ impl AgentCache {
         if let Some(running) = &state.download {
             return running.clone();
         }
-        let (tell, done) = watch::channel(None);
         let download = Download {
             begun: Instant::now(),
-            done,
+            end: Arc::default(),
         };
+        let end = download.end.clone();
         state.download = Some(download.clone());
         let (cache, server) = (self.0.clone(), server.clone());
         tokio::spawn(async move {
-            let done = cache.refresh(&server).await;
+            let result = cache.refresh(&server).await;
             let mut state = cache.state();
             state.download = None;
             state.asked = Some(Instant::now());
-            tell.send_replace(Some(done));
+            // It is told once.
+            let _ = end.result.set(result);
+            end.told.notify_waiters();
         });
         download
     }

@@ -1,6 +1,9 @@
 //! How long to wait before trying again: exponential, with jitter, capped. Pure; it never sleeps.
 
-use crate::view::Side;
+use crate::view::{Side, Trouble};
+
+/// The longest wait that a server's `Retry-After` can cause, in milliseconds.
+pub const MAX_RETRY_AFTER: u64 = 600_000;
 
 /// A small deterministic generator (splitmix64), so that the same seed gives the same factory.
 #[derive(Clone, Debug)]
@@ -42,6 +45,12 @@ impl Backoff {
         let full = (500u64 << self.failures.min(16)).min(Self::cap(side));
         self.failures = self.failures.saturating_add(1);
         full / 2 + rng.draw() % (full / 2 + 1)
+    }
+
+    /// The same after this failure, and no less than the server asks for, up to [`MAX_RETRY_AFTER`].
+    pub fn fail_with(&mut self, trouble: &Trouble, rng: &mut Rng) -> u64 {
+        let asked = trouble.retry_after.unwrap_or(0).min(MAX_RETRY_AFTER);
+        self.fail(trouble.side, rng).max(asked)
     }
 
     pub fn succeed(&mut self) {

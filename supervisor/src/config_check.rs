@@ -1,10 +1,11 @@
 //! What is wrong with a configuration beyond its form, each mistake with its line: a server that the token must not be
 //! sent to, and what this host lacks. `serve`, `reload` and `check` ask here; `check` and `reload` refuse the same.
 
+use std::fmt;
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use protocol::config::{BaseUrl, CONFIG_PATH, Config, Mistake, User};
 
@@ -76,6 +77,67 @@ pub fn load(path: &Path, root: &Path) -> Result<Config, Vec<Mistake>> {
         Ok(config)
     } else {
         Err(mistakes)
+    }
+}
+
+/// The configuration file, while a configuration is in use.
+pub trait ConfigFile: fmt::Debug + Send {
+    /// What the file says of slots else than `in_use`, in a sentence; none where it says the same. The helper looks slots
+    /// up in the file at each request, and this configuration is what jobs are leased by.
+    fn difference(&mut self, in_use: &Config) -> Option<String>;
+}
+
+/// A file of this host, read only where stat(2) shows a change.
+#[derive(Debug)]
+pub struct FileOnDisk {
+    path: PathBuf,
+    /// Device, inode, length, and when the file and its inode were changed.
+    seen: Option<(u64, u64, u64, i64, i64, i64, i64)>,
+    /// What it says, or what is wrong with it.
+    content: Result<Config, String>,
+}
+
+impl FileOnDisk {
+    pub fn new(path: PathBuf) -> FileOnDisk {
+        FileOnDisk {
+            path,
+            seen: None,
+            content: Err("it has not been read".into()),
+        }
+    }
+}
+
+impl ConfigFile for FileOnDisk {
+    fn difference(&mut self, in_use: &Config) -> Option<String> {
+        let seen = fs::metadata(&self.path).ok().map(|meta| {
+            let (modified, changed) = (meta.mtime(), meta.ctime());
+            let (inode, length) = (meta.ino(), meta.len());
+            (
+                meta.dev(),
+                inode,
+                length,
+                modified,
+                meta.mtime_nsec(),
+                changed,
+                meta.ctime_nsec(),
+            )
+        });
+        if seen.is_none() || self.seen != seen {
+            self.seen = seen;
+            let content = settings::read(&self.path).and_then(|text| parse(&text));
+            self.content = content.map_err(|mistakes| {
+                let mistakes = settings::print(&self.path, &mistakes);
+                mistakes.trim_end().replace('\n', "; ")
+            });
+        }
+        match &self.content {
+            Ok(content) if content.slots == in_use.slots => None,
+            Ok(_) => Some(
+                "the slots of the configuration file have changed since it was loaded: `user-factory reload` loads it"
+                    .into(),
+            ),
+            Err(why) => Some(format!("the configuration file cannot be loaded: {why}")),
+        }
     }
 }
 
@@ -320,6 +382,38 @@ mod tests {
                 "{line}: {message}, expected {at}: {part}"
             );
         }
+    }
+
+    #[test]
+    fn a_file_that_says_something_else_than_what_is_in_use_is_seen_however_it_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        let here = "baseurl = \"http://localhost\"";
+        let write = |path: &Path, slot: &str| {
+            fs::write(path, text(here, "", slot)).unwrap();
+        };
+        write(&path, "");
+        let in_use = parse(&text(here, "", "")).unwrap();
+        let mut file = FileOnDisk::new(path.clone());
+        assert_eq!(file.difference(&in_use), None);
+        write(&path, "# a remark");
+        assert_eq!(file.difference(&in_use), None);
+        write(&path, "hold_on_failure = false");
+        assert!(file.difference(&in_use).unwrap().contains("have changed"));
+        let changed = parse(&text(here, "", "hold_on_failure = false")).unwrap();
+        assert_eq!(file.difference(&changed), None);
+        // As editors do.
+        let new = dir.path().join("new");
+        write(&new, "");
+        fs::rename(&new, &path).unwrap();
+        assert!(file.difference(&changed).is_some() && file.difference(&in_use).is_none());
+        write(&path, "no = \"such key\"");
+        let told = file.difference(&in_use).unwrap();
+        assert!(told.contains("config.toml:8: ") && told.contains("no"), "{told}");
+        fs::remove_file(&path).unwrap();
+        assert!(file.difference(&in_use).unwrap().contains("cannot be loaded"));
+        write(&path, "");
+        assert_eq!(file.difference(&in_use), None);
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub mod identity;
 pub mod limiter;
 pub mod log;
 pub mod notify;
+pub mod pending_calls;
 pub mod rate_limited_log;
 pub mod reconcile;
 pub mod schedule;

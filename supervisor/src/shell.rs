@@ -16,10 +16,12 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::act::Hands;
+use crate::config_check::ConfigFile;
 use crate::control::desk::{Desk, Word};
 use crate::control::metrics::{self, Metrics};
 use crate::factory::{Factory, Input, Outcome, Output};
 use crate::notify::Watchdog;
+use crate::pending_calls::PendingCalls;
 use crate::store::Storage;
 use crate::view::{Side, Trouble};
 use crate::worker::Action;
@@ -28,6 +30,8 @@ use phases::Phases;
 
 /// How long a stop waits for what is under way.
 const GRACE: Duration = Duration::from_secs(10);
+/// A call that has had no answer for this long is shown as unanswered.
+const UNANSWERED: Duration = Duration::from_secs(5);
 /// Whoever looks waits no longer for a helper that must be asked first.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -65,6 +69,7 @@ pub struct Shell<S> {
     pub hands: Arc<Hands>,
     pub clock: Clock,
     pub desk: Desk,
+    pub file: Box<dyn ConfigFile>,
     pub watchdog: Watchdog,
 }
 
@@ -85,7 +90,22 @@ impl<S: Storage> Shell<S> {
         let mut unbegun = VecDeque::new();
         let mut input = Input::Tick;
         loop {
-            for output in self.factory.handle(self.clock.now(), input) {
+            let mut outputs = Vec::new();
+            let difference = self.file.difference(self.factory.config());
+            if difference.as_deref() != self.factory.file_difference() {
+                tell_of_file(difference.as_deref());
+                outputs = self
+                    .factory
+                    .handle(self.clock.now(), Input::FileDiffers(difference));
+            }
+            for (side, since) in self.unanswered() {
+                outputs.extend(
+                    self.factory
+                        .handle(self.clock.now(), Input::Unanswered(side, since)),
+                );
+            }
+            outputs.extend(self.factory.handle(self.clock.now(), input));
+            for output in outputs {
                 match output {
                     Output::Save(worker) => {
                         self.persistence.save(&worker)?;
@@ -138,6 +158,15 @@ impl<S: Storage> Shell<S> {
                 wait = wait.min(LOOK.saturating_sub(looked.elapsed()));
             }
             wait = wait.min(self.persistence.due_in());
+            for (_, calls) in self.pending_calls() {
+                if let Some(left) = calls
+                    .longest()
+                    .and_then(|longest| UNANSWERED.checked_sub(longest))
+                {
+                    // No less than a timer can wait for.
+                    wait = wait.min(left + Duration::from_millis(1));
+                }
+            }
             // The core is then asked once more than it needs.
             if stopping.is_none()
                 && let Some(again) = self.watchdog.alive()
@@ -175,6 +204,28 @@ impl<S: Storage> Shell<S> {
         self.persistence.finish()?;
         tracing::info!("stopped");
         Ok(())
+    }
+
+    fn pending_calls(&self) -> [(Side, &PendingCalls); 2] {
+        [
+            (Side::Server, self.hands.server.pending()),
+            (Side::Helper, self.hands.helper.pending()),
+        ]
+    }
+
+    /// What is new of sides that do not answer.
+    fn unanswered(&self) -> Vec<(Side, Option<u64>)> {
+        let now = self.clock.now();
+        let since = |calls: &PendingCalls| {
+            let longest = calls.longest().filter(|longest| *longest >= UNANSWERED)?;
+            let ms = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX);
+            Some(now.saturating_sub(ms))
+        };
+        let all = self.pending_calls().map(|(side, calls)| (side, since(calls)));
+        let known = |side| self.factory.unanswered_since(side);
+        all.into_iter()
+            .filter(|(side, since)| since.is_some() != known(*side).is_some())
+            .collect()
     }
 
     /// An output that may be begun now; otherwise the answer that it was not.
@@ -215,6 +266,13 @@ impl<S: Storage> Shell<S> {
         };
         tracing::error!("{text}");
         self.desk.trouble(self.clock.now(), text);
+    }
+}
+
+fn tell_of_file(difference: Option<&str>) {
+    match difference {
+        Some(difference) => tracing::warn!("no jobs are taken: {difference}; running jobs go on"),
+        None => tracing::info!("the configuration file says what is in use"),
     }
 }
 

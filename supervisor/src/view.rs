@@ -100,6 +100,8 @@ pub struct Trouble {
     pub refused: bool,
     /// The server answered 401: the token may be wrong.
     pub unauthorised: bool,
+    /// What the server asks to wait before the next call, in milliseconds (`Retry-After`, RFC 9110).
+    pub retry_after: Option<u64>,
     /// One sentence for a person.
     pub sentence: String,
 }
@@ -110,6 +112,7 @@ impl Trouble {
             side,
             refused: false,
             unauthorised: false,
+            retry_after: None,
             sentence: sentence.to_string(),
         }
     }
@@ -119,6 +122,7 @@ impl Trouble {
             side,
             refused: true,
             unauthorised: false,
+            retry_after: None,
             sentence: sentence.to_string(),
         }
     }

@@ -78,7 +78,8 @@ fn wants_a_person(status: &Status) -> bool {
         || status.slots.iter().any(|slot| slot.state.wants_a_person())
         || [&status.server, &status.helper]
             .iter()
-            .any(|partner| partner.reachable == Some(false))
+            .any(|partner| partner.reachable == Some(false) || partner.unanswered_since.is_some())
+        || (status.not_taken.is_some() && !status.draining)
         || status.configuration.refused.is_some()
         || !status.foreign.is_empty()
         || status.storage.is_some()
@@ -164,7 +165,15 @@ pub async fn drain(client: Client, slot: Option<SlotName>, wait: bool) -> Ended 
 }
 
 pub async fn resume(client: Client, slot: Option<SlotName>) -> Ended {
-    client.drain(slot.as_ref(), false).await.map(|()| DONE)
+    client.drain(slot.as_ref(), false).await?;
+    if let Some(slot) = slot
+        && client.status().await?.draining
+    {
+        say_error(&format!(
+            "all slots are drained: slot {slot} takes no jobs before `user-factory resume`"
+        ));
+    }
+    Ok(DONE)
 }
 
 pub async fn kill(client: Client, worker: WorkerId) -> Ended {

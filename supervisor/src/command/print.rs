@@ -102,6 +102,10 @@ fn state(state: SlotState) -> Cell {
 fn partner(name: &str, partner: &Partner, now: Timestamp) -> String {
     let since = ago(partner.since, now);
     let how = match partner.reachable {
+        Some(true) | None if partner.unanswered_since.is_some() => {
+            let since = partner.unanswered_since.unwrap_or(partner.since);
+            styled(BAD, &format!("has not answered for {}", ago(since, now)))
+        }
         Some(true) => styled(GOOD, &format!("reachable for {since}")),
         Some(false) => {
             let why = partner.trouble.as_deref().unwrap_or("no reason is known");

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use supervisor::act::Hands;
 use supervisor::agent::{self, AgentCache};
+use supervisor::config_check::FileOnDisk;
 use supervisor::control::desk::{Desk, Operator, Word};
 use supervisor::control::listener::{Names, StatusPage};
 use supervisor::control::metrics::Metrics;
@@ -87,6 +88,7 @@ pub fn serve(
         .map(|address| Arc::new(StatusPage::new(address)));
     let names = Names::new(config.factory.status_names.iter().map(|name| name.as_str()));
     let metrics = Arc::new(Metrics::default());
+    let file = Box::new(FileOnDisk::new(path.clone()));
     let mut desk = Desk::new(
         clock.now(),
         path,
@@ -128,6 +130,7 @@ pub fn serve(
             hands: Arc::new(hands),
             clock,
             desk,
+            file,
             watchdog: Watchdog::of_the_unit(),
         }
         .run(heard)

@@ -63,6 +63,9 @@ pub struct Partner {
     pub since: Timestamp,
     /// Why it is not reachable.
     pub trouble: Option<String>,
+    /// Since when a call has not been answered, where that is longer than calls take.
+    #[serde(default)]
+    pub unanswered_since: Option<Timestamp>,
 }
 
 /// What a slot is doing.

@@ -106,6 +106,7 @@ impl StatusPage {
             reachable: Some(state.1.is_ok()),
             since: state.0,
             trouble: state.1.clone().err(),
+            unanswered_since: None,
         }
     }
 

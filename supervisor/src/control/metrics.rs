@@ -203,13 +203,17 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
 
     let reachable: Whole<With> = Family::default();
     let with = |partner: &'static str, seen: &Partner| {
-        reachable
-            .get_or_create(&With { partner })
-            .set(i64::from(seen.reachable == Some(true)));
+        reachable.get_or_create(&With { partner }).set(i64::from(
+            seen.reachable == Some(true) && seen.unanswered_since.is_none(),
+        ));
     };
     with("server", &status.server);
     with("helper", &status.helper);
-    registry.register("reachable", "Did it answer when it was asked last?", reachable);
+    registry.register(
+        "reachable",
+        "Did it answer when it was asked last, or is it not yet late?",
+        reachable,
+    );
 
     let draining: Gauge = Gauge::default();
     draining.set(i64::from(status.draining));
@@ -217,6 +221,14 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         "draining",
         "Are no new jobs taken, by the operator's word?",
         draining,
+    );
+
+    let taken: Gauge = Gauge::default();
+    taken.set(i64::from(status.not_taken.is_none()));
+    registry.register(
+        "jobs_taken",
+        "Are jobs taken where a slot is free? Status says why not",
+        taken,
     );
 
     let refused: Gauge = Gauge::default();
@@ -279,6 +291,20 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         "How long each worker that waits for a person has been held",
         Unit::Seconds,
         held,
+    );
+
+    let deleted = status.workers.iter().filter(|worker| {
+        let phase = worker.phase.as_str();
+        matches!(phase, "clearing" | "destroying" | "destroyed")
+    });
+    let longest = deleted.map(|worker| status.now.duration_since(worker.since).as_secs_f64());
+    let oldest: Gauge<f64, AtomicU64> = Gauge::default();
+    oldest.set(longest.fold(0.0, f64::max));
+    registry.register_with_unit(
+        "cleanup",
+        "How long the worker that is being deleted for the longest has been in its phase",
+        Unit::Seconds,
+        oldest,
     );
 
     let resident = memory.iter().map(|(slot, bytes)| (slot, *bytes));

@@ -105,7 +105,7 @@ impl Factory {
         let Some(runtime) = self.runtimes.get_mut(&id) else {
             return;
         };
-        let wait = runtime.backoff.fail(trouble.side, &mut self.rng);
+        let wait = runtime.backoff.fail_with(&trouble, &mut self.rng);
         runtime.retry = Some((now + wait, trouble.side));
         if runtime.last_trouble != trouble.sentence {
             runtime.last_trouble = trouble.sentence.clone();
@@ -133,11 +133,14 @@ impl Factory {
             if runtime.doing.is_some() || runtime.retry.is_some() {
                 continue;
             }
-            // The server's last list lacks it. Its end may not have been saved: it is not made again on that ground.
-            if runtime.missing_since.is_some()
-                && matches!(action, Action::CreateUser { .. } | Action::InstallAgent { .. })
-            {
-                continue;
+            if action.needs_the_slot() {
+                let slot = self.workers.get(&id).map(|worker| &worker.slot);
+                let is_removed = slot.is_some_and(|slot| !self.config.slots.contains_key(slot));
+                // Nor is a user made for a worker that the server's newest list does not have: what the store says of it
+                // may be older than its end.
+                if is_removed || self.file_differs.is_some() || runtime.missing_since.is_some() {
+                    continue;
+                }
             }
             if let Action::Associate { slot, scripts } = &mut action {
                 *scripts = self.config.slots.get(slot).map(scripts_of).unwrap_or_default();

@@ -5,14 +5,14 @@
 
 use std::collections::BTreeSet;
 
-use protocol::{SlotName, WorkerId};
+use protocol::{SlotName, TargetId, WorkerId, WorkerInfo};
 
 use super::{Factory, Level, Output, Promise, RENEW_MS};
 use crate::backoff::Backoff;
 use crate::reconcile::adopted;
 use crate::schedule::Free;
 use crate::view::{JobId, Lease, ServerWorker, Side, Trouble};
-use crate::worker::Phase;
+use crate::worker::{Event, Phase, Worker};
 
 /// A lease lasts sixty seconds; no worker is made for one that is about to end.
 const LEASE_MS: u64 = 50_000;
@@ -47,10 +47,12 @@ impl Factory {
 
     /// Ask for a job. With no slot free this still shows the server that the factory lives.
     pub(super) fn ask_for_jobs(&mut self, now: u64) {
-        if self.leasing || self.stopped || !self.reconciled {
+        let failed = self.lease_failed.as_ref();
+        let waits = failed.is_some_and(|failure| failure.retry_at > now);
+        if self.leasing || waits || self.stopped || !self.reconciled {
             return;
         }
-        let closed = self.not_taken().is_some() || now < self.no_jobs_until;
+        let closed = self.not_asked_for().is_some() || now < self.no_jobs_until;
         let mut targets = if closed {
             BTreeSet::new()
         } else {
@@ -64,22 +66,19 @@ impl Factory {
     pub(super) fn leased(&mut self, now: u64, result: Result<Option<Lease>, Trouble>) {
         self.leasing = false;
         let lease = match result {
-            Ok(Some(lease)) => lease,
-            Ok(None) => {
-                self.last_lease_trouble.clear();
-                return;
-            }
-            Err(trouble) => {
-                if self.last_lease_trouble != trouble.sentence {
-                    self.say(
-                        Level::Warn,
-                        None,
-                        format!("cannot ask for jobs: {}", trouble.sentence),
-                    );
-                    self.last_lease_trouble = trouble.sentence;
-                }
-                return;
-            }
+            Ok(lease) => lease,
+            Err(trouble) => return self.lease_failed(now, trouble),
+        };
+        if self.lease_failed.take().is_some() {
+            self.say(
+                Level::Info,
+                None,
+                "the server answers again whether there is a job".into(),
+            );
+        }
+        let Some(lease) = lease else {
+            self.last_lease_trouble.clear();
+            return;
         };
         if let Some(promise) = self.promises.iter_mut().find(|p| p.job == lease.job) {
             // The server has forgotten the first lease; one worker is enough.
@@ -96,6 +95,17 @@ impl Factory {
             return self.ask_the_host();
         }
         self.begin_job(now, lease, now);
+    }
+
+    fn lease_failed(&mut self, now: u64, trouble: Trouble) {
+        let mut failure = self.lease_failed.take().unwrap_or_default();
+        failure.retry_at = now + failure.backoff.fail_with(&trouble, &mut self.rng);
+        if failure.sentence != trouble.sentence {
+            let text = format!("cannot ask for jobs: {}", trouble.sentence);
+            self.say(Level::Warn, None, text);
+            failure.sentence = trouble.sentence;
+        }
+        self.lease_failed = Some(failure);
     }
 
     /// Begin the job for which the helper was asked, once it has answered and a slot is free; or leave it to others, with
@@ -122,7 +132,9 @@ impl Factory {
 
     fn begin_job(&mut self, now: u64, lease: Lease, leased_at: u64) {
         let slot = self.free(now).pick(lease.target).cloned();
-        let Some(slot) = slot.filter(|_| !self.stopped && !self.draining && self.storage.is_none()) else {
+        let Some(slot) = slot.filter(|_| {
+            !self.stopped && !self.draining && self.file_differs.is_none() && self.storage.is_none()
+        }) else {
             let trouble = format!("a job of target {} finds no slot", lease.target);
             if self.last_lease_trouble != trouble {
                 let text = format!("{trouble}: the lease of job {} will expire", lease.job);
@@ -167,7 +179,7 @@ impl Factory {
                 if self.last_make_trouble != trouble.sentence {
                     let text = format!("no worker for job {job}: {}", trouble.sentence);
                     self.say(Level::Warn, None, text);
-                    self.last_make_trouble = trouble.sentence;
+                    self.last_make_trouble.clone_from(&trouble.sentence);
                 }
                 if trouble.refused {
                     self.promises.remove(at);
@@ -175,7 +187,7 @@ impl Factory {
                 } else {
                     let promise = &mut self.promises[at];
                     (promise.making, promise.turn) = (false, self.turn);
-                    promise.retry_at = now + promise.backoff.fail(Side::Server, &mut self.rng);
+                    promise.retry_at = now + promise.backoff.fail_with(&trouble, &mut self.rng);
                 }
             }
         }
@@ -192,13 +204,7 @@ impl Factory {
             return;
         }
         let mut slot = promise.slot;
-        let fits = |slot: &SlotName| {
-            self.config
-                .slots
-                .get(slot)
-                .is_some_and(|s| s.target == worker.target)
-        };
-        if !fits(&slot) {
+        if !self.has_slot_for(&slot, worker.target) {
             // The configuration has changed since. Without a slot it is a stranger, which may wait for one.
             match self.free(now).pick(worker.target).cloned() {
                 Some(other) => slot = other,
@@ -208,6 +214,37 @@ impl Factory {
         let mut worker = adopted(worker, slot, Phase::Reserved, now);
         worker.job = Some(promise.job);
         self.adopt(worker);
+    }
+
+    /// Is this slot in the configuration, for this target?
+    fn has_slot_for(&self, slot: &SlotName, target: TargetId) -> bool {
+        self.config.slots.get(slot).is_some_and(|s| s.target == target)
+    }
+
+    /// A worker that has not started its agent, and whose slot is no longer in the configuration, gets another slot of
+    /// its target, or waits for one. `host` was asked for in this turn: what was done since is not in it.
+    pub(super) fn move_from_removed_slots(&mut self, now: u64, turn: u64, host: &[WorkerInfo]) {
+        let gone = |w: &&Worker| {
+            let runtime = self.runtimes.get(&w.id);
+            let settled = runtime.is_none_or(|r| r.doing.is_none() && r.touched < turn);
+            settled && w.phase.is_unstarted() && !w.hold && !self.has_slot_for(&w.slot, w.target)
+        };
+        let gone: Vec<Worker> = self.workers.values().filter(gone).cloned().collect();
+        for mut worker in gone {
+            let id = worker.id;
+            let text = format!("slot {} is no longer in the configuration", worker.slot);
+            if host.iter().any(|info| info.worker == id) {
+                self.event(now, id, Event::SlotRemoved);
+            } else if let Some(slot) = self.free(now).pick(worker.target).cloned() {
+                worker.slot = slot;
+                let text = format!("{text}: the worker gets slot {}", worker.slot);
+                self.out.push(Output::Save(worker.clone()));
+                self.workers.insert(id, worker);
+                self.say(Level::Info, Some(id), text);
+            } else {
+                self.event(now, id, Event::Trouble(format!("{text}, and no other is free")));
+            }
+        }
     }
 
     /// Was the worker of a lost answer made? Found in a newer list, it is kept; otherwise it is made

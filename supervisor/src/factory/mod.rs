@@ -60,6 +60,11 @@ pub enum Input {
     Kill(WorkerId, String),
     /// Why the state cannot be saved, or may soon not be; None once it can.
     Storage(Option<String>),
+    /// What the configuration file says else than the configuration in use, in a sentence; none where it says the same.
+    FileDiffers(Option<String>),
+    /// Since when, in milliseconds since 1970, a call of this side has had no answer, where that is longer than calls
+    /// take; none once all have theirs.
+    Unanswered(Side, Option<u64>),
     /// Somebody wants to know how things are.
     Look,
     /// Begin nothing any more. Answers to what is under way are still taken in, and saved.
@@ -194,6 +199,15 @@ impl Partner {
     }
 }
 
+/// Questions for a job that were answered with an error, in a row.
+#[derive(Clone, Debug, Default)]
+struct LeaseFailure {
+    backoff: Backoff,
+    retry_at: u64,
+    /// The newest error.
+    sentence: String,
+}
+
 /// A slot that failed a worker by itself.
 #[derive(Clone, Copy, Debug, Default)]
 struct Rest {
@@ -228,12 +242,19 @@ pub struct Factory {
     helper: Partner,
     round: round::Round,
     leasing: bool,
+    /// The server refuses to say whether there is a job, or cannot.
+    lease_failed: Option<LeaseFailure>,
+    /// Since when a side has not answered a call, where that is longer than calls take.
+    unanswered: BTreeMap<Side, u64>,
     /// No jobs are asked for before this, since no workers could be made for some.
     no_jobs: Backoff,
     no_jobs_until: u64,
     reconciled: bool,
     draining: bool,
     drained_slots: BTreeSet<SlotName>,
+    /// The helper reads the configuration file at each request: a job that is leased while the file differs from the
+    /// configuration in use might get another slot than it was leased for.
+    file_differs: Option<(u64, String)>,
     /// The workers on this host, by the last list.
     on_host: BTreeMap<WorkerId, WorkerInfo>,
     /// Why the state cannot be saved.
@@ -269,11 +290,14 @@ impl Factory {
             helper: Partner::since(now),
             round: round::Round::new(now),
             leasing: false,
+            lease_failed: None,
+            unanswered: BTreeMap::new(),
             no_jobs: Backoff::default(),
             no_jobs_until: 0,
             reconciled: false,
             draining: false,
             drained_slots: BTreeSet::new(),
+            file_differs: None,
             on_host: BTreeMap::new(),
             storage: None,
             stopped: false,
@@ -328,6 +352,11 @@ impl Factory {
             }
             Input::Look if self.wants_a_look(now) => self.ask_the_host(),
             Input::Look => {}
+            Input::Unanswered(side, since) => {
+                self.unanswered.remove(&side);
+                self.unanswered.extend(since.map(|since| (side, since)));
+            }
+            Input::FileDiffers(difference) => self.note_file(now, difference),
             Input::Stop => self.stopped = true,
             Input::ServerListed(result) => self.server_listed(now, result),
             Input::HostListed(result) => self.host_listed(now, result),
@@ -381,6 +410,21 @@ impl Factory {
         }));
     }
 
+    fn note_file(&mut self, now: u64, difference: Option<String>) {
+        let since = self.file_differs.take().map(|(since, _)| since);
+        if let Some(difference) = difference {
+            self.file_differs = Some((since.unwrap_or(now), difference));
+            return;
+        }
+        let Some(since) = since else { return };
+        let waiting = self.workers.values().filter(|w| w.phase.is_unstarted());
+        let waiting: Vec<WorkerId> = waiting.map(|w| w.id).collect();
+        for id in waiting {
+            let ms = now.saturating_sub(since);
+            self.event(now, id, Event::Waited { ms });
+        }
+    }
+
     /// A slot that is no longer in the configuration has no more rules of its own.
     fn rules(&self, slot: &SlotName) -> Rules {
         let slot = self.config.slots.get(slot);
@@ -397,7 +441,12 @@ impl Factory {
         let Some(old) = self.workers.get(&id).cloned() else {
             return;
         };
-        let new = old.clone().step(event, now, &self.rules(&old.slot));
+        let mut rules = self.rules(&old.slot);
+        if self.file_differs.is_some() && old.phase.is_unstarted() {
+            // It waits for the operator, as long as that takes.
+            rules.online_timeout = u64::MAX;
+        }
+        let new = old.clone().step(event, now, &rules);
         if new == old {
             return;
         }

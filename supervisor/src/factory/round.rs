@@ -141,7 +141,7 @@ impl Factory {
                     partner.since = now;
                 }
                 partner.trouble = trouble.sentence.clone();
-                partner.retry_at = now + partner.backoff.fail(side, &mut self.rng);
+                partner.retry_at = now + partner.backoff.fail_with(&trouble, &mut self.rng);
                 if first {
                     self.say(Level::Error, None, format!("{side} away: {}", trouble.sentence));
                 }
@@ -173,7 +173,7 @@ impl Factory {
             .map(|w| w.id)
             .collect();
         for id in waiting {
-            self.event(now, id, Event::ServerWasAway { ms });
+            self.event(now, id, Event::Waited { ms });
         }
     }
 
@@ -189,6 +189,7 @@ impl Factory {
         }
         if let (Some(server), Some(host)) = (&open.server, &open.host) {
             self.compare(now, open.turn, server, host);
+            self.move_from_removed_slots(now, open.turn, host);
             self.reconciled = true;
         }
         self.ended.retain(|_, turn| *turn >= open.turn);

@@ -8,6 +8,7 @@ use protocol::{SlotName, UserName, WorkerId};
 
 use super::{Factory, Partner};
 use crate::control::api::{self, SlotState};
+use crate::view::Side;
 use crate::worker::{Phase, Worker};
 
 /// Milliseconds since 1970, for people.
@@ -24,27 +25,35 @@ struct Taken<'a> {
 }
 
 impl Factory {
+    /// What the configuration file says else than the configuration in use.
+    pub fn file_difference(&self) -> Option<&str> {
+        self.file_differs
+            .as_ref()
+            .map(|(_, difference)| difference.as_str())
+    }
+
     pub fn draining(&self) -> bool {
         self.draining
     }
 
     /// How the server is; `address` is where it was asked.
     pub fn server_status(&self, address: String) -> api::Partner {
-        Self::partner(&self.server, address)
+        self.partner(Side::Server, &self.server, address)
     }
 
     /// How the helper is; `address` is where it was asked.
     pub fn helper_status(&self, address: String) -> api::Partner {
-        Self::partner(&self.helper, address)
+        self.partner(Side::Helper, &self.helper, address)
     }
 
-    fn partner(partner: &Partner, address: String) -> api::Partner {
+    fn partner(&self, side: Side, partner: &Partner, address: String) -> api::Partner {
         let asked = partner.away || partner.answered_at.is_some();
         api::Partner {
             address,
             reachable: asked.then_some(!partner.away),
             since: time(partner.since),
             trouble: partner.away.then(|| partner.trouble.clone()),
+            unanswered_since: self.unanswered_since(side).map(time),
         }
     }
 
@@ -150,8 +159,24 @@ impl Factory {
         }
     }
 
+    /// Since when a call of this side has had no answer, in milliseconds since 1970, where that is longer than calls take.
+    pub fn unanswered_since(&self, side: Side) -> Option<u64> {
+        self.unanswered.get(&side).copied()
+    }
+
     /// Why no jobs are taken, whatever slot is free.
     pub fn not_taken(&self) -> Option<String> {
+        let failure = self.lease_failed.as_ref();
+        self.not_asked_for().or_else(|| {
+            let failure = failure?;
+            let at = time(failure.retry_at);
+            let at = at.round(jiff::Unit::Second).unwrap_or(at);
+            Some(format!("{}; the next question is at {at}", failure.sentence))
+        })
+    }
+
+    /// Why the server is not asked for jobs, whatever slot is free.
+    pub(super) fn not_asked_for(&self) -> Option<String> {
         let why = if self.draining {
             "all slots are drained: `user-factory resume` takes jobs again"
         } else if self.storage.is_some() {
@@ -162,6 +187,12 @@ impl Factory {
             "the server is away"
         } else if self.helper.away {
             "the helper is away"
+        } else if self.unanswered_since(Side::Helper).is_some() {
+            "the helper is not answering"
+        } else if self.unanswered_since(Side::Server).is_some() {
+            "the server is not answering"
+        } else if let Some(difference) = self.file_difference() {
+            difference
         } else if !self.reconciled {
             "the server and the helper have not both answered yet"
         } else {

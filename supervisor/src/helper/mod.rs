@@ -19,6 +19,7 @@ use protocol::{
 };
 use tokio::time::timeout;
 
+use crate::pending_calls::PendingCalls;
 use crate::view::{Side, Trouble};
 
 /// Ending every process and removing every file of a job may take its time.
@@ -76,6 +77,7 @@ pub trait Line: Send + Sync {
 #[derive(Clone, Debug)]
 pub struct Helper {
     road: Arc<dyn Road>,
+    pending: Arc<PendingCalls>,
 }
 
 impl Helper {
@@ -84,7 +86,15 @@ impl Helper {
     }
 
     pub fn over(road: Arc<dyn Road>) -> Self {
-        Self { road }
+        Self {
+            road,
+            pending: Arc::default(),
+        }
+    }
+
+    /// Calls without an answer, but for those that take as long as a job has files.
+    pub fn pending(&self) -> &PendingCalls {
+        &self.pending
     }
 
     pub async fn create_user(&self, worker: WorkerId, slot: SlotName) -> Result<()> {
@@ -146,6 +156,7 @@ impl Helper {
 
     /// All workers of this host.
     pub async fn list(&self) -> Result<Vec<WorkerInfo>> {
+        let _pending = self.pending.begin();
         timeout(SHORT, self.list_pages())
             .await
             .unwrap_or_else(|_| Err(late(SHORT)))
@@ -185,9 +196,12 @@ impl Helper {
         fd: Option<BorrowedFd<'_>>,
         limit: Duration,
     ) -> Result<(Reply, Option<OwnedFd>)> {
+        let pending = self.pending.begin();
         let connection = timeout(SHORT, self.connect())
             .await
             .unwrap_or_else(|_| Err(late(SHORT)))?;
+        // Until it ends.
+        let _pending = (limit == SHORT).then_some(pending);
         timeout(limit, connection.exchange(request, fd))
             .await
             .unwrap_or_else(|_| Err(late(limit)))

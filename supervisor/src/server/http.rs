@@ -4,10 +4,12 @@
 use std::fmt;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use protocol::config::General;
+use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Proxy, Response};
 
-use super::{Call, Carrier, Error, Pending, Result};
+use super::{Answer, Call, Carrier, Error, Pending, Result};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::token::{Token, TokenStore};
 
@@ -48,7 +50,7 @@ impl Http {
         })
     }
 
-    async fn send(&self, call: &Call, token: &Token) -> Result<(u16, Vec<u8>)> {
+    async fn send(&self, call: &Call, token: &Token) -> Result<Answer> {
         let mut request = self
             .client
             .request(call.method.clone(), format!("{}{}", self.base, call.path))
@@ -59,6 +61,10 @@ impl Http {
         }
         let response = request.send().await.map_err(|e| Error::Unreachable(causes(&e)))?;
         let status = response.status();
+        let retry_after = response.headers().get(RETRY_AFTER);
+        let retry_after = retry_after
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| wait_of(value, Timestamp::now()));
         let body = bounded(response).await;
         // What came of an error's text is enough.
         let body = if status.is_success() {
@@ -66,7 +72,11 @@ impl Http {
         } else {
             body.unwrap_or_default()
         };
-        Ok((status.as_u16(), body))
+        Ok(Answer {
+            code: status.as_u16(),
+            body,
+            retry_after,
+        })
     }
 
     /// The token was refused. Is there another one by now?
@@ -87,10 +97,10 @@ impl Http {
 }
 
 impl Carrier for Http {
-    fn call(&self, call: Call) -> Pending<'_, (u16, Vec<u8>)> {
+    fn call(&self, call: Call) -> Pending<'_, Answer> {
         Box::pin(async move {
             let answer = self.send(&call, &self.tokens.token()).await?;
-            if answer.0 == 401 && self.has_new_token().await {
+            if answer.code == 401 && self.has_new_token().await {
                 return self.send(&call, &self.tokens.token()).await;
             }
             Ok(answer)
@@ -129,6 +139,17 @@ async fn bounded(mut response: Response) -> Result<Vec<u8>> {
 }
 
 /// The whole chain of an error: reqwest's own text leaves out the cause.
+/// What a `Retry-After` means: seconds, or the time until a date (RFC 9110, 10.2.3).
+fn wait_of(value: &str, now: Timestamp) -> Option<Duration> {
+    if let Ok(seconds) = value.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = jiff::fmt::rfc2822::DateTimeParser::new()
+        .parse_timestamp(value)
+        .ok()?;
+    Some(Duration::try_from(date.duration_since(now)).unwrap_or_default())
+}
+
 pub(crate) fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -215,7 +236,34 @@ mod tests {
         }
         // What an error says is of no use then, and its code is.
         let http = endless("HTTP/1.1 503 Busy\r\n\r\n", &SOME, Duration::ZERO).await;
-        assert_eq!(http.call(call()).await, Ok((503, Vec::new())));
+        assert_eq!(http.call(call()).await, Ok(Answer::new(503, "")));
+    }
+
+    #[test]
+    fn retry_after_is_a_number_of_seconds_or_a_date() {
+        let now = "2026-11-06T08:49:37Z".parse().unwrap();
+        let seconds = |value| wait_of(value, now).map(|wait| wait.as_secs());
+        assert_eq!(seconds("120"), Some(120));
+        assert_eq!(seconds("Fri, 06 Nov 2026 08:51:37 GMT"), Some(120));
+        assert_eq!(seconds("Fri, 06 Nov 2026 08:00:00 GMT"), Some(0));
+        for nothing in ["", "-1", "soon", "1.5", "Fri, 99 Nov 2026 08:51:37 GMT"] {
+            assert_eq!(seconds(nothing), None, "{nothing}");
+        }
+        assert_eq!(seconds("18446744073709551615"), Some(u64::MAX));
+    }
+
+    #[tokio::test]
+    async fn what_the_server_asks_to_wait_comes_with_its_answer() {
+        let http = endless(
+            "HTTP/1.1 429 Slow\r\nretry-after: 300\r\ncontent-length: 0\r\n\r\n",
+            b"",
+            Duration::from_secs(1),
+        );
+        let answer = http.await.call(call()).await.unwrap();
+        assert_eq!(
+            (answer.code, answer.retry_after),
+            (429, Some(Duration::from_secs(300)))
+        );
     }
 
     #[tokio::test]
@@ -255,7 +303,7 @@ mod tests {
             });
             let mut http = Http::new(&config.general, TokenStore::fixed("secret")).unwrap();
             http.patience = Duration::from_secs(2);
-            assert_eq!(http.call(call()).await, Ok((code, Vec::new())));
+            assert_eq!(http.call(call()).await, Ok(Answer::new(code, "")));
         }
         let came = tokio::time::timeout(Duration::ZERO, elsewhere.accept()).await;
         assert!(came.is_err(), "somebody went to {to}");
@@ -290,10 +338,10 @@ mod tests {
             }
         });
         // The same is not tried twice.
-        assert_eq!(http.call(call()).await.unwrap().0, 401);
+        assert_eq!(http.call(call()).await.unwrap().code, 401);
         write("second");
-        assert_eq!(http.call(call()).await.unwrap().0, 200);
-        assert_eq!(http.call(call()).await.unwrap().0, 200);
+        assert_eq!(http.call(call()).await.unwrap().code, 200);
+        assert_eq!(http.call(call()).await.unwrap().code, 200);
         drop(http);
         let mut tokens = Vec::new();
         while let Ok(token) = asked.try_recv() {

@@ -5,6 +5,7 @@ mod http;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use protocol::config::General;
 use protocol::{TargetId, WorkerId};
@@ -13,6 +14,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::pending_calls::PendingCalls;
 use crate::token::TokenStore;
 use crate::view::{JobId, Lease, Scripts, ServerWorker, Side, Trouble};
 
@@ -27,9 +29,17 @@ pub enum Error {
     /// No answer, or none in time.
     Unreachable(String),
     /// The server says no.
-    Status { code: u16, message: String },
+    Status {
+        code: u16,
+        message: String,
+        retry_after: Option<Duration>,
+    },
     /// Somebody before the server says no, not in its words: what it would have said is not known.
-    Foreign { code: u16, message: String },
+    Foreign {
+        code: u16,
+        message: String,
+        retry_after: Option<Duration>,
+    },
     /// The answer makes no sense, or has no end.
     Body(String),
 }
@@ -41,15 +51,17 @@ impl fmt::Display for Error {
                 f,
                 "the buildomat server cannot be reached: {why}: if this goes on, check the network and general.baseurl"
             ),
-            Error::Status { code: 401, message } => write!(
+            Error::Status {
+                code: 401, message, ..
+            } => write!(
                 f,
                 "the buildomat server refused with 401 ({message}): if this goes on, check the factory's token"
             ),
-            Error::Status { code, message } => write!(
+            Error::Status { code, message, .. } => write!(
                 f,
                 "the buildomat server answered {code}: {message}: if this goes on, look into the server's log"
             ),
-            Error::Foreign { code, message } => write!(
+            Error::Foreign { code, message, .. } => write!(
                 f,
                 "something before the buildomat server answered {code}: {message}: if this goes on, check what \
                  answers at general.baseurl"
@@ -78,11 +90,22 @@ impl Error {
             )
     }
 
+    /// How long the server asks to wait, in milliseconds.
+    fn retry_after(&self) -> Option<u64> {
+        match self {
+            Error::Status { retry_after, .. } | Error::Foreign { retry_after, .. } => {
+                retry_after.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX))
+            }
+            Error::Unreachable(_) | Error::Body(_) => None,
+        }
+    }
+
     pub fn trouble(&self) -> Trouble {
         Trouble {
             side: Side::Server,
             refused: self.is_refusal(),
             unauthorised: matches!(self, Error::Status { code: 401, .. }),
+            retry_after: self.retry_after(),
             sentence: self.to_string(),
         }
     }
@@ -98,12 +121,31 @@ pub struct Call {
     pub body: Option<Value>,
 }
 
+/// What came back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The status code.
+    pub code: u16,
+    pub body: Vec<u8>,
+    /// `Retry-After` (RFC 9110, 10.2.3).
+    pub retry_after: Option<Duration>,
+}
+
+impl Answer {
+    pub fn new(code: u16, body: impl Into<Vec<u8>>) -> Self {
+        Self {
+            code,
+            body: body.into(),
+            retry_after: None,
+        }
+    }
+}
+
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 
 /// What brings calls to the server and answers back: HTTP, or a simulated network.
 pub trait Carrier: fmt::Debug + Send + Sync {
-    /// The status and the body of the answer.
-    fn call(&self, call: Call) -> Pending<'_, (u16, Vec<u8>)>;
+    fn call(&self, call: Call) -> Pending<'_, Answer>;
 
     /// A file that anybody may have, asked for without the token.
     fn file<'a>(
@@ -120,6 +162,7 @@ pub struct Server {
     carrier: Arc<dyn Carrier>,
     /// For a person who is told that the token was refused.
     tokens: Option<TokenStore>,
+    pending: Arc<PendingCalls>,
 }
 
 impl Server {
@@ -128,22 +171,35 @@ impl Server {
     pub fn new(general: &General, tokens: TokenStore) -> Result<Self> {
         let carrier = Arc::new(http::Http::new(general, tokens.clone())?);
         let tokens = Some(tokens);
-        Ok(Self { carrier, tokens })
+        let pending = Arc::default();
+        Ok(Self {
+            carrier,
+            tokens,
+            pending,
+        })
     }
 
     pub fn over(carrier: Arc<dyn Carrier>) -> Self {
-        let tokens = None;
-        Self { carrier, tokens }
+        Self {
+            carrier,
+            tokens: None,
+            pending: Arc::default(),
+        }
+    }
+
+    /// Calls without an answer; downloads of the agent are none of them.
+    pub fn pending(&self) -> &PendingCalls {
+        &self.pending
     }
 
     /// # Errors
     /// Where the server is away or the token is not its.
     pub async fn ping(&self) -> Result<bool> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct Pong {
             ok: bool,
         }
-        self.json_of::<Answer>(Method::GET, "/0/factory/ping".into(), None)
+        self.json_of::<Pong>(Method::GET, "/0/factory/ping".into(), None)
             .await
             .map(|a| a.ok)
     }
@@ -154,12 +210,12 @@ impl Server {
 
     pub async fn lease(&self, targets: impl IntoIterator<Item = TargetId>) -> Result<Option<Lease>> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct Leased {
             lease: Option<Lease>,
         }
         let targets: Vec<TargetId> = targets.into_iter().collect();
         let body = json!({ "supported_targets": targets });
-        self.json_of::<Answer>(Method::POST, "/0/factory/lease".into(), Some(body))
+        self.json_of::<Leased>(Method::POST, "/0/factory/lease".into(), Some(body))
             .await
             .map(|answer| answer.lease)
     }
@@ -200,12 +256,12 @@ impl Server {
     /// A line for the job's log; true = the server has no job for it yet.
     pub async fn append(&self, worker: WorkerId, line: &str) -> Result<bool> {
         #[derive(Deserialize)]
-        struct Answer {
+        struct Appended {
             retry: bool,
         }
         let time = jiff::Timestamp::now().to_string();
         let body = json!({ "stream": "console", "time": time, "payload": line });
-        self.json_of::<Answer>(
+        self.json_of::<Appended>(
             Method::POST,
             format!("/0/factory/worker/{worker}/append"),
             Some(body),
@@ -238,7 +294,12 @@ impl Server {
 
     /// The body of an answer to a call that went well.
     async fn answer(&self, method: Method, path: String, body: Option<Value>) -> Result<Vec<u8>> {
-        let (code, body) = self.carrier.call(Call { method, path, body }).await?;
+        let _pending = self.pending.begin();
+        let Answer {
+            code,
+            body,
+            retry_after,
+        } = self.carrier.call(Call { method, path, body }).await?;
         if (200..300).contains(&code) {
             return Ok(body);
         }
@@ -259,8 +320,16 @@ impl Server {
             message += &format!("; the token is of {}", tokens.source());
         }
         Err(match said {
-            Ok(_) => Error::Status { code, message },
-            Err(_) => Error::Foreign { code, message },
+            Ok(_) => Error::Status {
+                code,
+                message,
+                retry_after,
+            },
+            Err(_) => Error::Foreign {
+                code,
+                message,
+                retry_after,
+            },
         })
     }
 
@@ -290,6 +359,7 @@ mod tests {
         let status = |code| Error::Status {
             code,
             message: String::new(),
+            retry_after: None,
         };
         for (code, refusal) in [
             (400, true),
@@ -310,8 +380,8 @@ mod tests {
     struct Always(u16, &'static str);
 
     impl Carrier for Always {
-        fn call(&self, _: Call) -> Pending<'_, (u16, Vec<u8>)> {
-            Box::pin(async { Ok((self.0, self.1.as_bytes().to_vec())) })
+        fn call(&self, _: Call) -> Pending<'_, Answer> {
+            Box::pin(async { Ok(Answer::new(self.0, self.1)) })
         }
 
         fn file<'a>(

@@ -15,7 +15,7 @@ impl Worker {
                 seen.see_processes(host, rules);
                 return seen;
             }
-            (_, Event::ServerWasAway { ms }) => {
+            (_, Event::Waited { ms }) => {
                 self.waiting_since = self.waiting_since.saturating_add(ms).min(now);
             }
             // True whatever has happened since.
@@ -51,6 +51,9 @@ impl Worker {
             (Phase::Reserved | Phase::Created, Event::StartFailed(reason)) => self.fail(reason, now),
             (Phase::Reserved | Phase::Created, Event::HostLost) => {
                 self.lose("its user is gone from the host", now)
+            }
+            (Phase::Reserved | Phase::Created, Event::SlotRemoved) => {
+                self.lose("its slot was removed from the configuration", now)
             }
             (
                 Phase::Broken {
@@ -98,6 +101,7 @@ impl Worker {
                 | Event::AgentStarted
                 | Event::StartFailed(_)
                 | Event::HostLost
+                | Event::SlotRemoved
                 | Event::ToldPartly { .. }
                 | Event::Told
                 | Event::CannotTell

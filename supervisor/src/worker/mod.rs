@@ -62,6 +62,11 @@ impl Phase {
         matches!(self, Phase::Destroying | Phase::Destroyed)
     }
 
+    /// Has its agent not been started yet?
+    pub fn is_unstarted(self) -> bool {
+        matches!(self, Phase::Reserved | Phase::Created)
+    }
+
     /// Is its agent still expected to come online?
     pub fn is_starting(self) -> bool {
         matches!(
@@ -166,8 +171,9 @@ pub enum Event {
         server: Option<OnServer>,
         host: Option<OnHost>,
     },
-    /// The server could not be asked for so long: that time does not count against the agent.
-    ServerWasAway {
+    /// The start could not go on for so long, since the server could not be asked or the configuration file differed:
+    /// that time does not count against the agent.
+    Waited {
         ms: u64,
     },
     Associated,
@@ -185,6 +191,8 @@ pub enum Event {
     HostClean,
     /// The host does not have a worker that it should have.
     HostLost,
+    /// Its slot is no longer in the configuration.
+    SlotRemoved,
     /// It cannot be started here, for this reason.
     StartFailed(String),
     /// An action did not work, and will be tried again.
@@ -229,6 +237,11 @@ pub enum Action {
 }
 
 impl Action {
+    /// Does the helper look up the worker's slot in the configuration file for it?
+    pub fn needs_the_slot(&self) -> bool {
+        matches!(self, Action::CreateUser { .. } | Action::InstallAgent { .. })
+    }
+
     pub fn name(&self) -> &'static str {
         match self {
             Action::Associate { .. } => "associate",

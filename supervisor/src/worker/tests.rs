@@ -372,7 +372,7 @@ fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
     assert_eq!(released.phase, STARTED);
     assert_eq!(released.step(poll(false), 6 * TIMEOUT, &RULES).phase, BROKEN);
 
-    let away = w.step(Event::ServerWasAway { ms: 1000 }, TIMEOUT + 500, &RULES);
+    let away = w.step(Event::Waited { ms: 1000 }, TIMEOUT + 500, &RULES);
     assert_eq!(
         away.clone().step(poll(false), TIMEOUT + 999, &RULES).phase,
         STARTED
@@ -449,7 +449,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::HostLost),
         1 => Just(Event::StartFailed("x".into())),
         1 => Just(Event::Trouble("y".into())),
-        1 => (0u64..TIMEOUT).prop_map(|ms| Event::ServerWasAway { ms }),
+        1 => (0u64..TIMEOUT).prop_map(|ms| Event::Waited { ms }),
         1 => (0u32..300).prop_map(|lines| Event::ToldPartly { lines }),
     ]
 }

@@ -1,6 +1,8 @@
 //! The real store, on the first host's disk, which may be full.
 
+use protocol::config::Config;
 use protocol::{SlotName, WorkerId};
+use supervisor::config_check::ConfigFile;
 use supervisor::store::{Storage, Store, Unsaved};
 use supervisor::worker::Worker;
 
@@ -49,5 +51,21 @@ impl Storage for WorldStore {
 
     fn has_given_up_room(&mut self) -> bool {
         false
+    }
+}
+
+/// The configuration file of the first host; that of the second never changes.
+#[derive(Debug)]
+pub struct WorldFile {
+    pub shared: Option<Shared>,
+}
+
+impl ConfigFile for WorldFile {
+    fn difference(&mut self, in_use: &Config) -> Option<String> {
+        let differs = |shared: &Shared| shared.world().file.as_ref() != Some(in_use);
+        self.shared
+            .as_ref()
+            .is_some_and(differs)
+            .then(|| "the file differs".into())
     }
 }

@@ -21,7 +21,7 @@ use supervisor::store::Store;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use crate::disk::WorldStore;
+use crate::disk::{WorldFile, WorldStore};
 use crate::net::{Shared, Wire};
 use crate::report::Report;
 use crate::script::{Item, Script};
@@ -261,6 +261,9 @@ impl Life {
             hands: Arc::new(hands),
             clock,
             desk,
+            file: Box::new(WorldFile {
+                shared: (!second).then(|| shared.clone()),
+            }),
             watchdog: Default::default(),
         };
         let (operator, words) = mpsc::unbounded_channel();

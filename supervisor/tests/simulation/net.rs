@@ -128,8 +128,11 @@ impl Wire {
 }
 
 impl Carrier for Wire {
-    fn call(&self, call: Call) -> server::Pending<'_, (u16, Vec<u8>)> {
-        Box::pin(self.page(Ask::Server(call)))
+    fn call(&self, call: Call) -> server::Pending<'_, server::Answer> {
+        Box::pin(async {
+            let (code, body) = self.page(Ask::Server(call)).await?;
+            Ok(server::Answer::new(code, body))
+        })
     }
 
     fn file<'a>(

@@ -199,7 +199,7 @@ impl Checks {
             (ErrorKind::Failed, _) if error.message() == HALF_MADE && !self.track(id).lied_about => {
                 self.fail(format!("{id} is half made, and its agent is started"));
             }
-            (ErrorKind::Failed | ErrorKind::NoSuchSlot, _) => self.start_failed(id),
+            (ErrorKind::Failed, _) => self.start_failed(id),
             _ => {}
         }
     }

@@ -37,13 +37,11 @@ async fn row_80_a_configuration_made_invalid_fails_no_job_and_works_again_when_i
     house.configure(&format!("{TWO}colour = \"blue\"\n"));
     let next = house.submit("echo next");
     // As many lines as there are before the slots, and theirs.
-    let parts = [
-        "WARN cannot create user, will try again",
-        "config.toml:12: unknown field",
-    ];
+    let parts = ["WARN no jobs are taken: ", "config.toml:12: unknown field"];
     house.told(&parts);
     house.polls(3).await;
     once(&house.supervisor.log, 0, &parts);
+    assert_eq!(house.server.job(next).state(), "queued");
     // A supervisor that is started now says so, too, and leaves the job alone.
     house.end_supervisor(Signal::SIGTERM);
     refused(

@@ -2,6 +2,7 @@
 
 use nix::sys::signal::Signal;
 use testbed::house::ONE;
+use testbed::proxy::Fault;
 
 use super::*;
 
@@ -48,6 +49,40 @@ async fn a_reload_is_for_new_workers_and_one_with_mistakes_changes_nothing_and_s
         (status["slots"].as_array()?.len() == 1).then_some(())
     })
     .await;
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_104_a_file_that_changes_between_lease_and_start_fails_no_job() {
+    let house = House::behind_a_proxy(ONE).await;
+    let other = ONE.replace("slots.a", "slots.other");
+    let proxy = house.proxy.as_ref().expect("the house was built behind one");
+    // The start waits for the agent's program, while the slot gets another name.
+    proxy.set("/file/agent", Fault::HangUp);
+    let first = house.submit("echo first");
+    see(&house, |status| {
+        (status["workers"][0]["phase"] == "created").then_some(())
+    })
+    .await;
+    house.configure(&other);
+    let why = see(&house, |status| status["not_taken"].as_str().map(str::to_owned)).await;
+    assert!(
+        why.contains("slots of the configuration file have changed") && why.contains("user-factory reload"),
+        "{why}"
+    );
+    assert_eq!(say(&house, &["status"]).status, 4);
+    proxy.heal();
+    let second = house.submit("echo second");
+    // A mistake, an empty file, none: the worker waits, whatever the file is meanwhile.
+    for text in ["colour = 1\n", "", ONE, &other] {
+        house.configure(text);
+        house.polls(2).await;
+        assert_eq!(house.server.job(second).state(), "queued");
+    }
+    done(&house, &["reload"]);
+    house.completed(first).await;
+    house.completed(second).await;
+    assert_eq!(say(&house, &["status"]).status, 0);
     house.finish().await;
 }
 

@@ -6,6 +6,7 @@ mod world;
 use protocol::{BootstrapToken, Exit, State};
 
 use super::*;
+use crate::control::api::SlotState;
 use world::{World, job};
 
 fn phase(world: &World) -> Option<Phase> {
@@ -634,4 +635,180 @@ fn a_list_of_somebody_else_ends_no_job() {
     world.server = ours;
     world.run(World::is_empty);
     assert_eq!((world.done.len(), world.failed.len()), (1, 0));
+}
+
+#[test]
+fn a_question_for_a_job_that_fails_is_asked_ever_more_seldom_and_no_sooner_than_the_server_says() {
+    let mut world = World::new();
+    world.run(|w| w.counts.contains_key("lease"));
+    assert_eq!(world.core.not_taken(), None);
+    world.lease_fails = Some(Trouble::passing(Side::Server, "it answered 500"));
+    let begun = (world.now, world.counts["lease"]);
+    world.run(|w| w.now >= begun.0 + 3_600_000);
+    let asked = world.counts["lease"] - begun.1;
+    // Between half a minute and a minute each, after the first few.
+    assert!((60..=140).contains(&asked), "{asked} questions in an hour");
+    let shown = world.core.not_taken().unwrap();
+    assert!(shown.contains("it answered 500"), "{shown}");
+    let slots = world.core.slots(world.now);
+    assert!(
+        slots.iter().all(|slot| slot.state == SlotState::Closed),
+        "{slots:?}"
+    );
+    let told = world.said.iter().filter(|line| line.contains("it answered 500"));
+    assert_eq!(told.count(), 1);
+
+    world.lease_fails = Some(Trouble {
+        retry_after: Some(300_000),
+        ..Trouble::passing(Side::Server, "it answered 429")
+    });
+    let next = world.counts["lease"] + 1;
+    world.run(|w| w.counts["lease"] == next && w.core.is_idle());
+    let answered = world.now;
+    world.run(|w| w.counts["lease"] > next);
+    assert!((300_000..310_000).contains(&(world.now - answered)));
+
+    world.lease_fails = None;
+    world.submit(1, '2');
+    world.run(|w| w.done.len() == 1);
+    assert_eq!(world.core.not_taken(), None);
+    assert!(world.now < answered + 1_400_000);
+}
+
+#[test]
+fn a_server_cannot_have_the_factory_wait_for_days() {
+    let mut world = World::new();
+    world.lease_fails = Some(Trouble {
+        retry_after: Some(u64::MAX),
+        ..Trouble::passing(Side::Server, "it answered 503")
+    });
+    world.run(|w| w.counts.contains_key("lease"));
+    world.run(|w| w.core.not_taken().is_some());
+    let begun = world.now;
+    world.lease_fails = None;
+    world.submit(1, '2');
+    world.run(|w| w.done.len() == 1);
+    assert!(world.now - begun < 700_000);
+}
+
+#[test]
+fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
+    for side in [Side::Server, Side::Helper] {
+        let mut world = World::new();
+        world.submit(1, '2');
+        world.run(|w| phase(w) == Some(Phase::Running { online: true }));
+        world.run(|w| w.core.is_idle());
+        let shown = |world: &World| match side {
+            Side::Server => world.core.server_status(String::new()),
+            _ => world.core.helper_status(String::new()),
+        };
+        assert_eq!(
+            (shown(&world).unanswered_since, world.core.not_taken()),
+            (None, None)
+        );
+        world.agents_sleep = true;
+        world.tell(Input::Unanswered(side, Some(world.now)));
+        assert_eq!(shown(&world).unanswered_since, Some(time(world.now)));
+        assert_eq!(shown(&world).reachable, Some(true));
+        assert_eq!(
+            world.core.not_taken(),
+            Some(format!("the {side} is not answering"))
+        );
+        let slots = world.core.slots(world.now);
+        let is_free = |slot: &crate::control::api::Slot| slot.state == SlotState::Free;
+        assert!(!slots.iter().any(is_free), "{slots:?}");
+        world.submit(2, '3');
+        let begun = world.now;
+        world.run(|w| w.now >= begun + 600_000);
+        assert_eq!(world.queue.len(), 1);
+        world.tell(Input::Unanswered(side, None));
+        assert_eq!(
+            (shown(&world).unanswered_since, world.core.not_taken()),
+            (None, None)
+        );
+        world.agents_sleep = false;
+        world.run(|w| w.done.len() == 2);
+    }
+}
+
+#[test]
+fn while_the_configuration_file_differs_no_job_is_taken_and_none_is_started_or_failed() {
+    for phase_then in [Phase::Reserved, Phase::Created] {
+        let mut world = World::new();
+        world.submit(1, '2');
+        while phase(&world) != Some(phase_then) {
+            world.step(0);
+        }
+        world.tell(Input::FileDiffers(Some("the file: reload".into())));
+        // What was begun before comes to nothing, and is not begun again.
+        world.helper_up = false;
+        let begins = |output: &Output| matches!(output, Output::Do(_, action) if action.needs_the_slot());
+        while let Some(at) = world.pending.iter().position(begins) {
+            world.step(at);
+        }
+        world.helper_up = true;
+        world.submit(2, '3');
+        let begun = world.now;
+        world.run(|w| w.now >= begun + 3_600_000);
+        assert!(world.core.not_taken().unwrap().contains("reload"));
+        assert_eq!(world.queue.len() + world.leased.len(), 1);
+        assert_eq!(phase(&world), Some(phase_then));
+        world.tell(Input::FileDiffers(None));
+        world.run(|w| w.done.len() == 2);
+        assert!(world.failed.is_empty());
+    }
+}
+
+#[test]
+fn a_worker_whose_slot_is_removed_before_its_agent_is_started_gets_another_slot() {
+    for phase_then in [Phase::Reserved, Phase::Created] {
+        for settles_first in [true, false] {
+            let mut world = World::new();
+            world.submit(1, '2');
+            while phase(&world) != Some(phase_then) {
+                world.step(0);
+            }
+            while settles_first && !world.pending.is_empty() && phase(&world) == Some(phase_then) {
+                world.helper_up = false;
+                world.step(0);
+            }
+            world.helper_up = true;
+            let slot = world.disk.values().next().unwrap().slot.clone();
+            let mut left = Config::parse(world::CONFIG).unwrap();
+            left.slots.remove(&slot);
+            world.tell(Input::Configure(left));
+            world.run(|w| w.done.len() == 1);
+            assert!(world.failed.is_empty(), "{phase_then:?} {:?}", world.said);
+            world.run(World::is_empty);
+        }
+    }
+}
+
+#[test]
+fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_with_the_reason() {
+    for comes_back in [true, false] {
+        let mut world = World::new();
+        world.submit(1, '3');
+        while phase(&world) != Some(Phase::Reserved) {
+            world.step(0);
+        }
+        let all = Config::parse(world::CONFIG).unwrap();
+        let mut left = all.clone();
+        left.slots.retain(|name, _| name.as_str() != "c");
+        world.tell(Input::Configure(left));
+        let begun = world.now;
+        world.run(|w| w.now >= begun + 60_000);
+        assert_eq!(phase(&world), Some(Phase::Reserved));
+        if comes_back {
+            world.tell(Input::Configure(all));
+            world.run(|w| w.done.len() == 1);
+        } else {
+            world.run(|w| w.failed.len() == 1);
+            let told = world.disk.values().next().unwrap().failure.clone().unwrap();
+            assert!(
+                told.contains("slot c is no longer in the configuration"),
+                "{told}"
+            );
+        }
+    }
 }

@@ -35,6 +35,8 @@ pub struct World {
     /// The next answer of this kind is lost after it was carried out.
     pub lose: Option<&'static str>,
     pub start_fails: Option<&'static str>,
+    /// Questions for a job are answered so.
+    pub lease_fails: Option<Trouble>,
     pub refuses_workers: bool,
     pub said: Vec<String>,
     pub counts: BTreeMap<&'static str, usize>,
@@ -83,6 +85,7 @@ impl World {
             agents_sleep: false,
             lose: None,
             start_fails: None,
+            lease_fails: None,
             refuses_workers: false,
             said: Vec::new(),
             counts: BTreeMap::new(),
@@ -247,6 +250,7 @@ impl World {
         match output {
             Output::ListServer => Input::ServerListed(Ok(self.server.values().cloned().collect())),
             Output::ListHost => Input::HostListed(Ok(self.list())),
+            Output::Lease(_) if let Some(trouble) = self.lease_fails.clone() => Input::Leased(Err(trouble)),
             Output::Lease(targets) => {
                 let at = self
                     .queue
