@@ -70,3 +70,26 @@ async fn row_80_a_job_whose_slot_is_made_invalid_is_still_ended_and_deleted() {
     house.server.cancel(job).unwrap();
     house.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_105_a_configuration_that_the_helper_would_refuse_is_refused_at_reload_and_harms_no_job() {
+    // A file system without quotas.
+    let house = House::on(ONE, storage::small).await;
+    let job = house.running().await;
+    house.configure(&format!("{ONE}limits.disk = \"10M\"\n"));
+    let (status, text) = command(&house.host, &["reload"]);
+    assert!(
+        status == 1 && text.contains("the helper refuses it") && text.contains("limits.disk"),
+        "{text}"
+    );
+    let (status, text) = command(&house.host, &["status"]);
+    assert!(status == 4 && text.contains("the helper refuses it"), "{text}");
+    house.let_end();
+    house.completed(job).await;
+    let next = house.submit("echo next");
+    house.polls(3).await;
+    assert_eq!(house.server.job(next).state(), "queued");
+    house.configure(ONE);
+    house.completed(next).await;
+    house.finish().await;
+}

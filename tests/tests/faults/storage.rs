@@ -10,7 +10,7 @@ use testbed::harness::PATIENCE;
 use super::*;
 
 /// The state directory, with workers and database, on ext4 of its own.
-fn small(host: &TestHost) -> Option<SmallDisk> {
+pub fn small(host: &TestHost) -> Option<SmallDisk> {
     let disk = SmallDisk::roomy(host, false);
     let place = host.root.join(protocol::config::STATE_DIR).join("supervisor");
     fs::create_dir(&place).unwrap();
