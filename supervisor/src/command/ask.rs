@@ -74,12 +74,15 @@ pub async fn status(client: Client, how: How, watch: bool) -> Ended {
 }
 
 fn wants_a_person(status: &Status) -> bool {
+    let both = [&status.server, &status.helper];
+    let both_answer = both.iter().all(|partner| partner.reachable == Some(true));
     status.workers.iter().any(|worker| worker.hold.is_some())
         || status.slots.iter().any(|slot| slot.state.wants_a_person())
-        || [&status.server, &status.helper]
+        || both
             .iter()
             .any(|partner| partner.reachable == Some(false) || partner.unanswered_since.is_some())
-        || (status.not_taken.is_some() && !status.draining)
+        // Before the first answers nothing is wrong yet.
+        || (status.not_taken.is_some() && !status.draining && both_answer)
         || status.configuration.refused.is_some()
         || !status.foreign.is_empty()
         || status.storage.is_some()
