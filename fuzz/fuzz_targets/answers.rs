@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 use protocol::WorkerId;
 use reqwest::Response;
 use supervisor::agent::AgentCache;
-use supervisor::server::{Call, Carrier, Error, Pending, Server};
+use supervisor::server::{Answer, Call, Carrier, Error, Pending, Server};
 use supervisor::view::{JobId, Scripts};
 use tokio::runtime::Runtime;
 
@@ -29,14 +29,14 @@ struct Always {
 }
 
 impl Carrier for Always {
-    fn call(&self, call: Call) -> Pending<'_, (u16, Vec<u8>)> {
+    fn call(&self, call: Call) -> Pending<'_, Answer> {
         // Nothing that the server has ever said may have made another path of it.
         assert!(
             call.path.starts_with("/0/factory/") && !call.path.contains(".."),
             "{}",
             call.path
         );
-        Box::pin(async { Ok((self.code, self.body.clone())) })
+        Box::pin(async { Ok(Answer::new(self.code, self.body.clone())) })
     }
 
     fn file<'a>(
@@ -122,7 +122,7 @@ async fn call(which: u8, server: &Server, carrier: &Always) {
         )),
         b's' => drop(said(
             server
-                .associate(worker, &"a".parse().unwrap(), &Scripts::default())
+                .associate(worker, "a@host/00000000", &Scripts::default())
                 .await,
             carrier,
         )),
