@@ -60,10 +60,9 @@ pub fn start(worker: &Worker, cgroup: &OwnedFd, limit: Duration) -> Result<()> {
     sys::fork(|| {
         let keep = [&timer.kill, &timer.events, &timer.exit, &timer.console].map(AsRawFd::as_raw_fd);
         // What fails here must be seen, and must not take the limit away.
-        if let Err(error) = sys::close_all_but(&keep)
-            .map_err(Into::into)
-            .and_then(|()| privileges::of_a_timer())
-        {
+        let closed = sys::close_all_but(&keep).map_err(Into::into);
+        // Each whatever has become of the other.
+        if let Err(error) = closed.and(privileges::of_a_timer()) {
             warn!(worker = %worker.id, "the timer of its run time keeps more than it needs: {error:#}");
         }
         match timer.run(end) {

@@ -38,7 +38,7 @@ pub struct Question<'a> {
     /// How long an agent may take to come online, in milliseconds.
     pub online_timeout: u64,
     /// Workers that are not this host's, and that the operator wants deleted all the same.
-    pub condemned: &'a BTreeSet<WorkerId>,
+    pub to_delete: &'a BTreeSet<WorkerId>,
     /// Another host has been seen to use the same token.
     pub others_seen: bool,
     /// A worker is being made: one without an owner may be it.
@@ -114,7 +114,7 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
 /// A worker of the server that this host has something of.
 fn present(q: &Question<'_>, w: &ServerWorker, info: &WorkerInfo) -> Decision {
     let slot = info.slot.clone();
-    if q.condemned.contains(&w.id) {
+    if q.to_delete.contains(&w.id) {
         return Decision::Adopt(adopted(w, slot, Phase::Destroying, q.now));
     }
     match q.identity.owner(w.private.as_deref()) {
@@ -136,7 +136,7 @@ fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -
         slot: None,
         action: Action::ServerDelete { gone: false },
     });
-    if q.condemned.contains(&worker) {
+    if q.to_delete.contains(&worker) {
         return end;
     }
     let owner = q.identity.owner(w.private.as_deref());
@@ -161,8 +161,8 @@ fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -
     if let Some(slot) = slot_for(w, &owner, free) {
         return Some(Decision::Adopt(adopted(w, slot, Phase::Reserved, q.now)));
     }
-    let tired = unknown_for >= waits.saturating_add(q.online_timeout);
-    if !tired && slot_for(w, &owner, all).is_some() {
+    let expired = unknown_for >= waits.saturating_add(q.online_timeout);
+    if !expired && slot_for(w, &owner, all).is_some() {
         // Its job has not begun, and need not fail because others were here first.
         Some(Decision::Wait(w.target))
     } else if owner == Owner::Nobody && q.others_seen {
@@ -259,7 +259,7 @@ mod tests {
     struct Around {
         making: bool,
         unknown_for: u64,
-        condemned: bool,
+        to_delete: bool,
         others_seen: bool,
     }
 
@@ -267,7 +267,7 @@ mod tests {
     const LONG: Around = Around {
         making: false,
         unknown_for: TIMEOUT + RECLAIM_MS,
-        condemned: false,
+        to_delete: false,
         others_seen: false,
     };
 
@@ -275,7 +275,7 @@ mod tests {
         let (known, promised, ended) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
         let plan = Plan::of(&config());
         let unknown_for = server.iter().map(|w| (w.id, around.unknown_for)).collect();
-        let condemned = server.iter().filter(|_| around.condemned).map(|w| w.id);
+        let to_delete = server.iter().filter(|_| around.to_delete).map(|w| w.id);
         let q = Question {
             plan: &plan,
             identity: &Identity::new("here", InstanceId::parse("00000000").unwrap()),
@@ -286,7 +286,7 @@ mod tests {
             ended: &ended,
             unknown_for: &unknown_for,
             online_timeout: TIMEOUT,
-            condemned: &condemned.collect(),
+            to_delete: &to_delete.collect(),
             others_seen: around.others_seen,
             making: around.making,
             now: 5,
@@ -313,8 +313,8 @@ mod tests {
             others_seen: true,
             ..LONG
         };
-        let condemned = Around {
-            condemned: true,
+        let to_delete = Around {
+            to_delete: true,
             ..Around::default()
         };
         let end = "delete on the server";
@@ -344,9 +344,9 @@ mod tests {
             (OTHER, [true, true, false], &LONG, "OtherHost"),
             (OTHER, [true, false, true], &LONG, "OtherHost"),
             (Some("no mark at all"), [true, false, true], &LONG, "OtherHost"),
-            (OTHER, [true, false, false], &condemned, end),
-            (OTHER, [true, true, false], &condemned, end),
-            (OWN, [true, false, false], &condemned, end),
+            (OTHER, [true, false, false], &to_delete, end),
+            (OTHER, [true, true, false], &to_delete, end),
+            (OWN, [true, false, false], &to_delete, end),
         ] {
             let worker = server(1, private, online, hold, recycle);
             assert_eq!(
@@ -377,12 +377,12 @@ mod tests {
             let decided = decide(std::slice::from_ref(&worker), &[host(1, "a", state)], &new);
             assert_eq!(decided.join(" "), expected, "{worker:?} {state:?}");
         }
-        let condemned = Around {
-            condemned: true,
+        let to_delete = Around {
+            to_delete: true,
             ..Around::default()
         };
         let worker = server(1, OTHER, true, false, false);
-        let decided = decide(&[worker], &[host(1, "a", EXITED)], &condemned);
+        let decided = decide(&[worker], &[host(1, "a", EXITED)], &to_delete);
         assert_eq!(decided, ["adopt a destroying"]);
         let alone = decide(&[], &[host(1, "a", State::Running)], &new);
         assert_eq!(alone, ["delete on the host"]);

@@ -200,7 +200,7 @@ fn reconciling(options: &Options, report: &mut Report) {
                 identity: &identity,
                 unknown_for: &unknown_for,
                 online_timeout: 300_000,
-                condemned: &none.2,
+                to_delete: &none.2,
                 others_seen: false,
                 making: false,
                 now: 0,

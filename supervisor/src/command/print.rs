@@ -154,7 +154,7 @@ pub fn status(s: &Status) -> String {
         text += &format!("{:8} {}\n", "disk", styled(BAD, why));
     }
     for foreign in &s.foreign {
-        text += &format!("{:8} {}\n", "token", styled(BAD, &foreign.text));
+        text += &format!("{:8} {}\n", "foreign", styled(BAD, &foreign.text));
     }
     let rows = s.slots.iter().map(|slot| {
         let since = slot.since.map(|since| ago(since, s.now));

@@ -134,8 +134,11 @@ impl Factory {
                 continue;
             }
             if action.needs_the_slot() {
-                let slot = self.workers.get(&id).map(|worker| &worker.slot);
-                let is_removed = slot.is_some_and(|slot| !self.config.slots.contains_key(slot));
+                let worker = self.workers.get(&id);
+                let is_removed = worker.is_some_and(|worker| {
+                    let slot = self.config.slots.get(&worker.slot);
+                    slot.is_none_or(|slot| slot.target != worker.target)
+                });
                 // Nor is a user made for a worker that the server's newest list does not have: what the store says of it
                 // may be older than its end.
                 if is_removed || self.file_differs.is_some() || runtime.missing_since.is_some() {

@@ -16,6 +16,8 @@ use crate::worker::OnHost;
 /// One that is no longer listed is shown for so long: two hosts that share a token take turns otherwise, and each looks
 /// well while the other has nothing.
 const SHOWN_MS: u64 = 600_000;
+/// So many are kept at most, whatever a server lists. More of them take no jobs away than one does.
+const MAX_SHOWN: usize = 100;
 
 #[derive(Clone, Debug)]
 struct Worker {
@@ -31,7 +33,7 @@ struct Worker {
 pub(super) struct Foreign {
     workers: BTreeMap<WorkerId, Worker>,
     /// The operator wants these deleted.
-    condemned: BTreeSet<WorkerId>,
+    to_delete: BTreeSet<WorkerId>,
     /// The server's last list had one.
     listed: bool,
     others_seen: bool,
@@ -42,12 +44,12 @@ impl Foreign {
         self.workers.contains_key(&worker)
     }
 
-    pub(super) fn condemn(&mut self, worker: WorkerId) {
-        self.condemned.insert(worker);
+    pub(super) fn order_deletion(&mut self, worker: WorkerId) {
+        self.to_delete.insert(worker);
     }
 
-    pub(super) fn condemned(&self) -> &BTreeSet<WorkerId> {
-        &self.condemned
+    pub(super) fn to_delete(&self) -> &BTreeSet<WorkerId> {
+        &self.to_delete
     }
 
     /// Does the server's last list have one?
@@ -62,13 +64,13 @@ impl Foreign {
 
     pub(super) fn forget(&mut self, worker: WorkerId) {
         self.workers.remove(&worker);
-        self.condemned.remove(&worker);
+        self.to_delete.remove(&worker);
     }
 
     /// A new list is compared: what it does not have is forgotten in time.
     pub(super) fn retain(&mut self, now: u64, list: &[ServerWorker]) {
         let listed: BTreeSet<WorkerId> = list.iter().map(|w| w.id).collect();
-        self.condemned.retain(|id| listed.contains(id));
+        self.to_delete.retain(|id| listed.contains(id));
         self.workers.retain(|_, w| now.saturating_sub(w.seen) < SHOWN_MS);
         self.listed = false;
     }
@@ -110,6 +112,9 @@ impl Factory {
         let first = self.foreign.workers.is_empty();
         self.foreign.listed = true;
         self.foreign.others_seen |= why == NotOurs::OtherHost;
+        if self.foreign.workers.len() >= MAX_SHOWN && !self.foreign.shows(worker) {
+            return;
+        }
         let new = Worker {
             private: private.clone(),
             why,

@@ -341,7 +341,7 @@ impl Factory {
             Input::DrainSlot(slot, true) => drop(self.drained_slots.insert(slot)),
             Input::DrainSlot(slot, false) => drop(self.drained_slots.remove(&slot)),
             Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), config),
-            Input::Destroy(worker) if self.foreign.shows(worker) => self.foreign.condemn(worker),
+            Input::Destroy(worker) if self.foreign.shows(worker) => self.foreign.order_deletion(worker),
             Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
             Input::Kill(worker, reason) => self.event(now, worker, Event::Kill(reason)),
             Input::Storage(trouble) => {

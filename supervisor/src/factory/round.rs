@@ -294,7 +294,7 @@ impl Factory {
             ended: &ended,
             unknown_for: &unknown_for.collect(),
             online_timeout: self.config.factory.online_timeout_seconds * 1000,
-            condemned: self.foreign.condemned(),
+            to_delete: self.foreign.to_delete(),
             others_seen: self.foreign.others_seen(),
             making: self.promises.iter().any(|p| p.making || p.turn >= turn),
             now,

@@ -49,7 +49,7 @@ pub struct Track {
     /// Since when the supervisor shows that it may be another host's.
     pub foreign_since: Option<u64>,
     /// A person wants it deleted.
-    pub condemned: bool,
+    pub to_delete: bool,
 }
 
 #[derive(Debug)]
@@ -234,9 +234,9 @@ impl Checks {
         *self.track(id).foreign_since.get_or_insert(now)
     }
 
-    pub fn condemned(&mut self, id: WorkerId) {
+    pub fn deletion_ordered(&mut self, id: WorkerId) {
         let track = self.track(id);
-        (track.condemned, track.ending) = (true, true);
+        (track.to_delete, track.ending) = (true, true);
     }
 
     pub fn disk_is_bad(&mut self, now: u64) {

@@ -215,7 +215,7 @@ impl World {
             return;
         };
         let track = self.checks.track(id);
-        if of_second != second && !track.condemned && !track.lied_about {
+        if of_second != second && !track.to_delete && !track.lied_about {
             let who = if second {
                 "the second host"
             } else {

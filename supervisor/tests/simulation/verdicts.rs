@@ -105,8 +105,8 @@ impl Checks {
             return;
         };
         let others = |w: &ServerWorker| w.private.as_ref().is_some_and(|private| private.ends_with(MARK));
-        let condemned = |w: &ServerWorker| self.tracks.get(&w.id).is_some_and(|track| track.condemned);
-        if list.iter().any(|w| others(w) && !condemned(w)) {
+        let to_delete = |w: &ServerWorker| self.tracks.get(&w.id).is_some_and(|track| track.to_delete);
+        if list.iter().any(|w| others(w) && !to_delete(w)) {
             self.others_listed.get_or_insert(now);
         } else {
             self.others_listed = None;
@@ -162,7 +162,11 @@ impl Checks {
                 continue;
             };
             let left_alone = self.tracks.get(other).is_none_or(|t| t.lied_about || t.forgotten);
-            if !left_alone && self.exclude((id, &slot), (*other, &private)) {
+            // The mark is set once: a worker whose slot was removed, or has another target now, moves to another.
+            let is_elsewhere = host.workers.get(other).is_some_and(|h| h.slot != private);
+            let slot_now = self.config.slots.get(&private);
+            let is_moved = is_elsewhere || slot_now.is_none_or(|slot| slot.target.to_string() != w.target);
+            if !left_alone && !is_moved && self.exclude((id, &slot), (*other, &private)) {
                 self.failure.get_or_insert(format!(
                     "{id} gets slot {slot} while the server has {other} in {private}"
                 ));
@@ -242,14 +246,14 @@ impl Checks {
         let began_and_lost = track.was_online && track.forgotten;
         // It waited for a slot that others had, as long as it may.
         let without_slot = track.forgotten || w.private.is_none();
-        let tired = without_slot && Self::had_its_time(track.had_ms);
-        let excused = track.condemned
+        let expired = without_slot && Self::had_its_time(track.had_ms);
+        let excused = track.to_delete
             || track.lied_about
             || track.cannot_tell
             || began_and_lost
             || slot_gone
             || no_slot
-            || tired;
+            || expired;
         if !excused {
             self.fail(format!(
                 "{id} is deleted on the server, which fails a job that nobody said anything about: {track:?}"

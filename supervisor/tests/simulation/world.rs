@@ -449,7 +449,7 @@ impl World {
             let nobodys = !others && !self.host.workers.contains_key(&foreign.id);
             if listed && nobodys && since + HELD_MS <= self.now {
                 self.note(|| format!("a person destroys {}", foreign.id));
-                self.checks.condemned(foreign.id);
+                self.checks.deletion_ordered(foreign.id);
                 self.say(Input::Destroy(foreign.id));
             }
         }

@@ -245,6 +245,25 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
 }
 
 #[test]
+fn workers_of_others_that_a_server_lists_without_end_take_no_more_memory() {
+    let mut world = World::new();
+    world.run(|w| w.core.is_quiet(w.now));
+    for round in 0..20 {
+        let others = (0..50).map(|n| worker_of_others(1000 * (round + 1) + n, '3', OTHER));
+        world.server = others.map(|w| (w.id, w)).collect();
+        steps(&mut world, 2_000);
+        assert!(world.core.not_taken().unwrap().contains("another host"));
+    }
+    assert_eq!(world.core.foreign_workers(world.now).len(), 100);
+    // When they are gone, jobs are taken, and others are shown once these have had their time.
+    world.server.clear();
+    world.submit(1, '2');
+    world.run(|w| w.done.len() == 1);
+    steps(&mut world, 700_000);
+    assert!(world.core.foreign_workers(world.now).is_empty());
+}
+
+#[test]
 fn the_operator_deletes_another_hosts_worker_by_its_name() {
     let mut world = World::new();
     let others = worker_of_others(5, '3', OTHER);
@@ -786,7 +805,7 @@ fn a_worker_whose_slot_is_removed_before_its_agent_is_started_gets_another_slot(
 
 #[test]
 fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_with_the_reason() {
-    for comes_back in [true, false] {
+    for (comes_back, is_removed) in [(true, true), (false, true), (true, false), (false, false)] {
         let mut world = World::new();
         world.submit(1, '3');
         while phase(&world) != Some(Phase::Reserved) {
@@ -794,7 +813,10 @@ fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_
         }
         let all = Config::parse(world::CONFIG).unwrap();
         let mut left = all.clone();
-        left.slots.retain(|name, _| name.as_str() != "c");
+        let slot = left.slots.iter_mut().find(|(name, _)| name.as_str() == "c");
+        // For another target from now on, or removed.
+        slot.unwrap().1.target = TargetId::from_bits(9);
+        left.slots.retain(|name, _| !is_removed || name.as_str() != "c");
         world.tell(Input::Configure(left));
         let begun = world.now;
         world.run(|w| w.now >= begun + 60_000);
