@@ -127,6 +127,18 @@ impl Apart {
         assert!(all.len() <= 1, "{all:?}");
         all.first().copied()
     }
+
+    /// The same, once there is one: a session may be answered before the helper has begun to build.
+    fn wait_for_builder(&self) -> i32 {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(builder) = self.builder() {
+                return builder;
+            }
+            assert!(Instant::now() < end, "nothing is built");
+            std::thread::yield_now();
+        }
+    }
 }
 
 /// Ask for a launch, and do not wait for the answer.
@@ -186,7 +198,7 @@ fn a_mount_that_hangs_keeps_launches_waiting_and_nobody_else_and_they_are_told_i
     let third = created(&other, "c");
     assert_eq!(other.ask(&Request::Kill { worker: third }).0, Reply::Killed);
     assert_eq!(other.ask(&Request::Delete { worker: third }).0, Reply::Deleted);
-    assert!(apart.builder().is_some());
+    apart.wait_for_builder();
     assert!(!waiting.iter().any(is_answered), "a launch did not wait");
     waiting.iter().for_each(assert_told);
     // The kernel has ended the builder; the next is another.
@@ -206,13 +218,7 @@ fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
     let waiting = apart.client();
     begin_install(&waiting, worker);
     let end_of_patience = Instant::now() + PATIENCE;
-    let builder = loop {
-        if let Some(builder) = apart.builder() {
-            break Pid::from_raw(builder);
-        }
-        assert!(Instant::now() < end_of_patience, "nothing is built");
-        std::thread::yield_now();
-    };
+    let builder = Pid::from_raw(apart.wait_for_builder());
     // Stopped, it does not take the signal that ends it, as if it were in state D.
     kill(builder, Signal::SIGSTOP).unwrap();
     wait_until_stopped(builder.as_raw() as u32);
