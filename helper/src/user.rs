@@ -170,10 +170,23 @@ impl Accounts {
             "{}{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n",
             self.passwd
         );
-        let mut group = format!("{}{name}:x:{uid}:\n", self.group);
+        let mut group = String::new();
+        for line in self.group.lines() {
+            group += line;
+            if groups
+                .iter()
+                .any(|(own, _)| line.split(':').next() == Some(own.as_str()))
+            {
+                // The members are the last field, which may be empty (`group(5)`).
+                group += if line.ends_with(':') { "" } else { "," };
+                group += &name.to_string();
+            }
+            group += "\n";
+        }
+        group += &format!("{name}:x:{uid}:\n");
         let more = groups.iter().filter(|(_, gid)| gid.as_raw() > LAST_OF_THE_SYSTEM);
-        for (name, gid) in more {
-            group += &format!("{name}:x:{gid}:\n");
+        for (own, gid) in more {
+            group += &format!("{own}:x:{gid}:{name}\n");
         }
         let hosts = match slot.network {
             Network::Host => None,
@@ -454,9 +467,13 @@ mod tests {
             .unwrap()
             .files_for_a_job(&name, uid, &groups, &config, slot);
         let own = format!("{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n");
+        let with_member = system.replace("last:x:999:999:", &format!("last:x:999:999:{name}"));
         let expected = [
             ("passwd", system.clone() + &own),
-            ("group", format!("{system}{name}:x:{uid}:\nfirst:x:1000:\n")),
+            (
+                "group",
+                with_member + &format!("{name}:x:{uid}:\nfirst:x:1000:{name}\n"),
+            ),
         ];
         assert_eq!(files, expected);
     }
