@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
@@ -23,10 +24,12 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use protocol::config;
+use protocol::config::Slot;
 use protocol::{Error, ErrorKind, Received, Seqpacket, SlotName, Uid, UserName, WorkerId};
 
 use crate::host::Host;
 use crate::orders::Word;
+use crate::streams::Streams;
 use crate::terminal::{self, Ours, Terminal};
 use crate::worker::Worker;
 use crate::{cgroup, init, limits, rootfs, sandbox, sys, tenancy, trees};
@@ -104,7 +107,7 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
         limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
         rootfs::enter_new(&host)?;
-        start(&host, id, &cgroup, &typed.rest)?.attend(&signals)
+        start(&host, id, record.uid, &cgroup, &typed.rest)?.attend(&signals)
     };
     let status = ran();
     tenancy::delete(&host, &unlimit, id).with_context(|| {
@@ -123,7 +126,7 @@ pub fn shell(typed: &[OsString]) -> Result<u8> {
     let host = host(&typed.root)?;
     // Before the lock: it takes as long as the host has mounts.
     rootfs::enter_new(&host)?;
-    let (worker, _) = Worker::existing(&host, id)?;
+    let (worker, record) = Worker::existing(&host, id)?;
     ensure!(
         worker.is_started()?,
         "worker {id} has not been started yet: there is nothing to look at"
@@ -134,7 +137,7 @@ pub fn shell(typed: &[OsString]) -> Result<u8> {
         Err(Errno::EBUSY) => bail!("another shell is in worker {id}: end that one first"),
         cgroup => cgroup.with_context(|| format!("cannot make the cgroup {name}"))?,
     };
-    let started = start(&host, id, &cgroup, &["/bin/bash".into()]);
+    let started = start(&host, id, record.uid, &cgroup, &["/bin/bash".into()]);
     // From here on a deletion finds the shell by its cgroup: it must not wait for a person.
     drop(worker);
     let status = started.and_then(|shell| shell.attend(&signals));
@@ -178,10 +181,11 @@ struct Started {
     first: Pid,
     socket: Seqpacket,
     ours: Ours,
+    streams: Streams,
 }
 
 /// Make the first process, in the cgroup from its first instruction. What it sees, this process has built.
-fn start(host: &Host, worker: WorkerId, cgroup: &OwnedFd, command: &[OsString]) -> Result<Started> {
+fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[OsString]) -> Result<Started> {
     let (here, there) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -190,24 +194,28 @@ fn start(host: &Host, worker: WorkerId, cgroup: &OwnedFd, command: &[OsString]) 
     )?;
     let (here, there) = (Seqpacket::from(here), Seqpacket::from(there));
     let ours = terminal::ours();
+    let mut streams = Streams::new(uid)?;
     let first = sys::clone_sandboxed(cgroup.as_fd(), || {
         let keep = [&host.descriptors()[..], &[there.as_raw_fd()]].concat();
-        let ready = || -> Result<UserName> {
+        let ready = || -> Result<(UserName, Slot)> {
+            streams.replace()?;
             sys::close_all_but(&keep)?;
             SigSet::empty().thread_set_mask()?;
             sandbox::enter_by_hand(host, worker)
         };
-        let ended = ready().and_then(|user| first_process(&there, &user, command, ours));
+        let ended = ready().and_then(|(user, slot)| first_process(&there, &user, &slot, command, ours));
         ended.unwrap_or_else(|error| {
             let _ = Word::Failed(format!("{error:#}")).say(&there);
             1
         })
     })
     .context("cannot make the namespaces")?;
+    streams.copy()?;
     Ok(Started {
         first,
         socket: here,
         ours,
+        streams,
     })
 }
 
@@ -222,6 +230,7 @@ impl Started {
                 Some(Word::Ready) => descriptors.pop(),
                 Some(Word::Failed(sentence)) => {
                     let _ = waitpid(self.first, None);
+                    self.streams.finish();
                     bail!("{sentence}");
                 }
                 other => bail!("the first process said {other:?}"),
@@ -232,6 +241,7 @@ impl Started {
         };
         let terminal = terminal.map(|job| Terminal::new(job, self.ours)).transpose()?;
         let status = terminal::attend(self.first, terminal, signals)?;
+        self.streams.finish();
         // Did it get as far as to start the command?
         if let Ok(Received::Packet { bytes, .. }) = self.socket.recv(Word::MAX)
             && let Some(Word::Failed(sentence)) = Word::decode(&bytes)
@@ -243,14 +253,21 @@ impl Started {
 }
 
 /// Pid 1: start the command, and reap until it has ended. With its own end the kernel ends whatever is left.
-fn first_process(parent: &Seqpacket, user: &UserName, command: &[OsString], ours: Ours) -> Result<i32> {
+fn first_process(
+    parent: &Seqpacket,
+    user: &UserName,
+    slot: &Slot,
+    command: &[OsString],
+    ours: Ours,
+) -> Result<i32> {
     // What was looked up on the host is not for here.
     sys::close_all_but(&[parent.as_raw_fd()])?;
-    let mut start = init::command(Path::new(&command[0]), user);
-    start
-        .args(&command[1..])
-        .env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()))
-        .current_dir("/work");
+    let mut start = Command::new(&command[0]);
+    start.args(&command[1..]).env_clear().current_dir("/work");
+    if ours.any() {
+        start.env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()));
+    }
+    start.envs(init::task_environment(user, slot));
     let master = match ours.any() {
         true => {
             let (master, terminal) = terminal::of_the_job()?;

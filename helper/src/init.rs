@@ -16,6 +16,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use protocol::config::{EnvName, EnvValue, Slot};
 use protocol::{Exit, UserName};
 
 use crate::network::Door;
@@ -59,6 +60,28 @@ pub fn command(program: &Path, user: &UserName) -> Command {
         .env("LANG", "C.UTF-8")
         .env("TZ", "UTC");
     command
+}
+
+/// The environment that buildomat's agent gives a task, for a command by hand. A task has no other variables but
+/// the slot's, and two that name the job.
+pub fn task_environment(user: &UserName, slot: &Slot) -> Vec<(String, String)> {
+    let path = "/var/run/buildomat/agent/bin:/usr/bin:/bin:/usr/sbin:/sbin:/opt/ooce/bin:/opt/ooce/sbin";
+    let mut variables = vec![
+        ("HOME".to_owned(), format!("/home/{user}")),
+        ("USER".to_owned(), user.to_string()),
+        ("LOGNAME".to_owned(), user.to_string()),
+        ("TZ".to_owned(), "UTC".to_owned()),
+        ("PATH".to_owned(), path.to_owned()),
+        ("LANG".to_owned(), "en_US.UTF-8".to_owned()),
+    ];
+    variables.extend(slot_variables(slot));
+    variables
+}
+
+/// The variables that the agent adds to each task's: the slot's.
+pub fn slot_variables(slot: &Slot) -> impl Iterator<Item = (String, String)> {
+    let text = |(name, value): (&EnvName, &EnvValue)| (name.as_str().to_owned(), value.as_str().to_owned());
+    slot.env.iter().map(text)
 }
 
 /// Start `agent install …`. The error is the kernel's reason.

@@ -35,6 +35,7 @@ mod policy;
 mod privileges;
 mod rootfs;
 mod sandbox;
+mod streams;
 mod sys;
 mod tenancy;
 mod terminal;

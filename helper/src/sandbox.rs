@@ -66,11 +66,11 @@ pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session:
 
 /// For what a person does by hand in a worker: the same walls, with the standard streams that the process has.
 /// Who has no network but the server has none at all.
-pub fn enter_by_hand(host: &Host, worker: WorkerId) -> Result<UserName> {
+pub fn enter_by_hand(host: &Host, worker: WorkerId) -> Result<(UserName, Slot)> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
     put_up_the_walls(host, &config, &plan, For::Person)?;
-    Ok(plan.user)
+    Ok((plan.user, plan.slot))
 }
 
 /// For whom the walls are put up.
@@ -202,8 +202,8 @@ fn files(host: &Host, worker: WorkerId) -> Result<init::Files> {
 /// `agent install`'s arguments. None comes from the socket but the token, which is a plain word.
 fn arguments(config: &Config, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<String> {
     let mut arguments = vec!["install".to_owned()];
-    for (name, value) in &slot.env {
-        arguments.extend(["-e".to_owned(), format!("{}={}", name.as_str(), value.as_str())]);
+    for (name, value) in init::slot_variables(slot) {
+        arguments.extend(["-e".to_owned(), format!("{name}={value}")]);
     }
     arguments.extend(["--no-service", "--no-setuid", "--use-var-run"].map(str::to_owned));
     arguments.extend([
