@@ -207,3 +207,63 @@ async fn a_shell_ends_with_its_worker() {
     drop(writer);
     house.finish().await;
 }
+
+/// What a task prints and what a command by hand prints, of the same script.
+async fn task_and_command(house: &House, script: &str) -> (String, String) {
+    // First by hand: the slot is free then.
+    let said = say(house, &["run", "--", "bash", "-c", script]);
+    assert_eq!(said.status, 0, "{}", said.err);
+    let job = house.submit(script);
+    let ended = house.ended(job).await;
+    let mut task = testbed::house::lines(&ended, "stdout").join("\n");
+    task.push('\n');
+    (task, said.out)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_by_hand_has_a_tasks_environment_and_directory() {
+    let house =
+        House::new("[slots.a]\ntarget = \"TARGET\"\nenv.ONE_OF_TWO = \"a b=c\"\nenv.TZ = \"CET\"\n").await;
+    answering(&house).await;
+    // Both have a user of their own, and the task has a job.
+    let script = "env | sed \"s/$USER/USER/\" | grep -v '^BUILDOMAT_.*_ID=\\|^_=\\|^SHLVL=' | sort; pwd; umask; ulimit -Hn";
+    let (task, command) = task_and_command(&house, script).await;
+    assert_eq!(task, command);
+    for variable in ["ONE_OF_TWO=a b=c", "TZ=CET", "HOME=/home/USER"] {
+        assert!(
+            command.lines().any(|line| line == variable),
+            "{variable}: {command}"
+        );
+    }
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_by_hand_may_open_its_streams_again() {
+    let house = House::new(ONE).await;
+    answering(&house).await;
+    let place = tempfile::tempdir().unwrap();
+    let (input, output) = (place.path().join("input"), place.path().join("output"));
+    // A file of root's that the job's user may not open, and pipes of root's.
+    std::fs::write(&input, "typed\n").unwrap();
+    let script = "cat /dev/stdin >/dev/stdout && echo to errors >/dev/stderr";
+    let mut piped = command(&house, &["run", "--", "bash", "-c", script]);
+    piped.stdin(std::fs::File::open(&input).unwrap());
+    let said: Said = tokio::task::block_in_place(|| piped.output().unwrap().into());
+    assert_eq!(
+        (said.status, &*said.out, &*said.err),
+        (0, "typed\n", "to errors\n")
+    );
+    // Two streams that are one file keep their order.
+    let script = "for i in $(seq 200); do echo out $i >/dev/stdout; echo err $i >/dev/stderr; done";
+    let expected: String = (1..=200).map(|i| format!("out {i}\nerr {i}\n")).collect();
+    let mut filed = command(&house, &["run", "--", "bash", "-c", script]);
+    let file = std::fs::File::create(&output).unwrap();
+    filed
+        .stdin(Stdio::null())
+        .stdout(file.try_clone().unwrap())
+        .stderr(file);
+    assert!(tokio::task::block_in_place(|| filed.status().unwrap()).success());
+    assert_eq!(std::fs::read_to_string(&output).unwrap(), expected);
+    house.finish().await;
+}
