@@ -12,7 +12,7 @@
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -71,7 +71,8 @@ fn words(words: &[OsString]) -> Result<Words> {
     Ok(found)
 }
 
-fn host(root: &Path) -> Result<Host> {
+/// Where the helper has the workers' cgroups.
+fn cgroups(root: &Path) -> Result<PathBuf> {
     let path = root.join(config::RUN_DIR).join(CGROUP);
     let cgroups = std::fs::read(&path).with_context(|| {
         format!(
@@ -79,10 +80,14 @@ fn host(root: &Path) -> Result<Host> {
             path.display()
         )
     })?;
-    let cgroups = Path::new(std::ffi::OsStr::from_bytes(&cgroups));
+    Ok(PathBuf::from(OsString::from_vec(cgroups)))
+}
+
+fn host(root: &Path) -> Result<Host> {
+    let cgroups = cgroups(root)?;
     // What is made must not be closed to its job by the umask of a person.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-    Host::open(root, cgroups)
+    Host::open(root, &cgroups)
 }
 
 /// Run a command in a worker of its own; all of it is deleted after that. Returns the command's status.
@@ -145,6 +150,37 @@ pub fn shell(typed: &[OsString]) -> Result<u8> {
     // is for the next shell, or the deletion, to remove: only they know under the lock that nobody enters it.
     cgroup::end(&cgroup, &name)?;
     status
+}
+
+/// Would the helper start with this configuration? It is asked what it asks itself then, but the limits where no helper
+/// has said where its cgroup is. Prints the answer, and returns the status.
+pub fn check(typed: &[OsString]) -> Result<u8> {
+    let typed = words(typed)?;
+    let [path] = &typed.rest[..] else {
+        bail!("name one configuration file");
+    };
+    let checked = || -> Result<()> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let config = config::Config::parse(&text)
+            .map_err(|mistakes| anyhow::anyhow!("line {}: {}", mistakes[0].line, mistakes[0].message))?;
+        let cgroups = cgroups(&typed.root).ok().filter(|place| place.is_dir());
+        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+        let host = Host::open(&typed.root, cgroups.as_deref().unwrap_or(Path::new("/")))?;
+        crate::check_host(&host, &config)?;
+        if cgroups.is_some() {
+            limits::check_all(&config, host.abilities)?;
+        }
+        rootfs::enter_new_of(&host, &config)
+    };
+    match checked() {
+        Ok(()) => println!("it would start with this configuration"),
+        Err(error) => {
+            println!("{error:#}");
+            return Ok(1);
+        }
+    }
+    Ok(0)
 }
 
 /// By the clock and the randomness of the standard library's hash keys.

@@ -84,9 +84,10 @@ pub use worker::{Record, parse_exit, print_exit};
 const USAGE: &str = "usage: user-factory-helper [--root DIR] [--cgroup PATH [--apart]]
        user-factory-helper run [--root DIR] [--slot SLOT] -- COMMAND [ARGUMENT…]
        user-factory-helper shell [--root DIR] WORKER
+       user-factory-helper check [--root DIR] FILE
 
-Root's half of the buildomat user factory; see the README. `run` and `shell` are for people, by way of
-`user-factory run` and `user-factory shell`.
+Root's half of the buildomat user factory; see the README. `run`, `shell` and `check` are for people, by way
+of the commands of `user-factory` of the same names.
   --root DIR     where etc/buildomat-user-factory/config.toml, run/ and var/lib/ are found [/]
   --cgroup PATH  the cgroup, below the cgroup v2 mount, in which to keep the workers' [its own]
   --apart        that cgroup is for them alone: do not move into it
@@ -150,6 +151,7 @@ pub fn main() -> ExitCode {
     let run = || match words.first().and_then(|word| word.to_str()) {
         Some("run") => by_hand::run(&words[1..]),
         Some("shell") => by_hand::shell(&words[1..]),
+        Some("check") => by_hand::check(&words[1..]),
         _ => {
             match options()? {
                 Some(options) => daemon(&options, systemd_socket)?,
@@ -180,12 +182,9 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     let cgroups =
         cgroup::prepare(options.cgroup.as_deref(), options.apart).context("cannot prepare the cgroup")?;
     let host = Host::open(&options.root, &cgroups)?;
-    if let Some(warning) = filesystem::check(&host.workers)? {
-        warn!("{warning}");
-    }
     let (config, _) = host.configuration()?;
-    let (client, group) = user::supervisor(&host, &config.factory.user)?;
-    for warning in check_configuration(&host, &config)? {
+    let (client, group) = check_host(&host, &config)?;
+    for warning in limits::check_all(&config, host.abilities)? {
         warn!("{warning}");
     }
     if let Some(warning) = limits::check_cores() {
@@ -226,14 +225,29 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     serve(&host, &config, rootfs, socket, client)
 }
 
-/// Refuse a configuration that names what this host does not have, at the start and for `Check`. The warnings are of
-/// limits that are not enforced.
-fn check_configuration(host: &Host, config: &Config) -> Result<Vec<String>> {
+/// Refuse a host, or a configuration for it, on which the helper does not start; limits are another question. Returns
+/// the supervisor's uid and gid.
+fn check_host(host: &Host, config: &Config) -> Result<(u32, u32)> {
+    if let Some(warning) = filesystem::check(&host.workers)? {
+        warn!("{warning}");
+    }
+    check_accounts(host, config)?;
+    user::supervisor(host, &config.factory.user)
+}
+
+/// Refuse a configuration that names ids and groups which the host does not have, or which are somebody else's.
+fn check_accounts(host: &Host, config: &Config) -> Result<()> {
     user::nobody_else_has(host, config.factory.uid_range)?;
     for (name, slot) in &config.slots {
         user::groups(host, &slot.add_to_groups)
             .with_context(|| format!("{}:{}: slot {name}", config::CONFIG_PATH, slot.line))?;
     }
+    Ok(())
+}
+
+/// For `Check`: the same, and the limits. The warnings are of limits that are not enforced.
+fn check_configuration(host: &Host, config: &Config) -> Result<Vec<String>> {
+    check_accounts(host, config)?;
     limits::check_all(config, host.abilities)
 }
 

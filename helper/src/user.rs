@@ -13,7 +13,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Gid, Pid, setgroups, setresgid, setresuid, symlinkat};
-use protocol::config::{Config, GroupName, Network, Slot, UidRange, User};
+use protocol::config::{Config, GroupName, Network, Slot, UidRange, User, accounts};
 use protocol::{Uid, UserName};
 
 use crate::host::{Host, open_file, read_small, remove_file, write_atomically};
@@ -34,65 +34,25 @@ fn read_whole(file: &File) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The number in the third field of the line that begins with `name:` (`passwd(5)`, `group(5)`).
-fn number_of(file: &str, name: &str) -> Option<u32> {
-    let line = file.lines().find(|line| line.split(':').next() == Some(name))?;
-    line.split(':').nth(2)?.parse().ok()
-}
-
-/// The uid of the supervisor, the only one that the helper serves, and its gid: of a number that is nobody's in
-/// `/etc/passwd`, the same number.
+/// The uid of the supervisor, the only one that the helper serves, and its gid.
 pub fn supervisor(host: &Host, user: &User) -> Result<(u32, u32)> {
-    let passwd = read_etc(host, "passwd")?;
-    let mut users = passwd.lines().filter_map(|line| {
-        let mut fields = line.split(':');
-        let name = fields.next()?;
-        let mut numbers = fields.skip(1).map(|number| number.parse::<u32>().ok());
-        Some((name, numbers.next()??, numbers.next()??))
-    });
-    match user {
-        User::Number(uid) => {
-            let gid = users.find(|(_, number, _)| number == uid).map(|(_, _, gid)| gid);
-            Ok((*uid, gid.unwrap_or(*uid)))
-        }
-        User::Name(name) => {
-            let found = users.find(|(other, _, _)| other == name);
-            let found = found.map(|(_, uid, gid)| (uid, gid));
-            found.with_context(|| {
-                format!(
-                    "the supervisor's user {name} is not in /etc/passwd: add it, or name another as factory.user"
-                )
-            })
-        }
-    }
+    accounts::supervisor(&read_etc(host, "passwd")?, user).map_err(anyhow::Error::msg)
 }
 
-/// Refuse a range of which an ordinary user of the host may take uids: with `newuidmap(1)` they could become a
-/// job's user (`subuid(5)`, `subgid(5)`).
+/// Refuse a range of which an ordinary user of the host may take uids.
 pub fn nobody_else_has(host: &Host, range: UidRange) -> Result<()> {
     for name in ["subuid", "subgid"] {
         let file = match read_etc(host, name) {
             Err(error) if error.downcast_ref() == Some(&Errno::ENOENT) => continue,
             file => file?,
         };
-        if let Some(line) = delegation_within(&file, range) {
+        if let Some(line) = accounts::delegation(&file, range) {
             bail!(
                 "/etc/{name} gives away ids of factory.uid_range ({line:?}): remove that line, or choose another range"
             );
         }
     }
     Ok(())
-}
-
-/// The first line (`name:first:count`) that has an id of the range.
-fn delegation_within(file: &str, range: UidRange) -> Option<&str> {
-    file.lines().find(|line| {
-        let mut numbers = line.split(':').skip(1).map(str::parse::<u64>);
-        let (Some(Ok(first)), Some(Ok(count))) = (numbers.next(), numbers.next()) else {
-            return false;
-        };
-        first <= range.last.get().into() && u64::from(range.first.get()) < first.saturating_add(count)
-    })
 }
 
 /// The slot's groups, with their gids.
@@ -102,13 +62,7 @@ pub fn groups(host: &Host, names: &BTreeSet<GroupName>) -> Result<Vec<(GroupName
     }
     let file = read_etc(host, "group")?;
     let gid = |name: &GroupName| {
-        let gid = number_of(&file, name.as_str()).with_context(|| {
-            format!("group {name} is not in /etc/group: add it, or remove it from add_to_groups")
-        })?;
-        ensure!(
-            gid != 0,
-            "a job must not be in group {name}, which is root's: remove it from add_to_groups"
-        );
+        let gid = accounts::gid(&file, name).map_err(anyhow::Error::msg)?;
         Ok((name.clone(), Gid::from_raw(gid)))
     };
     names.iter().map(gid).collect()
@@ -339,28 +293,6 @@ mod tests {
     }
 
     #[test]
-    fn the_supervisors_uid_is_what_the_configuration_or_the_host_says() {
-        let root = tempfile::tempdir().unwrap();
-        let host = host(root.path());
-        fs::create_dir_all(root.path().join("etc")).unwrap();
-        assert!(
-            supervisor(&host, &User::Number(6)).is_err(),
-            "the file cannot be read"
-        );
-        let name = User::Name("factory".into());
-        assert!(supervisor(&host, &name).is_err());
-        fs::write(
-            root.path().join("etc/passwd"),
-            "factor:x:5:5::/:/x\nfactory:x:6:7::/:/x\n",
-        )
-        .unwrap();
-        assert_eq!(supervisor(&host, &name).unwrap(), (6, 7));
-        assert_eq!(supervisor(&host, &User::Number(6)).unwrap(), (6, 7));
-        assert_eq!(supervisor(&host, &User::Number(9)).unwrap(), (9, 9));
-        assert!(supervisor(&host, &User::Name("nobody".into())).is_err());
-    }
-
-    #[test]
     fn groups_are_the_hosts_and_never_roots() {
         let root = tempfile::tempdir().unwrap();
         let host = host(root.path());
@@ -476,32 +408,5 @@ mod tests {
             ),
         ];
         assert_eq!(files, expected);
-    }
-
-    #[test]
-    fn numbers_are_read_from_the_right_line_and_field() {
-        let file = "root:x:0:0:root:/root:/bin/bash\nplug:x:9:\nplugdev:x:46:a,b\nbroken\n";
-        assert_eq!(number_of(file, "plugdev"), Some(46));
-        assert_eq!(number_of(file, "plugde"), None);
-        assert_eq!(number_of(file, "broken"), None);
-        assert_eq!(number_of(file, ""), None);
-    }
-
-    #[test]
-    fn a_delegation_of_any_uid_of_the_range_is_found() {
-        for (line, found) in [
-            ("a:2000000:1", true),
-            ("a:2000009:65536", true),
-            ("a:1999999:2", true),
-            ("a:0:4294967295", true),
-            ("a:1999999:1", false),
-            ("a:2000010:65536", false),
-            ("a:2000000:0", false),
-            ("# a:b:c", false),
-            ("", false),
-        ] {
-            let file = format!("b:100000:65536\n{line}\n");
-            assert_eq!(delegation_within(&file, range()), found.then_some(line), "{line}");
-        }
     }
 }

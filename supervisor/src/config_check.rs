@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use protocol::config::{BaseUrl, CONFIG_PATH, Config, Mistake, User};
+use protocol::config::{BaseUrl, CONFIG_PATH, Config, Mistake, accounts};
 
 use crate::settings;
 
@@ -184,15 +184,8 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
         let line = line_of(text, keys);
         mistakes.push(Mistake { line, message });
     };
-    if let User::Name(name) = &config.factory.user
-        && !has_entry(&accounts.passwd, name)
-    {
-        note(
-            &["factory", "user"],
-            format!(
-                "the user {name} is not in /etc/passwd: make it with useradd --system, or name another as factory.user"
-            ),
-        );
+    if let Err(message) = accounts::supervisor(&accounts.passwd, &config.factory.user) {
+        note(&["factory", "user"], message);
     }
     for path in &config.factory.hide {
         // A directory that this user may not enter is looked at by the helper.
@@ -211,11 +204,8 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
             note(&keys, format!("slot {name}: {message}"));
         };
         for group in &slot.add_to_groups {
-            if !has_entry(&accounts.group, group.as_str()) {
-                note(
-                    &["add_to_groups"],
-                    format!("the group {group} is not in /etc/group: make it with groupadd, or remove it"),
-                );
+            if let Err(message) = accounts::gid(&accounts.group, group) {
+                note(&["add_to_groups"], message);
             }
         }
         for (place, source) in &slot.read_only {
@@ -240,11 +230,6 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
         }
     }
     mistakes
-}
-
-/// Does a file like `/etc/passwd` have a line for this name?
-fn has_entry(file: &str, name: &str) -> bool {
-    file.lines().any(|line| line.split(':').next() == Some(name))
 }
 
 /// Why what is at `path` cannot be used, or nothing where it can, or where this user may not look.
@@ -363,14 +348,15 @@ mod tests {
         );
         let found = mistakes(&text(
             url,
-            "user = \"61234\"\nhide = [\"/usr\", \"/no/such/place\"]",
-            "add_to_groups = [\"here\",\n  \"away\"]\nread_only = { \"/srv/x\" = \"/no/such/directory\", \"/srv/y\" = \"/etc/passwd\" }\n\
+            "user = \"away\"\nhide = [\"/usr\", \"/no/such/place\"]",
+            "add_to_groups = [\"here\",\n  \"away\", \"root\"]\nread_only = { \"/srv/x\" = \"/no/such/directory\", \"/srv/y\" = \"/etc/passwd\" }\n\
              devices = [\"/dev/no-such-device\", \"/dev/null\"]",
         ));
         let expected = [
-            (5, "the user 61234 is not in /etc/passwd"),
+            (5, "the user away is not in /etc/passwd"),
             (6, "/no/such/place, named in hide"),
             (9, "slot a: the group away is not in /etc/group"),
+            (9, "slot a: a job must not be in group root"),
             (11, "slot a: /no/such/directory cannot be used"),
             (11, "slot a: /etc/passwd is not a directory"),
             (12, "slot a: /dev/no-such-device cannot be used"),

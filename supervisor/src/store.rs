@@ -115,7 +115,7 @@ impl Store {
     /// One sentence with what to do: another supervisor runs, the disk is full or read-only, the database is of a
     /// newer release. A damaged one is set aside: see `damage`.
     pub fn open(dir: &Path) -> Result<Self> {
-        fs::create_dir_all(dir).with_context(|| format!("cannot make the directory {}", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| cannot_make(dir))?;
         let lock = open_file(&dir.join("lock"))?;
         let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, _)| {
             anyhow!(
@@ -305,6 +305,16 @@ impl Storage for Store {
 }
 
 /// Open, or make, a file that is the supervisor's alone.
+/// Why the supervisor has no directory, and who makes it.
+fn cannot_make(dir: &Path) -> String {
+    let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    format!(
+        "cannot make the directory {dir}: root must make it for the supervisor's user (install -d -o {uid} -g {gid} -m 0700 \
+         {dir}); where the package's unit starts the supervisor, systemd does",
+        dir = dir.display()
+    )
+}
+
 fn open_file(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600);

@@ -140,7 +140,7 @@ fn a_missing_group_stops_the_helper_with_file_and_line() {
     assert!(!output.status.success());
     let said = text(&output);
     assert!(
-        said.contains("config.toml:8: slot a: group no-such-group is not in /etc/group"),
+        said.contains("config.toml:8: slot a: the group no-such-group is not in /etc/group"),
         "{said}"
     );
 }

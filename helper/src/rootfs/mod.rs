@@ -302,10 +302,15 @@ impl RootFs {
     }
 }
 
-/// For a process that is nobody else's: make a root file system, and be in it.
+/// For a process that is nobody else's: make a root file system of the configuration, and be in it.
 pub fn enter_new(host: &Host) -> Result<()> {
     let (config, _) = host.configuration()?;
-    make(host, &config, &watch()?).map(drop)
+    enter_new_of(host, &config)
+}
+
+/// The same of another configuration.
+pub fn enter_new_of(host: &Host, config: &Config) -> Result<()> {
+    make(host, config, &watch()?).map(drop)
 }
 
 fn make(host: &Host, config: &Config, directories: &Inotify) -> Result<File> {

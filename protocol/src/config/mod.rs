@@ -20,6 +20,7 @@
 //! assert_eq!(mistakes[0].line, 8);
 //! ```
 
+pub mod accounts;
 mod devices;
 mod limits;
 mod value;
@@ -438,6 +439,27 @@ mod tests {
             let found = mistakes(&text);
             assert!(found[0].message.contains(part), "{text}: {found:?}");
             assert_eq!(found[0].line, line, "{text}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_user_is_a_name_or_a_number_with_or_without_quotes() {
+        let user = |value: &str| {
+            let text = format!("{HEAD}user = {value}\n{SLOT}");
+            Config::parse(&text).map(|config| config.factory.user)
+        };
+        assert_eq!(user("61234"), Ok(User::Number(61234)));
+        assert_eq!(user("\"61234\""), Ok(User::Number(61234)));
+        assert_eq!(user("\"ci\""), Ok(User::Name("ci".into())));
+        for bad in [
+            "-1",
+            "\"\"",
+            "\"a b\"",
+            "4294967295",
+            "\"4294967295\"",
+            "\"4294967296\"",
+        ] {
+            assert_eq!(user(bad).expect_err(bad)[0].line, 5, "{bad}");
         }
     }
 

@@ -236,10 +236,20 @@ impl<'de> Deserialize<'de> for User {
             Number(u32),
             Name(GroupName),
         }
-        Ok(match Raw::deserialize(from)? {
+        let user = match Raw::deserialize(from)? {
             Raw::Number(uid) => User::Number(uid),
+            // No user has such a name (`useradd(8)`).
+            Raw::Name(name) if name.0.bytes().all(|b| b.is_ascii_digit()) => match name.0.parse() {
+                Ok(uid) => User::Number(uid),
+                Err(_) => return Err(de::Error::custom(format!("{name} is too large for a uid"))),
+            },
             Raw::Name(name) => User::Name(name.0),
-        })
+        };
+        // It means "leave it as it is" to the kernel (`chown(2)`).
+        match user {
+            User::Number(u32::MAX) => Err(de::Error::custom("4294967295 is nobody's uid")),
+            user => Ok(user),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use supervisor::server::Server;
 use supervisor::settings::{self, Places};
 use supervisor::token::{TokenPlaces, TokenStore};
 
-use super::{DONE, FAILED, say};
+use super::{DONE, FAILED, root, say};
 
 /// Print every mistake, or a summary of the slots and of the host; with `online`, ask the server and the helper.
 pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
@@ -26,7 +26,7 @@ pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
         }
     });
     match loaded {
-        Ok((config, tokens)) => looked_good(&config, &tokens, online, root),
+        Ok((config, tokens)) => looked_good(&config, &tokens, path, online, root),
         Err(mistakes) => {
             say(&settings::print(path, &mistakes));
             FAILED
@@ -42,12 +42,14 @@ fn token_of(config: &Config, path: &Path, root: &Path) -> anyhow::Result<TokenSt
     })
 }
 
-fn looked_good(config: &Config, tokens: &TokenStore, online: bool, root: &Path) -> u8 {
+fn looked_good(config: &Config, tokens: &TokenStore, path: &Path, online: bool, root: &Path) -> u8 {
     let findings = host::findings(&Seen::look(), config, root);
     say(&settings::summary(config));
     say(&format!("token of {}\n", tokens.source()));
     say(&host::print(&findings));
-    let fine = !findings.iter().any(|finding| finding.needed);
+    let (answer, refused) = root::ask_helper(path, root);
+    say(&format!("helper: {answer}\n"));
+    let fine = !refused && !findings.iter().any(|finding| finding.needed);
     let answered = !online || ask(config, tokens, root);
     if fine && answered { DONE } else { FAILED }
 }

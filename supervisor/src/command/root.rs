@@ -1,14 +1,26 @@
-//! The commands that need root: they are the helper's own, which this one becomes.
+//! The commands that need root: they are the helper's own, which this one becomes, or asks.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use protocol::config::CONFIG_PATH;
 
 use super::{FAILED, say_error};
 
 /// Where the package puts the helper.
 const INSTALLED: &str = "/usr/libexec/buildomat-user-factory/user-factory-helper";
+
+/// The helper of this release: beside this program, or where the package puts it.
+fn helper() -> PathBuf {
+    let beside = std::env::current_exe()
+        .ok()
+        .map(|own| own.with_file_name("user-factory-helper"));
+    beside
+        .filter(|path| path.is_file())
+        .unwrap_or_else(|| PathBuf::from(INSTALLED))
+}
 
 /// Become the helper, with these words.
 pub fn become_helper(words: impl IntoIterator<Item = OsString>) -> u8 {
@@ -16,16 +28,51 @@ pub fn become_helper(words: impl IntoIterator<Item = OsString>) -> u8 {
         say_error("user-factory: this needs root: it enters a job's sandbox");
         return FAILED;
     }
-    let beside = std::env::current_exe()
-        .ok()
-        .map(|own| own.with_file_name("user-factory-helper"));
-    let helper = beside
-        .filter(|path| path.is_file())
-        .unwrap_or_else(|| PathBuf::from(INSTALLED));
+    let helper = helper();
     let error = Command::new(&helper).args(words).exec();
     say_error(&format!(
         "user-factory: cannot run {}: {error}; install the helper of this release",
         helper.display()
     ));
     FAILED
+}
+
+/// Would the helper start with this configuration file, on this host? It is asked where this is root and the factory is
+/// installed below `root`. Returns the answer, and whether it says no.
+pub fn ask_helper(config: &Path, root: &Path) -> (String, bool) {
+    let directory = root.join(CONFIG_PATH);
+    let directory = directory.parent().expect("CONFIG_PATH has a directory");
+    if !nix::unistd::geteuid().is_root() {
+        return ("not asked whether it would start: only root can".into(), false);
+    }
+    if !directory.is_dir() {
+        let why = format!(
+            "not asked whether it would start: there is no {}",
+            directory.display()
+        );
+        return (why, false);
+    }
+    let helper = helper();
+    let asked = Command::new(&helper)
+        .args([
+            "check".as_ref(),
+            "--root".as_ref(),
+            root.as_os_str(),
+            config.as_os_str(),
+        ])
+        .output();
+    match asked {
+        Ok(said) if said.status.success() => (String::from_utf8_lossy(&said.stdout).trim().to_owned(), false),
+        Ok(said) => {
+            let both = [said.stdout, said.stderr].concat();
+            (format!("FAILED: {}", String::from_utf8_lossy(&both).trim()), true)
+        }
+        Err(error) => (
+            format!(
+                "not asked whether it would start: cannot run {}: {error}",
+                helper.display()
+            ),
+            false,
+        ),
+    }
 }

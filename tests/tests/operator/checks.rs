@@ -3,7 +3,7 @@
 use std::os::unix::process::CommandExt;
 
 use nix::sys::signal::Signal;
-use testbed::harness::SUPERVISOR_UID;
+use testbed::harness::{SUPERVISOR_UID, TestHost};
 use testbed::house::ONE;
 
 use super::*;
@@ -74,4 +74,97 @@ async fn whoever_looks_is_told_how_the_helper_is_though_an_idle_one_is_left_alon
     house.helper = house.host.helper();
     answering(&house).await;
     house.finish().await;
+}
+
+/// The helper starts with this configuration and `check` says so; or both say this.
+fn both_say(host: &TestHost, user: &str, slots: &str, expected: Option<&str>) {
+    host.configure("http://127.0.0.1:1", SUPERVISOR_UID, slots);
+    let path = host.root.join(protocol::config::CONFIG_PATH);
+    let text = std::fs::read_to_string(&path).unwrap();
+    let text = text.replace(&format!("user = {SUPERVISOR_UID}"), &format!("user = {user}"));
+    std::fs::write(&path, text).unwrap();
+    let mut check = Command::new(binaries().join("user-factory"));
+    check.arg("check").arg("--root").arg(&host.root).arg(&path);
+    let said: Said = check.output().unwrap().into();
+    let mut helper = Running::start(&mut host.helper_command());
+    match expected {
+        None => {
+            helper.log.wait(&["serving"]);
+            helper.signal(Signal::SIGTERM);
+            helper.wait();
+            assert_eq!(said.status, 0, "{slots}: {}", said.out);
+            assert!(said.out.contains("helper: it would start"), "{}", said.out);
+        }
+        Some(part) => {
+            helper.log.wait(&["ERROR", part]);
+            assert_eq!(helper.wait().code(), Some(1));
+            assert_eq!(said.status, 1, "{slots}: {}", said.out);
+            assert!(said.out.contains(part), "{part}: {}", said.out);
+        }
+    }
+}
+
+#[test]
+fn check_says_what_the_helper_says_at_its_start() {
+    let host = TestHost::new();
+    host.write_token("x");
+    let slot = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+    both_say(&host, &format!("\"{SUPERVISOR_UID}\""), slot, None);
+    for (user, key, part) in [
+        (
+            "\"no-such-user\"",
+            "",
+            "the user no-such-user is not in /etc/passwd: make it",
+        ),
+        (
+            "1",
+            "add_to_groups = [\"root\"]",
+            "a job must not be in group root, which is root's: remove it",
+        ),
+        (
+            "1",
+            "add_to_groups = [\"no-such\"]",
+            "the group no-such is not in /etc/group: make it",
+        ),
+        // This the helper alone finds, when it makes what jobs see.
+        (
+            "1",
+            "writable = [\"/usr/bin/env\"]",
+            "/usr/bin/env is not a directory on this host: choose",
+        ),
+    ] {
+        both_say(&host, user, &format!("{slot}{key}\n"), Some(part));
+    }
+}
+
+#[test]
+fn a_supervisor_that_cannot_make_its_directory_says_who_makes_it_and_how() {
+    let host = TestHost::new();
+    host.write_token("x");
+    let slots = ONE.replace("TARGET", "01HZX3N8Q4J5K6M7P8R9S0T1V2");
+    host.configure("http://127.0.0.1:1", SUPERVISOR_UID, &slots);
+    let state = host.root.join(protocol::config::STATE_DIR).join("supervisor");
+    std::fs::remove_dir(&state).unwrap();
+    let refused: Said = host.supervisor_command().output().unwrap().into();
+    let command = format!(
+        "install -d -o {SUPERVISOR_UID} -g {SUPERVISOR_UID} -m 0700 {}",
+        state.display()
+    );
+    assert!(
+        refused.status == 1 && refused.err.contains(&command),
+        "{}",
+        refused.err
+    );
+    // Done as it says, it starts.
+    assert!(
+        Command::new("sh")
+            .args(["-c", &command])
+            .status()
+            .unwrap()
+            .success()
+    );
+    let mut supervisor = host.supervisor();
+    supervisor.log.wait(&["supervisor started"]);
+    supervisor.signal(Signal::SIGTERM);
+    supervisor.wait();
 }
