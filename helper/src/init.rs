@@ -85,12 +85,18 @@ pub fn slot_variables(slot: &Slot) -> impl Iterator<Item = (String, String)> {
 }
 
 /// Start `agent install …`. The error is the kernel's reason.
-pub fn spawn_agent(program: &str, arguments: &[String], user: &UserName) -> io::Result<Agent> {
+pub fn spawn_agent(
+    program: &str,
+    arguments: &[String],
+    variables: &[(String, String)],
+    user: &UserName,
+) -> io::Result<Agent> {
     let mask = SigSet::from(Signal::SIGCHLD);
     let children_ended = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let (output, input) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let child = command(Path::new(program), user)
         .args(arguments)
+        .envs(variables.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(input.try_clone()?)
         .stderr(input)
@@ -255,5 +261,26 @@ impl std::fmt::Debug for Agent {
 impl std::fmt::Debug for Files {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Files")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::WorkerId;
+    use protocol::config::HELPER_VARIABLES;
+
+    use super::*;
+
+    #[test]
+    fn the_variables_that_a_configuration_may_not_set_are_those_of_the_helper() {
+        let command = command(Path::new("/x"), &UserName::from(WorkerId::from_bits(1)));
+        let mut set: Vec<_> = command
+            .get_envs()
+            .map(|(name, _)| name.to_str().unwrap())
+            .collect();
+        let mut refused = HELPER_VARIABLES;
+        set.sort_unstable();
+        refused.sort_unstable();
+        assert_eq!(set, refused);
     }
 }

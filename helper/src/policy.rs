@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use protocol::config::{Config, UidRange};
+use protocol::config::{Config, Network, Slot, UidRange};
 use protocol::{Error, ErrorKind, SlotName, Uid, WorkerId};
 
 /// One worker that has a record on this host, for the decisions here.
@@ -48,6 +48,23 @@ pub fn no_such_slot(slot: &SlotName) -> Error {
         ErrorKind::NoSuchSlot,
         format!("slot {slot} is not in the configuration: add it or use another"),
     )
+}
+
+/// The variables of the agent of this slot: those of the configuration, and its proxy, unless the former name one. An agent
+/// that reaches the server by the relay alone gets no variable of a proxy: the relay asks the proxy.
+pub fn agent_variables(config: &Config, slot: &Slot) -> Vec<(String, String)> {
+    let own = config.factory.agent_env.iter();
+    let mut variables: Vec<(String, String)> = own.map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    for name in ["http_proxy", "https_proxy"] {
+        let is_named = variables.iter().any(|(own, _)| own.eq_ignore_ascii_case(name));
+        if let Some(proxy) = config.general.proxy.as_ref().filter(|_| !is_named) {
+            variables.push((name.to_owned(), proxy.to_string()));
+        }
+    }
+    if slot.network == Network::None {
+        variables.retain(|(name, _)| !name.to_ascii_lowercase().ends_with("_proxy"));
+    }
+    variables
 }
 
 /// The uids of the range in the order in which to try them: all of them, from a random beginning, but
@@ -135,6 +152,38 @@ mod tests {
         assert_eq!(take(&[tenant(2, "a")], 1, "c"), Ok(()));
         let gone = [tenant(2, "x"), tenant(3, "y"), tenant(4, "z")];
         assert_eq!(take(&gone, 1, "c"), Err(ErrorKind::SlotTaken));
+    }
+
+    #[test]
+    fn an_agent_gets_its_variables_and_the_proxy_where_it_can_reach_one() {
+        let target = "target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+        let variables = |slot: &str, general: &str, factory: &str| {
+            let config = Config::parse(&format!(
+                "[general]\nbaseurl = \"http://b\"\n{general}[factory]\ntoken_file = \"/t\"\n{factory}\
+                 [slots.a]\n{target}[slots.b]\n{target}network = \"none\"\n"
+            ))
+            .unwrap();
+            let found = agent_variables(&config, &config.slots[&slot.parse().unwrap()]);
+            let found: Vec<String> = found
+                .iter()
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect();
+            found.join(" ")
+        };
+        let (proxy, own) = ("proxy = \"http://p:1\"\n", "agent_env.SSL_CERT_FILE = \"/ca\"\n");
+        assert_eq!(variables("a", "", ""), "");
+        assert_eq!(
+            variables("a", proxy, own),
+            "SSL_CERT_FILE=/ca http_proxy=http://p:1 https_proxy=http://p:1"
+        );
+        let named = "agent_env.HTTPS_PROXY = \"http://q:2\"\nagent_env.no_proxy = \"x\"\n";
+        assert_eq!(
+            variables("a", proxy, named),
+            "HTTPS_PROXY=http://q:2 no_proxy=x http_proxy=http://p:1"
+        );
+        for factory in [own.to_owned(), format!("{named}{own}")] {
+            assert_eq!(variables("b", proxy, &factory), "SSL_CERT_FILE=/ca");
+        }
     }
 
     #[test]

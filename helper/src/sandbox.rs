@@ -42,6 +42,7 @@ struct Plan {
 pub struct Job {
     user: UserName,
     agent_arguments: Vec<String>,
+    agent_variables: Vec<(String, String)>,
     files: init::Files,
     house: init::House,
 }
@@ -54,6 +55,7 @@ pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session:
     let door = put_up_the_walls(host, &config, &plan, For::Agent(session))?;
     Ok(Job {
         agent_arguments: arguments(&config, &plan.slot, bootstrap),
+        agent_variables: policy::agent_variables(&config, &plan.slot),
         user: plan.user,
         files,
         house: init::House {
@@ -145,7 +147,7 @@ impl Job {
         {
             return 1;
         }
-        match init::spawn_agent(AGENT, &self.agent_arguments, &self.user) {
+        match init::spawn_agent(AGENT, &self.agent_arguments, &self.agent_variables, &self.user) {
             Ok(agent) => {
                 let _ = Word::Done.say(connection);
                 if sys::close_all_but(&[&keep[1..], &agent.descriptors()].concat()).is_err() {

@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use protocol::config::{BaseUrl, CONFIG_PATH, Config, Mistake, accounts};
+use protocol::config::{BaseUrl, CONFIG_PATH, Config, HostPath, Mistake, accounts};
 
 use crate::settings;
 
@@ -82,8 +82,8 @@ pub fn load(path: &Path, root: &Path) -> Result<Config, Vec<Mistake>> {
 
 /// The configuration file, while a configuration is in use.
 pub trait ConfigFile: fmt::Debug + Send {
-    /// What the file says of slots else than `in_use`, in a sentence; none where it says the same. The helper looks slots
-    /// up in the file at each request, and this configuration is what jobs are leased by.
+    /// What the file says else than `in_use`, in a sentence; none where it says the same. The helper reads slots, the server
+    /// and the agent's variables in the file at each request, and this configuration is what jobs are leased by.
     fn difference(&mut self, in_use: &Config) -> Option<String>;
 }
 
@@ -131,11 +131,24 @@ impl ConfigFile for FileOnDisk {
             });
         }
         match &self.content {
-            Ok(content) if content.slots == in_use.slots => None,
-            Ok(_) => Some(
-                "the slots of the configuration file have changed since it was loaded: `user-factory reload` loads it"
-                    .into(),
-            ),
+            Ok(content) => {
+                let (a, b) = (content, in_use);
+                let changed: Vec<&str> = [
+                    ("the slots", a.slots != b.slots),
+                    ("general.baseurl", a.general.baseurl != b.general.baseurl),
+                    ("general.proxy", a.general.proxy != b.general.proxy),
+                    ("factory.agent_env", a.factory.agent_env != b.factory.agent_env),
+                ]
+                .into_iter()
+                .filter_map(|(what, has_changed)| has_changed.then_some(what))
+                .collect();
+                (!changed.is_empty()).then(|| {
+                    format!(
+                        "{} of the configuration file have changed since it was loaded: `user-factory reload` loads it",
+                        changed.join(", ")
+                    )
+                })
+            }
             Err(why) => Some(format!("the configuration file cannot be loaded: {why}")),
         }
     }
@@ -177,6 +190,17 @@ pub fn line_of(text: &str, keys: &[&str]) -> usize {
     1 + text.bytes().take(offset).filter(|b| *b == b'\n').count()
 }
 
+/// Where a job has other files than the host, or none.
+const NOT_IN_A_JOB: [&str; 7] = [
+    "/home",
+    "/root",
+    "/run",
+    "/var/run",
+    "/tmp",
+    "/var/tmp",
+    "/etc/buildomat-user-factory",
+];
+
 /// What this configuration names and this host does not have, as far as this user can see.
 pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec<Mistake> {
     let mut mistakes = Vec::new();
@@ -195,6 +219,30 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
             note(
                 &["factory", "hide"],
                 format!("{path}, named in hide, cannot be hidden: {error}; make it, or remove it from hide"),
+            );
+        }
+    }
+    for (name, value) in &config.factory.agent_env {
+        let path = Path::new(value.as_str());
+        let hidden = NOT_IN_A_JOB.map(Path::new);
+        let mut hidden = hidden
+            .into_iter()
+            .chain(config.factory.hide.iter().map(HostPath::as_path));
+        let why = if name.as_str() != "SSL_CERT_FILE" {
+            None
+        } else if let Some(top) = hidden.find(|top| path.starts_with(top)) {
+            Some(format!(
+                "is below {}, which no job sees: choose another place",
+                top.display()
+            ))
+        } else {
+            let why = missing(path, Metadata::is_file, "is not a file");
+            why.map(|why| format!("{why}: write the certificates there, or remove it from agent_env"))
+        };
+        if let Some(why) = why {
+            note(
+                &["factory", "agent_env", name.as_str()],
+                format!("{name}: {value} {why}"),
             );
         }
     }
@@ -371,6 +419,39 @@ mod tests {
     }
 
     #[test]
+    fn the_agents_certificates_are_a_file_that_jobs_see() {
+        let here = "baseurl = \"http://localhost\"";
+        for (path, part) in [
+            ("/etc/passwd", None),
+            (
+                "/no/such/file",
+                Some("SSL_CERT_FILE: /no/such/file cannot be used"),
+            ),
+            ("/etc", Some("is not a file")),
+            ("/root/ca.pem", Some("is below /root, which no job sees")),
+            ("/usr/ca.pem", Some("is below /usr, which no job sees")),
+        ] {
+            let hide = if path.starts_with("/usr") {
+                "hide = [\"/usr\"]\n"
+            } else {
+                "\n"
+            };
+            let found = mistakes(&text(
+                here,
+                &format!("{hide}agent_env.SSL_CERT_FILE = \"{path}\""),
+                "",
+            ));
+            match part {
+                None => assert_eq!(found, [], "{path}"),
+                Some(part) => {
+                    let (line, message) = &found[0];
+                    assert!(*line == 6 && message.contains(part), "{path}: {found:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_file_that_says_something_else_than_what_is_in_use_is_seen_however_it_changes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.toml");
@@ -384,6 +465,20 @@ mod tests {
         assert_eq!(file.difference(&in_use), None);
         write(&path, "# a remark");
         assert_eq!(file.difference(&in_use), None);
+        let variables = text(here, "agent_env.SSL_CERT_FILE = \"/ca\"", "");
+        fs::write(&path, &variables).unwrap();
+        assert!(
+            file.difference(&in_use)
+                .unwrap()
+                .starts_with("factory.agent_env of")
+        );
+        assert_eq!(file.difference(&parse(&variables).unwrap()), None);
+        fs::write(&path, text("baseurl = \"http://localhost:2\"", "", "")).unwrap();
+        assert!(
+            file.difference(&in_use)
+                .unwrap()
+                .starts_with("general.baseurl of")
+        );
         write(&path, "hold_on_failure = false");
         assert!(file.difference(&in_use).unwrap().contains("have changed"));
         let changed = parse(&text(here, "", "hold_on_failure = false")).unwrap();

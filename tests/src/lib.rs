@@ -8,6 +8,7 @@ pub mod agent;
 pub mod bench;
 pub mod census;
 pub mod disk;
+pub mod forward_proxy;
 pub mod harness;
 pub mod house;
 pub mod model;

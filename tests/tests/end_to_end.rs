@@ -3,6 +3,8 @@
 
 #[path = "end_to_end/alone.rs"]
 mod alone;
+#[path = "end_to_end/proxied.rs"]
+mod proxied;
 
 use nix::sys::signal::Signal;
 use testbed::census::processes_of;

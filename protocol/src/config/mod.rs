@@ -36,7 +36,8 @@ use crate::{SlotName, TargetId};
 pub use devices::DevicePattern;
 pub use limits::{Cpus, Limits, core_goes_to_a_socket};
 pub use value::{
-    BaseUrl, EnvName, EnvValue, GroupName, HostName, HostPath, ProxyUrl, Script, UidRange, User,
+    AgentEnvName, BaseUrl, EnvName, EnvValue, GroupName, HELPER_VARIABLES, HostName, HostPath, ProxyUrl,
+    Script, UidRange, User,
 };
 
 /// The configuration's place below the root directory.
@@ -79,8 +80,8 @@ pub struct General {
     /// May `http://` lead to another host? The token and the agent's program are then sent unencrypted.
     #[serde(default)]
     pub allow_http: bool,
-    /// The HTTP proxy through which the supervisor reaches the server, for itself and for jobs with `network = "none"`. None
-    /// unless written: variables of the environment name none.
+    /// The HTTP proxy through which supervisor, relay and agents reach the server. None unless written: variables of the
+    /// supervisor's environment name none.
     #[serde(default)]
     pub proxy: Option<ProxyUrl>,
 }
@@ -114,6 +115,9 @@ pub struct Factory {
     /// leads through a link hides what it leads to.
     #[serde(default)]
     pub hide: BTreeSet<HostPath>,
+    /// Variables in the environment of each agent, which its tasks do not get.
+    #[serde(default)]
+    pub agent_env: BTreeMap<AgentEnvName, EnvValue>,
 }
 
 /// What one slot's jobs get.
@@ -417,6 +421,9 @@ mod tests {
             (format!("{SLOT}limits.memory = 5\n"), 7, "at least"),
             (format!("{SLOT}job_timeout_seconds = 5\n"), 7, "10 to"),
             (format!("{SLOT}pre_job_diagnostic_script = \"\"\n"), 7, "script"),
+            ("agent_env.LANG = \"C\"\n".to_owned() + SLOT, 5, "the helper sets"),
+            ("agent_env.\"A=B\" = \"C\"\n".to_owned() + SLOT, 5, "variable"),
+            ("agent_env.A = \"a\\u0000b\"\n".to_owned() + SLOT, 5, "NUL"),
             (
                 "status_address = \"localhost\"\n".to_owned() + SLOT,
                 5,

@@ -141,15 +141,27 @@ checked!(
     "a group's name: use 1 to 32 letters, digits, - and _"
 );
 
+fn is_env_name(name: &str) -> bool {
+    (1..=128).contains(&name.len())
+        && !name.as_bytes()[0].is_ascii_digit()
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+}
+
 checked!(
     /// An environment variable's name (POSIX: letters, digits and underscores, not beginning with a digit).
     EnvName,
-    |name| {
-        (1..=128).contains(&name.len())
-            && !name.as_bytes()[0].is_ascii_digit()
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
-    },
+    is_env_name,
     "a variable's name: use letters, digits and _, not beginning with a digit"
+);
+
+/// The variables that the helper sets for a worker's first program.
+pub const HELPER_VARIABLES: [&str; 6] = ["PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ"];
+
+checked!(
+    /// The name of a variable of the agent.
+    AgentEnvName,
+    |name| is_env_name(name) && !HELPER_VARIABLES.contains(&name),
+    "a variable's name for the agent: use letters, digits and _, not beginning with a digit, and none of PATH, HOME, USER, LOGNAME, LANG and TZ, which the helper sets"
 );
 
 checked!(

@@ -53,7 +53,7 @@ pub enum Input {
     /// The same for one slot.
     DrainSlot(SlotName, bool),
     /// The configuration has changed. A worker whose slot is no longer in it stays to its end.
-    Configure(Config),
+    Configure(Box<Config>),
     /// Delete this worker, whoever holds it, and whosoever it is.
     Destroy(WorkerId),
     /// End this worker's processes and keep its files; the reason is why its job fails.
@@ -340,7 +340,7 @@ impl Factory {
             Input::Drain(draining) => self.draining = draining,
             Input::DrainSlot(slot, true) => drop(self.drained_slots.insert(slot)),
             Input::DrainSlot(slot, false) => drop(self.drained_slots.remove(&slot)),
-            Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), config),
+            Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), *config),
             Input::Destroy(worker) if self.foreign.shows(worker) => self.foreign.order_deletion(worker),
             Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
             Input::Kill(worker, reason) => self.event(now, worker, Event::Kill(reason)),

@@ -82,7 +82,7 @@ impl<S: Storage> Shell<S> {
                 Ok(config) => {
                     let slots = config.slots.len();
                     tracing::info!(slots, %by, "configuration loaded again: new workers get what it says");
-                    done(answer, Input::Configure(config))
+                    done(answer, Input::Configure(Box::new(config)))
                 }
                 Err(why) => {
                     tracing::error!(

@@ -282,7 +282,7 @@ impl World {
         if let Some(config) = self.file.clone() {
             self.config = config.clone();
             self.checks.reloaded(self.now, config.clone());
-            self.say(Input::Configure(config));
+            self.say(Input::Configure(Box::new(config)));
         }
     }
 

@@ -614,7 +614,7 @@ fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
     world.submit(1, '3');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
     let (rest, _) = world::CONFIG.split_once("[slots.c]").unwrap();
-    world.tell(Input::Configure(Config::parse(rest).unwrap()));
+    world.tell(Input::Configure(Box::new(Config::parse(rest).unwrap())));
     // Three slots were, two are: with the worker of the third, only one more may come.
     for n in 2..5 {
         world.submit(n, '2');
@@ -623,7 +623,7 @@ fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
     world.run(|w| w.done.len() == 4);
     assert!(world.done.contains(&job(1)) && world.failed.is_empty());
     assert_eq!(world.queue.len(), 1);
-    world.tell(Input::Configure(Config::parse(world::CONFIG).unwrap()));
+    world.tell(Input::Configure(Box::new(Config::parse(world::CONFIG).unwrap())));
     world.run(World::is_empty);
 }
 
@@ -795,7 +795,7 @@ fn a_worker_whose_slot_is_removed_before_its_agent_is_started_gets_another_slot(
             let slot = world.disk.values().next().unwrap().slot.clone();
             let mut left = Config::parse(world::CONFIG).unwrap();
             left.slots.remove(&slot);
-            world.tell(Input::Configure(left));
+            world.tell(Input::Configure(Box::new(left)));
             world.run(|w| w.done.len() == 1);
             assert!(world.failed.is_empty(), "{phase_then:?} {:?}", world.said);
             world.run(World::is_empty);
@@ -817,12 +817,12 @@ fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_
         // For another target from now on, or removed.
         slot.unwrap().1.target = TargetId::from_bits(9);
         left.slots.retain(|name, _| !is_removed || name.as_str() != "c");
-        world.tell(Input::Configure(left));
+        world.tell(Input::Configure(Box::new(left)));
         let begun = world.now;
         world.run(|w| w.now >= begun + 60_000);
         assert_eq!(phase(&world), Some(Phase::Reserved));
         if comes_back {
-            world.tell(Input::Configure(all));
+            world.tell(Input::Configure(Box::new(all)));
             world.run(|w| w.done.len() == 1);
         } else {
             world.run(|w| w.failed.len() == 1);
