@@ -1,8 +1,11 @@
 #!/bin/bash
-# Ordinary software in a job, behind the whole wall: cargo run -p testbed --bin demo -- tests/software.sh
+# Ordinary software in a job: cargo run -p testbed --bin demo -- tests/software.sh
 #
-# It needs the network, and of Debian: build-essential cmake git gdb strace python3-venv npm man-db openssh-client e2fsprogs
-# libudev1 chromium.
+# Parts that need a network are cargo, npm, pip and apt. SOFTWARE names the parts that are run, if not all. It needs these
+# packages of Debian, and for the part cargo a toolchain of Rust:
+# Packages: build-essential cmake git gdb strace python3-venv npm man-db openssh-client openssh-server e2fsprogs libudev1 chromium
+# Packages: cpio automake autoconf buildah podman crun busybox-static postgresql default-jdk-headless gnupg screen minicom
+# Packages: socat xvfb xauth x11-utils bzip2 libarchive-tools
 cd "$(mktemp -d)" || exit 1
 failed=0
 
@@ -59,6 +62,151 @@ the_strace() {
     strace -f -o trace ./made && grep -q execve trace
 }
 
+# Archives keep a user's number in six or seven octal digits; automake asks whether the number fits.
+the_cpio() {
+    mkdir archives && echo text >archives/file || return
+    local format
+    for format in odc newc ustar crc; do
+        (cd archives && echo file | cpio --quiet -o -H "$format") >"$format.cpio" || return
+        mkdir "x-$format" && (cd "x-$format" && cpio --quiet -i <"../$format.cpio") && cmp archives/file "x-$format/file" || return
+    done
+}
+
+the_ustar() {
+    mkdir ustar && echo text >ustar/file || return
+    local format
+    for format in ustar v7 gnu pax; do
+        tar "--format=$format" -cf "$format.tar" ustar && tar tf "$format.tar" ustar/file || return
+    done
+    bsdtar --format ustar -cf bsd.tar ustar && ar rcU archive.a ustar/file && ar tv archive.a || return
+    /usr/bin/python3 -c 'import tarfile
+with tarfile.open("python.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+    archive.add("ustar")
+assert tarfile.open("python.tar").getmember("ustar/file").uid == __import__("os").getuid()'
+}
+
+the_distcheck() {
+    mkdir dist && cd dist || return
+    printf 'AC_INIT([one], [1])\nAM_INIT_AUTOMAKE([foreign tar-ustar])\nAC_PROG_CC\nAC_CONFIG_FILES([Makefile])\nAC_OUTPUT\n' >configure.ac
+    printf 'bin_PROGRAMS = one\none_SOURCES = one.c\nTESTS = one\n' >Makefile.am
+    echo 'int main(void) { return 0; }' >one.c
+    autoreconf -i && ./configure && make -j2 distcheck && tar tf one-1.tar.gz | grep one-1/one.c
+}
+
+# Containers that have the job's user alone, as their root: see docs/hosts.md for what needs more. buildah's own way of
+# running a command in an image (`RUN`) without a runtime drops groups, which one user alone must not.
+the_image() {
+    mkdir image && cp "$(command -v busybox)" image/ || return
+    printf 'FROM scratch\nCOPY busybox /bin/busybox\nCMD ["/bin/busybox", "echo", "in the container"]\n' >image/Containerfile
+}
+
+the_buildah() {
+    the_image && buildah bud --isolation chroot --tag one image && buildah images | grep one &&
+        buildah from --name two localhost/one && buildah copy two image/Containerfile /file && buildah commit two three
+}
+
+the_podman() {
+    [ -d image ] || the_image || return
+    podman build --tag one image && podman run --rm localhost/one | grep 'in the container' &&
+        podman run --rm --network host localhost/one /bin/busybox id -u | grep '^0$'
+}
+
+the_postgresql() {
+    local bin
+    bin=$(echo /usr/lib/postgresql/*/bin) && "$bin/initdb" --auth trust --locale C.UTF-8 -D data &&
+        "$bin/pg_ctl" -D data -w -t 300 -o "-k $PWD -c listen_addresses=127.0.0.1 -p 54321" start || return
+    local status=0
+    psql -h "$PWD" -p 54321 -d postgres -c 'create table t as select generate_series(1, 1000) n' &&
+        psql -h 127.0.0.1 -p 54321 -d postgres -Atc 'select sum(n) from t' | grep 500500 || status=1
+    "$bin/pg_ctl" -D data -w -m fast stop && return $status
+}
+
+# The JVM asks the host for its name, its memory and its processors, and makes its files in /tmp/hsperfdata_USER.
+the_jvm() {
+    cat >One.java <<'JAVA'
+import java.nio.file.*;
+import java.util.stream.*;
+
+public class One {
+    public static void main(String[] arguments) throws Exception {
+        System.out.println(java.net.InetAddress.getLocalHost());
+        Path directory = Files.createTempDirectory("one");
+        IntStream.range(0, 100).parallel().forEach(number -> {
+            try {
+                Files.writeString(directory.resolve("" + number), "text");
+            } catch (Exception error) {
+                throw new RuntimeException(error);
+            }
+        });
+        if (Files.list(directory).count() != 100) throw new Exception("files are missing");
+        Process process = new ProcessBuilder("sh", "-c", "exit 7").start();
+        if (process.waitFor() != 7) throw new Exception("a process has ended otherwise");
+        try (java.net.ServerSocket server = new java.net.ServerSocket(0)) {
+            new java.net.Socket("localhost", server.getLocalPort()).close();
+        }
+    }
+}
+JAVA
+    javac One.java && java -Xmx64m One && java -XX:+UseZGC -Xmx64m One
+}
+
+# An agent with its sockets in /run/user, and keys without a passphrase.
+the_gpg() {
+    export GNUPGHOME=$PWD/gpg
+    mkdir -m 700 gpg && gpg --batch --passphrase '' --quick-generate-key one@example.com && echo text >text &&
+        gpg --batch --sign text && gpg --verify text.gpg && gpg --batch --trust-model always -r one@example.com -e -o secret text &&
+        gpg --batch -d secret | grep text && gpgconf --kill all
+}
+
+# A server of the job's own, and a client of it, with a terminal and without.
+the_ssh() {
+    mkdir -m 700 ssh && ssh-keygen -q -t ed25519 -N '' -f ssh/host && ssh-keygen -q -t ed25519 -N '' -f ssh/user || return
+    printf 'Port 54322\nListenAddress 127.0.0.1\nHostKey %s\nAuthorizedKeysFile %s\nPidFile none\nUsePAM no\nStrictModes no\n' \
+        "$PWD/ssh/host" "$PWD/ssh/user.pub" >ssh/config
+    /usr/sbin/sshd -D -e -f ssh/config &
+    local sshd=$! status=0
+    local client=(ssh -F none -p 54322 -i ssh/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=ssh/known -o ConnectionAttempts=60
+        -o BatchMode=yes)
+    "${client[@]}" 127.0.0.1 'id -un' | grep "^$(id -un)$" && "${client[@]}" -tt 127.0.0.1 tty | grep /dev/pts/ || status=1
+    kill $sshd
+    return $status
+}
+
+# On a terminal of their own, as a person has them.
+on_a_terminal() {
+    TERM=vt100 timeout 120 script --quiet --return --command "$1" /dev/null
+}
+
+the_screen() {
+    TERM=vt100 screen -dmS one sh -c 'echo in the screen >screen.out; sleep 60' || return
+    for _ in $(seq 100); do grep -s 'in the screen' screen.out && break; sleep 0.1; done
+    TERM=vt100 screen -ls | grep '\.one' && grep 'in the screen' screen.out && screen -S one -X quit &&
+        on_a_terminal 'screen sh -c "tty >tty.out"' </dev/null && grep /dev/pts/ tty.out
+}
+
+# A port that is the other end of socat's, on which somebody says hello; minicom waits for that and is then left, by keys.
+the_minicom() {
+    printf 'hello from the port\r\n' >greeting
+    printf 'expect {\n  "hello from the port" break\n  timeout 60 exit 1\n}\n! touch met\n' >script.minicom
+    socat "PTY,link=$PWD/port,raw,echo=0" "SYSTEM:sleep 2; cat greeting; sleep 60" &
+    local socat=$!
+    until [ -e port ]; do kill -0 $socat || return; sleep 0.1; done
+    {
+        for _ in $(seq 600); do ! [ -e met ] || break; sleep 0.1; done
+        printf '\001x'
+        sleep 1
+        printf '\r'
+        sleep 1
+    } | on_a_terminal "minicom -o -D $(readlink -f port) -S $PWD/script.minicom"
+    kill $socat
+    [ -e met ] && ! ls /var/lock/LCK..* 2>/dev/null
+}
+
+the_xvfb() {
+    xvfb-run -a sh -c 'xdpyinfo | grep "number of screens" && xwininfo -root | grep Width' &&
+        xvfb-run -a -s '-nolisten unix -screen 0 640x480x24' sh -c 'xwininfo -root | grep "Width: 640"'
+}
+
 the_chromium() {
     echo '<p id=p></p><script>p.textContent = 6 * 7</script>' >page.html
     chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
@@ -109,7 +257,9 @@ except OSError as error:
 PYTHON
 }
 
-for name in cargo make cmake npm pip apt git gdb strace files agents udev network chromium; do
+parts="cargo make cmake npm pip apt git gdb strace files agents udev network cpio ustar distcheck buildah podman postgresql
+    jvm gpg ssh screen minicom xvfb chromium"
+for name in ${SOFTWARE:-$parts}; do
     try "$name" "the_$name"
 done
 exit $failed

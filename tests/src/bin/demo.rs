@@ -1,5 +1,6 @@
 //! The main job, end to end: a real job in an ephemeral user of this host, on an embedded stand-in
-//! server. Needs root, Rust and gcc. `demo [SCRIPT]`; its exit status is the job's.
+//! server. Needs root, Rust and gcc. `demo [SCRIPT]`; its exit status is the job's, and 2 where the demo itself fails. A
+//! script may make user namespaces, and use /dev/fuse and /dev/net/tun.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -74,16 +75,24 @@ async fn demo() -> Result<bool> {
     let target = server.add_target("demo");
     let (_, token) = server.add_factory("demo");
     let host = TestHost::new();
-    let toolchain = toolchain()?;
-    host.configure(
-        &server.url(),
-        SUPERVISOR_UID,
-        &format!(
-            "[slots.demo]\ntarget = \"{target}\"\nread_only = {{ \"/opt/demo-rust\" = \"{}\" }}\n\
+    let mut slot = format!("[slots.demo]\ntarget = \"{target}\"\n");
+    match toolchain() {
+        Ok(toolchain) => {
+            slot += &format!(
+                "read_only = {{ \"/opt/demo-rust\" = \"{}\" }}\n\
              env.PATH = \"/opt/demo-rust/bin:/usr/local/bin:/usr/bin:/bin\"\n",
-            toolchain.display()
-        ),
-    );
+                toolchain.display()
+            )
+        }
+        // The default job is made of Rust; a script of the user's own may need none.
+        Err(error) if script.is_none() => return Err(error),
+        Err(error) => println!("the job has no Rust toolchain: {error:#}"),
+    }
+    if script.is_some() {
+        // What containers need.
+        slot += "allow_user_namespaces = true\ndevices = [\"/dev/fuse\", \"/dev/net/tun\"]\n";
+    }
+    host.configure(&server.url(), SUPERVISOR_UID, &slot);
     host.write_token(&token);
     let before = Census::take(&host);
     let helper = host.helper();
