@@ -1,16 +1,35 @@
 # shellcheck shell=bash
-# What the machine is made of: QEMU in a directory of its own, and an image from Debian's packages.
-# shellcheck disable=SC2154 # $target, $run, $here: of tests/machine/run
+# What a host is made of: QEMU, and an image from Debian's packages.
+# shellcheck disable=SC2154 # $target, $run, $here: of tests/machine/run; $suite, $filesystem: of hosts/
+# shellcheck disable=SC2034 # $append, $rootflags: lib.sh uses them
 
-# The suite of Debian that the machine's kernel comes from.
-kernel=${MACHINE_KERNEL:-bookworm-backports}
-
-# What the tests and stories use in the machine.
+# What the tests and stories use on every host.
 packages=(
     systemd-sysv udev dbus libnss-systemd kmod procps iproute2 util-linux e2fsprogs xfsprogs btrfs-progs nftables
     python3 ca-certificates sudo cron at
-    initramfs-tools zstd "linux-image-amd64/$kernel"
+    initramfs-tools zstd
 )
+
+# The host of that name, for this story: the suites of its system and of its kernel, its file system, more of the kernel's
+# command line, and what stories must know of it.
+load_host() {
+    local more
+    append=
+    facts=()
+    customize() { :; }
+    # shellcheck source=/dev/null
+    . "$here/hosts/$1"
+    kernel=${MACHINE_KERNEL:-$kernel}
+    packages+=("linux-image-amd64/$kernel")
+    image=$target/image-$1-$kernel
+    # A story that needs more packages than the others has an image of its own.
+    more=$(sed -n 's/^# Packages: //p' "$here/../$2.sh" 2>/dev/null || true)
+    if [ -n "$more" ]; then
+        # shellcheck disable=SC2206 # words
+        packages+=($more)
+        image+=-$2
+    fi
+}
 
 # A lock that ends with this process, so that two runs do not build the same thing.
 lock() {
@@ -22,40 +41,39 @@ unlock() {
     exec {lock}>&-
 }
 
-# Debian's packages of this machine's own choice of mirror: `URI SUITE` lines.
-debian() {
+# The mirror that this machine's apt uses, or that of Debian's security updates (`-security`).
+mirror() {
     # shellcheck disable=SC2016 # apt expands these
     apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Created-By: Packages' 'Component: main' |
-        grep -E ' bookworm(-updates|-security)?$' | sort -u
+        sed -nE "s/ (bookworm|trixie|forky|sid)${1:-}\$//p" | sort -u | sed -n 1p
 }
 
-# A tool of the host's own that is needed here.
+# A tool of this machine's own that is needed here.
 host_tool() {
     command -v "$1" >/dev/null || apt-get install --quiet --yes --no-install-recommends "$2" >&2
 }
 
-# Unpacked, not installed: its packages would replace newer ones of this host. apt is shown a host that has no package,
-# so that all that QEMU needs is there whatever this host has, down to the loader and the C library.
+# Does the QEMU that $qemu and $qemu_img name start? The emulation is a module, which may be missing or of another version.
+qemu_works() {
+    command -v "$qemu" >/dev/null && "$qemu_img" --version >/dev/null 2>&1 &&
+        echo quit | timeout 60 "$qemu" -nodefaults -no-user-config -display none -monitor stdio "${firmware[@]}" \
+            -M q35 -accel tcg,thread=single -S -netdev user,id=net -device virtio-net-pci,netdev=net,romfile= \
+            >"$run/qemu.log" 2>&1
+}
+
+# The QEMU that is installed, if it works; or one that is unpacked below cargo's target directory.
 get_qemu() {
-    if [ ! -e "$target/qemu/complete" ]; then
-        lock
-        note "getting QEMU"
-        rm -rf "$target/qemu"
-        mkdir -p "$target/qemu/archives/partial"
-        : >"$run/status"
-        apt-get update --quiet >&2
-        timeout 900 apt-get install --quiet --yes --no-install-recommends --download-only \
-            --option Dir::State::status="$run/status" \
-            --option Dir::Cache::archives="$target/qemu/archives" qemu-system-x86 qemu-utils >&2
-        local package
-        for package in "$target"/qemu/archives/*.deb; do
-            dpkg-deb --extract "$package" "$target/qemu"
-        done
-        rm -r "$target/qemu/archives"
-        touch "$target/qemu/complete"
-        unlock
-    fi
-    local lib=lib/x86_64-linux-gnu name
+    qemu=qemu-system-x86_64
+    qemu_img=qemu-img
+    firmware=()
+    qemu_works || get_unpacked_qemu
+}
+
+# Unpacked, not installed: its packages would replace newer ones of this machine. apt is shown a machine that has no package,
+# and keeps no cache that it shares with the true one, so that all that QEMU needs is there whatever this machine has, down
+# to the loader and the C library.
+get_unpacked_qemu() {
+    local lib=lib/x86_64-linux-gnu name package
     for name in qemu-system-x86_64 qemu-img; do
         cat >"$run/$name" <<END
 #!/bin/sh
@@ -68,51 +86,109 @@ END
     qemu=$run/qemu-system-x86_64
     qemu_img=$run/qemu-img
     firmware=(-L "$target/qemu/usr/share/qemu" -L "$target/qemu/usr/share/seabios")
+    lock
+    # What an earlier run has unpacked may be incomplete.
+    if ! qemu_works; then
+        note "getting QEMU"
+        rm -rf "$target/qemu"
+        mkdir -p "$target/qemu/archives/partial"
+        : >"$run/status"
+        apt-get update --quiet=2 >&2
+        timeout 900 apt-get install --quiet=2 --yes --no-install-recommends --download-only \
+            --option Dir::State::status="$run/status" \
+            --option Dir::Cache::pkgcache= --option Dir::Cache::srcpkgcache= \
+            --option Dir::Cache::archives="$target/qemu/archives" qemu-system-x86 qemu-utils >&2
+        for package in "$target"/qemu/archives/*.deb; do
+            dpkg-deb --extract "$package" "$target/qemu"
+        done
+        rm -r "$target/qemu/archives"
+        qemu_works || fail "the QEMU below $target/qemu does not start: $(cat "$run/qemu.log")"
+    fi
+    unlock
 }
 
 # The image, its kernel and its initrd in $image, made anew where what it is made of has changed; and $booted, for
-# the machine that is saved once it has booted.
+# the host that is saved once it has booted.
 get_image() {
-    local made_of
-    made_of=$(cat "$here/image.sh" "$here"/guest/* | sha256sum)
-    image=$target/image-$kernel-${made_of:0:12}
-    # A saved machine wakes only on the same virtual hardware.
-    made_of=$(sha256sum "$here/lib.sh")
+    local made_of earlier=$image
+    made_of=$(cat "$here/image.sh" "$here/hosts/$host" "$here"/guest/* - <<<"${packages[*]}" | sha256sum)
+    image+=-${made_of:0:12}
+    # A saved host wakes only on the same virtual hardware.
+    made_of=$({ cat "$here/lib.sh"; "$qemu" --version; } | sha256sum)
     booted=$image/booted-${made_of:0:12}.qcow2
     [ ! -e "$image/complete" ] || return 0
     lock
     if [ ! -e "$image/complete" ]; then
-        note "building the machine's image, with the kernel of $kernel"
+        note "building the image of $host, with the kernel of $kernel"
         # Images of earlier versions of these files, and what was cut off.
-        rm -rf --one-file-system "$target/image-$kernel"-????????????
+        rm -rf --one-file-system "$earlier"-????????????
         host_tool mmdebstrap mmdebstrap
-        host_tool mke2fs e2fsprogs
         build_root "$image/root"
         cp "$image"/root/boot/vmlinuz-* "$image/vmlinuz"
         cp "$image"/root/boot/initrd.img-* "$image/initrd.img"
         rm -r "$image"/root/boot/*
-        # The features are what an operator must choose, too: see the README.
-        mke2fs -q -t ext4 -O quota,project -E quotatype=usrquota:prjquota -d "$image/root" "$image/root.ext4" 6G >/dev/null
+        "make_$filesystem" "$image/root" "$image/root.img"
         rm -rf --one-file-system "$image/root"
         touch "$image/complete"
     fi
     unlock
 }
 
+# File systems with the content of a directory. Their features are what an operator must choose, too: see the README.
+make_ext4() {
+    host_tool mke2fs e2fsprogs
+    mke2fs -q -t ext4 -O quota,project -E quotatype=usrquota:prjquota -d "$1" "$2" 8G >/dev/null
+}
+
+make_xfs() {
+    host_tool mkfs.xfs xfsprogs
+    truncate -s 8G "$2"
+    mkfs.xfs -q "$2"
+    copy_root "$1" "$2"
+}
+
+make_btrfs() {
+    host_tool mkfs.btrfs btrfs-progs
+    truncate -s 8G "$2"
+    mkfs.btrfs -q "$2"
+    copy_root "$1" "$2"
+}
+
+copy_root() {
+    mkdir "$run/root"
+    mounted=$run/root
+    mount -o loop "$2" "$mounted" || fail "cannot mount the $filesystem of $2: this machine's kernel may lack $filesystem"
+    cp -a "$1/." "$mounted"
+    unmount_root
+}
+
+unmount_root() {
+    if [ -n "$mounted" ]; then
+        ! mountpoint -q "$mounted" || umount "$mounted"
+        mounted=
+    fi
+}
+
 build_root() {
-    local root=$1 uri suite sources=()
-    while read -r uri suite; do
-        sources+=("deb $uri $suite main")
-        # The mirror that has bookworm has the kernel's suite.
-        [ "$suite" != bookworm ] || [ "$kernel" = bookworm ] || sources+=("deb $uri $kernel main")
-    done < <(debian)
-    [ ${#sources[@]} -gt 0 ] || fail "apt knows no bookworm: run apt-get update"
+    local root=$1 uri security sources include
+    uri=$(mirror)
+    [ -n "$uri" ] || fail "apt knows no mirror of Debian: run apt-get update"
+    security=$(mirror -security)
+    sources=("deb $uri $suite main")
+    case $suite in
+        bookworm | trixie)
+            sources+=("deb $uri $suite-updates main")
+            [ -z "$security" ] || sources+=("deb $security $suite-security main")
+            ;;
+    esac
     mkdir -p "$image"
     # Nothing but the kernel, and what it cannot be installed without, comes from its suite.
-    [ "$kernel" = bookworm ] ||
+    if [ "$kernel" != "$suite" ]; then
+        sources+=("deb $uri $kernel main")
         printf 'Package: *\nPin: release n=%s\nPin-Priority: 100\n' "$kernel" >"$run/preferences"
-    local include
+    fi
     include=$(IFS=,; echo "${packages[*]}")
+    export MACHINE_FILESYSTEM=$filesystem MACHINE_FACTS="host=$host ${facts[*]}"
     # The hooks of a newer linux-base want a newer run-parts than bookworm's: see guest/initrd for what they do.
     timeout 1800 mmdebstrap --quiet --mode=root --variant=minbase --include="$include" \
         --aptopt='Acquire::Check-Valid-Until "false"' \
@@ -120,5 +196,6 @@ build_root() {
         --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/kernel/*' \
         --setup-hook="[ ! -e $run/preferences ] || cp $run/preferences \"\$1/etc/apt/preferences.d/kernel\"" \
         --essential-hook="$here/guest/initrd" --customize-hook="$here/guest/install" \
-        bookworm "$root" "${sources[@]}" >&2
+        "$suite" "$root" "${sources[@]}" >&2
+    customize "$root"
 }

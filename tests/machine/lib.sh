@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The machine while it runs. It is spoken to through two virtio-serial ports: `control`, a line each way, and `output`.
-# shellcheck disable=SC2154 # $run, $target, $here: of tests/machine/run; $image, $booted, $qemu, $qemu_img, $firmware: of
-# image.sh
+# shellcheck disable=SC2154 # $run, $target, $here: of tests/machine/run; $image, $booted, $qemu, $qemu_img, $firmware,
+# $filesystem, $append: of image.sh and hosts/
 
 note() {
     echo "machine: $*" >&2
@@ -18,18 +18,24 @@ start_machine() {
     : >"$run/output"
     # Open for both, so that no open waits for the other end.
     exec {to_machine}<>"$run/control.in" {from_machine}<>"$run/control.out" {to_monitor}<>"$run/monitor.in"
+    local rootflags=
+    case $filesystem in
+        ext4) rootflags=rootflags=usrquota ;;
+        xfs) rootflags=rootflags=uquota ;;
+    esac
     # All that a saved machine was saved with must be here again: nothing of this depends on the story. One thread
     # for both processors: with two, QEMU 7.2 may run an instruction that the kernel has patched away (a static key
     # that the first cpu.max turns), and the kernel stops with "Oops: int3".
     "$qemu" -nodefaults -no-user-config -display none "${firmware[@]}" \
-        -M q35 -accel tcg,thread=single -cpu max,-la57 -smp 2 -m 3072 -rtc base=utc \
+        -M q35 -accel tcg,thread=single -cpu max,-la57 -smp 2 -m 2048 -rtc base=utc \
         -kernel "$image/vmlinuz" -initrd "$image/initrd.img" \
-        -append 'root=/dev/vda rw rootflags=usrquota console=ttyS0 quiet panic=-1' \
+        -append "root=/dev/vda rw rootfstype=$filesystem $rootflags console=ttyS0 quiet panic=-1 $append" \
         -drive if=none,id=root,format=qcow2,cache=unsafe,file="$run/disk.qcow2" \
         -device virtio-blk-pci,drive=root \
         -drive if=none,id=bundle,format=raw,readonly=on,file="$run/bundle.ext4" \
         -device virtio-blk-pci,drive=bundle \
         -device virtio-rng-pci -device virtio-serial-pci \
+        -netdev user,id=net -device virtio-net-pci,netdev=net,romfile= \
         -chardev pipe,id=control,path="$run/control" -device virtserialport,chardev=control,name=control \
         -chardev file,id=output,path="$run/output",append=on -device virtserialport,chardev=output,name=output \
         -chardev pipe,id=monitor,path="$run/monitor" -mon chardev=monitor \
@@ -74,7 +80,7 @@ stop_machine() {
 # Boot the image once and save the machine as it is when it waits for a story.
 boot_once() {
     note "booting for the first time (some minutes, under emulation)"
-    "$qemu_img" create -q -f qcow2 -b "$image/root.ext4" -F raw "$run/disk.qcow2"
+    "$qemu_img" create -q -f qcow2 -b "$image/root.img" -F raw "$run/disk.qcow2"
     start_machine
     await ready 900
     printf 'savevm booted\nquit\n' >&"$to_monitor"
@@ -124,22 +130,19 @@ pack_packages() {
 }
 
 # What the story needs from outside, on a disk of its own: always of the same size, as the saved machine knows it.
-# The story of the deployment has packages instead of tests; others say which of the tests they run, the story `tests` by
-# its first word.
+# A story says which of the tests it runs, or none; the story `tests` by its first word. That of the deployment has packages.
 pack_bundle() {
-    local bundle=$run/bundle executable name wanted=(--tests)
-    name=$(sed -n 's/^# Tests: //p' "$here/stories/$1")
-    [ "$1" != tests ] || name=${2:-}
-    [ -z "$name" ] || wanted=(--test "$name")
+    local bundle=$run/bundle executable name names wanted=()
+    names=$(sed -n 's/^# Tests: //p' "$here/stories/$1")
+    [ "$1" != tests ] || names=${2:-}
+    for name in $names; do wanted+=(--test "$name"); done
     mkdir -p "$bundle"/{bin,tests}
-    if [ "$1" = deployment ]; then
-        pack_packages
-        : >"$run/tests.json"
-    fi
+    [ "$1" != deployment ] || pack_packages
     note "building the factory's programs and tests"
     cargo build --quiet --workspace --bins --message-format=json >"$run/bins.json"
-    [ "$1" = deployment ] ||
-        cargo test --quiet --package testbed "${wanted[@]}" --no-run --message-format=json >"$run/tests.json"
+    : >"$run/tests.json"
+    [ "$names" = none ] ||
+        cargo test --quiet --package testbed "${wanted[@]:---tests}" --no-run --message-format=json >"$run/tests.json"
     # Hard links where they can be, for they are large.
     while read -r executable; do
         cp --link "$executable" "$bundle/bin/" 2>/dev/null || cp "$executable" "$bundle/bin/"
@@ -149,8 +152,40 @@ pack_bundle() {
         cp --link "$executable" "$bundle/tests/${name%-*}" 2>/dev/null || cp "$executable" "$bundle/tests/${name%-*}"
     done < <(sed -nE 's/.*"kind":\["test"\].*"executable":"([^"]*)".*/\1/p' "$run/tests.json")
     [ -x "$bundle/bin/user-factory-helper" ] || fail "cargo made no helper"
-    [ "$1" = deployment ] || [ -n "$(ls "$bundle/tests")" ] || fail "cargo made no tests"
+    [ "$names" = none ] || [ -n "$(ls "$bundle/tests")" ] || fail "cargo made no tests"
     cp -r "$here/stories" "$bundle/stories"
+    cp "$here/guest/delegated" "$here/../software.sh" "$bundle/"
     mke2fs -q -t ext4 -d "$bundle" "$run/bundle.ext4" 4G >/dev/null
     rm -rf "$bundle"
+}
+
+# Every host, or those named, with every story of docs/hosts.md: a table, and 0 if all have passed.
+run_all() {
+    local name story begin status failed=0 table='host story result minutes'
+    if [ $# -eq 0 ]; then
+        # shellcheck disable=SC2046 # words
+        set -- $(cd "$here/hosts" && echo *)
+    fi
+    for name; do
+        [ -e "$here/hosts/$name" ] || fail "there is no host $name; the hosts: $(cd "$here/hosts" && echo *)"
+    done
+    mkdir -p "$target"
+    for name; do
+        for story in deployment attacks cases software; do
+            begin=$SECONDS
+            status=0
+            "$here/run" "$name" "$story" >"$target/$name-$story.log" 2>&1 </dev/null || status=$?
+            case $status in
+                0) table+=$'\n'"$name $story passed" ;;
+                124) table+=$'\n'"$name $story time-out" ;;
+                *) table+=$'\n'"$name $story failed" ;;
+            esac
+            table+=" $(((SECONDS - begin + 59) / 60))"
+            note "$story on $name ended with $status; its output: $target/$name-$story.log"
+            [ "$status" = 0 ] || failed=1
+        done
+        rm -rf --one-file-system "$target/image-$name"-*
+    done
+    column -t <<<"$table"
+    return $failed
 }
