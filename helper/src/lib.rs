@@ -49,7 +49,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -67,7 +67,7 @@ use nix::sys::socket::{
 };
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use protocol::Seqpacket;
-use protocol::config::{self, Config};
+use protocol::config::{self, Config, UidRange, accounts};
 use tracing::{error, info, warn};
 
 use host::Host;
@@ -204,7 +204,8 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     std::os::unix::fs::chown(closed, Some(0), Some(group))
         .and_then(|()| std::fs::set_permissions(closed, std::fs::Permissions::from_mode(0o710)))
         .with_context(|| format!("cannot open {} to the supervisor's group", closed.display()))?;
-    let _only_one = lock(&run_dir, &options.root.join(config::STATE_DIR).join("workers"))?;
+    let _only_one = lock_out_others(&run_dir, &options.root.join(config::STATE_DIR).join("workers"))?;
+    let _reserved = reserve(&options.root, config.factory.uid_range)?;
     // For whoever starts something by hand.
     std::fs::write(run_dir.join(by_hand::CGROUP), cgroups.as_os_str().as_bytes())
         .context("cannot write down where the workers' cgroups are")?;
@@ -232,6 +233,7 @@ fn check_host(host: &Host, config: &Config) -> Result<(u32, u32)> {
         warn!("{warning}");
     }
     check_accounts(host, config)?;
+    user::no_process_has(host, config.factory.uid_range)?;
     user::supervisor(host, &config.factory.user)
 }
 
@@ -251,42 +253,73 @@ fn check_configuration(host: &Host, config: &Config) -> Result<Vec<String>> {
     limits::check_all(config, host.abilities)
 }
 
+/// Lock a file, if nobody else has: a lock of the process (`F_SETLK`, `fcntl(2)`), not of the open file. A child that
+/// outlives the daemon by a moment, with its parent's files still open, must not keep the next daemon out.
+fn lock(path: &Path) -> Result<Option<File>> {
+    let mut options = File::options();
+    let file = options
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    let all_of_it = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match fcntl(&file, FcntlArg::F_SETLK(&all_of_it)) {
+        Ok(_) => Ok(Some(file)),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(None),
+        Err(errno) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
 /// Two helpers on one state directory would each be right and together wrong. The directory of the workers is locked,
 /// too: the two may have a `/run` each.
-///
-/// These are locks of the process (`F_SETLK`, `fcntl(2)`), not of the open file: a child that outlives the daemon
-/// by a moment, with its parent's files still open, must not keep the next daemon out.
-fn lock(run_dir: &Path, workers: &Path) -> Result<[File; 2]> {
-    let lock = |name: &str, what: &str, place: &Path| {
-        let path = place.join(name);
-        let mut options = File::options();
-        let file = options
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path);
-        let file = file.with_context(|| format!("cannot open {}", path.display()))?;
-        let all_of_it = libc::flock {
-            l_type: libc::F_WRLCK as i16,
-            l_whence: libc::SEEK_SET as i16,
-            l_start: 0,
-            l_len: 0,
-            l_pid: 0,
-        };
-        match fcntl(&file, FcntlArg::F_SETLK(&all_of_it)) {
-            Ok(_) => Ok(file),
-            Err(Errno::EAGAIN | Errno::EACCES) => {
-                bail!("another helper {what} {}: stop that one first", place.display())
-            }
-            Err(errno) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
-        }
+fn lock_out_others(run_dir: &Path, workers: &Path) -> Result<[File; 2]> {
+    let only = |name: &str, what: &str, place: &Path| {
+        lock(&place.join(name))?
+            .with_context(|| format!("another helper {what} {}: stop that one first", place.display()))
     };
     // The second is the file by which workers wait for each other, with a lock of another kind.
     Ok([
-        lock("helper.lock", "serves", run_dir)?,
-        lock(".lock", "works in", workers)?,
+        only("helper.lock", "serves", run_dir)?,
+        only(".lock", "works in", workers)?,
     ])
+}
+
+/// Reserve the range against systemd-nspawn. It gives containers blocks of 65536 ids, each with a file that it locks by
+/// `F_OFD_SETLK`, which keeps out `F_SETLK` and the other way round; and unlinks the file before it gives up the lock
+/// (`uid_shift_pick` in systemd's `nspawn.c`). The files stay locked for as long as they are open.
+fn reserve(root: &Path, range: UidRange) -> Result<Vec<File>> {
+    const BLOCK: u32 = 0x1_0000;
+    /// systemd's `CONTAINER_UID_BASE_MIN` and `CONTAINER_UID_BASE_MAX`.
+    const CONTAINERS: std::ops::RangeInclusive<u32> = 0x8_0000..=0x6fff_0000;
+    let directory = root.join("run/systemd/nspawn-uid");
+    let mut locks = Vec::new();
+    let blocks = (range.first.get() & !(BLOCK - 1)..=range.last.get()).step_by(BLOCK as usize);
+    for block in blocks.filter(|block| CONTAINERS.contains(block)) {
+        host::make_directories(&directory, 0o755)?;
+        let path = directory.join(block.to_string());
+        let file = loop {
+            match lock(&path)? {
+                Some(file) if file.metadata()?.nlink() == 0 => {}
+                file => break file,
+            }
+        };
+        locks.push(file.with_context(|| {
+            let how = format!(
+                "systemd-nspawn has given ids of it to a container ({})",
+                path.display()
+            );
+            accounts::range_is_taken(range, &how)
+        })?);
+    }
+    Ok(locks)
 }
 
 fn listen_at(path: &Path, client: u32) -> Result<OwnedFd> {

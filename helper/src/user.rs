@@ -39,17 +39,26 @@ pub fn supervisor(host: &Host, user: &User) -> Result<(u32, u32)> {
     accounts::supervisor(&read_etc(host, "passwd")?, user).map_err(anyhow::Error::msg)
 }
 
-/// Refuse a range of which an ordinary user of the host may take uids.
+/// Refuse a range of ids that the host's files give to somebody.
 pub fn nobody_else_has(host: &Host, range: UidRange) -> Result<()> {
-    for name in ["subuid", "subgid"] {
+    for name in accounts::FILES_OF_IDS {
         let file = match read_etc(host, name) {
             Err(error) if error.downcast_ref() == Some(&Errno::ENOENT) => continue,
             file => file?,
         };
-        if let Some(line) = accounts::delegation(&file, range) {
-            bail!(
-                "/etc/{name} gives away ids of factory.uid_range ({line:?}): remove that line, or choose another range"
-            );
+        accounts::check_range(name, &file, range).map_err(anyhow::Error::msg)?;
+    }
+    Ok(())
+}
+
+/// Refuse a range of which a process has a uid that is no worker's. The kernel finds a user's processes by a table, so
+/// the number of processes costs nothing.
+pub fn no_process_has(host: &Host, range: UidRange) -> Result<()> {
+    for uid in range.first.get()..=range.last.get() {
+        let is_workers = || Uid::try_from(uid).is_ok_and(|uid| is_in_userdb(&host.userdb, uid));
+        if sys::has_process_of(uid)? && !is_workers() {
+            let how = format!("a process of this host runs as uid {uid} of it (ps -u {uid} shows it)");
+            bail!("{}", accounts::range_is_taken(range, &how));
         }
     }
     Ok(())

@@ -18,6 +18,9 @@ pub struct Accounts {
     pub passwd: String,
     /// `/etc/group`, see group(5).
     pub group: String,
+    /// `/etc/subuid` and `/etc/subgid`, see subuid(5) and subgid(5).
+    pub subuid: String,
+    pub subgid: String,
 }
 
 impl Accounts {
@@ -27,6 +30,8 @@ impl Accounts {
         Accounts {
             passwd: read("/etc/passwd"),
             group: read("/etc/group"),
+            subuid: read("/etc/subuid"),
+            subgid: read("/etc/subgid"),
         }
     }
 }
@@ -211,6 +216,17 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
     if let Err(message) = accounts::supervisor(&accounts.passwd, &config.factory.user) {
         note(&["factory", "user"], message);
     }
+    let files = [
+        &accounts.subuid,
+        &accounts.subgid,
+        &accounts.passwd,
+        &accounts.group,
+    ];
+    for (name, file) in accounts::FILES_OF_IDS.into_iter().zip(files) {
+        if let Err(message) = accounts::check_range(name, file, config.factory.uid_range) {
+            note(&["factory", "uid_range"], message);
+        }
+    }
     for path in &config.factory.hide {
         // A directory that this user may not enter is looked at by the helper.
         if let Err(error) = path.as_path().canonicalize()
@@ -348,6 +364,8 @@ mod tests {
         Accounts {
             passwd: "root:x:0:0::/:/x\nbuildomat-factory:x:7:7::/:/x\n".into(),
             group: "root:x:0:\nhere:x:5:\n".into(),
+            subuid: "lxd:100000:65536\nroot:3000000:65536\n".into(),
+            subgid: String::new(),
         }
     }
 
@@ -396,18 +414,19 @@ mod tests {
         );
         let found = mistakes(&text(
             url,
-            "user = \"away\"\nhide = [\"/usr\", \"/no/such/place\"]",
+            "user = \"away\"\nuid_range = \"3000001-3000009\"\nhide = [\"/usr\", \"/no/such/place\"]",
             "add_to_groups = [\"here\",\n  \"away\", \"root\"]\nread_only = { \"/srv/x\" = \"/no/such/directory\", \"/srv/y\" = \"/etc/passwd\" }\n\
              devices = [\"/dev/no-such-device\", \"/dev/null\"]",
         ));
         let expected = [
             (5, "the user away is not in /etc/passwd"),
-            (6, "/no/such/place, named in hide"),
-            (9, "slot a: the group away is not in /etc/group"),
-            (9, "slot a: a job must not be in group root"),
-            (11, "slot a: /no/such/directory cannot be used"),
-            (11, "slot a: /etc/passwd is not a directory"),
-            (12, "slot a: /dev/no-such-device cannot be used"),
+            (6, "/etc/subuid gives away ids of it (\"root:3000000:65536\")"),
+            (7, "/no/such/place, named in hide"),
+            (10, "slot a: the group away is not in /etc/group"),
+            (10, "slot a: a job must not be in group root"),
+            (12, "slot a: /no/such/directory cannot be used"),
+            (12, "slot a: /etc/passwd is not a directory"),
+            (13, "slot a: /dev/no-such-device cannot be used"),
         ];
         assert_eq!(found.len(), expected.len(), "{found:#?}");
         for ((line, message), (at, part)) in found.iter().zip(expected) {

@@ -16,7 +16,7 @@ use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use testbed::harness::{PATIENCE, cgroup2_mount, tool};
 
 /// The range of packaging/firewall.nft, which is the configuration's.
-const RANGE: std::ops::RangeInclusive<u32> = 1_879_048_192..=1_879_113_727;
+const RANGE: std::ops::RangeInclusive<u32> = 2_031_616..=2_097_151;
 /// How long an answer may take before it counts as none.
 const SILENCE: Duration = Duration::from_secs(2);
 /// The host's address that is not of the loopback network.

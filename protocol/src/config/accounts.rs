@@ -50,16 +50,49 @@ pub fn gid(group: &str, name: &GroupName) -> Result<u32, String> {
     }
 }
 
-/// The first line (`name:first:count`) of `/etc/subuid` or `/etc/subgid` that gives away an id of the range
-/// (`subuid(5)`): by `newuidmap(1)` somebody could become a job's user.
-pub fn delegation(file: &str, range: UidRange) -> Option<&str> {
-    file.lines().find(|line| {
-        let mut numbers = line.split(':').skip(1).map(str::parse::<u64>);
-        let (Some(Ok(first)), Some(Ok(count))) = (numbers.next(), numbers.next()) else {
-            return false;
-        };
-        first <= range.last.get().into() && u64::from(range.first.get()) < first.saturating_add(count)
-    })
+/// The files of `/etc` that give ids to somebody.
+pub const FILES_OF_IDS: [&str; 4] = ["subuid", "subgid", "passwd", "group"];
+
+/// Refuse a range of which this file, one of [`FILES_OF_IDS`], gives an id to somebody: by `subuid(5)` and `subgid(5)` an
+/// ordinary user could become a job's user with `newuidmap(1)`.
+///
+/// # Errors
+/// A sentence with the line.
+pub fn check_range(name: &str, file: &str, range: UidRange) -> Result<(), String> {
+    let numbers = |line: &str| -> Vec<u64> {
+        let fields = line.split(':').skip(1).map(str::parse);
+        fields.filter_map(Result::ok).collect()
+    };
+    let is_taken = |line: &&str| match (name, &numbers(line)[..]) {
+        ("subuid" | "subgid", [first, count, ..]) => {
+            *first <= range.last.get().into() && u64::from(range.first.get()) < first.saturating_add(*count)
+        }
+        ("passwd", [uid, gid, ..]) => [uid, gid].iter().any(|id| is_within(**id, range)),
+        ("group", [gid, ..]) => is_within(*gid, range),
+        _ => false,
+    };
+    match file.lines().find(is_taken) {
+        Some(line) => Err(range_is_taken(
+            range,
+            &format!("/etc/{name} gives away ids of it ({line:?})"),
+        )),
+        None => Ok(()),
+    }
+}
+
+fn is_within(id: u64, range: UidRange) -> bool {
+    u32::try_from(id).is_ok_and(|id| range.contains(id))
+}
+
+/// Why a range cannot be used, and what can.
+pub fn range_is_taken(range: UidRange, how: &str) -> String {
+    let other = match range.last.get() < 1 << 21 {
+        true => {
+            "or set factory.uid_range = \"1879048192-1879113727\", whose ids do not fit into archives of the formats ustar and cpio"
+        }
+        false => "or set factory.uid_range to ids that nobody has",
+    };
+    format!("factory.uid_range {range} cannot be used, because {how}: take them away there, {other}")
 }
 
 #[cfg(test)]
@@ -99,28 +132,58 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_delegation_of_any_id_of_the_range_is_found() {
+    fn range(first: u32, last: u32) -> UidRange {
         let end = |uid| Uid::try_from(uid).unwrap();
-        let range = UidRange {
-            first: end(2_000_000),
-            last: end(2_000_009),
-        };
-        for (line, found) in [
-            ("a:2000000:1", true),
-            ("a:2000009:65536", true),
-            ("a:1999999:2", true),
-            ("a:0:4294967295", true),
-            // As LXD writes it.
-            ("root:1000000:1000000000", true),
-            ("a:1999999:1", false),
-            ("a:2000010:65536", false),
-            ("a:2000000:0", false),
-            ("# a:b:c", false),
-            ("", false),
-        ] {
-            let file = format!("b:100000:65536\n{line}\n");
-            assert_eq!(delegation(&file, range), found.then_some(line), "{line}");
+        UidRange {
+            first: end(first),
+            last: end(last),
         }
+    }
+
+    #[test]
+    fn an_id_of_the_range_that_a_file_gives_to_somebody_is_found() {
+        for (file, line, is_taken) in [
+            ("subuid", "a:2000000:1", true),
+            ("subgid", "a:2000009:65536", true),
+            ("subuid", "a:1999999:2", true),
+            ("subuid", "a:0:4294967295", true),
+            // As LXD writes it.
+            ("subuid", "root:1000000:1000000000", true),
+            // As podman wants it.
+            ("subuid", "containers:2147483647:2147483648", false),
+            ("subuid", "a:1999999:1", false),
+            ("subgid", "a:2000010:65536", false),
+            ("subuid", "a:2000000:0", false),
+            ("subuid", "# a:b:c", false),
+            ("subuid", "", false),
+            ("passwd", "a:x:2000000:100::/:/x", true),
+            ("passwd", "a:x:100:2000009::/:/x", true),
+            ("passwd", "a:x:1999999:2000010:2000005:/:/x", false),
+            ("group", "a:x:2000005:", true),
+            ("group", "a:x:5:2000005", false),
+            ("group", "a:x:4296967301:", false),
+        ] {
+            let text = format!("b:x:100000:65536\n{line}\n");
+            let checked = check_range(file, &text, range(2_000_000, 2_000_009));
+            assert_eq!(checked.is_err(), is_taken, "{file} {line}: {checked:?}");
+            if let Err(sentence) = checked {
+                assert!(
+                    sentence.contains(&format!("/etc/{file} ")) && sentence.contains(line),
+                    "{sentence}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_range_for_every_archive_has_an_alternative_with_its_price() {
+        let sentence = range_is_taken(UidRange::default(), "x");
+        assert!(
+            sentence.contains("2031616-2097151 cannot") && sentence.contains("1879048192-1879113727"),
+            "{sentence}"
+        );
+        assert!(sentence.contains("ustar"), "{sentence}");
+        let sentence = range_is_taken(range(1_879_048_192, 1_879_113_727), "x");
+        assert!(!sentence.contains("ustar"), "{sentence}");
     }
 }

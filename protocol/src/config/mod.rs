@@ -401,7 +401,8 @@ mod tests {
         let (a, b) = ("a".parse().unwrap(), "b".parse().unwrap());
         assert!(config.conflict(&a, &b) && config.conflict(&b, &a) && !config.conflict(&a, &a));
         assert_eq!(config.slots[&a].line, 5);
-        assert_eq!(config.factory.uid_range.len(), 65536);
+        let range = config.factory.uid_range;
+        assert_eq!((range.len(), range.last.get()), (65536, (1 << 21) - 1));
     }
 
     #[test]

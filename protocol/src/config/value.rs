@@ -265,7 +265,7 @@ impl<'de> Deserialize<'de> for User {
     }
 }
 
-/// The uids that workers get, both ends included; written `"1879048192-1879113727"`.
+/// The uids that workers get, both ends included; written `"2031616-2097151"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UidRange {
     pub first: Uid,
@@ -287,14 +287,20 @@ impl UidRange {
     }
 }
 
+impl fmt::Display for UidRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
 impl Default for UidRange {
     fn default() -> Self {
-        // 0x7000_0000..=0x7000_ffff: unused in systemd's table of uid ranges (UIDS-GIDS.md), below 2^31,
-        // above what containers and subordinate uids use.
+        // The last block of 65536 ids that fit into archives of the formats ustar and cpio, which have room for 21 bits.
+        // It is in the range that systemd keeps for containers (its UIDS-GIDS.md), so the helper reserves it there.
         let end = |uid| Uid::try_from(uid).expect("a uid of the default range");
         UidRange {
-            first: end(0x7000_0000),
-            last: end(0x7000_ffff),
+            first: end(0x1f_0000),
+            last: end(0x1f_ffff),
         }
     }
 }

@@ -76,13 +76,19 @@ async fn whoever_looks_is_told_how_the_helper_is_though_an_idle_one_is_left_alon
     house.finish().await;
 }
 
-/// The helper starts with this configuration and `check` says so; or both say this.
-fn both_say(host: &TestHost, user: &str, slots: &str, expected: Option<&str>) {
+/// Write a configuration with another line in the place of one.
+fn configure(host: &TestHost, line: &str, other: &str, slots: &str) {
     host.configure("http://127.0.0.1:1", SUPERVISOR_UID, slots);
     let path = host.root.join(protocol::config::CONFIG_PATH);
     let text = std::fs::read_to_string(&path).unwrap();
-    let text = text.replace(&format!("user = {SUPERVISOR_UID}"), &format!("user = {user}"));
-    std::fs::write(&path, text).unwrap();
+    assert!(text.contains(line), "{text}");
+    std::fs::write(&path, text.replace(line, other)).unwrap();
+}
+
+/// The helper starts with the configuration and `check` says so; or both say this.
+fn both_say(host: &TestHost, expected: Option<&str>) {
+    let path = host.root.join(protocol::config::CONFIG_PATH);
+    let slots = std::fs::read_to_string(&path).unwrap();
     let mut check = Command::new(binaries().join("user-factory"));
     check.arg("check").arg("--root").arg(&host.root).arg(&path);
     let said: Said = check.output().unwrap().into();
@@ -109,7 +115,9 @@ fn check_says_what_the_helper_says_at_its_start() {
     let host = TestHost::new();
     host.write_token("x");
     let slot = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
-    both_say(&host, &format!("\"{SUPERVISOR_UID}\""), slot, None);
+    let number = format!("user = {SUPERVISOR_UID}");
+    configure(&host, &number, &format!("user = \"{SUPERVISOR_UID}\""), slot);
+    both_say(&host, None);
     for (user, key, part) in [
         (
             "\"no-such-user\"",
@@ -133,7 +141,9 @@ fn check_says_what_the_helper_says_at_its_start() {
             "/usr/bin/env is not a directory on this host: choose",
         ),
     ] {
-        both_say(&host, user, &format!("{slot}{key}\n"), Some(part));
+        let slots = format!("{slot}{key}\n");
+        configure(&host, &number, &format!("user = {user}"), &slots);
+        both_say(&host, Some(part));
     }
 }
 
@@ -167,4 +177,74 @@ fn a_supervisor_that_cannot_make_its_directory_says_who_makes_it_and_how() {
     supervisor.log.wait(&["supervisor started"]);
     supervisor.signal(Signal::SIGTERM);
     supervisor.wait();
+}
+
+/// The uids that jobs have unless the configuration says otherwise.
+fn configure_default_range(host: &TestHost) {
+    let slots = ONE.replace("TARGET", "01HZX3N8Q4J5K6M7P8R9S0T1V2");
+    let range = format!("uid_range = \"{}-{}\"", host.uids.start(), host.uids.end());
+    configure(host, &range, "", &slots);
+}
+
+#[test]
+fn a_range_of_which_a_process_has_a_uid_is_refused_with_the_alternative() {
+    let host = TestHost::new();
+    host.write_token("x");
+    let slots = ONE.replace("TARGET", "01HZX3N8Q4J5K6M7P8R9S0T1V2");
+    host.configure("http://127.0.0.1:1", SUPERVISOR_UID, &slots);
+    both_say(&host, None);
+    let uid = *host.uids.end();
+    let mut other = Command::new("sleep").arg("1000").uid(uid).spawn().unwrap();
+    both_say(
+        &host,
+        Some(&format!("a process of this host runs as uid {uid} of it")),
+    );
+    other.kill().unwrap();
+    other.wait().unwrap();
+    both_say(&host, None);
+}
+
+#[test]
+fn a_helper_and_systemd_nspawn_never_have_the_same_block_of_ids() {
+    let host = TestHost::new();
+    host.write_token("x");
+    configure_default_range(&host);
+    let place = host.root.join("run/systemd/nspawn-uid");
+    std::fs::create_dir_all(&place).unwrap();
+    // As systemd-nspawn locks a block, and gives it up.
+    let path = place.join("2031616");
+    let lock = || {
+        let mut options = std::fs::File::options();
+        let file = options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .unwrap();
+        let all_of_it = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&all_of_it)).map(|_| file)
+    };
+    let containers = lock().unwrap();
+    let mut helper = Running::start(&mut host.helper_command());
+    for part in [
+        "systemd-nspawn has given ids of it",
+        "uid_range = \"1879048192-1879113727\"",
+        "ustar",
+    ] {
+        helper.log.wait(&["ERROR", part]);
+    }
+    assert_eq!(helper.wait().code(), Some(1));
+    std::fs::remove_file(&path).unwrap();
+    drop(containers);
+    let mut helper = host.helper();
+    assert_eq!(lock().err(), Some(nix::errno::Errno::EAGAIN));
+    helper.signal(Signal::SIGTERM);
+    helper.wait();
+    lock().unwrap();
 }
