@@ -49,16 +49,6 @@ impl Record {
         let record = Record { slot, uid, created };
         (record.print() == text).then_some(record)
     }
-
-    /// From a file, as records were kept before they were links: after an upgrade, such workers are running.
-    fn parse_file(text: &str) -> Option<Record> {
-        let mut lines = text.strip_suffix('\n')?.split('\n');
-        let words = ["slot ", "uid ", "created "].map(|key| lines.next()?.strip_prefix(key));
-        let [Some(slot), Some(uid), Some(created)] = words else {
-            return None;
-        };
-        Record::parse(&format!("{slot} {uid} {created}.")).filter(|_| lines.next().is_none())
-    }
 }
 
 pub const CONSOLE: &str = "console.log";
@@ -225,18 +215,12 @@ pub fn read_record(dir: impl AsFd, id: WorkerId) -> Result<Written> {
 }
 
 fn read_record_at(dir: impl AsFd, path: &str, id: WorkerId) -> Result<Written> {
-    let describe = || format!("cannot read the record of worker {id}");
     let record = match readlinkat(&dir, path) {
         Ok(text) => text.to_str().and_then(Record::parse),
         Err(Errno::ENOENT) => return Ok(Written::Nothing),
         // It is no link.
-        Err(Errno::EINVAL) => match read_small(&dir, path) {
-            Ok(text) => text.as_deref().and_then(Record::parse_file),
-            // Not even text.
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => None,
-            Err(error) => return Err(error).with_context(describe),
-        },
-        Err(errno) => return Err(errno).with_context(describe),
+        Err(Errno::EINVAL) => None,
+        Err(errno) => return Err(errno).with_context(|| format!("cannot read the record of worker {id}")),
     };
     Ok(record.map_or(Written::Damaged, Written::Record))
 }
@@ -362,31 +346,6 @@ mod tests {
             "a 2000000 1.\n",
         ] {
             assert_eq!(Record::parse(bad), None, "{bad:?} parsed");
-        }
-    }
-
-    #[test]
-    fn a_record_in_a_file_is_one_and_nothing_else_in_a_file_is() {
-        let text = "slot a-1\nuid 2000000\ncreated 1795000000\n";
-        let record = Record::parse_file(text).unwrap();
-        assert_eq!(record.print(), "a-1 2000000 1795000000.");
-        for cut in 0..text.len() {
-            assert_eq!(
-                Record::parse_file(&text[..cut]),
-                None,
-                "{:?} parsed",
-                &text[..cut]
-            );
-        }
-        for bad in [
-            "slot ../x\nuid 2000000\ncreated 1\n",
-            "slot a\nuid 0\ncreated 1\n",
-            "slot a\nuid 2000000\ncreated 01\n",
-            "slot a\r\nuid 2000000\ncreated 1\n",
-            "slot a\nuid 2000000\ncreated 1\nmore\n",
-            "slot a 2000000 1\nuid \ncreated \n",
-        ] {
-            assert_eq!(Record::parse_file(bad), None, "{bad:?} parsed");
         }
     }
 

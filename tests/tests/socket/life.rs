@@ -67,33 +67,6 @@ fn processes_of_its_user_in_no_cgroup_of_ours_are_ended_too() {
     stage.finish(&[worker]);
 }
 
-/// Such a worker is there after an upgrade from a version that kept records in files.
-#[test]
-fn a_worker_whose_record_is_a_file_runs_on_and_is_deleted() {
-    let stage = Stage::new();
-    let client = stage.client();
-    let worker = created(&client, "a");
-    let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nsleep 1000\n"));
-    assert_eq!(reply, Reply::AgentStarted);
-    let before = list(&client);
-    let path = stage.host.worker_dir(worker).join("record");
-    let record = fs::read_link(&path).unwrap();
-    let words: Vec<_> = record
-        .to_str()
-        .unwrap()
-        .trim_end_matches('.')
-        .split(' ')
-        .collect();
-    fs::remove_file(&path).unwrap();
-    let [slot, uid, created] = words[..] else {
-        panic!("{words:?}")
-    };
-    fs::write(&path, format!("slot {slot}\nuid {uid}\ncreated {created}\n")).unwrap();
-    assert_eq!(list(&client), before);
-    assert_eq!(kind(create(&client, worker_id(), "a")), ErrorKind::SlotTaken);
-    stage.finish(&[worker]);
-}
-
 #[test]
 fn what_is_asked_twice_is_done_once() {
     let stage = Stage::new();
