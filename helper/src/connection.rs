@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use protocol::{
-    BootstrapToken, Error, ErrorKind, MAX_LIST, PREVIOUS, Received, Reply, Request, Seqpacket, SlotName,
+    BootstrapToken, Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName,
     State, Uid, UserName, VERSION, WorkerId, WorkerInfo, wire,
 };
 use tracing::{info, warn};
@@ -44,8 +44,7 @@ pub fn serve(beneath: &dyn Operations, peer: Peer, busy: bool, socket: Seqpacket
     if let Err(errno) = limited {
         return warn!("hung up: cannot limit how long it is waited for: {errno}");
     }
-    // The version that this connection speaks, once it has been greeted.
-    let mut spoken = None;
+    let mut is_greeted = false;
     loop {
         let (bytes, descriptors) = match socket.recv(wire::MAX_REQUEST) {
             Ok(Received::Closed) => return,
@@ -73,58 +72,43 @@ pub fn serve(beneath: &dyn Operations, peer: Peer, busy: bool, socket: Seqpacket
             );
         }
         let begin = Instant::now();
-        let (reply, descriptor) = match (&request, spoken) {
-            (
-                Request::Hello {
-                    version: PREVIOUS..=VERSION,
-                },
-                None,
-            ) if busy => {
+        let (reply, descriptor) = match (&request, is_greeted) {
+            (Request::Hello { version: VERSION }, false) if busy => {
                 let message = "the helper serves as many connections as it can: try again later";
                 (Reply::Error(Error::new(ErrorKind::Busy, message)), None)
             }
-            (
-                &Request::Hello {
-                    version: version @ PREVIOUS..=VERSION,
-                },
-                None,
-            ) => {
-                spoken = Some(version);
+            (Request::Hello { version: VERSION }, false) => {
+                is_greeted = true;
                 let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(3600));
-                (Reply::Welcome { version }, None)
+                (Reply::Welcome, None)
             }
-            (Request::Hello { version }, None) => {
+            (Request::Hello { version }, false) => {
                 let message = format!(
-                    "the helper speaks versions {PREVIOUS} and {VERSION} of the protocol, you speak {version}: install both halves from one release"
+                    "the helper speaks version {VERSION} of the protocol, you speak {version}: install both halves from one release"
                 );
                 (Reply::Error(Error::new(ErrorKind::Version, message)), None)
             }
-            (_, None) => (
+            (_, false) => (
                 Reply::Error(Error::new(
                     ErrorKind::Refused,
                     "the first packet of a connection must be Hello",
                 )),
                 None,
             ),
-            (_, Some(version)) => answer(beneath, version, &request, descriptors),
+            (_, true) => answer(beneath, &request, descriptors),
         };
         audit(peer, &request, &reply, begin);
         let sent = wire::encode(&reply).map_err(|_| Errno::EMSGSIZE);
         let sent = sent.and_then(|bytes| socket.send(&bytes, descriptor.as_ref().map(AsFd::as_fd)));
         match sent {
-            Ok(()) if spoken.is_some() => {}
+            Ok(()) if is_greeted => {}
             Ok(()) => return,
             Err(errno) => return warn!("hung up: cannot answer: {errno}"),
         }
     }
 }
 
-fn answer(
-    beneath: &dyn Operations,
-    version: u16,
-    request: &Request,
-    mut descriptors: Vec<OwnedFd>,
-) -> Answer {
+fn answer(beneath: &dyn Operations, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
     let result = match request {
         Request::Hello { .. } => Err(Error::new(ErrorKind::Refused, "Hello was said before").into()),
         Request::CreateUser { worker, slot } => beneath
@@ -141,15 +125,9 @@ fn answer(
             .map(|(state, console)| (Reply::Attached { state }, Some(console))),
         Request::Kill { worker } => beneath.kill(*worker).map(|()| (Reply::Killed, None)),
         Request::Delete { worker } => beneath.delete(*worker).map(|()| (Reply::Deleted, None)),
-        Request::List { after } => beneath.list(*after).map(|(workers, more)| {
-            let reply = if version == PREVIOUS {
-                let workers = workers.into_iter().map(Into::into).collect();
-                Reply::Workers { workers, more }
-            } else {
-                Reply::Listed { workers, more }
-            };
-            (reply, None)
-        }),
+        Request::List { after } => beneath
+            .list(*after)
+            .map(|(workers, more)| (Reply::Listed { workers, more }, None)),
         Request::Check => beneath.check().map(|()| (Reply::Checked, None)),
     };
     result.unwrap_or_else(|error| (Reply::Error(typed(error)), None))

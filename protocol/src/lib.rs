@@ -10,8 +10,7 @@
 //! 1. The client connects. The helper asks the kernel who it is (`SO_PEERCRED`) and hangs up on
 //!    anyone but the supervisor's uid.
 //! 2. The client says [`Request::Hello`] with its [`VERSION`]; the helper answers
-//!    [`Reply::Welcome`], or an [`ErrorKind::Version`] that names both versions, and hangs up. A client that
-//!    is refused so tries [`PREVIOUS`] on a new connection.
+//!    [`Reply::Welcome`], or an [`ErrorKind::Version`] that names both versions, and hangs up.
 //! 3. Then any number of requests, one at a time, each answered by exactly one reply.
 //!
 //! ```
@@ -27,11 +26,11 @@
 //!
 //! let Received::Packet { bytes, descriptors } = helper.recv(wire::MAX_REQUEST)? else { panic!() };
 //! assert!(descriptors.is_empty());
-//! let Request::Hello { version } = wire::decode(&bytes)? else { panic!() };
-//! helper.send(&wire::encode(&Reply::Welcome { version })?, None)?;
+//! let Request::Hello { version: VERSION } = wire::decode(&bytes)? else { panic!() };
+//! helper.send(&wire::encode(&Reply::Welcome)?, None)?;
 //!
 //! let Received::Packet { bytes, .. } = client.recv(wire::MAX_REPLY)? else { panic!() };
-//! assert_eq!(wire::decode::<Reply>(&bytes)?, Reply::Welcome { version: VERSION });
+//! assert_eq!(wire::decode::<Reply>(&bytes)?, Reply::Welcome);
 //!
 //! drop(client);
 //! assert!(matches!(helper.recv(wire::MAX_REQUEST)?, Received::Closed));
@@ -53,9 +52,7 @@ mod socket;
 mod sys;
 pub mod wire;
 
-pub use message::{
-    Error, ErrorKind, Exit, MAX_LIST, PREVIOUS, Reply, Request, State, VERSION, WorkerInfo, version_2,
-};
+pub use message::{Error, ErrorKind, Exit, MAX_LIST, Reply, Request, State, VERSION, WorkerInfo};
 pub use name::{BadName, BootstrapToken, SlotName, TargetId, Uid, UserName, WorkerId, is_ulid};
 pub use socket::{Received, Seqpacket};
 

@@ -7,10 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{BootstrapToken, SlotName, Uid, UserName, WorkerId};
 
 /// The version that this crate speaks. It changes with every change to a message.
-pub const VERSION: u16 = 3;
-/// The version before, which both halves still speak with a partner that knows no later one: for the length of
-/// an upgrade.
-pub const PREVIOUS: u16 = VERSION - 1;
+pub const VERSION: u16 = 4;
 
 /// The most workers in one [`Reply::Listed`]; ask again with `after` for the rest.
 pub const MAX_LIST: usize = 256;
@@ -18,8 +15,7 @@ pub const MAX_LIST: usize = 256;
 /// What the supervisor may ask for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
-    /// First packet of every connection, and only the first. Its encoding never changes. From then on the
-    /// connection speaks this version, which is [`VERSION`] or [`PREVIOUS`].
+    /// First packet of every connection, and only the first. Its encoding never changes. `version` is [`VERSION`].
     ///
     /// Answer: [`Reply::Welcome`]. Errors: `Version`, after which the helper hangs up.
     Hello { version: u16 },
@@ -74,7 +70,7 @@ pub enum Request {
     /// Everything that exists on this host, in the order of ids, beginning after `after`: at most
     /// [`MAX_LIST`] workers. Takes no lock, so it never waits.
     ///
-    /// Answer: [`Reply::Listed`], in version 2 [`Reply::Workers`]. Errors: `Failed`.
+    /// Answer: [`Reply::Listed`]. Errors: `Failed`.
     List { after: Option<WorkerId> },
 
     /// Would the helper start with the configuration as the file is now? Nothing changes.
@@ -93,8 +89,8 @@ impl Request {
 /// What the helper answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
-    /// To `Hello`: the client's version.
-    Welcome { version: u16 },
+    /// To `Hello`.
+    Welcome,
     /// To `CreateUser`.
     UserCreated { uid: Uid, name: UserName },
     /// To `InstallAgent`, with one descriptor: the console, a regular file open for reading alone.
@@ -105,11 +101,6 @@ pub enum Reply {
     Killed,
     /// To `Delete`.
     Deleted,
-    /// To `List`, in version 2.
-    Workers {
-        workers: Vec<version_2::WorkerInfo>,
-        more: bool,
-    },
     /// To any request.
     Error(Error),
     /// To `List`. `more`: there are workers after the last of these.
@@ -135,42 +126,6 @@ pub struct WorkerInfo {
     /// Bytes on disk that its user owns, where the file system of the state directory has user quotas
     /// (`quotactl(2)`, `dqb_curspace`).
     pub disk: Option<u64>,
-}
-
-/// What was said otherwise in version 2.
-pub mod version_2 {
-    use super::*;
-
-    #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-    pub struct WorkerInfo {
-        pub worker: WorkerId,
-        pub slot: SlotName,
-        pub uid: Uid,
-        pub state: State,
-    }
-
-    impl From<WorkerInfo> for super::WorkerInfo {
-        fn from(it: WorkerInfo) -> Self {
-            Self {
-                worker: it.worker,
-                slot: it.slot,
-                uid: it.uid,
-                state: it.state,
-                disk: None,
-            }
-        }
-    }
-
-    impl From<super::WorkerInfo> for WorkerInfo {
-        fn from(it: super::WorkerInfo) -> Self {
-            Self {
-                worker: it.worker,
-                slot: it.slot,
-                uid: it.uid,
-                state: it.state,
-            }
-        }
-    }
 }
 
 /// How far a worker is.
@@ -278,11 +233,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_version_before_is_one_less() {
-        assert_eq!((VERSION, PREVIOUS), (3, 2));
-    }
-
-    #[test]
     fn descriptors_travel_with_three_messages() {
         let worker = WorkerId::from_bits(7);
         let install = Request::InstallAgent {
@@ -294,19 +244,6 @@ mod tests {
         let state = State::Created;
         assert!(Reply::AgentStarted.carries_descriptor() && Reply::Attached { state }.carries_descriptor());
         assert!(!Reply::Killed.carries_descriptor());
-    }
-
-    #[test]
-    fn the_version_before_loses_the_disk_and_nothing_else() {
-        let it = WorkerInfo {
-            worker: WorkerId::from_bits(7),
-            slot: "a".parse().unwrap(),
-            uid: Uid::try_from(2_000_000).unwrap(),
-            state: State::Exited(Exit::Status(3)),
-            disk: Some(1),
-        };
-        let back = WorkerInfo::from(version_2::WorkerInfo::from(it.clone()));
-        assert_eq!(back, WorkerInfo { disk: None, ..it });
     }
 
     #[test]

@@ -173,8 +173,8 @@ mod tests {
         assert!(decode::<Request>(&[0, 125]).is_ok());
         assert!(decode::<Request>(&[0, 251, 125, 0]).is_err());
         // A list of no workers, whose number takes nine bytes.
-        assert!(decode::<Reply>(&[8, 0, 0]).is_ok());
-        assert!(decode::<Reply>(&[8, 253, 0, 0, 0, 0, 0, 0, 0, 0, 0]).is_err());
+        assert!(decode::<Reply>(&[7, 0, 0]).is_ok());
+        assert!(decode::<Reply>(&[7, 253, 0, 0, 0, 0, 0, 0, 0, 0, 0]).is_err());
     }
 
     #[test]

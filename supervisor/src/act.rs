@@ -164,7 +164,7 @@ mod tests {
     use crate::helper::{Line, Pending, Road};
     use crate::identity::InstanceId;
     use crate::server::{Call, Carrier};
-    use protocol::{Exit, Received, Reply, Request, State, VERSION, wire};
+    use protocol::{Exit, Received, Reply, Request, State, wire};
     use std::io::Write;
     use std::os::fd::BorrowedFd;
     use std::sync::{Arc, Mutex};
@@ -198,7 +198,7 @@ mod tests {
     impl Line for NoJob {
         fn exchange<'a>(&'a self, packet: &'a [u8], _: Option<BorrowedFd<'a>>) -> Pending<'a> {
             let (reply, descriptors) = match wire::decode(packet).unwrap() {
-                Request::Hello { .. } => (Reply::Welcome { version: VERSION }, vec![]),
+                Request::Hello { .. } => (Reply::Welcome, vec![]),
                 _ => {
                     let mut console = tempfile::tempfile().unwrap();
                     console.write_all(&b"line\n".repeat(100)).unwrap();

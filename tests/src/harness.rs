@@ -509,9 +509,7 @@ impl Client {
                     version: protocol::VERSION
                 })
                 .0,
-            Reply::Welcome {
-                version: protocol::VERSION
-            }
+            Reply::Welcome
         );
         client
     }

@@ -20,8 +20,8 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, sendmsg, shutdown, socketpair,
 };
 use protocol::{
-    BootstrapToken, Error, ErrorKind, MAX_LIST, PREVIOUS, Received, Reply, Request, Seqpacket, SlotName,
-    State, Uid, UserName, VERSION, WorkerId, WorkerInfo, wire,
+    BootstrapToken, Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid,
+    UserName, VERSION, WorkerId, WorkerInfo, wire,
 };
 
 /// The most packets in one conversation: all of them, and all answers, fit into the socket's buffers.
@@ -225,7 +225,7 @@ fn listed(model: &Model, after: Option<WorkerId>) -> (Vec<WorkerInfo>, bool) {
 /// What must be answered, packet by packet, until the helper hangs up: the page of the `protocol` crate.
 fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, ErrorKind>> {
     let mut answers = Vec::new();
-    let mut spoken = None;
+    let mut is_greeted = false;
     for Packet { bytes, descriptors } in &conversation.packets {
         let Ok(request) = wire::decode::<Request>(bytes) else {
             break;
@@ -233,25 +233,21 @@ fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, E
         if bytes.len() > wire::MAX_REQUEST || descriptors.len() != usize::from(request.carries_descriptor()) {
             break;
         }
-        let Some(version) = spoken else {
+        if !is_greeted {
             answers.push(match request {
-                Request::Hello {
-                    version: PREVIOUS..=VERSION,
-                } if conversation.busy => Err(ErrorKind::Busy),
-                Request::Hello {
-                    version: version @ PREVIOUS..=VERSION,
-                } => {
-                    spoken = Some(version);
-                    Ok(Reply::Welcome { version })
+                Request::Hello { version: VERSION } if conversation.busy => Err(ErrorKind::Busy),
+                Request::Hello { version: VERSION } => {
+                    is_greeted = true;
+                    Ok(Reply::Welcome)
                 }
                 Request::Hello { .. } => Err(ErrorKind::Version),
                 _ => Err(ErrorKind::Refused),
             });
-            if spoken.is_none() {
+            if !is_greeted {
                 break;
             }
             continue;
-        };
+        }
         answers.push(match request {
             Request::Hello { .. } => Err(ErrorKind::Refused),
             Request::CreateUser { worker, slot } => {
@@ -272,13 +268,7 @@ fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, E
             Request::Check => Ok(Reply::Checked),
             Request::List { after } => {
                 let (workers, more) = listed(&model, after);
-                Ok(match version {
-                    VERSION => Reply::Listed { workers, more },
-                    _ => Reply::Workers {
-                        workers: workers.into_iter().map(Into::into).collect(),
-                        more,
-                    },
-                })
+                Ok(Reply::Listed { workers, more })
             }
         });
     }

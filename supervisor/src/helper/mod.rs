@@ -14,8 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::{
-    BootstrapToken, ErrorKind, PREVIOUS, Received, Reply, Request, SlotName, VERSION, WorkerId, WorkerInfo,
-    wire,
+    BootstrapToken, ErrorKind, Received, Reply, Request, SlotName, VERSION, WorkerId, WorkerInfo, wire,
 };
 use tokio::time::timeout;
 
@@ -43,7 +42,7 @@ impl fmt::Display for Error {
             Error::Away(why) => f.write_str(why),
             Error::Said(error) if error.kind == ErrorKind::Version => write!(
                 f,
-                "the helper speaks another version of the protocol than this supervisor's {PREVIOUS} and {VERSION} ({error}): \
+                "the helper speaks another version of the protocol than this supervisor's {VERSION} ({error}): \
                  install both from the same release and restart them"
             ),
             Error::Said(error) => write!(f, "the helper says: {error}"),
@@ -169,9 +168,6 @@ impl Helper {
             let after = all.last().map(|info| info.worker);
             let (workers, more) = match connection.exchange(&Request::List { after }, None).await? {
                 (Reply::Listed { workers, more }, _) => (workers, more),
-                (Reply::Workers { workers, more }, _) => {
-                    (workers.into_iter().map(WorkerInfo::from).collect(), more)
-                }
                 (other, _) => return Err(unexpected(&other)),
             };
             let goes_on = |last: &WorkerInfo| after.is_none_or(|after| last.worker > after);
@@ -208,17 +204,12 @@ impl Helper {
     }
 
     async fn connect(&self) -> Result<Connection> {
-        match self.connect_in(VERSION).await {
-            // Before its own upgrade, or after it was taken back. If it knows that version as little, it says so.
-            Err(Error::Said(error)) if error.kind == ErrorKind::Version => self.connect_in(PREVIOUS).await,
-            result => result,
-        }
-    }
-
-    async fn connect_in(&self, version: u16) -> Result<Connection> {
         let connection = Connection(self.road.connect()?);
-        match connection.exchange(&Request::Hello { version }, None).await? {
-            (Reply::Welcome { version: said }, _) if said == version => Ok(connection),
+        match connection
+            .exchange(&Request::Hello { version: VERSION }, None)
+            .await?
+        {
+            (Reply::Welcome, _) => Ok(connection),
             (other, _) => Err(unexpected(&other)),
         }
     }

@@ -169,7 +169,7 @@ impl Line for Wire {
                 return match mode {
                     Mode::Hung => std::future::pending().await,
                     Mode::Errors => Ok(packet_of(&error(ErrorKind::Busy, "try again later"), vec![])),
-                    _ => Ok(packet_of(&Reply::Welcome { version }, vec![])),
+                    _ => Ok(packet_of(&Reply::Welcome, vec![])),
                 };
             }
             match self.ask(Ask::Helper(request)).await {

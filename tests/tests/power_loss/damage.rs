@@ -48,7 +48,7 @@ fn a_worker_with_a_damaged_record_is_said_to_be_so_and_can_be_deleted() {
         plant
             .helper
             .log
-            .wait_from(from, &["its record is damaged", &worker.to_string()]);
+            .wait_from(from, &["the record is damaged", &worker.to_string()]);
         for request in [Request::Kill { worker }, Request::Attach { worker }] {
             assert_eq!(kind(client.ask(&request).0), ErrorKind::Failed);
         }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
-use protocol::{ErrorKind, Exit, PREVIOUS, Reply, Request, State, WorkerId, wire};
+use protocol::{ErrorKind, Exit, Reply, Request, State, WorkerId, wire};
 use testbed::census::{Census, processes_of};
 use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, place, sealed, worker_id};
 use testbed::stage::{

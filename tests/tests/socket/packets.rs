@@ -229,7 +229,7 @@ fn too_many_connections_are_told_to_come_back() {
             None,
         );
         match client.reply().expect("an answer").0 {
-            Reply::Welcome { .. } => clients.push(client),
+            Reply::Welcome => clients.push(client),
             error => {
                 assert_eq!(kind(error), ErrorKind::Busy);
                 break;
@@ -246,25 +246,9 @@ fn too_many_connections_are_told_to_come_back() {
                 version: protocol::VERSION
             })
             .0,
-        Reply::Welcome { .. }
+        Reply::Welcome
     ) {
         assert!(begin.elapsed() < PATIENCE);
     }
-    stage.finish(&[]);
-}
-
-/// As a supervisor of the release before does, while an upgrade has not reached it.
-#[test]
-fn the_version_before_is_spoken_with_who_speaks_no_later_one() {
-    let stage = Stage::new();
-    let worker = created(&stage.client(), "a");
-    let old = Client::silent(&stage.host);
-    let hello = Request::Hello { version: PREVIOUS };
-    assert_eq!(old.ask(&hello).0, Reply::Welcome { version: PREVIOUS });
-    match old.ask(&Request::List { after: None }).0 {
-        Reply::Workers { workers, more: false } => assert_eq!(workers[0].worker, worker),
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(old.ask(&Request::Delete { worker }).0, Reply::Deleted);
     stage.finish(&[]);
 }
