@@ -106,7 +106,7 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         let (config, _) = host.configuration()?;
         let slot = &config.slots[&record.slot];
         for warning in limits::check(&record.slot, &slot.limits, host.abilities)? {
-            tracing::warn!("{warning}");
+            crate::log::warn!("{warning}");
         }
         trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;

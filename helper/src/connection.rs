@@ -9,12 +9,12 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use protocol::{
-    BootstrapToken, Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName,
-    State, Uid, UserName, VERSION, WorkerId, WorkerInfo, wire,
+    BootstrapToken, Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid,
+    UserName, VERSION, WorkerId, WorkerInfo, wire,
 };
-use tracing::{info, warn};
 
 use crate::host::Host;
+use crate::log::{info, warn};
 use crate::orders::{Order, Word};
 use crate::worker::{self, Worker};
 use crate::{cgroup, install, tenancy, user};
@@ -184,7 +184,9 @@ impl Operations for OnHost<'_> {
     fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)> {
         let all = worker::list(self.host)?;
         for id in all.damaged {
-            warn!(worker = %id, "its record is damaged: the worker is lost, and will be deleted before a slot is taken");
+            warn!(
+                "the record is damaged: the worker is lost, and will be deleted before a slot is taken worker={id}"
+            );
         }
         let mut rest = all
             .workers
@@ -238,22 +240,15 @@ fn audit(peer: Peer, request: &Request, reply: &Reply, begin: Instant) {
         | Request::Delete { worker } => (Some(*worker), None),
     };
     let worker = worker.map(|id| id.to_string()).unwrap_or_default();
-    let (slot, microseconds) = (slot.unwrap_or_default(), begin.elapsed().as_micros() as u64);
+    let slot = slot.unwrap_or_default();
     let (what, Peer { uid, pid }) = (name(request), peer);
+    let fields = format!(
+        "uid={uid} pid={pid} what={what:?} worker={worker:?} slot={slot:?} microseconds={}",
+        begin.elapsed().as_micros()
+    );
     match (request, reply) {
-        (_, Reply::Error(error)) => {
-            warn!(uid, pid, what, worker, slot, microseconds, outcome = ?error.kind, "{}", error.message())
-        }
+        (_, Reply::Error(error)) => warn!("{error} {fields} outcome={:?}", error.kind),
         (Request::Hello { .. } | Request::List { .. }, _) => {}
-        _ => info!(
-            uid,
-            pid,
-            what,
-            worker,
-            slot,
-            microseconds,
-            outcome = "done",
-            "request"
-        ),
+        _ => info!("request {fields} outcome=\"done\""),
     }
 }

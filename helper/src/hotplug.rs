@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::config::DevicePattern;
-use tracing::warn;
 
 use crate::host::Host;
+use crate::log::warn;
 use crate::{devices, launch};
 
 /// More directories than any `/dev` has.

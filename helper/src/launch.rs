@@ -9,9 +9,9 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use protocol::{BootstrapToken, Error, ErrorKind, Received, Seqpacket, WorkerId};
-use tracing::warn;
 
 use crate::host::{Host, open_dir};
+use crate::log::warn;
 use crate::orders::{Order, Word};
 use crate::rootfs::RootFs;
 use crate::worker::{self, Record, Written};

@@ -29,6 +29,7 @@ mod landlock;
 mod launch;
 mod limits;
 mod listener;
+mod log;
 mod network;
 mod orders;
 mod policy;
@@ -68,16 +69,17 @@ use nix::sys::socket::{
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use protocol::Seqpacket;
 use protocol::config::{self, Config, UidRange, accounts};
-use tracing::{error, info, warn};
 
 use host::Host;
 use hotplug::Hotplug;
 use launch::Waiting;
 use listener::Listener;
+use log::{error, info, warn};
 use rootfs::{Event, RootFs};
 
 // For those who try the helper's parts by themselves (`fuzz/`).
 pub use connection::{Operations, Peer, serve as serve_connection};
+pub use log::start as start_log;
 pub use orders::{Order, Word};
 pub use worker::{Record, parse_exit, print_exit};
 
@@ -92,6 +94,8 @@ of the commands of `user-factory` of the same names.
   --cgroup PATH  the cgroup, below the cgroup v2 mount, in which to keep the workers' [its own]
   --apart        that cgroup is for them alone: do not move into it
 ";
+
+const SEE_HELP: &str = "see user-factory-helper --help";
 
 #[derive(Debug)]
 struct Options {
@@ -112,7 +116,7 @@ fn options() -> Result<Option<Options>> {
             arguments
                 .next()
                 .map(PathBuf::from)
-                .with_context(|| format!("{argument:?} wants a value\n{USAGE}"))
+                .with_context(|| format!("{argument:?} wants a value: {SEE_HELP}"))
         };
         match argument.to_str() {
             Some("--root") => options.root = value()?,
@@ -127,7 +131,7 @@ fn options() -> Result<Option<Options>> {
                 );
                 std::process::exit(0);
             }
-            _ => bail!("{argument:?} is no option of the helper\n{USAGE}"),
+            _ => bail!("{argument:?} is no option of the helper: {SEE_HELP}"),
         }
     }
     ensure!(
@@ -142,11 +146,7 @@ fn options() -> Result<Option<Options>> {
 pub fn main() -> ExitCode {
     let systemd_socket = sys::listening_socket_of_systemd();
     sys::default_signals();
-    tracing_subscriber::fmt()
-        .with_ansi(false)
-        .with_target(false)
-        .with_writer(std::io::stderr)
-        .init();
+    log::start();
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
     let run = || match words.first().and_then(|word| word.to_str()) {
         Some("run") => by_hand::run(&words[1..]),
@@ -422,7 +422,7 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
             hotplug.refresh(host);
         }
         if ready[3..listening].contains(&true) && listener.on_event(Instant::now()) {
-            info!(slots = config.slots.len(), client, "serving");
+            info!("serving slots={} client={client}", config.slots.len());
         }
     }
 }

@@ -27,10 +27,10 @@ use nix::sys::time::TimeSpec;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid, pipe2};
 use protocol::{Error, ErrorKind, Reply, Seqpacket, wire};
-use tracing::{error, warn};
 
 use crate::connection::{self, OnHost, Peer};
 use crate::host::Host;
+use crate::log::{error, warn};
 use crate::{filter, privileges, sys};
 
 /// The most connections that are served at once; the supervisor makes one for each operation.
@@ -332,7 +332,7 @@ fn accept(socket: &UnixListener, client: u32) -> io::Result<Option<(OwnedFd, Pee
     };
     if peer.uid != client {
         let Peer { uid, pid } = peer;
-        warn!(uid, pid, "hung up: the helper serves uid {client} alone");
+        warn!("hung up: the helper serves uid {client} alone uid={uid} pid={pid}");
         return Ok(None);
     }
     Ok(Some((connection, peer)))

@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use protocol::config::Config;
 use protocol::{Error, ErrorKind, SlotName, Uid, UserName, WorkerId};
-use tracing::warn;
 
 use crate::host::{Host, misconfigured, open_file};
+use crate::log::warn;
 use crate::worker::{self, Record, Worker, Written};
 use crate::{cgroup, devices, policy, sys, trees, user};
 
@@ -71,7 +71,7 @@ fn take_slot(
             delete(host, unlimit, id).with_context(|| {
                 format!("no slot is free before worker {id}, whose record is damaged, is deleted")
             })?;
-            warn!(worker = %id, "deleted, because its record was damaged");
+            warn!("deleted, because its record was damaged worker={id}");
         }
     };
     let tenants = all.tenants();

@@ -24,9 +24,9 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use protocol::Exit;
-use tracing::warn;
 
 use crate::host::open_file;
+use crate::log::warn;
 use crate::worker::{self, Worker};
 use crate::{privileges, sys};
 
@@ -63,13 +63,19 @@ pub fn start(worker: &Worker, cgroup: &OwnedFd, limit: Duration) -> Result<()> {
         let closed = sys::close_all_but(&keep).map_err(Into::into);
         // Each whatever has become of the other.
         if let Err(error) = closed.and(privileges::of_a_timer()) {
-            warn!(worker = %worker.id, "the timer of its run time keeps more than it needs: {error:#}");
+            warn!(
+                "the timer of the run time keeps more than it needs: {error:#} worker={}",
+                worker.id
+            );
         }
         match timer.run(end) {
             // It has been removed, so nobody is left in it.
             Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => 0,
             Err(error) => {
-                warn!(worker = %worker.id, "its run time is not limited any more: {error}");
+                warn!(
+                    "the run time is not limited any more: {error} worker={}",
+                    worker.id
+                );
                 1
             }
             Ok(()) => 0,

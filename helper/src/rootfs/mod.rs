@@ -22,9 +22,9 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{alarm, chdir, pivot_root};
 use protocol::config::{self, Config};
 use protocol::{Error, ErrorKind, Received, Seqpacket};
-use tracing::warn;
 
 use crate::host::{FileIdentity, Host};
+use crate::log::warn;
 use crate::orders::Word;
 use crate::sys;
 
