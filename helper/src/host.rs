@@ -19,6 +19,7 @@ use protocol::config::{self, Config};
 use protocol::{Error, ErrorKind};
 
 use crate::limits::Abilities;
+use crate::network::Settings;
 use crate::rootfs::{READ_ONLY, WRITABLE};
 use crate::sys;
 use crate::user::Accounts;
@@ -45,6 +46,8 @@ pub struct Host {
     pub cgroups: OwnedFd,
     /// Which limits this host can enforce.
     pub abilities: Abilities,
+    /// What the host's network namespace has set.
+    pub network: Settings,
     /// Read last, and true for as long as the files are the same. The daemon's children begin with the daemon's.
     config_read: Latest<Config>,
     accounts_read: Latest<Accounts>,
@@ -106,6 +109,7 @@ impl Host {
             root: root.to_owned(),
             config: open_alone(config_dir, READ_ONLY)?,
             abilities: Abilities::of(&workers, &cgroups)?,
+            network: Settings::read()?,
             workers,
             userdb: open_alone(&userdb, WRITABLE)?,
             etc: open_alone(Path::new("/etc"), READ_ONLY)?,
@@ -384,6 +388,7 @@ pub mod tests {
         };
         let (workers, cgroups) = (make("workers"), make("cgroups"));
         Host {
+            network: Settings::read().unwrap(),
             root: root.to_owned(),
             config: make("etc/buildomat-user-factory"),
             abilities: Abilities::of(&workers, &cgroups).unwrap(),

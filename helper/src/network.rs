@@ -5,9 +5,10 @@
 //! bytes on. So the job has no interface, no route and no name service that could lead anywhere else; TLS
 //! stays between agent and server; and the helper needs neither firewall rules nor addresses.
 
-use std::net::TcpListener;
+use std::ffi::OsStr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, unshare};
@@ -18,11 +19,69 @@ use protocol::config::{BaseUrl, GATE_SOCKET};
 use crate::init::TURN;
 use crate::sys;
 
-/// The job's `/etc/hosts`: the server is here. None where an address says so already.
-pub fn hosts(baseurl: &BaseUrl) -> Option<String> {
-    let (name, _) = baseurl.name_and_port()?;
-    let is_address = name.parse::<std::net::Ipv4Addr>().is_ok();
-    (!is_address).then(|| format!("127.0.0.1 localhost {name}\n::1 localhost\n"))
+/// The job's `/etc/hosts`: the server and the job's own host name are here, as the host has its own there.
+pub fn hosts(baseurl: &BaseUrl, own: &OsStr) -> String {
+    let server = match baseurl.name_and_port() {
+        Some((name, _)) if name.parse::<Ipv4Addr>().is_err() => format!(" {name}"),
+        _ => String::new(),
+    };
+    let mut hosts = format!("127.0.0.1 localhost{server}\n::1 localhost\n");
+    // Who names the host is root, and may name it anything (`sethostname(2)`).
+    match own.to_str() {
+        Some(own)
+            if !own.is_empty()
+                && own
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)) =>
+        {
+            hosts += &format!("127.0.0.1 {own}\n");
+        }
+        _ => {}
+    }
+    hosts
+}
+
+/// What a new network namespace has of its own with the kernel's defaults, and programs of users notice: who may
+/// `ping`, from which port on everybody may listen, which ports are taken by themselves, how many connections and
+/// datagrams wait. In an order in which each is taken.
+const SETTINGS: [&str; 6] = [
+    "ipv4/ping_group_range",
+    "ipv4/ip_unprivileged_port_start",
+    "ipv4/ip_local_port_range",
+    "ipv4/ip_local_reserved_ports",
+    "core/somaxconn",
+    "unix/max_dgram_qlen",
+];
+
+/// The settings of the network namespace that this process is in, those that its kernel has.
+#[derive(Debug)]
+pub struct Settings(Vec<(&'static str, String)>);
+
+impl Settings {
+    pub fn read() -> Result<Settings> {
+        let mut settings = Vec::new();
+        for name in SETTINGS {
+            let path = Path::new("/proc/sys/net").join(name);
+            match std::fs::read_to_string(&path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                value => settings.push((
+                    name,
+                    value.with_context(|| format!("cannot read {}", path.display()))?,
+                )),
+            }
+        }
+        Ok(Settings(settings))
+    }
+
+    /// Give them to the network namespace of this process, which the `/proc` that is mounted must belong to.
+    pub fn write(&self) -> Result<()> {
+        for (name, value) in &self.0 {
+            let path = Path::new("/proc/sys/net").join(name);
+            std::fs::write(&path, value)
+                .with_context(|| format!("cannot write {:?} to {}", value.trim_end(), path.display()))?;
+        }
+        Ok(())
+    }
 }
 
 /// Where connections come in, and where they go.
@@ -44,7 +103,7 @@ pub fn enter(baseurl: &BaseUrl, gate: &OwnedFd) -> Result<Door> {
     )
     .context("cannot open a socket")?;
     sys::bring_up_loopback(control.as_fd()).context("cannot bring up the job's loopback")?;
-    let address = name.parse().unwrap_or(std::net::Ipv4Addr::LOCALHOST);
+    let address = name.parse().unwrap_or(Ipv4Addr::LOCALHOST);
     let listener = TcpListener::bind((address, port))
         .with_context(|| format!("cannot listen on {address}:{port} for the job"))?;
     listener.set_nonblocking(true)?;
@@ -75,6 +134,38 @@ impl Door {
             if let Ok(supervisor) = Seqpacket::connect(&socket, true) {
                 let _ = supervisor.send(b"c", Some(connection.as_fd()));
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::config::Config;
+
+    use super::*;
+
+    #[test]
+    fn a_job_without_a_network_knows_the_server_and_its_own_name() {
+        let text = |server: &str, own: &str| {
+            let config = Config::parse(&format!(
+                "[general]\nbaseurl = \"{server}\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
+                 target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
+            ));
+            hosts(&config.unwrap().general.baseurl, OsStr::new(own))
+        };
+        assert_eq!(
+            text("https://b.example.com", "ci-1"),
+            "127.0.0.1 localhost b.example.com\n::1 localhost\n127.0.0.1 ci-1\n"
+        );
+        assert_eq!(
+            text("http://127.0.0.1:80", "ci-1.example.com"),
+            "127.0.0.1 localhost\n::1 localhost\n127.0.0.1 ci-1.example.com\n"
+        );
+        for odd in ["", "a b", "a\n10.0.0.1 x", "#"] {
+            assert_eq!(
+                text("http://127.0.0.1:80", odd),
+                "127.0.0.1 localhost\n::1 localhost\n"
+            );
         }
     }
 }

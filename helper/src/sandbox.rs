@@ -101,6 +101,10 @@ fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For<'_>) ->
     // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
     let rules = landlock::Rules::new(plan.slot.allow_user_namespaces)?;
     mounts(plan, &rules)?;
+    if door.is_some() {
+        // With the /proc of this network namespace, which jobs cannot write.
+        host.network.write()?;
+    }
     if let For::Agent(_) = whom {
         silence()?;
     }

@@ -151,12 +151,11 @@ impl Accounts {
         for (own, gid) in more {
             group += &format!("{own}:x:{gid}:{name}\n");
         }
-        let hosts = match slot.network {
-            Network::Host => None,
-            Network::None => network::hosts(&config.general.baseurl),
-        };
         let mut files = vec![("passwd", passwd), ("group", group)];
-        files.extend(hosts.map(|hosts| ("hosts", hosts)));
+        if slot.network == Network::None {
+            let own = nix::unistd::gethostname().unwrap_or_default();
+            files.push(("hosts", network::hosts(&config.general.baseurl, &own)));
+        }
         files
     }
 }

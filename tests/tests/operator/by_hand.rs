@@ -267,3 +267,44 @@ async fn a_command_by_hand_may_open_its_streams_again() {
     assert_eq!(std::fs::read_to_string(&output).unwrap(), expected);
     house.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_of_its_own_knows_its_name_and_has_the_hosts_settings() {
+    let house = House::new("[slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n").await;
+    answering(&house).await;
+    let job = "getent hosts \"$(hostname)\" && hostname -f && cd /proc/sys/net && \
+               cat ipv4/ping_group_range ipv4/ip_unprivileged_port_start ipv4/ip_local_port_range \
+               ipv4/ip_local_reserved_ports core/somaxconn unix/max_dgram_qlen";
+    let run = command(&house, &["run", "--", "bash", "-c", job]);
+    // A host with values that no kernel begins with.
+    let host = "cd /proc/sys/net && echo 0 2147483647 >ipv4/ping_group_range && \
+                echo 80 >ipv4/ip_unprivileged_port_start && echo 20000 60000 >ipv4/ip_local_port_range && \
+                echo 30000-30002 >ipv4/ip_local_reserved_ports && echo 100 >core/somaxconn && \
+                echo 200 >unix/max_dgram_qlen && cd / && exec \"$@\"";
+    let mut unshare = Command::new("unshare");
+    unshare
+        .args(["--net", "sh", "-c", host, "sh"])
+        .arg(run.get_program())
+        .args(run.get_args())
+        .stdin(Stdio::null());
+    let said: Said = tokio::task::block_in_place(|| unshare.output().unwrap().into());
+    assert_eq!(said.status, 0, "{}{}", said.out, said.err);
+    let own = nix::unistd::gethostname().unwrap().into_string().unwrap();
+    let lines: Vec<Vec<&str>> = said
+        .out
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let expected = [
+        &["127.0.0.1", &own][..],
+        &[&own],
+        &["0", "2147483647"],
+        &["80"],
+        &["20000", "60000"],
+        &["30000-30002"],
+        &["100"],
+        &["200"],
+    ];
+    assert_eq!(lines, expected, "{}", said.err);
+    house.finish().await;
+}
