@@ -58,6 +58,8 @@ struct Cache {
     /// How long a download may take.
     whole: Duration,
     state: Mutex<State>,
+    /// Held while the file is read for the first time: it is read once, and who waits goes on in the order of asking.
+    reading: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -104,6 +106,7 @@ impl AgentCache {
             query,
             whole: WHOLE,
             state: Mutex::default(),
+            reading: tokio::sync::Mutex::default(),
         }))
     }
 
@@ -173,6 +176,7 @@ impl Cache {
 
     /// The agent that is there, in memory or on the disk.
     async fn known(&self) -> Option<Agent> {
+        let _reading = self.reading.lock().await;
         if let Some(agent) = &self.state().agent {
             return Some(agent.clone());
         }

@@ -132,10 +132,17 @@ impl Factory {
 
     fn begin_job(&mut self, now: u64, lease: Lease, leased_at: u64) {
         let slot = self.free(now).pick(lease.target).cloned();
+        // A server may give a job that it was not asked for, or was asked for before it refused a worker.
+        let waits = now < self.no_jobs_until;
         let Some(slot) = slot.filter(|_| {
-            !self.stopped && !self.draining && self.file_differs.is_none() && self.storage.is_none()
+            !waits && !self.stopped && !self.draining && self.file_differs.is_none() && self.storage.is_none()
         }) else {
-            let trouble = format!("a job of target {} finds no slot", lease.target);
+            let why = if waits {
+                "comes while no worker is asked for, since the server has made none"
+            } else {
+                "finds no slot"
+            };
+            let trouble = format!("a job of target {} {why}", lease.target);
             if self.last_lease_trouble != trouble {
                 let text = format!("{trouble}: the lease of job {} will expire", lease.job);
                 self.say(Level::Warn, None, text);

@@ -166,6 +166,10 @@ impl Factory {
             return;
         };
         let ms = now.saturating_sub(answered_at);
+        // Those that wait for a slot have not waited while the server was away, either.
+        for stranger in self.strangers.values_mut() {
+            stranger.since = now.min(stranger.since + ms);
+        }
         let waiting: Vec<WorkerId> = self
             .workers
             .values()

@@ -102,7 +102,15 @@ fn a_seed_is_a_world_to_the_last_letter() {
         let script = seed::script(seed);
         let [first, second] = [(); 2].map(|()| life::simulate(&script, true));
         assert!(first.trace.lines().len() > 100, "seed {seed} tells nothing");
-        assert_eq!(first.trace.lines(), second.trace.lines(), "seed {seed}");
+        let (first, second) = (first.trace.lines(), second.trace.lines());
+        if let Some(at) = (0..first.len().max(second.len())).find(|n| first.get(*n) != second.get(*n)) {
+            let around = |lines: Vec<String>| lines[at.saturating_sub(3)..lines.len().min(at + 3)].join("\n");
+            panic!(
+                "seed {seed}, line {at}:\n{}\n---\n{}",
+                around(first.clone()),
+                around(second.clone())
+            );
+        }
     }
 }
 

@@ -596,6 +596,26 @@ fn jobs_that_can_have_no_worker_are_not_all_asked_for() {
 }
 
 #[test]
+fn jobs_that_come_unasked_get_no_worker_while_the_server_refuses_to_make_one() {
+    let mut world = World::new();
+    world.refuses_workers = true;
+    world.submit(1, '3');
+    world.run(|w| w.counts.get("make") == Some(&1));
+    let target = "01HZX3N8Q4J5K6M7P8R9S0T1V3".parse().unwrap();
+    let end = world.now + 60_000;
+    let mut n = 100;
+    while world.now < end {
+        // Whatever is asked for, there is a job in the answer.
+        n += 1;
+        let lease = Lease { target, job: job(n) };
+        world.leased.push((world.now, lease.clone()));
+        world.tell(Input::Leased(Ok(Some(lease))));
+        world.step(0);
+    }
+    assert!(world.counts["make"] <= 10, "{n} jobs: {:?}", world.counts);
+}
+
+#[test]
 fn a_drained_slot_takes_nothing_and_the_others_do() {
     let mut world = World::new();
     let slot: SlotName = "c".parse().unwrap();
