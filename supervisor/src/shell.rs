@@ -35,25 +35,42 @@ const UNANSWERED: Duration = Duration::from_secs(5);
 /// Whoever looks waits no longer for a helper that must be asked first.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Milliseconds since 1970 that never go back, and do not jump, within one life.
+/// Milliseconds since 1970 that never go back, and do not jump, within one life: waits and limits are counted in them. The
+/// host's clock may jump, as when it is set after the start: what is shown is in its time, see [`Clock::ahead`].
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     began: Instant,
     at: u64,
+    /// The host's clock.
+    wall: Option<fn() -> u64>,
+}
+
+fn wall() -> u64 {
+    let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(at.as_millis()).unwrap_or(0)
 }
 
 impl Clock {
     pub fn start() -> Self {
-        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self::at(u64::try_from(at.as_millis()).unwrap_or(0))
+        Self {
+            wall: Some(wall),
+            ..Self::at(wall())
+        }
     }
 
-    /// A clock that reads `at` now.
+    /// A clock that reads `at` now, and beside which there is no other.
     pub fn at(at: u64) -> Self {
         Self {
             began: Instant::now(),
             at,
+            wall: None,
         }
+    }
+
+    /// By how many milliseconds the host's clock is ahead of this one, by now.
+    pub fn ahead(&self) -> i64 {
+        let wall = self.wall.map(|wall| wall().cast_signed());
+        wall.map_or(0, |wall| wall - self.now().cast_signed())
     }
 
     pub fn now(&self) -> u64 {

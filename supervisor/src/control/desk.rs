@@ -83,7 +83,8 @@ pub struct Desk {
     refused: Option<String>,
     server: String,
     helper: String,
-    troubles: VecDeque<api::Trouble>,
+    /// With their times: those in them are made when they are shown.
+    troubles: VecDeque<(u64, api::Trouble)>,
     pub metrics: Arc<Metrics>,
     pub page: Option<Arc<StatusPage>>,
     pub tokens: Option<TokenStore>,
@@ -130,29 +131,30 @@ impl Desk {
         if self.troubles.len() == TROUBLES {
             self.troubles.pop_front();
         }
-        self.troubles.push_back(api::Trouble {
+        let trouble = api::Trouble {
             at: time(now),
             worker,
             slot,
             text,
-        });
+        };
+        self.troubles.push_back((now, trouble));
     }
 
     pub fn status(&self, factory: &Factory, now: u64) -> Status {
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             protocol: protocol::VERSION,
-            now: time(now),
-            started: time(self.started),
+            now: factory.time(now),
+            started: factory.time(self.started),
             configuration: api::Configuration {
                 path: self.config.display().to_string(),
-                loaded: time(self.loaded),
+                loaded: factory.time(self.loaded),
                 refused: self.refused.clone(),
                 token: self.tokens.as_ref().map(|tokens| tokens.source().to_string()),
             },
             server: factory.server_status(self.server.clone()),
             helper: factory.helper_status(self.helper.clone()),
-            status_page: self.page.as_ref().map(|page| page.shown()),
+            status_page: self.page.as_ref().map(|page| page.shown(factory.time(now))),
             draining: factory.draining(),
             slots: factory.slots(now),
             workers: factory.shown(),
@@ -160,7 +162,14 @@ impl Desk {
             not_taken: factory.not_taken(),
             identity: factory.mark(),
             foreign: factory.foreign_workers(now),
-            troubles: self.troubles.iter().cloned().collect(),
+            troubles: self
+                .troubles
+                .iter()
+                .map(|(at, trouble)| api::Trouble {
+                    at: factory.time(*at),
+                    ..trouble.clone()
+                })
+                .collect(),
         }
     }
 

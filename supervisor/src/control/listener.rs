@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{StatusCode, header};
@@ -87,7 +87,7 @@ pub(super) async fn serve_operators(listener: UnixListener, router: Router) {
 #[derive(Debug)]
 pub struct StatusPage {
     address: SocketAddr,
-    state: Mutex<(Timestamp, Result<(), String>)>,
+    state: Mutex<(Instant, Result<(), String>)>,
 }
 
 impl StatusPage {
@@ -95,16 +95,17 @@ impl StatusPage {
         let why = Err("it has not been tried yet".to_owned());
         StatusPage {
             address,
-            state: Mutex::new((Timestamp::now(), why)),
+            state: Mutex::new((Instant::now(), why)),
         }
     }
 
-    pub fn shown(&self) -> Partner {
+    /// `now` is the time by which all of the status is shown.
+    pub fn shown(&self, now: Timestamp) -> Partner {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         Partner {
             address: self.address.to_string(),
             reachable: Some(state.1.is_ok()),
-            since: state.0,
+            since: now.checked_sub(state.0.elapsed()).unwrap_or(now),
             trouble: state.1.clone().err(),
             unanswered_since: None,
         }
@@ -116,7 +117,7 @@ impl StatusPage {
         if state.1 == new {
             return false;
         }
-        *state = (Timestamp::now(), new);
+        *state = (Instant::now(), new);
         true
     }
 

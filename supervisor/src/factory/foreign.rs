@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{State, WorkerId};
 
-use super::status::time;
 use super::{Factory, Level, Output, Runtime};
 use crate::control::api;
 use crate::identity::Owner;
@@ -164,7 +163,7 @@ impl Factory {
             .map(|(id, worker)| api::ForeignWorker {
                 id: *id,
                 private: worker.private.clone(),
-                since: time(worker.since),
+                since: self.time(worker.since),
                 text: self.foreign_text(*id, worker),
             })
             .collect()

@@ -260,6 +260,8 @@ pub struct Factory {
     /// Why the state cannot be saved.
     storage: Option<String>,
     stopped: bool,
+    /// By how many milliseconds the host's clock is ahead of the time of inputs: for what is shown alone.
+    ahead: i64,
     /// Counts inputs: the order of things, where the clock is too coarse.
     turn: u64,
     /// So that the same trouble is not in the log once a second.
@@ -301,6 +303,7 @@ impl Factory {
             on_host: BTreeMap::new(),
             storage: None,
             stopped: false,
+            ahead: 0,
             turn: 0,
             last_lease_trouble: String::new(),
             last_make_trouble: String::new(),

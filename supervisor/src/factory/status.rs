@@ -25,6 +25,16 @@ struct Taken<'a> {
 }
 
 impl Factory {
+    /// The host's clock is so many milliseconds ahead of the core's time: whatever is shown is in the former.
+    pub fn set_ahead(&mut self, ahead: i64) {
+        self.ahead = ahead;
+    }
+
+    /// Milliseconds of the core's time, for people.
+    pub fn time(&self, ms: u64) -> Timestamp {
+        time(ms.saturating_add_signed(self.ahead))
+    }
+
     /// What the configuration file says else than the configuration in use.
     pub fn file_difference(&self) -> Option<&str> {
         self.file_differs
@@ -51,9 +61,9 @@ impl Factory {
         api::Partner {
             address,
             reachable: asked.then_some(!partner.away),
-            since: time(partner.since),
+            since: self.time(partner.since),
             trouble: partner.away.then(|| partner.trouble.clone()),
-            unanswered_since: self.unanswered_since(side).map(time),
+            unanswered_since: self.unanswered_since(side).map(|since| self.time(since)),
         }
     }
 
@@ -104,9 +114,9 @@ impl Factory {
                 SlotState::Resting,
                 Some(format!(
                     "until {}",
-                    time(rest.until)
+                    self.time(rest.until)
                         .round(jiff::Unit::Second)
-                        .unwrap_or(time(rest.until))
+                        .unwrap_or(self.time(rest.until))
                 )),
             )
         } else if let Some(why) = self.not_taken() {
@@ -147,12 +157,12 @@ impl Factory {
             id: worker.id,
             slot: worker.slot.clone(),
             phase: worker.phase.name().to_owned(),
-            since: time(worker.since),
+            since: self.time(worker.since),
             job: worker.job.clone(),
             user: UserName::from(worker.id).to_string(),
             uid: on_host.map(|info| info.uid.get()),
             disk: on_host.and_then(|info| info.disk),
-            hold: worker.waits_since().map(time),
+            hold: worker.waits_since().map(|since| self.time(since)),
             failure: worker.failure.clone(),
             next: next(worker, trouble.as_deref()),
             trouble,
@@ -169,7 +179,7 @@ impl Factory {
         let failure = self.lease_failed.as_ref();
         self.not_asked_for().or_else(|| {
             let failure = failure?;
-            let at = time(failure.retry_at);
+            let at = self.time(failure.retry_at);
             let at = at.round(jiff::Unit::Second).unwrap_or(at);
             Some(format!("{}; the next question is at {at}", failure.sentence))
         })

@@ -89,16 +89,48 @@ async fn row_76_a_clock_that_is_years_off_after_a_restart_changes_nothing_for_a_
     house.finish().await;
 }
 
+/// What `status` shows: by how many years its clock is off, and that nothing is older than the test.
+fn shown(house: &House, years: i64) {
+    let mut command = Command::new(binaries().join("user-factory"));
+    command
+        .arg("status")
+        .arg("--json")
+        .arg("--root")
+        .arg(&house.host.root);
+    let output = command.output().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let time = |value: &serde_json::Value| -> jiff::Timestamp { value.as_str().unwrap().parse().unwrap() };
+    let now = time(&status["now"]);
+    let off = now.duration_since(jiff::Timestamp::now()).as_secs() - years * YEAR;
+    assert!(off.abs() < 100, "{off} s from what was set\n{status:#}");
+    let workers = status["workers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|worker| &worker["since"]);
+    let others = [
+        &status["started"],
+        &status["configuration"]["loaded"],
+        &status["server"]["since"],
+        &status["status_page"]["since"],
+    ];
+    for since in workers.chain(others) {
+        let age = now.duration_since(time(since)).as_secs();
+        assert!((0..200).contains(&age), "{since} is {age} s old\n{status:#}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn row_76_a_clock_that_jumps_while_the_factory_runs_changes_nothing() {
     let clock = Clock::new();
-    let mut house = House::new(TWO).await;
+    let mut house = House::new(&format!("status_address = \"127.0.0.1:0\"\n{TWO}")).await;
     clock.supervisor(&mut house);
     clock.helper(&mut house);
     let job = house.running().await;
     for years in [20, -20, 20, 0] {
         clock.set(years);
         house.polls(2).await;
+        shown(&house, years);
         let other = house.submit("echo beside");
         house.completed(other).await;
     }
