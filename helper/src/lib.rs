@@ -15,7 +15,6 @@
 //! `unsafe` is in `sys`. What a person on the host does as root, with the same sandbox and no socket, is
 //! `by_hand`, at a `terminal`.
 
-mod by_hand;
 mod cgroup;
 mod connection;
 mod devices;
@@ -30,22 +29,20 @@ mod launch;
 mod limits;
 mod listener;
 mod log;
+mod manual;
 mod network;
 mod orders;
 mod policy;
 mod privileges;
 mod rootfs;
 mod sandbox;
-mod streams;
 mod sys;
 mod tenancy;
-mod terminal;
 mod timer;
 mod trees;
 mod user;
 mod worker;
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -80,16 +77,13 @@ use rootfs::{Event, RootFs};
 // For those who try the helper's parts by themselves (`fuzz/`).
 pub use connection::{Operations, Peer, serve as serve_connection};
 pub use log::start as start_log;
+pub use manual::main as main_of_manual;
 pub use orders::{Order, Word};
 pub use worker::{Record, parse_exit, print_exit};
 
 const USAGE: &str = "usage: user-factory-helper [--root DIR] [--cgroup PATH [--apart]]
-       user-factory-helper run [--root DIR] [--slot SLOT] -- COMMAND [ARGUMENT…]
-       user-factory-helper shell [--root DIR] WORKER
-       user-factory-helper check [--root DIR] FILE
 
-Root's half of the buildomat user factory; see the README. `run`, `shell` and `check` are for people, by way
-of the commands of `user-factory` of the same names.
+The root helper of the buildomat user factory; see the README.
   --root DIR     where etc/buildomat-user-factory/config.toml, run/ and var/lib/ are found [/]
   --cgroup PATH  the cgroup, below the cgroup v2 mount, in which to keep the workers' [its own]
   --apart        that cgroup is for them alone: do not move into it
@@ -147,21 +141,12 @@ pub fn main() -> ExitCode {
     let systemd_socket = sys::listening_socket_of_systemd();
     sys::default_signals();
     log::start();
-    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let run = || match words.first().and_then(|word| word.to_str()) {
-        Some("run") => by_hand::run(&words[1..]),
-        Some("shell") => by_hand::shell(&words[1..]),
-        Some("check") => by_hand::check(&words[1..]),
-        _ => {
-            match options()? {
-                Some(options) => daemon(&options, systemd_socket)?,
-                None => std::io::stdout().write_all(USAGE.as_bytes())?,
-            }
-            Ok(0)
-        }
+    let run = || match options()? {
+        Some(options) => daemon(&options, systemd_socket),
+        None => Ok(std::io::stdout().write_all(USAGE.as_bytes())?),
     };
     match run() {
-        Ok(status) => ExitCode::from(status),
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");
             ExitCode::FAILURE
@@ -207,8 +192,11 @@ fn daemon(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     let _only_one = lock_out_others(&run_dir, &options.root.join(config::STATE_DIR).join("workers"))?;
     let _reserved = reserve(&options.root, config.factory.uid_range)?;
     // For whoever starts something by hand.
-    std::fs::write(run_dir.join(by_hand::CGROUP), cgroups.as_os_str().as_bytes())
-        .context("cannot write down where the workers' cgroups are")?;
+    std::fs::write(
+        options.root.join(config::CGROUP_FILE),
+        cgroups.as_os_str().as_bytes(),
+    )
+    .context("cannot write down where the workers' cgroups are")?;
     let socket = match systemd_socket {
         Some(socket) => {
             check_socket(&socket).context("the socket that systemd passed cannot be used")?;

@@ -57,7 +57,7 @@ fn run(command: Command) -> u8 {
                 there.root.into_os_string(),
                 worker.to_string().into(),
             ];
-            root::become_helper(words)
+            root::become_manual(words)
         }
         Command::Run { slot, there, command } => {
             let mut words: Vec<OsString> = vec!["run".into(), "--root".into(), there.root.into_os_string()];
@@ -67,7 +67,7 @@ fn run(command: Command) -> u8 {
             );
             words.push("--".into());
             words.extend(command);
-            root::become_helper(words)
+            root::become_manual(words)
         }
         Command::Generate { what } => or_say(generate::generate(what)),
     }

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use protocol::config::{
-    CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET, Config, GATE_DIR, HELPER_SOCKET, Limits, Mistake, Network,
-    RUN_DIR, STATE_DIR, Slot,
+    CGROUP_FILE, CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET, Config, GATE_DIR, HELPER_SOCKET, Limits, Mistake,
+    Network, STATE_DIR, Slot,
 };
 
 use crate::config_check;
@@ -35,7 +35,7 @@ impl Places {
             gate: root.join(GATE_DIR),
             userdb: root.join("run/userdb"),
             control: root.join(CONTROL_DIR),
-            cgroups: root.join(RUN_DIR).join("helper.cgroup"),
+            cgroups: root.join(CGROUP_FILE),
             state: root.join(STATE_DIR).join("supervisor"),
             machine_id: root.join("etc/machine-id"),
         }

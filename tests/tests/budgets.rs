@@ -120,7 +120,7 @@ impl Sources {
     fn of(crate_name: &str) -> Sources {
         let src = root().join(crate_name).join("src");
         let mut sources = Sources::default();
-        for name in ["lib.rs", "main.rs"] {
+        for name in ["lib.rs", "main.rs", "manual/main.rs"] {
             if src.join(name).exists() {
                 sources.add(&src.join(name), false);
             }
@@ -323,6 +323,20 @@ fn the_helper_is_made_of_few_crates_each_with_its_reason() {
         "helper/deny.toml lists other crates than the helper is made of"
     );
     allow("crates", crates.len());
+}
+
+/// A sentence that only the program of the commands by hand has, and one that only the helper has.
+#[test]
+fn the_helpers_program_has_nothing_of_the_commands_by_hand() {
+    let (manual, monitor) = ("there is no command: write it behind --", "must run as root");
+    for (program, has, lacks) in [
+        ("user-factory-helper", monitor, manual),
+        ("user-factory-manual", manual, monitor),
+    ] {
+        let bytes = fs::read(testbed::harness::binaries().join(program)).unwrap();
+        let is_in = |text: &str| bytes.windows(text.len()).any(|part| part == text.as_bytes());
+        assert!(is_in(has) && !is_in(lacks), "{program}");
+    }
 }
 
 #[test]

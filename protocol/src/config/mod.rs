@@ -44,6 +44,8 @@ pub use value::{
 pub const CONFIG_PATH: &str = "etc/buildomat-user-factory/config.toml";
 /// The directory of the sockets, below the root directory.
 pub const RUN_DIR: &str = "run/buildomat-user-factory";
+/// The file in which the helper writes the path of the directory of workers' cgroups.
+pub const CGROUP_FILE: &str = "run/buildomat-user-factory/helper.cgroup";
 /// The helper's socket, below the root directory.
 pub const HELPER_SOCKET: &str = "run/buildomat-user-factory/helper.sock";
 /// The directory, below the root directory, in which the supervisor listens for jobs that can reach nobody but

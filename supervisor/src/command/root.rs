@@ -1,4 +1,4 @@
-//! The commands that need root: they are the helper's own, which this one becomes, or asks.
+//! The commands that need root: the program `user-factory-manual`, which this one becomes, or asks.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -9,30 +9,30 @@ use protocol::config::CONFIG_PATH;
 
 use super::{FAILED, say_error};
 
-/// Where the package puts the helper.
-const INSTALLED: &str = "/usr/libexec/buildomat-user-factory/user-factory-helper";
+/// Where the package puts the program.
+const INSTALLED: &str = "/usr/libexec/buildomat-user-factory/user-factory-manual";
 
-/// The helper of this release: beside this program, or where the package puts it.
-fn helper() -> PathBuf {
+/// The program of this release: beside this one, or where the package puts it.
+fn manual() -> PathBuf {
     let beside = std::env::current_exe()
         .ok()
-        .map(|own| own.with_file_name("user-factory-helper"));
+        .map(|own| own.with_file_name("user-factory-manual"));
     beside
         .filter(|path| path.is_file())
         .unwrap_or_else(|| PathBuf::from(INSTALLED))
 }
 
-/// Become the helper, with these words.
-pub fn become_helper(words: impl IntoIterator<Item = OsString>) -> u8 {
+/// Become the program, with these words.
+pub fn become_manual(words: impl IntoIterator<Item = OsString>) -> u8 {
     if !nix::unistd::geteuid().is_root() {
         say_error("user-factory: this needs root: it enters a job's sandbox");
         return FAILED;
     }
-    let helper = helper();
-    let error = Command::new(&helper).args(words).exec();
+    let manual = manual();
+    let error = Command::new(&manual).args(words).exec();
     say_error(&format!(
-        "user-factory: cannot run {}: {error}; install the helper of this release",
-        helper.display()
+        "user-factory: cannot run {}: {error}; install the programs of one release",
+        manual.display()
     ));
     FAILED
 }
@@ -52,8 +52,8 @@ pub fn ask_helper(config: &Path, root: &Path) -> (String, bool) {
         );
         return (why, false);
     }
-    let helper = helper();
-    let asked = Command::new(&helper)
+    let manual = manual();
+    let asked = Command::new(&manual)
         .args([
             "check".as_ref(),
             "--root".as_ref(),
@@ -70,7 +70,7 @@ pub fn ask_helper(config: &Path, root: &Path) -> (String, bool) {
         Err(error) => (
             format!(
                 "not asked whether it would start: cannot run {}: {error}",
-                helper.display()
+                manual.display()
             ),
             false,
         ),

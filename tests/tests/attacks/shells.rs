@@ -111,10 +111,10 @@ struct Shell {
 
 fn shell_command(program: &str, host: &TestHost, worker: WorkerId) -> Command {
     let mut command = Command::new(binaries().join(program));
-    if program != "user-factory-helper" {
+    if program != "user-factory-manual" {
         command
             .arg("--stop-first")
-            .arg(binaries().join("user-factory-helper"));
+            .arg(binaries().join("user-factory-manual"));
     }
     command
         .arg("shell")
@@ -342,7 +342,7 @@ fn row_65_a_shell_that_ends_late_ends_no_other_shell_of_its_worker() {
     let before = Remains::take(&stage.host);
     let worker = running(&stage);
     let open = || {
-        let mut command = shell_command("user-factory-helper", &stage.host, worker);
+        let mut command = shell_command("user-factory-manual", &stage.host, worker);
         let (reader, mut writer) = std::io::pipe().expect("a pipe");
         let shell = Running::printing_with(&mut command, reader.into());
         writer.write_all(b"echo inside\n").expect("it reads");
@@ -350,7 +350,7 @@ fn row_65_a_shell_that_ends_late_ends_no_other_shell_of_its_worker() {
         (shell, writer)
     };
     let (mut first, typed) = open();
-    let refused = shell_command("user-factory-helper", &stage.host, worker)
+    let refused = shell_command("user-factory-manual", &stage.host, worker)
         .stderr(Stdio::piped())
         .output()
         .expect("the shell can be started");

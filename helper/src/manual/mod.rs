@@ -1,5 +1,6 @@
-//! What a person does as root, here and now, without the socket and without a server: a command in a worker of
-//! its own (`run`), or a shell in a worker that is there (`shell`). The walls are the job's own.
+//! The program `user-factory-manual`: what a person does as root, without the socket and without a server. A command in
+//! a worker of its own (`run`), a shell in a worker that is there (`shell`), and whether the helper would start with a
+//! configuration (`check`). The sandbox is that of a job. The helper's own program has nothing of this.
 //!
 //! The daemon knows nothing of it. A worker that was made for `run` is locked until its end, so whoever wants to
 //! delete it (a supervisor that finds it owned by nobody) waits, and has nothing to do in the end; if this
@@ -10,14 +11,17 @@
 //! cgroup (`cgroup::kill`) before it removes anything. Everything that a shell makes outside its own namespaces (a
 //! `/dev`, a quota) is made by a process in that cgroup, so the deletion removes it after the process is dead.
 
+mod streams;
+mod terminal;
+
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -29,13 +33,48 @@ use protocol::{Error, ErrorKind, Received, Seqpacket, SlotName, Uid, UserName, W
 
 use crate::host::Host;
 use crate::orders::Word;
-use crate::streams::Streams;
-use crate::terminal::{self, Ours, Terminal};
 use crate::worker::Worker;
-use crate::{cgroup, init, limits, rootfs, sandbox, sys, tenancy, trees};
+use crate::{cgroup, init, limits, log, rootfs, sandbox, sys, tenancy, trees};
 
-/// The file, in the directory of the sockets, that says where the workers' cgroups are.
-pub const CGROUP: &str = "helper.cgroup";
+use streams::Streams;
+use terminal::{Ours, Terminal};
+
+const USAGE: &str = "usage: user-factory-manual run [--root DIR] [--slot SLOT] -- COMMAND [ARGUMENT…]
+       user-factory-manual shell [--root DIR] WORKER
+       user-factory-manual check [--root DIR] FILE
+
+What `user-factory run`, `user-factory shell` and `user-factory check` start; see their pages.
+  --root DIR   where etc/buildomat-user-factory/config.toml, run/ and var/lib/ are found [/]
+  --slot SLOT  the slot to use [the first that is free]
+";
+
+/// The program `user-factory-manual`.
+pub fn main() -> ExitCode {
+    sys::default_signals();
+    log::start();
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let [command, rest @ ..] = &words[..] else {
+        eprint!("{USAGE}");
+        return ExitCode::FAILURE;
+    };
+    let done = match command.to_str() {
+        Some("run") => run(rest),
+        Some("shell") => shell(rest),
+        Some("check") => check(rest),
+        Some("--help" | "-h") => {
+            print!("{USAGE}");
+            Ok(0)
+        }
+        _ => Err(anyhow!("{command:?} is none of run, shell and check")),
+    };
+    match done {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            log::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// What was typed.
 struct Words {
@@ -73,7 +112,7 @@ fn words(words: &[OsString]) -> Result<Words> {
 
 /// Where the helper has the workers' cgroups.
 fn cgroups(root: &Path) -> Result<PathBuf> {
-    let path = root.join(config::RUN_DIR).join(CGROUP);
+    let path = root.join(config::CGROUP_FILE);
     let cgroups = std::fs::read(&path).with_context(|| {
         format!(
             "cannot read {}: start the helper, which knows where the workers' cgroups are",
@@ -83,7 +122,7 @@ fn cgroups(root: &Path) -> Result<PathBuf> {
     Ok(PathBuf::from(OsString::from_vec(cgroups)))
 }
 
-fn host(root: &Path) -> Result<Host> {
+fn open_host(root: &Path) -> Result<Host> {
     let cgroups = cgroups(root)?;
     // What is made must not be closed to its job by the umask of a person.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
@@ -94,7 +133,7 @@ fn host(root: &Path) -> Result<Host> {
 pub fn run(typed: &[OsString]) -> Result<u8> {
     let typed = words(typed)?;
     ensure!(!typed.rest.is_empty(), "there is no command: write it behind --");
-    let host = host(&typed.root)?;
+    let host = open_host(&typed.root)?;
     // A person who leaves must not leave a worker.
     let signals = terminal::signals()?;
     let unlimit = |_, uid: Uid| limits::of_disk(&host, uid, None, None);
@@ -106,7 +145,7 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         let (config, _) = host.configuration()?;
         let slot = &config.slots[&record.slot];
         for warning in limits::check(&record.slot, &slot.limits, host.abilities)? {
-            crate::log::warn!("{warning}");
+            log::warn!("{warning}");
         }
         trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
@@ -128,7 +167,7 @@ pub fn shell(typed: &[OsString]) -> Result<u8> {
         bail!("name one worker: `user-factory workers` lists them");
     };
     let id: WorkerId = worker.to_str().unwrap_or_default().parse()?;
-    let host = host(&typed.root)?;
+    let host = open_host(&typed.root)?;
     // Before the lock: it takes as long as the host has mounts.
     rootfs::enter_new(&host)?;
     let (worker, record) = Worker::existing(&host, id)?;
