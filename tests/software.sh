@@ -4,7 +4,7 @@
 # Parts that need a network are cargo, npm, pip and apt. SOFTWARE names the parts that are run, if not all. It needs these
 # packages of Debian, and for the part cargo a toolchain of Rust:
 # Packages: build-essential cmake git gdb strace python3-venv npm man-db openssh-client openssh-server e2fsprogs libudev1 chromium
-# Packages: cpio automake autoconf buildah podman crun busybox-static postgresql default-jdk-headless gnupg screen minicom
+# Packages: cpio automake autoconf buildah podman crun slirp4netns passt busybox-static postgresql default-jdk-headless gnupg screen minicom
 # Packages: socat xvfb xauth x11-utils bzip2 libarchive-tools
 cd "$(mktemp -d)" || exit 1
 failed=0

@@ -296,10 +296,11 @@ fn mount_in_dev(name: &str, plan: &Plan) -> Result<()> {
         .map_or("50%".to_owned(), |bytes| bytes.to_string());
     let (kind, nodev, options) = match name {
         // All jobs together have what kernel.pty.max and kernel.pty.reserve leave them: 3,072, unless the host sets it.
+        // Group 5 is `tty`, as on the host: sshd and others refuse a terminal of another group.
         "pts" => (
             "devpts",
             MsFlags::empty(),
-            "newinstance,ptmxmode=0666,mode=0620,max=128".to_owned(),
+            "newinstance,gid=5,ptmxmode=0666,mode=0620,max=128".to_owned(),
         ),
         "shm" => ("tmpfs", nodev, format!("mode=1777,size={memory}")),
         _ => ("mqueue", nodev, String::new()),

@@ -83,6 +83,17 @@ async fn at_a_terminal_a_command_has_one_of_its_own() {
     house.finish().await;
 }
 
+/// sshd and others refuse a terminal that is not of group 5, `tty`.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_has_the_owner_and_group_that_programs_expect() {
+    let house = House::new(ONE).await;
+    answering(&house).await;
+    let probe = "import os, pty\n_, terminal = pty.openpty()\nf = os.fstat(terminal)\nprint(f.st_uid == os.getuid(), f.st_gid, oct(f.st_mode & 0o777))";
+    let said = say(&house, &["run", "--", "/usr/bin/python3", "-c", probe]);
+    assert_eq!(said.out.trim(), "True 5 0o620", "{}", said.err);
+    house.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn of_a_persons_terminal_a_command_gets_nothing_whichever_stream_it_is() {
     let house = House::new(ONE).await;
