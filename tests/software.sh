@@ -3,9 +3,9 @@
 #
 # Parts that need a network are cargo, npm, pip and apt. SOFTWARE names the parts that are run, if not all. It needs these
 # packages of Debian, and for the part cargo a toolchain of Rust:
-# Packages: build-essential cmake git gdb strace python3-venv npm man-db openssh-client openssh-server e2fsprogs libudev1 chromium
-# Packages: cpio automake autoconf buildah podman crun slirp4netns passt busybox-static postgresql default-jdk-headless gnupg screen minicom
-# Packages: socat xvfb xauth x11-utils bzip2 libarchive-tools
+# Packages: build-essential cmake git gdb strace python3-venv npm man-db openssh-client openssh-server e2fsprogs libudev1
+# Packages: chromium cpio automake autoconf buildah podman crun runc slirp4netns passt busybox-static postgresql
+# Packages: default-jdk-headless gnupg screen minicom socat xvfb xauth x11-utils bzip2 libarchive-tools
 cd "$(mktemp -d)" || exit 1
 failed=0
 
@@ -105,10 +105,13 @@ the_buildah() {
         buildah from --name two localhost/one && buildah copy two image/Containerfile /file && buildah commit two three
 }
 
+# crun refuses hosts that use cgroup v1 and have cgroup v2 besides; runc does not.
 the_podman() {
+    local podman=(podman)
+    [ ! -d /sys/fs/cgroup/unified ] || podman+=(--runtime runc)
     [ -d image ] || the_image || return
-    podman build --tag one image && podman run --rm localhost/one | grep 'in the container' &&
-        podman run --rm --network host localhost/one /bin/busybox id -u | grep '^0$'
+    podman build --tag one image && "${podman[@]}" run --rm localhost/one | grep 'in the container' &&
+        "${podman[@]}" run --rm --network host localhost/one /bin/busybox id -u | grep '^0$'
 }
 
 the_postgresql() {

@@ -74,7 +74,9 @@ async fn demo() -> Result<bool> {
     .await?;
     let target = server.add_target("demo");
     let (_, token) = server.add_factory("demo");
-    let host = TestHost::new();
+    let mut host = TestHost::new();
+    // Of the default range, which archives of every format can hold.
+    host.uids = 2_031_616..=2_031_616 + 63;
     let mut slot = format!("[slots.demo]\ntarget = \"{target}\"\n");
     match toolchain() {
         Ok(toolchain) => {
