@@ -110,8 +110,10 @@ the_podman() {
     local podman=(podman)
     [ ! -d /sys/fs/cgroup/unified ] || podman+=(--runtime runc)
     [ -d image ] || the_image || return
-    podman build --tag one image && "${podman[@]}" run --rm localhost/one | grep 'in the container' &&
-        "${podman[@]}" run --rm --network host localhost/one /bin/busybox id -u | grep '^0$'
+    mkdir made && printf 'FROM localhost/one\nRUN ["/bin/busybox", "touch", "/made"]\n' >made/Containerfile || return
+    "${podman[@]}" build --tag one image && "${podman[@]}" run --rm localhost/one | grep 'in the container' &&
+        "${podman[@]}" run --rm --network host localhost/one /bin/busybox id -u | grep '^0$' &&
+        "${podman[@]}" build --tag two made && "${podman[@]}" run --rm localhost/two /bin/busybox ls /made | grep /made
 }
 
 the_postgresql() {
