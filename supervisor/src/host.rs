@@ -2,7 +2,7 @@
 //! it starts, and refuses what it must.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use protocol::config::{Config, Limits, Network, STATE_DIR, core_goes_to_a_socket};
 
@@ -31,6 +31,8 @@ pub struct Seen {
     pub modules: String,
     /// `/proc/sys/kernel/core_pattern`.
     pub core_pattern: String,
+    /// The file that `/etc/resolv.conf` leads to.
+    pub resolver: Option<PathBuf>,
 }
 
 impl Seen {
@@ -45,6 +47,10 @@ impl Seen {
             core_pattern: read(Path::new("/proc/sys/kernel/core_pattern"))
                 .trim_end()
                 .to_owned(),
+            resolver: Path::new("/etc/resolv.conf")
+                .canonicalize()
+                .ok()
+                .filter(|file| file.is_file()),
             mounts,
         }
     }
@@ -172,6 +178,23 @@ pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
         strict(|limits| limits.disk.is_some() || limits.inodes.is_some()),
         "limits.disk and limits.inodes are not enforced, and a job can fill the disk; the README has the three commands that turn them on",
     ));
+    if config.slots.values().any(|slot| slot.network == Network::Host) {
+        // Of /run jobs see the directory that the file is in.
+        let seen_by_jobs = seen
+            .resolver
+            .as_deref()
+            .filter(|file| file.parent() != Some(Path::new("/run")));
+        found.push(finding(
+            "resolv.conf",
+            &match &seen.resolver {
+                Some(file) => file.display().to_string(),
+                None => "leads to no file".to_owned(),
+            },
+            seen_by_jobs.is_some(),
+            false,
+            "jobs with the host's network resolve no names; let /etc/resolv.conf be a file, or lead to one that is in a directory of /run",
+        ));
+    }
     if config.slots.values().any(|slot| slot.network == Network::None) {
         found.push(finding(
             "network = \"none\"",
@@ -232,6 +255,7 @@ mod tests {
             controllers: "cpuset cpu io memory pids\n".into(),
             modules: "lockdown,capability,landlock,yama".into(),
             core_pattern: "core".into(),
+            resolver: Some("/run/systemd/resolve/stub-resolv.conf".into()),
         };
         assert_eq!(
             missing(&seen, "limits.memory = \"1G\"\nlimits.disk = \"1G\"", "/"),
@@ -267,6 +291,24 @@ mod tests {
             };
             let told = missing(&seen, "", "/").contains(&("core_pattern", false));
             assert_eq!(told, is_missing, "{pattern:?}");
+        }
+    }
+
+    #[test]
+    fn a_host_on_which_jobs_could_resolve_no_names_is_told_of() {
+        for (resolver, network, is_missing) in [
+            (Some("/etc/resolv.conf"), "host", false),
+            (Some("/run/NetworkManager/resolv.conf"), "host", false),
+            (Some("/run/resolv.conf"), "host", true),
+            (None, "host", true),
+            (None, "none", false),
+        ] {
+            let seen = Seen {
+                resolver: resolver.map(PathBuf::from),
+                ..Seen::default()
+            };
+            let told = missing(&seen, &format!("network = {network:?}"), "/");
+            assert_eq!(told.contains(&("resolv.conf", false)), is_missing, "{resolver:?}");
         }
     }
 
