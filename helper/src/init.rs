@@ -2,6 +2,7 @@
 //! agent's children, writes what they print to the bounded console, and reports how the agent ended;
 //! with its own end the kernel ends whatever is left in the pid namespace.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -17,7 +18,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use protocol::config::{EnvName, EnvValue, Slot};
-use protocol::{Exit, UserName};
+use protocol::{Exit, Uid, UserName};
 
 use crate::network::Door;
 use crate::worker::{TIMED_OUT, print_exit};
@@ -64,7 +65,7 @@ pub fn command(program: &Path, user: &UserName) -> Command {
 
 /// The environment that buildomat's agent gives a task, for a command by hand. A task has no other variables but
 /// the slot's, and two that name the job.
-pub fn task_environment(user: &UserName, slot: &Slot) -> Vec<(String, String)> {
+pub fn task_environment(user: &UserName, uid: Uid, slot: &Slot) -> Vec<(String, String)> {
     let path = "/var/run/buildomat/agent/bin:/usr/bin:/bin:/usr/sbin:/sbin:/opt/ooce/bin:/opt/ooce/sbin";
     let mut variables = vec![
         ("HOME".to_owned(), format!("/home/{user}")),
@@ -74,14 +75,17 @@ pub fn task_environment(user: &UserName, slot: &Slot) -> Vec<(String, String)> {
         ("PATH".to_owned(), path.to_owned()),
         ("LANG".to_owned(), "en_US.UTF-8".to_owned()),
     ];
-    variables.extend(slot_variables(slot));
+    variables.extend(slot_variables(uid, slot));
     variables
 }
 
-/// The variables that the agent adds to each task's: the slot's.
-pub fn slot_variables(slot: &Slot) -> impl Iterator<Item = (String, String)> {
+/// The variables that the agent adds to each task's: where its `/run` has a directory for it alone, and the slot's.
+pub fn slot_variables(uid: Uid, slot: &Slot) -> BTreeMap<String, String> {
+    let runtime = ("XDG_RUNTIME_DIR".to_owned(), format!("/run/user/{uid}"));
     let text = |(name, value): (&EnvName, &EnvValue)| (name.as_str().to_owned(), value.as_str().to_owned());
-    slot.env.iter().map(text)
+    std::iter::once(runtime)
+        .chain(slot.env.iter().map(text))
+        .collect()
 }
 
 /// Start `agent install …`. The error is the kernel's reason.

@@ -41,7 +41,11 @@ pub fn install(
         .ok_or_else(|| policy::no_such_slot(&record.slot))?;
     limits::check(&record.slot, &slot.limits, host.abilities)?;
     user::groups(host, &slot.add_to_groups).map_err(misconfigured)?;
-    trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
+    trees::make(
+        worker.dir(),
+        record.uid,
+        &trees::of(&worker.user(), record.uid, slot),
+    )?;
     // A first attempt that was cut off may have left its pid 1, waiting for a word that will not come.
     cgroup::kill(&host.cgroups, worker.id)?;
     let cgroup =

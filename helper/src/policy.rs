@@ -1,7 +1,6 @@
-//! The decisions, pure: may this worker have this slot, which uid does it get, and what of what its slot shows is hidden?
+//! The decisions, pure: may this worker have this slot, and which uid does it get?
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use protocol::config::{Config, Network, Slot, UidRange};
 use protocol::{Error, ErrorKind, SlotName, Uid, WorkerId};
@@ -78,15 +77,6 @@ pub fn candidates(range: UidRange, random: u64, used: &BTreeSet<u32>) -> impl It
         .filter_map(|uid| Uid::try_from(uid).ok())
 }
 
-/// Where, below `source`, which a slot shows at another place, `path` is to be hidden: if it is below it. What is the
-/// factory's own is hidden also where it is the source, or around it. Both without links.
-pub fn hidden_at<'a>(path: &'a Path, is_own: bool, source: &Path) -> Option<&'a Path> {
-    match path.strip_prefix(source) {
-        Ok(rest) => (is_own || !rest.as_os_str().is_empty()).then_some(rest),
-        Err(_) => (is_own && source.starts_with(path)).then_some(Path::new("")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,24 +101,6 @@ mod tests {
             worker: WorkerId::from_bits(worker),
             slot: slot.parse().unwrap(),
             uid,
-        }
-    }
-
-    #[test]
-    fn what_is_hidden_is_so_below_what_a_slot_shows_and_the_factorys_own_around_it_too() {
-        for (path, source, hidden, own) in [
-            ("/srv/a/b", "/srv", Some("a/b"), Some("a/b")),
-            ("/srv/a", "/", Some("srv/a"), Some("srv/a")),
-            ("/srv", "/srv", None, Some("")),
-            ("/srv", "/srv/a", None, Some("")),
-            ("/", "/srv", None, Some("")),
-            ("/srv/a", "/srv/b", None, None),
-            ("/srv", "/srv-2", None, None),
-            ("/srv-2", "/srv", None, None),
-        ] {
-            let at =
-                |is_own| hidden_at(Path::new(path), is_own, Path::new(source)).map(|at| at.to_str().unwrap());
-            assert_eq!((at(false), at(true)), (hidden, own), "{path} in {source}");
         }
     }
 

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -54,7 +55,7 @@ pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session:
     let files = files(host, worker)?;
     let door = put_up_the_walls(host, &config, &plan, For::Agent(session))?;
     Ok(Job {
-        agent_arguments: arguments(&config, &plan.slot, bootstrap),
+        agent_arguments: arguments(&config, plan.uid, &plan.slot, bootstrap),
         agent_variables: policy::agent_variables(&config, &plan.slot),
         user: plan.user,
         files,
@@ -187,7 +188,7 @@ fn plan(host: &Host, config: &Config, worker: WorkerId) -> Result<Plan> {
         user: user.clone(),
         uid: record.uid,
         groups: groups.into_iter().map(|(_, gid)| gid).collect(),
-        trees: trees::of(&user, slot),
+        trees: trees::of(&user, record.uid, slot),
         etc,
         slot: slot.clone(),
     })
@@ -206,9 +207,9 @@ fn files(host: &Host, worker: WorkerId) -> Result<init::Files> {
 }
 
 /// `agent install`'s arguments. None comes from the socket but the token, which is a plain word.
-fn arguments(config: &Config, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<String> {
+fn arguments(config: &Config, uid: Uid, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<String> {
     let mut arguments = vec!["install".to_owned()];
-    for (name, value) in init::slot_variables(slot) {
+    for (name, value) in init::slot_variables(uid, slot) {
         arguments.extend(["-e".to_owned(), format!("{name}={value}")]);
     }
     arguments.extend(["--no-service", "--no-setuid", "--use-var-run"].map(str::to_owned));
@@ -220,20 +221,18 @@ fn arguments(config: &Config, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<St
 }
 
 fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
+    let fs = private(plan, "workers").join("fs");
+    for (below_fs, place) in trees::mounted(&plan.trees) {
+        bind(&fs.join(below_fs), place, rootfs::WRITABLE)?;
+    }
     for tree in &plan.trees {
-        rules.allow_writing(bind_tree(plan, tree)?.as_fd())?;
+        let tree = nix::fcntl::open(&tree.place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+        rules.allow_writing(tree.as_fd())?;
     }
-    for (place, source) in &plan.slot.read_only {
-        bind(&rootfs::source_path(source), place.as_path(), rootfs::READ_ONLY)?;
+    for (place, source) in read_only(plan)? {
+        bind(&rootfs::source_path(&source), &place, rootfs::READ_ONLY)?;
     }
-    for (name, text) in &plan.etc {
-        // In memory, and gone with the mount, which is the only one to know it by then.
-        let source = Path::new(PRIVATE).join(format!("{}-{name}", plan.worker));
-        std::fs::write(&source, text).with_context(|| format!("cannot write the job's {name}"))?;
-        std::fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
-        bind(&source, &Path::new("/etc").join(name), rootfs::READ_ONLY)?;
-        std::fs::remove_file(&source)?;
-    }
+    own_files(plan)?;
     let dev = bind(&private(plan, "devices"), Path::new("/dev"), rootfs::DEVICES)?;
     // With what is mounted in it below.
     rules.allow_writing(dev.as_fd())?;
@@ -246,6 +245,54 @@ fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
     for place in ["/proc", "/dev/mqueue"] {
         let place = nix::fcntl::open(place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
         rules.allow_writing(place.as_fd())?;
+    }
+    Ok(())
+}
+
+/// What the job sees of the host at another place, by that place; and facts of the host at their own.
+fn read_only(plan: &Plan) -> Result<Vec<(PathBuf, PathBuf)>> {
+    let shown = plan.slot.read_only.iter();
+    let mut shown: Vec<_> = shown
+        .map(|(place, source)| (place.as_path().to_owned(), source.as_path().to_owned()))
+        .collect();
+    let overlaps = |one: &Path, other: &Path| one.starts_with(other) || other.starts_with(one);
+    for fact in rootfs::facts()? {
+        let is_for_it = match fact == Path::new(rootfs::UDEV_DATA) {
+            true => !plan.slot.devices.is_empty(),
+            false => plan.slot.network == Network::Host,
+        };
+        // What the operator shows there goes before.
+        let mut places = shown.iter().map(|(place, _)| place.as_path());
+        if is_for_it
+            && !places.any(|place| overlaps(place, &fact))
+            && !plan.trees.iter().any(|tree| overlaps(&tree.place, &fact))
+        {
+            shown.push((fact.clone(), fact));
+        }
+    }
+    for (place, _) in &shown {
+        if place.starts_with("/run") {
+            // In the worker's own directory, and there only root makes any but those that are the job's.
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(place)
+                .with_context(|| format!("cannot make {}", place.display()))?;
+        }
+    }
+    Ok(shown)
+}
+
+/// Put the job's own files into `/etc`.
+fn own_files(plan: &Plan) -> Result<()> {
+    rootfs::refresh_etc().context("cannot refresh /etc")?;
+    for (name, text) in &plan.etc {
+        // In memory, and gone with the mount, which is the only one to know it by then.
+        let source = Path::new(PRIVATE).join(format!("{}-{name}", plan.worker));
+        std::fs::write(&source, text).with_context(|| format!("cannot write the job's {name}"))?;
+        std::fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        bind(&source, &Path::new("/etc").join(name), rootfs::READ_ONLY)?;
+        std::fs::remove_file(&source)?;
     }
     Ok(())
 }
@@ -263,27 +310,19 @@ fn silence() -> Result<()> {
     Ok(nix::unistd::dup2_stderr(&null)?)
 }
 
-/// Returns the mount.
+/// Returns the mount. What the root file system shows at `place` is taken off: of a mount on a directory of the host's the
+/// host could dispose.
 fn bind(source: &Path, place: &Path, attributes: u64) -> Result<OwnedFd> {
     let describe = || format!("cannot mount {} at {}", source.display(), place.display());
     let copy = sys::clone_mount(source, true).with_context(describe)?;
     sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
+    match umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        // Nothing is mounted there.
+        Ok(()) | Err(Errno::EINVAL) => {}
+        Err(errno) => return Err(errno).with_context(describe),
+    }
     sys::attach_mount(copy.as_fd(), place).with_context(describe)?;
     Ok(copy)
-}
-
-/// `home/USER` is mounted as `/home` by way of its parent, and so is `run/…`.
-fn bind_tree(plan: &Plan, tree: &Tree) -> Result<OwnedFd> {
-    let top = tree
-        .below_fs
-        .split('/')
-        .next()
-        .expect("split gives one part at least");
-    bind(
-        &private(plan, "workers").join("fs").join(top),
-        &tree.place,
-        rootfs::WRITABLE,
-    )
 }
 
 /// Terminals, shared memory and message queues of the job's own.

@@ -15,7 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmod, fchmodat, fstat};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Gid, UnlinkatFlags, fchownat, unlinkat};
-use protocol::config::{PRIVATE_TREES, Slot};
+use protocol::config::{HostPath, PRIVATE_TREES, Slot};
 use protocol::{Uid, UserName};
 
 use crate::host::{DIRECTORY, kind, look, make_dir, names, open_dir, remove_dir, remove_file};
@@ -31,26 +31,43 @@ pub struct Tree {
 
 /// The writable trees of a job in `slot`.
 ///
-/// `home/` and `run/` stay root's, with the job's own directory inside: so they can be mounted as
+/// `home/`, `run/` and `run/user/` stay root's, with the job's own directories inside: so the first two can be mounted as
 /// `/home` and `/run`, which are the same for nobody else.
-pub fn of(user: &UserName, slot: &Slot) -> Vec<Tree> {
-    let tree = |below_fs: String, place: PathBuf, mode| Tree {
+pub fn of(user: &UserName, uid: Uid, slot: &Slot) -> Vec<Tree> {
+    let inside = |below_fs: String, mode| Tree {
+        place: Path::new("/").join(&below_fs),
         below_fs,
-        place,
         mode,
     };
     let mut trees = vec![
-        tree(format!("home/{user}"), "/home".into(), 0o755),
-        tree("run/buildomat".into(), "/run".into(), 0o755),
+        inside(format!("home/{user}"), 0o755),
+        inside("run/buildomat".into(), 0o755),
+        inside("run/lock".into(), 0o1777),
+        inside("run/screen".into(), 0o1777),
+        inside(format!("run/user/{uid}"), 0o700),
     ];
-    for place in PRIVATE_TREES {
-        let mode = if place.ends_with("/tmp") { 0o1777 } else { 0o755 };
-        trees.push(tree(place[1..].replace('/', "-"), place.into(), mode));
-    }
-    for (i, place) in slot.writable.iter().enumerate() {
-        trees.push(tree(format!("writable-{i}"), place.as_path().to_owned(), 0o755));
-    }
+    let slots = slot.writable.iter().map(HostPath::as_path).enumerate();
+    let slots = slots.map(|(i, place)| (format!("writable-{i}"), place));
+    let all = PRIVATE_TREES
+        .iter()
+        .map(|place| (place[1..].replace('/', "-"), Path::new(place)));
+    trees.extend(all.chain(slots).map(|(below_fs, place)| Tree {
+        below_fs,
+        mode: if place.ends_with("tmp") { 0o1777 } else { 0o755 },
+        place: place.to_owned(),
+    }));
     trees
+}
+
+/// What is mounted where for these trees: `/home` and `/run` with all that is in them.
+pub fn mounted(trees: &[Tree]) -> impl Iterator<Item = (&str, &Path)> {
+    let whole = |tree: &&Tree| !tree.below_fs.contains('/');
+    let inside = [("home", Path::new("/home")), ("run", Path::new("/run"))];
+    let whole = trees
+        .iter()
+        .filter(whole)
+        .map(|tree| (tree.below_fs.as_str(), tree.place.as_path()));
+    inside.into_iter().chain(whole)
 }
 
 /// Make the trees in the worker's directory. What is there already stays.
@@ -60,8 +77,8 @@ pub fn make(worker: BorrowedFd<'_>, uid: Uid, trees: &[Tree]) -> Result<()> {
     let (owner, group) = (nix::unistd::Uid::from_raw(uid.get()), Gid::from_raw(uid.get()));
     for tree in trees {
         let describe = || format!("cannot make the tree {}", tree.below_fs);
-        if let Some((parent, _)) = tree.below_fs.split_once('/') {
-            make_dir(&fs, parent, 0o755).with_context(describe)?;
+        for (end, _) in tree.below_fs.match_indices('/') {
+            make_dir(&fs, &tree.below_fs[..end], 0o755).with_context(describe)?;
         }
         let path = tree.below_fs.as_str();
         make_dir(&fs, path, tree.mode).with_context(describe)?;
@@ -75,28 +92,27 @@ pub fn make(worker: BorrowedFd<'_>, uid: Uid, trees: &[Tree]) -> Result<()> {
     Ok(())
 }
 
-/// All trees below `fs/`, with their owners. What else is there is in the way, and removed.
+/// All directories below `fs/` but those in trees, with their owners, each after those that are in it. What else is there
+/// is in the way, and removed. A job makes nothing in a directory of root's, so there are few, and not deep.
 fn found(fs: &OwnedFd) -> Result<Vec<(PathBuf, u32)>> {
-    let mut trees = Vec::new();
-    let mut take = |path: PathBuf| -> Result<()> {
-        let stat = look(fs, &path)?;
-        if kind(&stat) != SFlag::S_IFDIR {
-            return Ok(remove_file(fs, &path)?);
-        }
-        trees.push((path, stat.st_uid));
-        Ok(())
-    };
-    for top in names(fs.as_fd())? {
-        if top == "home" || top == "run" {
-            let root_owned = open_dir(fs, &top)?;
-            for name in names(root_owned.as_fd())? {
-                take(Path::new(&top).join(name))?;
+    fn list(directory: &OwnedFd, path: &Path, all: &mut Vec<(PathBuf, u32)>) -> Result<()> {
+        for name in names(directory.as_fd())? {
+            let stat = look(directory, &name)?;
+            if kind(&stat) != SFlag::S_IFDIR {
+                remove_file(directory, &name)?;
+                continue;
             }
-        } else {
-            take(top.into())?;
+            let path = path.join(&name);
+            if stat.st_uid == 0 {
+                list(&open_dir(directory, &name)?, &path, all)?;
+            }
+            all.push((path, stat.st_uid));
         }
+        Ok(())
     }
-    Ok(trees)
+    let mut all = Vec::new();
+    list(fs, Path::new(""), &mut all)?;
+    Ok(all)
 }
 
 /// Whose the trees are, by the owner that root has given them: their job cannot give them away (`chown(2)`).
@@ -126,8 +142,7 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
     if let Some(uid) = uid.filter(|_| !given.is_empty()) {
         user::as_user(uid, &[fs.as_raw_fd()], || empty_all(fs.as_fd(), &given))?;
     }
-    let all = trees.iter().map(|(path, _)| path.as_path());
-    for path in all.chain([Path::new("home"), Path::new("run")]) {
+    for (path, _) in &trees {
         remove_dir(&fs, path).with_context(|| format!("cannot remove the tree {}", path.display()))?;
     }
     remove_dir(worker, "fs").context("cannot remove the worker's fs")

@@ -147,7 +147,11 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         for warning in limits::check(&record.slot, &slot.limits, host.abilities)? {
             log::warn!("{warning}");
         }
-        trees::make(worker.dir(), record.uid, &trees::of(&worker.user(), slot))?;
+        trees::make(
+            worker.dir(),
+            record.uid,
+            &trees::of(&worker.user(), record.uid, slot),
+        )?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
         limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
         rootfs::enter_new(&host)?;
@@ -278,7 +282,8 @@ fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[O
             SigSet::empty().thread_set_mask()?;
             sandbox::enter_by_hand(host, worker)
         };
-        let ended = ready().and_then(|(user, slot)| first_process(&there, &user, &slot, command, ours));
+        let ended =
+            ready().and_then(|(user, slot)| first_process(&there, (&user, uid), &slot, command, ours));
         ended.unwrap_or_else(|error| {
             let _ = Word::Failed(format!("{error:#}")).say(&there);
             1
@@ -330,7 +335,7 @@ impl Started {
 /// Pid 1: start the command, and reap until it has ended. With its own end the kernel ends whatever is left.
 fn first_process(
     parent: &Seqpacket,
-    user: &UserName,
+    (user, uid): (&UserName, Uid),
     slot: &Slot,
     command: &[OsString],
     ours: Ours,
@@ -342,7 +347,7 @@ fn first_process(
     if ours.any() {
         start.env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()));
     }
-    start.envs(init::task_environment(user, slot));
+    start.envs(init::task_environment(user, uid, slot));
     let master = match ours.any() {
         true => {
             let (master, terminal) = terminal::of_the_job()?;

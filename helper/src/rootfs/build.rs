@@ -7,37 +7,46 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{File, FileType};
 use std::io::{ErrorKind, Read};
+use std::ops::Bound;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::inotify::{AddWatchFlags, Inotify};
-use protocol::config::{self, Config, HostPath, PRIVATE_TREES};
+use nix::sys::stat::{Mode, SFlag, mknod};
+use protocol::config::{self, Config, HostPath, Network, PRIVATE_TREES};
 
 use super::sockets;
 use crate::host::Host;
-use crate::{policy, sys};
+use crate::sys;
 
 /// Where the root file system keeps what only `sandbox` may see, and unmounts before the job begins.
 pub const PRIVATE: &str = "/.buildomat-factory";
 
-/// Top directories of which the job gets its own, or none: they are not the host's.
-const NOT_THE_HOSTS: [&str; 10] = [
-    "proc",
-    "dev",
-    "run",
-    "tmp",
-    "root",
-    "home",
-    "input",
-    "work",
-    "lost+found",
-    ".buildomat-factory",
+/// Directories of which a job gets its own, or none, besides `PRIVATE_TREES`; and their modes.
+const OWN: [(&str, u32); 5] = [
+    ("/proc", 0o755),
+    ("/dev", 0o755),
+    ("/run", 0o755),
+    ("/home", 0o755),
+    ("/root", 0o700),
 ];
+
+/// Files of a job's own in `/etc`.
+const OWN_FILES: [&str; 3] = ["passwd", "group", "hosts"];
+
+/// Of these overlayfs puts jobs' `/etc` together: what hides some of the host's, and the host's.
+const ETC_LAYERS: [&str; 2] = ["/.buildomat-factory/etc/own", "/.buildomat-factory/etc/host"];
+
+/// The directory of links whose texts are facts of the host in `/run`.
+const FACTS: &str = "/.buildomat-factory/facts";
+
+/// What udev knows of devices: a fact for slots that have some.
+pub const UDEV_DATA: &str = "/run/udev/data";
 
 pub const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
 pub const WRITABLE: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
@@ -46,18 +55,30 @@ pub const DEVICES: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | lib
 /// The most bytes of the mount table that are read: more than `fs.mount-max` lets it have with paths of a usual length.
 /// A mount beyond that is shown, or not, by its mode.
 const MAX_MOUNT_TABLE: u64 = 64 << 20;
-/// The most entries of a directory that are mounted one by one.
-const MAX_ENTRIES: usize = 4096;
+/// The most entries, of all directories together, that are mounted one by one.
+const MAX_ENTRIES: usize = 8192;
 
-/// The bind of `source`, for a job: the place where `sandbox` finds it.
-pub fn source_path(source: &HostPath) -> PathBuf {
-    let name = source.to_string().replace('%', "%25").replace('/', "%2f");
+/// What jobs see of `source`: the place where `sandbox` finds it.
+pub fn source_path(source: &Path) -> PathBuf {
+    let name = source
+        .display()
+        .to_string()
+        .replace('%', "%25")
+        .replace('/', "%2f");
     Path::new(PRIVATE).join("sources").join(name)
 }
 
+/// The directories of the host's `/run` that ordinary programs read, for a job.
+pub fn facts() -> Result<Vec<PathBuf>> {
+    let links = std::fs::read_dir(FACTS).context("cannot list the facts of the host")?;
+    let facts = links.map(|link| std::fs::read_link(link?.path()));
+    Ok(facts.collect::<std::io::Result<_>>()?)
+}
+
 fn is_not_found(error: &anyhow::Error) -> bool {
-    let cause = error.root_cause().downcast_ref::<std::io::Error>();
-    cause.is_some_and(|cause| cause.kind() == ErrorKind::NotFound)
+    let cause = error.root_cause();
+    let is_io = |cause: &std::io::Error| cause.kind() == ErrorKind::NotFound;
+    cause.downcast_ref().is_some_and(is_io) || cause.downcast_ref() == Some(&Errno::ENOENT)
 }
 
 /// A path as the kernel writes it into `mountinfo` (`proc_pid_mountinfo(5)`): white space and backslashes in octal.
@@ -99,10 +120,12 @@ struct Builder<'a> {
     devices: OwnedFd,
     /// The tmpfs that becomes the root.
     new_root: PathBuf,
-    /// Paths, as the job sees them, that are directories of the tmpfs.
-    open: BTreeSet<PathBuf>,
-    /// What slots show at other places, without links, and where the root file system has it.
-    sources: Vec<(PathBuf, PathBuf)>,
+    /// Paths, as jobs see them, at which `sandbox` mounts something.
+    places: BTreeSet<PathBuf>,
+    /// Paths of the host, without links, that are shown nowhere.
+    hidden: BTreeSet<PathBuf>,
+    /// So many entries may still be mounted one by one.
+    entries_left: usize,
     /// Watches the directories of the host that the result depends on.
     directories: &'a Inotify,
 }
@@ -111,47 +134,79 @@ fn below(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
+/// Is any of these below `path`?
+fn has_below(paths: &BTreeSet<PathBuf>, path: &Path) -> bool {
+    // A path is before all that are below it, and these are before all others.
+    let after = (Bound::Excluded(path), Bound::Unbounded);
+    let next = paths.range::<Path, _>(after).next();
+    next.is_some_and(|next| next.starts_with(path))
+}
+
+/// Where a mount is made or something is left out, all directories above are the tmpfs's, and not the host's: nothing
+/// that the host renames or removes takes a mount off, or shows what was hidden.
 impl<'a> Builder<'a> {
     /// The dangerous steps in their order.
     fn build(host: &Host, config: &Config, directories: &'a Inotify) -> Result<()> {
         super::make_private()?;
         let new_root = host.root.join(config::RUN_DIR);
         let devices = sys::clone_mount(&new_root.join("devices"), false)?;
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(
-            Some("tmpfs"),
-            &new_root,
-            Some("tmpfs"),
-            flags,
-            Some("mode=755,size=16m"),
-        )
-        .context("cannot mount the new root")?;
+        let hidden = hidden_by_operator(config)?;
+        let own = own_of_the_factory(host, config)?;
+        let sockets = reachable_sockets(config)?;
         let mut this = Builder {
             devices,
             new_root,
-            open: BTreeSet::from([PathBuf::from("/")]),
-            sources: Vec::new(),
+            places: BTreeSet::new(),
+            hidden: hidden.into_iter().chain(own.clone()).chain(sockets).collect(),
+            entries_left: MAX_ENTRIES,
             directories,
         };
-        this.unfold_content(Path::new("/"))?;
-        for name in NOT_THE_HOSTS.iter().filter(|name| **name != "lost+found") {
-            let is_roots = ["root", ".buildomat-factory"].contains(name);
-            this.make_directory(&Path::new("/").join(name), if is_roots { 0o700 } else { 0o755 })?;
+        mount_tmpfs(&this.new_root, "mode=755,size=16m").context("cannot mount the new root")?;
+        this.private(host)?;
+        let etc_is_layered = this.layer_etc()?;
+        this.main(config, etc_is_layered)?;
+        this.prune()?;
+        this.sources(config, &own)?;
+        this.enter()
+    }
+
+    /// All of the root file system but its private part.
+    fn main(&mut self, config: &Config, etc_is_layered: bool) -> Result<()> {
+        let mut own: BTreeSet<PathBuf> = PRIVATE_TREES.iter().map(PathBuf::from).collect();
+        own.extend(OWN.iter().map(|(place, _)| PathBuf::from(place)));
+        let mut files = OWN_FILES.map(|name| Path::new("/etc").join(name)).to_vec();
+        if etc_is_layered {
+            own.insert("/etc".into());
+            files.clear();
         }
-        let mut places: Vec<PathBuf> = PRIVATE_TREES.iter().map(PathBuf::from).collect();
+        let mut places = own.clone();
         for slot in config.slots.values() {
             let more = slot.writable.iter().chain(slot.read_only.keys());
             places.extend(more.map(|place| place.as_path().to_owned()));
         }
-        for place in places {
-            this.make_place(&place)
+        self.places = places.iter().chain(&files).cloned().collect();
+        // What the host has there is not for jobs, and what a link there leads to is the same by another name.
+        let hidden = self.hidden.clone();
+        self.hidden
+            .extend(own.iter().filter_map(|place| place.canonicalize().ok()));
+        self.hidden.extend(own);
+        self.hidden.extend([PRIVATE.into(), "/lost+found".into()]);
+        self.show_directory(Path::new("/"), Path::new("/"))?;
+        self.hidden = hidden;
+        for place in &places {
+            self.make_place(place)
                 .with_context(|| format!("cannot make a place for {}", place.display()))?;
         }
-        this.prune()?;
-        this.private(host, config)?;
-        this.hide(host, config)?;
-        this.hide_sockets(config)?;
-        this.enter()
+        for file in files.iter().map(|file| below(&self.new_root, file)) {
+            if !file.exists() {
+                File::create(file)?;
+            }
+        }
+        for (place, mode) in OWN {
+            let real = below(&self.new_root, Path::new(place));
+            std::fs::set_permissions(&real, std::fs::Permissions::from_mode(mode))?;
+        }
+        Ok(())
     }
 
     /// A change of this directory of the host makes the result out of date.
@@ -178,32 +233,32 @@ impl<'a> Builder<'a> {
         sys::attach_mount(copy.as_fd(), &below(&self.new_root, place)).with_context(describe)
     }
 
-    fn make_directory(&mut self, path: &Path, mode: u32) -> Result<()> {
-        let real = below(&self.new_root, path);
-        match std::fs::create_dir(&real) {
-            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error.into()),
-            _ => std::fs::set_permissions(&real, std::fs::Permissions::from_mode(mode))?,
+    /// Show the host's directory `source`, a path without links, at `place`, an empty directory of the tmpfs: in one
+    /// mount, unless a place or something hidden is below it; then each entry by itself.
+    fn show_directory(&mut self, source: &Path, place: &Path) -> Result<()> {
+        let has_places = has_below(&self.places, place);
+        if !has_places && !has_below(&self.hidden, source) {
+            return self.bind(source, place, READ_ONLY, true);
         }
-        self.open.insert(path.to_owned());
-        Ok(())
-    }
-
-    /// Fill the tmpfs directory `path` with the host's entries, each mounted by itself.
-    fn unfold_content(&mut self, path: &Path) -> Result<()> {
-        self.watch(path)?;
-        for (count, entry) in std::fs::read_dir(path)?.enumerate() {
-            let entry = entry?;
+        self.watch(source)?;
+        let real = below(&self.new_root, place);
+        copy_owner_and_mode(source, &real)?;
+        let entries: Vec<_> = std::fs::read_dir(source)?.take(self.entries_left + 1).collect();
+        if entries.len() > self.entries_left {
             ensure!(
-                count < MAX_ENTRIES,
-                "{} has more than {MAX_ENTRIES} entries: no place can be made in it",
-                path.display()
+                !has_places,
+                "{} has too many entries, more than {MAX_ENTRIES} with those of other directories: no place can be made in it",
+                source.display()
             );
-            let place = path.join(entry.file_name());
-            if path == Path::new("/") && NOT_THE_HOSTS.iter().any(|name| *name == entry.file_name()) {
-                continue;
-            }
+            // All of it is hidden.
+            return Ok(());
+        }
+        self.entries_left -= entries.len();
+        for entry in entries {
+            let entry = entry?;
+            let (source, place) = (source.join(entry.file_name()), place.join(entry.file_name()));
             let kind = entry.file_type().map_err(anyhow::Error::from);
-            match kind.and_then(|kind| self.show_entry(&place, kind)) {
+            match kind.and_then(|kind| self.show_entry(&source, &place, kind)) {
                 // Gone since the directory was read. Even if it is back by now: that was a change, and is seen.
                 Err(error) if is_not_found(&error) => {
                     let real = below(&self.new_root, &place);
@@ -215,60 +270,56 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn show_entry(&self, place: &Path, kind: FileType) -> Result<()> {
+    fn show_entry(&mut self, source: &Path, place: &Path, kind: FileType) -> Result<()> {
+        if self.hidden.contains(source) {
+            return Ok(());
+        }
         let real = below(&self.new_root, place);
         if kind.is_symlink() {
-            symlink(std::fs::read_link(place)?, &real)?;
+            if !self.places.contains(place) && !has_below(&self.places, place) {
+                return Ok(symlink(std::fs::read_link(source)?, &real)?);
+            }
+            // A mount must not lie where the host's link leads today: the link's name is a directory, with the same in it.
+            let target = source.canonicalize()?;
+            if target.is_dir() {
+                std::fs::create_dir(&real)?;
+                if !self.is_hidden(&target) {
+                    self.show_directory(&target, place)?;
+                }
+            } else if target.is_file() {
+                self.show_file(&target, place)?;
+            }
         } else if kind.is_dir() {
             std::fs::create_dir(&real)?;
-            self.bind(place, place, READ_ONLY, true)?;
+            self.show_directory(source, place)?;
         } else if kind.is_file() {
-            File::create(&real)?;
-            self.bind(place, place, READ_ONLY, false)?;
+            self.show_file(source, place)?;
         }
         Ok(())
     }
 
-    /// See to it that something can be mounted at `path`: where the host has no directory there, the
-    /// directory above is taken apart, its entries mounted one by one beside a new one.
-    fn make_place(&mut self, path: &Path) -> Result<()> {
-        if self.open.contains(path) {
-            return Ok(());
-        }
-        let host = std::fs::symlink_metadata(path);
-        let parent = path.parent().context("a place has a directory above it")?;
-        if let Ok(meta) = &host {
-            self.make_place_of_existing(path)?;
-            if !meta.is_dir() {
-                bail!(
-                    "{} is not a directory on this host: choose another place",
-                    path.display()
-                );
-            }
-            return Ok(());
-        }
-        self.make_place(parent)?;
-        if !self.open.contains(parent) {
-            // The host's directory, still in one piece: lift it off and take it apart.
-            let real = below(&self.new_root, parent);
-            umount2(&real, MntFlags::MNT_DETACH)?;
-            let meta = std::fs::metadata(parent)?;
-            std::os::unix::fs::chown(&real, Some(meta.uid()), Some(meta.gid()))?;
-            std::fs::set_permissions(&real, std::fs::Permissions::from_mode(meta.mode() & 0o7777))?;
-            self.open.insert(parent.to_owned());
-            self.unfold_content(parent)?;
-        }
-        self.make_directory(path, 0o755)
+    fn show_file(&self, source: &Path, place: &Path) -> Result<()> {
+        File::create(below(&self.new_root, place))?;
+        self.bind(source, place, READ_ONLY, false)
     }
 
-    /// No component of a place may be a link, or the mount would land elsewhere.
-    fn make_place_of_existing(&self, place: &Path) -> Result<()> {
-        for path in place.ancestors() {
-            if std::fs::symlink_metadata(path)?.is_symlink() {
-                bail!(
-                    "{} is a symbolic link on this host: name the place that it leads to",
-                    path.display()
-                );
+    fn is_hidden(&self, path: &Path) -> bool {
+        path.ancestors()
+            .any(|path| self.hidden.contains(path) && path != Path::new("/"))
+    }
+
+    /// See to it that something can be mounted at `place`.
+    fn make_place(&self, place: &Path) -> Result<()> {
+        let mut real = self.new_root.clone();
+        for part in place.iter().skip(1) {
+            real.push(part);
+            match std::fs::symlink_metadata(&real) {
+                Err(error) if error.kind() == ErrorKind::NotFound => std::fs::create_dir(&real)?,
+                meta => ensure!(
+                    meta?.is_dir(),
+                    "{} is not a directory on this host: choose another place",
+                    place.display()
+                ),
             }
         }
         Ok(())
@@ -277,15 +328,7 @@ impl<'a> Builder<'a> {
     /// Take away the mounts that no job could reach. Those of container engines are many, and each that is left is
     /// copied for each job.
     fn prune(&self) -> Result<()> {
-        let mut table = Vec::new();
-        File::open("/proc/self/mountinfo")
-            .and_then(|file| file.take(MAX_MOUNT_TABLE).read_to_end(&mut table))
-            .context("cannot read /proc/self/mountinfo")?;
-        for line in table.split(|b| *b == b'\n') {
-            let Some(place) = line.split(|b| *b == b' ').nth(4) else {
-                continue;
-            };
-            let real = PathBuf::from(OsStr::from_bytes(&unescape(place)));
+        for real in mount_points()? {
             let Ok(path) = real.strip_prefix(&self.new_root) else {
                 continue;
             };
@@ -304,123 +347,153 @@ impl<'a> Builder<'a> {
     }
 
     /// What `sandbox` needs, and no job: one mount that it can lift off in a piece.
-    fn private(&mut self, host: &Host, config: &Config) -> Result<()> {
+    fn private(&self, host: &Host) -> Result<()> {
         let private = Path::new(PRIVATE);
         let real = below(&self.new_root, private);
-        mount(
-            Some("tmpfs"),
-            &real,
-            Some("tmpfs"),
-            MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
-            Some("mode=700,size=64m"),
-        )?;
-        std::fs::create_dir(real.join("workers"))?;
+        std::fs::create_dir(&real)?;
+        // Also what a job finds there when the mount is off.
+        std::fs::set_permissions(&real, std::fs::Permissions::from_mode(0o700))?;
+        mount_tmpfs(&real, "mode=700,size=64m")?;
+        for name in ["workers", "devices", "sources", "facts"] {
+            std::fs::create_dir(real.join(name))?;
+        }
         let workers = host.root.join(config::STATE_DIR).join("workers");
         self.bind(&workers, &private.join("workers"), WRITABLE, false)?;
-        std::fs::create_dir(real.join("devices"))?;
         // Where /run is mounted nodev, it is not so for these.
         sys::set_mount_attributes(self.devices.as_fd(), DEVICES, libc::MOUNT_ATTR_NODEV)?;
-        sys::attach_mount(self.devices.as_fd(), &real.join("devices"))?;
-        std::fs::create_dir(real.join("sources"))?;
-        // An empty directory and an empty file, to lay over what is hidden.
-        std::fs::create_dir(real.join("nothing"))?;
-        std::fs::set_permissions(real.join("nothing"), std::fs::Permissions::from_mode(0o000))?;
-        File::create(real.join("no-file"))?.set_permissions(std::fs::Permissions::from_mode(0o000))?;
+        Ok(sys::attach_mount(self.devices.as_fd(), &real.join("devices"))?)
+    }
+
+    /// Let overlayfs put jobs' `/etc` together. The host may rename and add files in its own as it likes: what is hidden stays
+    /// so, and what is mounted on a name of the overlay. False where that cannot be: without overlayfs, on a host whose
+    /// `/etc` is of too many overlays already, and where something is mounted in `/etc`, which would be missing.
+    fn layer_etc(&self) -> Result<bool> {
+        let etc = Path::new("/etc");
+        let is_in_etc = |place: &PathBuf| place.starts_with(etc) && place != etc;
+        if std::fs::symlink_metadata(etc)?.is_symlink() || mount_points()?.iter().any(is_in_etc) {
+            return Ok(false);
+        }
+        let layers = ETC_LAYERS.map(|layer| below(&self.new_root, Path::new(layer)));
+        for layer in &layers {
+            std::fs::create_dir_all(layer)?;
+        }
+        self.bind(etc, Path::new(ETC_LAYERS[1]), READ_ONLY, false)?;
+        copy_owner_and_mode(etc, &layers[0])?;
+        for hidden in self.hidden.iter().filter(|path| is_in_etc(path)) {
+            self.hide_in_layer(hidden, etc, &layers[0])
+                .with_context(|| format!("cannot hide {}", hidden.display()))?;
+        }
+        for name in OWN_FILES {
+            // A job with the host's network has the host's.
+            if name != "hosts" || !layers[1].join(name).exists() {
+                File::create(layers[0].join(name))?;
+            }
+        }
+        let place = below(&self.new_root, etc);
+        std::fs::create_dir(&place)?;
+        match mount_overlay(&layers, &place) {
+            Ok(()) => Ok(true),
+            Err(Errno::ENODEV | Errno::EINVAL) => {
+                umount2(&layers[1], MntFlags::MNT_DETACH)?;
+                std::fs::remove_dir(&layers[1])?;
+                std::fs::remove_dir(&place)?;
+                Ok(false)
+            }
+            Err(errno) => Err(errno).context("cannot mount an overlay of /etc"),
+        }
+    }
+
+    /// Put a whiteout for `hidden`, which is below `top`, into the layer. The directories above it become the job's.
+    fn hide_in_layer(&self, hidden: &Path, top: &Path, layer: &Path) -> Result<()> {
+        let mut real = layer.to_owned();
+        let mut path = top.to_owned();
+        for part in hidden.strip_prefix(top)?.iter() {
+            real.push(part);
+            path.push(part);
+            if path == hidden {
+                mknod(&real, SFlag::S_IFCHR, Mode::empty(), 0)?;
+            } else if !real.exists() {
+                std::fs::create_dir(&real)?;
+                self.watch(&path)?;
+                copy_owner_and_mode(&path, &real)?;
+            } else if !real.is_dir() {
+                // Hidden with what it is in.
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// What slots show at other places, and the facts of the host.
+    fn sources(&mut self, config: &Config, own: &[PathBuf]) -> Result<()> {
+        let mut sources = BTreeSet::new();
         for source in config.slots.values().flat_map(|slot| slot.read_only.values()) {
-            let place = source_path(source);
-            if !below(&self.new_root, &place).exists() {
-                let describe = || format!("{source}, named in read_only, cannot be shown");
-                let meta = std::fs::symlink_metadata(source.as_path()).with_context(describe)?;
-                if !meta.is_dir() {
-                    bail!("{source}, named in read_only, is not a directory: name one");
+            let describe = || format!("{source}, named in read_only, cannot be shown");
+            let meta = std::fs::symlink_metadata(source.as_path()).with_context(describe)?;
+            ensure!(
+                meta.is_dir(),
+                "{source}, named in read_only, is not a directory: name one"
+            );
+            sources.insert(source.as_path().to_owned());
+        }
+        for (number, fact) in self.facts(config)?.into_iter().enumerate() {
+            symlink(
+                &fact,
+                below(&self.new_root, Path::new(FACTS)).join(number.to_string()),
+            )?;
+            sources.insert(fact);
+        }
+        for source in sources {
+            let place = source_path(&source);
+            std::fs::create_dir(below(&self.new_root, &place))?;
+            let describe = || format!("cannot show {}", source.display());
+            let real = source.canonicalize().with_context(describe)?;
+            // What the operator hides is shown to the slot that names it, or a place in it; what is the factory's is not.
+            if !own.iter().any(|own| real.starts_with(own)) {
+                self.show_directory(&real, &place).with_context(describe)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Directories of the host's `/run` that ordinary programs read: where the names of servers are found, and what
+    /// udev knows of devices.
+    fn facts(&self, config: &Config) -> Result<BTreeSet<PathBuf>> {
+        let mut facts = BTreeSet::new();
+        let slots = || config.slots.values();
+        if slots().any(|slot| slot.network == Network::Host) {
+            let mut next = Some(PathBuf::from("/etc/resolv.conf"));
+            // As many links as the kernel follows in a path.
+            for _ in 0..40 {
+                let Some((path, target)) = next.take().and_then(|path| self.follow(&path)) else {
+                    break;
+                };
+                let directory = path.parent().unwrap_or(Path::new("/"));
+                if directory.starts_with("/run") && directory != Path::new("/run") {
+                    facts.insert(directory.to_owned());
                 }
-                std::fs::create_dir(below(&self.new_root, &place))?;
-                self.bind(source.as_path(), &place, READ_ONLY, true)?;
-                let real = source.as_path().canonicalize().with_context(describe)?;
-                self.sources.push((real, place));
+                next = target.map(|target| directory.join(target));
             }
         }
-        Ok(())
+        if slots().any(|slot| !slot.devices.is_empty()) && Path::new(UDEV_DATA).is_dir() {
+            facts.insert(UDEV_DATA.into());
+        }
+        Ok(facts)
     }
 
-    /// Lay nothing over what no job may see. A path that leads through links hides what it leads to: laid
-    /// over the link's own name, the cover would land on the host's tree, and hide nothing from a job.
-    fn hide(&mut self, host: &Host, config: &Config) -> Result<()> {
-        let mut hidden = Vec::new();
-        for path in &config.factory.hide {
-            // One that is made later would be seen.
-            let describe = || format!("{path}, named in hide, cannot be hidden: make it, or remove it");
-            hidden.push((path.as_path().canonicalize().with_context(describe)?, false));
-        }
-        let mut own = vec![config.factory.token_file.as_path().to_owned()];
-        for root in [host.root.as_path(), Path::new("/")] {
-            let config_dir = Path::new(config::CONFIG_PATH)
-                .parent()
-                .expect("it has a directory");
-            let dirs = [
-                config_dir,
-                Path::new(config::STATE_DIR),
-                Path::new(config::RUN_DIR),
-            ];
-            own.extend(dirs.map(|dir| root.join(dir)));
-        }
-        for path in own {
-            let real = path.canonicalize();
-            if !real
-                .as_ref()
-                .is_err_and(|error| error.kind() == ErrorKind::NotFound)
-            {
-                let real = real.with_context(|| format!("cannot hide {}", path.display()))?;
-                hidden.push((real, true));
-            }
-        }
-        // The outer before the inner: then the inner is hidden already.
-        hidden.sort();
-        hidden.dedup();
-        for (path, is_own) in hidden {
-            let mut places = vec![path.clone()];
-            for (source, place) in &self.sources {
-                places.extend(policy::hidden_at(&path, is_own, source).map(|rest| place.join(rest)));
-            }
-            for place in places {
-                self.cover(&path, &place)
-                    .with_context(|| format!("cannot hide {}", path.display()))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Lay nothing over this place, where jobs would see what the host has at `path`.
-    fn cover(&mut self, path: &Path, place: &Path) -> Result<()> {
-        let meta = match std::fs::symlink_metadata(below(&self.new_root, place)) {
-            // Below what jobs have of their own, or below what is hidden by now.
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            meta => meta?,
+    /// The path, without links but in its name; and where that leads, if it is a link. A change of either is seen.
+    fn follow(&self, path: &Path) -> Option<(PathBuf, Option<PathBuf>)> {
+        let directory = path.parent()?;
+        let Ok(real) = directory.canonicalize() else {
+            // It may be made later.
+            let there = directory.ancestors().find(|path| path.is_dir())?;
+            self.watch(there).ok()?;
+            return None;
         };
-        let cover = if meta.is_dir() { "nothing" } else { "no-file" };
-        let cover = below(&self.new_root, &Path::new(PRIVATE).join(cover));
-        self.bind(&cover, place, READ_ONLY, false)?;
-        // A file that is put in its place has no cover: the change of its directory tells.
-        self.watch(path.parent().context("the root cannot be hidden")?)
-    }
-
-    /// Lay nothing over the sockets of the host's services, wherever they are: a read-only mount keeps nobody
-    /// from connecting. One that is made later is seen until this is built again: its mode must do, or `hide`.
-    fn hide_sockets(&self, config: &Config) -> Result<()> {
-        let cover = below(&self.new_root, &Path::new(PRIVATE).join("no-file"));
-        for path in sockets::paths(config.factory.uid_range)? {
-            // Whoever bound it chose the name, perhaps in another mount namespace: look what it is here.
-            let is_socket =
-                |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-            let Ok(real) = path.canonicalize() else { continue };
-            if is_socket(&below(&self.new_root, &real))
-                && let Err(error) = self.bind(&cover, &real, READ_ONLY, false)
-                && is_socket(&real)
-            {
-                return Err(error).with_context(|| format!("cannot hide {}", path.display()));
-            }
-        }
-        Ok(())
+        self.watch(&real).ok()?;
+        let path = real.join(path.file_name()?);
+        let target = std::fs::read_link(&path).ok();
+        Some((path, target))
     }
 
     /// Make the new root the root, and let the host's go (`pivot_root(2)`).
@@ -433,4 +506,94 @@ impl<'a> Builder<'a> {
         mount(None::<&str>, &self.new_root, None::<&str>, flags, None::<&str>)?;
         super::become_root(&self.new_root)
     }
+}
+
+/// Where something is mounted in this namespace.
+fn mount_points() -> Result<Vec<PathBuf>> {
+    let mut table = Vec::new();
+    File::open("/proc/self/mountinfo")
+        .and_then(|file| file.take(MAX_MOUNT_TABLE).read_to_end(&mut table))
+        .context("cannot read /proc/self/mountinfo")?;
+    let places = table
+        .split(|b| *b == b'\n')
+        .filter_map(|line| line.split(|b| *b == b' ').nth(4));
+    Ok(places
+        .map(|place| PathBuf::from(OsStr::from_bytes(&unescape(place))))
+        .collect())
+}
+
+fn mount_tmpfs(place: &Path, options: &str) -> nix::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(Some("tmpfs"), place, Some("tmpfs"), flags, Some(options))
+}
+
+/// Mount a read-only overlay of these directories, the uppermost first. Their paths have neither colons nor commas.
+fn mount_overlay(layers: &[PathBuf], place: &Path) -> nix::Result<()> {
+    let layers: Vec<_> = layers.iter().map(|layer| layer.display().to_string()).collect();
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let options = format!("lowerdir={}", layers.join(":"));
+    mount(Some("overlay"), place, Some("overlay"), flags, Some(&*options))
+}
+
+/// For a job: let the overlay of `/etc`, if it is one, forget what names there led to, or did not. It would not see that the
+/// host has changed them (`overlayfs.rst`, "Changes to underlying filesystems").
+pub fn refresh_etc() -> nix::Result<()> {
+    if !Path::new(ETC_LAYERS[1]).exists() {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(None::<&str>, "/etc", None::<&str>, flags, None::<&str>)
+}
+
+fn copy_owner_and_mode(from: &Path, to: &Path) -> Result<()> {
+    let meta = std::fs::metadata(from)?;
+    std::os::unix::fs::chown(to, Some(meta.uid()), Some(meta.gid()))?;
+    let mode = std::fs::Permissions::from_mode(meta.mode() & 0o7777);
+    Ok(std::fs::set_permissions(to, mode)?)
+}
+
+/// What `hide` names. A path that leads through links hides what it leads to.
+fn hidden_by_operator(config: &Config) -> Result<Vec<PathBuf>> {
+    let real = |path: &HostPath| {
+        // One that is made later would be seen.
+        let describe = || format!("{path}, named in hide, cannot be hidden: make it, or remove it");
+        path.as_path().canonicalize().with_context(describe)
+    };
+    config.factory.hide.iter().map(real).collect()
+}
+
+/// The factory's own files and directories.
+fn own_of_the_factory(host: &Host, config: &Config) -> Result<Vec<PathBuf>> {
+    let mut own = vec![config.factory.token_file.as_path().to_owned()];
+    for root in [host.root.as_path(), Path::new("/")] {
+        let config_dir = Path::new(config::CONFIG_PATH)
+            .parent()
+            .expect("it has a directory");
+        let dirs = [
+            config_dir,
+            Path::new(config::STATE_DIR),
+            Path::new(config::RUN_DIR),
+        ];
+        own.extend(dirs.map(|dir| root.join(dir)));
+    }
+    let mut found = Vec::new();
+    for path in own {
+        match path.canonicalize() {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            real => found.push(real.with_context(|| format!("cannot hide {}", path.display()))?),
+        }
+    }
+    Ok(found)
+}
+
+/// Sockets of the host's services, wherever a job could reach them: a read-only mount keeps nobody from connecting. One
+/// that is made later at another path is seen until this is built again: its mode must do, or `hide`.
+fn reachable_sockets(config: &Config) -> Result<Vec<PathBuf>> {
+    // Whoever bound it chose the name, perhaps in another mount namespace: look what it is here.
+    let is_socket =
+        |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    let paths = sockets::paths(config.factory.uid_range)?.into_iter();
+    let real = paths.filter_map(|path| path.canonicalize().ok());
+    let reachable = real.filter(|path| is_socket(path) && !path.ancestors().skip(1).any(is_closed_to_jobs));
+    Ok(reachable.collect())
 }

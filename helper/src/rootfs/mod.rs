@@ -32,7 +32,7 @@ mod build;
 pub mod sockets;
 mod unix_diag;
 
-pub use build::{DEVICES, PRIVATE, READ_ONLY, WRITABLE, source_path};
+pub use build::{DEVICES, PRIVATE, READ_ONLY, UDEV_DATA, WRITABLE, facts, refresh_etc, source_path};
 
 /// How long a builder may take: the kernel ends it then.
 const LIMIT: Duration = Duration::from_secs(20);

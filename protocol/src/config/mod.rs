@@ -236,8 +236,9 @@ impl Config {
                 }
             }
             let mut places: Vec<&HostPath> = Vec::new();
-            for place in slot.writable.iter().chain(slot.read_only.keys()) {
-                if let Err(why) = place.get_ref().may_be_a_place_in_the_job() {
+            let writable = slot.writable.iter().map(|place| (place, false));
+            for (place, is_read_only) in writable.chain(slot.read_only.keys().map(|place| (place, true))) {
+                if let Err(why) = place.get_ref().may_be_a_place_in_the_job(is_read_only) {
                     note(place.span().start, format!("{} {why}", place.get_ref()));
                 }
                 if places

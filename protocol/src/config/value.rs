@@ -180,15 +180,22 @@ impl HostPath {
         &self.0
     }
 
-    /// May something be mounted here in a job's view?
-    pub(super) fn may_be_a_place_in_the_job(&self) -> Result<(), String> {
+    /// May something be mounted here in a job's view? Something of the host's, read-only, may be in its `/run`, beside
+    /// what the job has there of its own.
+    pub(super) fn may_be_a_place_in_the_job(&self, is_read_only: bool) -> Result<(), String> {
+        let in_run = ["buildomat", "buildomat-agent", "lock", "screen", "user"]
+            .map(|name| PathBuf::from("/run").join(name));
+        let is_beside = is_read_only
+            && self.0.starts_with("/run")
+            && self.0.components().count() > 2
+            && !in_run.iter().any(|own| self.0.starts_with(own));
         let taken = [
             "/proc", "/sys", "/dev", "/run", "/var/run", "/home", "/root", "/etc",
         ];
         match PRIVATE_TREES
             .iter()
             .chain(&taken)
-            .find(|top| self.0.starts_with(top))
+            .find(|top| self.0.starts_with(top) && !is_beside)
         {
             Some(top) => Err(format!(
                 "is below {top}, which the job has of its own: choose another place"

@@ -237,10 +237,15 @@ async fn a_command_by_hand_has_a_tasks_environment_and_directory() {
         House::new("[slots.a]\ntarget = \"TARGET\"\nenv.ONE_OF_TWO = \"a b=c\"\nenv.TZ = \"CET\"\n").await;
     answering(&house).await;
     // Both have a user of their own, and the task has a job.
-    let script = "env | sed \"s/$USER/USER/\" | grep -v '^BUILDOMAT_.*_ID=\\|^_=\\|^SHLVL=' | sort; pwd; umask; ulimit -Hn";
+    let script = "env | sed \"s/$USER/USER/; s/$UID/UID/\" | grep -v '^BUILDOMAT_.*_ID=\\|^_=\\|^SHLVL=' | sort; pwd; umask; ulimit -Hn";
     let (task, command) = task_and_command(&house, script).await;
     assert_eq!(task, command);
-    for variable in ["ONE_OF_TWO=a b=c", "TZ=CET", "HOME=/home/USER"] {
+    for variable in [
+        "ONE_OF_TWO=a b=c",
+        "TZ=CET",
+        "HOME=/home/USER",
+        "XDG_RUNTIME_DIR=/run/user/UID",
+    ] {
         assert!(
             command.lines().any(|line| line == variable),
             "{variable}: {command}"

@@ -31,8 +31,12 @@ fn a_worker_lives_and_leaves_nothing() {
     assert_eq!(reply, Reply::AgentStarted);
     let console = console.unwrap();
     wait_for_line(&console, &name.to_string());
+    let Reply::UserCreated { uid, .. } = create(&client, worker, "a") else {
+        panic!("the same again is answered the same")
+    };
     let expected = format!(
-        "install -e COLOUR=deep red --no-service --no-setuid --use-var-run http://127.0.0.1:9 {}",
+        "install -e COLOUR=deep red -e XDG_RUNTIME_DIR=/run/user/{uid} --no-service --no-setuid --use-var-run \
+         http://127.0.0.1:9 {}",
         token().as_str()
     );
     assert_eq!(read(&console).lines().next(), Some(&*expected));

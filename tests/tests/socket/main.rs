@@ -20,6 +20,7 @@ use testbed::stage::{
 mod devices;
 mod host;
 mod hung;
+mod layouts;
 mod life;
 mod listener;
 mod packets;

@@ -856,7 +856,7 @@ fn mount_calls(report: &mut Report, _: &[String]) {
     report.must_fail("the root's name", File::create("/of-the-job"));
 }
 
-/// What the host hides must not be seen here. The file itself may be read by everybody; only covers hide it.
+/// What the host hides must not be seen here, though everybody on the host may read it.
 fn stays_hidden(report: &mut Report, hidden: &Path, what: &str) {
     report.must_fail(
         format!("read the hidden file {what}"),
@@ -881,8 +881,18 @@ fn unmask(report: &mut Report, words: &[String]) {
     }
     in_child(report, |report| {
         report.must_work("namespaces", own_namespaces());
-        let covers = [hidden.as_str(), "/etc/passwd", "/etc/group", "/proc", "/dev"];
-        let all = [&covers[..], &["/", "/etc", "/usr", "/sys", &tree]].concat();
+        let seen = format!("{tree}/seen");
+        let all = [
+            "/etc/passwd",
+            "/etc/group",
+            "/proc",
+            "/dev",
+            "/",
+            "/etc",
+            "/usr",
+            "/sys",
+            &seen,
+        ];
         for place in &all {
             let remount = libc::MS_REMOUNT | libc::MS_BIND;
             // Without "read-only", without "no set-user-id", without both.
@@ -919,7 +929,7 @@ fn unmask(report: &mut Report, words: &[String]) {
                 libc::EINVAL,
             );
         }
-        refused(report, "umount the cover", umount(&hidden, 0), libc::EINVAL);
+        report.must_fail("make what is hidden", fs::create_dir(&hidden));
         for place in ["/", &above, &tree] {
             let bind = mount(place, "/work/copy", "none", libc::MS_BIND);
             refused(
@@ -954,16 +964,17 @@ fn unmask(report: &mut Report, words: &[String]) {
         let hidden_copy = format!("{copied}/hidden");
         stays_hidden(report, Path::new(&hidden_copy), "in a copy");
         for flags in [0, libc::MNT_DETACH] {
+            let what = format!("umount the copy of what is seen with {flags}");
             refused(
                 report,
-                "umount the cover's copy",
-                umount(&hidden_copy, flags),
+                &what,
+                umount(&format!("{copied}/seen"), flags),
                 libc::EINVAL,
             );
         }
-        // A mount over the cover can go again; the cover stays.
-        report.must_work("over the cover", mount("none", &hidden, "tmpfs", 0));
-        report.must_work("and off", umount(&hidden, 0));
+        // A mount over what it is in can go again; it stays hidden.
+        report.must_work("a mount over it", mount("none", &tree, "tmpfs", 0));
+        report.must_work("and off", umount(&tree, 0));
         stays_hidden(report, Path::new(&hidden), "after a mount over it");
         // Detached, and looked at through a descriptor from before.
         let dir = File::open(&copied).expect("it can be opened");
@@ -984,7 +995,7 @@ fn unmask(report: &mut Report, words: &[String]) {
             std::env::set_current_dir("/").expect("there is a root");
             report.must_work("the old root goes", umount("/", libc::MNT_DETACH));
             stays_hidden(report, Path::new(&hidden), "below a new root");
-            refused(report, "umount there", umount(&hidden, 0), libc::EINVAL);
+            refused(report, "umount there", umount(&seen, 0), libc::EINVAL);
         }
     });
     in_child(report, |report| {

@@ -1,0 +1,290 @@
+//! Hosts that are laid out in other ways than the one that the tests run on, and that change while jobs run. Each is made
+//! of this one, in a mount namespace of the helper's own.
+
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Command;
+
+use nix::unistd::mkfifo;
+
+use super::*;
+
+/// A helper that sees what this script makes of its mounts.
+fn helper_after(host: &TestHost, script: &str) -> Running {
+    let helper = host.helper_command();
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "bash", "-ec"]);
+    command.arg(format!("{script}\nexec \"$@\"")).arg("bash");
+    command.arg(helper.get_program()).args(helper.get_args());
+    let helper = Running::start(&mut command);
+    helper.log.wait(&["serving"]);
+    helper
+}
+
+/// A copy of this host's `/etc`, to be changed.
+fn copy_etc(place: &Path) -> String {
+    let copy = place.join("etc").display().to_string();
+    let status = Command::new("cp").args(["-a", "/etc", &copy]).status().unwrap();
+    assert!(status.success());
+    copy
+}
+
+/// Put a new file in the place of another, as editors and `useradd(8)` do.
+fn replace(path: &Path, text: &str) {
+    let new = path.with_extension("new");
+    fs::write(&new, text).unwrap();
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o644)).unwrap();
+    fs::rename(new, path).unwrap();
+}
+
+fn write(path: impl AsRef<Path>, text: &str) {
+    fs::create_dir_all(path.as_ref().parent().unwrap()).unwrap();
+    fs::write(path, text).unwrap();
+}
+
+const SLOT: &str = "target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+
+/// The host replaces all that is hidden from a job, or is its own. `more` is done to its mounts.
+fn replaced_during_a_job(more: &str) -> String {
+    let place = place();
+    let at = |name: &str| place.path().join(name);
+    let etc = copy_etc(place.path());
+    let in_etc = |name: &str| Path::new(&etc).join(name);
+    write(at("a-file"), "SECRET");
+    write(at("a-directory/file"), "SECRET");
+    write(at("deep/in/it/file"), "SECRET");
+    write(at("live/file"), "old");
+    write(in_etc("app/key"), "SECRET");
+    write(in_etc("app/seen"), "old");
+    write(in_etc("closed/file"), "SECRET");
+    let listen = |path: &Path| {
+        let listener = UnixListener::bind(path).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o666)).unwrap();
+        listener
+    };
+    let service = listen(&at("service"));
+    let hide = ["a-file", "a-directory", "deep/in/it"].map(|name| at(name).display().to_string());
+    let hide = [&hide[..], &["/etc/app/key".into(), "/etc/closed".into()]].concat();
+    let host = TestHost::new();
+    let slots = format!(
+        "hide = {hide:?}\n[slots.a]\nnetwork = \"none\"\nwritable = [\"{0}/gets/this\", \"/var/is/here\"]\n{SLOT}",
+        place.path().display()
+    );
+    host.configure("http://buildomat.example.com:80", 0, &slots);
+    let helper = helper_after(&host, &format!("mount --bind {etc} /etc; {more}"));
+    let client = Client::new(&host);
+    let worker = created(&client, "a");
+    let script = format!(
+        r#"cd {place}
+        look() {{
+            id -un; id -gn; getent hosts buildomat.example.com
+            cat a-file a-directory/* deep/in/it/* /etc/app/key /etc/closed/*
+            python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect("service"); print("SECRET")'
+            touch gets/this/file /var/is/here/file /var/tmp/file /opt/buildomat/file && echo written
+            cat live/file /etc/app/seen /etc/looked-for
+        }} 2>&1
+        look; echo; echo ready
+        while ! [ -e live/go ]; do read -t 0.1 < <(sleep 0.1); done
+        echo again; look; cat /etc/appears; exit 1"#,
+        place = place.path().display(),
+    );
+    let (reply, console) = install(
+        &client,
+        worker,
+        sealed(format!("#!/bin/bash\n{script}\n").as_bytes()),
+    );
+    assert_eq!(reply, Reply::AgentStarted);
+    let console = console.unwrap();
+    wait_for_line(&console, "ready");
+
+    for name in ["passwd", "group", "hosts"] {
+        replace(&in_etc(name), &fs::read_to_string(in_etc(name)).unwrap());
+    }
+    for path in [at("a-file"), in_etc("app/key"), at("live/file")] {
+        replace(&path, "SECRET");
+    }
+    replace(&in_etc("app/seen"), "new");
+    replace(&in_etc("looked-for"), "new");
+    replace(&in_etc("appears"), "appeared");
+    fs::write(at("live/file"), "followed").unwrap();
+    for directory in [at("a-directory"), at("deep/in"), in_etc("closed"), at("gets")] {
+        if directory.exists() {
+            fs::rename(&directory, directory.with_extension("old")).unwrap();
+        }
+        write(directory.join("file"), "SECRET");
+        write(directory.join("it/file"), "SECRET");
+    }
+    fs::remove_file(at("service")).unwrap();
+    drop(service);
+    let _service = listen(&at("service"));
+    fs::write(at("live/go"), "").unwrap();
+
+    wait_until(&client, worker, |state| state != State::Running);
+    let console = read(&console);
+    assert!(!console.contains("SECRET"), "{console}");
+    let user = protocol::UserName::from(worker).to_string();
+    assert_eq!(console.matches(&user).count(), 4, "{console}");
+    assert_eq!(console.matches("127.0.0.1").count(), 2, "{console}");
+    assert_eq!(console.matches("written").count(), 2, "{console}");
+    assert!(console.contains("followed"), "{console}");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    // What another job has looked at is no reason to see it as it was.
+    let worker = created(&client, "a");
+    let (_, next) = run(&client, worker, "cat /etc/app/seen /etc/looked-for; exit 1");
+    assert_eq!(next, "newnew");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    drop(helper);
+    console
+}
+
+#[test]
+fn what_is_hidden_and_what_is_the_jobs_own_stays_so_when_the_host_replaces_it() {
+    let console = replaced_during_a_job("");
+    assert!(console.contains("appeared"), "{console}");
+}
+
+#[test]
+fn the_same_holds_where_etc_cannot_be_an_overlay() {
+    // What is mounted in /etc would be missing in one.
+    replaced_during_a_job("mount --bind /etc/hostname /etc/hostname");
+}
+
+#[test]
+fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
+    let place = place();
+    let at = |name: &str| place.path().join(name).display().to_string();
+    for directory in [
+        "root",
+        "big/home/somebody",
+        "big/root",
+        "big/tmp",
+        "big/opt/tools",
+        "work",
+    ] {
+        fs::create_dir_all(at(directory)).unwrap();
+    }
+    for file in ["big/home/somebody/file", "big/root/file", "big/tmp/file"] {
+        write(at(file), "SECRET");
+    }
+    write(at("big/opt/tools/file"), "a tool\n");
+    for directory in ["big/tmp", "big/root", "big/home"] {
+        fs::set_permissions(at(directory), fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    // All but these are this host's: in an overlay, so that its root can have other links.
+    let script = format!(
+        r#"cd {0}
+        mount -t tmpfs none work; mkdir work/upper work/work
+        mount -t overlay -o lowerdir=/,upperdir=work/upper,workdir=work/work overlay root
+        for directory in proc sys dev tmp run srv; do mount --rbind /$directory root/$directory; done
+        cd root
+        for directory in home root opt var/tmp; do rm -rf --one-file-system $directory; done
+        ln -s {0}/big/home home; ln -s {0}/big/root root; ln -s {0}/big/opt opt; ln -s {0}/big/tmp var/tmp
+        mkdir old; pivot_root . old; umount -l /old; cd /"#,
+        place.path().display()
+    );
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, &format!("[slots.a]\n{SLOT}"));
+    let _helper = helper_after(&host, &script);
+    let client = Client::new(&host);
+    let worker = created(&client, "a");
+    let script = format!(
+        "touch ~/file /opt/buildomat/file /var/tmp/file && echo written
+        cat /opt/tools/file; cd {0}/big; ls; cat {0}/big/*/* {0}/big/*/*/* /root/* /home/*/*; exit 1",
+        place.path().display()
+    );
+    let (_, console) = run(&client, worker, &script);
+    assert!(!console.contains("SECRET"), "{console}");
+    let lines: Vec<_> = console.lines().take(3).collect();
+    assert_eq!(lines, ["written", "a tool", "opt"], "{console}");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+}
+
+#[test]
+fn facts_of_the_hosts_run_are_shown_to_those_who_need_them() {
+    let place = place();
+    let at = |name: &str| place.path().join(name);
+    let etc = copy_etc(place.path());
+    let _ = fs::remove_file(at("etc/resolv.conf"));
+    symlink("../run/resolvconf/resolv.conf", at("etc/resolv.conf")).unwrap();
+    let resolve = at("run/systemd/resolve");
+    write(resolve.join("stub-resolv.conf"), "first\n");
+    write(at("run/udev/data/c4:64"), "E:ID_BUS=usb\n");
+    write(at("run/tools/tool"), "a tool\n");
+    write(at("run/other/file"), "SECRET");
+    fs::create_dir(at("run/resolvconf")).unwrap();
+    symlink(
+        "/run/systemd/resolve/stub-resolv.conf",
+        at("run/resolvconf/resolv.conf"),
+    )
+    .unwrap();
+    mkfifo(&at("end"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+
+    let host = TestHost::new();
+    let slots = format!(
+        "[slots.a]\n{SLOT}[slots.b]\n{SLOT}network = \"none\"\n[slots.c]\n{SLOT}devices = [\"/dev/null\"]\n\
+         read_only = {{ \"/run/shown/tools\" = \"/run/tools\" }}\n"
+    );
+    host.configure("http://buildomat.example.com:80", 0, &slots);
+    // A service that listens there, until the test ends.
+    let service = r#"import os, socket
+listener = socket.socket(socket.AF_UNIX); listener.bind("/run/resolvconf/service"); listener.listen()
+os.chmod("/run/resolvconf/service", 0o666)
+open("/run/started", "w")
+open("../end").read()"#;
+    let script = format!(
+        "mount --bind {etc} /etc; mount --rbind {run} /run; cd {run}
+        timeout 60 python3 -c '{service}' &
+        while ! [ -e /run/started ]; do sleep 0.05; done",
+        run = at("run").display()
+    );
+    let _helper = helper_after(&host, &script);
+    let client = Client::new(&host);
+    let script =
+        "find /run -type s; find /run -type f ! -name buildomat-agent -user root | sort; cat /etc/resolv.conf; echo ready
+        while ! grep -q second /etc/resolv.conf && [ -e /etc/resolv.conf ]; do read -t 0.1 < <(sleep 0.1); done
+        touch /run/systemd/resolve/new /run/new /run/shown/new; exit 1";
+    let mut workers = Vec::new();
+    let mut seen = Vec::new();
+    for slot in ["a", "b", "c"] {
+        let worker = created(&client, slot);
+        let (_, console) = install(
+            &client,
+            worker,
+            sealed(format!("#!/bin/bash\n{script}\n").as_bytes()),
+        );
+        let console = console.unwrap();
+        wait_for_line(&console, "ready");
+        workers.push(worker);
+        seen.push(console);
+    }
+    // It is followed.
+    replace(&resolve.join("stub-resolv.conf"), "second\n");
+    for worker in &workers {
+        wait_until(&client, *worker, |state| state != State::Running);
+    }
+    let seen: Vec<_> = seen.iter().map(read).collect();
+    let stub = "/run/systemd/resolve/stub-resolv.conf\n";
+    assert!(
+        seen[0].starts_with(&format!("{stub}first\nready\n")),
+        "{}",
+        seen[0]
+    );
+    assert!(
+        seen[1].starts_with("cat: /etc/resolv.conf: No such file"),
+        "{}",
+        seen[1]
+    );
+    assert!(
+        seen[2].starts_with(&format!(
+            "/run/shown/tools/tool\n{stub}/run/udev/data/c4:64\nfirst\nready\n"
+        )),
+        "{}",
+        seen[2]
+    );
+    assert_eq!(seen[2].matches("touch: cannot").count(), 3, "{}", seen[2]);
+    for worker in workers {
+        assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    }
+    fs::write(at("end"), "").unwrap();
+}
