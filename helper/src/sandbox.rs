@@ -223,13 +223,22 @@ fn arguments(config: &Config, uid: Uid, slot: &Slot, bootstrap: &BootstrapToken)
 fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
     let fs = private(plan, "workers").join("fs");
     for (below_fs, place) in trees::mounted(&plan.trees) {
-        bind(&fs.join(below_fs), place, rootfs::WRITABLE)?;
+        let is_slots = plan.slot.writable.iter().any(|other| other.as_path() == place);
+        if is_slots {
+            take_off(place)?;
+        }
+        let mount = bind(&fs.join(below_fs), place, rootfs::WRITABLE)?;
+        // Of /run, what is the job's.
+        if below_fs != "run" {
+            rules.allow_writing(mount.as_fd())?;
+        }
     }
-    for tree in &plan.trees {
+    for tree in plan.trees.iter().filter(|tree| tree.place.starts_with("/run")) {
         let tree = nix::fcntl::open(&tree.place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
         rules.allow_writing(tree.as_fd())?;
     }
     for (place, source) in read_only(plan)? {
+        take_off(&place)?;
         bind(&rootfs::source_path(&source), &place, rootfs::READ_ONLY)?;
     }
     own_files(plan)?;
@@ -291,7 +300,9 @@ fn own_files(plan: &Plan) -> Result<()> {
         let source = Path::new(PRIVATE).join(format!("{}-{name}", plan.worker));
         std::fs::write(&source, text).with_context(|| format!("cannot write the job's {name}"))?;
         std::fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
-        bind(&source, &Path::new("/etc").join(name), rootfs::READ_ONLY)?;
+        let place = Path::new("/etc").join(name);
+        take_off(&place)?;
+        bind(&source, &place, rootfs::READ_ONLY)?;
         std::fs::remove_file(&source)?;
     }
     Ok(())
@@ -310,17 +321,20 @@ fn silence() -> Result<()> {
     Ok(nix::unistd::dup2_stderr(&null)?)
 }
 
-/// Returns the mount. What the root file system shows at `place` is taken off: of a mount on a directory of the host's the
-/// host could dispose.
+/// Take off what the root file system shows of the host at `place`: a mount on that the host could take off.
+fn take_off(place: &Path) -> Result<()> {
+    match umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        // Nothing is mounted there.
+        Ok(()) | Err(Errno::EINVAL) => Ok(()),
+        Err(errno) => Err(errno).with_context(|| format!("cannot take off {}", place.display())),
+    }
+}
+
+/// Returns the mount.
 fn bind(source: &Path, place: &Path, attributes: u64) -> Result<OwnedFd> {
     let describe = || format!("cannot mount {} at {}", source.display(), place.display());
     let copy = sys::clone_mount(source, true).with_context(describe)?;
     sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
-    match umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-        // Nothing is mounted there.
-        Ok(()) | Err(Errno::EINVAL) => {}
-        Err(errno) => return Err(errno).with_context(describe),
-    }
     sys::attach_mount(copy.as_fd(), place).with_context(describe)?;
     Ok(copy)
 }
