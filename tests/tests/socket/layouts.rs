@@ -55,6 +55,7 @@ fn replaced_during_a_job(more: &str) -> String {
     write(at("a-directory/file"), "SECRET");
     write(at("deep/in/it/file"), "SECRET");
     write(at("live/file"), "old");
+    fs::create_dir(at("exists")).unwrap();
     write(in_etc("app/key"), "SECRET");
     write(in_etc("app/seen"), "old");
     write(in_etc("closed/file"), "SECRET");
@@ -68,7 +69,7 @@ fn replaced_during_a_job(more: &str) -> String {
     let hide = [&hide[..], &["/etc/app/key".into(), "/etc/closed".into()]].concat();
     let host = TestHost::new();
     let slots = format!(
-        "hide = {hide:?}\n[slots.a]\nnetwork = \"none\"\nwritable = [\"{0}/gets/this\", \"/var/is/here\"]\n{SLOT}",
+        "hide = {hide:?}\n[slots.a]\nnetwork = \"none\"\nwritable = [\"{0}/gets/this\", \"{0}/exists\", \"/var/is/here\"]\n{SLOT}",
         place.path().display()
     );
     host.configure("http://buildomat.example.com:80", 0, &slots);
@@ -81,7 +82,7 @@ fn replaced_during_a_job(more: &str) -> String {
             id -un; id -gn; getent hosts buildomat.example.com
             cat a-file a-directory/* deep/in/it/* /etc/app/key /etc/closed/*
             python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect("service"); print("SECRET")'
-            touch gets/this/file /var/is/here/file /var/tmp/file /opt/buildomat/file && echo written
+            touch gets/this/file exists/file /var/is/here/file /var/tmp/file /opt/buildomat/file && echo written
             cat live/file /etc/app/seen /etc/looked-for
         }} 2>&1
         look; echo; echo ready
@@ -115,6 +116,8 @@ fn replaced_during_a_job(more: &str) -> String {
         write(directory.join("file"), "SECRET");
         write(directory.join("it/file"), "SECRET");
     }
+    // With it goes what is mounted on it.
+    fs::remove_dir(at("exists")).unwrap();
     fs::remove_file(at("service")).unwrap();
     drop(service);
     let _service = listen(&at("service"));
@@ -129,11 +132,14 @@ fn replaced_during_a_job(more: &str) -> String {
     assert_eq!(console.matches("written").count(), 2, "{console}");
     assert!(console.contains("followed"), "{console}");
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
-    // What another job has looked at is no reason to see it as it was.
-    let worker = created(&client, "a");
-    let (_, next) = run(&client, worker, "cat /etc/app/seen /etc/looked-for; exit 1");
-    assert_eq!(next, "newnew");
-    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    // What another job has looked for is no reason not to see it.
+    for (text, seen) in [("old", "oldnew"), ("new", "newnew")] {
+        replace(&in_etc("later"), text);
+        let worker = created(&client, "a");
+        let (_, next) = run(&client, worker, "cat /etc/later /etc/looked-for; exit 1");
+        assert_eq!(next, seen);
+        assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    }
     drop(helper);
     console
 }
