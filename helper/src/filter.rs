@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 
 use libc::{c_long, sock_filter};
 
+use protocol::config::SocketFamily;
+
 use crate::sys;
 
 /// What a person does where the kernel has not installed a filter in time (row 86 of `docs/attacks.md`).
@@ -205,8 +207,10 @@ const CONNECTION: &[c_long] = &[
 
 /// What the slot decides about a job's filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Job {
+pub struct Job<'a> {
     pub allow_user_namespaces: bool,
+    /// Beyond those of every job.
+    pub socket_families: &'a [SocketFamily],
     /// It has devices of the host, whose drivers it may ask anything.
     pub devices: bool,
     pub ignore_sync: bool,
@@ -392,7 +396,7 @@ pub fn connection() -> Steps {
 }
 
 /// For a job.
-pub fn job(slot: Job) -> Steps {
+pub fn job(slot: Job<'_>) -> Steps {
     let mut rules = never();
     rules.each(&[libc::SYS_quotactl_fd], REFUSED);
     rules.each(ATTRIBUTES, errno(libc::EOPNOTSUPP));
@@ -525,25 +529,32 @@ mod tests {
         }
     }
 
-    const USUAL: Job = Job {
+    const USUAL: Job<'_> = Job {
         allow_user_namespaces: false,
+        socket_families: &[],
         devices: false,
         ignore_sync: true,
     };
-    const WITH_DEVICES: Job = Job {
+    const WITH_DEVICES: Job<'_> = Job {
         devices: true,
         ..USUAL
     };
-    const WITH_NAMESPACES: Job = Job {
+    const WITH_NAMESPACES: Job<'_> = Job {
         allow_user_namespaces: true,
         ..USUAL
     };
-    const EVERYTHING: Job = Job {
+    const EVERYTHING: Job<'_> = Job {
         allow_user_namespaces: true,
+        socket_families: &[],
         devices: true,
         ignore_sync: false,
     };
-    const SLOTS: [Job; 4] = [USUAL, WITH_DEVICES, WITH_NAMESPACES, EVERYTHING];
+    /// With each family that a slot may have.
+    const WITH_FAMILIES: Job<'_> = Job {
+        socket_families: &[SocketFamily::Bluetooth, SocketFamily::Can, SocketFamily::Vsock],
+        ..USUAL
+    };
+    const SLOTS: [Job<'_>; 5] = [USUAL, WITH_DEVICES, WITH_NAMESPACES, EVERYTHING, WITH_FAMILIES];
 
     const NOT_THERE: u32 = errno(libc::ENOTTY);
     const NOT_SUPPORTED: u32 = errno(libc::EOPNOTSUPP);
@@ -555,15 +566,15 @@ mod tests {
     /// Of `int` arguments, the kernel takes no part of this.
     const UPPER: u64 = 1 << 40;
 
-    fn ask(slot: Job, call: c_long, arguments: [u64; 6]) -> u32 {
-        static PROGRAMS: LazyLock<[Steps; 4]> = LazyLock::new(|| SLOTS.map(job));
+    fn ask(slot: Job<'_>, call: c_long, arguments: [u64; 6]) -> u32 {
+        static PROGRAMS: LazyLock<[Steps; 5]> = LazyLock::new(|| SLOTS.map(job));
         let of_slot = SLOTS.iter().position(|other| *other == slot);
         let program = &PROGRAMS[of_slot.expect("it is one of the slots")];
         run(program, NATIVE, call as u32, arguments)
     }
 
     /// What is answered to these first arguments, each with and without an upper half.
-    fn ask_both(slot: Job, call: c_long, first: &[u64]) -> u32 {
+    fn ask_both(slot: Job<'_>, call: c_long, first: &[u64]) -> u32 {
         let mut arguments = [0; 6];
         arguments[..first.len()].copy_from_slice(first);
         let answer = ask(slot, call, arguments);
@@ -606,6 +617,55 @@ mod tests {
             0xffff_ffff,
         ] {
             assert_eq!(ask(USUAL, call, [0; 6]), ABSENT, "{call:#x}");
+        }
+    }
+
+    #[test]
+    fn a_slot_has_the_families_that_it_names_and_their_reviewed_protocols() {
+        let one = [SocketFamily::Can];
+        let can = job(Job {
+            socket_families: &one,
+            ..USUAL
+        });
+        let open = |program: &Steps, family: i32, protocol: u64| {
+            run(
+                program,
+                NATIVE,
+                libc::SYS_socket as u32,
+                [family as u64, 3, protocol, 0, 0, 0],
+            )
+        };
+        for (family, protocols) in [
+            (libc::AF_CAN, &[1, 2, 6, 7][..]),
+            (libc::AF_BLUETOOTH, &[0, 1, 2, 3, 8]),
+            (libc::AF_VSOCK, &[0]),
+        ] {
+            for protocol in 0..300 {
+                let expected = if protocols.contains(&protocol) {
+                    ALLOW
+                } else {
+                    NO_PROTOCOL
+                };
+                assert_eq!(
+                    ask_both(WITH_FAMILIES, libc::SYS_socket, &[family as u64, 3, protocol]),
+                    expected,
+                    "{family} {protocol}"
+                );
+                let named = if family == libc::AF_CAN {
+                    expected
+                } else {
+                    NO_FAMILY
+                };
+                assert_eq!(open(&can, family, protocol), named, "{family} {protocol}");
+            }
+        }
+        for slot in SLOTS {
+            for family in [libc::AF_PACKET, libc::AF_ALG, libc::AF_XDP, libc::AF_TIPC] {
+                assert_eq!(
+                    ask_both(slot, libc::SYS_socket, &[family as u64, 3, 0]),
+                    NO_FAMILY
+                );
+            }
         }
     }
 
@@ -706,8 +766,13 @@ mod tests {
         let netlink = libc::AF_NETLINK;
         let (stream, datagram, raw) = (libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_RAW);
         let protocols = [0, 1, 2, 6, 17, 33, 58, 115, 132, 136, 255, 256, 262];
+        // Those of a slot's own have a test of their own.
+        let is_named = |slot: Job<'_>, family| {
+            !slot.socket_families.is_empty()
+                && [libc::AF_BLUETOOTH, libc::AF_CAN, libc::AF_VSOCK].contains(&family)
+        };
         for slot in SLOTS {
-            for family in 0..64 {
+            for family in (0..64).filter(|family| !is_named(slot, *family)) {
                 for kind in 0..16 {
                     for protocol in protocols.into_iter().chain(0..24) {
                         let nothing_special = match (family, kind) {
@@ -781,7 +846,7 @@ mod tests {
         }
     }
 
-    fn ioctl(slot: Job, request: u64) -> u32 {
+    fn ioctl(slot: Job<'_>, request: u64) -> u32 {
         ask_both(slot, libc::SYS_ioctl, &[3, request])
     }
 
@@ -909,7 +974,7 @@ mod tests {
     /// Each class, by what it lets through without and with devices.
     #[test]
     fn no_class_is_open_but_those_that_are_listed() {
-        let open = |slot: Job, byte: u64| {
+        let open = |slot: Job<'_>, byte: u64| {
             // Numbers that nobody has listed.
             let all = [0x7d, 0xee].map(|number| ioctl(slot, byte << 8 | number));
             all == [ALLOW; 2]

@@ -102,6 +102,7 @@ fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For<'_>) ->
     // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
     let rules = landlock::Rules::new(plan.slot.allow_user_namespaces)?;
     mounts(plan, &rules)?;
+    show_free_space()?;
     if door.is_some() {
         // With the /proc of this network namespace, which jobs cannot write.
         host.network.write()?;
@@ -126,7 +127,9 @@ fn put_up_the_walls(host: &Host, config: &Config, plan: &Plan, whom: For<'_>) ->
         Word::Filter.say(session).context("the session is gone")?;
     }
     // Last: it refuses most of the above.
+    let socket_families: Vec<_> = plan.slot.socket_families.iter().copied().collect();
     let allowed = filter::job(filter::Job {
+        socket_families: &socket_families,
         allow_user_namespaces: plan.slot.allow_user_namespaces,
         devices: !plan.slot.devices.is_empty(),
         ignore_sync,
@@ -308,6 +311,22 @@ fn own_files(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
+/// Programs ask how much room `/` has before they begin. It is a tmpfs that nobody writes to; let it say what there is
+/// where the job writes, as it is now. All jobs have this tmpfs, so the last one's start counts.
+fn show_free_space() -> Result<()> {
+    let space = nix::sys::statvfs::statvfs("/work").context("cannot ask how much space /work has")?;
+    let size = u64::from(space.blocks_available()).saturating_mul(space.fragment_size());
+    // No less than it holds, or the kernel refuses it.
+    let size = format!("size={}", size.max(16 << 20));
+    let set = |flags: MsFlags, options: Option<&str>| {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | flags;
+        mount(None::<&str>, "/", None::<&str>, flags, options)
+    };
+    // The first changes what all mounts of it have in common, and makes this one writable.
+    set(MsFlags::empty(), Some(&size)).context("cannot set the size of /")?;
+    set(MsFlags::MS_BIND | MsFlags::MS_RDONLY, None).context("cannot make / read-only")
+}
+
 /// Where the private part has this worker's own.
 fn private(plan: &Plan, kind: &str) -> PathBuf {
     Path::new(PRIVATE).join(kind).join(plan.worker.to_string())
@@ -341,29 +360,29 @@ fn bind(source: &Path, place: &Path, attributes: u64) -> Result<OwnedFd> {
 
 /// Terminals, shared memory and message queues of the job's own.
 fn mount_in_dev(name: &str, plan: &Plan) -> Result<()> {
-    let nodev = MsFlags::MS_NODEV;
+    let (nodev, noexec) = (MsFlags::MS_NODEV, MsFlags::MS_NOEXEC);
     let memory = plan
         .slot
         .limits
         .memory
         .map_or("50%".to_owned(), |bytes| bytes.to_string());
-    let (kind, nodev, options) = match name {
+    let (kind, flags, options) = match name {
         // All jobs together have what kernel.pty.max and kernel.pty.reserve leave them: 3,072, unless the host sets it.
         // Group 5 is `tty`, as on the host: sshd and others refuse a terminal of another group.
         "pts" => (
             "devpts",
-            MsFlags::empty(),
+            noexec,
             "newinstance,gid=5,ptmxmode=0666,mode=0620,max=128".to_owned(),
         ),
+        // As a host has it: just-in-time compilers map what they have made from there.
         "shm" => ("tmpfs", nodev, format!("mode=1777,size={memory}")),
-        _ => ("mqueue", nodev, String::new()),
+        _ => ("mqueue", noexec | nodev, String::new()),
     };
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | nodev;
     match mount(
         Some(kind),
         &Path::new("/dev").join(name),
         Some(kind),
-        flags,
+        flags | MsFlags::MS_NOSUID,
         Some(&*options),
     ) {
         // A kernel without POSIX message queues: then a job has none.

@@ -171,7 +171,7 @@ fn all_but(refused: &[u32]) -> Steps {
 }
 
 /// The rule for `ioctl(2)`.
-pub(super) fn rule(slot: Job) -> Steps {
+pub(super) fn rule(slot: Job<'_>) -> Steps {
     let mut classes: BTreeMap<u32, Steps> = BTreeMap::new();
     for (byte, listed) in OF_FILES {
         let set = SET_ATTRIBUTES.iter().filter(|(of, _)| *of == byte);

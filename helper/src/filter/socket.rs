@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use protocol::config::SocketFamily;
+
 use super::{ALLOW, DONE, Job, Steps, answer, argument, decide, errno};
 
 /// What `socket(2)` says of a family that the kernel does not have; programs go on without it.
@@ -28,6 +30,11 @@ const NETLINK: [i32; 4] = [
 /// Those that load a module by any name or set up a firewall. In a network namespace of its own a job may need them:
 /// container runtimes do.
 const NETLINK_OF_NAMESPACES: [i32; 2] = [libc::NETLINK_NETFILTER, libc::NETLINK_GENERIC];
+
+/// `linux/can.h`: raw frames, the broadcast manager, ISO-TP, J1939.
+const CAN: [i32; 4] = [libc::CAN_RAW, libc::CAN_BCM, libc::CAN_ISOTP, libc::CAN_J1939];
+/// `net/bluetooth/bluetooth.h`: L2CAP, HCI, SCO, RFCOMM, ISO.
+const BLUETOOTH: [i32; 5] = [0, 1, 2, 3, 8];
 
 fn any_of(word: u32, values: &[i32]) -> Steps {
     let cases = values.iter().map(|value| (*value as u32, answer(ALLOW)));
@@ -53,18 +60,26 @@ fn internet(echo: i32) -> Steps {
 }
 
 /// The rule for `socket(2)` and `socketpair(2)`.
-pub(super) fn rule(slot: Job) -> Steps {
+pub(super) fn rule(slot: Job<'_>) -> Steps {
     let netlink = if slot.allow_user_namespaces {
         [&NETLINK[..], &NETLINK_OF_NAMESPACES].concat()
     } else {
         NETLINK.into()
     };
-    let families = BTreeMap::from([
+    let mut families = BTreeMap::from([
         (libc::AF_UNIX as u32, answer(ALLOW)),
         (libc::AF_INET as u32, internet(libc::IPPROTO_ICMP)),
         (libc::AF_INET6 as u32, internet(libc::IPPROTO_ICMPV6)),
         (libc::AF_NETLINK as u32, any_of(argument(2), &netlink)),
     ]);
+    for family in slot.socket_families {
+        let (number, protocols) = match family {
+            SocketFamily::Bluetooth => (libc::AF_BLUETOOTH, &BLUETOOTH[..]),
+            SocketFamily::Can => (libc::AF_CAN, &CAN[..]),
+            SocketFamily::Vsock => (libc::AF_VSOCK, &[0][..]),
+        };
+        families.insert(number as u32, any_of(argument(2), protocols));
+    }
     decide(argument(0), u32::MAX, families, answer(NO_FAMILY))
 }
 

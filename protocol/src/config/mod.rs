@@ -37,7 +37,7 @@ pub use devices::DevicePattern;
 pub use limits::{Cpus, Limits, core_goes_to_a_socket};
 pub use value::{
     AgentEnvName, BaseUrl, EnvName, EnvValue, GroupName, HELPER_VARIABLES, HostName, HostPath, ProxyUrl,
-    Script, UidRange, User,
+    Script, SocketFamily, UidRange, User,
 };
 
 /// The configuration's place below the root directory.
@@ -140,6 +140,8 @@ pub struct Slot {
     /// More private writable places: empty at the start, gone at the end.
     pub writable: BTreeSet<HostPath>,
     pub network: Network,
+    /// Families of sockets that the job may make, besides Unix, IPv4, IPv6 and netlink.
+    pub socket_families: BTreeSet<SocketFamily>,
     /// May the job make user namespaces, and in them the other kinds, and mounts?
     pub allow_user_namespaces: bool,
     /// Are `fsync(2)` and its kin answered without being done? What a job writes ends with it, so nothing is
@@ -269,6 +271,20 @@ impl Config {
                     ),
                 );
             }
+            if let Some(families) = slot
+                .socket_families
+                .as_ref()
+                .filter(|families| !families.get_ref().is_empty())
+                && slot
+                    .network
+                    .as_ref()
+                    .is_some_and(|network| *network.get_ref() == Network::None)
+            {
+                note(
+                    families.span().start,
+                    "socket_families needs network = \"host\": a network of the job's own has none of these devices, and a socket of AF_VSOCK would lead out of it".into(),
+                );
+            }
             let line = line_of(name.span().start);
             slots.insert(name.into_inner(), slot.check(line));
         }
@@ -311,6 +327,7 @@ struct RawSlot {
     #[serde(default)]
     writable: Vec<Spanned<HostPath>>,
     network: Option<Spanned<Network>>,
+    socket_families: Option<Spanned<BTreeSet<SocketFamily>>>,
     #[serde(default)]
     allow_user_namespaces: bool,
     #[serde(default = "yes")]
@@ -346,6 +363,7 @@ impl RawSlot {
             devices: self.devices,
             writable: self.writable.into_iter().map(Spanned::into_inner).collect(),
             network: self.network.map(Spanned::into_inner).unwrap_or_default(),
+            socket_families: self.socket_families.map(Spanned::into_inner).unwrap_or_default(),
             allow_user_namespaces: self.allow_user_namespaces,
             ignore_sync: self.ignore_sync,
             limits: self.limits,
@@ -397,7 +415,7 @@ mod tests {
     fn a_whole_slot_parses() {
         let config = Config::parse(&format!(
             "{HEAD}{SLOT}add_to_groups = [\"plugdev\"]\nenv.A = \"1\"\nread_only = {{ \"/opt/rust\" = \"/root/.rustup\" }}\n\
-             devices = [\"/dev/kvm\"]\nwritable = [\"/srv/cache\"]\nconflicts_with_slots = [\"b\"]\n{}",
+             devices = [\"/dev/kvm\"]\nsocket_families = [\"AF_CAN\"]\nwritable = [\"/srv/cache\"]\nconflicts_with_slots = [\"b\"]\n{}",
             SLOT.replace(".a", ".b")
         ))
         .unwrap();
@@ -423,6 +441,16 @@ mod tests {
             (format!("{SLOT}devices = [\"/dev\"]\n"), 7, "/dev"),
             (format!("{SLOT}network = \"lan\"\n"), 7, "variant"),
             (format!("{SLOT}limits.memory = 5\n"), 7, "at least"),
+            (
+                format!("{SLOT}socket_families = [\"AF_PACKET\"]\n"),
+                7,
+                "AF_CAN and AF_VSOCK are",
+            ),
+            (
+                format!("{SLOT}network = \"none\"\nsocket_families = [\"AF_CAN\"]\n"),
+                8,
+                "network = \"host\"",
+            ),
             (format!("{SLOT}job_timeout_seconds = 5\n"), 7, "10 to"),
             (format!("{SLOT}pre_job_diagnostic_script = \"\"\n"), 7, "script"),
             ("agent_env.LANG = \"C\"\n".to_owned() + SLOT, 5, "the helper sets"),

@@ -234,6 +234,29 @@ impl<'de> Deserialize<'de> for HostPath {
     }
 }
 
+/// A family of sockets that a slot may have beyond those of every job (`address_families(7)`). Not here are those that
+/// need a capability (`AF_PACKET`, `AF_XDP`), and those that ordinary software does without and that have led out of
+/// sandboxes (`AF_ALG`, `AF_RDS`, `AF_TIPC` and others).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SocketFamily {
+    Bluetooth,
+    Can,
+    Vsock,
+}
+
+impl<'de> Deserialize<'de> for SocketFamily {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        match &*String::deserialize(from)? {
+            "AF_BLUETOOTH" => Ok(SocketFamily::Bluetooth),
+            "AF_CAN" => Ok(SocketFamily::Can),
+            "AF_VSOCK" => Ok(SocketFamily::Vsock),
+            other => Err(de::Error::custom(format!(
+                "{other:?} is no family of sockets that a slot may have beyond those of every job: AF_BLUETOOTH, AF_CAN and AF_VSOCK are"
+            ))),
+        }
+    }
+}
+
 /// The supervisor's user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum User {

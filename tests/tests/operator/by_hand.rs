@@ -324,3 +324,41 @@ async fn a_network_of_its_own_knows_its_name_and_has_the_hosts_settings() {
     assert_eq!(lines, expected, "{}", said.err);
     house.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shared_memory_is_executable_and_the_root_says_how_much_room_there_is() {
+    let house = House::new(ONE).await;
+    answering(&house).await;
+    let script = "cp /bin/true /dev/shm/ && /dev/shm/true && df --output=avail -B1M / /work | tail -n +2; \
+                  touch /x 2>/dev/null && echo writable; \
+                  findmnt -no OPTIONS / | tr , '\\n' | grep -x 'ro\\|nosuid\\|nodev'";
+    let (task, command) = task_and_command(&house, script).await;
+    for said in [task, command] {
+        let lines: Vec<&str> = said.lines().collect();
+        let room: Vec<i64> = lines[..2]
+            .iter()
+            .map(|line| line.trim().parse().unwrap())
+            .collect();
+        assert!((room[0] - room[1]).abs() < 1024, "{said}");
+        assert_eq!(lines[2..], ["ro", "nosuid", "nodev"], "{said}");
+    }
+    house.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_has_the_families_of_sockets_that_it_names() {
+    let house = House::new(&format!(
+        "{ONE}\n[slots.b]\ntarget = \"TARGET\"\nsocket_families = [\"AF_VSOCK\"]\n"
+    ))
+    .await;
+    answering(&house).await;
+    let open = "import socket\nfor family in socket.AF_VSOCK, socket.AF_PACKET:\n try: socket.socket(family, socket.SOCK_STREAM); print('open')\n except OSError as error: print(error.errno)";
+    for (slot, expected) in [("a", "97\n97\n"), ("b", "open\n97\n")] {
+        let said = say(
+            &house,
+            &["run", "--slot", slot, "--", "/usr/bin/python3", "-c", open],
+        );
+        assert_eq!((said.status, &*said.out), (0, expected), "{slot}: {}", said.err);
+    }
+    house.finish().await;
+}
