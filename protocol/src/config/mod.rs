@@ -482,6 +482,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shown_may_be_in_run_beside_what_the_job_has_there_of_its_own() {
+        for (key, place, is_good) in [
+            ("read_only", "/run/nscd", true),
+            ("read_only", "/run/systemd/resolve", true),
+            ("read_only", "/run/locks", true),
+            ("read_only", "/run", false),
+            ("read_only", "/run/lock", false),
+            ("read_only", "/run/user/1000", false),
+            ("read_only", "/run/screen", false),
+            ("read_only", "/run/buildomat/x", false),
+            ("read_only", "/run/buildomat-agent", false),
+            ("read_only", "/var/run/nscd", false),
+            ("read_only", "/etc/x", false),
+            ("writable", "/run/nscd", false),
+        ] {
+            let value = match key {
+                "writable" => format!("[{place:?}]"),
+                _ => format!("{{ {place:?} = \"/x\" }}"),
+            };
+            let parsed = Config::parse(&format!("{HEAD}{SLOT}{key} = {value}\n"));
+            assert_eq!(parsed.is_ok(), is_good, "{key} {place}: {parsed:?}");
+        }
+    }
+
+    #[test]
     fn a_user_is_a_name_or_a_number_with_or_without_quotes() {
         let user = |value: &str| {
             let text = format!("{HEAD}user = {value}\n{SLOT}");
