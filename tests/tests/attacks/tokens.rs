@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::signal::Signal;
 use testbed::census::Census;
@@ -349,6 +349,26 @@ fn row_107_a_proxy_in_the_environment_is_not_used_and_one_in_the_configuration_i
     );
 }
 
+/// What `openssl ca` wants to know. It can make a certificate that has expired, which other commands do not in each version.
+const AUTHORITY: &str = "[ca]
+default_ca = own
+[own]
+database = index
+new_certs_dir = .
+rand_serial = yes
+unique_subject = no
+default_md = sha256
+policy = any
+copy_extensions = copyall
+certificate = ca.pem
+private_key = ca.key
+[any]
+commonName = supplied
+";
+/// From and to when a certificate is valid, in the form of ca(1).
+const VALID: [&str; 2] = ["20200101000000Z", "20490101000000Z"];
+const EXPIRED: [&str; 2] = ["20200101000000Z", "20200102000000Z"];
+
 /// Certificates below a directory, and servers that show them.
 struct Certificates(tempfile::TempDir);
 
@@ -358,6 +378,8 @@ impl Certificates {
         let certificates = Certificates(tempfile::tempdir().unwrap());
         certificates
             .openssl("req -x509 -nodes -newkey rsa:2048 -keyout ca.key -out ca.pem -days 2 -subj /CN=ca");
+        fs::write(certificates.path("ca.cnf"), AUTHORITY).unwrap();
+        fs::write(certificates.path("index"), "").unwrap();
         certificates
     }
 
@@ -379,13 +401,13 @@ impl Certificates {
         );
     }
 
-    /// A server with a certificate for this name, valid for so many days from now. It prints what it is sent.
-    fn server(&self, name: &str, days: u32) -> (Running, String) {
+    /// A server with a certificate for this name, valid in this time. It prints what it is sent.
+    fn server(&self, name: &str, [from, to]: [&str; 2]) -> (Running, String) {
         self.openssl(&format!(
             "req -new -nodes -newkey rsa:2048 -keyout s.key -out s.csr -subj /CN=server -addext subjectAltName=DNS:{name}"
         ));
         self.openssl(&format!(
-            "x509 -req -in s.csr -CA ca.pem -CAkey ca.key -days {days} -copy_extensions copyall -out s.pem"
+            "ca -batch -notext -config ca.cnf -in s.csr -startdate {from} -enddate {to} -out s.pem"
         ));
         let mut command = Command::new(tool("openssl", "openssl"));
         command
@@ -422,26 +444,34 @@ fn row_113_only_a_server_with_a_certificate_that_is_trusted_and_names_it_gets_th
         }
         command
     };
-    for (what, name, days, authority) in [
-        ("untrusted", "localhost", 2, None),
-        ("another name", "ci.example.com", 2, Some("ca.pem")),
-        ("expired", "localhost", 0, Some("ca.pem")),
+    for (what, name, time, authority, why) in [
+        ("untrusted", "localhost", VALID, None, "UnknownIssuer"),
+        (
+            "another name",
+            "ci.example.com",
+            VALID,
+            Some("ca.pem"),
+            "not valid for name",
+        ),
+        (
+            "expired",
+            "localhost",
+            EXPIRED,
+            Some("ca.pem"),
+            "certificate expired",
+        ),
     ] {
-        let (server, url) = certificates.server(name, days);
-        if days == 0 {
-            // Valid for no day is valid for the second in which it was made.
-            std::thread::sleep(Duration::from_secs(2));
-        }
+        let (server, url) = certificates.server(name, time);
         let output = check(&url, authority).output().unwrap();
         let said = String::from_utf8(output.stdout).unwrap();
         assert!(
-            !output.status.success() && said.contains("invalid peer certificate"),
+            !output.status.success() && said.contains("invalid peer certificate") && said.contains(why),
             "{what}: {said}"
         );
         assert!(!server.log.text().contains("the-token"), "{what}");
     }
     // A private authority is one that SSL_CERT_FILE names; this server never answers.
-    let (server, url) = certificates.server("localhost", 2);
+    let (server, url) = certificates.server("localhost", VALID);
     let _check = Running::printing(&mut check(&url, Some("ca.pem")));
     server.log.wait(&["authorization: Bearer the-token"]);
 }

@@ -11,6 +11,7 @@ use testbed::house::House;
 mod away;
 mod by_hand;
 mod checks;
+mod files;
 mod held;
 mod jobs;
 mod journal;
