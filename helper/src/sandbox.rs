@@ -315,7 +315,7 @@ fn own_files(plan: &Plan) -> Result<()> {
 /// where the job writes, as it is now. All jobs have this tmpfs, so the last one's start counts.
 fn show_free_space() -> Result<()> {
     let space = nix::sys::statvfs::statvfs("/work").context("cannot ask how much space /work has")?;
-    let size = u64::from(space.blocks_available()).saturating_mul(space.fragment_size());
+    let size = space.blocks_available().saturating_mul(space.fragment_size());
     // No less than it holds, or the kernel refuses it.
     let size = format!("size={}", size.max(16 << 20));
     let set = |flags: MsFlags, options: Option<&str>| {
