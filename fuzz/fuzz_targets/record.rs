@@ -5,7 +5,7 @@
 
 use std::cell::OnceCell;
 
-use helper::{Order, Record, Word, parse_exit, print_exit};
+use helper::{HandshakeMessage, MonitorRequest, Record, parse_exit, print_exit};
 use libfuzzer_sys::fuzz_target;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use protocol::{Exit, Received, Seqpacket};
@@ -15,7 +15,7 @@ thread_local! {
 }
 
 /// What the other end makes of it.
-fn heard(word: &Word) -> Option<Word> {
+fn heard(word: &HandshakeMessage) -> Option<HandshakeMessage> {
     PAIR.with(|pair| {
         let (from, to) = pair.get_or_init(|| {
             let (a, b) = socketpair(
@@ -27,9 +27,9 @@ fn heard(word: &Word) -> Option<Word> {
             .unwrap();
             (a.into(), b.into())
         });
-        word.say(from).unwrap();
-        match to.recv(Word::MAX).unwrap() {
-            Received::Packet { bytes, .. } => Word::decode(&bytes),
+        word.send_to(from).unwrap();
+        match to.recv(HandshakeMessage::MAX).unwrap() {
+            Received::Packet { bytes, .. } => HandshakeMessage::decode(&bytes),
             _ => None,
         }
     })
@@ -47,15 +47,16 @@ fuzz_target!(|data: &[u8]| {
             assert_eq!(print_exit(exit), line, "an end with another spelling");
         }
     }
-    if let Some(order) = Order::decode(data) {
+    if let Some(order) = MonitorRequest::decode(data) {
         assert_eq!(order.encode(), data, "an order with another spelling");
-        assert!(data.len() <= Order::MAX);
+        assert!(data.len() <= MonitorRequest::MAX);
     }
-    if let Some(word) = Word::decode(data) {
+    if let Some(word) = HandshakeMessage::decode(data) {
         match (heard(&word), &word) {
             // A sentence is cut where the packet ends.
-            (Some(Word::Failed(heard)), Word::Failed(said)) | (Some(Word::Busy(heard)), Word::Busy(said))
-                if said.len() >= Word::MAX =>
+            (Some(HandshakeMessage::Failed(heard)), HandshakeMessage::Failed(said))
+            | (Some(HandshakeMessage::Busy(heard)), HandshakeMessage::Busy(said))
+                if said.len() >= HandshakeMessage::MAX =>
             {
                 assert!(!heard.is_empty());
             }

@@ -1,4 +1,4 @@
-//! Every unsafe line of root's half: the system calls that `nix` lacks, and what makes processes.
+//! Every unsafe line of the helper: the system calls that `nix` lacks, and what makes processes.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString};
@@ -104,6 +104,10 @@ pub fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
+pub const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+pub const WRITABLE: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+pub const DEVICES: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+
 /// Set and clear attributes (`MOUNT_ATTR_*`) of a detached mount, and of all below it, and make it private.
 pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> io::Result<()> {
     let attr = libc::mount_attr {
@@ -204,7 +208,7 @@ pub struct LandlockRuleset {
     pub scoped: u64,
 }
 
-/// `struct landlock_path_beneath_attr`.
+/// `struct landlock_path_operations_attr`.
 #[repr(C, packed)]
 struct LandlockPathBeneath {
     allowed_access: u64,
@@ -228,8 +232,12 @@ pub fn landlock_create_ruleset(ruleset: &LandlockRuleset) -> io::Result<OwnedFd>
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// Allow this access to `place` and to all beneath it (`LANDLOCK_RULE_PATH_BENEATH`).
-pub fn landlock_allow_beneath(ruleset: BorrowedFd<'_>, place: BorrowedFd<'_>, access: u64) -> io::Result<()> {
+/// Allow this access to `place` and to all operations it (`LANDLOCK_RULE_PATH_BENEATH`).
+pub fn landlock_allow_operations(
+    ruleset: BorrowedFd<'_>,
+    place: BorrowedFd<'_>,
+    access: u64,
+) -> io::Result<()> {
     let rule = LandlockPathBeneath {
         allowed_access: access,
         parent_fd: place.as_raw_fd(),

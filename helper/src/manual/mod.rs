@@ -2,7 +2,7 @@
 //! a worker of its own (`run`), a shell in a worker that is there (`shell`), and whether the helper would start with a
 //! configuration (`check`). The sandbox is that of a job. The helper's own program has nothing of this.
 //!
-//! The daemon knows nothing of it. A worker that was made for `run` is locked until its end, so whoever wants to
+//! The monitor knows nothing of it. A worker that was made for `run` is locked until its end, so whoever wants to
 //! delete it (a supervisor that finds it owned by nobody) waits, and has nothing to do in the end; if this
 //! process is killed, that deletion goes on.
 //!
@@ -31,13 +31,18 @@ use protocol::config;
 use protocol::config::Slot;
 use protocol::{Error, ErrorKind, Received, Seqpacket, SlotName, Uid, UserName, WorkerId};
 
-use crate::host::Host;
-use crate::orders::Word;
-use crate::worker::Worker;
-use crate::{cgroup, init, limits, log, rootfs, sandbox, sys, tenancy, trees};
+use crate::host::check::check_host;
+use crate::host::record::Worker;
+use crate::host::{Host, abilities, cgroup, quota};
+use crate::monitor::rootfs;
+use crate::monitor_ipc::HandshakeMessage;
+use crate::sandbox::{environment, limits, writable_dirs};
+use crate::session::allocation;
+use crate::unprivileged::Unprivileged;
+use crate::{log, sandbox, sys};
 
 use streams::Streams;
-use terminal::{Ours, Terminal};
+use terminal::{Terminal, TerminalStreams};
 
 const USAGE: &str = "usage: user-factory-manual run [--root DIR] [--slot SLOT] -- COMMAND [ARGUMENT…]
        user-factory-manual shell [--root DIR] WORKER
@@ -136,29 +141,29 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
     let host = open_host(&typed.root)?;
     // A person who leaves must not leave a worker.
     let signals = terminal::signals()?;
-    let unlimit = |_, uid: Uid| limits::of_disk(&host, uid, None, None);
+    let clear_quota = |_, uid: Uid| quota::set(&host, uid, None, None);
     let id = new_id();
-    take(&host, &unlimit, id, typed.slot)?;
+    take(&host, &clear_quota, id, typed.slot)?;
     let ran = || -> Result<u8> {
         let (worker, record) = Worker::existing(&host, id)?;
         worker.keep()?;
         let (config, _) = host.configuration()?;
         let slot = &config.slots[&record.slot];
-        for warning in limits::check(&record.slot, &slot.limits, host.abilities)? {
+        for warning in abilities::check(&record.slot, &slot.limits, host.abilities)? {
             log::warn!("{warning}");
         }
-        trees::make(
+        writable_dirs::make(
             worker.dir(),
             record.uid,
-            &trees::of(&worker.user(), record.uid, slot),
+            &writable_dirs::of(&worker.user(), record.uid, slot),
         )?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
-        limits::of_cgroup(&cgroup, &slot.limits, host.abilities)?;
+        limits::limit_cgroup(&cgroup, &slot.limits, host.abilities)?;
         rootfs::enter_new(&host)?;
         start(&host, id, record.uid, &cgroup, &typed.rest)?.attend(&signals)
     };
     let status = ran();
-    tenancy::delete(&host, &unlimit, id).with_context(|| {
+    allocation::delete(&host, &clear_quota, id).with_context(|| {
         format!("worker {id} is not deleted: the supervisor will do it, or do it with the same command")
     })?;
     status
@@ -180,7 +185,7 @@ pub fn shell(typed: &[OsString]) -> Result<u8> {
         "worker {id} has not been started yet: there is nothing to look at"
     );
     let signals = terminal::signals()?;
-    let name = cgroup::by_hand(id);
+    let name = cgroup::manual_name(id);
     let cgroup = match cgroup::create(&host.cgroups, &name) {
         Err(Errno::EBUSY) => bail!("another shell is in worker {id}: end that one first"),
         cgroup => cgroup.with_context(|| format!("cannot make the cgroup {name}"))?,
@@ -210,9 +215,9 @@ pub fn check(typed: &[OsString]) -> Result<u8> {
         let cgroups = cgroups(&typed.root).ok().filter(|place| place.is_dir());
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         let host = Host::open(&typed.root, cgroups.as_deref().unwrap_or(Path::new("/")))?;
-        crate::check_host(&host, &config)?;
+        check_host(&host, &config)?;
         if cgroups.is_some() {
-            limits::check_all(&config, host.abilities)?;
+            abilities::check_all(&config, host.abilities)?;
         }
         rootfs::enter_new_of(&host, &config)
     };
@@ -236,7 +241,12 @@ fn new_id() -> WorkerId {
 }
 
 /// Take this slot, or the first that is free.
-fn take(host: &Host, unlimit: tenancy::Unlimit<'_>, id: WorkerId, slot: Option<SlotName>) -> Result<()> {
+fn take(
+    host: &Host,
+    clear_quota: allocation::ClearQuota<'_>,
+    id: WorkerId,
+    slot: Option<SlotName>,
+) -> Result<()> {
     let (config, _) = host.configuration()?;
     let wanted: Vec<SlotName> = match slot {
         Some(slot) => vec![slot],
@@ -244,7 +254,7 @@ fn take(host: &Host, unlimit: tenancy::Unlimit<'_>, id: WorkerId, slot: Option<S
     };
     let mut last = None;
     for slot in wanted {
-        match tenancy::create_user(host, unlimit, id, &slot) {
+        match allocation::create_user(host, clear_quota, id, &slot) {
             Ok(_) => return Ok(()),
             Err(error) => match error.downcast_ref::<Error>() {
                 Some(refusal) if refusal.kind == ErrorKind::SlotTaken => last = Some(error),
@@ -259,7 +269,7 @@ fn take(host: &Host, unlimit: tenancy::Unlimit<'_>, id: WorkerId, slot: Option<S
 struct Started {
     first: Pid,
     socket: Seqpacket,
-    ours: Ours,
+    ours: TerminalStreams,
     streams: Streams,
 }
 
@@ -276,16 +286,18 @@ fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[O
     let mut streams = Streams::new(uid)?;
     let first = sys::clone_sandboxed(cgroup.as_fd(), || {
         let keep = [&host.descriptors()[..], &[there.as_raw_fd()]].concat();
-        let ready = || -> Result<(UserName, Slot)> {
+        let ready = || -> Result<(Unprivileged, UserName, Slot)> {
             streams.replace()?;
             sys::close_all_but(&keep)?;
             SigSet::empty().thread_set_mask()?;
-            sandbox::enter_by_hand(host, worker)
+            sandbox::enter_manual(host, worker)
         };
-        let ended =
-            ready().and_then(|(user, slot)| first_process(&there, (&user, uid), &slot, command, ours));
+        let ended = ready().and_then(|(proof, user, slot)| {
+            let variables = environment::task_environment(&user, uid, &slot);
+            first_process(&proof, &there, command, &variables, ours)
+        });
         ended.unwrap_or_else(|error| {
-            let _ = Word::Failed(format!("{error:#}")).say(&there);
+            let _ = HandshakeMessage::Failed(format!("{error:#}")).send_to(&there);
             1
         })
     })
@@ -302,13 +314,13 @@ fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[O
 impl Started {
     /// Until the command has ended. Returns its status.
     fn attend(self, signals: &terminal::Signals) -> Result<u8> {
-        let terminal = match self.socket.recv(Word::MAX)? {
+        let terminal = match self.socket.recv(HandshakeMessage::MAX)? {
             Received::Packet {
                 bytes,
                 mut descriptors,
-            } => match Word::decode(&bytes) {
-                Some(Word::Ready) => descriptors.pop(),
-                Some(Word::Failed(sentence)) => {
+            } => match HandshakeMessage::decode(&bytes) {
+                Some(HandshakeMessage::Ready) => descriptors.pop(),
+                Some(HandshakeMessage::Failed(sentence)) => {
                     let _ = waitpid(self.first, None);
                     self.streams.finish();
                     bail!("{sentence}");
@@ -323,8 +335,8 @@ impl Started {
         let status = terminal::attend(self.first, terminal, signals)?;
         self.streams.finish();
         // Did it get as far as to start the command?
-        if let Ok(Received::Packet { bytes, .. }) = self.socket.recv(Word::MAX)
-            && let Some(Word::Failed(sentence)) = Word::decode(&bytes)
+        if let Ok(Received::Packet { bytes, .. }) = self.socket.recv(HandshakeMessage::MAX)
+            && let Some(HandshakeMessage::Failed(sentence)) = HandshakeMessage::decode(&bytes)
         {
             bail!("{sentence}");
         }
@@ -334,11 +346,11 @@ impl Started {
 
 /// Pid 1: start the command, and reap until it has ended. With its own end the kernel ends whatever is left.
 fn first_process(
+    _proof: &Unprivileged,
     parent: &Seqpacket,
-    (user, uid): (&UserName, Uid),
-    slot: &Slot,
     command: &[OsString],
-    ours: Ours,
+    variables: &[(String, String)],
+    ours: TerminalStreams,
 ) -> Result<i32> {
     // What was looked up on the host is not for here.
     sys::close_all_but(&[parent.as_raw_fd()])?;
@@ -347,11 +359,11 @@ fn first_process(
     if ours.any() {
         start.env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()));
     }
-    start.envs(init::task_environment(user, uid, slot));
+    start.envs(variables.iter().map(|(name, value)| (name, value)));
     let master = match ours.any() {
         true => {
-            let (master, terminal) = terminal::of_the_job()?;
-            terminal::instead_of(ours, &terminal, &mut start)?;
+            let (master, terminal) = terminal::open_pty()?;
+            terminal::use_terminal(ours, &terminal, &mut start)?;
             // Of its own, so that a shell can move other groups to the foreground.
             start.process_group(0);
             Some(master)
@@ -368,7 +380,7 @@ fn first_process(
     drop(start);
     let child = Pid::from_raw(child.id() as i32);
     if ours.any() {
-        terminal::to_the_foreground(child)?;
+        terminal::set_foreground(child)?;
     }
     loop {
         match waitpid(None, None) {

@@ -39,20 +39,20 @@ pub fn signals() -> Result<Signals> {
 
 /// Which of the standard streams are a person's terminal. A job gets none of these, but one of its own instead.
 #[derive(Clone, Copy, Debug)]
-pub struct Ours {
+pub struct TerminalStreams {
     input: bool,
     output: bool,
     errors: bool,
 }
 
-impl Ours {
+impl TerminalStreams {
     pub fn any(self) -> bool {
         self.input || self.output || self.errors
     }
 }
 
-pub fn ours() -> Ours {
-    Ours {
+pub fn ours() -> TerminalStreams {
+    TerminalStreams {
         input: std::io::stdin().is_terminal(),
         output: std::io::stdout().is_terminal(),
         errors: std::io::stderr().is_terminal(),
@@ -61,7 +61,7 @@ pub fn ours() -> Ours {
 
 /// In the sandbox, as a session's leader without a terminal: a new one, which becomes the session's. First the end
 /// for who is outside.
-pub fn of_the_job() -> Result<(OwnedFd, OwnedFd)> {
+pub fn open_pty() -> Result<(OwnedFd, OwnedFd)> {
     let master =
         posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).context("cannot make a terminal")?;
     grantpt(&master)?;
@@ -74,7 +74,7 @@ pub fn of_the_job() -> Result<(OwnedFd, OwnedFd)> {
 }
 
 /// Put the job's terminal in the place of each stream that is a person's; from now on this process has none of them.
-pub fn instead_of(ours: Ours, terminal: &OwnedFd, command: &mut Command) -> Result<()> {
+pub fn use_terminal(ours: TerminalStreams, terminal: &OwnedFd, command: &mut Command) -> Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
     if ours.input {
         command.stdin(terminal.try_clone()?);
@@ -92,7 +92,7 @@ pub fn instead_of(ours: Ours, terminal: &OwnedFd, command: &mut Command) -> Resu
 }
 
 /// The group of this process, which is of the terminal's session, may read from the terminal.
-pub fn to_the_foreground(leader: Pid) -> Result<()> {
+pub fn set_foreground(leader: Pid) -> Result<()> {
     let terminal = File::options().read(true).write(true).open("/dev/tty")?;
     // We are in the background now; asking for the change must not stop us (`tcsetpgrp(3)`).
     let mut ignored = SigSet::empty();
@@ -111,12 +111,12 @@ pub fn to_the_foreground(leader: Pid) -> Result<()> {
 /// The sandbox's terminal, from outside, and the person's as it was.
 pub struct Terminal {
     job: File,
-    ours: Ours,
+    ours: TerminalStreams,
     before: Option<Termios>,
 }
 
 impl Terminal {
-    pub fn new(job: OwnedFd, ours: Ours) -> Result<Terminal> {
+    pub fn new(job: OwnedFd, ours: TerminalStreams) -> Result<Terminal> {
         let mut before = None;
         if ours.input {
             let typed = std::io::stdin();
@@ -135,8 +135,8 @@ impl Terminal {
     fn resize(&self) {
         let (input, output, errors) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
         let person = match self.ours {
-            Ours { input: true, .. } => input.as_fd(),
-            Ours { output: true, .. } => output.as_fd(),
+            TerminalStreams { input: true, .. } => input.as_fd(),
+            TerminalStreams { output: true, .. } => output.as_fd(),
             _ => errors.as_fd(),
         };
         // A terminal without a size has none to pass on.
@@ -160,7 +160,7 @@ impl Terminal {
     }
 
     /// Some of what was typed. False at its end.
-    fn pass_on(&mut self) -> bool {
+    fn forward_input(&mut self) -> bool {
         let mut buffer = [0; 4 << 10];
         match nix::unistd::read(std::io::stdin(), &mut buffer) {
             Ok(0) => false,
@@ -199,7 +199,7 @@ pub fn attend(first: Pid, mut terminal: Option<Terminal>, signals: &Signals) -> 
         if ready.get(1) == Some(&true) && !terminal.as_mut().is_some_and(Terminal::print) {
             terminal = None;
         } else if let (Some(true), Some(terminal)) = (ready.get(2), &mut terminal) {
-            typed = terminal.pass_on();
+            typed = terminal.forward_input();
         }
         while let Some(signal) = signals.read_signal()? {
             match Signal::try_from(signal.ssi_signo as i32) {

@@ -171,7 +171,7 @@ pub enum Network {
     #[default]
     Host,
     /// Nobody but the buildomat server: the job has a network namespace of its own, with nothing in it but a
-    /// door to the supervisor, which passes the bytes on to `general.baseurl`.
+    /// way to the supervisor, which passes the bytes on to `general.baseurl`.
     None,
 }
 

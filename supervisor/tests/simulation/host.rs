@@ -8,10 +8,6 @@ use protocol::{
     Error, ErrorKind, Exit, Reply, Request, SlotName, State, Uid, UserName, WorkerId, WorkerInfo,
 };
 
-#[allow(dead_code, reason = "uids are not given out here")]
-#[path = "../../../helper/src/policy.rs"]
-mod policy;
-
 use crate::script::Extent;
 
 /// Why no agent can be started in what is there of a worker.
@@ -118,7 +114,7 @@ impl Host {
         };
         if let Some(w) = self.workers.get_mut(&id) {
             if !config.slots.contains_key(slot) {
-                return (Reply::Error(policy::no_such_slot(slot)), Deed::Nothing);
+                return (Reply::Error(helper::no_such_slot(slot)), Deed::Nothing);
             }
             if w.slot != *slot {
                 return (
@@ -128,13 +124,13 @@ impl Host {
             }
             w.half &= half;
         } else {
-            let tenant = |(id, w): (&WorkerId, &Worker)| policy::Tenant {
+            let allocation = |(id, w): (&WorkerId, &Worker)| helper::Allocation {
                 worker: *id,
                 slot: w.slot.clone(),
                 uid: uid(),
             };
-            let tenants: Vec<policy::Tenant> = self.workers.iter().map(tenant).collect();
-            if let Err(refusal) = policy::may_take(config, &tenants, id, slot) {
+            let allocations: Vec<helper::Allocation> = self.workers.iter().map(allocation).collect();
+            if let Err(refusal) = helper::may_take(config, &allocations, id, slot) {
                 return (Reply::Error(refusal), Deed::Nothing);
             }
             let worker = Worker {
@@ -163,7 +159,7 @@ impl Host {
                 return (error(ErrorKind::Busy, text), Deed::Nothing);
             }
             Some(config) if !config.slots.contains_key(&w.slot) => {
-                return (Reply::Error(policy::no_such_slot(&w.slot)), Deed::Nothing);
+                return (Reply::Error(helper::no_such_slot(&w.slot)), Deed::Nothing);
             }
             Some(_) if w.half => {
                 return (error(ErrorKind::Failed, HALF_MADE), Deed::Nothing);

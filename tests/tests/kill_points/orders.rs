@@ -78,7 +78,7 @@ fn an_order_of_a_connection_that_was_killed_is_not_carried_out() {
     bench
         .helper
         .log
-        .wait(&["an order was not carried out", "who asked for it is gone"]);
+        .wait(&["a request was not carried out", "who asked for it is gone"]);
     wait_for_line(&console, "ready");
     assert_eq!(read(&console).matches("ready").count(), 1);
     assert_eq!(

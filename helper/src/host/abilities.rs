@@ -1,0 +1,206 @@
+//! Which limits of slots this host can enforce.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use anyhow::{Context, Result};
+use protocol::config::{Config, Limits, core_goes_to_a_socket};
+use protocol::{Error, ErrorKind, SlotName};
+
+use crate::host::directory::read_small;
+use crate::sys;
+
+/// What the host can limit besides what every Linux can (`getrlimit(2)`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    pub memory: bool,
+    pub cpu: bool,
+    pub pids: bool,
+    pub quotas: bool,
+}
+
+impl Abilities {
+    pub fn of(workers: &OwnedFd, cgroups: &OwnedFd) -> Result<Abilities> {
+        let controllers = read_small(cgroups, "cgroup.subtree_control")
+            .context("cannot read cgroup.subtree_control")?
+            .unwrap_or_default();
+        let has = |name: &str| controllers.split_whitespace().any(|other| other == name);
+        Ok(Abilities {
+            memory: has("memory"),
+            cpu: has("cpu"),
+            pids: has("pids"),
+            quotas: sys::enforces_user_quotas(workers.as_fd()),
+        })
+    }
+
+    pub fn has_quotas(self) -> bool {
+        self.quotas
+    }
+}
+
+/// The limits of these that the host cannot enforce: each with its key, and what would let it.
+fn unenforceable(limits: &Limits, can: Abilities) -> Vec<(&'static str, &'static str)> {
+    let delegate =
+        "delegate the cgroup v2 controller of that name to the helper (Delegate=yes), away from cgroup v1";
+    let quota = "mount the file system of the state directory with user quotas (see the README)";
+    [
+        ("memory", limits.memory.is_some() && !can.memory, delegate),
+        ("swap", limits.swap.is_some() && !can.memory, delegate),
+        ("cpus", limits.cpus.is_some() && !can.cpu, delegate),
+        ("disk", limits.disk.is_some() && !can.quotas, quota),
+        ("inodes", limits.inodes.is_some() && !can.quotas, quota),
+    ]
+    .into_iter()
+    .filter(|(_, missing, _)| *missing)
+    .map(|(key, _, remedy)| (key, remedy))
+    .collect()
+}
+
+/// Refuse limits that would only be written down; where the operator settles for that, the warnings.
+pub fn check(slot: &SlotName, limits: &Limits, can: Abilities) -> Result<Vec<String>, Error> {
+    let missing = unenforceable(limits, can);
+    let Some((key, remedy)) = missing.first() else {
+        return Ok(Vec::new());
+    };
+    if limits.best_effort {
+        let warn = |(key, _): &(&str, _)| {
+            format!(
+                "NOT ENFORCED on this host: limits.{key} of slot {slot}, whose limits.best_effort is true"
+            )
+        };
+        return Ok(missing.iter().map(warn).collect());
+    }
+    Err(Error::new(
+        ErrorKind::Busy,
+        format!(
+            "slot {slot}: limits.{key} cannot be enforced on this host: {remedy}, or set limits.best_effort = true"
+        ),
+    ))
+}
+
+/// The same for all slots.
+pub fn check_all(config: &Config, can: Abilities) -> Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    for (name, slot) in &config.slots {
+        let checked = check(name, &slot.limits, can);
+        warnings.extend(checked.with_context(|| format!("{}:{}", protocol::config::CONFIG_PATH, slot.line))?);
+    }
+    Ok(warnings)
+}
+
+/// What to warn of where this is `/proc/sys/kernel/core_pattern`.
+fn core_warning(core_pattern: &str) -> Option<String> {
+    core_goes_to_a_socket(core_pattern).then(|| {
+        format!(
+            "NOT ENFORCED on this host: that jobs leave no core. kernel.core_pattern is {:?}, a socket, which gets the \
+             whole core of every process whatever its limit is (core(5)): set it to a file's name or to a pipe",
+            core_pattern.trim_end()
+        )
+    })
+}
+
+/// Warn where jobs leave cores in spite of their limit of one byte.
+pub fn check_cores() -> Option<String> {
+    match std::fs::read_to_string("/proc/sys/kernel/core_pattern") {
+        Ok(core_pattern) => core_warning(&core_pattern),
+        // A kernel that writes no cores.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => Some(format!(
+            "cannot read /proc/sys/kernel/core_pattern: {error}. If it names a socket, that gets whole cores of jobs"
+        )),
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    pub const NOTHING: Abilities = Abilities {
+        memory: false,
+        cpu: false,
+        pids: false,
+        quotas: false,
+    };
+    pub const ALL: Abilities = Abilities {
+        memory: true,
+        cpu: true,
+        pids: true,
+        quotas: true,
+    };
+
+    fn limits(text: &str) -> Limits {
+        let head = "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
+                    target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n[slots.a.limits]\n";
+        let config = Config::parse(&format!("{head}{text}")).unwrap();
+        config.slots.values().next().unwrap().limits
+    }
+
+    #[test]
+    fn a_limit_is_enforced_or_refused_or_its_lack_is_loud() {
+        let slot = "a".parse().unwrap();
+        for key in [
+            "memory = \"1G\"",
+            "swap = 0",
+            "cpus = 1",
+            "disk = \"1G\"",
+            "inodes = 1000",
+        ] {
+            let name = key.split(' ').next().unwrap();
+            let error = check(&slot, &limits(key), NOTHING).unwrap_err();
+            assert!(
+                error.message().contains(&format!("limits.{name} cannot")),
+                "{error}"
+            );
+            let warnings = check(&slot, &limits(&format!("{key}\nbest_effort = true")), NOTHING).unwrap();
+            assert_eq!(warnings.len(), 1);
+            assert!(warnings[0].contains(name));
+            assert_eq!(check(&slot, &limits(key), ALL), Ok(vec![]));
+        }
+        assert_eq!(check(&slot, &Limits::default(), NOTHING), Ok(vec![]));
+    }
+
+    #[test]
+    fn a_socket_for_cores_is_warned_about_with_its_name() {
+        let warning = core_warning("@/run/cores.sock\n").unwrap();
+        for part in ["\"@/run/cores.sock\"", "NOT ENFORCED", "set it to"] {
+            assert!(warning.contains(part), "{warning}");
+        }
+        for harmless in ["core\n", "|/usr/lib/systemd/systemd-coredump %P\n"] {
+            assert_eq!(core_warning(harmless), None);
+        }
+    }
+
+    #[test]
+    fn a_host_can_do_what_its_controllers_say() {
+        let root = tempfile::tempdir().unwrap();
+        let place = crate::host::directory::tests::open_path(root.path()).unwrap();
+        let can = |controllers: &str| {
+            std::fs::write(root.path().join("cgroup.subtree_control"), controllers).unwrap();
+            let Abilities {
+                memory, cpu, pids, ..
+            } = Abilities::of(&place, &place).unwrap();
+            (memory, cpu, pids)
+        };
+        assert_eq!(can(""), (false, false, false));
+        assert_eq!(can("cpuset memory pids\n"), (true, false, true));
+        assert_eq!(can("cpu\n"), (false, true, false));
+        assert!(ALL.has_quotas() && !NOTHING.has_quotas());
+    }
+
+    #[test]
+    fn all_slots_are_checked_and_the_one_is_named() {
+        let text = |limits: &str| {
+            format!(
+                "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
+                 target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n[slots.b]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n\
+                 limits = {{ {limits} }}\n"
+            )
+        };
+        let check = |limits: &str, can| check_all(&Config::parse(&text(limits)).unwrap(), can);
+        assert_eq!(check("cpus = 1", ALL).unwrap(), Vec::<String>::new());
+        let error = format!("{:#}", check("cpus = 1", NOTHING).unwrap_err());
+        assert!(error.contains("config.toml:7: slot b: limits.cpus"), "{error}");
+        let warnings = check("cpus = 1, memory = \"1G\", best_effort = true", NOTHING).unwrap();
+        assert_eq!(warnings.len(), 2);
+        assert!(warnings[1].contains("limits.cpus of slot b"));
+    }
+}

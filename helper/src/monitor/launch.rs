@@ -1,0 +1,189 @@
+//! Carrying out requests of sessions, in processes that the monitor makes for them. The monitor itself looks at nothing but
+//! the request.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::SigSet;
+use protocol::{BootstrapToken, Error, ErrorKind, Received, Seqpacket, WorkerId};
+
+use crate::host::directory::open_dir;
+use crate::host::record::read_record_of;
+use crate::host::{Host, quota};
+use crate::log::warn;
+use crate::monitor::rootfs::RootFs;
+use crate::monitor_ipc::{HandshakeMessage, MonitorRequest};
+use crate::{sandbox, sys};
+
+/// Launches that wait for the jobs' root file system, in the order in which they were asked for.
+#[derive(Debug, Default)]
+pub struct Waiting(VecDeque<Launch>);
+
+/// More than sessions ask for at once.
+const MAX_WAITING: usize = 512;
+
+#[derive(Debug)]
+struct Launch {
+    worker: WorkerId,
+    bootstrap: BootstrapToken,
+    /// Who asked, and gets the answer.
+    session: Seqpacket,
+    asked: Instant,
+}
+
+/// Take the next request. What can be done now is done; a launch begins to wait.
+pub fn take_request(host: &Host, waiting: &mut Waiting, requests: &Seqpacket) {
+    let (bytes, answer) = match requests.recv(MonitorRequest::MAX) {
+        Ok(Received::Packet {
+            bytes,
+            mut descriptors,
+        }) => match descriptors.pop() {
+            Some(answer) => (bytes, Seqpacket::from(answer)),
+            None => return,
+        },
+        _ => return,
+    };
+    let begun = match MonitorRequest::decode(&bytes) {
+        Some(MonitorRequest::Launch { worker, bootstrap }) => {
+            return waiting.push(Launch {
+                worker,
+                bootstrap,
+                session: answer,
+                asked: Instant::now(),
+            });
+        }
+        Some(MonitorRequest::ClearQuota { worker }) => clear_quota(host, worker, &answer),
+        None => Err(anyhow!("{} bytes are no request", bytes.len())),
+    };
+    if let Err(error) = begun {
+        refuse(&answer, &error);
+    }
+}
+
+impl Waiting {
+    fn push(&mut self, launch: Launch) {
+        if self.0.len() >= MAX_WAITING {
+            // Sessions that gave up have left theirs.
+            self.0.retain(|other| is_waited_for(&other.session).is_ok());
+        }
+        if self.0.len() >= MAX_WAITING {
+            let message = format!("{MAX_WAITING} workers wait to be started: repeat this later");
+            return refuse(&launch.session, &Error::new(ErrorKind::Busy, message).into());
+        }
+        self.0.push_back(launch);
+    }
+
+    /// Make the first processes of those that need not wait any longer.
+    pub fn launch(&mut self, host: &Host, rootfs: &mut RootFs) {
+        // A job sees the host as it was when its launch was asked for, or later.
+        while let Some(next) = self.0.front() {
+            match rootfs.prepare(host, next.asked) {
+                Ok(true) => {
+                    let launched = launch(host, rootfs, next);
+                    let next = self.0.pop_front().expect("it was the first");
+                    if let Err(error) = launched {
+                        refuse(&next.session, &error);
+                    }
+                }
+                Ok(false) => return,
+                Err(error) => {
+                    let message = format!("{error:#}");
+                    return self.refuse_all(&Error::new(ErrorKind::Busy, message));
+                }
+            }
+        }
+        rootfs.forget_stale();
+    }
+
+    /// There is no root file system for them.
+    pub fn refuse_all(&mut self, error: &Error) {
+        for launch in self.0.drain(..) {
+            refuse(&launch.session, &error.clone().into());
+        }
+    }
+}
+
+fn refuse(session: &Seqpacket, error: &anyhow::Error) {
+    warn!("a request was not carried out: {error:#}");
+    let sentence = format!("{error:#}");
+    let is_busy = matches!(
+        error.downcast_ref(),
+        Some(Error {
+            kind: ErrorKind::Busy,
+            ..
+        })
+    );
+    let word = if is_busy {
+        HandshakeMessage::Busy(sentence)
+    } else {
+        HandshakeMessage::Failed(sentence)
+    };
+    // Who asked may be gone.
+    let _ = word.send_to(session);
+}
+
+/// Does who asked still wait? It holds the worker's lock for as long as it lives. Once it is dead, the worker may be
+/// another's.
+fn is_waited_for(asker: &Seqpacket) -> Result<()> {
+    let mut events = [PollFd::new(asker.as_fd(), PollFlags::empty())];
+    poll(&mut events, PollTimeout::ZERO)?;
+    ensure!(events[0].any() == Some(false), "who asked for it is gone");
+    Ok(())
+}
+
+/// Make the worker's first process, in its cgroup and its namespaces from the first instruction.
+fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
+    let Launch {
+        worker,
+        bootstrap,
+        session,
+        ..
+    } = launch;
+    let cgroup = open_dir(&host.cgroups, worker.to_string()).context("the worker has no cgroup")?;
+    // With the cgroup open: it is that of who asked, and not one in which another has its first process.
+    is_waited_for(session)?;
+    let first = || {
+        let prepared =
+            forget_all_but(host, session).and_then(|()| sandbox::enter(host, *worker, bootstrap, session));
+        match prepared {
+            Ok(job) => job.start(session),
+            Err(error) => failed(session, &error),
+        }
+    };
+    rootfs
+        .inside(|| sys::clone_sandboxed(cgroup.as_fd(), first))?
+        .context("cannot make the worker's namespaces")?;
+    Ok(())
+}
+
+/// Forget the quota of a worker that has nothing on disk any more.
+fn clear_quota(host: &Host, worker: WorkerId, connection: &Seqpacket) -> Result<()> {
+    is_waited_for(connection)?;
+    sys::fork(|| {
+        let work = || -> Result<()> {
+            forget_all_but(host, connection)?;
+            let record = read_record_of(host, worker)?;
+            quota::set(host, record.uid, None, None)
+        };
+        match work() {
+            Ok(()) => i32::from(HandshakeMessage::Done.send_to(connection).is_err()),
+            Err(error) => failed(connection, &error),
+        }
+    })
+    .context("cannot fork")?;
+    Ok(())
+}
+
+/// The listening socket, the lock, and the ways to mount namespaces are the monitor's alone.
+fn forget_all_but(host: &Host, connection: &Seqpacket) -> Result<()> {
+    sys::close_all_but(&[&host.descriptors()[..], &[connection.as_raw_fd()]].concat())?;
+    Ok(SigSet::empty().thread_set_mask()?)
+}
+
+fn failed(connection: &Seqpacket, error: &anyhow::Error) -> i32 {
+    let _ = HandshakeMessage::Failed(format!("{error:#}")).send_to(connection);
+    1
+}

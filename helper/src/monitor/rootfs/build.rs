@@ -1,0 +1,558 @@
+//! Building the root file system that every job gets a copy of: a small tmpfs with the host's top directories in it,
+//! read-only; so a job's namespace has few mounts, however many the host has. What differs between jobs, `sandbox` adds.
+//!
+//! All of this happens in a builder, which has a limited time, and in the host's mounts until the last step.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{File, FileType};
+use std::io::{ErrorKind, Read};
+use std::ops::Bound;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::inotify::{AddWatchFlags, Inotify};
+use nix::sys::stat::{Mode, SFlag, mknod};
+use protocol::config::{self, Config, HostPath, Network, PRIVATE_TREES};
+
+use super::namespace::{become_root, make_private};
+use super::sockets;
+use crate::host::Host;
+use crate::sandbox::layout::{ETC_LAYERS, FACTS, PRIVATE, UDEV_DATA, source_path};
+use crate::sys::{self, DEVICES, READ_ONLY, WRITABLE};
+
+/// Directories of which a job gets its own, or none, besides `PRIVATE_TREES`; and their modes.
+const OWN: [(&str, u32); 5] = [
+    ("/proc", 0o755),
+    ("/dev", 0o755),
+    ("/run", 0o755),
+    ("/home", 0o755),
+    ("/root", 0o700),
+];
+
+/// Files of a job's own in `/etc`.
+const OWN_FILES: [&str; 3] = ["passwd", "group", "hosts"];
+
+/// The most bytes of the mount table that are read: more than `fs.mount-max` lets it have with paths of a usual length.
+/// A mount beyond that is shown, or not, by its mode.
+const MAX_MOUNT_TABLE: u64 = 64 << 20;
+/// The most entries, of all directories together, that are mounted one by one.
+const MAX_ENTRIES: usize = 8192;
+
+fn is_not_found(error: &anyhow::Error) -> bool {
+    let cause = error.root_cause();
+    let is_io = |cause: &std::io::Error| cause.kind() == ErrorKind::NotFound;
+    cause.downcast_ref().is_some_and(is_io) || cause.downcast_ref() == Some(&Errno::ENOENT)
+}
+
+/// A path as the kernel writes it into `mountinfo` (`proc_pid_mountinfo(5)`): white space and backslashes in octal.
+fn unescape(path: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut rest = path;
+    while let [first, more @ ..] = rest {
+        let octal = more.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &more[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = more;
+            }
+        }
+    }
+    bytes
+}
+
+/// Can no job enter this directory of the host? It is nobody's owner there, and never in root's group.
+fn is_closed_to_jobs(directory: &Path) -> bool {
+    std::fs::symlink_metadata(directory).is_ok_and(|meta| {
+        let for_a_group = meta.gid() != 0 && meta.mode() & 0o010 != 0;
+        meta.is_dir() && meta.mode() & 0o001 == 0 && !for_a_group
+    })
+}
+
+/// Make the root file system, and be in it. `directories` will tell of changes in directories of the host that it depends
+/// on. This namespace is nobody else's: a failure halfway leaves mounts that no job ever sees.
+pub fn build(host: &Host, config: &Config, directories: &Inotify) -> Result<()> {
+    Builder::build(host, config, directories)
+}
+
+struct Builder<'a> {
+    /// A copy of the mount of jobs' `/dev` directories, made before the tmpfs lay over it.
+    devices: OwnedFd,
+    /// The tmpfs that becomes the root.
+    new_root: PathBuf,
+    /// Paths, as jobs see them, at which `sandbox` mounts something.
+    places: BTreeSet<PathBuf>,
+    /// Paths of the host, without links, that are shown nowhere.
+    hidden: BTreeSet<PathBuf>,
+    /// So many entries may still be mounted one by one.
+    entries_left: usize,
+    /// Watches the directories of the host that the result depends on.
+    directories: &'a Inotify,
+}
+
+fn below(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// Is any of these below `path`?
+fn has_below(paths: &BTreeSet<PathBuf>, path: &Path) -> bool {
+    // A path is before all that are below it, and these are before all others.
+    let after = (Bound::Excluded(path), Bound::Unbounded);
+    let next = paths.range::<Path, _>(after).next();
+    next.is_some_and(|next| next.starts_with(path))
+}
+
+/// Where a mount is made or something is left out, all directories above are the tmpfs's, and not the host's: nothing
+/// that the host renames or removes takes a mount off, or shows what was hidden.
+impl<'a> Builder<'a> {
+    /// The dangerous steps in their order.
+    fn build(host: &Host, config: &Config, directories: &'a Inotify) -> Result<()> {
+        make_private()?;
+        let new_root = host.root.join(config::RUN_DIR);
+        let devices = sys::clone_mount(&new_root.join("devices"), false)?;
+        let hidden = hidden_by_operator(config)?;
+        let own = own_of_the_factory(host, config)?;
+        let sockets = reachable_sockets(config)?;
+        let mut this = Builder {
+            devices,
+            new_root,
+            places: BTreeSet::new(),
+            hidden: hidden.into_iter().chain(own.clone()).chain(sockets).collect(),
+            entries_left: MAX_ENTRIES,
+            directories,
+        };
+        mount_tmpfs(&this.new_root, "mode=755,size=16m").context("cannot mount the new root")?;
+        this.private(host)?;
+        let etc_is_layered = this.layer_etc()?;
+        this.main(config, etc_is_layered)?;
+        this.prune()?;
+        this.sources(config, &own)?;
+        this.enter()
+    }
+
+    /// All of the root file system but its private part.
+    fn main(&mut self, config: &Config, etc_is_layered: bool) -> Result<()> {
+        let mut own: BTreeSet<PathBuf> = PRIVATE_TREES.iter().map(PathBuf::from).collect();
+        own.extend(OWN.iter().map(|(place, _)| PathBuf::from(place)));
+        let mut files = OWN_FILES.map(|name| Path::new("/etc").join(name)).to_vec();
+        if etc_is_layered {
+            own.insert("/etc".into());
+            files.clear();
+        }
+        let mut places = own.clone();
+        for slot in config.slots.values() {
+            let more = slot.writable.iter().chain(slot.read_only.keys());
+            places.extend(more.map(|place| place.as_path().to_owned()));
+        }
+        self.places = places.iter().chain(&files).cloned().collect();
+        // What the host has there is not for jobs, and what a link there leads to is the same by another name.
+        let hidden = self.hidden.clone();
+        self.hidden
+            .extend(own.iter().filter_map(|place| place.canonicalize().ok()));
+        self.hidden.extend(own);
+        self.hidden.extend([PRIVATE.into(), "/lost+found".into()]);
+        self.show_directory(Path::new("/"), Path::new("/"))?;
+        self.hidden = hidden;
+        for place in &places {
+            self.make_place(place)
+                .with_context(|| format!("cannot make a place for {}", place.display()))?;
+        }
+        for file in files.iter().map(|file| below(&self.new_root, file)) {
+            if !file.exists() {
+                File::create(file)?;
+            }
+        }
+        for (place, mode) in OWN {
+            let real = below(&self.new_root, Path::new(place));
+            std::fs::set_permissions(&real, std::fs::Permissions::from_mode(mode))?;
+        }
+        Ok(())
+    }
+
+    /// A change of this directory of the host makes the result out of date.
+    fn watch(&self, directory: &Path) -> Result<()> {
+        let changes = AddWatchFlags::IN_CREATE
+            | AddWatchFlags::IN_DELETE
+            | AddWatchFlags::IN_MOVED_FROM
+            | AddWatchFlags::IN_MOVED_TO
+            | AddWatchFlags::IN_ATTRIB
+            | AddWatchFlags::IN_DELETE_SELF
+            | AddWatchFlags::IN_MOVE_SELF
+            | AddWatchFlags::IN_ONLYDIR;
+        self.directories
+            .add_watch(directory, changes)
+            .with_context(|| format!("cannot watch {}", directory.display()))?;
+        Ok(())
+    }
+
+    /// Attach a copy of the host's `source`, with what is mounted below it.
+    fn bind(&self, source: &Path, place: &Path, attributes: u64, recursive: bool) -> Result<()> {
+        let describe = || format!("cannot show {} to jobs", source.display());
+        let copy = sys::clone_mount(source, recursive).with_context(describe)?;
+        sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
+        sys::attach_mount(copy.as_fd(), &below(&self.new_root, place)).with_context(describe)
+    }
+
+    /// Show the host's directory `source`, a path without links, at `place`, an empty directory of the tmpfs: in one
+    /// mount, unless a place or something hidden is below it; then each entry by itself.
+    fn show_directory(&mut self, source: &Path, place: &Path) -> Result<()> {
+        let has_places = has_below(&self.places, place);
+        if !has_places && !has_below(&self.hidden, source) {
+            return self.bind(source, place, READ_ONLY, true);
+        }
+        self.watch(source)?;
+        let real = below(&self.new_root, place);
+        copy_owner_and_mode(source, &real)?;
+        let entries: Vec<_> = std::fs::read_dir(source)?.take(self.entries_left + 1).collect();
+        if entries.len() > self.entries_left {
+            ensure!(
+                !has_places,
+                "{} has too many entries, more than {MAX_ENTRIES} with those of other directories: no place can be made in it",
+                source.display()
+            );
+            // All of it is hidden.
+            return Ok(());
+        }
+        self.entries_left -= entries.len();
+        for entry in entries {
+            let entry = entry?;
+            let (source, place) = (source.join(entry.file_name()), place.join(entry.file_name()));
+            let kind = entry.file_type().map_err(anyhow::Error::from);
+            match kind.and_then(|kind| self.show_entry(&source, &place, kind)) {
+                // Gone since the directory was read. Even if it is back by now: that was a change, and is seen.
+                Err(error) if is_not_found(&error) => {
+                    let real = below(&self.new_root, &place);
+                    let _ = std::fs::remove_dir(&real).or_else(|_| std::fs::remove_file(&real));
+                }
+                shown => shown?,
+            }
+        }
+        Ok(())
+    }
+
+    fn show_entry(&mut self, source: &Path, place: &Path, kind: FileType) -> Result<()> {
+        if self.hidden.contains(source) {
+            return Ok(());
+        }
+        let real = below(&self.new_root, place);
+        if kind.is_symlink() {
+            if !self.places.contains(place) && !has_below(&self.places, place) {
+                return Ok(symlink(std::fs::read_link(source)?, &real)?);
+            }
+            // A mount must not lie where the host's link leads today: the link's name is a directory, with the same in it.
+            let target = source.canonicalize()?;
+            if target.is_dir() {
+                std::fs::create_dir(&real)?;
+                if !self.is_hidden(&target) {
+                    self.show_directory(&target, place)?;
+                }
+            } else if target.is_file() {
+                self.show_file(&target, place)?;
+            }
+        } else if kind.is_dir() {
+            std::fs::create_dir(&real)?;
+            self.show_directory(source, place)?;
+        } else if kind.is_file() {
+            self.show_file(source, place)?;
+        }
+        Ok(())
+    }
+
+    fn show_file(&self, source: &Path, place: &Path) -> Result<()> {
+        File::create(below(&self.new_root, place))?;
+        self.bind(source, place, READ_ONLY, false)
+    }
+
+    fn is_hidden(&self, path: &Path) -> bool {
+        path.ancestors()
+            .any(|path| self.hidden.contains(path) && path != Path::new("/"))
+    }
+
+    /// See to it that something can be mounted at `place`.
+    fn make_place(&self, place: &Path) -> Result<()> {
+        let mut real = self.new_root.clone();
+        for part in place.iter().skip(1) {
+            real.push(part);
+            match std::fs::symlink_metadata(&real) {
+                Err(error) if error.kind() == ErrorKind::NotFound => std::fs::create_dir(&real)?,
+                meta => ensure!(
+                    meta?.is_dir(),
+                    "{} is not a directory on this host: choose another place",
+                    place.display()
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    /// Take away the mounts that no job could reach. Those of container engines are many, and each that is left is
+    /// copied for each job.
+    fn prune(&self) -> Result<()> {
+        for real in mount_points()? {
+            let Ok(path) = real.strip_prefix(&self.new_root) else {
+                continue;
+            };
+            let path = Path::new("/").join(path);
+            if path.ancestors().skip(1).any(is_closed_to_jobs) {
+                match umount2(&real, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                    // It went with the one that it was mounted on, or is behind another.
+                    Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+                    Err(errno) => {
+                        return Err(errno).with_context(|| format!("cannot leave {}", real.display()));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What `sandbox` needs, and no job: one mount that it can lift off in a piece.
+    fn private(&self, host: &Host) -> Result<()> {
+        let private = Path::new(PRIVATE);
+        let real = below(&self.new_root, private);
+        std::fs::create_dir(&real)?;
+        // Also what a job finds there when the mount is off.
+        std::fs::set_permissions(&real, std::fs::Permissions::from_mode(0o700))?;
+        mount_tmpfs(&real, "mode=700,size=64m")?;
+        for name in ["workers", "devices", "sources", "facts"] {
+            std::fs::create_dir(real.join(name))?;
+        }
+        let workers = host.root.join(config::STATE_DIR).join("workers");
+        self.bind(&workers, &private.join("workers"), WRITABLE, false)?;
+        // Where /run is mounted nodev, it is not so for these.
+        sys::set_mount_attributes(self.devices.as_fd(), DEVICES, libc::MOUNT_ATTR_NODEV)?;
+        Ok(sys::attach_mount(self.devices.as_fd(), &real.join("devices"))?)
+    }
+
+    /// Let overlayfs put jobs' `/etc` together. The host may rename and add files in its own as it likes: what is hidden stays
+    /// so, and what is mounted on a name of the overlay. False where that cannot be: without overlayfs, on a host whose
+    /// `/etc` is of too many overlays already, and where something is mounted in `/etc`, which would be missing.
+    fn layer_etc(&self) -> Result<bool> {
+        let etc = Path::new("/etc");
+        let is_in_etc = |place: &PathBuf| place.starts_with(etc) && place != etc;
+        if std::fs::symlink_metadata(etc)?.is_symlink() || mount_points()?.iter().any(is_in_etc) {
+            return Ok(false);
+        }
+        let layers = ETC_LAYERS.map(|layer| below(&self.new_root, Path::new(layer)));
+        for layer in &layers {
+            std::fs::create_dir_all(layer)?;
+        }
+        self.bind(etc, Path::new(ETC_LAYERS[1]), READ_ONLY, false)?;
+        copy_owner_and_mode(etc, &layers[0])?;
+        for hidden in self.hidden.iter().filter(|path| is_in_etc(path)) {
+            self.hide_in_layer(hidden, etc, &layers[0])
+                .with_context(|| format!("cannot hide {}", hidden.display()))?;
+        }
+        for name in OWN_FILES {
+            // A job with the host's network has the host's.
+            if name != "hosts" || !layers[1].join(name).exists() {
+                File::create(layers[0].join(name))?;
+            }
+        }
+        let place = below(&self.new_root, etc);
+        std::fs::create_dir(&place)?;
+        match mount_overlay(&layers, &place) {
+            Ok(()) => Ok(true),
+            Err(Errno::ENODEV | Errno::EINVAL) => {
+                umount2(&layers[1], MntFlags::MNT_DETACH)?;
+                std::fs::remove_dir(&layers[1])?;
+                std::fs::remove_dir(&place)?;
+                Ok(false)
+            }
+            Err(errno) => Err(errno).context("cannot mount an overlay of /etc"),
+        }
+    }
+
+    /// Put a whiteout for `hidden`, which is below `top`, into the layer. The directories above it become the job's.
+    fn hide_in_layer(&self, hidden: &Path, top: &Path, layer: &Path) -> Result<()> {
+        let mut real = layer.to_owned();
+        let mut path = top.to_owned();
+        for part in hidden.strip_prefix(top)?.iter() {
+            real.push(part);
+            path.push(part);
+            if path == hidden {
+                mknod(&real, SFlag::S_IFCHR, Mode::empty(), 0)?;
+            } else if !real.exists() {
+                std::fs::create_dir(&real)?;
+                self.watch(&path)?;
+                copy_owner_and_mode(&path, &real)?;
+            } else if !real.is_dir() {
+                // Hidden with what it is in.
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// What slots show at other places, and the facts of the host.
+    fn sources(&mut self, config: &Config, own: &[PathBuf]) -> Result<()> {
+        let mut sources = BTreeSet::new();
+        for source in config.slots.values().flat_map(|slot| slot.read_only.values()) {
+            let describe = || format!("{source}, named in read_only, cannot be shown");
+            let meta = std::fs::symlink_metadata(source.as_path()).with_context(describe)?;
+            ensure!(
+                meta.is_dir(),
+                "{source}, named in read_only, is not a directory: name one"
+            );
+            sources.insert(source.as_path().to_owned());
+        }
+        for (number, fact) in self.facts(config)?.into_iter().enumerate() {
+            symlink(
+                &fact,
+                below(&self.new_root, Path::new(FACTS)).join(number.to_string()),
+            )?;
+            sources.insert(fact);
+        }
+        for source in sources {
+            let place = source_path(&source);
+            std::fs::create_dir(below(&self.new_root, &place))?;
+            let describe = || format!("cannot show {}", source.display());
+            let real = source.canonicalize().with_context(describe)?;
+            // What the operator hides is shown to the slot that names it, or a place in it; what is the factory's is not.
+            if !own.iter().any(|own| real.starts_with(own)) {
+                self.show_directory(&real, &place).with_context(describe)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Directories of the host's `/run` that ordinary programs read: where the names of servers are found, and what
+    /// udev knows of devices.
+    fn facts(&self, config: &Config) -> Result<BTreeSet<PathBuf>> {
+        let mut facts = BTreeSet::new();
+        let slots = || config.slots.values();
+        if slots().any(|slot| slot.network == Network::Host) {
+            let mut next = Some(PathBuf::from("/etc/resolv.conf"));
+            // As many links as the kernel follows in a path.
+            for _ in 0..40 {
+                let Some((path, target)) = next.take().and_then(|path| self.follow(&path)) else {
+                    break;
+                };
+                let directory = path.parent().unwrap_or(Path::new("/"));
+                if directory.starts_with("/run") && directory != Path::new("/run") {
+                    facts.insert(directory.to_owned());
+                }
+                next = target.map(|target| directory.join(target));
+            }
+        }
+        if slots().any(|slot| !slot.devices.is_empty()) && Path::new(UDEV_DATA).is_dir() {
+            facts.insert(UDEV_DATA.into());
+        }
+        Ok(facts)
+    }
+
+    /// The path, without links but in its name; and where that leads, if it is a link. A change of either is seen.
+    fn follow(&self, path: &Path) -> Option<(PathBuf, Option<PathBuf>)> {
+        let directory = path.parent()?;
+        let Ok(real) = directory.canonicalize() else {
+            // It may be made later.
+            let there = directory.ancestors().find(|path| path.is_dir())?;
+            self.watch(there).ok()?;
+            return None;
+        };
+        self.watch(&real).ok()?;
+        let path = real.join(path.file_name()?);
+        let target = std::fs::read_link(&path).ok();
+        Some((path, target))
+    }
+
+    /// Make the new root the root, and let the host's go (`pivot_root(2)`).
+    fn enter(&self) -> Result<()> {
+        let flags = MsFlags::MS_REMOUNT
+            | MsFlags::MS_BIND
+            | MsFlags::MS_RDONLY
+            | MsFlags::MS_NOSUID
+            | MsFlags::MS_NODEV;
+        mount(None::<&str>, &self.new_root, None::<&str>, flags, None::<&str>)?;
+        become_root(&self.new_root)
+    }
+}
+
+/// Where something is mounted in this namespace.
+fn mount_points() -> Result<Vec<PathBuf>> {
+    let mut table = Vec::new();
+    File::open("/proc/self/mountinfo")
+        .and_then(|file| file.take(MAX_MOUNT_TABLE).read_to_end(&mut table))
+        .context("cannot read /proc/self/mountinfo")?;
+    let places = table
+        .split(|b| *b == b'\n')
+        .filter_map(|line| line.split(|b| *b == b' ').nth(4));
+    Ok(places
+        .map(|place| PathBuf::from(OsStr::from_bytes(&unescape(place))))
+        .collect())
+}
+
+fn mount_tmpfs(place: &Path, options: &str) -> nix::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(Some("tmpfs"), place, Some("tmpfs"), flags, Some(options))
+}
+
+/// Mount a read-only overlay of these directories, the uppermost first. Their paths have neither colons nor commas.
+fn mount_overlay(layers: &[PathBuf], place: &Path) -> nix::Result<()> {
+    let layers: Vec<_> = layers.iter().map(|layer| layer.display().to_string()).collect();
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let options = format!("lowerdir={}", layers.join(":"));
+    mount(Some("overlay"), place, Some("overlay"), flags, Some(&*options))
+}
+
+fn copy_owner_and_mode(from: &Path, to: &Path) -> Result<()> {
+    let meta = std::fs::metadata(from)?;
+    std::os::unix::fs::chown(to, Some(meta.uid()), Some(meta.gid()))?;
+    let mode = std::fs::Permissions::from_mode(meta.mode() & 0o7777);
+    Ok(std::fs::set_permissions(to, mode)?)
+}
+
+/// What `hide` names. A path that leads through links hides what it leads to.
+fn hidden_by_operator(config: &Config) -> Result<Vec<PathBuf>> {
+    let real = |path: &HostPath| {
+        // One that is made later would be seen.
+        let describe = || format!("{path}, named in hide, cannot be hidden: make it, or remove it");
+        path.as_path().canonicalize().with_context(describe)
+    };
+    config.factory.hide.iter().map(real).collect()
+}
+
+/// The factory's own files and directories.
+fn own_of_the_factory(host: &Host, config: &Config) -> Result<Vec<PathBuf>> {
+    let mut own = vec![config.factory.token_file.as_path().to_owned()];
+    for root in [host.root.as_path(), Path::new("/")] {
+        let config_dir = Path::new(config::CONFIG_PATH)
+            .parent()
+            .expect("it has a directory");
+        let dirs = [
+            config_dir,
+            Path::new(config::STATE_DIR),
+            Path::new(config::RUN_DIR),
+        ];
+        own.extend(dirs.map(|dir| root.join(dir)));
+    }
+    let mut found = Vec::new();
+    for path in own {
+        match path.canonicalize() {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            real => found.push(real.with_context(|| format!("cannot hide {}", path.display()))?),
+        }
+    }
+    Ok(found)
+}
+
+/// Sockets of the host's services, wherever a job could reach them: a read-only mount keeps nobody from connecting. One
+/// that is made later at another path is seen until this is built again: its mode must do, or `hide`.
+fn reachable_sockets(config: &Config) -> Result<Vec<PathBuf>> {
+    // Whoever bound it chose the name, perhaps in another mount namespace: look what it is here.
+    let is_socket =
+        |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+    let paths = sockets::paths(config.factory.uid_range)?.into_iter();
+    let real = paths.filter_map(|path| path.canonicalize().ok());
+    let reachable = real.filter(|path| is_socket(path) && !path.ancestors().skip(1).any(is_closed_to_jobs));
+    Ok(reachable.collect())
+}

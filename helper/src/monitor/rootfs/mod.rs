@@ -1,0 +1,367 @@
+//! The root file system that every job gets a copy of, and who makes it when.
+//!
+//! It is a mount namespace. A process of its own, the *builder*, makes it: it enters the host's mount namespace, makes
+//! another (`build`), hands its descriptor to the monitor and ends. So the monitor looks at no mount, no directory and
+//! no socket of the host, whatever they are and however many; a mount that hangs holds up a builder, and only launches
+//! wait for that. The monitor itself is in a mount namespace with nothing in it, and keeps no file system of the host
+//! in use but those of the root file system: it lets go of that as soon as the host's mounts have changed, and has it
+//! made again for the next launch.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::inotify::{InitFlags, Inotify};
+use nix::sys::signal::SigSet;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::alarm;
+use protocol::config::{self, Config};
+use protocol::{Error, ErrorKind, Received, Seqpacket};
+
+use crate::host::{FileIdentity, Host};
+use crate::log::warn;
+use crate::monitor_ipc::HandshakeMessage;
+use crate::sys;
+use namespace::{become_root, make_private, own_namespace};
+
+mod build;
+mod namespace;
+pub mod sockets;
+mod unix_diag;
+
+/// How long a builder may take: the kernel ends it then.
+const LIMIT: Duration = Duration::from_secs(20);
+/// So much later it has ended, if the kernel can end it at all.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// The root file system, and what tells that it is out of date.
+#[derive(Debug)]
+pub struct RootFs {
+    host_namespace: File,
+    /// The host's mount table; `poll(2)` tells when it has changed (`proc_pid_mounts(5)`).
+    host_mounts: File,
+    /// The monitor's own mount namespace.
+    empty_namespace: File,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Absent,
+    Building(Building),
+    Ready(Ready),
+}
+
+#[derive(Debug)]
+struct Building {
+    /// Closed at its other end once the builder is gone.
+    builder: Seqpacket,
+    source: Source,
+    /// It has not ended in time, and cannot be ended: it hangs in the kernel.
+    is_stuck: bool,
+}
+
+#[derive(Debug)]
+struct Ready {
+    namespace: OwnedFd,
+    source: Source,
+}
+
+/// What it is made of.
+#[derive(Debug)]
+struct Source {
+    begun: Instant,
+    configuration: FileIdentity,
+    /// Tells of changes in directories of the host whose entries were mounted one by one, or have something hidden.
+    directories: Inotify,
+    /// The host has changed since it was begun.
+    is_stale: bool,
+}
+
+/// What has become of the root file system.
+#[derive(Debug)]
+pub enum Event {
+    /// It is there.
+    Built,
+    /// It cannot be made of this host and this configuration, for this reason.
+    Failed(Error),
+    /// Its builder was late, or killed.
+    Lost(Error),
+}
+
+impl RootFs {
+    /// Leave the host's mounts for a mount namespace with nothing in it. From here on nothing has a path: only
+    /// descriptors lead to the host.
+    pub fn new(host: &Host) -> Result<RootFs> {
+        let host_namespace = own_namespace().context("cannot open the mount namespace")?;
+        let host_mounts = File::open("/proc/self/mountinfo").context("cannot open /proc/self/mountinfo")?;
+        unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+        let empty = || -> Result<File> {
+            make_private()?;
+            let namespace = own_namespace()?;
+            let root = host.root.join(config::RUN_DIR);
+            let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+            mount(
+                Some("tmpfs"),
+                &root,
+                Some("tmpfs"),
+                flags,
+                Some("mode=755,size=4k"),
+            )?;
+            become_root(&root)?;
+            Ok(namespace)
+        };
+        Ok(RootFs {
+            host_namespace,
+            host_mounts,
+            empty_namespace: empty().context("cannot leave the host's mounts")?,
+            state: State::Absent,
+        })
+    }
+
+    /// What to wait for: [`RootFs::on_events`] wants to know which of these are ready.
+    ///
+    /// Whoever waits for requests beside these puts these last: then no request is seen before a mount that came before
+    /// it.
+    pub fn events(&self) -> Vec<PollFd<'_>> {
+        let source = match &self.state {
+            State::Building(building) => &building.source,
+            State::Ready(ready) => &ready.source,
+            State::Absent => return Vec::new(),
+        };
+        let mut events = Vec::new();
+        if let State::Building(building) = &self.state {
+            events.push(PollFd::new(building.builder.as_fd(), PollFlags::POLLIN));
+        }
+        // What is out of date does not get more so; and the mount table tells of an error at each change.
+        if !source.is_stale {
+            events.push(PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI));
+            events.push(PollFd::new(source.directories.as_fd(), PollFlags::POLLIN));
+        }
+        events
+    }
+
+    /// When a builder has had its time.
+    pub fn due(&self) -> Option<Instant> {
+        match &self.state {
+            State::Building(building) if !building.is_stuck => Some(building.source.begun + LIMIT + GRACE),
+            _ => None,
+        }
+    }
+
+    /// Something has happened, or the time is over.
+    pub fn on_events(&mut self, ready: &[bool]) -> Option<Event> {
+        match &mut self.state {
+            State::Absent => None,
+            State::Ready(_) => {
+                if ready.contains(&true) {
+                    // A file system that the host has unmounted must not stay in use until the next launch.
+                    self.forget();
+                }
+                None
+            }
+            State::Building(building) => {
+                let (said, changed) = ready.split_first()?;
+                building.source.is_stale |= changed.contains(&true);
+                if *said {
+                    return Some(self.receive());
+                }
+                if !building.is_stuck && building.source.begun.elapsed() >= LIMIT + GRACE {
+                    building.is_stuck = true;
+                    return Some(Event::Lost(too_late()));
+                }
+                None
+            }
+        }
+    }
+
+    /// The builder has said something, or is gone.
+    fn receive(&mut self) -> Event {
+        let State::Building(Building { builder, source, .. }) =
+            std::mem::replace(&mut self.state, State::Absent)
+        else {
+            unreachable!("only a builder says anything");
+        };
+        match builder.recv(HandshakeMessage::MAX) {
+            Ok(Received::Packet {
+                bytes,
+                mut descriptors,
+            }) => match (HandshakeMessage::decode(&bytes), descriptors.pop()) {
+                (Some(HandshakeMessage::Done), Some(namespace)) => {
+                    self.state = State::Ready(Ready { namespace, source });
+                    Event::Built
+                }
+                (Some(HandshakeMessage::Failed(sentence)), _) => {
+                    Event::Failed(Error::new(ErrorKind::Busy, sentence))
+                }
+                (other, _) => Event::Lost(lost(&format!("its builder said {other:?}"))),
+            },
+            _ if source.begun.elapsed() >= LIMIT => Event::Lost(too_late()),
+            _ => Event::Lost(lost(
+                "its builder was killed: look for the reason in the kernel's log",
+            )),
+        }
+    }
+
+    /// For a launch that was asked for at this time: is there a root file system of this configuration, and of the
+    /// host as it was then or later? If there is none, it is being made from now on.
+    ///
+    /// # Errors
+    /// The configuration has a mistake, or the last builder has not ended yet and may never.
+    pub fn prepare(&mut self, host: &Host, asked: Instant) -> Result<bool> {
+        let (config, configuration) = host.configuration()?;
+        // First processes begin with what is known here.
+        host.accounts()?;
+        if let State::Ready(Ready { source, .. }) = &self.state
+            && (source.configuration != configuration || (source.is_stale && source.begun < asked))
+        {
+            self.forget();
+        }
+        match &self.state {
+            State::Ready(_) => Ok(true),
+            State::Building(building) if building.is_stuck => bail!(too_late()),
+            State::Building(_) => Ok(false),
+            State::Absent => {
+                self.start_building(host, &config, configuration)?;
+                Ok(false)
+            }
+        }
+    }
+
+    /// No launch waits any more: what was out of date when it was ready is not kept.
+    pub fn forget_stale(&mut self) {
+        if matches!(&self.state, State::Ready(ready) if ready.source.is_stale) {
+            self.forget();
+        }
+    }
+
+    fn forget(&mut self) {
+        if let State::Ready(ready) = std::mem::replace(&mut self.state, State::Absent) {
+            release(ready.namespace);
+        }
+    }
+
+    fn start_building(&mut self, host: &Host, config: &Config, configuration: FileIdentity) -> Result<()> {
+        let begun = Instant::now();
+        // Changes until now are what the builder will find.
+        let mut mounts = [PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI)];
+        poll(&mut mounts, PollTimeout::ZERO)?;
+        let directories = watch().context("cannot watch directories of the host")?;
+        let (builder, monitor) = pair()?;
+        let own = [
+            self.host_namespace.as_raw_fd(),
+            directories.as_fd().as_raw_fd(),
+            monitor.as_raw_fd(),
+        ];
+        sys::fork(|| {
+            let built = sys::close_all_but(&[&host.descriptors()[..], &own].concat())
+                .map_err(anyhow::Error::from)
+                .and_then(|()| self.build(host, config, &directories));
+            let told = match built {
+                Ok(namespace) => monitor.send(b"D", Some(namespace.as_fd())),
+                Err(error) => HandshakeMessage::Failed(format!("{error:#}")).send_to(&monitor),
+            };
+            i32::from(told.is_err())
+        })
+        .context("cannot fork")?;
+        self.state = State::Building(Building {
+            builder,
+            source: Source {
+                begun,
+                configuration,
+                directories,
+                is_stale: false,
+            },
+            is_stuck: false,
+        });
+        Ok(())
+    }
+
+    /// In the builder.
+    fn build(&self, host: &Host, config: &Config, directories: &Inotify) -> Result<File> {
+        SigSet::all().thread_unblock()?;
+        // Nobody catches the signal: like SIGKILL it ends what waits for a file system that does not answer.
+        alarm::set(LIMIT.as_secs() as u32);
+        setns(&self.host_namespace, CloneFlags::CLONE_NEWNS).context("cannot return to the host's mounts")?;
+        make(host, config, directories)
+    }
+
+    /// Do this with the root file system as this process's own, as what is cloned there begins with a copy of it.
+    pub fn inside<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
+        let State::Ready(ready) = &self.state else {
+            bail!("there is no root file system");
+        };
+        setns(&ready.namespace, CloneFlags::CLONE_NEWNS).context("cannot enter the root file system")?;
+        let done = work();
+        // In a wrong namespace the monitor would serve on and keep the host's file systems in use. It is started again.
+        setns(&self.empty_namespace, CloneFlags::CLONE_NEWNS).expect("the monitor returns to its own mounts");
+        Ok(done)
+    }
+}
+
+/// For a process that is nobody else's: make a root file system of the configuration, and be in it.
+pub fn enter_new(host: &Host) -> Result<()> {
+    let (config, _) = host.configuration()?;
+    enter_new_of(host, &config)
+}
+
+/// The same of another configuration.
+pub fn enter_new_of(host: &Host, config: &Config) -> Result<()> {
+    make(host, config, &watch()?).map(drop)
+}
+
+fn make(host: &Host, config: &Config, directories: &Inotify) -> Result<File> {
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    // While there is a /proc.
+    let namespace = own_namespace().context("cannot open the mount namespace")?;
+    build::build(host, config, directories).context("cannot build the jobs' root file system")?;
+    Ok(namespace)
+}
+
+fn pair() -> Result<(Seqpacket, Seqpacket)> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (one, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+    Ok((one.into(), other.into()))
+}
+
+fn watch() -> nix::Result<Inotify> {
+    Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
+}
+
+fn too_late() -> Error {
+    let message = format!(
+        "the host's mounts have not answered for {} s: look for one that hangs (df hangs on it), mend or unmount it, and repeat",
+        LIMIT.as_secs()
+    );
+    Error::new(ErrorKind::Busy, message)
+}
+
+fn lost(reason: &str) -> Error {
+    let message = format!("the jobs' root file system was not built: {reason}");
+    Error::new(ErrorKind::Busy, message)
+}
+
+/// Close the descriptor of a mount namespace. With the last of them go its mounts, and what the host has unmounted
+/// meanwhile is unmounted for good, which may take as long as it likes: so that is left to a process of its own.
+fn release(namespace: OwnedFd) {
+    let released = pair().and_then(|(child, monitor)| {
+        sys::fork(|| {
+            let keep = [namespace.as_raw_fd(), child.as_raw_fd()];
+            if sys::close_all_but(&keep).is_ok() {
+                // Nothing is said: the monitor has closed its descriptors.
+                let _ = child.recv(1);
+            }
+            0
+        })?;
+        Ok(monitor)
+    });
+    if let Err(error) = &released {
+        warn!("the monitor itself unmounts what was the jobs' root file system: {error:#}");
+    }
+    drop(namespace);
+    drop(released);
+}

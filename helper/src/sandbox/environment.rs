@@ -1,0 +1,120 @@
+//! The variables of the agent, of a job's tasks, and of a command by hand.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use protocol::config::{Config, EnvName, EnvValue, Network, Slot};
+use protocol::{Uid, UserName};
+
+/// A program with the environment of a worker's first one, and nothing of ours.
+pub fn command(program: &Path, user: &UserName) -> Command {
+    let mut command = Command::new(program);
+    command
+        .env_clear()
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
+        .env("HOME", format!("/home/{user}"))
+        .env("USER", user.to_string())
+        .env("LOGNAME", user.to_string())
+        .env("LANG", "C.UTF-8")
+        .env("TZ", "UTC");
+    command
+}
+
+/// The environment that buildomat's agent gives a task, for a command by hand. A task has no other variables but
+/// the slot's, and two that name the job.
+pub fn task_environment(user: &UserName, uid: Uid, slot: &Slot) -> Vec<(String, String)> {
+    let path = "/var/run/buildomat/agent/bin:/usr/bin:/bin:/usr/sbin:/sbin:/opt/ooce/bin:/opt/ooce/sbin";
+    let mut variables = vec![
+        ("HOME".to_owned(), format!("/home/{user}")),
+        ("USER".to_owned(), user.to_string()),
+        ("LOGNAME".to_owned(), user.to_string()),
+        ("TZ".to_owned(), "UTC".to_owned()),
+        ("PATH".to_owned(), path.to_owned()),
+        ("LANG".to_owned(), "en_US.UTF-8".to_owned()),
+    ];
+    variables.extend(slot_variables(uid, slot));
+    variables
+}
+
+/// The variables that the agent adds to each task's: where its `/run` has a directory for it alone, and the slot's.
+pub fn slot_variables(uid: Uid, slot: &Slot) -> BTreeMap<String, String> {
+    let runtime = ("XDG_RUNTIME_DIR".to_owned(), format!("/run/user/{uid}"));
+    let text = |(name, value): (&EnvName, &EnvValue)| (name.as_str().to_owned(), value.as_str().to_owned());
+    std::iter::once(runtime)
+        .chain(slot.env.iter().map(text))
+        .collect()
+}
+
+/// The variables of the agent of this slot: those of the configuration, and its proxy, unless the former name one. An agent
+/// that reaches the server by the relay alone gets no variable of a proxy: the relay asks the proxy.
+pub fn agent_variables(config: &Config, slot: &Slot) -> Vec<(String, String)> {
+    let own = config.factory.agent_env.iter();
+    let mut variables: Vec<(String, String)> = own.map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    for name in ["http_proxy", "https_proxy"] {
+        let is_named = variables.iter().any(|(own, _)| own.eq_ignore_ascii_case(name));
+        if let Some(proxy) = config.general.proxy.as_ref().filter(|_| !is_named) {
+            variables.push((name.to_owned(), proxy.to_string()));
+        }
+    }
+    if slot.network == Network::None {
+        variables.retain(|(name, _)| !name.to_ascii_lowercase().ends_with("_proxy"));
+    }
+    variables
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::WorkerId;
+    use protocol::config::HELPER_VARIABLES;
+
+    use super::*;
+
+    #[test]
+    fn an_agent_gets_its_variables_and_the_proxy_where_it_can_reach_one() {
+        let target = "target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+        let variables = |slot: &str, general: &str, factory: &str| {
+            let config = Config::parse(&format!(
+                "[general]\nbaseurl = \"http://b\"\n{general}[factory]\ntoken_file = \"/t\"\n{factory}\
+                 [slots.a]\n{target}[slots.b]\n{target}network = \"none\"\n"
+            ))
+            .unwrap();
+            let found = agent_variables(&config, &config.slots[&slot.parse().unwrap()]);
+            let found: Vec<String> = found
+                .iter()
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect();
+            found.join(" ")
+        };
+        let (proxy, own) = ("proxy = \"http://p:1\"\n", "agent_env.SSL_CERT_FILE = \"/ca\"\n");
+        assert_eq!(variables("a", "", ""), "");
+        assert_eq!(
+            variables("a", proxy, own),
+            "SSL_CERT_FILE=/ca http_proxy=http://p:1 https_proxy=http://p:1"
+        );
+        let named = "agent_env.HTTPS_PROXY = \"http://q:2\"\nagent_env.no_proxy = \"x\"\n";
+        assert_eq!(
+            variables("a", proxy, named),
+            "HTTPS_PROXY=http://q:2 no_proxy=x http_proxy=http://p:1"
+        );
+        for factory in [own.to_owned(), format!("{named}{own}")] {
+            assert_eq!(variables("b", proxy, &factory), "SSL_CERT_FILE=/ca");
+        }
+    }
+
+    #[test]
+    fn the_variables_that_a_configuration_may_not_set_are_those_of_the_helper() {
+        let command = command(Path::new("/x"), &UserName::from(WorkerId::from_bits(1)));
+        let mut set: Vec<_> = command
+            .get_envs()
+            .map(|(name, _)| name.to_str().unwrap())
+            .collect();
+        let mut refused = HELPER_VARIABLES;
+        set.sort_unstable();
+        refused.sort_unstable();
+        assert_eq!(set, refused);
+    }
+}

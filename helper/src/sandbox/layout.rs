@@ -1,0 +1,45 @@
+//! Where the root file system of jobs has what only the sandbox may see. The monitor builds it (`monitor::rootfs`).
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::mount::{MsFlags, mount};
+
+/// Where the root file system keeps what only `sandbox` may see, and unmounts before the job begins.
+pub const PRIVATE: &str = "/.buildomat-factory";
+
+/// Of these overlayfs puts jobs' `/etc` together: what hides some of the host's, and the host's.
+pub const ETC_LAYERS: [&str; 2] = ["/.buildomat-factory/etc/own", "/.buildomat-factory/etc/host"];
+
+/// The directory of links whose texts are facts of the host in `/run`.
+pub const FACTS: &str = "/.buildomat-factory/facts";
+
+/// What udev knows of devices: a fact for slots that have some.
+pub const UDEV_DATA: &str = "/run/udev/data";
+
+/// What jobs see of `source`: the place where `sandbox` finds it.
+pub fn source_path(source: &Path) -> PathBuf {
+    let name = source
+        .display()
+        .to_string()
+        .replace('%', "%25")
+        .replace('/', "%2f");
+    Path::new(PRIVATE).join("sources").join(name)
+}
+
+/// The directories of the host's `/run` that ordinary programs read, for a job.
+pub fn facts() -> Result<Vec<PathBuf>> {
+    let links = std::fs::read_dir(FACTS).context("cannot list the facts of the host")?;
+    let facts = links.map(|link| std::fs::read_link(link?.path()));
+    Ok(facts.collect::<std::io::Result<_>>()?)
+}
+
+/// For a job: let the overlay of `/etc`, if it is one, forget what names there led to, or did not. It would not see that the
+/// host has changed them (`overlayfs.rst`, "Changes to underlying filesystems").
+pub fn refresh_etc() -> nix::Result<()> {
+    if !Path::new(ETC_LAYERS[1]).exists() {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(None::<&str>, "/etc", None::<&str>, flags, None::<&str>)
+}

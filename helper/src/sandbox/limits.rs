@@ -1,0 +1,140 @@
+//! The settings that enforce what a job may use at most.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use protocol::config::Limits;
+
+use crate::host::abilities::Abilities;
+use crate::host::directory::open_file;
+
+/// What to write into which file of the worker's cgroup (the kernel's cgroup-v2 documentation).
+fn cgroup_settings(limits: &Limits, can: Abilities) -> Vec<(&'static str, String)> {
+    let mut settings = Vec::new();
+    if can.pids {
+        settings.push(("pids.max", limits.processes.to_string()));
+    }
+    if can.memory {
+        if let Some(memory) = limits.memory {
+            // Just below the limit a job waits until what it wrote is on the disk. At the limit itself Linux 6.12
+            // may end it for that, having found only dirty pages to give away. A wider step would slow down for
+            // minutes what is to be ended.
+            let high = memory - (2 << 20);
+            settings.push(("memory.high", high.to_string()));
+            settings.push(("memory.max", memory.to_string()));
+        }
+        // Memory that is limited must not go on in swap, unless the operator has said how far.
+        if let Some(swap) = limits.swap.or(limits.memory.map(|_| 0)) {
+            settings.push(("memory.swap.max", swap.to_string()));
+        }
+    }
+    if let (true, Some(cpus)) = (can.cpu, limits.cpus) {
+        // Of each 100 ms, in microseconds.
+        let quota = u64::from(cpus.thousandths()) * 100;
+        settings.push(("cpu.max", format!("{quota} 100000")));
+    }
+    settings
+}
+
+/// Limit a worker's new cgroup.
+pub fn limit_cgroup(cgroup: &OwnedFd, limits: &Limits, can: Abilities) -> Result<()> {
+    for (name, value) in cgroup_settings(limits, can) {
+        let mut file = match open_file(cgroup, name, OFlag::O_WRONLY) {
+            // A kernel without swap has nothing to keep a job from.
+            Err(Errno::ENOENT) if name == "memory.swap.max" && limits.swap.is_none() => continue,
+            file => file.with_context(|| format!("cannot open the worker's {name}"))?,
+        };
+        file.write_all(value.as_bytes())
+            .with_context(|| format!("cannot set the worker's {name} to {value}"))?;
+    }
+    Ok(())
+}
+
+/// Limit this process, and all that it will start (`getrlimit(2)`).
+pub fn limit_process(limits: &Limits) -> Result<()> {
+    for (resource, name, soft, hard) in [
+        (
+            Resource::RLIMIT_NPROC,
+            "processes",
+            limits.processes,
+            limits.processes,
+        ),
+        (
+            Resource::RLIMIT_NOFILE,
+            "open files",
+            limits.open_files.min(1024),
+            limits.open_files,
+        ),
+        // Not 0: a pipe in core_pattern ignores that, and stops at 1 (core(5)).
+        (Resource::RLIMIT_CORE, "core size", 1, 1),
+        (Resource::RLIMIT_MEMLOCK, "locked memory", 8 << 20, 8 << 20),
+        (Resource::RLIMIT_MSGQUEUE, "message queues", 819_200, 819_200),
+        (Resource::RLIMIT_SIGPENDING, "pending signals", 16_384, 16_384),
+        (Resource::RLIMIT_RTPRIO, "real-time priority", 0, 0),
+        (Resource::RLIMIT_NICE, "nice", 0, 0),
+    ] {
+        // "At most" is kept where the helper itself may have less.
+        let most = getrlimit(resource)?.1;
+        setrlimit(resource, soft.min(most), hard.min(most))
+            .with_context(|| format!("cannot limit the job's {name}"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::config::Config;
+
+    use super::*;
+
+    use crate::host::abilities::tests::{ALL, NOTHING};
+
+    fn limits(text: &str) -> Limits {
+        let head = "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
+                    target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n[slots.a.limits]\n";
+        let config = Config::parse(&format!("{head}{text}")).unwrap();
+        config.slots.values().next().unwrap().limits
+    }
+
+    #[test]
+    fn cgroups_get_the_kernels_words() {
+        assert_eq!(cgroup_settings(&Limits::default(), NOTHING), []);
+        assert_eq!(
+            cgroup_settings(&limits("memory = \"1G\"\ncpus = 0.5\nprocesses = 100"), ALL),
+            [
+                ("pids.max", "100".to_owned()),
+                ("memory.high", "1071644672".into()),
+                ("memory.max", "1073741824".into()),
+                ("memory.swap.max", "0".into()),
+                ("cpu.max", "50000 100000".into())
+            ]
+        );
+        let swap = limits("memory = \"1G\"\nswap = \"2G\"");
+        assert!(cgroup_settings(&swap, ALL).contains(&("memory.swap.max", "2147483648".into())));
+    }
+
+    #[test]
+    fn a_cgroup_gets_its_settings_and_only_swap_that_no_kernel_has_may_be_missing() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = crate::host::directory::tests::open_path(root.path()).unwrap();
+        let set = |text: &str, can| limit_cgroup(&cgroup, &limits(text), can);
+        let text = "memory = \"1G\"\nprocesses = 100";
+        assert!(set(text, ALL).is_err(), "nothing is there");
+        for name in ["pids.max", "memory.high", "memory.max"] {
+            std::fs::write(root.path().join(name), "").unwrap();
+        }
+        set(text, ALL).unwrap();
+        let read = |name: &str| std::fs::read_to_string(root.path().join(name)).unwrap();
+        assert_eq!(
+            (read("pids.max"), read("memory.max")),
+            ("100".into(), "1073741824".into())
+        );
+        let error = set("memory = \"1G\"\nswap = 0", ALL).unwrap_err();
+        assert!(error.to_string().contains("memory.swap.max"), "{error}");
+        assert!(set("cpus = 1", ALL).is_err(), "cpu.max is not there");
+    }
+}

@@ -1,0 +1,426 @@
+//! One job's sandbox: what pid 1 of the new namespaces does, in its order, from a copy of root to the job's
+//! user behind the whole sandbox; and the agent's start. Nothing comes from outside but the order's two words: all
+//! else is read from the host's own files.
+
+mod accounts;
+pub mod devices;
+pub mod environment;
+pub mod landlock;
+pub mod layout;
+pub mod limits;
+mod network;
+pub mod writable_dirs;
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::Gid;
+use protocol::config::{Config, Network, Slot};
+use protocol::{BootstrapToken, Received, Seqpacket, Uid, UserName, WorkerId};
+
+use crate::host::directory::{open_dir, open_file};
+use crate::host::record::read_record_of;
+use crate::host::{self, Host, quota, record, users};
+use crate::monitor_ipc::HandshakeMessage;
+use crate::privileges::seccomp;
+use crate::sys;
+use crate::unprivileged::proxy::ProxyListener;
+use crate::unprivileged::{Unprivileged, become_user, init};
+use layout::PRIVATE;
+use writable_dirs::WritableDir;
+
+/// Where the job sees the agent's program, until `install` has copied itself.
+pub const AGENT: &str = "/run/buildomat-agent";
+
+/// All that the sandbox is made of, looked up before anything is changed.
+struct Plan {
+    worker: WorkerId,
+    user: UserName,
+    uid: Uid,
+    groups: Vec<Gid>,
+    trees: Vec<WritableDir>,
+    /// What lies over the host's files, by their names in `/etc`.
+    etc: Vec<(&'static str, String)>,
+    slot: Slot,
+}
+
+/// A process that is all prepared to be a job's pid 1.
+pub struct Job {
+    proof: Unprivileged,
+    agent: Command,
+    files: init::Files,
+    init: init::InitConfig,
+}
+
+/// For the first process of a worker: everything, up to the agent's start.
+pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session: &Seqpacket) -> Result<Job> {
+    let (config, _) = host.configuration()?;
+    let plan = plan(host, &config, worker)?;
+    let files = files(host, worker)?;
+    let (proxy, proof) = apply_sandbox(host, &config, &plan, Purpose::Agent(session))?;
+    let mut agent = environment::command(Path::new(AGENT), &plan.user);
+    agent
+        .args(arguments(&config, plan.uid, &plan.slot, bootstrap))
+        .envs(environment::agent_variables(&config, &plan.slot));
+    Ok(Job {
+        proof,
+        agent,
+        files,
+        init: init::InitConfig {
+            console: plan.slot.limits.console,
+            time: plan.slot.limits.run_time_seconds.map(Duration::from_secs),
+            proxy,
+        },
+    })
+}
+
+/// For what a person does by hand in a worker: the same sandbox, with the standard streams that the process has.
+/// Who has no network but the server has none at all.
+pub fn enter_manual(host: &Host, worker: WorkerId) -> Result<(Unprivileged, UserName, Slot)> {
+    let (config, _) = host.configuration()?;
+    let plan = plan(host, &config, worker)?;
+    let (_, proof) = apply_sandbox(host, &config, &plan, Purpose::Manual)?;
+    Ok((proof, plan.user, plan.slot))
+}
+
+/// For whom the sandbox is applied.
+#[derive(Clone, Copy)]
+enum Purpose<'a> {
+    /// With the session that waits for it.
+    Agent(&'a Seqpacket),
+    Manual,
+}
+
+/// From a copy of root to the job's user in the job's view. Each step has its place.
+fn apply_sandbox(
+    host: &Host,
+    config: &Config,
+    plan: &Plan,
+    purpose: Purpose<'_>,
+) -> Result<(Option<ProxyListener>, Unprivileged)> {
+    // A session of its own: no terminal of the helper's is reachable.
+    nix::unistd::setsid().context("cannot make a session")?;
+    umask(Mode::empty());
+    // Named devices may be block devices, and what goes to a disk of the slot's outlives the job.
+    let ignore_sync = plan.slot.ignore_sync && !devices::has_block_device(host, &plan.slot)?;
+    // A person finds the /dev of an agent that was started: it may be using it.
+    if matches!(purpose, Purpose::Agent(_)) || open_dir(&host.devices, plan.worker.to_string()).is_err() {
+        devices::make(host, plan.worker, plan.uid, &plan.slot)?;
+    }
+    let proxy = match plan.slot.network {
+        Network::Host => None,
+        Network::None => Some(network::enter(&config.general.baseurl, &host.gate)?),
+    };
+    // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
+    let rules = landlock::Rules::new(plan.slot.allow_user_namespaces)?;
+    mounts(plan, &rules)?;
+    show_free_space()?;
+    if proxy.is_some() {
+        // With the /proc of this network namespace, which jobs cannot write.
+        host.network.write()?;
+    }
+    if let Purpose::Agent(_) = purpose {
+        redirect_stdio()?;
+    }
+    quota::set(host, plan.uid, plan.slot.limits.disk, plan.slot.limits.inodes)?;
+    // The way to other workers' directories and to sources of other slots goes now.
+    umount2(PRIVATE, MntFlags::MNT_DETACH).context("cannot leave the private part")?;
+    nix::unistd::chdir("/")?;
+    umask(Mode::from_bits_truncate(0o022));
+    // Whom the audit log names: while nobody is written down there, a job could write down whom it likes. A
+    // kernel without auditing has no such file, and one that was set by a login stays.
+    let _ = std::fs::write("/proc/self/loginuid", plan.uid.to_string());
+    limits::limit_process(&plan.slot.limits)?;
+    empty_bounding_set()?;
+    let proof = become_user(plan.uid, &plan.groups)?;
+    rules.restrict_self()?;
+    if let Purpose::Agent(session) = purpose {
+        // It says what hangs, if this does.
+        HandshakeMessage::Filter
+            .send_to(session)
+            .context("the session is gone")?;
+    }
+    // Last: it refuses most of the above.
+    let socket_families: Vec<_> = plan.slot.socket_families.iter().copied().collect();
+    let allowed = seccomp::job(seccomp::Job {
+        socket_families: &socket_families,
+        allow_user_namespaces: plan.slot.allow_user_namespaces,
+        devices: !plan.slot.devices.is_empty(),
+        ignore_sync,
+    });
+    sys::filter_system_calls(&allowed).context("cannot filter system calls")?;
+    Ok((proxy, proof))
+}
+
+impl Job {
+    /// Start the agent once the connection has written down that it is, and keep init until it has ended.
+    /// Returns the status for pid 1 itself.
+    pub fn start(self, connection: &Seqpacket) -> i32 {
+        let (console, exit) = (self.files.console.as_raw_fd(), self.files.exit.as_raw_fd());
+        let proxy = self.init.proxy.iter().flat_map(ProxyListener::descriptors);
+        let keep: Vec<i32> = [connection.as_raw_fd(), console, exit]
+            .into_iter()
+            .chain(proxy)
+            .collect();
+        // If the connection dies before it has written that, so do we.
+        if sys::close_all_but(&keep).is_err()
+            || HandshakeMessage::Ready.send_to(connection).is_err()
+            || !matches!(connection.recv(HandshakeMessage::MAX), Ok(Received::Packet { bytes, .. }) if HandshakeMessage::decode(&bytes) == Some(HandshakeMessage::Go))
+        {
+            return 1;
+        }
+        match init::spawn_agent(&self.proof, self.agent) {
+            Ok(agent) => {
+                let _ = HandshakeMessage::Done.send_to(connection);
+                if sys::close_all_but(&[&keep[1..], &agent.descriptors()].concat()).is_err() {
+                    return 1;
+                }
+                init::run(&self.proof, agent, &self.files, &self.init)
+            }
+            Err(error) => not_started(&self.files, connection, &error),
+        }
+    }
+}
+
+fn not_started(files: &init::Files, connection: &Seqpacket, error: &io::Error) -> i32 {
+    let sentence = format!("cannot start the agent: {error}");
+    init::not_started(files, &sentence);
+    let _ = HandshakeMessage::Failed(sentence).send_to(connection);
+    1
+}
+
+fn plan(host: &Host, config: &Config, worker: WorkerId) -> Result<Plan> {
+    let record = read_record_of(host, worker)?;
+    let slot = config
+        .slots
+        .get(&record.slot)
+        .ok_or_else(|| host::no_such_slot(&record.slot))?;
+    let user = UserName::from(worker);
+    let groups = users::groups(host, &slot.add_to_groups)?;
+    let etc = accounts::files(&*host.accounts()?, &user, record.uid, &groups, config, slot);
+    Ok(Plan {
+        worker,
+        user: user.clone(),
+        uid: record.uid,
+        groups: groups.into_iter().map(|(_, gid)| gid).collect(),
+        trees: writable_dirs::of(&user, record.uid, slot),
+        etc,
+        slot: slot.clone(),
+    })
+}
+
+fn files(host: &Host, worker: WorkerId) -> Result<init::Files> {
+    let dir = open_dir(&host.workers, worker.to_string())?;
+    let output = |name: &str| {
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND;
+        open_file(&dir, name, flags).with_context(|| format!("cannot open the worker's {name}"))
+    };
+    Ok(init::Files {
+        console: output(record::CONSOLE)?,
+        exit: output(record::EXIT)?,
+    })
+}
+
+/// `agent install`'s arguments. None comes from the socket but the token, which is a plain word.
+fn arguments(config: &Config, uid: Uid, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<String> {
+    let mut arguments = vec!["install".to_owned()];
+    for (name, value) in environment::slot_variables(uid, slot) {
+        arguments.extend(["-e".to_owned(), format!("{name}={value}")]);
+    }
+    arguments.extend(["--no-service", "--no-setuid", "--use-var-run"].map(str::to_owned));
+    arguments.extend([
+        config.general.baseurl.as_str().to_owned(),
+        bootstrap.as_str().to_owned(),
+    ]);
+    arguments
+}
+
+fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
+    let fs = private(plan, "workers").join("fs");
+    for (below_fs, place) in writable_dirs::mounted(&plan.trees) {
+        let is_slots = plan.slot.writable.iter().any(|other| other.as_path() == place);
+        if is_slots {
+            take_off(place)?;
+        }
+        let mount = bind(&fs.join(below_fs), place, sys::WRITABLE)?;
+        // Of /run, what is the job's.
+        if below_fs != "run" {
+            rules.allow_writing(mount.as_fd())?;
+        }
+    }
+    for tree in plan.trees.iter().filter(|tree| tree.place.starts_with("/run")) {
+        let tree = nix::fcntl::open(&tree.place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+        rules.allow_writing(tree.as_fd())?;
+    }
+    for (place, source) in read_only(plan)? {
+        take_off(&place)?;
+        bind(&layout::source_path(&source), &place, sys::READ_ONLY)?;
+    }
+    own_files(plan)?;
+    let dev = bind(&private(plan, "devices"), Path::new("/dev"), sys::DEVICES)?;
+    // With what is mounted in it below.
+    rules.allow_writing(dev.as_fd())?;
+    for name in devices::MOUNT_POINTS {
+        mount_in_dev(name, plan).with_context(|| format!("cannot mount /dev/{name}"))?;
+    }
+    let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("proc"), "/proc", Some("proc"), hardened, None::<&str>).context("cannot mount /proc")?;
+    // Message queues are opened by a mount of the kernel's own, which is nowhere below /dev.
+    for place in ["/proc", "/dev/mqueue"] {
+        let place = nix::fcntl::open(place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+        rules.allow_writing(place.as_fd())?;
+    }
+    Ok(())
+}
+
+/// What the job sees of the host at another place, by that place; and facts of the host at their own.
+fn read_only(plan: &Plan) -> Result<Vec<(PathBuf, PathBuf)>> {
+    let shown = plan.slot.read_only.iter();
+    let mut shown: Vec<_> = shown
+        .map(|(place, source)| (place.as_path().to_owned(), source.as_path().to_owned()))
+        .collect();
+    let overlaps = |one: &Path, other: &Path| one.starts_with(other) || other.starts_with(one);
+    for fact in layout::facts()? {
+        let is_for_it = match fact == Path::new(layout::UDEV_DATA) {
+            true => !plan.slot.devices.is_empty(),
+            false => plan.slot.network == Network::Host,
+        };
+        // What the operator shows there goes before.
+        let mut places = shown.iter().map(|(place, _)| place.as_path());
+        if is_for_it
+            && !places.any(|place| overlaps(place, &fact))
+            && !plan.trees.iter().any(|tree| overlaps(&tree.place, &fact))
+        {
+            shown.push((fact.clone(), fact));
+        }
+    }
+    for (place, _) in &shown {
+        if place.starts_with("/run") {
+            // In the worker's own directory, and there only root makes any but those that are the job's.
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o755)
+                .create(place)
+                .with_context(|| format!("cannot make {}", place.display()))?;
+        }
+    }
+    Ok(shown)
+}
+
+/// Put the job's own files into `/etc`.
+fn own_files(plan: &Plan) -> Result<()> {
+    layout::refresh_etc().context("cannot refresh /etc")?;
+    for (name, text) in &plan.etc {
+        // In memory, and gone with the mount, which is the only one to know it by then.
+        let source = Path::new(PRIVATE).join(format!("{}-{name}", plan.worker));
+        std::fs::write(&source, text).with_context(|| format!("cannot write the job's {name}"))?;
+        std::fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        let place = Path::new("/etc").join(name);
+        take_off(&place)?;
+        bind(&source, &place, sys::READ_ONLY)?;
+        std::fs::remove_file(&source)?;
+    }
+    Ok(())
+}
+
+/// Programs ask how much room `/` has before they begin. It is a tmpfs that nobody writes to; let it say what there is
+/// where the job writes, as it is now. All jobs have this tmpfs, so the last one's start counts.
+fn show_free_space() -> Result<()> {
+    let space = nix::sys::statvfs::statvfs("/work").context("cannot ask how much space /work has")?;
+    let size = space.blocks_available().saturating_mul(space.fragment_size());
+    // No less than it holds, or the kernel refuses it.
+    let size = format!("size={}", size.max(16 << 20));
+    let set = |flags: MsFlags, options: Option<&str>| {
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | flags;
+        mount(None::<&str>, "/", None::<&str>, flags, options)
+    };
+    // The first changes what all mounts of it have in common, and makes this one writable.
+    set(MsFlags::empty(), Some(&size)).context("cannot set the size of /")?;
+    set(MsFlags::MS_BIND | MsFlags::MS_RDONLY, None).context("cannot make / read-only")
+}
+
+/// Where the private part has this worker's own.
+fn private(plan: &Plan, kind: &str) -> PathBuf {
+    Path::new(PRIVATE).join(kind).join(plan.worker.to_string())
+}
+
+/// The helper's own standard streams stay outside.
+fn redirect_stdio() -> Result<()> {
+    let null = nix::fcntl::open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
+    nix::unistd::dup2_stdin(&null)?;
+    nix::unistd::dup2_stdout(&null)?;
+    Ok(nix::unistd::dup2_stderr(&null)?)
+}
+
+/// Take off what the root file system shows of the host at `place`: a mount on that the host could take off.
+fn take_off(place: &Path) -> Result<()> {
+    match umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        // Nothing is mounted there.
+        Ok(()) | Err(Errno::EINVAL) => Ok(()),
+        Err(errno) => Err(errno).with_context(|| format!("cannot take off {}", place.display())),
+    }
+}
+
+/// Returns the mount.
+fn bind(source: &Path, place: &Path, attributes: u64) -> Result<OwnedFd> {
+    let describe = || format!("cannot mount {} at {}", source.display(), place.display());
+    let copy = sys::clone_mount(source, true).with_context(describe)?;
+    sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
+    sys::attach_mount(copy.as_fd(), place).with_context(describe)?;
+    Ok(copy)
+}
+
+/// Terminals, shared memory and message queues of the job's own.
+fn mount_in_dev(name: &str, plan: &Plan) -> Result<()> {
+    let (nodev, noexec) = (MsFlags::MS_NODEV, MsFlags::MS_NOEXEC);
+    let memory = plan
+        .slot
+        .limits
+        .memory
+        .map_or("50%".to_owned(), |bytes| bytes.to_string());
+    let (kind, flags, options) = match name {
+        // All jobs together have what kernel.pty.max and kernel.pty.reserve leave them: 3,072, unless the host sets it.
+        // Group 5 is `tty`, as on the host: sshd and others refuse a terminal of another group.
+        "pts" => (
+            "devpts",
+            noexec,
+            "newinstance,gid=5,ptmxmode=0666,mode=0620,max=128".to_owned(),
+        ),
+        // As a host has it: just-in-time compilers map what they have made from there.
+        "shm" => ("tmpfs", nodev, format!("mode=1777,size={memory}")),
+        _ => ("mqueue", noexec | nodev, String::new()),
+    };
+    match mount(
+        Some(kind),
+        &Path::new("/dev").join(name),
+        Some(kind),
+        flags | MsFlags::MS_NOSUID,
+        Some(&*options),
+    ) {
+        // A kernel without POSIX message queues: then a job has none.
+        Err(Errno::ENODEV) if kind == "mqueue" => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+/// While we still may change it; then nothing can ever add a capability again.
+fn empty_bounding_set() -> Result<()> {
+    for capability in caps::all() {
+        // EINVAL: newer than this kernel.
+        if let Err(error) = caps::drop(None, caps::CapSet::Bounding, capability)
+            && caps::has_cap(None, caps::CapSet::Bounding, capability).unwrap_or(false)
+        {
+            bail!("cannot drop {capability}: {error}");
+        }
+    }
+    Ok(())
+}

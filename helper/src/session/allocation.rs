@@ -1,0 +1,146 @@
+//! Taking a slot for a worker, and giving it back: what is written down first when a user is made, and what goes
+//! last when it is deleted. Each can be cut off anywhere, and said again.
+
+use std::collections::BTreeSet;
+use std::hash::{BuildHasher, Hasher};
+use std::os::fd::{AsFd, OwnedFd};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use protocol::config::Config;
+use protocol::{Error, ErrorKind, SlotName, Uid, UserName, WorkerId};
+
+use crate::host::directory::open_file;
+use crate::host::record::{self, Record, RecordState, Worker};
+use crate::host::{self, Host, cgroup, misconfigured, users};
+use crate::log::warn;
+use crate::sandbox::{devices, writable_dirs};
+use crate::session::policy;
+use crate::sys;
+use crate::unprivileged::kill_all;
+
+/// How the quota of a worker that has nothing on disk any more is forgotten.
+pub type ClearQuota<'a> = &'a dyn Fn(WorkerId, Uid) -> Result<()>;
+
+/// The worker's uid and name: made now, or before.
+pub fn create_user(
+    host: &Host,
+    clear_quota: ClearQuota<'_>,
+    id: WorkerId,
+    slot: &SlotName,
+) -> Result<(Uid, UserName)> {
+    let config = host.configuration_now()?;
+    let slot_config = config.slots.get(slot).ok_or_else(|| host::no_such_slot(slot))?;
+    users::groups(host, &slot_config.add_to_groups).map_err(misconfigured)?;
+    let mut worker = Worker::find_or_make(host, id)?;
+    let record = match worker.written.clone() {
+        RecordState::Record(record) if record.slot == *slot => record,
+        RecordState::Record(Record { slot: other, .. }) => {
+            let message = format!("worker {id} has slot {other}, it cannot have {slot} as well");
+            return Err(Error::new(ErrorKind::Refused, message).into());
+        }
+        RecordState::Damaged => bail!("the record of worker {id} is damaged: delete the worker"),
+        RecordState::Nothing => match take_slot(host, clear_quota, &config, &mut worker, slot) {
+            Ok(record) => record,
+            Err(error) => {
+                // Nothing was made: leave nothing, not even the empty directory.
+                let _ = worker.remove(host);
+                return Err(error);
+            }
+        },
+    };
+    users::write_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
+    Ok((record.uid, worker.user()))
+}
+
+/// The one moment in which workers wait for each other: who has what is looked up and written down
+/// under a lock.
+fn take_slot(
+    host: &Host,
+    clear_quota: ClearQuota<'_>,
+    config: &Config,
+    worker: &mut Worker,
+    slot: &SlotName,
+) -> Result<Record> {
+    let (_lock, all) = loop {
+        let lock = lock_slots(host)?;
+        let all = record::list(host)?;
+        if all.damaged.is_empty() {
+            break (lock, all);
+        }
+        // Their deletion takes the lock itself, in its end.
+        drop(lock);
+        // It may have this slot, or any other: none is given before nothing is left of it.
+        for id in all.damaged {
+            delete(host, clear_quota, id).with_context(|| {
+                format!("no slot is free before worker {id}, whose record is damaged, is deleted")
+            })?;
+            warn!("deleted, because its record was damaged worker={id}");
+        }
+    };
+    let allocations = all.allocations();
+    policy::may_take(config, &allocations, worker.id, slot)?;
+    let used: BTreeSet<u32> = allocations
+        .iter()
+        .map(|allocation| allocation.uid.get())
+        .collect();
+    let accounts = host.accounts()?;
+    // The standard library's hash keys are random: getrandom(2) without a crate or a device node.
+    let random = std::hash::RandomState::new().build_hasher().finish();
+    for uid in policy::candidates(config.factory.uid_range, random, &used) {
+        let free =
+            !users::is_in_userdb(&host.userdb, uid) && !accounts.has(uid) && !sys::has_process_of(uid.get())?;
+        if free {
+            let record = Record::new(slot.clone(), uid);
+            worker.write_record(record.clone())?;
+            return Ok(record);
+        }
+    }
+    let message = "every uid of factory.uid_range is in use: widen it";
+    Err(Error::new(ErrorKind::Limit, message).into())
+}
+
+fn lock_slots(host: &Host) -> Result<Flock<OwnedFd>> {
+    let lock = open_file(&host.workers, ".lock", OFlag::O_RDWR | OFlag::O_CREAT)
+        .context("cannot open the slots' lock")?;
+    Flock::lock(OwnedFd::from(lock), FlockArg::LockExclusive)
+        .map_err(|(_, errno)| errno)
+        .context("cannot lock the slots")
+}
+
+/// Remove every trace of the worker; its slot is free after that.
+pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<()> {
+    let Some(worker) = Worker::find(host, id)? else {
+        return Ok(());
+    };
+    let (uid, is_recorded) = match &worker.written {
+        RecordState::Record(record) => (Some(record.uid), true),
+        // Its trees tell, so they go last; or what the host was told, where it had none yet.
+        _ => match writable_dirs::owner(worker.dir())? {
+            None => (users::uid_in_userdb(host.userdb.as_fd(), &worker.user())?, false),
+            owner => (owner, false),
+        },
+    };
+    let forget = || {
+        uid.map_or(Ok(()), |uid| {
+            users::remove_userdb(host.userdb.as_fd(), &worker.user(), uid)
+        })
+    };
+    cgroup::kill(&host.cgroups, worker.id)?;
+    uid.map_or(Ok(()), kill_all)?;
+    if !is_recorded {
+        forget()?;
+    }
+    writable_dirs::remove(worker.dir(), uid)?;
+    devices::remove(host, id)?;
+    if is_recorded {
+        if let Some(uid) = uid.filter(|_| host.abilities.has_quotas()) {
+            clear_quota(id, uid)?;
+        }
+        forget()?;
+    }
+    worker.remove_files()?;
+    // Its record goes before its directory: who sees the slot free must not see that one either.
+    let _lock = lock_slots(host)?;
+    worker.remove(host)
+}

@@ -1,0 +1,342 @@
+//! Starting an agent, the connection's part: see that all is as it must be, put the job's files in place, and
+//! let the monitor make the worker's first process. A session cannot do that itself: it has
+//! neither the capabilities nor the system calls.
+
+use std::fs::{File, Permissions};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::sys::sendfile::sendfile;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::time::TimeVal;
+use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket};
+
+use crate::host::directory::{open_dir, open_file};
+use crate::host::record::{Record, Worker};
+use crate::host::{self, Host, abilities, cgroup, misconfigured, users};
+use crate::monitor_ipc::{HandshakeMessage, MonitorRequest};
+use crate::privileges::seccomp;
+use crate::sandbox::{AGENT, limits, writable_dirs};
+use crate::session::timer;
+
+/// Start the agent, unless it was started before. Returns when the kernel has accepted the program.
+pub fn install(
+    host: &Host,
+    monitor: &Seqpacket,
+    worker: &Worker,
+    record: &Record,
+    agent: OwnedFd,
+    bootstrap: &BootstrapToken,
+) -> Result<()> {
+    if worker.is_started()? {
+        return Ok(());
+    }
+    let agent = check_agent(agent)?;
+    let config = host.configuration_now()?;
+    let slot = config
+        .slots
+        .get(&record.slot)
+        .ok_or_else(|| host::no_such_slot(&record.slot))?;
+    abilities::check(&record.slot, &slot.limits, host.abilities)?;
+    users::groups(host, &slot.add_to_groups).map_err(misconfigured)?;
+    writable_dirs::make(
+        worker.dir(),
+        record.uid,
+        &writable_dirs::of(&worker.user(), record.uid, slot),
+    )?;
+    // A first attempt that was cut off may have left its pid 1, waiting for a word that will not come.
+    cgroup::kill(&host.cgroups, worker.id)?;
+    let cgroup =
+        cgroup::create(&host.cgroups, &worker.id.to_string()).context("cannot make the worker's cgroup")?;
+    limits::limit_cgroup(&cgroup, &slot.limits, host.abilities)?;
+    let child = request(
+        monitor,
+        &MonitorRequest::Launch {
+            worker: worker.id,
+            bootstrap: bootstrap.clone(),
+        },
+    )?;
+    // Meanwhile: its first process needs about as long for the sandbox. It waits for a word before it looks.
+    copy_agent(&agent, &open_dir(worker.dir(), "fs/run")?)?;
+    expect(&child, HandshakeMessage::Filter)?;
+    set_patience(&child, FILTER_PATIENCE)?;
+    expect(&child, HandshakeMessage::Ready)?;
+    set_patience(&child, PATIENCE)?;
+    if let Some(seconds) = slot.limits.run_time_seconds {
+        timer::start(worker, &cgroup, Duration::from_secs(seconds))?;
+    }
+    worker.mark_started()?;
+    HandshakeMessage::Go
+        .send_to(&child)
+        .context("the worker's pid 1 is gone")?;
+    expect(&child, HandshakeMessage::Done)
+}
+
+/// How long the monitor, or a process of its making, may take for a step, in seconds. One that hangs in a mount must not
+/// keep the worker's lock: its deletion would wait for ever. With the filter it is less than the supervisor waits for an
+/// answer, a minute: so the supervisor gets the reason.
+const PATIENCE: i64 = 45;
+/// The same for a job's filter of system calls, which takes a millisecond or does not end.
+const FILTER_PATIENCE: i64 = 10;
+
+fn set_patience(answers: &impl AsFd, seconds: i64) -> nix::Result<()> {
+    setsockopt(answers, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))
+}
+
+/// Ask the monitor: the other end of the socket that it gets answers.
+pub fn request(monitor: &Seqpacket, request: &MonitorRequest) -> Result<Seqpacket> {
+    let (here, there) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    set_patience(&here, PATIENCE)?;
+    monitor
+        .send(&request.encode(), Some(there.as_fd()))
+        .map_err(|_| {
+            Error::new(
+                ErrorKind::Busy,
+                "the helper was restarted: repeat the request on a new connection",
+            )
+        })?;
+    Ok(here.into())
+}
+
+/// Wait for this word.
+pub fn expect(from: &Seqpacket, word: HandshakeMessage) -> Result<()> {
+    let packet = match from.recv(HandshakeMessage::MAX) {
+        Ok(Received::Packet { bytes, .. }) => bytes,
+        // The request did not fail: nobody is left who could say so.
+        Err(Errno::EAGAIN) => {
+            let message = match word {
+                HandshakeMessage::Ready => format!(
+                    "the kernel has not installed the job's filter of system calls (seccomp) within {FILTER_PATIENCE} s. {}",
+                    seccomp::IS_LATE
+                ),
+                _ => format!(
+                    "the helper has not done it within {PATIENCE} s: look for its processes in state D in ps, and repeat"
+                ),
+            };
+            bail!(Error::new(ErrorKind::Busy, message));
+        }
+        _ => bail!(Error::new(
+            ErrorKind::Busy,
+            "the process that was to do it was killed: look for the reason in the kernel's log, and repeat"
+        )),
+    };
+    match HandshakeMessage::decode(&packet) {
+        Some(said) if said == word => Ok(()),
+        Some(HandshakeMessage::Failed(sentence)) => bail!("{sentence}"),
+        Some(HandshakeMessage::Busy(sentence)) => bail!(Error::new(ErrorKind::Busy, sentence)),
+        other => bail!("the process that was to do it said {other:?} instead of {word:?}"),
+    }
+}
+
+fn refused(message: &str) -> anyhow::Error {
+    Error::new(ErrorKind::Refused, message).into()
+}
+
+/// The descriptor must be a memfd that nobody can change any more: reading it then neither blocks nor
+/// races. Only memfds and files of tmpfs have seals at all (`fcntl(2)`).
+fn check_agent(fd: OwnedFd) -> Result<File> {
+    let needed = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
+    match fcntl(&fd, FcntlArg::F_GET_SEALS) {
+        Ok(seals) if SealFlag::from_bits_truncate(seals).contains(needed) => {}
+        _ => {
+            return Err(refused(
+                "the agent's descriptor is not a memfd sealed against writing, growing and shrinking: seal it",
+            ));
+        }
+    }
+    let file = File::from(fd);
+    let len = file.metadata()?.len();
+    if len == 0 || len > MAX_AGENT_BYTES {
+        return Err(refused(&format!(
+            "the agent has {len} bytes: send 1 to {MAX_AGENT_BYTES}"
+        )));
+    }
+    Ok(file)
+}
+
+/// Copy the agent into the worker's directory: a file of root's that the job may run and read.
+fn copy_agent(agent: &File, run: &OwnedFd) -> Result<()> {
+    let name = AGENT.rsplit('/').next().expect("a path has a last part");
+    let describe = || "cannot copy the agent";
+    let copy =
+        open_file(run, name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC).with_context(describe)?;
+    // At an offset of our own: the sender shares the descriptor's.
+    let (mut at, end) = (0, agent.metadata()?.len() as i64);
+    while at < end {
+        let left = (end - at) as usize;
+        let copied = sendfile(&copy, agent, Some(&mut at), left).with_context(describe)?;
+        ensure!(
+            copied > 0,
+            "cannot copy the agent: {left} bytes of it are missing"
+        );
+    }
+    copy.set_permissions(Permissions::from_mode(0o755))
+        .with_context(describe)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek, SeekFrom, Write};
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::host::directory::tests::open_path;
+
+    fn memfd(bytes: &[u8]) -> File {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let mut file = File::from(memfd_create("agent", flags).unwrap());
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    fn sealed(file: File, seals: SealFlag) -> OwnedFd {
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+        file.into()
+    }
+
+    fn kind(result: Result<impl std::fmt::Debug>) -> Option<ErrorKind> {
+        result
+            .unwrap_err()
+            .downcast::<Error>()
+            .ok()
+            .map(|error| error.kind)
+    }
+
+    #[test]
+    fn an_agent_has_all_three_seals_and_a_size_within_bounds() {
+        let all = [
+            SealFlag::F_SEAL_WRITE,
+            SealFlag::F_SEAL_GROW,
+            SealFlag::F_SEAL_SHRINK,
+        ];
+        let whole: SealFlag = all.into_iter().collect();
+        check_agent(sealed(memfd(b"x"), whole)).unwrap();
+        check_agent(sealed(memfd(b"x"), whole | SealFlag::F_SEAL_SEAL)).unwrap();
+        for without in all {
+            let agent = sealed(memfd(b"x"), whole - without);
+            assert_eq!(
+                kind(check_agent(agent)),
+                Some(ErrorKind::Refused),
+                "without {without:?}"
+            );
+        }
+        let plain = File::open("/proc/self/exe").unwrap().into();
+        assert_eq!(kind(check_agent(plain)), Some(ErrorKind::Refused));
+        for (length, is_good) in [
+            (0, false),
+            (1, true),
+            (MAX_AGENT_BYTES, true),
+            (MAX_AGENT_BYTES + 1, false),
+        ] {
+            let sparse = memfd(b"");
+            sparse.set_len(length).unwrap();
+            assert_eq!(
+                check_agent(sealed(sparse, whole)).is_ok(),
+                is_good,
+                "{length} bytes"
+            );
+        }
+    }
+
+    #[test]
+    fn an_agent_is_copied_whole_wherever_its_offset_is_and_over_what_a_crash_has_left() {
+        let place = tempfile::tempdir().unwrap();
+        let run = open_path(place.path()).unwrap();
+        let path = place.path().join(AGENT.rsplit('/').next().unwrap());
+        std::fs::write(&path, "y".repeat(1 << 20)).unwrap();
+        let program: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8).collect();
+        let mut agent = memfd(&program);
+        agent.seek(SeekFrom::Start(299_999)).unwrap();
+        copy_agent(&agent, &run).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), program);
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777,
+            0o755
+        );
+        std::fs::remove_file(&path).unwrap();
+        copy_agent(&agent, &run).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), program);
+    }
+
+    fn pair() -> (Seqpacket, Seqpacket) {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (a, b) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        (a.into(), b.into())
+    }
+
+    #[test]
+    fn a_request_reaches_the_monitor_with_the_way_back_or_is_to_be_repeated() {
+        let (connection, monitor) = pair();
+        let clear_quota = MonitorRequest::ClearQuota {
+            worker: protocol::WorkerId::from_bits(7),
+        };
+        let answer = request(&connection, &clear_quota).unwrap();
+        let Ok(Received::Packet {
+            bytes,
+            mut descriptors,
+        }) = monitor.recv(MonitorRequest::MAX)
+        else {
+            panic!("no request came");
+        };
+        assert_eq!(MonitorRequest::decode(&bytes), Some(clear_quota.clone()));
+        let back = Seqpacket::from(descriptors.pop().unwrap());
+        HandshakeMessage::Done.send_to(&back).unwrap();
+        expect(&answer, HandshakeMessage::Done).unwrap();
+        drop(monitor);
+        assert_eq!(kind(request(&connection, &clear_quota)), Some(ErrorKind::Busy));
+    }
+
+    #[test]
+    fn only_the_word_that_is_waited_for_is_taken_for_it() {
+        let (here, there) = pair();
+        for word in [
+            HandshakeMessage::Filter,
+            HandshakeMessage::Ready,
+            HandshakeMessage::Go,
+            HandshakeMessage::Done,
+        ] {
+            word.send_to(&there).unwrap();
+            expect(&here, word).unwrap();
+        }
+        HandshakeMessage::Ready.send_to(&there).unwrap();
+        let said = expect(&here, HandshakeMessage::Done).unwrap_err().to_string();
+        assert!(said.contains("said Some(Ready) instead of Done"), "{said}");
+        HandshakeMessage::Failed("no space".into())
+            .send_to(&there)
+            .unwrap();
+        assert_eq!(
+            expect(&here, HandshakeMessage::Done).unwrap_err().to_string(),
+            "no space"
+        );
+        HandshakeMessage::Busy("later".into()).send_to(&there).unwrap();
+        let busy = expect(&here, HandshakeMessage::Done).unwrap_err();
+        assert_eq!(busy.to_string(), "later");
+        assert_eq!(kind(Err::<(), _>(busy)), Some(ErrorKind::Busy));
+        let soon = TimeVal::new(0, 1);
+        setsockopt(&here, sockopt::ReceiveTimeout, &soon).unwrap();
+        let late = expect(&here, HandshakeMessage::Done).unwrap_err();
+        assert!(late.to_string().contains("state D"), "{late}");
+        assert_eq!(kind(expect(&here, HandshakeMessage::Done)), Some(ErrorKind::Busy));
+        let late = expect(&here, HandshakeMessage::Ready).unwrap_err();
+        assert!(late.to_string().contains("seccomp"), "{late}");
+        assert!(late.to_string().contains("bpf_prog_free_deferred"), "{late}");
+        assert_eq!(
+            kind(expect(&here, HandshakeMessage::Ready)),
+            Some(ErrorKind::Busy)
+        );
+        drop(there);
+        let gone = expect(&here, HandshakeMessage::Done).unwrap_err();
+        assert!(gone.to_string().contains("was killed"), "{gone}");
+        assert_eq!(kind(expect(&here, HandshakeMessage::Done)), Some(ErrorKind::Busy));
+    }
+}

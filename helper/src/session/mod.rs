@@ -1,0 +1,260 @@
+//! One connection, in a process of its own: packets in, one request at a time, replies out.
+
+pub mod allocation;
+mod install;
+pub mod policy;
+mod timer;
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use anyhow::Result;
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
+use protocol::{
+    BootstrapToken, Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid,
+    UserName, VERSION, WorkerId, WorkerInfo, wire,
+};
+
+use crate::host::check::check_configuration;
+use crate::host::record::{self, Worker};
+use crate::host::{Host, cgroup};
+use crate::log::{info, warn};
+use crate::monitor_ipc::{HandshakeMessage, MonitorRequest};
+use crate::unprivileged::kill_all;
+
+/// Answers and the descriptor that goes with them.
+type Answer = (Reply, Option<File>);
+
+/// What lies operations a connection: the host, or a model of one where connections are tested. Each does what the
+/// request of its name says in the `protocol` crate.
+pub trait Operations {
+    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)>;
+    fn install_agent(&self, worker: WorkerId, agent: OwnedFd, bootstrap: &BootstrapToken) -> Result<File>;
+    fn attach(&self, worker: WorkerId) -> Result<(State, File)>;
+    fn kill(&self, worker: WorkerId) -> Result<()>;
+    fn delete(&self, worker: WorkerId) -> Result<()>;
+    /// At most [`MAX_LIST`], and if there are more.
+    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)>;
+    fn check(&self) -> Result<()>;
+}
+
+/// Serve this connection to its end.
+pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpacket) {
+    // A peer that says nothing, or does not read, must not keep a process for ever.
+    let patience = |seconds| TimeVal::new(seconds, 0);
+    let limited = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(10))
+        .and_then(|()| setsockopt(&socket, sockopt::SendTimeout, &patience(10)));
+    if let Err(errno) = limited {
+        return warn!("hung up: cannot limit how long it is waited for: {errno}");
+    }
+    let mut is_greeted = false;
+    loop {
+        let (bytes, descriptors) = match socket.recv(wire::MAX_REQUEST) {
+            Ok(Received::Closed) => return,
+            Ok(Received::Packet { bytes, descriptors }) => (bytes, descriptors),
+            Ok(Received::Oversize) => {
+                return warn!("hung up: a packet is larger than any request, or has several descriptors");
+            }
+            Err(Errno::ECONNRESET) => return,
+            Err(errno) => return warn!("hung up: cannot receive: {errno}"),
+        };
+        let request: Request = match wire::decode(&bytes) {
+            Ok(request) => request,
+            Err(error) => {
+                return warn!(
+                    "hung up: a packet of {} bytes is no request: {error}",
+                    bytes.len()
+                );
+            }
+        };
+        if descriptors.len() != usize::from(request.carries_descriptor()) {
+            return warn!(
+                "hung up: {} came with {} descriptors",
+                name(&request),
+                descriptors.len()
+            );
+        }
+        let begin = Instant::now();
+        let (reply, descriptor) = match (&request, is_greeted) {
+            (Request::Hello { version: VERSION }, false) if busy => {
+                let message = "the helper serves as many connections as it can: try again later";
+                (Reply::Error(Error::new(ErrorKind::Busy, message)), None)
+            }
+            (Request::Hello { version: VERSION }, false) => {
+                is_greeted = true;
+                let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(3600));
+                (Reply::Welcome, None)
+            }
+            (Request::Hello { version }, false) => {
+                let message = format!(
+                    "the helper speaks version {VERSION} of the protocol, you speak {version}: install both halves from one release"
+                );
+                (Reply::Error(Error::new(ErrorKind::Version, message)), None)
+            }
+            (_, false) => (
+                Reply::Error(Error::new(
+                    ErrorKind::Refused,
+                    "the first packet of a connection must be Hello",
+                )),
+                None,
+            ),
+            (_, true) => answer(operations, &request, descriptors),
+        };
+        audit(peer, &request, &reply, begin);
+        let sent = wire::encode(&reply).map_err(|_| Errno::EMSGSIZE);
+        let sent = sent.and_then(|bytes| socket.send(&bytes, descriptor.as_ref().map(AsFd::as_fd)));
+        match sent {
+            Ok(()) if is_greeted => {}
+            Ok(()) => return,
+            Err(errno) => return warn!("hung up: cannot answer: {errno}"),
+        }
+    }
+}
+
+fn answer(operations: &dyn Operations, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
+    let result = match request {
+        Request::Hello { .. } => Err(Error::new(ErrorKind::Refused, "Hello was said before").into()),
+        Request::CreateUser { worker, slot } => operations
+            .create_user(*worker, slot)
+            .map(|(uid, name)| (Reply::UserCreated { uid, name }, None)),
+        Request::InstallAgent { worker, bootstrap } => match descriptors.pop() {
+            Some(agent) => operations
+                .install_agent(*worker, agent, bootstrap)
+                .map(|console| (Reply::AgentStarted, Some(console))),
+            None => Err(Error::new(ErrorKind::Refused, "the agent is missing").into()),
+        },
+        Request::Attach { worker } => operations
+            .attach(*worker)
+            .map(|(state, console)| (Reply::Attached { state }, Some(console))),
+        Request::Kill { worker } => operations.kill(*worker).map(|()| (Reply::Killed, None)),
+        Request::Delete { worker } => operations.delete(*worker).map(|()| (Reply::Deleted, None)),
+        Request::List { after } => operations
+            .list(*after)
+            .map(|(workers, more)| (Reply::Listed { workers, more }, None)),
+        Request::Check => operations.check().map(|()| (Reply::Checked, None)),
+    };
+    result.unwrap_or_else(|error| (Reply::Error(typed(error)), None))
+}
+
+/// What has a type keeps it; all else is the host's failure.
+fn typed(error: anyhow::Error) -> Error {
+    match error.downcast::<Error>() {
+        Ok(error) => error,
+        Err(error) => Error::new(ErrorKind::Failed, format!("{error:#}")),
+    }
+}
+
+/// The host, and the way to the monitor.
+pub struct OnHost<'a> {
+    pub host: &'a Host,
+    pub monitor: &'a Seqpacket,
+}
+
+impl OnHost<'_> {
+    /// A session may set no quota.
+    fn clear_quota(&self, worker: WorkerId) -> Result<()> {
+        let monitor = install::request(self.monitor, &MonitorRequest::ClearQuota { worker })?;
+        install::expect(&monitor, HandshakeMessage::Done)
+    }
+}
+
+impl Operations for OnHost<'_> {
+    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
+        allocation::create_user(self.host, &|id, _| self.clear_quota(id), worker, slot)
+    }
+
+    fn install_agent(&self, worker: WorkerId, agent: OwnedFd, bootstrap: &BootstrapToken) -> Result<File> {
+        let (worker, record) = Worker::existing(self.host, worker)?;
+        install::install(self.host, self.monitor, &worker, &record, agent, bootstrap)?;
+        worker.console()
+    }
+
+    fn attach(&self, worker: WorkerId) -> Result<(State, File)> {
+        let (worker, _) = Worker::existing(self.host, worker)?;
+        Ok((worker.state(self.host)?, worker.console()?))
+    }
+
+    fn kill(&self, worker: WorkerId) -> Result<()> {
+        let (worker, record) = Worker::existing(self.host, worker)?;
+        cgroup::kill(&self.host.cgroups, worker.id)?;
+        kill_all(record.uid)
+    }
+
+    fn delete(&self, worker: WorkerId) -> Result<()> {
+        allocation::delete(self.host, &|id, _| self.clear_quota(id), worker)
+    }
+
+    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)> {
+        let all = record::list(self.host)?;
+        for id in all.damaged {
+            warn!(
+                "the record is damaged: the worker is lost, and will be deleted before a slot is taken worker={id}"
+            );
+        }
+        let mut rest = all
+            .workers
+            .into_iter()
+            .filter(|(id, _)| after.is_none_or(|after| *id > after));
+        let mut workers = Vec::new();
+        for (id, record) in rest.by_ref().take(MAX_LIST) {
+            workers.extend(record::info(self.host, id, record)?);
+        }
+        Ok((workers, rest.next().is_some()))
+    }
+
+    fn check(&self) -> Result<()> {
+        // The reason alone matters: nothing was tried that could have failed.
+        let refused = |error: anyhow::Error| Error::new(ErrorKind::Refused, format!("{error:#}"));
+        let (config, _) = self.host.configuration().map_err(refused)?;
+        check_configuration(self.host, &config).map_err(refused)?;
+        Ok(())
+    }
+}
+
+fn name(request: &Request) -> &'static str {
+    match request {
+        Request::Hello { .. } => "Hello",
+        Request::CreateUser { .. } => "CreateUser",
+        Request::InstallAgent { .. } => "InstallAgent",
+        Request::Attach { .. } => "Attach",
+        Request::Kill { .. } => "Kill",
+        Request::Delete { .. } => "Delete",
+        Request::List { .. } => "List",
+        Request::Check => "Check",
+    }
+}
+
+/// Who is at the other end, by the kernel's word.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    pub uid: u32,
+    pub pid: i32,
+}
+
+/// One line a request: who, what, which worker, which slot, how it ended, how long it took. Polls that went
+/// well are not worth one.
+fn audit(peer: Peer, request: &Request, reply: &Reply, begin: Instant) {
+    let (worker, slot) = match request {
+        Request::Hello { .. } | Request::List { .. } | Request::Check => (None, None),
+        Request::CreateUser { worker, slot } => (Some(*worker), Some(slot.to_string())),
+        Request::InstallAgent { worker, .. }
+        | Request::Attach { worker }
+        | Request::Kill { worker }
+        | Request::Delete { worker } => (Some(*worker), None),
+    };
+    let worker = worker.map(|id| id.to_string()).unwrap_or_default();
+    let slot = slot.unwrap_or_default();
+    let (what, Peer { uid, pid }) = (name(request), peer);
+    let fields = format!(
+        "uid={uid} pid={pid} what={what:?} worker={worker:?} slot={slot:?} microseconds={}",
+        begin.elapsed().as_micros()
+    );
+    match (request, reply) {
+        (_, Reply::Error(error)) => warn!("{error} {fields} outcome={:?}", error.kind),
+        (Request::Hello { .. } | Request::List { .. }, _) => {}
+        _ => info!("request {fields} outcome=\"done\""),
+    }
+}

@@ -1,0 +1,134 @@
+//! The end of a worker's run time, from outside of its sandbox.
+//!
+//! Pid 1 of a sandbox has the job's uid: the job can starve it among thousands of threads, so it cannot be what enforces
+//! `limits.run_time_seconds`. A worker with that limit has a *timer* process beside it, in the helper's cgroup, which the
+//! job can neither see nor signal. It is no state of the monitor's and no task of the supervisor's, so the limit holds
+//! while either is away: the package's units end no such process (`KillMode=process`).
+//!
+//! Pid 1 still ends a job in time, and then knows best how its agent ended. The timer waits [`GRACE`] longer.
+//!
+//! | cut off | what follows |
+//! | --- | --- |
+//! | before the timer is forked | the agent is not started: pid 1 gets no `Go` |
+//! | between the timer and `Go` | pid 1 ends with the session, and the timer with the cgroup |
+//! | the timer, by a signal of root's | pid 1 alone enforces the limit |
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
+use protocol::Exit;
+
+use crate::host::directory::open_file;
+use crate::host::record::{self, Worker};
+use crate::log::warn;
+use crate::{privileges, sys};
+
+/// How much later than pid 1 the timer ends a job. A pid 1 that is not starved needs milliseconds.
+const GRACE: Duration = Duration::from_secs(5);
+/// Processes that are not gone yet are killed again after this time, then after twice as long each time, up to the second of these.
+const AGAIN: Duration = Duration::from_millis(100);
+const AGAIN_MOST: Duration = Duration::from_secs(10);
+
+/// What a timer holds: open files of root's, and nothing else.
+struct Timer {
+    /// The worker's `cgroup.kill` and `cgroup.events` (the kernel's cgroup-v2 documentation).
+    kill: File,
+    events: File,
+    /// Where the end of the agent is written down.
+    exit: File,
+    console: File,
+}
+
+/// Fork the timer of a worker whose first process is in its cgroup. `limit` is measured from now by a clock that does not
+/// jump, and that stands still while the host is suspended (`CLOCK_MONOTONIC`, clock_gettime(2)).
+pub fn start(worker: &Worker, cgroup: &OwnedFd, limit: Duration) -> Result<()> {
+    let append = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND;
+    let timer = Timer {
+        kill: open_file(cgroup, "cgroup.kill", OFlag::O_WRONLY)?,
+        events: open_file(cgroup, "cgroup.events", OFlag::O_RDONLY)?,
+        exit: open_file(worker.dir(), record::EXIT, append)?,
+        console: open_file(worker.dir(), record::CONSOLE, append)?,
+    };
+    let end = Instant::now() + limit + GRACE;
+    sys::fork(|| {
+        let keep = [&timer.kill, &timer.events, &timer.exit, &timer.console].map(AsRawFd::as_raw_fd);
+        // What fails here must be seen, and must not take the limit away.
+        let closed = sys::close_all_but(&keep).map_err(Into::into);
+        // Each whatever has become of the other.
+        if let Err(error) = closed.and(privileges::keep_for_timer()) {
+            warn!(
+                "the timer of the run time keeps more than it needs: {error:#} worker={}",
+                worker.id
+            );
+        }
+        match timer.run(end) {
+            // It has been removed, so nobody is left in it.
+            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => 0,
+            Err(error) => {
+                warn!(
+                    "the run time is not limited any more: {error} worker={}",
+                    worker.id
+                );
+                1
+            }
+            Ok(()) => 0,
+        }
+    })
+    .context("cannot fork the timer of the slot's run_time_seconds")?;
+    Ok(())
+}
+
+impl Timer {
+    /// Until the cgroup has no process: by itself, or killed at `end`.
+    fn run(&self, end: Instant) -> std::io::Result<()> {
+        while self.is_populated()? {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return self.kill_all();
+            }
+            self.wait(left)?;
+        }
+        Ok(())
+    }
+
+    fn kill_all(&self) -> std::io::Result<()> {
+        // Before the processes end: nobody may see an end of which nothing is written. If pid 1 writes one after all, the
+        // first line counts.
+        if self.exit.metadata().is_ok_and(|meta| meta.len() == 0) {
+            // A full disk, which the job may have filled, loses both lines. It must not keep the job alive.
+            let _ = (&self.exit).write_all(record::print_exit(Exit::TimedOut).as_bytes());
+            let _ = (&self.console).write_all(record::TIMED_OUT.as_bytes());
+        }
+        let mut again = AGAIN;
+        while self.is_populated()? {
+            (&self.kill).write_all(b"1")?;
+            self.wait(again)?;
+            again = (again * 2).min(AGAIN_MOST);
+        }
+        Ok(())
+    }
+
+    /// Wait so long, or until `cgroup.events` has changed.
+    fn wait(&self, time: Duration) -> std::io::Result<()> {
+        let mut events = [PollFd::new(self.events.as_fd(), PollFlags::POLLPRI)];
+        match ppoll(&mut events, Some(TimeSpec::from_duration(time)), None) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// An error (ENODEV) where the cgroup has been removed.
+    fn is_populated(&self) -> std::io::Result<bool> {
+        let mut text = String::new();
+        (&self.events).seek(SeekFrom::Start(0))?;
+        (&self.events).take(4096).read_to_string(&mut text)?;
+        Ok(text.lines().any(|line| line == "populated 1"))
+    }
+}

@@ -1,0 +1,97 @@
+//! What runs as a job's user, without privileges: pid 1 of a worker (`init`), and the process that empties the directories
+//! that a job could write (`remove`). Both take an [`Unprivileged`], which only [`become_user`] makes.
+
+pub mod init;
+pub mod proxy;
+pub mod remove;
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{Gid, Pid, setgroups, setresgid, setresuid};
+use protocol::Uid;
+
+use crate::sys;
+
+/// The most children that are reaped, or connections that are forwarded, in one turn: a flood of one kind must not keep
+/// pid 1 from all else.
+pub const TURN: usize = 64;
+
+/// The proof that this process has become a job's user and has no capability. It cannot be copied to a process that has
+/// some: nothing gives a process a uid or a capability again.
+#[derive(Debug)]
+pub struct Unprivileged(());
+
+/// Become the user, for good: no group but its own and `groups`, and with the uid go all capabilities
+/// (`capabilities(7)`). Only for a process that has been forked for this.
+pub fn become_user(uid: Uid, groups: &[Gid]) -> Result<Unprivileged> {
+    let (user, group) = (nix::unistd::Uid::from_raw(uid.get()), Gid::from_raw(uid.get()));
+    setgroups(groups).context("cannot set the groups")?;
+    setresgid(group, group, group).context("cannot set the gid")?;
+    setresuid(user, user, user).context("cannot set the uid")?;
+    // With the permitted set the ambient one is empty, too (capabilities(7)).
+    for set in [
+        caps::CapSet::Effective,
+        caps::CapSet::Permitted,
+        caps::CapSet::Inheritable,
+    ] {
+        let left = caps::read(None, set).map_err(|e| anyhow::anyhow!("cannot read the capabilities: {e}"))?;
+        ensure!(
+            left.is_empty(),
+            "capabilities are left after becoming uid {uid}: {left:?}"
+        );
+    }
+    sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
+    Ok(Unprivileged(()))
+}
+
+/// Do this in a process that has become the user, and has these descriptors alone.
+pub fn as_user(uid: Uid, keep: &[RawFd], work: impl FnOnce(&Unprivileged) -> Result<()>) -> Result<()> {
+    let (errors, to_parent) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    let child = sys::fork(|| {
+        let work = || {
+            sys::close_all_but(&[keep, &[to_parent.as_raw_fd()]].concat())?;
+            work(&become_user(uid, &[])?)
+        };
+        let Err(error) = work() else { return 0 };
+        let _ = nix::unistd::write(&to_parent, format!("{error:#}").as_bytes());
+        1
+    })?;
+    drop(to_parent);
+    let mut message = String::new();
+    File::from(errors).read_to_string(&mut message).ok();
+    match waitpid(child, None)? {
+        WaitStatus::Exited(_, 0) => Ok(()),
+        status if message.is_empty() => bail!("a process that worked as uid {uid} ended with {status:?}"),
+        _ => bail!("{message}"),
+    }
+}
+
+/// End every process of the user, those included that no cgroup of ours knows, and wait until the last is reaped.
+pub fn kill_all(uid: Uid) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(60);
+    let mut patience = Duration::from_micros(20);
+    while sys::has_process_of(uid.get())? {
+        ensure!(
+            Instant::now() < end,
+            "processes of uid {uid} live a minute after SIGKILL: look for them in ps, and repeat"
+        );
+        // Most often those of its cgroup, dead, and about to be reaped by a parent who cannot tell us.
+        std::thread::sleep(patience);
+        patience = (patience * 2).min(Duration::from_millis(10));
+        if patience > Duration::from_millis(1) {
+            // It reaches all of the user's but the process itself (kill(2)); whom it found, it does not tell.
+            as_user(uid, &[], |_| {
+                let _ = nix::sys::signal::kill(Pid::from_raw(-1), Signal::SIGKILL);
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,367 @@
+//! Emptying the directories that a job could write, as the job's user: root never walks them.
+
+use std::collections::VecDeque;
+use std::ffi::{CStr, CString, OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use nix::dir::{Dir, OwningIter, Type};
+use nix::errno::Errno;
+use nix::fcntl::openat;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat};
+use nix::sys::wait::waitpid;
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use crate::host::directory::{DIRECTORY, remove_dir};
+use crate::sys;
+use crate::unprivileged::Unprivileged;
+
+/// Open a directory of our own, whatever mode its owner has left it in.
+fn open_own(parent: impl AsFd, name: &Path) -> nix::Result<OwnedFd> {
+    let parent = parent.as_fd();
+    let dir = match openat(parent, name, DIRECTORY, Mode::empty()) {
+        Err(Errno::EACCES) => {
+            fchmodat(parent, name, Mode::S_IRWXU, FchmodatFlags::FollowSymlink)?;
+            openat(parent, name, DIRECTORY, Mode::empty())?
+        }
+        dir => dir?,
+    };
+    let stat = fstat(&dir)?;
+    if stat.st_ino == sys::SUBVOLUME_TOP {
+        // In a read-only subvolume not even a mode can be changed. A directory of another file system may have the same
+        // number: there the request is unknown. What fails for another reason is told by the next change.
+        let _ = sys::make_subvolume_writable(dir.as_fd());
+    }
+    if stat.st_mode & 0o700 != 0o700 {
+        fchmod(&dir, Mode::S_IRWXU)?;
+    }
+    Ok(dir)
+}
+
+/// Its entries, by a descriptor that shares its offset: nobody else reads by it.
+fn entries(dir: &OwnedFd) -> Result<OwningIter> {
+    Ok(Dir::from_fd(dir.try_clone()?)?.into_iter())
+}
+
+/// From so many files on, a second process helps.
+const MANY: usize = 1000;
+
+/// So many directories' names the second process remembers, whatever a job has left.
+const MOST_OF_SECOND: usize = 1 << 14;
+
+/// Empty the trees, as their owner. Each process of the two would do it alone: what one finds gone is no error.
+pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, trees: &[&Path]) -> Result<()> {
+    let mut second = None;
+    let mut removed = 0;
+    let mut count = || {
+        removed += 1;
+        if removed == MANY {
+            // Without it, it takes longer.
+            second = sys::fork(|| {
+                trees.iter().rev().for_each(|tree| drop(empty_from_end(fs, tree)));
+                0
+            })
+            .ok();
+        }
+    };
+    let emptied = trees.iter().try_for_each(|tree| {
+        empty(fs, tree, &mut count).with_context(|| format!("cannot empty the tree {}", tree.display()))
+    });
+    if let Some(second) = second {
+        let _ = kill(second, Signal::SIGKILL);
+        waitpid(second, None)?;
+    }
+    emptied
+}
+
+/// Take directories from the other end, in the first directory that has several: the last so many of it. Where there is
+/// none near the top, the first process is not to be held up.
+fn empty_from_end(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
+    let mut own = open_own(fs, tree)?;
+    for _ in 0..16 {
+        let mut directories = VecDeque::new();
+        for entry in entries(&own)? {
+            let entry = entry?;
+            if entry.file_type() == Some(Type::Directory) && !is_dot(entry.file_name()) {
+                directories.push_back(name_of(entry.file_name()));
+            }
+            if directories.len() > MOST_OF_SECOND {
+                directories.pop_front();
+            }
+        }
+        if directories.len() == 1 {
+            own = open_own(&own, Path::new(&directories[0]))?;
+            continue;
+        }
+        for name in directories.iter().rev() {
+            let _ = empty(own.as_fd(), Path::new(name), &mut || ());
+            let _ = remove_dir(&own, name);
+        }
+        break;
+    }
+    Ok(())
+}
+
+fn is_dot(name: &CStr) -> bool {
+    name == c"." || name == c".."
+}
+
+fn name_of(name: &CStr) -> OsString {
+    OsStr::from_bytes(name.to_bytes()).to_owned()
+}
+
+/// Directories within a directory that are still to do.
+struct Level {
+    /// The next one last.
+    names: Vec<OsString>,
+    /// Are they all that is left in it?
+    is_all: bool,
+}
+
+impl Level {
+    /// So many are remembered at once.
+    const MOST: usize = 1024;
+    /// So many bytes of names of what is no directory, until they are removed; and so many for each name.
+    const FILES: usize = 8 << 20;
+    const FILE: usize = 48;
+
+    /// Remove what is no directory.
+    fn begin(own: &OwnedFd, count: &mut dyn FnMut()) -> Result<Level> {
+        let mut level = Level {
+            names: Vec::new(),
+            is_all: true,
+        };
+        let (mut files, mut bytes) = (Vec::new(), 0);
+        for entry in entries(own)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if is_dot(name) {
+                continue;
+            }
+            if entry.file_type() == Some(Type::Directory) {
+                level.names.push(name_of(name));
+            } else {
+                files.push((entry.ino(), name.to_owned()));
+                bytes += name.count_bytes() + Self::FILE;
+            }
+            if bytes >= Self::FILES {
+                level.remove(own, &mut files, count)?;
+                bytes = 0;
+            }
+            if level.names.len() >= Self::MOST {
+                level.is_all = false;
+                break;
+            }
+        }
+        level.remove(own, &mut files, count)?;
+        level.names.reverse();
+        Ok(level)
+    }
+
+    /// In the order of inodes: in that of a listing, the kernel would visit each block of inodes many times.
+    fn remove(
+        &mut self,
+        own: &OwnedFd,
+        files: &mut Vec<(u64, CString)>,
+        count: &mut dyn FnMut(),
+    ) -> Result<()> {
+        files.sort_unstable();
+        for (_, name) in files.drain(..) {
+            match unlinkat(own, &*name, UnlinkatFlags::NoRemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => count(),
+                // Not every file system says in a listing what is one.
+                Err(Errno::EISDIR) => self.names.push(name_of(&name)),
+                Err(errno) => bail!("cannot remove {name:?}: {errno}"),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Nothing is left to do in it.
+const DONE: Level = Level {
+    names: Vec::new(),
+    is_all: true,
+};
+
+/// A directory above the one that is being emptied: what of it is still to do, and the name of the next one below.
+struct Above {
+    level: Level,
+    next: OsString,
+}
+
+/// Of the directories above the one that is being emptied, some are open, by their depth: the nearest always.
+///
+/// The way back up is not `..`: below a mount of a part of a file system, as ours is, the kernel climbs from there to
+/// the mount's root each time (`path_connected` in `fs/namei.c`), and a job would have its worker's deletion take the
+/// square of a depth. It is the names again, from the nearest that is open.
+struct DirStack<D>(Vec<(usize, D)>);
+
+impl<D> DirStack<D> {
+    /// So many are left open on the way down, and so many at most.
+    const DOWN: usize = 64;
+    const MOST: usize = 256;
+
+    /// On the way down: the one at `depth`, which is below all that are open, is left for one below it.
+    fn leave(&mut self, depth: usize, dir: D) {
+        self.push(depth, dir, Self::DOWN);
+    }
+
+    /// Beyond `most`, the one goes that leaves the smallest gap.
+    fn push(&mut self, depth: usize, dir: D, most: usize) {
+        self.0.push((depth, dir));
+        if self.0.len() > most {
+            let gap_without = |i: &usize| self.0[i + 1].0 - self.0[i - 1].0;
+            let least = (1..self.0.len() - 1).min_by_key(gap_without);
+            self.0.remove(least.expect("there are several"));
+        }
+    }
+
+    /// The one at `depth` again. `step` leads from the one at a depth to the next below it. Of what is passed on the way
+    /// some is held, so that every depth is stepped to a few times, however deep it is.
+    fn back_to(&mut self, depth: usize, mut step: impl FnMut(&D, usize) -> nix::Result<D>) -> nix::Result<D> {
+        let is_deeper = |(held, _): &mut (usize, D)| *held > depth;
+        while self.0.pop_if(is_deeper).is_some() {}
+        let (start, mut dir) = self.0.pop().expect("the topmost is held");
+        let every = (depth - start).div_ceil(Self::DOWN / 2);
+        for at in start..depth {
+            let next = step(&dir, at);
+            if next.is_err() || (at - start) % every == 0 {
+                self.push(at, dir, Self::MOST);
+            }
+            dir = next?;
+        }
+        Ok(dir)
+    }
+}
+
+/// Remove everything in the directory, as its owner, with at most 260 descriptors and no recursion, whatever the
+/// names, modes, depth and number. It takes no room: moving what is too deep somewhere else would, and on a full
+/// disk, or at the end of a quota, there is none.
+fn empty(fs: BorrowedFd<'_>, tree: &Path, count: &mut dyn FnMut()) -> Result<()> {
+    let mut own = open_own(fs, tree)?;
+    let mut level = Level::begin(&own, count)?;
+    let mut above: Vec<Above> = Vec::new();
+    let mut held = DirStack(Vec::new());
+    loop {
+        if let Some(next) = level.names.pop() {
+            let inner = match open_own(&own, Path::new(&next)) {
+                Err(Errno::ENOENT) => continue,
+                // No job can make one: it takes requests of ioctl(2) that are refused to it.
+                Err(Errno::EROFS) => bail!(
+                    "cannot open {next:?}, which is closed to its owner and read-only: if it is a snapshot, make it \
+                     writable (btrfs property set -ts PATH ro false), and repeat"
+                ),
+                inner => inner.with_context(|| format!("cannot open {next:?}"))?,
+            };
+            let content = Level::begin(&inner, count)?;
+            held.leave(above.len(), own);
+            above.push(Above { level, next });
+            (own, level) = (inner, content);
+        } else if !level.is_all {
+            // Anew: its listing goes on where it was left.
+            own = open_own(&own, Path::new("."))?;
+            level = Level::begin(&own, count)?;
+        } else {
+            let Some(mut back) = above.pop() else {
+                return Ok(());
+            };
+            let step = |dir: &OwnedFd, at: usize| open_own(dir, Path::new(&above[at].next));
+            own = match held.back_to(above.len(), step) {
+                // The other process has removed what is above, and so all of it.
+                Err(Errno::ENOENT) => {
+                    level = DONE;
+                    continue;
+                }
+                own => own.context("cannot go back up")?,
+            };
+            match unlinkat(&own, back.next.as_os_str(), UnlinkatFlags::RemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => count(),
+                // Not everything in it was listed.
+                Err(Errno::ENOTEMPTY | Errno::EEXIST) => back.level.names.push(back.next),
+                Err(errno) => bail!("cannot remove {:?}: {errno}", back.next),
+            }
+            level = back.level;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A walk whose directories are their depths.
+    struct Walk {
+        held: DirStack<usize>,
+        at: usize,
+        steps: usize,
+    }
+
+    impl Walk {
+        fn down(&mut self, levels: usize) {
+            for _ in 0..levels {
+                self.held.leave(self.at, self.at);
+                self.at += 1;
+                assert!(self.held.0.len() <= DirStack::<usize>::MOST);
+            }
+        }
+
+        fn up(&mut self, levels: usize) {
+            for _ in 0..levels {
+                self.at -= 1;
+                let step = |dir: &usize, at: usize| {
+                    assert_eq!(*dir, at);
+                    self.steps += 1;
+                    Ok(at + 1)
+                };
+                assert_eq!(self.held.back_to(self.at, step), Ok(self.at));
+            }
+        }
+    }
+
+    /// Down so far, and up again, with a way aside of this length at each depth: the steps for each directory.
+    fn steps(depth: usize, aside: usize) -> usize {
+        let mut walk = Walk {
+            held: DirStack(Vec::new()),
+            at: 0,
+            steps: 0,
+        };
+        walk.down(depth);
+        for _ in 0..depth {
+            walk.up(1);
+            walk.down(aside);
+            walk.up(aside);
+        }
+        walk.steps.div_ceil(depth * (1 + aside))
+    }
+
+    #[test]
+    fn the_way_back_up_takes_few_steps_however_deep_and_branched_it_is() {
+        assert_eq!(steps(64, 0), 0);
+        for (depth, aside) in [
+            (1_000, 0),
+            (1_000_000, 0),
+            (50_000, 1),
+            (50_000, 20),
+            (10_000, 200),
+        ] {
+            let steps = steps(depth, aside);
+            assert!(steps <= 4, "{depth} deep, {aside} aside: {steps} steps for each");
+        }
+    }
+
+    #[test]
+    fn what_another_has_removed_on_the_way_loses_nothing_that_is_held() {
+        let mut held = DirStack(Vec::new());
+        held.leave(0, 0);
+        let gone = held.back_to(
+            3,
+            |dir, _| if *dir < 1 { Ok(dir + 1) } else { Err(Errno::ENOENT) },
+        );
+        assert_eq!(gone, Err(Errno::ENOENT));
+        assert_eq!(held.back_to(0, |_, _| unreachable!()), Ok(0));
+    }
+}
