@@ -1,14 +1,12 @@
-//! Root's half stays small enough to be read: what it is made of is counted, and no more than budgets.toml says.
+//! The helper stays small enough to be read: what it is made of is counted, and no more than budgets.toml says.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use proc_macro2::{Delimiter, TokenStream, TokenTree};
 use serde::Deserialize;
-use syn::spanned::Spanned;
-use syn::{Attribute, Item};
+use syn::Item;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
@@ -40,219 +38,80 @@ fn allow(what: &str, count: usize) {
     );
 }
 
-/// The code of one file, without its tests.
-#[derive(Default)]
-struct Module {
-    /// The lines that hold at least one token.
-    lines: BTreeSet<usize>,
-    unsafes: usize,
+/// The lines of code of a file: all up to `#[cfg(test)]` but blank ones and those that begin with `//`.
+fn code(text: &str) -> impl Iterator<Item = &str> {
+    text.lines()
+        .take_while(|line| *line != "#[cfg(test)]")
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with("//"))
 }
 
-/// What can be reached from a crate's root file.
-#[derive(Default)]
-struct Sources {
-    modules: BTreeMap<PathBuf, Module>,
-    tests: BTreeSet<PathBuf>,
-}
-
-/// Is it compiled for tests alone? `not`, `any` and the like may be more than that, so they are not.
-fn is_test(attributes: &[Attribute]) -> bool {
-    attributes.iter().any(|attribute| {
-        attribute.path().is_ident("cfg")
-            && attribute
-                .parse_args::<syn::Ident>()
-                .is_ok_and(|word| word == "test")
-    })
-}
-
-fn attributes(item: &Item) -> &[Attribute] {
-    match item {
-        Item::Const(it) => &it.attrs,
-        Item::Enum(it) => &it.attrs,
-        Item::Fn(it) => &it.attrs,
-        Item::Impl(it) => &it.attrs,
-        Item::Macro(it) => &it.attrs,
-        Item::Mod(it) => &it.attrs,
-        Item::Static(it) => &it.attrs,
-        Item::Struct(it) => &it.attrs,
-        Item::Trait(it) => &it.attrs,
-        Item::Type(it) => &it.attrs,
-        Item::Use(it) => &it.attrs,
-        // What else there is counts, whatever is written before it.
-        _ => &[],
-    }
-}
-
-/// Where the module that `it` declares is: beside `file` where that is a folder's own, else in a folder of its name.
-fn place_of(it: &syn::ItemMod, file: &Path) -> PathBuf {
-    let dir = file.parent().unwrap();
-    for attribute in &it.attrs {
-        if attribute.path().is_ident("path") {
-            let syn::Meta::NameValue(path) = &attribute.meta else {
-                panic!("a path is a text")
-            };
-            let syn::Expr::Lit(syn::ExprLit {
-                lit: syn::Lit::Str(path),
-                ..
-            }) = &path.value
-            else {
-                panic!("a path is a text")
-            };
-            return dir.join(path.value());
-        }
-    }
-    let stem = file.file_stem().unwrap().to_str().unwrap();
-    let dir = if ["lib", "main", "mod"].contains(&stem) {
-        dir.to_owned()
-    } else {
-        dir.join(stem)
-    };
-    let name = it.ident.to_string();
-    let alone = dir.join(&name).with_extension("rs");
-    if alone.exists() {
-        alone
-    } else {
-        dir.join(name).join("mod.rs")
-    }
-}
-
-impl Sources {
-    fn of(crate_name: &str) -> Sources {
-        let src = root().join(crate_name).join("src");
-        let mut sources = Sources::default();
-        for name in ["lib.rs", "main.rs", "manual/main.rs"] {
-            if src.join(name).exists() {
-                sources.add(&src.join(name), false);
-            }
-        }
-        // A file that no module declares is compiled by some way that is not followed here.
-        let mut folders = vec![src];
-        while let Some(folder) = folders.pop() {
-            for entry in fs::read_dir(folder).unwrap() {
-                let path = entry.unwrap().path();
-                if path.is_dir() {
-                    folders.push(path);
-                } else {
-                    let known = sources.modules.contains_key(&path) || sources.tests.contains(&path);
-                    assert!(known, "{} is no module of {crate_name}", path.display());
-                }
-            }
-        }
-        sources
-    }
-
-    fn add(&mut self, path: &Path, is_for_tests: bool) {
-        let text = read(path);
-        let file = syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let mut left_out = Vec::new();
-        for item in &file.items {
-            let is_for_tests = is_for_tests || is_test(attributes(item));
-            if is_for_tests {
-                let span = item.span();
-                left_out.push(span.start().line..=span.end().line);
-            }
-            if let Item::Mod(it) = item
-                && it.content.is_none()
-            {
-                self.add(&place_of(it, path), is_for_tests);
-            }
-        }
-        if is_for_tests {
-            self.tests.insert(path.into());
-            return;
-        }
-        let mut module = Module::default();
-        module.count(text.parse().unwrap());
-        // `unsafe` counts in them too.
-        module
-            .lines
-            .retain(|line| !left_out.iter().any(|lines| lines.contains(line)));
-        self.modules.insert(path.into(), module);
-    }
-}
-
-impl Module {
-    fn count(&mut self, tokens: TokenStream) {
-        let mut tokens = tokens.into_iter().peekable();
-        while let Some(token) = tokens.next() {
-            // A comment that documents something is `#[doc = "…"]` to the compiler.
-            if let TokenTree::Punct(hash) = &token
-                && hash.as_char() == '#'
-            {
-                let mut rest = tokens.clone();
-                let next = match rest.next() {
-                    Some(TokenTree::Punct(mark)) if mark.as_char() == '!' => rest.next(),
-                    next => next,
-                };
-                if next.is_some_and(|next| is_documentation(&next)) {
-                    tokens = rest;
-                    continue;
-                }
-            }
-            match token {
-                TokenTree::Group(group) => {
-                    if group.delimiter() != Delimiter::None {
-                        self.lines.insert(group.span_open().start().line);
-                        self.lines.insert(group.span_close().end().line);
-                    }
-                    self.count(group.stream());
-                }
-                token => {
-                    let span = token.span();
-                    self.lines.extend(span.start().line..=span.end().line);
-                    if let TokenTree::Ident(word) = &token {
-                        self.unsafes += usize::from(word == "unsafe");
-                        // It would bring in what is not counted.
-                        assert!(
-                            !["include", "include_str"].contains(&word.to_string().as_str()),
-                            "{word}"
-                        );
-                    }
-                }
+/// The sources of both crates.
+fn sources() -> Vec<PathBuf> {
+    let mut folders = ["protocol/src", "helper/src"].map(PathBuf::from).to_vec();
+    let mut files = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(root().join(&folder)).unwrap() {
+            let entry = entry.unwrap();
+            let path = folder.join(entry.file_name());
+            match entry.file_type().unwrap().is_dir() {
+                true => folders.push(path),
+                false => files.push(path),
             }
         }
     }
+    files.sort();
+    files
 }
 
-fn is_documentation(token: &TokenTree) -> bool {
-    let TokenTree::Group(group) = token else {
-        return false;
-    };
-    let mut inside = group.stream().into_iter();
-    matches!(inside.next(), Some(TokenTree::Ident(word)) if word == "doc")
-        && matches!(inside.next(), Some(TokenTree::Punct(mark)) if mark.as_char() == '=')
-}
-
-fn both() -> Vec<(String, Module)> {
-    let of = |name| Sources::of(name).modules.into_iter();
-    of("protocol")
-        .chain(of("helper"))
-        .map(|(path, module)| (path.strip_prefix(root()).unwrap().display().to_string(), module))
-        .collect()
+/// Which budget the lines of a file are of: by what a process that runs them may do.
+fn budget_of(file: &Path) -> &'static str {
+    match file
+        .strip_prefix("helper/src")
+        .ok()
+        .and_then(|path| path.iter().next()?.to_str())
+    {
+        Some("manual") => "manual",
+        Some("unprivileged") => "unprivileged",
+        _ => "privileged",
+    }
 }
 
 #[test]
-fn the_code_of_roots_half_can_be_read_in_an_afternoon() {
-    let modules = both();
-    for (path, module) in &modules {
-        println!("{:>5} {path}", module.lines.len());
+fn each_kind_of_code_has_few_lines() {
+    let mut lines = BTreeMap::from([("manual", 0), ("privileged", 0), ("unprivileged", 0)]);
+    for file in sources() {
+        let text = read(&root().join(&file));
+        let count = code(&text).count();
+        println!("{count:>5} {}", file.display());
+        *lines.get_mut(budget_of(&file)).unwrap() += count;
+        // They would bring in what is not counted.
+        for other in ["#[path", "include!(", "include_str!("] {
+            assert!(
+                !code(&text).any(|line| line.contains(other)),
+                "{}: {other}",
+                file.display()
+            );
+        }
     }
-    allow(
-        "lines",
-        modules.iter().map(|(_, module)| module.lines.len()).sum(),
-    );
+    for (what, count) in lines {
+        allow(what, count);
+    }
 }
 
 #[test]
-fn what_is_unsafe_is_in_one_place_of_each_crate_and_little() {
+fn what_is_unsafe_is_in_one_file_of_each_crate_and_little() {
     let mut all = 0;
-    for (path, module) in both() {
+    for file in sources() {
+        let text = read(&root().join(&file));
+        let words = code(&text).flat_map(|line| line.split(|c: char| !(c.is_alphanumeric() || c == '_')));
+        let count = words.filter(|word| *word == "unsafe").count();
         assert!(
-            module.unsafes == 0 || ["helper/src/sys.rs", "protocol/src/sys.rs"].contains(&path.as_str()),
-            "{path} has {} times unsafe: that is for sys.rs",
-            module.unsafes
+            count == 0 || file.ends_with("src/sys.rs"),
+            "{} has {count} times unsafe: that is for sys.rs",
+            file.display()
         );
-        all += module.unsafes;
+        all += count;
     }
     assert!(all > 0, "nothing was counted");
     allow("unsafe", all);
@@ -367,37 +226,18 @@ fn the_helper_links_the_c_library_and_no_other() {
 }
 
 #[test]
-fn lines_are_counted_by_their_tokens() {
-    let text = r##"//! Documentation.
-
-/// More of it.
-#[derive(Debug)]
-struct A; // a comment
-
-/* another
- */
-const TEXT: &str = "two
-lines";
-
-#[doc = "A way to write a comment."]
-#[cfg(test)]
-mod tests {
-    fn not_counted() {}
-}
-
-fn f() {
-    unsafe { g() }
-}
-"##;
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("lib.rs");
-    fs::write(&path, text).unwrap();
-    let mut sources = Sources::default();
-    sources.add(&path, false);
-    let module = &sources.modules[&path];
+fn a_line_counts_that_is_code_and_comes_before_the_tests() {
+    let text = "//! Documentation.\n\n/// More of it.\n#[derive(Debug)]\nstruct A; // a comment\n    // why\n\n\
+                fn f() {\n    g()\n}\n#[cfg(test)]\nmod tests {\n}\n";
+    let lines: Vec<_> = code(text).collect();
     assert_eq!(
-        Vec::from_iter(module.lines.iter().copied()),
-        [4, 5, 9, 10, 18, 19, 20]
+        lines,
+        [
+            "#[derive(Debug)]",
+            "struct A; // a comment",
+            "fn f() {",
+            "g()",
+            "}"
+        ]
     );
-    assert_eq!(module.unsafes, 1);
 }
