@@ -131,18 +131,16 @@ impl Factory {
     }
 
     fn begin_job(&mut self, now: u64, lease: Lease, leased_at: u64) {
+        if now < self.no_jobs_until {
+            // A server may give a job that it was not asked for, or was asked for before it refused a worker. Its lease
+            // expires; that the server makes no worker is logged already.
+            return;
+        }
         let slot = self.free(now).pick(lease.target).cloned();
-        // A server may give a job that it was not asked for, or was asked for before it refused a worker.
-        let waits = now < self.no_jobs_until;
         let Some(slot) = slot.filter(|_| {
-            !waits && !self.stopped && !self.draining && self.file_differs.is_none() && self.storage.is_none()
+            !self.stopped && !self.draining && self.file_differs.is_none() && self.storage.is_none()
         }) else {
-            let why = if waits {
-                "comes while no worker is asked for, since the server has made none"
-            } else {
-                "finds no slot"
-            };
-            let trouble = format!("a job of target {} {why}", lease.target);
+            let trouble = format!("a job of target {} finds no slot", lease.target);
             if self.last_lease_trouble != trouble {
                 let text = format!("{trouble}: the lease of job {} will expire", lease.job);
                 self.say(Level::Warn, None, text);
