@@ -352,6 +352,7 @@ impl World {
         });
         let fair = self.alive
             && self.every.is_empty()
+            && !self.calls.values().any(|call| matches!(call.fate, Fate::Late(_)))
             && self.locks.values().all(|until| *until <= self.now + 1_000)
             && matches!((self.server_mode, self.helper_mode()), (Mode::Up, Mode::Up));
         self.fair_since = fair.then_some(self.fair_since.unwrap_or(self.now));
