@@ -1,6 +1,26 @@
-//! Starting an agent, the connection's part: see that all is as it must be, put the job's files in place, and
-//! let the monitor make the worker's first process. A session cannot do that itself: it has
-//! neither the capabilities nor the system calls.
+//! Starting an agent: the session's part. The session checks, puts the job's files in place, and asks the monitor for the
+//! worker's first process, for which it has neither the capabilities nor the system calls.
+//!
+//! Three processes take part. The session holds the worker's lock (`flock(2)` on its directory) from the first step to the
+//! last, and one end of a socket pair. The first process has the other end, and keeps it open until the agent runs: if the
+//! session dies, the first process reads the end of the socket and exits. Who waits has a time limit ([`PATIENCE`]).
+//!
+//! | step | process | what it does | cut off after it |
+//! | --- | --- | --- | --- |
+//! | 1 | session | [`check_agent`]: the memfd and its seals | nothing was changed |
+//! | 2 | session | [`writable_dirs::make`], [`cgroup::create`], [`limits::limit_cgroup`] | empty directories, an empty cgroup: a repeat makes them again |
+//! | 3 | session | sends [`MonitorRequest::Launch`] with the end of the socket pair | the monitor finds that nobody waits, and drops the request |
+//! | 4 | monitor | when the root file system of jobs is up to date: clones the first process into its cgroup and namespaces | the first process ends, as above |
+//! | 5 | session | meanwhile: [`copy_agent`] into `fs/run` | a part of the program, which a repeat replaces |
+//! | 6 | first process | [`apply_sandbox`](crate::sandbox), then says `Filter` | as above; its mounts go with its namespace |
+//! | 7 | first process | installs its filter, says `Ready`, and waits for `Go` | as above |
+//! | 8 | session | [`timer::start`], if the slot has a run time | the timer ends with the cgroup |
+//! | 9 | session | [`Worker::mark_started`]: a link, and one `fsync(2)` of the worker's directory. From here on no agent is started in this worker again | the worker is `Exited(Unknown)`: its job has not begun |
+//! | 10 | session | says `Go` | the agent starts, and nobody was told: a repeat answers `AgentStarted` |
+//! | 11 | first process | as pid 1, starts the agent; says `Done`, or `Failed` with the kernel's reason | the same |
+//!
+//! A repeat begins with step 1, and kills what an earlier attempt has left in the cgroup. `Delete` gets to its end from
+//! every step.
 
 use std::fs::{File, Permissions};
 use std::os::fd::{AsFd, OwnedFd};
