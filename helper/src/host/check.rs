@@ -6,14 +6,13 @@ use protocol::config::{self, Config};
 use crate::host::{Host, abilities, filesystem, users};
 use crate::log::warn;
 
-/// Refuse a host, or a configuration for it, on which the helper does not start; limits are another question. Returns
+/// Refuse a host, or a configuration for it, on which the helper does not start; limits and processes are another question. Returns
 /// the supervisor's uid and gid.
 pub fn check_host(host: &Host, config: &Config) -> Result<(u32, u32)> {
     if let Some(warning) = filesystem::check(&host.workers)? {
         warn!("{warning}");
     }
     check_accounts(host, config)?;
-    users::check_no_process(host, config.factory.uid_range)?;
     users::supervisor(host, &config.factory.user)
 }
 

@@ -11,9 +11,9 @@ use nix::unistd::{Gid, symlinkat};
 use protocol::config::{GroupName, UidRange, User, accounts};
 use protocol::{Uid, UserName};
 
-use crate::host::Host;
 use crate::host::accounts::read_whole;
 use crate::host::directory::{open_file, read_small, remove_file, stat, write_atomically};
+use crate::host::{Host, record};
 use crate::sys;
 
 fn read_etc(host: &Host, name: &str) -> Result<String> {
@@ -42,9 +42,16 @@ pub fn check_id_overlap(host: &Host, range: UidRange) -> Result<()> {
 /// Refuse a range of which a process has a uid that is no worker's. The kernel finds a user's processes by a table, so
 /// the number of processes costs nothing.
 pub fn check_no_process(host: &Host, range: UidRange) -> Result<()> {
+    // The user records in /run may be lost while workers live.
+    let recorded: BTreeSet<u32> = record::list(host)?
+        .workers
+        .iter()
+        .map(|(_, record)| record.uid.get())
+        .collect();
+    let is_workers =
+        |uid| recorded.contains(&uid) || Uid::try_from(uid).is_ok_and(|uid| is_in_userdb(&host.userdb, uid));
     for uid in range.first.get()..=range.last.get() {
-        let is_workers = || Uid::try_from(uid).is_ok_and(|uid| is_in_userdb(&host.userdb, uid));
-        if sys::has_process_of(uid)? && !is_workers() {
+        if sys::has_process_of(uid)? && !is_workers(uid) {
             let how = format!("a process of this host runs as uid {uid} of it (ps -u {uid} shows it)");
             bail!("{}", accounts::range_is_taken(range, &how));
         }

@@ -33,7 +33,7 @@ use protocol::{Error, ErrorKind, Received, Seqpacket, SlotName, Uid, UserName, W
 
 use crate::host::check::check_host;
 use crate::host::record::Worker;
-use crate::host::{Host, abilities, cgroup, quota};
+use crate::host::{Host, abilities, cgroup, quota, users};
 use crate::monitor::rootfs;
 use crate::monitor_ipc::HandshakeMessage;
 use crate::sandbox::{environment, limits, writable_dirs};
@@ -216,6 +216,7 @@ pub fn check(typed: &[OsString]) -> Result<u8> {
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         let host = Host::open(&typed.root, cgroups.as_deref().unwrap_or(Path::new("/")))?;
         check_host(&host, &config)?;
+        users::check_no_process(&host, config.factory.uid_range)?;
         if cgroups.is_some() {
             abilities::check_all(&config, host.abilities)?;
         }

@@ -33,7 +33,7 @@ use protocol::config::{self, Config, UidRange, accounts};
 
 use crate::host::check::check_host;
 use crate::host::directory::{make_directories, only_root_writes};
-use crate::host::{Host, abilities, cgroup};
+use crate::host::{Host, abilities, cgroup, users};
 use crate::log::{error, info, warn};
 use crate::sandbox::landlock;
 use crate::{log, privileges, sys};
@@ -151,6 +151,8 @@ fn start(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         .and_then(|()| std::fs::set_permissions(closed, std::fs::Permissions::from_mode(0o710)))
         .with_context(|| format!("cannot open {} to the supervisor's group", closed.display()))?;
     let _only_one = lock_out_others(&run_dir, &options.root.join(config::STATE_DIR).join("workers"))?;
+    // Another helper's workers are named as such above.
+    users::check_no_process(&host, config.factory.uid_range)?;
     let _reserved = reserve(&options.root, config.factory.uid_range)?;
     // For whoever starts something by hand.
     std::fs::write(
