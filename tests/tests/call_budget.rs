@@ -13,7 +13,7 @@ use testbed::tracer::service::{KINDS, Kind, Span, watch};
 /// At most so many, for each operation on a connection of its own, which takes some 40 of them.
 const BUDGET: [(&str, usize); 5] = [
     ("CreateUser", 95),
-    ("InstallAgent", 570),
+    ("InstallAgent", 580),
     ("List", 60),
     ("Kill", 60),
     ("Delete", 350),

@@ -207,7 +207,7 @@ pub fn check(typed: &[OsString]) -> Result<u8> {
     let [path] = &typed.rest[..] else {
         bail!("name one configuration file");
     };
-    let checked = || -> Result<()> {
+    let checked = || -> Result<bool> {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config = config::Config::parse(&text)
@@ -220,10 +220,14 @@ pub fn check(typed: &[OsString]) -> Result<u8> {
         if cgroups.is_some() {
             abilities::check_all(&config, host.abilities)?;
         }
-        rootfs::enter_new_of(&host, &config)
+        rootfs::enter_new_of(&host, &config)?;
+        Ok(cgroups.is_some())
     };
     match checked() {
-        Ok(()) => println!("it would start with this configuration"),
+        Ok(true) => println!("it would start with this configuration"),
+        Ok(false) => println!(
+            "it would start with this configuration, if this host enforces its limits: they are checked where a helper has run"
+        ),
         Err(error) => {
             println!("{error:#}");
             return Ok(1);
