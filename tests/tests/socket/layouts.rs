@@ -56,6 +56,8 @@ fn replaced_during_a_job(more: &str) -> String {
     write(at("deep/in/it/file"), "SECRET");
     write(at("live/file"), "old");
     fs::create_dir(at("exists")).unwrap();
+    // Beside what is hidden, what is no file or directory is seen as well.
+    nix::unistd::mkfifo(&at("a-fifo"), nix::sys::stat::Mode::S_IRUSR).unwrap();
     write(in_etc("app/key"), "SECRET");
     write(in_etc("app/seen"), "old");
     write(in_etc("closed/file"), "SECRET");
@@ -85,6 +87,7 @@ fn replaced_during_a_job(more: &str) -> String {
             touch gets/this/file exists/file /var/is/here/file /var/tmp/file /opt/buildomat/file && echo written
             cat live/file /etc/app/seen /etc/looked-for
         }} 2>&1
+        test -p a-fifo && echo shown
         look; echo; echo ready
         while ! [ -e live/go ]; do read -t 0.1 < <(sleep 0.1); done
         echo again; look; cat /etc/appears; exit 1"#,
@@ -130,7 +133,10 @@ fn replaced_during_a_job(more: &str) -> String {
     assert_eq!(console.matches(&user).count(), 4, "{console}");
     assert_eq!(console.matches("127.0.0.1").count(), 2, "{console}");
     assert_eq!(console.matches("written").count(), 2, "{console}");
-    assert!(console.contains("followed"), "{console}");
+    assert!(
+        console.contains("followed") && console.contains("shown"),
+        "{console}"
+    );
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     // What another job has looked for is no reason not to see it.
     for (text, seen) in [("old", "oldnew"), ("new", "newnew")] {

@@ -261,7 +261,7 @@ impl<'a> Builder<'a> {
         } else if kind.is_dir() {
             std::fs::create_dir(&real)?;
             self.show_directory(source, place)?;
-        } else if kind.is_file() {
+        } else if !kind.is_socket() {
             self.show_file(source, place)?;
         }
         Ok(())
