@@ -57,7 +57,7 @@ fn replaced_during_a_job(more: &str) -> String {
     write(at("live/file"), "old");
     fs::create_dir(at("exists")).unwrap();
     // Beside what is hidden, what is no file or directory is seen as well.
-    nix::unistd::mkfifo(&at("a-fifo"), nix::sys::stat::Mode::S_IRUSR).unwrap();
+    mkfifo(&at("a-fifo"), nix::sys::stat::Mode::S_IRUSR).unwrap();
     write(in_etc("app/key"), "SECRET");
     write(in_etc("app/seen"), "old");
     write(in_etc("closed/file"), "SECRET");
