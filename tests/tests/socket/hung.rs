@@ -7,7 +7,9 @@ use std::process::Command;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::ptrace;
 use nix::sys::signal::kill;
+use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use testbed::harness::tool;
 use testbed::tracer::wait_until_stopped;
@@ -219,9 +221,8 @@ fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
     begin_install(&waiting, worker);
     let end_of_patience = Instant::now() + PATIENCE;
     let builder = Pid::from_raw(apart.wait_for_builder());
-    // Stopped, it does not take the signal that ends it, as if it were in state D.
-    kill(builder, Signal::SIGSTOP).unwrap();
-    wait_until_stopped(builder.as_raw() as u32);
+    // While it is traced, the signal that ends it does not, whatever it waits for (`ptrace(2)`): as if it were in state D.
+    ptrace::seize(builder, ptrace::Options::empty()).unwrap();
     assert_told(&waiting);
     assert_eq!(apart.builder(), Some(builder.as_raw()));
     // No second one is begun, and nobody waits for the first.
@@ -230,7 +231,9 @@ fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
     assert_told(&waiting);
     assert!(asked.elapsed().as_secs() < 15, "it waited {:?}", asked.elapsed());
     assert_eq!(apart.builder(), Some(builder.as_raw()));
-    kill(builder, Signal::SIGCONT).unwrap();
+    kill(builder, Signal::SIGKILL).unwrap();
+    // Its parent is told after its tracer.
+    waitpid(builder, None).unwrap();
     while apart.builder().is_some() {
         assert!(Instant::now() < end_of_patience, "it does not end");
         std::thread::yield_now();
