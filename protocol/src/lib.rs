@@ -14,13 +14,11 @@
 //! 3. Then any number of requests, one at a time, each answered by exactly one reply.
 //!
 //! ```
-//! use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 //! use protocol::{Received, Reply, Request, Seqpacket, VERSION, wire};
 //!
 //! // Two ends, as connect(2) and accept(2) would make them.
-//! let (family, kind) = (AddressFamily::Unix, SockType::SeqPacket);
-//! let (client, helper) = socketpair(family, kind, None, SockFlag::SOCK_CLOEXEC)?;
-//! let (client, helper) = (Seqpacket::from(client), Seqpacket::from(helper));
+//! let (client, helper) = Seqpacket::pair()?;
+//!
 //!
 //! client.send(&wire::encode(&Request::Hello { version: VERSION })?, None)?;
 //!

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, sendmsg, socket,
+    socketpair,
 };
 
 /// A connection between the two halves. Whether calls block is the descriptor's own affair.
@@ -30,6 +31,16 @@ pub enum Received {
 }
 
 impl Seqpacket {
+    /// Two ends that are connected to each other; their calls block.
+    ///
+    /// # Errors
+    /// Those of `socketpair(2)`.
+    pub fn pair() -> nix::Result<(Self, Self)> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (one, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        Ok((Self(one), Self(other)))
+    }
+
     /// Connect to the socket at `path`.
     ///
     /// # Errors
@@ -131,22 +142,10 @@ impl AsRawFd for Seqpacket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::socketpair;
-
-    fn pair() -> (Seqpacket, Seqpacket) {
-        let (a, b) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap();
-        (a.into(), b.into())
-    }
 
     #[test]
     fn packets_keep_their_borders_and_their_descriptor() {
-        let (a, b) = pair();
+        let (a, b) = Seqpacket::pair().unwrap();
         a.send(b"one", None).unwrap();
         a.send(b"two", Some(b.as_fd())).unwrap();
         let Received::Packet { bytes, descriptors } = b.recv(16).unwrap() else {
@@ -161,7 +160,7 @@ mod tests {
 
     #[test]
     fn what_comes_of_too_many_descriptors_is_closed() {
-        let (a, b) = pair();
+        let (a, b) = Seqpacket::pair().unwrap();
         let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
         let own: Vec<OwnedFd> = (0..5).map(|_| a.0.try_clone().unwrap()).collect();
         let raw: Vec<RawFd> = own.iter().map(AsRawFd::as_raw_fd).collect();
@@ -179,7 +178,7 @@ mod tests {
 
     #[test]
     fn nothing_but_a_list_of_descriptors_is_one() {
-        let (a, b) = pair();
+        let (a, b) = Seqpacket::pair().unwrap();
         nix::sys::socket::setsockopt(&b, nix::sys::socket::sockopt::PassCred, &true).unwrap();
         a.send(b"one", None).unwrap();
         match b.recv(16) {
@@ -215,7 +214,7 @@ mod tests {
 
     #[test]
     fn too_long_is_oversize_and_a_closed_peer_is_closed() {
-        let (a, b) = pair();
+        let (a, b) = Seqpacket::pair().unwrap();
         a.send(&[7; 17], None).unwrap();
         assert!(matches!(b.recv(16).unwrap(), Received::Oversize));
         drop(a);

@@ -161,8 +161,8 @@ impl<S: Storage> Shell<S> {
             }
             let now = self.clock.now();
             if !self.factory.is_looking() || looked.elapsed() >= LOOK {
-                for looker in lookers.drain(..) {
-                    self.show(looker);
+                for reply in lookers.drain(..) {
+                    self.show(reply);
                 }
             }
             let deadline = self
@@ -194,8 +194,8 @@ impl<S: Storage> Shell<S> {
                 // In this order: what happens must not depend on chance.
                 biased;
                 word = words.recv(), if stopping.is_none() => match word.unwrap_or(Word::Tell(Input::Stop)) {
-                    Word::Status(looker) if self.factory.wants_a_look(self.clock.now()) => {
-                        lookers.push(looker);
+                    Word::Status(reply) if self.factory.wants_a_look(self.clock.now()) => {
+                        lookers.push(reply);
                         looked = Instant::now();
                         Input::Look
                     }

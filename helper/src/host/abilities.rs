@@ -127,7 +127,7 @@ pub mod tests {
         quotas: true,
     };
 
-    fn limits(text: &str) -> Limits {
+    pub fn limits(text: &str) -> Limits {
         let head = "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
                     target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n[slots.a.limits]\n";
         let config = Config::parse(&format!("{head}{text}")).unwrap();

@@ -1,5 +1,5 @@
-//! What the host's `/etc/passwd` and `/etc/group` say that matters here. They are read line by line, without NSS: no module is
-//! loaded into this process.
+//! What the host's `/etc/passwd` and `/etc/group` say that matters here. They are read line by line, without NSS: no
+//! module is loaded into this process.
 
 use std::fs::File;
 use std::io::Read;

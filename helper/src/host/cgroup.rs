@@ -160,11 +160,11 @@ pub fn end(cgroup: &OwnedFd, name: &str) -> Result<()> {
             Instant::now() < until,
             "processes of {name} live a minute after SIGKILL: look for state D in ps, and repeat"
         );
-        let order = match open_file(cgroup, "cgroup.kill", OFlag::O_WRONLY) {
+        let kill = match open_file(cgroup, "cgroup.kill", OFlag::O_WRONLY) {
             Err(Errno::ENOENT) => return Ok(()),
-            order => order?,
+            kill => kill?,
         };
-        match std::io::Write::write_all(&mut &order, b"1") {
+        match std::io::Write::write_all(&mut &kill, b"1") {
             Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => return Ok(()),
             written => written.context("cannot write cgroup.kill")?,
         }

@@ -6,8 +6,8 @@ use protocol::config::{self, Config};
 use crate::host::{Host, abilities, filesystem, users};
 use crate::log::warn;
 
-/// Refuse a host, or a configuration for it, on which the helper does not start; limits and processes are another question. Returns
-/// the supervisor's uid and gid.
+/// Refuse a host, or a configuration for it, on which the helper does not start. Limits ([`abilities::check_all`]) and
+/// processes ([`users::check_no_process`]) are looked at by themselves. Returns the supervisor's uid and gid.
 pub fn check_host(host: &Host, config: &Config) -> Result<(u32, u32)> {
     if let Some(warning) = filesystem::check(&host.workers)? {
         warn!("{warning}");

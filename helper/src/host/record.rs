@@ -1,4 +1,5 @@
-//! A worker's directory: `record`, `started`, `exit`, `console.log` and `fs/`, the trees. The directory and the record are the only memory that the helper has of a worker.
+//! A worker's directory: `record`, `started`, `exit`, `console.log`, and `fs/`, which has its writable directories. The
+//! directory and the record are the only memory that the helper has of a worker.
 //!
 //! What a crash leaves: a directory without a record is a worker that was never made, or is all but
 //! deleted; nothing else of it exists, because the record is the first thing written and the last removed.

@@ -1,5 +1,5 @@
-//! Users: who they are to the host (`/run/userdb`) and to the job (`/etc/passwd` and `/etc/group` of
-//! its own). The host's files are read line by line, without NSS: no module is loaded into this process.
+//! Workers' users as the host knows them (`/run/userdb`), and what the configuration wants of the host's own users,
+//! groups and ids.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -24,7 +24,6 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
 use nix::sys::signal::SigSet;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use protocol::config;
@@ -280,13 +279,7 @@ struct Started {
 
 /// Make the first process, in the cgroup from its first instruction. What it sees, this process has built.
 fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[OsString]) -> Result<Started> {
-    let (here, there) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )?;
-    let (here, there) = (Seqpacket::from(here), Seqpacket::from(there));
+    let (here, there) = Seqpacket::pair()?;
     let ours = terminal::ours();
     let mut streams = Streams::new(uid)?;
     let first = sys::clone_sandboxed(cgroup.as_fd(), || {

@@ -24,8 +24,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, socketpair,
-    sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
 };
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use protocol::Seqpacket;
@@ -293,14 +292,8 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     build_first(host, &mut rootfs)?;
-    let (requests, for_sessions) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )?;
-    let requests = Seqpacket::from(requests);
-    let mut listener = Listener::new(socket, client, for_sessions.into(), Instant::now())?;
+    let (requests, for_sessions) = Seqpacket::pair()?;
+    let mut listener = Listener::new(socket, client, for_sessions, Instant::now())?;
     let mut hotplug = Hotplug::new()?;
     hotplug.refresh(host);
     let mut waiting = Waiting::default();

@@ -23,7 +23,7 @@ const SESSION: [Capability; 5] = [
 
 /// What the monitor keeps beside these: for itself, and until they are a job's user, for workers' first processes.
 const MONITOR: [Capability; 6] = [
-    // Mounts, namespaces, quotas, and returning to the host's mount namespace to build the view again.
+    // Mounts, namespaces, quotas, and returning to the host's mount namespace to build the root file system of jobs again.
     Capability::CAP_SYS_ADMIN,
     // setns(2) to a mount namespace and pivot_root(2) need it beside CAP_SYS_ADMIN.
     Capability::CAP_SYS_CHROOT,

@@ -87,18 +87,8 @@ pub fn limit_process(limits: &Limits) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use protocol::config::Config;
-
     use super::*;
-
-    use crate::host::abilities::tests::{ALL, NOTHING};
-
-    fn limits(text: &str) -> Limits {
-        let head = "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
-                    target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n[slots.a.limits]\n";
-        let config = Config::parse(&format!("{head}{text}")).unwrap();
-        config.slots.values().next().unwrap().limits
-    }
+    use crate::host::abilities::tests::{ALL, NOTHING, limits};
 
     #[test]
     fn cgroups_get_the_kernels_words() {

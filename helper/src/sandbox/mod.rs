@@ -1,6 +1,6 @@
-//! One job's sandbox: what pid 1 of the new namespaces does, in its order, from a copy of root to the job's
-//! user behind the whole sandbox; and the agent's start. Nothing comes from outside but the order's two words: all
-//! else is read from the host's own files.
+//! One job's sandbox: what pid 1 of the new namespaces does, step by step, from a copy of the monitor to the job's user in
+//! the sandbox; and the agent's start. Nothing comes from outside but a worker's id and a token: all else is read from the
+//! host's own files.
 
 mod accounts;
 pub mod devices;
@@ -100,7 +100,7 @@ enum Purpose<'a> {
     Manual,
 }
 
-/// From a copy of root to the job's user in the job's view. Each step has its place.
+/// From a copy of the monitor to the job's user in the job's root file system. The order of the steps matters.
 fn apply_sandbox(
     host: &Host,
     config: &Config,
@@ -162,39 +162,46 @@ fn apply_sandbox(
 }
 
 impl Job {
-    /// Start the agent once the connection has written down that it is, and keep init until it has ended.
-    /// Returns the status for pid 1 itself.
-    pub fn start(self, connection: &Seqpacket) -> i32 {
+    /// Start the agent once the session has marked the worker as started, and be pid 1 until the agent has ended. Returns
+    /// the status for pid 1 itself.
+    pub fn start(self, session: &Seqpacket) -> i32 {
         let (console, exit) = (self.files.console.as_raw_fd(), self.files.exit.as_raw_fd());
         let proxy = self.init.proxy.iter().flat_map(ProxyListener::descriptors);
-        let keep: Vec<i32> = [connection.as_raw_fd(), console, exit]
+        let keep: Vec<i32> = [session.as_raw_fd(), console, exit]
             .into_iter()
             .chain(proxy)
             .collect();
-        // If the connection dies before it has written that, so do we.
+        // If the session dies before it has done that, this process ends, too.
         if sys::close_all_but(&keep).is_err()
-            || HandshakeMessage::Ready.send_to(connection).is_err()
-            || !matches!(connection.recv(HandshakeMessage::MAX), Ok(Received::Packet { bytes, .. }) if HandshakeMessage::decode(&bytes) == Some(HandshakeMessage::Go))
+            || HandshakeMessage::Ready.send_to(session).is_err()
+            || !is_told_to_go(session)
         {
             return 1;
         }
         match init::spawn_agent(&self.proof, self.agent) {
             Ok(agent) => {
-                let _ = HandshakeMessage::Done.send_to(connection);
+                let _ = HandshakeMessage::Done.send_to(session);
                 if sys::close_all_but(&[&keep[1..], &agent.descriptors()].concat()).is_err() {
                     return 1;
                 }
                 init::run(&self.proof, agent, &self.files, &self.init)
             }
-            Err(error) => not_started(&self.files, connection, &error),
+            Err(error) => not_started(&self.files, session, &error),
         }
     }
 }
 
-fn not_started(files: &init::Files, connection: &Seqpacket, error: &io::Error) -> i32 {
+fn is_told_to_go(session: &Seqpacket) -> bool {
+    match session.recv(HandshakeMessage::MAX) {
+        Ok(Received::Packet { bytes, .. }) => HandshakeMessage::decode(&bytes) == Some(HandshakeMessage::Go),
+        _ => false,
+    }
+}
+
+fn not_started(files: &init::Files, session: &Seqpacket, error: &io::Error) -> i32 {
     let sentence = format!("cannot start the agent: {error}");
     init::not_started(files, &sentence);
-    let _ = HandshakeMessage::Failed(sentence).send_to(connection);
+    let _ = HandshakeMessage::Failed(sentence).send_to(session);
     1
 }
 

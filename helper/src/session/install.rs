@@ -31,7 +31,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::sendfile::sendfile;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket};
 
@@ -109,12 +109,7 @@ fn set_patience(answers: &impl AsFd, seconds: i64) -> nix::Result<()> {
 
 /// Ask the monitor: the other end of the socket that it gets answers.
 pub fn request(monitor: &Seqpacket, request: &MonitorRequest) -> Result<Seqpacket> {
-    let (here, there) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )?;
+    let (here, there) = Seqpacket::pair()?;
     set_patience(&here, PATIENCE)?;
     monitor
         .send(&request.encode(), Some(there.as_fd()))
@@ -124,7 +119,7 @@ pub fn request(monitor: &Seqpacket, request: &MonitorRequest) -> Result<Seqpacke
                 "the helper was restarted: repeat the request on a new connection",
             )
         })?;
-    Ok(here.into())
+    Ok(here)
 }
 
 /// Wait for this word.
@@ -288,15 +283,9 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), program);
     }
 
-    fn pair() -> (Seqpacket, Seqpacket) {
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let (a, b) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-        (a.into(), b.into())
-    }
-
     #[test]
     fn a_request_reaches_the_monitor_with_the_way_back_or_is_to_be_repeated() {
-        let (connection, monitor) = pair();
+        let (connection, monitor) = Seqpacket::pair().unwrap();
         let clear_quota = MonitorRequest::ClearQuota {
             worker: protocol::WorkerId::from_bits(7),
         };
@@ -318,7 +307,7 @@ mod tests {
 
     #[test]
     fn only_the_word_that_is_waited_for_is_taken_for_it() {
-        let (here, there) = pair();
+        let (here, there) = Seqpacket::pair().unwrap();
         for word in [
             HandshakeMessage::Filter,
             HandshakeMessage::Ready,

@@ -27,7 +27,7 @@ pub struct Files {
     pub exit: File,
 }
 
-/// What the slot says about keeping config.
+/// What the slot says about pid 1.
 pub struct InitConfig {
     /// Bytes of the console that are kept.
     pub console: u64,
@@ -105,7 +105,7 @@ impl Console<'_> {
     }
 }
 
-/// Keep config until the agent has ended. Returns the status for pid 1 itself.
+/// Reap children, copy output and enforce the run time until the agent has ended. Returns the status for pid 1 itself.
 ///
 /// `install` starts the real agent and exits, so the agent is the child that is there when it does.
 pub fn run(_proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConfig) -> i32 {

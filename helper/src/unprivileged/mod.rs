@@ -1,5 +1,5 @@
 //! What runs as a job's user, without privileges: pid 1 of a worker (`init`), and the process that empties the directories
-//! that a job could write (`remove`). Both take an [`Unprivileged`], which only [`become_user`] makes.
+//! that a job could write (`remove`). Their entry points take an [`Unprivileged`], which only [`become_user`] makes.
 
 pub mod init;
 pub mod proxy;

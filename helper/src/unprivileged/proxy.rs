@@ -17,7 +17,7 @@ pub struct ProxyListener {
 }
 
 impl ProxyListener {
-    /// What must stay open until pid 1 keeps config.
+    /// What must stay open until pid 1 forwards.
     pub fn descriptors(&self) -> [i32; 2] {
         [self.listener.as_raw_fd(), self.gate.as_raw_fd()]
     }

@@ -10,10 +10,10 @@ use crate::store::Storage;
 
 impl<S: Storage> Shell<S> {
     /// How things are.
-    pub(super) fn show(&mut self, looker: oneshot::Sender<Status>) {
+    pub(super) fn show(&mut self, reply: oneshot::Sender<Status>) {
         self.factory.set_ahead(self.clock.ahead());
         // Who asked may have gone.
-        let _ = looker.send(self.desk.status(&self.factory, self.clock.now()));
+        let _ = reply.send(self.desk.status(&self.factory, self.clock.now()));
     }
 
     pub(super) fn hear(&mut self, word: Word) -> Input {

@@ -17,7 +17,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::inotify::{InitFlags, Inotify};
 use nix::sys::signal::SigSet;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::alarm;
 use protocol::config::{self, Config};
 use protocol::{Error, ErrorKind, Received, Seqpacket};
@@ -251,7 +250,7 @@ impl RootFs {
         let mut mounts = [PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI)];
         poll(&mut mounts, PollTimeout::ZERO)?;
         let directories = watch().context("cannot watch directories of the host")?;
-        let (builder, monitor) = pair()?;
+        let (builder, monitor) = Seqpacket::pair()?;
         let own = [
             self.host_namespace.as_raw_fd(),
             directories.as_fd().as_raw_fd(),
@@ -322,12 +321,6 @@ fn make(host: &Host, config: &Config, directories: &Inotify) -> Result<File> {
     Ok(namespace)
 }
 
-fn pair() -> Result<(Seqpacket, Seqpacket)> {
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let (one, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
-    Ok((one.into(), other.into()))
-}
-
 fn watch() -> nix::Result<Inotify> {
     Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
 }
@@ -348,17 +341,19 @@ fn lost(reason: &str) -> Error {
 /// Close the descriptor of a mount namespace. With the last of them go its mounts, and what the host has unmounted
 /// meanwhile is unmounted for good, which may take as long as it likes: so that is left to a process of its own.
 fn release(namespace: OwnedFd) {
-    let released = pair().and_then(|(child, monitor)| {
-        sys::fork(|| {
-            let keep = [namespace.as_raw_fd(), child.as_raw_fd()];
-            if sys::close_all_but(&keep).is_ok() {
-                // Nothing is said: the monitor has closed its descriptors.
-                let _ = child.recv(1);
-            }
-            0
-        })?;
-        Ok(monitor)
-    });
+    let released = Seqpacket::pair()
+        .map_err(anyhow::Error::from)
+        .and_then(|(child, monitor)| {
+            sys::fork(|| {
+                let keep = [namespace.as_raw_fd(), child.as_raw_fd()];
+                if sys::close_all_but(&keep).is_ok() {
+                    // Nothing is said: the monitor has closed its descriptors.
+                    let _ = child.recv(1);
+                }
+                0
+            })?;
+            Ok(monitor)
+        });
     if let Err(error) = &released {
         warn!("the monitor itself unmounts what was the jobs' root file system: {error:#}");
     }
