@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -140,17 +139,22 @@ pub fn watch_with(
     thread
 }
 
-/// The helper's process that accepts connections: of the daemon's children the one that has its cgroup, and waits for
-/// signals by a descriptor.
+/// The helper's process that accepts connections: of the daemon's children the one that has its cgroup, waits for
+/// signals by a descriptor, and has none of a mount namespace. Any other child has all of the daemon's descriptors
+/// until it closes them.
 pub fn listener(daemon: u32) -> u32 {
     let cgroup = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
     let is_listener = |pid: &u32| {
-        let open = fs::read_dir(format!("/proc/{pid}/fd"))
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd"));
+        let open: Vec<String> = descriptors
             .into_iter()
             .flatten()
-            .flatten();
-        let mut open = open.filter_map(|entry| fs::read_link(entry.path()).ok());
-        cgroup(*pid) == cgroup(daemon) && open.any(|to| to == Path::new("anon_inode:[signalfd]"))
+            .flatten()
+            .filter_map(|entry| Some(fs::read_link(entry.path()).ok()?.display().to_string()))
+            .collect();
+        cgroup(*pid) == cgroup(daemon)
+            && open.iter().any(|link| link == "anon_inode:[signalfd]")
+            && !open.iter().any(|link| link.starts_with("mnt:["))
     };
     let end = Instant::now() + PATIENCE;
     loop {
