@@ -171,12 +171,22 @@ pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
         })
     });
     let kind = options_at(&seen.mounts, &state).map_or("unknown", |(kind, _)| kind);
+    let remedy = match kind {
+        "btrfs" | "overlay" => format!(
+            "{kind} has no user quotas: mount an ext4 or XFS that has them at the state directory, as the README says"
+        ),
+        _ => "turn user quotas on as the README says".to_owned(),
+    };
     found.push(finding(
         "user quotas",
-        &format!("{} on {} ({kind})", if quotas { "on" } else { "off" }, state.display()),
+        &format!(
+            "{} on {} ({kind})",
+            if quotas { "on" } else { "off" },
+            state.display()
+        ),
         quotas,
         strict(|limits| limits.disk.is_some() || limits.inodes.is_some()),
-        "limits.disk and limits.inodes are not enforced, and a job can fill the disk; the README has the three commands that turn them on",
+        &format!("limits.disk and limits.inodes are not enforced, and a job can fill the disk; {remedy}"),
     ));
     if config.slots.values().any(|slot| slot.network == Network::Host) {
         // Of /run jobs see the directory that the file is in.
@@ -274,6 +284,37 @@ mod tests {
             missing(&old, "", "/"),
             [("kernel", true), ("Landlock scopes", false)]
         );
+    }
+
+    #[test]
+    fn quotas_are_turned_on_where_the_file_system_has_them_and_nowhere_else() {
+        for (kind, options, wanted) in [
+            ("ext4", "rw,usrquota", None),
+            ("xfs", "rw,uquota", None),
+            ("ext4", "rw", Some("turn user quotas on")),
+            ("xfs", "rw,attr2", Some("turn user quotas on")),
+            (
+                "btrfs",
+                "rw,ssd,subvolid=5",
+                Some("btrfs has no user quotas: mount an ext4 or XFS"),
+            ),
+            (
+                "overlay",
+                "rw,lowerdir=/a",
+                Some("overlay has no user quotas: mount an ext4 or XFS"),
+            ),
+        ] {
+            let seen = Seen {
+                mounts: format!("27 1 254:0 / / rw,relatime - {kind} /dev/vda {options}\n"),
+                ..Seen::default()
+            };
+            let all = findings(&seen, &config(""), Path::new("/"));
+            let cost = all.into_iter().find(|f| f.what == "user quotas").unwrap().cost;
+            match wanted {
+                None => assert_eq!(cost, None, "{kind}"),
+                Some(wanted) => assert!(cost.as_ref().unwrap().contains(wanted), "{kind}: {cost:?}"),
+            }
+        }
     }
 
     #[test]

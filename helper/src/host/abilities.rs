@@ -41,7 +41,7 @@ impl Abilities {
 fn unenforceable(limits: &Limits, can: Abilities) -> Vec<(&'static str, &'static str)> {
     let delegate =
         "delegate the cgroup v2 controller of that name to the helper (Delegate=yes), away from cgroup v1";
-    let quota = "mount the file system of the state directory with user quotas (see the README)";
+    let quota = "let the state directory be on ext4 or XFS with user quotas (see the README)";
     [
         ("memory", limits.memory.is_some() && !can.memory, delegate),
         ("swap", limits.swap.is_some() && !can.memory, delegate),
