@@ -41,8 +41,10 @@ pub use manual::main as main_of_manual;
 pub use monitor::main;
 // For those who try the helper's parts by themselves: fuzzing, and the supervisor's simulation of a host.
 pub use host::no_such_slot;
-pub use host::record::{Allocation, Record, parse_exit, print_exit};
+pub use host::record::{Allocation, Record, WorkerError, parse_exit, print_exit};
 pub use log::start as start_log;
-pub use monitor_ipc::{HandshakeMessage, MonitorRequest};
-pub use session::policy::may_take;
+pub use monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
+pub use session::allocation::CreateUserError;
+pub use session::install::InstallError;
+pub use session::policy::{SlotError, may_take};
 pub use session::{Operations, Peer, serve as serve_connection};

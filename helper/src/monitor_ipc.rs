@@ -2,7 +2,7 @@
 //! and the few words that are spoken while a worker's first process starts. All of it stays among processes
 //! of root's own making; even so a request names a worker, and its rest is read from the disk again.
 
-use protocol::{BootstrapToken, Seqpacket, WorkerId};
+use protocol::{BootstrapToken, Error, ErrorKind, Seqpacket, WorkerId};
 
 /// What a session may ask of the monitor. The socket that comes with it takes the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +38,29 @@ impl MonitorRequest {
             }),
             ("U", "") => Some(MonitorRequest::ClearQuota { worker }),
             _ => None,
+        }
+    }
+}
+
+/// Why a request was not carried out: one to the monitor, or one of the supervisor's that takes nothing but the host.
+#[derive(Debug)]
+pub enum Failure {
+    Failed(anyhow::Error),
+    /// The same again may succeed.
+    Busy(String),
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Failure::Failed(error)
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Error {
+        match failure {
+            Failure::Failed(error) => Error::new(ErrorKind::Failed, format!("{error:#}")),
+            Failure::Busy(sentence) => Error::new(ErrorKind::Busy, sentence),
         }
     }
 }

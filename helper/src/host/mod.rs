@@ -146,13 +146,6 @@ impl Host {
         .map(AsRawFd::as_raw_fd)
     }
 
-    /// The configuration for a request.
-    pub fn configuration_now(&self) -> Result<Rc<Config>, Error> {
-        self.configuration()
-            .map(|(config, _)| config)
-            .map_err(misconfigured)
-    }
-
     /// The configuration as it is now, and what tells whether the file is still the same later.
     pub fn configuration(&self) -> Result<(Rc<Config>, FileIdentity)> {
         let path = self.root.join(config::CONFIG_PATH);
@@ -284,7 +277,6 @@ pub mod tests {
         let refuses = |why: &str| {
             let error = format!("{:#}", host.configuration().unwrap_err());
             assert!(error.contains(why), "{error}");
-            assert_eq!(host.configuration_now().unwrap_err().kind, ErrorKind::Busy);
         };
         refuses("No such file");
         let text = "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\

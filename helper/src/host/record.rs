@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, readlinkat};
 use nix::unistd::{fsync, symlinkat};
@@ -18,6 +18,7 @@ use crate::host::directory::{
     make_dir, names, open_dir, open_file, read_small, remove_dir, remove_file, stat,
 };
 use crate::host::{Host, cgroup, quota};
+use crate::monitor_ipc::Failure;
 
 /// What the record says. It is kept as what a symbolic link leads to: a link is there or not, never half of it, one sync
 /// of its directory keeps it, and one call reads it. Shorter than 60 bytes, as this is, ext4 keeps it in the inode.
@@ -110,14 +111,12 @@ impl Worker {
     }
 
     /// The worker, if it was made: with a record.
-    pub fn existing(host: &Host, id: WorkerId) -> Result<(Worker, Record)> {
-        let Some(worker) = Worker::find(host, id)? else {
-            bail!(no_such_worker(id))
-        };
+    pub fn existing(host: &Host, id: WorkerId) -> Result<(Worker, Record), WorkerError> {
+        let worker = Worker::find(host, id)?.ok_or(WorkerError::NoSuchWorker(id))?;
         match worker.written.clone() {
             RecordState::Record(record) => Ok((worker, record)),
-            RecordState::Nothing => bail!(no_such_worker(id)),
-            RecordState::Damaged => bail!("the record of worker {id} is damaged: delete the worker"),
+            RecordState::Nothing => Err(WorkerError::NoSuchWorker(id)),
+            RecordState::Damaged => Err(is_damaged(id).into()),
         }
     }
 
@@ -203,11 +202,33 @@ impl Worker {
     }
 }
 
-pub fn no_such_worker(id: WorkerId) -> Error {
-    Error::new(
-        ErrorKind::NoSuchWorker,
-        format!("worker {id} does not exist on this host"),
-    )
+/// Why `Attach` or `Kill` was not done, and why nothing else is done with a worker that has no record.
+#[derive(Debug)]
+pub enum WorkerError {
+    NoSuchWorker(WorkerId),
+    Host(Failure),
+}
+
+impl From<anyhow::Error> for WorkerError {
+    fn from(error: anyhow::Error) -> Self {
+        WorkerError::Host(error.into())
+    }
+}
+
+impl From<WorkerError> for Error {
+    fn from(error: WorkerError) -> Error {
+        match error {
+            WorkerError::NoSuchWorker(id) => Error::new(
+                ErrorKind::NoSuchWorker,
+                format!("worker {id} does not exist on this host"),
+            ),
+            WorkerError::Host(failure) => failure.into(),
+        }
+    }
+}
+
+pub fn is_damaged(id: WorkerId) -> anyhow::Error {
+    anyhow!("the record of worker {id} is damaged: delete the worker")
 }
 
 /// What is there but is no record is damage; what cannot be read is an error, and may be there the next time.

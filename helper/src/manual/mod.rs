@@ -28,7 +28,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use protocol::config;
 use protocol::config::Slot;
-use protocol::{Error, ErrorKind, Received, Seqpacket, SlotName, Uid, UserName, WorkerId};
+use protocol::{Error, Received, Seqpacket, SlotName, Uid, UserName, WorkerId};
 
 use crate::host::check::check_host;
 use crate::host::record::Worker;
@@ -36,7 +36,8 @@ use crate::host::{Host, abilities, cgroup, quota, users};
 use crate::monitor::rootfs;
 use crate::monitor_ipc::HandshakeMessage;
 use crate::sandbox::{environment, limits, writable_dirs};
-use crate::session::allocation;
+use crate::session::allocation::{self, CreateUserError};
+use crate::session::policy::SlotError;
 use crate::unprivileged::Unprivileged;
 use crate::{log, sandbox, sys};
 
@@ -140,11 +141,11 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
     let host = open_host(&typed.root)?;
     // A person who leaves must not leave a worker.
     let signals = terminal::signals()?;
-    let clear_quota = |_, uid: Uid| quota::set(&host, uid, None, None);
+    let clear_quota = |_, uid: Uid| Ok(quota::set(&host, uid, None, None)?);
     let id = new_id();
     take(&host, &clear_quota, id, typed.slot)?;
     let ran = || -> Result<u8> {
-        let (worker, record) = Worker::existing(&host, id)?;
+        let (worker, record) = Worker::existing(&host, id).map_err(Error::from)?;
         worker.keep()?;
         let (config, _) = host.configuration()?;
         let slot = &config.slots[&record.slot];
@@ -162,7 +163,8 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         start(&host, id, record.uid, &cgroup, &typed.rest)?.attend(&signals)
     };
     let status = ran();
-    allocation::delete(&host, &clear_quota, id).with_context(|| {
+    let deleted = allocation::delete(&host, &clear_quota, id);
+    deleted.map_err(Error::from).with_context(|| {
         format!("worker {id} is not deleted: the supervisor will do it, or do it with the same command")
     })?;
     status
@@ -178,7 +180,7 @@ pub fn shell(typed: &[OsString]) -> Result<u8> {
     let host = open_host(&typed.root)?;
     // Before the lock: it takes as long as the host has mounts.
     rootfs::enter_new(&host)?;
-    let (worker, record) = Worker::existing(&host, id)?;
+    let (worker, record) = Worker::existing(&host, id).map_err(Error::from)?;
     ensure!(
         worker.is_started()?,
         "worker {id} has not been started yet: there is nothing to look at"
@@ -260,13 +262,11 @@ fn take(
     for slot in wanted {
         match allocation::create_user(host, clear_quota, id, &slot) {
             Ok(_) => return Ok(()),
-            Err(error) => match error.downcast_ref::<Error>() {
-                Some(refusal) if refusal.kind == ErrorKind::SlotTaken => last = Some(error),
-                _ => return Err(error),
-            },
+            Err(CreateUserError::Slot(SlotError::SlotTaken(sentence))) => last = Some(sentence),
+            Err(error) => return Err(Error::from(error).into()),
         }
     }
-    Err(last.expect("a configuration has a slot"))
+    bail!(last.expect("a configuration has a slot"))
 }
 
 /// A first process in a worker's sandbox that is about to start a command at this process's terminal.

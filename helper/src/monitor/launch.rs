@@ -8,14 +8,14 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
-use protocol::{BootstrapToken, Error, ErrorKind, Received, Seqpacket, WorkerId};
+use protocol::{BootstrapToken, Received, Seqpacket, WorkerId};
 
 use crate::host::directory::open_dir;
 use crate::host::record::read_record_of;
 use crate::host::{Host, quota};
 use crate::log::warn;
 use crate::monitor::rootfs::RootFs;
-use crate::monitor_ipc::{HandshakeMessage, MonitorRequest};
+use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
 use crate::{sandbox, sys};
 
 /// Launches that wait for the jobs' root file system, in the order in which they were asked for.
@@ -59,7 +59,7 @@ pub fn take_request(host: &Host, waiting: &mut Waiting, requests: &Seqpacket) {
         None => Err(anyhow!("{} bytes are no request", bytes.len())),
     };
     if let Err(error) = begun {
-        refuse(&answer, &error);
+        refuse(&answer, error.into());
     }
 }
 
@@ -71,7 +71,7 @@ impl Waiting {
         }
         if self.0.len() >= MAX_WAITING {
             let message = format!("{MAX_WAITING} workers wait to be started: repeat this later");
-            return refuse(&launch.session, &Error::new(ErrorKind::Busy, message).into());
+            return refuse(&launch.session, Failure::Busy(message));
         }
         self.0.push_back(launch);
     }
@@ -85,44 +85,34 @@ impl Waiting {
                     let launched = launch(host, rootfs, next);
                     let next = self.0.pop_front().expect("it was the first");
                     if let Err(error) = launched {
-                        refuse(&next.session, &error);
+                        refuse(&next.session, error.into());
                     }
                 }
                 Ok(false) => return,
-                Err(error) => {
-                    let message = format!("{error:#}");
-                    return self.refuse_all(&Error::new(ErrorKind::Busy, message));
-                }
+                Err(error) => return self.refuse_all(&format!("{error:#}")),
             }
         }
         rootfs.forget_stale();
     }
 
-    /// There is no root file system for them.
-    pub fn refuse_all(&mut self, error: &Error) {
+    /// There is no root file system for them now, for this reason.
+    pub fn refuse_all(&mut self, reason: &str) {
         for launch in self.0.drain(..) {
-            refuse(&launch.session, &error.clone().into());
+            refuse(&launch.session, Failure::Busy(reason.to_owned()));
         }
     }
 }
 
-fn refuse(session: &Seqpacket, error: &anyhow::Error) {
-    warn!("a request was not carried out: {error:#}");
-    let sentence = format!("{error:#}");
-    let is_busy = matches!(
-        error.downcast_ref(),
-        Some(Error {
-            kind: ErrorKind::Busy,
-            ..
-        })
-    );
-    let word = if is_busy {
-        HandshakeMessage::Busy(sentence)
-    } else {
-        HandshakeMessage::Failed(sentence)
+fn refuse(session: &Seqpacket, failure: Failure) {
+    let answer = match failure {
+        Failure::Failed(error) => HandshakeMessage::Failed(format!("{error:#}")),
+        Failure::Busy(sentence) => HandshakeMessage::Busy(sentence),
     };
+    if let HandshakeMessage::Failed(sentence) | HandshakeMessage::Busy(sentence) = &answer {
+        warn!("a request was not carried out: {sentence}");
+    }
     // Who asked may be gone.
-    let _ = word.send_to(session);
+    let _ = answer.send_to(session);
 }
 
 /// Does who asked still wait? It holds the worker's lock for as long as it lives. Once it is dead, the worker may be

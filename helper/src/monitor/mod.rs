@@ -327,8 +327,8 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
             launch::take_request(host, &mut waiting, &requests);
         }
         let built = match rootfs.on_events(&ready[listening..]) {
-            Some(Event::Failed(error) | Event::Lost(error)) => {
-                waiting.refuse_all(&error);
+            Some(Event::Failed(reason) | Event::Lost(reason)) => {
+                waiting.refuse_all(&reason);
                 false
             }
             event => event.is_some(),
@@ -358,9 +358,9 @@ fn build_first(host: &Host, rootfs: &mut RootFs) -> Result<()> {
             happened(&events)
         };
         match rootfs.on_events(&ready) {
-            Some(Event::Failed(error)) => return Err(error.into()),
-            Some(Event::Lost(error)) => {
-                warn!("no job can be started: {error}");
+            Some(Event::Failed(reason)) => bail!(reason),
+            Some(Event::Lost(reason)) => {
+                warn!("no job can be started: {reason}");
                 break;
             }
             _ => {}

@@ -5,22 +5,68 @@ use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use protocol::config::Config;
 use protocol::{Error, ErrorKind, SlotName, Uid, UserName, WorkerId};
 
 use crate::host::directory::open_file;
 use crate::host::record::{self, Record, RecordState, Worker};
-use crate::host::{self, Host, cgroup, misconfigured, users};
+use crate::host::{Host, cgroup, misconfigured, users};
 use crate::log::warn;
+use crate::monitor_ipc::Failure;
 use crate::sandbox::{devices, writable_dirs};
-use crate::session::policy;
+use crate::session::policy::{self, SlotError};
 use crate::sys;
 use crate::unprivileged::kill_all;
 
 /// How the quota of a worker that has nothing on disk any more is forgotten.
-pub type ClearQuota<'a> = &'a dyn Fn(WorkerId, Uid) -> Result<()>;
+pub type ClearQuota<'a> = &'a dyn Fn(WorkerId, Uid) -> Result<(), Failure>;
+
+/// Why `CreateUser` was not done.
+#[derive(Debug)]
+pub enum CreateUserError {
+    Slot(SlotError),
+    /// The worker has another slot than the one that is asked for.
+    HasOtherSlot {
+        worker: WorkerId,
+        has: SlotName,
+        asked: SlotName,
+    },
+    NoFreeUid,
+    Misconfigured(anyhow::Error),
+    Host(Failure),
+}
+
+impl From<CreateUserError> for Error {
+    fn from(error: CreateUserError) -> Error {
+        match error {
+            CreateUserError::Slot(error) => error.into(),
+            CreateUserError::HasOtherSlot { worker, has, asked } => Error::new(
+                ErrorKind::Refused,
+                format!("worker {worker} has slot {has}, it cannot have {asked} as well"),
+            ),
+            CreateUserError::NoFreeUid => Error::new(
+                ErrorKind::Limit,
+                "every uid of factory.uid_range is in use: widen it",
+            ),
+            CreateUserError::Misconfigured(error) => misconfigured(error),
+            CreateUserError::Host(failure) => failure.into(),
+        }
+    }
+}
+
+impl From<SlotError> for CreateUserError {
+    fn from(error: SlotError) -> Self {
+        CreateUserError::Slot(error)
+    }
+}
+
+impl From<anyhow::Error> for CreateUserError {
+    fn from(error: anyhow::Error) -> Self {
+        CreateUserError::Host(error.into())
+    }
+}
 
 /// The worker's uid and name: made now, or before.
 pub fn create_user(
@@ -28,18 +74,19 @@ pub fn create_user(
     clear_quota: ClearQuota<'_>,
     id: WorkerId,
     slot: &SlotName,
-) -> Result<(Uid, UserName)> {
-    let config = host.configuration_now()?;
-    let slot_config = config.slots.get(slot).ok_or_else(|| host::no_such_slot(slot))?;
-    users::groups(host, &slot_config.add_to_groups).map_err(misconfigured)?;
+) -> Result<(Uid, UserName), CreateUserError> {
+    let (config, _) = host.configuration().map_err(CreateUserError::Misconfigured)?;
+    let slot_config = config.slots.get(slot);
+    let slot_config = slot_config.ok_or_else(|| SlotError::NoSuchSlot(slot.clone()))?;
+    users::groups(host, &slot_config.add_to_groups).map_err(CreateUserError::Misconfigured)?;
     let mut worker = Worker::find_or_make(host, id)?;
     let record = match worker.written.clone() {
         RecordState::Record(record) if record.slot == *slot => record,
-        RecordState::Record(Record { slot: other, .. }) => {
-            let message = format!("worker {id} has slot {other}, it cannot have {slot} as well");
-            return Err(Error::new(ErrorKind::Refused, message).into());
+        RecordState::Record(Record { slot: has, .. }) => {
+            let (worker, asked) = (id, slot.clone());
+            return Err(CreateUserError::HasOtherSlot { worker, has, asked });
         }
-        RecordState::Damaged => bail!("the record of worker {id} is damaged: delete the worker"),
+        RecordState::Damaged => return Err(record::is_damaged(id).into()),
         RecordState::Nothing => match take_slot(host, clear_quota, &config, &mut worker, slot) {
             Ok(record) => record,
             Err(error) => {
@@ -61,7 +108,7 @@ fn take_slot(
     config: &Config,
     worker: &mut Worker,
     slot: &SlotName,
-) -> Result<Record> {
+) -> Result<Record, CreateUserError> {
     let (_lock, all) = loop {
         let lock = lock_slots(host)?;
         let all = record::list(host)?;
@@ -72,9 +119,11 @@ fn take_slot(
         drop(lock);
         // It may have this slot, or any other: none is given before nothing is left of it.
         for id in all.damaged {
-            delete(host, clear_quota, id).with_context(|| {
-                format!("no slot is free before worker {id}, whose record is damaged, is deleted")
-            })?;
+            delete(host, clear_quota, id)
+                .map_err(Error::from)
+                .with_context(|| {
+                    format!("no slot is free before worker {id}, whose record is damaged, is deleted")
+                })?;
             warn!("deleted, because its record was damaged worker={id}");
         }
     };
@@ -88,16 +137,14 @@ fn take_slot(
     // The standard library's hash keys are random: getrandom(2) without a crate or a device node.
     let random = std::hash::RandomState::new().build_hasher().finish();
     for uid in policy::candidates(config.factory.uid_range, random, &used) {
-        let free =
-            !users::is_in_userdb(&host.userdb, uid) && !accounts.has(uid) && !sys::has_process_of(uid.get())?;
-        if free {
+        let is_known = users::is_in_userdb(&host.userdb, uid) || accounts.has(uid);
+        if !is_known && !sys::has_process_of(uid.get()).context("cannot look for processes")? {
             let record = Record::new(slot.clone(), uid);
             worker.write_record(record.clone())?;
             return Ok(record);
         }
     }
-    let message = "every uid of factory.uid_range is in use: widen it";
-    Err(Error::new(ErrorKind::Limit, message).into())
+    Err(CreateUserError::NoFreeUid)
 }
 
 fn lock_slots(host: &Host) -> Result<Flock<OwnedFd>> {
@@ -109,7 +156,7 @@ fn lock_slots(host: &Host) -> Result<Flock<OwnedFd>> {
 }
 
 /// Remove every trace of the worker; its slot is free after that.
-pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<()> {
+pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<(), Failure> {
     let Some(worker) = Worker::find(host, id)? else {
         return Ok(());
     };
@@ -142,5 +189,5 @@ pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<
     worker.remove_files()?;
     // Its record goes before its directory: who sees the slot free must not see that one either.
     let _lock = lock_slots(host)?;
-    worker.remove(host)
+    Ok(worker.remove(host)?)
 }

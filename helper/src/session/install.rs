@@ -27,21 +27,63 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::sendfile::sendfile;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
-use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket};
+use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket, SlotName};
 
 use crate::host::directory::{open_dir, open_file};
-use crate::host::record::{Record, Worker};
-use crate::host::{self, Host, abilities, cgroup, misconfigured, users};
-use crate::monitor_ipc::{HandshakeMessage, MonitorRequest};
+use crate::host::record::{Record, Worker, WorkerError};
+use crate::host::{Host, abilities, cgroup, misconfigured, no_such_slot, users};
+use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
 use crate::privileges::seccomp;
 use crate::sandbox::{AGENT, limits, writable_dirs};
 use crate::session::timer;
+
+/// Why `InstallAgent` was not done.
+#[derive(Debug)]
+pub enum InstallError {
+    Worker(WorkerError),
+    /// It has left the configuration.
+    NoSuchSlot(SlotName),
+    /// The descriptor is not what is asked for.
+    BadAgent(String),
+    Misconfigured(anyhow::Error),
+    Host(Failure),
+}
+
+impl From<InstallError> for Error {
+    fn from(error: InstallError) -> Error {
+        match error {
+            InstallError::Worker(error) => error.into(),
+            InstallError::NoSuchSlot(slot) => no_such_slot(&slot),
+            InstallError::BadAgent(sentence) => Error::new(ErrorKind::Refused, sentence),
+            InstallError::Misconfigured(error) => misconfigured(error),
+            InstallError::Host(failure) => failure.into(),
+        }
+    }
+}
+
+impl From<WorkerError> for InstallError {
+    fn from(error: WorkerError) -> Self {
+        InstallError::Worker(error)
+    }
+}
+
+impl From<Failure> for InstallError {
+    fn from(failure: Failure) -> Self {
+        InstallError::Host(failure)
+    }
+}
+
+impl From<anyhow::Error> for InstallError {
+    fn from(error: anyhow::Error) -> Self {
+        InstallError::Host(error.into())
+    }
+}
 
 /// Start the agent, unless it was started before. Returns when the kernel has accepted the program.
 pub fn install(
@@ -51,18 +93,16 @@ pub fn install(
     record: &Record,
     agent: OwnedFd,
     bootstrap: &BootstrapToken,
-) -> Result<()> {
+) -> Result<(), InstallError> {
     if worker.is_started()? {
         return Ok(());
     }
     let agent = check_agent(agent)?;
-    let config = host.configuration_now()?;
-    let slot = config
-        .slots
-        .get(&record.slot)
-        .ok_or_else(|| host::no_such_slot(&record.slot))?;
-    abilities::check(&record.slot, &slot.limits, host.abilities)?;
-    users::groups(host, &slot.add_to_groups).map_err(misconfigured)?;
+    let (config, _) = host.configuration().map_err(InstallError::Misconfigured)?;
+    let slot = config.slots.get(&record.slot);
+    let slot = slot.ok_or_else(|| InstallError::NoSuchSlot(record.slot.clone()))?;
+    abilities::check(&record.slot, &slot.limits, host.abilities).map_err(InstallError::Misconfigured)?;
+    users::groups(host, &slot.add_to_groups).map_err(InstallError::Misconfigured)?;
     writable_dirs::make(
         worker.dir(),
         record.uid,
@@ -81,7 +121,8 @@ pub fn install(
         },
     )?;
     // Meanwhile: its first process needs about as long for the sandbox. It waits for a word before it looks.
-    copy_agent(&agent, &open_dir(worker.dir(), "fs/run")?)?;
+    let run = open_dir(worker.dir(), "fs/run").context("cannot open the worker's fs/run")?;
+    copy_agent(&agent, &run)?;
     expect(&child, HandshakeMessage::Filter)?;
     set_patience(&child, FILTER_PATIENCE)?;
     expect(&child, HandshakeMessage::Ready)?;
@@ -93,7 +134,7 @@ pub fn install(
     HandshakeMessage::Go
         .send_to(&child)
         .context("the worker's pid 1 is gone")?;
-    expect(&child, HandshakeMessage::Done)
+    Ok(expect(&child, HandshakeMessage::Done)?)
 }
 
 /// How long the monitor, or a process of its making, may take for a step, in seconds. One that hangs in a mount must not
@@ -103,32 +144,28 @@ const PATIENCE: i64 = 45;
 /// The same for a job's filter of system calls, which takes a millisecond or does not end.
 const FILTER_PATIENCE: i64 = 10;
 
-fn set_patience(answers: &impl AsFd, seconds: i64) -> nix::Result<()> {
+fn set_patience(answers: &impl AsFd, seconds: i64) -> Result<()> {
     setsockopt(answers, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))
+        .context("cannot limit how long an answer is waited for")
 }
 
 /// Ask the monitor: the other end of the socket that it gets answers.
-pub fn request(monitor: &Seqpacket, request: &MonitorRequest) -> Result<Seqpacket> {
-    let (here, there) = Seqpacket::pair()?;
+pub fn request(monitor: &Seqpacket, request: &MonitorRequest) -> Result<Seqpacket, Failure> {
+    let (here, there) = Seqpacket::pair().context("cannot make a pair of sockets")?;
     set_patience(&here, PATIENCE)?;
-    monitor
-        .send(&request.encode(), Some(there.as_fd()))
-        .map_err(|_| {
-            Error::new(
-                ErrorKind::Busy,
-                "the helper was restarted: repeat the request on a new connection",
-            )
-        })?;
+    let sent = monitor.send(&request.encode(), Some(there.as_fd()));
+    let restarted = "the helper was restarted: repeat the request on a new connection";
+    sent.map_err(|_| Failure::Busy(restarted.into()))?;
     Ok(here)
 }
 
-/// Wait for this word.
-pub fn expect(from: &Seqpacket, word: HandshakeMessage) -> Result<()> {
+/// Wait for this message.
+pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failure> {
     let packet = match from.recv(HandshakeMessage::MAX) {
         Ok(Received::Packet { bytes, .. }) => bytes,
         // The request did not fail: nobody is left who could say so.
         Err(Errno::EAGAIN) => {
-            let message = match word {
+            return Err(Failure::Busy(match expected {
                 HandshakeMessage::Ready => format!(
                     "the kernel has not installed the job's filter of system calls (seccomp) within {FILTER_PATIENCE} s. {}",
                     seccomp::IS_LATE
@@ -136,44 +173,39 @@ pub fn expect(from: &Seqpacket, word: HandshakeMessage) -> Result<()> {
                 _ => format!(
                     "the helper has not done it within {PATIENCE} s: look for its processes in state D in ps, and repeat"
                 ),
-            };
-            bail!(Error::new(ErrorKind::Busy, message));
+            }));
         }
-        _ => bail!(Error::new(
-            ErrorKind::Busy,
-            "the process that was to do it was killed: look for the reason in the kernel's log, and repeat"
-        )),
+        _ => {
+            let killed = "the process that was to do it was killed: look for the reason in the kernel's log, and repeat";
+            return Err(Failure::Busy(killed.into()));
+        }
     };
-    match HandshakeMessage::decode(&packet) {
-        Some(said) if said == word => Ok(()),
-        Some(HandshakeMessage::Failed(sentence)) => bail!("{sentence}"),
-        Some(HandshakeMessage::Busy(sentence)) => bail!(Error::new(ErrorKind::Busy, sentence)),
-        other => bail!("the process that was to do it said {other:?} instead of {word:?}"),
-    }
-}
-
-fn refused(message: &str) -> anyhow::Error {
-    Error::new(ErrorKind::Refused, message).into()
+    Err(match HandshakeMessage::decode(&packet) {
+        Some(said) if said == expected => return Ok(()),
+        Some(HandshakeMessage::Failed(sentence)) => Failure::Failed(anyhow!(sentence)),
+        Some(HandshakeMessage::Busy(sentence)) => Failure::Busy(sentence),
+        other => Failure::Failed(anyhow!(
+            "the process that was to do it said {other:?} instead of {expected:?}"
+        )),
+    })
 }
 
 /// The descriptor must be a memfd that nobody can change any more: reading it then neither blocks nor
 /// races. Only memfds and files of tmpfs have seals at all (`fcntl(2)`).
-fn check_agent(fd: OwnedFd) -> Result<File> {
+fn check_agent(fd: OwnedFd) -> Result<File, InstallError> {
     let needed = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
     match fcntl(&fd, FcntlArg::F_GET_SEALS) {
         Ok(seals) if SealFlag::from_bits_truncate(seals).contains(needed) => {}
         _ => {
-            return Err(refused(
-                "the agent's descriptor is not a memfd sealed against writing, growing and shrinking: seal it",
-            ));
+            let sentence = "the agent's descriptor is not a memfd sealed against writing, growing and shrinking: seal it";
+            return Err(InstallError::BadAgent(sentence.into()));
         }
     }
     let file = File::from(fd);
-    let len = file.metadata()?.len();
+    let len = file.metadata().context("cannot ask how long the agent is")?.len();
     if len == 0 || len > MAX_AGENT_BYTES {
-        return Err(refused(&format!(
-            "the agent has {len} bytes: send 1 to {MAX_AGENT_BYTES}"
-        )));
+        let sentence = format!("the agent has {len} bytes: send 1 to {MAX_AGENT_BYTES}");
+        return Err(InstallError::BadAgent(sentence));
     }
     Ok(file)
 }
@@ -219,12 +251,40 @@ mod tests {
         file.into()
     }
 
-    fn kind(result: Result<impl std::fmt::Debug>) -> Option<ErrorKind> {
-        result
-            .unwrap_err()
-            .downcast::<Error>()
-            .ok()
-            .map(|error| error.kind)
+    /// What is answered: the kind and the sentence.
+    fn refusal(result: Result<impl std::fmt::Debug, impl Into<Error>>) -> (ErrorKind, String) {
+        let Err(error) = result else {
+            panic!("nothing was refused");
+        };
+        let error = error.into();
+        (error.kind, error.message().to_owned())
+    }
+
+    #[test]
+    fn each_variant_of_the_error_has_its_kind_and_its_sentence() {
+        let mistake = || anyhow!("no b").context("line 7");
+        for (error, kind, sentence) in [
+            (
+                WorkerError::NoSuchWorker(protocol::WorkerId::from_bits(0)).into(),
+                ErrorKind::NoSuchWorker,
+                "worker 00000000000000000000000000 does not exist on this host",
+            ),
+            (
+                InstallError::NoSuchSlot("a".parse().unwrap()),
+                ErrorKind::NoSuchSlot,
+                "slot a is not in the configuration: add it or use another",
+            ),
+            (InstallError::BadAgent("x".into()), ErrorKind::Refused, "x"),
+            (
+                InstallError::Misconfigured(mistake()),
+                ErrorKind::Busy,
+                "line 7: no b",
+            ),
+            (Failure::Busy("later".into()).into(), ErrorKind::Busy, "later"),
+            (mistake().into(), ErrorKind::Failed, "line 7: no b"),
+        ] {
+            assert_eq!(refusal(Err::<(), InstallError>(error)), (kind, sentence.into()));
+        }
     }
 
     #[test]
@@ -240,13 +300,13 @@ mod tests {
         for without in all {
             let agent = sealed(memfd(b"x"), whole - without);
             assert_eq!(
-                kind(check_agent(agent)),
-                Some(ErrorKind::Refused),
+                refusal(check_agent(agent)).0,
+                ErrorKind::Refused,
                 "without {without:?}"
             );
         }
         let plain = File::open("/proc/self/exe").unwrap().into();
-        assert_eq!(kind(check_agent(plain)), Some(ErrorKind::Refused));
+        assert_eq!(refusal(check_agent(plain)).0, ErrorKind::Refused);
         for (length, is_good) in [
             (0, false),
             (1, true),
@@ -302,50 +362,44 @@ mod tests {
         HandshakeMessage::Done.send_to(&back).unwrap();
         expect(&answer, HandshakeMessage::Done).unwrap();
         drop(monitor);
-        assert_eq!(kind(request(&connection, &clear_quota)), Some(ErrorKind::Busy));
+        assert_eq!(refusal(request(&connection, &clear_quota)).0, ErrorKind::Busy);
     }
 
     #[test]
-    fn only_the_word_that_is_waited_for_is_taken_for_it() {
+    fn only_the_message_that_is_waited_for_is_taken_for_it() {
         let (here, there) = Seqpacket::pair().unwrap();
-        for word in [
+        for message in [
             HandshakeMessage::Filter,
             HandshakeMessage::Ready,
             HandshakeMessage::Go,
             HandshakeMessage::Done,
         ] {
-            word.send_to(&there).unwrap();
-            expect(&here, word).unwrap();
+            message.send_to(&there).unwrap();
+            expect(&here, message).unwrap();
         }
         HandshakeMessage::Ready.send_to(&there).unwrap();
-        let said = expect(&here, HandshakeMessage::Done).unwrap_err().to_string();
+        let refusal = |expected| refusal(expect(&here, expected));
+        let (kind, said) = refusal(HandshakeMessage::Done);
+        assert_eq!(kind, ErrorKind::Failed);
         assert!(said.contains("said Some(Ready) instead of Done"), "{said}");
-        HandshakeMessage::Failed("no space".into())
-            .send_to(&there)
-            .unwrap();
+        let send = |message: HandshakeMessage| message.send_to(&there).unwrap();
+        send(HandshakeMessage::Failed("no space".into()));
         assert_eq!(
-            expect(&here, HandshakeMessage::Done).unwrap_err().to_string(),
-            "no space"
+            refusal(HandshakeMessage::Done),
+            (ErrorKind::Failed, "no space".into())
         );
-        HandshakeMessage::Busy("later".into()).send_to(&there).unwrap();
-        let busy = expect(&here, HandshakeMessage::Done).unwrap_err();
-        assert_eq!(busy.to_string(), "later");
-        assert_eq!(kind(Err::<(), _>(busy)), Some(ErrorKind::Busy));
+        send(HandshakeMessage::Busy("later".into()));
+        assert_eq!(refusal(HandshakeMessage::Done), (ErrorKind::Busy, "later".into()));
         let soon = TimeVal::new(0, 1);
         setsockopt(&here, sockopt::ReceiveTimeout, &soon).unwrap();
-        let late = expect(&here, HandshakeMessage::Done).unwrap_err();
-        assert!(late.to_string().contains("state D"), "{late}");
-        assert_eq!(kind(expect(&here, HandshakeMessage::Done)), Some(ErrorKind::Busy));
-        let late = expect(&here, HandshakeMessage::Ready).unwrap_err();
-        assert!(late.to_string().contains("seccomp"), "{late}");
-        assert!(late.to_string().contains("bpf_prog_free_deferred"), "{late}");
-        assert_eq!(
-            kind(expect(&here, HandshakeMessage::Ready)),
-            Some(ErrorKind::Busy)
-        );
+        let is_busy = |expected, parts: &[&str]| {
+            let (kind, sentence) = refusal(expected);
+            assert_eq!(kind, ErrorKind::Busy);
+            assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
+        };
+        is_busy(HandshakeMessage::Done, &["state D"]);
+        is_busy(HandshakeMessage::Ready, &["seccomp", "bpf_prog_free_deferred"]);
         drop(there);
-        let gone = expect(&here, HandshakeMessage::Done).unwrap_err();
-        assert!(gone.to_string().contains("was killed"), "{gone}");
-        assert_eq!(kind(expect(&here, HandshakeMessage::Done)), Some(ErrorKind::Busy));
+        is_busy(HandshakeMessage::Done, &["was killed"]);
     }
 }

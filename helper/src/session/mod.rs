@@ -1,7 +1,7 @@
 //! One connection, in a process of its own: packets in, one request at a time, replies out.
 
 pub mod allocation;
-mod install;
+pub mod install;
 pub mod policy;
 mod timer;
 
@@ -19,25 +19,33 @@ use protocol::{
 };
 
 use crate::host::check::check_configuration;
-use crate::host::record::{self, Worker};
+use crate::host::record::{self, Worker, WorkerError};
 use crate::host::{Host, cgroup};
 use crate::log::{info, warn};
-use crate::monitor_ipc::{HandshakeMessage, MonitorRequest};
+use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
 use crate::unprivileged::kill_all;
+use allocation::CreateUserError;
+use install::InstallError;
 
 /// Answers and the descriptor that goes with them.
 type Answer = (Reply, Option<File>);
 
-/// What lies operations a connection: the host, or a model of one where connections are tested. Each does what the
-/// request of its name says in the `protocol` crate.
+/// What is beneath a connection: the host, or a model of one where connections are tested. Each does what the
+/// request of its name says in the `protocol` crate, and has the errors that may be answered to it.
 pub trait Operations {
-    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)>;
-    fn install_agent(&self, worker: WorkerId, agent: OwnedFd, bootstrap: &BootstrapToken) -> Result<File>;
-    fn attach(&self, worker: WorkerId) -> Result<(State, File)>;
-    fn kill(&self, worker: WorkerId) -> Result<()>;
-    fn delete(&self, worker: WorkerId) -> Result<()>;
+    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName), CreateUserError>;
+    fn install_agent(
+        &self,
+        worker: WorkerId,
+        agent: OwnedFd,
+        bootstrap: &BootstrapToken,
+    ) -> Result<File, InstallError>;
+    fn attach(&self, worker: WorkerId) -> Result<(State, File), WorkerError>;
+    fn kill(&self, worker: WorkerId) -> Result<(), WorkerError>;
+    fn delete(&self, worker: WorkerId) -> Result<(), Failure>;
     /// At most [`MAX_LIST`], and if there are more.
-    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)>;
+    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool), Failure>;
+    /// The error is [`ErrorKind::Refused`]: the reason alone matters, for nothing was tried that could have failed.
     fn check(&self) -> Result<()>;
 }
 
@@ -101,7 +109,9 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
                 )),
                 None,
             ),
-            (_, true) => answer(operations, &request, descriptors),
+            (_, true) => {
+                answer(operations, &request, descriptors).unwrap_or_else(|error| (Reply::Error(error), None))
+            }
         };
         audit(peer, &request, &reply, begin);
         let sent = wire::encode(&reply).map_err(|_| Errno::EMSGSIZE);
@@ -114,37 +124,38 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
     }
 }
 
-fn answer(operations: &dyn Operations, request: &Request, mut descriptors: Vec<OwnedFd>) -> Answer {
-    let result = match request {
-        Request::Hello { .. } => Err(Error::new(ErrorKind::Refused, "Hello was said before").into()),
-        Request::CreateUser { worker, slot } => operations
-            .create_user(*worker, slot)
-            .map(|(uid, name)| (Reply::UserCreated { uid, name }, None)),
-        Request::InstallAgent { worker, bootstrap } => match descriptors.pop() {
-            Some(agent) => operations
-                .install_agent(*worker, agent, bootstrap)
-                .map(|console| (Reply::AgentStarted, Some(console))),
-            None => Err(Error::new(ErrorKind::Refused, "the agent is missing").into()),
-        },
-        Request::Attach { worker } => operations
-            .attach(*worker)
-            .map(|(state, console)| (Reply::Attached { state }, Some(console))),
-        Request::Kill { worker } => operations.kill(*worker).map(|()| (Reply::Killed, None)),
-        Request::Delete { worker } => operations.delete(*worker).map(|()| (Reply::Deleted, None)),
-        Request::List { after } => operations
-            .list(*after)
-            .map(|(workers, more)| (Reply::Listed { workers, more }, None)),
-        Request::Check => operations.check().map(|()| (Reply::Checked, None)),
-    };
-    result.unwrap_or_else(|error| (Reply::Error(typed(error)), None))
-}
-
-/// What has a type keeps it; all else is the host's failure.
-fn typed(error: anyhow::Error) -> Error {
-    match error.downcast::<Error>() {
-        Ok(error) => error,
-        Err(error) => Error::new(ErrorKind::Failed, format!("{error:#}")),
-    }
+fn answer(
+    operations: &dyn Operations,
+    request: &Request,
+    mut descriptors: Vec<OwnedFd>,
+) -> Result<Answer, Error> {
+    let refused = |message: &str| Error::new(ErrorKind::Refused, message);
+    Ok(match request {
+        Request::Hello { .. } => return Err(refused("Hello was said before")),
+        Request::CreateUser { worker, slot } => {
+            let (uid, name) = operations.create_user(*worker, slot)?;
+            (Reply::UserCreated { uid, name }, None)
+        }
+        Request::InstallAgent { worker, bootstrap } => {
+            let agent = descriptors.pop().ok_or_else(|| refused("the agent is missing"))?;
+            let console = operations.install_agent(*worker, agent, bootstrap)?;
+            (Reply::AgentStarted, Some(console))
+        }
+        Request::Attach { worker } => {
+            let (state, console) = operations.attach(*worker)?;
+            (Reply::Attached { state }, Some(console))
+        }
+        Request::Kill { worker } => operations.kill(*worker).map(|()| (Reply::Killed, None))?,
+        Request::Delete { worker } => operations.delete(*worker).map(|()| (Reply::Deleted, None))?,
+        Request::List { after } => {
+            let (workers, more) = operations.list(*after)?;
+            (Reply::Listed { workers, more }, None)
+        }
+        Request::Check => {
+            let checked = operations.check().map(|()| (Reply::Checked, None));
+            checked.map_err(|error| refused(&format!("{error:#}")))?
+        }
+    })
 }
 
 /// The host, and the way to the monitor.
@@ -155,39 +166,44 @@ pub struct OnHost<'a> {
 
 impl OnHost<'_> {
     /// A session may set no quota.
-    fn clear_quota(&self, worker: WorkerId) -> Result<()> {
+    fn clear_quota(&self, worker: WorkerId) -> Result<(), Failure> {
         let monitor = install::request(self.monitor, &MonitorRequest::ClearQuota { worker })?;
         install::expect(&monitor, HandshakeMessage::Done)
     }
 }
 
 impl Operations for OnHost<'_> {
-    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
+    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName), CreateUserError> {
         allocation::create_user(self.host, &|id, _| self.clear_quota(id), worker, slot)
     }
 
-    fn install_agent(&self, worker: WorkerId, agent: OwnedFd, bootstrap: &BootstrapToken) -> Result<File> {
+    fn install_agent(
+        &self,
+        worker: WorkerId,
+        agent: OwnedFd,
+        bootstrap: &BootstrapToken,
+    ) -> Result<File, InstallError> {
         let (worker, record) = Worker::existing(self.host, worker)?;
         install::install(self.host, self.monitor, &worker, &record, agent, bootstrap)?;
-        worker.console()
+        Ok(worker.console()?)
     }
 
-    fn attach(&self, worker: WorkerId) -> Result<(State, File)> {
+    fn attach(&self, worker: WorkerId) -> Result<(State, File), WorkerError> {
         let (worker, _) = Worker::existing(self.host, worker)?;
         Ok((worker.state(self.host)?, worker.console()?))
     }
 
-    fn kill(&self, worker: WorkerId) -> Result<()> {
+    fn kill(&self, worker: WorkerId) -> Result<(), WorkerError> {
         let (worker, record) = Worker::existing(self.host, worker)?;
         cgroup::kill(&self.host.cgroups, worker.id)?;
-        kill_all(record.uid)
+        Ok(kill_all(record.uid)?)
     }
 
-    fn delete(&self, worker: WorkerId) -> Result<()> {
+    fn delete(&self, worker: WorkerId) -> Result<(), Failure> {
         allocation::delete(self.host, &|id, _| self.clear_quota(id), worker)
     }
 
-    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)> {
+    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool), Failure> {
         let all = record::list(self.host)?;
         for id in all.damaged {
             warn!(
@@ -206,11 +222,8 @@ impl Operations for OnHost<'_> {
     }
 
     fn check(&self) -> Result<()> {
-        // The reason alone matters: nothing was tried that could have failed.
-        let refused = |error: anyhow::Error| Error::new(ErrorKind::Refused, format!("{error:#}"));
-        let (config, _) = self.host.configuration().map_err(refused)?;
-        check_configuration(self.host, &config).map_err(refused)?;
-        Ok(())
+        let (config, _) = self.host.configuration()?;
+        check_configuration(self.host, &config).map(drop)
     }
 }
 

@@ -8,27 +8,44 @@ use protocol::{Error, ErrorKind, SlotName, Uid, WorkerId};
 use crate::host::no_such_slot;
 use crate::host::record::Allocation;
 
+/// Why a worker cannot have a slot.
+#[derive(Debug, PartialEq, Eq)]
+pub enum SlotError {
+    NoSuchSlot(SlotName),
+    /// By which worker, and what to do.
+    SlotTaken(String),
+}
+
+impl From<SlotError> for Error {
+    fn from(error: SlotError) -> Error {
+        match error {
+            SlotError::NoSuchSlot(slot) => no_such_slot(&slot),
+            SlotError::SlotTaken(sentence) => Error::new(ErrorKind::SlotTaken, sentence),
+        }
+    }
+}
+
 /// May `worker`, which has no record yet, take `slot`?
 pub fn may_take(
     config: &Config,
     allocations: &[Allocation],
     worker: WorkerId,
     slot: &SlotName,
-) -> Result<(), Error> {
+) -> Result<(), SlotError> {
     if !config.slots.contains_key(slot) {
-        return Err(no_such_slot(slot));
+        return Err(SlotError::NoSuchSlot(slot.clone()));
     }
     for other in allocations.iter().filter(|other| other.worker != worker) {
         if other.slot == *slot {
             let message = format!("slot {slot} has worker {}: delete that one first", other.worker);
-            return Err(Error::new(ErrorKind::SlotTaken, message));
+            return Err(SlotError::SlotTaken(message));
         }
         if config.conflict(&other.slot, slot) {
             let message = format!(
                 "slot {slot} conflicts with {}, which has worker {}: delete that one first",
                 other.slot, other.worker
             );
-            return Err(Error::new(ErrorKind::SlotTaken, message));
+            return Err(SlotError::SlotTaken(message));
         }
     }
     // Only workers whose slots have left the configuration can bring the count here.
@@ -37,7 +54,7 @@ pub fn may_take(
             "{} workers are alive, as many as there are slots: delete those of removed slots first",
             allocations.len()
         );
-        return Err(Error::new(ErrorKind::SlotTaken, message));
+        return Err(SlotError::SlotTaken(message));
     }
     Ok(())
 }
@@ -90,7 +107,7 @@ mod tests {
                 WorkerId::from_bits(worker),
                 &slot.parse().unwrap(),
             )
-            .map_err(|e| e.kind)
+            .map_err(|e| Error::from(e).kind)
         };
         assert_eq!(take(&[], 1, "a"), Ok(()));
         assert_eq!(take(&[], 1, "zz"), Err(ErrorKind::NoSuchSlot));

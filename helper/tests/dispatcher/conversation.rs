@@ -11,7 +11,7 @@ use std::io::{IoSlice, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Result, anyhow};
-use helper::{Operations, Peer};
+use helper::{CreateUserError, Failure, InstallError, Operations, Peer, SlotError, WorkerError};
 use model::{Agent, Configuration, Model};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
@@ -20,8 +20,8 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, sendmsg, shutdown, socketpair,
 };
 use protocol::{
-    BootstrapToken, Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid,
-    UserName, VERSION, WorkerId, WorkerInfo, wire,
+    BootstrapToken, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid, UserName,
+    VERSION, WorkerId, WorkerInfo, wire,
 };
 
 /// The most packets in one conversation: all of them, and all answers, fit into the socket's buffers.
@@ -154,11 +154,39 @@ fn pair() -> (OwnedFd, OwnedFd) {
 /// A host in which everything happens as the contract says.
 struct Beneath(RefCell<Model>);
 
-/// `Failed` is what has no type.
-fn failure(kind: ErrorKind) -> anyhow::Error {
+/// The error of `CreateUser` that becomes this kind.
+fn cannot_create(kind: ErrorKind, worker: WorkerId, slot: &SlotName) -> CreateUserError {
     match kind {
-        ErrorKind::Failed => anyhow!("it failed"),
-        kind => Error::new(kind, "it cannot be").into(),
+        ErrorKind::NoSuchSlot => SlotError::NoSuchSlot(slot.clone()).into(),
+        ErrorKind::SlotTaken => SlotError::SlotTaken("it has a worker".into()).into(),
+        ErrorKind::Refused => CreateUserError::HasOtherSlot {
+            worker,
+            has: slot.clone(),
+            asked: slot.clone(),
+        },
+        ErrorKind::Limit => CreateUserError::NoFreeUid,
+        ErrorKind::Busy => CreateUserError::Misconfigured(anyhow!("it has a mistake")),
+        ErrorKind::Failed => anyhow!("it failed").into(),
+        other => unreachable!("no {other:?} for CreateUser"),
+    }
+}
+
+/// The error of `Attach` and `Kill` that becomes this kind.
+fn cannot_use(kind: ErrorKind, worker: WorkerId) -> WorkerError {
+    match kind {
+        ErrorKind::NoSuchWorker => WorkerError::NoSuchWorker(worker),
+        ErrorKind::Failed => anyhow!("it failed").into(),
+        other => unreachable!("no {other:?} for a worker"),
+    }
+}
+
+/// The error of `InstallAgent` that becomes this kind.
+fn cannot_install(kind: ErrorKind, worker: WorkerId) -> InstallError {
+    match kind {
+        ErrorKind::NoSuchSlot => InstallError::NoSuchSlot("a".parse().expect("a name")),
+        ErrorKind::Refused => InstallError::BadAgent("it has no seals".into()),
+        ErrorKind::Busy => Failure::Busy("it was restarted".into()).into(),
+        other => cannot_use(other, worker).into(),
     }
 }
 
@@ -167,12 +195,18 @@ fn console() -> File {
 }
 
 impl Operations for Beneath {
-    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName)> {
-        let uid = self.0.borrow_mut().create_user(worker, slot).map_err(failure)?;
+    fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName), CreateUserError> {
+        let made = self.0.borrow_mut().create_user(worker, slot);
+        let uid = made.map_err(|kind| cannot_create(kind, worker, slot))?;
         Ok((uid, worker.into()))
     }
 
-    fn install_agent(&self, worker: WorkerId, agent: OwnedFd, _: &BootstrapToken) -> Result<File> {
+    fn install_agent(
+        &self,
+        worker: WorkerId,
+        agent: OwnedFd,
+        _: &BootstrapToken,
+    ) -> Result<File, InstallError> {
         use std::os::unix::fs::FileExt;
         let seals = fcntl(&agent, FcntlArg::F_GET_SEALS).unwrap_or_default();
         let mut begin = [0];
@@ -181,26 +215,27 @@ impl Operations for Beneath {
             true if File::from(agent).read_at(&mut begin, 0).is_ok() && begin == *b"#" => Agent::Stays,
             true => Agent::NoProgram,
         };
-        let mut model = self.0.borrow_mut();
-        model.install_agent(worker, agent).map_err(failure)?;
+        let installed = self.0.borrow_mut().install_agent(worker, agent);
+        installed.map_err(|kind| cannot_install(kind, worker))?;
         Ok(console())
     }
 
-    fn attach(&self, worker: WorkerId) -> Result<(State, File)> {
-        let state = self.0.borrow_mut().attach(worker).map_err(failure)?;
-        Ok((state, console()))
+    fn attach(&self, worker: WorkerId) -> Result<(State, File), WorkerError> {
+        let attached = self.0.borrow_mut().attach(worker);
+        Ok((attached.map_err(|kind| cannot_use(kind, worker))?, console()))
     }
 
-    fn kill(&self, worker: WorkerId) -> Result<()> {
-        self.0.borrow_mut().kill(worker).map_err(failure)
+    fn kill(&self, worker: WorkerId) -> Result<(), WorkerError> {
+        let killed = self.0.borrow_mut().kill(worker);
+        killed.map_err(|kind| cannot_use(kind, worker))
     }
 
-    fn delete(&self, worker: WorkerId) -> Result<()> {
+    fn delete(&self, worker: WorkerId) -> Result<(), Failure> {
         self.0.borrow_mut().delete(worker);
         Ok(())
     }
 
-    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool)> {
+    fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool), Failure> {
         Ok(listed(&self.0.borrow(), after))
     }
 

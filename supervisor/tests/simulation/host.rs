@@ -131,7 +131,7 @@ impl Host {
             };
             let allocations: Vec<helper::Allocation> = self.workers.iter().map(allocation).collect();
             if let Err(refusal) = helper::may_take(config, &allocations, id, slot) {
-                return (Reply::Error(refusal), Deed::Nothing);
+                return (Reply::Error(refusal.into()), Deed::Nothing);
             }
             let worker = Worker {
                 slot: slot.clone(),

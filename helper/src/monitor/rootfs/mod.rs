@@ -19,7 +19,7 @@ use nix::sys::inotify::{InitFlags, Inotify};
 use nix::sys::signal::SigSet;
 use nix::unistd::alarm;
 use protocol::config::{self, Config};
-use protocol::{Error, ErrorKind, Received, Seqpacket};
+use protocol::{Received, Seqpacket};
 
 use crate::host::{FileIdentity, Host};
 use crate::log::warn;
@@ -87,9 +87,9 @@ pub enum Event {
     /// It is there.
     Built,
     /// It cannot be made of this host and this configuration, for this reason.
-    Failed(Error),
-    /// Its builder was late, or killed.
-    Lost(Error),
+    Failed(String),
+    /// Its builder was late, or killed: the reason.
+    Lost(String),
 }
 
 impl RootFs {
@@ -194,9 +194,7 @@ impl RootFs {
                     self.state = State::Ready(Ready { namespace, source });
                     Event::Built
                 }
-                (Some(HandshakeMessage::Failed(sentence)), _) => {
-                    Event::Failed(Error::new(ErrorKind::Busy, sentence))
-                }
+                (Some(HandshakeMessage::Failed(sentence)), _) => Event::Failed(sentence),
                 (other, _) => Event::Lost(lost(&format!("its builder said {other:?}"))),
             },
             _ if source.begun.elapsed() >= LIMIT => Event::Lost(too_late()),
@@ -325,17 +323,15 @@ fn watch() -> nix::Result<Inotify> {
     Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
 }
 
-fn too_late() -> Error {
-    let message = format!(
+fn too_late() -> String {
+    format!(
         "the host's mounts have not answered for {} s: look for one that hangs (df hangs on it), mend or unmount it, and repeat",
         LIMIT.as_secs()
-    );
-    Error::new(ErrorKind::Busy, message)
+    )
 }
 
-fn lost(reason: &str) -> Error {
-    let message = format!("the jobs' root file system was not built: {reason}");
-    Error::new(ErrorKind::Busy, message)
+fn lost(reason: &str) -> String {
+    format!("the jobs' root file system was not built: {reason}")
 }
 
 /// Close the descriptor of a mount namespace. With the last of them go its mounts, and what the host has unmounted
