@@ -14,8 +14,8 @@ use libfuzzer_sys::fuzz_target;
 use protocol::WorkerId;
 use reqwest::Response;
 use supervisor::agent::AgentCache;
-use supervisor::server::{Answer, Call, Carrier, Error, Pending, Server};
-use supervisor::view::{JobId, Scripts};
+use supervisor::buildomat::{Answer, BuildomatClient, Call, Error, Pending, Transport};
+use supervisor::buildomat::{JobId, Scripts};
 use tokio::runtime::Runtime;
 
 const ULID: &str = "01HZX3N8Q4J5W56M9W8969S0XP";
@@ -28,7 +28,7 @@ struct Always {
     body: Vec<u8>,
 }
 
-impl Carrier for Always {
+impl Transport for Always {
     fn call(&self, call: Call) -> Pending<'_, Answer> {
         // Nothing that the server has ever said may have made another path of it.
         assert!(
@@ -80,7 +80,7 @@ fn said<T>(answer: Result<T, Error>, server: &Always) -> Option<T> {
         Err(error) => error,
     };
     plain(&error.to_string());
-    plain(&error.trouble().sentence);
+    plain(&error.call_error().sentence);
     // To give a worker up for good takes the server's own words.
     if error.is_refusal() {
         assert!((400..500).contains(&server.code) && server.body.contains(&b'{'));
@@ -88,7 +88,7 @@ fn said<T>(answer: Result<T, Error>, server: &Always) -> Option<T> {
     None
 }
 
-async fn call(which: u8, server: &Server, carrier: &Always) {
+async fn call(which: u8, server: &BuildomatClient, carrier: &Always) {
     let worker: WorkerId = ULID.parse().unwrap();
     let job = JobId::try_from(ULID.to_owned()).unwrap();
     match which {
@@ -132,7 +132,7 @@ async fn call(which: u8, server: &Server, carrier: &Always) {
     }
 }
 
-async fn download(server: &Server, carrier: &Always) {
+async fn download(server: &BuildomatClient, carrier: &Always) {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let first = AgentCache::new(dir.path().into(), Vec::new()).get(server).await;
     match &first {
@@ -180,7 +180,7 @@ fuzz_target!(|data: &[u8]| {
     }
     let body = body.to_vec();
     let carrier = Arc::new(Always { code, headers, body });
-    let server = Server::over(carrier.clone());
+    let server = BuildomatClient::over(carrier.clone());
     RUNTIME.with_borrow(|runtime| {
         runtime.block_on(async {
             match which {

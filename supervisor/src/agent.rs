@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::server::{Server, causes};
+use crate::buildomat::{BuildomatClient, causes};
 
 /// The server is asked for a newer agent no more often than this.
 const FRESH: Duration = Duration::from_secs(600);
@@ -115,7 +115,7 @@ impl AgentCache {
     ///
     /// # Errors
     /// A sentence, where there has never been one or the disk fails.
-    pub async fn get(&self, server: &Server) -> Result<Agent, String> {
+    pub async fn get(&self, server: &BuildomatClient) -> Result<Agent, String> {
         let known = self.0.known().await;
         let asked = self.0.state().asked;
         if let (Some(agent), Some(asked)) = (&known, asked)
@@ -140,7 +140,7 @@ impl AgentCache {
     }
 
     /// The one that runs, or a new one.
-    fn download(&self, server: &Server) -> Download {
+    fn download(&self, server: &BuildomatClient) -> Download {
         let mut state = self.0.state();
         if let Some(running) = &state.download {
             return running.clone();
@@ -191,7 +191,7 @@ impl Cache {
     }
 
     /// Ask the server, and take what it has.
-    async fn refresh(&self, server: &Server) -> Result<(), String> {
+    async fn refresh(&self, server: &BuildomatClient) -> Result<(), String> {
         let late = |_| format!("the download of the agent takes longer than {:?}", self.whole);
         let fetched = timeout(self.whole, self.fetch(server)).await;
         let fetched = match fetched.map_err(late).and_then(|fetched| fetched) {
@@ -217,7 +217,7 @@ impl Cache {
         }
     }
 
-    async fn fetch(&self, server: &Server) -> Result<Fetched, String> {
+    async fn fetch(&self, server: &BuildomatClient) -> Result<Fetched, String> {
         match self.fetch_form(server, "/file/agent.gz", true).await? {
             Some(fetched) => Ok(fetched),
             None => self.fetch_form(server, "/file/agent", false).await?.ok_or_else(|| {
@@ -227,7 +227,12 @@ impl Cache {
     }
 
     /// One form of the file; None where the server does not have it.
-    async fn fetch_form(&self, server: &Server, path: &str, packed: bool) -> Result<Option<Fetched>, String> {
+    async fn fetch_form(
+        &self,
+        server: &BuildomatClient,
+        path: &str,
+        packed: bool,
+    ) -> Result<Option<Fetched>, String> {
         let old: Option<Tag> = fs::read(self.dir.join("agent.tag"))
             .ok()
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())

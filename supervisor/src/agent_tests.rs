@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
 /// A server that gives these answers, one a connection, and passes on the requests.
-async fn serve(answers: Vec<Vec<u8>>) -> (Server, mpsc::UnboundedReceiver<String>) {
+async fn serve(answers: Vec<Vec<u8>>) -> (BuildomatClient, mpsc::UnboundedReceiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (tell, requests) = mpsc::unbounded_channel();
@@ -34,7 +34,7 @@ async fn serve(answers: Vec<Vec<u8>>) -> (Server, mpsc::UnboundedReceiver<String
          [slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
     ));
     (
-        Server::new(&config.unwrap().general, TokenStore::fixed("secret")).unwrap(),
+        BuildomatClient::new(&config.unwrap().general, TokenStore::fixed("secret")).unwrap(),
         requests,
     )
 }
@@ -143,7 +143,7 @@ async fn what_is_no_agent_is_refused_and_leaves_none() {
 }
 
 /// A server whose answer to one question comes piece by piece, as the test sends it.
-async fn serve_slowly() -> (Server, mpsc::UnboundedSender<Vec<u8>>) {
+async fn serve_slowly() -> (BuildomatClient, mpsc::UnboundedSender<Vec<u8>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (pieces, mut sent) = mpsc::unbounded_channel::<Vec<u8>>();
@@ -157,7 +157,7 @@ async fn serve_slowly() -> (Server, mpsc::UnboundedSender<Vec<u8>>) {
         "[general]\nbaseurl = \"http://{address}\"\n[factory]\ntoken_file = \"/t\"\n\
          [slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
     ));
-    let server = Server::new(&config.unwrap().general, TokenStore::fixed("secret"));
+    let server = BuildomatClient::new(&config.unwrap().general, TokenStore::fixed("secret"));
     (server.unwrap(), pieces)
 }
 

@@ -1,6 +1,6 @@
 //! How long to wait before trying again: exponential, with jitter, capped. Pure; it never sleeps.
 
-use crate::view::{Side, Trouble};
+use crate::call_error::{CallError, Peer};
 
 /// The longest wait that a server's `Retry-After` can cause, in milliseconds.
 pub const MAX_RETRY_AFTER: u64 = 600_000;
@@ -32,25 +32,25 @@ pub struct Backoff {
 impl Backoff {
     /// The longest wait, in milliseconds. The helper is on this host and restarts in an instant; the
     /// server is shared by many.
-    pub const fn cap(side: Side) -> u64 {
-        match side {
-            Side::Server => 60_000,
-            Side::Helper | Side::Database => 5_000,
+    pub const fn cap(peer: Peer) -> u64 {
+        match peer {
+            Peer::Server => 60_000,
+            Peer::Helper | Peer::Database => 5_000,
         }
     }
 
     /// Note a failure: the wait before the next try, in milliseconds, between half and all of
     /// 500 ms · 2^failures or the cap.
-    pub fn fail(&mut self, side: Side, rng: &mut Rng) -> u64 {
-        let full = (500u64 << self.failures.min(16)).min(Self::cap(side));
+    pub fn fail(&mut self, peer: Peer, rng: &mut Rng) -> u64 {
+        let full = (500u64 << self.failures.min(16)).min(Self::cap(peer));
         self.failures = self.failures.saturating_add(1);
         full / 2 + rng.draw() % (full / 2 + 1)
     }
 
     /// The same after this failure, and no less than the server asks for, up to [`MAX_RETRY_AFTER`].
-    pub fn fail_with(&mut self, trouble: &Trouble, rng: &mut Rng) -> u64 {
-        let asked = trouble.retry_after.unwrap_or(0).min(MAX_RETRY_AFTER);
-        self.fail(trouble.side, rng).max(asked)
+    pub fn fail_with(&mut self, error: &CallError, rng: &mut Rng) -> u64 {
+        let asked = error.retry_after.unwrap_or(0).min(MAX_RETRY_AFTER);
+        self.fail(error.peer, rng).max(asked)
     }
 
     pub fn succeed(&mut self) {
@@ -64,21 +64,21 @@ impl Backoff {
 
 #[cfg(test)]
 mod tests {
-    use super::{Backoff, Rng, Side};
+    use super::{Backoff, Peer, Rng};
     use proptest::prelude::{any, prop_assert, proptest};
 
     proptest! {
         #[test]
         fn waits_grow_to_the_cap_and_never_beyond(seed in any::<u64>(), helper in any::<bool>()) {
-            let side = if helper { Side::Helper } else { Side::Server };
+            let peer = if helper { Peer::Helper } else { Peer::Server };
             let (mut backoff, mut rng) = (Backoff::default(), Rng::new(seed));
             for n in 0..100u32 {
-                let wait = backoff.fail(side, &mut rng);
-                let full = (500u64 << n.min(16)).min(Backoff::cap(side));
+                let wait = backoff.fail(peer, &mut rng);
+                let full = (500u64 << n.min(16)).min(Backoff::cap(peer));
                 prop_assert!((full / 2..=full).contains(&wait));
             }
             backoff.succeed();
-            prop_assert!(backoff.fail(side, &mut rng) <= 500);
+            prop_assert!(backoff.fail(peer, &mut rng) <= 500);
         }
     }
 }

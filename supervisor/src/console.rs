@@ -22,7 +22,7 @@ pub struct Lines {
 /// Read a console: a regular file that its agent may still be writing. The file offset is shared with
 /// others, so it is neither used nor moved.
 pub fn read(console: &File) -> io::Result<Lines> {
-    // Its end is what tells why; the helper's notices may stand behind the last byte that was kept.
+    // The end says why; the helper's notices may follow the last byte that was kept.
     let whole = console.metadata()?.len().min(MAX_CONSOLE_BYTES + 1024);
     let limit = usize::try_from(whole).unwrap_or(1 << 20);
     let mut bytes = vec![0; limit];
@@ -100,12 +100,12 @@ mod tests {
     }
 
     #[test]
-    fn the_last_word_of_the_largest_console_is_read() {
+    fn the_last_line_of_the_largest_console_is_read() {
         let mut file = tempfile::tempfile().unwrap();
         let kept = usize::try_from(MAX_CONSOLE_BYTES).unwrap();
         file.write_all(&vec![b'x'; kept]).unwrap();
-        file.write_all(b"\nthe last word\n").unwrap();
-        assert_eq!(read(&file).unwrap().lines.last().unwrap(), "the last word");
+        file.write_all(b"\nthe last line\n").unwrap();
+        assert_eq!(read(&file).unwrap().lines.last().unwrap(), "the last line");
     }
 
     proptest! {

@@ -10,22 +10,22 @@ pub const CONTROL_CONNECTIONS: usize = 128;
 const OF_CONTROL: u64 = 3 * CONTROL_CONNECTIONS as u64;
 /// Connections to `factory.status_address`.
 pub const STATUS_CONNECTIONS: usize = 64;
-/// What the relay has refused or is done with, and has not closed yet.
-pub const PENDING_CLOSES: usize = 256;
-/// Each connection through the relay has the caller's, the job's and the server's socket.
+/// What the egress proxy has refused or is done with, and has not closed yet.
+pub const MAX_PENDING_CLOSES: usize = 256;
+/// Each connection through the egress proxy has the caller's, the job's and the server's socket.
 const OF_RELAYED: u64 = 3;
-/// More connections through the relay are of no use: it raises the limit for no more.
+/// More connections through the egress proxy are of no use: it raises the limit for no more.
 const MOST_RELAYED: u64 = 64 << 10;
 
-/// How many connections there may be through the relay, within this limit of open files.
+/// How many connections there may be through the egress proxy, within this limit of open files.
 fn relayed_within(limit: u64) -> usize {
-    let taken = OTHERS + OF_CONTROL + STATUS_CONNECTIONS as u64 + PENDING_CLOSES as u64;
+    let taken = OTHERS + OF_CONTROL + STATUS_CONNECTIONS as u64 + MAX_PENDING_CLOSES as u64;
     let left = limit.saturating_sub(taken) / OF_RELAYED;
     usize::try_from(left.clamp(1, MOST_RELAYED)).unwrap_or(1)
 }
 
 /// Raise the limit of open files as far as it is ours to raise (`getrlimit(2)`), and say how many connections there may be
-/// through the relay.
+/// through the egress proxy.
 pub fn relayed_connections() -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return relayed_within(0);
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_relay_gets_what_the_others_leave() {
+    fn the_egress_proxy_gets_what_the_others_leave() {
         for (limit, connections) in [(0, 1), (960, 1), (1024, 21), (8192, 2410), (u64::MAX, 64 << 10)] {
             assert_eq!(relayed_within(limit), connections, "{limit}");
         }

@@ -284,7 +284,7 @@ mod tests {
     fn store_with_a_worker(dir: &Path) -> Store {
         let mut store = Store::open(dir).unwrap();
         let worker = crate::reconcile::adopted(
-            &crate::view::ServerWorker {
+            &crate::buildomat::ServerWorker {
                 id: WorkerId::from_bits(1),
                 target: TargetId::from_bits(1),
                 private: None,

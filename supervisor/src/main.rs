@@ -1,4 +1,4 @@
-//! `user-factory`: the factory's unprivileged half and the operator's command. What is typed is read in
+//! `user-factory`: the factory's unprivileged part and the operator's command. The command line is parsed in
 //! `command`; each command reads what it needs and calls the library. Nothing else belongs here.
 #![forbid(unsafe_code)]
 
@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use command::{
-    Arguments, Command, DONE, FAILED, NOT_CONFIGURED, ask, check, exit, generate, root, say_error, serve,
+    Arguments, Command, DONE, FAILED, NOT_CONFIGURED, ask, check, exit, generate, manual, print_error, serve,
 };
 
 fn main() -> ExitCode {
@@ -20,65 +20,65 @@ fn run(command: Command) -> u8 {
     match command {
         Command::Serve {
             config,
-            there,
+            at,
             allow_root,
             log_level,
-        } => or_say(serve::serve(config, &there.root, allow_root, log_level)),
-        Command::Check {
-            config,
-            online,
-            there,
-        } => check::check(&config, online, &there.root),
-        Command::Status { there, how, watch } => {
-            ask::ask(&there, async |factory| ask::status(factory, how, watch).await)
+        } => exit_status(serve::serve(config, &at.root, allow_root, log_level)),
+        Command::Check { config, online, at } => check::check(&config, online, &at.root),
+        Command::Status { at, output, watch } => {
+            ask::with_client(&at, async |factory| ask::status(factory, output, watch).await)
         }
-        Command::Workers { there, how } => ask::ask(&there, async |factory| ask::workers(factory, how).await),
-        Command::Show { worker, there, how } => {
-            ask::ask(&there, async |factory| ask::show(factory, worker, how).await)
+        Command::Workers { at, output } => {
+            ask::with_client(&at, async |factory| ask::workers(factory, output).await)
         }
-        Command::Logs {
-            worker,
-            follow,
-            there,
-        } => ask::ask(&there, async |factory| ask::logs(factory, worker, follow).await),
-        Command::Drain { slot, wait, there } => {
-            ask::ask(&there, async |factory| ask::drain(factory, slot, wait).await)
+        Command::Show { worker, at, output } => {
+            ask::with_client(&at, async |factory| ask::show(factory, worker, output).await)
         }
-        Command::Resume { slot, there } => ask::ask(&there, async |factory| ask::resume(factory, slot).await),
-        Command::Kill { worker, there } => ask::ask(&there, async |factory| ask::kill(factory, worker).await),
-        Command::Destroy { worker, yes, there } => {
-            ask::ask(&there, async |factory| ask::destroy(factory, worker, yes).await)
+        Command::Logs { worker, follow, at } => {
+            ask::with_client(&at, async |factory| ask::logs(factory, worker, follow).await)
         }
-        Command::Reload { there } => ask::ask(&there, async |factory| ask::reload(factory).await),
-        Command::Shell { worker, there } => {
-            let words = [
+        Command::Drain { slot, wait, at } => {
+            ask::with_client(&at, async |factory| ask::drain(factory, slot, wait).await)
+        }
+        Command::Resume { slot, at } => {
+            ask::with_client(&at, async |factory| ask::resume(factory, slot).await)
+        }
+        Command::Kill { worker, at } => {
+            ask::with_client(&at, async |factory| ask::kill(factory, worker).await)
+        }
+        Command::Destroy { worker, yes, at } => {
+            ask::with_client(&at, async |factory| ask::destroy(factory, worker, yes).await)
+        }
+        Command::Reload { at } => ask::with_client(&at, async |factory| ask::reload(factory).await),
+        Command::Shell { worker, at } => {
+            let arguments = [
                 "shell".into(),
                 "--root".into(),
-                there.root.into_os_string(),
+                at.root.into_os_string(),
                 worker.to_string().into(),
             ];
-            root::become_manual(words)
+            manual::exec(arguments)
         }
-        Command::Run { slot, there, command } => {
-            let mut words: Vec<OsString> = vec!["run".into(), "--root".into(), there.root.into_os_string()];
-            words.extend(
+        Command::Run { slot, at, command } => {
+            let mut arguments: Vec<OsString> = vec!["run".into(), "--root".into(), at.root.into_os_string()];
+            arguments.extend(
                 slot.into_iter()
                     .flat_map(|slot| ["--slot".into(), slot.to_string().into()]),
             );
-            words.push("--".into());
-            words.extend(command);
-            root::become_manual(words)
+            arguments.push("--".into());
+            arguments.extend(command);
+            manual::exec(arguments)
         }
-        Command::Generate { what } => or_say(generate::generate(what)),
+        Command::Generate { what } => exit_status(generate::generate(what)),
     }
 }
 
-fn or_say<E: Into<anyhow::Error>>(result: Result<(), E>) -> u8 {
+fn exit_status<E: Into<anyhow::Error>>(result: Result<(), E>) -> u8 {
     match result {
         Ok(()) => DONE,
         Err(error) => {
             let error = error.into();
-            say_error(&format!("user-factory: {error:#}"));
+            print_error(&format!("user-factory: {error:#}"));
             match error.is::<serve::NotConfigured>() {
                 true => NOT_CONFIGURED,
                 false => FAILED,

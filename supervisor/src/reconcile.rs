@@ -1,5 +1,5 @@
 //! Whose is what exists? The store, the server and the host can each disagree with the others after a
-//! crash; this compares all three and gives every stray an owner or an end.
+//! crash; this compares all three and gives every orphan an owner or an end.
 //!
 //! Pure. It must only ever be asked with two whole and fresh lists: a list that could not be had says
 //! nothing about anybody.
@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{SlotName, State, TargetId, WorkerId, WorkerInfo};
 
+use crate::buildomat::ServerWorker;
 use crate::identity::{Identity, Owner};
 use crate::schedule::{Free, Plan};
-use crate::view::ServerWorker;
 use crate::worker::{Action, Kill, Phase, Worker};
 
 /// A host that has just made a worker associates it at once. One that has been without an owner for so long, or for as
@@ -29,8 +29,8 @@ pub struct Question<'a> {
     pub known: &'a BTreeMap<WorkerId, Worker>,
     pub server: &'a [ServerWorker],
     pub host: &'a [WorkerInfo],
-    /// Slots promised to leased jobs.
-    pub promised: &'a BTreeSet<SlotName>,
+    /// Slots pending_slots to leased jobs.
+    pub pending_slots: &'a BTreeSet<SlotName>,
     /// Workers that came to their end after a list was asked for.
     pub ended: &'a BTreeSet<WorkerId>,
     /// For how many milliseconds the server has listed those that are not known, and not held.
@@ -46,7 +46,7 @@ pub struct Question<'a> {
     pub now: u64,
 }
 
-/// What to do about a stray.
+/// What to do about a orphan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// It becomes this factory's again.
@@ -80,7 +80,7 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
     let on_server: BTreeSet<WorkerId> = q.server.iter().map(|w| w.id).collect();
     let strange = |id: WorkerId| !q.known.contains_key(&id) && !q.ended.contains(&id);
     let mut used: BTreeSet<SlotName> = q.known.values().map(|w| w.slot.clone()).collect();
-    used.extend(q.promised.iter().cloned());
+    used.extend(q.pending_slots.iter().cloned());
     used.extend(q.host.iter().map(|info| info.slot.clone()));
     let (mut free, all) = (q.plan.free(&used, []), q.plan.free(&BTreeSet::new(), []));
     let mut decisions = Vec::new();
@@ -272,7 +272,7 @@ mod tests {
     };
 
     fn decide(server: &[ServerWorker], host: &[WorkerInfo], around: &Around) -> Vec<String> {
-        let (known, promised, ended) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+        let (known, pending_slots, ended) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
         let plan = Plan::of(&config());
         let unknown_for = server.iter().map(|w| (w.id, around.unknown_for)).collect();
         let to_delete = server.iter().filter(|_| around.to_delete).map(|w| w.id);
@@ -282,7 +282,7 @@ mod tests {
             known: &known,
             server,
             host,
-            promised: &promised,
+            pending_slots: &pending_slots,
             ended: &ended,
             unknown_for: &unknown_for,
             online_timeout: TIMEOUT,
@@ -410,8 +410,8 @@ mod tests {
                 unknown_for,
                 ..LONG
             };
-            let strays = [server(1, private, false, false, false)];
-            decide(&strays, &busy, &around)[0].clone()
+            let orphans = [server(1, private, false, false, false)];
+            decide(&orphans, &busy, &around)[0].clone()
         };
         for (private, waits) in [(OWN, TIMEOUT + RECLAIM_MS), (None, UNCLAIMED_MS)] {
             let decide = |others, waited| decide(private, others, waits + waited);
@@ -430,7 +430,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_stray_has_one_decision_at_most_and_slots_are_never_shared(
-            strays in proptest::collection::vec((0u128..8, 0usize..5, any::<(bool, bool, bool)>()), 0..8),
+            orphans in proptest::collection::vec((0u128..8, 0usize..5, any::<(bool, bool, bool)>()), 0..8),
             on_host in proptest::collection::vec((0u128..8, any::<bool>()), 0..3),
             making: bool,
             long: bool,
@@ -438,7 +438,7 @@ mod tests {
         ) {
             let privates = [None, OWN, Some("b@here/00000000"), Some("a"), OTHER];
             let mut list: Vec<ServerWorker> =
-                strays.iter().map(|(id, p, (x, y, z))| server(*id, privates[*p], *x, *y, *z)).collect();
+                orphans.iter().map(|(id, p, (x, y, z))| server(*id, privates[*p], *x, *y, *z)).collect();
             list.sort_by_key(|w| w.id);
             list.dedup_by_key(|w| w.id);
             let mut here: Vec<WorkerInfo> = on_host

@@ -16,7 +16,7 @@ use crate::config_check;
 pub struct Places {
     pub config: PathBuf,
     pub helper: PathBuf,
-    pub gate: PathBuf,
+    pub egress_proxy: PathBuf,
     /// Where the helper's records of the workers' users are.
     pub userdb: PathBuf,
     pub control: PathBuf,
@@ -32,7 +32,7 @@ impl Places {
         Self {
             config: root.join(CONFIG_PATH),
             helper: root.join(HELPER_SOCKET),
-            gate: root.join(GATE_DIR),
+            egress_proxy: root.join(GATE_DIR),
             userdb: root.join("run/userdb"),
             control: root.join(CONTROL_DIR),
             cgroups: root.join(CGROUP_FILE),

@@ -17,7 +17,7 @@ use nix::fcntl::{Flock, FlockArg};
 use protocol::{BootstrapToken, SlotName, WorkerId};
 use rusqlite::{Connection, Row, params};
 
-use crate::view::JobId;
+use crate::buildomat::JobId;
 use crate::worker::{Kill, Phase, Worker};
 pub use damage::Unsaved;
 pub use history::History;
@@ -419,13 +419,13 @@ fn phase_of(name: &str, lines_sent: u32) -> Result<Phase> {
         Phase::Created,
         Phase::Running { online: false },
         Phase::Running { online: true },
-        Phase::Clearing { confirmed: false },
+        Phase::Resetting { confirmed: false },
         Phase::Broken {
-            told: false,
+            reported: false,
             lines_sent,
         },
         Phase::Broken {
-            told: true,
+            reported: true,
             lines_sent,
         },
         Phase::Destroying,
@@ -470,14 +470,14 @@ mod tests {
             Phase::Created,
             Phase::Running { online: true },
             Phase::Broken {
-                told: false,
+                reported: false,
                 lines_sent: 12,
             },
             Phase::Broken {
-                told: true,
+                reported: true,
                 lines_sent: 13,
             },
-            Phase::Clearing { confirmed: false },
+            Phase::Resetting { confirmed: false },
             Phase::Destroying,
             Phase::Destroyed,
         ] {
@@ -591,7 +591,7 @@ mod tests {
                 .unwrap();
             let store = Store::open(dir.path()).unwrap();
             let broken = worker(Phase::Broken {
-                told: false,
+                reported: false,
                 lines_sent: 12,
             });
             // Since when it is held was not known before schema 2.

@@ -109,7 +109,7 @@ fn can_read(path: &Path) -> bool {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::PermissionDenied
         )
     };
-    // Another mistake is told by whoever reads it.
+    // Another error is reported when it is read.
     !File::open(path).is_err_and(|error| closed(&error))
 }
 

@@ -9,11 +9,11 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use protocol::config::Config;
 use protocol::{SlotName, State, TargetId, Uid, WorkerId, WorkerInfo};
+use supervisor::buildomat::ServerWorker;
 use supervisor::factory::{Factory, Input, Output};
 use supervisor::identity::{Identity, InstanceId};
 use supervisor::reconcile::{Question, adopted, reconcile};
 use supervisor::schedule::Plan;
-use supervisor::view::ServerWorker;
 use supervisor::worker::{Phase, Worker};
 use testbed::bench::{Go, Group, Options, Report};
 use testbed::house::{CALLS, House};
@@ -195,7 +195,7 @@ fn reconciling(options: &Options, report: &mut Report) {
                 known: if is_known { &known[&size] } else { &nobody },
                 server: &server[..size],
                 host: if is_here { &host[..size] } else { &[] },
-                promised: &none.0,
+                pending_slots: &none.0,
                 ended: &none.1,
                 identity: &identity,
                 unknown_for: &unknown_for,

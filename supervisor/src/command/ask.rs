@@ -10,31 +10,31 @@ use supervisor::control::procs;
 use supervisor::settings::Places;
 
 use super::print::{self, Visible};
-use super::{ATTENTION, AWAY, DONE, FAILED, How, There, say, say_error};
+use super::{ATTENTION, DONE, FAILED, Location, NO_ANSWER, OutputFormat, print_error, say};
 
-/// How often `status --watch` draws, and `drain --wait` looks.
-const LOOK: Duration = Duration::from_secs(2);
+/// How often `status --watch` draws, and `drain --wait` asks.
+const INTERVAL: Duration = Duration::from_secs(2);
 
-/// Who follows a console that says nothing asks this often whether the factory is there.
-const SILENCE: Duration = Duration::from_secs(20);
+/// While a followed console has no output, the factory is asked this often whether it still answers.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The exit status of a command that asks.
-pub type Ended = Result<u8, Error>;
+pub type CommandResult = Result<u8, Error>;
 
 /// Carry out what asks; its error goes to standard error.
-pub fn ask(there: &There, asking: impl AsyncFnOnce(Client) -> Ended) -> u8 {
+pub fn with_client(at: &Location, asking: impl AsyncFnOnce(Client) -> CommandResult) -> u8 {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let ended = match runtime {
-        Ok(runtime) => Client::new(&Places::below(&there.root).control_socket())
+        Ok(runtime) => Client::new(&Places::below(&at.root).control_socket())
             .and_then(|client| runtime.block_on(asking(client))),
         Err(error) => Err(Error::Refused(format!("cannot start the runtime: {error}"))),
     };
     match ended {
         Ok(status) => status,
         Err(error) => {
-            say_error(&format!("user-factory: {error}"));
+            print_error(&format!("user-factory: {error}"));
             if matches!(error, Error::Away(_)) {
-                AWAY
+                NO_ANSWER
             } else {
                 FAILED
             }
@@ -48,39 +48,39 @@ fn json(value: &impl serde::Serialize) -> String {
         .unwrap_or_default()
 }
 
-pub async fn status(client: Client, how: How, watch: bool) -> Ended {
+pub async fn status(client: Client, output: OutputFormat, watch: bool) -> CommandResult {
     loop {
         let status = match client.status().await {
             Ok(status) => status,
             // What is watched may be restarted.
             Err(error @ Error::Away(_)) if watch => {
                 say(&format!("\x1b[H\x1b[2J{error}\n"));
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(INTERVAL).await;
                 continue;
             }
             Err(error) => return Err(error),
         };
-        if how.json {
+        if output.json {
             say(&json(&status));
         } else if watch {
             say(&format!("\x1b[H\x1b[2J{}", print::status(&status)));
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(INTERVAL).await;
             continue;
         } else {
             say(&print::status(&status));
         }
-        return Ok(if wants_a_person(&status) { ATTENTION } else { DONE });
+        return Ok(if needs_operator(&status) { ATTENTION } else { DONE });
     }
 }
 
-fn wants_a_person(status: &Status) -> bool {
+fn needs_operator(status: &Status) -> bool {
     let both = [&status.server, &status.helper];
-    let both_answer = both.iter().all(|partner| partner.reachable == Some(true));
+    let both_answer = both.iter().all(|peer| peer.reachable == Some(true));
     status.workers.iter().any(|worker| worker.hold.is_some())
-        || status.slots.iter().any(|slot| slot.state.wants_a_person())
+        || status.slots.iter().any(|slot| slot.state.needs_operator())
         || both
             .iter()
-            .any(|partner| partner.reachable == Some(false) || partner.unanswered_since.is_some())
+            .any(|peer| peer.reachable == Some(false) || peer.unanswered_since.is_some())
         // Before the first answers nothing is wrong yet.
         || (status.not_taken.is_some() && !status.draining && both_answer)
         || status.configuration.refused.is_some()
@@ -88,9 +88,9 @@ fn wants_a_person(status: &Status) -> bool {
         || status.storage.is_some()
 }
 
-pub async fn workers(client: Client, how: How) -> Ended {
+pub async fn workers(client: Client, output: OutputFormat) -> CommandResult {
     let status = client.status().await?;
-    say(&if how.json {
+    say(&if output.json {
         json(&status.workers)
     } else {
         print::workers(&status)
@@ -98,11 +98,11 @@ pub async fn workers(client: Client, how: How) -> Ended {
     Ok(DONE)
 }
 
-pub async fn show(client: Client, worker: WorkerId, how: How) -> Ended {
+pub async fn show(client: Client, worker: WorkerId, output: OutputFormat) -> CommandResult {
     let mut details = client.details(worker).await?;
     procs::complete(&mut details);
     let now = client.status().await?.now;
-    say(&if how.json {
+    say(&if output.json {
         json(&details)
     } else {
         print::details(&details, now)
@@ -111,15 +111,15 @@ pub async fn show(client: Client, worker: WorkerId, how: How) -> Ended {
 }
 
 /// A console is a job's own text: on a terminal its escapes are shown, not obeyed.
-pub async fn logs(client: Client, worker: WorkerId, follow: bool) -> Ended {
+pub async fn logs(client: Client, worker: WorkerId, follow: bool) -> CommandResult {
     let mut answer = client.console(worker, follow).await?;
     let mut out = io::stdout().lock();
     let mut visible = out.is_terminal().then(Visible::default);
     loop {
         let chunk = tokio::select! {
             chunk = answer.chunk() => chunk,
-            // A job may say nothing for hours; the factory may not.
-            () = tokio::time::sleep(SILENCE) => {
+            // A job may print nothing for hours; the factory must answer.
+            () = tokio::time::sleep(IDLE_TIMEOUT) => {
                 client.status().await?;
                 continue;
             }
@@ -137,7 +137,7 @@ pub async fn logs(client: Client, worker: WorkerId, follow: bool) -> Ended {
     }
 }
 
-pub async fn drain(client: Client, slot: Option<SlotName>, wait: bool) -> Ended {
+pub async fn drain(client: Client, slot: Option<SlotName>, wait: bool) -> CommandResult {
     client.drain(slot.as_ref(), true).await?;
     if !wait {
         return Ok(DONE);
@@ -160,30 +160,30 @@ pub async fn drain(client: Client, slot: Option<SlotName>, wait: bool) -> Ended 
             .collect::<Vec<_>>()
             .join("; ");
         if said != names {
-            say_error(&format!("waiting for {names}"));
+            print_error(&format!("waiting for {names}"));
             said = names;
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(INTERVAL).await;
     }
 }
 
-pub async fn resume(client: Client, slot: Option<SlotName>) -> Ended {
+pub async fn resume(client: Client, slot: Option<SlotName>) -> CommandResult {
     client.drain(slot.as_ref(), false).await?;
     if let Some(slot) = slot
         && client.status().await?.draining
     {
-        say_error(&format!(
+        print_error(&format!(
             "all slots are drained: slot {slot} takes no jobs before `user-factory resume`"
         ));
     }
     Ok(DONE)
 }
 
-pub async fn kill(client: Client, worker: WorkerId) -> Ended {
+pub async fn kill(client: Client, worker: WorkerId) -> CommandResult {
     client.kill(worker).await.map(|()| DONE)
 }
 
-pub async fn destroy(client: Client, worker: WorkerId, yes: bool) -> Ended {
+pub async fn destroy(client: Client, worker: WorkerId, yes: bool) -> CommandResult {
     if !yes {
         let foreign = client.status().await?.foreign;
         if let Some(foreign) = foreign.iter().find(|foreign| foreign.id == worker) {
@@ -206,6 +206,6 @@ pub async fn destroy(client: Client, worker: WorkerId, yes: bool) -> Ended {
     client.destroy(worker).await.map(|()| DONE)
 }
 
-pub async fn reload(client: Client) -> Ended {
+pub async fn reload(client: Client) -> CommandResult {
     client.reload().await.map(|()| DONE)
 }

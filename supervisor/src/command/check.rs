@@ -4,14 +4,14 @@ use std::path::Path;
 
 use protocol::config::{Config, Mistake};
 use supervisor::agent::{self, AgentCache};
+use supervisor::buildomat::BuildomatClient;
 use supervisor::config_check;
-use supervisor::helper::Helper;
-use supervisor::host::{self, Seen};
-use supervisor::server::Server;
+use supervisor::helper_client::HelperClient;
+use supervisor::preflight::{self, HostFacts};
 use supervisor::settings::{self, Places};
 use supervisor::token::{TokenPlaces, TokenStore};
 
-use super::{DONE, FAILED, root, say};
+use super::{DONE, FAILED, manual, say};
 
 /// Print every mistake, or a summary of the slots and of the host; with `online`, ask the server and the helper.
 pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
@@ -26,7 +26,7 @@ pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
         }
     });
     match loaded {
-        Ok((config, tokens)) => looked_good(&config, &tokens, path, online, root),
+        Ok((config, tokens)) => report(&config, &tokens, path, online, root),
         Err(mistakes) => {
             say(&settings::print(path, &mistakes));
             FAILED
@@ -42,12 +42,12 @@ fn token_of(config: &Config, path: &Path, root: &Path) -> anyhow::Result<TokenSt
     })
 }
 
-fn looked_good(config: &Config, tokens: &TokenStore, path: &Path, online: bool, root: &Path) -> u8 {
-    let findings = host::findings(&Seen::look(), config, root);
+fn report(config: &Config, tokens: &TokenStore, path: &Path, online: bool, root: &Path) -> u8 {
+    let findings = preflight::findings(&HostFacts::read(), config, root);
     say(&settings::summary(config));
     say(&format!("token of {}\n", tokens.source()));
-    say(&host::print(&findings));
-    let (answer, refused) = root::ask_helper(path, root);
+    say(&preflight::print(&findings));
+    let (answer, refused) = manual::check(path, root);
     say(&format!("helper: {answer}\n"));
     let fine = !refused && !findings.iter().any(|finding| finding.needed);
     let answered = !online || ask(config, tokens, root);
@@ -83,7 +83,7 @@ async fn answers(
     root: &Path,
 ) -> Vec<(&'static str, Result<String, String>)> {
     let mut answers = Vec::new();
-    let server = Server::new(&config.general, tokens.clone()).map_err(|e| e.to_string());
+    let server = BuildomatClient::new(&config.general, tokens.clone()).map_err(|e| e.to_string());
     match server {
         Err(why) => answers.push(("server", Err(why))),
         Ok(server) => {
@@ -95,14 +95,14 @@ async fn answers(
             answers.push(("agent", download(&server).await));
         }
     }
-    let helper = Helper::new(Places::below(root).helper).list().await;
+    let helper = HelperClient::new(Places::below(root).helper).list().await;
     let helper = helper.map(|workers| format!("it serves, with {} workers", workers.len()));
     answers.push(("helper", helper.map_err(|e| e.to_string())));
     answers
 }
 
 /// The whole of the agent, as a worker would get it.
-async fn download(server: &Server) -> Result<String, String> {
+async fn download(server: &BuildomatClient) -> Result<String, String> {
     let dir = tempfile::tempdir().map_err(|e| format!("cannot make a temporary directory: {e}"))?;
     let agent = AgentCache::new(dir.path().to_owned(), agent::hints())
         .get(server)

@@ -3,8 +3,9 @@
 pub mod ask;
 pub mod check;
 pub mod generate;
+pub mod manual;
 pub mod print;
-pub mod root;
+
 pub mod serve;
 
 use std::io::Write;
@@ -18,8 +19,8 @@ use protocol::{SlotName, WorkerId};
 pub const DONE: u8 = 0;
 /// It could not be done; standard error has the reason.
 pub const FAILED: u8 = 1;
-/// Nobody answers at the control socket.
-pub const AWAY: u8 = 3;
+/// The factory does not answer at its control socket.
+pub const NO_ANSWER: u8 = 3;
 /// `status` alone: all answers, and something waits for a person.
 pub const ATTENTION: u8 = 4;
 /// `serve` alone: the configuration or the token cannot be used, and the next start would end in the same way. The unit does
@@ -46,17 +47,17 @@ pub struct Arguments {
     pub command: Command,
 }
 
-/// Where a running factory is.
+/// Where the factory's files are.
 #[derive(Clone, Debug, Args)]
-pub struct There {
-    /// Look for everything below this directory.
+pub struct Location {
+    /// The directory below which all files of the factory are.
     #[arg(long, value_name = "DIR", default_value = "/", global = true)]
     pub root: PathBuf,
 }
 
-/// How to print.
+/// OutputFormat to print.
 #[derive(Clone, Copy, Debug, Args)]
-pub struct How {
+pub struct OutputFormat {
     /// Print JSON, as the control socket says it, instead of a table.
     #[arg(long)]
     pub json: bool,
@@ -64,13 +65,13 @@ pub struct How {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run the factory (the unprivileged half; the helper must run beside it).
+    /// Run the factory (the unprivileged part; the helper must run beside it).
     Serve {
         /// The configuration file.
         #[arg(long, value_name = "PATH")]
         config: Option<PathBuf>,
         #[command(flatten)]
-        there: There,
+        at: Location,
         /// Run even as root. For tests alone.
         #[arg(long, hide = true)]
         allow_root: bool,
@@ -86,14 +87,14 @@ pub enum Command {
         #[arg(long)]
         online: bool,
         #[command(flatten)]
-        there: There,
+        at: Location,
     },
     /// The factory at a glance: server, helper, slots, and what waits for a person.
     Status {
         #[command(flatten)]
-        there: There,
+        at: Location,
         #[command(flatten)]
-        how: How,
+        output: OutputFormat,
         /// Draw it again every two seconds.
         #[arg(long, conflicts_with = "json")]
         watch: bool,
@@ -101,17 +102,17 @@ pub enum Command {
     /// All workers, a line each.
     Workers {
         #[command(flatten)]
-        there: There,
+        at: Location,
         #[command(flatten)]
-        how: How,
+        output: OutputFormat,
     },
-    /// One worker: its phases, processes, memory and disk, its last words, why it failed, and what to do next.
+    /// One worker: its phases, processes, memory and disk, the last lines of its console, why it failed, and what to do next.
     Show {
         worker: WorkerId,
         #[command(flatten)]
-        there: There,
+        at: Location,
         #[command(flatten)]
-        how: How,
+        output: OutputFormat,
     },
     /// What the worker's agent has printed.
     Logs {
@@ -120,7 +121,7 @@ pub enum Command {
         #[arg(long, short)]
         follow: bool,
         #[command(flatten)]
-        there: There,
+        at: Location,
     },
     /// Take no new jobs, on all slots or on one; jobs that run go on.
     Drain {
@@ -129,39 +130,39 @@ pub enum Command {
         #[arg(long)]
         wait: bool,
         #[command(flatten)]
-        there: There,
+        at: Location,
     },
     /// Take jobs again.
     Resume {
         slot: Option<SlotName>,
         #[command(flatten)]
-        there: There,
+        at: Location,
     },
-    /// End a worker's processes and keep its files, to look into it. A job on it fails.
+    /// End a worker's processes and keep its files for inspection. A job on it fails.
     Kill {
         worker: WorkerId,
         #[command(flatten)]
-        there: There,
+        at: Location,
     },
-    /// Delete a worker now, whatever it is doing and whoever holds it. A job on it fails.
+    /// Delete a worker now, whatever it is doing, held or not. A job on it fails.
     Destroy {
         worker: WorkerId,
         /// Yes, really.
         #[arg(long)]
         yes: bool,
         #[command(flatten)]
-        there: There,
+        at: Location,
     },
     /// Read the configuration again: new workers get what it says. One with mistakes changes nothing.
     Reload {
         #[command(flatten)]
-        there: There,
+        at: Location,
     },
     /// A shell as the worker's user, with the worker's view of the files; also when its job has ended. Needs root.
     Shell {
         worker: WorkerId,
         #[command(flatten)]
-        there: There,
+        at: Location,
     },
     /// Run a command here and now as a job would run, without a server, in a user that ends with it. Needs root.
     Run {
@@ -169,7 +170,7 @@ pub enum Command {
         #[arg(long, value_name = "SLOT")]
         slot: Option<SlotName>,
         #[command(flatten)]
-        there: There,
+        at: Location,
         #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
         command: Vec<std::ffi::OsString>,
     },
@@ -185,7 +186,7 @@ pub fn say(text: &str) {
 }
 
 /// Print this line on standard error.
-pub fn say_error(line: &str) {
+pub fn print_error(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 

@@ -1,14 +1,14 @@
-//! How things look on a terminal. Pure: values in, text with colours out; whoever writes it takes the colours off
+//! How things look on a terminal. Pure: values in, text with colours out; the writer removes the colours
 //! where they do not belong.
 
 use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
-use supervisor::control::api::{Details, Partner, Slot, SlotState, Status};
+use supervisor::control::api::{Details, PeerStatus, Slot, SlotState, Status};
 
 const BAD: Style = AnsiColor::Red.on_default().bold();
 const GOOD: Style = AnsiColor::Green.on_default();
 const BUSY: Style = AnsiColor::Blue.on_default();
-const QUIET: Style = Style::new().dimmed();
+const DIMMED: Style = Style::new().dimmed();
 const RESTING: Style = AnsiColor::Yellow.on_default();
 const HEAD: Style = Style::new().bold();
 
@@ -94,31 +94,31 @@ fn state(state: SlotState) -> Cell {
         SlotState::Busy => BUSY,
         SlotState::Broken | SlotState::Held => BAD,
         SlotState::Resting | SlotState::Closed => RESTING,
-        SlotState::Blocked | SlotState::Draining | SlotState::Removed => QUIET,
+        SlotState::Blocked | SlotState::Draining | SlotState::Removed => DIMMED,
     };
     (style, state.name().to_owned())
 }
 
-fn partner(name: &str, partner: &Partner, now: Timestamp) -> String {
-    let since = ago(partner.since, now);
-    let how = match partner.reachable {
-        Some(true) | None if partner.unanswered_since.is_some() => {
-            let since = partner.unanswered_since.unwrap_or(partner.since);
+fn peer(name: &str, peer: &PeerStatus, now: Timestamp) -> String {
+    let since = ago(peer.since, now);
+    let how = match peer.reachable {
+        Some(true) | None if peer.unanswered_since.is_some() => {
+            let since = peer.unanswered_since.unwrap_or(peer.since);
             styled(BAD, &format!("has not answered for {}", ago(since, now)))
         }
         Some(true) => styled(GOOD, &format!("reachable for {since}")),
         Some(false) => {
-            let why = partner.trouble.as_deref().unwrap_or("no reason is known");
+            let why = peer.trouble.as_deref().unwrap_or("no reason is known");
             format!("{}: {why}", styled(BAD, &format!("away for {since}")))
         }
         None => "not asked yet".into(),
     };
-    format!("{name:8} {} {how}\n", partner.address)
+    format!("{name:8} {} {how}\n", peer.address)
 }
 
 pub fn status(s: &Status) -> String {
-    let mut text = partner("server", &s.server, s.now);
-    text += &partner("helper", &s.helper, s.now);
+    let mut text = peer("server", &s.server, s.now);
+    text += &peer("helper", &s.helper, s.now);
     if let Some(page) = s.status_page.as_ref().filter(|page| page.reachable != Some(true)) {
         let why = page.trouble.as_deref().unwrap_or("no reason is known");
         let closed = styled(BAD, &format!("not open for {}", ago(page.since, s.now)));
@@ -178,14 +178,14 @@ pub fn status(s: &Status) -> String {
         }
     }
     if !s.troubles.is_empty() {
-        text += &format!("\n{}\n", styled(HEAD, "last troubles"));
-        for trouble in s.troubles.iter().rev().take(5).rev() {
-            let slot = trouble
+        text += &format!("\n{}\n", styled(HEAD, "last problems"));
+        for problem in s.troubles.iter().rev().take(5).rev() {
+            let slot = problem
                 .slot
                 .as_ref()
                 .map(|slot| format!("{slot}: "))
                 .unwrap_or_default();
-            text += &format!("{:>12} ago  {slot}{}\n", ago(trouble.at, s.now), trouble.text);
+            text += &format!("{:>12} ago  {slot}{}\n", ago(problem.at, s.now), problem.text);
         }
     }
     text
@@ -261,7 +261,7 @@ pub fn details(d: &Details, now: Timestamp) -> String {
     text
 }
 
-/// One slot that is not empty yet, and why: for whoever waits for it.
+/// One slot that is not empty yet, and why: for `drain --wait`.
 pub fn waiting_for(slot: &Slot, status: &Status) -> String {
     let worker = status
         .workers

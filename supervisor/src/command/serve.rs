@@ -1,26 +1,26 @@
-//! `user-factory serve`: everything is read and opened, then the loop runs until it is told to stop.
+//! `user-factory serve`: everything is read and opened, then the loop runs until it gets a signal.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use supervisor::act::Hands;
 use supervisor::agent::{self, AgentCache};
+use supervisor::buildomat::BuildomatClient;
 use supervisor::config_check::FileOnDisk;
-use supervisor::control::desk::{Desk, Operator, Word};
 use supervisor::control::listener::{Names, StatusPage};
 use supervisor::control::metrics::Metrics;
-use supervisor::control::server::{Counter, refused_by};
+use supervisor::control::server::{ControlServer, refused_by};
+use supervisor::control::state::{Command, CommandQueue, Operator, StatusState};
 use supervisor::descriptors;
+use supervisor::driver::{Clock, Driver, Persistence};
+use supervisor::egress_proxy::EgressProxy;
+use supervisor::executor::Executor;
 use supervisor::factory::{Factory, Input};
-use supervisor::gate::Gate;
-use supervisor::helper::Helper;
+use supervisor::helper_client::HelperClient;
 use supervisor::identity;
 use supervisor::log;
 use supervisor::notify::{self, Watchdog};
-use supervisor::server::Server;
 use supervisor::settings::{self, Places};
-use supervisor::shell::{Clock, Persistence, Shell};
 use supervisor::store::{History, Store};
 use supervisor::token::{TokenPlaces, TokenStore};
 use tokio::signal::unix::{SignalKind, signal};
@@ -47,7 +47,7 @@ pub fn serve(
     if nix::unistd::geteuid().is_root() && !allow_root {
         bail!("the supervisor must not be root: start it as the user of the configuration (factory.user)");
     }
-    // The factory's token is in this process's memory: no core, and nobody of the same user looks in.
+    // The factory's token is in this process's memory: no core dump, and no other process of the same user reads it.
     nix::sys::prctl::set_dumpable(false).context("cannot close this process to others")?;
     let places = Places::below(root);
     let path = config.unwrap_or_else(|| places.config.clone());
@@ -71,17 +71,22 @@ pub fn serve(
     let history = Arc::new(History::open(&places.state)?);
     let clock = Clock::start();
     let workers = store.workers()?;
-    let helper = Helper::new(places.helper.clone());
-    let hands = Hands {
-        server: Server::new(&config.general, tokens.clone())?,
+    let helper = HelperClient::new(places.helper.clone());
+    let executor = Executor {
+        server: BuildomatClient::new(&config.general, tokens.clone())?,
         helper: helper.clone(),
         agent: AgentCache::new(places.state.join("agent"), agent::hints()),
         identity: identity.clone(),
     };
     tracing::info!(server = %config.general.baseurl, host = %identity, slots = config.slots.len(), workers = workers.len(), token = %tokens.source(), "supervisor started");
-    let relayed = descriptors::relayed_connections();
-    let gate = Gate::to_the_server(&config, places.gate.clone(), places.userdb.clone(), relayed)
-        .context("cannot start the relay for jobs without a network")?;
+    let connections = descriptors::relayed_connections();
+    let proxy = EgressProxy::to_the_server(
+        &config,
+        places.egress_proxy.clone(),
+        places.userdb.clone(),
+        connections,
+    )
+    .context("cannot start the egress proxy for jobs without a network")?;
     let page = config
         .factory
         .status_address
@@ -89,7 +94,7 @@ pub fn serve(
     let names = Names::new(config.factory.status_names.iter().map(|name| name.as_str()));
     let metrics = Arc::new(Metrics::default());
     let file = Box::new(FileOnDisk::new(path.clone()));
-    let mut desk = Desk::new(
+    let mut status = StatusState::new(
         clock.now(),
         path,
         root.to_owned(),
@@ -97,8 +102,8 @@ pub fn serve(
         places.helper.display().to_string(),
         metrics.clone(),
     );
-    desk.page = page.clone();
-    desk.tokens = Some(tokens);
+    status.page = page.clone();
+    status.tokens = Some(tokens);
     // The seed spreads the retries of several factories; it is no secret.
     let seed = clock.now() ^ u64::from(std::process::id());
     let factory = Factory::new(identity, config, workers, seed, clock.now()).drained(store.drained()?);
@@ -108,32 +113,32 @@ pub fn serve(
         .build()
         .context("cannot start the runtime")?;
     let done = runtime.block_on(async {
-        let (words, heard) = mpsc::unbounded_channel();
-        listen_to_signals(words.clone(), helper.clone())?;
-        let counter = Counter {
-            words,
+        let (queue, commands) = mpsc::unbounded_channel();
+        listen_to_signals(queue.clone(), helper.clone())?;
+        let server = ControlServer {
+            commands: queue,
             helper,
             history,
             metrics,
             cgroups: places.cgroups.clone(),
         };
         if let Some(page) = page {
-            tokio::spawn(counter.clone().serve_page(page, names));
+            tokio::spawn(server.clone().serve_page(page, names));
         }
         // They end with the runtime: stopping does not wait for connections that may last as long as a job.
-        tokio::spawn(counter.serve(places.control));
-        gate.map(|gate| tokio::spawn(gate.serve()));
+        tokio::spawn(server.serve(places.control));
+        proxy.map(|proxy| tokio::spawn(proxy.serve()));
         notify::ready();
-        Shell {
+        Driver {
             factory,
             persistence: Persistence::new(store),
-            hands: Arc::new(hands),
+            executor: Arc::new(executor),
             clock,
-            desk,
+            status,
             file,
             watchdog: Watchdog::of_the_unit(),
         }
-        .run(heard)
+        .run(commands)
         .await
     });
     // A blocked file operation must not hold up the end.
@@ -141,24 +146,24 @@ pub fn serve(
     done
 }
 
-fn listen_to_signals(words: mpsc::UnboundedSender<Word>, helper: Helper) -> Result<()> {
+fn listen_to_signals(queue: CommandQueue, helper: HelperClient) -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
     tokio::spawn(async move {
         loop {
-            let word = tokio::select! {
-                _ = term.recv() => Word::Tell(Input::Stop),
-                _ = int.recv() => Word::Tell(Input::Stop),
+            let command = tokio::select! {
+                _ = term.recv() => Command::Input(Input::Stop),
+                _ = int.recv() => Command::Input(Input::Stop),
                 // The answer is in the log.
-                _ = hangup.recv() => Word::Reload {
+                _ = hangup.recv() => Command::Reload {
                     by: Operator::Signal,
                     refused: refused_by(&helper).await,
                     answer: oneshot::channel().0,
                 },
             };
-            let stop = matches!(word, Word::Tell(_));
+            let stop = matches!(command, Command::Input(_));
             // The loop may have ended by itself.
-            if words.send(word).is_err() || stop {
+            if queue.send(command).is_err() || stop {
                 return;
             }
         }

@@ -1,10 +1,10 @@
-//! What is said at the control socket, version 1. Times are RFC 3339, in UTC.
+//! The control API's JSON, version 1. Times are RFC 3339, in UTC.
 
 use jiff::Timestamp;
 use protocol::{SlotName, TargetId, WorkerId};
 use serde::{Deserialize, Serialize};
 
-use crate::view::JobId;
+use crate::buildomat::JobId;
 
 /// The factory at a glance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,12 +15,12 @@ pub struct Status {
     pub now: Timestamp,
     pub started: Timestamp,
     pub configuration: Configuration,
-    pub server: Partner,
-    pub helper: Partner,
+    pub server: PeerStatus,
+    pub helper: PeerStatus,
     /// What listens at `factory.status_address`, where that is written; `reachable` says that it does.
     #[serde(default)]
-    pub status_page: Option<Partner>,
-    /// No new jobs are taken, by the operator's word.
+    pub status_page: Option<PeerStatus>,
+    /// No new jobs are taken, as the operator ordered.
     pub draining: bool,
     pub slots: Vec<Slot>,
     pub workers: Vec<Worker>,
@@ -37,7 +37,7 @@ pub struct Status {
     #[serde(default)]
     pub foreign: Vec<ForeignWorker>,
     /// The last warnings and errors, the oldest first.
-    pub troubles: Vec<Trouble>,
+    pub troubles: Vec<Problem>,
 }
 
 /// The configuration in use.
@@ -54,7 +54,7 @@ pub struct Configuration {
 
 /// The buildomat server, or the helper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Partner {
+pub struct PeerStatus {
     /// A URL, or the path of a socket.
     pub address: String,
     /// None before the first answer.
@@ -86,7 +86,7 @@ pub enum SlotState {
     Held,
     /// It failed workers by itself, and rests before it takes another.
     Resting,
-    /// It takes no jobs, by the operator's word.
+    /// It takes no jobs, as the operator ordered.
     Draining,
     /// It is no longer in the configuration, and goes with its worker.
     Removed,
@@ -120,7 +120,7 @@ impl SlotState {
     }
 
     /// Does it wait for a person?
-    pub fn wants_a_person(self) -> bool {
+    pub fn needs_operator(self) -> bool {
         matches!(self, SlotState::Broken | SlotState::Held)
     }
 }
@@ -174,7 +174,7 @@ pub struct ForeignWorker {
     pub text: String,
 }
 
-/// One worker, with what takes a look at the host.
+/// One worker, with what has to be read from the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Details {
     pub worker: Worker,
@@ -207,7 +207,7 @@ pub struct Process {
 
 /// A line of the log that a person should know of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Trouble {
+pub struct Problem {
     pub at: Timestamp,
     pub worker: Option<WorkerId>,
     pub slot: Option<SlotName>,

@@ -10,15 +10,15 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use super::api::{Details, Refusal, Status};
-use crate::server::causes;
+use crate::buildomat::causes;
 
 /// A call has been answered in full by then, or the factory is away. (A deletion is answered before it is done.)
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Why the factory did not do it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// Nobody answers.
+    /// The factory does not answer.
     Away(String),
     /// It answered, and said no: one sentence, or a line for each mistake.
     Refused(String),
@@ -100,7 +100,7 @@ impl Client {
 
     async fn json<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
         let answer = self.call(Method::GET, path).await?;
-        let body = timeout(PATIENCE, answer.json()).await;
+        let body = timeout(TIMEOUT, answer.json()).await;
         body.map_err(|_| self.late())?.map_err(|e| {
             Error::Refused(format!(
                 "the factory's answer makes no sense ({}): use the command of its own release",
@@ -114,14 +114,14 @@ impl Client {
             "the factory at {} did not answer within {} s, and may still do what was asked: is `user-factory serve` \
              stopped or hung? Its log may say why",
             self.socket.display(),
-            PATIENCE.as_secs()
+            TIMEOUT.as_secs()
         ))
     }
 
     async fn call(&self, method: Method, path: &str) -> Result<Response, Error> {
         // The name is never looked up: the socket is where it leads.
         let request = self.http.request(method, format!("http://user-factory{path}"));
-        let answer = timeout(PATIENCE, request.send()).await.map_err(|_| self.late())?;
+        let answer = timeout(TIMEOUT, request.send()).await.map_err(|_| self.late())?;
         let answer = answer.map_err(|e| {
             Error::Away(format!(
                 "the factory cannot be asked at {}: {}; is `user-factory serve` running, and may you open the socket?",
@@ -133,7 +133,7 @@ impl Client {
         if status.is_success() {
             return Ok(answer);
         }
-        let said = timeout(PATIENCE, answer.json::<Refusal>()).await;
+        let said = timeout(TIMEOUT, answer.json::<Refusal>()).await;
         let said = said.map_err(|_| self.late())?.map(|refusal| refusal.message);
         Err(Error::Refused(
             said.unwrap_or_else(|_| format!("the factory answered {status}")),

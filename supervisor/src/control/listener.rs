@@ -20,28 +20,28 @@ use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
-use super::api::{Partner, Refusal};
-use super::server::Peer;
+use super::api::{PeerStatus, Refusal};
+use super::server::PeerUid;
 use crate::descriptors::{CONTROL_CONNECTIONS, STATUS_CONNECTIONS};
 use crate::limiter::ConnectionLimiter;
 use crate::rate_limited_log::RateLimitedLog;
 
 /// How long a request's head may take to arrive, and how long a connection may wait for the next request.
-const HEAD: Duration = Duration::from_secs(10);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection to the status page may last in all: its one answer is short.
-const WHOLE: Duration = Duration::from_secs(30);
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(30);
 /// What is kept of a request's head, in bytes.
 const MAX_HEAD: usize = 16 << 10;
 /// Connections of one user to the control socket.
-const OF_A_USER: usize = 32;
+const CONNECTIONS_OF_A_USER: usize = 32;
 /// How soon it is tried again to listen, or to accept.
-const AGAIN: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Speak HTTP/1 on this connection, to its end.
 async fn serve_http(io: impl AsyncRead + AsyncWrite + Unpin, router: Router, keep_alive: bool) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
-        .header_read_timeout(HEAD)
+        .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(MAX_HEAD)
         .keep_alive(keep_alive);
     let served = http.serve_connection(TokioIo::new(io), TowerToHyperService::new(router));
@@ -53,25 +53,25 @@ async fn serve_http(io: impl AsyncRead + AsyncWrite + Unpin, router: Router, kee
 /// Serve operators at the control socket, without end. Consoles are followed for as long as a job runs, so that only the
 /// number of connections is bounded: of each user, and of all. Root has its own.
 pub(super) async fn serve_operators(listener: UnixListener, router: Router) {
-    let others = CONTROL_CONNECTIONS - OF_A_USER;
-    let others = ConnectionLimiter::new(OF_A_USER, others, others / OF_A_USER);
-    let root = ConnectionLimiter::new(OF_A_USER, OF_A_USER, 1);
+    let others = CONTROL_CONNECTIONS - CONNECTIONS_OF_A_USER;
+    let others = ConnectionLimiter::new(CONNECTIONS_OF_A_USER, others, others / CONNECTIONS_OF_A_USER);
+    let root = ConnectionLimiter::new(CONNECTIONS_OF_A_USER, CONNECTIONS_OF_A_USER, 1);
     let log = RateLimitedLog::default();
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
                 log.warn(format_args!("the control socket cannot accept: {error}"));
-                sleep(AGAIN).await;
+                sleep(RETRY_INTERVAL).await;
                 continue;
             }
         };
-        let peer = Peer(stream.peer_cred().ok().map(|peer| peer.uid()));
+        let peer = PeerUid(stream.peer_cred().ok().map(|peer| peer.uid()));
         let uid = peer.0.unwrap_or(u32::MAX);
         let limiter = if uid == 0 { &root } else { &others };
         let Some(permit) = limiter.take(uid) else {
             log.warn(format_args!(
-                "the control socket has hung up on uid {uid}: it has too many connections"
+                "the control socket has closed a connection of uid {uid}: it has too many connections"
             ));
             continue;
         };
@@ -100,9 +100,9 @@ impl StatusPage {
     }
 
     /// `now` is the time by which all of the status is shown.
-    pub fn shown(&self, now: Timestamp) -> Partner {
+    pub fn shown(&self, now: Timestamp) -> PeerStatus {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        Partner {
+        PeerStatus {
             address: self.address.to_string(),
             reachable: Some(state.1.is_ok()),
             since: now.checked_sub(state.0.elapsed()).unwrap_or(now),
@@ -138,46 +138,46 @@ impl StatusPage {
                             self.address
                         );
                     }
-                    sleep(AGAIN).await;
+                    sleep(RETRY_INTERVAL).await;
                 }
             }
         }
     }
 
-    /// Serve whoever reaches the address, without end. Where there are too many connections, the oldest one is cut:
+    /// Serve all clients that reach the address, without end. Where there are too many connections, the oldest is closed:
     /// a request that arrives at once is answered long before its connection is.
     pub(super) async fn serve(&self, router: Router, names: Names) {
         let router = router.layer(middleware::from_fn_with_state(Arc::new(names), check_host));
         let listener = self.listen().await;
         let log = RateLimitedLog::default();
-        let places = Arc::new(Semaphore::new(STATUS_CONNECTIONS));
+        let permits = Arc::new(Semaphore::new(STATUS_CONNECTIONS));
         let mut connections = VecDeque::new();
         loop {
             let stream: TcpStream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     log.warn(format_args!("the status page cannot accept: {error}"));
-                    sleep(AGAIN).await;
+                    sleep(RETRY_INTERVAL).await;
                     continue;
                 }
             };
             connections.retain(|connection: &tokio::task::AbortHandle| !connection.is_finished());
-            if places.available_permits() == 0
+            if permits.available_permits() == 0
                 && let Some(oldest) = connections.pop_front()
             {
                 oldest.abort();
                 log.warn(format_args!(
-                    "the status page has cut its oldest connection: there are {STATUS_CONNECTIONS}"
+                    "the status page has closed its oldest connection: there are {STATUS_CONNECTIONS}"
                 ));
             }
-            // What was cut is closed when the runtime gets to it.
-            let Ok(place) = places.clone().acquire_owned().await else {
+            // An aborted connection is closed when the runtime gets to it.
+            let Ok(permit) = permits.clone().acquire_owned().await else {
                 return;
             };
             let router = router.clone();
             let serve = async move {
-                let _ = timeout(WHOLE, serve_http(stream, router, false)).await;
-                drop(place);
+                let _ = timeout(CONNECTION_TIMEOUT, serve_http(stream, router, false)).await;
+                drop(permit);
             };
             connections.push_back(tokio::spawn(serve).abort_handle());
         }

@@ -14,9 +14,9 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use protocol::SlotName;
 
-use super::api::{Partner, SlotState, Status};
+use super::api::{PeerStatus, SlotState, Status};
+use crate::call_error::{CallError, Peer};
 use crate::factory::{Input, Outcome, Output};
-use crate::view::{Side, Trouble};
 use crate::worker::Action;
 
 const PREFIX: &str = "buildomat_user_factory";
@@ -143,12 +143,12 @@ impl Default for Metrics {
 impl Metrics {
     /// A call that [`call_of`] has named has been answered, or not.
     /// Returns how it went.
-    pub fn answered(&self, (side, call): (Side, &'static str), input: &Input) -> &'static str {
+    pub fn answered(&self, (peer, call): (Peer, &'static str), input: &Input) -> &'static str {
         let outcome = outcome_of(input);
-        let partner = match side {
-            Side::Server => "server",
-            Side::Helper => "helper",
-            Side::Database => "database",
+        let partner = match peer {
+            Peer::Server => "server",
+            Peer::Helper => "helper",
+            Peer::Database => "database",
         };
         self.calls
             .get_or_create(&Call {
@@ -202,7 +202,7 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
     registry.register("build", "The supervisor's version; always 1", version);
 
     let reachable: Whole<With> = Family::default();
-    let with = |partner: &'static str, seen: &Partner| {
+    let with = |partner: &'static str, seen: &PeerStatus| {
         reachable.get_or_create(&With { partner }).set(i64::from(
             seen.reachable == Some(true) && seen.unanswered_since.is_none(),
         ));
@@ -335,30 +335,30 @@ fn bytes_by_slot<'a>(all: impl Iterator<Item = (&'a SlotName, u64)>) -> Whole<Of
 }
 
 /// Whom an output asks, and for what.
-pub fn call_of(output: &Output) -> Option<(Side, &'static str)> {
+pub fn call_of(output: &Output) -> Option<(Peer, &'static str)> {
     Some(match output {
-        Output::ListServer => (Side::Server, "workers"),
-        Output::Lease(_) => (Side::Server, "lease"),
-        Output::MakeWorker { .. } => (Side::Server, "make_worker"),
-        Output::Renew { .. } => (Side::Server, "renew"),
-        Output::ListHost => (Side::Helper, "list"),
-        Output::Do(_, action) => match action {
-            Action::Associate { .. } => (Side::Server, "associate"),
-            Action::Tell { .. } => (Side::Server, "fail"),
-            Action::ServerDelete { .. } => (Side::Server, "delete_worker"),
-            Action::CreateUser { .. } => (Side::Helper, "create_user"),
-            Action::InstallAgent { .. } => (Side::Helper, "install_agent"),
-            Action::HostKill => (Side::Helper, "kill"),
-            Action::HostDelete => (Side::Helper, DELETE),
+        Output::ListServer => (Peer::Server, "workers"),
+        Output::Lease(_) => (Peer::Server, "lease"),
+        Output::MakeWorker { .. } => (Peer::Server, "make_worker"),
+        Output::Renew { .. } => (Peer::Server, "renew"),
+        Output::ListHost => (Peer::Helper, "list"),
+        Output::Act(_, action) => match action {
+            Action::Associate { .. } => (Peer::Server, "associate"),
+            Action::ReportFailure { .. } => (Peer::Server, "fail"),
+            Action::ServerDelete { .. } => (Peer::Server, "delete_worker"),
+            Action::CreateUser { .. } => (Peer::Helper, "create_user"),
+            Action::InstallAgent { .. } => (Peer::Helper, "install_agent"),
+            Action::HostKill => (Peer::Helper, "kill"),
+            Action::HostDelete => (Peer::Helper, DELETE),
         },
-        Output::Save(_) | Output::Remove(_) | Output::Say(_) => return None,
+        Output::Save(_) | Output::Remove(_) | Output::Log(_) => return None,
     })
 }
 
 fn outcome_of(input: &Input) -> &'static str {
-    let of = |trouble: &Trouble| match trouble {
-        trouble if trouble.unauthorised => "unauthorised",
-        trouble if trouble.refused => "refused",
+    let of = |error: &CallError| match error {
+        error if error.unauthorised => "unauthorised",
+        error if error.refused => "refused",
         _ => "failed",
     };
     match input {
@@ -366,9 +366,11 @@ fn outcome_of(input: &Input) -> &'static str {
         Input::WorkerMade(_, Err(t)) | Input::Renewed(_, Err(t)) => of(t),
         Input::Done(
             _,
-            Outcome::Partly { trouble, .. } | Outcome::Trouble(trouble) | Outcome::KillFailed(trouble),
-        ) => of(trouble),
-        Input::Done(_, Outcome::StartFailed(_) | Outcome::NoSuchWorker | Outcome::CannotTell(_)) => "refused",
+            Outcome::Partly { error, .. } | Outcome::Failed(error) | Outcome::KillFailed(error),
+        ) => of(error),
+        Input::Done(_, Outcome::StartFailed(_) | Outcome::NoSuchWorker | Outcome::CannotReport(_)) => {
+            "refused"
+        }
         _ => "ok",
     }
 }

@@ -1,6 +1,6 @@
 //! The processes of one uid, as `/proc` shows them to everybody (`proc_pid_stat(5)`). A host that hides other
 //! users' processes (`hidepid`) shows none here either; the packaged supervisor sees none, so the operator's command
-//! looks for itself.
+//! reads `/proc` itself.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

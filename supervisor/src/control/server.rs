@@ -1,4 +1,4 @@
-//! The control socket and the status address: HTTP in, words to the loop, answers out.
+//! The control socket and the status address: HTTP requests become commands of the loop.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -19,32 +19,35 @@ use protocol::config::CONTROL_SOCKET;
 use protocol::{ErrorKind, SlotName, WorkerId};
 use serde::Deserialize;
 use tokio::net::UnixListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::api::{self, Details, Process, Refusal, Status};
-use super::desk::{Answer, Operator, Word};
 use super::listener::{Names, StatusPage, serve_operators};
 use super::metrics::Metrics;
-use super::{page, procs};
+use super::procs;
+use super::state::{Answer, Command, CommandQueue, Operator};
 use crate::console;
-use crate::helper::{self, Helper};
+use crate::helper_client::{self, HelperClient};
 use crate::store::History;
 
-/// How often a followed console is looked at.
-const LOOK: Duration = Duration::from_millis(300);
-/// How often the socket's directory is looked for, until the helper has made it.
-const WAIT: Duration = Duration::from_secs(1);
+/// How often a followed console is read.
+const CONSOLE_INTERVAL: Duration = Duration::from_millis(300);
+/// How often binding the socket is tried, until the helper has made its directory.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a worker's details wait for its console.
-const PATIENCE: Duration = Duration::from_secs(2);
+const HELPER_TIMEOUT: Duration = Duration::from_secs(2);
+/// The page that shows the status: one file, without anything from elsewhere. It asks for `/v1/status` itself, every two
+/// seconds.
+const PAGE: &str = include_str!("page.html");
 /// Lines of the console in a worker's details.
 const LAST_LINES: usize = 20;
 
 /// All that the handlers need.
 #[derive(Clone, Debug)]
-pub struct Counter {
-    pub words: mpsc::UnboundedSender<Word>,
-    pub helper: Helper,
+pub struct ControlServer {
+    pub commands: CommandQueue,
+    pub helper: HelperClient,
     pub history: Arc<History>,
     pub metrics: Arc<Metrics>,
     /// Where the helper says where the workers' cgroups are.
@@ -53,14 +56,14 @@ pub struct Counter {
 
 /// Who connected to the control socket. None where the kernel does not say.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Peer(pub(super) Option<u32>);
+pub(super) struct PeerUid(pub(super) Option<u32>);
 
-impl Peer {
+impl PeerUid {
     /// # Errors
-    /// Where the kernel does not say who it is: an order is somebody's.
-    fn operator(self) -> Said<Operator> {
+    /// Where the kernel does not say who it is: a command is logged with its operator.
+    fn operator(self) -> ApiResult<Operator> {
         let unknown = || {
-            No(
+            ApiError(
                 StatusCode::FORBIDDEN,
                 "the kernel does not say who connected: repeat it".into(),
             )
@@ -69,18 +72,18 @@ impl Peer {
     }
 }
 
-/// Why an answer is not what was asked for.
-struct No(StatusCode, String);
+/// An answer that is not the one asked for: its status, and one sentence.
+struct ApiError(StatusCode, String);
 
-impl IntoResponse for No {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         (self.0, Json(Refusal { message: self.1 })).into_response()
     }
 }
 
-type Said<T> = Result<T, No>;
+type ApiResult<T> = Result<T, ApiError>;
 
-impl Counter {
+impl ControlServer {
     /// Serve the operator at the socket in `dir`, without end.
     pub async fn serve(self, dir: PathBuf) {
         let router = Router::new()
@@ -105,24 +108,24 @@ impl Counter {
         serve_operators(listener, router).await;
     }
 
-    /// Serve what anybody may read at an address, by these names, without end.
+    /// Serve what everybody may read at an address, by these names, without end.
     pub async fn serve_page(self, page: Arc<StatusPage>, names: Names) {
         page.serve(public().with_state(self), names).await;
     }
 
-    async fn status(&self) -> Said<Status> {
-        self.ask(Word::Status).await
+    async fn status(&self) -> ApiResult<Status> {
+        self.ask(Command::Status).await
     }
 
-    async fn ask<T>(&self, word: impl FnOnce(oneshot::Sender<T>) -> Word) -> Said<T> {
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> ApiResult<T> {
         let stopping = || {
-            No(
+            ApiError(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "the supervisor is stopping".into(),
             )
         };
         let (answer, answered) = oneshot::channel();
-        self.words.send(word(answer)).map_err(|_| stopping())?;
+        self.commands.send(command(answer)).map_err(|_| stopping())?;
         answered.await.map_err(|_| stopping())
     }
 
@@ -134,18 +137,22 @@ impl Counter {
         }
     }
 
-    /// Done, or refused for a reason.
-    async fn order(&self, refusal: StatusCode, word: impl FnOnce(Answer) -> Word) -> Said<StatusCode> {
-        match self.ask(word).await? {
+    /// Pass a command to the loop: done, or refused for a reason.
+    async fn command(
+        &self,
+        refusal: StatusCode,
+        command: impl FnOnce(Answer) -> Command,
+    ) -> ApiResult<StatusCode> {
+        match self.ask(command).await? {
             Ok(()) => Ok(StatusCode::NO_CONTENT),
-            Err(message) => Err(No(refusal, message)),
+            Err(message) => Err(ApiError(refusal, message)),
         }
     }
 }
 
-fn public() -> Router<Counter> {
+fn public() -> Router<ControlServer> {
     Router::new()
-        .route("/", get(|| async { Html(page::PAGE) }))
+        .route("/", get(|| async { Html(PAGE) }))
         .route("/v1/status", get(status))
         .route("/metrics", get(metrics))
 }
@@ -153,7 +160,7 @@ fn public() -> Router<Counter> {
 /// The helper makes the directory: until then there is nothing to do but to try again.
 async fn open(dir: &Path) -> UnixListener {
     let path = dir.join(CONTROL_SOCKET);
-    let mut said = false;
+    let mut logged = false;
     loop {
         match listen(&path) {
             Ok(listener) => {
@@ -161,19 +168,19 @@ async fn open(dir: &Path) -> UnixListener {
                 return listener;
             }
             Err(error) => {
-                if !std::mem::replace(&mut said, true) {
+                if !std::mem::replace(&mut logged, true) {
                     tracing::warn!(
                         "no control socket at {} yet: {error}; the helper makes its directory when it starts",
                         path.display()
                     );
                 }
-                tokio::time::sleep(WAIT).await;
+                tokio::time::sleep(RETRY_INTERVAL).await;
             }
         }
     }
 }
 
-/// Nobody else runs here (the store's lock sees to that), so what is there is an earlier life's.
+/// No other supervisor runs (the store's lock ensures that): a socket that is there is left by an earlier one.
 fn listen(path: &Path) -> io::Result<UnixListener> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -186,19 +193,19 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     UnixListener::from_std(listener)
 }
 
-async fn status(State(counter): State<Counter>) -> Said<Json<Status>> {
-    counter.status().await.map(Json)
+async fn status(State(server): State<ControlServer>) -> ApiResult<Json<Status>> {
+    server.status().await.map(Json)
 }
 
-async fn metrics(State(counter): State<Counter>) -> Said<Response> {
-    let status = counter.status().await?;
+async fn metrics(State(server): State<ControlServer>) -> ApiResult<Response> {
+    let status = server.status().await?;
     let mut memory_of: BTreeMap<SlotName, u64> = BTreeMap::new();
     for worker in &status.workers {
         let processes = worker.uid.map(procs::of).unwrap_or_default();
-        let memory = counter.memory(worker.id, &processes);
+        let memory = server.memory(worker.id, &processes);
         memory_of.insert(worker.slot.clone(), memory);
     }
-    let text = counter.metrics.text(&status, &memory_of);
+    let text = server.metrics.text(&status, &memory_of);
     Ok((
         [(
             header::CONTENT_TYPE,
@@ -210,27 +217,27 @@ async fn metrics(State(counter): State<Counter>) -> Said<Response> {
 }
 
 async fn details(
-    State(counter): State<Counter>,
+    State(server): State<ControlServer>,
     PathPart(worker): PathPart<WorkerId>,
-) -> Said<Json<Details>> {
-    let found = counter
+) -> ApiResult<Json<Details>> {
+    let found = server
         .status()
         .await?
         .workers
         .into_iter()
         .find(|w| w.id == worker);
     let found = found.ok_or_else(|| unknown(worker))?;
-    let history = counter
+    let history = server
         .history
         .of(worker)
-        .map_err(|error| No(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")))?;
+        .map_err(|error| ApiError(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")))?;
     // It is locked while it is being made or deleted, and may not be on the host at all.
-    let console = timeout(PATIENCE, counter.helper.attach(worker)).await;
+    let console = timeout(HELPER_TIMEOUT, server.helper.attach(worker)).await;
     let console = console.ok().and_then(Result::ok);
     let console = console.map(|console| last_lines(&console)).unwrap_or_default();
     let processes = found.uid.map(procs::of).unwrap_or_default();
     Ok(Json(Details {
-        memory: counter.memory(worker, &processes),
+        memory: server.memory(worker, &processes),
         worker: found,
         history,
         processes,
@@ -244,8 +251,8 @@ fn last_lines(console: &File) -> Vec<String> {
     lines.into_iter().skip(first).collect()
 }
 
-fn unknown(worker: WorkerId) -> No {
-    No(
+fn unknown(worker: WorkerId) -> ApiError {
+    ApiError(
         StatusCode::NOT_FOUND,
         format!("there is no worker {worker}: see `user-factory workers`"),
     )
@@ -259,17 +266,19 @@ struct Follow {
 
 /// The console as it was printed. Cleaning it is for who shows it on a terminal.
 async fn read_console(
-    State(counter): State<Counter>,
+    State(server): State<ControlServer>,
     PathPart(worker): PathPart<WorkerId>,
     Query(Follow { follow }): Query<Follow>,
-) -> Said<Response> {
-    let console = match counter.helper.attach(worker).await {
+) -> ApiResult<Response> {
+    let console = match server.helper.attach(worker).await {
         Ok(console) => console,
-        Err(helper::Error::Said(error)) => return Err(No(StatusCode::NOT_FOUND, error.to_string())),
-        Err(error) => return Err(No(StatusCode::BAD_GATEWAY, error.to_string())),
+        Err(helper_client::Error::Said(error)) => {
+            return Err(ApiError(StatusCode::NOT_FOUND, error.to_string()));
+        }
+        Err(error) => return Err(ApiError(StatusCode::BAD_GATEWAY, error.to_string())),
     };
     let reader = Reader {
-        counter,
+        server,
         worker,
         console,
         at: 0,
@@ -280,7 +289,7 @@ async fn read_console(
 }
 
 struct Reader {
-    counter: Counter,
+    server: ControlServer,
     worker: WorkerId,
     console: File,
     at: u64,
@@ -294,7 +303,7 @@ impl Reader {
             let goes_on = self.follow && self.goes_on().await;
             let mut bytes = vec![0; 64 << 10];
             match self.console.read_at(&mut bytes, self.at) {
-                Ok(0) if goes_on => tokio::time::sleep(LOOK).await,
+                Ok(0) if goes_on => tokio::time::sleep(CONSOLE_INTERVAL).await,
                 Ok(0) => return None,
                 Ok(n) => {
                     bytes.truncate(n);
@@ -317,7 +326,7 @@ impl Reader {
 
     /// May the worker's agent print more, as far as the core knows?
     async fn goes_on(&self) -> bool {
-        let status = self.counter.status().await;
+        let status = self.server.status().await;
         let phase = |w: api::Worker| w.phase;
         let workers = status.map(|status| status.workers).unwrap_or_default();
         let phase = workers.into_iter().find(|w| w.id == self.worker).map(phase);
@@ -326,13 +335,13 @@ impl Reader {
 }
 
 async fn destroy(
-    State(counter): State<Counter>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    State(server): State<ControlServer>,
+    ConnectInfo(peer): ConnectInfo<PeerUid>,
     PathPart(worker): PathPart<WorkerId>,
-) -> Said<StatusCode> {
+) -> ApiResult<StatusCode> {
     let by = peer.operator()?;
-    counter
-        .order(StatusCode::NOT_FOUND, |answer| Word::Destroy {
+    server
+        .command(StatusCode::NOT_FOUND, |answer| Command::Destroy {
             worker,
             by,
             answer,
@@ -341,59 +350,68 @@ async fn destroy(
 }
 
 async fn kill(
-    State(counter): State<Counter>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    State(server): State<ControlServer>,
+    ConnectInfo(peer): ConnectInfo<PeerUid>,
     PathPart(worker): PathPart<WorkerId>,
-) -> Said<StatusCode> {
+) -> ApiResult<StatusCode> {
     let by = peer.operator()?;
-    counter
-        .order(StatusCode::NOT_FOUND, |answer| Word::Kill { worker, by, answer })
+    server
+        .command(StatusCode::NOT_FOUND, |answer| Command::Kill {
+            worker,
+            by,
+            answer,
+        })
         .await
 }
 
 async fn drain_all(
-    State(counter): State<Counter>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    State(server): State<ControlServer>,
+    ConnectInfo(peer): ConnectInfo<PeerUid>,
     drain: bool,
-) -> Said<StatusCode> {
+) -> ApiResult<StatusCode> {
     let by = peer.operator()?;
-    let word = |answer| Word::Drain {
+    let command = |answer| Command::Drain {
         slot: None,
         drain,
         by,
         answer,
     };
-    counter.order(StatusCode::CONFLICT, word).await
+    server.command(StatusCode::CONFLICT, command).await
 }
 
 async fn drain_one(
-    State(counter): State<Counter>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
+    State(server): State<ControlServer>,
+    ConnectInfo(peer): ConnectInfo<PeerUid>,
     PathPart(slot): PathPart<SlotName>,
     drain: bool,
-) -> Said<StatusCode> {
+) -> ApiResult<StatusCode> {
     let by = peer.operator()?;
-    let word = |answer| Word::Drain {
+    let command = |answer| Command::Drain {
         slot: Some(slot),
         drain,
         by,
         answer,
     };
-    counter.order(StatusCode::NOT_FOUND, word).await
+    server.command(StatusCode::NOT_FOUND, command).await
 }
 
 /// Why the helper, which reads the same file and sees more of the host, would not start with the configuration. One that
 /// is away says nothing: it is asked again by the first worker that it is to make.
-pub async fn refused_by(helper: &Helper) -> Option<String> {
-    match timeout(PATIENCE, helper.check()).await {
-        Ok(Err(helper::Error::Said(error))) if error.kind == ErrorKind::Refused => Some(error.to_string()),
+pub async fn refused_by(helper: &HelperClient) -> Option<String> {
+    match timeout(HELPER_TIMEOUT, helper.check()).await {
+        Ok(Err(helper_client::Error::Said(error))) if error.kind == ErrorKind::Refused => {
+            Some(error.to_string())
+        }
         _ => None,
     }
 }
 
-async fn reload(State(counter): State<Counter>, ConnectInfo(peer): ConnectInfo<Peer>) -> Said<StatusCode> {
+async fn reload(
+    State(server): State<ControlServer>,
+    ConnectInfo(peer): ConnectInfo<PeerUid>,
+) -> ApiResult<StatusCode> {
     let by = peer.operator()?;
-    let refused = refused_by(&counter.helper).await;
-    let word = |answer| Word::Reload { by, refused, answer };
-    counter.order(StatusCode::UNPROCESSABLE_ENTITY, word).await
+    let refused = refused_by(&server.helper).await;
+    let command = |answer| Command::Reload { by, refused, answer };
+    server.command(StatusCode::UNPROCESSABLE_ENTITY, command).await
 }

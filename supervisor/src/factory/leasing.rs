@@ -7,11 +7,12 @@ use std::collections::BTreeSet;
 
 use protocol::{SlotName, TargetId, WorkerId, WorkerInfo};
 
-use super::{Factory, Level, Output, Promise, RENEW_MS};
+use super::{Factory, Level, Output, PendingWorker, RENEW_MS};
 use crate::backoff::Backoff;
+use crate::buildomat::{JobId, Lease, ServerWorker};
+use crate::call_error::{CallError, Peer};
 use crate::reconcile::adopted;
 use crate::schedule::Free;
-use crate::view::{JobId, Lease, ServerWorker, Side, Trouble};
 use crate::worker::{Event, Phase, Worker};
 
 /// A lease lasts sixty seconds; no worker is made for one that is about to end.
@@ -27,7 +28,7 @@ impl Factory {
     }
 
     fn free(&self, now: u64) -> Free<'_> {
-        let resting = self.rests.iter().filter(|(_, rest)| rest.until > now);
+        let resting = self.cooldowns.iter().filter(|(_, rest)| rest.until > now);
         let resting = resting.map(|(slot, _)| slot).chain(&self.drained_slots);
         self.plan.free(&self.used(), resting)
     }
@@ -35,8 +36,8 @@ impl Factory {
     /// The slots that have a worker, or a job that is to get one, or somebody's worker that the helper has shown.
     pub(super) fn used(&self) -> BTreeSet<SlotName> {
         let mut used: BTreeSet<SlotName> = self.workers.values().map(|w| w.slot.clone()).collect();
-        used.extend(self.promises.iter().map(|p| p.slot.clone()));
-        used.extend(self.strays.values().filter_map(|(slot, _)| slot.clone()));
+        used.extend(self.pending_workers.iter().map(|p| p.slot.clone()));
+        used.extend(self.orphans.values().filter_map(|(slot, _)| slot.clone()));
         let unknown = self
             .on_host
             .values()
@@ -58,60 +59,64 @@ impl Factory {
         } else {
             self.free(now).targets()
         };
-        targets.retain(|target| !self.awaited.contains(target));
+        targets.retain(|target| !self.reserved_targets.contains(target));
         self.leasing = true;
         self.out.push(Output::Lease(targets));
     }
 
-    pub(super) fn leased(&mut self, now: u64, result: Result<Option<Lease>, Trouble>) {
+    pub(super) fn leased(&mut self, now: u64, result: Result<Option<Lease>, CallError>) {
         self.leasing = false;
         let lease = match result {
             Ok(lease) => lease,
-            Err(trouble) => return self.lease_failed(now, trouble),
+            Err(error) => return self.lease_failed(now, error),
         };
         if self.lease_failed.take().is_some() {
-            self.say(
+            self.log(
                 Level::Info,
                 None,
                 "the server answers again whether there is a job".into(),
             );
         }
         let Some(lease) = lease else {
-            self.last_lease_trouble.clear();
+            self.last_lease_error.clear();
             return;
         };
-        if let Some(promise) = self.promises.iter_mut().find(|p| p.job == lease.job) {
+        if let Some(pending) = self.pending_workers.iter_mut().find(|p| p.job == lease.job) {
             // The server has forgotten the first lease; one worker is enough.
-            promise.leased_at = now;
+            pending.leased_at = now;
             return;
         }
-        if let Some((_, leased_at)) = self.unplaced.as_mut().filter(|(other, _)| other.job == lease.job) {
+        if let Some((_, leased_at)) = self
+            .pending_lease
+            .as_mut()
+            .filter(|(other, _)| other.job == lease.job)
+        {
             *leased_at = now;
             return;
         }
-        if self.is_quiet(now) && !self.round.heard_the_host() && !self.stopped {
+        if self.is_idle(now) && !self.poll.helper_answered() && !self.stopped {
             // The helper may have gone away since it was last asked, or a person may use the slot by hand.
-            self.unplaced = Some((lease, now));
-            return self.ask_the_host();
+            self.pending_lease = Some((lease, now));
+            return self.ask_helper();
         }
         self.begin_job(now, lease, now);
     }
 
-    fn lease_failed(&mut self, now: u64, trouble: Trouble) {
+    fn lease_failed(&mut self, now: u64, error: CallError) {
         let mut failure = self.lease_failed.take().unwrap_or_default();
-        failure.retry_at = now + failure.backoff.fail_with(&trouble, &mut self.rng);
-        if failure.sentence != trouble.sentence {
-            let text = format!("cannot ask for jobs: {}", trouble.sentence);
-            self.say(Level::Warn, None, text);
-            failure.sentence = trouble.sentence;
+        failure.retry_at = now + failure.backoff.fail_with(&error, &mut self.rng);
+        if failure.sentence != error.sentence {
+            let text = format!("cannot ask for jobs: {}", error.sentence);
+            self.log(Level::Warn, None, text);
+            failure.sentence = error.sentence;
         }
         self.lease_failed = Some(failure);
     }
 
     /// Begin the job for which the helper was asked, once it has answered and a slot is free; or leave it to others, with
     /// the end of its lease.
-    pub(super) fn place(&mut self, now: u64, heard: bool) {
-        let Some((lease, leased_at)) = self.unplaced.take() else {
+    pub(super) fn place_lease(&mut self, now: u64, heard: bool) {
+        let Some((lease, leased_at)) = self.pending_lease.take() else {
             return;
         };
         let free = heard && self.free(now).pick(lease.target).is_some();
@@ -122,11 +127,11 @@ impl Factory {
                 "the helper is away"
             };
             let text = format!("the lease of job {} will expire: {why}", lease.job);
-            self.say(Level::Warn, None, text);
+            self.log(Level::Warn, None, text);
         } else if free {
             self.begin_job(now, lease, leased_at);
         } else {
-            self.unplaced = Some((lease, leased_at));
+            self.pending_lease = Some((lease, leased_at));
         }
     }
 
@@ -140,15 +145,15 @@ impl Factory {
         let Some(slot) = slot.filter(|_| {
             !self.stopped && !self.draining && self.file_differs.is_none() && self.storage.is_none()
         }) else {
-            let trouble = format!("a job of target {} finds no slot", lease.target);
-            if self.last_lease_trouble != trouble {
-                let text = format!("{trouble}: the lease of job {} will expire", lease.job);
-                self.say(Level::Warn, None, text);
-                self.last_lease_trouble = trouble;
+            let error = format!("a job of target {} finds no slot", lease.target);
+            if self.last_lease_error != error {
+                let text = format!("{error}: the lease of job {} will expire", lease.job);
+                self.log(Level::Warn, None, text);
+                self.last_lease_error = error;
             }
             return;
         };
-        let promise = Promise {
+        let pending = PendingWorker {
             job: lease.job.clone(),
             slot,
             target: lease.target,
@@ -159,7 +164,7 @@ impl Factory {
             backoff: Backoff::default(),
             retry_at: now,
         };
-        self.promises.push(promise);
+        self.pending_workers.push(pending);
         self.out.push(Output::MakeWorker {
             target: lease.target,
             job: lease.job,
@@ -169,30 +174,34 @@ impl Factory {
         }
     }
 
-    pub(super) fn worker_made(&mut self, now: u64, job: &JobId, result: Result<ServerWorker, Trouble>) {
-        let Some(at) = self.promises.iter().position(|p| p.job == *job && p.making) else {
+    pub(super) fn worker_made(&mut self, now: u64, job: &JobId, result: Result<ServerWorker, CallError>) {
+        let Some(at) = self
+            .pending_workers
+            .iter()
+            .position(|p| p.job == *job && p.making)
+        else {
             return;
         };
         match result {
             Ok(worker) => {
-                let promise = self.promises.remove(at);
+                let pending = self.pending_workers.remove(at);
                 (self.no_jobs, self.no_jobs_until) = (Backoff::default(), 0);
-                self.last_make_trouble.clear();
-                self.keep(now, promise, &worker);
+                self.last_make_error.clear();
+                self.keep(now, pending, &worker);
             }
-            Err(trouble) => {
-                if self.last_make_trouble != trouble.sentence {
-                    let text = format!("no worker for job {job}: {}", trouble.sentence);
-                    self.say(Level::Warn, None, text);
-                    self.last_make_trouble.clone_from(&trouble.sentence);
+            Err(error) => {
+                if self.last_make_error != error.sentence {
+                    let text = format!("no worker for job {job}: {}", error.sentence);
+                    self.log(Level::Warn, None, text);
+                    self.last_make_error.clone_from(&error.sentence);
                 }
-                if trouble.refused {
-                    self.promises.remove(at);
+                if error.refused {
+                    self.pending_workers.remove(at);
                     self.take_no_jobs_for_a_while(now);
                 } else {
-                    let promise = &mut self.promises[at];
-                    (promise.making, promise.turn) = (false, self.turn);
-                    promise.retry_at = now + promise.backoff.fail_with(&trouble, &mut self.rng);
+                    let pending = &mut self.pending_workers[at];
+                    (pending.making, pending.turn) = (false, self.turn);
+                    pending.retry_at = now + pending.backoff.fail_with(&error, &mut self.rng);
                 }
             }
         }
@@ -200,24 +209,24 @@ impl Factory {
 
     /// There may be any number of jobs for which no worker can be made: they are not all asked for at once.
     fn take_no_jobs_for_a_while(&mut self, now: u64) {
-        self.no_jobs_until = now + self.no_jobs.fail(Side::Server, &mut self.rng);
+        self.no_jobs_until = now + self.no_jobs.fail(Peer::Server, &mut self.rng);
     }
 
-    fn keep(&mut self, now: u64, promise: Promise, worker: &ServerWorker) {
+    fn keep(&mut self, now: u64, pending: PendingWorker, worker: &ServerWorker) {
         // A worker that this factory knows already has its slot.
         if self.workers.contains_key(&worker.id) {
             return;
         }
-        let mut slot = promise.slot;
+        let mut slot = pending.slot;
         if !self.has_slot_for(&slot, worker.target) {
-            // The configuration has changed since. Without a slot it is a stranger, which may wait for one.
+            // The configuration has changed since. Without a slot it is a worker_seen, which may wait for one.
             match self.free(now).pick(worker.target).cloned() {
                 Some(other) => slot = other,
                 None => return,
             }
         }
         let mut worker = adopted(worker, slot, Phase::Reserved, now);
-        worker.job = Some(promise.job);
+        worker.job = Some(pending.job);
         self.adopt(worker);
     }
 
@@ -245,51 +254,55 @@ impl Factory {
                 let text = format!("{text}: the worker gets slot {}", worker.slot);
                 self.out.push(Output::Save(worker.clone()));
                 self.workers.insert(id, worker);
-                self.say(Level::Info, Some(id), text);
+                self.log(Level::Info, Some(id), text);
             } else {
-                self.event(now, id, Event::Trouble(format!("{text}, and no other is free")));
+                self.event(
+                    now,
+                    id,
+                    Event::CallFailed(format!("{text}, and no other is free")),
+                );
             }
         }
     }
 
     /// Was the worker of a lost answer made? Found in a newer list, it is kept; otherwise it is made
     /// again while the lease lasts.
-    pub(super) fn settle_promises(&mut self, now: u64, turn: u64, list: &[ServerWorker]) {
-        for promise in std::mem::take(&mut self.promises) {
-            if promise.making || promise.turn >= turn {
-                self.promises.push(promise);
+    pub(super) fn settle_pending_workers(&mut self, now: u64, turn: u64, list: &[ServerWorker]) {
+        for pending in std::mem::take(&mut self.pending_workers) {
+            if pending.making || pending.turn >= turn {
+                self.pending_workers.push(pending);
                 continue;
             }
             // One that was there before it was asked for is another, however much it looks like it.
-            let is_new = |id| self.strangers.get(id).is_some_and(|s| s.turn > promise.began);
+            let is_new = |id| self.unknown.get(id).is_some_and(|s| s.turn > pending.began);
             let found = list.iter().filter(|w| {
-                w.target == promise.target
+                w.target == pending.target
                     && w.private.is_none()
                     && !(w.online || w.recycle)
                     && is_new(&w.id)
                     && !self.workers.contains_key(&w.id)
                     && !self.ended.contains_key(&w.id)
             });
-            let since = |w: &ServerWorker| self.strangers.get(&w.id).map_or(now, |s| s.since);
+            let since = |w: &ServerWorker| self.unknown.get(&w.id).map_or(now, |s| s.since);
             let found = found.min_by_key(|w| since(w));
             if let Some(found) = found {
                 if now.saturating_sub(since(found)) >= CLAIM_MS || found.hold {
-                    self.keep(now, promise, found);
+                    self.keep(now, pending, found);
                 } else {
-                    self.promises.push(promise);
+                    self.pending_workers.push(pending);
                 }
-            } else if now >= promise.leased_at + LEASE_MS {
+            } else if now >= pending.leased_at + LEASE_MS {
                 self.take_no_jobs_for_a_while(now);
-            } else if now >= promise.retry_at && !self.stopped {
-                let (target, job) = (promise.target, promise.job.clone());
-                self.promises.push(Promise {
+            } else if now >= pending.retry_at && !self.stopped {
+                let (target, job) = (pending.target, pending.job.clone());
+                self.pending_workers.push(PendingWorker {
                     making: true,
                     turn: self.turn,
-                    ..promise
+                    ..pending
                 });
                 self.out.push(Output::MakeWorker { target, job });
             } else {
-                self.promises.push(promise);
+                self.pending_workers.push(pending);
             }
         }
     }
@@ -306,7 +319,7 @@ impl Factory {
         }
     }
 
-    pub(super) fn renewed(&mut self, now: u64, id: WorkerId, result: Result<bool, Trouble>) {
+    pub(super) fn renewed(&mut self, now: u64, id: WorkerId, result: Result<bool, CallError>) {
         let starting = self.workers.get(&id).is_some_and(|w| w.phase.is_starting());
         if let Some(runtime) = self.runtimes.get_mut(&id).filter(|_| starting) {
             // False: the job is tied to the worker by now, and there is nothing to renew.

@@ -6,17 +6,15 @@
 //! It works in *rounds*, one a poll interval, whatever the number of workers: ask the server for its
 //! workers and the helper for its own, compare (`reconcile`), let each worker take its next step, then
 //! ask for jobs. Everything that arrives between rounds is acted on at once.
-//!
-//! An idle factory leaves its helper asleep (`quiet`): while nobody has a worker, there is none to ask for.
+//! An idle factory does not ask the helper: see `poll`.
 
-mod duty;
-mod foreign;
+mod actions;
 mod leasing;
-mod quiet;
-mod round;
+mod poll;
 mod status;
 #[cfg(test)]
 mod tests;
+mod unknown;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,9 +22,10 @@ use protocol::config::Config;
 use protocol::{SlotName, TargetId, WorkerId, WorkerInfo};
 
 use crate::backoff::{Backoff, Rng};
+use crate::buildomat::{JobId, Lease, ServerWorker};
+use crate::call_error::{CallError, Peer};
 use crate::identity::Identity;
 use crate::schedule::Plan;
-use crate::view::{JobId, Lease, ServerWorker, Side, Trouble};
 use crate::worker::{Action, Event, Phase, Rules, Worker};
 
 pub use status::time;
@@ -39,14 +38,14 @@ pub const RENEW_MS: u64 = 20_000;
 pub enum Input {
     /// Time has passed.
     Tick,
-    ServerListed(Result<Vec<ServerWorker>, Trouble>),
-    HostListed(Result<Vec<WorkerInfo>, Trouble>),
-    Leased(Result<Option<Lease>, Trouble>),
+    ServerListed(Result<Vec<ServerWorker>, CallError>),
+    HostListed(Result<Vec<WorkerInfo>, CallError>),
+    Leased(Result<Option<Lease>, CallError>),
     /// The answer to [`Output::MakeWorker`] for this job.
-    WorkerMade(JobId, Result<ServerWorker, Trouble>),
+    WorkerMade(JobId, Result<ServerWorker, CallError>),
     /// The answer to [`Output::Renew`].
-    Renewed(WorkerId, Result<bool, Trouble>),
-    /// The answer to [`Output::Do`].
+    Renewed(WorkerId, Result<bool, CallError>),
+    /// The answer to [`Output::Act`].
     Done(WorkerId, Outcome),
     /// Take no new jobs (or take them again).
     Drain(bool),
@@ -64,9 +63,9 @@ pub enum Input {
     FileDiffers(Option<String>),
     /// Since when, in milliseconds since 1970, a call of this side has had no answer, where that is longer than calls
     /// take; none once all have theirs.
-    Unanswered(Side, Option<u64>),
+    Unanswered(Peer, Option<u64>),
     /// Somebody wants to know how things are.
-    Look,
+    StatusRequested,
     /// Begin nothing any more. Answers to what is under way are still taken in, and saved.
     Stop,
 }
@@ -78,18 +77,18 @@ pub enum Outcome {
     /// The failure is told up to this line of the console; the rest stands out.
     Partly {
         lines: u32,
-        trouble: Trouble,
+        error: CallError,
     },
     /// Try again.
-    Trouble(Trouble),
+    Failed(CallError),
     /// The worker's processes could not be ended.
-    KillFailed(Trouble),
+    KillFailed(CallError),
     /// The worker cannot be started here.
     StartFailed(String),
     /// The helper has no such worker.
     NoSuchWorker,
     /// The server does not know how to fail a worker.
-    CannotTell(String),
+    CannotReport(String),
 }
 
 /// What is to be done outside.
@@ -106,17 +105,17 @@ pub enum Output {
         worker: WorkerId,
         job: JobId,
     },
-    Do(WorkerId, Action),
+    Act(WorkerId, Action),
     /// Must be on the disk before any output after it is begun.
     Save(Worker),
     /// The same.
     Remove(WorkerId),
-    Say(Say),
+    Log(LogLine),
 }
 
 /// One line for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Say {
+pub struct LogLine {
     pub level: Level,
     pub worker: Option<WorkerId>,
     pub slot: Option<SlotName>,
@@ -138,7 +137,7 @@ struct Runtime {
     doing: Option<Action>,
     backoff: Backoff,
     /// Not before this time, and because of this side.
-    retry: Option<(u64, Side)>,
+    retry: Option<(u64, Peer)>,
     /// When its last action began or ended, in `Factory::turn`s: a host list asked for before is stale.
     touched: u64,
     /// When it became known: a server list asked for before does not show it.
@@ -147,12 +146,12 @@ struct Runtime {
     missing_since: Option<u64>,
     /// When to renew its lease; None when it needs no more.
     renew_at: Option<u64>,
-    last_trouble: String,
+    last_error: String,
 }
 
 /// A server's worker that the store does not know.
 #[derive(Clone, Copy, Debug)]
-struct Stranger {
+struct UnknownWorker {
     /// The turn in which a list first showed it.
     turn: u64,
     /// From when on it waits for a slot.
@@ -161,7 +160,7 @@ struct Stranger {
 
 /// A job that was leased and has no worker yet.
 #[derive(Clone, Debug)]
-struct Promise {
+struct PendingWorker {
     job: JobId,
     slot: SlotName,
     target: TargetId,
@@ -178,7 +177,7 @@ struct Promise {
 
 /// How one of the partners is.
 #[derive(Clone, Debug, Default)]
-struct Partner {
+struct PeerState {
     away: bool,
     backoff: Backoff,
     retry_at: u64,
@@ -187,10 +186,10 @@ struct Partner {
     /// Since when it is as it is now.
     since: u64,
     /// Why it is away.
-    trouble: String,
+    error: String,
 }
 
-impl Partner {
+impl PeerState {
     fn since(now: u64) -> Self {
         Self {
             since: now,
@@ -210,8 +209,8 @@ struct LeaseFailure {
 
 /// A slot that failed a worker by itself.
 #[derive(Clone, Copy, Debug, Default)]
-struct Rest {
-    strikes: u32,
+struct SlotCooldown {
+    failures: u32,
     until: u64,
 }
 
@@ -224,28 +223,28 @@ pub struct Factory {
     plan: Plan,
     workers: BTreeMap<WorkerId, Worker>,
     /// Nobody's workers, being ended: the slot that each occupies, and how.
-    strays: BTreeMap<WorkerId, (Option<SlotName>, Action)>,
+    orphans: BTreeMap<WorkerId, (Option<SlotName>, Action)>,
     runtimes: BTreeMap<WorkerId, Runtime>,
     /// A job that was leased while the helper was left alone, and when: its slot is chosen once the helper has
     /// answered.
-    unplaced: Option<(Lease, u64)>,
-    promises: Vec<Promise>,
-    strangers: BTreeMap<WorkerId, Stranger>,
-    /// Targets that have a stranger waiting for a slot: it comes before new jobs.
-    awaited: BTreeSet<TargetId>,
+    pending_lease: Option<(Lease, u64)>,
+    pending_workers: Vec<PendingWorker>,
+    unknown: BTreeMap<WorkerId, UnknownWorker>,
+    /// Targets that have a worker_seen waiting for a slot: it comes before new jobs.
+    reserved_targets: BTreeSet<TargetId>,
     /// Workers on the server that may be another host's.
-    foreign: foreign::Foreign,
+    foreign: unknown::Foreign,
     /// Workers whose end is newer than some list, and the turn of it.
     ended: BTreeMap<WorkerId, u64>,
-    rests: BTreeMap<SlotName, Rest>,
-    server: Partner,
-    helper: Partner,
-    round: round::Round,
+    cooldowns: BTreeMap<SlotName, SlotCooldown>,
+    server: PeerState,
+    helper: PeerState,
+    poll: poll::Poll,
     leasing: bool,
     /// The server refuses to say whether there is a job, or cannot.
     lease_failed: Option<LeaseFailure>,
     /// Since when a side has not answered a call, where that is longer than calls take.
-    unanswered: BTreeMap<Side, u64>,
+    unanswered: BTreeMap<Peer, u64>,
     /// No jobs are asked for before this, since no workers could be made for some.
     no_jobs: Backoff,
     no_jobs_until: u64,
@@ -264,9 +263,9 @@ pub struct Factory {
     ahead: i64,
     /// Counts inputs: the order of things, where the clock is too coarse.
     turn: u64,
-    /// So that the same trouble is not in the log once a second.
-    last_lease_trouble: String,
-    last_make_trouble: String,
+    /// So that the same error is not in the log once a second.
+    last_lease_error: String,
+    last_make_error: String,
     rng: Rng,
     out: Vec<Output>,
 }
@@ -279,18 +278,18 @@ impl Factory {
             plan: Plan::of(&config),
             config,
             workers: BTreeMap::new(),
-            strays: BTreeMap::new(),
+            orphans: BTreeMap::new(),
             runtimes: BTreeMap::new(),
-            unplaced: None,
-            promises: Vec::new(),
-            strangers: BTreeMap::new(),
-            awaited: BTreeSet::new(),
-            foreign: foreign::Foreign::default(),
+            pending_lease: None,
+            pending_workers: Vec::new(),
+            unknown: BTreeMap::new(),
+            reserved_targets: BTreeSet::new(),
+            foreign: unknown::Foreign::default(),
             ended: BTreeMap::new(),
-            rests: BTreeMap::new(),
-            server: Partner::since(now),
-            helper: Partner::since(now),
-            round: round::Round::new(now),
+            cooldowns: BTreeMap::new(),
+            server: PeerState::since(now),
+            helper: PeerState::since(now),
+            poll: poll::Poll::new(now),
             leasing: false,
             lease_failed: None,
             unanswered: BTreeMap::new(),
@@ -305,8 +304,8 @@ impl Factory {
             stopped: false,
             ahead: 0,
             turn: 0,
-            last_lease_trouble: String::new(),
-            last_make_trouble: String::new(),
+            last_lease_error: String::new(),
+            last_make_error: String::new(),
             rng: Rng::new(seed),
             out: Vec::new(),
         };
@@ -347,17 +346,17 @@ impl Factory {
             Input::Destroy(worker) if self.foreign.shows(worker) => self.foreign.order_deletion(worker),
             Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
             Input::Kill(worker, reason) => self.event(now, worker, Event::Kill(reason)),
-            Input::Storage(trouble) => {
-                if trouble.is_none() {
-                    self.retry_at_once(Side::Database);
+            Input::Storage(error) => {
+                if error.is_none() {
+                    self.retry_at_once(Peer::Database);
                 }
-                self.storage = trouble;
+                self.storage = error;
             }
-            Input::Look if self.wants_a_look(now) => self.ask_the_host(),
-            Input::Look => {}
-            Input::Unanswered(side, since) => {
-                self.unanswered.remove(&side);
-                self.unanswered.extend(since.map(|since| (side, since)));
+            Input::StatusRequested if self.must_ask_helper(now) => self.ask_helper(),
+            Input::StatusRequested => {}
+            Input::Unanswered(peer, since) => {
+                self.unanswered.remove(&peer);
+                self.unanswered.extend(since.map(|since| (peer, since)));
             }
             Input::FileDiffers(difference) => self.note_file(now, difference),
             Input::Stop => self.stopped = true,
@@ -369,8 +368,8 @@ impl Factory {
             Input::Done(worker, outcome) => self.done(now, worker, outcome),
         }
         if !self.stopped {
-            self.begin_round(now);
-            self.give_out_duties(now);
+            self.begin_poll(now);
+            self.start_actions(now);
             self.renew_leases(now);
         }
         std::mem::take(&mut self.out)
@@ -387,7 +386,7 @@ impl Factory {
             .filter(|r| r.doing.is_none())
             .filter_map(|r| r.retry.map(|(at, _)| at));
         let renewals = self.runtimes.values().filter_map(|r| r.renew_at);
-        retries.chain(renewals).chain(self.round.next()).min()
+        retries.chain(renewals).chain(self.poll.next()).min()
     }
 
     pub fn workers(&self) -> impl Iterator<Item = &Worker> {
@@ -395,16 +394,16 @@ impl Factory {
     }
 
     /// Is nothing under way?
-    pub fn is_idle(&self) -> bool {
+    pub fn has_no_pending_calls(&self) -> bool {
         !self.leasing
             && !self.runtimes.values().any(|r| r.doing.is_some())
-            && !self.promises.iter().any(|p| p.making)
+            && !self.pending_workers.iter().any(|p| p.making)
     }
 
-    fn say(&mut self, level: Level, worker: Option<WorkerId>, text: String) {
+    fn log(&mut self, level: Level, worker: Option<WorkerId>, text: String) {
         let known = worker.and_then(|id| self.workers.get(&id));
         let (slot, job) = known.map_or((None, None), |w| (Some(w.slot.clone()), w.job.clone()));
-        self.out.push(Output::Say(Say {
+        self.out.push(Output::Log(LogLine {
             level,
             worker,
             slot,
@@ -463,17 +462,17 @@ impl Factory {
             }
         }
         if new.phase == (Phase::Running { online: true }) && old.phase != new.phase {
-            self.rests.remove(&new.slot);
+            self.cooldowns.remove(&new.slot);
             if let Some(runtime) = self.runtimes.get_mut(&id) {
                 runtime.renew_at = None;
             }
         }
         if matches!(new.phase, Phase::Broken { .. }) && old.phase.is_starting() {
-            self.rests.entry(new.slot.clone()).or_default().strikes += 1;
+            self.cooldowns.entry(new.slot.clone()).or_default().failures += 1;
         }
         if new.remakes > old.remakes {
             let text = "the worker was lost before its job began: it is made again".to_owned();
-            self.say(Level::Warn, Some(id), text);
+            self.log(Level::Warn, Some(id), text);
         }
         let failed = (new.failure != old.failure)
             .then(|| new.failure.clone())
@@ -484,7 +483,7 @@ impl Factory {
             let text = format!(
                 "the worker is broken: {reason}; look into its job's log, and release the worker on the server"
             );
-            self.say(Level::Warn, Some(id), text);
+            self.log(Level::Warn, Some(id), text);
         }
     }
 }

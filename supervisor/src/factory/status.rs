@@ -6,9 +6,9 @@ use jiff::Timestamp;
 use protocol::config::Config;
 use protocol::{SlotName, UserName, WorkerId};
 
-use super::{Factory, Partner};
+use super::{Factory, PeerState};
+use crate::call_error::Peer;
 use crate::control::api::{self, SlotState};
-use crate::view::Side;
 use crate::worker::{Phase, Worker};
 
 /// Milliseconds since 1970, for people.
@@ -47,23 +47,23 @@ impl Factory {
     }
 
     /// How the server is; `address` is where it was asked.
-    pub fn server_status(&self, address: String) -> api::Partner {
-        self.partner(Side::Server, &self.server, address)
+    pub fn server_status(&self, address: String) -> api::PeerStatus {
+        self.peer(Peer::Server, &self.server, address)
     }
 
     /// How the helper is; `address` is where it was asked.
-    pub fn helper_status(&self, address: String) -> api::Partner {
-        self.partner(Side::Helper, &self.helper, address)
+    pub fn helper_status(&self, address: String) -> api::PeerStatus {
+        self.peer(Peer::Helper, &self.helper, address)
     }
 
-    fn partner(&self, side: Side, partner: &Partner, address: String) -> api::Partner {
-        let asked = partner.away || partner.answered_at.is_some();
-        api::Partner {
+    fn peer(&self, peer: Peer, state: &PeerState, address: String) -> api::PeerStatus {
+        let asked = state.away || state.answered_at.is_some();
+        api::PeerStatus {
             address,
-            reachable: asked.then_some(!partner.away),
-            since: self.time(partner.since),
-            trouble: partner.away.then(|| partner.trouble.clone()),
-            unanswered_since: self.unanswered_since(side).map(|since| self.time(since)),
+            reachable: asked.then_some(!state.away),
+            since: self.time(state.since),
+            trouble: state.away.then(|| state.error.clone()),
+            unanswered_since: self.unanswered_since(peer).map(|since| self.time(since)),
         }
     }
 
@@ -86,9 +86,9 @@ impl Factory {
     fn slot(&self, now: u64, name: &SlotName, taken: &Taken<'_>) -> api::Slot {
         let target = self.config.slots.get(name).map(|slot| slot.target);
         let worker = taken.workers.get(name).copied();
-        let promise = self.promises.iter().find(|p| p.slot == *name);
-        let stray = self
-            .strays
+        let pending = self.pending_workers.iter().find(|p| p.slot == *name);
+        let orphan = self
+            .orphans
             .iter()
             .find(|(_, (slot, _))| slot.as_ref() == Some(name));
         let (state, because) = if let Some(worker) = worker {
@@ -98,9 +98,9 @@ impl Factory {
                 _ if worker.hold => (SlotState::Held, Some("held on the server".into())),
                 phase => (SlotState::Busy, Some(phase.name().to_owned())),
             }
-        } else if promise.is_some() {
+        } else if pending.is_some() {
             (SlotState::Busy, Some("leased".into()))
-        } else if let Some((id, _)) = stray {
+        } else if let Some((id, _)) = orphan {
             (
                 SlotState::Busy,
                 Some(format!("nobody's worker {id} is being deleted")),
@@ -109,7 +109,7 @@ impl Factory {
             (SlotState::Draining, None)
         } else if let Some(other) = taken.excluded.get(name) {
             (SlotState::Blocked, Some(format!("conflicts with {other}")))
-        } else if let Some(rest) = self.rests.get(name).filter(|rest| rest.until > now) {
+        } else if let Some(rest) = self.cooldowns.get(name).filter(|rest| rest.until > now) {
             (
                 SlotState::Resting,
                 Some(format!(
@@ -134,10 +134,10 @@ impl Factory {
             target,
             state,
             because,
-            worker: worker.map(|w| w.id).or(stray.map(|(id, _)| *id)),
+            worker: worker.map(|w| w.id).or(orphan.map(|(id, _)| *id)),
             job: worker
                 .and_then(|w| w.job.clone())
-                .or(promise.map(|p| p.job.clone())),
+                .or(pending.map(|p| p.job.clone())),
             since: worker.map(|w| time(w.id.made_at())),
         }
     }
@@ -151,7 +151,7 @@ impl Factory {
         let runtime = self.runtimes.get(&worker.id);
         let on_host = self.on_host.get(&worker.id);
         let trouble = runtime
-            .map(|r| r.last_trouble.clone())
+            .map(|r| r.last_error.clone())
             .filter(|text| !text.is_empty());
         api::Worker {
             id: worker.id,
@@ -170,8 +170,8 @@ impl Factory {
     }
 
     /// Since when a call of this side has had no answer, in milliseconds since 1970, where that is longer than calls take.
-    pub fn unanswered_since(&self, side: Side) -> Option<u64> {
-        self.unanswered.get(&side).copied()
+    pub fn unanswered_since(&self, peer: Peer) -> Option<u64> {
+        self.unanswered.get(&peer).copied()
     }
 
     /// Why no jobs are taken, whatever slot is free.
@@ -197,9 +197,9 @@ impl Factory {
             "the server is away"
         } else if self.helper.away {
             "the helper is away"
-        } else if self.unanswered_since(Side::Helper).is_some() {
+        } else if self.unanswered_since(Peer::Helper).is_some() {
             "the helper is not answering"
-        } else if self.unanswered_since(Side::Server).is_some() {
+        } else if self.unanswered_since(Peer::Server).is_some() {
             "the server is not answering"
         } else if let Some(difference) = self.file_difference() {
             difference
@@ -212,7 +212,7 @@ impl Factory {
     }
 
     /// Why the state cannot be saved, or may soon not be.
-    pub fn storage_trouble(&self) -> Option<&String> {
+    pub fn storage_problem(&self) -> Option<&String> {
         self.storage.as_ref()
     }
 
@@ -233,14 +233,14 @@ impl Factory {
 
 /// What happens next, or what a person has to do: the sentence under `show`.
 fn next(worker: &Worker, trouble: Option<&str>) -> String {
-    if trouble.is_some() && worker.duty().is_some() {
+    if trouble.is_some() && worker.next_action().is_some() {
         return "it is tried again by itself, more and more seldom; the trouble above says what to mend"
             .into();
     }
     match worker.phase {
         Phase::Broken { .. } if worker.kill.wanted => "its processes are being ended".into(),
-        Phase::Broken { told: false, .. } => "the server is being told that it failed".into(),
-        Phase::Broken { told: true, .. } => {
+        Phase::Broken { reported: false, .. } => "the server is being told that it failed".into(),
+        Phase::Broken { reported: true, .. } => {
             "look into it (show, logs, shell), then release it on the server: it is deleted then".into()
         }
         Phase::Destroying | Phase::Destroyed => "it is being deleted".into(),
@@ -250,6 +250,6 @@ fn next(worker: &Worker, trouble: Option<&str>) -> String {
             "its agent has been started, and is to report to the server".into()
         }
         Phase::Running { online: true } => "its job runs; the server says when it is done with".into(),
-        Phase::Clearing { .. } => "it was lost before its job began, and is made again".into(),
+        Phase::Resetting { .. } => "it was lost before its job began, and is made again".into(),
     }
 }

@@ -1,11 +1,11 @@
 //! A database that cannot be used: one that is damaged is set aside, and a new one is begun; all else is the
-//! host's trouble, which only a person can end, and is said with what to do.
+//! a problem of the host, which the operator has to end: the error says how.
 //!
-//! Setting aside is safe because nothing here is the last word: the server has every worker with its token, mark
+//! Setting aside is safe because the database is not the only source: the server has every worker with its token, mark
 //! and holds, the host has every worker with its slot and state, and `reconcile` takes on what both have, ends what
 //! is over, and shows the rest to a person. What is lost is which job a worker was made for (a lease that is not renewed any more: the
 //! job is tied to its worker by then), how often it was remade (it may be remade three times more), and how much
-//! of a failure was told (it is found again on the host, and told from the first line).
+//! of a failure was reported (it is found again on the host, and reported from the first line).
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -89,7 +89,7 @@ fn remedy(error: &rusqlite::Error) -> &'static str {
 /// A change that was not written.
 #[derive(Debug)]
 pub struct Unsaved {
-    /// It may be written later: the host's trouble ends when somebody does what the sentence says.
+    /// It may be written later, once the problem of the host is solved.
     pub passing: bool,
     /// Room on the disk may be what is missing.
     pub lacks_room: bool,
@@ -131,7 +131,7 @@ impl std::error::Error for Unsaved {}
 /// So many damaged databases are kept; the next one replaces the last of them, so that the first stays.
 const MOST_ASIDE: u32 = 9;
 
-/// Move the database out of the way, for whoever wants to see what happened to it: to the first of `.damaged`,
+/// Move the database out of the way, so that it can be examined: to the first of `.damaged`,
 /// `.damaged-2` … `.damaged-9` that is not there.
 ///
 /// The database first: a crash here leaves a log without a database, which SQLite removes; the other way round it

@@ -41,7 +41,7 @@ impl Worker {
             }
             (Phase::Destroying | Phase::Destroyed, Event::Destroy) => {}
             (_, Event::Destroy) => self.enter(Phase::Destroying, now),
-            (phase, Event::Trouble(sentence)) => {
+            (phase, Event::CallFailed(sentence)) => {
                 if phase.is_starting() {
                     self.trouble = Some(sentence);
                 }
@@ -57,25 +57,25 @@ impl Worker {
             }
             (
                 Phase::Broken {
-                    told: false,
+                    reported: false,
                     lines_sent,
                 },
-                Event::ToldPartly { lines },
+                Event::LinesReported { lines },
             ) => {
                 self.phase = Phase::Broken {
-                    told: false,
+                    reported: false,
                     lines_sent: lines.max(lines_sent),
                 };
             }
             (
                 Phase::Broken {
-                    told: false,
+                    reported: false,
                     lines_sent,
                 },
-                Event::Told,
+                Event::FailureReported,
             ) => {
                 let held = Phase::Broken {
-                    told: true,
+                    reported: true,
                     lines_sent,
                 };
                 self.enter(
@@ -87,8 +87,10 @@ impl Worker {
                     now,
                 );
             }
-            (Phase::Broken { told: false, .. }, Event::CannotTell) => self.enter(Phase::Destroying, now),
-            (Phase::Clearing { confirmed: true }, Event::HostClean) => {
+            (Phase::Broken { reported: false, .. }, Event::CannotReport) => {
+                self.enter(Phase::Destroying, now)
+            }
+            (Phase::Resetting { confirmed: true }, Event::HostClean) => {
                 self.enter(Phase::Reserved, now);
                 self.waiting_since = now;
             }
@@ -102,9 +104,9 @@ impl Worker {
                 | Event::StartFailed(_)
                 | Event::HostLost
                 | Event::SlotRemoved
-                | Event::ToldPartly { .. }
-                | Event::Told
-                | Event::CannotTell
+                | Event::LinesReported { .. }
+                | Event::FailureReported
+                | Event::CannotReport
                 | Event::HostClean,
             ) => {}
         }
@@ -157,10 +159,12 @@ impl Worker {
         }
         match (self.phase, host) {
             // What the server knew of it, it has forgotten: here too, that it failed.
-            (Phase::Broken { told: true, .. }, Some(_)) if now.saturating_sub(self.since) >= FORGOTTEN_MS => {
+            (Phase::Broken { reported: true, .. }, Some(_))
+                if now.saturating_sub(self.since) >= FORGOTTEN_MS =>
+            {
                 self.enter(
                     Phase::Broken {
-                        told: false,
+                        reported: false,
                         lines_sent: 0,
                     },
                     now,
@@ -171,10 +175,10 @@ impl Worker {
                 self.waiting_since = now;
                 self.lose("the server has forgotten its agent", now);
             }
-            (Phase::Clearing { confirmed: false }, Some(OnHost::Has(State::Running))) if online => {
+            (Phase::Resetting { confirmed: false }, Some(OnHost::Has(State::Running))) if online => {
                 self.enter(Phase::Running { online: true }, now);
             }
-            (Phase::Clearing { confirmed: false }, Some(OnHost::Has(State::Running)))
+            (Phase::Resetting { confirmed: false }, Some(OnHost::Has(State::Running)))
                 if now.saturating_sub(self.since) < FORGOTTEN_MS => {}
             // The operator's limit, and no riddle: whoever reads of it need not look further.
             (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit @ Exit::TimedOut)))) => {
@@ -213,7 +217,7 @@ impl Worker {
                 self.enter(Phase::Running { online: true }, now);
             }
             // The bootstrap token is used up, and whoever used it is gone: another agent would be refused.
-            (Phase::Clearing { .. }, _)
+            (Phase::Resetting { .. }, _)
             | (Phase::Reserved, Some(_))
             | (Phase::Created, Some(OnHost::Absent))
                 if online =>
@@ -224,8 +228,8 @@ impl Worker {
                 );
             }
             // A host's list that is fresh came with a server's list that is: both are newer than the loss.
-            (Phase::Clearing { confirmed: false }, Some(_)) => {
-                self.phase = Phase::Clearing { confirmed: true }
+            (Phase::Resetting { confirmed: false }, Some(_)) => {
+                self.phase = Phase::Resetting { confirmed: true }
             }
             _ => {}
         }
@@ -281,7 +285,7 @@ impl Worker {
     fn fail(&mut self, reason: String, now: u64) {
         self.enter(
             Phase::Broken {
-                told: false,
+                reported: false,
                 lines_sent: 0,
             },
             now,
@@ -295,7 +299,7 @@ impl Worker {
             self.fail(format!("{how}, for the {}th time", self.remakes + 1), now);
         } else {
             self.remakes += 1;
-            self.enter(Phase::Clearing { confirmed: false }, now);
+            self.enter(Phase::Resetting { confirmed: false }, now);
         }
     }
 }

@@ -11,7 +11,7 @@ mod tests;
 
 use protocol::{BootstrapToken, SlotName, State, TargetId, WorkerId};
 
-use crate::view::{JobId, Scripts, ServerWorker};
+use crate::buildomat::{JobId, Scripts, ServerWorker};
 
 /// A worker that was lost before its job began is made again this often.
 pub const MAX_REMAKES: u32 = 3;
@@ -33,9 +33,9 @@ pub enum Phase {
     /// `confirmed`: the server, asked after the loss, says that the agent never came online; before that
     /// nothing is undone. (Not saved: after a crash the server is asked once more.) An agent that still runs,
     /// but that the server has forgotten, is given time to be remembered.
-    Clearing { confirmed: bool },
+    Resetting { confirmed: bool },
     /// It failed. `told`: the server knows; until then, `lines_sent` of the console are in the job's log.
-    Broken { told: bool, lines_sent: u32 },
+    Broken { reported: bool, lines_sent: u32 },
     /// The host is being cleaned.
     Destroying,
     /// The host is clean; the server may forget it.
@@ -49,9 +49,9 @@ impl Phase {
             Phase::Created => "created",
             Phase::Running { online: false } => "running",
             Phase::Running { online: true } => "online",
-            Phase::Clearing { .. } => "clearing",
-            Phase::Broken { told: false, .. } => "broken",
-            Phase::Broken { told: true, .. } => "held",
+            Phase::Resetting { .. } => "clearing",
+            Phase::Broken { reported: false, .. } => "broken",
+            Phase::Broken { reported: true, .. } => "held",
             Phase::Destroying => "destroying",
             Phase::Destroyed => "destroyed",
         }
@@ -71,7 +71,7 @@ impl Phase {
     pub fn is_starting(self) -> bool {
         matches!(
             self,
-            Phase::Reserved | Phase::Created | Phase::Running { online: false } | Phase::Clearing { .. }
+            Phase::Reserved | Phase::Created | Phase::Running { online: false } | Phase::Resetting { .. }
         )
     }
 }
@@ -180,13 +180,13 @@ pub enum Event {
     UserCreated,
     AgentStarted,
     /// This many lines of the console are in the job's log.
-    ToldPartly {
+    LinesReported {
         lines: u32,
     },
     /// The server knows that it failed.
-    Told,
+    FailureReported,
     /// The server cannot be told (an older one): only its deletion will fail the job.
-    CannotTell,
+    CannotReport,
     /// No trace of it is left on the host.
     HostClean,
     /// The host does not have a worker that it should have.
@@ -196,7 +196,7 @@ pub enum Event {
     /// It cannot be started here, for this reason.
     StartFailed(String),
     /// An action did not work, and will be tried again.
-    Trouble(String),
+    CallFailed(String),
     /// No process of it is left on the host.
     Killed,
     /// Its processes could not be ended.
@@ -224,7 +224,7 @@ pub enum Action {
     /// End its processes. What they wrote stays.
     HostKill,
     /// The console from this line on into the job's log, then the failure.
-    Tell {
+    ReportFailure {
         reason: String,
         lines_sent: u32,
     },
@@ -248,7 +248,7 @@ impl Action {
             Action::CreateUser { .. } => "create user",
             Action::InstallAgent { .. } => "install agent",
             Action::HostKill => "end its processes",
-            Action::Tell { .. } => "tell the failure",
+            Action::ReportFailure { .. } => "tell the failure",
             Action::HostDelete => "delete on the host",
             Action::ServerDelete { .. } => "delete on the server",
         }
@@ -259,23 +259,23 @@ impl Worker {
     /// Since when it waits for a person, in milliseconds since 1970: held on the server, or failed and told.
     pub fn waits_since(&self) -> Option<u64> {
         match self.phase {
-            Phase::Broken { told: true, .. } => Some(self.since),
+            Phase::Broken { reported: true, .. } => Some(self.since),
             Phase::Destroying | Phase::Destroyed => None,
             _ => self.hold_since.filter(|_| self.hold),
         }
     }
 
     /// The one thing to do now, if any.
-    pub fn duty(&self) -> Option<Action> {
+    pub fn next_action(&self) -> Option<Action> {
         match self.phase {
             // Before the console is told, which is then complete; but what cannot be killed is told of all the same.
-            Phase::Broken { told, .. } if self.kill.wanted && (told || !self.kill.failed) => {
+            Phase::Broken { reported, .. } if self.kill.wanted && (reported || !self.kill.failed) => {
                 Some(Action::HostKill)
             }
             Phase::Broken {
-                told: false,
+                reported: false,
                 lines_sent,
-            } => Some(Action::Tell {
+            } => Some(Action::ReportFailure {
                 reason: self.failure.clone().unwrap_or_default(),
                 lines_sent,
             }),
@@ -297,10 +297,10 @@ impl Worker {
                 .bootstrap
                 .clone()
                 .map(|bootstrap| Action::InstallAgent { bootstrap }),
-            Phase::Clearing { confirmed: true } => Some(Action::HostDelete),
+            Phase::Resetting { confirmed: true } => Some(Action::HostDelete),
             Phase::Running { .. }
-            | Phase::Clearing { confirmed: false }
-            | Phase::Broken { told: true, .. } => None,
+            | Phase::Resetting { confirmed: false }
+            | Phase::Broken { reported: true, .. } => None,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The life of one worker, as a table of promises, and under random events.
+//! The life of one worker, as a table of pending_workers, and under random events.
 
 use super::*;
 use proptest::prelude::*;
@@ -53,9 +53,9 @@ fn seen(server: OnServer, host: OnHost) -> Event {
 const IDLE: (bool, bool, bool) = (false, false, false);
 const STARTED: Phase = Phase::Running { online: false };
 const ONLINE: Phase = Phase::Running { online: true };
-const CLEARING: Phase = Phase::Clearing { confirmed: false };
+const CLEARING: Phase = Phase::Resetting { confirmed: false };
 const BROKEN: Phase = Phase::Broken {
-    told: false,
+    reported: false,
     lines_sent: 0,
 };
 const RUNNING: OnHost = OnHost::Has(State::Running);
@@ -92,23 +92,23 @@ fn the_processes_of_a_failed_worker_are_ended_before_the_server_is_told() {
     };
     let look = seen(view(false, false, true), RUNNING);
     let late = worker(ONLINE).step(look.clone(), 1500, &rules);
-    assert_eq!((late.phase, late.duty()), (BROKEN, Some(Action::HostKill)));
-    let tells = |w: &Worker| matches!(w.duty(), Some(Action::Tell { .. }));
+    assert_eq!((late.phase, late.next_action()), (BROKEN, Some(Action::HostKill)));
+    let tells = |w: &Worker| matches!(w.next_action(), Some(Action::ReportFailure { .. }));
     assert!(tells(&late.clone().step(Event::Killed, 1501, &rules)));
     // What cannot be ended is told of first, and tried again while it is held, until the host shows none.
     let failed = late.step(Event::KillFailed, 1501, &rules);
     assert!(tells(&failed));
-    let held = failed.step(Event::Told, 1502, &rules);
-    assert_eq!(held.duty(), Some(Action::HostKill));
+    let held = failed.step(Event::FailureReported, 1502, &rules);
+    assert_eq!(held.next_action(), Some(Action::HostKill));
     let look = |host| seen(view(true, false, true), host);
     assert_eq!(
-        held.clone().step(look(RUNNING), 1503, &rules).duty(),
+        held.clone().step(look(RUNNING), 1503, &rules).next_action(),
         Some(Action::HostKill)
     );
-    assert_eq!(held.step(look(LOST), 1503, &rules).duty(), None);
+    assert_eq!(held.step(look(LOST), 1503, &rules).next_action(), None);
     // After a restart the list tells again what is to be done.
     let found = worker(BROKEN).step(look(RUNNING), 5, &rules);
-    assert_eq!(found.duty(), Some(Action::HostKill));
+    assert_eq!(found.next_action(), Some(Action::HostKill));
 }
 
 #[test]
@@ -120,14 +120,14 @@ fn a_slot_may_keep_the_processes_of_a_failed_worker_and_an_operator_may_end_them
     };
     let look = seen(view(true, false, true), RUNNING);
     let late = worker(ONLINE).step(seen(view(false, false, true), RUNNING), 1500, &rules);
-    assert!(matches!(late.duty(), Some(Action::Tell { .. })));
+    assert!(matches!(late.next_action(), Some(Action::ReportFailure { .. })));
     let held = late
-        .step(Event::Told, 1501, &rules)
+        .step(Event::FailureReported, 1501, &rules)
         .step(look.clone(), 1502, &rules);
-    assert_eq!(held.duty(), None);
+    assert_eq!(held.next_action(), None);
     let asked = held.step(Event::Kill("they asked".into()), 1503, &rules);
     assert_eq!(
-        asked.clone().step(look, 1504, &rules).duty(),
+        asked.clone().step(look, 1504, &rules).next_action(),
         Some(Action::HostKill)
     );
     assert!(
@@ -140,7 +140,10 @@ fn a_slot_may_keep_the_processes_of_a_failed_worker_and_an_operator_may_end_them
 fn an_operator_ends_the_processes_of_any_worker_which_fails_its_job() {
     for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, CLEARING] {
         let killed = worker(phase).step(Event::Kill("they asked".into()), 6, &RULES);
-        assert_eq!((killed.phase, killed.duty()), (BROKEN, Some(Action::HostKill)));
+        assert_eq!(
+            (killed.phase, killed.next_action()),
+            (BROKEN, Some(Action::HostKill))
+        );
         assert_eq!(killed.failure.as_deref(), Some("they asked"));
     }
     for phase in [Phase::Destroying, Phase::Destroyed] {
@@ -158,7 +161,7 @@ fn what_is_not_to_be_held_goes_once_the_server_knows() {
         hold_on_failure: false,
         ..RULES
     };
-    let told = worker(BROKEN).step(Event::Told, 5, &rules);
+    let told = worker(BROKEN).step(Event::FailureReported, 5, &rules);
     assert_eq!(told.phase, Phase::Destroying);
 }
 
@@ -190,7 +193,12 @@ fn since_when_it_waits_for_a_person_is_remembered() {
         .step(look(true), 9, &RULES);
     assert_eq!(held.waits_since(), Some(7));
     assert_eq!(held.step(look(false), 11, &RULES).waits_since(), None);
-    assert_eq!(worker(BROKEN).step(Event::Told, 5, &RULES).waits_since(), Some(5));
+    assert_eq!(
+        worker(BROKEN)
+            .step(Event::FailureReported, 5, &RULES)
+            .waits_since(),
+        Some(5)
+    );
 }
 
 #[test]
@@ -209,13 +217,13 @@ fn the_usual_life() {
     ];
     for (event, duty) in story {
         assert_eq!(
-            w.duty().map_or("", |action| action.name()),
+            w.next_action().map_or("", |action| action.name()),
             duty,
             "before {event:?}"
         );
         w = w.step(event, 5, &RULES);
     }
-    assert_eq!(w.duty(), Some(Action::ServerDelete { gone: false }));
+    assert_eq!(w.next_action(), Some(Action::ServerDelete { gone: false }));
 }
 
 #[test]
@@ -243,7 +251,7 @@ fn what_a_poll_does_to_each_phase() {
         (Phase::Created, v(IDLE), OnHost::Absent, CLEARING),
         (Phase::Created, v(online), RUNNING, ONLINE),
         (CLEARING, v(online), LOST, BROKEN),
-        (CLEARING, v(IDLE), LOST, Phase::Clearing { confirmed: true }),
+        (CLEARING, v(IDLE), LOST, Phase::Resetting { confirmed: true }),
     ] {
         let new = worker(phase).step(seen(server.clone(), host), 5, &RULES);
         assert_eq!(new.phase, after, "{phase:?} {server:?} {host:?}");
@@ -259,16 +267,16 @@ fn what_a_poll_does_to_each_phase() {
 fn a_server_that_has_forgotten_the_agent_gets_another_after_a_while() {
     let idle = || seen(view(false, false, false), RUNNING);
     let doubted = worker(ONLINE).step(idle(), 1_000, &RULES);
-    assert_eq!((doubted.phase, doubted.duty()), (CLEARING, None));
+    assert_eq!((doubted.phase, doubted.next_action()), (CLEARING, None));
     // It was only a list of yesterday's: the job goes on.
     let remembered = doubted
         .clone()
         .step(seen(view(false, false, true), RUNNING), 2_000, &RULES);
     assert_eq!(remembered.phase, ONLINE);
     let waiting = doubted.step(idle(), FORGOTTEN_MS, &RULES);
-    assert_eq!(waiting.duty(), None);
+    assert_eq!(waiting.next_action(), None);
     let again = waiting.step(idle(), 1_000 + FORGOTTEN_MS, &RULES);
-    assert_eq!(again.duty(), Some(Action::HostDelete));
+    assert_eq!(again.next_action(), Some(Action::HostDelete));
     let again = again.step(Event::HostClean, 2 * TIMEOUT, &RULES);
     let again = again.step(
         seen(view(false, false, false), OnHost::Absent),
@@ -280,12 +288,12 @@ fn a_server_that_has_forgotten_the_agent_gets_another_after_a_while() {
 
 #[test]
 fn a_server_that_has_forgotten_a_failure_is_told_again_and_not_in_a_hurry() {
-    let told = worker(BROKEN).step(Event::Told, 1_000, &RULES);
+    let told = worker(BROKEN).step(Event::FailureReported, 1_000, &RULES);
     let forgotten = || seen(view(false, false, false), DIED);
     let soon = told.clone().step(forgotten(), FORGOTTEN_MS, &RULES);
-    assert_eq!(soon.duty(), None);
+    assert_eq!(soon.next_action(), None);
     let held = told.step(seen(view(true, false, false), DIED), 9 * FORGOTTEN_MS, &RULES);
-    assert_eq!(held.duty(), None);
+    assert_eq!(held.next_action(), None);
     let again = held.step(forgotten(), 9 * FORGOTTEN_MS, &RULES);
     assert_eq!(again.phase, BROKEN);
 }
@@ -301,7 +309,7 @@ fn a_server_that_has_forgotten_the_slot_is_told_again() {
     };
     for (phase, host) in [(Phase::Reserved, OnHost::Absent), (STARTED, RUNNING)] {
         let w = worker(phase).step(seen(forgotten.clone(), host), 5, &RULES);
-        assert_eq!(w.duty().map(|duty| duty.name()), Some("associate"));
+        assert_eq!(w.next_action().map(|duty| duty.name()), Some("associate"));
     }
 }
 
@@ -353,7 +361,7 @@ fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
     assert_eq!(w.phase, STARTED);
     let late = w
         .clone()
-        .step(Event::Trouble("no disk".into()), TIMEOUT, &RULES)
+        .step(Event::CallFailed("no disk".into()), TIMEOUT, &RULES)
         .step(poll(false), TIMEOUT, &RULES);
     assert_eq!(late.phase, BROKEN);
     assert_eq!(
@@ -365,7 +373,7 @@ fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
         .clone()
         .step(poll(true), TIMEOUT, &RULES)
         .step(poll(true), 5 * TIMEOUT, &RULES);
-    assert_eq!((held.phase, held.duty()), (STARTED, None));
+    assert_eq!((held.phase, held.next_action()), (STARTED, None));
     let released = held
         .step(poll(false), 5 * TIMEOUT, &RULES)
         .step(poll(false), 6 * TIMEOUT - 1, &RULES);
@@ -385,11 +393,11 @@ fn a_lost_worker_is_made_again_three_times() {
     let mut w = worker(STARTED);
     for n in 1..=MAX_REMAKES {
         w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
-        assert_eq!((w.phase, w.duty(), w.remakes), (CLEARING, None, n));
+        assert_eq!((w.phase, w.next_action(), w.remakes), (CLEARING, None, n));
         w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
-        assert_eq!(w.duty(), Some(Action::HostDelete));
+        assert_eq!(w.next_action(), Some(Action::HostDelete));
         w = w.step(Event::HostClean, 5, &RULES);
-        assert_eq!(w.duty().unwrap().name(), "create user");
+        assert_eq!(w.next_action().unwrap().name(), "create user");
         w = w
             .step(Event::UserCreated, 5, &RULES)
             .step(Event::AgentStarted, 5, &RULES);
@@ -401,27 +409,27 @@ fn a_lost_worker_is_made_again_three_times() {
 #[test]
 fn a_failure_is_told_even_when_held_and_goes_on_where_it_stopped() {
     let w = worker(Phase::Created).step(Event::StartFailed("no such group".into()), 5, &RULES);
-    let w = w.step(Event::ToldPartly { lines: 3 }, 5, &RULES);
+    let w = w.step(Event::LinesReported { lines: 3 }, 5, &RULES);
     let w = w.step(seen(view(true, false, false), DIED), 5, &RULES);
     assert_eq!(
-        w.duty(),
-        Some(Action::Tell {
+        w.next_action(),
+        Some(Action::ReportFailure {
             reason: "no such group".into(),
             lines_sent: 3
         })
     );
-    let held = w.clone().step(Event::Told, 5, &RULES);
+    let held = w.clone().step(Event::FailureReported, 5, &RULES);
     assert_eq!(
-        (held.phase, held.duty()),
+        (held.phase, held.next_action()),
         (
             Phase::Broken {
-                told: true,
+                reported: true,
                 lines_sent: 3
             },
             None
         )
     );
-    assert_eq!(w.step(Event::CannotTell, 5, &RULES).phase, Phase::Destroying);
+    assert_eq!(w.step(Event::CannotReport, 5, &RULES).phase, Phase::Destroying);
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
@@ -443,14 +451,14 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::Associated),
         1 => Just(Event::UserCreated),
         1 => Just(Event::AgentStarted),
-        1 => Just(Event::Told),
-        1 => Just(Event::CannotTell),
+        1 => Just(Event::FailureReported),
+        1 => Just(Event::CannotReport),
         1 => Just(Event::HostClean),
         1 => Just(Event::HostLost),
         1 => Just(Event::StartFailed("x".into())),
-        1 => Just(Event::Trouble("y".into())),
+        1 => Just(Event::CallFailed("y".into())),
         1 => (0u64..TIMEOUT).prop_map(|ms| Event::Waited { ms }),
-        1 => (0u32..300).prop_map(|lines| Event::ToldPartly { lines }),
+        1 => (0u32..300).prop_map(|lines| Event::LinesReported { lines }),
     ]
 }
 

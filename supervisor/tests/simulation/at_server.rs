@@ -2,8 +2,8 @@
 
 use protocol::{TargetId, WorkerId};
 use serde_json::{Value, json};
-use supervisor::server::Call;
-use supervisor::view::JobId;
+use supervisor::buildomat::Call;
+use supervisor::buildomat::JobId;
 
 use crate::net::Ask;
 use crate::script::{Fate, Kind};

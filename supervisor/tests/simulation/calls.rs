@@ -2,8 +2,8 @@
 
 use protocol::{Received, Reply};
 use serde_json::json;
-use supervisor::helper;
-use supervisor::server::Error;
+use supervisor::buildomat::Error;
+use supervisor::helper_client;
 use tokio::sync::oneshot;
 
 use crate::net::{Answer, Ask};
@@ -349,7 +349,7 @@ fn show(answer: &Answer) -> String {
             Err(_) => "garbage".to_owned(),
         },
         Answer::Packet(Ok(other)) => format!("{other:?}"),
-        Answer::Packet(Err(helper::Error::Away(why))) => why.clone(),
+        Answer::Packet(Err(helper_client::Error::Away(why))) => why.clone(),
         Answer::Packet(Err(other)) => other.to_string(),
     }
 }

@@ -1,8 +1,8 @@
 //! What a script says happens, and how long it lasts.
 
 use protocol::{Exit, State, TargetId, WorkerId};
+use supervisor::buildomat::JobId;
 use supervisor::factory::Input;
-use supervisor::view::JobId;
 
 use crate::plan::Plan;
 use crate::script::{Change, Extent, Item, Mode};

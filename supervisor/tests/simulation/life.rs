@@ -1,4 +1,4 @@
-//! Running the real supervisor in a world: each life is a `Shell` from the store, and its death is the end of
+//! Running the real supervisor in a world: each life is a `Driver` from the store, and its death is the end of
 //! its future, wherever that is.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,15 +8,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use supervisor::act::Hands;
 use supervisor::agent::AgentCache;
+use supervisor::buildomat::BuildomatClient;
 use supervisor::control::api::Status;
-use supervisor::control::desk::{Desk, Word};
+use supervisor::control::state::{Command, StatusState};
+use supervisor::driver::{Clock, Driver, Persistence};
+use supervisor::executor::Executor;
 use supervisor::factory::Factory;
-use supervisor::helper::Helper;
+use supervisor::helper_client::HelperClient;
 use supervisor::identity::{Identity, InstanceId};
-use supervisor::server::Server;
-use supervisor::shell::{Clock, Persistence, Shell};
 use supervisor::store::Store;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -139,11 +139,11 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         let orders = std::mem::take(&mut shared.world().orders);
         if let Some(life) = &life {
             for word in orders.words {
-                let _ = life.operator.send(Word::Tell(word));
+                let _ = life.operator.send(Command::Input(word));
             }
             if orders.look {
                 let (answer, answered) = oneshot::channel();
-                let _ = life.operator.send(Word::Status(answer));
+                let _ = life.operator.send(Command::Status(answer));
                 looking = Some(answered);
             }
         }
@@ -166,7 +166,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         }
         if let Some(second) = &second {
             for word in orders.words {
-                let _ = second.operator.send(Word::Tell(word));
+                let _ = second.operator.send(Command::Input(word));
             }
         }
         if let Some(down) = orders.crash
@@ -213,8 +213,8 @@ enum End {
 }
 
 struct Life {
-    shell: Pin<Box<dyn Future<Output = anyhow::Result<()>>>>,
-    operator: mpsc::UnboundedSender<Word>,
+    driver: Pin<Box<dyn Future<Output = anyhow::Result<()>>>>,
+    operator: mpsc::UnboundedSender<Command>,
 }
 
 impl Life {
@@ -237,14 +237,14 @@ impl Life {
             shared: shared.clone(),
             life: number,
         });
-        let hands = Hands {
-            server: Server::over(wire.clone()),
-            helper: Helper::over(wire),
+        let executor = Executor {
+            server: BuildomatClient::over(wire.clone()),
+            helper: HelperClient::over(wire),
             agent: AgentCache::new(dir.join("agent"), Vec::new()),
             identity: identity.clone(),
         };
         let factory = Factory::new(identity, config, workers, seed ^ number, clock.now());
-        let desk = Desk::new(
+        let status = StatusState::new(
             clock.now(),
             "config.toml".into(),
             "/".into(),
@@ -252,15 +252,15 @@ impl Life {
             "helper".into(),
             Arc::default(),
         );
-        let shell = Shell {
+        let driver = Driver {
             factory,
             persistence: Persistence::new(WorldStore {
                 store,
                 shared: (!second).then(|| shared.clone()),
             }),
-            hands: Arc::new(hands),
+            executor: Arc::new(executor),
             clock,
-            desk,
+            status,
             file: Box::new(WorldFile {
                 shared: (!second).then(|| shared.clone()),
             }),
@@ -268,7 +268,7 @@ impl Life {
         };
         let (operator, words) = mpsc::unbounded_channel();
         Self {
-            shell: Box::pin(shell.run(words)),
+            driver: Box::pin(driver.run(words)),
             operator,
         }
     }
@@ -289,14 +289,14 @@ async fn ended(life: &mut Option<Life>) -> End {
     let Some(life) = life else {
         return std::future::pending().await;
     };
-    std::future::poll_fn(|context| poll(&mut life.shell, context)).await
+    std::future::poll_fn(|context| poll(&mut life.driver, context)).await
 }
 
 fn poll(
-    shell: &mut Pin<Box<dyn Future<Output = anyhow::Result<()>>>>,
+    driver: &mut Pin<Box<dyn Future<Output = anyhow::Result<()>>>>,
     context: &mut Context<'_>,
 ) -> Poll<End> {
-    match catch_unwind(AssertUnwindSafe(|| shell.as_mut().poll(context))) {
+    match catch_unwind(AssertUnwindSafe(|| driver.as_mut().poll(context))) {
         Ok(Poll::Pending) => Poll::Pending,
         Ok(Poll::Ready(Ok(()))) => Poll::Ready(End::Stopped),
         Ok(Poll::Ready(Err(error))) if error.to_string().starts_with("stopped while") => {

@@ -1,6 +1,6 @@
 //! The real supervisor in a simulated world, driven by a seed.
 //!
-//! Everything of the supervisor is the product's own: the loop (`Shell`), the core, the store (SQLite, in memory-backed
+//! Everything of the supervisor is the product's own: the loop (`Driver`), the core, the store (SQLite, in memory-backed
 //! files), the actions, and the reading of every answer. What it talks to is not: `net` stands where HTTP and the
 //! helper's socket are, and behind it are a `server`, a `host`, `agents` and a clock that runs as fast as it can. A
 //! `script` of jobs and faults is made from a `seed`, `world` lets it happen, `life` runs the supervisor through it,

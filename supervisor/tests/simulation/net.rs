@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protocol::{Error, ErrorKind, Received, Reply, Request, VERSION, WorkerId, wire};
-use supervisor::helper::{self, Line, Road};
-use supervisor::server::{self, Call, Carrier};
+use supervisor::buildomat::{self, Call, Transport};
+use supervisor::helper_client::{self, Connection, Connector};
 use tokio::sync::{Notify, oneshot};
 
 use crate::script::{Kind, Mode};
@@ -24,12 +24,12 @@ pub enum Ask {
 }
 
 /// What comes back over HTTP.
-pub type Page = Result<(u16, Vec<u8>), server::Error>;
+pub type Page = Result<(u16, Vec<u8>), buildomat::Error>;
 
 #[derive(Debug)]
 pub enum Answer {
     Page(Page),
-    Packet(Result<Received, helper::Error>),
+    Packet(Result<Received, helper_client::Error>),
 }
 
 impl Ask {
@@ -127,11 +127,11 @@ impl Wire {
     }
 }
 
-impl Carrier for Wire {
-    fn call(&self, call: Call) -> server::Pending<'_, server::Answer> {
+impl Transport for Wire {
+    fn call(&self, call: Call) -> buildomat::Pending<'_, buildomat::Answer> {
         Box::pin(async {
             let (code, body) = self.page(Ask::Server(call)).await?;
-            Ok(server::Answer::new(code, body))
+            Ok(buildomat::Answer::new(code, body))
         })
     }
 
@@ -140,7 +140,7 @@ impl Carrier for Wire {
         _path: &'a str,
         _query: &'a [(&'a str, String)],
         _headers: &'a [(&'static str, String)],
-    ) -> server::Pending<'a, reqwest::Response> {
+    ) -> buildomat::Pending<'a, reqwest::Response> {
         Box::pin(async {
             let (code, body) = self.page(Ask::File).await?;
             let response = http::Response::builder().status(code).body(body);
@@ -149,17 +149,19 @@ impl Carrier for Wire {
     }
 }
 
-impl Road for Wire {
-    fn connect(&self) -> Result<Box<dyn Line>, helper::Error> {
+impl Connector for Wire {
+    fn connect(&self) -> Result<Box<dyn Connection>, helper_client::Error> {
         if self.shared.world().helper_mode_of(self.life) == Mode::Down {
-            return Err(helper::Error::Away("the helper is away: start the helper".into()));
+            return Err(helper_client::Error::Away(
+                "the helper is away: start the helper".into(),
+            ));
         }
         Ok(Box::new(self.clone()))
     }
 }
 
-impl Line for Wire {
-    fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> helper::Pending<'a> {
+impl Connection for Wire {
+    fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> helper_client::Pending<'a> {
         Box::pin(async move {
             let request: Request = wire::decode(packet).expect("the supervisor's packet decodes");
             assert_eq!(fd.is_some(), request.carries_descriptor(), "{request:?}");

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::WorkerId;
 use protocol::config::Config;
+use supervisor::buildomat::Error;
 use supervisor::factory::Input;
-use supervisor::server::Error;
 use tokio::sync::oneshot;
 
 use crate::calls::{InFlight, PATIENCE_MS};

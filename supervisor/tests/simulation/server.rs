@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use protocol::WorkerId;
 use serde_json::{Value, json};
-use supervisor::view::JobId;
+use supervisor::buildomat::JobId;
 
 pub const LEASE_MS: u64 = 60_000;
 const SILENT_MS: u64 = 600_000;

@@ -3,7 +3,7 @@
 
 use protocol::{Error, ErrorKind, Request, SlotName, State, WorkerId};
 use serde_json::Value;
-use supervisor::view::ServerWorker;
+use supervisor::buildomat::ServerWorker;
 use supervisor::worker::FORGOTTEN_MS;
 
 use crate::checks::Checks;

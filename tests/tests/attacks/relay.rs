@@ -123,9 +123,9 @@ async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_se
         other
     });
     a_job_works(&house, "called").await;
-    house.told(&["WARN", "hung up on uid", "no worker's"]);
+    house.told(&["WARN", "closed a connection of uid", "no worker's"]);
     assert!(
-        house.supervisor.log.count(&["hung up on uid"]) < 5,
+        house.supervisor.log.count(&["closed a connection of uid"]) < 5,
         "the log is filled"
     );
     drop(others);
@@ -145,7 +145,7 @@ async fn row_101_a_job_with_all_its_connections_leaves_the_next_job_its_own() {
          while ! [ -e {} ]; do read -t 0.2 < <(sleep 1); done",
         open.display()
     ));
-    house.told(&["WARN", "hung up on uid", "too many connections"]);
+    house.told(&["WARN", "closed a connection of uid", "too many connections"]);
     a_job_works(&house, "beside a greedy one").await;
     house.let_end();
     house.ended(greedy).await;

@@ -191,7 +191,7 @@ async fn row_103_a_user_with_many_connections_to_the_control_socket_leaves_root_
     user.wait().unwrap();
     house.told(&[
         "WARN",
-        "control socket has hung up on uid",
+        "control socket has closed a connection of uid",
         "too many connections",
     ]);
     house.finish().await;

@@ -34,7 +34,7 @@ async fn a_broken_worker_is_seen_at_a_glance_understood_and_released() {
         "waiting for a person",
         &*worker,
         "exited with status 9",
-        "last troubles",
+        "last problems",
     ] {
         assert!(said.out.contains(part), "{part}: {}", said.out);
     }

@@ -1,4 +1,4 @@
-//! The core in a small world: promises, one by one. All of them together, and whatever can go wrong, are in
+//! The core in a small world: pending_workers, one by one. All of them together, and whatever can go wrong, are in
 //! the simulation (`--test simulation`).
 
 mod world;
@@ -126,9 +126,9 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_that_is_used_by_hand() {
     world.run(World::is_empty);
     assert_eq!(world.done.len(), 1);
     // Somebody's whom the store and the server do not know.
-    world.run(|w| w.core.is_quiet(w.now));
-    let stray = WorkerId::from_bits(5);
-    world.host.insert(stray, ("c".parse().unwrap(), State::Running));
+    world.run(|w| w.core.is_idle(w.now));
+    let orphan = WorkerId::from_bits(5);
+    world.host.insert(orphan, ("c".parse().unwrap(), State::Running));
     world.submit(2, '3');
     world.run(|w| w.done.len() == 2 && w.is_empty());
     let deleted = world.said.iter().position(|s| s.contains("nobody's worker"));
@@ -143,7 +143,7 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_that_is_used_by_hand() {
 #[test]
 fn a_worker_that_only_the_server_knows_comes_before_a_new_job_though_the_helper_was_left_alone() {
     let mut world = World::new();
-    world.run(|w| w.core.is_quiet(w.now) && w.counts.get("lease") == Some(&5));
+    world.run(|w| w.core.is_idle(w.now) && w.counts.get("lease") == Some(&5));
     let lost = WorkerId::from_bits(5);
     let worker = ServerWorker {
         id: lost,
@@ -247,7 +247,7 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
 #[test]
 fn workers_of_others_that_a_server_lists_without_end_take_no_more_memory() {
     let mut world = World::new();
-    world.run(|w| w.core.is_quiet(w.now));
+    world.run(|w| w.core.is_idle(w.now));
     for round in 0..20 {
         let others = (0..50).map(|n| worker_of_others(1000 * (round + 1) + n, '3', OTHER));
         world.server = others.map(|w| (w.id, w)).collect();
@@ -297,7 +297,7 @@ fn a_worker_that_another_host_was_first_to_claim_is_let_go() {
         world.run(|w| w.counts.get("make") == Some(&1));
         let id = *world.server.keys().next().unwrap();
         assert_eq!(world.disk.contains_key(&id), known);
-        world.pending.retain(|output| !matches!(output, Output::Do(..)));
+        world.pending.retain(|output| !matches!(output, Output::Act(..)));
         // It was without an owner for a moment, and it is the other's now.
         let w = world.server.get_mut(&id).unwrap();
         w.private = OTHER.map(str::to_owned);
@@ -369,25 +369,25 @@ fn a_slot_is_free_as_soon_as_its_worker_has_come_to_its_end() {
 #[test]
 fn whoever_looks_has_the_helper_asked_once_a_poll_interval() {
     let mut world = World::new();
-    world.run(|w| w.core.is_quiet(w.now));
+    world.run(|w| w.core.is_idle(w.now));
     let lists = world.counts["list"];
     for _ in 0..5 {
         world.now += 2_000;
-        assert!(world.core.wants_a_look(world.now));
-        world.tell(Input::Look);
-        assert!(world.core.is_looking());
-        world.tell(Input::Look);
-        while world.core.is_looking() {
+        assert!(world.core.must_ask_helper(world.now));
+        world.tell(Input::StatusRequested);
+        assert!(world.core.is_waiting_for_helper());
+        world.tell(Input::StatusRequested);
+        while world.core.is_waiting_for_helper() {
             world.step(0);
         }
-        assert!(!world.core.wants_a_look(world.now));
-        world.tell(Input::Look);
+        assert!(!world.core.must_ask_helper(world.now));
+        world.tell(Input::StatusRequested);
     }
     assert_eq!(world.counts["list"], lists + 5);
     world.helper_up = false;
     world.now += 2_000;
-    world.tell(Input::Look);
-    while world.core.is_looking() {
+    world.tell(Input::StatusRequested);
+    while world.core.is_waiting_for_helper() {
         world.step(0);
     }
     assert!(world.said.iter().any(|s| s.starts_with("helper away")));
@@ -459,7 +459,7 @@ fn a_failed_start_is_told_and_the_slot_rests() {
     let mut world = World::new();
     world.start_fails = Some("the group plugdev does not exist");
     world.submit(1, '3');
-    world.run(|w| matches!(phase(w), Some(Phase::Broken { told: true, .. })));
+    world.run(|w| matches!(phase(w), Some(Phase::Broken { reported: true, .. })));
     assert!(world.failed.contains(&job(1)));
     world.start_fails = None;
     world.release();
@@ -517,10 +517,10 @@ fn a_forgotten_database_is_rebuilt_from_the_server_and_the_host() {
                 .values()
                 .all(|w| w.phase == Phase::Running { online: true })
     });
-    let stray = WorkerId::from_bits(5);
+    let orphan = WorkerId::from_bits(5);
     world
         .host
-        .insert(stray, ("b".parse().unwrap(), State::Exited(Exit::Unknown)));
+        .insert(orphan, ("b".parse().unwrap(), State::Exited(Exit::Unknown)));
     world.host.retain(|_, (slot, _)| slot.as_str() != "a");
     world.disk.clear();
     world.crash(false);
@@ -549,7 +549,7 @@ fn a_draining_or_stopped_factory_takes_nothing() {
     while !world.pending.is_empty() {
         world.step(0);
     }
-    assert!(world.core.is_idle() && world.core.next_deadline().is_none());
+    assert!(world.core.has_no_pending_calls() && world.core.next_deadline().is_none());
 }
 
 #[test]
@@ -681,7 +681,7 @@ fn a_question_for_a_job_that_fails_is_asked_ever_more_seldom_and_no_sooner_than_
     let mut world = World::new();
     world.run(|w| w.counts.contains_key("lease"));
     assert_eq!(world.core.not_taken(), None);
-    world.lease_fails = Some(Trouble::passing(Side::Server, "it answered 500"));
+    world.lease_fails = Some(CallError::passing(Peer::Server, "it answered 500"));
     let begun = (world.now, world.counts["lease"]);
     world.run(|w| w.now >= begun.0 + 3_600_000);
     let asked = world.counts["lease"] - begun.1;
@@ -697,12 +697,12 @@ fn a_question_for_a_job_that_fails_is_asked_ever_more_seldom_and_no_sooner_than_
     let told = world.said.iter().filter(|line| line.contains("it answered 500"));
     assert_eq!(told.count(), 1);
 
-    world.lease_fails = Some(Trouble {
+    world.lease_fails = Some(CallError {
         retry_after: Some(300_000),
-        ..Trouble::passing(Side::Server, "it answered 429")
+        ..CallError::passing(Peer::Server, "it answered 429")
     });
     let next = world.counts["lease"] + 1;
-    world.run(|w| w.counts["lease"] == next && w.core.is_idle());
+    world.run(|w| w.counts["lease"] == next && w.core.has_no_pending_calls());
     let answered = world.now;
     world.run(|w| w.counts["lease"] > next);
     assert!((300_000..310_000).contains(&(world.now - answered)));
@@ -717,9 +717,9 @@ fn a_question_for_a_job_that_fails_is_asked_ever_more_seldom_and_no_sooner_than_
 #[test]
 fn a_server_cannot_have_the_factory_wait_for_days() {
     let mut world = World::new();
-    world.lease_fails = Some(Trouble {
+    world.lease_fails = Some(CallError {
         retry_after: Some(u64::MAX),
-        ..Trouble::passing(Side::Server, "it answered 503")
+        ..CallError::passing(Peer::Server, "it answered 503")
     });
     world.run(|w| w.counts.contains_key("lease"));
     world.run(|w| w.core.not_taken().is_some());
@@ -732,13 +732,13 @@ fn a_server_cannot_have_the_factory_wait_for_days() {
 
 #[test]
 fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
-    for side in [Side::Server, Side::Helper] {
+    for peer in [Peer::Server, Peer::Helper] {
         let mut world = World::new();
         world.submit(1, '2');
         world.run(|w| phase(w) == Some(Phase::Running { online: true }));
-        world.run(|w| w.core.is_idle());
-        let shown = |world: &World| match side {
-            Side::Server => world.core.server_status(String::new()),
+        world.run(|w| w.core.has_no_pending_calls());
+        let shown = |world: &World| match peer {
+            Peer::Server => world.core.server_status(String::new()),
             _ => world.core.helper_status(String::new()),
         };
         assert_eq!(
@@ -746,12 +746,12 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
             (None, None)
         );
         world.agents_sleep = true;
-        world.tell(Input::Unanswered(side, Some(world.now)));
+        world.tell(Input::Unanswered(peer, Some(world.now)));
         assert_eq!(shown(&world).unanswered_since, Some(time(world.now)));
         assert_eq!(shown(&world).reachable, Some(true));
         assert_eq!(
             world.core.not_taken(),
-            Some(format!("the {side} is not answering"))
+            Some(format!("the {peer} is not answering"))
         );
         let slots = world.core.slots(world.now);
         let is_free = |slot: &crate::control::api::Slot| slot.state == SlotState::Free;
@@ -760,7 +760,7 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         let begun = world.now;
         world.run(|w| w.now >= begun + 600_000);
         assert_eq!(world.queue.len(), 1);
-        world.tell(Input::Unanswered(side, None));
+        world.tell(Input::Unanswered(peer, None));
         assert_eq!(
             (shown(&world).unanswered_since, world.core.not_taken()),
             (None, None)
@@ -781,7 +781,7 @@ fn while_the_configuration_file_differs_no_job_is_taken_and_none_is_started_or_f
         world.tell(Input::FileDiffers(Some("the file: reload".into())));
         // What was begun before comes to nothing, and is not begun again.
         world.helper_up = false;
-        let begins = |output: &Output| matches!(output, Output::Do(_, action) if action.needs_the_slot());
+        let begins = |output: &Output| matches!(output, Output::Act(_, action) if action.needs_the_slot());
         while let Some(at) = world.pending.iter().position(begins) {
             world.step(at);
         }

@@ -36,7 +36,7 @@ pub struct World {
     pub lose: Option<&'static str>,
     pub start_fails: Option<&'static str>,
     /// Questions for a job are answered so.
-    pub lease_fails: Option<Trouble>,
+    pub lease_fails: Option<CallError>,
     pub refuses_workers: bool,
     pub said: Vec<String>,
     pub counts: BTreeMap<&'static str, usize>,
@@ -59,8 +59,8 @@ fn kind(output: &Output) -> &'static str {
         Output::Lease(_) => "lease",
         Output::MakeWorker { .. } => "make",
         Output::Renew { .. } => "renew",
-        Output::Do(_, action) => action.name(),
-        Output::Save(_) | Output::Remove(_) | Output::Say(_) => "disk",
+        Output::Act(_, action) => action.name(),
+        Output::Save(_) | Output::Remove(_) | Output::Log(_) => "disk",
     }
 }
 
@@ -104,7 +104,7 @@ impl World {
             match output {
                 Output::Save(worker) => drop(self.disk.insert(worker.id, worker)),
                 Output::Remove(worker) => drop(self.disk.remove(&worker)),
-                Output::Say(say) => self.said.push(say.text),
+                Output::Log(say) => self.said.push(say.text),
                 output => self.pending.push(output),
             }
         }
@@ -160,7 +160,7 @@ impl World {
         let mut input = self.carry_out(output.clone());
         if self.lose == Some(name) {
             self.lose = None;
-            input = trouble(&output);
+            input = error(&output);
         }
         self.check();
         self.tell(input);
@@ -239,18 +239,18 @@ impl World {
         let of_helper = matches!(
             output,
             Output::ListHost
-                | Output::Do(
+                | Output::Act(
                     _,
                     Action::CreateUser { .. } | Action::InstallAgent { .. } | Action::HostDelete
                 )
         );
         if !(if of_helper { self.helper_up } else { self.server_up }) {
-            return trouble(&output);
+            return error(&output);
         }
         match output {
             Output::ListServer => Input::ServerListed(Ok(self.server.values().cloned().collect())),
             Output::ListHost => Input::HostListed(Ok(self.list())),
-            Output::Lease(_) if let Some(trouble) = self.lease_fails.clone() => Input::Leased(Err(trouble)),
+            Output::Lease(_) if let Some(error) = self.lease_fails.clone() => Input::Leased(Err(error)),
             Output::Lease(targets) => {
                 let at = self
                     .queue
@@ -263,8 +263,8 @@ impl World {
             }
             Output::MakeWorker { target, job } => self.make(target, job),
             Output::Renew { worker, .. } => Input::Renewed(worker, Ok(false)),
-            Output::Do(id, action) => Input::Done(id, self.act(id, action)),
-            Output::Save(_) | Output::Remove(_) | Output::Say(_) => unreachable!("carried out at once"),
+            Output::Act(id, action) => Input::Done(id, self.act(id, action)),
+            Output::Save(_) | Output::Remove(_) | Output::Log(_) => unreachable!("carried out at once"),
         }
     }
 
@@ -282,7 +282,7 @@ impl World {
 
     fn make(&mut self, target: TargetId, job: JobId) -> Input {
         if self.refuses_workers || self.leased.iter().all(|(_, lease)| lease.job != job) {
-            return Input::WorkerMade(job, Err(Trouble::refused(Side::Server, "no such lease")));
+            return Input::WorkerMade(job, Err(CallError::refused(Peer::Server, "no such lease")));
         }
         self.leased.retain(|(_, lease)| lease.job != job);
         self.ids += 1;
@@ -311,7 +311,7 @@ impl World {
                     .as_ref()
                     .is_some_and(|old| matches!(here().owner(Some(old)), Owner::Other(_)))
                 {
-                    return Outcome::Trouble(Trouble::passing(Side::Server, "not authorised"));
+                    return Outcome::Failed(CallError::passing(Peer::Server, "not authorised"));
                 }
                 assert!(
                     w.private.as_ref().is_none_or(|old| *old == here().mark(&slot)),
@@ -325,7 +325,7 @@ impl World {
                     *o != id && (*s == slot || config.conflict(s, &slot))
                 };
                 if self.host.iter().any(other) {
-                    return Outcome::Trouble(Trouble::passing(Side::Helper, "slot taken"));
+                    return Outcome::Failed(CallError::passing(Peer::Helper, "slot taken"));
                 }
                 self.host.entry(id).or_insert((slot, State::Created));
             }
@@ -350,9 +350,9 @@ impl World {
                     *state = State::Exited(Exit::Unknown);
                 }
             }
-            Action::Tell { .. } => {
+            Action::ReportFailure { .. } => {
                 if self.old_server {
-                    return Outcome::CannotTell("too old".into());
+                    return Outcome::CannotReport("too old".into());
                 }
                 self.server.get_mut(&id).expect("told before it is deleted").hold = true;
                 self.failed.extend(
@@ -388,18 +388,19 @@ impl World {
     }
 }
 
-fn trouble(output: &Output) -> Input {
-    let t = |side| Trouble::passing(side, "away");
+fn error(output: &Output) -> Input {
+    let t = |peer| CallError::passing(peer, "away");
     match output.clone() {
-        Output::ListServer => Input::ServerListed(Err(t(Side::Server))),
-        Output::ListHost => Input::HostListed(Err(t(Side::Helper))),
-        Output::Lease(_) => Input::Leased(Err(t(Side::Server))),
-        Output::MakeWorker { job, .. } => Input::WorkerMade(job, Err(t(Side::Server))),
-        Output::Renew { worker, .. } => Input::Renewed(worker, Err(t(Side::Server))),
-        Output::Do(id, Action::Associate { .. } | Action::Tell { .. } | Action::ServerDelete { .. }) => {
-            Input::Done(id, Outcome::Trouble(t(Side::Server)))
-        }
-        Output::Do(id, _) => Input::Done(id, Outcome::Trouble(t(Side::Helper))),
-        Output::Save(_) | Output::Remove(_) | Output::Say(_) => Input::Tick,
+        Output::ListServer => Input::ServerListed(Err(t(Peer::Server))),
+        Output::ListHost => Input::HostListed(Err(t(Peer::Helper))),
+        Output::Lease(_) => Input::Leased(Err(t(Peer::Server))),
+        Output::MakeWorker { job, .. } => Input::WorkerMade(job, Err(t(Peer::Server))),
+        Output::Renew { worker, .. } => Input::Renewed(worker, Err(t(Peer::Server))),
+        Output::Act(
+            id,
+            Action::Associate { .. } | Action::ReportFailure { .. } | Action::ServerDelete { .. },
+        ) => Input::Done(id, Outcome::Failed(t(Peer::Server))),
+        Output::Act(id, _) => Input::Done(id, Outcome::Failed(t(Peer::Helper))),
+        Output::Save(_) | Output::Remove(_) | Output::Log(_) => Input::Tick,
     }
 }

@@ -1,6 +1,4 @@
-//! What the outside said, parsed once: the server's workers and leases, and the troubles of both ends.
-//!
-//! These types cross between the pure core and the shell. They must never do anything.
+//! What the buildomat server's answers say, parsed once. These types do nothing: the core takes them as inputs.
 
 use std::fmt;
 
@@ -72,60 +70,6 @@ fn usable<'de, D: Deserializer<'de>>(from: D) -> Result<Option<BootstrapToken>, 
 pub struct Scripts {
     pub pre_job_diagnostic_script: Option<String>,
     pub post_job_diagnostic_script: Option<String>,
-}
-
-/// Which of the two partners something is about; or the supervisor's own database.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Side {
-    Server,
-    Helper,
-    Database,
-}
-
-impl fmt::Display for Side {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Side::Server => "server",
-            Side::Helper => "helper",
-            Side::Database => "database",
-        })
-    }
-}
-
-/// Why something was not done, though it may work later.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trouble {
-    pub side: Side,
-    /// The partner understood and refused: saying the same again will not help.
-    pub refused: bool,
-    /// The server answered 401: the token may be wrong.
-    pub unauthorised: bool,
-    /// What the server asks to wait before the next call, in milliseconds (`Retry-After`, RFC 9110).
-    pub retry_after: Option<u64>,
-    /// One sentence for a person.
-    pub sentence: String,
-}
-
-impl Trouble {
-    pub fn passing(side: Side, sentence: impl fmt::Display) -> Self {
-        Self {
-            side,
-            refused: false,
-            unauthorised: false,
-            retry_after: None,
-            sentence: sentence.to_string(),
-        }
-    }
-
-    pub fn refused(side: Side, sentence: impl fmt::Display) -> Self {
-        Self {
-            side,
-            refused: true,
-            unauthorised: false,
-            retry_after: None,
-            sentence: sentence.to_string(),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -1,30 +1,30 @@
-//! What the operator says, as the core hears it. What only asks is answered here.
+//! The operator's commands, as inputs of the core. Queries are answered here.
 
 use tokio::sync::oneshot;
 
-use super::Shell;
+use super::Driver;
 use crate::control::api::Status;
-use crate::control::desk::{Answer, Word};
+use crate::control::state::{Answer, Command};
 use crate::factory::Input;
 use crate::store::Storage;
 
-impl<S: Storage> Shell<S> {
+impl<S: Storage> Driver<S> {
     /// How things are.
-    pub(super) fn show(&mut self, reply: oneshot::Sender<Status>) {
+    pub(super) fn send_status(&mut self, reply: oneshot::Sender<Status>) {
         self.factory.set_ahead(self.clock.ahead());
         // Who asked may have gone.
-        let _ = reply.send(self.desk.status(&self.factory, self.clock.now()));
+        let _ = reply.send(self.status.status(&self.factory, self.clock.now()));
     }
 
-    pub(super) fn hear(&mut self, word: Word) -> Input {
+    pub(super) fn handle_command(&mut self, command: Command) -> Input {
         let now = self.clock.now();
-        match word {
-            Word::Tell(input) => input,
-            Word::Status(answer) => {
-                self.show(answer);
+        match command {
+            Command::Input(input) => input,
+            Command::Status(answer) => {
+                self.send_status(answer);
                 Input::Tick
             }
-            Word::Drain {
+            Command::Drain {
                 slot: None,
                 drain,
                 by,
@@ -36,7 +36,7 @@ impl<S: Storage> Shell<S> {
                 tracing::info!(drain, %by, "an operator drains or resumes all slots");
                 done(answer, Input::Drain(drain))
             }
-            Word::Drain {
+            Command::Drain {
                 slot: Some(slot),
                 drain,
                 by,
@@ -54,7 +54,7 @@ impl<S: Storage> Shell<S> {
                 tracing::info!(%slot, drain, %by, "an operator drains or resumes a slot");
                 done(answer, Input::DrainSlot(slot, drain))
             }
-            Word::Destroy { worker, by, answer } => {
+            Command::Destroy { worker, by, answer } => {
                 if !self.factory.knows(worker) && !self.factory.is_foreign(worker) {
                     return refused(
                         answer,
@@ -64,7 +64,7 @@ impl<S: Storage> Shell<S> {
                 tracing::warn!(%worker, %by, "an operator destroys a worker");
                 done(answer, Input::Destroy(worker))
             }
-            Word::Kill { worker, by, answer } => {
+            Command::Kill { worker, by, answer } => {
                 if !self.factory.knows(worker) {
                     return refused(
                         answer,
@@ -75,11 +75,11 @@ impl<S: Storage> Shell<S> {
                 let reason = format!("an operator ({by}) ended its processes with `user-factory kill`");
                 done(answer, Input::Kill(worker, reason))
             }
-            Word::Reload {
+            Command::Reload {
                 by,
                 refused: why,
                 answer,
-            } => match self.desk.reload(now, self.factory.config(), why) {
+            } => match self.status.reload(now, self.factory.config(), why) {
                 Ok(config) => {
                     let slots = config.slots.len();
                     tracing::info!(slots, %by, "configuration loaded again: new workers get what it says");

@@ -1,8 +1,8 @@
-//! The loop around the core: it keeps the clock, carries out what the core puts out, and hands the
-//! answers back. It must never decide anything, and never begin an output before what was to be saved
-//! ahead of it is on the disk: but for deletions, which follow from what there is, and make room.
+//! The loop around the core. It keeps the clock, carries out the core's outputs and passes the answers back. It decides
+//! nothing. No output is started before everything that was to be saved ahead of it is on the disk; deletions are the
+//! exception, as they follow from what exists and free space.
 
-mod operator;
+mod commands;
 mod persistence;
 mod phases;
 
@@ -15,15 +15,15 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::act::Hands;
+use crate::call_error::{CallError, Peer};
 use crate::config_check::ConfigFile;
-use crate::control::desk::{Desk, Word};
 use crate::control::metrics::{self, Metrics};
+use crate::control::state::{Command, StatusState};
+use crate::executor::Executor;
 use crate::factory::{Factory, Input, Outcome, Output};
 use crate::notify::Watchdog;
 use crate::pending_calls::PendingCalls;
 use crate::store::Storage;
-use crate::view::{Side, Trouble};
 use crate::worker::Action;
 pub use persistence::Persistence;
 use phases::Phases;
@@ -32,8 +32,8 @@ use phases::Phases;
 const GRACE: Duration = Duration::from_secs(10);
 /// A call that has had no answer for this long is shown as unanswered.
 const UNANSWERED: Duration = Duration::from_secs(5);
-/// Whoever looks waits no longer for a helper that must be asked first.
-const LOOK: Duration = Duration::from_secs(1);
+/// A status request waits no longer than this for a helper that must be asked first.
+const STATUS_WAIT: Duration = Duration::from_secs(1);
 
 /// Milliseconds since 1970 that never go back, and do not jump, within one life: waits and limits are counted in them. The
 /// host's clock may jump, as when it is set after the start: what is shown is in its time, see [`Clock::ahead`].
@@ -78,47 +78,47 @@ impl Clock {
     }
 }
 
-/// Everything that the loop holds.
+/// The core, and everything that its loop uses.
 #[derive(Debug)]
-pub struct Shell<S> {
+pub struct Driver<S> {
     pub factory: Factory,
     pub persistence: Persistence<S>,
-    pub hands: Arc<Hands>,
+    pub executor: Arc<Executor>,
     pub clock: Clock,
-    pub desk: Desk,
+    pub status: StatusState,
     pub file: Box<dyn ConfigFile>,
     pub watchdog: Watchdog,
 }
 
-impl<S: Storage> Shell<S> {
-    /// Run until the words end or one of them is [`Input::Stop`], then wait a little for what is under way. Jobs go
-    /// on without us.
+impl<S: Storage> Driver<S> {
+    /// Run until the commands end or one of them is [`Input::Stop`], then wait a little for pending calls. Jobs go on
+    /// without the supervisor.
     ///
     /// # Errors
     /// Where the database cannot be written, and waiting would not help: nothing may be begun that would be
     /// forgotten.
-    pub async fn run(mut self, mut words: mpsc::UnboundedReceiver<Word>) -> Result<()> {
-        let mut under_way = JoinSet::new();
+    pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) -> Result<()> {
+        let mut calls = JoinSet::new();
         let mut phases = Phases::of(&self.factory);
         let mut stopping: Option<Instant> = None;
-        // Those who look, since when.
-        let (mut lookers, mut looked) = (Vec::new(), Instant::now());
-        // Answers of what was not begun.
-        let mut unbegun = VecDeque::new();
+        // Status requests that wait for the helper, and since when.
+        let (mut status_requests, mut requested) = (Vec::new(), Instant::now());
+        // Answers to calls that were not started.
+        let mut not_started = VecDeque::new();
         let mut input = Input::Tick;
         loop {
             let mut outputs = Vec::new();
             let difference = self.file.difference(self.factory.config());
             if difference.as_deref() != self.factory.file_difference() {
-                tell_of_file(difference.as_deref());
+                log_file_difference(difference.as_deref());
                 outputs = self
                     .factory
                     .handle(self.clock.now(), Input::FileDiffers(difference));
             }
-            for (side, since) in self.unanswered() {
+            for (peer, since) in self.unanswered() {
                 outputs.extend(
                     self.factory
-                        .handle(self.clock.now(), Input::Unanswered(side, since)),
+                        .handle(self.clock.now(), Input::Unanswered(peer, since)),
                 );
             }
             outputs.extend(self.factory.handle(self.clock.now(), input));
@@ -126,43 +126,43 @@ impl<S: Storage> Shell<S> {
                 match output {
                     Output::Save(worker) => {
                         self.persistence.save(&worker)?;
-                        phases.changed(&worker, &self.desk.metrics);
+                        phases.changed(&worker, &self.status.metrics);
                     }
                     Output::Remove(worker) => {
                         self.persistence.remove(worker)?;
-                        phases.gone(worker, self.clock.now(), &self.desk.metrics);
+                        phases.gone(worker, self.clock.now(), &self.status.metrics);
                     }
-                    Output::Say(say) => {
-                        self.desk.note(self.clock.now(), &say);
-                        phases::log(&say);
+                    Output::Log(line) => {
+                        self.status.note(self.clock.now(), &line);
+                        phases::log(&line);
                     }
-                    output => match self.admitted(output) {
+                    output => match self.admit(output) {
                         Ok(output) => {
-                            let (metrics, hands) = (self.desk.metrics.clone(), self.hands.clone());
-                            under_way.spawn(begun(metrics, hands, output));
+                            let (metrics, executor) = (self.status.metrics.clone(), self.executor.clone());
+                            calls.spawn(run_call(metrics, executor, output));
                         }
-                        Err(answer) => unbegun.push_back(*answer),
+                        Err(answer) => not_started.push_back(*answer),
                     },
                 }
             }
-            self.persistence.look()?;
-            if self.persistence.trouble() != self.factory.storage_trouble() {
-                let trouble = self.persistence.trouble().cloned();
-                self.tell_of_storage(trouble.as_ref());
-                input = Input::Storage(trouble);
+            self.persistence.retry()?;
+            if self.persistence.problem() != self.factory.storage_problem() {
+                let problem = self.persistence.problem().cloned();
+                self.log_storage(problem.as_ref());
+                input = Input::Storage(problem);
                 continue;
             }
-            if let Some(answer) = unbegun.pop_front() {
+            if let Some(answer) = not_started.pop_front() {
                 input = answer;
                 continue;
             }
-            if stopping.is_some() && self.factory.is_idle() {
+            if stopping.is_some() && self.factory.has_no_pending_calls() {
                 break;
             }
             let now = self.clock.now();
-            if !self.factory.is_looking() || looked.elapsed() >= LOOK {
-                for reply in lookers.drain(..) {
-                    self.show(reply);
+            if !self.factory.is_waiting_for_helper() || requested.elapsed() >= STATUS_WAIT {
+                for reply in status_requests.drain(..) {
+                    self.send_status(reply);
                 }
             }
             let deadline = self
@@ -171,8 +171,8 @@ impl<S: Storage> Shell<S> {
                 .map(|at| Duration::from_millis(at.saturating_sub(now)));
             let grace = stopping.map(|since| GRACE.saturating_sub(since.elapsed()));
             let mut wait = grace.or(deadline).unwrap_or(Duration::from_secs(3600));
-            if !lookers.is_empty() {
-                wait = wait.min(LOOK.saturating_sub(looked.elapsed()));
+            if !status_requests.is_empty() {
+                wait = wait.min(STATUS_WAIT.saturating_sub(requested.elapsed()));
             }
             wait = wait.min(self.persistence.due_in());
             for (_, calls) in self.pending_calls() {
@@ -180,27 +180,27 @@ impl<S: Storage> Shell<S> {
                     .longest()
                     .and_then(|longest| UNANSWERED.checked_sub(longest))
                 {
-                    // No less than a timer can wait for.
+                    // A timer waits no less than this.
                     wait = wait.min(left + Duration::from_millis(1));
                 }
             }
-            // The core is then asked once more than it needs.
+            // The core then gets one tick more than it needs.
             if stopping.is_none()
                 && let Some(again) = self.watchdog.alive()
             {
                 wait = wait.min(again);
             }
             input = tokio::select! {
-                // In this order: what happens must not depend on chance.
+                // In this order, so that a run does not depend on chance.
                 biased;
-                word = words.recv(), if stopping.is_none() => match word.unwrap_or(Word::Tell(Input::Stop)) {
-                    Word::Status(reply) if self.factory.wants_a_look(self.clock.now()) => {
-                        lookers.push(reply);
-                        looked = Instant::now();
-                        Input::Look
+                command = commands.recv(), if stopping.is_none() => match command.unwrap_or(Command::Input(Input::Stop)) {
+                    Command::Status(reply) if self.factory.must_ask_helper(self.clock.now()) => {
+                        status_requests.push(reply);
+                        requested = Instant::now();
+                        Input::StatusRequested
                     }
-                    word => {
-                        let input = self.hear(word);
+                    command => {
+                        let input = self.handle_command(command);
                         if matches!(input, Input::Stop) {
                             tracing::info!("stopping: running jobs go on");
                             stopping = Some(Instant::now());
@@ -208,10 +208,10 @@ impl<S: Storage> Shell<S> {
                         input
                     }
                 },
-                Some(answer) = under_way.join_next() => answer.context("a call came to no end")?,
+                Some(answer) = calls.join_next() => answer.context("a call came to no end")?,
                 () = tokio::time::sleep(wait) => {
                     if stopping.is_some_and(|since| since.elapsed() >= GRACE) {
-                        tracing::warn!("stopping without waiting longer: what is under way will be repeated");
+                        tracing::warn!("stopping without waiting longer: pending calls will be repeated");
                         break;
                     }
                     Input::Tick
@@ -223,52 +223,52 @@ impl<S: Storage> Shell<S> {
         Ok(())
     }
 
-    fn pending_calls(&self) -> [(Side, &PendingCalls); 2] {
+    fn pending_calls(&self) -> [(Peer, &PendingCalls); 2] {
         [
-            (Side::Server, self.hands.server.pending()),
-            (Side::Helper, self.hands.helper.pending()),
+            (Peer::Server, self.executor.server.pending()),
+            (Peer::Helper, self.executor.helper.pending()),
         ]
     }
 
-    /// What is new of sides that do not answer.
-    fn unanswered(&self) -> Vec<(Side, Option<u64>)> {
+    /// Peers that have become unanswered, or answer again.
+    fn unanswered(&self) -> Vec<(Peer, Option<u64>)> {
         let now = self.clock.now();
         let since = |calls: &PendingCalls| {
             let longest = calls.longest().filter(|longest| *longest >= UNANSWERED)?;
             let ms = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX);
             Some(now.saturating_sub(ms))
         };
-        let all = self.pending_calls().map(|(side, calls)| (side, since(calls)));
-        let known = |side| self.factory.unanswered_since(side);
+        let all = self.pending_calls().map(|(peer, calls)| (peer, since(calls)));
+        let known = |peer| self.factory.unanswered_since(peer);
         all.into_iter()
-            .filter(|(side, since)| since.is_some() != known(*side).is_some())
+            .filter(|(peer, since)| since.is_some() != known(*peer).is_some())
             .collect()
     }
 
-    /// An output that may be begun now; otherwise the answer that it was not.
-    fn admitted(&self, output: Output) -> Result<Output, Box<Input>> {
+    /// An output that may be started now; otherwise the answer that it was not.
+    fn admit(&self, output: Output) -> Result<Output, Box<Input>> {
         if !self.persistence.is_behind() {
             return Ok(output);
         }
-        let because = self.persistence.trouble().cloned().unwrap_or_default();
-        let trouble = Trouble::passing(Side::Database, because);
+        let because = self.persistence.problem().cloned().unwrap_or_default();
+        let problem = CallError::passing(Peer::Database, because);
         match output {
             // The server still learns that the factory lives.
             Output::Lease(_) => Ok(Output::Lease(Default::default())),
-            Output::MakeWorker { job, .. } => Err(Input::WorkerMade(job, Err(trouble)).into()),
-            Output::Do(_, Action::HostDelete | Action::ServerDelete { .. }) => Ok(output),
-            Output::Do(worker, _) => Err(Input::Done(worker, Outcome::Trouble(trouble)).into()),
+            Output::MakeWorker { job, .. } => Err(Input::WorkerMade(job, Err(problem)).into()),
+            Output::Act(_, Action::HostDelete | Action::ServerDelete { .. }) => Ok(output),
+            Output::Act(worker, _) => Err(Input::Done(worker, Outcome::Failed(problem)).into()),
             _ => Ok(output),
         }
     }
 
-    /// Say once that nothing can be saved, and once that it can.
-    fn tell_of_storage(&mut self, trouble: Option<&String>) {
-        let Some(why) = trouble else {
+    /// LogLine once that nothing can be saved, and once that it can.
+    fn log_storage(&mut self, problem: Option<&String>) {
+        let Some(why) = problem else {
             tracing::info!("the database can be written again");
             return;
         };
-        if self.factory.storage_trouble().is_some() {
+        if self.factory.storage_problem().is_some() {
             return;
         }
         let text = if self.persistence.is_behind() {
@@ -282,11 +282,11 @@ impl<S: Storage> Shell<S> {
             )
         };
         tracing::error!("{text}");
-        self.desk.trouble(self.clock.now(), text);
+        self.status.note_problem(self.clock.now(), text);
     }
 }
 
-fn tell_of_file(difference: Option<&str>) {
+fn log_file_difference(difference: Option<&str>) {
     match difference {
         Some(difference) => tracing::warn!("no jobs are taken: {difference}; running jobs go on"),
         None => tracing::info!("the configuration file says what is in use"),
@@ -294,11 +294,11 @@ fn tell_of_file(difference: Option<&str>) {
 }
 
 /// One piece of I/O, counted, and its answer.
-async fn begun(metrics: Arc<Metrics>, hands: Arc<Hands>, output: Output) -> Input {
+async fn run_call(metrics: Arc<Metrics>, executor: Arc<Executor>, output: Output) -> Input {
     let call = metrics::call_of(&output);
     let (worker, job) = phases::about(&output);
     let began = Instant::now();
-    let answer = answer_to(output, &hands).await;
+    let answer = answer_to(output, &executor).await;
     if let Some(call) = call {
         let outcome = metrics.answered(call, &answer);
         let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -307,21 +307,21 @@ async fn begun(metrics: Arc<Metrics>, hands: Arc<Hands>, output: Output) -> Inpu
     answer
 }
 
-async fn answer_to(output: Output, hands: &Hands) -> Input {
-    let server = &hands.server;
+async fn answer_to(output: Output, executor: &Executor) -> Input {
+    let server = &executor.server;
     match output {
-        Output::ListServer => Input::ServerListed(server.workers().await.map_err(|e| e.trouble())),
-        Output::ListHost => Input::HostListed(hands.helper.list().await.map_err(|e| e.trouble())),
-        Output::Lease(targets) => Input::Leased(server.lease(targets).await.map_err(|e| e.trouble())),
+        Output::ListServer => Input::ServerListed(server.workers().await.map_err(|e| e.call_error())),
+        Output::ListHost => Input::HostListed(executor.helper.list().await.map_err(|e| e.call_error())),
+        Output::Lease(targets) => Input::Leased(server.lease(targets).await.map_err(|e| e.call_error())),
         Output::MakeWorker { target, job } => {
-            let made = server.make_worker(target, &job).await.map_err(|e| e.trouble());
+            let made = server.make_worker(target, &job).await.map_err(|e| e.call_error());
             Input::WorkerMade(job, made)
         }
         Output::Renew { worker, job } => {
-            Input::Renewed(worker, server.renew(&job).await.map_err(|e| e.trouble()))
+            Input::Renewed(worker, server.renew(&job).await.map_err(|e| e.call_error()))
         }
-        Output::Do(worker, action) => Input::Done(worker, hands.carry_out(worker, action).await),
+        Output::Act(worker, action) => Input::Done(worker, executor.carry_out(worker, action).await),
         // Done before, in order.
-        Output::Save(_) | Output::Remove(_) | Output::Say(_) => Input::Tick,
+        Output::Save(_) | Output::Remove(_) | Output::Log(_) => Input::Tick,
     }
 }

@@ -8,14 +8,14 @@ use protocol::Seqpacket;
 use protocol::wire::MAX_REPLY;
 use tokio::io::unix::AsyncFd;
 
-use super::{Error, Line, Pending, Result, Road};
+use super::{Connection, Connector, Error, Pending, Result};
 
 /// Where the helper is.
 #[derive(Debug)]
 pub(super) struct Socket(pub(super) PathBuf);
 
-impl Road for Socket {
-    fn connect(&self) -> Result<Box<dyn Line>> {
+impl Connector for Socket {
+    fn connect(&self) -> Result<Box<dyn Connection>> {
         let socket = Seqpacket::connect(&self.0, true).map_err(|errno| self.absent(errno))?;
         let socket = watched(socket).map_err(|e| {
             Error::Away(format!(
@@ -51,7 +51,7 @@ fn watched(socket: Seqpacket) -> std::io::Result<AsyncFd<Seqpacket>> {
     AsyncFd::new(socket)
 }
 
-impl Line for AsyncFd<Seqpacket> {
+impl Connection for AsyncFd<Seqpacket> {
     fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> Pending<'a> {
         Box::pin(async move {
             loop {
@@ -92,7 +92,7 @@ mod tests {
     };
     use protocol::{ErrorKind, Reply, wire};
 
-    use super::super::Helper;
+    use super::super::HelperClient;
     use super::*;
 
     fn listen_at(path: &Path) -> UnixListener {
@@ -121,7 +121,7 @@ mod tests {
                 let bytes = wire::encode(&Reply::Error(error)).unwrap();
                 Seqpacket::from(connection).send(&bytes, None).unwrap();
             });
-            let error = Helper::new(path.clone()).list().await.unwrap_err();
+            let error = HelperClient::new(path.clone()).list().await.unwrap_err();
             assert!(
                 matches!(&error, Error::Said(said) if said.message() == "the reason"),
                 "{waits}: {error:?}"

@@ -18,8 +18,8 @@ use protocol::{
 };
 use tokio::time::timeout;
 
+use crate::call_error::{CallError, Peer};
 use crate::pending_calls::PendingCalls;
-use crate::view::{Side, Trouble};
 
 /// Ending every process and removing every file of a job may take its time.
 const LONG: Duration = Duration::from_secs(30 * 60);
@@ -53,40 +53,40 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
-    pub fn trouble(&self) -> Trouble {
-        Trouble::passing(Side::Helper, self)
+    pub fn call_error(&self) -> CallError {
+        CallError::passing(Peer::Helper, self)
     }
 }
 
 type Result<T> = std::result::Result<T, Error>;
 
 /// A way to the helper: its socket, or a simulated host.
-pub trait Road: fmt::Debug + Send + Sync {
-    fn connect(&self) -> Result<Box<dyn Line>>;
+pub trait Connector: fmt::Debug + Send + Sync {
+    fn connect(&self) -> Result<Box<dyn Connection>>;
 }
 
 pub type Pending<'a> = Pin<Box<dyn Future<Output = Result<Received>> + Send + 'a>>;
 
 /// One connection: a packet there, and the one that comes back.
-pub trait Line: Send + Sync {
+pub trait Connection: Send + Sync {
     fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> Pending<'a>;
 }
 
-/// The helper, over this road.
+/// The helper, over this connector.
 #[derive(Clone, Debug)]
-pub struct Helper {
-    road: Arc<dyn Road>,
+pub struct HelperClient {
+    connector: Arc<dyn Connector>,
     pending: Arc<PendingCalls>,
 }
 
-impl Helper {
+impl HelperClient {
     pub fn new(socket: PathBuf) -> Self {
         Self::over(Arc::new(socket::Socket(socket)))
     }
 
-    pub fn over(road: Arc<dyn Road>) -> Self {
+    pub fn over(connector: Arc<dyn Connector>) -> Self {
         Self {
-            road,
+            connector,
             pending: Arc::default(),
         }
     }
@@ -166,7 +166,7 @@ impl Helper {
         let mut all: Vec<WorkerInfo> = Vec::new();
         for _ in 0..MAX_PAGES {
             let after = all.last().map(|info| info.worker);
-            let (workers, more) = match connection.exchange(&Request::List { after }, None).await? {
+            let (workers, more) = match exchange(&*connection, &Request::List { after }, None).await? {
                 (Reply::Listed { workers, more }, _) => (workers, more),
                 (other, _) => return Err(unexpected(&other)),
             };
@@ -198,45 +198,37 @@ impl Helper {
             .unwrap_or_else(|_| Err(late(SHORT)))?;
         // Until it ends.
         let _pending = (limit == SHORT).then_some(pending);
-        timeout(limit, connection.exchange(request, fd))
+        timeout(limit, exchange(&*connection, request, fd))
             .await
             .unwrap_or_else(|_| Err(late(limit)))
     }
 
-    async fn connect(&self) -> Result<Connection> {
-        let connection = Connection(self.road.connect()?);
-        match connection
-            .exchange(&Request::Hello { version: VERSION }, None)
-            .await?
-        {
+    async fn connect(&self) -> Result<Box<dyn Connection>> {
+        let connection = self.connector.connect()?;
+        match exchange(&*connection, &Request::Hello { version: VERSION }, None).await? {
             (Reply::Welcome, _) => Ok(connection),
             (other, _) => Err(unexpected(&other)),
         }
     }
 }
 
-struct Connection(Box<dyn Line>);
-
-impl Connection {
-    /// One request, one reply, and the descriptor where the reply has one.
-    async fn exchange(
-        &self,
-        request: &Request,
-        fd: Option<BorrowedFd<'_>>,
-    ) -> Result<(Reply, Option<OwnedFd>)> {
-        let packet =
-            wire::encode(request).map_err(|e| Error::Away(format!("cannot encode a request: {e}")))?;
-        match self.0.exchange(&packet, fd).await? {
-            Received::Closed => Err(Error::Away(
-                "the helper hung up without an answer: see its log".into(),
-            )),
-            Received::Oversize => Err(Error::Away("the helper's answer is too long: see its log".into())),
-            Received::Packet { bytes, descriptors } => opened(&bytes, descriptors),
-        }
+/// One request, one reply, and the descriptor where the reply has one.
+async fn exchange(
+    connection: &dyn Connection,
+    request: &Request,
+    fd: Option<BorrowedFd<'_>>,
+) -> Result<(Reply, Option<OwnedFd>)> {
+    let packet = wire::encode(request).map_err(|e| Error::Away(format!("cannot encode a request: {e}")))?;
+    match connection.exchange(&packet, fd).await? {
+        Received::Closed => Err(Error::Away(
+            "the helper closed the connection without an answer: see its log".into(),
+        )),
+        Received::Oversize => Err(Error::Away("the helper's answer is too long: see its log".into())),
+        Received::Packet { bytes, descriptors } => decode_reply(&bytes, descriptors),
     }
 }
 
-fn opened(bytes: &[u8], mut descriptors: Vec<OwnedFd>) -> Result<(Reply, Option<OwnedFd>)> {
+fn decode_reply(bytes: &[u8], mut descriptors: Vec<OwnedFd>) -> Result<(Reply, Option<OwnedFd>)> {
     let reply: Reply = wire::decode(bytes).map_err(|e| {
         Error::Away(format!(
             "the helper's answer does not decode ({e}): install both from the same release"
@@ -271,7 +263,10 @@ mod tests {
     #[tokio::test]
     async fn an_absent_helper_is_away_and_the_sentence_says_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
-        let error = Helper::new(dir.path().join("no.sock")).list().await.unwrap_err();
+        let error = HelperClient::new(dir.path().join("no.sock"))
+            .list()
+            .await
+            .unwrap_err();
         assert!(
             matches!(&error, Error::Away(text) if text.contains("start the helper")),
             "{error}"
@@ -281,14 +276,14 @@ mod tests {
     #[test]
     fn a_reply_with_the_wrong_descriptors_is_none() {
         let started = wire::encode(&Reply::AgentStarted).unwrap();
-        assert!(opened(&started, vec![]).is_err());
+        assert!(decode_reply(&started, vec![]).is_err());
         let deleted = wire::encode(&Reply::Deleted).unwrap();
         let fd = File::open("/dev/null").unwrap().into();
-        assert!(opened(&deleted, vec![fd]).is_err());
-        assert!(opened(&deleted, vec![]).is_ok());
+        assert!(decode_reply(&deleted, vec![fd]).is_err());
+        assert!(decode_reply(&deleted, vec![]).is_ok());
         let refusal = wire::encode(&Reply::Error(protocol::Error::new(ErrorKind::Version, "v2"))).unwrap();
         assert!(
-            opened(&refusal, vec![])
+            decode_reply(&refusal, vec![])
                 .unwrap_err()
                 .to_string()
                 .contains("same release")

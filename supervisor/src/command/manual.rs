@@ -1,4 +1,4 @@
-//! The commands that need root: the program `user-factory-manual`, which this one becomes, or asks.
+//! The commands that need root: the program `user-factory-manual`, which this one executes.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -7,7 +7,7 @@ use std::process::Command;
 
 use protocol::config::CONFIG_PATH;
 
-use super::{FAILED, say_error};
+use super::{FAILED, print_error};
 
 /// Where the package puts the program.
 const INSTALLED: &str = "/usr/libexec/buildomat-user-factory/user-factory-manual";
@@ -22,24 +22,24 @@ fn manual() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from(INSTALLED))
 }
 
-/// Become the program, with these words.
-pub fn become_manual(words: impl IntoIterator<Item = OsString>) -> u8 {
+/// Replace this process by the program, with these arguments.
+pub fn exec(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     if !nix::unistd::geteuid().is_root() {
-        say_error("user-factory: this needs root: it enters a job's sandbox");
+        print_error("user-factory: this needs root: it enters a job's sandbox");
         return FAILED;
     }
     let manual = manual();
-    let error = Command::new(&manual).args(words).exec();
-    say_error(&format!(
+    let error = Command::new(&manual).args(arguments).exec();
+    print_error(&format!(
         "user-factory: cannot run {}: {error}; install the programs of one release",
         manual.display()
     ));
     FAILED
 }
 
-/// Would the helper start with this configuration file, on this host? It is asked where this is root and the factory is
-/// installed below `root`. Returns the answer, and whether it says no.
-pub fn ask_helper(config: &Path, root: &Path) -> (String, bool) {
+/// Would the helper start with this configuration file, on this host? The program is run where this is root and the
+/// factory is installed below `root`. Returns its answer, and whether that is no.
+pub fn check(config: &Path, root: &Path) -> (String, bool) {
     let directory = root.join(CONFIG_PATH);
     let directory = directory.parent().expect("CONFIG_PATH has a directory");
     if !nix::unistd::geteuid().is_root() {

@@ -1,6 +1,7 @@
 //! The buildomat server's factory calls, typed: what is asked, and what an answer means. `http` carries them.
 
 mod http;
+mod types;
 
 use std::fmt;
 use std::pin::Pin;
@@ -14,11 +15,12 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::call_error::{CallError, Peer};
 use crate::pending_calls::PendingCalls;
 use crate::token::TokenStore;
-use crate::view::{JobId, Lease, Scripts, ServerWorker, Side, Trouble};
 
 pub(crate) use http::causes;
+pub use types::{JobId, Lease, Scripts, ServerWorker};
 
 /// The longest part of an error's text that is kept, in characters.
 const MAX_MESSAGE: usize = 300;
@@ -100,9 +102,9 @@ impl Error {
         }
     }
 
-    pub fn trouble(&self) -> Trouble {
-        Trouble {
-            side: Side::Server,
+    pub fn call_error(&self) -> CallError {
+        CallError {
+            peer: Peer::Server,
             refused: self.is_refusal(),
             unauthorised: matches!(self, Error::Status { code: 401, .. }),
             retry_after: self.retry_after(),
@@ -113,7 +115,7 @@ impl Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// A call that a [`Carrier`] carries: an absolute path on the server, and a body for it.
+/// A call that a [`Transport`] carries: an absolute path on the server, and a body for it.
 #[derive(Clone, Debug)]
 pub struct Call {
     pub method: Method,
@@ -144,7 +146,7 @@ impl Answer {
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 
 /// What brings calls to the server and answers back: HTTP, or a simulated network.
-pub trait Carrier: fmt::Debug + Send + Sync {
+pub trait Transport: fmt::Debug + Send + Sync {
     fn call(&self, call: Call) -> Pending<'_, Answer>;
 
     /// A file that anybody may have, asked for without the token.
@@ -158,14 +160,14 @@ pub trait Carrier: fmt::Debug + Send + Sync {
 
 /// The server, as this factory may talk to it.
 #[derive(Clone, Debug)]
-pub struct Server {
-    carrier: Arc<dyn Carrier>,
+pub struct BuildomatClient {
+    carrier: Arc<dyn Transport>,
     /// For a person who is told that the token was refused.
     tokens: Option<TokenStore>,
     pending: Arc<PendingCalls>,
 }
 
-impl Server {
+impl BuildomatClient {
     /// # Errors
     /// Where the host's TLS set-up cannot be used.
     pub fn new(general: &General, tokens: TokenStore) -> Result<Self> {
@@ -179,7 +181,7 @@ impl Server {
         })
     }
 
-    pub fn over(carrier: Arc<dyn Carrier>) -> Self {
+    pub fn over(carrier: Arc<dyn Transport>) -> Self {
         Self {
             carrier,
             tokens: None,
@@ -379,7 +381,7 @@ mod tests {
     #[derive(Debug)]
     struct Always(u16, &'static str);
 
-    impl Carrier for Always {
+    impl Transport for Always {
         fn call(&self, _: Call) -> Pending<'_, Answer> {
             Box::pin(async { Ok(Answer::new(self.0, self.1)) })
         }
@@ -397,7 +399,7 @@ mod tests {
     #[tokio::test]
     async fn a_no_that_is_not_in_the_servers_words_is_a_proxys() {
         let fail = |code, body| async move {
-            let server = Server::over(Arc::new(Always(code, body)));
+            let server = BuildomatClient::over(Arc::new(Always(code, body)));
             server.fail(WorkerId::from_bits(1), "x").await.unwrap_err()
         };
         let servers = fail(404, r#"{"request_id":"r","message":"Not Found"}"#).await;
@@ -417,7 +419,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_that_makes_no_sense_is_not_repeated_whole() {
         let answer = format!(r#"{{"ok":"{}"}}"#, "long".repeat(9999));
-        let server = Server::over(Arc::new(Always(200, answer.leak())));
+        let server = BuildomatClient::over(Arc::new(Always(200, answer.leak())));
         let sentence = server.ping().await.unwrap_err().to_string();
         assert!(
             sentence.contains("makes no sense") && sentence.len() < 600,

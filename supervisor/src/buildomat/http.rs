@@ -9,7 +9,7 @@ use protocol::config::General;
 use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Proxy, Response};
 
-use super::{Answer, Call, Carrier, Error, Pending, Result};
+use super::{Answer, Call, Error, Pending, Result, Transport};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::token::{Token, TokenStore};
 
@@ -96,7 +96,7 @@ impl Http {
     }
 }
 
-impl Carrier for Http {
+impl Transport for Http {
     fn call(&self, call: Call) -> Pending<'_, Answer> {
         Box::pin(async move {
             let answer = self.send(&call, &self.tokens.token()).await?;

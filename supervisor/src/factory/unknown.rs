@@ -6,10 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use protocol::{State, WorkerId};
 
 use super::{Factory, Level, Output, Runtime};
+use crate::buildomat::ServerWorker;
 use crate::control::api;
 use crate::identity::Owner;
 use crate::reconcile::NotOurs;
-use crate::view::ServerWorker;
 use crate::worker::OnHost;
 
 /// One that is no longer listed is shown for so long: two hosts that share a token take turns otherwise, and each looks
@@ -93,14 +93,14 @@ impl Factory {
 
     /// A worker of the store turns out to be another host's. It is forgotten here, once a list of the host shows that
     /// it does not run here; what is left of it here goes when the server no longer has it.
-    pub(super) fn let_go(&mut self, worker: WorkerId, host_is_listed: bool, turn: u64) {
+    pub(super) fn leave_to_other_host(&mut self, worker: WorkerId, host_is_listed: bool, turn: u64) {
         let settled = |r: &Runtime| r.doing.is_none() && r.touched < turn;
         let settled = self.runtimes.get(&worker).is_none_or(settled);
         if !(host_is_listed && settled) {
             return;
         }
         let text = "another host has the worker, by its mark on the server: it is left to that one";
-        self.say(Level::Warn, Some(worker), text.to_owned());
+        self.log(Level::Warn, Some(worker), text.to_owned());
         self.runtimes.remove(&worker);
         self.workers.remove(&worker);
         self.out.push(Output::Remove(worker));
@@ -125,7 +125,7 @@ impl Factory {
         let entry = entry.clone();
         if first {
             let text = self.foreign_text(worker, &entry);
-            self.say(Level::Error, Some(worker), text);
+            self.log(Level::Error, Some(worker), text);
         }
     }
 

@@ -1,5 +1,5 @@
-//! What the loop knows beside the core, for whoever asks: since when it runs, with which configuration, and
-//! what went wrong of late.
+//! What the status shows beside the core's state: since when the supervisor runs, with which configuration, and the
+//! last warnings and errors. And the commands that an operator can give.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -8,23 +8,23 @@ use std::sync::Arc;
 
 use protocol::config::Config;
 use protocol::{SlotName, WorkerId};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::api::{self, Status};
 use super::listener::StatusPage;
 use super::metrics::Metrics;
-use crate::factory::{Factory, Input, Level, Say, time};
+use crate::factory::{Factory, Input, Level, LogLine, time};
 use crate::token::TokenStore;
 use crate::{config_check, settings};
 
 /// So many warnings and errors are kept.
-const TROUBLES: usize = 50;
+const MAX_PROBLEMS: usize = 50;
 
-/// What is said to the loop from outside, and where the answer goes. An error is a sentence.
+/// What the loop is told or asked from outside, and where the answer goes. An error is one sentence.
 #[derive(Debug)]
-pub enum Word {
+pub enum Command {
     /// Straight to the core.
-    Tell(Input),
+    Input(Input),
     Status(oneshot::Sender<Status>),
     /// Take no new jobs, on this slot or on all; or take them again.
     Drain {
@@ -55,7 +55,7 @@ pub enum Word {
 /// Who gives an order: it is logged with each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operator {
-    /// At the control socket, by the kernel's word on who connected (`SO_PEERCRED`, unix(7)).
+    /// At the control socket: the uid that the kernel gives for the peer (`SO_PEERCRED`, unix(7)).
     Uid(u32),
     /// SIGHUP.
     Signal,
@@ -70,28 +70,31 @@ impl fmt::Display for Operator {
     }
 }
 
+/// The commands that the loop has not taken yet.
+pub type CommandQueue = mpsc::UnboundedSender<Command>;
+
 /// Where an answer goes.
 pub type Answer = oneshot::Sender<Result<(), String>>;
 
 #[derive(Debug)]
-pub struct Desk {
+pub struct StatusState {
     started: u64,
     config: PathBuf,
-    /// Where the factory's files are looked for.
+    /// Where the factory's files are.
     root: PathBuf,
     loaded: u64,
     refused: Option<String>,
     server: String,
     helper: String,
     /// With their times: those in them are made when they are shown.
-    troubles: VecDeque<(u64, api::Trouble)>,
+    problems: VecDeque<(u64, api::Problem)>,
     pub metrics: Arc<Metrics>,
     pub page: Option<Arc<StatusPage>>,
     pub tokens: Option<TokenStore>,
 }
 
-impl Desk {
-    /// At the start: the configuration from `config` is in use, and the helper is looked for at `helper`.
+impl StatusState {
+    /// At the start: the configuration from `config` is in use, and the helper's socket is `helper`.
     pub fn new(
         now: u64,
         config: PathBuf,
@@ -108,36 +111,36 @@ impl Desk {
             refused: None,
             server,
             helper,
-            troubles: VecDeque::new(),
+            problems: VecDeque::new(),
             metrics,
             page: None,
             tokens: None,
         }
     }
 
-    /// Keep what a person should know of.
-    pub fn note(&mut self, now: u64, say: &Say) {
-        if say.level != Level::Info {
-            self.keep(now, say.worker, say.slot.clone(), say.text.clone());
+    /// Keep a warning or an error of the core.
+    pub fn note(&mut self, now: u64, line: &LogLine) {
+        if line.level != Level::Info {
+            self.keep(now, line.worker, line.slot.clone(), line.text.clone());
         }
     }
 
-    /// The same of the loop's own trouble.
-    pub fn trouble(&mut self, now: u64, text: String) {
+    /// Keep an error of the loop's own.
+    pub fn note_problem(&mut self, now: u64, text: String) {
         self.keep(now, None, None, text);
     }
 
     fn keep(&mut self, now: u64, worker: Option<WorkerId>, slot: Option<SlotName>, text: String) {
-        if self.troubles.len() == TROUBLES {
-            self.troubles.pop_front();
+        if self.problems.len() == MAX_PROBLEMS {
+            self.problems.pop_front();
         }
-        let trouble = api::Trouble {
+        let problem = api::Problem {
             at: time(now),
             worker,
             slot,
             text,
         };
-        self.troubles.push_back((now, trouble));
+        self.problems.push_back((now, problem));
     }
 
     pub fn status(&self, factory: &Factory, now: u64) -> Status {
@@ -158,16 +161,16 @@ impl Desk {
             draining: factory.draining(),
             slots: factory.slots(now),
             workers: factory.shown(),
-            storage: factory.storage_trouble().cloned(),
+            storage: factory.storage_problem().cloned(),
             not_taken: factory.not_taken(),
             identity: factory.mark(),
             foreign: factory.foreign_workers(now),
             troubles: self
-                .troubles
+                .problems
                 .iter()
-                .map(|(at, trouble)| api::Trouble {
+                .map(|(at, problem)| api::Problem {
                     at: factory.time(*at),
-                    ..trouble.clone()
+                    ..problem.clone()
                 })
                 .collect(),
         }

@@ -6,12 +6,13 @@ use protocol::config::{Script, Slot};
 
 use super::{Factory, Level, Outcome, Output};
 use crate::backoff::Backoff;
-use crate::view::{Scripts, Trouble};
+use crate::buildomat::Scripts;
+use crate::call_error::CallError;
 use crate::worker::{Action, Event, Worker};
 
 /// A slot that failed a worker by itself rests this long at first, doubled for each further failure.
-const REST_MS: u64 = 15_000;
-const MAX_REST_MS: u64 = 600_000;
+const COOLDOWN_MS: u64 = 15_000;
+const MAX_COOLDOWN_MS: u64 = 600_000;
 
 /// What the slot's jobs are examined with.
 fn scripts_of(slot: &Slot) -> Scripts {
@@ -35,30 +36,30 @@ impl Factory {
         match outcome {
             Outcome::Done => {
                 (runtime.backoff, runtime.retry) = (Backoff::default(), None);
-                runtime.last_trouble.clear();
+                runtime.last_error.clear();
                 self.succeeded(now, id, &action);
             }
-            Outcome::Partly { lines, trouble } => {
-                self.event(now, id, Event::ToldPartly { lines });
-                self.put_off(now, id, &action, trouble);
+            Outcome::Partly { lines, error } => {
+                self.event(now, id, Event::LinesReported { lines });
+                self.retry_later(now, id, &action, error);
             }
-            Outcome::Trouble(trouble) => {
-                self.event(now, id, Event::Trouble(trouble.sentence.clone()));
-                self.put_off(now, id, &action, trouble);
+            Outcome::Failed(error) => {
+                self.event(now, id, Event::CallFailed(error.sentence.clone()));
+                self.retry_later(now, id, &action, error);
             }
-            Outcome::KillFailed(trouble) => {
+            Outcome::KillFailed(error) => {
                 self.event(now, id, Event::KillFailed);
-                self.put_off(now, id, &action, trouble);
+                self.retry_later(now, id, &action, error);
             }
             Outcome::StartFailed(reason) => self.event(now, id, Event::StartFailed(reason)),
             Outcome::NoSuchWorker => self.event(now, id, Event::HostLost),
-            Outcome::CannotTell(why) => {
-                self.say(
+            Outcome::CannotReport(why) => {
+                self.log(
                     Level::Error,
                     Some(id),
                     format!("{why}; the worker is deleted instead, which fails its job"),
                 );
-                self.event(now, id, Event::CannotTell);
+                self.event(now, id, Event::CannotReport);
             }
         }
     }
@@ -69,7 +70,7 @@ impl Factory {
             Action::CreateUser { .. } => Event::UserCreated,
             Action::InstallAgent { .. } => Event::AgentStarted,
             Action::HostKill => Event::Killed,
-            Action::Tell { .. } => Event::Told,
+            Action::ReportFailure { .. } => Event::FailureReported,
             Action::HostDelete => Event::HostClean,
             Action::ServerDelete { .. } => return self.forget(now, id),
         };
@@ -80,52 +81,55 @@ impl Factory {
         }
     }
 
-    /// The worker, or the stray, has come to its end.
+    /// The worker, or the orphan, has come to its end.
     fn forget(&mut self, now: u64, id: WorkerId) {
         self.runtimes.remove(&id);
-        self.strays.remove(&id);
+        self.orphans.remove(&id);
         self.on_host.remove(&id);
         self.foreign.forget(id);
         self.ended.insert(id, self.turn);
         if let Some(worker) = self.workers.remove(&id) {
             self.out.push(Output::Remove(id));
-            if let Some(rest) = self.rests.get_mut(&worker.slot) {
-                rest.until = now + (REST_MS << (rest.strikes.clamp(1, 7) - 1)).min(MAX_REST_MS);
+            if let Some(rest) = self.cooldowns.get_mut(&worker.slot) {
+                rest.until = now + (COOLDOWN_MS << (rest.failures.clamp(1, 7) - 1)).min(MAX_COOLDOWN_MS);
             }
         }
     }
 
     /// The action is repeated later.
-    fn put_off(&mut self, now: u64, id: WorkerId, action: &Action, trouble: Trouble) {
+    fn retry_later(&mut self, now: u64, id: WorkerId, action: &Action, error: CallError) {
         // A new phase has a new duty, which has not failed yet.
-        let same = |w: &Worker| w.duty().is_some_and(|duty| duty.name() == action.name());
+        let same = |w: &Worker| w.next_action().is_some_and(|duty| duty.name() == action.name());
         if self.workers.get(&id).is_some_and(|w| !same(w)) {
             return;
         }
         let Some(runtime) = self.runtimes.get_mut(&id) else {
             return;
         };
-        let wait = runtime.backoff.fail_with(&trouble, &mut self.rng);
-        runtime.retry = Some((now + wait, trouble.side));
-        if runtime.last_trouble != trouble.sentence {
-            runtime.last_trouble = trouble.sentence.clone();
-            self.say(
+        let wait = runtime.backoff.fail_with(&error, &mut self.rng);
+        runtime.retry = Some((now + wait, error.peer));
+        if runtime.last_error != error.sentence {
+            runtime.last_error = error.sentence.clone();
+            self.log(
                 Level::Warn,
                 Some(id),
-                format!("cannot {}, will try again: {}", action.name(), trouble.sentence),
+                format!("cannot {}, will try again: {}", action.name(), error.sentence),
             );
         }
     }
 
-    pub(super) fn give_out_duties(&mut self, now: u64) {
+    pub(super) fn start_actions(&mut self, now: u64) {
         for runtime in self.runtimes.values_mut() {
             runtime.retry = runtime.retry.filter(|(at, _)| *at > now);
         }
-        let duties = self.workers.iter().filter_map(|(id, w)| Some((*id, w.duty()?)));
-        let strays = self.strays.iter().map(|(id, (_, action))| (*id, action.clone()));
+        let duties = self
+            .workers
+            .iter()
+            .filter_map(|(id, w)| Some((*id, w.next_action()?)));
+        let orphans = self.orphans.iter().map(|(id, (_, action))| (*id, action.clone()));
         // What the last life has saved may be old: before both lists have been compared, nothing is begun but deletions.
         let deletes = |action: &Action| matches!(action, Action::HostDelete | Action::ServerDelete { .. });
-        let duties = duties.chain(strays);
+        let duties = duties.chain(orphans);
         let duties = duties.filter(|(_, action)| self.reconciled || deletes(action));
         let duties: Vec<(WorkerId, Action)> = duties.collect();
         for (id, mut action) in duties {
@@ -150,7 +154,7 @@ impl Factory {
             }
             runtime.doing = Some(action.clone());
             runtime.touched = self.turn;
-            self.out.push(Output::Do(id, action));
+            self.out.push(Output::Act(id, action));
         }
     }
 }

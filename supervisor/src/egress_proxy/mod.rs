@@ -1,4 +1,4 @@
-//! The relay to the buildomat server, for jobs whose slot says `network = "none"`.
+//! The egress proxy to the buildomat server, for jobs whose slot says `network = "none"`.
 //!
 //! The first process of such a worker sends us, as a descriptor, each TCP connection that is made to the
 //! server's port in the job's network namespace ([`GATE_SOCKET`]). We connect to the server ourselves and carry
@@ -7,7 +7,7 @@
 //!
 //! It must never believe anything that comes, and never let a job choose where a connection leads, nor how
 //! long it takes to accept the next caller. What one caller can make many or slow is its own: a worker has so many
-//! connections whatever the others do, and who is no worker is hung up on before anything is received.
+//! connections whatever the others do, and a caller that is no worker is refused before anything is received.
 
 mod client_hello;
 mod closer;
@@ -58,8 +58,8 @@ const BACKLOG: i32 = 4096;
 /// Which uids are workers'.
 type IsWorker = Box<dyn Fn(u32) -> bool + Send + Sync>;
 
-/// Everything that the relay knows.
-pub struct Gate {
+/// Everything that the egress proxy knows.
+pub struct EgressProxy {
     directory: PathBuf,
     upstream: Upstream,
     /// What a connection must name as the server it is for, where that is looked at. None in it: no name, as the server
@@ -73,14 +73,19 @@ pub struct Gate {
     log: RateLimitedLog,
 }
 
-impl std::fmt::Debug for Gate {
+impl std::fmt::Debug for EgressProxy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Gate({} to {})", self.directory.display(), self.upstream)
+        write!(
+            f,
+            "EgressProxy({} to {})",
+            self.directory.display(),
+            self.upstream
+        )
     }
 }
 
-impl Gate {
-    /// The relay to the configuration's server; none where it has no name. It is there also while no slot is without a
+impl EgressProxy {
+    /// The egress proxy to the configuration's server; none where it has no name. It is there also while no slot is without a
     /// network: workers may be left whose slot was, and the configuration may be read again with one that is.
     ///
     /// Who is a worker the helper says, in the host's user records at `userdb`. There are at most so many `connections`.
@@ -92,7 +97,7 @@ impl Gate {
         directory: PathBuf,
         userdb: PathBuf,
         connections: usize,
-    ) -> io::Result<Option<Gate>> {
+    ) -> io::Result<Option<EgressProxy>> {
         let Some((host, port)) = config.general.baseurl.name_and_port() else {
             return Ok(None);
         };
@@ -102,18 +107,18 @@ impl Gate {
             range.contains(uid) && record().is_ok()
         };
         let tls = config.general.baseurl.as_str().starts_with("https://");
-        let mut gate = Gate::new(directory, host.into(), port, Box::new(is_worker))?;
-        if let Some(proxy) = &config.general.proxy {
-            let (proxy, port) = proxy.host_and_port();
-            gate.upstream = gate.upstream.through(proxy.into(), port);
+        let mut proxy = EgressProxy::new(directory, host.into(), port, Box::new(is_worker))?;
+        if let Some(http_proxy) = &config.general.proxy {
+            let (host, port) = http_proxy.host_and_port();
+            proxy.upstream = proxy.upstream.through(host.into(), port);
         }
-        gate.tls_name = tls.then(|| tls_name(host));
-        gate.limiter = ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, connections, config.slots.len());
-        Ok(Some(gate))
+        proxy.tls_name = tls.then(|| tls_name(host));
+        proxy.limiter = ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, connections, config.slots.len());
+        Ok(Some(proxy))
     }
 
-    fn new(directory: PathBuf, host: String, port: u16, is_worker: IsWorker) -> io::Result<Gate> {
-        Ok(Gate {
+    fn new(directory: PathBuf, host: String, port: u16, is_worker: IsWorker) -> io::Result<EgressProxy> {
+        Ok(EgressProxy {
             directory,
             upstream: Upstream::new(host, port),
             tls_name: None,
@@ -128,10 +133,10 @@ impl Gate {
 
     /// Serve without end. Dropped with the runtime, it cuts every connection: agents make new ones.
     pub async fn serve(self) {
-        let gate = Arc::new(self);
+        let proxy = Arc::new(self);
         loop {
-            let listener = gate.open().await;
-            gate.accept_from(&listener).await;
+            let listener = proxy.open().await;
+            proxy.accept_from(&listener).await;
         }
     }
 
@@ -144,14 +149,14 @@ impl Gate {
             let made = made.map_err(io::Error::other).and_then(|made| made);
             match made.and_then(UnixListener::from_std) {
                 Ok(open) => {
-                    tracing::info!(directory = %self.directory.display(), "gate open");
+                    tracing::info!(directory = %self.directory.display(), "egress proxy open");
                     return open;
                 }
                 Err(error) if !said => {
                     said = true;
                     tracing::warn!(
                         directory = %self.directory.display(),
-                        "the gate cannot be opened yet: {error}; start the helper, which makes its directory"
+                        "the egress proxy cannot be opened yet: {error}; start the helper, which makes its directory"
                     );
                 }
                 Err(_) => {}
@@ -167,20 +172,20 @@ impl Gate {
         let mut look = interval(LOOK);
         loop {
             // Only for as long as the closer needs, which waits for nobody.
-            while self.closer.pending() >= descriptors::PENDING_CLOSES {
+            while self.closer.pending() >= descriptors::MAX_PENDING_CLOSES {
                 sleep(Duration::from_millis(1)).await;
             }
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((caller, _)) => self.admit(caller),
                     Err(error) => {
-                        self.log.warn(format_args!("the gate cannot accept: {error}; see the supervisor's limit of open files"));
+                        self.log.warn(format_args!("the egress proxy cannot accept: {error}; see the supervisor's limit of open files"));
                         sleep(LOOK).await;
                     }
                 },
                 _ = look.tick() => match tokio::fs::symlink_metadata(&path).await {
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                        tracing::warn!("the gate's socket was removed: it is made again");
+                        tracing::warn!("the egress proxy's socket was removed: it is made again");
                         return;
                     }
                     _ => {}
@@ -198,14 +203,15 @@ impl Gate {
         let Some(permit) = self.limiter.take(uid) else {
             return self.hang_up(caller, uid, "it has too many connections");
         };
-        let gate = self.clone();
-        tokio::spawn(async move { gate.serve_caller(caller, uid, permit).await });
+        let proxy = self.clone();
+        tokio::spawn(async move { proxy.serve_caller(caller, uid, permit).await });
     }
 
     /// What the caller may have sent already is closed with its socket.
     fn hang_up(&self, caller: UnixStream, uid: u32, why: &str) {
-        self.log
-            .warn(format_args!("the gate has hung up on uid {uid}: {why}"));
+        self.log.warn(format_args!(
+            "the egress proxy has closed a connection of uid {uid}: {why}"
+        ));
         // Otherwise it is closed by now.
         if let Ok(caller) = caller.into_std() {
             self.closer.close(caller.into());
@@ -221,15 +227,15 @@ impl Gate {
         let received = spawn_blocking(move || (untrusted::receive(caller), permit, turn)).await;
         let (received, permit, turn) = match received {
             Ok(received) => received,
-            Err(error) => return tracing::error!("the gate could not receive: {error}"),
+            Err(error) => return tracing::error!("the egress proxy could not receive: {error}"),
         };
         drop(turn);
         let mut job = match received {
             Ok(job) => job,
             Err(why) => {
-                return self
-                    .log
-                    .warn(format_args!("the gate has hung up on uid {uid}: {why}"));
+                return self.log.warn(format_args!(
+                    "the egress proxy has closed a connection of uid {uid}: {why}"
+                ));
             }
         };
         self.relay(&mut job, uid).await;
@@ -261,7 +267,7 @@ impl Gate {
                         _ => "it sent no whole ClientHello in time".into(),
                     };
                     return self.log.warn(format_args!(
-                        "the gate has closed a connection of uid {uid}, which may only be one to the buildomat server: {why}"
+                        "the egress proxy has closed a connection of uid {uid}, which may only lead to the buildomat server: {why}"
                     ));
                 }
             },
@@ -273,10 +279,14 @@ impl Gate {
                     Err(error) => Err(error),
                 };
                 if let Err(error) = carried {
-                    tracing::debug!(uid, "a connection through the gate has broken: {error}");
+                    tracing::debug!(uid, "a connection through the egress proxy has broken: {error}");
                 }
             }
-            Err(error) => tracing::debug!(uid, "the gate cannot reach {} for a job: {error}", self.upstream),
+            Err(error) => tracing::debug!(
+                uid,
+                "the egress proxy cannot reach {} for a job: {error}",
+                self.upstream
+            ),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::worker::Worker;
 /// How soon, and how late at most, a change is written again that could not be.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LAST_WAIT: Duration = Duration::from_secs(8);
-/// How often it is looked whether changes could be written.
+/// How often it is requested whether changes could be written.
 const CHECK: Duration = Duration::from_secs(10);
 
 /// The newest state of a worker that the disk does not have; none for one that is to be forgotten.
@@ -31,8 +31,8 @@ pub struct Persistence<S> {
     unsaved: Vec<Change>,
     /// Why the last change was not written.
     unwritten: Option<String>,
-    /// Why it is to be feared that the next is not.
-    doubt: Option<String>,
+    /// Why the next may not be written.
+    risk: Option<String>,
     wait: Duration,
     next: Instant,
 }
@@ -43,7 +43,7 @@ impl<S: Storage> Persistence<S> {
             store,
             unsaved: Vec::new(),
             unwritten: None,
-            doubt: None,
+            risk: None,
             wait: FIRST_WAIT,
             next: Instant::now(),
         }
@@ -59,11 +59,11 @@ impl<S: Storage> Persistence<S> {
     }
 
     /// Why no jobs may be taken, if so.
-    pub(super) fn trouble(&self) -> Option<&String> {
-        self.unwritten.as_ref().or(self.doubt.as_ref())
+    pub(super) fn problem(&self) -> Option<&String> {
+        self.unwritten.as_ref().or(self.risk.as_ref())
     }
 
-    /// How long until [`Persistence::look`] has something to do.
+    /// How long until [`Persistence::retry`] has something to do.
     pub(super) fn due_in(&self) -> Duration {
         self.next.saturating_duration_since(Instant::now())
     }
@@ -100,14 +100,14 @@ impl<S: Storage> Persistence<S> {
     ///
     /// # Errors
     /// The same.
-    pub(super) fn look(&mut self) -> Result<()> {
+    pub(super) fn retry(&mut self) -> Result<()> {
         if !self.due_in().is_zero() {
             return Ok(());
         }
         self.write()?;
         if self.unwritten.is_none() {
-            self.doubt = self.store.check().err().map(|doubt| doubt.to_string());
-            self.next = Instant::now() + if self.doubt.is_some() { LAST_WAIT } else { CHECK };
+            self.risk = self.store.check().err().map(|risk| risk.to_string());
+            self.next = Instant::now() + if self.risk.is_some() { LAST_WAIT } else { CHECK };
         }
         Ok(())
     }

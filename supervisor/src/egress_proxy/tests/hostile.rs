@@ -1,4 +1,4 @@
-//! What a hostile caller could do at the gate: none of it reaches the server, or holds up the others.
+//! What a hostile caller could do at the egress proxy: none of it reaches the server, or holds up the others.
 
 use std::os::fd::AsRawFd;
 
@@ -83,7 +83,7 @@ async fn a_worker_has_so_many_connections_and_gets_them_back() {
     drop(worker);
     assert!(hung_up(&caller) && ended(&job));
     drop(kept);
-    // The gate sees their ends a little later.
+    // The egress proxy sees their ends a little later.
     let end = std::time::Instant::now() + Duration::from_secs(20);
     loop {
         let (job, worker) = tcp();
@@ -107,7 +107,7 @@ async fn a_socket_that_its_sender_keeps_and_makes_blocking_blocks_nothing() {
     drop(house.bring(worker.as_fd()));
     (&job).write_all(b"x").unwrap();
     (&job).read_exact(&mut [0]).unwrap();
-    // The gate is past its checks. All that comes back from now on is not read.
+    // The egress proxy is past its checks. All that comes back from now on is not read.
     fcntl(worker.as_fd(), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
     job.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
     let some = vec![7; 1 << 20];
@@ -156,9 +156,9 @@ const MANY: usize = 600;
 async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_worker() {
     // Whether a caller is a worker is asked once for each: the untrusted ones come first.
     let asked = std::sync::atomic::AtomicUsize::new(0);
-    let house = house_with(0, |gate| {
+    let house = house_with(0, |proxy| {
         let order = std::sync::atomic::Ordering::Relaxed;
-        gate.is_worker = Box::new(move |_| asked.fetch_add(1, order) >= MANY);
+        proxy.is_worker = Box::new(move |_| asked.fetch_add(1, order) >= MANY);
     })
     .await;
     // Nobody is accepted before all have sent what they have: the one thread that does is held.
@@ -185,11 +185,11 @@ async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_connection_that_one_side_has_ended_and_the_other_does_not_gives_its_place_back() {
-    let house = house_with(0, |gate| {
-        gate.half_closed = Duration::from_millis(200);
+    let house = house_with(0, |proxy| {
+        proxy.half_closed = Duration::from_millis(200);
         // One that never answers and never ends.
-        gate.upstream = Upstream::new("127.0.0.1".into(), silent());
-        gate.limiter = ConnectionLimiter::new(2, 2, 1);
+        proxy.upstream = Upstream::new("127.0.0.1".into(), silent());
+        proxy.limiter = ConnectionLimiter::new(2, 2, 1);
     })
     .await;
     for _ in 0..5 {
@@ -220,7 +220,7 @@ async fn a_tls_connection_reaches_the_server_that_it_names_or_nobody() {
     use super::super::client_hello::tests::client_hello;
     let tls = |name: Option<&str>| {
         let name = name.map(str::to_owned);
-        house_with(0, |gate| gate.tls_name = Some(name))
+        house_with(0, |proxy| proxy.tls_name = Some(name))
     };
     let house = tls(Some("build.example")).await;
     let hello = client_hello("build.EXAMPLE");

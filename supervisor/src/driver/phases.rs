@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use protocol::WorkerId;
 
 use crate::control::metrics::Metrics;
-use crate::factory::{Factory, Level, Output, Say};
+use crate::factory::{Factory, Level, LogLine, Output};
 use crate::worker::Worker;
 
 pub(super) struct Phases(BTreeMap<WorkerId, (&'static str, u64)>);
@@ -44,19 +44,19 @@ impl Phases {
 /// The worker and the job that a call is about, for the log.
 pub(super) fn about(output: &Output) -> (Option<String>, Option<String>) {
     match output {
-        Output::Do(worker, _) => (Some(worker.to_string()), None),
+        Output::Act(worker, _) => (Some(worker.to_string()), None),
         Output::Renew { worker, job } => (Some(worker.to_string()), Some(job.to_string())),
         Output::MakeWorker { job, .. } => (None, Some(job.to_string())),
         _ => (None, None),
     }
 }
 
-pub(super) fn log(say: &Say) {
-    let worker = say.worker.as_ref().map(tracing::field::display);
-    let slot = say.slot.as_ref().map(tracing::field::display);
-    let job = say.job.as_ref().map(tracing::field::display);
-    let text = &say.text;
-    match say.level {
+pub(super) fn log(line: &LogLine) {
+    let worker = line.worker.as_ref().map(tracing::field::display);
+    let slot = line.slot.as_ref().map(tracing::field::display);
+    let job = line.job.as_ref().map(tracing::field::display);
+    let text = &line.text;
+    match line.level {
         Level::Info => tracing::info!(worker, slot, job, "{text}"),
         Level::Warn => tracing::warn!(worker, slot, job, "{text}"),
         Level::Error => tracing::error!(worker, slot, job, "{text}"),

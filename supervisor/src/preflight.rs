@@ -1,5 +1,5 @@
-//! What this host can do for its jobs, as far as anybody can see: for `check`. The helper looks for itself when
-//! it starts, and refuses what it must.
+//! What this host can do for its jobs, as far as an unprivileged process can see it: for `check`. The helper checks the
+//! host again when it starts, and refuses what it must.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ pub struct Finding {
 
 /// What `/proc` and `/sys` say: all that the findings are made of.
 #[derive(Clone, Debug, Default)]
-pub struct Seen {
+pub struct HostFacts {
     /// `uname -r`.
     pub release: String,
     /// `/proc/self/mountinfo`.
@@ -35,12 +35,12 @@ pub struct Seen {
     pub resolver: Option<PathBuf>,
 }
 
-impl Seen {
-    pub fn look() -> Seen {
+impl HostFacts {
+    pub fn read() -> HostFacts {
         let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
         let mounts = read(Path::new("/proc/self/mountinfo"));
         let controllers = cgroup2(&mounts).map(|place| read(&Path::new(place).join("cgroup.controllers")));
-        Seen {
+        HostFacts {
             release: read(Path::new("/proc/sys/kernel/osrelease")).trim().to_owned(),
             controllers: controllers.unwrap_or_default(),
             modules: read(Path::new("/sys/kernel/security/lsm")),
@@ -89,8 +89,8 @@ fn version(release: &str) -> (u32, u32) {
 type Wish = fn(&Limits) -> bool;
 
 /// What this host has for this configuration; the state directory is below `root`.
-pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
-    let kernel = version(&seen.release);
+pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding> {
+    let kernel = version(&facts.release);
     let strict = |wanted: Wish| {
         config
             .slots
@@ -105,12 +105,12 @@ pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
     };
     let mut found = vec![finding(
         "kernel",
-        &seen.release,
+        &facts.release,
         kernel >= (5, 14),
         true,
         "cgroup.kill takes Linux 5.14: without it no job's processes can be ended for sure; install a newer kernel",
     )];
-    let mount = cgroup2(&seen.mounts);
+    let mount = cgroup2(&facts.mounts);
     found.push(finding(
         "cgroup v2",
         mount.unwrap_or("not mounted"),
@@ -118,7 +118,7 @@ pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
         true,
         "the helper finds and ends a job's processes by it; mount one (mount -t cgroup2 none /sys/fs/cgroup)",
     ));
-    let has = |name: &str| seen.controllers.split_whitespace().any(|other| other == name);
+    let has = |name: &str| facts.controllers.split_whitespace().any(|other| other == name);
     let controllers: [(&str, &str, &str, Wish); 3] = [
         (
             "memory",
@@ -142,17 +142,17 @@ pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
             format!("{cost}; boot with cgroup v2 alone (systemd.unified_cgroup_hierarchy=1) and delegate it");
         found.push(finding(what, how, has(name), strict(wanted), &cost));
     }
-    let landlock = seen.modules.split([',', '\n']).any(|name| name == "landlock");
+    let landlock = facts.modules.split([',', '\n']).any(|name| name == "landlock");
     let scopes = landlock && kernel >= (6, 12);
     found.push(finding(
         "Landlock scopes",
-        if scopes { "there" } else if seen.modules.is_empty() { "unknown: /sys/kernel/security cannot be read" } else { "not there" },
-        scopes || seen.modules.is_empty(),
+        if scopes { "there" } else if facts.modules.is_empty() { "unknown: /sys/kernel/security cannot be read" } else { "not there" },
+        scopes || facts.modules.is_empty(),
         false,
         "a job of a slot with network = \"host\" can reach abstract sockets of the host; it takes Linux 6.12 with lsm=…,landlock",
     ));
-    let is_socket = core_goes_to_a_socket(&seen.core_pattern);
-    let how = match seen.core_pattern.as_str() {
+    let is_socket = core_goes_to_a_socket(&facts.core_pattern);
+    let how = match facts.core_pattern.as_str() {
         "" => "unknown: /proc/sys/kernel/core_pattern is empty or cannot be read",
         pattern => pattern,
     };
@@ -164,13 +164,13 @@ pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
         "jobs leave cores: a socket gets the whole core of every process, whatever its limit; set kernel.core_pattern to a file's name or a pipe",
     ));
     let state = root.join(STATE_DIR);
-    let quotas = options_at(&seen.mounts, &state).is_some_and(|(_, options)| {
+    let quotas = options_at(&facts.mounts, &state).is_some_and(|(_, options)| {
         options.iter().any(|option| {
             ["usrquota", "uquota", "quota", "usrjquota"]
                 .contains(&option.split('=').next().unwrap_or_default())
         })
     });
-    let kind = options_at(&seen.mounts, &state).map_or("unknown", |(kind, _)| kind);
+    let kind = options_at(&facts.mounts, &state).map_or("unknown", |(kind, _)| kind);
     let remedy = match kind {
         "btrfs" | "overlay" => format!(
             "{kind} has no user quotas: mount an ext4 or XFS that has them at the state directory, as the README says"
@@ -190,13 +190,13 @@ pub fn findings(seen: &Seen, config: &Config, root: &Path) -> Vec<Finding> {
     ));
     if config.slots.values().any(|slot| slot.network == Network::Host) {
         // Of /run jobs see the directory that the file is in.
-        let seen_by_jobs = seen
+        let seen_by_jobs = facts
             .resolver
             .as_deref()
             .filter(|file| file.parent() != Some(Path::new("/run")));
         found.push(finding(
             "resolv.conf",
-            &match &seen.resolver {
+            &match &facts.resolver {
                 Some(file) => file.display().to_string(),
                 None => "leads to no file".to_owned(),
             },
@@ -249,8 +249,8 @@ mod tests {
         .unwrap()
     }
 
-    fn missing(seen: &Seen, limits: &str, root: &str) -> Vec<(&'static str, bool)> {
-        let all = findings(seen, &config(limits), Path::new(root));
+    fn missing(facts: &HostFacts, limits: &str, root: &str) -> Vec<(&'static str, bool)> {
+        let all = findings(facts, &config(limits), Path::new(root));
         all.into_iter()
             .filter(|f| f.cost.is_some())
             .map(|f| (f.what, f.needed))
@@ -259,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_host_that_has_everything_lacks_nothing() {
-        let seen = Seen {
+        let facts = HostFacts {
             release: "6.12.0-1-amd64".into(),
             mounts: MOUNTS.into(),
             controllers: "cpuset cpu io memory pids\n".into(),
@@ -268,17 +268,17 @@ mod tests {
             resolver: Some("/run/systemd/resolve/stub-resolv.conf".into()),
         };
         assert_eq!(
-            missing(&seen, "limits.memory = \"1G\"\nlimits.disk = \"1G\"", "/"),
+            missing(&facts, "limits.memory = \"1G\"\nlimits.disk = \"1G\"", "/"),
             []
         );
         // Below another root it is on another file system.
         assert_eq!(
-            missing(&seen, "limits.disk = \"1G\"", "/srv"),
+            missing(&facts, "limits.disk = \"1G\"", "/srv"),
             [("user quotas", true)]
         );
-        let old = Seen {
+        let old = HostFacts {
             release: "5.10.0".into(),
-            ..seen
+            ..facts
         };
         assert_eq!(
             missing(&old, "", "/"),
@@ -304,11 +304,11 @@ mod tests {
                 Some("overlay has no user quotas: mount an ext4 or XFS"),
             ),
         ] {
-            let seen = Seen {
+            let facts = HostFacts {
                 mounts: format!("27 1 254:0 / / rw,relatime - {kind} /dev/vda {options}\n"),
-                ..Seen::default()
+                ..HostFacts::default()
             };
-            let all = findings(&seen, &config(""), Path::new("/"));
+            let all = findings(&facts, &config(""), Path::new("/"));
             let cost = all.into_iter().find(|f| f.what == "user quotas").unwrap().cost;
             match wanted {
                 None => assert_eq!(cost, None, "{kind}"),
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_gets_whole_cores_is_told_of() {
+    fn a_socket_that_gets_whole_cores_is_reported() {
         for (pattern, is_missing) in [
             ("core", false),
             ("|/usr/lib/systemd/systemd-coredump %P", false),
@@ -326,17 +326,17 @@ mod tests {
             ("@@/run/cores.sock", true),
             ("", false),
         ] {
-            let seen = Seen {
+            let facts = HostFacts {
                 core_pattern: pattern.into(),
-                ..Seen::default()
+                ..HostFacts::default()
             };
-            let told = missing(&seen, "", "/").contains(&("core_pattern", false));
-            assert_eq!(told, is_missing, "{pattern:?}");
+            let reported = missing(&facts, "", "/").contains(&("core_pattern", false));
+            assert_eq!(reported, is_missing, "{pattern:?}");
         }
     }
 
     #[test]
-    fn a_host_on_which_jobs_could_resolve_no_names_is_told_of() {
+    fn a_host_on_which_jobs_could_resolve_no_names_is_reported() {
         for (resolver, network, is_missing) in [
             (Some("/etc/resolv.conf"), "host", false),
             (Some("/run/NetworkManager/resolv.conf"), "host", false),
@@ -344,21 +344,25 @@ mod tests {
             (None, "host", true),
             (None, "none", false),
         ] {
-            let seen = Seen {
+            let facts = HostFacts {
                 resolver: resolver.map(PathBuf::from),
-                ..Seen::default()
+                ..HostFacts::default()
             };
-            let told = missing(&seen, &format!("network = {network:?}"), "/");
-            assert_eq!(told.contains(&("resolv.conf", false)), is_missing, "{resolver:?}");
+            let reported = missing(&facts, &format!("network = {network:?}"), "/");
+            assert_eq!(
+                reported.contains(&("resolv.conf", false)),
+                is_missing,
+                "{resolver:?}"
+            );
         }
     }
 
     #[test]
     fn what_is_missing_is_needed_by_who_asks_for_it_without_best_effort() {
-        let bare = Seen {
+        let bare = HostFacts {
             release: "6.1.0".into(),
             modules: "capability\n".into(),
-            ..Seen::default()
+            ..HostFacts::default()
         };
         let needed = |limits: &str| -> Vec<&str> {
             missing(&bare, limits, "/")

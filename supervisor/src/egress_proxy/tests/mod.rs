@@ -1,4 +1,4 @@
-//! A real gate, between real sockets.
+//! A real proxy, between real sockets.
 
 mod hostile;
 
@@ -21,25 +21,25 @@ const MUCH: usize = 64 << 20;
 struct House {
     directory: tempfile::TempDir,
     port: u16,
-    gate: JoinHandle<()>,
+    proxy: JoinHandle<()>,
 }
 
-/// A gate for this uid, before a server that sends everything back.
+/// A proxy for this uid, before a server that sends everything back.
 async fn house(uid: u32) -> House {
     house_with(uid, |_| {}).await
 }
 
-/// The same, with a gate that is changed before it opens.
-async fn house_with(uid: u32, change: impl FnOnce(&mut Gate)) -> House {
+/// The same, with a proxy that is changed before it opens.
+async fn house_with(uid: u32, change: impl FnOnce(&mut EgressProxy)) -> House {
     let directory = tempfile::tempdir().unwrap();
     let port = echo().await;
     let is_worker = Box::new(move |caller| caller == uid);
-    let mut gate = Gate::new(directory.path().into(), "127.0.0.1".into(), port, is_worker).unwrap();
-    change(&mut gate);
+    let mut proxy = EgressProxy::new(directory.path().into(), "127.0.0.1".into(), port, is_worker).unwrap();
+    change(&mut proxy);
     let house = House {
         directory,
         port,
-        gate: tokio::spawn(gate.serve()),
+        proxy: tokio::spawn(proxy.serve()),
     };
     house.opened().await;
     house
@@ -47,8 +47,8 @@ async fn house_with(uid: u32, change: impl FnOnce(&mut Gate)) -> House {
 
 fn open(directory: &Path, port: u16, uid: u32) -> JoinHandle<()> {
     let is_worker = Box::new(move |caller| caller == uid);
-    let gate = Gate::new(directory.into(), "127.0.0.1".into(), port, is_worker).unwrap();
-    tokio::spawn(gate.serve())
+    let proxy = EgressProxy::new(directory.into(), "127.0.0.1".into(), port, is_worker).unwrap();
+    tokio::spawn(proxy.serve())
 }
 
 async fn echo() -> u16 {
@@ -91,7 +91,7 @@ impl House {
         caller
     }
 
-    /// A connection of a job that is through the gate.
+    /// A connection of a job that is through the egress proxy.
     async fn connection(&self) -> TcpStream {
         let (job, worker) = tcp();
         drop(self.bring(worker.as_fd()));
@@ -109,7 +109,7 @@ impl House {
             job.read_to_string(&mut answer).await.unwrap();
             answer
         });
-        assert_eq!(answer.await.expect("the gate answers"), "to the server");
+        assert_eq!(answer.await.expect("the egress proxy answers"), "to the server");
     }
 }
 
@@ -166,10 +166,10 @@ async fn bytes_go_both_ways_and_both_ends_are_told_of_the_end() {
 async fn a_server_that_cannot_be_reached_is_a_connection_that_ends() {
     let house = house(0).await;
     let nobody = StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    house.gate.abort();
+    house.proxy.abort();
     let other = tempfile::tempdir().unwrap();
     let house = House {
-        gate: open(other.path(), nobody.port(), 0),
+        proxy: open(other.path(), nobody.port(), 0),
         directory: other,
         port: house.port,
     };
@@ -184,8 +184,8 @@ async fn a_server_that_cannot_be_reached_is_a_connection_that_ends() {
 async fn the_gate_opens_when_its_directory_comes_and_comes_again() {
     let above = tempfile::tempdir().unwrap();
     let port = echo().await;
-    let directory = above.path().join("gate");
-    let gate = open(&directory, port, 0);
+    let directory = above.path().join("proxy");
+    let proxy = open(&directory, port, 0);
     for _ in 0..2 {
         std::fs::create_dir(&directory).unwrap();
         while !directory.join(GATE_SOCKET).exists() {
@@ -197,7 +197,7 @@ async fn the_gate_opens_when_its_directory_comes_and_comes_again() {
         assert_eq!(mode.mode() & 0o777, 0o666);
         std::fs::remove_dir_all(&directory).unwrap();
     }
-    gate.abort();
+    proxy.abort();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -224,7 +224,7 @@ async fn a_new_gate_takes_the_old_ones_place_without_a_gap() {
         while inode() == older {
             tokio::task::yield_now().await;
         }
-        std::mem::replace(&mut house.gate, newer).abort();
+        std::mem::replace(&mut house.proxy, newer).abort();
         (house.port, _) = (port, house.works().await);
     }
     over.store(true, std::sync::atomic::Ordering::Relaxed);

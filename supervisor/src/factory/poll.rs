@@ -1,27 +1,36 @@
-//! A round: both lists are asked for at the same instant, and what they say together is acted on once
-//! both have answered (or failed). It must never decide anything from a list older than what it decides on.
-//! The helper's is left out where there is no reason to ask (`quiet`), and asked for later where one comes up.
+//! A poll: both lists are asked for at the same instant, and what they say together is acted on once both have answered
+//! (or failed). Nothing is decided from a list older than what is decided on.
+//!
+//! The helper is not asked while the factory is idle: the supervisor is its only client and it makes nothing on its own.
+//! So where neither the database nor the server nor the helper's last list has a worker, and nothing is pending that
+//! could make one, its next list is empty too, and an idle host is not woken once a second. It is asked again
+//! before a job gets a slot, when the server lists a worker, for a status request, and now and then: then what a person
+//! does by hand on the host, and a helper that has gone away, are seen.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{WorkerId, WorkerInfo};
 
-use super::{Factory, Level, Output, Partner, Runtime, Stranger};
+use super::{Factory, Level, Output, PeerState, Runtime, UnknownWorker};
+use crate::buildomat::ServerWorker;
+use crate::call_error::{CallError, Peer};
 use crate::reconcile::{Decision, Question, reconcile};
-use crate::view::{ServerWorker, Side, Trouble};
 use crate::worker::{Event, FORGOTTEN_MS, OnHost, OnServer};
+
+/// An idle helper is asked this often, for what nobody has thought of.
+const AT_LEAST_MS: u64 = 30 * 60_000;
 
 /// The rounds: when the next begins, and how far the present one is.
 #[derive(Debug)]
-pub(super) struct Round {
+pub(super) struct Poll {
     next_at: u64,
-    open: Option<Open>,
+    open: Option<OpenPoll>,
     /// The helper was heard in the last one.
-    heard_the_host: bool,
+    helper_answered: bool,
 }
 
 #[derive(Debug)]
-struct Open {
+struct OpenPoll {
     /// When the lists were asked for.
     turn: u64,
     server_due: bool,
@@ -30,17 +39,17 @@ struct Open {
     host: Option<Vec<WorkerInfo>>,
 }
 
-impl Round {
+impl Poll {
     pub(super) fn new(now: u64) -> Self {
         Self {
             next_at: now,
             open: None,
-            heard_the_host: false,
+            helper_answered: false,
         }
     }
 
-    pub(super) fn heard_the_host(&self) -> bool {
-        self.heard_the_host
+    pub(super) fn helper_answered(&self) -> bool {
+        self.helper_answered
     }
 
     pub(super) fn next(&self) -> Option<u64> {
@@ -49,8 +58,8 @@ impl Round {
 
     /// The round is not over before the helper has answered; if none is open, one is for the helper alone. False where
     /// it is being asked already.
-    pub(super) fn ask_the_host(&mut self, turn: u64) -> bool {
-        let open = self.open.get_or_insert(Open {
+    pub(super) fn ask_helper(&mut self, turn: u64) -> bool {
+        let open = self.open.get_or_insert(OpenPoll {
             turn,
             server_due: false,
             host_due: false,
@@ -60,19 +69,57 @@ impl Round {
         !std::mem::replace(&mut open.host_due, true)
     }
 
-    pub(super) fn waits_for_the_host(&self) -> bool {
+    pub(super) fn waits_for_helper(&self) -> bool {
         self.open.as_ref().is_some_and(|open| open.host_due)
     }
 }
 
 impl Factory {
-    pub(super) fn begin_round(&mut self, now: u64) {
-        if self.round.open.is_some() || now < self.round.next_at {
+    /// Is there no reason to ask the helper?
+    pub(super) fn is_idle(&self, now: u64) -> bool {
+        let heard = self.helper.answered_at;
+        self.reconciled
+            && !self.helper.away
+            && heard.is_some_and(|at| now.saturating_sub(at) < AT_LEAST_MS)
+            && self.on_host.is_empty()
+            && self.workers.is_empty()
+            && self.runtimes.is_empty()
+            && self.unknown.is_empty()
+            && self.pending_workers.is_empty()
+            && self.pending_lease.is_none()
+    }
+
+    /// Has the helper been left alone for longer than a round, so that whoever wants to know how it is should say
+    /// [`Input::StatusRequested`] and wait while [`Factory::is_waiting_for_helper`]?
+    ///
+    /// [`Input::StatusRequested`]: super::Input::StatusRequested
+    pub fn must_ask_helper(&self, now: u64) -> bool {
+        let poll = self.config.factory.poll_seconds * 1000;
+        let heard = self.helper.answered_at;
+        !self.stopped && self.is_idle(now) && heard.is_none_or(|at| now.saturating_sub(at) >= poll)
+    }
+
+    /// The helper is to be asked, whatever the round.
+    pub(super) fn ask_helper(&mut self) {
+        if self.poll.ask_helper(self.turn) {
+            self.out.push(Output::ListHost);
+        }
+    }
+
+    /// Has the helper been asked, and not answered yet?
+    pub fn is_waiting_for_helper(&self) -> bool {
+        self.poll.waits_for_helper()
+    }
+}
+
+impl Factory {
+    pub(super) fn begin_poll(&mut self, now: u64) {
+        if self.poll.open.is_some() || now < self.poll.next_at {
             return;
         }
-        self.round.next_at = now + self.config.factory.poll_seconds * 1000;
+        self.poll.next_at = now + self.config.factory.poll_seconds * 1000;
         let server_due = self.server.retry_at <= now;
-        let host_due = self.helper.retry_at <= now && !self.is_quiet(now);
+        let host_due = self.helper.retry_at <= now && !self.is_idle(now);
         if server_due {
             self.out.push(Output::ListServer);
         }
@@ -80,7 +127,7 @@ impl Factory {
             self.out.push(Output::ListHost);
         }
         if server_due || host_due {
-            self.round.open = Some(Open {
+            self.poll.open = Some(OpenPoll {
                 turn: self.turn,
                 server_due,
                 host_due,
@@ -90,60 +137,60 @@ impl Factory {
         }
     }
 
-    pub(super) fn server_listed(&mut self, now: u64, result: Result<Vec<ServerWorker>, Trouble>) {
-        let list = self.heard(now, Side::Server, result);
+    pub(super) fn server_listed(&mut self, now: u64, result: Result<Vec<ServerWorker>, CallError>) {
+        let list = self.note_answer(now, Peer::Server, result);
         let anybody = list.as_ref().is_some_and(|list| !list.is_empty());
-        if let Some(open) = &mut self.round.open {
+        if let Some(open) = &mut self.poll.open {
             (open.server_due, open.server) = (false, list);
-            if anybody && open.host.is_none() && self.is_quiet(now) {
-                self.ask_the_host();
+            if anybody && open.host.is_none() && self.is_idle(now) {
+                self.ask_helper();
             }
         }
-        self.end_round(now);
+        self.end_poll(now);
     }
 
-    pub(super) fn host_listed(&mut self, now: u64, result: Result<Vec<WorkerInfo>, Trouble>) {
-        let list = self.heard(now, Side::Helper, result);
+    pub(super) fn host_listed(&mut self, now: u64, result: Result<Vec<WorkerInfo>, CallError>) {
+        let list = self.note_answer(now, Peer::Helper, result);
         if let Some(list) = &list {
             let there = list.iter().filter(|info| !self.ended.contains_key(&info.worker));
             self.on_host = there.map(|info| (info.worker, info.clone())).collect();
         }
-        if let Some(open) = &mut self.round.open {
+        if let Some(open) = &mut self.poll.open {
             (open.host_due, open.host) = (false, list);
         }
-        self.end_round(now);
+        self.end_poll(now);
     }
 
     /// Note that one of the partners has answered, or not.
-    fn heard<T>(&mut self, now: u64, side: Side, result: Result<T, Trouble>) -> Option<T> {
-        let partner = match side {
-            Side::Server => &mut self.server,
-            Side::Helper => &mut self.helper,
+    fn note_answer<T>(&mut self, now: u64, peer: Peer, result: Result<T, CallError>) -> Option<T> {
+        let partner = match peer {
+            Peer::Server => &mut self.server,
+            Peer::Helper => &mut self.helper,
             // It is asked nothing.
-            Side::Database => return None,
+            Peer::Database => return None,
         };
         match result {
             Ok(list) => {
                 let first = partner.answered_at.is_none() || partner.away;
-                let fresh = Partner {
+                let fresh = PeerState {
                     answered_at: Some(now),
-                    ..Partner::since(if first { now } else { partner.since })
+                    ..PeerState::since(if first { now } else { partner.since })
                 };
                 let was = std::mem::replace(partner, fresh);
                 if was.away {
-                    self.came_back(now, side, was.answered_at);
+                    self.came_back(now, peer, was.answered_at);
                 }
                 Some(list)
             }
-            Err(trouble) => {
+            Err(error) => {
                 let first = !std::mem::replace(&mut partner.away, true);
                 if first {
                     partner.since = now;
                 }
-                partner.trouble = trouble.sentence.clone();
-                partner.retry_at = now + partner.backoff.fail_with(&trouble, &mut self.rng);
+                partner.error = error.sentence.clone();
+                partner.retry_at = now + partner.backoff.fail_with(&error, &mut self.rng);
                 if first {
-                    self.say(Level::Error, None, format!("{side} away: {}", trouble.sentence));
+                    self.log(Level::Error, None, format!("{peer} away: {}", error.sentence));
                 }
                 None
             }
@@ -151,24 +198,24 @@ impl Factory {
     }
 
     /// Whatever waited for this side is tried at once.
-    pub(super) fn retry_at_once(&mut self, side: Side) {
+    pub(super) fn retry_at_once(&mut self, peer: Peer) {
         for runtime in self.runtimes.values_mut() {
-            if runtime.retry.is_some_and(|(_, because)| because == side) {
+            if runtime.retry.is_some_and(|(_, because)| because == peer) {
                 runtime.retry = None;
             }
         }
     }
 
-    fn came_back(&mut self, now: u64, side: Side, answered_at: Option<u64>) {
-        self.say(Level::Info, None, format!("{side} back"));
-        self.retry_at_once(side);
-        let Some(answered_at) = answered_at.filter(|_| side == Side::Server) else {
+    fn came_back(&mut self, now: u64, peer: Peer, answered_at: Option<u64>) {
+        self.log(Level::Info, None, format!("{peer} back"));
+        self.retry_at_once(peer);
+        let Some(answered_at) = answered_at.filter(|_| peer == Peer::Server) else {
             return;
         };
         let ms = now.saturating_sub(answered_at);
         // Those that wait for a slot have not waited while the server was away, either.
-        for stranger in self.strangers.values_mut() {
-            stranger.since = now.min(stranger.since + ms);
+        for worker_seen in self.unknown.values_mut() {
+            worker_seen.since = now.min(worker_seen.since + ms);
         }
         let waiting: Vec<WorkerId> = self
             .workers
@@ -181,15 +228,15 @@ impl Factory {
         }
     }
 
-    fn end_round(&mut self, now: u64) {
-        let Some(open) = self.round.open.take_if(|open| !open.server_due && !open.host_due) else {
+    fn end_poll(&mut self, now: u64) {
+        let Some(open) = self.poll.open.take_if(|open| !open.server_due && !open.host_due) else {
             return;
         };
-        self.round.heard_the_host = open.host.is_some();
-        self.show_each(now, &open);
+        self.poll.helper_answered = open.host.is_some();
+        self.update_workers(now, &open);
         if let Some(list) = &open.server {
-            self.meet_strangers(now, list);
-            self.settle_promises(now, open.turn, list);
+            self.note_unknown(now, list);
+            self.settle_pending_workers(now, open.turn, list);
         }
         if let (Some(server), Some(host)) = (&open.server, &open.host) {
             self.compare(now, open.turn, server, host);
@@ -197,14 +244,14 @@ impl Factory {
             self.reconciled = true;
         }
         self.ended.retain(|_, turn| *turn >= open.turn);
-        self.place(now, open.host.is_some());
+        self.place_lease(now, open.host.is_some());
         if open.server.is_some() {
             self.ask_for_jobs(now);
         }
     }
 
     /// Let each worker see what both sides say of it.
-    fn show_each(&mut self, now: u64, open: &Open) {
+    fn update_workers(&mut self, now: u64, open: &OpenPoll) {
         let server: Option<BTreeMap<WorkerId, OnServer>> = open
             .server
             .as_ref()
@@ -217,7 +264,7 @@ impl Factory {
         let others = self.with_other_owners(open.server.as_deref().unwrap_or_default());
         for id in ids {
             if others.contains(&id) && !self.runs_here(id, host.as_ref()) {
-                self.let_go(id, host.is_some(), open.turn);
+                self.leave_to_other_host(id, host.is_some(), open.turn);
                 continue;
             }
             let runtime = self.runtimes.entry(id).or_default();
@@ -254,67 +301,67 @@ impl Factory {
             );
             if gone && lived {
                 let text = "the server no longer has the worker".to_owned();
-                self.say(Level::Info, Some(id), text);
+                self.log(Level::Info, Some(id), text);
             }
         }
     }
 
     /// Remember since when a list has shown those that the store does not know.
-    fn meet_strangers(&mut self, now: u64, list: &[ServerWorker]) {
-        let mut before = std::mem::take(&mut self.strangers);
+    fn note_unknown(&mut self, now: u64, list: &[ServerWorker]) {
+        let mut before = std::mem::take(&mut self.unknown);
         for w in list.iter().filter(|w| !self.workers.contains_key(&w.id)) {
-            let new = Stranger {
+            let new = UnknownWorker {
                 turn: self.turn,
                 since: now,
             };
-            let mut stranger = before.remove(&w.id).unwrap_or(new);
+            let mut worker_seen = before.remove(&w.id).unwrap_or(new);
             // It waits for a person, not for a slot.
             if w.hold {
-                stranger.since = now;
+                worker_seen.since = now;
             }
-            self.strangers.insert(w.id, stranger);
+            self.unknown.insert(w.id, worker_seen);
         }
     }
 
     /// Give an owner or an end to what the store does not know.
     fn compare(&mut self, now: u64, turn: u64, server: &[ServerWorker], host: &[WorkerInfo]) {
         self.foreign.retain(now, server);
-        let promised: BTreeSet<_> = self.promises.iter().map(|p| p.slot.clone()).collect();
+        let pending_slots: BTreeSet<_> = self.pending_workers.iter().map(|p| p.slot.clone()).collect();
         let ended: BTreeSet<WorkerId> = self
             .ended
             .iter()
             .filter(|(_, end)| **end >= turn)
             .map(|(id, _)| *id)
             .collect();
-        let strangers = self.strangers.iter();
-        let unknown_for = strangers.map(|(id, s)| (*id, now.saturating_sub(s.since)));
+        let unknown = self.unknown.iter();
+        let unknown_for = unknown.map(|(id, s)| (*id, now.saturating_sub(s.since)));
         let decisions = reconcile(&Question {
             plan: &self.plan,
             identity: &self.identity,
             known: &self.workers,
             server,
             host,
-            promised: &promised,
+            pending_slots: &pending_slots,
             ended: &ended,
             unknown_for: &unknown_for.collect(),
             online_timeout: self.config.factory.online_timeout_seconds * 1000,
             to_delete: self.foreign.to_delete(),
             others_seen: self.foreign.others_seen(),
-            making: self.promises.iter().any(|p| p.making || p.turn >= turn),
+            making: self.pending_workers.iter().any(|p| p.making || p.turn >= turn),
             now,
         });
-        let before = std::mem::take(&mut self.strays);
-        self.awaited.clear();
+        let before = std::mem::take(&mut self.orphans);
+        self.reserved_targets.clear();
         for decision in decisions {
             match decision {
-                Decision::Wait(target) => drop(self.awaited.insert(target)),
+                Decision::Wait(target) => drop(self.reserved_targets.insert(target)),
                 Decision::Adopt(worker) => self.adopt(worker),
                 Decision::End { worker, slot, action } => {
                     if !before.contains_key(&worker) {
                         let text = format!("nobody's worker: {}", action.name());
-                        self.say(Level::Warn, Some(worker), text);
+                        self.log(Level::Warn, Some(worker), text);
                     }
-                    self.strays.insert(worker, (slot, action));
+                    self.orphans.insert(worker, (slot, action));
                 }
                 Decision::Report { worker, why } => {
                     let private = server.iter().find(|w| w.id == worker);
@@ -323,12 +370,12 @@ impl Factory {
                 }
             }
         }
-        // What is under way is seen to its end; the rest was no stray after all, or has ended by itself.
-        for (id, stray) in before {
+        // What is under way is seen to its end; the rest was no orphan after all, or has ended by itself.
+        for (id, orphan) in before {
             let busy = self.runtimes.get(&id).is_some_and(|r| r.doing.is_some());
             if busy && !self.workers.contains_key(&id) {
-                self.strays.entry(id).or_insert(stray);
-            } else if !self.strays.contains_key(&id) && !self.workers.contains_key(&id) {
+                self.orphans.entry(id).or_insert(orphan);
+            } else if !self.orphans.contains_key(&id) && !self.workers.contains_key(&id) {
                 self.runtimes.remove(&id);
             }
         }
@@ -347,10 +394,10 @@ impl Factory {
             renew_at,
             ..Runtime::default()
         };
-        self.strays.remove(&id);
+        self.orphans.remove(&id);
         self.foreign.forget(id);
         self.out.push(Output::Save(worker.clone()));
         self.workers.insert(id, worker);
-        self.say(Level::Info, Some(id), text);
+        self.log(Level::Info, Some(id), text);
     }
 }
