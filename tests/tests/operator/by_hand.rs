@@ -1,5 +1,6 @@
 //! What a person does by hand, as root: a command as a job would run it, and a look into a worker.
 
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 
 use nix::sys::signal::Signal;
@@ -262,6 +263,7 @@ async fn a_command_by_hand_may_open_its_streams_again() {
     let (input, output) = (place.path().join("input"), place.path().join("output"));
     // A file of root's that the job's user may not open, and pipes of root's.
     std::fs::write(&input, "typed\n").unwrap();
+    std::fs::set_permissions(&input, std::fs::Permissions::from_mode(0o600)).unwrap();
     let script = "cat /dev/stdin >/dev/stdout && echo to errors >/dev/stderr";
     let mut piped = command(&house, &["run", "--", "bash", "-c", script]);
     piped.stdin(std::fs::File::open(&input).unwrap());
