@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use protocol::{Reply, Request};
 use testbed::bench::{Group, Options, Report, Way, time};
 use testbed::harness::{TestHost, binaries, has_controller, place, sealed};
-use testbed::stage::{Stage, created, install, list, read, start_attack};
+use testbed::test_helper::{TestHelper, created, install, list, read, start_attack};
 
 /// Between two `List` requests: a poll of many supervisors, so to speak.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -43,9 +43,9 @@ struct Attempt {
 fn main() {
     let options = Options::from_args();
     let attacked = AttackedHost::new();
-    let stage = attacked.stage();
-    let attempts = attacked.attempts(&stage);
-    all_are_known(&stage, &attempts);
+    let test = attacked.test();
+    let attempts = attacked.attempts(&test);
+    all_are_known(&test, &attempts);
     let mut report = Report::new("hostile");
     println!(
         "\n  {:<34} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7}",
@@ -60,7 +60,7 @@ fn main() {
         if !options.wants(&title) {
             continue;
         }
-        let (ways, rounds) = beside(&stage, attempt, &options);
+        let (ways, rounds) = beside(&test, attempt, &options);
         let [list, quiet_list, life, quiet_life] = &ways;
         let ratio = life.median() / quiet_life.median();
         let shown: String = title.chars().take(34).collect();
@@ -90,7 +90,7 @@ fn main() {
         2.0,
     );
     report.end(&options);
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[derive(Default)]
@@ -109,7 +109,7 @@ impl Worst {
 }
 
 /// What is not run here, and why.
-fn left_out(stage: &Stage) -> Vec<(&'static str, &'static str)> {
+fn left_out(test: &TestHelper) -> Vec<(&'static str, &'static str)> {
     let mut all = vec![
         ("fill", "it fills the disk of the state directory"),
         ("memory-hold", "it is an ordinary job"),
@@ -119,23 +119,23 @@ fn left_out(stage: &Stage) -> Vec<(&'static str, &'static str)> {
     if !has_controller("memory") {
         all.push(("memory-bomb", "this host cannot limit a job's memory"));
     }
-    if !has_quotas(stage) {
+    if !has_quotas(test) {
         all.push(("fill-quota", "this host cannot limit a job's disk"));
     }
     all
 }
 
-fn has_quotas(stage: &Stage) -> bool {
-    stage.helper.log.count(&["NOT ENFORCED", "limits.disk"]) == 0
+fn has_quotas(test: &TestHelper) -> bool {
+    test.helper.log.count(&["NOT ENFORCED", "limits.disk"]) == 0
 }
 
 /// Every attempt that there is, is run here or left out with a reason.
-fn all_are_known(stage: &Stage, attempts: &[Attempt]) {
+fn all_are_known(test: &TestHelper, attempts: &[Attempt]) {
     let mut list = Command::new(binaries().join("hostile-job"));
     let output = list.arg("--list").output().expect("the program was built");
     let text = String::from_utf8(output.stdout).expect("names");
     let there: BTreeSet<&str> = text.lines().collect();
-    let left_out = left_out(stage);
+    let left_out = left_out(test);
     let named = attempts.iter().map(|attempt| attempt.name);
     let known: BTreeSet<&str> = named.chain(left_out.iter().map(|(name, _)| *name)).collect();
     assert_eq!(
@@ -221,7 +221,7 @@ impl AttackedHost {
         }
     }
 
-    fn stage(&self) -> Stage {
+    fn test(&self) -> TestHelper {
         let place = self.place.path().display();
         let slot = |name: &str, lines: &str| {
             format!(
@@ -249,23 +249,23 @@ impl AttackedHost {
         let slots = format!("hide = [\"{place}/hidden\"]\n{}", slots.concat());
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, &slots);
-        Stage::on(host, None)
+        TestHelper::on(host, None)
     }
 
     /// Each attempt, with what its words name on this host.
-    fn attempts(&self, stage: &Stage) -> Vec<Attempt> {
+    fn attempts(&self, test: &TestHelper) -> Vec<Attempt> {
         let own = |name: &str| self.place.path().join(name).display().to_string();
         let (canary, file, here) = (
             own("canary"),
             own("file"),
             self.place.path().display().to_string(),
         );
-        let pids = [self.sleeper.id(), stage.helper.pid()].map(|pid| pid.to_string());
+        let pids = [self.sleeper.id(), test.helper.pid()].map(|pid| pid.to_string());
         let watches =
             fs::read_to_string("/proc/sys/fs/inotify/max_user_instances").expect("it is a file of /proc");
         let lowest = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").expect("as above");
         let variables = VARIABLES.map(|name| format!("/work/hostile-{name}"));
-        let socket = stage.host.socket().display().to_string();
+        let socket = test.host.socket().display().to_string();
         let listener = format!("stream@{}", name_of_the_listener());
         let nobody = format!("user-factory-bench-{}-nobody", std::process::id());
         let mut all: Vec<Attempt> = Vec::new();
@@ -292,7 +292,7 @@ impl AttackedHost {
         add(plain, "keys", &[], over);
         add(plain, "services", &[], over);
         add(plain, "nodes", &[], ready);
-        add(plain, "door", &[&nobody], ready);
+        add(plain, "listener", &[&nobody], ready);
         add(plain, "knock", &[&nobody], over);
         add(plain, "user-namespace", &["refused"], over);
         add(namespaces, "user-namespace", &["allowed"], ready);
@@ -364,7 +364,7 @@ impl AttackedHost {
         add(namespaces, "capable-calls", &[], over);
         add(plain, "init", &["as-it-is"], over);
         add(namespaces, "init", &["as-root-too"], over);
-        add(plain, "strangers", &[&pids[0], &pids[1]], over);
+        add(plain, "other-processes", &[&pids[0], &pids[1]], over);
         add(plain, "own-child", &[], over);
         add(plain, "overwrite-programs", &[], over);
         add("memory", "inheritance", &[], over);
@@ -384,7 +384,7 @@ impl AttackedHost {
             ready,
         );
         add(plain, "take-a-little", &[], over);
-        if has_quotas(stage) {
+        if has_quotas(test) {
             add("quota", "fill-quota", &[&(8 << 20).to_string(), "300"], ready);
         }
         add(plain, "write-much", &["64", "1000"], over);
@@ -437,15 +437,15 @@ impl Drop for SetAtTheEnd<'_> {
 }
 
 /// `List` and lives beside the attempt, and `List` and lives right before it; and how often the attempt was made.
-fn beside(stage: &Stage, attempt: &Attempt, options: &Options) -> ([Way; 4], usize) {
+fn beside(test: &TestHelper, attempt: &Attempt, options: &Options) -> ([Way; 4], usize) {
     let lives = options.size(20, 2);
-    let [quiet_list, quiet_life] = measure(stage, lives, options.size(1, 0));
+    let [quiet_list, quiet_life] = measure(test, lives, options.size(1, 0));
     let (over, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
     let [list, life] = std::thread::scope(|scope| {
-        let attacker = scope.spawn(|| attack_again_and_again(stage, attempt, &over, &rounds));
+        let attacker = scope.spawn(|| attack_again_and_again(test, attempt, &over, &rounds));
         let end = SetAtTheEnd(&over);
         wait_for_first(&rounds, &attacker);
-        let measured = measure(stage, lives, options.size(4, 0));
+        let measured = measure(test, lives, options.size(4, 0));
         drop(end);
         attacker.join().expect("the attempt can be made");
         measured
@@ -472,11 +472,11 @@ fn way(name: &str, samples: Vec<Duration>) -> Way {
 }
 
 /// So many lives of a neighbour, one after the other, for so many seconds at least; and round trips of `List` meanwhile.
-fn measure(stage: &Stage, lives: usize, seconds: u64) -> [Vec<Duration>; 2] {
+fn measure(test: &TestHelper, lives: usize, seconds: u64) -> [Vec<Duration>; 2] {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let lists = scope.spawn(|| {
-            let client = stage.client();
+            let client = test.client();
             let mut lists = Vec::new();
             while !over.load(Ordering::Relaxed) || lists.is_empty() {
                 lists.push(time(|| list(&client)));
@@ -485,7 +485,7 @@ fn measure(stage: &Stage, lives: usize, seconds: u64) -> [Vec<Duration>; 2] {
             lists
         });
         let end = SetAtTheEnd(&over);
-        let client = stage.client();
+        let client = test.client();
         let agent = || sealed(b"#!/bin/sh\nexec sleep 1000000\n");
         let begin = Instant::now();
         let mut all = Vec::new();
@@ -511,8 +511,8 @@ fn wait_for_first(rounds: &AtomicUsize, attacker: &std::thread::ScopedJoinHandle
 }
 
 /// Make the attempt in a new worker, let it come to its line and stay for a while, delete it, and begin anew.
-fn attack_again_and_again(stage: &Stage, attempt: &Attempt, over: &AtomicBool, rounds: &AtomicUsize) {
-    let client = stage.client();
+fn attack_again_and_again(test: &TestHelper, attempt: &Attempt, over: &AtomicBool, rounds: &AtomicUsize) {
+    let client = test.client();
     let words: Vec<&str> = attempt.words.iter().map(String::as_str).collect();
     while !over.load(Ordering::Relaxed) {
         let worker = created(&client, attempt.slot);

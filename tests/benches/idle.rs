@@ -1,4 +1,4 @@
-//! What both halves take of a host on which nothing happens: memory, processor time, and wake-ups.
+//! What supervisor and helper take of a host on which nothing happens: memory, processor time, and wake-ups.
 //!
 //! `cargo bench -p testbed --bench idle`; needs root. Ten minutes, or with `--small` ten seconds.
 
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use testbed::bench::{Options, Report};
-use testbed::house::House;
+use testbed::test_factory::TestFactory;
 use testbed::tracer::service::listener;
 
 /// What the kernel has counted for a process, over all its threads (`proc(5)`).
@@ -93,28 +93,28 @@ fn main() {
         .map(|n| format!("[slots.s{n}]\ntarget = \"TARGET\"\n"))
         .collect();
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let house = runtime.block_on(async {
-        let house = House::new(&slots).await;
+    let factory = runtime.block_on(async {
+        let factory = TestFactory::new(&slots).await;
         // What is made once is made: a job has been there.
-        let job = house.submit("true");
-        house.completed(job).await;
-        house
+        let job = factory.submit("true");
+        factory.completed(job).await;
+        factory
             .see(|state| state.workers.values().all(|w| w.deleted).then_some(()))
             .await;
-        house.polls(3).await;
-        house
+        factory.polls(3).await;
+        factory
     });
     let halves = [
-        ("helper", house.helper.pid()),
-        ("supervisor", house.supervisor.pid()),
-        ("listener", listener(house.helper.pid())),
+        ("helper", factory.helper.pid()),
+        ("supervisor", factory.supervisor.pid()),
+        ("listener", listener(factory.helper.pid())),
     ];
     let before = halves.map(|(_, pid)| counted(pid));
-    let requests = house.server.all_requests().values().sum::<u64>();
+    let requests = factory.server.all_requests().values().sum::<u64>();
     let begin = Instant::now();
     let mounts = mounts_changed_within(length);
     let seconds = begin.elapsed().as_secs_f64();
-    let requests = house.server.all_requests().values().sum::<u64>() - requests;
+    let requests = factory.server.all_requests().values().sum::<u64>() - requests;
     println!("\nIdle for {seconds:.0} s, with 64 slots");
     println!(
         "  {:<11} {:>8} {:>8} {:>8} {:>11} {:>9} {:>10} {:>9}",
@@ -144,5 +144,5 @@ fn main() {
     );
     report.aim("supervisor resident, in MB", all[1].0, 25.0);
     report.aim("supervisor, in % of a processor", all[1].1, 0.1);
-    runtime.block_on(house.finish());
+    runtime.block_on(factory.finish());
 }

@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::Reply;
 use testbed::bench::{Go, Group, Options, Report};
 use testbed::harness::{TestHost, sealed, tool};
-use testbed::stage::{Stage, created, install, read};
+use testbed::test_helper::{TestHelper, created, install, read};
 
 /// Nobody's, outside every range in use.
 const USER: u32 = 0x6fff_fff1;
@@ -157,7 +157,7 @@ fn prepare(place: &Path, options: &Options) {
 }
 
 /// The work as an ordinary user of the host, in an empty directory on the workers' file system. The toolchain, where it
-/// is in somebody's home, is shown to it in a mount namespace.
+/// is in a user's home, is shown to it in a mount namespace.
 fn on_host(host: &TestHost, place: &Path, script: &str) -> Duration {
     let (work, rust) = (host.root.join("ordinary"), host.root.join("rust"));
     fs::create_dir_all(&rust).expect("a directory");
@@ -177,10 +177,10 @@ fn on_host(host: &TestHost, place: &Path, script: &str) -> Duration {
     took(&(String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr)))
 }
 
-/// The same in a worker of its own. Its end is waited for at its cgroup: whoever asks the helper again and again takes
+/// The same in a worker of its own. Its end is waited for at its cgroup: asking the helper again and again takes
 /// one of the processors that the job should have.
-fn in_worker(stage: &Stage, script: &str) -> Duration {
-    let client = stage.client();
+fn in_worker(test: &TestHelper, script: &str) -> Duration {
+    let client = test.client();
     let worker = created(&client, "a");
     let script = format!(
         "#!/bin/bash\nexport IN=/opt/in RUST=/opt/rust; cd /work; exec 2>&1\n{}",
@@ -188,7 +188,7 @@ fn in_worker(stage: &Stage, script: &str) -> Duration {
     );
     let (reply, console) = install(&client, worker, sealed(script.as_bytes()));
     assert_eq!(reply, Reply::AgentStarted);
-    let events = stage
+    let events = test
         .host
         .cgroup_dir()
         .join(format!("workers/{worker}/cgroup.events"));
@@ -206,7 +206,7 @@ fn in_worker(stage: &Stage, script: &str) -> Duration {
         .expect("it can be waited for");
     }
     let said = read(&console.expect("a console comes with the reply"));
-    stage.delete(&[worker]);
+    test.delete(&[worker]);
     took(&said)
 }
 
@@ -224,14 +224,14 @@ fn main() {
         place.path().display(),
         sysroot().display()
     );
-    let stage = Stage::with(&slots);
+    let test = TestHelper::with(&slots);
     for part in parts(&options).iter().filter(|part| options.wants(part.name)) {
         let ways: Vec<Go<'_>> = vec![
             (
                 "ordinary user of the host",
-                Box::new(|| on_host(&stage.host, place.path(), &part.script)),
+                Box::new(|| on_host(&test.host, place.path(), &part.script)),
             ),
-            ("inside a worker", Box::new(|| in_worker(&stage, &part.script))),
+            ("inside a worker", Box::new(|| in_worker(&test, &part.script))),
         ];
         let group = report.add(Group::measure(part.title, part.rounds, ways));
         let ratio = group.ratio("inside a worker", "ordinary user of the host");
@@ -240,5 +240,5 @@ fn main() {
         }
     }
     report.end(&options);
-    stage.finish(&[]);
+    test.finish(&[]);
 }

@@ -1,5 +1,5 @@
-//! From a job in the queue to the first line of its output, through the real two processes, the stand-in server and the
-//! reference agent: who waits for whom.
+//! From a job in the queue to the first line of its output, through the real two processes, the fake server and the
+//! fake agent: which waits for which.
 //!
 //! `cargo bench -p testbed --bench latency`; needs root. Jobs come one after the other, each at another moment of the
 //! factory's poll interval.
@@ -9,8 +9,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use testbed::bench::{Group, Options, Report, Way};
 use testbed::harness::PATIENCE;
-use testbed::house::House;
 use testbed::server::{State, Ulid};
+use testbed::test_factory::TestFactory;
 
 /// What is waited for, in this order, and who makes it happen.
 const STEPS: [&str; 8] = [
@@ -28,8 +28,8 @@ const STEPS: [&str; 8] = [
 const OWN: std::ops::Range<usize> = 1..5;
 
 /// When each step of a job was over: the server's own times, and those of the supervisor's log.
-async fn follow(house: &House, job: Ulid) -> [Timestamp; STEPS.len() + 1] {
-    let seen = house.supervisor.log.len();
+async fn follow(factory: &TestFactory, job: Ulid) -> [Timestamp; STEPS.len() + 1] {
+    let seen = factory.supervisor.log.len();
     let mut online = None;
     let see = |state: &State| {
         let job = &state.jobs[&job];
@@ -39,10 +39,10 @@ async fn follow(house: &House, job: Ulid) -> [Timestamp; STEPS.len() + 1] {
         let line = job.events.iter().find(|event| event.payload == "first")?;
         Some((job.submitted, job.assigned, line.time))
     };
-    let seen_by_server = house.server.wait_for(PATIENCE, see).await;
+    let seen_by_server = factory.server.wait_for(PATIENCE, see).await;
     let (submitted, assigned, line) = seen_by_server.unwrap_or_else(|e| panic!("{e:#}"));
-    house.told_from(seen, &["worker phase", "phase=\"running\""]);
-    let log = house.supervisor.log.text_from(seen);
+    factory.logged_from(seen, &["worker phase", "phase=\"running\""]);
+    let log = factory.supervisor.log.text_from(seen);
     let lines: Vec<&str> = log.lines().collect();
     let made = lines
         .iter()
@@ -78,27 +78,27 @@ fn time_of(line: &str) -> Timestamp {
 async fn main() {
     let options = Options::from_args();
     let mut report = Report::new("latency");
-    let mut house = House::new("[slots.a]\ntarget = \"TARGET\"\n").await;
-    house.count_calls();
+    let mut factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\n").await;
+    factory.count_calls();
     // The agent is downloaded once, by the first job.
-    let first = house.submit("echo first");
-    house.completed(first).await;
+    let first = factory.submit("echo first");
+    factory.completed(first).await;
     let jobs = options.size(100, 5);
     let mut steps = vec![Vec::new(); STEPS.len()];
     let (mut own, mut all) = (Vec::new(), Vec::new());
     for number in 0..jobs {
-        idle(&house).await;
+        idle(&factory).await;
         // All of the poll interval is met, evenly.
         tokio::time::sleep(Duration::from_secs(1) * number as u32 / jobs as u32).await;
-        let job = house.submit("echo first");
-        let at = follow(&house, job).await;
+        let job = factory.submit("echo first");
+        let at = follow(&factory, job).await;
         let us = |from: usize, to: usize| at[from].duration_until(at[to]).as_secs_f64() * 1e6;
         for (step, samples) in steps.iter_mut().enumerate() {
             samples.push(us(step, step + 1));
         }
         own.push(us(OWN.start, OWN.end));
         all.push(us(0, STEPS.len()));
-        house.completed(job).await;
+        factory.completed(job).await;
     }
     let way = |name: &str, mut samples: Vec<f64>| {
         samples.sort_by(f64::total_cmp);
@@ -126,12 +126,12 @@ async fn main() {
         50.0,
     );
     report.end(&options);
-    house.finish().await;
+    factory.finish().await;
 }
 
 /// Wait until no worker is left on the server, and the factory has seen it.
-async fn idle(house: &House) {
+async fn idle(factory: &TestFactory) {
     let gone = |state: &State| state.workers.values().all(|worker| worker.deleted).then_some(());
-    house.see(gone).await;
-    house.polls(2).await;
+    factory.see(gone).await;
+    factory.polls(2).await;
 }

@@ -1,5 +1,5 @@
 //! A worker's whole life: create, install a 2 MB agent, its first instruction, kill, delete. Through the helper's
-//! socket, with all walls up; against the bare system calls, bubblewrap, the obvious script, crun and podman.
+//! socket, with the whole sandbox; against the bare system calls, bubblewrap, the obvious script, crun and podman.
 //!
 //!     cargo bench -p testbed --bench lifecycle
 //!
@@ -213,8 +213,8 @@ fn stand(way: &str, arguments: &[String]) {
     let lives: Box<dyn FnMut() -> Duration> = match way {
         "helper" => {
             let connect = arguments.iter().any(|argument| argument == "--connect");
-            let mut house = House::new(&place, &started, number("--alive").unwrap_or(0));
-            Box::new(move || house.life(&started, connect))
+            let mut factory = TestFactory::new(&place, &started, number("--alive").unwrap_or(0));
+            Box::new(move || factory.life(&started, connect))
         }
         "bare" => return bare(&place, own.path(), &started),
         "bubblewrap" => {
@@ -331,7 +331,7 @@ impl Drop for FirstOpen {
 }
 
 /// The helper on a host of its own, and a client.
-struct House {
+struct TestFactory {
     client: Client,
     helper: testbed::harness::Running,
     agent: std::os::fd::OwnedFd,
@@ -339,8 +339,8 @@ struct House {
     host: TestHost,
 }
 
-impl House {
-    fn new(place: &Path, started: &FirstOpen, alive: usize) -> House {
+impl TestFactory {
+    fn new(place: &Path, started: &FirstOpen, alive: usize) -> TestFactory {
         let mut host = TestHost::new();
         // More than a test has, and not among theirs.
         let first = 0x7010_0000 + std::process::id() % 1000 * 256;
@@ -358,7 +358,7 @@ impl House {
         host.configure("http://127.0.0.1:1", 0, &(0..SLOTS).map(slot).collect::<String>());
         let helper = host.helper();
         let agent = sealed(&fs::read(place.join("agent")).expect("it was built"));
-        let mut house = House {
+        let mut factory = TestFactory {
             client: Client::new(&host),
             helper,
             agent,
@@ -366,11 +366,11 @@ impl House {
             host,
         };
         for n in 1..=alive {
-            let other = house.start(&house.client, n);
+            let other = factory.start(&factory.client, n);
             started.wait();
-            house.others.push(other);
+            factory.others.push(other);
         }
-        house
+        factory
     }
 
     fn start(&self, client: &Client, slot: usize) -> WorkerId {
@@ -421,7 +421,7 @@ impl House {
     }
 }
 
-impl Drop for House {
+impl Drop for TestFactory {
     fn drop(&mut self) {
         for worker in std::mem::take(&mut self.others) {
             self.client.ask(&Request::Delete { worker });

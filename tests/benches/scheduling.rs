@@ -16,7 +16,7 @@ use supervisor::reconcile::{Question, adopted, reconcile};
 use supervisor::schedule::Plan;
 use supervisor::worker::{Phase, Worker};
 use testbed::bench::{Go, Group, Options, Report};
-use testbed::house::{CALLS, House};
+use testbed::test_factory::{CALLS, TestFactory};
 
 /// Targets that the slots belong to, in turn.
 const TARGETS: usize = 16;
@@ -254,16 +254,16 @@ async fn calls(options: &Options, report: &Report) {
     let slots: String = (0..alive[2])
         .map(|n| format!("[slots.s{n}]\ntarget = \"TARGET\"\n"))
         .collect();
-    let mut house = House::new(&slots).await;
-    house.count_calls();
+    let mut factory = TestFactory::new(&slots).await;
+    factory.count_calls();
     let (mut running, mut first) = (0, None);
     for wanted in alive {
         for _ in running..wanted {
-            house.submit_waiting();
+            factory.submit_blocking();
         }
         running = wanted;
-        house.online(running).await;
-        let calls = house.calls_of_a_round(options.size(20, 5)).await;
+        factory.online(running).await;
+        let calls = factory.calls_per_poll(options.size(20, 5)).await;
         let shown = CALLS
             .iter()
             .map(|name| format!("{name} {:.2}", calls.get(*name).unwrap_or(&0.0)));
@@ -279,8 +279,8 @@ async fn calls(options: &Options, report: &Report) {
             1.1,
         );
     }
-    house.let_end();
-    house.finish().await;
+    factory.release();
+    factory.finish().await;
 }
 
 fn main() {

@@ -48,7 +48,7 @@ struct Tenant {
 /// A host, its configuration, and its workers.
 #[derive(Clone, Debug)]
 pub struct Model {
-    /// None while somebody is mending it: it does not parse.
+    /// None while it does not parse.
     pub configuration: Option<Configuration>,
     pub uids: RangeInclusive<u32>,
     /// None is a worker whose record is damaged: nobody knows which slot it has.
@@ -177,7 +177,7 @@ impl Model {
         }
     }
 
-    /// Something outside the contract happens: the disk, or somebody, spoils the worker's record.
+    /// Something outside the contract happens: the disk, or a root process, damages the worker's record.
     pub fn damage(&mut self, worker: WorkerId) {
         self.workers.entry(worker).and_modify(|tenant| *tenant = None);
     }

@@ -1,4 +1,4 @@
-//! A TCP proxy in front of the stand-in server, which does to answers what networks, proxies and broken servers
+//! A TCP proxy in front of the fake server, which does to answers what networks, proxies and broken servers
 //! do. It knows just enough of HTTP to take one request a connection, and to tell which one it is.
 
 use std::net::SocketAddr;
@@ -160,7 +160,7 @@ async fn listen(
     }
 }
 
-/// One connection, one request. Whoever breaks it off is told nothing.
+/// One connection, one request. A client that breaks it off gets nothing.
 async fn serve(shared: Arc<Shared>, mut client: TcpStream) -> Result<()> {
     let request = read_request(&mut client).await?;
     let (part, fault) = shared.rule();

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use testbed::sources::{read, tests_in};
+
 /// The rows that must be there: groups A to F, H and J. Group G, accidents, is in docs/reliability.md, and group I, hosts, in
 /// docs/hosts.md.
 const ROWS: [std::ops::RangeInclusive<u32>; 2] = [1..=72, 86..=115];
@@ -16,7 +18,7 @@ fn tests() -> &'static Path {
 
 /// The cell of each row that says what shows it.
 fn table() -> BTreeMap<u32, String> {
-    let text = fs::read_to_string(tests().join("../../docs/attacks.md")).expect("the table is there");
+    let text = read("docs/attacks.md");
     let mut rows = BTreeMap::new();
     for line in text.lines().filter(|line| line.starts_with('|')) {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
@@ -39,47 +41,6 @@ fn names(cell: &str) -> BTreeSet<String> {
     cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
-/// Is the test with these attributes left out of every run? One that another machine is booted for is not.
-fn is_left_out(attributes: &str) -> bool {
-    let Some((_, reason)) = attributes.split_once("#[ignore") else {
-        return false;
-    };
-    let Some((_, story)) = reason.split_once("tests/machine/run ") else {
-        return true;
-    };
-    let story = story.split(['"', ' ']).next().unwrap_or_default();
-    let path = tests().join("../machine/stories").join(story);
-    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path:?}: {error}"));
-    assert!(
-        text.contains("-ignored"),
-        "the story {story} runs no test that is ignored"
-    );
-    false
-}
-
-/// The names of the functions in this file that are tests and are not left out.
-fn functions(file: &Path) -> BTreeSet<String> {
-    let text = fs::read_to_string(file).unwrap_or_default();
-    let mut found = BTreeSet::new();
-    let mut attributes = String::new();
-    for line in text.lines() {
-        let line = line.trim_start();
-        if line.starts_with("#[") {
-            attributes += line;
-        } else if let Some((before, rest)) = line.split_once("fn ")
-            && matches!(before, "" | "async ")
-        {
-            if attributes.contains("test") && !is_left_out(&attributes) {
-                found.insert(rest.split('(').next().unwrap_or_default().to_owned());
-            }
-            attributes.clear();
-        } else if !line.starts_with("//") {
-            attributes.clear();
-        }
-    }
-    found
-}
-
 /// Is there a test of this name? `binary::test` and `binary::module::test` are of this crate; what begins with the name of
 /// another crate of the workspace is in the module before `tests`, or in a program of that crate's `tests`.
 fn exists(name: &str) -> bool {
@@ -99,11 +60,11 @@ fn exists(name: &str) -> bool {
                     file.join("tests/mod.rs"),
                 ]
             });
-            files.into_iter().find(|file| functions(file).contains(function))
+            files.into_iter().find(|file| tests_in(file).contains(function))
         }
         _ => Some(tests().join(path.replace("::", "/")).with_extension("rs")),
     };
-    file.is_some_and(|file: PathBuf| functions(&file).contains(function))
+    file.is_some_and(|file: PathBuf| tests_in(&file).contains(function))
 }
 
 #[test]
@@ -143,7 +104,7 @@ fn every_test_of_an_attack_is_in_its_row() {
             .expect("a file has a name")
             .to_string_lossy()
             .into_owned();
-        for function in functions(&path) {
+        for function in tests_in(&path) {
             count += 1;
             let row = function
                 .strip_prefix("row_")

@@ -7,14 +7,7 @@ use std::process::Command;
 
 use serde::Deserialize;
 use syn::Item;
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
-}
-
-fn read(path: &Path) -> String {
-    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
+use testbed::sources::{code, crates_of_the_helper, files, read};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -24,7 +17,7 @@ struct Budget {
 }
 
 fn allow(what: &str, count: usize) {
-    let mut budgets: BTreeMap<String, Budget> = toml::from_str(&read(&root().join("budgets.toml"))).unwrap();
+    let mut budgets: BTreeMap<String, Budget> = toml::from_str(&read("budgets.toml")).unwrap();
     let budget = budgets.remove(what).expect("a budget of this name");
     assert!(
         !budget.reason.trim().is_empty(),
@@ -38,30 +31,9 @@ fn allow(what: &str, count: usize) {
     );
 }
 
-/// The lines of code of a file: all up to `#[cfg(test)]` but blank ones and those that begin with `//`.
-fn code(text: &str) -> impl Iterator<Item = &str> {
-    text.lines()
-        .take_while(|line| *line != "#[cfg(test)]")
-        .map(str::trim)
-        .filter(|line| !line.is_empty() && !line.starts_with("//"))
-}
-
 /// The sources of both crates.
 fn sources() -> Vec<PathBuf> {
-    let mut folders = ["protocol/src", "helper/src"].map(PathBuf::from).to_vec();
-    let mut files = Vec::new();
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(root().join(&folder)).unwrap() {
-            let entry = entry.unwrap();
-            let path = folder.join(entry.file_name());
-            match entry.file_type().unwrap().is_dir() {
-                true => folders.push(path),
-                false => files.push(path),
-            }
-        }
-    }
-    files.sort();
-    files
+    [files("protocol/src"), files("helper/src")].concat()
 }
 
 /// Which budget the lines of a file are of: by what a process that runs them may do.
@@ -81,7 +53,7 @@ fn budget_of(file: &Path) -> &'static str {
 fn each_kind_of_code_has_few_lines() {
     let mut lines = BTreeMap::from([("manual", 0), ("privileged", 0), ("unprivileged", 0)]);
     for file in sources() {
-        let text = read(&root().join(&file));
+        let text = read(&file);
         let count = code(&text).count();
         println!("{count:>5} {}", file.display());
         *lines.get_mut(budget_of(&file)).unwrap() += count;
@@ -103,7 +75,7 @@ fn each_kind_of_code_has_few_lines() {
 fn what_is_unsafe_is_in_one_file_of_each_crate_and_little() {
     let mut all = 0;
     for file in sources() {
-        let text = read(&root().join(&file));
+        let text = read(&file);
         let words = code(&text).flat_map(|line| line.split(|c: char| !(c.is_alphanumeric() || c == '_')));
         let count = words.filter(|word| *word == "unsafe").count();
         assert!(
@@ -119,37 +91,12 @@ fn what_is_unsafe_is_in_one_file_of_each_crate_and_little() {
 
 #[test]
 fn the_supervisor_can_ask_for_few_things() {
-    let file = syn::parse_file(&read(&root().join("protocol/src/message.rs"))).unwrap();
+    let file = syn::parse_file(&read("protocol/src/message.rs")).unwrap();
     let requests = file.items.iter().find_map(|item| match item {
         Item::Enum(it) if it.ident == "Request" => Some(it.variants.len()),
         _ => None,
     });
     allow("requests", requests.expect("the requests are there"));
-}
-
-/// What cargo takes for the helper.
-fn crates_of_the_helper() -> BTreeSet<String> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let tree = Command::new(cargo)
-        .args([
-            "tree",
-            "--locked",
-            "--package",
-            "helper",
-            "--edges",
-            "normal,build",
-            "--prefix",
-            "none",
-            "--no-dedupe",
-        ])
-        .current_dir(root())
-        .output()
-        .expect("cargo can be started");
-    assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
-    let text = String::from_utf8(tree.stdout).unwrap();
-    text.lines()
-        .filter_map(|line| Some(line.split(' ').next()?.to_owned()))
-        .collect()
 }
 
 #[test]
@@ -164,7 +111,7 @@ fn the_helper_is_made_of_few_crates_each_with_its_reason() {
         );
     }
     // cargo-deny sees to it that no other crate comes in; here, that the list has no line too many.
-    let list: toml::Table = toml::from_str(&read(&root().join("helper/deny.toml"))).unwrap();
+    let list: toml::Table = toml::from_str(&read("helper/deny.toml")).unwrap();
     let listed: BTreeSet<String> = list["bans"]["allow"]
         .as_array()
         .unwrap()
@@ -184,9 +131,9 @@ fn the_helper_is_made_of_few_crates_each_with_its_reason() {
     allow("crates", crates.len());
 }
 
-/// A sentence that only the program of the commands by hand has, and one that only the helper has.
+/// A sentence that only the program of the manual commands has, and one that only the helper has.
 #[test]
-fn the_helpers_program_has_nothing_of_the_commands_by_hand() {
+fn the_helpers_program_has_no_code_of_the_manual_commands() {
     let (manual, monitor) = ("there is no command: write it behind --", "must run as root");
     for (program, has, lacks) in [
         ("user-factory-helper", monitor, manual),
@@ -236,7 +183,7 @@ fn a_line_counts_that_is_code_and_comes_before_the_tests() {
             "#[derive(Debug)]",
             "struct A; // a comment",
             "fn f() {",
-            "g()",
+            "    g()",
             "}"
         ]
     );

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use protocol::{ErrorKind, Reply, Request};
 use testbed::harness::{sealed, worker_id};
-use testbed::stage::{Stage, attack_program, create, install, read, wait_for_line};
+use testbed::test_helper::{TestHelper, attack_program, create, install, read, wait_for_line};
 
 use counts::Counts;
 
@@ -52,10 +52,10 @@ const LEFTOVERS: [(&str, &[&str], &str); 11] = [
 ];
 
 /// One worker's life. As the supervisor does it, each step has a connection of its own.
-fn live(stage: &Stage, slot: usize, number: usize) {
+fn live(test: &TestHelper, slot: usize, number: usize) {
     let worker = worker_id();
     let slot = format!("s{slot}");
-    let reply = create(&stage.client(), worker, &slot);
+    let reply = create(&test.client(), worker, &slot);
     assert!(matches!(reply, Reply::UserCreated { .. }), "{reply:?}");
     let hostile = number.is_multiple_of(3).then(|| match slot.as_str() {
         NAMESPACES => ("user-namespace", &["allowed"][..], "ready"),
@@ -69,11 +69,7 @@ fn live(stage: &Stage, slot: usize, number: usize) {
         ),
     };
     let (reply, console) = loop {
-        match install(
-            &stage.client(),
-            worker,
-            program.try_clone().expect("a descriptor"),
-        ) {
+        match install(&test.client(), worker, program.try_clone().expect("a descriptor")) {
             // A machine that bombs keep busy may take its time.
             (Reply::Error(error), _) if error.kind == ErrorKind::Busy => {}
             other => break other,
@@ -84,12 +80,12 @@ fn live(stage: &Stage, slot: usize, number: usize) {
     wait_for_line(&console, line);
     let console = read(&console);
     assert!(!console.contains("BROKEN"), "{hostile:?}:\n{console}");
-    let reply = stage.client().ask(&Request::Delete { worker }).0;
+    let reply = test.client().ask(&Request::Delete { worker }).0;
     assert_eq!(reply, Reply::Deleted, "{hostile:?}");
 }
 
 /// These workers, so many at the same time.
-fn churn(stage: &Stage, numbers: std::ops::Range<usize>, at_once: usize) {
+fn churn(test: &TestHelper, numbers: std::ops::Range<usize>, at_once: usize) {
     let next = AtomicUsize::new(numbers.start);
     std::thread::scope(|scope| {
         for slot in 0..at_once {
@@ -102,7 +98,7 @@ fn churn(stage: &Stage, numbers: std::ops::Range<usize>, at_once: usize) {
                     }
                     // One after the other, they are in every slot.
                     let slot = if at_once == 1 { number % AT_ONCE } else { slot };
-                    live(stage, slot, number);
+                    live(test, slot, number);
                 }
             });
         }
@@ -114,22 +110,22 @@ fn what_the_helper_and_the_kernel_keep_does_not_grow_with_the_workers() {
     let workers = std::env::var("USER_FACTORY_TEST_CHURN").ok();
     let workers = workers.map_or(WORKERS, |number| number.parse().expect("a number"));
     assert!(workers >= WARM + 2 * AT_ONCE, "so few show nothing");
-    let stage = Stage::with(&slots());
+    let test = TestHelper::with(&slots());
     let begin = Instant::now();
-    churn(&stage, 0..WARM / 2, 1);
-    churn(&stage, WARM / 2..WARM, AT_ONCE);
-    let first = Counts::take(&stage);
+    churn(&test, 0..WARM / 2, 1);
+    churn(&test, WARM / 2..WARM, AT_ONCE);
+    let first = Counts::take(&test);
     println!("after {WARM}: {first}");
     let half = WARM + (workers - WARM) / 2;
     for (numbers, at_once) in [(WARM..half, 1), (half..workers, AT_ONCE)] {
         let more = numbers.end - WARM;
-        churn(&stage, numbers, at_once);
-        let now = first.wait_until_flat(&stage, more);
+        churn(&test, numbers, at_once);
+        let now = first.wait_until_flat(&test, more);
         println!(
             "after {} ({at_once} at once, {:.0?}): {now}",
             WARM + more,
             begin.elapsed()
         );
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }

@@ -1,70 +1,62 @@
-//! Jobs from the queue to the end, through the real binaries: the stand-in server, the supervisor as an
-//! unprivileged user, the helper as root, the reference agent in its sandbox. Needs root.
+//! Jobs from the queue to the end, through the real binaries: the fake server, the supervisor as an
+//! unprivileged user, the helper as root, the fake agent in its sandbox. Needs root.
 
-#[path = "end_to_end/alone.rs"]
-mod alone;
+#[path = "end_to_end/own_network.rs"]
+mod own_network;
 #[path = "end_to_end/proxied.rs"]
 mod proxied;
 
 use nix::sys::signal::Signal;
-use testbed::census::processes_of;
 use testbed::harness::{PATIENCE, SUPERVISOR_UID};
-use testbed::house::{House, ONE, TWO, lines};
+use testbed::host_snapshot::processes_of;
 use testbed::server::{Down, JobSpec, Ulid};
+use testbed::test_factory::{ONE, TWO, TestFactory, lines};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_runs_streams_uploads_and_leaves_nothing() {
-    let house = House::new(ONE).await;
+    let factory = TestFactory::new(ONE).await;
     let mut spec = JobSpec::script(
         "linux",
         "cat /input/in.txt; echo $COLOUR; whoami; pwd; echo oops >&2; tr a-z A-Z < /input/in.txt > /work/out.txt",
     );
     spec.inputs = vec![("in.txt".into(), "words\n".into())];
     spec.output_rules = vec!["/work/*.txt".into()];
-    let job = house.server.submit_job(spec).unwrap();
-    let done = house.ended(job).await;
+    let job = factory.server.submit_job(spec).unwrap();
+    let done = factory.ended(job).await;
     assert_eq!(done.state(), "completed", "{:#?}", done.events);
     let user = format!("bmat-{}", done.worker.unwrap().to_string().to_lowercase());
     assert_eq!(lines(&done, "stdout"), ["words", "red", &user, "/work"]);
     // bash may warn of a locale that this host lacks before it.
     assert_eq!(lines(&done, "stderr").last().map(String::as_str), Some("oops"));
-    assert_eq!(house.server.output(job, "/work/out.txt").unwrap(), "WORDS\n");
-    house.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_fails_is_failed_and_its_worker_recycled() {
-    let house = House::new(ONE).await;
-    let done = house.submit("exit 3");
-    assert_eq!(house.ended(done).await.state(), "failed");
-    house.finish().await;
+    assert_eq!(factory.server.output(job, "/work/out.txt").unwrap(), "WORDS\n");
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_slots_run_two_jobs_at_once_and_a_third_waits() {
-    let house = House::new(TWO).await;
+    let factory = TestFactory::new(TWO).await;
     // Each waits for a word that only this test gives, by ending it.
     let jobs: Vec<Ulid> = (0..3)
-        .map(|_| house.submit("echo running; while ! [ -e /work/stop ]; do read -t 1 < <(sleep 2); done"))
+        .map(|_| factory.submit("echo running; while ! [ -e /work/stop ]; do read -t 1 < <(sleep 2); done"))
         .collect();
-    house.printed(jobs[0], "running").await;
-    house.printed(jobs[1], "running").await;
-    assert!(house.server.job(jobs[2]).queued());
-    house.server.cancel(jobs[0]).unwrap();
-    house.printed(jobs[2], "running").await;
+    factory.printed(jobs[0], "running").await;
+    factory.printed(jobs[1], "running").await;
+    assert!(factory.server.job(jobs[2]).queued());
+    factory.server.cancel(jobs[0]).unwrap();
+    factory.printed(jobs[2], "running").await;
     for job in &jobs[1..] {
-        house.server.cancel(*job).unwrap();
+        factory.server.cancel(*job).unwrap();
     }
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn conflicting_slots_take_turns() {
-    let house = House::new(
+    let factory = TestFactory::new(
         "[slots.a]\ntarget = \"TARGET\"\n[slots.b]\ntarget = \"TARGET\"\nconflicts_with_slots = [\"a\"]\n",
     )
     .await;
-    let jobs: Vec<Ulid> = (0..4).map(|_| house.submit("echo once")).collect();
+    let jobs: Vec<Ulid> = (0..4).map(|_| factory.submit("echo once")).collect();
     let alive =
         |state: &testbed::server::State| state.workers.values().filter(|worker| !worker.deleted).count();
     // Looked at after every change: never two.
@@ -75,46 +67,37 @@ async fn conflicting_slots_take_turns() {
         );
         jobs.iter().all(|job| state.jobs[job].complete()).then_some(())
     };
-    house.server.wait_for(PATIENCE, never_two).await.unwrap();
+    factory.server.wait_for(PATIENCE, never_two).await.unwrap();
     assert!(
         jobs.iter()
-            .all(|job| house.server.job(*job).state() == "completed")
+            .all(|job| factory.server.job(*job).state() == "completed")
     );
-    house.finish().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_cancelled_job_is_ended_and_cleaned_up() {
-    let house = House::new(ONE).await;
-    let job = house.submit("echo running; sleep 1000");
-    house.printed(job, "running").await;
-    house.server.cancel(job).unwrap();
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_held_worker_stays_as_it_is_until_it_is_released() {
-    let house = House::new(ONE).await;
-    let job = house.submit("echo running; sleep 1000");
-    house.printed(job, "running").await;
-    let worker = house.server.job(job).worker.unwrap();
-    house.server.hold(worker).unwrap();
-    house.server.recycle(worker).unwrap();
+    let factory = TestFactory::new(ONE).await;
+    let job = factory.submit("echo running; sleep 1000");
+    factory.printed(job, "running").await;
+    let worker = factory.server.job(job).worker.unwrap();
+    factory.server.hold(worker).unwrap();
+    factory.server.recycle(worker).unwrap();
     // Two looks of the factory later, it is all still there.
-    let polls = house.server.requests("GET /0/factory/workers");
-    house
+    let polls = factory.server.requests("GET /0/factory/workers");
+    factory
         .server
         .wait_for(PATIENCE, |_| {
-            (house.server.requests("GET /0/factory/workers") > polls + 2).then_some(())
+            (factory.server.requests("GET /0/factory/workers") > polls + 2).then_some(())
         })
         .await
         .unwrap();
     assert!(
-        !processes_of(&house.host.uids).is_empty(),
+        !processes_of(&factory.host.uids).is_empty(),
         "a held worker was touched"
     );
-    house.server.release(worker).unwrap();
-    house.finish().await;
+    factory.server.release(worker).unwrap();
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -122,20 +105,20 @@ async fn an_agent_that_is_no_program_breaks_the_worker_with_the_reason_in_the_jo
     let directory = tempfile::tempdir().unwrap();
     let agent = directory.path().join("agent");
     std::fs::write(&agent, b"\x7fthis is no program").unwrap();
-    let house = House::with_agent(ONE, agent).await;
-    let job = house.submit("echo never");
-    let done = house.ended(job).await;
+    let factory = TestFactory::with_agent(ONE, agent).await;
+    let job = factory.submit("echo never");
+    let done = factory.ended(job).await;
     assert_eq!(done.state(), "failed");
     let console = lines(&done, "console").join("\n");
     assert!(console.contains("Exec format error"), "{console}");
-    // Held for a person; released, it goes.
-    let held = house.server.worker(done.worker.unwrap());
+    // Held for an operator; released, it is deleted.
+    let held = factory.server.worker(done.worker.unwrap());
     assert!(
         held.hold
             .is_some_and(|hold| hold.reason.contains("Exec format error"))
     );
-    house.server.release(held.id).unwrap();
-    house.finish().await;
+    factory.server.release(held.id).unwrap();
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -143,24 +126,24 @@ async fn an_agent_that_dies_at_start_breaks_the_worker_with_its_last_words() {
     let directory = tempfile::tempdir().unwrap();
     let agent = directory.path().join("agent");
     std::fs::write(&agent, "#!/bin/bash\necho my last words\nexit 9\n").unwrap();
-    let house = House::with_agent(ONE, agent).await;
-    let job = house.submit("echo never");
-    let done = house.ended(job).await;
+    let factory = TestFactory::with_agent(ONE, agent).await;
+    let job = factory.submit("echo never");
+    let done = factory.ended(job).await;
     assert_eq!(done.state(), "failed");
     assert!(
         lines(&done, "console").iter().any(|line| line == "my last words"),
         "{:#?}",
         done.events
     );
-    let held = house.server.worker(done.worker.unwrap());
+    let held = factory.server.worker(done.worker.unwrap());
     assert!(
         held.hold
             .as_ref()
             .is_some_and(|hold| hold.reason.contains("status 9")),
         "{held:?}"
     );
-    house.server.release(held.id).unwrap();
-    house.finish().await;
+    factory.server.release(held.id).unwrap();
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -172,9 +155,9 @@ async fn an_agent_that_never_bootstraps_is_timed_out() {
         "#!/bin/bash\necho waiting for ever\nsleep 1000 & exit 0\n",
     )
     .unwrap();
-    let house = House::with_agent(&format!("online_timeout_seconds = 5\n{ONE}"), agent).await;
-    let job = house.submit("echo never");
-    let done = house.ended(job).await;
+    let factory = TestFactory::with_agent(&format!("online_timeout_seconds = 5\n{ONE}"), agent).await;
+    let job = factory.submit("echo never");
+    let done = factory.ended(job).await;
     assert_eq!(done.state(), "failed");
     assert!(
         lines(&done, "console")
@@ -183,23 +166,23 @@ async fn an_agent_that_never_bootstraps_is_timed_out() {
         "{:#?}",
         done.events
     );
-    house.server.release(done.worker.unwrap()).unwrap();
-    house.finish().await;
+    factory.server.release(done.worker.unwrap()).unwrap();
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_job_leaves_behind_goes_with_it() {
-    let house = House::new(ONE).await;
-    let job = house.submit(
+    let factory = TestFactory::new(ONE).await;
+    let job = factory.submit(
         r#"(setsid nohup sleep 1000 >/dev/null 2>&1 &)
         mkdir -p dark/er; touch dark/er/file $'odd\nname'; chmod 0 dark/er dark
         touch /tmp/x /var/tmp/x "$HOME/x" /dev/shm/x /opt/buildomat/x
         ipcmk -M 1000; ipcmk -Q; ipcmk -S 1; touch /dev/mqueue/x; echo left"#,
     );
-    let done = house.ended(job).await;
+    let done = factory.ended(job).await;
     assert_eq!(done.state(), "completed", "{:#?}", done.events);
-    let uids = house.host.uids.clone();
-    house.finish().await;
+    let uids = factory.host.uids.clone();
+    factory.finish().await;
     // Once, on the whole disk.
     let (above, below) = (format!("+{}", uids.start() - 1), format!("-{}", uids.end() + 1));
     let find = std::process::Command::new("find")
@@ -213,80 +196,80 @@ async fn what_a_job_leaves_behind_goes_with_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_supervisor_killed_and_restarted_finds_its_job_again() {
-    let mut house = House::new(ONE).await;
-    let job = house.submit(
+    let mut factory = TestFactory::new(ONE).await;
+    let job = factory.submit(
         "echo running; while ! [ -e /tmp/go ]; do read -t 1 < <(sleep 2); touch /tmp/go; done; echo done",
     );
-    house.printed(job, "running").await;
-    house.supervisor.signal(Signal::SIGKILL);
-    house.supervisor.wait();
-    house.supervisor = house.host.supervisor();
-    assert_eq!(house.ended(job).await.state(), "completed");
-    assert_eq!(house.server.workers().len(), 1);
-    house.finish().await;
+    factory.printed(job, "running").await;
+    factory.supervisor.signal(Signal::SIGKILL);
+    factory.supervisor.wait();
+    factory.supervisor = factory.host.supervisor();
+    assert_eq!(factory.ended(job).await.state(), "completed");
+    assert_eq!(factory.server.workers().len(), 1);
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_supervisor_told_to_stop_leaves_the_running_job_alone() {
-    let mut house = House::new(ONE).await;
-    let job = house.submit("echo running; read -t 3 < <(sleep 4); echo done");
-    house.printed(job, "running").await;
-    house.supervisor.signal(Signal::SIGTERM);
-    assert!(house.supervisor.wait().success());
-    house.printed(job, "done").await;
-    house.supervisor = house.host.supervisor();
-    house.finish().await;
+    let mut factory = TestFactory::new(ONE).await;
+    let job = factory.submit("echo running; read -t 3 < <(sleep 4); echo done");
+    factory.printed(job, "running").await;
+    factory.supervisor.signal(Signal::SIGTERM);
+    assert!(factory.supervisor.wait().success());
+    factory.printed(job, "done").await;
+    factory.supervisor = factory.host.supervisor();
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_helper_killed_and_restarted_changes_nothing_for_the_job() {
-    let mut house = House::new(ONE).await;
-    let job = house.submit("echo running; read -t 3 < <(sleep 4); echo done");
-    house.printed(job, "running").await;
-    house.helper.signal(Signal::SIGKILL);
-    house.helper.wait();
-    house.helper = house.host.helper();
-    assert_eq!(house.ended(job).await.state(), "completed");
-    house.finish().await;
+    let mut factory = TestFactory::new(ONE).await;
+    let job = factory.submit("echo running; read -t 3 < <(sleep 4); echo done");
+    factory.printed(job, "running").await;
+    factory.helper.signal(Signal::SIGKILL);
+    factory.helper.wait();
+    factory.helper = factory.host.helper();
+    assert_eq!(factory.ended(job).await.state(), "completed");
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_is_down_for_a_while_loses_nothing() {
-    let house = House::new(ONE).await;
-    let job = house.submit("echo running; read -t 2 < <(sleep 4); echo done");
-    house.printed(job, "running").await;
+    let factory = TestFactory::new(ONE).await;
+    let job = factory.submit("echo running; read -t 2 < <(sleep 4); echo done");
+    factory.printed(job, "running").await;
     for down in [Down::Unavailable, Down::Closed] {
         for (state, line) in [(down, "server away"), (Down::No, "server back")] {
-            let seen = house.supervisor.log.len();
-            house.server.set_down(state);
-            tokio::task::block_in_place(|| house.supervisor.log.wait_from(seen, &[line]));
+            let seen = factory.supervisor.log.len();
+            factory.server.set_down(state);
+            tokio::task::block_in_place(|| factory.supervisor.log.wait_from(seen, &[line]));
         }
     }
-    assert_eq!(house.ended(job).await.state(), "completed");
-    house.finish().await;
+    assert_eq!(factory.ended(job).await.state(), "completed");
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_removed_while_its_worker_lives_is_still_cleaned_up() {
-    let mut house = House::new(TWO).await;
-    let job = house.submit("echo running; sleep 1000");
-    house.printed(job, "running").await;
-    let slot = house
+    let mut factory = TestFactory::new(TWO).await;
+    let job = factory.submit("echo running; sleep 1000");
+    factory.printed(job, "running").await;
+    let slot = factory
         .server
-        .worker(house.server.job(job).worker.unwrap())
+        .worker(factory.server.job(job).worker.unwrap())
         .private
         .unwrap();
     let slot = slot.split('@').next().unwrap();
-    let target = house.server.job(job).target;
+    let target = factory.server.job(job).target;
     let other = if slot == "a" { "b" } else { "a" };
-    house.supervisor.signal(Signal::SIGTERM);
-    house.supervisor.wait();
-    house.host.configure(
-        &house.server.url(),
+    factory.supervisor.signal(Signal::SIGTERM);
+    factory.supervisor.wait();
+    factory.host.configure(
+        &factory.server.url(),
         SUPERVISOR_UID,
         &format!("[slots.{other}]\ntarget = \"{target}\"\n"),
     );
-    house.supervisor = house.host.supervisor();
-    house.server.cancel(job).unwrap();
-    house.finish().await;
+    factory.supervisor = factory.host.supervisor();
+    factory.server.cancel(job).unwrap();
+    factory.finish().await;
 }

@@ -86,7 +86,7 @@ fn a_job_reaches_its_own_servers_and_none_of_the_hosts_or_of_another_job() {
         String::from_utf8_lossy(&output.stderr)
     );
     assert!(
-        output.status.success() && text.contains("the wall was tried"),
+        output.status.success() && text.contains("the firewall was tried"),
         "{text}"
     );
 }
@@ -138,7 +138,7 @@ impl Drop for Cgroups {
     }
 }
 
-/// A process that acts for somebody. Its end is that of its standard input.
+/// A process of one of the users. Its end is that of its standard input.
 struct Player(Child);
 
 impl Player {
@@ -330,7 +330,7 @@ fn outcomes(cgroups: &Cgroups) -> BTreeMap<(&'static str, String, SocketAddr), S
             );
         }
     }
-    assert_eq!(outcomes.len(), players.len() * 18, "somebody did not report");
+    assert_eq!(outcomes.len(), players.len() * 18, "one of them did not report");
     outcomes
 }
 
@@ -381,16 +381,16 @@ fn the_host() {
         "loading twice is not loading once: {tables}"
     );
     for ((who, protocol, address), outcome) in outcomes(&cgroups) {
-        let stranger = !matches!(who, "job a" | "job b" | "a stray of the range");
+        let outsider = !matches!(who, "job a" | "job b" | "a stray of the range");
         let expected = match (who, address.port()) {
             (_, 53) => "works",
             ("job a", OF_JOB_A) => "works",
             // What a job answers over UDP is a packet of its own, and the host no place for it.
-            (_, OF_JOB_A) if stranger && protocol == "udp" => "silence",
-            _ if stranger => "works",
+            (_, OF_JOB_A) if outsider && protocol == "udp" => "silence",
+            _ if outsider => "works",
             _ => "refused",
         };
         assert_eq!(outcome, expected, "{who} at {protocol} {address}");
     }
-    println!("the wall was tried");
+    println!("the firewall was tried");
 }

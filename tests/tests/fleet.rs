@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
 
-use testbed::census::Census;
 use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, tool};
-use testbed::house::{TWO, lines};
+use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions, State, Ulid};
+use testbed::test_factory::{TWO, lines};
 
 const HOSTS: usize = 3;
 const JOBS: usize = 60;
@@ -44,7 +44,7 @@ struct Member {
     supervisor: Running,
     _helper: Running,
     host: TestHost,
-    before: Census,
+    before: HostSnapshot,
     network: Network,
 }
 
@@ -118,7 +118,7 @@ impl Member {
         let slots = TWO.replace("TARGET", &target.to_string());
         host.configure(&server.url(), SUPERVISOR_UID, &slots);
         host.write_token(&token);
-        let before = Census::take(&host);
+        let before = HostSnapshot::take(&host);
         let helper = Running::start(&mut network.with(&host.helper_command()));
         helper.log.wait(&["serving"]);
         let plain = host.supervisor_command();
@@ -146,7 +146,7 @@ async fn fleet() {
     ip("link set hub up");
     let options = ServerOptions {
         listen: (SERVER, 0).into(),
-        agent: Some(binaries().join("reference-agent")),
+        agent: Some(binaries().join("fake-agent")),
         ..ServerOptions::default()
     };
     let server = Server::start(options).await.unwrap();
@@ -195,7 +195,7 @@ async fn fleet() {
         let worker = server.worker(job.worker.expect("it was run"));
         *by_factory.entry(worker.factory).or_default() += 1;
     }
-    assert!(by_factory.len() == HOSTS, "somebody did nothing: {by_factory:?}");
+    assert!(by_factory.len() == HOSTS, "a host did nothing: {by_factory:?}");
     eprintln!("jobs by factory: {:?}", by_factory.values().collect::<Vec<_>>());
     for member in &members {
         member.before.assert_unchanged(&member.host);

@@ -2,11 +2,11 @@
 //! privileges, never back, and no module imports one that imports it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use syn::visit::{self, Visit};
-use syn::{Attribute, Item, ItemMod, ItemUse, UseTree};
+use syn::{Item, ItemMod, ItemUse, UseTree};
+use testbed::sources::{files, is_for_tests, read};
 
 /// From the top. A module imports from its own folder, and from those after it.
 const FLOORS: [&[&str]; 7] = [
@@ -33,12 +33,6 @@ struct Paths {
     children: BTreeSet<String>,
 }
 
-fn is_test(attributes: &[Attribute]) -> bool {
-    attributes
-        .iter()
-        .any(|it| it.path().is_ident("cfg") && it.parse_args::<syn::Ident>().is_ok_and(|word| word == "test"))
-}
-
 impl Paths {
     fn of_use(&mut self, tree: &UseTree, before: &[String]) {
         let with = |word: String| [before, &[word]].concat();
@@ -55,7 +49,7 @@ impl Paths {
 
 impl<'a> Visit<'a> for Paths {
     fn visit_item_mod(&mut self, it: &'a ItemMod) {
-        if !is_test(&it.attrs) {
+        if !is_for_tests(&it.attrs) {
             self.children.insert(it.ident.to_string());
             visit::visit_item_mod(self, it);
         }
@@ -86,23 +80,18 @@ impl<'a> Visit<'a> for Paths {
     }
 }
 
-/// All files below `src`, by the names of their modules; the programs' own files have none.
-fn modules(src: &Path) -> BTreeMap<String, PathBuf> {
+/// All files of the helper, by the names of their modules; the programs' own files have none.
+fn modules() -> BTreeMap<String, PathBuf> {
     let mut found = BTreeMap::new();
-    let mut folders = vec![src.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-                continue;
-            }
-            let name = path.strip_prefix(src).unwrap().with_extension("");
-            let name = name.to_str().unwrap().replace('/', "::");
-            let name = name.strip_suffix("::mod").unwrap_or(&name).to_owned();
-            if !["lib", "main", "manual::main"].contains(&name.as_str()) {
-                found.insert(name, path);
-            }
+    for path in files("helper/src") {
+        let name = path
+            .strip_prefix("helper/src")
+            .expect("it is below")
+            .with_extension("");
+        let name = name.to_str().expect("a plain name").replace('/', "::");
+        let name = name.strip_suffix("::mod").unwrap_or(&name).to_owned();
+        if !["lib", "main", "manual::main"].contains(&name.as_str()) {
+            found.insert(name, path);
         }
     }
     found
@@ -141,21 +130,17 @@ fn target(
 
 /// Each module of the helper with those that it imports.
 fn imports() -> BTreeMap<String, BTreeSet<String>> {
-    let src = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap()
-        .join("helper/src");
-    let modules = modules(&src);
+    let modules = modules();
     let all: BTreeSet<&str> = modules.keys().map(String::as_str).collect();
     let mut imports = BTreeMap::new();
     for (name, path) in &modules {
-        let file = syn::parse_file(&fs::read_to_string(path).unwrap()).unwrap();
+        let file = syn::parse_file(&read(path)).unwrap();
         let mut paths = Paths {
             found: Vec::new(),
             children: BTreeSet::new(),
         };
         for item in &file.items {
-            if !matches!(item, Item::Mod(it) if is_test(&it.attrs)) {
+            if !matches!(item, Item::Mod(it) if is_for_tests(&it.attrs)) {
                 paths.visit_item(item);
             }
         }

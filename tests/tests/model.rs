@@ -21,10 +21,10 @@ use std::time::{Instant, SystemTime};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 use protocol::{ErrorKind, Exit, Reply, Request, SlotName, State, Uid, WorkerId};
-use testbed::census::Census;
 use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, sealed, worker_id};
+use testbed::host_snapshot::HostSnapshot;
 use testbed::model::{Agent, Configuration, Model};
-use testbed::stage::{slot, token};
+use testbed::test_helper::{slot, token};
 
 const CLIENTS: usize = 3;
 const WORKERS: usize = 6;
@@ -211,7 +211,7 @@ struct World {
     clients: Vec<(Client, bool)>,
     workers: Vec<WorkerId>,
     /// From before the helper's first worker. It takes a second, which is not spent once a story has failed.
-    before: Option<Census>,
+    before: Option<HostSnapshot>,
 }
 
 impl World {
@@ -219,7 +219,7 @@ impl World {
         let mut host = TestHost::new();
         host.uids = *host.uids.start()..=*host.uids.start() + UIDS - 1;
         configure(&host, 0);
-        let before = (!has_failed).then(|| Census::take(&host));
+        let before = (!has_failed).then(|| HostSnapshot::take(&host));
         let helper = Some(host.helper());
         World {
             clients: (0..CLIENTS).map(|_| (Client::new(&host), false)).collect(),

@@ -5,21 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+
+use testbed::sources::{code, crates_of_the_helper, files, read, root, tests_in};
 
 const PAGES: [&str; 2] = ["SECURITY.md", "docs/review.md"];
 const REVIEW: &str = "docs/review.md";
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the workspace")
-}
-
-fn read(path: impl AsRef<Path>) -> String {
-    let path = root().join(path);
-    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
 
 fn fail_with(mistakes: Vec<String>) {
     assert!(mistakes.is_empty(), "\n{}", mistakes.join("\n"));
@@ -126,14 +116,6 @@ fn assert_same(heading: &str, page: &BTreeSet<String>, code: &BTreeSet<String>) 
 
 // References
 
-/// The lines of a source, without its tests.
-fn code(text: &str) -> Vec<&str> {
-    text.lines()
-        .take_while(|line| *line != "#[cfg(test)]")
-        .filter(|line| !line.trim_start().starts_with("//"))
-        .collect()
-}
-
 fn is_part_of_a_name(c: char) -> bool {
     c.is_alphanumeric() || c == '_'
 }
@@ -177,7 +159,7 @@ fn undefined(page: &str, beside: &Path) -> (Vec<String>, usize) {
                 || variant.is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '(', ',', ':']))
         };
         let is_there = match is_name(name) {
-            true => code(&text).iter().any(|line| is_defined(line)),
+            true => code(&text).any(|line| is_defined(line)),
             false => text.contains(item),
         };
         if !is_there {
@@ -244,32 +226,15 @@ fn every_page_file_and_heading_that_is_linked_exists() {
     fail_with(mistakes);
 }
 
-/// Every source below this folder.
-fn sources(folder: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut folders = vec![root().join(folder)];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).expect("a folder of sources").flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.extension().is_some_and(|end| end == "rs") {
-                found.push(path.strip_prefix(root()).expect("it is below").to_owned());
-            }
-        }
-    }
-    found
-}
-
 #[test]
-fn the_guide_leads_through_every_file_of_roots_half() {
+fn the_guide_names_every_file_of_the_helper() {
     let page = read(REVIEW);
     let guide = section(&page, "## A request's life");
     let led: BTreeSet<&str> = links(guide)
         .iter()
         .filter_map(|link| link.target.strip_prefix("../")?.split('#').next())
         .collect();
-    let files = [sources("protocol/src"), sources("helper/src")].concat();
+    let files = [files("protocol/src"), files("helper/src")].concat();
     assert!(files.len() > 20, "{files:?}");
     let missing: Vec<_> = files
         .iter()
@@ -280,30 +245,7 @@ fn the_guide_leads_through_every_file_of_roots_half() {
 
 // Tests
 
-/// The tests in a source that are run somewhere: by themselves, or in a machine that is booted for them.
-fn tests_in(text: &str) -> BTreeSet<&str> {
-    let mut found = BTreeSet::new();
-    let mut attributes = String::new();
-    for line in text.lines().map(str::trim_start) {
-        if line.starts_with("#[") {
-            attributes += line;
-        } else if let Some(rest) = line
-            .strip_prefix("async fn ")
-            .or_else(|| line.strip_prefix("fn "))
-        {
-            let is_run = !attributes.contains("#[ignore") || attributes.contains("tests/machine/run ");
-            if attributes.contains("test]") || attributes.contains("test(") {
-                found.extend(rest.split('(').next().filter(|_| is_run));
-            }
-            attributes.clear();
-        } else if !line.starts_with("//") {
-            attributes.clear();
-        }
-    }
-    found
-}
-
-/// The file in which a test of this name must be: `attacks::leave::row_01…` is in `tests/tests/attacks/leave.rs`,
+/// The file in which a test of this name must be: `attacks::leftovers::row_01…` is in `tests/tests/attacks/leftovers.rs`,
 /// `helper::host::users::tests::…` in `helper/src/host/users.rs`.
 fn file_of(test: &str) -> Option<PathBuf> {
     let (path, _) = test.rsplit_once("::")?;
@@ -338,7 +280,7 @@ fn looks_like_a_test(word: &str) -> bool {
 
 fn is_a_test(name: &str) -> bool {
     let function = name.rsplit("::").next().unwrap_or_default();
-    file_of(name).is_some_and(|file| tests_in(&read(file)).contains(function))
+    file_of(name).is_some_and(|file| tests_in(file).contains(function))
 }
 
 #[test]
@@ -440,7 +382,7 @@ fn the_table_of_what_removes_files_has_every_function_that_does() {
     ];
     let removes = |line: &str| calls.iter().filter(|call| line.contains(*call)).count();
     let mut code = BTreeSet::new();
-    for file in sources("helper/src") {
+    for file in files("helper/src") {
         for function in functions_with(&read(&file), removes).into_keys() {
             code.insert(format!("{}: {function}", file.display()));
         }
@@ -461,7 +403,7 @@ fn the_table_of_unsafe_blocks_has_them_all() {
         words.filter(|word| *word == "unsafe").count()
     };
     let mut code = BTreeMap::new();
-    for file in [sources("helper/src"), sources("protocol/src")].concat() {
+    for file in [files("helper/src"), files("protocol/src")].concat() {
         for (function, count) in functions_with(&read(&file), blocks) {
             code.insert((file.to_string_lossy().into_owned(), function), count);
         }
@@ -492,27 +434,7 @@ fn the_table_of_unsafe_blocks_has_them_all() {
 #[test]
 fn the_table_of_crates_has_the_helpers_whole_tree() {
     const HEADING: &str = "## Every crate";
-    let tree = Command::new(env!("CARGO"))
-        .args(["tree", "--locked", "--offline", "--package", "helper"])
-        .args([
-            "--edges",
-            "normal",
-            "--prefix",
-            "none",
-            "--no-dedupe",
-            "--format",
-            "{p}",
-        ])
-        .current_dir(root())
-        .output()
-        .expect("cargo can be started");
-    assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
-    let tree = String::from_utf8(tree.stdout).expect("names are plain");
-    let crates = tree.lines().filter_map(|line| line.split(' ').next());
-    let crates: BTreeSet<String> = crates
-        .filter(|name| !name.is_empty())
-        .map(str::to_owned)
-        .collect();
+    let crates = crates_of_the_helper();
     assert!(crates.contains("nix"), "{crates:?}");
     assert_same(HEADING, &first_column(&read(REVIEW), HEADING), &crates);
 }
@@ -520,8 +442,7 @@ fn the_table_of_crates_has_the_helpers_whole_tree() {
 /// The names with this beginning in the code of the constant's list.
 fn list(file: &str, constant: &str, prefix: &str) -> BTreeSet<String> {
     let text = read(file);
-    let lines = code(&text).into_iter();
-    let body: Vec<&str> = lines
+    let body: Vec<&str> = code(&text)
         .skip_while(|line| !line.starts_with(&format!("const {constant}:")))
         .take_while(|line| *line != "];")
         .collect();

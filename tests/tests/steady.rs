@@ -1,25 +1,25 @@
 //! What a factory asks of the server and of its helper while nothing changes. Needs root.
 
-use testbed::house::{CALLS, House};
+use testbed::test_factory::{CALLS, TestFactory};
 
 /// So many rounds are looked at; what falls on their edges makes the difference of one call.
 const ROUNDS: u64 = 10;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_round_asks_as_much_with_eight_workers_as_with_one_and_the_helper_nothing_with_none() {
+async fn a_poll_makes_as_many_calls_with_eight_workers_as_with_one_and_none_to_the_helper_with_none() {
     let slots: String = (0..8)
         .map(|n| format!("[slots.s{n}]\ntarget = \"TARGET\"\n"))
         .collect();
-    let mut house = House::new(&slots).await;
-    house.count_calls();
+    let mut factory = TestFactory::new(&slots).await;
+    factory.count_calls();
     for workers in [0, 1, 8] {
-        for _ in house.server.workers().len()..workers {
-            house.submit_waiting();
+        for _ in factory.server.workers().len()..workers {
+            factory.submit_blocking();
         }
-        house.online(workers).await;
-        let before = house.server.all_requests();
-        let calls = house.calls_of_a_round(ROUNDS).await;
-        let after = house.server.all_requests();
+        factory.online(workers).await;
+        let before = factory.server.all_requests();
+        let calls = factory.calls_per_poll(ROUNDS).await;
+        let after = factory.server.all_requests();
         for name in CALLS {
             let expected = if name == "list" && workers == 0 { 0.0 } else { 1.0 };
             let made = calls.get(name).copied().unwrap_or_default();
@@ -47,6 +47,6 @@ async fn a_round_asks_as_much_with_eight_workers_as_with_one_and_the_helper_noth
             "{workers} workers"
         );
     }
-    house.let_end();
-    house.finish().await;
+    factory.release();
+    factory.finish().await;
 }

@@ -1,4 +1,4 @@
-//! What is remembered of each worker, and of the supervisor, to judge by. The judging is in `verdicts`.
+//! What is remembered of each worker, and of the supervisor, to judge by. The judging is in `invariants`.
 
 use std::collections::BTreeMap;
 
@@ -48,7 +48,7 @@ pub struct Track {
     pub recycled_since: Option<u64>,
     /// Since when the supervisor shows that it may be another host's.
     pub foreign_since: Option<u64>,
-    /// A person wants it deleted.
+    /// An operator wants it deleted.
     pub to_delete: bool,
 }
 

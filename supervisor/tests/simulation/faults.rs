@@ -297,7 +297,7 @@ impl World {
         };
         let jobs: Vec<(JobId, Job)> = self.server.jobs.clone().into_iter().collect();
         self.server = old;
-        // The jobs that it has lost are submitted again, by whoever waits for them.
+        // The jobs that it has lost are submitted again, by those who wait for them.
         for (id, job) in jobs {
             let anew = Job {
                 worker: None,

@@ -32,7 +32,7 @@ pub struct Host {
 
 /// What a request has done, besides its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Deed {
+pub enum Effect {
     Nothing,
     Made,
     /// This agent was started.
@@ -73,30 +73,35 @@ impl Host {
 
     /// Carry out as much of a request as is said. `config`: the file as it is now; None for one that does
     /// not parse.
-    pub fn carry_out(&mut self, config: Option<&Config>, request: &Request, extent: Extent) -> (Reply, Deed) {
+    pub fn carry_out(
+        &mut self,
+        config: Option<&Config>,
+        request: &Request,
+        extent: Extent,
+    ) -> (Reply, Effect) {
         if extent == Extent::Nothing {
-            return (error(ErrorKind::Failed, "cut off"), Deed::Nothing);
+            return (error(ErrorKind::Failed, "cut off"), Effect::Nothing);
         }
         let half = extent == Extent::Half;
         match request {
             Request::CreateUser { worker, slot } => self.create(config, *worker, slot, half),
             Request::InstallAgent { worker, .. } => self.install(config, *worker, half),
             Request::Attach { worker } => match self.workers.get(worker) {
-                Some(w) => (Reply::Attached { state: w.state }, Deed::Nothing),
-                None => (error(ErrorKind::NoSuchWorker, "no such worker"), Deed::Nothing),
+                Some(w) => (Reply::Attached { state: w.state }, Effect::Nothing),
+                None => (error(ErrorKind::NoSuchWorker, "no such worker"), Effect::Nothing),
             },
             Request::Delete { worker } => (Reply::Deleted, self.delete(*worker, half)),
-            Request::List { .. } => (self.list(), Deed::Nothing),
+            Request::List { .. } => (self.list(), Effect::Nothing),
             Request::Kill { worker } => {
                 let known = self.workers.contains_key(worker);
                 self.end(*worker, Exit::Unknown);
                 match known {
-                    true => (Reply::Killed, Deed::Nothing),
-                    false => (error(ErrorKind::NoSuchWorker, "no such worker"), Deed::Nothing),
+                    true => (Reply::Killed, Effect::Nothing),
+                    false => (error(ErrorKind::NoSuchWorker, "no such worker"), Effect::Nothing),
                 }
             }
             Request::Hello { .. } | Request::Check => {
-                (error(ErrorKind::Refused, "not asked for here"), Deed::Nothing)
+                (error(ErrorKind::Refused, "not asked for here"), Effect::Nothing)
             }
         }
     }
@@ -107,19 +112,19 @@ impl Host {
         id: WorkerId,
         slot: &SlotName,
         half: bool,
-    ) -> (Reply, Deed) {
+    ) -> (Reply, Effect) {
         let Some(config) = config else {
             let text = "the configuration has a mistake in line 7";
-            return (error(ErrorKind::Busy, text), Deed::Nothing);
+            return (error(ErrorKind::Busy, text), Effect::Nothing);
         };
         if let Some(w) = self.workers.get_mut(&id) {
             if !config.slots.contains_key(slot) {
-                return (Reply::Error(helper::no_such_slot(slot)), Deed::Nothing);
+                return (Reply::Error(helper::no_such_slot(slot)), Effect::Nothing);
             }
             if w.slot != *slot {
                 return (
                     error(ErrorKind::Refused, "the worker has another slot"),
-                    Deed::Nothing,
+                    Effect::Nothing,
                 );
             }
             w.half &= half;
@@ -131,7 +136,7 @@ impl Host {
             };
             let allocations: Vec<helper::Allocation> = self.workers.iter().map(allocation).collect();
             if let Err(refusal) = helper::may_take(config, &allocations, id, slot) {
-                return (Reply::Error(refusal.into()), Deed::Nothing);
+                return (Reply::Error(refusal.into()), Effect::Nothing);
             }
             let worker = Worker {
                 slot: slot.clone(),
@@ -143,50 +148,50 @@ impl Host {
             self.workers.insert(id, worker);
         }
         let name = UserName::from(id);
-        (Reply::UserCreated { uid: uid(), name }, Deed::Made)
+        (Reply::UserCreated { uid: uid(), name }, Effect::Made)
     }
 
-    fn install(&mut self, config: Option<&Config>, id: WorkerId, half: bool) -> (Reply, Deed) {
+    fn install(&mut self, config: Option<&Config>, id: WorkerId, half: bool) -> (Reply, Effect) {
         let Some(w) = self.workers.get_mut(&id) else {
-            return (error(ErrorKind::NoSuchWorker, "no such worker"), Deed::Nothing);
+            return (error(ErrorKind::NoSuchWorker, "no such worker"), Effect::Nothing);
         };
         if w.state != State::Created {
-            return (Reply::AgentStarted, Deed::Nothing);
+            return (Reply::AgentStarted, Effect::Nothing);
         }
         match config {
             None => {
                 let text = "the configuration has a mistake in line 7";
-                return (error(ErrorKind::Busy, text), Deed::Nothing);
+                return (error(ErrorKind::Busy, text), Effect::Nothing);
             }
             Some(config) if !config.slots.contains_key(&w.slot) => {
-                return (Reply::Error(helper::no_such_slot(&w.slot)), Deed::Nothing);
+                return (Reply::Error(helper::no_such_slot(&w.slot)), Effect::Nothing);
             }
             Some(_) if w.half => {
-                return (error(ErrorKind::Failed, HALF_MADE), Deed::Nothing);
+                return (error(ErrorKind::Failed, HALF_MADE), Effect::Nothing);
             }
             Some(_) => {}
         }
         if half {
-            return (Reply::AgentStarted, Deed::Nothing);
+            return (Reply::AgentStarted, Effect::Nothing);
         }
         self.agents += 1;
         (w.state, w.agent) = (State::Running, Some(self.agents));
-        (Reply::AgentStarted, Deed::Started(self.agents))
+        (Reply::AgentStarted, Effect::Started(self.agents))
     }
 
-    fn delete(&mut self, id: WorkerId, half: bool) -> Deed {
+    fn delete(&mut self, id: WorkerId, half: bool) -> Effect {
         let Some(w) = self.workers.get_mut(&id) else {
-            return Deed::Nothing;
+            return Effect::Nothing;
         };
         if half {
             w.half = true;
             if w.state == State::Running {
                 w.state = State::Exited(Exit::Unknown);
             }
-            return Deed::Nothing;
+            return Effect::Nothing;
         }
         self.workers.remove(&id);
-        Deed::Removed
+        Effect::Removed
     }
 
     /// Is this agent of this worker alive?

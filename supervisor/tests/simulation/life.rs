@@ -83,7 +83,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
             break;
         }
         let at = began + Duration::from_millis(shared.world().next_at().min(1 << 50));
-        // Whoever runs and runs, and no time passes, is caught.
+        // A task that runs on while no time passes is caught.
         let now = Instant::now();
         spins = if spins.0 == now {
             (now, spins.1 + 1)

@@ -4,7 +4,7 @@
 //! files), the actions, and the reading of every answer. What it talks to is not: `net` stands where HTTP and the
 //! helper's socket are, and behind it are a `server`, a `host`, `agents` and a clock that runs as fast as it can. A
 //! `script` of jobs and faults is made from a `seed`, `world` lets it happen, `life` runs the supervisor through it,
-//! and ends it anywhere, and `verdicts` looks at each call.
+//! and ends it anywhere, and `invariants` looks at each call.
 //!
 //! ```text
 //! cargo test --package supervisor --test simulation                     100,000 worker lives
@@ -15,13 +15,13 @@
 //!
 //! A seed that fails is made as short as it can be, and its trace printed; the same seed always gives the same trace.
 mod agents;
-mod at_helper;
-mod at_server;
 mod calls;
 mod checks;
 mod disk;
 mod faults;
+mod helper_calls;
 mod host;
+mod invariants;
 mod life;
 mod net;
 mod plan;
@@ -30,11 +30,11 @@ mod script;
 mod second;
 mod seed;
 mod server;
+mod server_calls;
 mod shrink;
 mod steady;
 mod storm;
 mod trace;
-mod verdicts;
 mod world;
 
 use std::collections::BTreeMap;
@@ -70,7 +70,7 @@ fn explain(script: &Script, failure: &str) -> String {
 }
 
 #[test]
-fn whatever_goes_wrong_everything_comes_to_its_end() {
+fn every_simulated_fault_keeps_the_invariants() {
     let only = number("SEED");
     let wanted = number("LIVES").unwrap_or(100_000);
     let mut seed = only.or(number("FIRST")).unwrap_or(1);
@@ -97,7 +97,7 @@ fn whatever_goes_wrong_everything_comes_to_its_end() {
 }
 
 #[test]
-fn a_seed_is_a_world_to_the_last_letter() {
+fn the_same_seed_gives_the_same_trace() {
     for seed in 1..=12 {
         let script = seed::script(seed);
         let [first, second] = [(); 2].map(|()| life::simulate(&script, true));
@@ -115,13 +115,13 @@ fn a_seed_is_a_world_to_the_last_letter() {
 }
 
 #[test]
-fn a_fault_that_lasts_is_said_once_and_calls_nobody_more() {
+fn a_lasting_fault_is_logged_once_and_adds_no_calls() {
     steady::each();
 }
 
 /// Not a test: what fails in so many worlds, by kind.
 #[test]
-#[ignore = "for whoever mends a failure: SEEDS=300 cargo test --package supervisor --test simulation survey -- --ignored"]
+#[ignore = "for mending a failure: SEEDS=300 cargo test --package supervisor --test simulation survey -- --ignored"]
 fn survey() {
     let mut classes: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let first = number("FIRST").unwrap_or(1);

@@ -164,7 +164,7 @@ pub enum Item {
     /// The server's database is again what it was so many minutes ago.
     Rollback(u64),
     Agent(Misdeed),
-    /// The kernel's OOM killer, or somebody, ends the nth running agent.
+    /// The kernel's OOM killer, or root, ends the nth running agent.
     Kill(u64),
     Reboot(u64),
     HelperRestart(Extent),

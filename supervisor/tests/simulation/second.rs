@@ -10,7 +10,7 @@ use supervisor::factory::Input;
 use tokio::sync::oneshot;
 
 use crate::calls::{InFlight, PATIENCE_MS};
-use crate::host::{Deed, Host};
+use crate::host::{Effect, Host};
 use crate::net::{Answer, Ask, reply_of};
 use crate::script::{Extent, Fate, Kind};
 use crate::world::{Event, Orders, World};
@@ -106,7 +106,7 @@ impl World {
         true
     }
 
-    /// Once nothing bad happens any more, whoever set it up by mistake takes it away: drained first.
+    /// Once nothing bad happens any more, the operator who set it up by mistake takes it away: drained first.
     pub fn retire_second(&mut self) {
         let second = &self.second;
         if !self.is_calm() || !second.is_there() || !second.alive {
@@ -193,9 +193,9 @@ impl World {
             return;
         };
         let second = &mut self.second;
-        let (reply, deed) = second.host.carry_out(Some(&second.config), &request, Extent::All);
+        let (reply, effect) = second.host.carry_out(Some(&second.config), &request, Extent::All);
         let about = Ask::Helper(request).about();
-        if let (Deed::Started(agent), Some(worker)) = (deed, about) {
+        if let (Effect::Started(agent), Some(worker)) = (effect, about) {
             let usual = 500 + self.chance(2_500);
             self.checks.agent_started(worker, &self.server);
             self.after(usual, Event::Online(worker, agent));

@@ -59,7 +59,7 @@ pub struct Server {
     leases: BTreeMap<JobId, u64>,
 }
 
-/// What a person has set, which is not in the database that is rolled back.
+/// What an operator has set, which is not in the database that is rolled back.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Settings {
     pub no_leases: bool,

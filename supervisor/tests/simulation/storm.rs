@@ -60,7 +60,7 @@ fn bound(kind: Kind, starts: usize, leases: usize) -> usize {
     match kind {
         // One a round, and rounds are a second apart; a new life begins with one.
         Kind::Workers => 61 + starts,
-        // And a person looks once a minute.
+        // And an operator looks once a minute.
         Kind::List => 63 + starts,
         // The same; a leased job is a reason to ask for another. (One may have been leased just before.)
         Kind::Lease => 62 + starts + leases,

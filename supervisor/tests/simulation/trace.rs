@@ -57,7 +57,7 @@ impl Trace {
         self.inner().crash_after_saves = when;
     }
 
-    /// The supervisor has written; this may be its last deed.
+    /// The supervisor has written; this may be its last effect.
     fn saved(&self) {
         let mut inner = self.inner();
         let Some((left, down)) = inner.crash_after_saves.take() else {

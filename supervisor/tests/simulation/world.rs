@@ -20,11 +20,11 @@ use crate::server::{Server, Settings};
 use crate::trace::Trace;
 
 /// From the last fault until everything has come to its end, at most: a slot may rest for ten minutes, and as
-/// long does the server wait for an agent that has gone silent; then a person comes, and some jobs are left.
+/// long does the server wait for an agent that has gone silent; then an operator comes, and some jobs are left.
 pub const SETTLE_MS: u64 = 1_500_000;
 /// In so much fair weather the factory has told what it knows.
 const FAIR_MS: u64 = 300_000;
-/// A person looks after held workers this often, and releases those held for so long.
+/// An operator looks after held workers this often, and releases those held for so long.
 const VISIT_MS: u64 = 60_000;
 const HELD_MS: u64 = 180_000;
 pub const ONLINE_TIMEOUT_MS: u64 = 120_000;
@@ -72,14 +72,14 @@ pub enum Disk {
     Full,
 }
 
-/// What the world asks of whoever runs the supervisor.
+/// What the world asks of the code that runs the supervisor.
 #[derive(Debug, Default)]
 pub struct Orders {
     pub crash: Option<u64>,
     pub lose_database: bool,
     pub start: bool,
     pub words: Vec<Input>,
-    /// A person wants to know how things are.
+    /// An operator wants to know how things are.
     pub look: bool,
 }
 
@@ -422,7 +422,7 @@ impl World {
             && self.server.open_jobs().is_empty()
     }
 
-    /// A person looks after what is held.
+    /// An operator looks after what is held.
     pub fn visit(&mut self) {
         let now = self.now;
         for (id, w) in self
@@ -433,7 +433,7 @@ impl World {
         {
             if self.checks.held_since(*id, now) + HELD_MS <= now {
                 w.hold = false;
-                self.trace.note(now, || format!("a person releases {id}"));
+                self.trace.note(now, || format!("an operator releases {id}"));
             }
         }
         self.orders.look = self.alive;
@@ -449,7 +449,7 @@ impl World {
             let others = self.second.is_there() && self.second.own.contains(&foreign.id);
             let nobodys = !others && !self.host.workers.contains_key(&foreign.id);
             if listed && nobodys && since + HELD_MS <= self.now {
-                self.note(|| format!("a person destroys {}", foreign.id));
+                self.note(|| format!("an operator destroys {}", foreign.id));
                 self.checks.deletion_ordered(foreign.id);
                 self.say(Input::Destroy(foreign.id));
             }

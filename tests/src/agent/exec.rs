@@ -28,7 +28,7 @@ pub fn bash(script: &str) -> Result<(Command, tempfile::NamedTempFile)> {
     Ok((command, file))
 }
 
-/// Whom the lines are for: the task, and the stream for what the agent itself says of it.
+/// What the lines belong to: the task, and the stream for what the agent itself says of it.
 #[derive(Clone, Copy, Debug)]
 pub struct Voice {
     pub task: Option<u32>,

@@ -1,4 +1,4 @@
-//! `agent install`: copies itself into place, writes down whom to call, starts `agent run`, and leaves.
+//! `agent install`: copies itself into place, writes down the server, starts `agent run`, and leaves.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -97,7 +97,7 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Whom the password file says this user is.
+/// This user, as the password file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Passwd {
     pub name: String,

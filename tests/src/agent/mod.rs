@@ -1,5 +1,5 @@
-//! A reference agent: the command line, the files and the manners of the real Linux agent, so that a
-//! whole job can be run against the stand-in server.
+//! A fake agent: the command line, the files and the behaviour of the real Linux agent, so that a
+//! whole job can be run against the fake server.
 //!
 //! Plain HTTP, threads, and no privilege: it must never ask for more than the real one needs.
 

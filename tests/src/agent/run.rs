@@ -82,7 +82,7 @@ fn ping(client: &Client) -> Ping {
     }
 }
 
-/// Nothing is left to do but to be there until somebody ends it.
+/// Nothing is left to do but to wait until it is killed.
 fn idle(client: &Client) -> ! {
     loop {
         ping(client);

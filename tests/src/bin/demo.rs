@@ -1,4 +1,4 @@
-//! The main job, end to end: a real job in an ephemeral user of this host, on an embedded stand-in
+//! The main job, end to end: a real job in an ephemeral user of this host, on an embedded fake
 //! server. Needs root, Rust and gcc. `demo [SCRIPT]`; its exit status is the job's, and 2 where the demo itself fails. A
 //! script may make user namespaces, and use /dev/fuse and /dev/net/tun.
 
@@ -7,8 +7,8 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use testbed::census::Census;
 use testbed::harness::{self, SUPERVISOR_UID, TestHost};
+use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions};
 
 const MANIFEST: &str = "[package]\nname = \"greeting\"\nversion = \"1.0.0\"\nedition = \"2024\"\n";
@@ -68,7 +68,7 @@ async fn demo() -> Result<bool> {
     let binaries = tokio::task::spawn_blocking(harness::binaries).await?;
 
     let server = Server::start(ServerOptions {
-        agent: Some(binaries.join("reference-agent")),
+        agent: Some(binaries.join("fake-agent")),
         ..ServerOptions::default()
     })
     .await?;
@@ -96,7 +96,7 @@ async fn demo() -> Result<bool> {
     }
     host.configure(&server.url(), SUPERVISOR_UID, &slot);
     host.write_token(&token);
-    let before = Census::take(&host);
+    let before = HostSnapshot::take(&host);
     let helper = host.helper();
     let supervisor = host.supervisor();
     println!(
@@ -225,7 +225,7 @@ async fn watch(server: &Server, job: testbed::server::Ulid, has_output: bool) ->
 }
 
 /// Compare the host with what it was, and say so.
-fn prove(before: &Census, host: &TestHost) {
+fn prove(before: &HostSnapshot, host: &TestHost) {
     before.assert_unchanged(host);
     let count = |dir: &Path| {
         std::fs::read_dir(dir).map_or(0, |entries| {
@@ -237,7 +237,7 @@ fn prove(before: &Census, host: &TestHost) {
         "  processes of uids {}-{}: {}",
         host.uids.start(),
         host.uids.end(),
-        testbed::census::processes_of(&host.uids).len()
+        testbed::host_snapshot::processes_of(&host.uids).len()
     );
     println!(
         "  user records in {}: {}",

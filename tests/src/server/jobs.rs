@@ -25,7 +25,7 @@ impl State {
     pub fn submit(&mut self, body: JobSubmit, max_runtime: Duration) -> Result<Ulid, Refusal> {
         let invalid = |what: String| Err(Refusal::Invalid(what));
         if !body.depends.is_empty() {
-            return invalid("this stand-in knows no dependencies between jobs".to_string());
+            return invalid("this fake server knows no dependencies between jobs".to_string());
         }
         if body.tasks.is_empty() {
             return invalid("must specify at least one task".to_string());

@@ -1,4 +1,4 @@
-//! A stand-in buildomat server: the same paths, bodies and status codes over real HTTP, with its state
+//! A fake buildomat server: the same paths, bodies and status codes over real HTTP, with its state
 //! in memory and its clock in the test's hand.
 //!
 //! The rules are pure (`state`, `jobs`, `tick`), the HTTP is thin (`http*`), and [`Server`] is what a
@@ -211,7 +211,7 @@ impl Server {
     }
 
     pub fn hold(&self, worker: Ulid) -> Result<(), Refusal> {
-        self.with(|s| s.hold(worker, "held by a person"))
+        self.with(|s| s.hold(worker, "held by an operator"))
     }
 
     pub fn release(&self, worker: Ulid) -> Result<(), Refusal> {

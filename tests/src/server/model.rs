@@ -1,4 +1,4 @@
-//! What the stand-in server remembers. Plain data: the rules are in `state`, `jobs` and `tick`.
+//! What the fake server remembers. Plain data: the rules are in `state`, `jobs` and `tick`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -39,7 +39,7 @@ pub struct Worker {
     pub ip: Option<String>,
     pub metadata: Option<Value>,
     pub wait_for_flush: bool,
-    /// Somebody asked for recycling. A hold hides it from everyone: see [`Worker::recycle`].
+    /// Recycling was asked for. A hold hides it from everyone: see [`Worker::recycle`].
     pub recycle_asked: bool,
     pub hold: Option<Hold>,
     pub deleted: bool,

@@ -239,7 +239,7 @@ impl State {
         Ok(())
     }
 
-    /// Fails the job, holds the worker, and has it recycled once a person lifts the hold. Of a worker
+    /// Fails the job, holds the worker, and has it recycled once an operator lifts the hold. Of a worker
     /// already failed, recycled or deleted it changes nothing.
     pub fn fail_worker(&mut self, worker: Ulid, reason: &str) {
         let now = self.now;
@@ -260,7 +260,7 @@ impl State {
         }
     }
 
-    // A person's part
+    // What an operator does
 
     fn known(&mut self, worker: Ulid) -> Result<&mut Worker, Refusal> {
         self.workers.get_mut(&worker).ok_or(Refusal::Internal)

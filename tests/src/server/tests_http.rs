@@ -1,4 +1,4 @@
-//! The stand-in's promises over HTTP: a whole job, the form of refusals, and how it goes down.
+//! The fake server's promises over HTTP: a whole job, the form of refusals, and how it goes down.
 
 use std::time::Duration;
 
@@ -154,12 +154,12 @@ async fn refusals_have_the_servers_own_form() {
         .await;
     let path = format!("/0/factory/worker/{}", made["id"].as_str().unwrap());
     let unknown = Ulid::generate(jiff::Timestamp::now());
-    let stranger = Caller::new(&server, "nobody");
+    let refused = Caller::new(&server, "nobody");
     let other = Caller::new(&server, &server.add_factory("g").1);
     server.behave(|b| b.no_fail = true);
 
     for (status, (got, body)) in [
-        (StatusCode::UNAUTHORIZED, stranger.get("/0/factory/ping").await),
+        (StatusCode::UNAUTHORIZED, refused.get("/0/factory/ping").await),
         (StatusCode::FORBIDDEN, other.get(&path).await),
         (
             StatusCode::INTERNAL_SERVER_ERROR,

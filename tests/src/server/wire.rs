@@ -1,5 +1,5 @@
-//! The bodies that cross the wire, with the names of the published schema. Both the stand-in server
-//! and the reference agent speak through these. Ids stay strings here: a malformed one is the
+//! The bodies that cross the wire, with the names of the published schema. Both the fake server
+//! and the fake agent speak through these. Ids stay strings here: a malformed one is the
 //! server's 500, not a decoder's 400.
 
 use std::collections::BTreeMap;

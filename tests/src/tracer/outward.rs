@@ -90,7 +90,7 @@ pub fn watch(program: u32, below: &Path, end_before: Option<usize>) -> JoinHandl
         );
         seen
     });
-    // An error is the thread's panic: whoever joins it is told.
+    // An error is the thread's panic: who joins it gets it.
     let _ = attached.recv();
     thread
 }

@@ -27,7 +27,7 @@ pub enum Kind {
     Order,
     /// Builds the root file system that jobs see, or unmounts the last one.
     RootFs,
-    /// A worker's first process, until it keeps house.
+    /// A worker's first process, until it runs as init.
     First,
     /// The first process's child, until it is the agent.
     Agent,
@@ -53,7 +53,7 @@ pub enum When {
     First(i64),
 }
 
-/// Whom to kill, and when.
+/// Which process to kill, and when.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub kind: Kind,
@@ -71,7 +71,7 @@ pub enum Connections {
     GoOn,
 }
 
-/// What was seen until the end, or until somebody was killed.
+/// What was seen until the end, or until a process was killed.
 #[derive(Debug, Default)]
 pub struct Seen {
     pub calls: BTreeMap<Kind, Vec<i64>>,
@@ -134,7 +134,7 @@ pub fn watch_with(
         );
         watcher.seen
     });
-    // An error is the thread's panic: whoever joins it is told.
+    // An error is the thread's panic: who joins it gets it.
     let _ = attached.recv();
     thread
 }
@@ -262,7 +262,7 @@ impl Watcher {
             self.reaped |= self.connection_gone && call.number == libc::SYS_wait4;
             self.listens = call.is(WAITS);
         } else if kind == Kind::First && call.is(WAITS) {
-            // It keeps house from here on.
+            // It runs as init from here on.
             self.alive.remove(&pid);
             return Then::Forget;
         }

@@ -6,52 +6,52 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use protocol::{Reply, Request};
-use testbed::census::processes_of;
 use testbed::disk::SmallDisk;
 use testbed::harness::{TestHost, place};
-use testbed::stage::{Stage, attack, created};
+use testbed::host_snapshot::processes_of;
+use testbed::test_helper::{TestHelper, attack, created};
 
-use crate::leave::{ongoing, with_user_namespaces};
+use crate::leftovers::{ongoing, with_user_namespaces};
 
 const SLOT: &str = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
 
 #[test]
 fn row_44_calls_that_burden_or_bypass_the_host_are_refused() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "c");
     attack(&client, worker, "calls", &[]);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_44_a_slot_with_user_namespaces_refuses_all_other_calls() {
-    let stage = Stage::with(&with_user_namespaces());
-    let client = stage.client();
+    let test = TestHelper::with(&with_user_namespaces());
+    let client = test.client();
     let worker = created(&client, "c");
     attack(&client, worker, "calls-in-user-namespace", &[]);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_44_other_entry_points_are_closed() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "c");
     attack(&client, worker, "other-entry-points", &[]);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_45_no_file_is_opened_by_its_handle() {
-    let stage = Stage::with(&with_user_namespaces());
-    let client = stage.client();
+    let test = TestHelper::with(&with_user_namespaces());
+    let client = test.client();
     for slot in ["a", "c"] {
         let worker = created(&client, slot);
         attack(&client, worker, "file-handles", &[]);
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 /// A process and all that have it for a parent, theirs included.
@@ -70,16 +70,16 @@ fn row_46_variables_of_a_job_reach_no_process_of_roots() {
     for name in variables {
         slots += &format!("env.{name} = \"/work/hostile-{name}\"\n");
     }
-    let stage = Stage::with(&slots);
-    let client = stage.client();
+    let test = TestHelper::with(&slots);
+    let client = test.client();
     let worker = created(&client, "a");
     let files = variables.map(|name| format!("/work/hostile-{name}"));
     let words = files.each_ref().map(String::as_str);
     ongoing(&client, worker, "environment", &words, "everything is in place");
-    let all = family(stage.helper.pid());
+    let all = family(test.helper.pid());
     // The helper, the connection's process and the worker's pid 1 at least; the last is not root's any more.
     assert!(all.len() >= 3, "{all:?}");
-    let job = processes_of(&stage.host.uids);
+    let job = processes_of(&test.host.uids);
     assert!(
         all.iter()
             .any(|pid| job.iter().any(|line| line.starts_with(&format!("{pid} ")))),
@@ -93,15 +93,15 @@ fn row_46_variables_of_a_job_reach_no_process_of_roots() {
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
         let maps = fs::read(format!("/proc/{pid}/maps")).unwrap();
         for (text, name) in [(environment, "environment"), (maps, "memory")] {
-            // Without the text: it is the environment of whoever runs the tests.
+            // Without the text: it is the environment of the tests.
             let reached = String::from_utf8_lossy(&text).contains("/work/hostile-");
             assert!(!reached, "the {name} of process {pid}");
         }
     }
     // What those variables name would have left a file, had any process run it.
-    let work = stage.host.worker_dir(worker).join("fs/work");
+    let work = test.host.worker_dir(worker).join("fs/work");
     assert!(work.join("hostile-PATH").exists() && !work.join("it-was-run").exists());
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 /// A file on the host that only this group may read.
@@ -126,8 +126,8 @@ fn row_47_a_slots_group_reaches_what_the_slot_says_and_no_further() {
     let place = place();
     let closed = file_of_group(place.path(), "closed", other);
     let open = file_of_group(place.path(), "open", gid);
-    let stage = Stage::with(&format!("{SLOT}add_to_groups = [\"{given}\"]\n"));
-    let client = stage.client();
+    let test = TestHelper::with(&format!("{SLOT}add_to_groups = [\"{given}\"]\n"));
+    let client = test.client();
     let worker = created(&client, "a");
     let words = [
         &gid.to_string(),
@@ -136,45 +136,45 @@ fn row_47_a_slots_group_reaches_what_the_slot_says_and_no_further() {
         open.to_str().unwrap(),
     ];
     attack(&client, worker, "groups", &words);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_48_name_clock_priority_and_limits_stay_as_they_are() {
     let name = || fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     let before = name();
-    let stage = Stage::with(&format!(
+    let test = TestHelper::with(&format!(
         "{SLOT}limits.processes = 64\nlimits.open_files = 2048\n"
     ));
-    let client = stage.client();
+    let client = test.client();
     let worker = created(&client, "a");
     attack(&client, worker, "scheduling", &["64", "2048"]);
     assert_eq!(name(), before);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_49_raw_sockets_and_low_ports_are_refused() {
     let lowest = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "c");
     let flags = || fs::read_to_string("/sys/class/net/lo/flags").unwrap();
     let before = flags();
     attack(&client, worker, "raw-sockets", &[lowest.trim(), "lo"]);
     assert_eq!(flags(), before);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 /// The attempt in slot `a`, which allows nothing, and in `c`, which allows user namespaces.
 fn in_both(name: &str, words: [&[&str]; 2]) {
-    let stage = Stage::with(&with_user_namespaces());
-    let client = stage.client();
+    let test = TestHelper::with(&with_user_namespaces());
+    let client = test.client();
     let workers = ["a", "c"].map(|slot| created(&client, slot));
     for (worker, words) in workers.into_iter().zip(words) {
         attack(&client, worker, name, words);
     }
-    stage.finish(&workers);
+    test.finish(&workers);
 }
 
 #[test]
@@ -200,24 +200,24 @@ fn row_88_no_key_policy_or_snapshot_is_left_in_a_file_system() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, &with_user_namespaces());
     let disk = SmallDisk::ext4_with_encryption(&host);
-    let stage = Stage::on(host, Some(disk));
-    let client = stage.client();
+    let test = TestHelper::on(host, Some(disk));
+    let client = test.client();
     let workers = ["a", "c"].map(|slot| created(&client, slot));
     for worker in workers {
         attack(&client, worker, "file-system-objects", &[]);
     }
-    stage.finish(&workers);
+    test.finish(&workers);
 }
 
 #[test]
 fn row_90_no_flag_of_a_file_slows_its_deletion() {
-    let stage = Stage::with(&with_user_namespaces());
-    let client = stage.client();
+    let test = TestHelper::with(&with_user_namespaces());
+    let client = test.client();
     let workers = ["a", "c"].map(|slot| created(&client, slot));
     for worker in workers {
         ongoing(&client, worker, "flags", &[], "ready");
     }
-    stage.finish(&workers);
+    test.finish(&workers);
 }
 
 #[test]

@@ -12,15 +12,16 @@ use nix::sys::inotify::AddWatchFlags;
 use nix::sys::statvfs::statvfs;
 use protocol::config::STATE_DIR;
 use protocol::{Reply, Request, State};
-use testbed::census::Census;
 use testbed::disk::SmallDisk;
 use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, tool};
-use testbed::stage::{
-    SLOTS, Stage, attack, created, install, read, run, start_attack, state, wait_for_line, wait_until, watch,
+use testbed::host_snapshot::HostSnapshot;
+use testbed::test_helper::{
+    SLOTS, TestHelper, attack, created, install, read, run, start_attack, state, wait_for_line, wait_until,
+    watch,
 };
 
 use crate::canaries::Canaries;
-use crate::leave::{ongoing, with_user_namespaces};
+use crate::leftovers::{ongoing, with_user_namespaces};
 
 /// How many entries a directory gets. A million, as docs/attacks.md has it, takes minutes on a small machine;
 /// nightly runs set `USER_FACTORY_TEST_ENTRIES`.
@@ -28,11 +29,11 @@ const ENTRIES: u32 = 100_000;
 
 /// One job in slot `a` that stays until it is deleted.
 fn once(name: &str, words: &[&str]) -> String {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let console = ongoing(&client, worker, name, words, "ready");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
     console
 }
 
@@ -41,15 +42,15 @@ fn row_17_directories_swapped_for_links_in_a_loop_lead_nowhere() {
     let canaries = Canaries::new();
     let before = canaries.look();
     for _ in 0..3 {
-        let stage = Stage::new();
-        let client = stage.client();
+        let test = TestHelper::new();
+        let client = test.client();
         let worker = created(&client, "a");
         let words = canaries.words();
         let console = start_attack(&client, worker, "swap", &[words[0], words[1], "/etc"]);
         for number in 0..3 {
             wait_for_line(&console, &format!("swaps {number}"));
         }
-        stage.finish(&[worker]);
+        test.finish(&[worker]);
     }
     assert_eq!(canaries.look(), before);
 }
@@ -100,37 +101,37 @@ fn row_23_no_file_can_be_made_immutable() {
 
 #[test]
 fn row_24_files_that_grow_are_removed() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let console = start_attack(&client, worker, "grow", &[]);
     for number in 0..4 {
         wait_for_line(&console, &format!("grows {number}"));
     }
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_25_mounts_inside_a_tree_are_refused_or_the_jobs_own_and_nothing_below_them_is_touched() {
-    let (stage, canaries) = (Stage::with(&with_user_namespaces()), Canaries::new());
+    let (test, canaries) = (TestHelper::with(&with_user_namespaces()), Canaries::new());
     let before = canaries.look();
-    let client = stage.client();
+    let client = test.client();
     let (refused, allowed) = (created(&client, "a"), created(&client, "c"));
     let open = canaries.words()[1];
     attack(&client, refused, "mount-inside", &["refused", open]);
     ongoing(&client, allowed, "mount-inside", &["allowed", open], "ready");
     let count = || ["/etc", "/usr"].map(|dir| fs::read_dir(dir).unwrap().count());
     let names = count();
-    stage.finish(&[refused, allowed]);
+    test.finish(&[refused, allowed]);
     assert_eq!(count(), names);
     assert_eq!(canaries.look(), before);
 }
 
 #[test]
 fn row_25_what_root_has_mounted_inside_a_tree_is_left_as_it_is() {
-    let (stage, canaries) = (Stage::new(), Canaries::new());
+    let (test, canaries) = (TestHelper::new(), Canaries::new());
     let before = canaries.look();
-    let client = stage.client();
+    let client = test.client();
     let worker = created(&client, "a");
     run(
         &client,
@@ -138,7 +139,7 @@ fn row_25_what_root_has_mounted_inside_a_tree_is_left_as_it_is() {
         "mkdir -p /work/one/two /tmp/one; echo x >/tmp/file; echo x >/work/one/file",
     );
     for place in ["work/one/two", "work/one/file", "tmp/one", "tmp/file"] {
-        let place = stage.host.worker_dir(worker).join("fs").join(place);
+        let place = test.host.worker_dir(worker).join("fs").join(place);
         let source = if place.is_dir() {
             canaries.open.clone()
         } else {
@@ -153,7 +154,7 @@ fn row_25_what_root_has_mounted_inside_a_tree_is_left_as_it_is() {
         )
         .unwrap();
     }
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
     assert_eq!(canaries.look(), before);
 }
 
@@ -168,12 +169,12 @@ fn row_26_set_id_files_and_file_capabilities_are_inert_and_gone() {
     let grouped = format!("add_to_groups = [\"{}\"]\n", group[0]);
     let slots = with_user_namespaces().replace("[slots.c]\n", &format!("[slots.c]\n{grouped}"));
     let slots = slots.replace("[slots.a]\n", &format!("[slots.a]\n{grouped}"));
-    let stage = Stage::with(&slots);
-    let client = stage.client();
+    let test = TestHelper::with(&slots);
+    let client = test.client();
     let (plain, with_namespaces) = (created(&client, "a"), created(&client, "c"));
     for worker in [plain, with_namespaces] {
         ongoing(&client, worker, "set-id", &[group[2]], "ready");
-        let program = stage.host.worker_dir(worker).join("fs/work/id");
+        let program = test.host.worker_dir(worker).join("fs/work/id");
         let mode = fs::metadata(&program).expect("root sees it").mode();
         assert_eq!(mode & 0o6000, 0o6000, "{mode:o}");
         // Another user of the host, outside of every sandbox, does not get at it.
@@ -181,7 +182,7 @@ fn row_26_set_id_files_and_file_capabilities_are_inert_and_gone() {
         let outcome = command.uid(SUPERVISOR_UID).gid(SUPERVISOR_UID).status();
         assert_eq!(outcome.unwrap_err().kind(), ErrorKind::PermissionDenied);
     }
-    stage.finish(&[plain, with_namespaces]);
+    test.finish(&[plain, with_namespaces]);
 }
 
 #[test]
@@ -203,7 +204,7 @@ fn row_27_a_job_that_has_filled_the_disk_is_removed() {
             };
             let _helper = host.helper();
             let client = Client::new(&host);
-            let before = Census::take(&host);
+            let before = HostSnapshot::take(&host);
             let worker = created(&client, "a");
             let console = start_attack(&client, worker, "fill", &steps);
             // On a full disk the console has no more lines: a mode that the job sets says when it is full.
@@ -232,14 +233,14 @@ fn row_27_a_job_that_has_filled_the_disk_is_removed() {
 
 #[test]
 fn row_28_daemons_that_make_files_anew_are_gone_with_the_files() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let console = start_attack(&client, worker, "recreate", &[]);
     for number in 0..8 {
         wait_for_line(&console, &format!("recreates {number}"));
     }
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 /// As root, from outside: no job is let make these.
@@ -272,21 +273,21 @@ fn set_mode(path: &Path, mode: u32) {
 }
 
 /// A host whose state directory is on a file system of its own.
-fn on_disk(disk: fn(&TestHost) -> SmallDisk) -> Stage {
+fn on_disk(disk: fn(&TestHost) -> SmallDisk) -> TestHelper {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
     fs::create_dir_all(host.root.join(STATE_DIR)).unwrap();
     let disk = disk(&host);
-    Stage::on(host, Some(disk))
+    TestHelper::on(host, Some(disk))
 }
 
 #[test]
 fn row_89_subvolumes_and_read_only_snapshots_are_deleted() {
-    let stage = on_disk(SmallDisk::btrfs);
-    let client = stage.client();
+    let test = on_disk(SmallDisk::btrfs);
+    let client = test.client();
     let worker = created(&client, "a");
     run(&client, worker, "true");
-    let trees = stage.host.worker_dir(worker).join("fs");
+    let trees = test.host.worker_dir(worker).join("fs");
     let uid = fs::metadata(trees.join("work")).unwrap().uid();
     for tree in ["work", "tmp"] {
         let at = |name: &str| trees.join(tree).join(name);
@@ -313,18 +314,18 @@ fn row_89_subvolumes_and_read_only_snapshots_are_deleted() {
             );
         }
     }
-    stage.delete(&[worker]);
+    test.delete(&[worker]);
     let next = created(&client, "a");
-    stage.finish(&[next]);
+    test.finish(&[next]);
 }
 
 #[test]
 fn row_89_a_snapshot_that_its_owner_cannot_open_is_named_and_deleted_once_it_is_writable() {
-    let stage = on_disk(SmallDisk::btrfs);
-    let client = stage.client();
+    let test = on_disk(SmallDisk::btrfs);
+    let client = test.client();
     let worker = created(&client, "a");
     run(&client, worker, "true");
-    let work = stage.host.worker_dir(worker).join("fs/work");
+    let work = test.host.worker_dir(worker).join("fs/work");
     let at = |name: &str| work.join(name);
     btrfs(&["subvolume", "create"], &[&at("one")]);
     give(&at("one"), fs::metadata(&work).unwrap().uid());
@@ -340,7 +341,7 @@ fn row_89_a_snapshot_that_its_owner_cannot_open_is_named_and_deleted_once_it_is_
         &["property", "set", "-ts"],
         &[&at("snapshot"), "ro".as_ref(), "false".as_ref()],
     );
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
@@ -352,17 +353,17 @@ fn row_89_the_file_systems_that_the_helper_takes_are_those_on_which_all_is_delet
         SmallDisk::in_memory,
         SmallDisk::overlay,
     ] {
-        let stage = on_disk(disk);
+        let test = on_disk(disk);
         assert_eq!(
-            stage.helper.log.count(&["was not tested"]),
+            test.helper.log.count(&["was not tested"]),
             0,
             "{}",
-            stage.helper.log.text()
+            test.helper.log.text()
         );
-        let client = stage.client();
+        let client = test.client();
         let worker = created(&client, "a");
         ongoing(&client, worker, "mess", &[], "ready");
-        stage.finish(&[worker]);
+        test.finish(&[worker]);
     }
     let unknown = on_disk(SmallDisk::ramfs);
     unknown.helper.log.wait(&["was not tested", "0x858458f6"]);
@@ -371,8 +372,8 @@ fn row_89_the_file_systems_that_the_helper_takes_are_those_on_which_all_is_delet
 
 #[test]
 fn row_96_descriptors_of_a_deleted_workers_console_hold_no_block() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let (reply, console) = install(&client, worker, sealed(b"#!/bin/bash\nyes | head -c 4M\n"));
     assert_eq!(reply, Reply::AgentStarted);
@@ -394,7 +395,7 @@ fn row_96_descriptors_of_a_deleted_workers_console_hold_no_block() {
         "{:?}",
         sizes()
     );
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
     assert_eq!(sizes(), [(0, 0); 2]);
 }
 

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
 use protocol::{ErrorKind, Reply, Request, VERSION, wire};
 use testbed::harness::{Client, PATIENCE, sealed, worker_id};
-use testbed::stage::{Stage, create, created, install, kind, list, token};
+use testbed::test_helper::{TestHelper, create, created, install, kind, list, token};
 use testbed::tracer::descriptor_of;
 use testbed::tracer::service::{children, listener};
 
@@ -25,11 +25,11 @@ impl Drop for Over<'_> {
 }
 
 #[test]
-fn row_61_ten_thousand_connections() {
-    let stage = Stage::new();
-    let witness = stage.client();
+fn row_61_ten_thousand_connections_leave_the_helper_as_it_was() {
+    let test = TestHelper::new();
+    let witness = test.client();
     for wave in 0..40 {
-        let clients: Vec<Client> = (0..250).map(|_| Client::silent(&stage.host)).collect();
+        let clients: Vec<Client> = (0..250).map(|_| Client::silent(&test.host)).collect();
         match wave % 4 {
             // Nothing is said at all.
             0 => {}
@@ -47,7 +47,7 @@ fn row_61_ten_thousand_connections() {
         drop(clients);
         assert_eq!(list(&witness), [], "the witness is not served any more");
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 fn half_close(client: &Client, how: Shutdown) {
@@ -58,18 +58,18 @@ fn half_close(client: &Client, how: Shutdown) {
 
 #[test]
 fn row_61_a_half_closed_connection_is_answered_and_ended() {
-    let stage = Stage::new();
-    let client = Client::silent(&stage.host);
+    let test = TestHelper::new();
+    let client = Client::silent(&test.host);
     half_close(&client, Shutdown::Write);
     assert!(matches!(client.reply(), Some((Reply::Welcome, _))));
     assert!(client.reply().is_none(), "who says no more is kept");
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
-fn row_61_a_peer_that_reads_nothing() {
-    let stage = Stage::new();
-    let deaf = stage.client();
+fn row_61_a_peer_that_reads_nothing_is_hung_up_on() {
+    let test = TestHelper::new();
+    let deaf = test.client();
     let question = wire::encode(&Request::List { after: None }).unwrap();
     // Until there is room neither for an answer nor for a question: then the helper gives up.
     let end = loop {
@@ -79,14 +79,14 @@ fn row_61_a_peer_that_reads_nothing() {
         }
     };
     assert!(matches!(end, Errno::EPIPE | Errno::ECONNRESET), "{end}");
-    stage.helper.log.wait(&["hung up", "cannot answer"]);
-    stage.finish(&[]);
+    test.helper.log.wait(&["hung up", "cannot answer"]);
+    test.finish(&[]);
 }
 
 /// How many seconds each session of the helper waits for its peer: for a packet, and for room for an answer.
-fn waits_of_sessions(stage: &Stage) -> Vec<(i64, i64)> {
+fn waits_of_sessions(test: &TestHelper) -> Vec<(i64, i64)> {
     let mut all = Vec::new();
-    for session in children(listener(stage.helper.pid())) {
+    for session in children(listener(test.helper.pid())) {
         let open = fs::read_dir(format!("/proc/{session}/fd"))
             .into_iter()
             .flatten()
@@ -109,26 +109,26 @@ fn waits_of_sessions(stage: &Stage) -> Vec<(i64, i64)> {
 
 #[test]
 fn row_61_a_peer_that_says_nothing_has_ten_seconds_to_greet_and_then_an_hour() {
-    let stage = Stage::new();
+    let test = TestHelper::new();
     let begin = Instant::now();
-    let silent = Client::silent(&stage.host);
-    let greeted = stage.client();
-    while waits_of_sessions(&stage) != [(10, 10), (3600, 10)] {
-        assert!(begin.elapsed() < PATIENCE, "{:?}", waits_of_sessions(&stage));
+    let silent = Client::silent(&test.host);
+    let greeted = test.client();
+    while waits_of_sessions(&test) != [(10, 10), (3600, 10)] {
+        assert!(begin.elapsed() < PATIENCE, "{:?}", waits_of_sessions(&test));
         std::thread::yield_now();
     }
     assert!(silent.reply().is_none(), "it was answered");
     assert!(begin.elapsed().as_secs() >= 9, "{:?}", begin.elapsed());
-    stage.helper.log.wait(&["hung up", "cannot receive", "EAGAIN"]);
-    assert_eq!(waits_of_sessions(&stage), [(3600, 10)]);
+    test.helper.log.wait(&["hung up", "cannot receive", "EAGAIN"]);
+    assert_eq!(waits_of_sessions(&test), [(3600, 10)]);
     assert_eq!(list(&greeted), []);
     drop(greeted);
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
-fn row_61_closed_before_the_answer() {
-    let stage = Stage::new();
+fn row_61_a_connection_closed_before_the_answer_harms_no_other() {
+    let test = TestHelper::new();
     let worker = worker_id();
     let slot = "a".parse().unwrap();
     let requests = [
@@ -146,29 +146,29 @@ fn row_61_closed_before_the_answer() {
         for request in &requests {
             let agent = sealed(b"#!/bin/bash\nexec sleep 1000\n");
             let agent = request.carries_descriptor().then_some(&agent);
-            let client = stage.client();
+            let client = test.client();
             let bytes = wire::encode(request).unwrap();
             client.socket.send(&bytes, agent.map(AsFd::as_fd)).unwrap();
         }
         assert_eq!(
-            stage.client().ask(&Request::Delete { worker }).0,
+            test.client().ask(&Request::Delete { worker }).0,
             Reply::Deleted,
             "round {round}"
         );
     }
     // A request that nobody waits for is still being done when Delete comes, and may be done after it.
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn row_64_the_same_worker_on_many_connections() {
-    let stage = Stage::new();
+fn row_64_the_same_worker_on_many_connections_is_made_once() {
+    let test = TestHelper::new();
     let worker = worker_id();
     let replies: Vec<Reply> = std::thread::scope(|scope| {
         let asked: Vec<_> = (0..16)
             .map(|i| {
-                let stage = &stage;
-                scope.spawn(move || create(&stage.client(), worker, if i % 2 == 0 { "a" } else { "c" }))
+                let test = &test;
+                scope.spawn(move || create(&test.client(), worker, if i % 2 == 0 { "a" } else { "c" }))
             })
             .collect();
         asked.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -183,44 +183,44 @@ fn row_64_the_same_worker_on_many_connections() {
         "one of the slots, and all who asked for that one: {replies:?}"
     );
     assert!(users.iter().all(|reply| *reply == users[0]), "{users:?}");
-    assert_eq!(list(&stage.client()).len(), 1);
-    stage.finish(&[worker]);
+    assert_eq!(list(&test.client()).len(), 1);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn row_65_an_agent_installed_twice_at_the_same_time() {
-    let stage = Stage::new();
+fn row_65_an_agent_installed_twice_at_the_same_time_is_started_once() {
+    let test = TestHelper::new();
     for _ in 0..10 {
-        let worker = created(&stage.client(), "a");
+        let worker = created(&test.client(), "a");
         let script = b"#!/bin/bash\necho started; (exec sleep 1000) & exit 0\n";
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     assert_eq!(
-                        install(&stage.client(), worker, sealed(script)).0,
+                        install(&test.client(), worker, sealed(script)).0,
                         Reply::AgentStarted
                     );
                 });
             }
         });
-        let client = stage.client();
+        let client = test.client();
         let console = client
             .ask(&Request::Attach { worker })
             .1
             .pop()
             .map(fs::File::from)
             .unwrap();
-        testbed::stage::wait_for_line(&console, "started");
+        testbed::test_helper::wait_for_line(&console, "started");
         assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
-        assert_eq!(testbed::stage::read(&console).matches("started").count(), 1);
+        assert_eq!(testbed::test_helper::read(&console).matches("started").count(), 1);
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
-fn row_65_killed_and_deleted_while_it_is_made() {
-    let stage = Stage::new();
+fn row_65_a_worker_killed_and_deleted_while_it_is_made_leaves_nothing() {
+    let test = TestHelper::new();
     let over = AtomicBool::new(false);
     let worker = worker_id();
     std::thread::scope(|scope| {
@@ -229,9 +229,9 @@ fn row_65_killed_and_deleted_while_it_is_made() {
             Request::Delete { worker },
             Request::Delete { worker },
         ] {
-            let (stage, over) = (&stage, &over);
+            let (test, over) = (&test, &over);
             scope.spawn(move || {
-                let client = stage.client();
+                let client = test.client();
                 // Each time a little later than before, so as to meet every step of the making.
                 for polls in (0..40).cycle() {
                     if over.load(Ordering::Relaxed) {
@@ -244,7 +244,7 @@ fn row_65_killed_and_deleted_while_it_is_made() {
                 }
             });
         }
-        let client = stage.client();
+        let client = test.client();
         let _over = Over(&over);
         let (mut started, begin) = (0, Instant::now());
         for round in 0.. {
@@ -265,5 +265,5 @@ fn row_65_killed_and_deleted_while_it_is_made() {
         }
         assert!(started > 0, "Delete was always first, so this shows nothing");
     });
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }

@@ -9,23 +9,23 @@ use std::time::Instant;
 
 use protocol::{Exit, State, WorkerId};
 use testbed::harness::{Client, PATIENCE, has_controller};
-use testbed::stage::{Stage, attack, created, read, start_attack, state, wait_until};
+use testbed::test_helper::{TestHelper, attack, created, read, start_attack, state, wait_until};
 
-use crate::leave::ongoing;
-use crate::starve::slots;
+use crate::exhaustion::slots;
+use crate::leftovers::ongoing;
 
 pub const LIMIT: u64 = 48 << 20;
 /// What the kernel charges in any case, for pages that must be had.
 pub const SLACK: u64 = 1 << 20;
 
 /// A file of the worker's cgroup.
-fn file(stage: &Stage, worker: WorkerId, name: &str) -> PathBuf {
-    let cgroup = stage.host.cgroup_dir().join("workers").join(worker.to_string());
+fn file(test: &TestHelper, worker: WorkerId, name: &str) -> PathBuf {
+    let cgroup = test.host.cgroup_dir().join("workers").join(worker.to_string());
     cgroup.join(name)
 }
 
-pub fn number(stage: &Stage, worker: WorkerId, name: &str) -> u64 {
-    let path = file(stage, worker, name);
+pub fn number(test: &TestHelper, worker: WorkerId, name: &str) -> u64 {
+    let path = file(test, worker, name);
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path:?}: {error}"));
     text.trim()
         .parse()
@@ -33,8 +33,8 @@ pub fn number(stage: &Stage, worker: WorkerId, name: &str) -> u64 {
 }
 
 /// The lines `key number` of a file.
-fn numbers(stage: &Stage, worker: WorkerId, name: &str) -> BTreeMap<String, u64> {
-    let text = fs::read_to_string(file(stage, worker, name)).expect("the worker has a cgroup");
+fn numbers(test: &TestHelper, worker: WorkerId, name: &str) -> BTreeMap<String, u64> {
+    let text = fs::read_to_string(file(test, worker, name)).expect("the worker has a cgroup");
     text.lines()
         .filter_map(|line| {
             let (key, value) = line.split_once(' ')?;
@@ -43,8 +43,8 @@ fn numbers(stage: &Stage, worker: WorkerId, name: &str) -> BTreeMap<String, u64>
         .collect()
 }
 
-fn killed_for_memory(stage: &Stage, worker: WorkerId) -> u64 {
-    numbers(stage, worker, "memory.events")["oom_kill"]
+fn killed_for_memory(test: &TestHelper, worker: WorkerId) -> u64 {
+    numbers(test, worker, "memory.events")["oom_kill"]
 }
 
 /// Let the job set off a bomb, and return what it could still say.
@@ -61,8 +61,8 @@ fn bomb(client: &Client, worker: WorkerId, kind: &str) -> String {
 fn row_51_a_memory_bomb_of_any_kind_ends_in_its_own_cgroup_and_its_neighbour_goes_on() {
     assert!(has_controller("memory"), "no memory controller here");
     let own = format!("memory = {LIMIT}");
-    let stage = Stage::with(&slots(&[("a", &own), ("c", &own), ("d", "")]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", &own), ("c", &own), ("d", "")]));
+    let client = test.client();
     let neighbour = created(&client, "c");
     ongoing(&client, neighbour, "never-end", &["quiet"], "ready");
     for kind in ["anonymous", "shared-memory", "memfd", "pipes", "sockets"] {
@@ -71,14 +71,14 @@ fn row_51_a_memory_bomb_of_any_kind_ends_in_its_own_cgroup_and_its_neighbour_goe
         let console = bomb(&client, worker, kind);
         // Ended by the kernel, and only what is the job's own.
         assert!(
-            killed_for_memory(&stage, worker) > 0,
+            killed_for_memory(&test, worker) > 0,
             "{kind}: {console}\n{:?}",
-            numbers(&stage, worker, "memory.events")
+            numbers(&test, worker, "memory.events")
         );
-        assert_eq!(number(&stage, worker, "memory.max"), LIMIT);
-        let peak = number(&stage, worker, "memory.peak");
+        assert_eq!(number(&test, worker, "memory.max"), LIMIT);
+        let peak = number(&test, worker, "memory.peak");
         assert!((LIMIT / 2..=LIMIT + SLACK).contains(&peak), "{kind}: {peak}");
-        assert_eq!(killed_for_memory(&stage, neighbour), 0, "{kind}");
+        assert_eq!(killed_for_memory(&test, neighbour), 0, "{kind}");
         assert_eq!(state(&client, neighbour), State::Running, "{kind}");
         let third = created(&client, "d");
         attack(&client, third, "take-a-little", &[]);
@@ -87,21 +87,21 @@ fn row_51_a_memory_bomb_of_any_kind_ends_in_its_own_cgroup_and_its_neighbour_goe
             state(&client, worker),
             begin.elapsed()
         );
-        stage.delete(&[worker, third]);
+        test.delete(&[worker, third]);
     }
-    stage.finish(&[neighbour]);
+    test.finish(&[neighbour]);
 }
 
 #[test]
 #[ignore = "needs the memory controller: tests/machine/run limits"]
 fn row_51_page_cache_gives_way_within_the_limit() {
     assert!(has_controller("memory"), "no memory controller here");
-    let stage = Stage::with(&slots(&[("a", &format!("memory = {LIMIT}"))]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", &format!("memory = {LIMIT}"))]));
+    let client = test.client();
     let worker = created(&client, "a");
     let console = start_attack(&client, worker, "page-cache", &["", &LIMIT.to_string()]);
     let ended = wait_until(&client, worker, |state| state != State::Running);
-    let events = numbers(&stage, worker, "memory.events");
+    let events = numbers(&test, worker, "memory.events");
     assert_eq!(
         ended,
         State::Exited(Exit::Status(0)),
@@ -109,9 +109,9 @@ fn row_51_page_cache_gives_way_within_the_limit() {
         read(&console)
     );
     assert_eq!(events["oom_kill"], 0);
-    let peak = number(&stage, worker, "memory.peak");
+    let peak = number(&test, worker, "memory.peak");
     assert!((LIMIT / 2..=LIMIT + SLACK).contains(&peak), "{peak}");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
@@ -120,41 +120,41 @@ fn row_51_swap_is_not_there_unless_the_slot_says_how_much() {
     assert!(has_controller("memory"), "no memory controller here");
     let swaps = fs::read_to_string("/proc/swaps").unwrap();
     assert!(swaps.lines().count() > 1, "no swap here: {swaps}");
-    let stage = Stage::with(&slots(&[
+    let test = TestHelper::with(&slots(&[
         ("a", &format!("memory = {LIMIT}")),
         ("c", &format!("memory = {LIMIT}\nswap = {LIMIT}")),
     ]));
-    let client = stage.client();
+    let client = test.client();
 
     let without = created(&client, "a");
     bomb(&client, without, "anonymous");
-    assert!(killed_for_memory(&stage, without) > 0);
-    assert_eq!(number(&stage, without, "memory.swap.max"), 0);
-    assert_eq!(number(&stage, without, "memory.swap.peak"), 0);
+    assert!(killed_for_memory(&test, without) > 0);
+    assert_eq!(number(&test, without, "memory.swap.max"), 0);
+    assert_eq!(number(&test, without, "memory.swap.peak"), 0);
 
     let with = created(&client, "c");
     let more = (LIMIT / 2 * 3).to_string();
     attack(&client, with, "memory-hold", &["anonymous", &more]);
     assert_eq!(state(&client, with), State::Exited(Exit::Status(0)));
-    assert_eq!(killed_for_memory(&stage, with), 0);
-    let swapped = number(&stage, with, "memory.swap.peak");
+    assert_eq!(killed_for_memory(&test, with), 0);
+    let swapped = number(&test, with, "memory.swap.peak");
     assert!((1..=LIMIT).contains(&swapped), "{swapped}");
-    stage.delete(&[with]);
+    test.delete(&[with]);
 
     let with = created(&client, "c");
     bomb(&client, with, "anonymous");
-    assert!(killed_for_memory(&stage, with) > 0);
-    let swapped = number(&stage, with, "memory.swap.peak");
+    assert!(killed_for_memory(&test, with) > 0);
+    let swapped = number(&test, with, "memory.swap.peak");
     assert!((LIMIT / 2..=LIMIT).contains(&swapped), "{swapped}");
-    stage.finish(&[without, with]);
+    test.finish(&[without, with]);
 }
 
 #[test]
 #[ignore = "needs the cpu controller: tests/machine/run limits"]
 fn row_52_processors_are_taken_away_in_every_period_from_a_job_that_wants_more() {
     assert!(has_controller("cpu"), "no cpu controller here");
-    let stage = Stage::with(&slots(&[("a", "cpus = 0.5"), ("c", "cpus = 0.1"), ("d", "")]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", "cpus = 0.5"), ("c", "cpus = 0.1"), ("d", "")]));
+    let client = test.client();
     let [half, tenth] = ["a", "c"].map(|slot| created(&client, slot));
     for worker in [half, tenth] {
         // The agent itself is slowed down, so this takes what it takes.
@@ -167,7 +167,7 @@ fn row_52_processors_are_taken_away_in_every_period_from_a_job_that_wants_more()
         let begin = Instant::now();
         // The kernel's own count of periods of 100 ms is the clock.
         let stat = loop {
-            let stat = numbers(&stage, worker, "cpu.stat");
+            let stat = numbers(&test, worker, "cpu.stat");
             if stat["nr_periods"] >= 50 {
                 break stat;
             }
@@ -181,15 +181,15 @@ fn row_52_processors_are_taken_away_in_every_period_from_a_job_that_wants_more()
         assert!(stat["usage_usec"] <= most, "at most {most}: {stat:?}");
         println!("{of_each_period} of each 100000 µs: {stat:?}");
     }
-    stage.finish(&[half, tenth, neighbour]);
+    test.finish(&[half, tenth, neighbour]);
 }
 
 #[test]
 #[ignore = "needs the pids controller: tests/machine/run limits"]
 fn row_53_processes_and_threads_are_counted_by_the_cgroup_too() {
     assert!(has_controller("pids"), "no pids controller here");
-    let stage = Stage::with(&slots(&[("a", "processes = 64\nopen_files = 256"), ("c", "")]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", "processes = 64\nopen_files = 256"), ("c", "")]));
+    let client = test.client();
     let (greedy, modest) = (created(&client, "a"), created(&client, "c"));
     let watches = fs::read_to_string("/proc/sys/fs/inotify/max_user_instances").unwrap();
     ongoing(
@@ -200,8 +200,8 @@ fn row_53_processes_and_threads_are_counted_by_the_cgroup_too() {
         "ready",
     );
     attack(&client, modest, "take-a-little", &[]);
-    assert_eq!(number(&stage, greedy, "pids.max"), 64);
-    let peak = number(&stage, greedy, "pids.peak");
+    assert_eq!(number(&test, greedy, "pids.max"), 64);
+    let peak = number(&test, greedy, "pids.peak");
     assert!((60..=64).contains(&peak), "{peak}");
-    stage.finish(&[greedy, modest]);
+    test.finish(&[greedy, modest]);
 }

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use protocol::{ErrorKind, MAX_AGENT_BYTES, Reply, Request, State};
 use testbed::harness::{memory, sealed};
-use testbed::stage::{Stage, created, install, kind, read, state, wait_until};
+use testbed::test_helper::{TestHelper, created, install, kind, read, state, wait_until};
 
 use crate::connections::Over;
 
@@ -49,9 +49,9 @@ fn map(fd: impl AsFd) -> nix::Result<*mut u8> {
 }
 
 #[test]
-fn row_62_every_other_kind_of_descriptor() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_62_every_other_kind_of_descriptor_is_refused() {
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let directory = tempfile::tempdir().unwrap();
     let fifo = directory.path().join("fifo");
@@ -70,8 +70,8 @@ fn row_62_every_other_kind_of_descriptor() {
             tempfile::tempfile_in("/dev/shm").unwrap().into(),
         ),
     ];
-    let socket = stage.host.socket();
-    let helper = format!("/proc/{}", stage.helper.pid());
+    let socket = test.host.socket();
+    let helper = format!("/proc/{}", test.helper.pid());
     for path in [
         "/proc/self/mem",
         "/proc/self/ns/net",
@@ -112,13 +112,13 @@ fn row_62_every_other_kind_of_descriptor() {
         assert!(begin.elapsed() < Duration::from_secs(5), "{what} was waited for");
         assert_eq!(state(&client, worker), State::Created, "{what}");
     }
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn row_62_a_program_that_could_still_be_changed() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_62_a_program_that_could_still_be_changed_is_refused() {
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     // A writable mapping from before: the kernel does not seal it.
     let mapped = memory(b"#!/bin/true\n");
@@ -148,13 +148,13 @@ fn row_62_a_program_that_could_still_be_changed() {
         );
     }
     assert_eq!(state(&client, worker), State::Created);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn row_62_changed_while_it_is_read() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_62_a_program_changed_while_it_is_read_is_refused() {
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let program = [
         b"#!/bin/bash\necho the first\nexit 7\n".as_slice(),
@@ -187,13 +187,13 @@ fn row_62_changed_while_it_is_read() {
         wait_until(&client, worker, |state| state != State::Running);
         assert_eq!(read(&console.unwrap()), "the first\n");
     });
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn row_62_files_of_absurd_lengths() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_62_files_of_absurd_lengths_are_refused() {
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     for len in [MAX_AGENT_BYTES + 1, 1 << 40, i64::MAX as u64] {
         let sparse = File::from(memory(b"#!/bin/true\n"));
@@ -220,7 +220,7 @@ fn row_62_files_of_absurd_lengths() {
     // None of these was the one start that a worker has.
     let (reply, console) = install(&client, worker, agent);
     assert_eq!(reply, Reply::AgentStarted);
-    testbed::stage::wait_for_line(&console.unwrap(), "started");
+    testbed::test_helper::wait_for_line(&console.unwrap(), "started");
     assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }

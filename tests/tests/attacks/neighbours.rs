@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 
 use protocol::config::{CONFIG_PATH, GATE_DIR, RUN_DIR, STATE_DIR};
 use protocol::{ErrorKind, Reply, Request, State};
-use testbed::census::Census;
 use testbed::harness::{Client, Running, SUPERVISOR_UID, TestHost, binaries, sealed, worker_id};
-use testbed::stage::{SLOTS, Stage, create, created, install, kind, state, wait_for_line};
+use testbed::host_snapshot::HostSnapshot;
+use testbed::test_helper::{SLOTS, TestHelper, create, created, install, kind, state, wait_for_line};
 
 /// A user of the host who has nothing to do with the factory.
 const SOMEBODY: u32 = 0x6fff_0001;
@@ -47,7 +47,7 @@ fn places(host: &TestHost) -> [PathBuf; 4] {
 }
 
 #[test]
-fn row_68_a_directory_of_somebody_elses_where_the_factory_has_its_own() {
+fn row_68_a_directory_that_others_can_write_is_refused() {
     for number in 0..4 {
         let host = host();
         let place = &places(&host)[number];
@@ -66,7 +66,7 @@ fn row_68_a_directory_of_somebody_elses_where_the_factory_has_its_own() {
 }
 
 #[test]
-fn row_68_a_link_to_elsewhere_where_the_factory_has_its_own() {
+fn row_68_a_symbolic_link_in_place_of_a_directory_is_refused() {
     for number in 0..4 {
         let host = host();
         let place = &places(&host)[number];
@@ -93,7 +93,7 @@ fn row_68_a_link_to_elsewhere_where_the_factory_has_its_own() {
 }
 
 #[test]
-fn row_68_something_else_where_the_socket_belongs() {
+fn row_68_a_foreign_file_in_place_of_the_socket_is_replaced_or_refused() {
     let host = host();
     let run = host.root.join(RUN_DIR);
     fs::create_dir_all(&run).unwrap();
@@ -105,7 +105,7 @@ fn row_68_something_else_where_the_socket_belongs() {
     fs::remove_file(host.socket()).unwrap();
     let squatter = std::os::unix::net::UnixListener::bind(host.socket()).unwrap();
     let helper = host.helper();
-    assert_eq!(testbed::stage::list(&Client::new(&host)), []);
+    assert_eq!(testbed::test_helper::list(&Client::new(&host)), []);
     drop((squatter, helper));
     fs::remove_file(host.socket()).unwrap();
     fs::create_dir(host.socket()).unwrap();
@@ -130,7 +130,7 @@ impl Drop for Squatter {
 }
 
 #[test]
-fn row_69_a_uid_that_is_somebodys_already() {
+fn row_69_a_uid_in_use_on_the_host_is_not_given_to_a_job() {
     let mut host = host();
     let first = *host.uids.start();
     host.uids = first..=first + 3;
@@ -155,29 +155,29 @@ fn row_69_a_uid_that_is_somebodys_already() {
 }
 
 #[test]
-fn row_69_a_user_name_that_is_taken() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_69_files_at_a_users_record_go_and_what_they_link_to_stays() {
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = worker_id();
     // Only root can have left these: they go with the worker, and what they lead to stays.
     let name = format!("bmat-{}", worker.to_string().to_lowercase());
-    let precious = stage.host.root.join("precious");
+    let precious = test.host.root.join("precious");
     fs::write(&precious, "content").unwrap();
-    symlink(&precious, stage.host.userdb().join(format!("{name}.user"))).unwrap();
-    symlink(&precious, stage.host.userdb().join(format!("{name}.user.part"))).unwrap();
+    symlink(&precious, test.host.userdb().join(format!("{name}.user"))).unwrap();
+    symlink(&precious, test.host.userdb().join(format!("{name}.user.part"))).unwrap();
     let Reply::UserCreated { uid, .. } = create(&client, worker, "a") else {
         panic!()
     };
-    let record = fs::read_to_string(stage.host.userdb().join(format!("{name}.user"))).unwrap();
+    let record = fs::read_to_string(test.host.userdb().join(format!("{name}.user"))).unwrap();
     assert!(record.contains(&format!("\"uid\":{uid}")), "{record}");
     assert_eq!(fs::read_to_string(&precious).unwrap(), "content");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn row_70_a_configuration_swapped_while_a_job_runs() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_70_a_configuration_that_others_could_write_is_refused_while_a_job_runs() {
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let (_, console) = install(
         &client,
@@ -186,7 +186,7 @@ fn row_70_a_configuration_swapped_while_a_job_runs() {
     );
     wait_for_line(&console.unwrap(), "here");
     let waiting = created(&client, "c");
-    let path = stage.host.root.join(CONFIG_PATH);
+    let path = test.host.root.join(CONFIG_PATH);
     let good = fs::read_to_string(&path).unwrap();
     let evil = good.replace("[slots.c]", "[slots.c]\nadd_to_groups = [\"disk\"]");
     type Swap = fn(&Path, &str);
@@ -220,7 +220,7 @@ fn row_70_a_configuration_swapped_while_a_job_runs() {
     for (what, swap) in swaps {
         let _ = fs::remove_file(&path);
         swap(&path, &evil);
-        let client = stage.client();
+        let client = test.client();
         assert_eq!(kind(create(&client, worker_id(), "c")), ErrorKind::Busy, "{what}");
         let (reply, _) = install(&client, waiting, sealed(b"#!/bin/true\n"));
         assert_eq!(kind(reply), ErrorKind::Busy, "{what}");
@@ -228,7 +228,7 @@ fn row_70_a_configuration_swapped_while_a_job_runs() {
         assert_eq!(state(&client, worker), State::Running, "{what}");
     }
     // Nothing of this is needed to clean up.
-    stage.finish(&[worker, waiting]);
+    test.finish(&[worker, waiting]);
 }
 
 /// What `words` come to when a user does them.
@@ -243,10 +243,10 @@ fn as_user(uid: u32, words: &[&str]) -> bool {
 }
 
 #[test]
-fn row_72_writing_where_the_factory_keeps_its_things() {
+fn row_72_no_user_writes_to_the_factorys_directories() {
     let host = host();
     host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOTS);
-    let before = Census::take(&host);
+    let before = HostSnapshot::take(&host);
     let helper = host.helper();
     let root = host.root.display().to_string();
     let (run, state) = (format!("{root}/{RUN_DIR}"), format!("{root}/{STATE_DIR}"));

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use protocol::{ErrorKind, Reply, Request, State, VERSION, WorkerId, wire};
 use testbed::harness::{Client, sealed, worker_id};
-use testbed::stage::{Stage, create, created, kind, list, state, token};
+use testbed::test_helper::{TestHelper, create, created, kind, list, state, token};
 use testbed::tracer::Event;
 use testbed::tracer::service::{Span, listener, watch_with};
 
@@ -38,8 +38,8 @@ fn ends(client: &Client, packet: &[u8], descriptor: Option<&OwnedFd>) -> bool {
 }
 
 #[test]
-fn row_59_names_of_slots_that_are_none() {
-    let stage = Stage::new();
+fn row_59_invalid_slot_names_are_refused() {
+    let test = TestHelper::new();
     let long = [b'a'; 33];
     let names: [&[u8]; 19] = [
         b"",
@@ -64,11 +64,11 @@ fn row_59_names_of_slots_that_are_none() {
     ];
     for name in names {
         assert!(
-            ends(&stage.client(), &create_packet(worker_id(), name), None),
+            ends(&test.client(), &create_packet(worker_id(), name), None),
             "{name:?} is a slot's name"
         );
     }
-    let client = stage.client();
+    let client = test.client();
     for name in ["A", "zz", &"a".repeat(32), "a-", "00"] {
         assert_eq!(
             kind(create(&client, worker_id(), name)),
@@ -78,21 +78,21 @@ fn row_59_names_of_slots_that_are_none() {
     }
     let worker = created(&client, "a");
     assert_eq!(kind(create(&client, worker_id(), "a")), ErrorKind::SlotTaken);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 /// An id is 128 bits here, never a text, so that there is nothing to misspell. The first and the last do no harm.
 #[test]
-fn row_59_the_first_and_the_last_worker_and_what_looks_like_one() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_59_all_128_bits_of_a_worker_id_are_valid() {
+    let test = TestHelper::new();
+    let client = test.client();
     for bits in [0, u128::MAX, 1 << 127, 0x2e2e_2f2e_2e2f_2e2e_2f65_7463_0000_0000] {
         let worker = WorkerId::from_bits(bits);
         assert!(
             matches!(create(&client, worker, "a"), Reply::UserCreated { .. }),
             "{worker}"
         );
-        assert!(stage.host.worker_dir(worker).join("record").is_symlink());
+        assert!(test.host.worker_dir(worker).join("record").is_symlink());
         assert_eq!(
             client
                 .ask(&Request::List {
@@ -105,7 +105,7 @@ fn row_59_the_first_and_the_last_worker_and_what_looks_like_one() {
     }
     // Directories whose names are almost ids are nobody's, and stay.
     let worker = created(&client, "a");
-    let dir = stage.host.worker_dir(worker);
+    let dir = test.host.worker_dir(worker);
     let mistakes = [
         worker.to_string().to_lowercase(),
         format!("8{}", &worker.to_string()[1..]),
@@ -126,7 +126,7 @@ fn row_59_the_first_and_the_last_worker_and_what_looks_like_one() {
         );
         std::fs::remove_dir_all(dir.with_file_name(name)).unwrap();
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 fn no_workers() -> Reply {
@@ -137,9 +137,9 @@ fn no_workers() -> Reply {
 }
 
 #[test]
-fn row_60_every_bit_of_every_request_turned() {
-    let stage = Stage::new();
-    let witness = stage.client();
+fn row_60_every_request_with_one_bit_flipped_is_answered_or_hung_up_on() {
+    let test = TestHelper::new();
+    let witness = test.client();
     let worker = created(&witness, "a");
     let requests = [
         Request::Hello { version: VERSION },
@@ -158,7 +158,7 @@ fn row_60_every_bit_of_every_request_turned() {
         Request::Delete { worker },
     ];
     let agent = sealed(b"#!/bin/bash\nexec sleep 1000\n");
-    let mut client = stage.client();
+    let mut client = test.client();
     for request in &requests {
         let good = wire::encode(request).unwrap();
         for bit in 0..good.len() * 8 {
@@ -167,17 +167,17 @@ fn row_60_every_bit_of_every_request_turned() {
             // The descriptor, too, goes astray when the kind changes.
             let descriptor = request.carries_descriptor().then_some(&agent);
             if matches!(request, Request::Hello { .. }) {
-                client = Client::silent(&stage.host);
+                client = Client::silent(&test.host);
             }
             if ends(&client, &packet, descriptor) || matches!(request, Request::Hello { .. }) {
-                client = stage.client();
+                client = test.client();
             }
         }
         let workers = list(&witness);
         assert!(workers.len() <= 2, "{request:?} made {workers:?}");
     }
     let workers: Vec<WorkerId> = list(&witness).into_iter().map(|info| info.worker).collect();
-    stage.finish(&workers);
+    test.finish(&workers);
 }
 
 /// Integers of two, four, eight and sixteen bytes where the length of a name is.
@@ -198,13 +198,13 @@ fn of_absurd_lengths() -> Vec<Vec<u8>> {
 }
 
 /// The most KiB that the next session has had resident when it ended, and what its listener has.
-fn memory_of_next_session(stage: &Stage, packet: &[u8]) -> (u64, u64) {
+fn memory_of_next_session(test: &TestHelper, packet: &[u8]) -> (u64, u64) {
     let peak = |pid: u32| -> Option<u64> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
         line.trim().trim_end_matches(" kB").parse().ok()
     };
-    let (daemon, listener) = (stage.helper.pid(), listener(stage.helper.pid()));
+    let (daemon, listener) = (test.helper.pid(), listener(test.helper.pid()));
     let most = Arc::new(AtomicU64::new(0));
     let seen = most.clone();
     let watcher = watch_with(daemon, Span::OneConnection, None, move |pid, event| {
@@ -216,7 +216,7 @@ fn memory_of_next_session(stage: &Stage, packet: &[u8]) -> (u64, u64) {
             seen.fetch_max(peak(pid).expect("it is stopped"), Ordering::Relaxed);
         }
     });
-    let _ = ends(&stage.client(), packet, None);
+    let _ = ends(&test.client(), packet, None);
     watcher.join().expect("the tracer has no trouble");
     let most = most.load(Ordering::Relaxed);
     assert!(most > 0, "no session has ended");
@@ -225,22 +225,22 @@ fn memory_of_next_session(stage: &Stage, packet: &[u8]) -> (u64, u64) {
 
 #[test]
 fn row_60_the_session_that_decodes_needs_no_memory_for_what_a_length_claims() {
-    let stage = Stage::new();
+    let test = TestHelper::new();
     let mut packets = of_absurd_lengths();
     packets.extend([vec![], vec![0xff; 512], vec![0xfd; 4000]]);
     for packet in packets {
-        let (session, listener) = memory_of_next_session(&stage, &packet);
+        let (session, listener) = memory_of_next_session(&test, &packet);
         assert!(
             session < listener + 1024,
             "{session} KiB, and {listener} of who forked it, for {packet:?}"
         );
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
-fn row_60_random_bytes_and_lengths_of_gigabytes() {
-    let stage = Stage::new();
+fn row_60_random_bytes_and_lengths_of_gigabytes_are_hung_up_on() {
+    let test = TestHelper::new();
     let mut seed = 0x2545_f491_4f6c_dd1d_u64;
     let mut random = move || {
         seed ^= seed << 13;
@@ -259,19 +259,19 @@ fn row_60_random_bytes_and_lengths_of_gigabytes() {
         packets.push(packet);
     }
     packets.extend(of_absurd_lengths());
-    let witness = stage.client();
+    let witness = test.client();
     for packet in &packets {
         // Whether it is answered or not: the next connection is as good as ever.
-        let _ = ends(&stage.client(), packet, None);
+        let _ = ends(&test.client(), packet, None);
     }
     let workers: Vec<WorkerId> = list(&witness).into_iter().map(|info| info.worker).collect();
-    stage.finish(&workers);
+    test.finish(&workers);
 }
 
 #[test]
-fn row_63_tokens_that_would_be_more_than_an_argument() {
-    let stage = Stage::new();
-    let worker = created(&stage.client(), "a");
+fn row_63_tokens_that_would_be_more_than_an_argument_are_refused() {
+    let test = TestHelper::new();
+    let worker = created(&test.client(), "a");
     let (long, short) = ([b'a'; 129], [b'a'; 15]);
     let tokens: [&[u8]; 18] = [
         b"",
@@ -296,28 +296,28 @@ fn row_63_tokens_that_would_be_more_than_an_argument() {
     let agent = sealed(b"#!/bin/bash\necho started\n");
     for bad in tokens {
         assert!(
-            ends(&stage.client(), &install_packet(worker, bad), Some(&agent)),
+            ends(&test.client(), &install_packet(worker, bad), Some(&agent)),
             "{bad:?} is a token"
         );
-        assert_eq!(state(&stage.client(), worker), State::Created);
+        assert_eq!(state(&test.client(), worker), State::Created);
     }
     assert!(
-        !stage.helper.log.text().contains("01234567"),
+        !test.helper.log.text().contains("01234567"),
         "a token is in the log"
     );
     // A packet made in the same way with a good one is none the worse for it.
     assert!(!ends(
-        &stage.client(),
+        &test.client(),
         &install_packet(worker, &[b'a'; 128]),
         Some(&agent)
     ));
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_67_nothing_that_is_sent_makes_a_line_of_the_log() {
-    let stage = Stage::new();
-    let from = stage.helper.log.len();
+    let test = TestHelper::new();
+    let from = test.helper.log.len();
     let forged = "\n2030-01-01T00:00:00.000000Z  INFO forged";
     let strings: [&[u8]; 9] = [
         b"\x1b[2J\x1b[31mred",
@@ -333,33 +333,33 @@ fn row_67_nothing_that_is_sent_makes_a_line_of_the_log() {
     let worker = worker_id();
     let agent = sealed(b"#!/bin/true\n");
     for string in strings {
-        assert!(ends(&stage.client(), &create_packet(worker, string), None));
+        assert!(ends(&test.client(), &create_packet(worker, string), None));
         assert!(ends(
-            &stage.client(),
+            &test.client(),
             &install_packet(worker, string),
             Some(&agent)
         ));
-        assert!(ends(&stage.client(), string, None));
+        assert!(ends(&test.client(), string, None));
     }
     // Also in what a job does: its program is no program, and says so in its own way.
-    let client = stage.client();
+    let client = test.client();
     let worker = created(&client, "a");
     let program = b"#!/no/such/\x1b[31m\rinterpreter\n";
-    kind(testbed::stage::install(&client, worker, sealed(program)).0);
+    kind(testbed::test_helper::install(&client, worker, sealed(program)).0);
     kind(create(&client, worker_id(), "zz"));
-    stage.helper.log.wait_from(from, &["slot zz"]);
-    let log = stage.helper.log.text();
+    test.helper.log.wait_from(from, &["slot zz"]);
+    let log = test.helper.log.text();
     for line in log.lines() {
         let odd = |c: char| c.is_control() || matches!(c, '\u{2028}'..='\u{202f}' | '\u{2066}'..='\u{2069}');
         assert!(!line.contains(odd), "{line:?}");
         assert!(
             line.starts_with("20") && !line.starts_with("2030"),
-            "a line of somebody else's: {line:?}"
+            "a line of another process: {line:?}"
         );
     }
     assert!(
         log.matches("hung up").count() >= 3 * strings.len(),
         "the attempts are not in the log:\n{log}"
     );
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }

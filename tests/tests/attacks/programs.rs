@@ -13,7 +13,9 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use protocol::{Exit, Reply, Request, State};
 use testbed::harness::{binaries, booted_machine};
-use testbed::stage::{Stage, attack_program, created, list, read, run, start_attack, wait_for_line};
+use testbed::test_helper::{
+    TestHelper, attack_program, created, list, read, run, start_attack, wait_for_line,
+};
 
 /// Two hundred processes; sockets in each, or filters as far as the kernel lets one process go.
 const PROCESSES: &str = "200";
@@ -52,8 +54,8 @@ fn freeing() -> usize {
 
 /// Let the job have the programs that it gets, delete it, and see whether all that installs a filter still works.
 fn deleted_with_its_programs(slot: &str, kind: &str) -> String {
-    let stage = Stage::with(SLOTS);
-    let client = stage.client();
+    let test = TestHelper::with(SLOTS);
+    let client = test.client();
     let worker = created(&client, slot);
     let console = start_attack(&client, worker, "programs", &[kind, PROCESSES, EACH, LENGTH]);
     wait_for_line(&console, "ready");
@@ -63,11 +65,11 @@ fn deleted_with_its_programs(slot: &str, kind: &str) -> String {
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     let deleted = begin.elapsed();
 
-    // The next connection, a command by hand, a new worker: each installs a filter of its own.
-    let client = stage.client();
+    // The next connection, a manual command, a new worker: each installs a filter of its own.
+    let client = test.client();
     assert_eq!(list(&client), []);
     let mut manual = Command::new(binaries().join("user-factory"));
-    manual.args(["run", "--root"]).arg(&stage.host.root);
+    manual.args(["run", "--root"]).arg(&test.host.root);
     let output = manual.args(["--slot", "c", "--", "true"]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let next = created(&client, "c");
@@ -81,7 +83,7 @@ fn deleted_with_its_programs(slot: &str, kind: &str) -> String {
         begin.elapsed() - deleted,
         freeing(),
     );
-    stage.finish(&[next]);
+    test.finish(&[next]);
     text
 }
 

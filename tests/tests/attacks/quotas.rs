@@ -4,10 +4,10 @@
 use protocol::{Reply, Request, State};
 use testbed::disk::SmallDisk;
 use testbed::harness::{TestHost, worker_id};
-use testbed::stage::{Stage, attack, create, created, list, state};
+use testbed::test_helper::{TestHelper, attack, create, created, list, state};
 
-use crate::leave::ongoing;
-use crate::starve::{refused, slots};
+use crate::exhaustion::{refused, slots};
+use crate::leftovers::ongoing;
 
 const QUOTA: &str = "disk = \"8M\"\ninodes = 300";
 const QUOTA_WORDS: [&str; 2] = ["8388608", "300"];
@@ -16,13 +16,13 @@ fn ext4(host: &TestHost) -> SmallDisk {
     SmallDisk::with_quotas(host, true).expect("this kernel has quotas: see CONFIG_QFMT_V2")
 }
 
-/// A stage whose state directory is on a file system that enforces user quotas.
-fn with_quotas(disk: fn(&TestHost) -> SmallDisk, slots: &str, uids: u32) -> Stage {
+/// A test whose state directory is on a file system that enforces user quotas.
+fn with_quotas(disk: fn(&TestHost) -> SmallDisk, slots: &str, uids: u32) -> TestHelper {
     let mut host = TestHost::new();
     host.uids = *host.uids.start()..=*host.uids.start() + uids - 1;
     host.configure("http://127.0.0.1:9", 0, slots);
     let disk = disk(&host);
-    Stage::on(host, Some(disk))
+    TestHelper::on(host, Some(disk))
 }
 
 #[test]
@@ -42,8 +42,8 @@ fn row_54_quotas_that_are_not_enforced_are_refused_at_the_start() {
 /// A job takes all that its quota lets it, tries to change the project of its files on the way, and goes on printing; others
 /// write what they like, up to their own quotas; then all of it is deleted.
 fn fills_its_own(disk: fn(&TestHost) -> SmallDisk) {
-    let stage = with_quotas(disk, &slots(&[("a", QUOTA), ("c", ""), ("d", QUOTA)]), 64);
-    let client = stage.client();
+    let test = with_quotas(disk, &slots(&[("a", QUOTA), ("c", ""), ("d", QUOTA)]), 64);
+    let client = test.client();
     let (full, other) = (created(&client, "a"), created(&client, "c"));
     let console = ongoing(&client, full, "fill-quota", &QUOTA_WORDS, "ready");
     // The console is root's file: not the job's quota, but `limits.console` is its bound.
@@ -66,7 +66,7 @@ fn fills_its_own(disk: fn(&TestHost) -> SmallDisk) {
     let third = created(&client, "d");
     attack(&client, third, "write-much", &["2", "100"]);
     assert_eq!(state(&client, full), State::Running);
-    stage.finish(&[full, other, third]);
+    test.finish(&[full, other, third]);
 }
 
 #[test]
@@ -83,10 +83,10 @@ fn row_54_a_job_that_fills_its_quota_on_xfs_fills_nobody_elses() {
 
 /// A uid that is used again has the limits of its new worker, and none of the old one's.
 fn is_forgotten(disk: fn(&TestHost) -> SmallDisk) {
-    let stage = with_quotas(disk, &slots(&[("a", QUOTA), ("c", "")]), 1);
-    let client = stage.client();
-    let disk = stage.disk.as_ref().unwrap();
-    let uid = *stage.host.uids.start();
+    let test = with_quotas(disk, &slots(&[("a", QUOTA), ("c", "")]), 1);
+    let client = test.client();
+    let disk = test.disk.as_ref().unwrap();
+    let uid = *test.host.uids.start();
     let first = created(&client, "a");
     ongoing(&client, first, "fill-quota", &QUOTA_WORDS, "ready");
     let limits = |line: &str| {
@@ -103,7 +103,7 @@ fn is_forgotten(disk: fn(&TestHost) -> SmallDisk) {
     };
     assert_eq!(again.get(), uid);
     attack(&client, second, "write-much", &["32", "1000"]);
-    stage.finish(&[second]);
+    test.finish(&[second]);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use protocol::Seqpacket;
 use protocol::config::{GATE_DIR, GATE_SOCKET};
 use testbed::harness::{SUPERVISOR_UID, TestHost};
-use testbed::house::House;
+use testbed::test_factory::TestFactory;
 
 /// A user of the host who has nothing to do with the factory.
 const SOMEBODY: u32 = 0x6fff_0001;
@@ -84,7 +84,7 @@ fn another_user() {
         slow.set_nonblocking(true).unwrap();
         while (&slow).write(&[7; 1 << 16]).is_ok() {}
         let _ = caller.send(&[0], Some(slow.as_fd()));
-        // Whoever has it last waits.
+        // The last that has it waits.
         std::thread::spawn(move || drop(slow));
         kept.push((caller, other));
     }
@@ -97,57 +97,57 @@ fn wait_for_the_end() {
 }
 
 /// A job starts, runs and ends, and all that takes no longer than it should.
-async fn a_job_works(house: &House, how: &str) {
+async fn a_job_works(factory: &TestFactory, how: &str) {
     let begun = Instant::now();
-    house.completed(house.submit("echo through the relay")).await;
+    factory.completed(factory.submit("echo through the relay")).await;
     let took = begun.elapsed();
     assert!(took < Duration::from_secs(60), "{how}: the job took {took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_server() {
-    let house = House::new(NO_NETWORK).await;
-    a_job_works(&house, "alone").await;
-    let (other, said) = tokio::task::block_in_place(|| OtherUser::call(&house.host, SOMEBODY));
+    let factory = TestFactory::new(NO_NETWORK).await;
+    a_job_works(&factory, "alone").await;
+    let (other, said) = tokio::task::block_in_place(|| OtherUser::call(&factory.host, SOMEBODY));
     assert!(said.contains("refused."), "another user can call: {said}");
-    a_job_works(&house, "refused").await;
+    a_job_works(&factory, "refused").await;
     drop(other);
 
-    // Where somebody has opened the directory, whoever calls is asked who it is.
-    let closed = house.host.root.join(GATE_DIR).parent().unwrap().to_owned();
+    // Where the directory is open to others, the uid of the caller is checked.
+    let closed = factory.host.root.join(GATE_DIR).parent().unwrap().to_owned();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o755)).unwrap();
     // One who is nobody here, one in the range of uids without being a worker, and the supervisor's own user.
-    let others = [SOMEBODY, *house.host.uids.end(), SUPERVISOR_UID].map(|uid| {
-        let (other, said) = tokio::task::block_in_place(|| OtherUser::call(&house.host, uid));
+    let others = [SOMEBODY, *factory.host.uids.end(), SUPERVISOR_UID].map(|uid| {
+        let (other, said) = tokio::task::block_in_place(|| OtherUser::call(&factory.host, uid));
         assert!(said.contains("called."), "{said}");
         other
     });
-    a_job_works(&house, "called").await;
-    house.told(&["WARN", "closed a connection of uid", "no worker's"]);
+    a_job_works(&factory, "called").await;
+    factory.logged(&["WARN", "closed a connection of uid", "no worker's"]);
     assert!(
-        house.supervisor.log.count(&["closed a connection of uid"]) < 5,
+        factory.supervisor.log.count(&["closed a connection of uid"]) < 5,
         "the log is filled"
     );
     drop(others);
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o710)).unwrap();
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_101_a_job_with_all_its_connections_leaves_the_next_job_its_own() {
     let slots = format!("{NO_NETWORK}{}", NO_NETWORK.replace("[slots.a]", "[slots.b]"));
-    let house = House::new(&slots).await;
-    let port = house.server.url().rsplit(':').next().unwrap().to_owned();
+    let factory = TestFactory::new(&slots).await;
+    let port = factory.server.url().rsplit(':').next().unwrap().to_owned();
     // As many as it gets, each half-sent; then it says so, and keeps them for as long as it runs.
-    let open = house.shared().join("open");
-    let greedy = house.submit(&format!(
+    let open = factory.shared().join("release");
+    let greedy = factory.submit(&format!(
         "for n in $(seq 300); do exec {{fd}}<>/dev/tcp/127.0.0.1/{port} || break; printf 'GET /' >&$fd; done; \
          while ! [ -e {} ]; do read -t 0.2 < <(sleep 1); done",
         open.display()
     ));
-    house.told(&["WARN", "closed a connection of uid", "too many connections"]);
-    a_job_works(&house, "beside a greedy one").await;
-    house.let_end();
-    house.ended(greedy).await;
-    house.finish().await;
+    factory.logged(&["WARN", "closed a connection of uid", "too many connections"]);
+    a_job_works(&factory, "beside a greedy one").await;
+    factory.release();
+    factory.ended(greedy).await;
+    factory.finish().await;
 }

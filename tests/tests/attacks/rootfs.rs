@@ -1,4 +1,4 @@
-//! Group H: what a job does to whoever makes the root file system of the next one, and what of the host's in it can be
+//! Group H: what a job does to the process that makes the root file system of the next one, and what of the host's in it can be
 //! written to although it is mounted read-only.
 
 use std::fs::{self, File, OpenOptions};
@@ -11,7 +11,7 @@ use nix::unistd::mkfifo;
 use protocol::Reply;
 use testbed::disk::SmallDisk;
 use testbed::harness::{has_file_rules, not_kept, place, sealed};
-use testbed::stage::{Stage, attack, created, install, start_attack, wait_for_line};
+use testbed::test_helper::{TestHelper, attack, created, install, start_attack, wait_for_line};
 use testbed::tracer::service::{Kind, Span, watch};
 
 /// The most memory that a process has had, in KiB.
@@ -23,25 +23,25 @@ fn peak(pid: u32) -> u64 {
 }
 
 #[test]
-fn row_92_sockets_of_a_job_are_resolved_by_nobody_and_the_monitor_looks_at_no_mount() {
+fn row_92_sockets_of_a_job_are_never_resolved_and_the_monitor_stats_no_mount() {
     // Not more: to the helpers of other tests these are sockets of the host's, of which they look at 32,768.
     const SOCKETS: usize = 6_000;
     let place = place();
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let hostile = created(&client, "c");
     let console = start_attack(&client, hostile, "bind-sockets", &[&SOCKETS.to_string()]);
     wait_for_line(&console, "bound");
     let neighbour = created(&client, "b");
     drop(client);
-    let before = peak(stage.helper.pid());
+    let before = peak(test.helper.pid());
 
     fs::create_dir(place.path().join("disk")).unwrap();
     let disk = SmallDisk::in_memory_at(place.path().join("disk"));
     fs::write(place.path().join("disk/file"), "mounted\n").unwrap();
-    let watcher = watch(stage.helper.pid(), Span::OneConnection, None);
+    let watcher = watch(test.helper.pid(), Span::OneConnection, None);
     let script = format!("#!/bin/bash\ncat {}/disk/file\n", place.path().display());
-    let client = stage.client();
+    let client = test.client();
     let (reply, console) = install(&client, neighbour, sealed(script.as_bytes()));
     assert_eq!(reply, Reply::AgentStarted);
     drop(client);
@@ -76,10 +76,10 @@ fn row_92_sockets_of_a_job_are_resolved_by_nobody_and_the_monitor_looks_at_no_mo
         "the builder made {} calls",
         builder.len()
     );
-    let grown = peak(stage.helper.pid()) - before;
+    let grown = peak(test.helper.pid()) - before;
     assert!(grown < 1024, "the monitor grew by {grown} KiB");
     drop(disk);
-    stage.finish(&[hostile, neighbour]);
+    test.finish(&[hostile, neighbour]);
 }
 
 /// A FIFO with this mode, and its reader.
@@ -100,16 +100,16 @@ fn row_94_fifos_of_the_host_are_not_written_to_wherever_they_are() {
     }
     let disk = SmallDisk::in_memory_at(at("disk"));
     let shown = at("shown").display().to_string();
-    let stage = Stage::with(&format!(
+    let test = TestHelper::with(&format!(
         "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nread_only = {{ \"/opt/shown\" = \"{shown}\" }}\n"
     ));
-    let client = stage.client();
+    let client = test.client();
     let worker = created(&client, "a");
     // Without Landlock's rules for files, nothing but a FIFO's mode keeps a job from writing to it.
     let mode = if has_file_rules() {
         0o666
     } else {
-        not_kept(&stage.helper, "jobs can write to FIFOs of the host");
+        not_kept(&test.helper, "jobs can write to FIFOs of the host");
         0o644
     };
     // One of them is made when the root file system is there already.
@@ -128,6 +128,6 @@ fn row_94_fifos_of_the_host_are_not_written_to_wherever_they_are() {
         assert_eq!(String::from_utf8_lossy(&bytes), "");
     }
     drop(client);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
     drop(disk);
 }

@@ -12,10 +12,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Reply, Request, WorkerId};
 use testbed::harness::{PATIENCE, Running, TestHost, binaries};
-use testbed::remains::Remains;
-use testbed::stage::{Stage, created, start_attack, wait_for_line};
+use testbed::test_helper::{TestHelper, created, start_attack, wait_for_line};
 use testbed::tracer::service::{Span, listener, watch_with};
 use testbed::tracer::{Call, Event, Then, trace, wait_until_stopped};
+use testbed::worker_snapshot::WorkerSnapshot;
 
 /// Before the nth call of a process of this kind.
 type Point = (&'static str, usize);
@@ -177,12 +177,12 @@ fn traced_shell(host: &TestHost, worker: WorkerId, point: Option<Point>) -> Shel
 }
 
 /// The deletion of a worker, traced in the helper's processes that do it.
-fn traced_deletion(stage: &Stage, worker: WorkerId, point: Option<Point>) -> (Traced, JoinHandle<Reply>) {
+fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) -> (Traced, JoinHandle<Reply>) {
     let (tell, told) = channel();
     let (go, gone_on) = channel();
     let (seen, calls) = channel();
     let mut stopper = Stopper::new(point, tell, gone_on);
-    let daemon = stage.helper.pid();
+    let daemon = test.helper.pid();
     let listener = Pid::from_raw(listener(daemon) as i32);
     let mut session = None;
     // The tracer's own thread ends with this span; what was seen comes by the channel.
@@ -204,14 +204,14 @@ fn traced_deletion(stage: &Stage, worker: WorkerId, point: Option<Point>) -> (Tr
         watcher.join().expect("the tracer has no trouble");
         calls.recv().unwrap_or_default()
     });
-    let client = stage.client();
+    let client = test.client();
     let request = std::thread::spawn(move || client.ask(&Request::Delete { worker }).0);
     (Traced { told, go, watcher }, request)
 }
 
 /// A worker with a job that goes on.
-fn running(stage: &Stage) -> WorkerId {
-    let client = stage.client();
+fn running(test: &TestHelper) -> WorkerId {
+    let client = test.client();
     let worker = created(&client, "c");
     let console = start_attack(&client, worker, "never-end", &["quiet"]);
     wait_for_line(&console, "ready");
@@ -227,9 +227,9 @@ fn points(kind: &'static str, calls: &[i64], every: usize) -> Vec<Point> {
 }
 
 /// Stop the shell at its point, the deletion at its own, let the shell go on as far as it comes, and then the deletion.
-fn meet(stage: &Stage, before: &Remains, at: (Point, Point)) {
-    let worker = running(stage);
-    let shell = traced_shell(&stage.host, worker, Some(at.0));
+fn meet(test: &TestHelper, before: &WorkerSnapshot, at: (Point, Point)) {
+    let worker = running(test);
+    let shell = traced_shell(&test.host, worker, Some(at.0));
     let locked = loop {
         match shell.traced.next() {
             Told::Stopped { locked } => break Some(locked),
@@ -240,7 +240,7 @@ fn meet(stage: &Stage, before: &Remains, at: (Point, Point)) {
     };
     // Who holds the lock lets nobody else get to a point behind it.
     let point = (locked != Some(true)).then_some(at.1);
-    let (deletion, request) = traced_deletion(stage, worker, point);
+    let (deletion, request) = traced_deletion(test, worker, point);
     loop {
         match deletion.next() {
             Told::Stopped { .. } | Told::Over => break,
@@ -255,7 +255,7 @@ fn meet(stage: &Stage, before: &Remains, at: (Point, Point)) {
     }
     deletion.let_go();
     assert_eq!(request.join().expect("the helper answers"), Reply::Deleted);
-    let left = Remains::take(&stage.host);
+    let left = WorkerSnapshot::take(&test.host);
     let Shell {
         mut child, traced, ..
     } = shell;
@@ -272,14 +272,14 @@ fn meet(stage: &Stage, before: &Remains, at: (Point, Point)) {
 
 #[test]
 fn row_65_a_shell_that_is_made_while_its_worker_is_deleted_does_not_outlive_it() {
-    let stage = Stage::new();
+    let test = TestHelper::new();
     // The helper's first worker finds nothing built.
-    let worker = running(&stage);
-    stage.delete(&[worker]);
-    let before = Remains::take(&stage.host);
+    let worker = running(&test);
+    test.delete(&[worker]);
+    let before = WorkerSnapshot::take(&test.host);
     // What each does where nobody disturbs it.
-    let worker = running(&stage);
-    let shell = traced_shell(&stage.host, worker, None);
+    let worker = running(&test);
+    let shell = traced_shell(&test.host, worker, None);
     while shell.traced.next() != Told::Inside {}
     let Shell {
         mut child,
@@ -289,7 +289,7 @@ fn row_65_a_shell_that_is_made_while_its_worker_is_deleted_does_not_outlive_it()
     drop(_typed);
     let of_shell = traced.watcher.join().expect("the tracer has no trouble");
     child.wait().expect("it is our child");
-    let (deletion, request) = traced_deletion(&stage, worker, None);
+    let (deletion, request) = traced_deletion(&test, worker, None);
     assert_eq!(request.join().expect("the helper answers"), Reply::Deleted);
     let of_deletion = deletion.watcher.join().expect("the tracer has no trouble");
 
@@ -322,9 +322,9 @@ fn row_65_a_shell_that_is_made_while_its_worker_is_deleted_does_not_outlive_it()
         16,
     );
     for at in before_the_clone.iter().chain(&after_it) {
-        meet(&stage, &before, *at);
+        meet(&test, &before, *at);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 /// The pids in the cgroup of the worker's shell.
@@ -338,11 +338,11 @@ fn in_the_shell(host: &TestHost, worker: WorkerId) -> Vec<i32> {
 
 #[test]
 fn row_65_a_shell_that_ends_late_ends_no_other_shell_of_its_worker() {
-    let stage = Stage::new();
-    let before = Remains::take(&stage.host);
-    let worker = running(&stage);
+    let test = TestHelper::new();
+    let before = WorkerSnapshot::take(&test.host);
+    let worker = running(&test);
     let open = || {
-        let mut command = shell_command("user-factory-manual", &stage.host, worker);
+        let mut command = shell_command("user-factory-manual", &test.host, worker);
         let (reader, mut writer) = std::io::pipe().expect("a pipe");
         let shell = Running::printing_with(&mut command, reader.into());
         writer.write_all(b"echo inside\n").expect("it reads");
@@ -350,7 +350,7 @@ fn row_65_a_shell_that_ends_late_ends_no_other_shell_of_its_worker() {
         (shell, writer)
     };
     let (mut first, typed) = open();
-    let refused = shell_command("user-factory-manual", &stage.host, worker)
+    let refused = shell_command("user-factory-manual", &test.host, worker)
         .stderr(Stdio::piped())
         .output()
         .expect("the shell can be started");
@@ -358,10 +358,10 @@ fn row_65_a_shell_that_ends_late_ends_no_other_shell_of_its_worker() {
     assert!(refused.contains("another shell is in worker"), "{refused}");
     // It is stopped when what it has started ends; so it removes its cgroup when the next one has it.
     first.signal(Signal::SIGSTOP);
-    for pid in in_the_shell(&stage.host, worker) {
+    for pid in in_the_shell(&test.host, worker) {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
-    while !in_the_shell(&stage.host, worker).is_empty() {
+    while !in_the_shell(&test.host, worker).is_empty() {
         std::thread::yield_now();
     }
     drop(typed);
@@ -370,8 +370,8 @@ fn row_65_a_shell_that_ends_late_ends_no_other_shell_of_its_worker() {
     first.wait();
     typed.write_all(b"echo still\n").expect("it reads");
     second.log.wait(&["still"]);
-    stage.delete(&[worker]);
-    assert_eq!(Remains::take(&stage.host), before);
+    test.delete(&[worker]);
+    assert_eq!(WorkerSnapshot::take(&test.host), before);
     second.wait();
-    stage.finish(&[]);
+    test.finish(&[]);
 }

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use protocol::config::{CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET};
 use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, binaries};
-use testbed::house::{House, ONE};
+use testbed::test_factory::{ONE, TestFactory};
 
 /// A factory whose supervisor has at most so many open files, and a status page at the address.
-async fn with_page(address: &str, open_files: u32) -> House {
-    let mut house = House::new(ONE).await;
-    house.end_supervisor(Signal::SIGTERM);
-    let path = house.host.root.join(CONFIG_PATH);
+async fn with_page(address: &str, open_files: u32) -> TestFactory {
+    let mut factory = TestFactory::new(ONE).await;
+    factory.end_supervisor(Signal::SIGTERM);
+    let path = factory.host.root.join(CONFIG_PATH);
     let text = fs::read_to_string(&path).unwrap();
     let page = format!("[factory]\nstatus_address = \"{address}\"\nstatus_names = [\"ci.example\"]\n");
     fs::write(&path, text.replace("[factory]\n", &page)).unwrap();
@@ -29,11 +29,11 @@ async fn with_page(address: &str, open_files: u32) -> House {
         "--clear-groups",
     ]);
     command.arg(binaries().join("user-factory")).arg("serve");
-    house.supervisor = Running::start(command.arg("--root").arg(&house.host.root));
-    house
+    factory.supervisor = Running::start(command.arg("--root").arg(&factory.host.root));
+    factory
 }
 
-/// A port of loopback, which is somebody else's for as long as the listener is there.
+/// A port of loopback, which is another user's for as long as the listener is there.
 fn taken() -> (TcpListener, String) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -54,8 +54,8 @@ fn ask(address: &str, fields: &str) -> String {
 async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
     let (listener, address) = taken();
     drop(listener);
-    let house = with_page(&address, 1024).await;
-    house.told(&["status page open"]);
+    let factory = with_page(&address, 1024).await;
+    factory.logged(&["status page open"]);
     let host = format!("Host: {address}\r\n");
     // More than the supervisor may have open, and for longer than the job takes.
     let half = || {
@@ -65,9 +65,9 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
     };
     let begun = Instant::now();
     let mut half_sent: Vec<TcpStream> = (0..3000).map(|_| half()).collect();
-    let pid = house.supervisor.pid();
+    let pid = factory.supervisor.pid();
     for n in 0..3 {
-        house.completed(house.submit(&format!("echo {n}"))).await;
+        factory.completed(factory.submit(&format!("echo {n}"))).await;
         assert!(ask(&address, &host).contains(" 200 "), "the page does not answer");
         let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
         assert!(open < 300, "the supervisor has {open} open files");
@@ -78,21 +78,24 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
     let mut silent = TcpStream::connect(&address).unwrap();
     silent.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     assert_eq!(silent.read(&mut [0]).unwrap_or(0), 0);
-    let cut = house.supervisor.log.count(&["WARN", "cut its oldest connection"]);
+    let cut = factory
+        .supervisor
+        .log
+        .count(&["WARN", "cut its oldest connection"]);
     assert!((1..5).contains(&cut), "{cut} lines tell of it");
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_103_an_address_that_is_taken_stops_nothing_and_is_tried_again() {
     let (listener, address) = taken();
-    let house = with_page(&address, 1024).await;
-    house.told(&["ERROR", "cannot listen at factory.status_address", &address]);
-    house.completed(house.submit("echo without a page")).await;
+    let factory = with_page(&address, 1024).await;
+    factory.logged(&["ERROR", "cannot listen at factory.status_address", &address]);
+    factory.completed(factory.submit("echo without a page")).await;
     let mut status = Command::new(binaries().join("user-factory"));
     let status = status
         .args(["status", "--root"])
-        .arg(&house.host.root)
+        .arg(&factory.host.root)
         .output()
         .unwrap();
     let status = String::from_utf8(status.stdout).unwrap();
@@ -100,19 +103,19 @@ async fn row_103_an_address_that_is_taken_stops_nothing_and_is_tried_again() {
         status.contains("not open for") && status.contains(&address),
         "{status}"
     );
-    assert_eq!(house.supervisor.log.count(&["cannot listen"]), 1);
+    assert_eq!(factory.supervisor.log.count(&["cannot listen"]), 1);
     drop(listener);
-    house.told(&["status page open", &address]);
+    factory.logged(&["status page open", &address]);
     assert!(ask(&address, &format!("Host: {address}\r\n")).contains(" 200 "));
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_103_a_request_for_another_host_is_refused() {
     let (listener, address) = taken();
     drop(listener);
-    let house = with_page(&address, 1024).await;
-    house.told(&["status page open"]);
+    let factory = with_page(&address, 1024).await;
+    factory.logged(&["status page open"]);
     let own = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     for name in [
         &*address,
@@ -136,7 +139,7 @@ async fn row_103_a_request_for_another_host_is_refused() {
     }
     // There is no host that it is for: a browser always says one.
     assert!(!ask(&address, "Host: localhost\r\nHost: evil.example\r\n").contains(" 200 "));
-    house.finish().await;
+    factory.finish().await;
 }
 
 /// What the test's own program finds in its environment when it is to be another user.
@@ -158,9 +161,9 @@ fn many_connections() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_103_a_user_with_many_connections_to_the_control_socket_leaves_root_its_own() {
-    let house = House::new(ONE).await;
-    let socket = house.host.root.join(CONTROL_DIR).join(CONTROL_SOCKET);
-    house.told(&["control socket open"]);
+    let factory = TestFactory::new(ONE).await;
+    let socket = factory.host.root.join(CONTROL_DIR).join(CONTROL_SOCKET);
+    factory.logged(&["control socket open"]);
     let mut user = Command::new(std::env::current_exe().unwrap());
     user.args([
         "--ignored",
@@ -176,23 +179,23 @@ async fn row_103_a_user_with_many_connections_to_the_control_socket_leaves_root_
     let output = BufReader::new(user.stdout.take().unwrap());
     let mut lines = output.lines().map_while(Result::ok);
     assert!(lines.any(|line| line.contains("connected.")));
-    let pid = house.supervisor.pid();
+    let pid = factory.supervisor.pid();
     let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
     assert!(open < 150, "the supervisor has {open} open files");
     let mut status = Command::new(binaries().join("user-factory"));
     let status = status
         .args(["status", "--root"])
-        .arg(&house.host.root)
+        .arg(&factory.host.root)
         .status()
         .unwrap();
     assert!(status.success());
-    house.completed(house.submit("echo done")).await;
+    factory.completed(factory.submit("echo done")).await;
     drop(user.stdin.take());
     user.wait().unwrap();
-    house.told(&[
+    factory.logged(&[
         "WARN",
         "control socket has closed a connection of uid",
         "too many connections",
     ]);
-    house.finish().await;
+    factory.finish().await;
 }

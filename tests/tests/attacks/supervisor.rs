@@ -1,4 +1,4 @@
-//! Group E, the supervisor that turned: who it says it is, when it says what, how often and to whom.
+//! Group E, a supervisor in an attacker's hands: its uid, its requests, their order and number.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use protocol::{ErrorKind, Received, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire};
 use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, worker_id};
-use testbed::stage::{SLOTS, Stage, create, created, install, kind, list, run, state};
+use testbed::test_helper::{SLOTS, TestHelper, create, created, install, kind, list, run, state};
 
 const HELLO: Request = Request::Hello { version: VERSION };
 
@@ -18,7 +18,7 @@ fn greet(socket: &Seqpacket) -> bool {
         && matches!(socket.recv(wire::MAX_REPLY), Ok(Received::Packet { bytes, .. }) if is_welcome(&bytes))
 }
 
-/// What `somebody` does, in its environment: the socket, its uid when it connects, and its uid afterwards.
+/// What `other_uid` does, in its environment: the socket, its uid when it connects, and its uid afterwards.
 const ORDER: &str = "USER_FACTORY_ATTACK_ORDER";
 
 fn become_uid(uid: u32) {
@@ -31,7 +31,7 @@ fn become_uid(uid: u32) {
 
 #[test]
 #[ignore = "a part of row 57, which starts it"]
-fn somebody() {
+fn other_uid() {
     let order = std::env::var(ORDER).expect("row 57 gives an order");
     let [path, first, second] = order.split(' ').collect::<Vec<_>>()[..] else {
         panic!("{order:?}")
@@ -49,7 +49,7 @@ fn outcome(host: &TestHost, connects_as: u32, goes_on_as: u32) -> String {
     let order = format!("{} {connects_as} {goes_on_as}", host.socket().display());
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
-        .args(["--exact", "supervisor::somebody", "--ignored", "--nocapture"])
+        .args(["--exact", "supervisor::other_uid", "--ignored", "--nocapture"])
         .env(ORDER, order);
     let output = command.output().expect("this program can be started");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -60,7 +60,7 @@ fn outcome(host: &TestHost, connects_as: u32, goes_on_as: u32) -> String {
 /// The kernel notes a peer's uid when it connects. What it becomes later, and whose number its pid was or will
 /// be, has no part in it.
 #[test]
-fn row_57_whoever_is_not_the_supervisor_when_it_connects() {
+fn row_57_a_peer_with_another_uid_than_the_supervisors_is_not_served() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOTS);
     let helper = host.helper();
@@ -69,7 +69,7 @@ fn row_57_whoever_is_not_the_supervisor_when_it_connects() {
         assert_eq!(outcome(&host, uid, uid), "not connected", "uid {uid}");
     }
     assert_eq!(outcome(&host, 0, 0), "hung up");
-    // Suppose somebody has opened the socket to all: the mode is not the only wall.
+    // Suppose the socket is open to all: the mode is not the only protection.
     std::fs::set_permissions(host.socket(), std::fs::Permissions::from_mode(0o666)).unwrap();
     for uid in [job, 0, 1, 65534, SUPERVISOR_UID + 1] {
         assert_eq!(outcome(&host, uid, uid), "hung up", "uid {uid}");
@@ -89,14 +89,14 @@ fn row_57_whoever_is_not_the_supervisor_when_it_connects() {
 }
 
 #[test]
-fn row_57_a_job_whose_slot_shows_it_the_sockets_directory() {
+fn row_57_a_job_whose_slot_shows_the_sockets_directory_does_not_reach_the_socket() {
     // An operator's mistake. The directory stays as hidden there as it is in its own place.
     let host = TestHost::new();
     let sockets = host.root.join(protocol::config::RUN_DIR);
     let shown = format!("read_only = {{ \"/opt/run\" = \"{}\" }}\n", sockets.display());
     let slots = format!("[slots.x]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n{shown}");
     host.configure("http://127.0.0.1:9", 0, &slots);
-    let before = testbed::census::Census::take(&host);
+    let before = testbed::host_snapshot::HostSnapshot::take(&host);
     let helper = host.helper();
     std::fs::set_permissions(host.socket(), std::fs::Permissions::from_mode(0o666)).unwrap();
     let client = Client::new(&host);
@@ -116,9 +116,9 @@ fn row_57_a_job_whose_slot_shows_it_the_sockets_directory() {
 }
 
 #[test]
-fn row_58_every_order_of_three_requests() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_58_every_sequence_of_three_requests_keeps_the_rules() {
+    let test = TestHelper::new();
+    let client = test.client();
     let agent = || sealed(b"#!/bin/bash\nexec sleep 1000\n");
     let ask = |client: &Client, worker: WorkerId, what: usize| match what {
         0 => create(client, worker, "a"),
@@ -150,46 +150,48 @@ fn row_58_every_order_of_three_requests() {
             Reply::Deleted,
             "{steps:?}"
         );
-        stage.before.assert_unchanged(&stage.host);
+        test.before.assert_unchanged(&test.host);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
-fn row_58_a_worker_of_another_slot() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_58_a_worker_of_another_slot_is_refused() {
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     for _ in 0..2 {
         assert_eq!(kind(create(&client, worker, "c")), ErrorKind::Refused);
     }
     assert_eq!(list(&client).len(), 1);
     assert_eq!(list(&client)[0].slot.as_str(), "a");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn row_66_other_versions_of_the_protocol() {
-    let stage = Stage::new();
-    let witness = stage.client();
+fn row_66_other_versions_of_the_protocol_are_refused() {
+    let test = TestHelper::new();
+    let witness = test.client();
     for version in [0, VERSION - 1, VERSION + 1, 250, 251, u16::MAX] {
-        let client = Client::silent(&stage.host);
+        let client = Client::silent(&test.host);
         let (reply, _) = client.ask(&Request::Hello { version });
         let Reply::Error(error) = reply else {
             panic!("{version}: {reply:?}")
         };
         assert_eq!(error.kind, ErrorKind::Version);
-        assert!(error.message().contains(&version.to_string()), "{error}");
+        for named in [version, VERSION] {
+            assert!(error.message().contains(&named.to_string()), "{error}");
+        }
         assert!(client.reply().is_none(), "version {version} is served");
     }
     assert_eq!(list(&witness), []);
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
-fn row_64_more_workers_than_slots() {
-    let mut stage = Stage::new();
-    let client = stage.client();
+fn row_64_no_more_workers_than_slots_are_made() {
+    let mut test = TestHelper::new();
+    let client = test.client();
     let workers = [created(&client, "a"), created(&client, "c")];
     for name in ["a", "b", "c"] {
         assert_eq!(
@@ -199,10 +201,10 @@ fn row_64_more_workers_than_slots() {
         );
     }
     // A helper that knows nothing but the disk decides the same.
-    stage.helper.signal(Signal::SIGKILL);
-    stage.helper.wait();
-    stage.helper = stage.host.helper();
-    let client = stage.client();
+    test.helper.signal(Signal::SIGKILL);
+    test.helper.wait();
+    test.helper = test.host.helper();
+    let client = test.client();
     for name in ["a", "b", "c"] {
         assert_eq!(
             kind(create(&client, worker_id(), name)),
@@ -215,5 +217,5 @@ fn row_64_more_workers_than_slots() {
             .iter()
             .all(|worker| state(&client, *worker) == State::Created)
     );
-    stage.finish(&workers);
+    test.finish(&workers);
 }

@@ -1,6 +1,6 @@
-//! Group B: somebody changes the tree while it is deleted, with the rights of the job's user.
+//! Group B: the tree is changed while it is deleted, with the rights of the job's user.
 //!
-//! No process of the job's lives then, so the test is that somebody. It traces the deletion, stops it before each of its
+//! No process of the job's lives then, so the test makes the changes. It traces the deletion, stops it before each of its
 //! system calls, and exchanges directories for links to directories that everybody may write. What else would keep the
 //! deletion from these is out of the way: they lie beside the worker's directory, on the mount that the deletion works
 //! on, which is writable, and no mode above them is closed.
@@ -18,7 +18,7 @@ use nix::unistd::{Gid, Pid, Uid, setfsgid, setfsuid};
 use protocol::config::STATE_DIR;
 use protocol::{ErrorKind, Reply, Request};
 use testbed::harness::TestHost;
-use testbed::stage::{SLOTS, Stage, created, run};
+use testbed::test_helper::{SLOTS, TestHelper, created, run};
 use testbed::tracer::service::{Span, watch_with};
 use testbed::tracer::{Call, Event};
 
@@ -153,7 +153,7 @@ fn set_mode(path: &Path, mode: u32) {
 const CANARIES: &str = "canaries";
 
 struct Scene {
-    stage: Stage,
+    test: TestHelper,
     canaries: Canaries,
 }
 
@@ -164,20 +164,20 @@ impl Scene {
         let workers = host.root.join(STATE_DIR).join("workers");
         fs::create_dir_all(&workers).unwrap();
         let canaries = Canaries::at(&workers.join(CANARIES));
-        let stage = Stage::on(host, None);
+        let test = TestHelper::on(host, None);
         set_mode(&workers, 0o711);
-        Scene { stage, canaries }
+        Scene { test, canaries }
     }
 }
 
 /// Delete a worker with such a tree while it is swapped. Returns how many calls its user's processes made.
-fn delete(Scene { stage, canaries }: &Scene, (files, depth): (usize, usize), when: When) -> usize {
-    let client = stage.client();
+fn delete(Scene { test, canaries }: &Scene, (files, depth): (usize, usize), when: When) -> usize {
+    let client = test.client();
     let worker = created(&client, "a");
     run(&client, worker, "true");
-    let work = stage.host.worker_dir(worker).join("fs/work");
+    let work = test.host.worker_dir(worker).join("fs/work");
     let uid = fs::metadata(&work).unwrap().uid();
-    set_mode(&stage.host.worker_dir(worker), 0o711);
+    set_mode(&test.host.worker_dir(worker), 0o711);
     let pairs = grow(&work, files, depth);
     give(&work, uid);
     set_mode(&work.join("closed"), 0o000);
@@ -190,26 +190,21 @@ fn delete(Scene { stage, canaries }: &Scene, (files, depth): (usize, usize), whe
         uid,
         swapped: false,
     };
-    let watcher = watch_with(
-        stage.helper.pid(),
-        Span::OneConnection,
-        None,
-        move |pid, event| {
-            if !users.has(pid, event) {
-                return;
+    let watcher = watch_with(test.helper.pid(), Span::OneConnection, None, move |pid, event| {
+        if !users.has(pid, event) {
+            return;
+        }
+        match event {
+            Event::Enter(_) => swapper.set(when.is_swapped(seen.fetch_add(1, Ordering::Relaxed), true)),
+            Event::Leave(..) => {
+                // The call by which it became the user was not counted.
+                let last = seen.load(Ordering::Relaxed).checked_sub(1);
+                swapper.set(last.is_some_and(|call| when.is_swapped(call, false)));
             }
-            match event {
-                Event::Enter(_) => swapper.set(when.is_swapped(seen.fetch_add(1, Ordering::Relaxed), true)),
-                Event::Leave(..) => {
-                    // The call by which it became the user was not counted.
-                    let last = seen.load(Ordering::Relaxed).checked_sub(1);
-                    swapper.set(last.is_some_and(|call| when.is_swapped(call, false)));
-                }
-                _ => {}
-            }
-        },
-    );
-    let traced = stage.client();
+            _ => {}
+        }
+    });
+    let traced = test.client();
     let reply = traced.ask(&Request::Delete { worker }).0;
     drop(traced);
     watcher.join().expect("the tracer saw the end");
@@ -217,7 +212,7 @@ fn delete(Scene { stage, canaries }: &Scene, (files, depth): (usize, usize), whe
     match reply {
         Reply::Deleted => {}
         // A directory has become a link: it says so, and is repeated.
-        Reply::Error(error) if error.kind == ErrorKind::Failed => stage.delete(&[worker]),
+        Reply::Error(error) if error.kind == ErrorKind::Failed => test.delete(&[worker]),
         other => panic!("{when:?}: {other:?}"),
     }
     assert_eq!(canaries.look(), before, "{when:?}, repeated");
@@ -234,7 +229,7 @@ fn row_17_no_exchange_of_a_directory_for_a_link_before_any_call_leads_the_deleti
         delete(&scene, tree, When::During(call));
         delete(&scene, tree, When::From(call));
     }
-    scene.stage.finish(&[]);
+    scene.test.finish(&[]);
 }
 
 #[test]
@@ -247,5 +242,5 @@ fn row_17_no_exchange_at_every_other_call_leads_two_processes_or_a_deep_deletion
             }
         }
     }
-    scene.stage.finish(&[]);
+    scene.test.finish(&[]);
 }

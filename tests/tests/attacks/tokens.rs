@@ -10,11 +10,11 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
-use testbed::census::Census;
 use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, sealed, tool};
-use testbed::house::{House, ONE};
+use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions};
-use testbed::stage::{Stage, created, install, run, token, wait_for_line};
+use testbed::test_factory::{ONE, TestFactory};
+use testbed::test_helper::{TestHelper, created, install, run, token, wait_for_line};
 
 /// A user of the host who has nothing to do with the factory.
 const SOMEBODY: u32 = 0x6fff_0001;
@@ -47,8 +47,8 @@ fn processes() -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_71_the_factorys_token_as_others_see_the_host() {
-    let agent = Some(binaries().join("reference-agent"));
+async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
+    let agent = Some(binaries().join("fake-agent"));
     let options = ServerOptions {
         agent,
         ..ServerOptions::default()
@@ -63,7 +63,7 @@ async fn row_71_the_factorys_token_as_others_see_the_host() {
         &format!("[slots.a]\ntarget = \"{target}\"\n"),
     );
     host.write_token(&token);
-    let before = Census::take(&host);
+    let before = HostSnapshot::take(&host);
     let helper = host.helper();
     // Everything that it would ever say.
     let mut command = Command::new(binaries().join("user-factory"));
@@ -90,7 +90,7 @@ async fn row_71_the_factorys_token_as_others_see_the_host() {
         .await
         .unwrap_or_else(|e| panic!("{e:#}\n{}", supervisor.log.text()));
 
-    // The processes, as somebody else sees them.
+    // The processes, as another user sees them.
     for pid in processes() {
         for file in ["cmdline", "environ", "comm", "status", "maps", "stack", "auxv"] {
             let path = Path::new("/proc").join(&pid).join(file);
@@ -122,7 +122,7 @@ async fn row_71_the_factorys_token_as_others_see_the_host() {
             path.display()
         );
     }
-    // What the job itself has seen, and what both halves have printed, at their most talkative.
+    // What the job itself has seen, and what supervisor and helper have printed, at their most verbose.
     let seen = format!("{:?}", server.events(job));
     for (what, text) in [
         ("job", seen),
@@ -143,7 +143,7 @@ async fn row_71_the_factorys_token_as_others_see_the_host() {
         assert!(!has(&content, &token), "{} has the token", entry.path().display());
         assert!(
             meta.uid() == SUPERVISOR_UID,
-            "{} is somebody else's",
+            "{} is another user's",
             entry.path().display()
         );
     }
@@ -163,9 +163,9 @@ async fn row_71_the_factorys_token_as_others_see_the_host() {
 /// of the host see it in the process list while `install` runs, unless `/proc` is mounted with `hidepid`; no job
 /// and no log does.
 #[test]
-fn row_71_a_bootstrap_token_as_logs_and_other_jobs_see_it() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn row_71_a_bootstrap_token_is_in_no_log_and_no_other_jobs_sight() {
+    let test = TestHelper::new();
+    let client = test.client();
     let script = b"#!/bin/bash\necho \"$*\" > $HOME/kept; echo ready; exec sleep 424242\n";
     let worker = created(&client, "a");
     let (_, console) = install(&client, worker, sealed(script));
@@ -180,7 +180,7 @@ fn row_71_a_bootstrap_token_as_logs_and_other_jobs_see_it() {
         "another job is seen: {seen}"
     );
     let secret = token();
-    let processes = testbed::census::processes_of(&stage.host.uids);
+    let processes = testbed::host_snapshot::processes_of(&test.host.uids);
     let stays = processes.iter().filter(|process| process.ends_with("sleep"));
     assert_eq!(stays.clone().count(), 1, "{processes:?}");
     for process in stays {
@@ -192,10 +192,10 @@ fn row_71_a_bootstrap_token_as_logs_and_other_jobs_see_it() {
         }
     }
     assert!(
-        !stage.helper.log.text().contains(secret.as_str()),
+        !test.helper.log.text().contains(secret.as_str()),
         "the token is in the log"
     );
-    stage.finish(&[worker, other]);
+    test.finish(&[worker, other]);
 }
 
 /// The supervisor with this credential, as systemd passes one.
@@ -223,9 +223,9 @@ fn command(host: &TestHost, words: &[&str]) -> (bool, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_106_of_two_tokens_it_is_said_which_is_used_and_two_that_differ_are_refused() {
-    let mut house = House::new(ONE).await;
-    let (host, file) = (&house.host, house.host.root.join("token"));
+async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_refused() {
+    let mut factory = TestFactory::new(ONE).await;
+    let (host, file) = (&factory.host, factory.host.root.join("token"));
     let token = fs::read_to_string(&file).unwrap();
     let config = host
         .root
@@ -236,7 +236,7 @@ async fn row_106_of_two_tokens_it_is_said_which_is_used_and_two_that_differ_are_
         let (_, said) = command(host, &["status"]);
         assert!(said.contains(&format!("token    of {place}")), "{said}");
     };
-    house.told(&["INFO supervisor started", "token=the file "]);
+    factory.logged(&["INFO supervisor started", "token=the file "]);
     shown("the file ");
     let (_, said) = command(host, &["check", &config]);
     assert!(
@@ -245,11 +245,11 @@ async fn row_106_of_two_tokens_it_is_said_which_is_used_and_two_that_differ_are_
     );
 
     // The same in both: the credential, and it is said.
-    house.end_supervisor(Signal::SIGTERM);
-    house.supervisor = with_credential(&house.host, &token);
-    house.told(&["INFO supervisor started", "token=the credential "]);
-    house.completed(house.submit("echo with a credential")).await;
-    let host = &house.host;
+    factory.end_supervisor(Signal::SIGTERM);
+    factory.supervisor = with_credential(&factory.host, &token);
+    factory.logged(&["INFO supervisor started", "token=the credential "]);
+    factory.completed(factory.submit("echo with a credential")).await;
+    let host = &factory.host;
     let shown = |place: &str| {
         let (_, said) = command(host, &["status"]);
         assert!(said.contains(&format!("token    of {place}")), "{said}");
@@ -259,7 +259,7 @@ async fn row_106_of_two_tokens_it_is_said_which_is_used_and_two_that_differ_are_
     host.write_token("another-token");
     let (done, said) = command(host, &["reload"]);
     assert!(!done && said.contains("hold different tokens"), "{said}");
-    house.completed(house.submit("echo as before")).await;
+    factory.completed(factory.submit("echo as before")).await;
 
     // What systemd has passed to the unit is what `check` looks at.
     let of_the_unit = host.root.join("run/credentials/buildomat-user-factory.service");
@@ -273,8 +273,8 @@ async fn row_106_of_two_tokens_it_is_said_which_is_used_and_two_that_differ_are_
     );
     fs::remove_dir_all(host.root.join("run/credentials")).unwrap();
 
-    house.end_supervisor(Signal::SIGTERM);
-    let mut refuses = with_credential(&house.host, &token);
+    factory.end_supervisor(Signal::SIGTERM);
+    let mut refuses = with_credential(&factory.host, &token);
     assert!(!refuses.wait().success());
     // Its end may be known before its last words.
     refuses.log.wait(&["hold different tokens"]);
@@ -285,17 +285,17 @@ async fn row_106_of_two_tokens_it_is_said_which_is_used_and_two_that_differ_are_
         "{text}"
     );
     // The right one in the file, and it is taken without a restart.
-    house.host.write_token("wrong-token");
-    house.supervisor = house.host.supervisor();
-    house.told(&["refused with 401"]);
-    house.host.write_token(&token);
-    let (done, said) = command(&house.host, &["reload"]);
+    factory.host.write_token("wrong-token");
+    factory.supervisor = factory.host.supervisor();
+    factory.logged(&["refused with 401"]);
+    factory.host.write_token(&token);
+    let (done, said) = command(&factory.host, &["reload"]);
     assert!(done, "{said}");
-    house.told(&["a new token is in use, of the file "]);
-    house.told(&["server back"]);
-    house.completed(house.submit("echo with the new one")).await;
-    fs::remove_dir_all(house.host.root.join("credentials")).unwrap();
-    house.finish().await;
+    factory.logged(&["a new token is in use, of the file "]);
+    factory.logged(&["server back"]);
+    factory.completed(factory.submit("echo with the new one")).await;
+    fs::remove_dir_all(factory.host.root.join("credentials")).unwrap();
+    factory.finish().await;
 }
 
 const SLOT: &str = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";

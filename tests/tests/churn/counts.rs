@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use testbed::harness::PATIENCE;
-use testbed::stage::Stage;
+use testbed::test_helper::TestHelper;
 use testbed::tracer::service::listener;
 
 /// How far a count may be from what it was.
@@ -66,14 +66,14 @@ fn field(text: &str, name: &str) -> u64 {
 }
 
 impl Counts {
-    pub fn take(stage: &Stage) -> Counts {
+    pub fn take(test: &TestHelper) -> Counts {
         use Tolerance::{Exact, Machine, Memory};
         let mut counts = BTreeMap::new();
         let mut count = |name: &str, number: u64, tolerance| {
             counts.insert(name.to_owned(), (number, tolerance));
         };
-        let own = format!("/proc/{}", stage.helper.pid());
-        let host = &stage.host;
+        let own = format!("/proc/{}", test.helper.pid());
+        let host = &test.host;
         // A connection's process, with its share of the daemon's memory, ends a moment after its peer.
         let end = Instant::now() + PATIENCE;
         let processes = || {
@@ -91,7 +91,7 @@ impl Counts {
             std::thread::yield_now();
         }
         count("daemon: descriptors", entries(format!("{own}/fd")), Exact);
-        let listener = format!("/proc/{}", listener(stage.helper.pid()));
+        let listener = format!("/proc/{}", listener(test.helper.pid()));
         count("listener: descriptors", entries(format!("{listener}/fd")), Exact);
         let memory = text(format!("{listener}/smaps_rollup"));
         count("listener: KiB of its own", field(&memory, "Anonymous:"), Memory);
@@ -102,7 +102,7 @@ impl Counts {
         );
         let memory = text(format!("{own}/smaps_rollup"));
         count("daemon: KiB resident", field(&memory, "Rss:"), Memory);
-        // Not Pss: that grows when somebody with whom a page is shared ends.
+        // Not Pss: that grows when a process that shares a page ends.
         count("daemon: KiB of its own", field(&memory, "Anonymous:"), Memory);
         let cgroup = host.cgroup_dir();
         let stat = text(cgroup.join("cgroup.stat"));
@@ -186,10 +186,10 @@ impl Counts {
 
     /// Wait until nothing is more than it was, as far as it may be: the kernel forgets some things a little later, and
     /// others come and go on the machine. What has leaked stays.
-    pub fn wait_until_flat(&self, stage: &Stage, more: usize) -> Counts {
+    pub fn wait_until_flat(&self, test: &TestHelper, more: usize) -> Counts {
         let end = Instant::now() + PATIENCE;
         loop {
-            let now = Counts::take(stage);
+            let now = Counts::take(test);
             let grown = self.grown(&now, more);
             if grown.is_empty() {
                 return now;

@@ -7,15 +7,15 @@ use super::*;
 const SERVER: &str = "http://ci.example.com";
 
 /// A factory with these keys of `[factory]` and slots, whose supervisor has the proxy in its configuration.
-async fn behind_a_forward_proxy(keys_and_slots: &str) -> (House, ForwardProxy) {
-    let mut house = House::new(ONE).await;
-    house.end_supervisor(Signal::SIGTERM);
-    let proxy = ForwardProxy::start(house.server.address()).await.unwrap();
+async fn behind_a_forward_proxy(keys_and_slots: &str) -> (TestFactory, ForwardProxy) {
+    let mut factory = TestFactory::new(ONE).await;
+    factory.end_supervisor(Signal::SIGTERM);
+    let proxy = ForwardProxy::start(factory.server.address()).await.unwrap();
     let general = format!("{SERVER}\"\nproxy = \"{}", proxy.url());
-    let slots = keys_and_slots.replace("TARGET", &house.target.to_string());
-    house.host.configure(&general, SUPERVISOR_UID, &slots);
-    house.supervisor = house.host.supervisor();
-    (house, proxy)
+    let slots = keys_and_slots.replace("TARGET", &factory.target.to_string());
+    factory.host.configure(&general, SUPERVISOR_UID, &slots);
+    factory.supervisor = factory.host.supervisor();
+    (factory, proxy)
 }
 
 /// Prints the variables of the agent that runs the task, and of the task: those that have to do with the way to the server.
@@ -24,11 +24,11 @@ const VARIABLES: &str = "tr '\\0' '\\n' </proc/$PPID/environ | grep -i -e _proxy
 
 #[tokio::test(flavor = "multi_thread")]
 async fn supervisor_and_agent_reach_the_server_through_the_proxy_of_the_configuration() {
-    let (house, proxy) = behind_a_forward_proxy(
+    let (factory, proxy) = behind_a_forward_proxy(
         "agent_env.SSL_CERT_FILE = \"/etc/passwd\"\n[slots.a]\ntarget = \"TARGET\"\nenv.http_proxy = \"http://other:1\"\n",
     )
     .await;
-    let job = house.ended(house.submit(VARIABLES)).await;
+    let job = factory.ended(factory.submit(VARIABLES)).await;
     assert_eq!(job.state(), "completed", "{:#?}", job.events);
     let url = proxy.url();
     assert_eq!(
@@ -46,17 +46,17 @@ async fn supervisor_and_agent_reach_the_server_through_the_proxy_of_the_configur
     assert!(has(&format!("POST {SERVER}/0/factory/lease ")), "{asked:#?}");
     assert!(has(&format!("GET {SERVER}/file/agent")), "{asked:#?}");
     assert!(has("CONNECT ci.example.com:80 "), "{asked:#?}");
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_relay_of_a_job_without_a_network_reaches_the_server_through_the_proxy() {
-    let (house, proxy) = behind_a_forward_proxy(
+    let (factory, proxy) = behind_a_forward_proxy(
         "agent_env = { SSL_CERT_FILE = \"/etc/passwd\", ALL_PROXY = \"http://other:1\", no_proxy = \"x\" }\n\
          [slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n",
     )
     .await;
-    let job = house.ended(house.submit(VARIABLES)).await;
+    let job = factory.ended(factory.submit(VARIABLES)).await;
     assert_eq!(job.state(), "completed", "{:#?}", job.events);
     assert_eq!(lines(&job, "stdout"), ["agent SSL_CERT_FILE=/etc/passwd"]);
     let asked = proxy.asked();
@@ -64,5 +64,5 @@ async fn the_relay_of_a_job_without_a_network_reaches_the_server_through_the_pro
         .iter()
         .filter(|line| *line == "CONNECT ci.example.com:80 HTTP/1.1");
     assert!(tunnels.count() > 0, "{asked:#?}");
-    house.finish().await;
+    factory.finish().await;
 }

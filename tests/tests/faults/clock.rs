@@ -43,16 +43,16 @@ impl Clock {
         Running::start(command.env("CLOCK_OFF", self.place.path().join("off")))
     }
 
-    fn supervisor(&self, house: &mut House) {
-        house.end_supervisor(Signal::SIGTERM);
-        house.supervisor = self.start(house.host.supervisor_command());
-        house.told(&["supervisor started"]);
+    fn supervisor(&self, factory: &mut TestFactory) {
+        factory.end_supervisor(Signal::SIGTERM);
+        factory.supervisor = self.start(factory.host.supervisor_command());
+        factory.logged(&["supervisor started"]);
     }
 
-    fn helper(&self, house: &mut House) {
-        house.end_helper(Signal::SIGTERM);
-        house.helper = self.start(house.host.helper_command());
-        house.helper.log.wait(&["serving"]);
+    fn helper(&self, factory: &mut TestFactory) {
+        factory.end_helper(Signal::SIGTERM);
+        factory.helper = self.start(factory.host.helper_command());
+        factory.helper.log.wait(&["serving"]);
     }
 }
 
@@ -65,38 +65,38 @@ fn year(log: &Log) -> i64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn row_76_a_clock_that_is_years_off_after_a_restart_changes_nothing_for_a_running_job() {
     let clock = Clock::new();
-    let mut house = House::new(TWO).await;
-    let now = year(&house.supervisor.log);
-    let job = house.running().await;
+    let mut factory = TestFactory::new(TWO).await;
+    let now = year(&factory.supervisor.log);
+    let job = factory.running().await;
     for years in [20, -20, 0] {
         clock.set(years);
-        clock.supervisor(&mut house);
-        clock.helper(&mut house);
+        clock.supervisor(&mut factory);
+        clock.helper(&mut factory);
         assert!(
-            (year(&house.supervisor.log) - now - years).abs() <= 1,
+            (year(&factory.supervisor.log) - now - years).abs() <= 1,
             "the clock is not off"
         );
         assert!(
-            (year(&house.helper.log) - now - years).abs() <= 1,
+            (year(&factory.helper.log) - now - years).abs() <= 1,
             "the clock is not off"
         );
-        house.polls(2).await;
-        let other = house.submit("echo beside");
-        house.completed(other).await;
+        factory.polls(2).await;
+        let other = factory.submit("echo beside");
+        factory.completed(other).await;
     }
-    house.let_end();
-    house.completed(job).await;
-    house.finish().await;
+    factory.release();
+    factory.completed(job).await;
+    factory.finish().await;
 }
 
 /// What `status` shows: by how many years its clock is off, and that nothing is older than the test.
-fn shown(house: &House, years: i64) {
+fn shown(factory: &TestFactory, years: i64) {
     let mut command = Command::new(binaries().join("user-factory"));
     command
         .arg("status")
         .arg("--json")
         .arg("--root")
-        .arg(&house.host.root);
+        .arg(&factory.host.root);
     let output = command.output().unwrap();
     let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let time = |value: &serde_json::Value| -> jiff::Timestamp { value.as_str().unwrap().parse().unwrap() };
@@ -123,20 +123,20 @@ fn shown(house: &House, years: i64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn row_76_a_clock_that_jumps_while_the_factory_runs_changes_nothing() {
     let clock = Clock::new();
-    let mut house = House::new(&format!("status_address = \"127.0.0.1:0\"\n{TWO}")).await;
-    clock.supervisor(&mut house);
-    clock.helper(&mut house);
-    let job = house.running().await;
+    let mut factory = TestFactory::new(&format!("status_address = \"127.0.0.1:0\"\n{TWO}")).await;
+    clock.supervisor(&mut factory);
+    clock.helper(&mut factory);
+    let job = factory.running().await;
     for years in [20, -20, 20, 0] {
         clock.set(years);
-        house.polls(2).await;
-        shown(&house, years);
-        let other = house.submit("echo beside");
-        house.completed(other).await;
+        factory.polls(2).await;
+        shown(&factory, years);
+        let other = factory.submit("echo beside");
+        factory.completed(other).await;
     }
-    house.let_end();
-    house.completed(job).await;
-    house.finish().await;
+    factory.release();
+    factory.completed(job).await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -150,25 +150,25 @@ async fn row_76_a_worker_that_is_starting_is_not_failed_by_a_clock_that_jumps_ac
     .unwrap();
     let clock = Clock::new();
     let slots = format!("online_timeout_seconds = 20\n{ONE}");
-    let mut house = House::with_agent(&slots, agent).await;
-    let job = house.submit("echo never");
-    house.told(&["worker phase", "phase=\"running\""]);
+    let mut factory = TestFactory::with_agent(&slots, agent).await;
+    let job = factory.submit("echo never");
+    factory.logged(&["worker phase", "phase=\"running\""]);
     for years in [20, -20, 20] {
         clock.set(years);
-        clock.supervisor(&mut house);
-        house.polls(3).await;
+        clock.supervisor(&mut factory);
+        factory.polls(3).await;
         assert!(
-            !house.server.job(job).complete(),
+            !factory.server.job(job).complete(),
             "the worker's time was up at once"
         );
     }
     // It is failed in the end: a clock that was set back holds nothing off for years.
     clock.set(-20);
-    clock.supervisor(&mut house);
-    assert_eq!(house.ended(job).await.state(), "failed");
-    let held = house.held(job).await;
+    clock.supervisor(&mut factory);
+    assert_eq!(factory.ended(job).await.state(), "failed");
+    let held = factory.held(job).await;
     let reason = held.hold.unwrap().reason;
     assert!(reason.contains("did not come online within 20 s"), "{reason}");
-    house.server.release(held.id).unwrap();
-    house.finish().await;
+    factory.server.release(held.id).unwrap();
+    factory.finish().await;
 }

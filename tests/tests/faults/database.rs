@@ -6,48 +6,48 @@ use testbed::disk::SmallDisk;
 
 use super::*;
 
-fn database(house: &House) -> PathBuf {
-    house.state_dir().join("factory.db")
+fn database(factory: &TestFactory) -> PathBuf {
+    factory.state_dir().join("factory.db")
 }
 
 /// Start the supervisor again, and see that it knows the worker of `job`.
-async fn find_again(house: &mut House, job: Ulid) {
-    house.supervisor = house.host.supervisor();
-    let worker = worker_of(house, job).to_string();
-    house.told(&["worker taken on as online", &worker]);
-    house.polls(2).await;
+async fn find_again(factory: &mut TestFactory, job: Ulid) {
+    factory.supervisor = factory.host.supervisor();
+    let worker = worker_of(factory, job).to_string();
+    factory.logged(&["worker taken on as online", &worker]);
+    factory.polls(2).await;
 }
 
 /// The job that ran through it all ends well, on its first worker, and so does the next.
-async fn all_is_well(house: House, job: Ulid) {
-    assert_eq!(house.server.workers().len(), 1, "the job was begun again");
-    house.let_end();
-    house.completed(job).await;
-    let next = house.submit("echo next");
-    house.completed(next).await;
-    house.finish().await;
+async fn all_is_well(factory: TestFactory, job: Ulid) {
+    assert_eq!(factory.server.workers().len(), 1, "the job was begun again");
+    factory.release();
+    factory.completed(job).await;
+    let next = factory.submit("echo next");
+    factory.completed(next).await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_deleted_database_loses_no_running_job() {
-    let mut house = House::new(ONE).await;
-    let job = house.running().await;
+    let mut factory = TestFactory::new(ONE).await;
+    let job = factory.running().await;
     for signal in [Signal::SIGKILL, Signal::SIGTERM] {
-        house.end_supervisor(signal);
-        for entry in fs::read_dir(house.state_dir()).unwrap().flatten() {
+        factory.end_supervisor(signal);
+        for entry in fs::read_dir(factory.state_dir()).unwrap().flatten() {
             if entry.file_name().to_string_lossy().starts_with("factory.db") {
                 fs::remove_file(entry.path()).unwrap();
             }
         }
-        find_again(&mut house, job).await;
+        find_again(&mut factory, job).await;
     }
-    all_is_well(house, job).await;
+    all_is_well(factory, job).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_damaged_database_is_set_aside_and_the_running_job_found_again() {
-    let mut house = House::new(ONE).await;
-    let job = house.running().await;
+    let mut factory = TestFactory::new(ONE).await;
+    let job = factory.running().await;
     type Damage = fn(&mut Vec<u8>);
     let damages: [(&str, Damage); 4] = [
         ("another content", |bytes| bytes.fill(b'x')),
@@ -63,12 +63,12 @@ async fn row_78_a_damaged_database_is_set_aside_and_the_running_job_found_again(
     ];
     for (what, damage) in damages {
         // So it is all in the one file.
-        assert!(house.end_supervisor(Signal::SIGTERM).success());
-        let path = database(&house);
+        assert!(factory.end_supervisor(Signal::SIGTERM).success());
+        let path = database(&factory);
         let mut bytes = fs::read(&path).unwrap();
         damage(&mut bytes);
         fs::write(&path, bytes).unwrap();
-        find_again(&mut house, job).await;
+        find_again(&mut factory, job).await;
         let parts = [
             "ERROR the database",
             "factory.db is damaged",
@@ -76,25 +76,25 @@ async fn row_78_a_damaged_database_is_set_aside_and_the_running_job_found_again(
             "factory.db.damaged",
             "nothing else is to be done",
         ];
-        once(&house.supervisor.log, 0, &parts);
+        once(&factory.supervisor.log, 0, &parts);
         assert!(path.with_extension("db.damaged").exists(), "{what}");
     }
     // A supervisor that is killed leaves a part of it in the log of changes, which is damaged here.
-    house.end_supervisor(Signal::SIGKILL);
-    let log = house.state_dir().join("factory.db-wal");
+    factory.end_supervisor(Signal::SIGKILL);
+    let log = factory.state_dir().join("factory.db-wal");
     let length = fs::metadata(&log).expect("there is one after a kill").len();
     fs::write(&log, vec![0x55; length as usize]).unwrap();
-    house.supervisor = house.host.supervisor();
-    house.polls(2).await;
-    all_is_well(house, job).await;
+    factory.supervisor = factory.host.supervisor();
+    factory.polls(2).await;
+    all_is_well(factory, job).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_database_that_cannot_be_written_is_refused_and_used_again_when_it_can() {
-    let mut house = House::new(ONE).await;
-    let job = house.running().await;
-    house.end_supervisor(Signal::SIGKILL);
-    let state = house.state_dir();
+    let mut factory = TestFactory::new(ONE).await;
+    let job = factory.running().await;
+    factory.end_supervisor(Signal::SIGKILL);
+    let state = factory.state_dir();
     let say = [
         "factory.db",
         "let the supervisor's user write the directory and the files in it",
@@ -109,25 +109,25 @@ async fn row_78_a_database_that_cannot_be_written_is_refused_and_used_again_when
     };
     // The files alone; the lock is the first of them.
     modes(0o755, 0o444);
-    refused(&mut house.host.supervisor_command(), &["lock", say[1]]);
+    refused(&mut factory.host.supervisor_command(), &["lock", say[1]]);
     fs::set_permissions(state.join("lock"), fs::Permissions::from_mode(0o600)).unwrap();
-    refused(&mut house.host.supervisor_command(), &say);
+    refused(&mut factory.host.supervisor_command(), &say);
     // The directory alone, in which SQLite needs to make files.
     modes(0o755, 0o600);
-    house.supervisor = house.host.supervisor();
-    house.polls(1).await;
-    assert!(house.end_supervisor(Signal::SIGTERM).success());
+    factory.supervisor = factory.host.supervisor();
+    factory.polls(1).await;
+    assert!(factory.end_supervisor(Signal::SIGTERM).success());
     modes(0o555, 0o600);
-    refused(&mut house.host.supervisor_command(), &say);
+    refused(&mut factory.host.supervisor_command(), &say);
     // What the line says is what helps.
     modes(0o755, 0o600);
-    house.supervisor = house.host.supervisor();
-    house.polls(1).await;
+    factory.supervisor = factory.host.supervisor();
+    factory.polls(1).await;
     assert!(
         !state.join("factory.db.damaged").exists(),
         "it was taken for damaged"
     );
-    all_is_well(house, job).await;
+    all_is_well(factory, job).await;
 }
 
 const ROOM: &str = "size=256m,nr_inodes=1000";
@@ -142,111 +142,111 @@ fn small(host: &TestHost) -> Option<SmallDisk> {
 }
 
 /// A job that runs until this file of the shared directory is there; it runs when this returns.
-async fn running_until(house: &House, file: &str) -> Ulid {
-    let path = house.shared().join(file);
+async fn running_until(factory: &TestFactory, file: &str) -> Ulid {
+    let path = factory.shared().join(file);
     let path = path.display();
-    let job = house.submit(&format!(
+    let job = factory.submit(&format!(
         "echo running; while ! [ -e {path} ]; do read -t 0.2 < <(sleep 1); done; echo done"
     ));
-    house.printed(job, "running").await;
+    factory.printed(job, "running").await;
     job
 }
 
-async fn deleted(house: &House, job: Ulid) {
-    let worker = worker_of(house, job);
-    house
+async fn deleted(factory: &TestFactory, job: Ulid) {
+    let worker = worker_of(factory, job);
+    factory
         .see(|state| state.workers[&worker].deleted.then_some(()))
         .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_full_disk_takes_no_jobs_deletes_workers_and_forgets_nothing() {
-    let mut house = House::on(TWO, small).await;
+    let mut factory = TestFactory::on(TWO, small).await;
     let (first, second) = (
-        running_until(&house, "first").await,
-        running_until(&house, "second").await,
+        running_until(&factory, "first").await,
+        running_until(&factory, "second").await,
     );
-    let reserve = house.state_dir().join("reserve");
+    let reserve = factory.state_dir().join("reserve");
     assert!(reserve.exists());
-    let disk = house.disk.take().unwrap();
+    let disk = factory.disk.take().unwrap();
     disk.fill();
     let low = [
         "ERROR the database may soon not be written",
         "no jobs are taken",
         "make room on the disk",
     ];
-    house.told(&low);
+    factory.logged(&low);
     // With the room of the reserve, which may be given up already, what ends is written, and deleted.
-    fs::write(house.shared().join("first"), "").unwrap();
-    house.completed(first).await;
-    deleted(&house, first).await;
-    let next = house.submit("echo next");
-    house.polls(3).await;
-    assert_eq!(house.server.job(next).worker, None, "a job was taken");
+    fs::write(factory.shared().join("first"), "").unwrap();
+    factory.completed(first).await;
+    deleted(&factory, first).await;
+    let next = factory.submit("echo next");
+    factory.polls(3).await;
+    assert_eq!(factory.server.job(next).worker, None, "a job was taken");
     // Without it, it is deleted all the same.
     let _ = fs::remove_file(&reserve);
     disk.fill();
-    fs::write(house.shared().join("second"), "").unwrap();
-    house.completed(second).await;
+    fs::write(factory.shared().join("second"), "").unwrap();
+    factory.completed(second).await;
     let parts = [
         "ERROR the database cannot be written",
         "make room on the disk",
         "running jobs go on",
         "workers are deleted",
     ];
-    deleted(&house, second).await;
-    house.polls(3).await;
+    deleted(&factory, second).await;
+    factory.polls(3).await;
     assert!(
-        house.supervisor.log.count(&parts) <= 1,
+        factory.supervisor.log.count(&parts) <= 1,
         "it is said again and again"
     );
-    assert_eq!(house.server.job(next).worker, None, "a job was taken");
+    assert_eq!(factory.server.job(next).worker, None, "a job was taken");
     disk.limit(ROOM);
-    house.told(&["the database can be written again"]);
-    house.completed(next).await;
+    factory.logged(&["the database can be written again"]);
+    factory.completed(next).await;
 
     // And at the start: with the reserve it starts, and without it says what to do.
-    house.polls(2).await;
-    house.end_supervisor(Signal::SIGKILL);
-    let remove_logs = |house: &House| {
+    factory.polls(2).await;
+    factory.end_supervisor(Signal::SIGKILL);
+    let remove_logs = |factory: &TestFactory| {
         for file in ["factory.db-wal", "factory.db-shm"] {
-            let _ = fs::remove_file(house.state_dir().join(file));
+            let _ = fs::remove_file(factory.state_dir().join(file));
         }
     };
     assert!(reserve.exists(), "it was not made again");
-    remove_logs(&house);
+    remove_logs(&factory);
     disk.fill();
-    house.supervisor = house.host.supervisor();
-    house.told(&[
+    factory.supervisor = factory.host.supervisor();
+    factory.logged(&[
         "ERROR the database may soon not be written",
         "is used up: make room on the disk",
     ]);
-    house.end_supervisor(Signal::SIGKILL);
-    remove_logs(&house);
+    factory.end_supervisor(Signal::SIGKILL);
+    remove_logs(&factory);
     disk.fill();
     refused(
-        &mut house.host.supervisor_command(),
+        &mut factory.host.supervisor_command(),
         &["factory.db", "make room on the disk"],
     );
     disk.limit(ROOM);
-    house.supervisor = house.host.supervisor();
-    let last = house.submit("echo last");
-    house.completed(last).await;
-    house.disk = Some(disk);
-    house.finish().await;
+    factory.supervisor = factory.host.supervisor();
+    let last = factory.submit("echo last");
+    factory.completed(last).await;
+    factory.disk = Some(disk);
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_database_of_a_newer_release_is_left_alone() {
-    let mut house = House::new(ONE).await;
-    let job = house.running().await;
-    assert!(house.end_supervisor(Signal::SIGTERM).success());
+    let mut factory = TestFactory::new(ONE).await;
+    let job = factory.running().await;
+    assert!(factory.end_supervisor(Signal::SIGTERM).success());
     // Where the header of the file has it (https://sqlite.org/fileformat2.html).
     let set = |version: u32| {
-        let mut bytes = fs::read(database(&house)).unwrap();
+        let mut bytes = fs::read(database(&factory)).unwrap();
         let before = u32::from_be_bytes(bytes[60..64].try_into().unwrap());
         bytes[60..64].copy_from_slice(&version.to_be_bytes());
-        fs::write(database(&house), bytes).unwrap();
+        fs::write(database(&factory), bytes).unwrap();
         before
     };
     let ours = set(99);
@@ -255,29 +255,29 @@ async fn row_78_a_database_of_a_newer_release_is_left_alone() {
         "it has version 99",
         "install the newer release again",
     ];
-    refused(&mut house.host.supervisor_command(), &say);
+    refused(&mut factory.host.supervisor_command(), &say);
     assert_eq!(set(ours), 99, "it was changed");
-    house.supervisor = house.host.supervisor();
-    house.polls(1).await;
-    all_is_well(house, job).await;
+    factory.supervisor = factory.host.supervisor();
+    factory.polls(1).await;
+    all_is_well(factory, job).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_file_system_that_is_read_only_is_refused_and_used_again_when_it_is_not() {
-    let mut house = House::on(ONE, small).await;
-    let job = house.running().await;
-    house.end_supervisor(Signal::SIGKILL);
-    let disk = house.disk.take().unwrap();
+    let mut factory = TestFactory::on(ONE, small).await;
+    let job = factory.running().await;
+    factory.end_supervisor(Signal::SIGKILL);
+    let disk = factory.disk.take().unwrap();
     disk.limit("ro");
     let say = [
         "cannot open",
         "Read-only file system",
         "let the supervisor's user write",
     ];
-    refused(&mut house.host.supervisor_command(), &say);
+    refused(&mut factory.host.supervisor_command(), &say);
     disk.limit("rw");
-    house.disk = Some(disk);
-    house.supervisor = house.host.supervisor();
-    house.polls(1).await;
-    all_is_well(house, job).await;
+    factory.disk = Some(disk);
+    factory.supervisor = factory.host.supervisor();
+    factory.polls(1).await;
+    all_is_well(factory, job).await;
 }

@@ -1,4 +1,4 @@
-//! Row 27, in the whole house: the disk is full under the workers, at each of their steps.
+//! Row 27, in the whole factory: the disk is full under the workers, at each of their steps.
 
 use testbed::disk::SmallDisk;
 
@@ -14,60 +14,60 @@ fn small(host: &TestHost) -> Option<SmallDisk> {
 const ROOM: &str = "size=256m,nr_inodes=10000";
 
 /// The job cannot be started, and says why; once its worker is released, nothing of it is left, full or not.
-async fn fails_for_lack_of_room(house: &House, job: Ulid) {
-    let seen = house.supervisor.log.len();
-    assert_eq!(house.ended(job).await.state(), "failed");
-    let held = house.held(job).await;
+async fn fails_for_lack_of_room(factory: &TestFactory, job: Ulid) {
+    let seen = factory.supervisor.log.len();
+    assert_eq!(factory.ended(job).await.state(), "failed");
+    let held = factory.held(job).await;
     let reason = held.hold.unwrap().reason;
     assert!(reason.contains("No space left on device"), "{reason}");
-    house.polls(2).await;
+    factory.polls(2).await;
     once(
-        &house.supervisor.log,
+        &factory.supervisor.log,
         seen.saturating_sub(20),
         &["the worker is broken", &held.id.to_string()],
     );
-    house.server.release(held.id).unwrap();
-    house
+    factory.server.release(held.id).unwrap();
+    factory
         .see(|state| state.workers[&held.id].deleted.then_some(()))
         .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_27_a_full_disk_fails_what_starts_and_neither_what_runs_nor_the_slot() {
-    let house = House::on(TWO, small).await;
-    let disk = house.disk.as_ref().unwrap();
+    let factory = TestFactory::on(TWO, small).await;
+    let disk = factory.disk.as_ref().unwrap();
     disk.limit(ROOM);
-    let job = house.running().await;
+    let job = factory.running().await;
     // At the making of the user: not even its directory finds room.
     disk.fill();
-    fails_for_lack_of_room(&house, house.submit("echo never")).await;
+    fails_for_lack_of_room(&factory, factory.submit("echo never")).await;
     // At the copying of the agent: there is room for directories and records, and for no program.
     disk.limit("nr_inodes=10000");
-    fails_for_lack_of_room(&house, house.submit("echo never")).await;
+    fails_for_lack_of_room(&factory, factory.submit("echo never")).await;
     // The other slot's job does not notice, and room brings back all of it.
     disk.limit(ROOM);
-    let next = house.submit("echo next");
-    house.completed(next).await;
-    house.let_end();
-    house.completed(job).await;
-    house.finish().await;
+    let next = factory.submit("echo next");
+    factory.completed(next).await;
+    factory.release();
+    factory.completed(job).await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_27_a_job_that_fills_the_disk_fails_by_itself_and_is_deleted_from_the_full_disk() {
-    let house = House::on(TWO, small).await;
-    house.disk.as_ref().unwrap().limit(ROOM);
-    let job = house.running().await;
-    let hog = house
+    let factory = TestFactory::on(TWO, small).await;
+    factory.disk.as_ref().unwrap().limit(ROOM);
+    let job = factory.running().await;
+    let hog = factory
         .submit("cat /dev/zero > /work/all 2>/dev/null; : > /work/none; echo x > /work/none && echo wrote");
-    let done = house.ended(hog).await;
+    let done = factory.ended(hog).await;
     assert_eq!(done.state(), "failed", "{:#?}", done.events);
-    house
+    factory
         .see(|state| state.workers[&done.worker.unwrap()].deleted.then_some(()))
         .await;
-    let next = house.submit("echo next");
-    house.completed(next).await;
-    house.let_end();
-    house.completed(job).await;
-    house.finish().await;
+    let next = factory.submit("echo next");
+    factory.completed(next).await;
+    factory.release();
+    factory.completed(job).await;
+    factory.finish().await;
 }

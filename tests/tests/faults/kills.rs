@@ -1,4 +1,4 @@
-//! Row 73: both halves killed at random moments, under a load of jobs. The kills at every system call are
+//! Row 73: supervisor and helper killed at random moments, under a load of jobs. The kills at every system call are
 //! elsewhere; here everything is under way at the same time.
 
 use testbed::server::State;
@@ -63,7 +63,7 @@ fn slots_are_shared_by_nobody(state: &State) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_73_halves_killed_at_random_moments_under_load_lose_no_job_and_leave_nothing() {
+async fn row_73_supervisor_and_helper_killed_at_random_moments_lose_no_job_and_leave_nothing() {
     let kills = number("USER_FACTORY_TEST_KILLS").unwrap_or(KILLS);
     let seed = number("USER_FACTORY_TEST_SEED").unwrap_or_else(|| {
         let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
@@ -71,22 +71,25 @@ async fn row_73_halves_killed_at_random_moments_under_load_lose_no_job_and_leave
     });
     println!("USER_FACTORY_TEST_SEED={seed} USER_FACTORY_TEST_KILLS={kills}");
     let mut random = Random(seed);
-    let mut house = House::new(SLOTS).await;
-    let requests = |house: &House| house.server.all_requests().values().sum::<u64>();
+    let mut factory = TestFactory::new(SLOTS).await;
+    let requests = |factory: &TestFactory| factory.server.all_requests().values().sum::<u64>();
     let mut jobs: Vec<Ulid> = Vec::new();
     let mut logs: Vec<Log> = Vec::new();
     for _ in 0..kills {
         // There is always something to begin.
-        let waiting = jobs.iter().filter(|job| house.server.job(**job).queued()).count();
+        let waiting = jobs
+            .iter()
+            .filter(|job| factory.server.job(**job).queued())
+            .count();
         for _ in waiting..3 {
-            jobs.push(house.submit(JOB));
+            jobs.push(factory.submit(JOB));
         }
         // Somewhere within the next few requests, and a little after one.
-        let until = requests(&house) + 1 + random.below(25);
-        house
+        let until = requests(&factory) + 1 + random.below(25);
+        factory
             .see(|state| {
                 slots_are_shared_by_nobody(state);
-                (requests(&house) >= until).then_some(())
+                (requests(&factory) >= until).then_some(())
             })
             .await;
         for _ in 0..random.below(20_000) {
@@ -94,29 +97,29 @@ async fn row_73_halves_killed_at_random_moments_under_load_lose_no_job_and_leave
         }
         let (helper, supervisor) = [(true, false), (false, true), (true, true)][random.below(3) as usize];
         if helper {
-            house.helper.signal(Signal::SIGKILL);
+            factory.helper.signal(Signal::SIGKILL);
         }
         if supervisor {
-            house.supervisor.signal(Signal::SIGKILL);
+            factory.supervisor.signal(Signal::SIGKILL);
         }
         if helper {
-            house.helper.wait();
-            logs.push(house.helper.log.clone());
-            house.helper = house.host.helper();
+            factory.helper.wait();
+            logs.push(factory.helper.log.clone());
+            factory.helper = factory.host.helper();
         }
         if supervisor {
-            house.supervisor.wait();
-            logs.push(house.supervisor.log.clone());
-            house.supervisor = house.host.supervisor();
+            factory.supervisor.wait();
+            logs.push(factory.supervisor.log.clone());
+            factory.supervisor = factory.host.supervisor();
         }
     }
     let all_end = |state: &State| {
         slots_are_shared_by_nobody(state);
         jobs.iter().all(|job| state.jobs[job].complete()).then_some(())
     };
-    house.see(all_end).await;
-    logs.extend([house.helper.log.clone(), house.supervisor.log.clone()]);
-    let failed: Vec<_> = jobs.iter().map(|job| house.server.job(*job)).collect();
+    factory.see(all_end).await;
+    logs.extend([factory.helper.log.clone(), factory.supervisor.log.clone()]);
+    let failed: Vec<_> = jobs.iter().map(|job| factory.server.job(*job)).collect();
     let failed: Vec<_> = failed.iter().filter(|job| job.state() != "completed").collect();
     let text = || {
         logs.iter()
@@ -127,13 +130,13 @@ async fn row_73_halves_killed_at_random_moments_under_load_lose_no_job_and_leave
     assert!(failed.is_empty(), "seed {seed}: {failed:#?}\n{}", text());
     // A worker that was remade has printed nothing twice: one that began was never begun again.
     for job in &jobs {
-        let printed = lines(&house.server.job(*job), "stdout");
+        let printed = lines(&factory.server.job(*job), "stdout");
         assert_eq!(printed, ["1", "2", "3", "end"], "seed {seed}: job {job}");
     }
     println!(
         "{} jobs, {} workers, {kills} kills",
         jobs.len(),
-        house.server.workers().len()
+        factory.server.workers().len()
     );
-    house.finish().await;
+    factory.finish().await;
 }

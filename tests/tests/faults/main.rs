@@ -1,5 +1,5 @@
 //! Real faults: the real binaries, and a world around them that breaks. Each test ends in the right state, with one
-//! line of the log that names what was wrong and what to do, and with nothing to clean up by hand. The rows are
+//! line of the log that names what was wrong and what to do, and with nothing for an operator to clean up. The rows are
 //! those of group G. Needs root.
 
 use std::fs;
@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::harness::{Log, Running, SUPERVISOR_UID, TestHost, binaries};
-use testbed::house::{House, ONE, TWO, lines};
 use testbed::server::Ulid;
+use testbed::test_factory::{ONE, TWO, TestFactory, lines};
 
 mod clock;
 mod database;
@@ -39,8 +39,8 @@ fn refused(command: &mut std::process::Command, parts: &[&str]) {
     once(&running.log, 0, parts);
 }
 
-fn worker_of(house: &House, job: Ulid) -> Ulid {
-    house.server.job(job).worker.expect("the job runs")
+fn worker_of(factory: &TestFactory, job: Ulid) -> Ulid {
+    factory.server.job(job).worker.expect("the job runs")
 }
 
 /// Type a command on this host: its exit status and what it prints.
@@ -53,17 +53,17 @@ fn command(host: &TestHost, words: &[&str]) -> (i32, String) {
 }
 
 /// The slot of the job's worker.
-fn slot_of(house: &House, job: Ulid) -> String {
-    let private = house.server.worker(worker_of(house, job)).private;
+fn slot_of(factory: &TestFactory, job: Ulid) -> String {
+    let private = factory.server.worker(worker_of(factory, job)).private;
     let private = private.expect("it is associated");
     let (slot, _) = private.split_once('@').expect("it has the host's mark");
     slot.to_owned()
 }
 
 /// The processes of a job, each with its command line.
-fn processes(house: &House, job: Ulid) -> Vec<(Pid, String)> {
-    let worker = worker_of(house, job).to_string();
-    let cgroup = house.host.cgroup_dir().join("workers").join(worker);
+fn processes(factory: &TestFactory, job: Ulid) -> Vec<(Pid, String)> {
+    let worker = worker_of(factory, job).to_string();
+    let cgroup = factory.host.cgroup_dir().join("workers").join(worker);
     let pids = fs::read_to_string(cgroup.join("cgroup.procs")).expect("the worker has a cgroup");
     let pids = pids.lines().map(|pid| pid.parse().expect("a pid"));
     pids.map(|pid: i32| {
@@ -75,13 +75,13 @@ fn processes(house: &House, job: Ulid) -> Vec<(Pid, String)> {
 }
 
 /// The worker's first process.
-fn pid_1(house: &House, job: Ulid) -> Pid {
+fn pid_1(factory: &TestFactory, job: Ulid) -> Pid {
     let is_first = |pid: &Pid| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let inner = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
         inner.and_then(|line| line.split_whitespace().next_back()) == Some("1")
     };
-    let all = processes(house, job);
+    let all = processes(factory, job);
     let found = all.iter().map(|(pid, _)| *pid).find(is_first);
     found.unwrap_or_else(|| panic!("no pid 1 in {all:?}"))
 }

@@ -18,18 +18,18 @@ pub fn small(host: &TestHost) -> Option<SmallDisk> {
     Some(disk)
 }
 
-/// Wait until `status` says this, as a person sees it, and return what it prints.
-fn status(house: &House, exit: i32, parts: &[&str]) -> String {
+/// Wait until `status` says this, as an operator sees it, and return what it prints.
+fn status(factory: &TestFactory, exit: i32, parts: &[&str]) -> String {
     let end = std::time::Instant::now() + PATIENCE;
     loop {
-        let (code, text) = command(&house.host, &["status"]);
+        let (code, text) = command(&factory.host, &["status"]);
         if code == exit && parts.iter().all(|part| text.contains(part)) {
             return text;
         }
         assert!(
             std::time::Instant::now() < end,
             "status never ended with {exit} and {parts:?}:\n{text}\n{}",
-            house.supervisor.log.text()
+            factory.supervisor.log.text()
         );
     }
 }
@@ -38,12 +38,12 @@ const NO_JOBS: &str = "not taken: the supervisor's state cannot be saved";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_102_a_job_that_fills_the_disk_is_deleted_when_the_server_says_so() {
-    let house = House::on(TWO, small).await;
+    let factory = TestFactory::on(TWO, small).await;
     // It takes all that is given up, for as long as it lives.
-    let hog = house.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; done");
-    house.printed(hog, "filling").await;
-    let text = status(&house, 4, &[NO_JOBS, "make room on the disk"]);
-    let slot = if slot_of(&house, hog) == "a" { "b " } else { "a " };
+    let hog = factory.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; done");
+    factory.printed(hog, "filling").await;
+    let text = status(&factory, 4, &[NO_JOBS, "make room on the disk"]);
+    let slot = if slot_of(&factory, hog) == "a" { "b " } else { "a " };
     let other = text
         .lines()
         .find(|line| line.starts_with(slot))
@@ -52,69 +52,73 @@ async fn row_102_a_job_that_fills_the_disk_is_deleted_when_the_server_says_so() 
         other.contains("closed") && other.contains("cannot be saved"),
         "{text}"
     );
-    let next = house.submit("echo next");
-    house.polls(3).await;
-    assert_eq!(house.server.job(next).worker, None, "a job was taken");
-    let (_, metrics) = command(&house.host, &["status", "--json"]);
+    let next = factory.submit("echo next");
+    factory.polls(3).await;
+    assert_eq!(factory.server.job(next).worker, None, "a job was taken");
+    let (_, metrics) = command(&factory.host, &["status", "--json"]);
     assert!(metrics.contains("\"storage\": \""), "{metrics}");
-    let worker = worker_of(&house, hog);
-    house.server.cancel(hog).unwrap();
-    house
+    let worker = worker_of(&factory, hog);
+    factory.server.cancel(hog).unwrap();
+    factory
         .see(|state| state.workers[&worker].deleted.then_some(()))
         .await;
-    house.completed(next).await;
-    status(&house, 0, &["taken"]);
-    assert_eq!(house.supervisor.log.count(&["panicked"]), 0);
-    house.finish().await;
+    factory.completed(next).await;
+    status(&factory, 0, &["taken"]);
+    assert_eq!(factory.supervisor.log.count(&["panicked"]), 0);
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_102_destroy_is_answered_and_done_while_the_disk_is_full() {
-    let house = House::on(ONE, small).await;
-    let hog = house.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; done");
-    house.printed(hog, "filling").await;
-    status(&house, 4, &[NO_JOBS]);
-    let worker = worker_of(&house, hog);
+    let factory = TestFactory::on(ONE, small).await;
+    let hog = factory.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; done");
+    factory.printed(hog, "filling").await;
+    status(&factory, 4, &[NO_JOBS]);
+    let worker = worker_of(&factory, hog);
     let began = std::time::Instant::now();
-    let (code, text) = command(&house.host, &["destroy", &worker.to_string(), "--yes"]);
+    let (code, text) = command(&factory.host, &["destroy", &worker.to_string(), "--yes"]);
     assert_eq!(code, 0, "{text}");
     assert!(began.elapsed().as_secs() < 25, "{:?}", began.elapsed());
-    house
+    factory
         .see(|state| state.workers[&worker].deleted.then_some(()))
         .await;
-    let next = house.submit("echo next");
-    house.completed(next).await;
-    status(&house, 0, &["taken"]);
-    house.finish().await;
+    let next = factory.submit("echo next");
+    factory.completed(next).await;
+    status(&factory, 0, &["taken"]);
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_102_a_file_system_that_becomes_read_only_is_seen_and_takes_no_jobs() {
-    let mut house = House::on(ONE, small).await;
-    status(&house, 0, &["taken"]);
-    let place = house.host.root.join(protocol::config::STATE_DIR);
+async fn row_102_a_file_system_that_becomes_read_only_is_reported_and_no_job_is_leased() {
+    let mut factory = TestFactory::on(ONE, small).await;
+    status(&factory, 0, &["taken"]);
+    let place = factory.host.root.join(protocol::config::STATE_DIR);
     let mount = |words: &[&str]| {
         let status = Command::new(words[0]).args(&words[1..]).arg(&place).status();
         assert!(status.unwrap().success(), "{words:?}");
     };
     // As after an error of the device.
     mount(&["mount", "-o", "remount,abort"]);
-    status(&house, 4, &[NO_JOBS, "Read-only file system", "the kernel's log"]);
-    let job = house.submit("echo done");
-    house.polls(3).await;
-    assert_eq!(house.server.job(job).worker, None, "a job was taken");
-    let (code, text) = command(&house.host, &["drain"]);
+    status(
+        &factory,
+        4,
+        &[NO_JOBS, "Read-only file system", "the kernel's log"],
+    );
+    let job = factory.submit("echo done");
+    factory.polls(3).await;
+    assert_eq!(factory.server.job(job).worker, None, "a job was taken");
+    let (code, text) = command(&factory.host, &["drain"]);
     assert!(code == 1 && text.contains("it cannot be remembered"), "{text}");
     // It is mended, and mounted again.
-    house.end_supervisor(Signal::SIGTERM);
-    house.end_helper(Signal::SIGTERM);
+    factory.end_supervisor(Signal::SIGTERM);
+    factory.end_helper(Signal::SIGTERM);
     mount(&["umount"]);
-    let image = house.host.root.join("disk.img");
+    let image = factory.host.root.join("disk.img");
     let _ = Command::new("e2fsck").arg("-fy").arg(&image).output().unwrap();
     mount(&["mount", "-o", "loop", image.to_str().unwrap()]);
-    house.helper = house.host.helper();
-    house.supervisor = house.host.supervisor();
-    house.completed(job).await;
-    status(&house, 0, &["taken"]);
-    house.finish().await;
+    factory.helper = factory.host.helper();
+    factory.supervisor = factory.host.supervisor();
+    factory.completed(job).await;
+    status(&factory, 0, &["taken"]);
+    factory.finish().await;
 }

@@ -1,4 +1,4 @@
-//! Row 82: the helper is upgraded while jobs run, and for a while the halves speak different versions.
+//! Row 82: the helper is upgraded while jobs run, and for a while supervisor and helper speak different versions.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -10,7 +10,7 @@ use protocol::{Received, Request, Seqpacket, wire};
 
 use super::*;
 
-/// Stands between the two halves, where the helper's socket was, and makes the helper believe that the supervisor
+/// Stands between supervisor and helper, where the helper's socket was, and makes the helper believe that the supervisor
 /// speaks another version than it does.
 struct Between {
     stop: Arc<AtomicBool>,
@@ -94,17 +94,17 @@ fn relay(client: Seqpacket, helper: &Path, other: fn(u16) -> u16) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_on() {
-    let mut house = House::new(TWO).await;
-    let job = house.running().await;
+    let mut factory = TestFactory::new(TWO).await;
+    let job = factory.running().await;
     // As an upgrade does it: a new helper, under a supervisor that is the old one still. What stands between them
-    // is root's, so that is whom the helper serves.
-    house.end_helper(Signal::SIGTERM);
-    let slots = TWO.replace("TARGET", &house.target.to_string());
-    house.host.configure(&house.url(), 0, &slots);
-    house.helper = house.host.helper();
-    let between = Between::new(&house.host, |version| version + 1);
-    house.end_supervisor(Signal::SIGTERM);
-    house.supervisor = house.host.supervisor();
+    // is root's, so the helper serves that uid.
+    factory.end_helper(Signal::SIGTERM);
+    let slots = TWO.replace("TARGET", &factory.target.to_string());
+    factory.host.configure(&factory.url(), 0, &slots);
+    factory.helper = factory.host.helper();
+    let between = Between::new(&factory.host, |version| version + 1);
+    factory.end_supervisor(Signal::SIGTERM);
+    factory.supervisor = factory.host.supervisor();
     let seen = 0;
     let version = protocol::VERSION;
     let ours = format!("another version of the protocol than this supervisor's {version} (");
@@ -113,48 +113,48 @@ async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_o
         &ours,
         "install both from the same release and restart them",
     ];
-    house.told_from(seen, &parts);
-    house.polls(3).await;
-    once(&house.supervisor.log, seen, &parts);
+    factory.logged_from(seen, &parts);
+    factory.polls(3).await;
+    once(&factory.supervisor.log, seen, &parts);
     let said = format!(
         "speaks version {version} of the protocol, you speak {}",
         version + 1
     );
-    let count = house
+    let count = factory
         .helper
         .log
         .count(&["WARN", "Hello", &said, "install both halves from one release"]);
     // Each time that it is asked, which is ever more seldom.
-    assert!(count >= 1, "{}", house.helper.log.text());
+    assert!(count >= 1, "{}", factory.helper.log.text());
     // The job does not need them to end, and is not touched before they understand each other.
-    house.let_end();
-    house.completed(job).await;
-    house.polls(2).await;
-    assert!(!house.server.worker(worker_of(&house, job)).deleted);
+    factory.release();
+    factory.completed(job).await;
+    factory.polls(2).await;
+    assert!(!factory.server.worker(worker_of(&factory, job)).deleted);
     drop(between);
-    house.end_helper(Signal::SIGTERM);
-    house.configure(TWO);
-    house.helper = house.host.helper();
-    house.told_from(seen, &["helper back"]);
-    let next = house.submit("echo next");
-    house.completed(next).await;
-    house.finish().await;
+    factory.end_helper(Signal::SIGTERM);
+    factory.configure(TWO);
+    factory.helper = factory.host.helper();
+    factory.logged_from(seen, &["helper back"]);
+    let next = factory.submit("echo next");
+    factory.completed(next).await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_82_a_helper_that_is_replaced_under_load_loses_no_request_and_no_job() {
-    let mut house = House::new(TWO).await;
+    let mut factory = TestFactory::new(TWO).await;
     let jobs: Vec<Ulid> = (0..6)
-        .map(|_| house.submit("echo one; read -t 0.2 < <(sleep 1); echo two"))
+        .map(|_| factory.submit("echo one; read -t 0.2 < <(sleep 1); echo two"))
         .collect();
     // As a package's upgrade does: told to stop, and started again.
-    while jobs.iter().any(|job| !house.server.job(*job).complete()) {
-        house.polls(1).await;
-        house.end_helper(Signal::SIGTERM);
-        house.helper = house.host.helper();
+    while jobs.iter().any(|job| !factory.server.job(*job).complete()) {
+        factory.polls(1).await;
+        factory.end_helper(Signal::SIGTERM);
+        factory.helper = factory.host.helper();
     }
     for job in jobs {
-        house.completed(job).await;
+        factory.completed(job).await;
     }
-    house.finish().await;
+    factory.finish().await;
 }

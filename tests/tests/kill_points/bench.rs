@@ -6,11 +6,11 @@ use std::time::Instant;
 use protocol::{Received, Reply, Request, Seqpacket, State, WorkerId, wire};
 use testbed::disk::SmallDisk;
 use testbed::harness::{Client, PATIENCE, TestHost, worker_id};
-use testbed::remains::Remains;
 use testbed::service::Service;
-use testbed::stage::{attack_program, list, slot, token};
+use testbed::test_helper::{attack_program, list, slot, token};
 use testbed::tracer::service::{Plan, Seen, Span, watch};
 use testbed::tracer::wait_until_stopped;
+use testbed::worker_snapshot::WorkerSnapshot;
 
 /// Slots with something of everything that a slot can have.
 pub const SLOTS: &str = r#"
@@ -45,7 +45,7 @@ pub struct Bench {
     _disk: SmallDisk,
     pub host: TestHost,
     pub helper: Service,
-    pub before: Remains,
+    pub before: WorkerSnapshot,
 }
 
 impl Bench {
@@ -58,12 +58,12 @@ impl Bench {
         let helper = Service::new(&mut host.helper_command());
         let mut bench = Bench {
             _disk: disk,
-            before: Remains::take(&host),
+            before: WorkerSnapshot::take(&host),
             host,
             helper,
         };
         bench.start();
-        bench.before = Remains::take(&bench.host);
+        bench.before = WorkerSnapshot::take(&bench.host);
         bench
     }
 
@@ -100,7 +100,7 @@ impl Bench {
     pub fn assert_clean(&self, was_one: bool, after: &str) {
         let end = Instant::now() + PATIENCE;
         loop {
-            let now = Remains::take(&self.host);
+            let now = WorkerSnapshot::take(&self.host);
             if was_one || now == self.before || Instant::now() > end {
                 assert_eq!(now, self.before, "after {after}: something is left");
                 return;
@@ -173,7 +173,7 @@ pub fn prepare(bench: &Bench, operation: Operation, name: &str) -> WorkerId {
     }
     if operation > Operation::Install {
         let console = must(Operation::Install).pop().expect("a console comes");
-        testbed::stage::wait_for_line(&console.into(), "ready");
+        testbed::test_helper::wait_for_line(&console.into(), "ready");
     }
     worker
 }

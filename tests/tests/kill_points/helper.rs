@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use nix::sys::signal::Signal;
 use protocol::{Reply, Request, State, WorkerId};
-use testbed::census::Census;
 use testbed::harness::Client;
-use testbed::stage::{list, wait_until};
+use testbed::host_snapshot::HostSnapshot;
+use testbed::test_helper::{list, wait_until};
 use testbed::tracer::calls::{MEMORY, name};
 use testbed::tracer::service::{KINDS, Kind, Plan, Seen, When};
 
@@ -62,7 +62,7 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
 /// Kill at the points of `operation` on a worker in this slot. Returns how many there were.
 fn kill_at_every_step_of(operation: Operation, slot: &str) {
     let mut bench = Bench::new();
-    let census = Census::take(&bench.host);
+    let snapshot = HostSnapshot::take(&bench.host);
     // The first worker finds the view built, as all but the first do.
     let first = prepare(&bench, Operation::Delete, slot);
     assert_eq!(
@@ -106,7 +106,7 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
         }
         end(&bench, worker, &what);
     }
-    census.assert_unchanged(&bench.host);
+    snapshot.assert_unchanged(&bench.host);
     report(
         &format!("{operation:?} in {slot}"),
         &runs,
@@ -128,9 +128,9 @@ fn repeat(bench: &Bench, operation: Operation, worker: WorkerId, slot: &str, wha
         let client = Client::new(&bench.host);
         if before == Some(State::Created) {
             wait_until(&client, worker, |state| state == State::Running);
-            testbed::stage::wait_for_line(&console, "ready");
+            testbed::test_helper::wait_for_line(&console, "ready");
         }
-        let text = testbed::stage::read(&console);
+        let text = testbed::test_helper::read(&console);
         assert!(
             text.matches("ready").count() <= 1,
             "after {what}: an agent was started twice"
@@ -209,7 +209,7 @@ fn report(
 #[test]
 fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing() {
     let mut bench = Bench::new();
-    let census = Census::take(&bench.host);
+    let snapshot = HostSnapshot::take(&bench.host);
     let running = prepare(&bench, Operation::Delete, "rich");
     let created = prepare(&bench, Operation::Install, "plain");
     let before = list(&Client::new(&bench.host));
@@ -254,7 +254,7 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
         assert_eq!(reply, Some(Reply::Deleted));
     }
     bench.assert_clean(true, "all starts");
-    census.assert_unchanged(&bench.host);
+    snapshot.assert_unchanged(&bench.host);
     report("the start", &runs, &covered, killed, missed, &sample);
 }
 

@@ -7,7 +7,7 @@
 
 mod bench;
 mod helper;
-mod orders;
+mod monitor_requests;
 mod supervisor;
 
 /// Every how many of the points are killed at; and where to begin.

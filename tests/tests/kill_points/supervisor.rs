@@ -9,11 +9,11 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use protocol::config::STATE_DIR;
 use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
-use testbed::remains::Remains;
 use testbed::server::{JobSpec, Server, ServerOptions, State, Ulid};
 use testbed::service::Service;
 use testbed::tracer::outward::{Seen, watch};
 use testbed::tracer::wait_until_stopped;
+use testbed::worker_snapshot::WorkerSnapshot;
 
 use crate::Sample;
 
@@ -22,25 +22,25 @@ use crate::Sample;
 enum Life {
     /// To its end.
     Done,
-    /// Its agent is no program: the worker is held, and a person releases it.
+    /// Its agent is no program: the worker is held, and an operator releases it.
     NoStart,
     /// It runs, and is cancelled.
     Cancelled,
 }
 
 /// A server, a helper, and a supervisor that may be gone at any time.
-struct House {
+struct TestFactory {
     life: Life,
     server: Server,
     _helper: Service,
     supervisor: Service,
-    before: Remains,
+    before: WorkerSnapshot,
     host: TestHost,
     _agent: tempfile::TempDir,
 }
 
-impl House {
-    async fn new(life: Life) -> House {
+impl TestFactory {
+    async fn new(life: Life) -> TestFactory {
         let directory = tempfile::tempdir().unwrap();
         let agent = match life {
             Life::NoStart => {
@@ -48,7 +48,7 @@ impl House {
                 fs::write(&path, b"\x7fthis is no program").unwrap();
                 path
             }
-            _ => binaries().join("reference-agent"),
+            _ => binaries().join("fake-agent"),
         };
         let options = ServerOptions {
             agent: Some(agent),
@@ -64,12 +64,12 @@ impl House {
         let mut helper = Service::new(&mut host.helper_command());
         helper.start();
         helper.log.wait(&["serving"]);
-        House {
+        TestFactory {
             life,
             server,
             _helper: helper,
             supervisor: Service::of_user(SUPERVISOR_UID, &mut host.supervisor_command()),
-            before: Remains::take(&host),
+            before: WorkerSnapshot::take(&host),
             host,
             _agent: directory,
         }
@@ -95,7 +95,7 @@ impl House {
         let watcher = watch(pid, &state, end_before);
         let (end, mut ended) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || end.send(watcher.join()));
-        let House {
+        let TestFactory {
             server, supervisor, ..
         } = self;
         let life = to_its_end(server, self.life, job);
@@ -140,7 +140,7 @@ impl House {
             _ => assert_eq!(ran, 1, "{what}: {:#?}", job.events),
         }
         assert_eq!(
-            Remains::take(&self.host),
+            WorkerSnapshot::take(&self.host),
             self.before,
             "{what}: something is left"
         );
@@ -187,8 +187,8 @@ async fn to_its_end(server: &Server, life: Life, job: Ulid) {
 const HOUSES: usize = 6;
 
 async fn kill_before_each(life: Life) {
-    let mut house = House::new(life).await;
-    let seen = house.live(None).await;
+    let mut factory = TestFactory::new(life).await;
+    let seen = factory.live(None).await;
     assert!(!seen.killed);
     let sample = Sample::of(seen.calls.len().div_ceil(16));
     let points: Vec<usize> = (0..seen.calls.len()).filter(|n| sample.has(*n)).collect();
@@ -198,9 +198,9 @@ async fn kill_before_each(life: Life) {
     for _ in 0..HOUSES {
         let points = points.clone();
         houses.spawn(async move {
-            let (mut house, mut killed) = (House::new(life).await, Vec::new());
+            let (mut factory, mut killed) = (TestFactory::new(life).await, Vec::new());
             while let Some(n) = { points.lock().unwrap().pop() } {
-                let seen = house.live(Some(n)).await;
+                let seen = factory.live(Some(n)).await;
                 killed.extend(seen.killed.then(|| seen.calls.last().cloned()).flatten());
             }
             killed

@@ -4,21 +4,21 @@ use std::os::unix::process::CommandExt;
 
 use nix::sys::signal::Signal;
 use testbed::harness::{SUPERVISOR_UID, TestHost};
-use testbed::house::ONE;
+use testbed::test_factory::ONE;
 
 use super::*;
 
-fn config_of(house: &House) -> String {
-    let path = house.host.root.join(protocol::config::CONFIG_PATH);
+fn config_of(factory: &TestFactory) -> String {
+    let path = factory.host.root.join(protocol::config::CONFIG_PATH);
     path.to_str().expect("a test's path is ASCII").to_owned()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
-    let mut house = House::new(ONE).await;
-    answering(&house).await;
-    let path = config_of(&house);
-    let said = say(&house, &["check", &path, "--online"]);
+    let mut factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
+    let path = config_of(&factory);
+    let said = say(&factory, &["check", &path, "--online"]);
     for part in [
         "slot a",
         "host kernel",
@@ -29,13 +29,13 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
         "downloaded and unpacked",
         "it serves, with 0 workers",
     ] {
-        // Whom the helper serves, which is not who types this.
+        // The uid that the helper serves, which is not the operator's.
         let expected = !part.contains("it serves");
         assert_eq!(said.out.contains(part), expected, "{part}: {}", said.out);
     }
     assert!(said.out.contains("online helper: FAILED"), "{}", said.out);
     // As the supervisor's user, all of it is well.
-    let mut command = command(&house, &["check", &path, "--online"]);
+    let mut command = command(&factory, &["check", &path, "--online"]);
     let said: Said = tokio::task::block_in_place(|| {
         command
             .uid(SUPERVISOR_UID)
@@ -47,33 +47,33 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
     assert_eq!(said.status, 0, "{}{}", said.out, said.err);
     assert!(said.out.contains("it serves, with 0 workers"), "{}", said.out);
     // A wrong token is named.
-    house.host.write_token("not-the-token");
-    house.end_helper(Signal::SIGTERM);
-    let said = say(&house, &["check", &path, "--online"]);
+    factory.host.write_token("not-the-token");
+    factory.end_helper(Signal::SIGTERM);
+    let said = say(&factory, &["check", &path, "--online"]);
     assert!(
         said.status == 1 && said.out.contains("online server: FAILED") && said.out.contains("401"),
         "{}",
         said.out
     );
-    house.helper = house.host.helper();
-    house.finish().await;
+    factory.helper = factory.host.helper();
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_looks_is_told_how_the_helper_is_though_an_idle_one_is_left_alone() {
-    let mut house = House::new(ONE).await;
-    answering(&house).await;
-    house.polls(3).await;
-    house.end_helper(Signal::SIGKILL);
+async fn status_shows_the_helpers_state_though_an_idle_helper_is_not_polled() {
+    let mut factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
+    factory.polls(3).await;
+    factory.end_helper(Signal::SIGKILL);
     // Nobody needs it, so nobody has noticed; the first look does.
-    house.polls(3).await;
-    assert_eq!(house.supervisor.log.count(&["helper away"]), 0);
-    let status = json(&house, &["status"]);
+    factory.polls(3).await;
+    assert_eq!(factory.supervisor.log.count(&["helper away"]), 0);
+    let status = json(&factory, &["status"]);
     assert_eq!(status["helper"]["reachable"], false, "{status:#}");
-    house.told(&["ERROR helper away", "start the helper"]);
-    house.helper = house.host.helper();
-    answering(&house).await;
-    house.finish().await;
+    factory.logged(&["ERROR helper away", "start the helper"]);
+    factory.helper = factory.host.helper();
+    answering(&factory).await;
+    factory.finish().await;
 }
 
 /// Write a configuration with another line in the place of one.

@@ -1,4 +1,4 @@
-//! The page for operators names every file and directory that the two halves write.
+//! The page for operators names every file and directory that supervisor and helper write.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -20,10 +20,10 @@ fn below(dir: &Path, found: &mut Vec<PathBuf>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_file_that_is_written_is_on_the_page() {
-    let house = House::new("[slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n").await;
-    let job = house.running().await;
-    let worker = house.server.job(job).worker.unwrap().to_string();
-    let record = house.host.userdb();
+    let factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n").await;
+    let job = factory.running().await;
+    let worker = factory.server.job(job).worker.unwrap().to_string();
+    let record = factory.host.userdb();
     let uid = std::fs::read_dir(&record).unwrap().find_map(|entry| {
         let name = entry.unwrap().file_name().into_string().unwrap();
         name.strip_suffix(".user")?.parse::<u32>().ok()
@@ -36,19 +36,19 @@ async fn every_file_that_is_written_is_on_the_page() {
         "run/systemd",
     ] {
         // The last is there where the range of uids is one of systemd's.
-        let dir = house.host.root.join(dir);
+        let dir = factory.host.root.join(dir);
         if dir.exists() {
             below(&dir, &mut found);
         }
     }
-    let group = house.host.cgroup_dir();
+    let group = factory.host.cgroup_dir();
     let mut in_group = Vec::new();
     below(&group, &mut in_group);
     let cgroups = in_group.iter().filter(|path| path.is_dir());
     let cgroups = cgroups.map(|path| Path::new("CGROUP").join(path.strip_prefix(&group).unwrap()));
     let found: BTreeSet<String> = found
         .iter()
-        .map(|path| Path::new("/").join(path.strip_prefix(&house.host.root).unwrap()))
+        .map(|path| Path::new("/").join(path.strip_prefix(&factory.host.root).unwrap()))
         .chain(cgroups)
         .map(|path| {
             if path.parent().is_some_and(|dir| dir.ends_with("nspawn-uid")) {
@@ -72,7 +72,7 @@ async fn every_file_that_is_written_is_on_the_page() {
         .filter(|path| !named.contains(path.as_str()))
         .collect();
     assert!(missing.is_empty(), "not on the page: {missing:#?}");
-    house.let_end();
-    house.completed(job).await;
-    house.finish().await;
+    factory.release();
+    factory.completed(job).await;
+    factory.finish().await;
 }

@@ -2,21 +2,21 @@
 
 use nix::sys::signal::Signal;
 use testbed::harness::place;
-use testbed::house::{ONE, TWO};
+use testbed::test_factory::{ONE, TWO};
 
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_factory_that_is_well_says_so_on_one_screen() {
-    let house = House::new(
+async fn a_healthy_factorys_status_fits_on_one_screen() {
+    let factory = TestFactory::new(
         "[slots.a]\ntarget = \"TARGET\"\nconflicts_with_slots = [\"b\"]\n[slots.b]\ntarget = \"TARGET\"\n",
     )
     .await;
-    answering(&house).await;
-    let text = done(&house, &["status"]);
+    answering(&factory).await;
+    let text = done(&factory, &["status"]);
     for part in [
         "server",
-        &house.url(),
+        &factory.url(),
         "reachable for",
         "helper",
         "SLOT",
@@ -26,8 +26,8 @@ async fn a_factory_that_is_well_says_so_on_one_screen() {
         assert!(text.contains(part), "{part}: {text}");
     }
     assert!(!text.contains('\x1b'), "colours are for terminals: {text:?}");
-    let job = house.running().await;
-    let text = done(&house, &["status"]);
+    let job = factory.running().await;
+    let text = done(&factory, &["status"]);
     assert!(
         text.contains(&job.to_string()) && text.contains("busy") && text.contains("blocked"),
         "{text}"
@@ -36,17 +36,17 @@ async fn a_factory_that_is_well_says_so_on_one_screen() {
         text.contains("conflicts with a") || text.contains("conflicts with b"),
         "{text}"
     );
-    house.let_end();
-    house.completed(job).await;
-    house.finish().await;
+    factory.release();
+    factory.completed(job).await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_watched_while_it_runs() {
-    let house = House::new(ONE).await;
-    let job = house.running().await;
-    let worker = online(&house).await;
-    let list = done(&house, &["workers"]);
+    let factory = TestFactory::new(ONE).await;
+    let job = factory.running().await;
+    let worker = online(&factory).await;
+    let list = done(&factory, &["workers"]);
     for part in [
         &*worker,
         "online",
@@ -55,7 +55,7 @@ async fn a_job_is_watched_while_it_runs() {
     ] {
         assert!(list.contains(part), "{part}: {list}");
     }
-    let shown = json(&house, &["show", &worker]);
+    let shown = json(&factory, &["show", &worker]);
     assert_eq!(shown["worker"]["phase"], "online");
     let phases: Vec<&str> = shown["history"]
         .as_array()
@@ -67,43 +67,43 @@ async fn a_job_is_watched_while_it_runs() {
     let processes = shown["processes"].as_array().unwrap();
     assert!(processes.iter().any(|p| p["name"] == "bash"), "{shown:#}");
     assert!(shown["memory"].as_u64().unwrap() > 100_000, "{shown:#}");
-    let text = done(&house, &["show", &worker]);
+    let text = done(&factory, &["show", &worker]);
     for part in ["phase      online for", "NAME", "its job runs"] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    house.let_end();
-    house.completed(job).await;
-    house.finish().await;
+    factory.release();
+    factory.completed(job).await;
+    factory.finish().await;
 }
 
 /// An agent that says something each time a file of the host changes.
-const TALKER: &str = "#!/bin/bash\necho begun; printf '\\033[31mred\\n'; while ! [ -e DOOR ]; do read -t 0.1 < <(sleep 1); done; echo over; exit 3\n";
+const TALKER: &str = "#!/bin/bash\necho begun; printf '\\033[31mred\\n'; while ! [ -e RELEASE ]; do read -t 0.1 < <(sleep 1); done; echo over; exit 3\n";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_console_is_followed_to_its_end_and_its_escapes_are_only_for_files() {
     let place = place();
-    let (agent, door) = (place.path().join("agent"), place.path().join("door"));
-    std::fs::write(&agent, TALKER.replace("DOOR", &door.display().to_string())).unwrap();
-    let house = House::with_agent(ONE, agent).await;
-    house.submit("true");
-    let worker = worker_on(&house, "a").await;
-    see(&house, |status| {
+    let (agent, release) = (place.path().join("agent"), place.path().join("release"));
+    std::fs::write(&agent, TALKER.replace("RELEASE", &release.display().to_string())).unwrap();
+    let factory = TestFactory::with_agent(ONE, agent).await;
+    factory.submit("true");
+    let worker = worker_on(&factory, "a").await;
+    see(&factory, |status| {
         (status["workers"][0]["phase"] == "running").then_some(())
     })
     .await;
     tokio::task::block_in_place(|| {
-        let mut following = Running::printing(&mut command(&house, &["logs", "-f", &worker]));
+        let mut following = Running::printing(&mut command(&factory, &["logs", "-f", &worker]));
         following.log.wait(&["\x1b[31mred"]);
-        std::fs::write(&door, "").unwrap();
+        std::fs::write(&release, "").unwrap();
         following.log.wait(&["over"]);
         assert!(following.wait().success());
     });
-    assert!(done(&house, &["logs", &worker]).contains("begun\n"));
+    assert!(done(&factory, &["logs", &worker]).contains("begun\n"));
     // On a terminal, which script(1) makes, the escape is shown and not obeyed.
     let words = format!(
         "{} logs {worker} --root {}",
         binaries().join("user-factory").display(),
-        house.host.root.display()
+        factory.host.root.display()
     );
     let script = Command::new("script")
         .args(["-qec", &words, "/dev/null"])
@@ -115,76 +115,79 @@ async fn a_console_is_followed_to_its_end_and_its_escapes_are_only_for_files() {
         seen.contains("\\u{1b}[31mred") && !seen.contains("\x1b[31mred"),
         "{seen:?}"
     );
-    see(&house, |status| (state_of(status, "a") == "broken").then_some(())).await;
-    done(&house, &["destroy", &worker, "--yes"]);
-    house.finish().await;
+    see(&factory, |status| {
+        (state_of(status, "a") == "broken").then_some(())
+    })
+    .await;
+    done(&factory, &["destroy", &worker, "--yes"]);
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn draining_waits_for_what_runs_takes_nothing_new_and_is_undone() {
-    let mut house = House::new(TWO).await;
-    let job = house.running().await;
-    let mut drain = Running::start(&mut command(&house, &["drain", "--wait"]));
+    let mut factory = TestFactory::new(TWO).await;
+    let job = factory.running().await;
+    let mut drain = Running::start(&mut command(&factory, &["drain", "--wait"]));
     tokio::task::block_in_place(|| drain.log.wait(&["waiting for", &job.to_string()]));
-    let second = house.submit("true");
-    house.polls(3).await;
-    assert_eq!(house.server.job(second).state(), "queued");
-    assert!(done(&house, &["status"]).contains("draining"));
-    house.let_end();
-    house.completed(job).await;
+    let second = factory.submit("true");
+    factory.polls(3).await;
+    assert_eq!(factory.server.job(second).state(), "queued");
+    assert!(done(&factory, &["status"]).contains("draining"));
+    factory.release();
+    factory.completed(job).await;
     assert!(tokio::task::block_in_place(|| drain.wait()).success());
-    assert_eq!(json(&house, &["workers"]).as_array().unwrap().len(), 0);
-    // The kernel update: both halves end, and come back.
-    house.end_helper(Signal::SIGTERM);
-    house.end_supervisor(Signal::SIGTERM);
-    assert_eq!(say(&house, &["status"]).status, 3);
-    house.helper = house.host.helper();
-    house.supervisor = house.host.supervisor();
-    see(&house, |status| (status["draining"] == true).then_some(())).await;
-    house.polls(3).await;
-    assert_eq!(house.server.job(second).state(), "queued");
-    done(&house, &["resume"]);
-    house.completed(second).await;
-    house.finish().await;
+    assert_eq!(json(&factory, &["workers"]).as_array().unwrap().len(), 0);
+    // The kernel update: supervisor and helper end, and come back.
+    factory.end_helper(Signal::SIGTERM);
+    factory.end_supervisor(Signal::SIGTERM);
+    assert_eq!(say(&factory, &["status"]).status, 3);
+    factory.helper = factory.host.helper();
+    factory.supervisor = factory.host.supervisor();
+    see(&factory, |status| (status["draining"] == true).then_some(())).await;
+    factory.polls(3).await;
+    assert_eq!(factory.server.job(second).state(), "queued");
+    done(&factory, &["resume"]);
+    factory.completed(second).await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_slot_is_drained_and_the_other_goes_on() {
-    let house = House::new(TWO).await;
-    answering(&house).await;
-    done(&house, &["drain", "a"]);
-    see(&house, |status| {
+    let factory = TestFactory::new(TWO).await;
+    answering(&factory).await;
+    done(&factory, &["drain", "a"]);
+    see(&factory, |status| {
         (state_of(status, "a") == "draining").then_some(())
     })
     .await;
-    let jobs: Vec<_> = (0..2).map(|_| house.submit_waiting()).collect();
-    house.printed(jobs[0], "running").await;
-    house.polls(3).await;
-    let status = json(&house, &["status"]);
+    let jobs: Vec<_> = (0..2).map(|_| factory.submit_blocking()).collect();
+    factory.printed(jobs[0], "running").await;
+    factory.polls(3).await;
+    let status = json(&factory, &["status"]);
     assert_eq!(
         (state_of(&status, "a"), state_of(&status, "b")),
         ("draining".into(), "busy".into())
     );
-    done(&house, &["resume", "a"]);
-    house.printed(jobs[1], "running").await;
-    house.let_end();
+    done(&factory, &["resume", "a"]);
+    factory.printed(jobs[1], "running").await;
+    factory.release();
     for job in jobs {
-        house.completed(job).await;
+        factory.completed(job).await;
     }
-    let said = say(&house, &["drain", "zz"]);
+    let said = say(&factory, &["drain", "zz"]);
     assert!(
         said.status == 1 && said.err.contains("no slot zz"),
         "{}",
         said.err
     );
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_factory_the_command_says_whom_it_cannot_ask_and_ends_with_3() {
-    let mut house = House::new(ONE).await;
-    answering(&house).await;
-    house.end_supervisor(Signal::SIGTERM);
+async fn a_command_without_a_supervisor_names_the_socket_and_exits_with_3() {
+    let mut factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
+    factory.end_supervisor(Signal::SIGTERM);
     for words in [
         &["status"][..],
         &["workers"],
@@ -192,7 +195,7 @@ async fn without_a_factory_the_command_says_whom_it_cannot_ask_and_ends_with_3()
         &["reload"],
         &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"],
     ] {
-        let said = say(&house, words);
+        let said = say(&factory, words);
         assert_eq!(said.status, 3, "{words:?}");
         assert!(
             said.err.contains("control.sock") && said.err.contains("user-factory serve"),
@@ -200,31 +203,31 @@ async fn without_a_factory_the_command_says_whom_it_cannot_ask_and_ends_with_3()
             said.err
         );
     }
-    assert_eq!(say(&house, &["show", "nonsense"]).status, 2);
-    assert_eq!(say(&house, &["colour"]).status, 2);
-    house.supervisor = house.host.supervisor();
-    answering(&house).await;
-    let said = say(&house, &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
+    assert_eq!(say(&factory, &["show", "nonsense"]).status, 2);
+    assert_eq!(say(&factory, &["colour"]).status, 2);
+    factory.supervisor = factory.host.supervisor();
+    answering(&factory).await;
+    let said = say(&factory, &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
     assert!(
         said.status == 1 && said.err.contains("no worker 01HZX3N8Q4J5K6M7P8R9S0T1V2"),
         "{}",
         said.err
     );
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_control_socket_is_for_its_user_its_group_and_root_alone() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::os::unix::process::CommandExt;
-    let house = House::new(ONE).await;
-    answering(&house).await;
-    let meta = std::fs::metadata(socket(&house)).unwrap();
+    let factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
+    let meta = std::fs::metadata(socket(&factory)).unwrap();
     assert_eq!(
         (meta.uid(), meta.permissions().mode() & 0o777),
         (testbed::harness::SUPERVISOR_UID, 0o660)
     );
-    let said: Said = command(&house, &["status"])
+    let said: Said = command(&factory, &["status"])
         .uid(65_534)
         .gid(65_534)
         .output()
@@ -235,5 +238,5 @@ async fn the_control_socket_is_for_its_user_its_group_and_root_alone() {
         "{}",
         said.err
     );
-    house.finish().await;
+    factory.finish().await;
 }

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixDatagram;
 
 use nix::sys::signal::Signal;
 use testbed::harness::SUPERVISOR_UID;
-use testbed::house::ONE;
+use testbed::test_factory::ONE;
 
 use super::*;
 
@@ -41,8 +41,8 @@ fn entry(journal: &UnixDatagram) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
-    let mut house = House::new(ONE).await;
-    house.end_supervisor(Signal::SIGTERM);
+    let mut factory = TestFactory::new(ONE).await;
+    factory.end_supervisor(Signal::SIGTERM);
     let place = tempfile::tempdir().unwrap();
     fs::set_permissions(place.path(), Permissions::from_mode(0o755)).unwrap();
     let socket = place.path().join("socket");
@@ -52,7 +52,7 @@ async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
     let stderr = place.path().join("stderr");
     let meta = File::create(&stderr).unwrap().metadata().unwrap();
 
-    let plain = house.host.supervisor_command();
+    let plain = factory.host.supervisor_command();
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", UNDER_A_JOURNAL, "sh"]);
     command
@@ -60,11 +60,11 @@ async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
         .arg(SUPERVISOR_UID.to_string());
     command.arg(plain.get_program()).args(plain.get_args());
     command.env("JOURNAL_STREAM", format!("{}:{}", meta.dev(), meta.ino()));
-    house.supervisor = Running::start(&mut command);
+    factory.supervisor = Running::start(&mut command);
 
-    let job = house.submit("echo one");
-    house.completed(job).await;
-    let worker = house.server.job(job).worker.unwrap();
+    let job = factory.submit("echo one");
+    factory.completed(job).await;
+    let worker = factory.server.job(job).worker.unwrap();
     let wanted = [
         format!("WORKER={worker}"),
         "SLOT=a".to_owned(),
@@ -79,5 +79,5 @@ async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
     let said = found.unwrap();
     assert!(said.iter().any(|line| line.starts_with("MESSAGE=")), "{said:?}");
     assert_eq!(fs::read_to_string(&stderr).unwrap(), "", "it is said twice");
-    house.finish().await;
+    factory.finish().await;
 }

@@ -1,4 +1,4 @@
-//! The operator's day, at the command line: each test types what a person would type, and reads what they would
+//! The operator's commands: each test types what an operator would type, and reads what they would
 //! read. Needs root.
 
 use std::path::PathBuf;
@@ -6,18 +6,18 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 use testbed::harness::{PATIENCE, Running, binaries};
-use testbed::house::House;
+use testbed::test_factory::TestFactory;
 
-mod away;
-mod by_hand;
 mod checks;
 mod files;
 mod held;
 mod jobs;
 mod journal;
+mod manual;
 mod metrics;
 mod reload;
 mod stopped;
+mod unreachable;
 
 /// What a command has printed, and how it ended.
 struct Said {
@@ -36,44 +36,44 @@ impl From<Output> for Said {
     }
 }
 
-fn command(house: &House, words: &[&str]) -> Command {
+fn command(factory: &TestFactory, words: &[&str]) -> Command {
     let mut command = Command::new(binaries().join("user-factory"));
     // What follows a command of its own is that command's.
     command
         .arg(words[0])
         .arg("--root")
-        .arg(&house.host.root)
+        .arg(&factory.host.root)
         .args(&words[1..]);
     command.stdin(Stdio::null());
     command
 }
 
 /// Type a command, and let it come to its end. The server that it may wait for runs on other threads.
-fn say(house: &House, words: &[&str]) -> Said {
+fn say(factory: &TestFactory, words: &[&str]) -> Said {
     tokio::task::block_in_place(|| {
-        command(house, words)
+        command(factory, words)
             .output()
             .expect("the command is there")
             .into()
     })
 }
 
-fn done(house: &House, words: &[&str]) -> String {
-    let said = say(house, words);
+fn done(factory: &TestFactory, words: &[&str]) -> String {
+    let said = say(factory, words);
     assert_eq!(said.status, 0, "{words:?}: {}{}", said.out, said.err);
     said.out
 }
 
-fn json(house: &House, words: &[&str]) -> Value {
-    let said = say(house, &[words, &["--json"]].concat());
+fn json(factory: &TestFactory, words: &[&str]) -> Value {
+    let said = say(factory, &[words, &["--json"]].concat());
     serde_json::from_str(&said.out).unwrap_or_else(|e| panic!("{words:?}: {e}: {}{}", said.out, said.err))
 }
 
 /// Wait until the status shows what is wanted.
-async fn see<T>(house: &House, mut wanted: impl FnMut(&Value) -> Option<T>) -> T {
+async fn see<T>(factory: &TestFactory, mut wanted: impl FnMut(&Value) -> Option<T>) -> T {
     let end = std::time::Instant::now() + PATIENCE;
     loop {
-        let said = say(house, &["status", "--json"]);
+        let said = say(factory, &["status", "--json"]);
         let status: Option<Value> = serde_json::from_str(&said.out).ok();
         if let Some(found) = status.as_ref().and_then(&mut wanted) {
             return found;
@@ -83,15 +83,15 @@ async fn see<T>(house: &House, mut wanted: impl FnMut(&Value) -> Option<T>) -> T
             "it never came: {}{}\n{}",
             said.out,
             said.err,
-            house.supervisor.log.text()
+            factory.supervisor.log.text()
         );
         tokio::task::yield_now().await;
     }
 }
 
 /// The worker on this slot, once there is one.
-async fn worker_on(house: &House, slot: &str) -> String {
-    see(house, |status| {
+async fn worker_on(factory: &TestFactory, slot: &str) -> String {
+    see(factory, |status| {
         let mut slots = status["slots"].as_array()?.iter();
         let found = slots.find(|s| s["name"] == slot)?;
         found["worker"].as_str().map(str::to_owned)
@@ -100,8 +100,8 @@ async fn worker_on(house: &House, slot: &str) -> String {
 }
 
 /// Wait until the factory answers, and has heard of both its partners.
-async fn answering(house: &House) {
-    see(house, |status| {
+async fn answering(factory: &TestFactory) {
+    see(factory, |status| {
         let both = status["server"]["reachable"] == true && status["helper"]["reachable"] == true;
         both.then_some(())
     })
@@ -109,8 +109,8 @@ async fn answering(house: &House) {
 }
 
 /// The first worker, once its agent is online as the factory sees it.
-async fn online(house: &House) -> String {
-    see(house, |status| {
+async fn online(factory: &TestFactory) -> String {
+    see(factory, |status| {
         let worker = &status["workers"][0];
         (worker["phase"] == "online").then(|| worker["id"].as_str().expect("an id is a word").to_owned())
     })
@@ -124,7 +124,11 @@ fn state_of(status: &Value, slot: &str) -> String {
     found["state"].as_str().expect("a state is a word").to_owned()
 }
 
-fn socket(house: &House) -> PathBuf {
+fn socket(factory: &TestFactory) -> PathBuf {
     let place = protocol::config::CONTROL_DIR;
-    house.host.root.join(place).join(protocol::config::CONTROL_SOCKET)
+    factory
+        .host
+        .root
+        .join(place)
+        .join(protocol::config::CONTROL_SOCKET)
 }

@@ -1,6 +1,6 @@
 //! The numbers, and the page, as those see them who have no shell on the host.
 
-use testbed::house::ONE;
+use testbed::test_factory::ONE;
 
 use super::*;
 
@@ -25,11 +25,11 @@ fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
-/// A house with a status page at a free port.
-async fn with_page(slots: &str) -> (House, String) {
-    let mut house = House::new(slots).await;
+/// A factory with a status page at a free port.
+async fn with_page(slots: &str) -> (TestFactory, String) {
+    let mut factory = TestFactory::new(slots).await;
     let address = format!("127.0.0.1:{}", free_port());
-    let path = house.host.root.join(protocol::config::CONFIG_PATH);
+    let path = factory.host.root.join(protocol::config::CONFIG_PATH);
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(
         &path,
@@ -39,17 +39,17 @@ async fn with_page(slots: &str) -> (House, String) {
         ),
     )
     .unwrap();
-    house.end_supervisor(nix::sys::signal::Signal::SIGTERM);
-    house.supervisor = house.host.supervisor();
-    answering(&house).await;
-    (house, address)
+    factory.end_supervisor(nix::sys::signal::Signal::SIGTERM);
+    factory.supervisor = factory.host.supervisor();
+    answering(&factory).await;
+    (factory, address)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_numbers_tell_the_story_of_a_job_and_of_a_held_worker() {
-    let (house, address) = with_page(ONE).await;
-    let job = house.running().await;
-    online(&house).await;
+async fn metrics_follow_a_job_and_a_held_worker() {
+    let (factory, address) = with_page(ONE).await;
+    let job = factory.running().await;
+    online(&factory).await;
     let (status, text) = get(&address, "/metrics").await;
     assert_eq!(status, 200);
     let name = |rest: &str| format!("buildomat_user_factory_{rest}");
@@ -70,9 +70,9 @@ async fn the_numbers_tell_the_story_of_a_job_and_of_a_held_worker() {
         1.0
     );
     assert!(value(&text, &name("slot_memory_bytes{slot=\"a\"}")) > 100_000.0);
-    let id = house.server.job(job).worker.unwrap();
-    house.server.hold(id).unwrap();
-    see(&house, |status| (state_of(status, "a") == "held").then_some(())).await;
+    let id = factory.server.job(job).worker.unwrap();
+    factory.server.hold(id).unwrap();
+    see(&factory, |status| (state_of(status, "a") == "held").then_some(())).await;
     let (_, text) = get(&address, "/metrics").await;
     let held = text
         .lines()
@@ -82,17 +82,17 @@ async fn the_numbers_tell_the_story_of_a_job_and_of_a_held_worker() {
         held.contains("slot=\"a\"") && held.contains(&id.to_string()),
         "{held}"
     );
-    house.let_end();
-    house.completed(job).await;
-    house.server.release(id).unwrap();
-    house.finish().await;
+    factory.release();
+    factory.completed(job).await;
+    factory.server.release(id).unwrap();
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_token_and_a_server_that_is_away_can_be_told_apart() {
-    let (house, address) = with_page(ONE).await;
+    let (factory, address) = with_page(ONE).await;
     let set = |token: &str| {
-        house.server.with(|state| {
+        factory.server.with(|state| {
             let factory = state.factories.values_mut().next().expect("there is one");
             std::mem::replace(&mut factory.token, token.to_owned())
         })
@@ -110,15 +110,15 @@ async fn a_refused_token_and_a_server_that_is_away_can_be_told_apart() {
         assert!(std::time::Instant::now() < end, "{text}");
         tokio::task::yield_now().await;
     }
-    assert_eq!(say(&house, &["status"]).status, 4);
+    assert_eq!(say(&factory, &["status"]).status, 4);
     set(&right);
-    answering(&house).await;
-    house.finish().await;
+    answering(&factory).await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_shows_and_changes_nothing() {
-    let (house, address) = with_page(ONE).await;
+    let (factory, address) = with_page(ONE).await;
     let (status, page) = get(&address, "/").await;
     assert!(
         status == 200 && page.contains("/v1/status") && !page.contains("http://"),
@@ -133,8 +133,8 @@ async fn the_page_shows_and_changes_nothing() {
         let answer = http.post(format!("http://{address}{path}")).send().await.unwrap();
         assert_eq!(answer.status(), 404, "{path}");
     }
-    assert_eq!(json(&house, &["status"])["draining"], false);
-    house.finish().await;
+    assert_eq!(json(&factory, &["status"])["draining"], false);
+    factory.finish().await;
 }
 
 /// Every name of a number of ours in a text.
@@ -150,11 +150,14 @@ fn names_in(text: &str) -> std::collections::BTreeSet<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn alerts_and_dashboard_use_no_number_that_is_not_there() {
-    let (house, address) = with_page(ONE).await;
-    let job = house.running().await;
-    online(&house).await;
-    house.server.hold(house.server.job(job).worker.unwrap()).unwrap();
-    see(&house, |status| (state_of(status, "a") == "held").then_some(())).await;
+    let (factory, address) = with_page(ONE).await;
+    let job = factory.running().await;
+    online(&factory).await;
+    factory
+        .server
+        .hold(factory.server.job(job).worker.unwrap())
+        .unwrap();
+    see(&factory, |status| (state_of(status, "a") == "held").then_some(())).await;
     let (_, text) = get(&address, "/metrics").await;
     let mut there = names_in(&text);
     // It takes a host with quotas; `attacks`' row 54 sees what this is made of.
@@ -170,11 +173,11 @@ async fn alerts_and_dashboard_use_no_number_that_is_not_there() {
             );
         }
     }
-    house.let_end();
-    house.completed(job).await;
-    house
+    factory.release();
+    factory.completed(job).await;
+    factory
         .server
-        .release(house.server.job(job).worker.unwrap())
+        .release(factory.server.job(job).worker.unwrap())
         .unwrap();
-    house.finish().await;
+    factory.finish().await;
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use testbed::house::ONE;
+use testbed::test_factory::ONE;
 
 use super::*;
 
@@ -12,18 +12,18 @@ const AT_MOST: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
-    let house = House::new(ONE).await;
-    house.running().await;
-    let worker = online(&house).await;
+    let factory = TestFactory::new(ONE).await;
+    factory.running().await;
+    let worker = online(&factory).await;
     let start = |words: &[&str]| {
-        let mut command = command(&house, words);
+        let mut command = command(&factory, words);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         (words.join(" "), command.spawn().expect("the command is there"))
     };
     // One that has begun, and has nothing more to print.
     let mut started = vec![start(&["logs", "-f", &worker])];
-    house.polls(2).await;
-    house.supervisor.signal(Signal::SIGSTOP);
+    factory.polls(2).await;
+    factory.supervisor.signal(Signal::SIGSTOP);
     let began = Instant::now();
     let all: [&[&str]; 12] = [
         &["status"],
@@ -50,14 +50,14 @@ async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
         );
         assert!(began.elapsed() < AT_MOST, "{words}: {:?}", began.elapsed());
     }
-    house.supervisor.signal(Signal::SIGCONT);
+    factory.supervisor.signal(Signal::SIGCONT);
     // What was asked for may be done when it goes on, or not: who asked has gone. It serves again.
-    assert_eq!(say(&house, &["kill", &worker]).status, 0);
-    let held = see(&house, |status| status["workers"][0]["hold"].as_str().map(drop));
+    assert_eq!(say(&factory, &["kill", &worker]).status, 0);
+    let held = see(&factory, |status| status["workers"][0]["hold"].as_str().map(drop));
     held.await;
-    assert_eq!(say(&house, &["destroy", &worker, "--yes"]).status, 0);
-    assert_eq!(say(&house, &["resume", "a"]).status, 0);
-    let job = house.submit("echo next");
-    house.completed(job).await;
-    house.finish().await;
+    assert_eq!(say(&factory, &["destroy", &worker, "--yes"]).status, 0);
+    assert_eq!(say(&factory, &["resume", "a"]).status, 0);
+    let job = factory.submit("echo next");
+    factory.completed(job).await;
+    factory.finish().await;
 }

@@ -1,4 +1,4 @@
-//! A record that the disk, or somebody, has spoiled.
+//! A record that the disk, or a root process, has damaged.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -7,9 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 
 use protocol::{ErrorKind, Reply, Request};
-use testbed::census::processes_of;
 use testbed::harness::{Client, sealed, worker_id};
-use testbed::stage::{create, install, kind, list, wait_for_line};
+use testbed::host_snapshot::processes_of;
+use testbed::test_helper::{create, install, kind, list, wait_for_line};
 
 use crate::helper::{Plant, worker_file};
 
@@ -38,7 +38,7 @@ fn damaged(plant: &Plant, damage: Option<&[u8]>) -> protocol::WorkerId {
 }
 
 #[test]
-fn a_worker_with_a_damaged_record_is_said_to_be_so_and_can_be_deleted() {
+fn a_worker_with_a_damaged_record_is_listed_as_damaged_and_can_be_deleted() {
     let plant = Plant::new();
     for damage in DAMAGE {
         let worker = damaged(&plant, damage);
@@ -62,7 +62,7 @@ fn a_worker_with_a_damaged_record_is_said_to_be_so_and_can_be_deleted() {
 }
 
 #[test]
-fn no_slot_is_given_before_nothing_is_left_of_a_worker_with_a_damaged_record() {
+fn no_slot_is_reused_until_a_worker_with_a_damaged_record_is_gone() {
     let plant = Plant::new();
     for (damage, slot) in DAMAGE.into_iter().zip(["a", "b", "a", "b"]) {
         damaged(&plant, damage);

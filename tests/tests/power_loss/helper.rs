@@ -10,13 +10,13 @@ use protocol::config::{RUN_DIR, STATE_DIR};
 use protocol::{Reply, Request, State, WorkerId};
 use testbed::disk::SmallDisk;
 use testbed::harness::{Client, TestHost, sealed, worker_id};
-use testbed::remains::Remains;
 use testbed::service::Service;
-use testbed::stage::{create, install, list, wait_for_line};
+use testbed::test_helper::{create, install, list, wait_for_line};
 use testbed::tracer::Event;
 use testbed::tracer::disk::{Change, Recorder};
 use testbed::tracer::replay::{Disk, Files, Replay, put};
 use testbed::tracer::service::{Span, watch_with};
+use testbed::worker_snapshot::WorkerSnapshot;
 
 const SLOTS: &str = r#"
 [slots.a]
@@ -41,7 +41,7 @@ pub struct Plant {
     _disk: SmallDisk,
     pub host: TestHost,
     pub helper: Service,
-    clean: Remains,
+    clean: WorkerSnapshot,
 }
 
 impl Plant {
@@ -53,12 +53,12 @@ impl Plant {
         let helper = Service::new(&mut host.helper_command());
         let mut plant = Plant {
             _disk: disk,
-            clean: Remains::take(&host),
+            clean: WorkerSnapshot::take(&host),
             host,
             helper,
         };
         plant.start();
-        plant.clean = Remains::take(&plant.host);
+        plant.clean = WorkerSnapshot::take(&plant.host);
         plant
     }
 
@@ -123,7 +123,11 @@ impl Plant {
             "{what}"
         );
         assert_eq!(list(&client), [], "{what}");
-        assert_eq!(Remains::take(&self.host), self.clean, "{what}: something is left");
+        assert_eq!(
+            WorkerSnapshot::take(&self.host),
+            self.clean,
+            "{what}: something is left"
+        );
         let next = worker_id();
         let reply = create(&client, next, "a");
         assert!(matches!(reply, Reply::UserCreated { .. }), "{what}: {reply:?}");

@@ -18,7 +18,7 @@ use testbed::tracer::{Event, Then, trace, wait_until_stopped};
 /// What a supervisor writes below its directory, from its first start to the end of its first job.
 async fn record(host: &TestHost) -> Vec<Change> {
     let options = ServerOptions {
-        agent: Some(binaries().join("reference-agent")),
+        agent: Some(binaries().join("fake-agent")),
         ..ServerOptions::default()
     };
     let server = Server::start(options).await.unwrap();

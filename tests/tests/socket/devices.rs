@@ -48,8 +48,8 @@ fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
     );
     // A directory that is named must be there, if only empty; the last node in it takes it away.
     fs::create_dir(format!("/dev/{name}-bus")).unwrap();
-    let mut stage = Stage::with(&slots);
-    let client = stage.client();
+    let mut test = TestHelper::with(&slots);
+    let client = test.client();
     let worker = worker_id();
     let Reply::UserCreated { name: user, .. } = create(&client, worker, "a") else {
         panic!()
@@ -75,16 +75,16 @@ fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
     drop(first);
     seen(&[format!("{name}-bus/001"), format!("{name}-tty1")]);
     // A new helper goes on where the old one was.
-    stage.helper.signal(Signal::SIGKILL);
-    stage.helper.wait();
+    test.helper.signal(Signal::SIGKILL);
+    test.helper.wait();
     let again = Node::plug(&format!("{name}-tty2"), 8);
-    stage.helper = stage.host.helper();
+    test.helper = test.host.helper();
     seen(&[
         format!("{name}-bus/001"),
         format!("{name}-tty1"),
         format!("{name}-tty2"),
     ]);
-    let client = stage.client();
+    let client = test.client();
 
     let meta = fs::metadata(&second.0).unwrap();
     assert_eq!(
@@ -96,7 +96,7 @@ fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
     let other = created(&client, "c");
     let (_, seen_by_other) = run(&client, other, "ls /dev; exit 1");
     assert!(!seen_by_other.contains("user-factory-test"), "{seen_by_other}");
-    stage.finish(&[worker, other]);
+    test.finish(&[worker, other]);
     drop((again, deep));
 }
 
@@ -104,8 +104,8 @@ fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
 fn a_device_that_is_not_there_fails_the_start_with_a_sentence() {
     let slots =
         "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\ndevices = [\"/dev/user-factory-no-such\"]\n";
-    let stage = Stage::with(slots);
-    let client = stage.client();
+    let test = TestHelper::with(slots);
+    let client = test.client();
     let worker = created(&client, "a");
     let (reply, _) = install(&client, worker, sealed(b"#!/bin/true\n"));
     let Reply::Error(error) = reply else { panic!() };
@@ -115,7 +115,7 @@ fn a_device_that_is_not_there_fails_the_start_with_a_sentence() {
             .contains("device /dev/user-factory-no-such is not there: plug it in"),
         "{error}"
     );
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
@@ -123,8 +123,8 @@ fn devices_that_come_and_go_do_not_hold_up_the_end_of_a_worker() {
     let name = format!("user-factory-test-{}-flood", std::process::id());
     let slots =
         format!("[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\ndevices = [\"/dev/{name}-*\"]\n");
-    let stage = Stage::with(&slots);
-    let client = stage.client();
+    let test = TestHelper::with(&slots);
+    let client = test.client();
     let good = |reply: &Reply| !matches!(reply, Reply::Error(_));
     let over = std::sync::atomic::AtomicBool::new(false);
     let replies: Vec<Reply> = std::thread::scope(|scope| {
@@ -146,5 +146,5 @@ fn devices_that_come_and_go_do_not_hold_up_the_end_of_a_worker() {
         replies
     });
     assert!(replies.iter().all(good), "{replies:?}");
-    stage.finish(&[]);
+    test.finish(&[]);
 }

@@ -6,8 +6,8 @@ use super::*;
 
 #[test]
 fn a_restarted_helper_changes_nothing_for_a_running_worker() {
-    let mut stage = Stage::new();
-    let client = stage.client();
+    let mut test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let (reply, console) = install(
         &client,
@@ -18,53 +18,51 @@ fn a_restarted_helper_changes_nothing_for_a_running_worker() {
     );
     assert_eq!(reply, Reply::AgentStarted);
     let console = console.unwrap();
-    let before = processes_of(&stage.host.uids);
-    stage.helper.signal(Signal::SIGKILL);
-    stage.helper.wait();
-    stage.helper = stage.host.helper();
+    let before = processes_of(&test.host.uids);
+    test.helper.signal(Signal::SIGKILL);
+    test.helper.wait();
+    test.helper = test.host.helper();
     wait_for_line(&console, "2");
     assert!(!before.is_empty());
-    assert_eq!(state(&stage.client(), worker), State::Running);
+    assert_eq!(state(&test.client(), worker), State::Running);
     assert_eq!(
-        kind(create(&stage.client(), worker_id(), "b")),
+        kind(create(&test.client(), worker_id(), "b")),
         ErrorKind::SlotTaken
     );
     // A connection outlives its helper, too.
     assert_eq!(state(&client, worker), State::Running);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn a_slot_that_left_the_configuration_is_still_cleaned_up() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "c");
     let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n"));
     assert_eq!(reply, Reply::AgentStarted);
-    stage
-        .host
+    test.host
         .configure("http://127.0.0.1:9", 0, SLOTS.split("[slots.c]").next().unwrap());
     assert_eq!(kind(create(&client, worker_id(), "c")), ErrorKind::NoSuchSlot);
-    stage
-        .host
+    test.host
         .configure("http://127.0.0.1:9", 0, "[slots.c]\ncolour = 1\n");
-    assert_eq!(kind(create(&stage.client(), worker_id(), "a")), ErrorKind::Busy);
-    stage.finish(&[worker]);
+    assert_eq!(kind(create(&test.client(), worker_id(), "a")), ErrorKind::Busy);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn a_second_helper_is_refused() {
-    let stage = Stage::new();
+    let test = TestHelper::new();
     let mut second = std::process::Command::new(testbed::harness::binaries().join("user-factory-helper"));
     let mut second = Running::start(
         second
             .arg("--root")
-            .arg(&stage.host.root)
-            .args(["--cgroup", &stage.host.cgroup]),
+            .arg(&test.host.root)
+            .args(["--cgroup", &test.host.cgroup]),
     );
     assert!(!second.wait().success());
     second.log.wait(&["another helper serves"]);
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
@@ -100,7 +98,7 @@ fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
     let disk = SmallDisk::in_memory(&host);
     let _helper = host.helper();
     let client = Client::new(&host);
-    let before = Census::take(&host);
+    let before = HostSnapshot::take(&host);
     let mut outcomes = [0, 0, 0];
     // Inodes for ever more of the steps, then blocks; the first rounds fail at once, the last succeeds.
     let limits = (3..45)

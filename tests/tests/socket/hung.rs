@@ -186,7 +186,7 @@ fn end(apart: &Apart, workers: &[WorkerId]) {
 }
 
 #[test]
-fn a_mount_that_hangs_keeps_launches_waiting_and_nobody_else_and_they_are_told_in_time() {
+fn a_mount_that_hangs_delays_launches_only_and_they_fail_in_time() {
     let apart = Apart::started();
     let client = apart.client();
     let (first, second) = (created(&client, "a"), created(&client, "b"));

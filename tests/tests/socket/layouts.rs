@@ -213,7 +213,7 @@ fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
 }
 
 #[test]
-fn facts_of_the_hosts_run_are_shown_to_those_who_need_them() {
+fn files_of_the_hosts_run_are_shown_where_they_are_needed() {
     let place = place();
     let at = |name: &str| place.path().join(name);
     let etc = copy_etc(place.path());

@@ -7,18 +7,18 @@ use super::*;
 
 #[test]
 fn a_worker_lives_and_leaves_nothing() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = worker_id();
     let Reply::UserCreated { uid, name } = create(&client, worker, "a") else {
         panic!()
     };
-    assert!(stage.host.uids.contains(&uid.get()));
+    assert!(test.host.uids.contains(&uid.get()));
     assert_eq!(
         name.to_string(),
         format!("bmat-{}", worker.to_string().to_lowercase())
     );
-    let record = fs::read_to_string(stage.host.userdb().join(format!("{uid}.user"))).unwrap();
+    let record = fs::read_to_string(test.host.userdb().join(format!("{uid}.user"))).unwrap();
     assert!(record.contains(&format!("\"userName\":\"{name}\"")), "{record}");
     assert_eq!(list(&client)[0].state, State::Created);
 
@@ -41,40 +41,40 @@ fn a_worker_lives_and_leaves_nothing() {
     );
     assert_eq!(read(&console).lines().next(), Some(&*expected));
     assert_eq!(state(&client, worker), State::Running);
-    assert!(!processes_of(&stage.host.uids).is_empty());
+    assert!(!processes_of(&test.host.uids).is_empty());
 
     assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
     assert!(
-        processes_of(&stage.host.uids).is_empty(),
+        processes_of(&test.host.uids).is_empty(),
         "a killed worker has processes"
     );
     assert_eq!(state(&client, worker), State::Exited(Exit::Unknown));
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
-/// A job cannot put one there: somebody else has.
+/// A job cannot put one there: another user has.
 #[test]
 fn processes_of_its_user_in_no_cgroup_of_ours_are_ended_too() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let uid = list(&client)[0].uid.get();
     let mut stray = Command::new("cat");
     let mut stray = stray.uid(uid).gid(uid).stdin(Stdio::piped()).spawn().unwrap();
     // Whatever fails here, it ends with this.
     let input = stray.stdin.take();
-    // Whoever kills it waits until it is reaped.
+    // A killer waits until it is reaped.
     let reaped = std::thread::spawn(move || stray.wait().unwrap());
     assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
     drop(input);
     assert_eq!(reaped.join().unwrap().signal(), Some(9));
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn what_is_asked_twice_is_done_once() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn a_repeated_request_has_no_second_effect() {
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = worker_id();
     let first = create(&client, worker, "a");
     assert_eq!(create(&client, worker, "a"), first);
@@ -109,13 +109,13 @@ fn what_is_asked_twice_is_done_once() {
     for _ in 0..2 {
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
 fn slots_are_taken_once_and_conflict_both_ways() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     assert_eq!(kind(create(&client, worker_id(), "zz")), ErrorKind::NoSuchSlot);
     let a = created(&client, "a");
     assert_eq!(kind(create(&client, worker_id(), "a")), ErrorKind::SlotTaken);
@@ -131,19 +131,19 @@ fn slots_are_taken_once_and_conflict_both_ways() {
         .collect();
     slots.sort();
     assert_eq!(slots, ["b", "c"]);
-    stage.finish(&[b, c]);
+    test.finish(&[b, c]);
 }
 
 #[test]
-fn of_many_that_want_a_slot_at_the_same_instant_one_gets_it() {
-    let stage = Stage::new();
+fn of_many_simultaneous_requests_for_a_slot_one_succeeds() {
+    let test = TestHelper::new();
     let winners: Vec<WorkerId> = std::thread::scope(|scope| {
         let tries: Vec<_> = (0..16)
             .map(|i| {
-                let stage = &stage;
+                let test = &test;
                 scope.spawn(move || {
                     let worker = worker_id();
-                    let reply = create(&stage.client(), worker, if i % 2 == 0 { "a" } else { "b" });
+                    let reply = create(&test.client(), worker, if i % 2 == 0 { "a" } else { "b" });
                     matches!(reply, Reply::UserCreated { .. }).then_some(worker)
                 })
             })
@@ -154,13 +154,13 @@ fn of_many_that_want_a_slot_at_the_same_instant_one_gets_it() {
             .collect()
     });
     assert_eq!(winners.len(), 1);
-    stage.finish(&winners);
+    test.finish(&winners);
 }
 
 #[test]
-fn unknown_workers_are_said_to_be_unknown_and_deleting_them_is_done_already() {
-    let stage = Stage::new();
-    let client = stage.client();
+fn requests_about_unknown_workers_are_refused_and_deleting_them_succeeds() {
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = worker_id();
     assert_eq!(
         kind(client.ask(&Request::Attach { worker }).0),
@@ -175,15 +175,15 @@ fn unknown_workers_are_said_to_be_unknown_and_deleting_them_is_done_already() {
         ErrorKind::NoSuchWorker
     );
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
 fn a_job_sees_what_the_design_says_and_no_more() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
-    let secret = stage.host.root.join("etc/buildomat-user-factory");
+    let secret = test.host.root.join("etc/buildomat-user-factory");
     let script = format!(
         r#"exec 2>&1
         for place in "$HOME" /input /work /tmp /var/tmp /opt/buildomat /var/run/buildomat /dev/shm /srv/of-the-job; do
@@ -222,13 +222,13 @@ fn a_job_sees_what_the_design_says_and_no_more() {
     let home = format!("/home/bmat-{}\n", worker.to_string().to_lowercase());
     assert!(console.contains(&home.repeat(2)), "{console}");
     assert!(console.contains("no mount"), "{console}");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn how_an_agent_ended_is_reported() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     for (script, exit) in [
         ("exit 0", Exit::Unknown),
         ("exit 7", Exit::Status(7)),
@@ -246,13 +246,13 @@ fn how_an_agent_ended_is_reported() {
         );
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
 fn an_agent_that_is_no_program_fails_with_the_kernels_reason() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let Reply::Error(error) = install(&client, worker, sealed(b"\x7fNOT A PROGRAM")).0 else {
         panic!()
@@ -267,41 +267,7 @@ fn an_agent_that_is_no_program_fails_with_the_kernels_reason() {
     wait_until(&client, worker, |state| state == State::Exited(Exit::NotStarted));
     assert!(matches!(reply, Reply::Attached { .. }));
     assert!(read(&File::from(console.pop().unwrap())).contains("Exec format error"));
-    stage.finish(&[worker]);
-}
-
-#[test]
-fn what_a_job_left_in_odd_shapes_is_deleted() {
-    let stage = Stage::new();
-    let client = stage.client();
-    let worker = created(&client, "a");
-    let script = r#"cd /work
-        mkdir -p dark/inner; touch dark/inner/file; chmod 0 dark/inner dark
-        touch -- "-rf" $'new\nline' $'\xff\xfe' "..." "$(printf 'x%.0s' {1..255})"
-        ln -s /etc to-etc; ln -s /work/loop loop; mkfifo fifo
-        python3 - <<'P'
-import os, socket
-socket.socket(socket.AF_UNIX).bind('/tmp/socket')
-os.chdir('/work')
-for i in range(3000):
-    os.mkdir('d' * 100); os.chdir('d' * 100)
-open('bottom', 'w').close()
-os.chdir('/var/tmp')
-for i in range(5000):
-    open(str(i), 'w').close()
-P
-        chmod 0 /tmp /work "$HOME"
-        ipcmk -M 4096 >/dev/null
-        trap '' TERM HUP INT; (setsid nohup bash -c 'trap "" TERM; kill -STOP $$' &) ; echo made
-        sleep 1000 & exit 0"#;
-    let (reply, console) = install(
-        &client,
-        worker,
-        sealed(format!("#!/bin/bash\n{script}").as_bytes()),
-    );
-    assert_eq!(reply, Reply::AgentStarted);
-    wait_for_line(&console.unwrap(), "made");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
@@ -318,7 +284,7 @@ fn a_job_gets_its_slots_groups_and_devices() {
         group[0]
     );
     host.configure("http://127.0.0.1:9", 0, &slots);
-    let before = Census::take(&host);
+    let before = HostSnapshot::take(&host);
     let _helper = host.helper();
     let client = Client::new(&host);
     let worker = created(&client, "a");
@@ -397,13 +363,13 @@ fn is_waited_for(file: &File) -> bool {
 
 #[test]
 fn a_slot_is_given_back_at_once_with_the_last_of_its_worker() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let (state, _) = run(&client, worker, "exit 1");
     assert_eq!(state, State::Exited(Exit::Status(1)));
-    let dir = stage.host.worker_dir(worker);
-    // Whoever takes a slot does so under this lock.
+    let dir = test.host.worker_dir(worker);
+    // A slot is taken under this lock.
     let lock = File::open(dir.parent().unwrap().join(".lock")).unwrap();
     let lock = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
     std::thread::scope(|scope| {
@@ -425,7 +391,7 @@ fn a_slot_is_given_back_at_once_with_the_last_of_its_worker() {
         assert_eq!(deletion.join().unwrap(), Reply::Deleted);
     });
     assert!(!dir.exists());
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]

@@ -33,10 +33,10 @@ fn wait_until_gone(pid: u32) {
 
 #[test]
 fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_go_on() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
-    let daemon = stage.helper.pid();
+    let daemon = test.helper.pid();
     let killed = |pid: u32| {
         signal(pid, Signal::SIGKILL);
         wait_until_gone(pid);
@@ -52,37 +52,37 @@ fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_
         passed > Duration::from_millis(500),
         "the next came after {passed:?}"
     );
-    assert_eq!(list(&stage.client()).len(), 1);
+    assert_eq!(list(&test.client()).len(), 1);
     let told = ["WARN", "the process that accepts connections has ended (SIGKILL)"];
-    assert_eq!(stage.helper.log.count(&told), 2);
+    assert_eq!(test.helper.log.count(&told), 2);
     // The session of the first asks the daemon all the same.
     let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
     assert_eq!(reply, Reply::AgentStarted);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn a_listener_ends_with_its_daemon_and_sessions_go_on() {
+fn a_listener_ends_with_its_monitor_and_sessions_go_on() {
     for how in [Signal::SIGTERM, Signal::SIGKILL] {
-        let mut stage = Stage::new();
-        let client = stage.client();
+        let mut test = TestHelper::new();
+        let client = test.client();
         let worker = created(&client, "a");
-        let old = listener(stage.helper.pid());
+        let old = listener(test.helper.pid());
         let [session] = children(old)[..] else {
             panic!("one session serves {client:?}")
         };
-        stage.helper.signal(how);
-        assert_eq!(stage.helper.wait().success(), how == Signal::SIGTERM);
+        test.helper.signal(how);
+        assert_eq!(test.helper.wait().success(), how == Signal::SIGTERM);
         wait_until_gone(old);
         assert_eq!(list(&client).len(), 1, "after {how}");
         assert!(!is_gone(session), "after {how}");
         // What takes the daemon is to be asked on a new connection.
         let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
         assert_eq!(kind(reply), ErrorKind::Busy, "after {how}");
-        stage.helper = stage.host.helper();
-        assert_eq!(list(&stage.client()).len(), 1);
+        test.helper = test.host.helper();
+        assert_eq!(list(&test.client()).len(), 1);
         drop(client);
-        stage.finish(&[worker]);
+        test.finish(&[worker]);
     }
 }
 
@@ -106,7 +106,7 @@ fn stopped_before_its_filter(helper: &mut Service) -> u32 {
 }
 
 #[test]
-fn a_listener_that_cannot_install_its_filter_is_told_of_until_it_can() {
+fn a_listener_that_cannot_install_its_filter_is_logged_until_it_can() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
     let mut helper = Service::new(&mut host.helper_command());
@@ -156,7 +156,7 @@ fn a_listener_that_cannot_install_its_filter_is_told_of_until_it_can() {
 }
 
 #[test]
-fn a_listener_that_comes_back_after_its_daemon_has_ended_accepts_nobody() {
+fn a_listener_that_outlives_its_monitor_accepts_no_connection() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
     let mut helper = Service::new(&mut host.helper_command());
@@ -171,11 +171,11 @@ fn a_listener_that_comes_back_after_its_daemon_has_ended_accepts_nobody() {
 
 #[test]
 fn a_changed_configuration_is_read_by_one_session_and_known_to_the_next() {
-    let stage = Stage::new();
+    let test = TestHelper::new();
     let mut workers = Vec::new();
     let mut reads = |name: &str| {
-        let watcher = watch(stage.helper.pid(), Span::OneConnection, None);
-        let client = stage.client();
+        let watcher = watch(test.helper.pid(), Span::OneConnection, None);
+        let client = test.client();
         workers.push(created(&client, name));
         drop(client);
         let seen = watcher.join().expect("the tracer has no trouble");
@@ -184,11 +184,10 @@ fn a_changed_configuration_is_read_by_one_session_and_known_to_the_next() {
     };
     let known = reads("a");
     let more = "[slots.d]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
-    stage
-        .host
+    test.host
         .configure("http://127.0.0.1:9", 0, &(SLOTS.to_owned() + more));
     let (first, second) = (reads("d"), reads("c"));
     assert!(first > known, "{first} reads, and {known} before it changed");
     assert_eq!(second, known, "{first} by the one before");
-    stage.finish(&workers);
+    test.finish(&workers);
 }

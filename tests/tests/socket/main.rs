@@ -10,10 +10,10 @@ use std::time::Instant;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use protocol::{ErrorKind, Exit, Reply, Request, State, WorkerId, wire};
-use testbed::census::{Census, processes_of};
 use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, place, sealed, worker_id};
-use testbed::stage::{
-    SLOTS, Stage, create, created, install, kind, list, read, run, state, token, wait_for_console,
+use testbed::host_snapshot::{HostSnapshot, processes_of};
+use testbed::test_helper::{
+    SLOTS, TestHelper, create, created, install, kind, list, read, run, state, token, wait_for_console,
     wait_for_line, wait_until,
 };
 
@@ -24,7 +24,7 @@ mod layouts;
 mod life;
 mod listener;
 mod packets;
+mod privileges;
 mod quotas;
+mod rootfs;
 mod sync;
-mod view;
-mod walls;

@@ -20,10 +20,10 @@ timed "a file of 64 MiB unlinked" rm large
 
 /// Make a worker, let it run this to its end, and delete it. Returns what it printed: by a connection, for which
 /// this waits without taking any of the processors' time.
-fn worker_runs(stage: &Stage, slot: &str, script: &str) -> String {
+fn worker_runs(test: &TestHelper, slot: &str, script: &str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let client = stage.client();
+    let client = test.client();
     let worker = created(&client, slot);
     let script = format!("#!/bin/bash\nexec >/dev/tcp/127.0.0.1/{port}\n{script}\nexit 1\n");
     let (reply, _) = install(&client, worker, sealed(script.as_bytes()));
@@ -34,7 +34,7 @@ fn worker_runs(stage: &Stage, slot: &str, script: &str) -> String {
         .unwrap();
     let mut text = String::new();
     connection.read_to_string(&mut text).expect("the job ends");
-    stage.delete(&[worker]);
+    test.delete(&[worker]);
     text
 }
 
@@ -52,13 +52,13 @@ fn what_quotas_cost() {
     let slots = format!(
         "[slots.a]\n{target}\n[slots.b]\n{target}\nlimits.disk = \"512M\"\nlimits.inodes = 50000\nlimits.best_effort = true\n"
     );
-    let stage = |quotas| {
+    let test = |quotas| {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, &slots);
         let disk = SmallDisk::roomy(&host, quotas);
-        Stage::on(host, Some(disk))
+        TestHelper::on(host, Some(disk))
     };
-    let (with, without) = (stage(true), stage(false));
+    let (with, without) = (test(true), test(false));
     let all = [
         ("no quotas", &without, "a"),
         ("counted", &with, "a"),
@@ -66,7 +66,7 @@ fn what_quotas_cost() {
     ];
     let mut times: BTreeMap<String, BTreeMap<&str, Vec<f64>>> = BTreeMap::new();
     for _ in 0..ROUNDS {
-        for (who, stage, slot) in all {
+        for (who, test, slot) in all {
             let mut note = |what: &str, time: f64| {
                 times
                     .entry(what.into())
@@ -75,19 +75,19 @@ fn what_quotas_cost() {
                     .or_default()
                     .push(time);
             };
-            let text = worker_runs(stage, slot, WORK);
+            let text = worker_runs(test, slot, WORK);
             let lines: Vec<_> = text.lines().filter_map(|line| line.split_once(": ")).collect();
             assert_eq!(lines.len(), 4, "{who}: {text}");
             for (what, time) in lines {
                 note(what, time.parse().unwrap());
             }
-            stage.disk.as_ref().unwrap().sync();
+            test.disk.as_ref().unwrap().sync();
             let begin = Instant::now();
             for _ in 0..LIVES {
-                worker_runs(stage, slot, "");
+                worker_runs(test, slot, "");
             }
             note(LIFE, begin.elapsed().as_secs_f64() * 1e6 / f64::from(LIVES));
-            stage.disk.as_ref().unwrap().sync();
+            test.disk.as_ref().unwrap().sync();
         }
     }
     for (what, by_whom) in times {

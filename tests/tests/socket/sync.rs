@@ -21,8 +21,8 @@ fn syncs_are_ignored_unless_the_slot_says_otherwise_or_has_a_disk_of_its_own() {
     let slots = format!(
         "[slots.a]\n{TARGET}\n[slots.b]\n{TARGET}\nignore_sync = false\n[slots.c]\n{TARGET}\ndevices = [\"{disk}\"]\n"
     );
-    let stage = Stage::with(&slots);
-    let client = stage.client();
+    let test = TestHelper::with(&slots);
+    let client = test.client();
     let workers: Vec<WorkerId> = ["a", "b", "c"].map(|slot| created(&client, slot)).into();
     let answers: Vec<String> = workers
         .iter()
@@ -37,7 +37,7 @@ fn syncs_are_ignored_unless_the_slot_says_otherwise_or_has_a_disk_of_its_own() {
             "asked: Bad file descriptor\n"
         ]
     );
-    stage.finish(&workers);
+    test.finish(&workers);
 }
 
 const WORK: &str = r#"
@@ -69,8 +69,8 @@ P
 fn what_ignoring_syncs_is_worth() {
     const ROUNDS: usize = 7;
     let slots = format!("[slots.a]\n{TARGET}\n[slots.b]\n{TARGET}\nignore_sync = false\n");
-    let stage = Stage::with(&slots);
-    let client = stage.client();
+    let test = TestHelper::with(&slots);
+    let client = test.client();
     let mut times: std::collections::BTreeMap<(String, &str), Vec<f64>> = Default::default();
     for _ in 0..ROUNDS {
         for (who, slot) in [("ignored", Some("a")), ("done", Some("b")), ("host user", None)] {
@@ -82,8 +82,8 @@ fn what_ignoring_syncs_is_worth() {
                     console
                 }
                 None => {
-                    let place = tempfile::tempdir_in(&stage.host.root).unwrap();
-                    let uid = *stage.host.uids.end();
+                    let place = tempfile::tempdir_in(&test.host.root).unwrap();
+                    let uid = *test.host.uids.end();
                     std::os::unix::fs::chown(place.path(), Some(uid), Some(uid)).unwrap();
                     let mut command = std::process::Command::new("bash");
                     command
@@ -119,5 +119,5 @@ fn what_ignoring_syncs_is_worth() {
             median("done") / host
         );
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }

@@ -11,7 +11,7 @@ use std::process::Command;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, getgid, getgroups};
 
-use crate::leave::{own_namespaces, uid};
+use crate::leftovers::{own_namespaces, uid};
 use crate::sys::{c, call, fork, wait_for_ever};
 use crate::{Attempt, Report};
 
@@ -34,7 +34,7 @@ const NOWHERE: usize = 1;
 const ALL_BITS: usize = 0xffff_ffff;
 const NO_FILE: usize = usize::MAX;
 
-/// With arguments that are wrong, or that harm nobody: whoever gets as far as the kernel's own code is told of
+/// With arguments that are wrong, or that harm nothing: a call that gets as far as the kernel's own code is told of
 /// that, by another error than the filter's, or is let through. Where the kernel looks at the privileges before
 /// all else, both say the same.
 const NEVER: &[Call] = &[
@@ -206,11 +206,11 @@ const OF_NAMESPACES: &[Call] = &[
     ("unshare of the time", libc::SYS_unshare, [0x80, 0, 0, 0, 0, 0]),
 ];
 
-/// It must fail, and for this reason: another one comes from behind the wall.
+/// It must fail, and for this reason: another one comes from beyond the sandbox.
 pub fn refused<T>(report: &mut Report, what: impl Display, result: io::Result<T>, reason: i32) {
     match result {
         Err(error) if error.raw_os_error() == Some(reason) => report.must_fail::<T, _>(what, Err(error)),
-        Err(error) => report.broken(format!("{what}: it got past the wall, and then: {error}")),
+        Err(error) => report.broken(format!("{what}: it got past the filter, and then: {error}")),
         Ok(_) => report.broken(format!("{what}: it worked")),
     }
 }
@@ -320,32 +320,33 @@ fn file_handles(report: &mut Report, _: &[String]) {
             let handle: [u32; 4] = [8, 1, root, 0];
             let address = handle.as_ptr() as usize;
             let flags = (libc::O_RDONLY | libc::O_DIRECTORY) as usize;
-            let arguments = [directory.as_raw_fd() as usize, address, flags, 0, 0, 0];
-            let what = format!("inode {root} of the file system at {place}");
-            refused(
-                report,
-                &what,
-                call(libc::SYS_open_by_handle_at, arguments),
-                libc::EPERM,
-            );
+            // On the directory, on the working directory, and on the kernel's own root of nsfs.
+            for on in [
+                directory.as_raw_fd() as usize,
+                libc::AT_FDCWD as usize,
+                -10003isize as usize,
+            ] {
+                let arguments = [on, address, flags, 0, 0, 0];
+                let what = format!("inode {root} of the file system at {place}");
+                let opened = call(libc::SYS_open_by_handle_at, arguments);
+                refused(report, &what, opened, libc::EPERM);
+            }
         }
-        let (mut handle, mut mount, name) = ([0u8; 136], 0i32, c(place));
-        handle[0] = 128;
-        let arguments = [
-            NO_FILE,
-            name.as_ptr() as usize,
-            handle.as_mut_ptr() as usize,
-            &raw mut mount as usize,
-            0,
-            0,
-        ];
-        let what = format!("the handle of {place}");
-        refused(
-            report,
-            &what,
-            call(libc::SYS_name_to_handle_at, arguments),
-            libc::EOPNOTSUPP,
-        );
+        // AT_EMPTY_PATH, AT_SYMLINK_FOLLOW, AT_HANDLE_FID, AT_HANDLE_MNT_ID_UNIQUE: any user may ask these.
+        for flags in [0, 0x1000, 0x400, 0x200, 0x1] {
+            let (mut handle, mut mount, name) = ([0u8; 136], 0i32, c(place));
+            handle[0] = 128;
+            let arguments = [
+                NO_FILE,
+                name.as_ptr() as usize,
+                handle.as_mut_ptr() as usize,
+                &raw mut mount as usize,
+                flags,
+                0,
+            ];
+            let named = call(libc::SYS_name_to_handle_at, arguments);
+            refused(report, format!("the handle of {place}"), named, libc::EOPNOTSUPP);
+        }
     }
 }
 
@@ -615,7 +616,7 @@ fn raw_sockets(report: &mut Report, words: &[String]) {
     new_interface(report);
 }
 
-/// Ask the kernel over netlink for a dummy interface: whoever may do that may set up the host's network.
+/// Ask the kernel over netlink for a dummy interface: a process that may do that may set up the host's network.
 fn new_interface(report: &mut Report) {
     let arguments = [libc::AF_NETLINK as usize, libc::SOCK_RAW as usize, 0, 0, 0, 0];
     let netlink = call(libc::SYS_socket, arguments).expect("programs ask for addresses this way") as usize;

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::calls::refused;
-use crate::leave::{daemon, ignore_every_signal, mount, own_namespaces, own_places, uid};
+use crate::leftovers::{daemon, ignore_every_signal, mount, own_namespaces, own_places, uid};
 use crate::sys::{c, call, fork, wait_for_ever};
 use crate::{Attempt, Report};
 

@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use crate::calls::refused;
-use crate::leave::own_namespaces;
+use crate::leftovers::own_namespaces;
 use crate::sys::{call, fork};
 use crate::{Attempt, Report};
 

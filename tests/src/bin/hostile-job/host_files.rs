@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 
-use crate::leave::{mount, own_namespaces};
+use crate::leftovers::{mount, own_namespaces};
 use crate::sys::{c, call};
 use crate::{Attempt, Report};
 
@@ -135,7 +135,7 @@ fn attributes(report: &mut Report, path: &Path) {
     );
     report.must_fail(
         format!("owner of {shown}"),
-        chown(path, Some(crate::leave::uid()), None),
+        chown(path, Some(crate::leftovers::uid()), None),
     );
     report.must_fail(
         format!("group of {shown}"),
@@ -147,7 +147,7 @@ fn attributes(report: &mut Report, path: &Path) {
         format!("mode of {shown}, fchmodat2"),
         call(FCHMODAT2, [HERE, name, 0o600, 0, 0, 0]),
     );
-    // To now, which whoever may write a file may do; and to another time.
+    // To now, which a user who may write a file may do; and to another time.
     let other = [1u64, 0, 1, 0];
     for times in [0, other.as_ptr() as usize] {
         report.must_fail(
@@ -229,7 +229,7 @@ fn attributes_by_descriptor(report: &mut Report, path: &Path, fd: usize) {
         format!("owner of {shown}, open"),
         call(
             libc::SYS_fchown,
-            [fd, crate::leave::uid() as usize, usize::MAX, 0, 0, 0],
+            [fd, crate::leftovers::uid() as usize, usize::MAX, 0, 0, 0],
         ),
     );
     for times in [0, other.as_ptr() as usize] {

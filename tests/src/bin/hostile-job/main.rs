@@ -2,21 +2,21 @@
 //! sandbox, says how each part of it went, and exits with 0 only if all of it failed.
 //!
 //! Which attempt, and with which words, stands behind the program's own last byte: see
-//! `testbed::stage::attack_program`. All `unsafe` is in `sys`.
+//! `testbed::test_helper::attack_program`. All `unsafe` is in `sys`.
 
 mod calls;
 mod cleanup;
+mod escalation;
+mod exhaustion;
 mod filter;
-mod hold;
 mod host_files;
-mod leave;
+mod isolation;
+mod kernel_objects;
+mod leftovers;
 mod memory;
 mod mess;
-mod out;
 mod programs;
-mod starve;
 mod sys;
-mod up;
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -39,7 +39,7 @@ impl Report {
         }
     }
 
-    /// The wall has a hole.
+    /// The attempt has worked.
     pub fn broken(&mut self, what: impl Display) {
         self.broken = true;
         println!("BROKEN: {what}");
@@ -64,17 +64,17 @@ fn main() -> ExitCode {
     let name = words.next().unwrap_or_default();
     let words: Vec<String> = words.collect();
     let all = [
-        hold::ATTEMPTS,
-        leave::ATTEMPTS,
+        kernel_objects::ATTEMPTS,
+        leftovers::ATTEMPTS,
         host_files::ATTEMPTS,
         mess::ATTEMPTS,
         cleanup::ATTEMPTS,
         calls::ATTEMPTS,
         filter::ATTEMPTS,
-        out::ATTEMPTS,
+        isolation::ATTEMPTS,
         programs::ATTEMPTS,
-        up::ATTEMPTS,
-        starve::ATTEMPTS,
+        escalation::ATTEMPTS,
+        exhaustion::ATTEMPTS,
         memory::ATTEMPTS,
     ]
     .concat();

@@ -1,5 +1,5 @@
 //! Group D: memory and processor time, where the kernel can limit them. What would take all that the host has ends
-//! at a few times the limit: if a wall is missing, the test says so, and the machine goes on.
+//! at a few times the limit: if a limit is missing, the test says so, and the machine goes on.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};

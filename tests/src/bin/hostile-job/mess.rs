@@ -13,7 +13,7 @@ use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, mkfifo};
 
-use crate::leave::{daemon, ignore_every_signal, own_places, uid};
+use crate::leftovers::{daemon, ignore_every_signal, own_places, uid};
 use crate::sys::{c, call, fork, wait_for_ever};
 use crate::{Attempt, Report};
 

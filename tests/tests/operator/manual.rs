@@ -1,18 +1,18 @@
-//! What a person does by hand, as root: a command as a job would run it, and a look into a worker.
+//! The manual commands, as root: a command as a job would run it, and a look into a worker.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 
 use nix::sys::signal::Signal;
-use testbed::house::ONE;
+use testbed::test_factory::ONE;
 
 use super::*;
 
 /// Type a command at a terminal (`script(1)` makes one), and return all that is on it afterwards.
-fn at_a_terminal(house: &House, words: &str, typed: &str) -> String {
+fn at_a_terminal(factory: &TestFactory, words: &str, typed: &str) -> String {
     let program = binaries().join("user-factory");
     let words = format!("{} {words} ", program.display())
-        .replace(" ROOT ", &format!(" --root {} ", house.host.root.display()));
+        .replace(" ROOT ", &format!(" --root {} ", factory.host.root.display()));
     let mut script = Command::new("script");
     script
         .args(["-qec", &words, "/dev/null"])
@@ -28,10 +28,10 @@ fn at_a_terminal(house: &House, words: &str, typed: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_runs_as_a_job_would_and_leaves_nothing() {
-    let house = House::new("[slots.a]\ntarget = \"TARGET\"\nlimits.open_files = 100\n").await;
-    answering(&house).await;
+    let factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nlimits.open_files = 100\n").await;
+    answering(&factory).await;
     let probe = "whoami; pwd; ulimit -Hn; ls /home | wc -l; ls /proc | grep -c '^[0-9]'; touch /work/x /tmp/y; (setsid sleep 1000 &) ; exit 7";
-    let said = say(&house, &["run", "--", "bash", "-c", probe]);
+    let said = say(&factory, &["run", "--", "bash", "-c", probe]);
     assert_eq!(said.status, 7, "{}", said.err);
     let lines: Vec<&str> = said.out.lines().collect();
     assert!(
@@ -40,19 +40,19 @@ async fn a_command_runs_as_a_job_would_and_leaves_nothing() {
     );
     assert_eq!(&lines[1..4], ["/work", "100", "1"], "{lines:?}");
     assert!(lines[4].parse::<u32>().unwrap() < 8, "{lines:?}");
-    let said = say(&house, &["run", "--slot", "zz", "--", "true"]);
+    let said = say(&factory, &["run", "--slot", "zz", "--", "true"]);
     assert!(
         said.status == 1 && said.err.contains("slot zz is not in the configuration"),
         "{}",
         said.err
     );
-    let said = say(&house, &["run", "--", "/no/such/command"]);
+    let said = say(&factory, &["run", "--", "/no/such/command"]);
     assert!(
         said.status == 1 && said.err.contains("/no/such/command"),
         "{}",
         said.err
     );
-    let said: Said = command(&house, &["run", "--", "true"])
+    let said: Said = command(&factory, &["run", "--", "true"])
         .uid(65_534)
         .gid(65_534)
         .output()
@@ -63,15 +63,15 @@ async fn a_command_runs_as_a_job_would_and_leaves_nothing() {
         "{}",
         said.err
     );
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn at_a_terminal_a_command_has_one_of_its_own() {
-    let house = House::new(ONE).await;
-    answering(&house).await;
+    let factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
     let seen = at_a_terminal(
-        &house,
+        &factory,
         "run ROOT -- bash -i",
         "tty\nsleep 100 &\nkill %1; wait; echo left=$?\nexit 5\n",
     );
@@ -81,70 +81,70 @@ async fn at_a_terminal_a_command_has_one_of_its_own() {
     for part in ["no job control", "cannot set terminal"] {
         assert!(!seen.contains(part), "{part}: {seen}");
     }
-    house.finish().await;
+    factory.finish().await;
 }
 
 /// sshd and others refuse a terminal that is not of group 5, `tty`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal_has_the_owner_and_group_that_programs_expect() {
-    let house = House::new(ONE).await;
-    answering(&house).await;
+    let factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
     let probe = "import os, pty\n_, terminal = pty.openpty()\nf = os.fstat(terminal)\nprint(f.st_uid == os.getuid(), f.st_gid, oct(f.st_mode & 0o777))";
-    let said = say(&house, &["run", "--", "/usr/bin/python3", "-c", probe]);
+    let said = say(&factory, &["run", "--", "/usr/bin/python3", "-c", probe]);
     assert_eq!(said.out.trim(), "True 5 0o620", "{}", said.err);
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_a_persons_terminal_a_command_gets_nothing_whichever_stream_it_is() {
-    let house = House::new(ONE).await;
-    answering(&house).await;
-    // What a name of the sandbox's own is found for is not the person's.
+async fn a_manual_command_gets_nothing_of_the_operators_terminal() {
+    let factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
+    // What a name of the sandbox's own is found for is not the operator's.
     for (streams, part) in [
         ("< /dev/null", "1=/dev/pts/0 2=/dev/pts/0 fds=0,1,2,"),
         ("< /dev/null 2> /dev/null", "1=/dev/pts/0 2=/dev/null fds=0,1,2,"),
     ] {
         let probe = r#"echo 1=$(readlink /proc/$$/fd/1) 2=$(readlink /proc/$$/fd/2) fds=$(ls /proc/$$/fd | tr "\n" ,)"#;
-        let seen = at_a_terminal(&house, &format!("run ROOT -- bash -c '{probe}' {streams}"), "");
+        let seen = at_a_terminal(&factory, &format!("run ROOT -- bash -c '{probe}' {streams}"), "");
         assert!(seen.contains(part), "{streams}: {seen}");
     }
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slot_that_somebody_uses_by_hand_is_taken_and_a_job_waits_for_it() {
-    let house = House::new(ONE).await;
-    answering(&house).await;
-    let script = "echo inside; while ! [ -e DOOR ]; do read -t 0.1 < <(sleep 1); done; exit 0";
-    let script = script.replace("DOOR", &house.shared().join("open").display().to_string());
-    let mut by_hand = Running::printing(&mut command(&house, &["run", "--", "bash", "-c", &script]));
+async fn a_slot_in_manual_use_is_taken_and_a_job_waits_for_it() {
+    let factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
+    let script = "echo inside; while ! [ -e RELEASE ]; do read -t 0.1 < <(sleep 1); done; exit 0";
+    let script = script.replace("RELEASE", &factory.shared().join("release").display().to_string());
+    let mut by_hand = Running::printing(&mut command(&factory, &["run", "--", "bash", "-c", &script]));
     tokio::task::block_in_place(|| by_hand.log.wait(&["inside"]));
-    let job = house.submit("echo now");
-    house.polls(4).await;
-    assert_eq!(house.server.job(job).state(), "queued");
-    house.let_end();
+    let job = factory.submit("echo now");
+    factory.polls(4).await;
+    assert_eq!(factory.server.job(job).state(), "queued");
+    factory.release();
     assert!(tokio::task::block_in_place(|| by_hand.wait()).success());
-    house.completed(job).await;
-    house.finish().await;
+    factory.completed(job).await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_is_killed_is_cleaned_up_by_the_factory_and_one_that_is_interrupted_by_itself() {
-    let house = House::new(ONE).await;
-    answering(&house).await;
+    let factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         let mut by_hand = Running::printing(&mut command(
-            &house,
+            &factory,
             &["run", "--", "bash", "-c", "echo inside; sleep 1000"],
         ));
         tokio::task::block_in_place(|| by_hand.log.wait(&["inside"]));
         by_hand.signal(signal);
         tokio::task::block_in_place(|| by_hand.wait());
-        let job = house.submit("true");
-        house.completed(job).await;
-        see(&house, |status| (state_of(status, "a") == "free").then_some(())).await;
+        let job = factory.submit("true");
+        factory.completed(job).await;
+        see(&factory, |status| (state_of(status, "a") == "free").then_some(())).await;
     }
-    house.finish().await;
+    factory.finish().await;
 }
 
 /// An agent that leaves a file and fails.
@@ -155,14 +155,14 @@ async fn a_held_worker_is_entered_though_its_processes_are_gone() {
     let place = tempfile::tempdir().unwrap();
     let agent = place.path().join("agent");
     std::fs::write(&agent, BROKEN).unwrap();
-    let house = House::with_agent(ONE, agent).await;
-    let job = house.submit("true");
-    house.held(job).await;
-    let worker = worker_on(&house, "a").await;
+    let factory = TestFactory::with_agent(ONE, agent).await;
+    let job = factory.submit("true");
+    factory.held(job).await;
+    let worker = worker_on(&factory, "a").await;
     let script = place.path().join("script");
     std::fs::write(&script, "whoami; cat left; echo mine > mark; exit 4\n").unwrap();
     let said: Said = tokio::task::block_in_place(|| {
-        let mut shell = command(&house, &["shell", &worker]);
+        let mut shell = command(&factory, &["shell", &worker]);
         shell
             .stdin(std::fs::File::open(&script).unwrap())
             .output()
@@ -177,69 +177,70 @@ async fn a_held_worker_is_entered_though_its_processes_are_gone() {
     );
     // It is as it was: held, and as its agent left it.
     assert!(
-        json(&house, &["show", &worker])["worker"]["failure"]
+        json(&factory, &["show", &worker])["worker"]["failure"]
             .as_str()
             .unwrap()
             .contains("status 9")
     );
     let seen = at_a_terminal(
-        &house,
+        &factory,
         &format!("shell ROOT {worker}"),
         "cat /work/mark; tty; exit\n",
     );
     assert!(seen.contains("mine") && seen.contains("/dev/pts/0"), "{seen}");
-    let said = say(&house, &["shell", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
+    let said = say(&factory, &["shell", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
     assert!(
         said.status == 1 && said.err.contains("does not exist"),
         "{}",
         said.err
     );
-    house
+    factory
         .server
-        .release(house.server.job(job).worker.unwrap())
+        .release(factory.server.job(job).worker.unwrap())
         .unwrap();
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shell_ends_with_its_worker() {
-    let house = House::new(ONE).await;
-    let job = house.running().await;
-    let worker = online(&house).await;
-    let mut shell = command(&house, &["shell", &worker]);
+    let factory = TestFactory::new(ONE).await;
+    let job = factory.running().await;
+    let worker = online(&factory).await;
+    let mut shell = command(&factory, &["shell", &worker]);
     let (reader, mut writer) = std::io::pipe().unwrap();
     let mut shell = Running::printing_with(&mut shell, reader.into());
     std::io::Write::write_all(&mut writer, b"echo inside; sleep 1000\n").unwrap();
     tokio::task::block_in_place(|| shell.log.wait(&["inside"]));
     // The job goes on meanwhile, and is done as ever.
-    house.let_end();
-    house.completed(job).await;
+    factory.release();
+    factory.completed(job).await;
     let status = tokio::task::block_in_place(|| shell.wait());
     assert_eq!(status.code(), Some(128 + 9));
     drop(writer);
-    house.finish().await;
+    factory.finish().await;
 }
 
-/// What a task prints and what a command by hand prints, of the same script.
-async fn task_and_command(house: &House, script: &str) -> (String, String) {
-    // First by hand: the slot is free then.
-    let said = say(house, &["run", "--", "bash", "-c", script]);
+/// What a task prints and what a manual command prints, of the same script.
+async fn task_and_command(factory: &TestFactory, script: &str) -> (String, String) {
+    // The manual command first: the slot is free then.
+    let said = say(factory, &["run", "--", "bash", "-c", script]);
     assert_eq!(said.status, 0, "{}", said.err);
-    let job = house.submit(script);
-    let ended = house.ended(job).await;
-    let mut task = testbed::house::lines(&ended, "stdout").join("\n");
+    let job = factory.submit(script);
+    let ended = factory.ended(job).await;
+    let mut task = testbed::test_factory::lines(&ended, "stdout").join("\n");
     task.push('\n');
     (task, said.out)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_by_hand_has_a_tasks_environment_and_directory() {
-    let house =
-        House::new("[slots.a]\ntarget = \"TARGET\"\nenv.ONE_OF_TWO = \"a b=c\"\nenv.TZ = \"CET\"\n").await;
-    answering(&house).await;
+async fn a_manual_command_has_a_tasks_environment_and_directory() {
+    let factory =
+        TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nenv.ONE_OF_TWO = \"a b=c\"\nenv.TZ = \"CET\"\n")
+            .await;
+    answering(&factory).await;
     // Both have a user of their own, and the task has a job.
     let script = "env | sed \"s/$USER/USER/; s/$UID/UID/\" | grep -v '^BUILDOMAT_.*_ID=\\|^_=\\|^SHLVL=' | sort; pwd; umask; ulimit -Hn";
-    let (task, command) = task_and_command(&house, script).await;
+    let (task, command) = task_and_command(&factory, script).await;
     assert_eq!(task, command);
     for variable in [
         "ONE_OF_TWO=a b=c",
@@ -252,20 +253,20 @@ async fn a_command_by_hand_has_a_tasks_environment_and_directory() {
             "{variable}: {command}"
         );
     }
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_by_hand_may_open_its_streams_again() {
-    let house = House::new(ONE).await;
-    answering(&house).await;
+async fn a_manual_command_can_reopen_its_streams() {
+    let factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
     let place = tempfile::tempdir().unwrap();
     let (input, output) = (place.path().join("input"), place.path().join("output"));
     // A file of root's that the job's user may not open, and pipes of root's.
     std::fs::write(&input, "typed\n").unwrap();
     std::fs::set_permissions(&input, std::fs::Permissions::from_mode(0o600)).unwrap();
     let script = "cat /dev/stdin >/dev/stdout && echo to errors >/dev/stderr";
-    let mut piped = command(&house, &["run", "--", "bash", "-c", script]);
+    let mut piped = command(&factory, &["run", "--", "bash", "-c", script]);
     piped.stdin(std::fs::File::open(&input).unwrap());
     let said: Said = tokio::task::block_in_place(|| piped.output().unwrap().into());
     assert_eq!(
@@ -275,7 +276,7 @@ async fn a_command_by_hand_may_open_its_streams_again() {
     // Two streams that are one file keep their order.
     let script = "for i in $(seq 200); do echo out $i >/dev/stdout; echo err $i >/dev/stderr; done";
     let expected: String = (1..=200).map(|i| format!("out {i}\nerr {i}\n")).collect();
-    let mut filed = command(&house, &["run", "--", "bash", "-c", script]);
+    let mut filed = command(&factory, &["run", "--", "bash", "-c", script]);
     let file = std::fs::File::create(&output).unwrap();
     filed
         .stdin(Stdio::null())
@@ -283,17 +284,17 @@ async fn a_command_by_hand_may_open_its_streams_again() {
         .stderr(file);
     assert!(tokio::task::block_in_place(|| filed.status().unwrap()).success());
     assert_eq!(std::fs::read_to_string(&output).unwrap(), expected);
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_of_its_own_knows_its_name_and_has_the_hosts_settings() {
-    let house = House::new("[slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n").await;
-    answering(&house).await;
+    let factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n").await;
+    answering(&factory).await;
     let job = "getent hosts \"$(hostname)\" && hostname -f && cd /proc/sys/net && \
                cat ipv4/ping_group_range ipv4/ip_unprivileged_port_start ipv4/ip_local_port_range \
                ipv4/ip_local_reserved_ports core/somaxconn unix/max_dgram_qlen";
-    let run = command(&house, &["run", "--", "bash", "-c", job]);
+    let run = command(&factory, &["run", "--", "bash", "-c", job]);
     // A host with values that no kernel begins with.
     let host = "cd /proc/sys/net && echo 0 2147483647 >ipv4/ping_group_range && \
                 echo 80 >ipv4/ip_unprivileged_port_start && echo 20000 60000 >ipv4/ip_local_port_range && \
@@ -324,17 +325,17 @@ async fn a_network_of_its_own_knows_its_name_and_has_the_hosts_settings() {
         &["200"],
     ];
     assert_eq!(lines, expected, "{}", said.err);
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn shared_memory_is_executable_and_the_root_says_how_much_room_there_is() {
-    let house = House::new(ONE).await;
-    answering(&house).await;
+    let factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
     let script = "cp /bin/true /dev/shm/ && /dev/shm/true && df --output=avail -B1M / /work | tail -n +2; \
                   touch /x 2>/dev/null && echo writable; \
                   findmnt -no OPTIONS / | tr , '\\n' | grep -x 'ro\\|nosuid\\|nodev'";
-    let (task, command) = task_and_command(&house, script).await;
+    let (task, command) = task_and_command(&factory, script).await;
     for said in [task, command] {
         let lines: Vec<&str> = said.lines().collect();
         let room: Vec<i64> = lines[..2]
@@ -344,23 +345,23 @@ async fn shared_memory_is_executable_and_the_root_says_how_much_room_there_is() 
         assert!((room[0] - room[1]).abs() < 1024, "{said}");
         assert_eq!(lines[2..], ["ro", "nosuid", "nodev"], "{said}");
     }
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_has_the_families_of_sockets_that_it_names() {
-    let house = House::new(&format!(
+    let factory = TestFactory::new(&format!(
         "{ONE}\n[slots.b]\ntarget = \"TARGET\"\nsocket_families = [\"AF_VSOCK\"]\n"
     ))
     .await;
-    answering(&house).await;
+    answering(&factory).await;
     let open = "import socket\nfor family in socket.AF_VSOCK, socket.AF_PACKET:\n try: socket.socket(family, socket.SOCK_STREAM); print('open')\n except OSError as error: print(error.errno)";
     for (slot, expected) in [("a", "97\n97\n"), ("b", "open\n97\n")] {
         let said = say(
-            &house,
+            &factory,
             &["run", "--slot", slot, "--", "/usr/bin/python3", "-c", open],
         );
         assert_eq!((said.status, &*said.out), (0, expected), "{slot}: {}", said.err);
     }
-    house.finish().await;
+    factory.finish().await;
 }

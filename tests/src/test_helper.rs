@@ -11,9 +11,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::{BootstrapToken, ErrorKind, Reply, Request, SlotName, State, WorkerId};
 
-use crate::census::Census;
 use crate::disk::SmallDisk;
 use crate::harness::{Client, PATIENCE, Running, TestHost, binaries, sealed, worker_id};
+use crate::host_snapshot::HostSnapshot;
 
 /// Three slots, the first two in conflict, the first with something of everything.
 pub const SLOTS: &str = r#"
@@ -29,33 +29,33 @@ target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
 target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
 "#;
 
-/// The host, its helper, and the census from before the helper's first worker.
+/// The host, its helper, and the snapshot from before the helper's first worker.
 #[derive(Debug)]
-pub struct Stage {
+pub struct TestHelper {
     /// Before the host, whose directory it is mounted in: the fields go in this order.
     pub disk: Option<SmallDisk>,
     pub host: TestHost,
     pub helper: Running,
-    pub before: Census,
+    pub before: HostSnapshot,
 }
 
-impl Stage {
-    pub fn new() -> Stage {
-        Stage::with(SLOTS)
+impl TestHelper {
+    pub fn new() -> TestHelper {
+        TestHelper::with(SLOTS)
     }
 
     /// With these slots.
-    pub fn with(slots: &str) -> Stage {
+    pub fn with(slots: &str) -> TestHelper {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, slots);
-        Stage::on(host, None)
+        TestHelper::on(host, None)
     }
 
     /// On this host, which is configured; its state directory is on `disk`.
-    pub fn on(host: TestHost, disk: Option<SmallDisk>) -> Stage {
-        let before = Census::take(&host);
+    pub fn on(host: TestHost, disk: Option<SmallDisk>) -> TestHelper {
+        let before = HostSnapshot::take(&host);
         let helper = host.helper();
-        Stage {
+        TestHelper {
             disk,
             host,
             helper,
@@ -138,7 +138,7 @@ pub fn attack_program(name: &str, words: &[&str]) -> OwnedFd {
     sealed(&program)
 }
 
-/// Let the hostile job make its attempt to the end, and fail unless the wall held. Returns the console.
+/// Let the hostile job make its attempt to the end, and fail unless the sandbox held. Returns the console.
 pub fn attack(client: &Client, worker: WorkerId, name: &str, words: &[&str]) -> String {
     let (reply, console) = install(client, worker, attack_program(name, words));
     assert_eq!(reply, Reply::AgentStarted);
@@ -244,7 +244,7 @@ pub fn kind(reply: Reply) -> ErrorKind {
     }
 }
 
-impl Default for Stage {
+impl Default for TestHelper {
     fn default() -> Self {
         Self::new()
     }

@@ -19,8 +19,8 @@ fn sockets_of_the_hosts_services_are_hidden_wherever_they_are() {
     fs::remove_file(&gone).unwrap();
     fs::write(&gone, "seen\n").unwrap();
 
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "c");
     let script = format!(
         "cat {}/gone; ls {0}; python3 -c 'import socket
@@ -31,7 +31,7 @@ except OSError as e: print(\"refused\")'; exit 1",
     );
     let (_, console) = run(&client, worker, &script);
     assert_eq!(console, "seen\ngone\nrefused\n");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
@@ -48,20 +48,20 @@ fn a_mount_that_no_job_can_reach_is_not_made_for_it() {
     mode(&closed, 0o710);
     mode(&open, 0o755);
 
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "c");
     let (_, console) = run(&client, worker, "cat /proc/self/mountinfo");
     assert!(console.contains("of\\040all/inner\\040disk "), "{console}");
     assert!(!console.contains("of\\040root/"), "{console}");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
     drop(mounts);
 }
 
 #[test]
 fn the_audit_log_names_the_worker_and_the_job_cannot_change_that() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = worker_id();
     let Reply::UserCreated { uid, .. } = create(&client, worker, "c") else {
         panic!()
@@ -70,14 +70,14 @@ fn the_audit_log_names_the_worker_and_the_job_cannot_change_that() {
         "cat /proc/self/loginuid; echo; echo 0 > /proc/self/loginuid; cat /proc/self/loginuid; exit 1";
     let (_, console) = run(&client, worker, script);
     let before = fs::read_to_string("/proc/self/loginuid").unwrap_or_default();
-    // Somebody who logged in to run these tests stays the one who is named.
+    // The user who logged in to run these tests stays the one who is named.
     let named = if before == u32::MAX.to_string() {
         uid.to_string()
     } else {
         before
     };
     assert_eq!(console.matches(&named).count(), 2, "{console}");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 /// What programs do with files of their own. Each line fails the script where it does not work.
@@ -130,11 +130,11 @@ echo all of it works
 
 #[test]
 fn what_keeps_a_job_from_writing_elsewhere_leaves_its_own_places_as_they_were() {
-    let stage = Stage::with(
+    let test = TestHelper::with(
         "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n\
          [slots.b]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nallow_user_namespaces = true\n",
     );
-    let client = stage.client();
+    let client = test.client();
     let mut workers = Vec::new();
     for slot in ["a", "b"] {
         let worker = created(&client, slot);
@@ -142,5 +142,5 @@ fn what_keeps_a_job_from_writing_elsewhere_leaves_its_own_places_as_they_were() 
         assert!(console.contains("all of it works"), "{slot}:\n{console}");
         workers.push(worker);
     }
-    stage.finish(&workers);
+    test.finish(&workers);
 }

@@ -8,11 +8,11 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use protocol::{Reply, Request};
-use testbed::census::processes_of;
 use testbed::harness::{Running, place};
-use testbed::stage::{Stage, attack, created};
+use testbed::host_snapshot::processes_of;
+use testbed::test_helper::{TestHelper, attack, created};
 
-use crate::leave::{ongoing, with_user_namespaces};
+use crate::leftovers::{ongoing, with_user_namespaces};
 
 /// In it a directory that the configuration hides, with a file that everybody could read. And the slots.
 fn with_hidden(place: &Path) -> String {
@@ -33,11 +33,11 @@ fn with_hidden(place: &Path) -> String {
 }
 
 /// One attempt in one job, and nothing is left of it.
-fn try_once(stage: Stage, slot: &str, name: &str, words: &[&str]) -> String {
-    let client = stage.client();
+fn try_once(test: TestHelper, slot: &str, name: &str, words: &[&str]) -> String {
+    let client = test.client();
     let worker = created(&client, slot);
     let console = attack(&client, worker, name, words);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
     console
 }
 
@@ -54,7 +54,7 @@ fn row_30_a_set_user_id_program_of_the_hosts_gives_no_privilege() {
         })
         .collect();
     let words: Vec<&str> = copies.iter().map(|path| path.to_str().unwrap()).collect();
-    let console = try_once(Stage::new(), "a", "set-id-programs", &words);
+    let console = try_once(TestHelper::new(), "a", "set-id-programs", &words);
     for copy in &copies {
         let ran = format!("ran {} -u", copy.display());
         assert!(console.contains(&ran), "{console}");
@@ -66,19 +66,24 @@ fn row_30_a_set_user_id_program_of_the_hosts_gives_no_privilege() {
 
 #[test]
 fn row_31_no_namespace_can_be_made_in_any_way() {
-    try_once(Stage::new(), "a", "new-namespaces", &[]);
+    try_once(TestHelper::new(), "a", "new-namespaces", &[]);
 }
 
 #[test]
 fn row_31_where_user_namespaces_are_allowed_their_root_gets_no_dangerous_call() {
-    try_once(Stage::with(&with_user_namespaces()), "c", "capable-calls", &[]);
+    try_once(
+        TestHelper::with(&with_user_namespaces()),
+        "c",
+        "capable-calls",
+        &[],
+    );
 }
 
 #[test]
 fn row_32_pid_1_of_its_own_namespace_cannot_be_traced_read_or_robbed() {
-    try_once(Stage::new(), "a", "init", &["as-it-is"]);
+    try_once(TestHelper::new(), "a", "init", &["as-it-is"]);
     try_once(
-        Stage::with(&with_user_namespaces()),
+        TestHelper::with(&with_user_namespaces()),
         "c",
         "init",
         &["as-root-too"],
@@ -87,84 +92,84 @@ fn row_32_pid_1_of_its_own_namespace_cannot_be_traced_read_or_robbed() {
 
 #[test]
 fn row_32_processes_of_the_host_and_of_other_jobs_are_not_even_visible() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let (other, worker) = (created(&client, "a"), created(&client, "c"));
     ongoing(&client, other, "system-v", &[], "ready");
-    let mut strangers = vec![std::process::id().to_string(), stage.helper.pid().to_string()];
-    let others = processes_of(&stage.host.uids);
+    let mut outside = vec![std::process::id().to_string(), test.helper.pid().to_string()];
+    let others = processes_of(&test.host.uids);
     assert!(others.len() >= 2, "{others:?}");
-    strangers.extend(
+    outside.extend(
         others
             .iter()
             .map(|line| line.split(' ').next().unwrap().to_owned()),
     );
-    let words: Vec<&str> = strangers.iter().map(String::as_str).collect();
-    attack(&client, worker, "strangers", &words);
-    stage.finish(&[other, worker]);
+    let words: Vec<&str> = outside.iter().map(String::as_str).collect();
+    attack(&client, worker, "other-processes", &words);
+    test.finish(&[other, worker]);
 }
 
 #[test]
 fn row_32_a_job_can_trace_its_own_child() {
-    let console = try_once(Stage::new(), "a", "own-child", &[]);
+    let console = try_once(TestHelper::new(), "a", "own-child", &[]);
     assert!(console.contains("done: detach"), "{console}");
 }
 
 #[test]
 fn row_33_no_program_that_runs_can_be_overwritten_or_replaced() {
-    try_once(Stage::new(), "a", "overwrite-programs", &[]);
+    try_once(TestHelper::new(), "a", "overwrite-programs", &[]);
 }
 
 #[test]
 fn row_34_the_first_program_inherits_three_descriptors_and_six_variables() {
-    let mut stage = Stage::new();
+    let mut test = TestHelper::new();
     // As from a shell's background, or under nohup(1): what is ignored is inherited, too.
-    stage.helper.signal(Signal::SIGTERM);
-    assert!(stage.helper.wait().success());
-    let plain = stage.host.helper_command();
+    test.helper.signal(Signal::SIGTERM);
+    assert!(test.helper.wait().success());
+    let plain = test.host.helper_command();
     let mut ignoring = Command::new("sh");
     ignoring.args(["-c", "trap '' HUP INT QUIT USR1; exec \"$@\"", "sh"]);
-    stage.helper = Running::start(ignoring.arg(plain.get_program()).args(plain.get_args()));
-    stage.helper.log.wait(&["serving"]);
-    try_once(stage, "a", "inheritance", &[]);
+    test.helper = Running::start(ignoring.arg(plain.get_program()).args(plain.get_args()));
+    test.helper.log.wait(&["serving"]);
+    try_once(test, "a", "inheritance", &[]);
 }
 
 #[test]
 fn row_35_no_file_of_the_kernels_opens_for_writing() {
-    let console = try_once(Stage::new(), "a", "kernel-files", &[]);
+    let console = try_once(TestHelper::new(), "a", "kernel-files", &[]);
     assert!(console.contains("held: /proc/sysrq-trigger"), "{console}");
 }
 
 #[test]
 fn row_36_calls_on_mounts_and_roots_are_refused() {
-    try_once(Stage::new(), "a", "mount-calls", &[]);
+    try_once(TestHelper::new(), "a", "mount-calls", &[]);
 }
 
 #[test]
-fn row_36_root_of_a_user_namespace_takes_no_cover_off_and_makes_nothing_writable() {
+fn row_36_root_of_a_user_namespace_removes_no_mask_and_makes_nothing_writable() {
     let place = place();
-    let stage = Stage::with(&with_hidden(place.path()));
-    try_once(stage, "c", "unmask", &[place.path().to_str().unwrap()]);
+    let test = TestHelper::with(&with_hidden(place.path()));
+    try_once(test, "c", "unmask", &[place.path().to_str().unwrap()]);
 }
 
 #[test]
 fn row_36_fresh_mounts_of_the_kernels_show_nothing_hidden_and_write_nothing() {
     let place = place();
-    let stage = Stage::with(&with_hidden(place.path()));
-    try_once(stage, "c", "fresh-mounts", &[place.path().to_str().unwrap()]);
+    let test = TestHelper::with(&with_hidden(place.path()));
+    try_once(test, "c", "fresh-mounts", &[place.path().to_str().unwrap()]);
 }
 
 #[test]
-fn row_36_a_directory_opened_in_a_namespace_that_is_gone_is_still_covered() {
+fn row_36_a_directory_opened_in_a_namespace_that_is_gone_is_still_masked() {
     let place = place();
-    let stage = Stage::with(&with_hidden(place.path()));
-    try_once(stage, "c", "old-descriptors", &[place.path().to_str().unwrap()]);
+    let test = TestHelper::with(&with_hidden(place.path()));
+    try_once(test, "c", "old-descriptors", &[place.path().to_str().unwrap()]);
 }
 
 #[test]
 fn row_37_a_mount_made_inside_reaches_neither_the_host_nor_another_job() {
-    let stage = Stage::with(&with_user_namespaces());
-    let client = stage.client();
+    let test = TestHelper::with(&with_user_namespaces());
+    let client = test.client();
     let (worker, earlier) = (created(&client, "c"), created(&client, "a"));
     ongoing(&client, earlier, "system-v", &[], "ready");
     let name = format!("travels-{worker}");
@@ -189,5 +194,5 @@ fn row_37_a_mount_made_inside_reaches_neither_the_host_nor_another_job() {
     assert_eq!(deleted, Reply::Deleted);
     let later = created(&client, "a");
     attack(&client, later, "no-such-mount", &[&name]);
-    stage.finish(&[worker, later]);
+    test.finish(&[worker, later]);
 }

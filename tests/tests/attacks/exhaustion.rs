@@ -9,12 +9,14 @@ use nix::sys::inotify::AddWatchFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Exit, Reply, Request, State, WorkerId};
-use testbed::census::processes_of;
 use testbed::disk::SmallDisk;
 use testbed::harness::{PATIENCE, Running, TestHost, binaries, has_controller};
-use testbed::stage::{Stage, attack, created, read, start_attack, state, wait_for_line, wait_until, watch};
+use testbed::host_snapshot::processes_of;
+use testbed::test_helper::{
+    TestHelper, attack, created, read, start_attack, state, wait_for_line, wait_until, watch,
+};
 
-use crate::leave::ongoing;
+use crate::leftovers::ongoing;
 
 /// What a timer may have of its own: its stack, and what it changed of the memory that it was forked with.
 const TIMER_KIB: u64 = 256;
@@ -43,7 +45,7 @@ pub fn refused(host: &TestHost) -> String {
 
 /// The helper refuses a limit that this machine cannot enforce, and where the operator settles for less it
 /// says so loudly and serves.
-fn refused_or_loud(controller: &str, key: &str, line: &str) -> Stage {
+fn refused_or_loud(controller: &str, key: &str, line: &str) -> TestHelper {
     if !has_controller(controller) {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, &slots(&[("a", line)]));
@@ -57,22 +59,22 @@ fn refused_or_loud(controller: &str, key: &str, line: &str) -> Stage {
             assert!(words.contains(part), "{words}");
         }
     }
-    let stage = Stage::with(&slots(&[
+    let test = TestHelper::with(&slots(&[
         ("a", &format!("{line}\nbest_effort = true")),
         ("c", ""),
     ]));
     if !has_controller(controller) {
-        let warned = stage.helper.log.wait(&["NOT ENFORCED", key, "slot a"]);
+        let warned = test.helper.log.wait(&["NOT ENFORCED", key, "slot a"]);
         assert!(warned.contains("WARN"), "{warned}");
     }
-    stage
+    test
 }
 
 #[test]
 fn row_51_memory_is_limited_or_the_helper_does_not_start_and_shared_memory_ends_at_the_limit() {
     for (key, line) in [("memory", "memory = \"32M\""), ("swap", "swap = \"1G\"")] {
-        let stage = refused_or_loud("memory", key, line);
-        let client = stage.client();
+        let test = refused_or_loud("memory", key, line);
+        let client = test.client();
         let worker = created(&client, "a");
         // Where there is a controller, the page cache of this much shared memory would be over the limit first.
         if key == "memory" && !has_controller("memory") {
@@ -80,23 +82,23 @@ fn row_51_memory_is_limited_or_the_helper_does_not_start_and_shared_memory_ends_
         } else {
             attack(&client, worker, "take-a-little", &[]);
         }
-        stage.finish(&[worker]);
+        test.finish(&[worker]);
     }
 }
 
 #[test]
 fn row_52_processors_are_limited_or_the_helper_does_not_start() {
-    let stage = refused_or_loud("cpu", "cpus", "cpus = 1");
-    let client = stage.client();
+    let test = refused_or_loud("cpu", "cpus", "cpus = 1");
+    let client = test.client();
     let worker = created(&client, "a");
     attack(&client, worker, "take-a-little", &[]);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_53_a_job_that_takes_all_it_gets_finds_its_limits_and_its_neighbour_finds_enough() {
-    let stage = Stage::with(&slots(&[("a", "processes = 64\nopen_files = 256"), ("c", "")]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", "processes = 64\nopen_files = 256"), ("c", "")]));
+    let client = test.client();
     let (greedy, modest) = (created(&client, "a"), created(&client, "c"));
     let watches = fs::read_to_string("/proc/sys/fs/inotify/max_user_instances").unwrap();
     let words = ["64", "256", watches.trim()];
@@ -114,14 +116,14 @@ fn row_53_a_job_that_takes_all_it_gets_finds_its_limits_and_its_neighbour_finds_
     }
     attack(&client, modest, "take-a-little", &[]);
     assert_eq!(state(&client, greedy), State::Running);
-    stage.finish(&[greedy, modest]);
+    test.finish(&[greedy, modest]);
 }
 
 #[test]
 fn row_55_endless_output_is_cut_and_the_job_goes_on_to_its_own_end() {
     const KEPT: u64 = 64 << 10;
-    let stage = Stage::with(&slots(&[("a", "console = \"64K\"")]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", "console = \"64K\"")]));
+    let client = test.client();
     for output in ["no-newline", "escapes", "nuls"] {
         let worker = created(&client, "a");
         let console = start_attack(&client, worker, "chatter", &[output]);
@@ -137,16 +139,16 @@ fn row_55_endless_output_is_cut_and_the_job_goes_on_to_its_own_end() {
         );
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
 fn row_56_a_job_that_does_not_end_is_ended_with_all_its_processes_however_much_it_prints() {
-    let stage = Stage::with(&slots(&[
+    let test = TestHelper::with(&slots(&[
         ("a", "run_time_seconds = 10"),
         ("c", "run_time_seconds = 10"),
     ]));
-    let client = stage.client();
+    let client = test.client();
     let (quiet, noisy) = (created(&client, "a"), created(&client, "c"));
     let console = start_attack(&client, quiet, "never-end", &["quiet"]);
     start_attack(&client, noisy, "never-end", &["noisy"]);
@@ -156,8 +158,8 @@ fn row_56_a_job_that_does_not_end_is_ended_with_all_its_processes_however_much_i
         assert_eq!(ended, State::Exited(Exit::TimedOut));
     }
     let begin = Instant::now();
-    while !processes_of(&stage.host.uids).is_empty() {
-        assert!(begin.elapsed() < PATIENCE, "{:?}", processes_of(&stage.host.uids));
+    while !processes_of(&test.host.uids).is_empty() {
+        assert!(begin.elapsed() < PATIENCE, "{:?}", processes_of(&test.host.uids));
         std::thread::yield_now();
     }
     let text = read(&console);
@@ -165,18 +167,18 @@ fn row_56_a_job_that_does_not_end_is_ended_with_all_its_processes_however_much_i
         text.contains("[the agent has run as long as the slot lets it]"),
         "{text}"
     );
-    stage.finish(&[quiet, noisy]);
+    test.finish(&[quiet, noisy]);
 }
 
 #[test]
 fn row_56_a_job_that_ends_before_its_time_is_not_ended_by_it() {
-    let stage = Stage::with(&slots(&[("a", "run_time_seconds = 60")]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", "run_time_seconds = 60")]));
+    let client = test.client();
     let worker = created(&client, "a");
     let console = attack(&client, worker, "write-much", &["1", "1"]);
     assert_eq!(state(&client, worker), State::Exited(Exit::Status(0)));
     assert!(!console.contains("as long as the slot lets it"), "{console}");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 /// The sandbox's pid 1: the first process in the worker's cgroup.
@@ -210,53 +212,53 @@ fn wait_until_empty(host: &TestHost, worker: WorkerId) {
 
 #[test]
 fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
-    let mut stage = Stage::with(&slots(&[
+    let mut test = TestHelper::with(&slots(&[
         ("a", "run_time_seconds = 10"),
         ("c", "run_time_seconds = 10"),
     ]));
-    let client = stage.client();
+    let client = test.client();
     let (one, other) = (created(&client, "a"), created(&client, "c"));
     let console = start_attack(&client, one, "never-end", &["quiet"]);
     wait_for_line(&console, "ready");
     wait_for_line(&start_attack(&client, other, "never-end", &["quiet"]), "ready");
     // A job that starves its pid 1 gets no further than this.
     for worker in [one, other] {
-        kill(first_process(&stage.host, worker), Signal::SIGSTOP).unwrap();
+        kill(first_process(&test.host, worker), Signal::SIGSTOP).unwrap();
     }
     drop(client);
     // The helper is away when the time is over.
-    stage.helper.signal(Signal::SIGKILL);
-    stage.helper.wait();
+    test.helper.signal(Signal::SIGKILL);
+    test.helper.wait();
     for worker in [one, other] {
-        wait_until_empty(&stage.host, worker);
+        wait_until_empty(&test.host, worker);
     }
-    stage.helper = stage.host.helper();
-    let client = stage.client();
+    test.helper = test.host.helper();
+    let client = test.client();
     for worker in [one, other] {
         assert_eq!(state(&client, worker), State::Exited(Exit::TimedOut));
     }
     assert!(read(&console).ends_with("[the agent has run as long as the slot lets it]\n"));
     drop(client);
-    stage.finish(&[one, other]);
+    test.finish(&[one, other]);
 }
 
 #[test]
 fn row_91_the_run_time_limit_holds_beside_thousands_of_threads_and_endless_output() {
-    let stage = Stage::with(&slots(&[("a", "run_time_seconds = 10\nconsole = \"64K\"")]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", "run_time_seconds = 10\nconsole = \"64K\"")]));
+    let client = test.client();
     let worker = created(&client, "a");
     let begin = Instant::now();
     let console = start_attack(&client, worker, "never-end", &["threads"]);
     wait_for_line(&console, "ready");
     // Both its pid 1 and the supervisor do nothing from now on.
-    kill(first_process(&stage.host, worker), Signal::SIGSTOP).unwrap();
+    kill(first_process(&test.host, worker), Signal::SIGSTOP).unwrap();
     drop((client, console));
-    wait_until_empty(&stage.host, worker);
+    wait_until_empty(&test.host, worker);
     let took = begin.elapsed();
     // The limit, the five seconds that the timer leaves to pid 1, and what two thousand threads hold the test up.
     assert!(took < Duration::from_secs(10 + 5 + 30), "{took:?}");
-    assert_eq!(state(&stage.client(), worker), State::Exited(Exit::TimedOut));
-    stage.finish(&[worker]);
+    assert_eq!(state(&test.client(), worker), State::Exited(Exit::TimedOut));
+    test.finish(&[worker]);
 }
 
 /// The timers of all workers: who has a `cgroup.kill` open among the helper's processes.
@@ -276,15 +278,15 @@ fn timers(host: &TestHost) -> Vec<String> {
 
 #[test]
 fn row_91_a_timer_takes_little_memory_and_ends_with_its_worker() {
-    let stage = Stage::with(&slots(&[("a", "run_time_seconds = 3600"), ("c", "")]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", "run_time_seconds = 3600"), ("c", "")]));
+    let client = test.client();
     let [timed, other] = ["a", "c"].map(|slot| created(&client, slot));
     for worker in [timed, other] {
         let console = start_attack(&client, worker, "never-end", &["quiet"]);
         wait_for_line(&console, "ready");
     }
-    let [timer] = &timers(&stage.host)[..] else {
-        panic!("one worker has a timer: {:?}", timers(&stage.host));
+    let [timer] = &timers(&test.host)[..] else {
+        panic!("one worker has a timer: {:?}", timers(&test.host));
     };
     let memory = fs::read_to_string(format!("/proc/{timer}/smaps_rollup")).unwrap();
     let private: u64 = memory
@@ -296,13 +298,13 @@ fn row_91_a_timer_takes_little_memory_and_ends_with_its_worker() {
     assert!(private < TIMER_KIB, "{memory}");
     let own = fs::read_to_string(format!("/proc/{timer}/status")).unwrap();
     assert!(own.contains("CapPrm:\t0000000000000000"), "{own}");
-    stage.delete(&[timed]);
+    test.delete(&[timed]);
     let begin = Instant::now();
-    while !timers(&stage.host).is_empty() {
-        assert!(begin.elapsed() < PATIENCE, "{:?}", timers(&stage.host));
+    while !timers(&test.host).is_empty() {
+        assert!(begin.elapsed() < PATIENCE, "{:?}", timers(&test.host));
         std::thread::yield_now();
     }
-    stage.finish(&[other]);
+    test.finish(&[other]);
 }
 
 #[test]
@@ -310,16 +312,16 @@ fn row_91_the_run_time_limit_holds_for_a_job_that_has_filled_the_disk() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, &slots(&[("a", "run_time_seconds = 10")]));
     let disk = SmallDisk::in_memory(&host);
-    let stage = Stage::on(host, Some(disk));
-    let client = stage.client();
+    let test = TestHelper::on(host, Some(disk));
+    let client = test.client();
     let worker = created(&client, "a");
     wait_for_line(&start_attack(&client, worker, "never-end", &["quiet"]), "ready");
-    kill(first_process(&stage.host, worker), Signal::SIGSTOP).unwrap();
-    let disk = stage.disk.as_ref().unwrap();
+    kill(first_process(&test.host, worker), Signal::SIGSTOP).unwrap();
+    let disk = test.disk.as_ref().unwrap();
     disk.fill();
     // How it ended finds no room.
     let ended = wait_until(&client, worker, |state| state != State::Running);
     assert_eq!(ended, State::Exited(Exit::Unknown));
     disk.limit("size=64m,nr_inodes=1000");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }

@@ -1,4 +1,4 @@
-//! Group D: starving the host. What would go on for ever has an end here: if a wall is missing, the test says
+//! Group D: starving the host. What would go on for ever has an end here: if a limit is missing, the test says
 //! so, and the machine goes on.
 
 use std::fs::{self, File, OpenOptions};
@@ -12,7 +12,7 @@ use nix::sys::statvfs::statvfs;
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::leave::{daemon, ignore_every_signal, keys};
+use crate::leftovers::{daemon, ignore_every_signal, keys};
 use crate::sys::{c, call, fork, wait_for_ever};
 use crate::{Attempt, Report};
 
@@ -315,7 +315,7 @@ fn fill_quota(report: &mut Report, words: &[String]) {
         std::os::fd::AsRawFd::as_raw_fd(&work) as usize,
         // Q_SETQUOTA for users
         0x8000_0800,
-        crate::leave::uid() as usize,
+        crate::leftovers::uid() as usize,
         limits.as_ptr() as usize,
         0,
         0,
@@ -352,7 +352,7 @@ fn chatter(_: &mut Report, words: &[String]) {
     // Around the line buffer of the standard library.
     let mut output = File::from(nix::unistd::dup(io::stdout()).expect("a job has an output"));
     for _ in 0..16 {
-        output.write_all(&piece).expect("somebody reads");
+        output.write_all(&piece).expect("it is read");
     }
     std::process::exit(7);
 }

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use crate::harness::TestHost;
 
-/// A census of the host, as far as a factory's jobs could change it.
+/// A snapshot of the host, as far as a factory's jobs could change it.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Census {
+pub struct HostSnapshot {
     /// Mounts of this namespace, the host's, that have to do with this test's factory or with a worker.
     mounts: BTreeSet<String>,
     /// SysV shared memory, semaphores and queues of the test's uids, which are counted for the whole host.
@@ -34,8 +34,8 @@ pub struct Census {
     users: BTreeSet<PathBuf>,
 }
 
-impl Census {
-    pub fn take(host: &TestHost) -> Census {
+impl HostSnapshot {
+    pub fn take(host: &TestHost) -> HostSnapshot {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let mountinfo = read("/proc/self/mountinfo");
         let entries = |dir: PathBuf| -> BTreeSet<PathBuf> {
@@ -61,7 +61,7 @@ impl Census {
         ] {
             owned_by(Path::new(place), &host.uids, &host.root, &mut files);
         }
-        Census {
+        HostSnapshot {
             mounts: mountinfo
                 .lines()
                 .map(|line| line.split(' ').skip(3).take(2).collect::<Vec<_>>().join(" on "))
@@ -88,7 +88,7 @@ impl Census {
 
     /// Fail unless the host is as it was.
     pub fn assert_unchanged(&self, host: &TestHost) {
-        let now = Census::take(host);
+        let now = HostSnapshot::take(host);
         assert_eq!(*self, now, "the host is not as it was");
     }
 }

@@ -13,10 +13,12 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User};
 use protocol::{Reply, Request, State, WorkerId};
-use testbed::census::{Census, files_anywhere, ipc_of, processes_of};
 use testbed::disk::SmallDisk;
 use testbed::harness::{Client, Running, TestHost, has_scopes, not_kept, place, tool, worker_id};
-use testbed::stage::{SLOTS, Stage, attack, create, created, read, start_attack, state, wait_for_line};
+use testbed::host_snapshot::{HostSnapshot, files_anywhere, ipc_of, processes_of};
+use testbed::test_helper::{
+    SLOTS, TestHelper, attack, create, created, read, start_attack, state, wait_for_line,
+};
 
 /// Start the attempt and let it get as far as it says with `line`; then it stays. Returns the console so far.
 pub fn ongoing(client: &Client, worker: WorkerId, name: &str, words: &[&str], line: &str) -> String {
@@ -33,26 +35,26 @@ pub fn with_user_namespaces() -> String {
     SLOTS.replace("[slots.c]", "[slots.c]\nallow_user_namespaces = true")
 }
 
-fn pids(stage: &Stage) -> Vec<i32> {
-    let all = processes_of(&stage.host.uids);
+fn pids(test: &TestHelper) -> Vec<i32> {
+    let all = processes_of(&test.host.uids);
     let number = |line: &String| line.split(' ').next().unwrap().parse().unwrap();
     all.iter().map(number).collect()
 }
 
 /// The letter of each process's state, as `proc_pid_stat(5)` has it.
-fn states(stage: &Stage) -> BTreeSet<char> {
+fn states(test: &TestHelper) -> BTreeSet<char> {
     let of = |pid: i32| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix("State:"))?;
         line.trim().chars().next()
     };
-    pids(stage).into_iter().filter_map(of).collect()
+    pids(test).into_iter().filter_map(of).collect()
 }
 
 #[test]
 fn row_01_a_daemon_that_ignores_every_signal_is_gone() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let console = start_attack(&client, worker, "daemons", &[]);
     for number in 0..5 {
@@ -60,72 +62,72 @@ fn row_01_a_daemon_that_ignores_every_signal_is_gone() {
     }
     wait_for_line(&console, "attempt over");
     // The program has ended; what it left behind has not, and nothing but SIGKILL ends it.
-    let daemons = pids(&stage);
+    let daemons = pids(&test);
     for pid in &daemons {
         for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT] {
             kill(Pid::from_raw(*pid), signal).ok();
         }
     }
-    let left = pids(&stage);
+    let left = pids(&test);
     assert!(left.len() >= 5, "{left:?} of {daemons:?}");
     assert_eq!(state(&client, worker), State::Running);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_02_fork_bombs_are_gone_also_one_that_is_faster_than_killing_each() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let (grow, relay) = (created(&client, "a"), created(&client, "c"));
     ongoing(&client, grow, "fork-bomb", &["grow"], "ready");
     ongoing(&client, relay, "fork-bomb", &["relay"], "ready");
-    assert!(pids(&stage).len() > 300, "the bomb is none");
-    stage.finish(&[grow, relay]);
+    assert!(pids(&test).len() > 300, "the bomb is none");
+    test.finish(&[grow, relay]);
 }
 
 #[test]
 fn row_03_stopped_traced_and_vforking_processes_are_gone() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let console = start_attack(&client, worker, "hard-to-kill", &[]);
     wait_for_line(&console, "ready");
     wait_for_line(&console, "in vfork");
     for state in ['T', 't', 'D'] {
         assert!(
-            states(&stage).contains(&state),
+            states(&test).contains(&state),
             "{:?}\n{}",
-            states(&stage),
+            states(&test),
             read(&console)
         );
     }
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_04_a_process_cannot_leave_its_cgroup() {
-    let stage = Stage::with(&with_user_namespaces());
-    let client = stage.client();
+    let test = TestHelper::with(&with_user_namespaces());
+    let client = test.client();
     let workers = [("a", "no clone3"), ("c", "clone3")].map(|(slot, how)| {
         let worker = created(&client, slot);
         ongoing(&client, worker, "cgroups", &[how], "ready");
         worker
     });
-    let own = workers.map(|worker| format!("{}/workers/{worker}", stage.host.cgroup));
-    let all = pids(&stage);
+    let own = workers.map(|worker| format!("{}/workers/{worker}", test.host.cgroup));
+    let all = pids(&test);
     assert!(all.len() >= 4, "{all:?}");
     for pid in all {
         let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
         let line = cgroups.lines().find(|line| line.starts_with("0::")).unwrap();
         assert!(own.iter().any(|own| line.ends_with(own)), "{cgroups}");
     }
-    stage.finish(&workers);
+    test.finish(&workers);
 }
 
 #[test]
 fn row_05_files_in_every_directory_are_refused_or_private_and_none_is_left_on_any_file_system() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let name = format!("left-by-{worker}");
     let console = ongoing(&client, worker, "files-everywhere", &[&name], "ready");
@@ -155,14 +157,14 @@ fn row_05_files_in_every_directory_are_refused_or_private_and_none_is_left_on_an
         // The host has nothing at that path: what the job wrote is its own.
         assert!(!Path::new(file).exists(), "{file} is on the host");
     }
-    let uids = stage.host.uids.clone();
-    let workers = stage.host.worker_dir(worker);
+    let uids = test.host.uids.clone();
+    let workers = test.host.worker_dir(worker);
     let meanwhile = files_anywhere(&uids);
     assert!(
         !meanwhile.is_empty() && meanwhile.iter().all(|path| path.starts_with(&workers)),
         "{meanwhile:?}"
     );
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
     assert_eq!(files_anywhere(&uids), BTreeSet::new());
 }
 
@@ -180,8 +182,8 @@ fn row_05_no_file_of_the_host_is_changed_though_everybody_may_write_it() {
     // One of them is what the slots show elsewhere.
     let shown = canaries[0].open.display();
     let slots = with_user_namespaces().replace("\"/usr/share\"", &format!("\"{shown}\""));
-    let stage = Stage::with(&slots);
-    let client = stage.client();
+    let test = TestHelper::with(&slots);
+    let client = test.client();
     for (slot, how) in [("a", "alone"), ("c", "namespaces")] {
         let mut words = vec![how];
         words.extend(canaries.iter().map(|canaries| canaries.words()[1]));
@@ -190,27 +192,27 @@ fn row_05_no_file_of_the_host_is_changed_though_everybody_may_write_it() {
         }
         let worker = created(&client, slot);
         attack(&client, worker, "host-files", &words);
-        stage.delete(&[worker]);
+        test.delete(&[worker]);
     }
     let after: Vec<_> = canaries.iter().map(Canaries::look).collect();
     assert_eq!(after, before);
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
 fn row_06_system_v_objects_are_the_jobs_own_and_gone() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     ongoing(&client, worker, "system-v", &[], "ready");
-    assert_eq!(ipc_of(&stage.host.uids), BTreeSet::new(), "the host sees them");
-    stage.finish(&[worker]);
+    assert_eq!(ipc_of(&test.host.uids), BTreeSet::new(), "the host sees them");
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_07_posix_queues_and_semaphores_are_the_jobs_own_and_gone() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let name = format!("left-by-{worker}");
     ongoing(&client, worker, "posix-ipc", &[&name], "ready");
@@ -225,17 +227,17 @@ fn row_07_posix_queues_and_semaphores_are_the_jobs_own_and_gone() {
         String::from_utf8(output.stdout).unwrap()
     };
     assert!(!on_the_host().contains(&name));
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
     assert!(!on_the_host().contains(&name));
 }
 
 #[test]
 fn row_08_a_job_gets_no_key_that_could_outlive_it() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     attack(&client, worker, "keys", &[]);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 /// Commands that ask services of the host to do something. The first take what `order` has in it, or are asked of the
@@ -261,7 +263,7 @@ fn requests(order: &str, bus: &str) -> [Vec<Vec<String>>; 2] {
 }
 
 #[test]
-fn row_09_no_service_of_the_host_takes_an_order() {
+fn row_09_no_service_of_the_host_takes_a_request() {
     for (program, package) in [
         ("crontab", "cron"),
         ("at", "at"),
@@ -307,8 +309,8 @@ fn row_09_no_service_of_the_host_takes_an_order() {
         ask(&["atrm".to_owned(), job.to_owned()]);
     }
 
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let [everybody, _] = requests("/work/order", &bus);
     let all: Vec<String> = everybody
@@ -318,32 +320,32 @@ fn row_09_no_service_of_the_host_takes_an_order() {
         .collect();
     let all: Vec<&str> = all.iter().map(String::as_str).collect();
     attack(&client, worker, "services", &all);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_10_sockets_fifos_and_whiteouts_are_gone_and_devices_refused() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     ongoing(&client, worker, "nodes", &[], "ready");
-    let work = stage.host.worker_dir(worker).join("fs/work");
+    let work = test.host.worker_dir(worker).join("fs/work");
     let kind = |name: &str| work.join(name).symlink_metadata().unwrap().file_type();
     assert!(kind("socket").is_socket() && kind("fifo").is_fifo() && kind("whiteout").is_char_device());
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_11_no_descriptor_can_be_handed_to_another_job() {
     let slot =
         |name| format!("[slots.{name}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nnetwork = \"none\"\n");
-    let stage = Stage::with(&format!("{SLOTS}{}{}", slot("alone"), slot("remote")));
-    let client = stage.client();
+    let test = TestHelper::with(&format!("{SLOTS}{}{}", slot("alone"), slot("remote")));
+    let client = test.client();
     let mut workers = Vec::new();
     for [one, other] in [["a", "c"], ["alone", "remote"]] {
         if one == "a" && !has_scopes() {
             not_kept(
-                &stage.helper,
+                &test.helper,
                 "abstract sockets and signals are not kept within jobs",
             );
             continue;
@@ -353,29 +355,29 @@ fn row_11_no_descriptor_can_be_handed_to_another_job() {
             panic!()
         };
         let other = created(&client, other);
-        // The census knows a Unix socket's owner by this name alone.
-        let name = format!("uid-{uid}-door");
-        ongoing(&client, holder, "door", &[&name], "ready");
+        // The snapshot knows a Unix socket's owner by this name alone.
+        let name = format!("uid-{uid}-listener");
+        ongoing(&client, holder, "listener", &[&name], "ready");
         attack(&client, other, "knock", &[&name]);
         workers.extend([holder, other]);
     }
-    stage.finish(&workers);
+    test.finish(&workers);
 }
 
 #[test]
 fn row_12_user_namespaces_are_refused_unless_the_slot_allows_them_and_then_leave_nothing() {
-    let stage = Stage::with(&with_user_namespaces());
-    let client = stage.client();
+    let test = TestHelper::with(&with_user_namespaces());
+    let client = test.client();
     let (refused, allowed) = (created(&client, "a"), created(&client, "c"));
     ongoing(&client, allowed, "user-namespace", &["allowed"], "ready");
-    let bound = stage.host.worker_dir(allowed).join("fs/work/bound");
+    let bound = test.host.worker_dir(allowed).join("fs/work/bound");
     assert_eq!(
         fs::read_dir(&bound).unwrap().count(),
         0,
         "its mounts are not its own"
     );
     attack(&client, refused, "user-namespace", &["refused"]);
-    stage.finish(&[refused, allowed]);
+    test.finish(&[refused, allowed]);
 }
 
 #[test]
@@ -383,8 +385,8 @@ fn row_13_watches_terminals_and_a_lock_on_a_host_file_are_gone() {
     let place = place();
     let path = place.path().join("of-the-host");
     fs::write(&path, "x").unwrap();
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     ongoing(
         &client,
@@ -395,23 +397,23 @@ fn row_13_watches_terminals_and_a_lock_on_a_host_file_are_gone() {
     );
     let lock = || Flock::lock(File::open(&path).unwrap(), FlockArg::LockExclusiveNonblock);
     assert!(lock().is_err(), "the job has no lock");
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
     lock().expect("the lock is free again");
 }
 
 #[test]
 fn row_14_no_crash_leaves_a_core_whatever_the_job_does_to_its_limit() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     attack(&client, worker, "crash", &[]);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
 fn row_15_a_port_that_an_escaped_daemon_listens_at_is_free_again() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let console = start_attack(&client, worker, "listen", &[]);
     wait_for_line(&console, "ready");
@@ -425,8 +427,8 @@ fn row_15_a_port_that_an_escaped_daemon_listens_at_is_free_again() {
     for address in &addresses {
         TcpStream::connect(address).expect("the daemon listens");
     }
-    assert_ne!(Census::take(&stage.host), stage.before);
-    stage.finish(&[worker]);
+    assert_ne!(HostSnapshot::take(&test.host), test.before);
+    test.finish(&[worker]);
     for address in addresses {
         TcpListener::bind(address).expect("the port is free");
     }
@@ -461,7 +463,7 @@ fn row_16_no_record_of_a_login_is_written() {
     let before = look();
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
-    let census = Census::take(&host);
+    let snapshot = HostSnapshot::take(&host);
     // In a mount namespace in which these are the host's.
     let mut helper = Command::new(tool("unshare", "util-linux"));
     helper.args(["--mount", "sh", "-c", &script, "sh"]);
@@ -481,7 +483,7 @@ fn row_16_no_record_of_a_login_is_written() {
     assert_eq!(look(), before, "{console}");
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     assert_eq!(look(), before);
-    census.assert_unchanged(&host);
+    snapshot.assert_unchanged(&host);
 }
 
 #[test]

@@ -12,11 +12,11 @@ use std::time::Instant;
 use nix::fcntl::{Flock, FlockArg};
 use protocol::{Exit, Reply, Request, State, WorkerId};
 use testbed::harness::{Client, PATIENCE, binaries, booted_machine, place};
-use testbed::stage::{Stage, attack, created, list, read, run, start_attack, state};
+use testbed::test_helper::{TestHelper, attack, created, list, read, run, start_attack, state};
 
 use crate::controllers::{LIMIT, SLACK, number};
-use crate::leave::ongoing;
-use crate::starve::slots;
+use crate::exhaustion::slots;
+use crate::leftovers::ongoing;
 
 /// What each process of a job may lock (`RLIMIT_MEMLOCK`); how many there are is limited, too.
 const LOCKED: u64 = 8 << 20;
@@ -53,12 +53,12 @@ fn setting(name: &str) -> u64 {
 fn row_97_what_is_counted_for_each_user_or_job_leaves_the_neighbour_its_own() {
     let limits = "processes = 64\nopen_files = 2048";
     let text = slots(&[("a", limits), ("c", limits)]);
-    let stage = Stage::with(
+    let test = TestHelper::with(
         &text
             .replace("[slots.a]\n", "[slots.a]\nallow_user_namespaces = true\n")
             .replace("[slots.c]\n", "[slots.c]\nallow_user_namespaces = true\n"),
     );
-    let client = stage.client();
+    let client = test.client();
     // Beyond the soft limit a pipe has two pages at most.
     let pipes = setting("fs/pipe-user-pages-soft") * 4096 + 4 * 200 * 8192;
     let instances = setting("fs/inotify/max_user_instances");
@@ -84,16 +84,16 @@ fn row_97_what_is_counted_for_each_user_or_job_leaves_the_neighbour_its_own() {
         );
         let (modest, got, line) = held(&client, "c", kind, 1, neighbours);
         assert!(got >= least, "{kind}: the neighbour: {line}");
-        stage.delete(&[greedy, modest]);
+        test.delete(&[greedy, modest]);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
 #[ignore = "needs the memory controller: tests/machine/run limits"]
 fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
-    let stage = Stage::with(&slots(&[("a", &format!("memory = {LIMIT}")), ("c", "")]));
-    let client = stage.client();
+    let test = TestHelper::with(&slots(&[("a", &format!("memory = {LIMIT}")), ("c", "")]));
+    let client = test.client();
     for (kind, processes, each) in [
         ("files", 16, 100_000),
         ("missing-names", 1, 400_000),
@@ -115,7 +115,7 @@ fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
             if state(&client, worker) != State::Running {
                 break "was ended";
             }
-            if number(&stage, worker, "memory.current") >= LIMIT - STEP - SLACK {
+            if number(&test, worker, "memory.current") >= LIMIT - STEP - SLACK {
                 break "is at its limit";
             }
             assert!(begin.elapsed() < PATIENCE, "{kind}: {}", read(&console));
@@ -123,22 +123,22 @@ fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
         };
         let neighbour = created(&client, "c");
         attack(&client, neighbour, "take-a-little", &[]);
-        let peak = number(&stage, worker, "memory.peak");
+        let peak = number(&test, worker, "memory.peak");
         println!(
             "{kind}: it {how}, {peak} bytes at most; {}",
             read(&console).trim()
         );
         assert!(peak <= LIMIT + SLACK, "{kind}: {peak}");
-        stage.delete(&[worker, neighbour]);
+        test.delete(&[worker, neighbour]);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
 fn row_98_without_the_hosts_network_names_and_ports_are_the_jobs_own() {
     let text = slots(&[("a", ""), ("c", "")]).replace("]\ntarget", "]\nnetwork = \"none\"\ntarget");
-    let stage = Stage::with(&text);
-    let client = stage.client();
+    let test = TestHelper::with(&text);
+    let client = test.client();
     for (kind, most, wanted) in [
         ("abstract-names", 1_000, 1_000),
         ("tcp-ports", 65_535, 100),
@@ -149,9 +149,9 @@ fn row_98_without_the_hosts_network_names_and_ports_are_the_jobs_own() {
         assert_eq!(got, wanted, "{kind}: {other}, while another job: {line}");
         // Nor are they the host's.
         TcpListener::bind("127.0.0.1:0").expect("the host has ports");
-        stage.delete(&[first, second]);
+        test.delete(&[first, second]);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }
 
 #[test]
@@ -160,8 +160,8 @@ fn row_99_the_helper_waits_for_no_lock_that_a_job_can_take() {
     let slot =
         |name: &str, lines: &str| format!("[slots.{name}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n{lines}");
     let shows = slot("a", "read_only = { \"/opt/etc\" = \"/etc\" }\n");
-    let stage = Stage::with(&(shows + &slot("c", "")));
-    let client = stage.client();
+    let test = TestHelper::with(&(shows + &slot("c", "")));
+    let client = test.client();
     let place = place();
     let file = place.path().join("file");
     fs::write(&file, "of the host").unwrap();
@@ -186,7 +186,7 @@ fn row_99_the_helper_waits_for_no_lock_that_a_job_can_take() {
     .map(str::to_owned)
     .into();
     files.push(file.display().to_string());
-    files.push(stage.host.root.display().to_string());
+    files.push(test.host.root.display().to_string());
     files.push(binaries().join("user-factory-helper").display().to_string());
     let holder = created(&client, "a");
     let words: Vec<&str> = ["locks-of-the-host"]
@@ -206,7 +206,7 @@ fn row_99_the_helper_waits_for_no_lock_that_a_job_can_take() {
     assert_eq!(ended, State::Exited(Exit::Status(7)), "{text}");
     assert_eq!(client.ask(&Request::Delete { worker: holder }).0, Reply::Deleted);
     assert!(lock(), "the lock is held by nobody any more");
-    stage.finish(&[next]);
+    test.finish(&[next]);
 }
 
 /// The host's own counts, before and while a job holds what it got.
@@ -293,7 +293,7 @@ fn what_one_job_leaves_to_the_host() {
         );
     }
     let text = slots(&[("a", ""), ("c", "")]).replace("]\ntarget", "]\nallow_user_namespaces = true\ntarget");
-    let stage = Stage::with(&text);
+    let test = TestHelper::with(&text);
     for (kind, processes, each, neighbours) in [
         ("pipes", 4, 1_000, 10),
         ("socket-buffers", 4, 500, 10),
@@ -322,7 +322,7 @@ fn what_one_job_leaves_to_the_host() {
         ("connections", 2, 200_000, 10),
         ("crashes", 1, 500, 1),
     ] {
-        let client = stage.client();
+        let client = test.client();
         let before = counts();
         let (greedy, _, line) = held(&client, "a", kind, processes, each);
         let during = counts();
@@ -342,7 +342,7 @@ fn what_one_job_leaves_to_the_host() {
         println!(
             "  the host: a port {ports:?}, a terminal {terminal:?}, a process {start:?}, an ordinary user's {nobodys:?}"
         );
-        stage.delete(&[greedy, modest]);
+        test.delete(&[greedy, modest]);
         let after = counts();
         println!(
             "  after Delete: {}",
@@ -350,7 +350,7 @@ fn what_one_job_leaves_to_the_host() {
                 .map(|name| after[name].clone())
                 .join("; ")
         );
-        assert_eq!(list(&stage.client()), []);
+        assert_eq!(list(&test.client()), []);
     }
-    stage.finish(&[]);
+    test.finish(&[]);
 }

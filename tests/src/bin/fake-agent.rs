@@ -1,4 +1,4 @@
-//! The reference agent; see `testbed::agent`.
+//! The fake agent; see `testbed::agent`.
 
 fn main() {
     if let Err(e) = testbed::agent::main() {

@@ -1,4 +1,4 @@
-//! The stand-in server by hand: starts one and says how to reach it.
+//! The fake server as a program: starts one and says how to reach it.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use testbed::server::{Server, ServerOptions};
 
-/// A stand-in buildomat server; forgets everything when it ends.
+/// A fake buildomat server; forgets everything when it ends.
 #[derive(Parser)]
 struct Args {
     #[arg(long, default_value = "127.0.0.1:9979")]

@@ -13,7 +13,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, mkfifo};
 
 use crate::calls::refused;
-use crate::leave::own_places;
+use crate::leftovers::own_places;
 use crate::sys::{c, call, fork, wait_for_ever};
 use crate::{Attempt, Report};
 
@@ -25,7 +25,6 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("kill-all", kill_all),
     ("keep-secret", keep_secret),
     ("seek", seek),
-    ("handles", handles),
     ("fifos", fifos),
 ];
 
@@ -71,7 +70,7 @@ const KINDS: [(&str, i32); 3] = [
     ("seqpacket", libc::SOCK_SEQPACKET),
 ];
 
-/// Words are paths, and `KIND@NAME` for abstract names on which somebody listens; `KIND@NAME@elsewhere`, where that is in
+/// Words are paths, and `KIND@NAME` for abstract names at which a process listens; `KIND@NAME@elsewhere`, where that is in
 /// another network namespace, so that the name is not even known.
 fn sockets(report: &mut Report, words: &[String]) {
     let usual = [
@@ -461,41 +460,6 @@ fn search(report: &mut Report, dir: &Path, secret: &str, depth: u32, seen: &mut 
             search(report, &path, secret, depth + 1, seen);
         } else if kind.is_file() && look_into(report, &path, secret, 4096) {
             *seen += 1;
-        }
-    }
-}
-
-fn handles(report: &mut Report, _: &[String]) {
-    // struct file_handle: its room, its kind, and the room; of any file, of its own, and of a mount's root.
-    let mut handle = [0u32; 34];
-    let mut mount_id = [0i32; 2];
-    for path in ["/", "/etc/passwd", "/work", "/proc/self/exe"] {
-        let name = c(path);
-        // AT_EMPTY_PATH, AT_SYMLINK_FOLLOW, AT_HANDLE_FID, AT_HANDLE_MNT_ID_UNIQUE: any user may ask these.
-        for flags in [0, 0x1000, 0x400, 0x200, 0x1] {
-            handle[0] = 128;
-            let arguments = [
-                libc::AT_FDCWD as usize,
-                name.as_ptr() as usize,
-                handle.as_mut_ptr() as usize,
-                mount_id.as_mut_ptr() as usize,
-                flags,
-                0,
-            ];
-            let named = call(libc::SYS_name_to_handle_at, arguments);
-            refused(report, format!("the handle of {path}"), named, libc::EOPNOTSUPP);
-        }
-        // The handle of inode 2, the root of most disks' file systems: FILEID_INO32_GEN.
-        handle[..4].copy_from_slice(&[8, 1, 2, 0]);
-        let on = File::open(path).expect("it can be read");
-        for mount in [
-            on.as_raw_fd() as usize,
-            libc::AT_FDCWD as usize,
-            -10003isize as usize,
-        ] {
-            let arguments = [mount, handle.as_ptr() as usize, 0, 0, 0, 0];
-            let opened = call(libc::SYS_open_by_handle_at, arguments);
-            refused(report, format!("a handle on {path}"), opened, libc::EPERM);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use protocol::{ErrorKind, Received, Reply, Request, WorkerId};
 
-use crate::host::Deed;
+use crate::host::Effect;
 use crate::net::{Answer, Ask, error, reply_of};
 use crate::script::{Extent, Fate, Mode, Point};
 use crate::world::{Event, World};
@@ -96,7 +96,7 @@ impl World {
             panic!("a page for the helper");
         };
         let live = call.waits();
-        let (reply, deed) = self.host.carry_out(self.file.as_ref(), &request, extent);
+        let (reply, effect) = self.host.carry_out(self.file.as_ref(), &request, extent);
         if let Reply::Error(error) = &reply
             && live
         {
@@ -106,18 +106,18 @@ impl World {
         let Some(worker) = request_worker(&request) else {
             return (reply, 0);
         };
-        match deed {
-            Deed::Nothing => {}
-            Deed::Made => {
+        match effect {
+            Effect::Nothing => {}
+            Effect::Made => {
                 if !live && let Some(w) = self.host.workers.get_mut(&worker) {
                     w.ghost = true;
                 }
             }
-            Deed::Started(agent) => {
+            Effect::Started(agent) => {
                 self.checks.agent_started(worker, &self.server);
                 self.started(worker, agent);
             }
-            Deed::Removed => self.checks.removed(worker, live),
+            Effect::Removed => self.checks.removed(worker, live),
         }
         let lines = worker_lines(worker);
         (reply, lines)

@@ -420,7 +420,7 @@ fn lock_files_of_the_host(report: &mut Report, files: &[String]) -> ! {
         let operation = (libc::LOCK_EX | libc::LOCK_NB) as usize;
         let lock = call(libc::SYS_flock, [fd, operation, 0, 0, 0, 0]);
         report.say(format!("lock of {path}: {lock:?}"));
-        // Whoever opens a file that has a lease waits for its holder, as long as fs.lease-break-time says.
+        // A process that opens a file with a lease waits for its holder, as long as fs.lease-break-time says.
         report.must_fail(format!("a lease of {path}"), set_lease(&file, libc::F_RDLCK));
         kept.push(file);
     }

@@ -286,8 +286,8 @@ impl Checks {
         }
     }
 
-    /// A second has passed. No process of a failed worker goes on beside a slot that waits for a person, unless the slot
-    /// keeps them. `fair`: the supervisor runs, and all whom it calls answer.
+    /// A second has passed. No process of a failed worker goes on beside a slot that waits for an operator, unless the slot
+    /// keeps them. `fair`: the supervisor runs, and all that it calls answer.
     pub fn processes_end(&mut self, fair: bool, server: &Server, host: &Host) {
         let limit = 60_000 + 2_000 * self.config.factory.poll_seconds;
         let mut found = None;

@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{ErrorKind, Reply, Request, WorkerId, wire};
 use testbed::harness::{Client, PATIENCE, sealed};
-use testbed::stage::{read, wait_for_line};
+use testbed::test_helper::{read, wait_for_line};
 use testbed::tracer::service::{Connections, Kind, Plan, When, children, listener};
 
 use crate::bench::{Bench, Operation, ask, prepare, request};
@@ -43,7 +43,7 @@ fn cgroup(bench: &Bench, worker: WorkerId, but: Option<u64>) -> Option<u64> {
 const AGENT: &[u8] = b"#!/bin/bash\necho ready\nsleep 1000 & exit 0\n";
 
 #[test]
-fn an_order_of_a_connection_that_was_killed_is_not_carried_out() {
+fn a_request_of_a_killed_session_is_not_carried_out() {
     let bench = Bench::new();
     let worker = prepare(&bench, Operation::Install, "rich");
     let listener = listener(bench.helper.pid());

@@ -18,8 +18,8 @@ fn look_around(port: u16) -> String {
 async fn a_job_without_a_network_reaches_the_server_and_nobody_else() {
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = other.local_addr().unwrap().port();
-    let house = House::new(ALONE).await;
-    let server: u16 = house.server.url().rsplit(':').next().unwrap().parse().unwrap();
+    let factory = TestFactory::new(ALONE).await;
+    let server: u16 = factory.server.url().rsplit(':').next().unwrap().parse().unwrap();
     let mut spec = JobSpec::script(
         "linux",
         format!(
@@ -31,68 +31,68 @@ async fn a_job_without_a_network_reaches_the_server_and_nobody_else() {
     );
     spec.inputs = vec![("in.txt".into(), "words\n".into())];
     spec.output_rules = vec!["/work/*.txt".into()];
-    let job = house.server.submit_job(spec).unwrap();
-    let done = house.ended(job).await;
+    let job = factory.server.submit_job(spec).unwrap();
+    let done = factory.ended(job).await;
     assert_eq!(done.state(), "completed", "{:#?}", done.events);
     assert_eq!(lines(&done, "stdout"), ["refused", "lo", "server"]);
-    let output = house.server.output(job, "/work/out.txt").unwrap();
+    let output = factory.server.output(job, "/work/out.txt").unwrap();
     assert_eq!(output.len(), 3_000_006);
     other.set_nonblocking(true).unwrap();
     assert!(other.accept().is_err(), "the job reached the host's loopback");
-    house.finish().await;
+    factory.finish().await;
 }
 
 /// Otherwise the test above proves nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_with_the_hosts_network_reaches_what_the_host_does() {
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
-    let house = House::new(ONE).await;
-    let done = house
-        .ended(house.submit(&look_around(other.local_addr().unwrap().port())))
+    let factory = TestFactory::new(ONE).await;
+    let done = factory
+        .ended(factory.submit(&look_around(other.local_addr().unwrap().port())))
         .await;
     assert_eq!(lines(&done, "stdout")[0], "reached");
-    house.finish().await;
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_without_a_network_outlives_the_supervisors_restarts() {
-    let mut house = House::new(ALONE).await;
-    let job = house.submit("for n in 1 2 3 4 5 6; do echo line $n; read -t 1 < <(sleep 2); done; true");
+    let mut factory = TestFactory::new(ALONE).await;
+    let job = factory.submit("for n in 1 2 3 4 5 6; do echo line $n; read -t 1 < <(sleep 2); done; true");
     for (line, signal) in [("line 1", Signal::SIGTERM), ("line 3", Signal::SIGKILL)] {
-        house.printed(job, line).await;
-        house.supervisor.signal(signal);
-        house.supervisor.wait();
-        house.supervisor = house.host.supervisor();
+        factory.printed(job, line).await;
+        factory.supervisor.signal(signal);
+        factory.supervisor.wait();
+        factory.supervisor = factory.host.supervisor();
     }
-    let done = house.ended(job).await;
+    let done = factory.ended(job).await;
     assert_eq!(done.state(), "completed", "{:#?}", done.events);
     let expected: Vec<String> = (1..=6).map(|n| format!("line {n}")).collect();
     // The agent repeats what was cut off before it was answered, as it does when the server goes away.
     let mut came = lines(&done, "stdout");
     came.dedup();
     assert_eq!(came, expected);
-    assert_eq!(house.server.workers().len(), 1);
-    house.finish().await;
+    assert_eq!(factory.server.workers().len(), 1);
+    factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_is_ended_at_its_slots_time_and_a_person_is_told_why() {
-    let house = House::new(&format!("{ONE}limits.run_time_seconds = 10\n")).await;
-    let job = house.submit("echo running; (setsid sleep 1000 &); sleep 1000");
-    house.printed(job, "running").await;
-    let done = house.ended(job).await;
+async fn a_job_is_ended_at_its_slots_time_limit_and_its_log_says_why() {
+    let factory = TestFactory::new(&format!("{ONE}limits.run_time_seconds = 10\n")).await;
+    let job = factory.submit("echo running; (setsid sleep 1000 &); sleep 1000");
+    factory.printed(job, "running").await;
+    let done = factory.ended(job).await;
     assert_eq!(done.state(), "failed", "{:#?}", done.events);
     let console = lines(&done, "console").join("\n");
     assert!(console.contains("as long as the slot lets it"), "{console}");
-    let held = house.server.worker(done.worker.unwrap());
+    let held = factory.server.worker(done.worker.unwrap());
     assert_eq!(
         held.hold.map(|hold| hold.reason).as_deref(),
         Some("worker failed: the agent was ended at the slot's limits.run_time_seconds")
     );
     assert!(
-        processes_of(&house.host.uids).is_empty(),
+        processes_of(&factory.host.uids).is_empty(),
         "something has outlived its time"
     );
-    house.server.release(held.id).unwrap();
-    house.finish().await;
+    factory.server.release(held.id).unwrap();
+    factory.finish().await;
 }

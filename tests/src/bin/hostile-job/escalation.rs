@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::leave::{mount, own_namespaces, uid};
+use crate::leftovers::{mount, own_namespaces, uid};
 use crate::sys::{c, call, fork, wait_for_ever};
 use crate::{Attempt, Report};
 
@@ -21,7 +21,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("new-namespaces", new_namespaces),
     ("capable-calls", capable_calls),
     ("init", init),
-    ("strangers", strangers),
+    ("other-processes", other_processes),
     ("own-child", own_child),
     ("overwrite-programs", overwrite_programs),
     ("inheritance", inheritance),
@@ -406,7 +406,7 @@ fn init(report: &mut Report, words: &[String]) {
     }
 }
 
-fn strangers(report: &mut Report, words: &[String]) {
+fn other_processes(report: &mut Report, words: &[String]) {
     let own = std::process::id().to_string();
     let listed: BTreeSet<String> = fs::read_dir("/proc")
         .expect("/proc can be listed")

@@ -1,59 +1,59 @@
-//! A whole factory: the stand-in server, a host with the helper as root and the supervisor as an unprivileged
+//! A whole factory for a test: the fake server, a host with the helper as root and the supervisor as an unprivileged
 //! user, and what tests of it ask again and again.
 
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 
-use crate::census::Census;
 use crate::disk::SmallDisk;
 use crate::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, place};
+use crate::host_snapshot::HostSnapshot;
 use crate::proxy::Proxy;
 use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
 
 pub const ONE: &str = "[slots.a]\ntarget = \"TARGET\"\nenv.COLOUR = \"red\"\n";
 pub const TWO: &str = "[slots.a]\ntarget = \"TARGET\"\n[slots.b]\ntarget = \"TARGET\"\n";
 
-/// The calls of a round, as the supervisor's log names them.
+/// The calls of a poll, as the supervisor's log names them.
 pub const CALLS: [&str; 3] = ["workers", "lease", "list"];
 
-/// How long a job runs that says `running` and waits for [`House::let_end`]. It may not write where the test can,
+/// How long a job runs that says `running` and waits for [`TestFactory::release`]. It may not write where the test can,
 /// so it is ended by a file of the host's that it can read.
-const WAITING: &str = "echo running; while ! [ -e DOOR ]; do read -t 0.2 < <(sleep 1); done; echo done";
+const BLOCKING: &str = "echo running; while ! [ -e RELEASE ]; do read -t 0.2 < <(sleep 1); done; echo done";
 
 /// The fields go in this order: the processes, what is mounted in the host's directory, the directory.
 #[derive(Debug)]
-pub struct House {
+pub struct TestFactory {
     pub supervisor: Running,
     pub helper: Running,
     pub disk: Option<SmallDisk>,
     pub host: TestHost,
-    /// Between the factory and the server, where the house is built so.
+    /// Between the factory and the server, where the factory has one.
     pub proxy: Option<Proxy>,
     pub server: Server,
-    pub before: Census,
+    pub before: HostSnapshot,
     pub target: Ulid,
-    doors: tempfile::TempDir,
+    shared: tempfile::TempDir,
 }
 
-impl House {
+impl TestFactory {
     /// A factory with these slots; `TARGET` in them stands for the target's id.
-    pub async fn new(slots: &str) -> House {
-        House::with_agent(slots, binaries().join("reference-agent")).await
+    pub async fn new(slots: &str) -> TestFactory {
+        TestFactory::with_agent(slots, binaries().join("fake-agent")).await
     }
 
-    pub async fn with_agent(slots: &str, agent: PathBuf) -> House {
-        House::build(slots, agent, false, |_| None).await
+    pub async fn with_agent(slots: &str, agent: PathBuf) -> TestFactory {
+        TestFactory::build(slots, agent, false, |_| None).await
     }
 
     /// One in which factory and agents reach the server through a proxy.
-    pub async fn behind_a_proxy(slots: &str) -> House {
-        House::build(slots, binaries().join("reference-agent"), true, |_| None).await
+    pub async fn behind_a_proxy(slots: &str) -> TestFactory {
+        TestFactory::build(slots, binaries().join("fake-agent"), true, |_| None).await
     }
 
     /// One whose host was prepared before anything of the factory started.
-    pub async fn on(slots: &str, prepare: impl FnOnce(&TestHost) -> Option<SmallDisk>) -> House {
-        House::build(slots, binaries().join("reference-agent"), false, prepare).await
+    pub async fn on(slots: &str, prepare: impl FnOnce(&TestHost) -> Option<SmallDisk>) -> TestFactory {
+        TestFactory::build(slots, binaries().join("fake-agent"), false, prepare).await
     }
 
     async fn build(
@@ -61,7 +61,7 @@ impl House {
         agent: PathBuf,
         behind_a_proxy: bool,
         prepare: impl FnOnce(&TestHost) -> Option<SmallDisk>,
-    ) -> House {
+    ) -> TestFactory {
         let options = ServerOptions {
             agent: Some(agent),
             ..ServerOptions::default()
@@ -79,11 +79,11 @@ impl House {
         let slots = slots.replace("TARGET", &target.to_string());
         host.configure(&url, SUPERVISOR_UID, &slots);
         host.write_token(&token);
-        let before = Census::take(&host);
+        let before = HostSnapshot::take(&host);
         let helper = host.helper();
         let supervisor = host.supervisor();
-        let doors = place();
-        House {
+        let shared = place();
+        TestFactory {
             supervisor,
             helper,
             disk,
@@ -92,7 +92,7 @@ impl House {
             server,
             before,
             target,
-            doors,
+            shared,
         }
     }
 
@@ -100,7 +100,7 @@ impl House {
         self.proxy.as_ref().map_or_else(|| self.server.url(), Proxy::url)
     }
 
-    /// Configure it anew: slots as in [`House::new`].
+    /// Configure it anew: slots as in [`TestFactory::new`].
     pub fn configure(&self, slots: &str) {
         let slots = slots.replace("TARGET", &self.target.to_string());
         self.host.configure(&self.url(), SUPERVISOR_UID, &slots);
@@ -110,33 +110,33 @@ impl House {
         self.server.submit_job(JobSpec::script("linux", script)).unwrap()
     }
 
-    /// A job that prints `running`, and ends, with `done`, after [`House::let_end`].
-    pub fn submit_waiting(&self) -> Ulid {
-        self.submit(&WAITING.replace("DOOR", &self.door().display().to_string()))
+    /// A job that prints `running`, and ends, with `done`, after [`TestFactory::release`].
+    pub fn submit_blocking(&self) -> Ulid {
+        self.submit(&BLOCKING.replace("RELEASE", &self.release_file().display().to_string()))
     }
 
-    fn door(&self) -> PathBuf {
-        self.doors.path().join("open")
+    fn release_file(&self) -> PathBuf {
+        self.shared.path().join("release")
     }
 
     /// A directory that jobs can read, and the test can write.
     pub fn shared(&self) -> &Path {
-        self.doors.path()
+        self.shared.path()
     }
 
-    /// Let all waiting jobs end.
-    pub fn let_end(&self) {
-        std::fs::write(self.door(), "").unwrap();
+    /// Let all blocking jobs end.
+    pub fn release(&self) {
+        std::fs::write(self.release_file(), "").unwrap();
     }
 
-    /// Let waiting jobs that are submitted from now on wait again.
-    pub fn shut(&self) {
-        std::fs::remove_file(self.door()).unwrap();
+    /// Let blocking jobs that are submitted from now on wait again.
+    pub fn block_again(&self) {
+        std::fs::remove_file(self.release_file()).unwrap();
     }
 
-    /// Submit a waiting job, and wait until it runs.
+    /// Submit a blocking job, and wait until it runs.
     pub async fn running(&self) -> Ulid {
-        let job = self.submit_waiting();
+        let job = self.submit_blocking();
         self.printed(job, "running").await;
         job
     }
@@ -216,9 +216,9 @@ impl House {
         self.polls(2).await;
     }
 
-    /// How often the supervisor (see [`House::count_calls`]) makes each of its calls, to the server and to the helper, in
-    /// one of the next `rounds` rounds.
-    pub async fn calls_of_a_round(&self, rounds: u64) -> std::collections::BTreeMap<String, f64> {
+    /// How often the supervisor (see [`TestFactory::count_calls`]) makes each of its calls, to the server and to the helper, in
+    /// one of the next `polls` polls.
+    pub async fn calls_per_poll(&self, rounds: u64) -> std::collections::BTreeMap<String, f64> {
         self.polls(1).await;
         let seen = self.supervisor.log.len();
         self.polls(rounds).await;
@@ -237,15 +237,15 @@ impl House {
     }
 
     /// Wait for a line of the supervisor's log, from `from` on.
-    pub fn told_from(&self, from: usize, parts: &[&str]) -> String {
+    pub fn logged_from(&self, from: usize, parts: &[&str]) -> String {
         tokio::task::block_in_place(|| self.supervisor.log.wait_from(from, parts))
     }
 
-    pub fn told(&self, parts: &[&str]) -> String {
-        self.told_from(0, parts)
+    pub fn logged(&self, parts: &[&str]) -> String {
+        self.logged_from(0, parts)
     }
 
-    /// End the supervisor with this signal, as a crash or a person does.
+    /// End the supervisor with this signal, as a crash or an operator does.
     pub fn end_supervisor(&mut self, signal: Signal) -> std::process::ExitStatus {
         self.supervisor.signal(signal);
         self.supervisor.wait()

@@ -1,4 +1,4 @@
-//! The walls as root sees them from outside: what each kind of process may still do, and what it holds.
+//! Privileges, as root sees them from outside: what each kind of process may still do, and what it holds.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -43,15 +43,15 @@ fn descriptor(pid: u32, number: u32) -> String {
 
 #[test]
 fn each_process_keeps_what_its_work_takes_and_no_more() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, "a");
     let program = sealed(b"#!/bin/bash\necho here\nread -r < <(sleep infinity)\n");
     let (reply, console) = install(&client, worker, program);
     assert_eq!(reply, Reply::AgentStarted);
     wait_for_line(&console.unwrap(), "here");
 
-    let daemon = stage.helper.pid();
+    let daemon = test.helper.pid();
     let listener = listener(daemon);
     let (first, connections) = (children(daemon), children(listener));
     let first: Vec<u32> = first.into_iter().filter(|pid| *pid != listener).collect();
@@ -76,7 +76,7 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
     assert_walls("the agent", agent, &[], 2);
 
     // A connection may ignore modes, but not what its descriptors are of: these mounts are read-only, and have no parent.
-    let configuration = stage.host.root.join(protocol::config::CONFIG_PATH);
+    let configuration = test.host.root.join(protocol::config::CONFIG_PATH);
     for place in [
         Path::new("/etc"),
         Path::new("/dev"),
@@ -165,5 +165,5 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
         !places.iter().any(|place| place.starts_with("/.buildomat")),
         "{places:?}"
     );
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }

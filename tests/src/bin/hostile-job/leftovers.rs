@@ -28,7 +28,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("keys", keys),
     ("services", services),
     ("nodes", nodes),
-    ("door", door),
+    ("listener", listener),
     ("knock", knock),
     ("user-namespace", user_namespace),
     ("watches-and-locks", watches_and_locks),
@@ -117,7 +117,7 @@ fn fork_bomb(report: &mut Report, words: &[String]) {
                 }
             }
         }
-        // None lives for long: whoever reads the list of processes, and then kills, kills the dead.
+        // None lives for long: a killer that reads the list of processes first kills what has ended.
         "relay" => {
             for number in 0..20 {
                 fork(|| {
@@ -501,20 +501,23 @@ fn abstract_name(name: &str) -> SocketAddr {
     SocketAddr::from_abstract_name(name).expect("a short name")
 }
 
-/// Hold a door open for other jobs.
-fn door(report: &mut Report, words: &[String]) {
+/// Listen at an abstract name for other jobs.
+fn listener(report: &mut Report, words: &[String]) {
     let listener = UnixListener::bind_addr(&abstract_name(&words[0]));
     let listener = report.must_work("listening", listener);
     let datagrams = UnixDatagram::bind_addr(&abstract_name(&format!("{}-datagrams", words[0])));
     let datagrams = report.must_work("datagrams", datagrams);
-    // It is a door indeed: this job itself gets through.
-    report.must_work("own door", UnixStream::connect_addr(&abstract_name(&words[0])));
+    // It can be reached: this job itself connects.
+    report.must_work(
+        "own listener",
+        UnixStream::connect_addr(&abstract_name(&words[0])),
+    );
     report.say("ready");
     std::mem::forget((listener, datagrams));
     wait_for_ever();
 }
 
-/// Knock at another job's door. Past it, any descriptor could be handed over.
+/// Connect to another job's listener. Over that connection, any descriptor could be handed over.
 fn knock(report: &mut Report, words: &[String]) {
     report.must_fail("connecting", UnixStream::connect_addr(&abstract_name(&words[0])));
     let socket = UnixDatagram::unbound().expect("a socket can be made");

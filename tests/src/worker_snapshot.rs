@@ -1,4 +1,4 @@
-//! What a factory's worker can have left in its own places: the part of a [`Census`](crate::census::Census) that
+//! What a factory's worker can have left in its own places: the part of a [`HostSnapshot`](crate::host_snapshot::HostSnapshot) that
 //! is cheap enough to be taken thousands of times, and more of the helper's own.
 
 use std::collections::BTreeSet;
@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 
 use protocol::config::{RUN_DIR, STATE_DIR};
 
-use crate::census::{ipc_of, processes_of};
 use crate::harness::TestHost;
+use crate::host_snapshot::{ipc_of, processes_of};
 
 /// What there is below the test's root and in the kernel, but for what the helper keeps without any worker.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Remains {
+pub struct WorkerSnapshot {
     /// Every path below these directories, each with its owner.
     paths: BTreeSet<(PathBuf, u32)>,
     cgroups: BTreeSet<PathBuf>,
@@ -22,8 +22,8 @@ pub struct Remains {
     mounts: BTreeSet<String>,
 }
 
-impl Remains {
-    pub fn take(host: &TestHost) -> Remains {
+impl WorkerSnapshot {
+    pub fn take(host: &TestHost) -> WorkerSnapshot {
         let mut paths = BTreeSet::new();
         for place in [
             &*format!("{STATE_DIR}/workers"),
@@ -40,7 +40,7 @@ impl Remains {
             .into_iter()
             .flatten()
             .flatten();
-        Remains {
+        WorkerSnapshot {
             paths,
             cgroups: cgroups
                 .map(|entry| entry.path())

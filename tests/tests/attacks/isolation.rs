@@ -10,13 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use protocol::{ErrorKind, Exit, Reply, Request, State, UserName, config};
-use testbed::census::processes_of;
 use testbed::harness::{has_scopes, not_kept, sealed, worker_id};
-use testbed::stage::{
-    SLOTS, Stage, attack, create, created, install, kind, list, start_attack, wait_for_line, wait_until,
+use testbed::host_snapshot::processes_of;
+use testbed::test_helper::{
+    SLOTS, TestHelper, attack, create, created, install, kind, list, start_attack, wait_for_line, wait_until,
 };
 
-use crate::leave::ongoing;
+use crate::leftovers::ongoing;
 
 /// Jobs have a `/tmp` of their own, which hides a test's host by itself. For `part`, a test of this file that
 /// is left out otherwise, it is where jobs see the real host, and only what the helper does hides it.
@@ -63,7 +63,7 @@ fn abstract_socket(kind: SockType, name: &str) -> OwnedFd {
 }
 
 #[test]
-fn row_38_sockets_of_the_host_by_path_and_by_abstract_name() {
+fn row_38_sockets_of_the_host_are_unreachable_by_path_and_by_abstract_name() {
     where_jobs_look("sockets");
 }
 
@@ -71,9 +71,9 @@ fn row_38_sockets_of_the_host_by_path_and_by_abstract_name() {
 #[ignore = "a part of row 38, which starts it"]
 fn sockets() {
     let alone = "[slots.alone]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nnetwork = \"none\"\n";
-    let stage = Stage::with(&format!("{SLOTS}{alone}"));
+    let test = TestHelper::with(&format!("{SLOTS}{alone}"));
     let pid = std::process::id();
-    let client = stage.client();
+    let client = test.client();
     let made = |path: PathBuf| {
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path).unwrap();
@@ -82,18 +82,18 @@ fn sockets() {
         (listener, Made(path))
     };
     let run = PathBuf::from(format!("/run/user-factory-test-{pid}.sock"));
-    let gate = stage.host.root.join(config::GATE_DIR);
+    let gate = test.host.root.join(config::GATE_DIR);
     let listeners = [
         made(run),
         made(gate.join(config::GATE_SOCKET)),
-        made(stage.host.root.join("open.sock")),
+        made(test.host.root.join("open.sock")),
     ];
     let datagrams = PathBuf::from(format!("/run/user-factory-test-{pid}.datagram"));
     let datagram = UnixDatagram::bind(&datagrams).unwrap();
     datagram.set_nonblocking(true).unwrap();
     open_to_all(&datagrams);
     let datagrams = Made(datagrams);
-    for place in [&gate, &stage.host.socket()] {
+    for place in [&gate, &test.host.socket()] {
         open_to_all(place);
     }
     let names = ["stream", "datagram", "seqpacket"].map(|name| format!("user-factory-test-{pid}-{name}"));
@@ -108,13 +108,13 @@ fn sockets() {
     listeners[0].0.accept().expect("it was just called");
 
     // One that is shown where it is, as a directory of an operator's would be, is another matter: the file is
-    // there, and so is whoever listens. So the third is not among the words, and its end is looked at below.
+    // there, and so is the listener. So the third is not among the words, and its end is looked at below.
     let at = |path: &Path| path.display().to_string();
     let mut words = vec![
         at(&listeners[0].1.0),
         at(&listeners[1].1.0),
         at(&datagrams.0),
-        at(&stage.host.socket()),
+        at(&test.host.socket()),
     ];
     let paths = words.len();
     for (kind, name) in ["stream", "datagram", "seqpacket"].iter().zip(&names) {
@@ -136,7 +136,7 @@ fn sockets() {
         attack(&client, worker, "sockets", &words);
     } else {
         not_kept(
-            &stage.helper,
+            &test.helper,
             "abstract sockets and signals are not kept within jobs",
         );
         attack(&client, worker, "sockets", &words[..paths]);
@@ -165,15 +165,15 @@ fn sockets() {
         );
     }
     drop((listeners, datagrams));
-    stage.finish(&[worker, alone]);
+    test.finish(&[worker, alone]);
 }
 
 /// One attempt of a job of slot a, to its end.
 fn one(name: &str) -> String {
-    let stage = Stage::new();
-    let worker = created(&stage.client(), "a");
-    let console = attack(&stage.client(), worker, name, &[]);
-    stage.finish(&[worker]);
+    let test = TestHelper::new();
+    let worker = created(&test.client(), "a");
+    let console = attack(&test.client(), worker, name, &[]);
+    test.finish(&[worker]);
     console
 }
 
@@ -183,14 +183,14 @@ fn row_39_device_nodes_of_the_host_are_neither_there_nor_made() {
 }
 
 #[test]
-fn row_40_typing_into_a_terminal() {
+fn row_40_no_input_is_injected_into_a_terminal() {
     let console = one("terminal");
     assert!(console.contains("typing is over"), "{console}");
 }
 
 /// A script of the host's job in slot c, and the number of its `sleep`, as the host has it.
-fn neighbour(stage: &Stage) -> (protocol::WorkerId, u32) {
-    let client = stage.client();
+fn neighbour(test: &TestHelper) -> (protocol::WorkerId, u32) {
+    let client = test.client();
     let worker = created(&client, "c");
     let script = b"#!/bin/bash\necho ready; exec sleep 1000\n";
     let (reply, console) = install(&client, worker, sealed(script));
@@ -198,7 +198,7 @@ fn neighbour(stage: &Stage) -> (protocol::WorkerId, u32) {
     wait_for_line(&console.unwrap(), "ready");
     let begin = std::time::Instant::now();
     loop {
-        let all = processes_of(&stage.host.uids);
+        let all = processes_of(&test.host.uids);
         if let Some(line) = all.iter().find(|line| line.ends_with("sleep")) {
             return (worker, line.split(' ').next().unwrap().parse().unwrap());
         }
@@ -222,31 +222,31 @@ fn lives(pid: u32, name: &str) {
 }
 
 #[test]
-fn row_41_signals_to_processes_outside() {
-    let stage = Stage::new();
-    let client = stage.client();
-    let (other, sleeper) = neighbour(&stage);
+fn row_41_processes_outside_of_the_job_get_no_signal() {
+    let test = TestHelper::new();
+    let client = test.client();
+    let (other, sleeper) = neighbour(&test);
     let worker = created(&client, "a");
-    let pids = [std::process::id(), sleeper, stage.helper.pid()].map(|pid| pid.to_string());
+    let pids = [std::process::id(), sleeper, test.helper.pid()].map(|pid| pid.to_string());
     attack(&client, worker, "signals", &[&pids[0], &pids[1], &pids[2]]);
     lives(sleeper, "sleep");
-    lives(stage.helper.pid(), "user-factory");
-    stage.finish(&[worker, other]);
+    lives(test.helper.pid(), "user-factory");
+    test.finish(&[worker, other]);
 }
 
 #[test]
 fn row_41_a_signal_to_all_ends_nothing_but_the_job_itself() {
-    let stage = Stage::new();
-    let client = stage.client();
-    let (other, sleeper) = neighbour(&stage);
+    let test = TestHelper::new();
+    let client = test.client();
+    let (other, sleeper) = neighbour(&test);
     let worker = created(&client, "a");
     start_attack(&client, worker, "kill-all", &[]);
     // It ends the job's own agent, and with that the job, itself included.
     let end = wait_until(&client, worker, |state| state != State::Running);
     assert_eq!(end, State::Exited(Exit::Signal(9)));
     lives(sleeper, "sleep");
-    lives(stage.helper.pid(), "user-factory");
-    stage.finish(&[worker, other]);
+    lives(test.helper.pid(), "user-factory");
+    test.finish(&[worker, other]);
 }
 
 /// Of this process only: it may see what other tests, each in a process of its own, have left open.
@@ -259,27 +259,27 @@ fn backwards(secret: &str) -> String {
 }
 
 #[test]
-fn row_42_another_jobs_files() {
+fn row_42_another_jobs_files_are_out_of_reach() {
     where_jobs_look("files");
 }
 
 #[test]
 #[ignore = "a part of row 42, which starts it"]
 fn files() {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let (first, second) = (created(&client, "a"), created(&client, "c"));
     ongoing(&client, first, "keep-secret", &[&secret()], "ready");
     let home = format!("/home/{}", UserName::from(first));
-    let files = stage.host.worker_dir(first);
+    let files = test.host.worker_dir(first);
     assert!(
         files.join("fs/work").join(secret()).exists(),
         "the first job has kept nothing"
     );
-    let devices = stage.host.root.join(config::RUN_DIR).join("devices");
+    let devices = test.host.root.join(config::RUN_DIR).join("devices");
     let devices = devices.join(first.to_string());
     // The worker's directory is closed to all but root. Suppose that it were not.
-    for path in files.ancestors().take_while(|path| **path != stage.host.root) {
+    for path in files.ancestors().take_while(|path| **path != test.host.root) {
         open_to_all(path);
     }
     let words = [
@@ -294,19 +294,19 @@ fn files() {
         console.contains("files were read") && !console.contains("\n0 files were read"),
         "{console}"
     );
-    stage.finish(&[first, second]);
+    test.finish(&[first, second]);
 }
 
 #[test]
-fn row_43_the_factorys_token_state_and_configuration_and_homes() {
+fn row_43_the_factorys_token_state_and_configuration_and_homes_are_hidden() {
     where_jobs_look("secrets");
 }
 
 #[test]
 #[ignore = "a part of row 43, which starts it"]
 fn secrets() {
-    let stage = Stage::new();
-    let root = &stage.host.root;
+    let test = TestHelper::new();
+    let root = &test.host.root;
     let pid = std::process::id();
     // In all of these places everybody may read: what is tried is the hiding alone.
     let (home, roots) = (
@@ -331,7 +331,7 @@ fn secrets() {
         open_to_all(&dir.join("marker"));
         open_to_all(dir);
     }
-    let client = stage.client();
+    let client = test.client();
     let worker = created(&client, "a");
     let mut words = vec![backwards(&secret())];
     words.extend(dirs.iter().map(|dir| dir.display().to_string()));
@@ -340,11 +340,11 @@ fn secrets() {
     attack(&client, worker, "seek", &words);
     fs::remove_file(state.join("workers/marker")).unwrap();
     drop(made);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn row_43_a_token_that_everybody_on_the_host_may_read() {
+fn row_43_a_token_that_everybody_on_the_host_may_read_is_hidden() {
     where_jobs_look("open_token");
 }
 
@@ -356,16 +356,16 @@ fn open_token() {
     let token = host.root.join("token");
     fs::write(&token, secret()).unwrap();
     open_to_all(&token);
-    let stage = Stage::on(host, None);
-    let client = stage.client();
+    let test = TestHelper::on(host, None);
+    let client = test.client();
     let worker = created(&client, "a");
     let token = token.display().to_string();
     attack(&client, worker, "seek", &[&backwards(&secret()), &token]);
-    stage.finish(&[worker]);
+    test.finish(&[worker]);
 }
 
 #[test]
-fn row_43_a_token_that_was_replaced_since() {
+fn row_43_a_token_that_was_replaced_since_is_hidden() {
     where_jobs_look("replaced_token");
 }
 
@@ -376,8 +376,8 @@ fn replaced_token() {
     host.configure("http://127.0.0.1:9", 0, SLOTS);
     let token = host.root.join("token");
     fs::write(&token, "an old one").unwrap();
-    let stage = Stage::on(host, None);
-    let client = stage.client();
+    let test = TestHelper::on(host, None);
+    let client = test.client();
     let first = created(&client, "a");
     attack(
         &client,
@@ -386,7 +386,7 @@ fn replaced_token() {
         &[&backwards(&secret()), &token.display().to_string()],
     );
     // As an editor does it: the old file, and what lay over it, goes.
-    let new = stage.host.root.join(config::STATE_DIR).join("new-token");
+    let new = test.host.root.join(config::STATE_DIR).join("new-token");
     fs::write(&new, secret()).unwrap();
     open_to_all(&new);
     fs::rename(new, &token).unwrap();
@@ -397,25 +397,20 @@ fn replaced_token() {
         "seek",
         &[&backwards(&secret()), &token.display().to_string()],
     );
-    stage.finish(&[first, second]);
-}
-
-#[test]
-fn row_45_host_files_by_handle() {
-    one("handles");
+    test.finish(&[first, second]);
 }
 
 /// While a job that nothing but SIGKILL ends is there, and while it is deleted, many ask for the other slot.
 fn conflicting(mine: &str, other: &str) {
-    let stage = Stage::new();
-    let client = stage.client();
+    let test = TestHelper::new();
+    let client = test.client();
     let worker = created(&client, mine);
     let console = start_attack(&client, worker, "daemons", &[]);
     wait_for_line(&console, "attempt over");
     let (over, refusals) = (AtomicBool::new(false), AtomicU32::new(0));
     let winners = std::thread::scope(|scope| {
         let ask = || {
-            let client = stage.client();
+            let client = test.client();
             while !over.load(Ordering::SeqCst) {
                 let next = worker_id();
                 let reply = create(&client, next, other);
@@ -423,9 +418,9 @@ fn conflicting(mine: &str, other: &str) {
                     // First, so that what fails below does not leave the others asking for ever.
                     over.store(true, Ordering::SeqCst);
                     // At this instant, whatever the reply to Delete is doing.
-                    let all = processes_of(&stage.host.uids);
+                    let all = processes_of(&test.host.uids);
                     assert!(all.is_empty(), "the job of slot {mine} still has {all:?}");
-                    assert!(!stage.host.worker_dir(worker).exists(), "it still has files");
+                    assert!(!test.host.worker_dir(worker).exists(), "it still has files");
                     assert!(list(&client).iter().all(|info| info.worker != worker));
                     return Some(next);
                 }
@@ -440,13 +435,13 @@ fn conflicting(mine: &str, other: &str) {
             assert!(!over.load(Ordering::SeqCst), "it got the slot at once");
             std::thread::yield_now();
         }
-        assert!(!processes_of(&stage.host.uids).is_empty(), "the job is none");
+        assert!(!processes_of(&test.host.uids).is_empty(), "the job is none");
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
         let threads = threads.into_iter().map(|thread| thread.join().unwrap());
         threads.flatten().collect::<Vec<_>>()
     });
     assert_eq!(winners.len(), 1, "{winners:?}");
-    stage.finish(&winners);
+    test.finish(&winners);
 }
 
 #[test]

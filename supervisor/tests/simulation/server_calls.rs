@@ -97,7 +97,7 @@ impl World {
         }
     }
 
-    /// An answer that is whole, and about somebody else.
+    /// An answer that is whole, and about another worker.
     pub fn other(&mut self, kind: Kind, value: Value) -> Value {
         // A server that is another for long is the same one for long.
         let always = self.always(kind) == Fate::OtherIds;

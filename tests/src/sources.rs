@@ -1,0 +1,131 @@
+//! What tests read of the workspace's own files: sources, the tests in them, and the crates of the helper.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use syn::{Attribute, Item, ItemFn};
+
+/// The workspace's directory.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the workspace")
+}
+
+/// A file of the workspace.
+pub fn read(path: impl AsRef<Path>) -> String {
+    let path = root().join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Every source below this folder, as a path from the workspace's directory, in order.
+pub fn files(folder: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("a folder of sources") {
+            let path = entry.expect("a folder can be read").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|end| end == "rs") {
+                found.push(path.strip_prefix(root()).expect("it is below").to_owned());
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The lines of a source before its tests, without blank ones and those that begin with `//`.
+pub fn code(text: &str) -> impl Iterator<Item = &str> {
+    text.lines()
+        .take_while(|line| *line != "#[cfg(test)]")
+        .filter(|line| !line.trim().is_empty() && !line.trim_start().starts_with("//"))
+}
+
+/// Is the item with these attributes compiled for tests only?
+pub fn is_for_tests(attributes: &[Attribute]) -> bool {
+    attributes
+        .iter()
+        .any(|it| it.path().is_ident("cfg") && it.parse_args::<syn::Ident>().is_ok_and(|word| word == "test"))
+}
+
+/// Is this function a test that is run somewhere: by itself, or in a machine that a story of `tests/machine` boots?
+fn is_run(function: &ItemFn) -> bool {
+    let last = |it: &Attribute, name: &str| it.path().segments.last().is_some_and(|part| part.ident == name);
+    let ignored = function.attrs.iter().find(|it| last(it, "ignore"));
+    let is_run = ignored.is_none_or(|attribute| match &attribute.meta {
+        syn::Meta::NameValue(it) => match &it.value {
+            syn::Expr::Lit(syn::ExprLit {
+                lit: syn::Lit::Str(reason),
+                ..
+            }) => is_in_a_story(&reason.value()),
+            _ => false,
+        },
+        _ => false,
+    });
+    is_run && function.attrs.iter().any(|it| last(it, "test"))
+}
+
+/// Does this reason name a story of `tests/machine` that runs tests which are left out elsewhere?
+fn is_in_a_story(reason: &str) -> bool {
+    let Some((_, story)) = reason.split_once("tests/machine/run ") else {
+        return false;
+    };
+    let story = story.split(' ').next().unwrap_or_default();
+    assert!(
+        read(Path::new("tests/machine/stories").join(story)).contains("-ignored"),
+        "the story {story} runs no test that is ignored"
+    );
+    true
+}
+
+/// The tests of a source that are run, by the names of their functions. None where there is no such file.
+pub fn tests_in(path: impl AsRef<Path>) -> BTreeSet<String> {
+    let Ok(text) = fs::read_to_string(root().join(&path)) else {
+        return BTreeSet::new();
+    };
+    let file = syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", path.as_ref().display()));
+    let mut found = BTreeSet::new();
+    let mut items: Vec<&Item> = file.items.iter().collect();
+    while let Some(item) = items.pop() {
+        match item {
+            Item::Mod(it) => items.extend(it.content.iter().flat_map(|(_, items)| items)),
+            Item::Fn(it) if is_run(it) => {
+                found.insert(it.sig.ident.to_string());
+            }
+            // The functions of a `proptest!` have no syntax that `syn` knows.
+            Item::Macro(it) if it.mac.path.is_ident("proptest") => {
+                let tokens: Vec<String> = it
+                    .mac
+                    .tokens
+                    .clone()
+                    .into_iter()
+                    .map(|token| token.to_string())
+                    .collect();
+                let names = tokens.windows(2).filter(|two| two[0] == "fn");
+                found.extend(names.map(|two| two[1].clone()));
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The crates that cargo builds the helper of, the workspace's own among them.
+pub fn crates_of_the_helper() -> BTreeSet<String> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let tree = Command::new(cargo)
+        .args(["tree", "--locked", "--offline", "--package", "helper"])
+        .args(["--edges", "normal,build", "--prefix", "none", "--no-dedupe"])
+        .args(["--format", "{p}"])
+        .current_dir(root())
+        .output()
+        .expect("cargo can be started");
+    assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
+    let tree = String::from_utf8(tree.stdout).expect("names are plain");
+    let names = tree.lines().filter_map(|line| line.split(' ').next());
+    names.filter(|name| !name.is_empty()).map(str::to_owned).collect()
+}
