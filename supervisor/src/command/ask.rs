@@ -73,16 +73,15 @@ pub async fn status(client: Client, output: OutputFormat, watch: bool) -> Comman
     }
 }
 
+/// Is all not well? Nor is it before the server and the helper have both answered: a script may wait for 0 after a start.
 fn needs_operator(status: &Status) -> bool {
     let both = [&status.server, &status.helper];
-    let both_answer = both.iter().all(|peer| peer.reachable == Some(true));
     status.workers.iter().any(|worker| worker.hold.is_some())
         || status.slots.iter().any(|slot| slot.state.needs_operator())
         || both
             .iter()
-            .any(|peer| peer.reachable == Some(false) || peer.unanswered_since.is_some())
-        // Before the first answers nothing is wrong yet.
-        || (status.not_taken.is_some() && !status.draining && both_answer)
+            .any(|peer| peer.reachable != Some(true) || peer.unanswered_since.is_some())
+        || (status.not_taken.is_some() && !status.draining)
         || status.configuration.refused.is_some()
         || !status.foreign.is_empty()
         || status.storage.is_some()
@@ -208,4 +207,44 @@ pub async fn destroy(client: Client, worker: WorkerId, yes: bool) -> CommandResu
 
 pub async fn reload(client: Client) -> CommandResult {
     client.reload().await.map(|()| DONE)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn status(server: Option<bool>, helper: Option<bool>, not_taken: Option<&str>, draining: bool) -> Status {
+        let now = "2026-01-01T00:00:00Z";
+        let peer = |reachable: Option<bool>| json!({ "address": "a", "reachable": reachable, "since": now, "trouble": null });
+        let status = json!({
+            "version": "1", "protocol": 1, "now": now, "started": now,
+            "configuration": { "path": "c", "loaded": now, "refused": null },
+            "server": peer(server), "helper": peer(helper), "draining": draining,
+            "slots": [], "workers": [], "not_taken": not_taken, "troubles": [],
+        });
+        serde_json::from_value(status).unwrap()
+    }
+
+    #[test]
+    fn all_is_well_once_the_server_and_the_helper_have_answered_and_jobs_are_taken() {
+        let (yes, no) = (Some(true), Some(false));
+        for (server, helper, not_taken, draining, well) in [
+            (yes, yes, None, false, true),
+            (yes, yes, Some("drained"), true, true),
+            (yes, yes, Some("the server answers 500"), false, false),
+            (yes, yes, Some("neither list has been compared"), false, false),
+            // Just started.
+            (None, None, Some("neither has answered"), false, false),
+            (None, None, Some("drained"), true, false),
+            (yes, None, Some("the helper has not answered"), false, false),
+            (None, yes, Some("the server has not answered"), false, false),
+            (no, yes, Some("away"), false, false),
+            (yes, no, Some("away"), true, false),
+        ] {
+            let status = status(server, helper, not_taken, draining);
+            assert_eq!(!needs_operator(&status), well, "{status:?}");
+        }
+    }
 }

@@ -34,7 +34,7 @@ Exit status:
   2  the command line makes no sense
   3  the factory does not answer at its control socket
   4  `status`: something waits for a person (a worker is held or broken, the server or the helper is away or does
-     not answer, a changed configuration was not taken, the supervisor's disk is full or cannot be written, another
+     not answer, or has not answered since the start, a changed configuration was not taken, the supervisor's disk is full or cannot be written, another
      host may use the same token, or no jobs are taken for another reason than `drain`)
   78 `serve`: the configuration or the token cannot be used; starting it again does not help
   `run` and `shell` end with the status of what they ran.";
