@@ -1,8 +1,7 @@
 //! Which slots may take a job now. Pure: slots in, slots out.
 //!
-//! There may be ten thousand slots, which exclude each other in any number, and the question is asked again and
-//! again. So names are compared where a configuration comes in, and numbers after that: a pass costs a
-//! step for each slot, and one for each conflict of a slot that is used.
+//! There may be thousands of slots, which exclude each other in any number, and this is asked at every poll and every
+//! lease. So conflicts are kept by number, and a name is looked up once for each used slot.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -52,35 +51,23 @@ impl Plan {
         u32::try_from(at).ok()
     }
 
-    /// The slots that are neither used, nor excluded by a used one (in either direction), nor resting. A used slot
+    /// The slots that are neither used, nor excluded by a used one (in either direction), nor cooling down or drained. A used slot
     /// that has left the configuration counts as one of those that are there: the helper has no more workers than
     /// slots.
     pub fn free<'a>(
         &self,
         used: &'a BTreeSet<SlotName>,
-        resting: impl IntoIterator<Item = &'a SlotName>,
+        excluded: impl IntoIterator<Item = &'a SlotName>,
     ) -> Free<'_> {
         let mut free = Free {
             plan: self,
             closed: vec![false; self.names.len()],
             used: 0,
         };
-        // Both are in the order of names: each is looked for behind the last.
-        let mut from = 0;
         for slot in used {
-            free.used += 1;
-            let mut step = 1;
-            while self.names.get(from + step).is_some_and(|name| name <= slot) {
-                from += step;
-                step *= 2;
-            }
-            let to = self.names.len().min(from + step);
-            if let Ok(at) = self.names[from..to].binary_search(slot) {
-                from += at;
-                free.close(from);
-            }
+            free.take(slot);
         }
-        for number in resting.into_iter().filter_map(|slot| self.number(slot)) {
+        for number in excluded.into_iter().filter_map(|slot| self.number(slot)) {
             free.closed[number as usize] = true;
         }
         free
