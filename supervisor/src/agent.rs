@@ -71,7 +71,7 @@ struct State {
     download: Option<Download>,
 }
 
-/// A download, and where its end is told.
+/// A download, and its end.
 #[derive(Clone, Debug)]
 struct Download {
     begun: Instant,
@@ -82,7 +82,7 @@ struct Download {
 #[derive(Debug, Default)]
 struct End {
     result: OnceLock<Result<(), String>>,
-    told: Notify,
+    notify: Notify,
 }
 
 /// Which version the file on the disk is, if the server says so.
@@ -129,10 +129,10 @@ impl AgentCache {
             // It has a limit of its own.
             None => download.begun + 2 * self.0.whole,
         };
-        // Before the look at the result, so that its end is not missed.
-        let told = download.end.told.notified();
+        // Before the result is read, so that its end is not missed.
+        let notified = download.end.notify.notified();
         if download.end.result.get().is_none() {
-            let _ = timeout_at(end, told).await;
+            let _ = timeout_at(end, notified).await;
         }
         let why = download.end.result.get().cloned().and_then(Result::err);
         let agent = self.0.state().agent.clone();
@@ -157,9 +157,9 @@ impl AgentCache {
             let mut state = cache.state();
             state.download = None;
             state.asked = Some(Instant::now());
-            // It is told once.
+            // Waiters are notified once.
             let _ = end.result.set(result);
-            end.told.notify_waiters();
+            end.notify.notify_waiters();
         });
         download
     }

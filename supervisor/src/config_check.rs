@@ -296,7 +296,7 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
     mistakes
 }
 
-/// Why what is at `path` cannot be used, or nothing where it can, or where this user may not look.
+/// Why what is at `path` cannot be used, or nothing where it can, or where this user may not read.
 fn missing(path: &Path, is_right: impl FnOnce(&Metadata) -> bool, wrong: &str) -> Option<String> {
     match fs::metadata(path) {
         Ok(meta) if is_right(&meta) => None,
@@ -306,7 +306,7 @@ fn missing(path: &Path, is_right: impl FnOnce(&Metadata) -> bool, wrong: &str) -
     }
 }
 
-/// What this user may not look at may well be there.
+/// What this user may not read may well be there.
 fn is_out_of_sight(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::PermissionDenied
 }

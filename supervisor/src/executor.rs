@@ -10,10 +10,9 @@ use crate::agent::AgentCache;
 use crate::buildomat::{self, BuildomatClient};
 use crate::call_error::{CallError, Peer};
 use crate::console;
-use crate::factory::Outcome;
 use crate::helper_client::{self, HelperClient};
 use crate::identity::Identity;
-use crate::worker::Action;
+use crate::worker::{Action, Event};
 
 /// A server that has no job for the lines yet is asked again so many times, a second apart.
 const APPEND_TRIES: u32 = 3;
@@ -29,57 +28,61 @@ pub struct Executor {
 }
 
 impl Executor {
-    pub async fn carry_out(&self, worker: WorkerId, action: Action) -> Outcome {
+    pub async fn carry_out(&self, worker: WorkerId, action: Action) -> Event {
         match action {
             Action::Associate { slot, scripts } => {
                 let mark = self.identity.mark(&slot);
-                of_server(self.server.associate(worker, &mark, &scripts).await)
+                match self.server.associate(worker, &mark, &scripts).await {
+                    Ok(()) => Event::Associated,
+                    Err(error) => Event::CallFailed(error.call_error()),
+                }
             }
-            Action::CreateUser { slot } => of_helper(self.helper.create_user(worker, slot).await),
+            Action::CreateUser { slot } => match self.helper.create_user(worker, slot).await {
+                Ok(()) => Event::UserCreated,
+                Err(error) => start_failed(error),
+            },
             Action::InstallAgent { bootstrap } => self.install(worker, bootstrap).await,
             Action::HostKill => match self.helper.kill(worker).await {
-                Ok(()) => Outcome::Done,
+                Ok(()) => Event::Killed,
                 Err(helper_client::Error::Said(error)) if error.kind == ErrorKind::NoSuchWorker => {
-                    Outcome::Done
+                    Event::Killed
                 }
-                Err(error @ helper_client::Error::Said(_)) => Outcome::KillFailed(error.call_error()),
-                Err(error) => Outcome::Failed(error.call_error()),
+                Err(error @ helper_client::Error::Said(_)) => Event::KillFailed(error.call_error()),
+                Err(error) => Event::CallFailed(error.call_error()),
             },
             Action::ReportFailure { reason, lines_sent } => {
                 self.report_failure(worker, &reason, lines_sent).await
             }
             // The helper answers Failed where something is left: a repetition goes on.
             Action::HostDelete => match self.helper.delete(worker).await {
-                Ok(()) => Outcome::Done,
-                Err(error) => Outcome::Failed(error.call_error()),
+                Ok(()) => Event::HostClean,
+                Err(error) => Event::CallFailed(error.call_error()),
             },
             Action::ServerDelete { gone } => match self.server.delete(worker).await {
-                Ok(_) => Outcome::Done,
+                Ok(_) => Event::ServerDeleted,
                 // There is nothing to delete: that is what was wanted.
-                Err(buildomat::Error::Status { .. }) if gone => Outcome::Done,
-                Err(error) => Outcome::Failed(error.call_error()),
+                Err(buildomat::Error::Status { .. }) if gone => Event::ServerDeleted,
+                Err(error) => Event::CallFailed(error.call_error()),
             },
         }
     }
 
-    async fn install(&self, worker: WorkerId, bootstrap: BootstrapToken) -> Outcome {
+    async fn install(&self, worker: WorkerId, bootstrap: BootstrapToken) -> Event {
         let agent = match self.agent.get(&self.server).await {
             Ok(agent) => agent,
-            Err(sentence) => return Outcome::Failed(CallError::passing(Peer::Server, sentence)),
+            Err(sentence) => return Event::CallFailed(CallError::passing(Peer::Server, sentence)),
         };
-        of_helper(
-            self.helper
-                .install_agent(worker, bootstrap, agent.as_fd())
-                .await
-                .map(drop),
-        )
+        match self.helper.install_agent(worker, bootstrap, agent.as_fd()).await {
+            Ok(_) => Event::AgentStarted,
+            Err(error) => start_failed(error),
+        }
     }
 
     /// The console's lines, then the failure: in this order, both are in the job's log.
-    async fn report_failure(&self, worker: WorkerId, reason: &str, lines_sent: u32) -> Outcome {
+    async fn report_failure(&self, worker: WorkerId, reason: &str, lines_sent: u32) -> Event {
         let (first, lines) = match self.console(worker).await {
             Ok(lines) => (lines.first, lines.lines),
-            Err(error) => return Outcome::Failed(error),
+            Err(error) => return Event::CallFailed(error),
         };
         for (number, line) in (first..).zip(&lines).filter(|(number, _)| *number >= lines_sent) {
             match self.append(worker, line).await {
@@ -88,7 +91,7 @@ impl Executor {
                 Ok(false) => break,
                 Err(error) if error.is_refusal() => break,
                 Err(error) => {
-                    return Outcome::Partly {
+                    return Event::LinesReported {
                         lines: number,
                         error: error.call_error(),
                     };
@@ -97,12 +100,12 @@ impl Executor {
         }
         let sent = (first + u32::try_from(lines.len()).unwrap_or(0)).max(lines_sent);
         match self.server.fail(worker, reason).await {
-            Ok(()) => Outcome::Done,
-            Err(buildomat::Error::Status { code: 404, .. }) => Outcome::CannotReport(
+            Ok(()) => Event::FailureReported,
+            Err(buildomat::Error::Status { code: 404, .. }) => Event::CannotReport(
                 "the buildomat server is too old to be told that a worker failed (it answered 404): update it".into(),
             ),
-            Err(error) if error.is_refusal() => Outcome::CannotReport(error.to_string()),
-            Err(error) => Outcome::Partly { lines: sent, error: error.call_error() },
+            Err(error) if error.is_refusal() => Event::CannotReport(error.to_string()),
+            Err(error) => Event::LinesReported { lines: sent, error: error.call_error() },
         }
     }
 
@@ -137,28 +140,20 @@ impl Executor {
     }
 }
 
-fn of_server(result: Result<(), buildomat::Error>) -> Outcome {
-    match result {
-        Ok(()) => Outcome::Done,
-        Err(error) => Outcome::Failed(error.call_error()),
-    }
-}
-
 /// What a step of a worker's start met with.
-fn of_helper(result: Result<(), helper_client::Error>) -> Outcome {
-    match result {
-        Ok(()) => Outcome::Done,
-        Err(helper_client::Error::Said(error)) => match error.kind {
-            ErrorKind::NoSuchWorker => Outcome::NoSuchWorker,
+fn start_failed(error: helper_client::Error) -> Event {
+    match error {
+        helper_client::Error::Said(error) => match error.kind {
+            ErrorKind::NoSuchWorker => Event::HostLost,
             ErrorKind::Refused | ErrorKind::Limit | ErrorKind::Failed => {
-                Outcome::StartFailed(error.message().to_owned())
+                Event::StartFailed(error.message().to_owned())
             }
             // Come back later. The file in which the helper finds no such slot has changed since the worker was leased.
             ErrorKind::Busy | ErrorKind::NoSuchSlot | ErrorKind::SlotTaken | ErrorKind::Version => {
-                Outcome::Failed(helper_client::Error::Said(error).call_error())
+                Event::CallFailed(helper_client::Error::Said(error).call_error())
             }
         },
-        Err(error) => Outcome::Failed(error.call_error()),
+        error => Event::CallFailed(error.call_error()),
     }
 }
 
@@ -230,7 +225,7 @@ mod tests {
         };
         assert_eq!(
             executor.carry_out(WorkerId::from_bits(1), action).await,
-            Outcome::Done
+            Event::FailureReported
         );
         let calls = world.0.lock().unwrap();
         assert_eq!(calls.len(), APPEND_TRIES as usize + 1, "{calls:?}");

@@ -65,7 +65,7 @@ pub enum Owner {
     Own(SlotName),
     /// A host that does not mark its workers: a release before the marks. It may be this one.
     Unmarked(SlotName),
-    /// Another host, or nobody who writes marks: the text as it is.
+    /// Another host, or what is no mark at all: the text as it is.
     Other(String),
 }
 

@@ -1,4 +1,4 @@
-//! Which calls have no answer yet, and since when: what a status shows of a server or a helper that hangs.
+//! Which calls have no answer yet, and since when: what the status shows of a server or a helper that does not answer.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

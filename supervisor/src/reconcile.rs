@@ -1,5 +1,5 @@
 //! Whose is what exists? The store, the server and the host can each disagree with the others after a
-//! crash; this compares all three and gives every orphan an owner or an end.
+//! crash; this compares all three and adopts or deletes what the database does not have.
 //!
 //! Pure. It must only ever be asked with two whole and fresh lists: a list that could not be had says
 //! nothing about anybody.
@@ -26,7 +26,8 @@ const RECLAIM_MS: u64 = 60_000;
 pub struct Question<'a> {
     pub plan: &'a Plan,
     pub identity: &'a Identity,
-    pub known: &'a BTreeMap<WorkerId, Worker>,
+    /// The workers of this factory, with their slots.
+    pub known: &'a BTreeMap<WorkerId, SlotName>,
     pub server: &'a [ServerWorker],
     pub host: &'a [WorkerInfo],
     /// Slots pending_slots to leased jobs.
@@ -46,15 +47,15 @@ pub struct Question<'a> {
     pub now: u64,
 }
 
-/// What to do about a orphan.
+/// What to do about an unknown worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// It becomes this factory's again.
     Adopt(Worker),
     /// It could, had it a slot of this target: it comes next.
     Wait(TargetId),
-    /// Nobody's: end it, in this way. `slot`: the one that it occupies on the host.
-    End {
+    /// It has no owner: it is deleted, in this way. `slot`: the one that it occupies on the host.
+    Delete {
         worker: WorkerId,
         slot: Option<SlotName>,
         action: Action,
@@ -79,7 +80,7 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
     let on_host: BTreeMap<WorkerId, &WorkerInfo> = q.host.iter().map(|info| (info.worker, info)).collect();
     let on_server: BTreeSet<WorkerId> = q.server.iter().map(|w| w.id).collect();
     let strange = |id: WorkerId| !q.known.contains_key(&id) && !q.ended.contains(&id);
-    let mut used: BTreeSet<SlotName> = q.known.values().map(|w| w.slot.clone()).collect();
+    let mut used: BTreeSet<SlotName> = q.known.values().cloned().collect();
     used.extend(q.pending_slots.iter().cloned());
     used.extend(q.host.iter().map(|info| info.slot.clone()));
     let (mut free, all) = (q.plan.free(&used, []), q.plan.free(&BTreeSet::new(), []));
@@ -102,7 +103,7 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
         .filter(|info| strange(info.worker) && !on_server.contains(&info.worker))
     {
         let slot = Some(info.slot.clone());
-        decisions.push(Decision::End {
+        decisions.push(Decision::Delete {
             worker: info.worker,
             slot,
             action: Action::HostDelete,
@@ -131,7 +132,7 @@ fn present(q: &Question<'_>, w: &ServerWorker, info: &WorkerInfo) -> Decision {
 fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -> Option<Decision> {
     let worker = w.id;
     let report = |why| Some(Decision::Report { worker, why });
-    let end = Some(Decision::End {
+    let end = Some(Decision::Delete {
         worker,
         slot: None,
         action: Action::ServerDelete { gone: false },
@@ -142,7 +143,7 @@ fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -
     let owner = q.identity.owner(w.private.as_deref());
     let waits = match owner {
         Owner::Other(_) => return report(NotOurs::OtherHost),
-        // Somebody's evidence.
+        // It is kept for inspection.
         _ if w.hold => return None,
         Owner::Unmarked(_) => return report(NotOurs::NoMark),
         // Its job is over, and this host is clean of it.
@@ -294,7 +295,7 @@ mod tests {
         let show = |d: Decision| match d {
             Decision::Adopt(w) => format!("adopt {} {}", w.slot, w.phase.name()),
             Decision::Wait(_) => "wait".to_owned(),
-            Decision::End { action, .. } => action.name().to_owned(),
+            Decision::Delete { action, .. } => action.name().to_owned(),
             Decision::Report { why, .. } => format!("{why:?}"),
         };
         reconcile(&q).into_iter().map(show).collect()

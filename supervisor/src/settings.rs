@@ -127,7 +127,7 @@ pub fn summary(config: &Config) -> String {
     format!("server {}\n{}", config.general.baseurl, slots.collect::<String>())
 }
 
-/// What is not as it is where nothing is written, in the words of the file.
+/// What differs from the defaults, as it is written in the file.
 fn rights(slot: &Slot) -> Vec<String> {
     [
         (slot.network == Network::None, "network=none"),

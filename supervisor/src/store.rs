@@ -20,7 +20,7 @@ use rusqlite::{Connection, Row, params};
 use crate::buildomat::JobId;
 use crate::worker::{Kill, Phase, Worker};
 pub use damage::Unsaved;
-pub use history::History;
+pub use history::{History, PhaseChange};
 pub use reserve::RESERVE_BYTES;
 
 use damage::Unusable;
@@ -289,7 +289,7 @@ impl Storage for Store {
     }
 
     fn check(&mut self) -> std::result::Result<(), Unsaved> {
-        // A file system that has become read-only says so to whoever changes something.
+        // A file system that has become read-only says so at the next change.
         self.lock.set_modified(SystemTime::now()).map_err(|error| {
             let dir = self.dir.display();
             Unsaved::passing(format!(
@@ -578,7 +578,7 @@ mod tests {
         }
     }
 
-    /// Whoever adds a migration keeps a database of the schema before it, with a worker and an event, in `schemas`.
+    /// With each migration, add a database of the schema before it, with a worker and an event, in `schemas`.
     #[test]
     fn every_earlier_schema_is_brought_to_this_one_with_all_that_is_in_it() {
         for version in 1..MIGRATIONS.len() {

@@ -162,9 +162,9 @@ fn reconciling(options: &Options, report: &mut Report) {
     let plan = Plan::of(&config);
     let none = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     // Every second slot, so that there is room for the others' conflicts.
-    let known: BTreeMap<usize, BTreeMap<WorkerId, Worker>> = sizes
+    let known: BTreeMap<usize, BTreeMap<WorkerId, SlotName>> = sizes
         .iter()
-        .map(|size| (*size, (0..*size).map(|n| (listed(n).id, online(n))).collect()))
+        .map(|size| (*size, (0..*size).map(|n| (listed(n).id, slot(n))).collect()))
         .collect();
     let server: Vec<ServerWorker> = (0..largest).map(listed).collect();
     let lost: Vec<ServerWorker> = (0..largest)

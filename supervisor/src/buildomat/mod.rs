@@ -36,7 +36,7 @@ pub enum Error {
         message: String,
         retry_after: Option<Duration>,
     },
-    /// Somebody before the server says no, not in its words: what it would have said is not known.
+    /// Something before the server, such as a proxy, refuses: the server's own answer is not known.
     Foreign {
         code: u16,
         message: String,
@@ -346,7 +346,7 @@ impl BuildomatClient {
     }
 }
 
-/// Of somebody else's words, what can stand in a sentence. An error of JSON repeats the value that is wrong, too.
+/// What of a foreign text can stand in a sentence. A JSON error quotes the wrong value, too.
 fn shortened(text: &str) -> String {
     let plain = text.trim().chars().filter(|c| !c.is_control());
     plain.take(MAX_MESSAGE).collect()

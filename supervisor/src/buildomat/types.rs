@@ -35,7 +35,7 @@ impl fmt::Display for JobId {
     }
 }
 
-/// A job that the server has promised to this factory for sixty seconds.
+/// A job that is leased to this factory for sixty seconds.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Lease {
     pub target: TargetId,

@@ -137,6 +137,7 @@ pub fn serve(
             status,
             file,
             watchdog: Watchdog::of_the_unit(),
+            drain_command: None,
         }
         .run(commands)
         .await

@@ -131,7 +131,7 @@ pub struct Slot {
     /// None for one that is no longer in the configuration.
     pub target: Option<TargetId>,
     pub state: SlotState,
-    /// What the state alone does not say: the conflict, the end of the rest.
+    /// What the state alone does not say: the conflict, the end of the cooldown.
     pub because: Option<String>,
     pub worker: Option<WorkerId>,
     pub job: Option<JobId>,

@@ -184,7 +184,7 @@ impl StatusPage {
     }
 }
 
-/// The names by which a request may call this host. An address needs no name: a page of somebody else's, in a browser that
+/// The names by which a request may call this host. An address needs no name: a foreign page, in a browser that
 /// can reach this host, has a name, and may let it lead here (DNS rebinding).
 #[derive(Debug)]
 pub struct Names(Vec<String>);

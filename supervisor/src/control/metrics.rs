@@ -16,8 +16,8 @@ use protocol::SlotName;
 
 use super::api::{PeerStatus, SlotState, Status};
 use crate::call_error::{CallError, Peer};
-use crate::factory::{Input, Outcome, Output};
-use crate::worker::Action;
+use crate::factory::{Input, Output};
+use crate::worker::{Action, Event};
 
 const PREFIX: &str = "buildomat_user_factory";
 /// The call that cleans up on this host.
@@ -351,7 +351,7 @@ pub fn call_of(output: &Output) -> Option<(Peer, &'static str)> {
             Action::HostKill => (Peer::Helper, "kill"),
             Action::HostDelete => (Peer::Helper, DELETE),
         },
-        Output::Save(_) | Output::Remove(_) | Output::Log(_) => return None,
+        Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => return None,
     })
 }
 
@@ -364,13 +364,11 @@ fn outcome_of(input: &Input) -> &'static str {
     match input {
         Input::ServerListed(Err(t)) | Input::HostListed(Err(t)) | Input::Leased(Err(t)) => of(t),
         Input::WorkerMade(_, Err(t)) | Input::Renewed(_, Err(t)) => of(t),
-        Input::Done(
-            _,
-            Outcome::Partly { error, .. } | Outcome::Failed(error) | Outcome::KillFailed(error),
-        ) => of(error),
-        Input::Done(_, Outcome::StartFailed(_) | Outcome::NoSuchWorker | Outcome::CannotReport(_)) => {
-            "refused"
-        }
+        Input::Done(_, event) => match (event, event.error()) {
+            (_, Some(error)) => of(error),
+            (Event::StartFailed(_) | Event::HostLost | Event::CannotReport(_), _) => "refused",
+            _ => "ok",
+        },
         _ => "ok",
     }
 }

@@ -25,3 +25,4 @@ pub mod metrics;
 pub mod procs;
 pub mod server;
 pub mod state;
+pub mod status;

@@ -22,11 +22,12 @@ use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::api::{self, Details, Process, Refusal, Status};
+use super::api::{self, Details, Process, Refusal, Status, Step};
 use super::listener::{Names, StatusPage, serve_operators};
 use super::metrics::Metrics;
 use super::procs;
 use super::state::{Answer, Command, CommandQueue, Operator};
+use super::status::time;
 use crate::console;
 use crate::helper_client::{self, HelperClient};
 use crate::store::History;
@@ -231,6 +232,11 @@ async fn details(
         .history
         .of(worker)
         .map_err(|error| ApiError(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")))?;
+    let history = history.into_iter().map(|change| Step {
+        at: time(change.at),
+        phase: change.phase,
+        note: change.note,
+    });
     // It is locked while it is being made or deleted, and may not be on the host at all.
     let console = timeout(HELPER_TIMEOUT, server.helper.attach(worker)).await;
     let console = console.ok().and_then(Result::ok);
@@ -239,7 +245,7 @@ async fn details(
     Ok(Json(Details {
         memory: server.memory(worker, &processes),
         worker: found,
-        history,
+        history: history.collect(),
         processes,
         console,
     }))

@@ -13,7 +13,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::api::{self, Status};
 use super::listener::StatusPage;
 use super::metrics::Metrics;
-use crate::factory::{Factory, Input, Level, LogLine, time};
+use super::status::{View, time};
+use crate::factory::{Input, Level, LogLine};
 use crate::token::TokenStore;
 use crate::{config_check, settings};
 
@@ -52,7 +53,7 @@ pub enum Command {
     },
 }
 
-/// Who gives an order: it is logged with each.
+/// Who gives a command: it is logged with each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operator {
     /// At the control socket: the uid that the kernel gives for the peer (`SO_PEERCRED`, unix(7)).
@@ -143,36 +144,35 @@ impl StatusState {
         self.problems.push_back((now, problem));
     }
 
-    pub fn status(&self, factory: &Factory, now: u64) -> Status {
+    /// All of the status.
+    pub fn status(&self, view: &View<'_>) -> Status {
+        let problems = self.problems.iter().map(|(at, problem)| api::Problem {
+            at: view.time(*at),
+            ..problem.clone()
+        });
+        let now = view.time(view.now);
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             protocol: protocol::VERSION,
-            now: factory.time(now),
-            started: factory.time(self.started),
+            now,
+            started: view.time(self.started),
             configuration: api::Configuration {
                 path: self.config.display().to_string(),
-                loaded: factory.time(self.loaded),
+                loaded: view.time(self.loaded),
                 refused: self.refused.clone(),
                 token: self.tokens.as_ref().map(|tokens| tokens.source().to_string()),
             },
-            server: factory.server_status(self.server.clone()),
-            helper: factory.helper_status(self.helper.clone()),
-            status_page: self.page.as_ref().map(|page| page.shown(factory.time(now))),
-            draining: factory.draining(),
-            slots: factory.slots(now),
-            workers: factory.shown(),
-            storage: factory.storage_problem().cloned(),
-            not_taken: factory.not_taken(),
-            identity: factory.mark(),
-            foreign: factory.foreign_workers(now),
-            troubles: self
-                .problems
-                .iter()
-                .map(|(at, problem)| api::Problem {
-                    at: factory.time(*at),
-                    ..problem.clone()
-                })
-                .collect(),
+            server: view.server(self.server.clone()),
+            helper: view.helper(self.helper.clone()),
+            status_page: self.page.as_ref().map(|page| page.shown(now)),
+            draining: view.factory.is_draining(),
+            slots: view.slots(),
+            workers: view.workers(),
+            storage: view.factory.storage_problem().cloned(),
+            not_taken: view.not_taken(),
+            identity: view.factory.identity().to_string(),
+            foreign: view.other_hosts_workers(),
+            troubles: problems.collect(),
         }
     }
 

@@ -1,14 +1,15 @@
-//! What the core shows of itself: slots, workers and partners at one instant. It changes nothing.
+//! The status: a view of the core and of what the supervisor knows beside it, at one instant. It changes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
-use protocol::config::Config;
 use protocol::{SlotName, UserName, WorkerId};
 
-use super::{Factory, PeerState};
+use super::api::{self, SlotState};
 use crate::call_error::Peer;
-use crate::control::api::{self, SlotState};
+use crate::factory::entry::Owned;
+use crate::factory::unknown::SHOWN_MS;
+use crate::factory::{Entry, Factory, PeerState, PendingWorker};
 use crate::worker::{Phase, Worker};
 
 /// Milliseconds since 1970, for people.
@@ -17,80 +18,87 @@ pub fn time(ms: u64) -> Timestamp {
     Timestamp::from_millisecond(ms).unwrap_or(Timestamp::MAX)
 }
 
+/// The core, as it is shown.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    pub factory: &'a Factory,
+    /// The core's time.
+    pub now: u64,
+    /// By how many milliseconds the host's clock is ahead of it: all that is shown is in the host's time.
+    pub ahead: i64,
+}
+
 /// What all slots are looked up in.
 struct Taken<'a> {
-    workers: BTreeMap<&'a SlotName, &'a Worker>,
+    owned: BTreeMap<&'a SlotName, &'a Worker>,
+    orphans: BTreeMap<&'a SlotName, WorkerId>,
+    pending: BTreeMap<&'a SlotName, &'a PendingWorker>,
     /// By which used slot.
     excluded: BTreeMap<&'a SlotName, &'a SlotName>,
 }
 
-impl Factory {
-    /// The host's clock is so many milliseconds ahead of the core's time: whatever is shown is in the former.
-    pub fn set_ahead(&mut self, ahead: i64) {
-        self.ahead = ahead;
-    }
-
+impl View<'_> {
     /// Milliseconds of the core's time, for people.
     pub fn time(&self, ms: u64) -> Timestamp {
         time(ms.saturating_add_signed(self.ahead))
     }
 
-    /// What the configuration file says else than the configuration in use.
-    pub fn file_difference(&self) -> Option<&str> {
-        self.file_differs
-            .as_ref()
-            .map(|(_, difference)| difference.as_str())
-    }
-
-    pub fn draining(&self) -> bool {
-        self.draining
+    fn rounded(&self, ms: u64) -> Timestamp {
+        let at = self.time(ms);
+        at.round(jiff::Unit::Second).unwrap_or(at)
     }
 
     /// How the server is; `address` is where it was asked.
-    pub fn server_status(&self, address: String) -> api::PeerStatus {
-        self.peer(Peer::Server, &self.server, address)
+    pub fn server(&self, address: String) -> api::PeerStatus {
+        self.peer(Peer::Server, self.factory.server(), address)
     }
 
     /// How the helper is; `address` is where it was asked.
-    pub fn helper_status(&self, address: String) -> api::PeerStatus {
-        self.peer(Peer::Helper, &self.helper, address)
+    pub fn helper(&self, address: String) -> api::PeerStatus {
+        self.peer(Peer::Helper, self.factory.helper(), address)
     }
 
     fn peer(&self, peer: Peer, state: &PeerState, address: String) -> api::PeerStatus {
         let asked = state.away || state.answered_at.is_some();
+        let unanswered_since = self.factory.unanswered_since(peer);
         api::PeerStatus {
             address,
             reachable: asked.then_some(!state.away),
             since: self.time(state.since),
             trouble: state.away.then(|| state.error.clone()),
-            unanswered_since: self.unanswered_since(peer).map(|since| self.time(since)),
+            unanswered_since: unanswered_since.map(|since| self.time(since)),
         }
     }
 
     /// Every slot of the configuration, in the order of names, and those that only a worker still has.
-    pub fn slots(&self, now: u64) -> Vec<api::Slot> {
-        let used = self.used();
+    pub fn slots(&self) -> Vec<api::Slot> {
+        let used = self.factory.used();
+        let slots = &self.factory.config().slots;
+        let orphans = self.factory.entries().iter();
         let taken = Taken {
-            workers: self.workers.values().map(|w| (&w.slot, w)).collect(),
-            excluded: self.plan.excluded(&used),
+            owned: self.factory.workers().map(|w| (&w.slot, w)).collect(),
+            orphans: orphans
+                .filter_map(|(id, entry)| Some((entry.orphan()?.slot.as_ref()?, *id)))
+                .collect(),
+            pending: self
+                .factory
+                .pending_workers()
+                .iter()
+                .map(|p| (&p.slot, p))
+                .collect(),
+            excluded: self.factory.plan().excluded(&used),
         };
-        let removed = self.workers.values().map(|w| &w.slot);
-        let removed = removed.filter(|slot| !self.config.slots.contains_key(*slot));
-        let names: BTreeSet<&SlotName> = self.config.slots.keys().chain(removed).collect();
-        names
-            .into_iter()
-            .map(|slot| self.slot(now, slot, &taken))
-            .collect()
+        let removed = self.factory.workers().map(|w| &w.slot);
+        let removed = removed.filter(|slot| !slots.contains_key(*slot));
+        let names: BTreeSet<&SlotName> = slots.keys().chain(removed).collect();
+        names.into_iter().map(|slot| self.slot(slot, &taken)).collect()
     }
 
-    fn slot(&self, now: u64, name: &SlotName, taken: &Taken<'_>) -> api::Slot {
-        let target = self.config.slots.get(name).map(|slot| slot.target);
-        let worker = taken.workers.get(name).copied();
-        let pending = self.pending_workers.iter().find(|p| p.slot == *name);
-        let orphan = self
-            .orphans
-            .iter()
-            .find(|(_, (slot, _))| slot.as_ref() == Some(name));
+    fn slot(&self, name: &SlotName, taken: &Taken<'_>) -> api::Slot {
+        let target = self.factory.config().slots.get(name).map(|slot| slot.target);
+        let worker = taken.owned.get(name).copied();
+        let orphan = taken.orphans.get(name).copied();
+        let pending = taken.pending.get(name).copied();
         let (state, because) = if let Some(worker) = worker {
             match worker.phase {
                 _ if target.is_none() => (SlotState::Removed, Some("it goes with its worker".into())),
@@ -100,27 +108,19 @@ impl Factory {
             }
         } else if pending.is_some() {
             (SlotState::Busy, Some("leased".into()))
-        } else if let Some((id, _)) = orphan {
-            (
-                SlotState::Busy,
-                Some(format!("nobody's worker {id} is being deleted")),
-            )
-        } else if self.drained_slots.contains(name) {
+        } else if let Some(id) = orphan {
+            let because = format!("nobody's worker {id} is being deleted");
+            (SlotState::Busy, Some(because))
+        } else if self.factory.drained_slots().contains(name) {
             (SlotState::Draining, None)
         } else if let Some(other) = taken.excluded.get(name) {
             (SlotState::Blocked, Some(format!("conflicts with {other}")))
-        } else if let Some(rest) = self.cooldowns.get(name).filter(|rest| rest.until > now) {
-            (
-                SlotState::Resting,
-                Some(format!(
-                    "until {}",
-                    self.time(rest.until)
-                        .round(jiff::Unit::Second)
-                        .unwrap_or(self.time(rest.until))
-                )),
-            )
+        } else if let Some(until) = self.factory.cooldown(name).filter(|until| *until > self.now) {
+            let because = format!("until {}", self.rounded(until));
+            (SlotState::Resting, Some(because))
         } else if let Some(why) = self.not_taken() {
-            let state = if self.draining {
+            let draining = self.factory.is_draining();
+            let state = if draining {
                 SlotState::Draining
             } else {
                 SlotState::Closed
@@ -129,30 +129,29 @@ impl Factory {
         } else {
             (SlotState::Free, None)
         };
+        let leased = pending.map(|pending| pending.job.clone());
         api::Slot {
             name: name.clone(),
             target,
             state,
             because,
-            worker: worker.map(|w| w.id).or(orphan.map(|(id, _)| *id)),
-            job: worker
-                .and_then(|w| w.job.clone())
-                .or(pending.map(|p| p.job.clone())),
+            worker: worker.map(|w| w.id).or(orphan),
+            job: worker.and_then(|w| w.job.clone()).or(leased),
             since: worker.map(|w| time(w.id.made_at())),
         }
     }
 
     /// Every worker, in the order of their ids: the oldest first.
-    pub fn shown(&self) -> Vec<api::Worker> {
-        self.workers.values().map(|w| self.shown_one(w)).collect()
+    pub fn workers(&self) -> Vec<api::Worker> {
+        let entries = self.factory.entries().values();
+        entries
+            .filter_map(|entry| Some(self.worker(entry, entry.owned()?)))
+            .collect()
     }
 
-    fn shown_one(&self, worker: &Worker) -> api::Worker {
-        let runtime = self.runtimes.get(&worker.id);
-        let on_host = self.on_host.get(&worker.id);
-        let trouble = runtime
-            .map(|r| r.last_error.clone())
-            .filter(|text| !text.is_empty());
+    fn worker(&self, entry: &Entry, owned: &Owned) -> api::Worker {
+        let (worker, on_host) = (&owned.worker, entry.on_host.as_ref());
+        let error = Some(owned.calls.last_error.clone()).filter(|text| !text.is_empty());
         api::Worker {
             id: worker.id,
             slot: worker.slot.clone(),
@@ -164,76 +163,42 @@ impl Factory {
             disk: on_host.and_then(|info| info.disk),
             hold: worker.waits_since().map(|since| self.time(since)),
             failure: worker.failure.clone(),
-            next: next(worker, trouble.as_deref()),
-            trouble,
+            next: next_step(worker, error.as_deref()),
+            trouble: error,
         }
-    }
-
-    /// Since when a call of this side has had no answer, in milliseconds since 1970, where that is longer than calls take.
-    pub fn unanswered_since(&self, peer: Peer) -> Option<u64> {
-        self.unanswered.get(&peer).copied()
     }
 
     /// Why no jobs are taken, whatever slot is free.
     pub fn not_taken(&self) -> Option<String> {
-        let failure = self.lease_failed.as_ref();
-        self.not_asked_for().or_else(|| {
-            let failure = failure?;
-            let at = self.time(failure.retry_at);
-            let at = at.round(jiff::Unit::Second).unwrap_or(at);
-            Some(format!("{}; the next question is at {at}", failure.sentence))
-        })
+        if let Some(why) = self.factory.not_asked_for() {
+            return Some(why.to_owned());
+        }
+        let (sentence, at) = self.factory.lease_failure()?;
+        Some(format!(
+            "{sentence}; the next question is at {}",
+            self.rounded(at)
+        ))
     }
 
-    /// Why the server is not asked for jobs, whatever slot is free.
-    pub(super) fn not_asked_for(&self) -> Option<String> {
-        let why = if self.draining {
-            "all slots are drained: `user-factory resume` takes jobs again"
-        } else if self.storage.is_some() {
-            "the supervisor's state cannot be saved"
-        } else if self.foreign.is_listed() {
-            "another host may use this factory's token"
-        } else if self.server.away {
-            "the server is away"
-        } else if self.helper.away {
-            "the helper is away"
-        } else if self.unanswered_since(Peer::Helper).is_some() {
-            "the helper is not answering"
-        } else if self.unanswered_since(Peer::Server).is_some() {
-            "the server is not answering"
-        } else if let Some(difference) = self.file_difference() {
-            difference
-        } else if !self.reconciled {
-            "the server and the helper have not both answered yet"
-        } else {
-            return None;
-        };
-        Some(why.to_owned())
-    }
-
-    /// Why the state cannot be saved, or may soon not be.
-    pub fn storage_problem(&self) -> Option<&String> {
-        self.storage.as_ref()
-    }
-
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
-    /// Is this slot in the configuration?
-    pub fn has_slot(&self, slot: &SlotName) -> bool {
-        self.config.slots.contains_key(slot)
-    }
-
-    /// Is this worker known?
-    pub fn knows(&self, worker: WorkerId) -> bool {
-        self.workers.contains_key(&worker)
+    /// The workers that may be another host's.
+    pub fn other_hosts_workers(&self) -> Vec<api::ForeignWorker> {
+        let entries = self.factory.entries().iter();
+        let others = entries.filter_map(|(id, entry)| Some((*id, entry.other_host()?)));
+        others
+            .filter(|(_, other)| self.now.saturating_sub(other.seen) < SHOWN_MS)
+            .map(|(id, other)| api::ForeignWorker {
+                id,
+                private: other.private.clone(),
+                since: self.time(other.since),
+                text: self.factory.other_host_text(id, other),
+            })
+            .collect()
     }
 }
 
 /// What happens next, or what a person has to do: the sentence under `show`.
-fn next(worker: &Worker, trouble: Option<&str>) -> String {
-    if trouble.is_some() && worker.next_action().is_some() {
+fn next_step(worker: &Worker, error: Option<&str>) -> String {
+    if error.is_some() && worker.next_action().is_some() {
         return "it is tried again by itself, more and more seldom; the trouble above says what to mend"
             .into();
     }

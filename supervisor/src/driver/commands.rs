@@ -1,19 +1,25 @@
 //! The operator's commands, as inputs of the core. Queries are answered here.
 
+use protocol::SlotName;
 use tokio::sync::oneshot;
 
 use super::Driver;
 use crate::control::api::Status;
 use crate::control::state::{Answer, Command};
+use crate::control::status::View;
 use crate::factory::Input;
 use crate::store::Storage;
 
 impl<S: Storage> Driver<S> {
     /// How things are.
     pub(super) fn send_status(&mut self, reply: oneshot::Sender<Status>) {
-        self.factory.set_ahead(self.clock.ahead());
-        // Who asked may have gone.
-        let _ = reply.send(self.status.status(&self.factory, self.clock.now()));
+        let view = View {
+            factory: &self.factory,
+            now: self.clock.now(),
+            ahead: self.clock.ahead(),
+        };
+        // The client may have gone.
+        let _ = reply.send(self.status.status(&view));
     }
 
     pub(super) fn handle_command(&mut self, command: Command) -> Input {
@@ -25,37 +31,27 @@ impl<S: Storage> Driver<S> {
                 Input::Tick
             }
             Command::Drain {
-                slot: None,
-                drain,
-                by,
-                answer,
-            } => {
-                if let Err(why) = self.persistence.store().save_drain(None, drain) {
-                    return refused(answer, format!("it cannot be remembered: {why}"));
-                }
-                tracing::info!(drain, %by, "an operator drains or resumes all slots");
-                done(answer, Input::Drain(drain))
-            }
-            Command::Drain {
                 slot: Some(slot),
+                answer,
+                ..
+            } if !self.factory.has_slot(&slot) => refused(
+                answer,
+                format!("there is no slot {slot}: see `user-factory status`"),
+            ),
+            Command::Drain {
+                slot,
                 drain,
                 by,
                 answer,
             } => {
-                if !self.factory.has_slot(&slot) {
-                    return refused(
-                        answer,
-                        format!("there is no slot {slot}: see `user-factory status`"),
-                    );
+                self.drain_command = Some((by, answer));
+                match slot {
+                    Some(slot) => Input::DrainSlot(slot, drain),
+                    None => Input::Drain(drain),
                 }
-                if let Err(why) = self.persistence.store().save_drain(Some(&slot), drain) {
-                    return refused(answer, format!("it cannot be remembered: {why}"));
-                }
-                tracing::info!(%slot, drain, %by, "an operator drains or resumes a slot");
-                done(answer, Input::DrainSlot(slot, drain))
             }
             Command::Destroy { worker, by, answer } => {
-                if !self.factory.knows(worker) && !self.factory.is_foreign(worker) {
+                if !self.factory.owns(worker) && !self.factory.may_be_another_hosts(worker) {
                     return refused(
                         answer,
                         format!("there is no worker {worker}: see `user-factory workers`"),
@@ -65,7 +61,7 @@ impl<S: Storage> Driver<S> {
                 done(answer, Input::Destroy(worker))
             }
             Command::Kill { worker, by, answer } => {
-                if !self.factory.knows(worker) {
+                if !self.factory.owns(worker) {
                     return refused(
                         answer,
                         format!("there is no worker {worker}: see `user-factory workers`"),
@@ -93,6 +89,28 @@ impl<S: Storage> Driver<S> {
                     refused(answer, why)
                 }
             },
+        }
+    }
+
+    /// Save what is drained, and answer the operator's command, if it is one's. The input that says that it is saved.
+    pub(super) fn save_drain(&mut self, slot: Option<SlotName>, drain: bool) -> Input {
+        let command = self.drain_command.take();
+        let by = command.as_ref().map(|(by, _)| tracing::field::display(*by));
+        let saved = self.persistence.store().save_drain(slot.as_ref(), drain);
+        let result = saved.map_err(|why| format!("it cannot be remembered: {why}"));
+        match (&result, &slot) {
+            (Ok(()), Some(slot)) => tracing::info!(%slot, drain, by, "an operator drains or resumes a slot"),
+            (Ok(()), None) => tracing::info!(drain, by, "an operator drains or resumes all slots"),
+            (Err(why), _) => tracing::error!(drain, by, "what is drained is not changed: {why}"),
+        }
+        let is_saved = result.is_ok();
+        if let Some((_, answer)) = command {
+            // The client may have gone.
+            let _ = answer.send(result);
+        }
+        match is_saved {
+            true => Input::DrainSaved(slot, drain),
+            false => Input::Tick,
         }
     }
 }

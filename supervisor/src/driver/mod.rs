@@ -18,13 +18,13 @@ use tokio::time::Instant;
 use crate::call_error::{CallError, Peer};
 use crate::config_check::ConfigFile;
 use crate::control::metrics::{self, Metrics};
-use crate::control::state::{Command, StatusState};
+use crate::control::state::{Answer, Command, Operator, StatusState};
 use crate::executor::Executor;
-use crate::factory::{Factory, Input, Outcome, Output};
+use crate::factory::{Factory, Input, Output};
 use crate::notify::Watchdog;
 use crate::pending_calls::PendingCalls;
 use crate::store::Storage;
-use crate::worker::Action;
+use crate::worker::{Action, Event};
 pub use persistence::Persistence;
 use phases::Phases;
 
@@ -88,6 +88,8 @@ pub struct Driver<S> {
     pub status: StatusState,
     pub file: Box<dyn ConfigFile>,
     pub watchdog: Watchdog,
+    /// Whose command to drain or resume is being saved, and where its answer goes.
+    pub drain_command: Option<(Operator, Answer)>,
 }
 
 impl<S: Storage> Driver<S> {
@@ -103,8 +105,8 @@ impl<S: Storage> Driver<S> {
         let mut stopping: Option<Instant> = None;
         // Status requests that wait for the helper, and since when.
         let (mut status_requests, mut requested) = (Vec::new(), Instant::now());
-        // Answers to calls that were not started.
-        let mut not_started = VecDeque::new();
+        // Answers to outputs that are carried out at once, and to calls that were not started.
+        let mut answers = VecDeque::new();
         let mut input = Input::Tick;
         loop {
             let mut outputs = Vec::new();
@@ -128,6 +130,7 @@ impl<S: Storage> Driver<S> {
                         self.persistence.save(&worker)?;
                         phases.changed(&worker, &self.status.metrics);
                     }
+                    Output::SaveDrain(slot, drain) => answers.push_back(self.save_drain(slot, drain)),
                     Output::Remove(worker) => {
                         self.persistence.remove(worker)?;
                         phases.gone(worker, self.clock.now(), &self.status.metrics);
@@ -141,7 +144,7 @@ impl<S: Storage> Driver<S> {
                             let (metrics, executor) = (self.status.metrics.clone(), self.executor.clone());
                             calls.spawn(run_call(metrics, executor, output));
                         }
-                        Err(answer) => not_started.push_back(*answer),
+                        Err(answer) => answers.push_back(*answer),
                     },
                 }
             }
@@ -152,7 +155,7 @@ impl<S: Storage> Driver<S> {
                 input = Input::Storage(problem);
                 continue;
             }
-            if let Some(answer) = not_started.pop_front() {
+            if let Some(answer) = answers.pop_front() {
                 input = answer;
                 continue;
             }
@@ -257,7 +260,7 @@ impl<S: Storage> Driver<S> {
             Output::Lease(_) => Ok(Output::Lease(Default::default())),
             Output::MakeWorker { job, .. } => Err(Input::WorkerMade(job, Err(problem)).into()),
             Output::Act(_, Action::HostDelete | Action::ServerDelete { .. }) => Ok(output),
-            Output::Act(worker, _) => Err(Input::Done(worker, Outcome::Failed(problem)).into()),
+            Output::Act(worker, _) => Err(Input::Done(worker, Event::CallFailed(problem)).into()),
             _ => Ok(output),
         }
     }
@@ -322,6 +325,6 @@ async fn answer_to(output: Output, executor: &Executor) -> Input {
         }
         Output::Act(worker, action) => Input::Done(worker, executor.carry_out(worker, action).await),
         // Done before, in order.
-        Output::Save(_) | Output::Remove(_) | Output::Log(_) => Input::Tick,
+        Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => Input::Tick,
     }
 }

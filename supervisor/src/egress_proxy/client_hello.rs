@@ -74,7 +74,7 @@ fn message(bytes: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
             std::cmp::Ordering::Greater => return Err(CUT),
         }
     }
-    // A beginning that can become no record is told at once.
+    // A beginning that can become no record is refused at once.
     match rest {
         [] | [HANDSHAKE] | [HANDSHAKE, 3, ..] => Ok(None),
         _ => Err("it does not begin with a ClientHello"),

@@ -1,6 +1,6 @@
 //! A TCP socket that somebody else has made, and may still hold.
 //!
-//! Whoever holds it too can take away its non-blocking mode at any time, as that belongs to the socket and
+//! Every holder can take away its non-blocking mode at any time, as that belongs to the socket and
 //! not to the descriptor. So that mode is never relied on: every call here says `MSG_DONTWAIT` itself. For
 //! the same reason (`SO_LINGER`) a [`Closer`](super::closer::Closer) closes it.
 
@@ -42,7 +42,7 @@ pub(super) async fn has_spoken(caller: &UnixStream) {
     }
 }
 
-/// Take the one descriptor of the one packet that the caller should have sent by now, and hang up. This may
+/// Take the one descriptor of the one packet that the caller should have sent by now, and close. This may
 /// block, for whatever else it has sent is closed here.
 pub(super) fn receive(caller: UnixStream) -> Result<UntrustedTcpStream, String> {
     let caller = caller
@@ -59,9 +59,9 @@ pub(super) fn receive(caller: UnixStream) -> Result<UntrustedTcpStream, String> 
         Ok(Received::Oversize) => {
             return Err("it said more than one byte, or brought many descriptors".into());
         }
-        Ok(Received::Closed) => return Err("it left without a word".into()),
+        Ok(Received::Closed) => return Err("it closed without sending anything".into()),
         Err(Errno::EAGAIN) => return Err("it said nothing in time".into()),
-        Err(errno) => return Err(format!("it cannot be heard: {errno}")),
+        Err(errno) => return Err(format!("nothing can be received from it: {errno}")),
     };
     let brought = brought.ok_or("it brought no descriptor")?;
     check(&brought)?;
@@ -93,7 +93,7 @@ fn adopt(fd: OwnedFd) -> io::Result<UntrustedTcpStream> {
     TcpStream::from_std(fd.into()).map(UntrustedTcpStream)
 }
 
-/// A connection may be idle for days; one whose other end is gone without a word is noticed in three minutes.
+/// A connection may be idle for days; one whose other end is gone without a FIN is noticed in three minutes.
 /// What has been read is passed on at once: how to make packets of it was the first sender's affair.
 pub(super) fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
     let socket = SockRef::from(socket);

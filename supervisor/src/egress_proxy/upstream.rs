@@ -17,7 +17,7 @@ const LOOKUP: Duration = Duration::from_secs(10);
 const CONNECT: Duration = Duration::from_secs(10);
 /// How long all of them together may take.
 const ALL: Duration = Duration::from_secs(30);
-/// For so long the answer of a look-up is used again; one that failed for a part of it.
+/// For so long the answer of a name look-up is used again; one that failed for a part of it.
 const FRESH: Duration = Duration::from_secs(5);
 
 /// The longest answer of a proxy, in bytes.
@@ -90,7 +90,7 @@ impl Upstream {
                     return found.clone();
                 }
             }
-            // It cannot be cut off, so it may go on for a while after whoever waits has given up.
+            // It cannot be cut off, so it may go on for a while after its caller has given up.
             let (host, port) = match &self.proxy {
                 Some((host, port)) => (host.as_str(), *port),
                 None => (self.host.as_str(), self.port),

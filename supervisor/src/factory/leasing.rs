@@ -1,19 +1,20 @@
 //! From a lease to a worker: asking for jobs, keeping leases alive, and making workers on the server.
 //!
-//! Making a worker is the one call that cannot be repeated blindly: when its answer is lost, a later list
-//! tells whether the worker was made.
+//! Making a worker is the one call that is not idempotent: where its answer is lost, a later list shows whether the
+//! worker was made.
 
 use std::collections::BTreeSet;
 
 use protocol::{SlotName, TargetId, WorkerId, WorkerInfo};
 
-use super::{Factory, Level, Output, PendingWorker, RENEW_MS};
+use super::entry::PendingWorker;
+use super::{Factory, Level, Output, RENEW_MS};
 use crate::backoff::Backoff;
 use crate::buildomat::{JobId, Lease, ServerWorker};
 use crate::call_error::{CallError, Peer};
 use crate::reconcile::adopted;
 use crate::schedule::Free;
-use crate::worker::{Event, Phase, Worker};
+use crate::worker::{Event, Phase};
 
 /// A lease lasts sixty seconds; no worker is made for one that is about to end.
 const LEASE_MS: u64 = 50_000;
@@ -33,16 +34,10 @@ impl Factory {
         self.plan.free(&self.used(), resting)
     }
 
-    /// The slots that have a worker, or a job that is to get one, or somebody's worker that the helper has shown.
-    pub(super) fn used(&self) -> BTreeSet<SlotName> {
-        let mut used: BTreeSet<SlotName> = self.workers.values().map(|w| w.slot.clone()).collect();
+    /// The slots that have a worker, or a job that is to get one, or a worker that only the helper's list shows.
+    pub fn used(&self) -> BTreeSet<SlotName> {
+        let mut used: BTreeSet<SlotName> = self.entries.values().filter_map(|e| e.slot().cloned()).collect();
         used.extend(self.pending_workers.iter().map(|p| p.slot.clone()));
-        used.extend(self.orphans.values().filter_map(|(slot, _)| slot.clone()));
-        let unknown = self
-            .on_host
-            .values()
-            .filter(|info| !self.workers.contains_key(&info.worker));
-        used.extend(unknown.map(|info| info.slot.clone()));
         used
     }
 
@@ -214,7 +209,7 @@ impl Factory {
 
     fn keep(&mut self, now: u64, pending: PendingWorker, worker: &ServerWorker) {
         // A worker that this factory knows already has its slot.
-        if self.workers.contains_key(&worker.id) {
+        if self.owned(worker.id).is_some() {
             return;
         }
         let mut slot = pending.slot;
@@ -238,29 +233,27 @@ impl Factory {
     /// A worker that has not started its agent, and whose slot is no longer in the configuration, gets another slot of
     /// its target, or waits for one. `host` was asked for in this turn: what was done since is not in it.
     pub(super) fn move_from_removed_slots(&mut self, now: u64, turn: u64, host: &[WorkerInfo]) {
-        let gone = |w: &&Worker| {
-            let runtime = self.runtimes.get(&w.id);
-            let settled = runtime.is_none_or(|r| r.doing.is_none() && r.touched < turn);
-            settled && w.phase.is_unstarted() && !w.hold && !self.has_slot_for(&w.slot, w.target)
-        };
-        let gone: Vec<Worker> = self.workers.values().filter(gone).cloned().collect();
-        for mut worker in gone {
-            let id = worker.id;
-            let text = format!("slot {} is no longer in the configuration", worker.slot);
+        let gone = self.entries.values().filter_map(|entry| entry.owned());
+        let gone = gone.filter(|owned| {
+            let w = &owned.worker;
+            owned.calls.is_settled(turn)
+                && w.phase.is_unstarted()
+                && !w.hold
+                && !self.has_slot_for(&w.slot, w.target)
+        });
+        let gone: Vec<(WorkerId, SlotName, TargetId)> = gone
+            .map(|owned| (owned.worker.id, owned.worker.slot.clone(), owned.worker.target))
+            .collect();
+        for (id, slot, target) in gone {
+            let text = format!("slot {slot} is no longer in the configuration");
             if host.iter().any(|info| info.worker == id) {
-                self.event(now, id, Event::SlotRemoved);
-            } else if let Some(slot) = self.free(now).pick(worker.target).cloned() {
-                worker.slot = slot;
-                let text = format!("{text}: the worker gets slot {}", worker.slot);
-                self.out.push(Output::Save(worker.clone()));
-                self.workers.insert(id, worker);
+                self.step(now, id, Event::SlotRemoved);
+            } else if let Some(slot) = self.free(now).pick(target).cloned() {
+                let text = format!("{text}: the worker gets slot {slot}");
+                self.step(now, id, Event::SlotChanged(slot));
                 self.log(Level::Info, Some(id), text);
             } else {
-                self.event(
-                    now,
-                    id,
-                    Event::CallFailed(format!("{text}, and no other is free")),
-                );
+                self.step(now, id, Event::Blocked(format!("{text}, and no other is free")));
             }
         }
     }
@@ -273,20 +266,19 @@ impl Factory {
                 self.pending_workers.push(pending);
                 continue;
             }
-            // One that was there before it was asked for is another, however much it looks like it.
-            let is_new = |id| self.unknown.get(id).is_some_and(|s| s.turn > pending.began);
-            let found = list.iter().filter(|w| {
-                w.target == pending.target
+            // One that was listed before it was asked for is another, however similar.
+            let found = list.iter().filter_map(|w| {
+                let unknown = self.entries.get(&w.id)?.unknown()?;
+                let listed = unknown.listed.filter(|listed| listed.turn > pending.began)?;
+                let fits = w.target == pending.target
                     && w.private.is_none()
                     && !(w.online || w.recycle)
-                    && is_new(&w.id)
-                    && !self.workers.contains_key(&w.id)
-                    && !self.ended.contains_key(&w.id)
+                    && unknown.ended.is_none();
+                fits.then_some((w, listed.since))
             });
-            let since = |w: &ServerWorker| self.unknown.get(&w.id).map_or(now, |s| s.since);
-            let found = found.min_by_key(|w| since(w));
-            if let Some(found) = found {
-                if now.saturating_sub(since(found)) >= CLAIM_MS || found.hold {
+            let found = found.min_by_key(|(_, since)| *since);
+            if let Some((found, since)) = found {
+                if now.saturating_sub(since) >= CLAIM_MS || found.hold {
                     self.keep(now, pending, found);
                 } else {
                     self.pending_workers.push(pending);
@@ -308,22 +300,25 @@ impl Factory {
     }
 
     pub(super) fn renew_leases(&mut self, now: u64) {
-        for (id, runtime) in &mut self.runtimes {
-            if runtime.renew_at.is_none_or(|at| at > now) {
+        for (id, entry) in &mut self.entries {
+            let Some(owned) = entry
+                .owned_mut()
+                .filter(|o| o.renew_at.is_some_and(|at| at <= now))
+            else {
                 continue;
-            }
-            runtime.renew_at = None;
-            if let Some(job) = self.workers.get(id).and_then(|w| w.job.clone()) {
+            };
+            owned.renew_at = None;
+            if let Some(job) = owned.worker.job.clone() {
                 self.out.push(Output::Renew { worker: *id, job });
             }
         }
     }
 
     pub(super) fn renewed(&mut self, now: u64, id: WorkerId, result: Result<bool, CallError>) {
-        let starting = self.workers.get(&id).is_some_and(|w| w.phase.is_starting());
-        if let Some(runtime) = self.runtimes.get_mut(&id).filter(|_| starting) {
+        let owned = self.entries.get_mut(&id).and_then(|entry| entry.owned_mut());
+        if let Some(owned) = owned.filter(|owned| owned.worker.phase.is_starting()) {
             // False: the job is tied to the worker by now, and there is nothing to renew.
-            runtime.renew_at = (result != Ok(false)).then_some(now + RENEW_MS);
+            owned.renew_at = (result != Ok(false)).then_some(now + RENEW_MS);
         }
     }
 }

@@ -1,20 +1,21 @@
-//! The core of the factory: what goes in are answers and the time, what comes out are things to do.
+//! The core of the factory: inputs are answers and the time, outputs are calls, saves and log lines.
 //!
-//! It knows no socket, clock, disk or thread, so that a simulator can drive the same code through years
-//! of failures in a second. Time moves only through the `now` of [`Factory::handle`].
+//! It uses no socket, clock, disk or thread, so that a simulation can run the same code through years of failures in
+//! seconds. Time moves only through the `now` of [`Factory::handle`]. All that is known of a worker id is in its one
+//! [`Entry`], and a worker changes through [`Worker::step`] alone.
 //!
-//! It works in *rounds*, one a poll interval, whatever the number of workers: ask the server for its
+//! It *polls* once in an interval, whatever the number of workers: ask the server for its
 //! workers and the helper for its own, compare (`reconcile`), let each worker take its next step, then
-//! ask for jobs. Everything that arrives between rounds is acted on at once.
+//! ask for jobs. Everything that arrives between polls is acted on at once.
 //! An idle factory does not ask the helper: see `poll`.
 
 mod actions;
+pub mod entry;
 mod leasing;
 mod poll;
-mod status;
 #[cfg(test)]
 mod tests;
-mod unknown;
+pub mod unknown;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,7 +29,8 @@ use crate::identity::Identity;
 use crate::schedule::Plan;
 use crate::worker::{Action, Event, Phase, Rules, Worker};
 
-pub use status::time;
+use entry::Owned;
+pub use entry::{Entry, PendingWorker};
 
 /// A lease is renewed this often until the worker is online.
 pub const RENEW_MS: u64 = 20_000;
@@ -46,14 +48,16 @@ pub enum Input {
     /// The answer to [`Output::Renew`].
     Renewed(WorkerId, Result<bool, CallError>),
     /// The answer to [`Output::Act`].
-    Done(WorkerId, Outcome),
+    Done(WorkerId, Event),
     /// Take no new jobs (or take them again).
     Drain(bool),
     /// The same for one slot.
     DrainSlot(SlotName, bool),
+    /// The answer to [`Output::SaveDrain`].
+    DrainSaved(Option<SlotName>, bool),
     /// The configuration has changed. A worker whose slot is no longer in it stays to its end.
     Configure(Box<Config>),
-    /// Delete this worker, whoever holds it, and whosoever it is.
+    /// Delete this worker, held or not, also where it may be another host's.
     Destroy(WorkerId),
     /// End this worker's processes and keep its files; the reason is why its job fails.
     Kill(WorkerId, String),
@@ -61,34 +65,13 @@ pub enum Input {
     Storage(Option<String>),
     /// What the configuration file says else than the configuration in use, in a sentence; none where it says the same.
     FileDiffers(Option<String>),
-    /// Since when, in milliseconds since 1970, a call of this side has had no answer, where that is longer than calls
+    /// Since when, in milliseconds since 1970, a call to this peer has had no answer, where that is longer than calls
     /// take; none once all have theirs.
     Unanswered(Peer, Option<u64>),
-    /// Somebody wants to know how things are.
+    /// The operator asks for the status.
     StatusRequested,
-    /// Begin nothing any more. Answers to what is under way are still taken in, and saved.
+    /// Begin nothing any more. Answers to pending calls are still taken in, and saved.
     Stop,
-}
-
-/// How an action went.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    Done,
-    /// The failure is told up to this line of the console; the rest stands out.
-    Partly {
-        lines: u32,
-        error: CallError,
-    },
-    /// Try again.
-    Failed(CallError),
-    /// The worker's processes could not be ended.
-    KillFailed(CallError),
-    /// The worker cannot be started here.
-    StartFailed(String),
-    /// The helper has no such worker.
-    NoSuchWorker,
-    /// The server does not know how to fail a worker.
-    CannotReport(String),
 }
 
 /// What is to be done outside.
@@ -108,6 +91,8 @@ pub enum Output {
     Act(WorkerId, Action),
     /// Must be on the disk before any output after it is begun.
     Save(Worker),
+    /// To be answered with [`Input::DrainSaved`] once it is on the disk, and not at all where it cannot be saved.
+    SaveDrain(Option<SlotName>, bool),
     /// The same.
     Remove(WorkerId),
     Log(LogLine),
@@ -130,63 +115,18 @@ pub enum Level {
     Error,
 }
 
-/// What is known of a worker in this life alone.
+/// How the server or the helper is.
 #[derive(Clone, Debug, Default)]
-struct Runtime {
-    /// An action is under way.
-    doing: Option<Action>,
-    backoff: Backoff,
-    /// Not before this time, and because of this side.
-    retry: Option<(u64, Peer)>,
-    /// When its last action began or ended, in `Factory::turn`s: a host list asked for before is stale.
-    touched: u64,
-    /// When it became known: a server list asked for before does not show it.
-    known: u64,
-    /// Since when the server's lists do not show it.
-    missing_since: Option<u64>,
-    /// When to renew its lease; None when it needs no more.
-    renew_at: Option<u64>,
-    last_error: String,
-}
-
-/// A server's worker that the store does not know.
-#[derive(Clone, Copy, Debug)]
-struct UnknownWorker {
-    /// The turn in which a list first showed it.
-    turn: u64,
-    /// From when on it waits for a slot.
-    since: u64,
-}
-
-/// A job that was leased and has no worker yet.
-#[derive(Clone, Debug)]
-struct PendingWorker {
-    job: JobId,
-    slot: SlotName,
-    target: TargetId,
-    leased_at: u64,
-    /// The turn in which its worker was first asked for.
-    began: u64,
-    /// The request is under way; otherwise, its answer was lost in this turn, and a list must show
-    /// whether the worker was made.
-    making: bool,
-    turn: u64,
-    backoff: Backoff,
-    retry_at: u64,
-}
-
-/// How one of the partners is.
-#[derive(Clone, Debug, Default)]
-struct PeerState {
-    away: bool,
+pub struct PeerState {
+    pub away: bool,
     backoff: Backoff,
     retry_at: u64,
     /// When it last answered.
-    answered_at: Option<u64>,
+    pub answered_at: Option<u64>,
     /// Since when it is as it is now.
-    since: u64,
+    pub since: u64,
     /// Why it is away.
-    error: String,
+    pub error: String,
 }
 
 impl PeerState {
@@ -221,21 +161,18 @@ pub struct Factory {
     config: Config,
     /// Its slots.
     plan: Plan,
-    workers: BTreeMap<WorkerId, Worker>,
-    /// Nobody's workers, being ended: the slot that each occupies, and how.
-    orphans: BTreeMap<WorkerId, (Option<SlotName>, Action)>,
-    runtimes: BTreeMap<WorkerId, Runtime>,
-    /// A job that was leased while the helper was left alone, and when: its slot is chosen once the helper has
+    /// All that is known of each worker id.
+    entries: BTreeMap<WorkerId, Entry>,
+    /// A job that was leased while the helper was not asked, and when: its slot is chosen once the helper has
     /// answered.
     pending_lease: Option<(Lease, u64)>,
     pending_workers: Vec<PendingWorker>,
-    unknown: BTreeMap<WorkerId, UnknownWorker>,
-    /// Targets that have a worker_seen waiting for a slot: it comes before new jobs.
+    /// Targets for which an unknown worker waits for a slot: it comes before new jobs.
     reserved_targets: BTreeSet<TargetId>,
-    /// Workers on the server that may be another host's.
-    foreign: unknown::Foreign,
-    /// Workers whose end is newer than some list, and the turn of it.
-    ended: BTreeMap<WorkerId, u64>,
+    /// The server's last list had a worker that may be another host's.
+    other_host_listed: bool,
+    /// Another host has been seen, since this life began.
+    other_host_seen: bool,
     cooldowns: BTreeMap<SlotName, SlotCooldown>,
     server: PeerState,
     helper: PeerState,
@@ -243,7 +180,7 @@ pub struct Factory {
     leasing: bool,
     /// The server refuses to say whether there is a job, or cannot.
     lease_failed: Option<LeaseFailure>,
-    /// Since when a side has not answered a call, where that is longer than calls take.
+    /// Since when a peer has not answered a call, where that is longer than calls take.
     unanswered: BTreeMap<Peer, u64>,
     /// No jobs are asked for before this, since no workers could be made for some.
     no_jobs: Backoff,
@@ -254,13 +191,9 @@ pub struct Factory {
     /// The helper reads the configuration file at each request: a job that is leased while the file differs from the
     /// configuration in use might get another slot than it was leased for.
     file_differs: Option<(u64, String)>,
-    /// The workers on this host, by the last list.
-    on_host: BTreeMap<WorkerId, WorkerInfo>,
     /// Why the state cannot be saved.
     storage: Option<String>,
     stopped: bool,
-    /// By how many milliseconds the host's clock is ahead of the time of inputs: for what is shown alone.
-    ahead: i64,
     /// Counts inputs: the order of things, where the clock is too coarse.
     turn: u64,
     /// So that the same error is not in the log once a second.
@@ -277,15 +210,12 @@ impl Factory {
             identity,
             plan: Plan::of(&config),
             config,
-            workers: BTreeMap::new(),
-            orphans: BTreeMap::new(),
-            runtimes: BTreeMap::new(),
+            entries: BTreeMap::new(),
             pending_lease: None,
             pending_workers: Vec::new(),
-            unknown: BTreeMap::new(),
             reserved_targets: BTreeSet::new(),
-            foreign: unknown::Foreign::default(),
-            ended: BTreeMap::new(),
+            other_host_listed: false,
+            other_host_seen: false,
             cooldowns: BTreeMap::new(),
             server: PeerState::since(now),
             helper: PeerState::since(now),
@@ -299,30 +229,24 @@ impl Factory {
             draining: false,
             drained_slots: BTreeSet::new(),
             file_differs: None,
-            on_host: BTreeMap::new(),
             storage: None,
             stopped: false,
-            ahead: 0,
             turn: 0,
             last_lease_error: String::new(),
             last_make_error: String::new(),
             rng: Rng::new(seed),
             out: Vec::new(),
         };
-        for mut worker in workers {
-            // Nobody knows how long nobody was here, nor what the clock has been through: waits begin anew.
-            let since = worker.since.min(now);
-            if (worker.since, worker.waiting_since) != (since, now) {
-                (worker.since, worker.waiting_since) = (since, now);
-                factory.out.push(Output::Save(worker.clone()));
-            }
+        for worker in workers {
             let starting = worker.phase.is_starting() && worker.job.is_some();
-            let runtime = Runtime {
-                renew_at: starting.then_some(now),
-                ..Runtime::default()
-            };
-            factory.runtimes.insert(worker.id, runtime);
-            factory.workers.insert(worker.id, worker);
+            let rules = factory.rules(&worker.slot);
+            let started = worker.clone().step(Event::SupervisorStarted, now, &rules);
+            if started != worker {
+                factory.out.push(Output::Save(started.clone()));
+            }
+            let id = started.id;
+            let entry = factory.entries.entry(id).or_default();
+            entry.adopt(started, 0, starting.then_some(now));
         }
         factory
     }
@@ -339,13 +263,14 @@ impl Factory {
         self.turn += 1;
         match input {
             Input::Tick => {}
-            Input::Drain(draining) => self.draining = draining,
-            Input::DrainSlot(slot, true) => drop(self.drained_slots.insert(slot)),
-            Input::DrainSlot(slot, false) => drop(self.drained_slots.remove(&slot)),
+            Input::Drain(drained) => self.out.push(Output::SaveDrain(None, drained)),
+            Input::DrainSlot(slot, drained) => self.out.push(Output::SaveDrain(Some(slot), drained)),
+            Input::DrainSaved(None, drained) => self.draining = drained,
+            Input::DrainSaved(Some(slot), true) => drop(self.drained_slots.insert(slot)),
+            Input::DrainSaved(Some(slot), false) => drop(self.drained_slots.remove(&slot)),
             Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), *config),
-            Input::Destroy(worker) if self.foreign.shows(worker) => self.foreign.order_deletion(worker),
-            Input::Destroy(worker) => self.event(now, worker, Event::Destroy),
-            Input::Kill(worker, reason) => self.event(now, worker, Event::Kill(reason)),
+            Input::Destroy(worker) => self.destroy(now, worker),
+            Input::Kill(worker, reason) => self.step(now, worker, Event::Kill(reason)),
             Input::Storage(error) => {
                 if error.is_none() {
                     self.retry_at_once(Peer::Database);
@@ -365,7 +290,7 @@ impl Factory {
             Input::Leased(result) => self.leased(now, result),
             Input::WorkerMade(job, result) => self.worker_made(now, &job, result),
             Input::Renewed(worker, result) => self.renewed(now, worker, result),
-            Input::Done(worker, outcome) => self.done(now, worker, outcome),
+            Input::Done(worker, event) => self.done(now, worker, event),
         }
         if !self.stopped {
             self.begin_poll(now);
@@ -380,28 +305,38 @@ impl Factory {
         if self.stopped {
             return None;
         }
-        let retries = self
-            .runtimes
-            .values()
-            .filter(|r| r.doing.is_none())
-            .filter_map(|r| r.retry.map(|(at, _)| at));
-        let renewals = self.runtimes.values().filter_map(|r| r.renew_at);
+        let retries = self.entries.values().filter_map(|entry| entry.calls());
+        let retries = retries.filter(|calls| calls.action.is_none());
+        let retries = retries.filter_map(|calls| calls.retry.map(|(at, _)| at));
+        let renewals = self.entries.values().filter_map(|entry| entry.owned()?.renew_at);
         retries.chain(renewals).chain(self.poll.next()).min()
     }
 
-    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
-        self.workers.values()
+    /// All that is known of each worker id.
+    pub fn entries(&self) -> &BTreeMap<WorkerId, Entry> {
+        &self.entries
     }
 
-    /// Is nothing under way?
+    /// This factory's workers, the oldest first.
+    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
+        let owned = self.entries.values().filter_map(|entry| entry.owned());
+        owned.map(|owned| &owned.worker)
+    }
+
+    fn owned(&self, worker: WorkerId) -> Option<&Owned> {
+        self.entries.get(&worker)?.owned()
+    }
+
+    /// Has every call had its answer?
     pub fn has_no_pending_calls(&self) -> bool {
+        let mut calls = self.entries.values().filter_map(|entry| entry.calls());
         !self.leasing
-            && !self.runtimes.values().any(|r| r.doing.is_some())
+            && !calls.any(|calls| calls.action.is_some())
             && !self.pending_workers.iter().any(|p| p.making)
     }
 
     fn log(&mut self, level: Level, worker: Option<WorkerId>, text: String) {
-        let known = worker.and_then(|id| self.workers.get(&id));
+        let known = worker.and_then(|id| self.owned(id)).map(|owned| &owned.worker);
         let (slot, job) = known.map_or((None, None), |w| (Some(w.slot.clone()), w.job.clone()));
         self.out.push(Output::Log(LogLine {
             level,
@@ -419,11 +354,11 @@ impl Factory {
             return;
         }
         let Some(since) = since else { return };
-        let waiting = self.workers.values().filter(|w| w.phase.is_unstarted());
+        let waiting = self.workers().filter(|w| w.phase.is_unstarted());
         let waiting: Vec<WorkerId> = waiting.map(|w| w.id).collect();
         for id in waiting {
             let ms = now.saturating_sub(since);
-            self.event(now, id, Event::Waited { ms });
+            self.step(now, id, Event::Waited { ms });
         }
     }
 
@@ -438,9 +373,18 @@ impl Factory {
         }
     }
 
+    /// The operator wants it deleted.
+    fn destroy(&mut self, now: u64, id: WorkerId) {
+        let unknown = self.entries.get_mut(&id).and_then(|entry| entry.unknown_mut());
+        match unknown {
+            Some(unknown) => unknown.to_delete |= unknown.other_host.is_some(),
+            None => self.step(now, id, Event::Destroy),
+        }
+    }
+
     /// One worker, one event: saved if it changed anything.
-    fn event(&mut self, now: u64, id: WorkerId, event: Event) {
-        let Some(old) = self.workers.get(&id).cloned() else {
+    fn step(&mut self, now: u64, id: WorkerId, event: Event) {
+        let Some(old) = self.owned(id).map(|owned| owned.worker.clone()) else {
             return;
         };
         let mut rules = self.rules(&old.slot);
@@ -449,23 +393,27 @@ impl Factory {
             rules.online_timeout = u64::MAX;
         }
         let new = old.clone().step(event, now, &rules);
+        let Some(owned) = self.entries.get_mut(&id).and_then(|entry| entry.owned_mut()) else {
+            return;
+        };
         if new == old {
             return;
         }
         if std::mem::discriminant(&new.phase) != std::mem::discriminant(&old.phase) {
-            // A new duty is not put off by the troubles of the last.
-            if let Some(runtime) = self.runtimes.get_mut(&id) {
-                (runtime.backoff, runtime.retry) = (Backoff::default(), None);
-                if !new.phase.is_starting() {
-                    runtime.renew_at = None;
-                }
+            // A new action does not wait for the failures of the last.
+            (owned.calls.backoff, owned.calls.retry) = (Backoff::default(), None);
+            if !new.phase.is_starting() {
+                owned.renew_at = None;
             }
         }
-        if new.phase == (Phase::Running { online: true }) && old.phase != new.phase {
+        let came_online = new.phase == (Phase::Running { online: true }) && old.phase != new.phase;
+        if came_online {
+            owned.renew_at = None;
+        }
+        owned.worker = new.clone();
+        self.out.push(Output::Save(new.clone()));
+        if came_online {
             self.cooldowns.remove(&new.slot);
-            if let Some(runtime) = self.runtimes.get_mut(&id) {
-                runtime.renew_at = None;
-            }
         }
         if matches!(new.phase, Phase::Broken { .. }) && old.phase.is_starting() {
             self.cooldowns.entry(new.slot.clone()).or_default().failures += 1;
@@ -474,16 +422,111 @@ impl Factory {
             let text = "the worker was lost before its job began: it is made again".to_owned();
             self.log(Level::Warn, Some(id), text);
         }
-        let failed = (new.failure != old.failure)
-            .then(|| new.failure.clone())
-            .flatten();
-        self.out.push(Output::Save(new.clone()));
-        self.workers.insert(id, new);
-        if let Some(reason) = failed {
+        if new.failure != old.failure
+            && let Some(reason) = new.failure
+        {
             let text = format!(
                 "the worker is broken: {reason}; look into its job's log, and release the worker on the server"
             );
             self.log(Level::Warn, Some(id), text);
         }
+    }
+
+    // What the control API shows.
+
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Jobs that were leased and have no worker yet.
+    pub fn pending_workers(&self) -> &[PendingWorker] {
+        &self.pending_workers
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.draining
+    }
+
+    pub fn drained_slots(&self) -> &BTreeSet<SlotName> {
+        &self.drained_slots
+    }
+
+    /// Until when this slot takes no jobs since it has failed workers by itself.
+    pub fn cooldown(&self, slot: &SlotName) -> Option<u64> {
+        self.cooldowns.get(slot).map(|cooldown| cooldown.until)
+    }
+
+    pub fn server(&self) -> &PeerState {
+        &self.server
+    }
+
+    pub fn helper(&self) -> &PeerState {
+        &self.helper
+    }
+
+    /// Since when a call to this peer has had no answer, where that is longer than calls take.
+    pub fn unanswered_since(&self, peer: Peer) -> Option<u64> {
+        self.unanswered.get(&peer).copied()
+    }
+
+    /// Why the state cannot be saved, or may soon not be.
+    pub fn storage_problem(&self) -> Option<&String> {
+        self.storage.as_ref()
+    }
+
+    /// What the configuration file says else than the configuration in use.
+    pub fn file_difference(&self) -> Option<&str> {
+        self.file_differs
+            .as_ref()
+            .map(|(_, difference)| difference.as_str())
+    }
+
+    /// Why the last question for a job failed, and when the next is asked.
+    pub fn lease_failure(&self) -> Option<(&str, u64)> {
+        let failure = self.lease_failed.as_ref()?;
+        Some((&failure.sentence, failure.retry_at))
+    }
+
+    /// Why the server is not asked for jobs, whatever slot is free.
+    pub fn not_asked_for(&self) -> Option<&str> {
+        Some(if self.draining {
+            "all slots are drained: `user-factory resume` takes jobs again"
+        } else if self.storage.is_some() {
+            "the supervisor's state cannot be saved"
+        } else if self.other_host_listed {
+            "another host may use this factory's token"
+        } else if self.server.away {
+            "the server is away"
+        } else if self.helper.away {
+            "the helper is away"
+        } else if self.unanswered_since(Peer::Helper).is_some() {
+            "the helper is not answering"
+        } else if self.unanswered_since(Peer::Server).is_some() {
+            "the server is not answering"
+        } else if let Some(difference) = self.file_difference() {
+            difference
+        } else if !self.reconciled {
+            "the server and the helper have not both answered yet"
+        } else {
+            return None;
+        })
+    }
+
+    /// Is this slot in the configuration?
+    pub fn has_slot(&self, slot: &SlotName) -> bool {
+        self.config.slots.contains_key(slot)
+    }
+
+    /// Is this worker this factory's?
+    pub fn owns(&self, worker: WorkerId) -> bool {
+        self.owned(worker).is_some()
     }
 }

@@ -11,21 +11,22 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::{WorkerId, WorkerInfo};
 
-use super::{Factory, Level, Output, PeerState, Runtime, UnknownWorker};
+use super::entry::{Entry, slots_of};
+use super::{Factory, Level, Output, PeerState};
 use crate::buildomat::ServerWorker;
 use crate::call_error::{CallError, Peer};
 use crate::reconcile::{Decision, Question, reconcile};
-use crate::worker::{Event, FORGOTTEN_MS, OnHost, OnServer};
+use crate::worker::{Event, FORGOTTEN_MS, OnHost, OnServer, Worker};
 
-/// An idle helper is asked this often, for what nobody has thought of.
+/// An idle helper is asked this often, for changes that no event announces.
 const AT_LEAST_MS: u64 = 30 * 60_000;
 
-/// The rounds: when the next begins, and how far the present one is.
+/// When the next poll begins, and how far the present one is.
 #[derive(Debug)]
 pub(super) struct Poll {
     next_at: u64,
     open: Option<OpenPoll>,
-    /// The helper was heard in the last one.
+    /// The helper answered in the last one.
     helper_answered: bool,
 }
 
@@ -56,7 +57,7 @@ impl Poll {
         self.open.is_none().then_some(self.next_at)
     }
 
-    /// The round is not over before the helper has answered; if none is open, one is for the helper alone. False where
+    /// The poll is not over before the helper has answered; if none is open, one is for the helper alone. False where
     /// it is being asked already.
     pub(super) fn ask_helper(&mut self, turn: u64) -> bool {
         let open = self.open.get_or_insert(OpenPoll {
@@ -81,15 +82,12 @@ impl Factory {
         self.reconciled
             && !self.helper.away
             && heard.is_some_and(|at| now.saturating_sub(at) < AT_LEAST_MS)
-            && self.on_host.is_empty()
-            && self.workers.is_empty()
-            && self.runtimes.is_empty()
-            && self.unknown.is_empty()
+            && !self.entries.values().any(|entry| entry.is_present())
             && self.pending_workers.is_empty()
             && self.pending_lease.is_none()
     }
 
-    /// Has the helper been left alone for longer than a round, so that whoever wants to know how it is should say
+    /// Has the helper not been asked for longer than a poll interval, so that a status request should say
     /// [`Input::StatusRequested`] and wait while [`Factory::is_waiting_for_helper`]?
     ///
     /// [`Input::StatusRequested`]: super::Input::StatusRequested
@@ -99,7 +97,7 @@ impl Factory {
         !self.stopped && self.is_idle(now) && heard.is_none_or(|at| now.saturating_sub(at) >= poll)
     }
 
-    /// The helper is to be asked, whatever the round.
+    /// The helper is to be asked, whatever the poll.
     pub(super) fn ask_helper(&mut self) {
         if self.poll.ask_helper(self.turn) {
             self.out.push(Output::ListHost);
@@ -152,8 +150,15 @@ impl Factory {
     pub(super) fn host_listed(&mut self, now: u64, result: Result<Vec<WorkerInfo>, CallError>) {
         let list = self.note_answer(now, Peer::Helper, result);
         if let Some(list) = &list {
-            let there = list.iter().filter(|info| !self.ended.contains_key(&info.worker));
-            self.on_host = there.map(|info| (info.worker, info.clone())).collect();
+            for entry in self.entries.values_mut() {
+                entry.on_host = None;
+            }
+            for info in list {
+                let entry = self.entries.entry(info.worker).or_default();
+                if entry.unknown().is_none_or(|unknown| unknown.ended.is_none()) {
+                    entry.on_host = Some(info.clone());
+                }
+            }
         }
         if let Some(open) = &mut self.poll.open {
             (open.host_due, open.host) = (false, list);
@@ -161,7 +166,7 @@ impl Factory {
         self.end_poll(now);
     }
 
-    /// Note that one of the partners has answered, or not.
+    /// Note that the server or the helper has answered, or not.
     fn note_answer<T>(&mut self, now: u64, peer: Peer, result: Result<T, CallError>) -> Option<T> {
         let partner = match peer {
             Peer::Server => &mut self.server,
@@ -199,10 +204,8 @@ impl Factory {
 
     /// Whatever waited for this side is tried at once.
     pub(super) fn retry_at_once(&mut self, peer: Peer) {
-        for runtime in self.runtimes.values_mut() {
-            if runtime.retry.is_some_and(|(_, because)| because == peer) {
-                runtime.retry = None;
-            }
+        for calls in self.entries.values_mut().filter_map(|entry| entry.calls_mut()) {
+            calls.retry.take_if(|(_, because)| *because == peer);
         }
     }
 
@@ -214,17 +217,15 @@ impl Factory {
         };
         let ms = now.saturating_sub(answered_at);
         // Those that wait for a slot have not waited while the server was away, either.
-        for worker_seen in self.unknown.values_mut() {
-            worker_seen.since = now.min(worker_seen.since + ms);
+        for unknown in self.entries.values_mut().filter_map(|entry| entry.unknown_mut()) {
+            if let Some(listed) = &mut unknown.listed {
+                listed.since = now.min(listed.since + ms);
+            }
         }
-        let waiting: Vec<WorkerId> = self
-            .workers
-            .values()
-            .filter(|w| w.phase.is_starting())
-            .map(|w| w.id)
-            .collect();
+        let waiting = self.workers().filter(|w| w.phase.is_starting());
+        let waiting: Vec<WorkerId> = waiting.map(|w| w.id).collect();
         for id in waiting {
-            self.event(now, id, Event::Waited { ms });
+            self.step(now, id, Event::Waited { ms });
         }
     }
 
@@ -243,7 +244,12 @@ impl Factory {
             self.move_from_removed_slots(now, open.turn, host);
             self.reconciled = true;
         }
-        self.ended.retain(|_, turn| *turn >= open.turn);
+        self.entries.retain(|_, entry| {
+            if let Some(unknown) = entry.unknown_mut() {
+                unknown.ended.take_if(|turn| *turn < open.turn);
+            }
+            entry.is_known()
+        });
         self.place_lease(now, open.host.is_some());
         if open.server.is_some() {
             self.ask_for_jobs(now);
@@ -260,29 +266,30 @@ impl Factory {
             .host
             .as_ref()
             .map(|list| list.iter().map(|i| (i.worker, OnHost::Has(i.state))).collect());
-        let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
-        let others = self.with_other_owners(open.server.as_deref().unwrap_or_default());
+        let list = open.server.as_deref().unwrap_or_default();
+        let others = list.iter().filter(|w| self.has_another_owner(w));
+        let others: BTreeSet<WorkerId> = others.map(|w| w.id).collect();
+        let ids: Vec<WorkerId> = self.workers().map(|w| w.id).collect();
         for id in ids {
             if others.contains(&id) && !self.runs_here(id, host.as_ref()) {
                 self.leave_to_other_host(id, host.is_some(), open.turn);
                 continue;
             }
-            let runtime = self.runtimes.entry(id).or_default();
+            let Some(owned) = self.entries.get_mut(&id).and_then(|entry| entry.owned_mut()) else {
+                continue;
+            };
             // A worker that is newer than the list is not gone; one that is being changed is not absent.
-            let (listed, settled) = (
-                runtime.known < open.turn,
-                runtime.doing.is_none() && runtime.touched < open.turn,
-            );
-            let lived = self.workers.get(&id).is_some_and(|w| !w.phase.is_ending());
+            let (listed, settled) = (owned.known < open.turn, owned.calls.is_settled(open.turn));
+            let lived = !owned.worker.phase.is_ending();
             let on_server = server.as_ref().and_then(|list| match list.get(&id) {
                 None if !listed => None,
                 None => {
-                    let since = *runtime.missing_since.get_or_insert(now);
+                    let since = *owned.missing_since.get_or_insert(now);
                     let believed = !lived || now.saturating_sub(since) >= FORGOTTEN_MS;
                     believed.then_some(OnServer::Gone)
                 }
                 view => {
-                    runtime.missing_since = None;
+                    owned.missing_since = None;
                     view.cloned()
                 }
             });
@@ -291,7 +298,7 @@ impl Factory {
                 .filter(|_| settled)
                 .map(|list| *list.get(&id).unwrap_or(&OnHost::Absent));
             let gone = on_server == Some(OnServer::Gone);
-            self.event(
+            self.step(
                 now,
                 id,
                 Event::Seen {
@@ -306,62 +313,52 @@ impl Factory {
         }
     }
 
-    /// Remember since when a list has shown those that the store does not know.
-    fn note_unknown(&mut self, now: u64, list: &[ServerWorker]) {
-        let mut before = std::mem::take(&mut self.unknown);
-        for w in list.iter().filter(|w| !self.workers.contains_key(&w.id)) {
-            let new = UnknownWorker {
-                turn: self.turn,
-                since: now,
-            };
-            let mut worker_seen = before.remove(&w.id).unwrap_or(new);
-            // It waits for a person, not for a slot.
-            if w.hold {
-                worker_seen.since = now;
-            }
-            self.unknown.insert(w.id, worker_seen);
-        }
-    }
-
-    /// Give an owner or an end to what the store does not know.
+    /// Adopt or delete what the database does not have.
     fn compare(&mut self, now: u64, turn: u64, server: &[ServerWorker], host: &[WorkerInfo]) {
-        self.foreign.retain(now, server);
+        self.expire_other_hosts(now);
         let pending_slots: BTreeSet<_> = self.pending_workers.iter().map(|p| p.slot.clone()).collect();
-        let ended: BTreeSet<WorkerId> = self
-            .ended
+        let (mut ended, mut to_delete, mut unknown_for) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+        let unknown = self
+            .entries
             .iter()
-            .filter(|(_, end)| **end >= turn)
-            .map(|(id, _)| *id)
-            .collect();
-        let unknown = self.unknown.iter();
-        let unknown_for = unknown.map(|(id, s)| (*id, now.saturating_sub(s.since)));
+            .filter_map(|(id, entry)| Some((*id, entry.unknown()?)));
+        for (id, unknown) in unknown {
+            ended.extend(unknown.ended.filter(|end| *end >= turn).map(|_| id));
+            to_delete.extend(unknown.to_delete.then_some(id));
+            unknown_for.extend(
+                unknown
+                    .listed
+                    .map(|listed| (id, now.saturating_sub(listed.since))),
+            );
+        }
         let decisions = reconcile(&Question {
             plan: &self.plan,
             identity: &self.identity,
-            known: &self.workers,
+            known: &slots_of(self.entries.iter()).collect(),
             server,
             host,
             pending_slots: &pending_slots,
             ended: &ended,
-            unknown_for: &unknown_for.collect(),
+            unknown_for: &unknown_for,
             online_timeout: self.config.factory.online_timeout_seconds * 1000,
-            to_delete: self.foreign.to_delete(),
-            others_seen: self.foreign.others_seen(),
+            to_delete: &to_delete,
+            others_seen: self.other_host_seen,
             making: self.pending_workers.iter().any(|p| p.making || p.turn >= turn),
             now,
         });
-        let before = std::mem::take(&mut self.orphans);
+        let orphans = self.entries.iter().filter(|(_, entry)| entry.orphan().is_some());
+        let mut before: BTreeSet<WorkerId> = orphans.map(|(id, _)| *id).collect();
         self.reserved_targets.clear();
         for decision in decisions {
             match decision {
                 Decision::Wait(target) => drop(self.reserved_targets.insert(target)),
                 Decision::Adopt(worker) => self.adopt(worker),
-                Decision::End { worker, slot, action } => {
-                    if !before.contains_key(&worker) {
-                        let text = format!("nobody's worker: {}", action.name());
+                Decision::Delete { worker, slot, action } => {
+                    before.remove(&worker);
+                    let text = format!("nobody's worker: {}", action.name());
+                    if self.entries.entry(worker).or_default().orphan_by(slot, action) {
                         self.log(Level::Warn, Some(worker), text);
                     }
-                    self.orphans.insert(worker, (slot, action));
                 }
                 Decision::Report { worker, why } => {
                     let private = server.iter().find(|w| w.id == worker);
@@ -371,33 +368,24 @@ impl Factory {
             }
         }
         // What is under way is seen to its end; the rest was no orphan after all, or has ended by itself.
-        for (id, orphan) in before {
-            let busy = self.runtimes.get(&id).is_some_and(|r| r.doing.is_some());
-            if busy && !self.workers.contains_key(&id) {
-                self.orphans.entry(id).or_insert(orphan);
-            } else if !self.orphans.contains_key(&id) && !self.workers.contains_key(&id) {
-                self.runtimes.remove(&id);
+        for id in before {
+            let entry = self.entries.get_mut(&id);
+            let idle =
+                |entry: &&mut Entry| entry.orphan().is_some_and(|orphan| orphan.calls.action.is_none());
+            if let Some(entry) = entry.filter(idle) {
+                entry.release();
             }
         }
     }
 
-    /// A worker that exists becomes one of the store's.
-    pub(super) fn adopt(&mut self, worker: crate::worker::Worker) {
+    /// A worker that exists becomes this factory's.
+    pub(super) fn adopt(&mut self, worker: Worker) {
         let id = worker.id;
         let text = format!("worker taken on as {}", worker.phase.name());
         let renew_at = (worker.phase.is_starting() && worker.job.is_some()).then_some(worker.since);
-        let runtime = self.runtimes.entry(id).or_default();
-        *runtime = Runtime {
-            doing: runtime.doing.take(),
-            touched: self.turn,
-            known: self.turn,
-            renew_at,
-            ..Runtime::default()
-        };
-        self.orphans.remove(&id);
-        self.foreign.forget(id);
         self.out.push(Output::Save(worker.clone()));
-        self.workers.insert(id, worker);
+        let entry = self.entries.entry(id).or_default();
+        entry.adopt(worker, self.turn, renew_at);
         self.log(Level::Info, Some(id), text);
     }
 }

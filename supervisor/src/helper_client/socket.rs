@@ -59,7 +59,7 @@ impl Connection for AsyncFd<Seqpacket> {
                 match self.get_ref().send(packet, fd.as_ref().map(AsFd::as_fd)) {
                     Ok(()) => break,
                     Err(Errno::EAGAIN) => ready.clear_ready(),
-                    // It has hung up, but may have said why.
+                    // It has closed the connection, but may have answered why.
                     Err(Errno::EPIPE | Errno::ECONNRESET) => break,
                     Err(errno) => return Err(Error::Away(format!("cannot send to the helper: {errno}"))),
                 }
@@ -69,7 +69,7 @@ impl Connection for AsyncFd<Seqpacket> {
                 let mut ready = self.readable().await.map_err(|e| Error::Away(e.to_string()))?;
                 match self.get_ref().recv(MAX_REPLY) {
                     Err(Errno::EAGAIN) => ready.clear_ready(),
-                    // It has hung up without reading what was sent. The kernel says so once, before what it has said.
+                    // It has closed without reading what was sent. The kernel reports that once, before its answer.
                     Err(Errno::ECONNRESET) if !was_reset => was_reset = true,
                     Err(errno) => {
                         return Err(Error::Away(format!("cannot receive from the helper: {errno}")));
@@ -105,7 +105,7 @@ mod tests {
 
     /// The helper does this while it has no process that may read what is sent.
     #[tokio::test]
-    async fn an_answer_from_who_hung_up_without_reading_is_read() {
+    async fn an_answer_from_a_helper_that_closed_without_reading_is_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("helper.sock");
         let listening = listen_at(&path);

@@ -7,8 +7,14 @@ use anyhow::{Context, Result};
 use protocol::WorkerId;
 use rusqlite::{Connection, OpenFlags};
 
-use crate::control::api::Step;
-use crate::factory::time;
+/// A worker has entered a phase.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PhaseChange {
+    /// In milliseconds since 1970.
+    pub at: u64,
+    pub phase: String,
+    pub note: Option<String>,
+}
 
 /// The phases of workers, to be read beside the store that writes them.
 #[derive(Debug)]
@@ -32,19 +38,19 @@ impl History {
     ///
     /// # Errors
     /// Where the database cannot be read.
-    pub fn of(&self, worker: WorkerId) -> Result<Vec<Step>> {
+    pub fn of(&self, worker: WorkerId) -> Result<Vec<PhaseChange>> {
         let db = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut query =
             db.prepare("SELECT at, phase, note FROM events WHERE worker = ?1 ORDER BY n DESC LIMIT 100")?;
         let rows = query.query_map([worker.to_string()], |row| {
             let at: i64 = row.get(0)?;
-            Ok(Step {
-                at: time(u64::try_from(at).unwrap_or(0)),
+            Ok(PhaseChange {
+                at: u64::try_from(at).unwrap_or(0),
                 phase: row.get(1)?,
                 note: row.get(2)?,
             })
         })?;
-        let mut steps = rows.collect::<rusqlite::Result<Vec<Step>>>()?;
+        let mut steps = rows.collect::<rusqlite::Result<Vec<PhaseChange>>>()?;
         steps.reverse();
         Ok(steps)
     }

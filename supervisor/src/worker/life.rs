@@ -1,7 +1,8 @@
-//! What each event makes of a worker: one match on (phase, event). It must never look at anything but its
-//! arguments.
+//! What each event makes of a worker: one match on (phase, event). It depends on its arguments alone.
 
 use protocol::{Exit, State};
+
+use crate::call_error::CallError;
 
 use super::{Event, FORGOTTEN_MS, Kill, MAX_REMAKES, OnHost, OnServer, Phase, Rules, Worker};
 
@@ -21,7 +22,7 @@ impl Worker {
             // True whatever has happened since.
             (_, Event::Associated) => self.associated = true,
             (_, Event::Killed) => self.kill = Kill::default(),
-            (_, Event::KillFailed) => self.kill.failed = true,
+            (_, Event::KillFailed(_)) => self.kill.failed = true,
             (Phase::Broken { .. }, Event::Kill(_)) => {
                 self.kill = Kill {
                     wanted: true,
@@ -41,11 +42,18 @@ impl Worker {
             }
             (Phase::Destroying | Phase::Destroyed, Event::Destroy) => {}
             (_, Event::Destroy) => self.enter(Phase::Destroying, now),
-            (phase, Event::CallFailed(sentence)) => {
+            (phase, Event::CallFailed(CallError { sentence, .. }) | Event::Blocked(sentence)) => {
                 if phase.is_starting() {
                     self.trouble = Some(sentence);
                 }
             }
+            (_, Event::SlotChanged(slot)) => self.slot = slot,
+            // Nobody knows how long no supervisor ran, nor what the clock has been through: waits begin anew.
+            (_, Event::SupervisorStarted) => {
+                (self.since, self.waiting_since) = (self.since.min(now), now);
+            }
+            // Who keeps the worker forgets it.
+            (_, Event::ServerDeleted) => {}
             (Phase::Reserved, Event::UserCreated) => self.enter(Phase::Created, now),
             (Phase::Created, Event::AgentStarted) => self.enter(Phase::Running { online: false }, now),
             (Phase::Reserved | Phase::Created, Event::StartFailed(reason)) => self.fail(reason, now),
@@ -60,7 +68,7 @@ impl Worker {
                     reported: false,
                     lines_sent,
                 },
-                Event::LinesReported { lines },
+                Event::LinesReported { lines, .. },
             ) => {
                 self.phase = Phase::Broken {
                     reported: false,
@@ -87,7 +95,7 @@ impl Worker {
                     now,
                 );
             }
-            (Phase::Broken { reported: false, .. }, Event::CannotReport) => {
+            (Phase::Broken { reported: false, .. }, Event::CannotReport(_)) => {
                 self.enter(Phase::Destroying, now)
             }
             (Phase::Resetting { confirmed: true }, Event::HostClean) => {
@@ -95,8 +103,8 @@ impl Worker {
                 self.waiting_since = now;
             }
             (Phase::Destroying, Event::HostClean) => self.enter(Phase::Destroyed, now),
-            // An answer that a recycling, a hold or a failure has overtaken: the new phase's own duty
-            // repeats, or undoes, what it was about.
+            // An answer that a recycling, a hold or a failure has overtaken: the new phase's own
+            // action repeats, or undoes, what it was about.
             (
                 _,
                 Event::UserCreated
@@ -106,7 +114,7 @@ impl Worker {
                 | Event::SlotRemoved
                 | Event::LinesReported { .. }
                 | Event::FailureReported
-                | Event::CannotReport
+                | Event::CannotReport(_)
                 | Event::HostClean,
             ) => {}
         }
@@ -128,7 +136,7 @@ impl Worker {
                 bootstrap,
             }) => {
                 self.gone = false;
-                // It can have been forgotten again. A list as fresh as the host's is none from before.
+                // The server may have forgotten it. A list as fresh as the host's is not from before the call.
                 if host.is_some() {
                     self.associated = associated;
                 }
@@ -158,7 +166,7 @@ impl Worker {
             return self;
         }
         match (self.phase, host) {
-            // What the server knew of it, it has forgotten: here too, that it failed.
+            // The server has forgotten what it knew of it: here too, that it failed.
             (Phase::Broken { reported: true, .. }, Some(_))
                 if now.saturating_sub(self.since) >= FORGOTTEN_MS =>
             {
@@ -180,7 +188,7 @@ impl Worker {
             }
             (Phase::Resetting { confirmed: false }, Some(OnHost::Has(State::Running)))
                 if now.saturating_sub(self.since) < FORGOTTEN_MS => {}
-            // The operator's limit, and no riddle: whoever reads of it need not look further.
+            // The operator's limit explains it: no hint to look further is needed.
             (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit @ Exit::TimedOut)))) => {
                 self.fail(format!("the agent {exit}"), now);
             }
@@ -216,7 +224,7 @@ impl Worker {
             (Phase::Reserved | Phase::Created, Some(OnHost::Has(State::Running))) if online => {
                 self.enter(Phase::Running { online: true }, now);
             }
-            // The bootstrap token is used up, and whoever used it is gone: another agent would be refused.
+            // The bootstrap token is used up, and the agent that used it is gone: another one would be refused.
             (Phase::Resetting { .. }, _)
             | (Phase::Reserved, Some(_))
             | (Phase::Created, Some(OnHost::Absent))

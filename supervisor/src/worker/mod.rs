@@ -2,8 +2,8 @@
 //! done next.
 //!
 //! The next action follows from the saved worker alone, and every action can be repeated, so a crash
-//! anywhere loses nothing: what was not known to be done is done again. Nothing here may look at a
-//! clock, a socket or a disk.
+//! anywhere loses nothing: what was not known to be done is done again. Nothing here reads a clock, a socket or a
+//! disk.
 
 mod life;
 #[cfg(test)]
@@ -12,6 +12,7 @@ mod tests;
 use protocol::{BootstrapToken, SlotName, State, TargetId, WorkerId};
 
 use crate::buildomat::{JobId, Scripts, ServerWorker};
+use crate::call_error::CallError;
 
 /// A worker that was lost before its job began is made again this often.
 pub const MAX_REMAKES: u32 = 3;
@@ -34,7 +35,7 @@ pub enum Phase {
     /// nothing is undone. (Not saved: after a crash the server is asked once more.) An agent that still runs,
     /// but that the server has forgotten, is given time to be remembered.
     Resetting { confirmed: bool },
-    /// It failed. `told`: the server knows; until then, `lines_sent` of the console are in the job's log.
+    /// It failed. `reported`: the server knows; until then, `lines_sent` of the console are in the job's log.
     Broken { reported: bool, lines_sent: u32 },
     /// The host is being cleaned.
     Destroying,
@@ -112,7 +113,7 @@ pub struct Worker {
 pub struct Kill {
     /// The host has shown some that are not to be kept, and they have not been ended since.
     pub wanted: bool,
-    /// It was tried in vain, so the server is told of the failure first.
+    /// It was tried in vain, so the failure is reported to the server first.
     pub failed: bool,
     /// An operator wants it, whatever the slot says.
     pub asked: bool,
@@ -131,7 +132,7 @@ pub struct Rules {
     pub keep_processes: bool,
 }
 
-/// The server's word on a worker.
+/// A worker as the server's list shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OnServer {
     Gone,
@@ -156,7 +157,7 @@ impl From<&ServerWorker> for OnServer {
     }
 }
 
-/// The host's word on a worker.
+/// A worker as the helper's list shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnHost {
     Absent,
@@ -179,14 +180,15 @@ pub enum Event {
     Associated,
     UserCreated,
     AgentStarted,
-    /// This many lines of the console are in the job's log.
+    /// So many lines of the console are in the job's log, and this stood in the way of the others, or of the failure.
     LinesReported {
         lines: u32,
+        error: CallError,
     },
     /// The server knows that it failed.
     FailureReported,
-    /// The server cannot be told (an older one): only its deletion will fail the job.
-    CannotReport,
+    /// The failure cannot be reported, for this reason: only the worker's deletion will fail the job.
+    CannotReport(String),
     /// No trace of it is left on the host.
     HostClean,
     /// The host does not have a worker that it should have.
@@ -196,15 +198,49 @@ pub enum Event {
     /// It cannot be started here, for this reason.
     StartFailed(String),
     /// An action did not work, and will be tried again.
-    CallFailed(String),
+    CallFailed(CallError),
+    /// Its start cannot go on now, for this reason.
+    Blocked(String),
+    /// The server has forgotten it, as it was asked to. Nothing is left of it.
+    ServerDeleted,
+    /// It gets this slot.
+    SlotChanged(SlotName),
+    /// A new life of the supervisor has begun.
+    SupervisorStarted,
     /// No process of it is left on the host.
     Killed,
     /// Its processes could not be ended.
-    KillFailed,
+    KillFailed(CallError),
     /// An operator wants its processes ended, for this reason.
     Kill(String),
-    /// The operator wants it deleted, whoever holds it.
+    /// The operator wants it deleted, held or not.
     Destroy,
+}
+
+impl Event {
+    /// Is it that an action was done?
+    pub fn is_success(&self) -> bool {
+        matches!(
+            self,
+            Event::Associated
+                | Event::UserCreated
+                | Event::AgentStarted
+                | Event::Killed
+                | Event::FailureReported
+                | Event::HostClean
+                | Event::ServerDeleted
+        )
+    }
+
+    /// Why an action was not done that is to be repeated.
+    pub fn error(&self) -> Option<&CallError> {
+        match self {
+            Event::CallFailed(error) | Event::KillFailed(error) | Event::LinesReported { error, .. } => {
+                Some(error)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// What is to be done for a worker. Each can be repeated without harm.
@@ -248,7 +284,7 @@ impl Action {
             Action::CreateUser { .. } => "create user",
             Action::InstallAgent { .. } => "install agent",
             Action::HostKill => "end its processes",
-            Action::ReportFailure { .. } => "tell the failure",
+            Action::ReportFailure { .. } => "report the failure",
             Action::HostDelete => "delete on the host",
             Action::ServerDelete { .. } => "delete on the server",
         }
@@ -256,7 +292,7 @@ impl Action {
 }
 
 impl Worker {
-    /// Since when it waits for a person, in milliseconds since 1970: held on the server, or failed and told.
+    /// Since when it waits for a person, in milliseconds since 1970: held on the server, or failed and reported.
     pub fn waits_since(&self) -> Option<u64> {
         match self.phase {
             Phase::Broken { reported: true, .. } => Some(self.since),
@@ -268,7 +304,7 @@ impl Worker {
     /// The one thing to do now, if any.
     pub fn next_action(&self) -> Option<Action> {
         match self.phase {
-            // Before the console is told, which is then complete; but what cannot be killed is told of all the same.
+            // Before the console is sent, which is then complete; but a failure is reported also where nothing can be killed.
             Phase::Broken { reported, .. } if self.kill.wanted && (reported || !self.kill.failed) => {
                 Some(Action::HostKill)
             }
@@ -281,7 +317,7 @@ impl Worker {
             }),
             Phase::Destroying => Some(Action::HostDelete),
             Phase::Destroyed => Some(Action::ServerDelete { gone: self.gone }),
-            // A held worker is somebody's evidence.
+            // A held worker is kept for inspection.
             _ if self.hold => None,
             Phase::Reserved | Phase::Created | Phase::Running { online: false } if !self.associated => {
                 Some(Action::Associate {

@@ -12,6 +12,10 @@ const RULES: Rules = Rules {
     keep_processes: false,
 };
 
+fn error() -> CallError {
+    CallError::passing(crate::call_error::Peer::Server, "no disk")
+}
+
 fn worker(phase: Phase) -> Worker {
     Worker {
         id: WorkerId::from_bits(1),
@@ -53,7 +57,7 @@ fn seen(server: OnServer, host: OnHost) -> Event {
 const IDLE: (bool, bool, bool) = (false, false, false);
 const STARTED: Phase = Phase::Running { online: false };
 const ONLINE: Phase = Phase::Running { online: true };
-const CLEARING: Phase = Phase::Resetting { confirmed: false };
+const RESETTING: Phase = Phase::Resetting { confirmed: false };
 const BROKEN: Phase = Phase::Broken {
     reported: false,
     lines_sent: 0,
@@ -95,8 +99,8 @@ fn the_processes_of_a_failed_worker_are_ended_before_the_server_is_told() {
     assert_eq!((late.phase, late.next_action()), (BROKEN, Some(Action::HostKill)));
     let tells = |w: &Worker| matches!(w.next_action(), Some(Action::ReportFailure { .. }));
     assert!(tells(&late.clone().step(Event::Killed, 1501, &rules)));
-    // What cannot be ended is told of first, and tried again while it is held, until the host shows none.
-    let failed = late.step(Event::KillFailed, 1501, &rules);
+    // What cannot be ended is reported first, and tried again while it is held, until the host shows none.
+    let failed = late.step(Event::KillFailed(error()), 1501, &rules);
     assert!(tells(&failed));
     let held = failed.step(Event::FailureReported, 1502, &rules);
     assert_eq!(held.next_action(), Some(Action::HostKill));
@@ -138,7 +142,7 @@ fn a_slot_may_keep_the_processes_of_a_failed_worker_and_an_operator_may_end_them
 
 #[test]
 fn an_operator_ends_the_processes_of_any_worker_which_fails_its_job() {
-    for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, CLEARING] {
+    for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, RESETTING] {
         let killed = worker(phase).step(Event::Kill("they asked".into()), 6, &RULES);
         assert_eq!(
             (killed.phase, killed.next_action()),
@@ -172,7 +176,7 @@ fn the_operator_may_destroy_what_somebody_holds() {
         Phase::Created,
         STARTED,
         ONLINE,
-        CLEARING,
+        RESETTING,
         BROKEN,
         Phase::Destroying,
     ] {
@@ -235,23 +239,23 @@ fn what_a_poll_does_to_each_phase() {
         (Phase::Reserved, v(recycle), OnHost::Absent, Phase::Destroying),
         (Phase::Created, v(recycle), RUNNING, Phase::Destroying),
         (BROKEN, v(recycle), DIED, Phase::Destroying),
-        (CLEARING, gone.clone(), LOST, Phase::Destroying),
+        (RESETTING, gone.clone(), LOST, Phase::Destroying),
         (ONLINE, gone, RUNNING, Phase::Destroying),
         (Phase::Destroyed, v(IDLE), OnHost::Absent, Phase::Destroyed),
         (STARTED, v(IDLE), RUNNING, STARTED),
         (STARTED, v(online), RUNNING, ONLINE),
-        (STARTED, v(IDLE), LOST, CLEARING),
-        (STARTED, v(IDLE), OnHost::Absent, CLEARING),
+        (STARTED, v(IDLE), LOST, RESETTING),
+        (STARTED, v(IDLE), OnHost::Absent, RESETTING),
         (STARTED, v(IDLE), OnHost::Has(State::Created), Phase::Created),
         (STARTED, v(IDLE), DIED, BROKEN),
         (STARTED, v(online), LOST, BROKEN),
         (ONLINE, v(online), DIED, BROKEN),
         (ONLINE, v(online), OnHost::Absent, BROKEN),
         (ONLINE, v(held), DIED, ONLINE),
-        (Phase::Created, v(IDLE), OnHost::Absent, CLEARING),
+        (Phase::Created, v(IDLE), OnHost::Absent, RESETTING),
         (Phase::Created, v(online), RUNNING, ONLINE),
-        (CLEARING, v(online), LOST, BROKEN),
-        (CLEARING, v(IDLE), LOST, Phase::Resetting { confirmed: true }),
+        (RESETTING, v(online), LOST, BROKEN),
+        (RESETTING, v(IDLE), LOST, Phase::Resetting { confirmed: true }),
     ] {
         let new = worker(phase).step(seen(server.clone(), host), 5, &RULES);
         assert_eq!(new.phase, after, "{phase:?} {server:?} {host:?}");
@@ -267,7 +271,7 @@ fn what_a_poll_does_to_each_phase() {
 fn a_server_that_has_forgotten_the_agent_gets_another_after_a_while() {
     let idle = || seen(view(false, false, false), RUNNING);
     let doubted = worker(ONLINE).step(idle(), 1_000, &RULES);
-    assert_eq!((doubted.phase, doubted.next_action()), (CLEARING, None));
+    assert_eq!((doubted.phase, doubted.next_action()), (RESETTING, None));
     // It was only a list of yesterday's: the job goes on.
     let remembered = doubted
         .clone()
@@ -361,7 +365,7 @@ fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
     assert_eq!(w.phase, STARTED);
     let late = w
         .clone()
-        .step(Event::CallFailed("no disk".into()), TIMEOUT, &RULES)
+        .step(Event::Blocked("no disk".into()), TIMEOUT, &RULES)
         .step(poll(false), TIMEOUT, &RULES);
     assert_eq!(late.phase, BROKEN);
     assert_eq!(
@@ -393,7 +397,7 @@ fn a_lost_worker_is_made_again_three_times() {
     let mut w = worker(STARTED);
     for n in 1..=MAX_REMAKES {
         w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
-        assert_eq!((w.phase, w.next_action(), w.remakes), (CLEARING, None, n));
+        assert_eq!((w.phase, w.next_action(), w.remakes), (RESETTING, None, n));
         w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
         assert_eq!(w.next_action(), Some(Action::HostDelete));
         w = w.step(Event::HostClean, 5, &RULES);
@@ -409,7 +413,14 @@ fn a_lost_worker_is_made_again_three_times() {
 #[test]
 fn a_failure_is_told_even_when_held_and_goes_on_where_it_stopped() {
     let w = worker(Phase::Created).step(Event::StartFailed("no such group".into()), 5, &RULES);
-    let w = w.step(Event::LinesReported { lines: 3 }, 5, &RULES);
+    let w = w.step(
+        Event::LinesReported {
+            lines: 3,
+            error: error(),
+        },
+        5,
+        &RULES,
+    );
     let w = w.step(seen(view(true, false, false), DIED), 5, &RULES);
     assert_eq!(
         w.next_action(),
@@ -429,7 +440,10 @@ fn a_failure_is_told_even_when_held_and_goes_on_where_it_stopped() {
             None
         )
     );
-    assert_eq!(w.step(Event::CannotReport, 5, &RULES).phase, Phase::Destroying);
+    assert_eq!(
+        w.step(Event::CannotReport("old".into()), 5, &RULES).phase,
+        Phase::Destroying
+    );
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
@@ -452,13 +466,13 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::UserCreated),
         1 => Just(Event::AgentStarted),
         1 => Just(Event::FailureReported),
-        1 => Just(Event::CannotReport),
+        1 => Just(Event::CannotReport("old".into())),
         1 => Just(Event::HostClean),
         1 => Just(Event::HostLost),
         1 => Just(Event::StartFailed("x".into())),
-        1 => Just(Event::CallFailed("y".into())),
+        1 => Just(Event::CallFailed(error())),
         1 => (0u64..TIMEOUT).prop_map(|ms| Event::Waited { ms }),
-        1 => (0u32..300).prop_map(|lines| Event::LinesReported { lines }),
+        1 => (0u32..300).prop_map(|lines| Event::LinesReported { lines, error: error() }),
     ]
 }
 
@@ -476,7 +490,7 @@ proptest! {
             prop_assert!(rank(w.phase) >= rank(old.phase), "{old:?} {event:?}");
             prop_assert!(w.remakes <= MAX_REMAKES);
             prop_assert!(
-                old.phase != ONLINE || !w.phase.is_starting() || w.phase == CLEARING,
+                old.phase != ONLINE || !w.phase.is_starting() || w.phase == RESETTING,
                 "an agent is never started twice: {event:?}"
             );
             prop_assert_eq!((w.id, &w.slot), (old.id, &old.slot));

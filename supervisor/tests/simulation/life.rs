@@ -265,6 +265,7 @@ impl Life {
                 shared: (!second).then(|| shared.clone()),
             }),
             watchdog: Default::default(),
+            drain_command: None,
         };
         let (operator, words) = mpsc::unbounded_channel();
         Self {

@@ -139,7 +139,7 @@ async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
         for _ in 0..count {
             let (job, worker) = slow_to_close();
             let _ = caller.send(&[0, 0][..bytes], Some(worker.as_fd()));
-            // Whoever closes it last has to wait: elsewhere, lest it be us.
+            // The last one to close it has to wait: that must not be this test.
             std::thread::spawn(move || drop(worker));
             job.shutdown(std::net::Shutdown::Write).unwrap();
             jobs.push(job);
@@ -174,7 +174,7 @@ async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_
         let caller = house.call();
         let (job, worker) = slow_to_close();
         caller.send(&[0], Some(worker.as_fd())).unwrap();
-        // The packet has it still, and whoever closes that one has to wait.
+        // The packet has it still, and closing that one has to wait.
         drop(worker);
         untrusted.push((job, caller));
     }

@@ -86,7 +86,7 @@ impl House {
 
     fn bring(&self, fd: BorrowedFd<'_>) -> Seqpacket {
         let caller = self.call();
-        // It may have been hung up on already.
+        // The connection may be closed already.
         let _ = caller.send(&[0], Some(fd));
         caller
     }
@@ -211,7 +211,7 @@ async fn a_new_gate_takes_the_old_ones_place_without_a_gap() {
     let watch = std::thread::spawn(move || {
         while !until.load(std::sync::atomic::Ordering::Relaxed) {
             let caller = Seqpacket::connect(&path, false).expect("there is always somebody");
-            // Each until it is hung up on: many at a time would take all of this uid's seats.
+            // Each until it is closed: many at a time would take all of this uid's connections.
             let _ = caller.send(&[0], None);
             assert!(hung_up(&caller));
         }

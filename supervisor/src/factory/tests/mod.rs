@@ -3,6 +3,7 @@
 
 mod world;
 
+use crate::control::status::time;
 use protocol::{BootstrapToken, Exit, State};
 
 use super::*;
@@ -87,7 +88,7 @@ fn nothing_is_leased_before_both_have_answered_and_nothing_is_made_while_the_hel
     assert_eq!(world.counts.get("lease"), None);
     world.helper_up = true;
     world.run(World::is_empty);
-    // Nobody has noticed it when the next job comes: that one's lease is lost, and no other.
+    // It is not noticed before the next job comes: that one's lease is lost, and no other.
     world.helper_up = false;
     world.said.clear();
     for n in 0..10 {
@@ -125,7 +126,7 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_that_is_used_by_hand() {
     world.helper_up = true;
     world.run(World::is_empty);
     assert_eq!(world.done.len(), 1);
-    // Somebody's whom the store and the server do not know.
+    // One that the database and the server do not know.
     world.run(|w| w.core.is_idle(w.now));
     let orphan = WorkerId::from_bits(5);
     world.host.insert(orphan, ("c".parse().unwrap(), State::Running));
@@ -222,7 +223,7 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
     // Its own job goes on, to its end.
     world.agents_sleep = false;
     world.run(|w| w.done.contains(&job(1)) && w.disk.is_empty());
-    let shown = &world.core.foreign_workers(world.now)[0];
+    let shown = &world.view().other_hosts_workers()[0];
     for part in [
         "c@here/11111111",
         "SLOT@here/00000000",
@@ -235,13 +236,9 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
     world.server.remove(&others.id);
     world.run(World::is_empty);
     assert!(world.done.contains(&job(2)));
-    assert_eq!(
-        world.core.foreign_workers(world.now).len(),
-        1,
-        "it was a moment ago"
-    );
+    assert_eq!(world.view().other_hosts_workers().len(), 1, "it was a moment ago");
     steps(&mut world, 700_000);
-    assert!(world.core.foreign_workers(world.now).is_empty());
+    assert!(world.view().other_hosts_workers().is_empty());
 }
 
 #[test]
@@ -252,15 +249,15 @@ fn workers_of_others_that_a_server_lists_without_end_take_no_more_memory() {
         let others = (0..50).map(|n| worker_of_others(1000 * (round + 1) + n, '3', OTHER));
         world.server = others.map(|w| (w.id, w)).collect();
         steps(&mut world, 2_000);
-        assert!(world.core.not_taken().unwrap().contains("another host"));
+        assert!(world.view().not_taken().unwrap().contains("another host"));
     }
-    assert_eq!(world.core.foreign_workers(world.now).len(), 100);
+    assert_eq!(world.view().other_hosts_workers().len(), 100);
     // When they are gone, jobs are taken, and others are shown once these have had their time.
     world.server.clear();
     world.submit(1, '2');
     world.run(|w| w.done.len() == 1);
     steps(&mut world, 700_000);
-    assert!(world.core.foreign_workers(world.now).is_empty());
+    assert!(world.view().other_hosts_workers().is_empty());
 }
 
 #[test]
@@ -272,10 +269,10 @@ fn the_operator_deletes_another_hosts_worker_by_its_name() {
     world.tell(Input::Destroy(others.id));
     steps(&mut world, 5_000);
     assert!(world.server.contains_key(&others.id), "it was not known yet");
-    assert!(world.core.is_foreign(others.id));
+    assert!(world.core.may_be_another_hosts(others.id));
     world.tell(Input::Destroy(others.id));
     world.run(|w| w.server.is_empty());
-    assert!(world.core.foreign_workers(world.now).is_empty());
+    assert!(world.view().other_hosts_workers().is_empty());
     // The same of one of which this host has a copy.
     world.server.insert(others.id, others.clone());
     let copy = ("c".parse().unwrap(), State::Exited(Exit::Unknown));
@@ -301,7 +298,11 @@ fn a_worker_that_another_host_was_first_to_claim_is_let_go() {
         // It was without an owner for a moment, and it is the other's now.
         let w = world.server.get_mut(&id).unwrap();
         w.private = OTHER.map(str::to_owned);
-        world.core.runtimes.values_mut().for_each(|r| r.doing = None);
+        world
+            .core
+            .entries
+            .values_mut()
+            .for_each(|entry| drop(entry.take_call()));
         world.refuses_workers = true;
         world.agents_sleep = true;
         steps(&mut world, 100_000);
@@ -527,7 +528,7 @@ fn a_forgotten_database_is_rebuilt_from_the_server_and_the_host() {
     // What is lost on the host as well may be a copy's of this host: only a person can know.
     world.run(|w| w.host.is_empty() && w.disk.is_empty());
     assert!(world.said.iter().any(|s| s.contains("nobody's worker")));
-    let lost = world.core.foreign_workers(world.now);
+    let lost = world.view().other_hosts_workers();
     assert!(lost.len() == 1 && lost[0].text.contains("neither the database nor the host has it"));
     world.tell(Input::Destroy(lost[0].id));
     world.run(World::is_empty);
@@ -680,16 +681,16 @@ fn a_list_of_somebody_else_ends_no_job() {
 fn a_question_for_a_job_that_fails_is_asked_ever_more_seldom_and_no_sooner_than_the_server_says() {
     let mut world = World::new();
     world.run(|w| w.counts.contains_key("lease"));
-    assert_eq!(world.core.not_taken(), None);
+    assert_eq!(world.view().not_taken(), None);
     world.lease_fails = Some(CallError::passing(Peer::Server, "it answered 500"));
     let begun = (world.now, world.counts["lease"]);
     world.run(|w| w.now >= begun.0 + 3_600_000);
     let asked = world.counts["lease"] - begun.1;
     // Between half a minute and a minute each, after the first few.
     assert!((60..=140).contains(&asked), "{asked} questions in an hour");
-    let shown = world.core.not_taken().unwrap();
+    let shown = world.view().not_taken().unwrap();
     assert!(shown.contains("it answered 500"), "{shown}");
-    let slots = world.core.slots(world.now);
+    let slots = world.view().slots();
     assert!(
         slots.iter().all(|slot| slot.state == SlotState::Closed),
         "{slots:?}"
@@ -710,7 +711,7 @@ fn a_question_for_a_job_that_fails_is_asked_ever_more_seldom_and_no_sooner_than_
     world.lease_fails = None;
     world.submit(1, '2');
     world.run(|w| w.done.len() == 1);
-    assert_eq!(world.core.not_taken(), None);
+    assert_eq!(world.view().not_taken(), None);
     assert!(world.now < answered + 1_400_000);
 }
 
@@ -722,7 +723,7 @@ fn a_server_cannot_have_the_factory_wait_for_days() {
         ..CallError::passing(Peer::Server, "it answered 503")
     });
     world.run(|w| w.counts.contains_key("lease"));
-    world.run(|w| w.core.not_taken().is_some());
+    world.run(|w| w.view().not_taken().is_some());
     let begun = world.now;
     world.lease_fails = None;
     world.submit(1, '2');
@@ -738,11 +739,11 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         world.run(|w| phase(w) == Some(Phase::Running { online: true }));
         world.run(|w| w.core.has_no_pending_calls());
         let shown = |world: &World| match peer {
-            Peer::Server => world.core.server_status(String::new()),
-            _ => world.core.helper_status(String::new()),
+            Peer::Server => world.view().server(String::new()),
+            _ => world.view().helper(String::new()),
         };
         assert_eq!(
-            (shown(&world).unanswered_since, world.core.not_taken()),
+            (shown(&world).unanswered_since, world.view().not_taken()),
             (None, None)
         );
         world.agents_sleep = true;
@@ -750,10 +751,10 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         assert_eq!(shown(&world).unanswered_since, Some(time(world.now)));
         assert_eq!(shown(&world).reachable, Some(true));
         assert_eq!(
-            world.core.not_taken(),
+            world.view().not_taken(),
             Some(format!("the {peer} is not answering"))
         );
-        let slots = world.core.slots(world.now);
+        let slots = world.view().slots();
         let is_free = |slot: &crate::control::api::Slot| slot.state == SlotState::Free;
         assert!(!slots.iter().any(is_free), "{slots:?}");
         world.submit(2, '3');
@@ -762,7 +763,7 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         assert_eq!(world.queue.len(), 1);
         world.tell(Input::Unanswered(peer, None));
         assert_eq!(
-            (shown(&world).unanswered_since, world.core.not_taken()),
+            (shown(&world).unanswered_since, world.view().not_taken()),
             (None, None)
         );
         world.agents_sleep = false;
@@ -789,7 +790,7 @@ fn while_the_configuration_file_differs_no_job_is_taken_and_none_is_started_or_f
         world.submit(2, '3');
         let begun = world.now;
         world.run(|w| w.now >= begun + 3_600_000);
-        assert!(world.core.not_taken().unwrap().contains("reload"));
+        assert!(world.view().not_taken().unwrap().contains("reload"));
         assert_eq!(world.queue.len() + world.leased.len(), 1);
         assert_eq!(phase(&world), Some(phase_then));
         world.tell(Input::FileDiffers(None));
@@ -853,4 +854,23 @@ fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_
             );
         }
     }
+}
+
+#[test]
+fn what_is_drained_changes_once_it_is_saved_and_not_before() {
+    let mut world = World::new();
+    let slot: SlotName = "a".parse().unwrap();
+    let core = &mut world.core;
+    let outputs = core.handle(1000, Input::Drain(true));
+    assert!(outputs.contains(&Output::SaveDrain(None, true)) && !core.is_draining());
+    let outputs = core.handle(1000, Input::DrainSlot(slot.clone(), true));
+    assert!(
+        outputs.contains(&Output::SaveDrain(Some(slot.clone()), true)) && core.drained_slots().is_empty()
+    );
+    core.handle(1000, Input::DrainSaved(None, true));
+    core.handle(1000, Input::DrainSaved(Some(slot.clone()), true));
+    assert!(core.is_draining() && core.drained_slots().contains(&slot));
+    core.handle(1000, Input::DrainSaved(None, false));
+    core.handle(1000, Input::DrainSaved(Some(slot), false));
+    assert!(!core.is_draining() && core.drained_slots().is_empty());
 }

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use protocol::{BootstrapToken, Exit, SlotName, State, Uid};
 
 use super::super::*;
+use crate::control::status::View;
 use crate::identity::{InstanceId, Owner};
 use crate::worker::Worker;
 
@@ -60,7 +61,7 @@ fn kind(output: &Output) -> &'static str {
         Output::MakeWorker { .. } => "make",
         Output::Renew { .. } => "renew",
         Output::Act(_, action) => action.name(),
-        Output::Save(_) | Output::Remove(_) | Output::Log(_) => "disk",
+        Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => "disk",
     }
 }
 
@@ -94,19 +95,32 @@ impl World {
         }
     }
 
+    pub fn view(&self) -> View<'_> {
+        View {
+            factory: &self.core,
+            now: self.now,
+            ahead: 0,
+        }
+    }
+
     pub fn submit(&mut self, n: u128, target: char) {
         let target = format!("01HZX3N8Q4J5K6M7P8R9S0T1V{target}").parse().unwrap();
         self.queue.push(Lease { target, job: job(n) });
     }
 
     pub fn tell(&mut self, input: Input) {
+        let mut saved = Vec::new();
         for output in self.core.handle(self.now, input) {
             match output {
                 Output::Save(worker) => drop(self.disk.insert(worker.id, worker)),
                 Output::Remove(worker) => drop(self.disk.remove(&worker)),
+                Output::SaveDrain(slot, drained) => saved.push(Input::DrainSaved(slot, drained)),
                 Output::Log(say) => self.said.push(say.text),
                 output => self.pending.push(output),
             }
+        }
+        for input in saved {
+            self.tell(input);
         }
         let kept: Vec<&Worker> = self.core.workers().collect();
         assert_eq!(
@@ -264,7 +278,9 @@ impl World {
             Output::MakeWorker { target, job } => self.make(target, job),
             Output::Renew { worker, .. } => Input::Renewed(worker, Ok(false)),
             Output::Act(id, action) => Input::Done(id, self.act(id, action)),
-            Output::Save(_) | Output::Remove(_) | Output::Log(_) => unreachable!("carried out at once"),
+            Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => {
+                unreachable!("carried out at once")
+            }
         }
     }
 
@@ -300,7 +316,16 @@ impl World {
         Input::WorkerMade(job, Ok(worker))
     }
 
-    fn act(&mut self, id: WorkerId, action: Action) -> Outcome {
+    fn act(&mut self, id: WorkerId, action: Action) -> Event {
+        let done = match &action {
+            Action::Associate { .. } => Event::Associated,
+            Action::CreateUser { .. } => Event::UserCreated,
+            Action::InstallAgent { .. } => Event::AgentStarted,
+            Action::HostKill => Event::Killed,
+            Action::ReportFailure { .. } => Event::FailureReported,
+            Action::HostDelete => Event::HostClean,
+            Action::ServerDelete { .. } => Event::ServerDeleted,
+        };
         match action {
             Action::Associate { slot, .. } => {
                 let w = self
@@ -311,7 +336,7 @@ impl World {
                     .as_ref()
                     .is_some_and(|old| matches!(here().owner(Some(old)), Owner::Other(_)))
                 {
-                    return Outcome::Failed(CallError::passing(Peer::Server, "not authorised"));
+                    return Event::CallFailed(CallError::passing(Peer::Server, "not authorised"));
                 }
                 assert!(
                     w.private.as_ref().is_none_or(|old| *old == here().mark(&slot)),
@@ -325,16 +350,16 @@ impl World {
                     *o != id && (*s == slot || config.conflict(s, &slot))
                 };
                 if self.host.iter().any(other) {
-                    return Outcome::Failed(CallError::passing(Peer::Helper, "slot taken"));
+                    return Event::CallFailed(CallError::passing(Peer::Helper, "slot taken"));
                 }
                 self.host.entry(id).or_insert((slot, State::Created));
             }
             Action::InstallAgent { .. } => {
                 if let Some(reason) = self.start_fails {
-                    return Outcome::StartFailed(reason.into());
+                    return Event::StartFailed(reason.into());
                 }
                 let Some((_, state)) = self.host.get_mut(&id) else {
-                    return Outcome::NoSuchWorker;
+                    return Event::HostLost;
                 };
                 if *state == State::Created {
                     *self.agents.entry(id).or_default() += 1;
@@ -352,7 +377,7 @@ impl World {
             }
             Action::ReportFailure { .. } => {
                 if self.old_server {
-                    return Outcome::CannotReport("too old".into());
+                    return Event::CannotReport("too old".into());
                 }
                 self.server.get_mut(&id).expect("told before it is deleted").hold = true;
                 self.failed.extend(
@@ -377,7 +402,7 @@ impl World {
                 );
             }
         }
-        Outcome::Done
+        done
     }
 
     /// A person lifts every hold.
@@ -399,8 +424,8 @@ fn error(output: &Output) -> Input {
         Output::Act(
             id,
             Action::Associate { .. } | Action::ReportFailure { .. } | Action::ServerDelete { .. },
-        ) => Input::Done(id, Outcome::Failed(t(Peer::Server))),
-        Output::Act(id, _) => Input::Done(id, Outcome::Failed(t(Peer::Helper))),
-        Output::Save(_) | Output::Remove(_) | Output::Log(_) => Input::Tick,
+        ) => Input::Done(id, Event::CallFailed(t(Peer::Server))),
+        Output::Act(id, _) => Input::Done(id, Event::CallFailed(t(Peer::Helper))),
+        Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => Input::Tick,
     }
 }

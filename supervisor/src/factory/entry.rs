@@ -1,0 +1,279 @@
+//! All that is known of one worker id. An id has one entry, and the entry one state: this factory's worker, nobody's, or
+//! unknown. So no two collections can disagree about it.
+
+use protocol::{SlotName, WorkerId, WorkerInfo};
+
+use crate::backoff::Backoff;
+use crate::call_error::Peer;
+use crate::reconcile::NotOurs;
+use crate::worker::{Action, Worker};
+
+#[derive(Debug)]
+pub struct Entry {
+    pub state: State,
+    /// The helper's last list has it.
+    pub on_host: Option<WorkerInfo>,
+}
+
+#[derive(Debug)]
+pub enum State {
+    /// The database has it.
+    Owned(Box<Owned>),
+    /// The server or the host has it, and it has no owner: it is being deleted.
+    Orphan(Box<Orphan>),
+    /// The server or the host has it, or had it until a moment ago; nothing is done about it.
+    Unknown(Unknown),
+}
+
+/// A worker of this factory.
+#[derive(Debug)]
+pub struct Owned {
+    pub worker: Worker,
+    pub calls: Calls,
+    /// When it became known: a server list asked for before does not show it.
+    pub known: u64,
+    /// Since when the server's lists do not show it.
+    pub missing_since: Option<u64>,
+    /// When to renew its lease; None when it needs no more.
+    pub renew_at: Option<u64>,
+}
+
+#[derive(Debug)]
+pub struct Orphan {
+    /// The slot that it occupies on the host.
+    pub slot: Option<SlotName>,
+    /// How it is deleted.
+    pub action: Action,
+    pub calls: Calls,
+    pub unknown: Unknown,
+}
+
+/// What is known of a worker that the database does not have.
+#[derive(Clone, Debug, Default)]
+pub struct Unknown {
+    pub listed: Option<Listed>,
+    pub other_host: Option<OtherHost>,
+    /// The operator wants it deleted.
+    pub to_delete: bool,
+    /// The turn in which it came to its end here: a list asked for before still shows it.
+    pub ended: Option<u64>,
+}
+
+/// The server's last list has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Listed {
+    /// The turn in which a list first showed it.
+    pub turn: u64,
+    /// From when on it waits for a slot.
+    pub since: u64,
+}
+
+/// It may be another host's worker.
+#[derive(Clone, Debug)]
+pub struct OtherHost {
+    /// Its mark on the server.
+    pub private: Option<String>,
+    pub why: NotOurs,
+    pub since: u64,
+    /// When it was last listed.
+    pub seen: u64,
+}
+
+/// The calls for one worker, one at a time.
+#[derive(Debug, Default)]
+pub struct Calls {
+    /// The one that has no answer yet.
+    pub action: Option<Action>,
+    pub backoff: Backoff,
+    /// Not before this time, and because of this peer.
+    pub retry: Option<(u64, Peer)>,
+    /// When the last one began or ended, in `Factory::turn`s: a host list asked for before is stale.
+    pub touched: u64,
+    pub last_error: String,
+}
+
+impl Calls {
+    /// Does a host list that was asked for in this turn show what the last call has done?
+    pub fn is_settled(&self, turn: u64) -> bool {
+        self.action.is_none() && self.touched < turn
+    }
+}
+
+impl Default for Entry {
+    fn default() -> Self {
+        Self {
+            state: State::Unknown(Unknown::default()),
+            on_host: None,
+        }
+    }
+}
+
+impl Entry {
+    pub fn owned(&self) -> Option<&Owned> {
+        match &self.state {
+            State::Owned(owned) => Some(owned),
+            State::Orphan(_) | State::Unknown(_) => None,
+        }
+    }
+
+    pub fn owned_mut(&mut self) -> Option<&mut Owned> {
+        match &mut self.state {
+            State::Owned(owned) => Some(owned),
+            State::Orphan(_) | State::Unknown(_) => None,
+        }
+    }
+
+    pub fn orphan(&self) -> Option<&Orphan> {
+        match &self.state {
+            State::Orphan(orphan) => Some(orphan),
+            State::Owned(_) | State::Unknown(_) => None,
+        }
+    }
+
+    /// What is known of it, where the database does not have it.
+    pub fn unknown(&self) -> Option<&Unknown> {
+        match &self.state {
+            State::Owned(_) => None,
+            State::Orphan(orphan) => Some(&orphan.unknown),
+            State::Unknown(unknown) => Some(unknown),
+        }
+    }
+
+    pub fn unknown_mut(&mut self) -> Option<&mut Unknown> {
+        match &mut self.state {
+            State::Owned(_) => None,
+            State::Orphan(orphan) => Some(&mut orphan.unknown),
+            State::Unknown(unknown) => Some(unknown),
+        }
+    }
+
+    pub fn other_host(&self) -> Option<&OtherHost> {
+        self.unknown()?.other_host.as_ref()
+    }
+
+    pub fn calls(&self) -> Option<&Calls> {
+        match &self.state {
+            State::Owned(owned) => Some(&owned.calls),
+            State::Orphan(orphan) => Some(&orphan.calls),
+            State::Unknown(_) => None,
+        }
+    }
+
+    pub fn calls_mut(&mut self) -> Option<&mut Calls> {
+        match &mut self.state {
+            State::Owned(owned) => Some(&mut owned.calls),
+            State::Orphan(orphan) => Some(&mut orphan.calls),
+            State::Unknown(_) => None,
+        }
+    }
+
+    /// The call that has no answer yet, taken from it.
+    pub fn take_call(&mut self) -> Option<Action> {
+        self.calls_mut()?.action.take()
+    }
+
+    /// The slot that it occupies.
+    pub fn slot(&self) -> Option<&SlotName> {
+        let on_host = self.on_host.as_ref().map(|info| &info.slot);
+        match &self.state {
+            State::Owned(owned) => Some(&owned.worker.slot),
+            State::Orphan(orphan) => orphan.slot.as_ref().or(on_host),
+            State::Unknown(_) => on_host,
+        }
+    }
+
+    /// Does the database, the server or the host have it, as far as is known?
+    pub fn is_present(&self) -> bool {
+        match &self.state {
+            State::Owned(_) | State::Orphan(_) => true,
+            State::Unknown(unknown) => unknown.listed.is_some() || self.on_host.is_some(),
+        }
+    }
+
+    /// Is anything known of it?
+    pub fn is_known(&self) -> bool {
+        self.is_present()
+            || self
+                .unknown()
+                .is_some_and(|unknown| unknown.other_host.is_some() || unknown.ended.is_some())
+    }
+
+    /// The id is this factory's from now on. What is under way for it is seen to its end.
+    pub fn adopt(&mut self, worker: Worker, turn: u64, renew_at: Option<u64>) {
+        let calls = Calls {
+            action: self.take_call(),
+            touched: turn,
+            ..Calls::default()
+        };
+        self.state = State::Owned(Box::new(Owned {
+            worker,
+            calls,
+            known: turn,
+            missing_since: None,
+            renew_at,
+        }));
+    }
+
+    /// It has no owner, and is deleted in this way. True where that is news.
+    pub fn orphan_by(&mut self, slot: Option<SlotName>, action: Action) -> bool {
+        match &mut self.state {
+            State::Orphan(orphan) => {
+                (orphan.slot, orphan.action) = (slot, action);
+                false
+            }
+            State::Owned(_) | State::Unknown(_) => {
+                let unknown = self.unknown().cloned().unwrap_or_default();
+                self.state = State::Orphan(Box::new(Orphan {
+                    slot,
+                    action,
+                    calls: Calls::default(),
+                    unknown: Unknown {
+                        ended: None,
+                        ..unknown
+                    },
+                }));
+                true
+            }
+        }
+    }
+
+    /// It is neither this factory's nor deleted any more.
+    pub fn release(&mut self) {
+        self.state = State::Unknown(self.unknown().cloned().unwrap_or_default());
+    }
+
+    /// It has come to its end in this turn: on the host, and on the server if it was there.
+    pub fn end(&mut self, turn: u64) {
+        let listed = self.unknown().and_then(|unknown| unknown.listed);
+        self.on_host = None;
+        self.state = State::Unknown(Unknown {
+            listed,
+            ended: Some(turn),
+            ..Unknown::default()
+        });
+    }
+}
+
+/// A job that was leased and has no worker yet.
+#[derive(Clone, Debug)]
+pub struct PendingWorker {
+    pub job: crate::buildomat::JobId,
+    pub slot: SlotName,
+    pub target: protocol::TargetId,
+    pub leased_at: u64,
+    /// The turn in which its worker was first asked for.
+    pub began: u64,
+    /// The request is under way; otherwise, its answer was lost in this turn, and a list must show
+    /// whether the worker was made.
+    pub making: bool,
+    pub turn: u64,
+    pub backoff: Backoff,
+    pub retry_at: u64,
+}
+
+/// The ids of this factory's workers, with their slots.
+pub fn slots_of<'a>(
+    entries: impl Iterator<Item = (&'a WorkerId, &'a Entry)>,
+) -> impl Iterator<Item = (WorkerId, SlotName)> {
+    entries.filter_map(|(id, entry)| Some((*id, entry.owned()?.worker.slot.clone())))
+}
