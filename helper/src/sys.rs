@@ -187,6 +187,16 @@ pub fn has_process_of(uid: u32) -> io::Result<bool> {
     }
 }
 
+/// Give this process, and all that it will start, at least this nice value, 0 to 19 (`setpriority(2)`). One that is higher
+/// already stays: lowering it takes a capability.
+pub fn raise_nice(nice: u8) -> io::Result<()> {
+    // SAFETY: both calls take integers. The kernel's answer to the first is 20 less the nice value.
+    done(unsafe {
+        let now = 20 - libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, 0);
+        libc::syscall(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, now.max(nice.into()))
+    })
+}
+
 /// Put a filter of system calls before this process and all that it will start, for good (`seccomp(2)`).
 pub fn filter_system_calls(program: &[libc::sock_filter]) -> io::Result<()> {
     let program = libc::sock_fprog {

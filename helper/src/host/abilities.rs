@@ -41,7 +41,7 @@ impl Abilities {
 fn unenforceable(limits: &Limits, can: Abilities) -> Vec<(&'static str, &'static str)> {
     let delegate =
         "delegate the cgroup v2 controller of that name to the helper (Delegate=yes), away from cgroup v1";
-    let quota = "let the state directory be on ext4 or XFS with user quotas (see the README)";
+    let quota = "let the state directory be on ext4 or XFS with user quotas (see docs/deploying.md)";
     [
         ("memory", limits.memory.is_some() && !can.memory, delegate),
         ("swap", limits.swap.is_some() && !can.memory, delegate),
@@ -109,6 +109,8 @@ pub fn check_cores() -> Option<String> {
 
 #[cfg(test)]
 pub mod tests {
+    use protocol::config::Slot;
+
     use super::*;
 
     pub const NOTHING: Abilities = Abilities {
@@ -125,10 +127,14 @@ pub mod tests {
     };
 
     pub fn limits(text: &str) -> Limits {
+        slot(text).limits
+    }
+
+    pub fn slot(limits: &str) -> Slot {
         let head = "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
                     target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n[slots.a.limits]\n";
-        let config = Config::parse(&format!("{head}{text}")).unwrap();
-        config.slots.values().next().unwrap().limits
+        let mut config = Config::parse(&format!("{head}{limits}")).unwrap();
+        config.slots.pop_first().unwrap().1
     }
 
     #[test]

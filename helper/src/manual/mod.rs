@@ -158,7 +158,7 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
             &writable_dirs::of(&worker.user(), record.uid, slot),
         )?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
-        limits::limit_cgroup(&cgroup, &slot.limits, host.abilities)?;
+        limits::limit_cgroup(&cgroup, slot, host.abilities)?;
         rootfs::enter_new(&host)?;
         start(&host, id, record.uid, &cgroup, &typed.rest)?.attend(&signals)
     };

@@ -7,13 +7,14 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use protocol::config::Limits;
+use protocol::config::{Limits, Slot};
 
 use crate::host::abilities::Abilities;
 use crate::host::directory::open_file;
+use crate::sys;
 
 /// What to write into which file of the worker's cgroup (the kernel's cgroup-v2 documentation).
-fn cgroup_settings(limits: &Limits, can: Abilities) -> Vec<(&'static str, String)> {
+fn cgroup_settings(limits: &Limits, nice: u8, can: Abilities) -> Vec<(&'static str, String)> {
     let mut settings = Vec::new();
     if can.pids {
         settings.push(("pids.max", limits.processes.to_string()));
@@ -37,15 +38,19 @@ fn cgroup_settings(limits: &Limits, can: Abilities) -> Vec<(&'static str, String
         let quota = u64::from(cpus.thousandths()) * 100;
         settings.push(("cpu.max", format!("{quota} 100000")));
     }
+    if can.cpu && nice > 0 {
+        // Between cgroups the nice values of processes count for nothing.
+        settings.push(("cpu.weight.nice", nice.to_string()));
+    }
     settings
 }
 
 /// Limit a worker's new cgroup.
-pub fn limit_cgroup(cgroup: &OwnedFd, limits: &Limits, can: Abilities) -> Result<()> {
-    for (name, value) in cgroup_settings(limits, can) {
+pub fn limit_cgroup(cgroup: &OwnedFd, slot: &Slot, can: Abilities) -> Result<()> {
+    for (name, value) in cgroup_settings(&slot.limits, slot.nice, can) {
         let mut file = match open_file(cgroup, name, OFlag::O_WRONLY) {
             // A kernel without swap has nothing to keep a job from.
-            Err(Errno::ENOENT) if name == "memory.swap.max" && limits.swap.is_none() => continue,
+            Err(Errno::ENOENT) if name == "memory.swap.max" && slot.limits.swap.is_none() => continue,
             file => file.with_context(|| format!("cannot open the worker's {name}"))?,
         };
         file.write_all(value.as_bytes())
@@ -55,7 +60,9 @@ pub fn limit_cgroup(cgroup: &OwnedFd, limits: &Limits, can: Abilities) -> Result
 }
 
 /// Limit this process, and all that it will start (`getrlimit(2)`).
-pub fn limit_process(limits: &Limits) -> Result<()> {
+pub fn limit_process(slot: &Slot) -> Result<()> {
+    let limits = &slot.limits;
+    sys::raise_nice(slot.nice).context("cannot set the job's nice value")?;
     for (resource, name, soft, hard) in [
         (
             Resource::RLIMIT_NPROC,
@@ -88,30 +95,31 @@ pub fn limit_process(limits: &Limits) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::abilities::tests::{ALL, NOTHING, limits};
+    use crate::host::abilities::tests::{ALL, NOTHING, limits, slot};
 
     #[test]
     fn cgroups_get_the_kernels_words() {
-        assert_eq!(cgroup_settings(&Limits::default(), NOTHING), []);
+        assert_eq!(cgroup_settings(&Limits::default(), 19, NOTHING), []);
         assert_eq!(
-            cgroup_settings(&limits("memory = \"1G\"\ncpus = 0.5\nprocesses = 100"), ALL),
+            cgroup_settings(&limits("memory = \"1G\"\ncpus = 0.5\nprocesses = 100"), 5, ALL),
             [
                 ("pids.max", "100".to_owned()),
                 ("memory.high", "1071644672".into()),
                 ("memory.max", "1073741824".into()),
                 ("memory.swap.max", "0".into()),
-                ("cpu.max", "50000 100000".into())
+                ("cpu.max", "50000 100000".into()),
+                ("cpu.weight.nice", "5".into())
             ]
         );
         let swap = limits("memory = \"1G\"\nswap = \"2G\"");
-        assert!(cgroup_settings(&swap, ALL).contains(&("memory.swap.max", "2147483648".into())));
+        assert!(cgroup_settings(&swap, 0, ALL).contains(&("memory.swap.max", "2147483648".into())));
     }
 
     #[test]
     fn a_cgroup_gets_its_settings_and_only_swap_that_no_kernel_has_may_be_missing() {
         let root = tempfile::tempdir().unwrap();
         let cgroup = crate::host::directory::tests::open_path(root.path()).unwrap();
-        let set = |text: &str, can| limit_cgroup(&cgroup, &limits(text), can);
+        let set = |text: &str, can| limit_cgroup(&cgroup, &slot(text), can);
         let text = "memory = \"1G\"\nprocesses = 100";
         assert!(set(text, ALL).is_err(), "nothing is there");
         for name in ["pids.max", "memory.high", "memory.max"] {

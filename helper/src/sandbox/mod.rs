@@ -139,7 +139,7 @@ fn apply_sandbox(
     // Whom the audit log names: while nobody is written down there, a job could write down whom it likes. A
     // kernel without auditing has no such file, and one that was set by a login stays.
     let _ = std::fs::write("/proc/self/loginuid", plan.uid.to_string());
-    limits::limit_process(&plan.slot.limits)?;
+    limits::limit_process(&plan.slot)?;
     empty_bounding_set()?;
     let proof = become_user(plan.uid, &plan.groups)?;
     rules.restrict_self()?;

@@ -112,7 +112,7 @@ pub fn install(
     cgroup::kill(&host.cgroups, worker.id)?;
     let cgroup =
         cgroup::create(&host.cgroups, &worker.id.to_string()).context("cannot make the worker's cgroup")?;
-    limits::limit_cgroup(&cgroup, &slot.limits, host.abilities)?;
+    limits::limit_cgroup(&cgroup, slot, host.abilities)?;
     let child = request(
         monitor,
         &MonitorRequest::Launch {

@@ -165,6 +165,11 @@ pub(super) fn maybe_between<'de, D: Deserializer<'de>, const MIN: u64, const MAX
     between::<D, MIN, MAX>(from).map(Some)
 }
 
+/// Priority over the host's own processes is not the configuration's to give, so there are no negative ones.
+pub(super) fn nice<'de, D: Deserializer<'de>>(from: D) -> Result<u8, D::Error> {
+    between::<D, 0, 19>(from).map(|value| value as u8)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

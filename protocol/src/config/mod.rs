@@ -148,6 +148,8 @@ pub struct Slot {
     /// lost; unless it writes to a disk of its own, so a slot with block devices has them done all the same.
     pub ignore_sync: bool,
     pub limits: Limits,
+    /// The nice value of the job's processes, 0 to 19 (`setpriority(2)`): the higher, the less of a busy processor they get.
+    pub nice: u8,
     /// A bash script that the agent runs, as the job's user, before the job. If it fails, the worker is failed.
     pub pre_job_diagnostic_script: Option<Script>,
     /// The same after the job. If it fails, the worker is held.
@@ -334,6 +336,8 @@ struct RawSlot {
     ignore_sync: bool,
     #[serde(default)]
     limits: Limits,
+    #[serde(default, deserialize_with = "limits::nice")]
+    nice: u8,
     pre_job_diagnostic_script: Option<Script>,
     post_job_diagnostic_script: Option<Script>,
     #[serde(default, deserialize_with = "limits::maybe_between::<_, 10, 31_536_000>")]
@@ -367,6 +371,7 @@ impl RawSlot {
             allow_user_namespaces: self.allow_user_namespaces,
             ignore_sync: self.ignore_sync,
             limits: self.limits,
+            nice: self.nice,
             pre_job_diagnostic_script: self.pre_job_diagnostic_script,
             post_job_diagnostic_script: self.post_job_diagnostic_script,
             job_timeout_seconds: self.job_timeout_seconds,
@@ -415,13 +420,14 @@ mod tests {
     fn a_whole_slot_parses() {
         let config = Config::parse(&format!(
             "{HEAD}{SLOT}add_to_groups = [\"plugdev\"]\nenv.A = \"1\"\nread_only = {{ \"/opt/rust\" = \"/root/.rustup\" }}\n\
-             devices = [\"/dev/kvm\"]\nsocket_families = [\"AF_CAN\"]\nwritable = [\"/srv/cache\"]\nconflicts_with_slots = [\"b\"]\n{}",
+             devices = [\"/dev/kvm\"]\nsocket_families = [\"AF_CAN\"]\nwritable = [\"/srv/cache\"]\nnice = 19\nconflicts_with_slots = [\"b\"]\n{}",
             SLOT.replace(".a", ".b")
         ))
         .unwrap();
         let (a, b) = ("a".parse().unwrap(), "b".parse().unwrap());
         assert!(config.conflict(&a, &b) && config.conflict(&b, &a) && !config.conflict(&a, &a));
         assert_eq!(config.slots[&a].line, 5);
+        assert_eq!((config.slots[&a].nice, config.slots[&b].nice), (19, 0));
         let range = config.factory.uid_range;
         assert_eq!((range.len(), range.last.get()), (65536, (1 << 21) - 1));
     }
@@ -452,6 +458,8 @@ mod tests {
                 "network = \"host\"",
             ),
             (format!("{SLOT}job_timeout_seconds = 5\n"), 7, "10 to"),
+            (format!("{SLOT}nice = 20\n"), 7, "0 to 19"),
+            (format!("{SLOT}nice = -1\n"), 7, "invalid value"),
             (format!("{SLOT}pre_job_diagnostic_script = \"\"\n"), 7, "script"),
             ("agent_env.LANG = \"C\"\n".to_owned() + SLOT, 5, "the helper sets"),
             ("agent_env.\"A=B\" = \"C\"\n".to_owned() + SLOT, 5, "variable"),

@@ -23,6 +23,7 @@ mod hung;
 mod layouts;
 mod life;
 mod listener;
+mod nice;
 mod packets;
 mod privileges;
 mod quotas;
