@@ -51,11 +51,10 @@ install: build
 	$(command) generate bash >$(DESTDIR)/usr/share/bash-completion/completions/user-factory
 	$(command) generate zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_user-factory
 	$(command) generate fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/user-factory.fish
-	$(file) README.md $(doc)/README.md
-	$(file) SECURITY.md $(doc)/SECURITY.md
+	$(file) README.md SECURITY.md CONTRIBUTING.md CHANGELOG.md -t $(doc)
 	$(dated) packaging/sbom >$(doc)/sbom.cdx.json
-	for page in docs/*.md; do $(file) $$page $(doc)/docs/$${page##*/} || exit 1; done
-	$(file) packaging/config.toml $(doc)/examples/config.toml
+	for page in docs/*.md docs/evidence/*.md; do $(file) $$page $(doc)/$$page || exit 1; done
+	$(file) packaging/config.toml packaging/minimal.toml -t $(doc)/examples
 	$(file) packaging/firewall.nft $(doc)/examples/firewall.nft
 	for example in alerts.yml dashboard.json; do \
 		$(file) packaging/monitoring/$$example $(doc)/examples/monitoring/$$example || exit 1; done

@@ -173,9 +173,9 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
     let kind = options_at(&facts.mounts, &state).map_or("unknown", |(kind, _)| kind);
     let remedy = match kind {
         "btrfs" | "overlay" => format!(
-            "{kind} has no user quotas: mount an ext4 or XFS that has them at the state directory, as the README says"
+            "{kind} has no user quotas: mount an ext4 or XFS that has them at the state directory, as docs/deploying.md says"
         ),
-        _ => "turn user quotas on as the README says".to_owned(),
+        _ => "turn user quotas on as docs/deploying.md says".to_owned(),
     };
     found.push(finding(
         "user quotas",

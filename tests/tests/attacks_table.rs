@@ -1,4 +1,4 @@
-//! docs/attacks.md has a line for every attack, and what it names is there.
+//! docs/evidence/attacks.md has a line for every attack, and what it names is there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use testbed::sources::{read, tests_in};
 
-/// The rows that must be there: groups A to F, H and J. Group G, accidents, is in docs/reliability.md, and group I, hosts, in
+/// The rows that must be there: groups A to F, H and J. Group G, accidents, is in docs/evidence/accidents.md, and group I, hosts, in
 /// docs/hosts.md.
 const ROWS: [std::ops::RangeInclusive<u32>; 2] = [1..=72, 86..=115];
 /// What begins a cell that names no test.
@@ -18,7 +18,7 @@ fn tests() -> &'static Path {
 
 /// The cell of each row that says what shows it.
 fn table() -> BTreeMap<u32, String> {
-    let text = read("docs/attacks.md");
+    let text = read("docs/evidence/attacks.md");
     let mut rows = BTreeMap::new();
     for line in text.lines().filter(|line| line.starts_with('|')) {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();

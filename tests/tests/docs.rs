@@ -1,30 +1,212 @@
-//! What the documents say is true: every TOML example in them is a configuration without mistakes, and the table of
-//! the configuration's keys has them all.
+//! What the pages say is checked where a machine can: links, configurations, commands, names of units and tests, and the
+//! README's quick start, which is run.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use protocol::config::Config;
+use protocol::config::{CONFIG_PATH, Config};
+use pulldown_cmark::{CodeBlockKind, Event, Options, Parser, Tag, TagEnd};
+use testbed::harness::{SUPERVISOR_UID, TestHost, binaries};
+use testbed::sources::{read, root};
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the workspace")
+/// One page, as a reader of Markdown understands it.
+#[derive(Default)]
+struct Page {
+    /// Below the root of the workspace.
+    path: PathBuf,
+    links: Vec<String>,
+    /// The names by which links lead to its headings.
+    anchors: BTreeSet<String>,
+    /// Blocks of code, with their language.
+    blocks: Vec<(String, String)>,
+    /// What stands between backticks.
+    words: Vec<String>,
+    /// Its tables: rows of cells, and the row of headings first.
+    tables: Vec<Vec<Vec<String>>>,
+}
+
+impl Page {
+    fn read(path: &str) -> Page {
+        let text = read(path);
+        let mut page = Page {
+            path: path.into(),
+            ..Page::default()
+        };
+        let (mut heading, mut block, mut cell) = (None, None, None);
+        for event in Parser::new_ext(&text, Options::ENABLE_TABLES) {
+            match event {
+                Event::Start(Tag::Link { dest_url, .. } | Tag::Image { dest_url, .. }) => {
+                    page.links.push(dest_url.to_string());
+                }
+                Event::Start(Tag::Heading { .. }) => heading = Some(String::new()),
+                Event::End(TagEnd::Heading(_)) => {
+                    page.anchors.extend(heading.take().map(|text| anchor(&text)));
+                }
+                Event::Start(Tag::CodeBlock(CodeBlockKind::Fenced(language))) => {
+                    block = Some((language.to_string(), String::new()));
+                }
+                Event::End(TagEnd::CodeBlock) => page.blocks.extend(block.take()),
+                Event::Start(Tag::Table(_)) => page.tables.push(Vec::new()),
+                Event::Start(Tag::TableHead | Tag::TableRow) => {
+                    page.tables
+                        .last_mut()
+                        .expect("a table has begun")
+                        .push(Vec::new());
+                }
+                Event::Start(Tag::TableCell) => cell = Some(String::new()),
+                Event::End(TagEnd::TableCell) => {
+                    let row = page.tables.last_mut().and_then(|table| table.last_mut());
+                    row.expect("a row has begun").extend(cell.take());
+                }
+                Event::Text(text) | Event::Code(text) if block.is_some() => {
+                    block.as_mut().expect("it is").1.push_str(&text);
+                }
+                Event::Text(ref text) | Event::Code(ref text) => {
+                    for place in [&mut heading, &mut cell].into_iter().flatten() {
+                        place.push_str(text);
+                    }
+                    if let Event::Code(word) = event {
+                        page.words.push(word.to_string());
+                    }
+                }
+                _ => {}
+            }
+        }
+        page
+    }
+
+    fn blocks_of(&self, language: &str) -> impl Iterator<Item = &str> {
+        let blocks = self.blocks.iter().filter(move |(own, _)| own == language);
+        blocks.map(|(_, text)| text.as_str())
+    }
+
+    /// What is typed as root in its console blocks, without comments.
+    fn commands(&self) -> Vec<String> {
+        let text: String = self.blocks_of("console").collect::<Vec<_>>().concat();
+        let text = text.replace("\\\n", " ");
+        let typed = text.lines().filter_map(|line| line.strip_prefix("# "));
+        typed
+            .map(|line| line.split(" # ").next().unwrap_or_default().trim().to_owned())
+            .collect()
+    }
+}
+
+/// The name of a heading, as forges make it.
+fn anchor(heading: &str) -> String {
+    let lower = heading.trim().to_lowercase().replace(' ', "-");
+    lower
+        .chars()
+        .filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_'))
+        .collect()
+}
+
+/// Every page that is kept in the repository, fixtures apart.
+fn pages() -> Vec<Page> {
+    let mut found = Vec::new();
+    let mut waiting = vec![PathBuf::new()];
+    while let Some(directory) = waiting.pop() {
+        for entry in fs::read_dir(root().join(&directory)).unwrap().flatten() {
+            let path = directory.join(entry.file_name());
+            let name = entry.file_name().into_string().unwrap();
+            let kind = entry.file_type().unwrap();
+            if kind.is_dir() && !matches!(name.as_str(), "target" | ".git" | "corpus") {
+                waiting.push(path);
+            } else if kind.is_file() && name.ends_with(".md") {
+                found.push(Page::read(path.to_str().unwrap()));
+            }
+        }
+    }
+    assert!(found.len() > 10, "the pages are not found");
+    found
+}
+
+fn fail_with(mistakes: &[String]) {
+    assert!(mistakes.is_empty(), "\n{}", mistakes.join("\n"));
+}
+
+#[test]
+fn every_link_leads_to_a_file_and_a_heading_that_are_there() {
+    let mut mistakes = Vec::new();
+    for page in pages() {
+        let here = page.path.parent().unwrap();
+        for link in page.links.iter().filter(|link| !link.contains("://")) {
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = match file {
+                "" => page.path.clone(),
+                file => here.join(file),
+            };
+            let is_there = root().join(&target).exists()
+                && (heading.is_empty()
+                    || !file.ends_with(".md") && !file.is_empty()
+                    || Page::read(target.to_str().unwrap()).anchors.contains(heading));
+            if !is_there {
+                mistakes.push(format!("{}: {link} leads nowhere", page.path.display()));
+            }
+        }
+    }
+    fail_with(&mistakes);
+}
+
+/// An example with what it leaves out: required keys, and the slots that it names.
+fn completed(example: &str) -> String {
+    let required = [
+        ("[general]", "baseurl = \"https://buildomat.example.com\"\n"),
+        ("[factory]", "token_file = \"/t\"\n"),
+    ];
+    let target = "target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
+    let mut text = String::new();
+    if !example.contains("[slots.") {
+        text += &format!("[slots.a]\n{target}");
+    }
+    for (header, key) in required
+        .into_iter()
+        .filter(|(header, _)| !example.contains(header))
+    {
+        text += &format!("{header}\n{key}");
+    }
+    let tables = example.split_inclusive('\n').collect::<Vec<_>>();
+    for table in tables.chunk_by(|_, next| !next.starts_with('[')) {
+        let header = table[0].trim();
+        let keys = match required.iter().find(|(own, _)| *own == header) {
+            Some((_, key)) => key,
+            None if header.starts_with("[slots.") && header.matches('.').count() == 1 => target,
+            None => "",
+        };
+        let name = keys.split(' ').next().unwrap();
+        text += &table.concat();
+        if !table.iter().any(|line| line.starts_with(name)) {
+            let at = text.len() - table.concat().len() + table[0].len();
+            text.insert_str(at, keys);
+        }
+    }
+    text
 }
 
 #[test]
 fn every_toml_example_is_a_good_configuration() {
-    let mut examples = vec![std::fs::read_to_string(root().join("packaging/config.toml")).unwrap()];
-    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    let blocks = readme
-        .split("```toml\n")
-        .skip(1)
-        .map(|rest| rest.split("```").next().unwrap().to_owned());
-    examples.extend(blocks);
-    assert!(examples.len() >= 2, "the README has no example");
-    for example in examples {
-        if let Err(mistakes) = Config::parse(&example) {
-            panic!("{mistakes:?} in\n{example}");
+    let mut count = 0;
+    for page in pages() {
+        for example in page.blocks_of("toml") {
+            count += 1;
+            if let Err(mistakes) = Config::parse(&completed(example)) {
+                panic!("{}: {mistakes:?} in\n{}", page.path.display(), completed(example));
+            }
+        }
+    }
+    assert!(count > 10, "the pages have {count} examples");
+    for file in ["packaging/config.toml", "packaging/minimal.toml"] {
+        assert!(Config::parse(&read(file)).is_ok(), "{file}");
+    }
+}
+
+#[test]
+fn every_json_example_is_json() {
+    for page in pages() {
+        for example in page.blocks_of("json") {
+            let read = serde_json::from_str::<serde_json::Value>(example);
+            assert!(read.is_ok(), "{}: {read:?}", page.path.display());
         }
     }
 }
@@ -46,8 +228,8 @@ fn keys_in(table: &str, prefix: &str) -> Vec<String> {
     names.map(|name| format!("{prefix}{name}")).collect()
 }
 
-#[test]
-fn the_table_has_every_key_of_the_configuration_and_no_other() {
+/// Every key that the parser knows, as the pages write it.
+fn known_keys() -> BTreeSet<String> {
     let mut known: BTreeSet<String> = BTreeSet::new();
     for (table, prefix) in [
         ("[general]\n", "general."),
@@ -58,19 +240,226 @@ fn the_table_has_every_key_of_the_configuration_and_no_other() {
         known.extend(keys_in(table, prefix));
     }
     known.remove("slots.NAME.limits");
-    let page = std::fs::read_to_string(root().join("docs/configuration.md")).unwrap();
-    let rows = page
-        .lines()
-        .filter_map(|line| line.strip_prefix("| `")?.split('`').next());
-    let written: BTreeSet<String> = rows.map(str::to_owned).collect();
     assert!(known.len() > 30, "{known:?}");
-    assert_eq!(known, written);
-    let example = std::fs::read_to_string(root().join("packaging/config.toml")).unwrap();
-    for key in known {
-        let name = key.rsplit('.').next().unwrap();
-        assert!(
-            example.contains(name),
-            "packaging/config.toml does not show {key}"
-        );
+    known
+}
+
+/// The keys that this configuration sets.
+fn keys_set_in(text: &str, known: &BTreeSet<String>) -> BTreeSet<String> {
+    fn walk(table: &toml::Table, prefix: &str, known: &BTreeSet<String>, set: &mut BTreeSet<String>) {
+        for (name, value) in table {
+            let name = if prefix == "slots." { "NAME" } else { name };
+            let key = format!("{prefix}{name}");
+            match value {
+                toml::Value::Table(below) if !known.contains(&key) => {
+                    walk(below, &format!("{key}."), known, set);
+                }
+                _ => drop(set.insert(key)),
+            }
+        }
     }
+    let mut set = BTreeSet::new();
+    walk(&text.parse().expect("an example is TOML"), "", known, &mut set);
+    set
+}
+
+#[test]
+fn every_key_has_a_row_and_an_example_and_no_other_has() {
+    let known = known_keys();
+    let page = Page::read("docs/configuration.md");
+    let tables = page.tables.iter().filter(|table| table[0][0] == "key");
+    let rows = tables.flat_map(|table| &table[1..]);
+    let rows: Vec<&str> = rows.map(|row| row[0].split(' ').next().unwrap()).collect();
+    let written: BTreeSet<String> = rows.iter().map(|row| row.to_string()).collect();
+    assert_eq!(rows.len(), written.len(), "a key has two rows");
+    assert_eq!(known, written);
+    let mut examples = BTreeSet::new();
+    for example in page.blocks_of("toml") {
+        examples.append(&mut keys_set_in(example, &known));
+    }
+    assert_eq!(
+        known,
+        &(&examples & &known) | &BTreeSet::from(["slots.NAME.target".into()])
+    );
+    let whole = keys_set_in(&read("packaging/config.toml"), &known);
+    assert_eq!(known, whole, "packaging/config.toml");
+}
+
+/// Has this file, or one in this directory, the name as a word?
+fn is_named_in(path: &Path, name: &str) -> bool {
+    if path.is_dir() {
+        let mut entries = fs::read_dir(path).unwrap().flatten();
+        return entries.any(|entry| is_named_in(&entry.path(), name));
+    }
+    // The end of a line, in a text within a source, is no part of the next word.
+    let text = fs::read_to_string(path).unwrap_or_default().replace("\\n", " ");
+    text.split(|c: char| !c.is_alphanumeric() && c != '_')
+        .any(|word| word == name)
+}
+
+#[test]
+fn every_key_is_in_each_file_of_the_checklist() {
+    let page = Page::read("CONTRIBUTING.md");
+    let checklist = page.tables.iter().find(|table| table[0][0] == "file");
+    let checklist = checklist.expect("CONTRIBUTING.md has the checklist");
+    let checked: Vec<_> = checklist.iter().filter(|row| row[2] == "✓").collect();
+    assert!(checked.len() > 4, "{checked:?}");
+    let mut mistakes = Vec::new();
+    for key in known_keys() {
+        let name = key.rsplit('.').next().unwrap();
+        for row in &checked {
+            let mut files = row[0].split(' ').filter(|word| word.contains('/'));
+            if !files.any(|file| is_named_in(&root().join(file), name)) {
+                mistakes.push(format!("{key} is not in {}", row[0]));
+            }
+        }
+    }
+    for path in checklist[1..].iter().flat_map(|row| row[0].split(' ')) {
+        if path.contains(['/', '.']) && !root().join(path).exists() {
+            mistakes.push(format!("CONTRIBUTING.md: there is no {path}"));
+        }
+    }
+    fail_with(&mistakes);
+}
+
+#[test]
+fn every_command_in_the_pages_is_one_that_the_program_understands() {
+    let program = binaries().join("user-factory");
+    let mut mistakes = Vec::new();
+    let mut count = 0;
+    for page in pages() {
+        let typed = page.words.iter().cloned().chain(page.commands());
+        for line in typed.filter(|line| line.starts_with("user-factory ")) {
+            // What stands for something else, and what is said with a pipe or two commands.
+            let line = line
+                .replace("WORKER", "01JAB3CDEFGHJKMNPQRSTVWXYZ")
+                .replace("--slot SLOT", "--slot a");
+            let mut words: Vec<&str> = line.split_whitespace().skip(1).collect();
+            if matches!(words[..], ["COMMAND", ..] | ["serve" | "check" | "run", ..] if words.contains(&"…"))
+            {
+                continue;
+            }
+            // The help is asked for after all else has been understood, and nothing is done.
+            let end = words.iter().position(|word| *word == "--").unwrap_or(words.len());
+            words.insert(end, "--help");
+            words.truncate(end + 1);
+            let words: Vec<&str> = words.into_iter().filter(|word| *word != "COMMAND").collect();
+            let output = Command::new(&program).args(&words).output().unwrap();
+            count += 1;
+            if !output.status.success() {
+                let said = String::from_utf8_lossy(&output.stderr);
+                let first = said.lines().next().unwrap_or_default();
+                mistakes.push(format!("{}: {line}: {first}", page.path.display()));
+            }
+        }
+    }
+    assert!(count > 20, "the pages have {count} commands");
+    fail_with(&mistakes);
+}
+
+#[test]
+fn every_unit_test_program_and_story_that_the_pages_name_is_there() {
+    let mut mistakes = Vec::new();
+    let exists = |places: &[String]| places.iter().any(|place| root().join(place).exists());
+    for page in pages() {
+        let typed = page.words.iter().cloned().chain(page.commands());
+        for line in typed {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            for word in &words {
+                let unit = word.trim_matches(|c| matches!(c, '\'' | '"'));
+                let is_unit = [".service", ".socket", ".timer"]
+                    .iter()
+                    .any(|kind| unit.ends_with(kind));
+                if unit.starts_with("buildomat-user-factory")
+                    && is_unit
+                    && !unit.contains(['*', '/'])
+                    && !exists(&[format!("packaging/systemd/{unit}")])
+                {
+                    mistakes.push(format!("{}: there is no unit {unit}", page.path.display()));
+                }
+            }
+            for pair in words.windows(2) {
+                let name = pair[1];
+                let places = match pair[0] {
+                    "--test" => ["tests/tests", "supervisor/tests", "helper/tests"]
+                        .map(|place| format!("{place}/{name}")),
+                    "--bench" => ["tests/benches"; 3].map(|place| format!("{place}/{name}")),
+                    "--bin" => ["tests/src/bin"; 3].map(|place| format!("{place}/{name}")),
+                    "tests/machine/run" if name != "all" => {
+                        ["hosts", "stories", "stories"].map(|place| format!("tests/machine/{place}/{name}"))
+                    }
+                    _ => continue,
+                };
+                let with_rs = places.iter().map(|place| format!("{place}.rs"));
+                let places: Vec<String> = with_rs.chain(places.clone()).collect();
+                let is_name = name
+                    .chars()
+                    .all(|c| c.is_ascii_lowercase() || matches!(c, '_' | '-'));
+                if is_name && !exists(&places) {
+                    mistakes.push(format!("{}: {line}: there is no {name}", page.path.display()));
+                }
+            }
+        }
+    }
+    fail_with(&mistakes);
+}
+
+#[test]
+fn the_quick_start_is_run_and_each_command_does_what_the_readme_says() {
+    let commands = Page::read("README.md").commands();
+    let begin = commands
+        .iter()
+        .position(|line| line == "make deb")
+        .expect("the quick start begins with the package");
+    let [_, install, copy, start, id, last] = &commands[begin..begin + 6] else {
+        panic!("the quick start has six lines")
+    };
+    let version = env!("CARGO_PKG_VERSION");
+    assert_eq!(
+        *install,
+        format!("apt install ./target/debian/buildomat-user-factory_{version}-1_amd64.deb")
+    );
+    // Its file, with what keeps this test apart from the host's own factory.
+    let config = format!("install -m 644 packaging/minimal.toml /{CONFIG_PATH}");
+    assert_eq!(*copy, config);
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, "");
+    let path = host.root.join(CONFIG_PATH);
+    let own = fs::read_to_string(&path).unwrap();
+    let own: String = own
+        .lines()
+        .filter(|line| line.starts_with("user") || line.starts_with("uid_range"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let minimal = read("packaging/minimal.toml");
+    fs::write(
+        &path,
+        minimal.replace("[factory]\n", &format!("[factory]\n{own}")),
+    )
+    .unwrap();
+    assert_eq!(start, "systemctl start buildomat-user-factory-helper.service");
+    let _helper = host.helper();
+    let run = |line: &str| {
+        let place = format!("run --root {} ", host.root.display());
+        let line = line.replacen("run ", &place, 1);
+        let path = format!("{}:{}", binaries().display(), std::env::var("PATH").unwrap());
+        let output = Command::new("sh")
+            .args(["-c", &line])
+            .env("PATH", path)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        (
+            output.status.success(),
+            said + &String::from_utf8_lossy(&output.stderr),
+        )
+    };
+    let (good, said) = run(id);
+    assert!(good && said.contains("(bmat-"), "{id}: {said}");
+    let (good, said) = run(last);
+    let processes = said.lines().filter(|line| line.contains(':')).count();
+    assert!(
+        !good && said.contains("ps ax") && processes < 8 && said.contains("/etc/passwd"),
+        "{last}: {said}"
+    );
 }

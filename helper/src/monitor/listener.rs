@@ -2,7 +2,7 @@
 //!
 //! It installs the sessions' filter of system calls once, and every session inherits it. The kernel frees such
 //! programs through one work queue for the whole host, which can hang for ever when there are many (row 86 of
-//! `docs/attacks.md`). With a filter for each connection, the number of programs would be the supervisor's to choose.
+//! `docs/evidence/attacks.md`). With a filter for each connection, the number of programs would be the supervisor's to choose.
 //!
 //! The listener has the capabilities and the system calls of a session, and reads nothing that the supervisor sends.
 //! The monitor starts it, and starts another if it ends. While no listener accepts, for longer than one should take

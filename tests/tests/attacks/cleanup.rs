@@ -23,7 +23,7 @@ use testbed::test_helper::{
 use crate::canaries::Canaries;
 use crate::leftovers::{ongoing, with_user_namespaces};
 
-/// How many entries a directory gets. A million, as docs/attacks.md has it, takes minutes on a small machine;
+/// How many entries a directory gets. A million, as docs/evidence/attacks.md has it, takes minutes on a small machine;
 /// nightly runs set `USER_FACTORY_TEST_ENTRIES`.
 const ENTRIES: u32 = 100_000;
 

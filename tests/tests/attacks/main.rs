@@ -1,6 +1,6 @@
 //! Attacks, made for real: by a hostile job from inside its sandbox, by a hostile client at the helper's
 //! socket, by other users of the host. Each test asserts that the attempt failed and that nothing was left;
-//! its name begins with its row in docs/attacks.md. Needs root.
+//! its name begins with its row in docs/evidence/attacks.md. Needs root.
 
 mod calls;
 mod canaries;

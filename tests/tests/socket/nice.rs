@@ -12,10 +12,8 @@ except OSError as e: print(e.strerror)'; exit 1";
 
 #[test]
 fn a_jobs_processes_have_the_slots_nice_value_and_cannot_lower_it() {
-    let stage = Stage::with(&format!(
-        "[slots.a]\n{TARGET}\n[slots.b]\n{TARGET}\nnice = 7\n"
-    ));
-    let client = stage.client();
+    let test = TestHelper::with(&format!("[slots.a]\n{TARGET}\n[slots.b]\n{TARGET}\nnice = 7\n"));
+    let client = test.client();
     let workers: Vec<WorkerId> = ["a", "b"].map(|slot| created(&client, slot)).into();
     let answers: Vec<String> = workers
         .iter()
@@ -29,5 +27,5 @@ fn a_jobs_processes_have_the_slots_nice_value_and_cannot_lower_it() {
         format!("{nice}\n{}\nOperation not permitted\n", (nice + 2).min(19))
     });
     assert_eq!(answers, expected);
-    stage.finish(&workers);
+    test.finish(&workers);
 }

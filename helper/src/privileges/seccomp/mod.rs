@@ -20,7 +20,7 @@ use program::{
     if_process,
 };
 
-/// What a person does where the kernel has not installed a filter in time (row 86 of `docs/attacks.md`).
+/// What a person does where the kernel has not installed a filter in time (row 86 of `docs/evidence/attacks.md`).
 pub const IS_LATE: &str = "Look for kernel workers in bpf_prog_free_deferred, in /proc/PID/stack; if there are any, \
                            reboot the host";
 
