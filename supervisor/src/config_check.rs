@@ -24,7 +24,7 @@ pub struct Accounts {
 }
 
 impl Accounts {
-    /// Those of this host; a file that cannot be read names nobody.
+    /// Those of this host; a file that cannot be read names no account.
     pub fn read() -> Accounts {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         Accounts {
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_says_something_else_than_what_is_in_use_is_seen_however_it_changes() {
+    fn a_file_that_differs_from_what_is_in_use_is_noticed_however_it_changes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.toml");
         let here = "baseurl = \"http://localhost\"";

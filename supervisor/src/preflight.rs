@@ -85,7 +85,7 @@ fn version(release: &str) -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-/// Does somebody want this limited?
+/// Does a slot limit this?
 type Wish = fn(&Limits) -> bool;
 
 /// What this host has for this configuration; the state directory is below `root`.

@@ -430,7 +430,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_stray_has_one_decision_at_most_and_slots_are_never_shared(
+        fn every_unknown_worker_has_one_decision_at_most_and_slots_are_never_shared(
             orphans in proptest::collection::vec((0u128..8, 0usize..5, any::<(bool, bool, bool)>()), 0..8),
             on_host in proptest::collection::vec((0u128..8, any::<bool>()), 0..3),
             making: bool,

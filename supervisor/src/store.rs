@@ -611,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_schema_is_said_plainly_and_left_alone() {
+    fn a_newer_schema_is_refused_and_not_changed() {
         let dir = tempfile::tempdir().unwrap();
         let mut store = Store::open(dir.path()).unwrap();
         store.save(&worker(Phase::Created)).unwrap();

@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_no_that_is_not_in_the_servers_words_is_a_proxys() {
+    async fn a_refusal_without_the_servers_json_is_a_proxys() {
         let fail = |code, body| async move {
             let server = BuildomatClient::over(Arc::new(Always(code, body)));
             server.fail(WorkerId::from_bits(1), "x").await.unwrap_err()

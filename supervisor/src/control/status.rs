@@ -209,7 +209,7 @@ fn next_step(worker: &Worker, error: Option<&str>) -> String {
             "look into it (show, logs, shell), then release it on the server: it is deleted then".into()
         }
         Phase::Destroying | Phase::Destroyed => "it is being deleted".into(),
-        _ if worker.hold => "somebody holds it on the server: it stays as it is until released there".into(),
+        _ if worker.hold => "it is held on the server: it stays as it is until released there".into(),
         Phase::Reserved | Phase::Created => "its user and its agent are being made".into(),
         Phase::Running { online: false } => {
             "its agent has been started, and is to report to the server".into()

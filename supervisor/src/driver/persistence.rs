@@ -13,7 +13,7 @@ use crate::worker::Worker;
 /// How soon, and how late at most, a change is written again that could not be.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LAST_WAIT: Duration = Duration::from_secs(8);
-/// How often it is requested whether changes could be written.
+/// How often it is checked whether changes could be written.
 const CHECK: Duration = Duration::from_secs(10);
 
 /// The newest state of a worker that the disk does not have; none for one that is to be forgotten.

@@ -212,7 +212,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_name_is_told_when_the_message_is_whole_and_not_before() {
+    fn the_name_is_returned_when_the_message_is_whole_and_not_before() {
         let bytes = client_hello("Build.Example");
         for length in 0..bytes.len() {
             assert_eq!(read(&bytes[..length]), Ok(ClientHello::Incomplete), "{length}");

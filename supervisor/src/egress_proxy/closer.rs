@@ -1,5 +1,5 @@
-//! Closes sockets that somebody else may have made slow to close (`SO_LINGER`, `socket(7)`), and those that may hold
-//! such sockets in packets that nobody has received.
+//! Closes sockets that a job may have made slow to close (`SO_LINGER`, `socket(7)`), and those that may hold such
+//! sockets in packets that have not been received.
 //!
 //! `close(2)` of such a socket waits, without end if its other end likes, unless the closing thread is about to end
 //! (`inet_release` in the kernel's `net/ipv4/af_inet.c`). So a thread of its own closes them by ending: it first takes a

@@ -171,7 +171,7 @@ impl EgressProxy {
         let path = self.directory.join(GATE_SOCKET);
         let mut look = interval(LOOK);
         loop {
-            // Only for as long as the closer needs, which waits for nobody.
+            // Only for as long as the closer needs, which waits for no caller.
             while self.closer.pending() >= descriptors::MAX_PENDING_CLOSES {
                 sleep(Duration::from_millis(1)).await;
             }

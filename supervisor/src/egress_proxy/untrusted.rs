@@ -1,4 +1,4 @@
-//! A TCP socket that somebody else has made, and may still hold.
+//! A TCP socket that a job has made, and may still hold.
 //!
 //! Every holder can take away its non-blocking mode at any time, as that belongs to the socket and
 //! not to the descriptor. So that mode is never relied on: every call here says `MSG_DONTWAIT` itself. For

@@ -41,7 +41,7 @@ impl Factory {
             (calls.backoff, calls.retry) = (Backoff::default(), None);
             calls.last_error.clear();
         }
-        // What is nobody's has nothing left once it is deleted where it was.
+        // Nothing is left of an orphan once it is deleted where it was.
         if event == Event::ServerDeleted || (event.is_success() && !is_owned) {
             return self.forget(now, id);
         }

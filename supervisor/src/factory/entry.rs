@@ -1,5 +1,4 @@
-//! All that is known of one worker id. An id has one entry, and the entry one state: this factory's worker, nobody's, or
-//! unknown. So no two collections can disagree about it.
+//! All that is known of one worker id. An id has one entry, and the entry one state: owned, orphan or unknown. So no two collections can disagree about it.
 
 use protocol::{SlotName, WorkerId, WorkerInfo};
 
@@ -87,7 +86,7 @@ pub struct Calls {
     pub backoff: Backoff,
     /// Not before this time, and because of this peer.
     pub retry: Option<(u64, Peer)>,
-    /// When the last one began or ended, in `Factory::turn`s: a host list asked for before is stale.
+    /// The turn in which the last one began or ended: a host list asked for before is stale.
     pub touched: u64,
     pub last_error: String,
 }
@@ -215,7 +214,7 @@ impl Entry {
     }
 
     /// It has no owner, and is deleted in this way. True where that is news.
-    pub fn orphan_by(&mut self, slot: Option<SlotName>, action: Action) -> bool {
+    pub fn mark_orphan(&mut self, slot: Option<SlotName>, action: Action) -> bool {
         match &mut self.state {
             State::Orphan(orphan) => {
                 (orphan.slot, orphan.action) = (slot, action);
@@ -237,7 +236,7 @@ impl Entry {
         }
     }
 
-    /// It is neither this factory's nor deleted any more.
+    /// It is no longer owned, nor to be deleted.
     pub fn release(&mut self) {
         self.state = State::Unknown(self.unknown().cloned().unwrap_or_default());
     }

@@ -1,4 +1,4 @@
-//! A poll: both lists are asked for at the same instant, and what they say together is acted on once both have answered
+//! A poll: both lists are asked for at the same instant, and they are acted on together once both have answered
 //! (or failed). Nothing is decided from a list older than what is decided on.
 //!
 //! The helper is not asked while the factory is idle: the supervisor is its only client and it makes nothing on its own.
@@ -356,7 +356,7 @@ impl Factory {
                 Decision::Delete { worker, slot, action } => {
                     before.remove(&worker);
                     let text = format!("nobody's worker: {}", action.name());
-                    if self.entries.entry(worker).or_default().orphan_by(slot, action) {
+                    if self.entries.entry(worker).or_default().mark_orphan(slot, action) {
                         self.log(Level::Warn, Some(worker), text);
                     }
                 }

@@ -97,7 +97,7 @@ pub struct Unsaved {
 }
 
 impl Unsaved {
-    /// One that ends when somebody does what the sentence says.
+    /// One that ends once the operator does what the sentence says.
     pub fn passing(sentence: String) -> Self {
         Unsaved {
             passing: true,

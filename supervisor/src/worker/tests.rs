@@ -88,7 +88,7 @@ fn a_job_that_takes_longer_than_the_slot_lets_it_fails_its_worker() {
 }
 
 #[test]
-fn the_processes_of_a_failed_worker_are_ended_before_the_server_is_told() {
+fn the_processes_of_a_failed_worker_are_ended_before_the_failure_is_reported() {
     let limit = Some(1000);
     let rules = Rules {
         job_timeout: limit,
@@ -170,7 +170,7 @@ fn what_is_not_to_be_held_goes_once_the_server_knows() {
 }
 
 #[test]
-fn the_operator_may_destroy_what_somebody_holds() {
+fn the_operator_may_destroy_a_held_worker() {
     for phase in [
         Phase::Reserved,
         Phase::Created,
@@ -219,10 +219,10 @@ fn the_usual_life() {
         (seen(view(false, true, true), RUNNING), ""),
         (Event::HostClean, "delete on the host"),
     ];
-    for (event, duty) in story {
+    for (event, action) in story {
         assert_eq!(
             w.next_action().map_or("", |action| action.name()),
-            duty,
+            action,
             "before {event:?}"
         );
         w = w.step(event, 5, &RULES);
@@ -291,7 +291,7 @@ fn a_server_that_has_forgotten_the_agent_gets_another_after_a_while() {
 }
 
 #[test]
-fn a_server_that_has_forgotten_a_failure_is_told_again_and_not_in_a_hurry() {
+fn a_failure_that_the_server_has_forgotten_is_reported_again_after_a_while() {
     let told = worker(BROKEN).step(Event::FailureReported, 1_000, &RULES);
     let forgotten = || seen(view(false, false, false), DIED);
     let soon = told.clone().step(forgotten(), FORGOTTEN_MS, &RULES);
@@ -303,7 +303,7 @@ fn a_server_that_has_forgotten_a_failure_is_told_again_and_not_in_a_hurry() {
 }
 
 #[test]
-fn a_server_that_has_forgotten_the_slot_is_told_again() {
+fn a_slot_that_the_server_has_forgotten_is_associated_again() {
     let forgotten = OnServer::View {
         hold: false,
         recycle: false,
@@ -313,7 +313,7 @@ fn a_server_that_has_forgotten_the_slot_is_told_again() {
     };
     for (phase, host) in [(Phase::Reserved, OnHost::Absent), (STARTED, RUNNING)] {
         let w = worker(phase).step(seen(forgotten.clone(), host), 5, &RULES);
-        assert_eq!(w.next_action().map(|duty| duty.name()), Some("associate"));
+        assert_eq!(w.next_action().map(|action| action.name()), Some("associate"));
     }
 }
 
@@ -343,7 +343,7 @@ fn an_agent_that_has_used_up_its_time_is_failed_with_the_limits_name() {
 }
 
 #[test]
-fn a_half_seen_worker_is_left_alone() {
+fn a_worker_of_which_one_list_is_missing_does_not_change() {
     for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, BROKEN] {
         let event = Event::Seen {
             server: None,
@@ -411,7 +411,7 @@ fn a_lost_worker_is_made_again_three_times() {
 }
 
 #[test]
-fn a_failure_is_told_even_when_held_and_goes_on_where_it_stopped() {
+fn a_failure_is_reported_even_when_held_and_goes_on_where_it_stopped() {
     let w = worker(Phase::Created).step(Event::StartFailed("no such group".into()), 5, &RULES);
     let w = w.step(
         Event::LinesReported {

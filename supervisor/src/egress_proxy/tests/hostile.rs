@@ -8,7 +8,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_uid_that_is_no_workers_is_hung_up_on() {
+async fn a_connection_of_a_uid_that_is_no_workers_is_closed() {
     let house = house(1).await;
     let (job, worker) = tcp();
     let caller = house.bring(worker.as_fd());
@@ -17,7 +17,7 @@ async fn a_uid_that_is_no_workers_is_hung_up_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_not_one_connection_in_one_byte_is_hung_up_on() {
+async fn a_caller_that_sends_anything_but_one_byte_and_one_connection_is_refused() {
     let house = house(0).await;
     let (_job, worker) = tcp();
     let listening = StdListener::bind("127.0.0.1:0").unwrap();
@@ -61,7 +61,7 @@ async fn what_is_not_one_connection_in_one_byte_is_hung_up_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn silent_callers_hold_up_nobody_and_lose_patience_first() {
+async fn silent_callers_delay_no_other_and_time_out() {
     let house = house(0).await;
     let silent: Vec<Seqpacket> = (0..CONNECTIONS_OF_A_WORKER - 1).map(|_| house.call()).collect();
     house.works().await;

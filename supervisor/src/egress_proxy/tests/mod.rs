@@ -138,7 +138,7 @@ fn ended(mut job: &StdStream) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bytes_go_both_ways_and_both_ends_are_told_of_the_end() {
+async fn bytes_go_both_ways_and_each_end_sees_the_other_close() {
     let house = house(0).await;
     house.works().await;
     // At the same time, and more than fits into the buffers.
@@ -181,7 +181,7 @@ async fn a_server_that_cannot_be_reached_is_a_connection_that_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_gate_opens_when_its_directory_comes_and_comes_again() {
+async fn the_socket_is_made_when_its_directory_appears_and_again_when_it_was_removed() {
     let above = tempfile::tempdir().unwrap();
     let port = echo().await;
     let directory = above.path().join("proxy");
@@ -201,7 +201,7 @@ async fn the_gate_opens_when_its_directory_comes_and_comes_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_new_gate_takes_the_old_ones_place_without_a_gap() {
+async fn a_new_socket_replaces_the_old_one_without_a_gap() {
     let mut house = house(0).await;
     // What a supervisor leaves that was ended in the middle.
     std::fs::write(house.directory.path().join("new.sock"), "").unwrap();

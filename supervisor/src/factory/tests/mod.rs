@@ -25,7 +25,7 @@ fn jobs_are_done_and_nothing_is_left() {
 }
 
 #[test]
-fn an_idle_factory_asks_the_server_two_things_a_round_and_leaves_the_helper_asleep() {
+fn an_idle_factory_asks_the_server_twice_a_poll_and_the_helper_never() {
     let mut world = World::new();
     world.run(|w| w.counts.get("lease") == Some(&50));
     assert!(
@@ -142,7 +142,7 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_that_is_used_by_hand() {
 }
 
 #[test]
-fn a_worker_that_only_the_server_knows_comes_before_a_new_job_though_the_helper_was_left_alone() {
+fn a_worker_that_only_the_server_knows_comes_before_a_new_job_though_the_helper_was_not_asked() {
     let mut world = World::new();
     world.run(|w| w.core.is_idle(w.now) && w.counts.get("lease") == Some(&5));
     let lost = WorkerId::from_bits(5);
@@ -368,7 +368,7 @@ fn a_slot_is_free_as_soon_as_its_worker_has_come_to_its_end() {
 }
 
 #[test]
-fn whoever_looks_has_the_helper_asked_once_a_poll_interval() {
+fn a_status_request_has_the_helper_asked_once_a_poll_interval() {
     let mut world = World::new();
     world.run(|w| w.core.is_idle(w.now));
     let lists = world.counts["list"];
@@ -456,7 +456,7 @@ fn a_reboot_before_the_job_began_fails_nothing() {
 }
 
 #[test]
-fn a_failed_start_is_told_and_the_slot_rests() {
+fn a_failed_start_is_reported_and_the_slot_cools_down() {
     let mut world = World::new();
     world.start_fails = Some("the group plugdev does not exist");
     world.submit(1, '3');
@@ -663,7 +663,7 @@ fn a_new_life_gives_every_agent_its_whole_time() {
 }
 
 #[test]
-fn a_list_of_somebody_else_ends_no_job() {
+fn a_list_of_another_server_ends_no_job() {
     let mut world = World::new();
     world.submit(1, '2');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
