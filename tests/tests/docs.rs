@@ -201,16 +201,6 @@ fn every_toml_example_is_a_good_configuration() {
     }
 }
 
-#[test]
-fn every_json_example_is_json() {
-    for page in pages() {
-        for example in page.blocks_of("json") {
-            let read = serde_json::from_str::<serde_json::Value>(example);
-            assert!(read.is_ok(), "{}: {read:?}", page.path.display());
-        }
-    }
-}
-
 /// The keys that the parser knows in one table, by its own words on one that it does not know.
 fn keys_in(table: &str, prefix: &str) -> Vec<String> {
     let base = "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
