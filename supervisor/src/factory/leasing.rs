@@ -29,9 +29,13 @@ impl Factory {
     }
 
     fn free(&self, now: u64) -> Free<'_> {
-        let resting = self.cooldowns.iter().filter(|(_, rest)| rest.until > now);
-        let resting = resting.map(|(slot, _)| slot).chain(&self.drained_slots);
-        self.plan.free(&self.used(), resting)
+        self.free_beside(now, &self.used())
+    }
+
+    fn free_beside(&self, now: u64, used: &BTreeSet<SlotName>) -> Free<'_> {
+        let cooling_down = self.cooldowns.iter().filter(|(_, cooldown)| cooldown.until > now);
+        let excluded = cooling_down.map(|(slot, _)| slot).chain(&self.drained_slots);
+        self.plan.free(used, excluded)
     }
 
     /// The slots that have a worker, or a job that is to get one, or a worker that only the helper's list shows.
@@ -246,9 +250,12 @@ impl Factory {
             .collect();
         for (id, slot, target) in gone {
             let text = format!("slot {slot} is no longer in the configuration");
+            // The host has nothing in it: it must not count beside the slot that the worker gets.
+            let mut used = self.used();
+            used.remove(&slot);
             if host.iter().any(|info| info.worker == id) {
                 self.step(now, id, Event::SlotRemoved);
-            } else if let Some(slot) = self.free(now).pick(target).cloned() {
+            } else if let Some(slot) = self.free_beside(now, &used).pick(target).cloned() {
                 let text = format!("{text}: the worker gets slot {slot}");
                 self.step(now, id, Event::SlotChanged(slot));
                 self.log(Level::Info, Some(id), text);
