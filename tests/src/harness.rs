@@ -257,6 +257,9 @@ pub struct TestHost {
     _range: Flock<fs::File>,
 }
 
+/// The first uid of all tests.
+const FIRST_UID: u32 = 0x7000_0000;
+
 /// A range of 64 uids, by its first, that no other test of this machine has for as long as the lock is held.
 fn take_range(start: u32) -> (Flock<fs::File>, u32) {
     let locks = Path::new("/run/user-factory-test");
@@ -264,7 +267,7 @@ fn take_range(start: u32) -> (Flock<fs::File>, u32) {
     let take = |number: u32| {
         let file = fs::File::create(locks.join(number.to_string())).expect("root can write /run");
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()?;
-        Some((lock, 0x7000_0000 + number * 64))
+        Some((lock, FIRST_UID + number * 64))
     };
     let mut numbers = (0..1000).map(|number| (start % 1000 + number) % 1000);
     numbers.find_map(take).expect("no thousand tests run at once")
@@ -301,6 +304,13 @@ impl TestHost {
             uids: first..=first + 63,
             _range: range,
         }
+    }
+
+    /// An address of loopback that no other test of this machine has: a port of it is taken by nobody else.
+    pub fn loopback(&self) -> std::net::Ipv4Addr {
+        let number = ((self.uids.start() - FIRST_UID) / 64) as u16;
+        let [high, low] = (number + 1).to_be_bytes();
+        [127, 77, high, low].into()
     }
 
     /// Write the configuration: the general part for `baseurl` and `user`, then `slots`.

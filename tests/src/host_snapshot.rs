@@ -20,7 +20,7 @@ pub struct HostSnapshot {
     /// Sockets of the test's uids that others could reach.
     sockets: BTreeSet<String>,
     /// What services were told to do for a worker, by name or uid: crontabs, units, mail.
-    orders: BTreeSet<PathBuf>,
+    service_requests: BTreeSet<PathBuf>,
     /// The files that say who may log in and what is started when, word for word.
     host: Vec<String>,
     /// How long the records of logins are. `lastlog` has its place for a uid at a distance of uid × size.
@@ -70,7 +70,7 @@ impl HostSnapshot {
             ipc: ipc_of(&host.uids),
             keys: keys_of(&host.uids),
             sockets: sockets_of(&host.uids),
-            orders: orders_for(&host.uids),
+            service_requests: requests_for(&host.uids),
             host: HOST_FILES.map(read).to_vec(),
             logins: LOGIN_FILES
                 .map(|path| fs::metadata(path).ok().map(|meta| meta.len()))
@@ -178,8 +178,8 @@ fn sockets_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
     found
 }
 
-/// Files that have the name or the uid of a worker of this range in their names, where services look for orders.
-fn orders_for(uids: &RangeInclusive<u32>) -> BTreeSet<PathBuf> {
+/// Files that have the name or the uid of a worker of this range in their names, where services look for requests.
+fn requests_for(uids: &RangeInclusive<u32>) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();
     for place in [
         "/var/spool/cron",

@@ -114,6 +114,30 @@ pub fn tests_in(path: impl AsRef<Path>) -> BTreeSet<String> {
     found
 }
 
+/// Is there a test of this name that is run? `binary::module::test` is of this crate; what begins with the name of another
+/// member of the workspace is in that member, in a module before `tests` or in a program of its `tests` folder.
+pub fn is_a_test(name: &str) -> bool {
+    let Some((path, function)) = name.rsplit_once("::") else {
+        return false;
+    };
+    let path = path.strip_suffix("::tests").unwrap_or(path);
+    let folders = match path.split_once("::") {
+        Some((member @ ("helper" | "protocol" | "supervisor"), module)) => ["src", "tests"]
+            .map(|place| Path::new(member).join(place).join(module.replace("::", "/")))
+            .to_vec(),
+        _ => vec![Path::new("tests/tests").join(path.replace("::", "/"))],
+    };
+    folders.iter().any(|module| {
+        let files = [
+            module.with_extension("rs"),
+            module.join("main.rs"),
+            module.join("mod.rs"),
+            module.join("tests/mod.rs"),
+        ];
+        files.iter().any(|file| tests_in(file).contains(function))
+    })
+}
+
 /// The crates that cargo builds the helper of, the workspace's own among them.
 pub fn crates_of_the_helper() -> BTreeSet<String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

@@ -218,10 +218,10 @@ impl TestFactory {
 
     /// How often the supervisor (see [`TestFactory::count_calls`]) makes each of its calls, to the server and to the helper, in
     /// one of the next `polls` polls.
-    pub async fn calls_per_poll(&self, rounds: u64) -> std::collections::BTreeMap<String, f64> {
+    pub async fn calls_per_poll(&self, polls: u64) -> std::collections::BTreeMap<String, f64> {
         self.polls(1).await;
         let seen = self.supervisor.log.len();
-        self.polls(rounds).await;
+        self.polls(polls).await;
         let mut calls = std::collections::BTreeMap::new();
         for line in self.supervisor.log.text_from(seen).lines() {
             if let Some((_, rest)) = line.split_once(" call=") {
@@ -230,7 +230,7 @@ impl TestFactory {
                     .next()
                     .expect("there is a first")
                     .trim_matches('"');
-                *calls.entry(call.to_owned()).or_default() += 1.0 / rounds as f64;
+                *calls.entry(call.to_owned()).or_default() += 1.0 / polls as f64;
             }
         }
         calls

@@ -2,19 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
 
-use testbed::sources::{read, tests_in};
+use testbed::sources::{is_a_test, read, root, tests_in};
 
 /// The rows that must be there: groups A to F, H and J. Group G, accidents, is in docs/evidence/accidents.md, and group I, hosts, in
 /// docs/hosts.md.
 const ROWS: [std::ops::RangeInclusive<u32>; 2] = [1..=72, 86..=115];
 /// What begins a cell that names no test.
 const ELSEWHERE: &str = "needs another host: ";
-
-fn tests() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests"))
-}
 
 /// The cell of each row that says what shows it.
 fn table() -> BTreeMap<u32, String> {
@@ -41,32 +36,6 @@ fn names(cell: &str) -> BTreeSet<String> {
     cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
-/// Is there a test of this name? `binary::test` and `binary::module::test` are of this crate; what begins with the name of
-/// another crate of the workspace is in the module before `tests`, or in a program of that crate's `tests`.
-fn exists(name: &str) -> bool {
-    let Some((path, function)) = name.rsplit_once("::") else {
-        return false;
-    };
-    let path = path.strip_suffix("::tests").unwrap_or(path);
-    let file = match path.split_once("::") {
-        Some((member @ ("helper" | "protocol" | "supervisor"), module)) => {
-            let module = module.replace("::", "/");
-            let member = tests().join("../..").join(member);
-            let files = ["src", "tests"].map(|place| member.join(place).join(&module));
-            let files = files.iter().flat_map(|file| {
-                [
-                    file.with_extension("rs"),
-                    file.join("mod.rs"),
-                    file.join("tests/mod.rs"),
-                ]
-            });
-            files.into_iter().find(|file| tests_in(file).contains(function))
-        }
-        _ => Some(tests().join(path.replace("::", "/")).with_extension("rs")),
-    };
-    file.is_some_and(|file: PathBuf| tests_in(&file).contains(function))
-}
-
 #[test]
 fn every_row_is_there_once_and_shown_by_tests_that_exist_or_says_why_not() {
     let table = table();
@@ -78,7 +47,7 @@ fn every_row_is_there_once_and_shown_by_tests_that_exist_or_says_why_not() {
     let mut mistakes = Vec::new();
     for (row, cell) in &table {
         let named = names(cell);
-        for name in named.iter().filter(|name| !exists(name)) {
+        for name in named.iter().filter(|name| !is_a_test(name)) {
             mistakes.push(format!("row {row}: there is no test {name}"));
         }
         let reason = cell.split_once(ELSEWHERE).map(|(_, reason)| reason);
@@ -94,7 +63,7 @@ fn every_test_of_an_attack_is_in_its_row() {
     let table = table();
     let mut count = 0;
     let mut mistakes = Vec::new();
-    for entry in fs::read_dir(tests().join("attacks"))
+    for entry in fs::read_dir(root().join("tests/tests/attacks"))
         .expect("attacks are there")
         .flatten()
     {

@@ -85,11 +85,11 @@ fn an_operation_takes_no_more_system_calls_than_its_budget() {
 
 fn name(kind: Kind) -> &'static str {
     match kind {
-        Kind::Daemon => "daemon",
+        Kind::Monitor => "monitor",
         Kind::Listener => "listener",
-        Kind::Connection => "connection",
+        Kind::Session => "session",
         Kind::AsUser => "as the user",
-        Kind::Order => "order",
+        Kind::MonitorRequest => "monitor request",
         Kind::RootFs => "root file system",
         Kind::First => "first process",
         Kind::Agent => "agent",

@@ -39,7 +39,7 @@ const PUBLISH: &str = "table inet published {
 }
 ";
 /// What a player does, handed over in its environment.
-const ORDER: &str = "USER_FACTORY_FIREWALL_TEST";
+const ACTION: &str = "USER_FACTORY_FIREWALL_TEST";
 
 fn rules() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/firewall.nft")
@@ -54,11 +54,11 @@ fn network() -> String {
 }
 
 /// This program again, as the test of that name alone.
-fn again(name: &str, order: &str) -> Command {
+fn again(name: &str, action: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("a test has a path"));
     command
         .args(["--exact", name, "--ignored", "--nocapture"])
-        .env(ORDER, order);
+        .env(ACTION, action);
     command
 }
 
@@ -143,12 +143,12 @@ struct Player(Child);
 
 impl Player {
     fn start(uid: u32, cgroup: &str, what: &str) -> Player {
-        let order = format!("{uid}\n{cgroup}\n{what}");
-        let mut command = again("player", &order);
+        let action = format!("{uid}\n{cgroup}\n{what}");
+        let mut command = again("player", &action);
         if what == "container" {
             let mut unshare = Command::new(tool("unshare", "util-linux"));
             unshare.arg("--net").arg(command.get_program());
-            unshare.args(command.get_args()).env(ORDER, &order);
+            unshare.args(command.get_args()).env(ACTION, &action);
             command = unshare;
         }
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
@@ -268,9 +268,9 @@ fn ask(protocol: &str, address: SocketAddr) -> &'static str {
 #[test]
 #[ignore = "a part of the other test, which starts it"]
 fn player() {
-    let order = std::env::var(ORDER).expect("the other test gives an order");
-    let [uid, cgroup, what] = order.split('\n').collect::<Vec<_>>()[..] else {
-        panic!("{order:?}")
+    let action = std::env::var(ACTION).expect("the other test gives an action");
+    let [uid, cgroup, what] = action.split('\n').collect::<Vec<_>>()[..] else {
+        panic!("{action:?}")
     };
     if !cgroup.is_empty() {
         fs::write(Path::new(cgroup).join("cgroup.procs"), "0").expect("root may move itself");
@@ -337,8 +337,8 @@ fn outcomes(cgroups: &Cgroups) -> BTreeMap<(&'static str, String, SocketAddr), S
 #[test]
 #[ignore = "a part of the other test, which starts it"]
 fn the_host() {
-    let order = std::env::var(ORDER).expect("the other test gives an order");
-    let (nft, outside) = order.split_once('\n').expect("an order has two lines");
+    let action = std::env::var(ACTION).expect("the other test gives an action");
+    let (nft, outside) = action.split_once('\n').expect("an action has two lines");
     assert_ne!(network(), outside, "the host's own network is not for tests");
     for words in [
         "link set lo up",

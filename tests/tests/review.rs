@@ -4,9 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use testbed::sources::{code, crates_of_the_helper, files, read, root, tests_in};
+use testbed::sources::{code, crates_of_the_helper, files, is_a_test, read, root};
 
 const PAGES: [&str; 3] = ["SECURITY.md", "docs/review.md", "docs/architecture.md"];
 const REVIEW: &str = "docs/review.md";
@@ -159,7 +159,7 @@ fn undefined(page: &str, beside: &Path) -> (Vec<String>, usize) {
                 || variant.is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '(', ',', ':']))
         };
         let is_there = match is_name(name) {
-            true => code(&text).any(|line| is_defined(line)),
+            true => code(&text).any(is_defined),
             false => text.contains(item),
         };
         if !is_there {
@@ -245,30 +245,6 @@ fn the_guide_names_every_file_of_the_helper() {
 
 // Tests
 
-/// The file in which a test of this name must be: `attacks::leftovers::row_01…` is in `tests/tests/attacks/leftovers.rs`,
-/// `helper::host::users::tests::…` in `helper/src/host/users.rs`.
-fn file_of(test: &str) -> Option<PathBuf> {
-    let (path, _) = test.rsplit_once("::")?;
-    let candidates = match path.strip_suffix("::tests") {
-        Some(path) => {
-            let (member, module) = path.split_once("::")?;
-            let module = format!("{member}/src/{}", module.replace("::", "/"));
-            [format!("{module}.rs"), format!("{module}/mod.rs")]
-        }
-        None => {
-            let path = path.replace("::", "/");
-            [
-                format!("tests/tests/{path}.rs"),
-                format!("tests/tests/{path}/main.rs"),
-            ]
-        }
-    };
-    candidates
-        .iter()
-        .map(|path| root().join(path))
-        .find(|path| path.exists())
-}
-
 /// Is this how a test's name looks? Types and constants have capitals; and functions are named in links.
 fn looks_like_a_test(word: &str) -> bool {
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
@@ -276,11 +252,6 @@ fn looks_like_a_test(word: &str) -> bool {
         && word
             .split("::")
             .all(|part| !part.is_empty() && part.chars().all(plain))
-}
-
-fn is_a_test(name: &str) -> bool {
-    let function = name.rsplit("::").next().unwrap_or_default();
-    file_of(name).is_some_and(|file| tests_in(file).contains(function))
 }
 
 #[test]

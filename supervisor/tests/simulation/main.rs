@@ -38,6 +38,7 @@ mod trace;
 mod world;
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
 
 use report::Report;
 use script::Script;
@@ -69,27 +70,61 @@ fn explain(script: &Script, failure: &str) -> String {
     )
 }
 
+/// What all threads have simulated so far.
+struct Progress {
+    seed: u64,
+    last: u64,
+    report: Report,
+    failed: Option<(u64, String)>,
+}
+
+/// Simulate seeds, one after another, until there are lives enough, or one has failed.
+fn simulate_until(wanted: u64, progress: &Mutex<Progress>) {
+    let lock = || progress.lock().expect("no thread has panicked");
+    loop {
+        let seed = {
+            let mut progress = lock();
+            let is_over = progress.report.lives >= wanted || progress.seed > progress.last;
+            if is_over || progress.failed.is_some() {
+                return;
+            }
+            progress.seed += 1;
+            progress.seed - 1
+        };
+        let outcome = life::simulate(&seed::script(seed), false);
+        let mut progress = lock();
+        progress.report.add(&outcome.report);
+        if let Some(failure) = outcome.failure {
+            progress.failed.get_or_insert((seed, failure));
+        }
+    }
+}
+
 #[test]
 fn every_simulated_fault_keeps_the_invariants() {
     let only = number("SEED");
     let wanted = number("LIVES").unwrap_or(100_000);
-    let mut seed = only.or(number("FIRST")).unwrap_or(1);
-    let mut report = Report::default();
-    while report.lives < wanted {
-        let script = seed::script(seed);
-        let outcome = life::simulate(&script, false);
-        report.add(&outcome.report);
-        if let Some(failure) = outcome.failure {
-            report.print();
-            panic!("{}", explain(&script, &failure));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let progress = Mutex::new(Progress {
+        seed: only.or(number("FIRST")).unwrap_or(1),
+        last: only.unwrap_or(u64::MAX),
+        report: Report::default(),
+        failed: None,
+    });
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| simulate_until(wanted, &progress));
         }
-        if only.is_some() {
-            return report.print();
-        }
-        seed += 1;
+    });
+    let progress = progress.into_inner().expect("no thread has panicked");
+    progress.report.print();
+    if let Some((seed, failure)) = progress.failed {
+        panic!("{}", explain(&seed::script(seed), &failure));
     }
-    report.print();
-    let missing = report.missing();
+    if only.is_some() {
+        return;
+    }
+    let missing = progress.report.missing();
     assert!(
         missing.is_empty(),
         "{missing:?} never happened: let more of them live"

@@ -8,6 +8,8 @@ use supervisor::buildomat::JobId;
 
 pub const LEASE_MS: u64 = 60_000;
 const SILENT_MS: u64 = 600_000;
+/// From a worker's making: one that is online and has no job by then is recycled.
+const IDLE_MS: u64 = 1_800_000;
 const MAX_RUNTIME_MS: u64 = 900_000;
 
 #[derive(Clone, Debug)]
@@ -20,6 +22,7 @@ pub struct Worker {
     pub hold: bool,
     pub recycle_asked: bool,
     pub deleted: bool,
+    pub made: u64,
     pub heard: u64,
 }
 
@@ -130,6 +133,7 @@ impl Server {
             hold,
             recycle_asked: false,
             deleted: false,
+            made: now,
             heard: now,
         };
         self.leases.remove(job);
@@ -284,7 +288,7 @@ impl Server {
                     w.recycle_asked = true;
                 }
                 Some(_) => {}
-                None => w.recycle_asked |= w.agent.is_some() && now > w.heard + 1_800_000,
+                None => w.recycle_asked |= w.agent.is_some() && now > w.made + IDLE_MS,
             }
         }
         for (id, _) in &silent {

@@ -116,6 +116,7 @@ impl World {
             hold: n == 5,
             recycle_asked: n == 7,
             deleted: false,
+            made: 0,
             heard: 0,
         };
         match kind {

@@ -17,14 +17,14 @@ use crate::harness::PATIENCE;
 /// The kinds of processes that the helper is made of: see its `main`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
-    Daemon,
+    Monitor,
     /// It accepts, and forks a process for each connection.
     Listener,
-    Connection,
+    Session,
     /// A connection's child: it has become, or is about to become, the job's user.
     AsUser,
-    /// Carries out an order that takes no worker's namespaces.
-    Order,
+    /// Carries out a request of a session that takes no worker's namespaces.
+    MonitorRequest,
     /// Builds the root file system that jobs see, or unmounts the last one.
     RootFs,
     /// A worker's first process, until it runs as init.
@@ -34,11 +34,11 @@ pub enum Kind {
 }
 
 pub const KINDS: [Kind; 8] = [
-    Kind::Daemon,
+    Kind::Monitor,
     Kind::Listener,
-    Kind::Connection,
+    Kind::Session,
     Kind::AsUser,
-    Kind::Order,
+    Kind::MonitorRequest,
     Kind::RootFs,
     Kind::First,
     Kind::Agent,
@@ -199,7 +199,7 @@ impl Watcher {
             span,
             plan,
             seen: Seen::default(),
-            alive: [(daemon, Kind::Daemon)].into_iter().chain(listener).collect(),
+            alive: [(daemon, Kind::Monitor)].into_iter().chain(listener).collect(),
             last: 0,
             counting: span == Span::OneConnection,
             connection_gone: false,
@@ -213,13 +213,13 @@ impl Watcher {
         match event {
             Event::Born { parent, by } => {
                 let kind = match self.alive.get(&parent) {
-                    Some(Kind::Daemon) if by.number == libc::SYS_clone3 => Kind::First,
-                    Some(Kind::Daemon) if self.last == libc::SYS_recvmsg => Kind::Order,
+                    Some(Kind::Monitor) if by.number == libc::SYS_clone3 => Kind::First,
+                    Some(Kind::Monitor) if self.last == libc::SYS_recvmsg => Kind::MonitorRequest,
                     // It tells the daemon by a socket when it has done its work, or waits for the daemon.
-                    Some(Kind::Daemon) if self.last == libc::SYS_socketpair => Kind::RootFs,
-                    Some(Kind::Daemon) => Kind::Listener,
-                    Some(Kind::Listener) => Kind::Connection,
-                    Some(Kind::Connection | Kind::AsUser) => Kind::AsUser,
+                    Some(Kind::Monitor) if self.last == libc::SYS_socketpair => Kind::RootFs,
+                    Some(Kind::Monitor) => Kind::Listener,
+                    Some(Kind::Listener) => Kind::Session,
+                    Some(Kind::Session | Kind::AsUser) => Kind::AsUser,
                     Some(Kind::First) => Kind::Agent,
                     Some(other) => *other,
                     None => return Then::GoOn,
@@ -230,7 +230,7 @@ impl Watcher {
             Event::Enter(call) => self.enter(pid, call),
             Event::Leave(..) => Then::GoOn,
             Event::Exec => match self.alive.get(&pid) {
-                Some(Kind::Daemon) => {
+                Some(Kind::Monitor) => {
                     self.counting = true;
                     Then::GoOn
                 }
@@ -240,7 +240,7 @@ impl Watcher {
                 }
             },
             Event::Gone => {
-                if self.alive.remove(&pid) == Some(Kind::Connection) {
+                if self.alive.remove(&pid) == Some(Kind::Session) {
                     self.connection_gone = true;
                 }
                 Then::GoOn
@@ -253,7 +253,7 @@ impl Watcher {
             return Then::GoOn;
         };
         // The daemon's own wait has four descriptors and more; that of Rust's start has three, other looks one.
-        if kind == Kind::Daemon {
+        if kind == Kind::Monitor {
             if call.is(&[libc::SYS_pipe2, libc::SYS_recvmsg, libc::SYS_socketpair]) {
                 self.last = call.number;
             }
@@ -293,11 +293,11 @@ impl Watcher {
         self.seen.killed = Some(Killed {
             kind,
             number: call.number,
-            service: plan.all || kind == Kind::Daemon,
+            service: plan.all || kind == Kind::Monitor,
         });
         for (other, kind) in &self.alive {
             let jobs = matches!(kind, Kind::First | Kind::Agent);
-            let connection = *kind == Kind::Connection;
+            let connection = *kind == Kind::Session;
             if *other == pid && plan.hangs.is_some() {
                 let _ = kill(*other, Signal::SIGSTOP);
             } else if *other == pid

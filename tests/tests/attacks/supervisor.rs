@@ -19,7 +19,7 @@ fn greet(socket: &Seqpacket) -> bool {
 }
 
 /// What `other_uid` does, in its environment: the socket, its uid when it connects, and its uid afterwards.
-const ORDER: &str = "USER_FACTORY_ATTACK_ORDER";
+const ACTION: &str = "USER_FACTORY_ATTACK_ORDER";
 
 fn become_uid(uid: u32) {
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
@@ -32,9 +32,9 @@ fn become_uid(uid: u32) {
 #[test]
 #[ignore = "a part of row 57, which starts it"]
 fn other_uid() {
-    let order = std::env::var(ORDER).expect("row 57 gives an order");
-    let [path, first, second] = order.split(' ').collect::<Vec<_>>()[..] else {
-        panic!("{order:?}")
+    let action = std::env::var(ACTION).expect("row 57 gives an action");
+    let [path, first, second] = action.split(' ').collect::<Vec<_>>()[..] else {
+        panic!("{action:?}")
     };
     become_uid(first.parse().unwrap());
     let Ok(socket) = Seqpacket::connect(path.as_ref(), false) else {
@@ -46,11 +46,11 @@ fn other_uid() {
 }
 
 fn outcome(host: &TestHost, connects_as: u32, goes_on_as: u32) -> String {
-    let order = format!("{} {connects_as} {goes_on_as}", host.socket().display());
+    let action = format!("{} {connects_as} {goes_on_as}", host.socket().display());
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
         .args(["--exact", "supervisor::other_uid", "--ignored", "--nocapture"])
-        .env(ORDER, order);
+        .env(ACTION, action);
     let output = command.output().expect("this program can be started");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let outcome = text.lines().find_map(|line| line.strip_prefix("OUTCOME "));

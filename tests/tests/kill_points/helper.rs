@@ -63,7 +63,7 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
 fn kill_at_every_step_of(operation: Operation, slot: &str) {
     let mut bench = Bench::new();
     let snapshot = HostSnapshot::take(&bench.host);
-    // The first worker finds the view built, as all but the first do.
+    // The first worker finds the root file system built, as all but the first do.
     let first = prepare(&bench, Operation::Delete, slot);
     assert_eq!(
         ask(&bench.host, &request(Operation::Delete, first, slot)),
@@ -76,7 +76,7 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
         end(&bench, worker, "an operation that nobody disturbed");
         seen
     });
-    let sample = Sample::of(29);
+    let sample = Sample::of(61);
     let (mut killed, mut missed) = (0, 0);
     let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
     for (plan, after) in plans(shortest(&runs), &sample) {
@@ -162,7 +162,7 @@ fn is_of_a_build((kind, number): &(Kind, i64)) -> bool {
         libc::SYS_getdents64,
         libc::SYS_inotify_add_watch,
     ];
-    *kind == Kind::RootFs || *kind == Kind::Daemon && OF_THE_DAEMON.contains(number)
+    *kind == Kind::RootFs || *kind == Kind::Monitor && OF_THE_DAEMON.contains(number)
 }
 
 /// Say at how many points was killed, and fail if it was not as it should be.
@@ -219,7 +219,7 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
         bench.start_under_the_tracer(None)
     };
     let runs = [(); 3].map(|()| undisturbed());
-    let sample = Sample::of(29);
+    let sample = Sample::of(61);
     let (mut killed, mut missed) = (0, 0);
     let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
     // There is nobody but the daemon and its listener yet, and nothing to repeat but the start: the other forms are the same.

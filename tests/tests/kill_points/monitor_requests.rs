@@ -1,4 +1,4 @@
-//! A connection that dies between its order and the answer.
+//! A connection that dies between its request to the monitor and the answer.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -60,17 +60,17 @@ fn a_request_of_a_killed_session_is_not_carried_out() {
     bench.helper.signal(Signal::SIGSTOP);
     let install = wire::encode(&request(Operation::Install, worker, "rich")).unwrap();
     let agent = sealed(AGENT);
-    // Each has made a cgroup, and waits for the daemon, when its order is in the daemon's queue.
+    // Each has made a cgroup, and waits for the monitor, when its request is in the monitor's queue.
     first.socket.send(&install, Some(agent.as_fd())).unwrap();
     let one = until("the first cgroup", || cgroup(&bench, worker, None));
-    until("the first order", || is(first_pid, 'S').then_some(()));
+    until("the first request", || is(first_pid, 'S').then_some(()));
     kill(Pid::from_raw(first_pid as i32), Signal::SIGKILL).unwrap();
     until("its end", || {
         (!children(listener).contains(&first_pid) || is(first_pid, 'Z')).then_some(())
     });
     second.socket.send(&install, Some(agent.as_fd())).unwrap();
     until("the second cgroup", || cgroup(&bench, worker, Some(one)));
-    until("the second order", || is(second_pid, 'S').then_some(()));
+    until("the second request", || is(second_pid, 'S').then_some(()));
     bench.helper.signal(Signal::SIGCONT);
     let (reply, mut descriptors) = second.reply().expect("the helper answers");
     assert_eq!(reply, Reply::AgentStarted);
@@ -85,7 +85,7 @@ fn a_request_of_a_killed_session_is_not_carried_out() {
         ask(&bench.host, &Request::Delete { worker }),
         Some(Reply::Deleted)
     );
-    bench.assert_clean(true, "the second order");
+    bench.assert_clean(true, "the second request");
 }
 
 #[test]

@@ -19,16 +19,10 @@ fn value(text: &str, name: &str) -> f64 {
     line.rsplit(' ').next().unwrap().parse().unwrap()
 }
 
-/// A port of loopback that was free just now.
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
-}
-
-/// A factory with a status page at a free port.
+/// A factory with a status page, at an address of its own.
 async fn with_page(slots: &str) -> (TestFactory, String) {
     let mut factory = TestFactory::new(slots).await;
-    let address = format!("127.0.0.1:{}", free_port());
+    let address = format!("{}:8080", factory.host.loopback());
     let path = factory.host.root.join(protocol::config::CONFIG_PATH);
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(

@@ -148,7 +148,7 @@ async fn row_114_a_hundred_commands_at_once_from_several_users_are_each_answered
     let job = factory.running().await;
     let worker = online(&factory).await;
     let unknown = "01HZX3N8Q4J5K6M7P8R9S0T1V2";
-    let orders: [(&[&str], i32); 8] = [
+    let commands: [(&[&str], i32); 8] = [
         (&["drain"], 0),
         (&["resume"], 0),
         (&["drain", "b"], 0),
@@ -161,7 +161,7 @@ async fn row_114_a_hundred_commands_at_once_from_several_users_are_each_answered
     let seen = factory.supervisor.log.len();
     let started: Vec<_> = (0..104usize)
         .map(|number| {
-            let (words, wanted) = orders[number % orders.len()];
+            let (words, wanted) = commands[number % commands.len()];
             let mut command = command(&factory, words);
             // Root, the supervisor's own user, and another of its group.
             if number % 3 > 0 {

@@ -179,7 +179,7 @@ fn a_changed_configuration_is_read_by_one_session_and_known_to_the_next() {
         workers.push(created(&client, name));
         drop(client);
         let seen = watcher.join().expect("the tracer has no trouble");
-        let calls = seen.calls[&Kind::Connection].iter();
+        let calls = seen.calls[&Kind::Session].iter();
         calls.filter(|call| **call == libc::SYS_read).count()
     };
     let known = reads("a");

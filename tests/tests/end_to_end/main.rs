@@ -1,10 +1,10 @@
 //! Jobs from the queue to the end, through the real binaries: the fake server, the supervisor as an
 //! unprivileged user, the helper as root, the fake agent in its sandbox. Needs root.
 
-#[path = "end_to_end/own_network.rs"]
+mod fleet;
 mod own_network;
-#[path = "end_to_end/proxied.rs"]
 mod proxied;
+mod steady;
 
 use nix::sys::signal::Signal;
 use testbed::harness::{PATIENCE, SUPERVISOR_UID};

@@ -2,8 +2,8 @@
 
 use testbed::test_factory::{CALLS, TestFactory};
 
-/// So many rounds are looked at; what falls on their edges makes the difference of one call.
-const ROUNDS: u64 = 10;
+/// So many polls are counted; what falls on their edges makes the difference of one call.
+const POLLS: u64 = 10;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_poll_makes_as_many_calls_with_eight_workers_as_with_one_and_none_to_the_helper_with_none() {
@@ -18,14 +18,14 @@ async fn a_poll_makes_as_many_calls_with_eight_workers_as_with_one_and_none_to_t
         }
         factory.online(workers).await;
         let before = factory.server.all_requests();
-        let calls = factory.calls_per_poll(ROUNDS).await;
+        let calls = factory.calls_per_poll(POLLS).await;
         let after = factory.server.all_requests();
         for name in CALLS {
             let expected = if name == "list" && workers == 0 { 0.0 } else { 1.0 };
             let made = calls.get(name).copied().unwrap_or_default();
             assert!(
-                (made - expected).abs() < 2.0 / ROUNDS as f64,
-                "{workers} workers: {name} {made} times a round"
+                (made - expected).abs() < 2.0 / POLLS as f64,
+                "{workers} workers: {name} {made} times a poll"
             );
         }
         let others: Vec<_> = calls

@@ -1,7 +1,7 @@
 //! One server and three factories, each on a host with a network of its own, for the same target; one host is cut off
 //! in the middle, and is back later. Needs root.
 //!
-//! This program starts itself again in a network namespace, where nothing else is.
+//! The test starts its program again in a network namespace, where nothing else is.
 
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
@@ -30,7 +30,7 @@ fn sixty_jobs_end_once_each_on_three_hosts_of_which_one_is_cut_off_for_a_while()
     let output = Command::new(tool("unshare", "util-linux"))
         .arg("--net")
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "fleet", "--ignored", "--nocapture"])
+        .args(["--exact", "fleet::fleet", "--ignored", "--nocapture"])
         .env("TESTBED_BINARIES", place)
         .output()
         .unwrap();
