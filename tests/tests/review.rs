@@ -423,29 +423,54 @@ fn list(file: &str, constant: &str, prefix: &str) -> BTreeSet<String> {
     names.collect()
 }
 
+/// The cells of a table, with what a name in it is.
+fn cells(row: &[&str]) -> Vec<String> {
+    row.iter().map(|cell| cell.trim().to_owned()).collect()
+}
+
 #[test]
-fn the_table_of_capabilities_has_who_keeps_which() {
-    const HEADING: &str = "## Every capability";
-    let file = "helper/src/privileges/mod.rs";
-    let mut code = BTreeMap::new();
-    for (constant, holders) in [("SESSION", "both"), ("MONITOR", "monitor")] {
-        for name in list(file, constant, "CAP_") {
-            code.insert(name, holders.to_owned());
-        }
-    }
+fn the_tables_of_privileges_are_those_of_the_code() {
+    use helper::{CAPABILITIES, Kind};
+    let lower = |name: &dyn std::fmt::Debug| format!("{name:?}").to_lowercase();
     let text = read(REVIEW);
-    let page: BTreeMap<String, String> = rows(section(&text, HEADING))
+
+    const HEADING: &str = "## Every capability";
+    let page: Vec<Vec<String>> = rows(section(&text, HEADING))
         .iter()
-        .map(|row| (row[0].trim_matches('`').to_owned(), row[1].to_owned()))
+        .map(|row| cells(row))
         .collect();
-    assert_eq!(page, code, "{REVIEW}, {HEADING}: the page, and {file}");
-    let page = first_column(&text, HEADING);
-    // No capability is named in that file beside its two lists.
-    let source = read(file);
-    let words = source.split(|c| !is_part_of_a_name(c));
-    let all = words.filter(|word| word.starts_with("CAP_")).map(str::to_owned);
-    let all: BTreeSet<String> = all.collect();
-    assert_same(HEADING, &page, &all);
+    let mut code = Vec::new();
+    for (capability, _, why) in &CAPABILITIES {
+        let keep = Kind::ALL
+            .iter()
+            .filter(|kind| kind.capabilities().contains(capability));
+        let keep: Vec<String> = keep.map(|kind| lower(kind)).collect();
+        code.push(vec![
+            format!("`{capability}`"),
+            keep.join(", "),
+            (*why).to_owned(),
+        ]);
+    }
+    assert_eq!(page, code, "{REVIEW}, {HEADING}");
+
+    const KINDS: &str = "## Every kind of process";
+    let page: Vec<Vec<String>> = rows(section(&text, KINDS)).iter().map(|row| cells(row)).collect();
+    let code = Kind::ALL.map(|kind| {
+        let filters: Vec<String> = kind.filters().iter().map(|filter| lower(filter)).collect();
+        [
+            lower(&kind),
+            kind.capabilities().len().to_string(),
+            filters.join(", "),
+        ]
+    });
+    assert_eq!(page.len(), code.len(), "{KINDS}: {page:?}");
+    for (row, code) in page.iter().zip(&code) {
+        assert_eq!(
+            [&row[0], &row[2], &row[3]].map(String::as_str),
+            code.each_ref().map(String::as_str),
+            "{KINDS}"
+        );
+    }
 }
 
 #[test]

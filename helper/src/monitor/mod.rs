@@ -172,7 +172,7 @@ fn start(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         );
     }
     let rootfs = RootFs::new(&host)?;
-    privileges::keep_for_monitor()?;
+    privileges::Kind::Monitor.drop_others()?;
     serve(&host, &config, rootfs, socket, client)
 }
 

@@ -1,94 +1,153 @@
-//! The helper's own privileges: a few of root's capabilities and system calls, and none of the others ever again.
+//! What each kind of process keeps of root's privileges: one table, from which the dropping and `docs/review.md` come.
 
 pub mod seccomp;
 
 use std::collections::HashSet;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use caps::{CapSet, Capability};
 
 use crate::sys;
 
-/// What the listener and its sessions keep, and for what. Sessions alone read what the supervisor sends.
-const SESSION: [Capability; 5] = [
-    // Becoming the job's user, to delete its trees and to end and count its processes.
-    Capability::CAP_SETUID,
-    Capability::CAP_SETGID,
-    // Giving the trees to the job's user, and setting their modes afterwards.
-    Capability::CAP_CHOWN,
-    Capability::CAP_FOWNER,
-    // Opening a tree that its owner has closed, to remove what root has beside it.
-    Capability::CAP_DAC_OVERRIDE,
+/// The kinds of processes, from the most privileged. None ever becomes one that is above it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// The monitor; and what it forks until that is of another kind: builders, listeners, workers' first processes.
+    Monitor,
+    /// The listener, and its sessions. Sessions alone read what the supervisor sends.
+    Session,
+    /// What a session forks and gives nothing: timers, and the processes that become a job's user to delete and to kill.
+    Child,
+    /// Pid 1 of a worker, and all that it starts. It becomes this by the steps of [`sandbox`](crate::sandbox).
+    Job,
+}
+
+/// A filter of system calls: a program of [`seccomp`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filter {
+    Monitor,
+    Session,
+    Job,
+}
+
+/// Every capability that any of them has: who is the last to keep it, and for what.
+pub const CAPABILITIES: [(Capability, Kind, &str); 11] = [
+    (Capability::CAP_SETUID, Kind::Session, "becoming the job's user"),
+    (Capability::CAP_SETGID, Kind::Session, "its group, and the slot's"),
+    (
+        Capability::CAP_CHOWN,
+        Kind::Session,
+        "giving writable directories and device nodes to the job's user",
+    ),
+    (
+        Capability::CAP_FOWNER,
+        Kind::Session,
+        "setting the mode of a directory that has been given away, when a start is repeated",
+    ),
+    (
+        Capability::CAP_DAC_OVERRIDE,
+        Kind::Session,
+        "removing what root has in a directory whose owner has closed it",
+    ),
+    (
+        Capability::CAP_SYS_ADMIN,
+        Kind::Monitor,
+        "mounts, namespaces, quotas; in a builder, entering the host's mounts",
+    ),
+    (
+        Capability::CAP_SYS_CHROOT,
+        Kind::Monitor,
+        "`setns(2)` to a mount namespace, and `pivot_root(2)`",
+    ),
+    (
+        Capability::CAP_SETPCAP,
+        Kind::Monitor,
+        "emptying the bounding set of the listener and of jobs",
+    ),
+    (
+        Capability::CAP_MKNOD,
+        Kind::Monitor,
+        "the nodes of a job's `/dev`",
+    ),
+    (
+        Capability::CAP_NET_ADMIN,
+        Kind::Monitor,
+        "bringing up `lo` in a job's own network namespace",
+    ),
+    (
+        Capability::CAP_NET_BIND_SERVICE,
+        Kind::Monitor,
+        "the server's port, 80 or 443, in it",
+    ),
 ];
 
-/// What the monitor keeps beside these: for itself, and until they are a job's user, for workers' first processes.
-const MONITOR: [Capability; 6] = [
-    // Mounts, namespaces, quotas, and returning to the host's mount namespace to build the root file system of jobs again.
-    Capability::CAP_SYS_ADMIN,
-    // setns(2) to a mount namespace and pivot_root(2) need it beside CAP_SYS_ADMIN.
-    Capability::CAP_SYS_CHROOT,
-    // Emptying the bounding set of a job, and of the listener.
-    Capability::CAP_SETPCAP,
-    // The nodes of a job's /dev.
-    Capability::CAP_MKNOD,
-    // The loopback of a network namespace of the job's own, and a port below 1024 in it.
-    Capability::CAP_NET_ADMIN,
-    Capability::CAP_NET_BIND_SERVICE,
-];
+impl Kind {
+    pub const ALL: [Kind; 4] = [Kind::Monitor, Kind::Session, Kind::Child, Kind::Job];
 
-/// For the monitor: what it and its children need.
-pub fn keep_for_monitor() -> Result<()> {
-    let keep: HashSet<_> = SESSION.into_iter().chain(MONITOR).collect();
-    for capability in caps::read(None, CapSet::Bounding)
-        .map_err(describe)?
-        .difference(&keep)
-    {
-        caps::drop(None, CapSet::Bounding, *capability).map_err(describe)?;
+    pub fn capabilities(self) -> HashSet<Capability> {
+        let kept = CAPABILITIES.iter().filter(|(_, last, _)| self <= *last);
+        kept.map(|(capability, ..)| *capability).collect()
     }
-    caps::clear(None, CapSet::Ambient).map_err(describe)?;
-    caps::clear(None, CapSet::Inheritable).map_err(describe)?;
-    keep_only(&keep)?;
-    let now = caps::read(None, CapSet::Bounding).map_err(describe)?;
-    ensure!(
-        now == keep,
-        "the bounding set is {now:?}, and should be {keep:?}: start the helper with all of root's capabilities"
-    );
-    sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
-    sys::filter_system_calls(&seccomp::monitor()).context("cannot filter system calls")
-}
 
-/// For the listener, and by inheritance for its sessions: what is left takes no mounts, no namespaces, no devices and
-/// no network.
-pub fn keep_for_session() -> Result<()> {
-    // The monitor has dropped the others.
-    for capability in MONITOR {
-        caps::drop(None, CapSet::Bounding, capability).map_err(describe)?;
+    /// The filters that are before such a process, in the order in which they were installed.
+    pub fn filters(self) -> &'static [Filter] {
+        match self {
+            Kind::Monitor => &[Filter::Monitor],
+            Kind::Session | Kind::Child => &[Filter::Monitor, Filter::Session],
+            Kind::Job => &[Filter::Monitor, Filter::Job],
+        }
     }
-    keep_only(&SESSION.into())?;
-    sys::filter_system_calls(&seccomp::session()).context("cannot filter system calls")
-}
 
-/// For a timer, which has its files open: nothing.
-pub fn keep_for_timer() -> Result<()> {
-    keep_only(&HashSet::new())
-}
+    /// Give up all that this kind does not keep, for good, and check that it is gone.
+    pub fn drop_others(self) -> Result<()> {
+        let keep = self.capabilities();
+        let permitted = caps::read(None, CapSet::Permitted).map_err(describe)?;
+        let missing: Vec<_> = keep.difference(&permitted).collect();
+        ensure!(
+            missing.is_empty(),
+            "the helper lacks {missing:?}: start it with them"
+        );
+        // Who has not this one has the bounding set of who has forked it, and no means to use it.
+        if permitted.contains(&Capability::CAP_SETPCAP) {
+            self.limit_bounding_set()?;
+        }
+        caps::clear(None, CapSet::Ambient).map_err(describe)?;
+        for (set, keep) in [
+            (CapSet::Effective, &keep),
+            (CapSet::Permitted, &keep),
+            (CapSet::Inheritable, &HashSet::new()),
+        ] {
+            caps::set(None, set, keep).map_err(describe)?;
+            let now = caps::read(None, set).map_err(describe)?;
+            ensure!(now == *keep, "capabilities are left that should not be: {now:?}");
+        }
+        sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
+        let filter = match self {
+            Kind::Monitor => seccomp::monitor(),
+            Kind::Session => seccomp::session(),
+            Kind::Child | Kind::Job => return Ok(()),
+        };
+        sys::filter_system_calls(&filter).context("cannot filter system calls")
+    }
 
-/// Drop the rest, and check that they are gone.
-fn keep_only(keep: &HashSet<Capability>) -> Result<()> {
-    let permitted = caps::read(None, CapSet::Permitted).map_err(describe)?;
-    let missing: Vec<_> = keep.difference(&permitted).collect();
-    ensure!(
-        missing.is_empty(),
-        "the helper lacks {missing:?}: start it with them"
-    );
-    for set in [CapSet::Effective, CapSet::Permitted] {
-        caps::set(None, set, keep).map_err(describe)?;
+    /// While it still may be changed: after that nothing can add a capability that this kind does not keep.
+    pub fn limit_bounding_set(self) -> Result<()> {
+        let keep = self.capabilities();
+        for capability in caps::all().difference(&keep) {
+            // EINVAL: newer than this kernel.
+            if let Err(error) = caps::drop(None, CapSet::Bounding, *capability)
+                && caps::has_cap(None, CapSet::Bounding, *capability).unwrap_or(false)
+            {
+                bail!("cannot drop {capability}: {error}");
+            }
+        }
+        let now = caps::read(None, CapSet::Bounding).map_err(describe)?;
+        ensure!(
+            now == keep,
+            "the bounding set is {now:?}, and should be {keep:?}: start the helper with all of root's capabilities"
+        );
+        Ok(())
     }
-    for set in [CapSet::Effective, CapSet::Permitted] {
-        let now = caps::read(None, set).map_err(describe)?;
-        ensure!(now == *keep, "capabilities are left that should not be: {now:?}");
-    }
-    Ok(())
 }
 
 fn describe(error: caps::errors::CapsError) -> anyhow::Error {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -31,7 +31,7 @@ use crate::host::directory::{open_dir, open_file};
 use crate::host::record::read_record_of;
 use crate::host::{self, Host, quota, record, users};
 use crate::monitor_ipc::HandshakeMessage;
-use crate::privileges::seccomp;
+use crate::privileges::{self, seccomp};
 use crate::sys;
 use crate::unprivileged::proxy::ProxyListener;
 use crate::unprivileged::{Unprivileged, become_user, init};
@@ -140,7 +140,7 @@ fn apply_sandbox(
     // kernel without auditing has no such file, and one that was set by a login stays.
     let _ = std::fs::write("/proc/self/loginuid", plan.uid.to_string());
     limits::limit_process(&plan.slot)?;
-    empty_bounding_set()?;
+    privileges::Kind::Job.limit_bounding_set()?;
     let proof = become_user(plan.uid, &plan.groups)?;
     rules.restrict_self()?;
     if let Purpose::Agent(session) = purpose {
@@ -417,17 +417,4 @@ fn mount_in_dev(name: &str, plan: &Plan) -> Result<()> {
         Err(Errno::ENODEV) if kind == "mqueue" => Ok(()),
         result => Ok(result?),
     }
-}
-
-/// While we still may change it; then nothing can ever add a capability again.
-fn empty_bounding_set() -> Result<()> {
-    for capability in caps::all() {
-        // EINVAL: newer than this kernel.
-        if let Err(error) = caps::drop(None, caps::CapSet::Bounding, capability)
-            && caps::has_cap(None, caps::CapSet::Bounding, capability).unwrap_or(false)
-        {
-            bail!("cannot drop {capability}: {error}");
-        }
-    }
-    Ok(())
 }
