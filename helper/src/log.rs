@@ -1,4 +1,4 @@
-//! The log: one line an event, to standard error. Under systemd each line begins with its priority (`sd-monitor(3)`),
+//! The log: one line an event, to standard error. Under systemd each line begins with its priority (`sd-daemon(3)`),
 //! elsewhere with the time.
 
 use std::fmt;

@@ -1,5 +1,5 @@
 //! What sessions ask of the monitor, which alone may mount, make namespaces and set quotas;
-//! and the few words that are spoken while a worker's first process starts. All of it stays among processes
+//! and the few messages that are exchanged while a worker's first process starts. All of it stays among processes
 //! of root's own making; even so a request names a worker, and its rest is read from the disk again.
 
 use protocol::{BootstrapToken, Error, ErrorKind, Seqpacket, WorkerId};

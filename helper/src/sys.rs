@@ -218,7 +218,7 @@ pub struct LandlockRuleset {
     pub scoped: u64,
 }
 
-/// `struct landlock_path_operations_attr`.
+/// `struct landlock_path_beneath_attr`.
 #[repr(C, packed)]
 struct LandlockPathBeneath {
     allowed_access: u64,
@@ -242,12 +242,8 @@ pub fn landlock_create_ruleset(ruleset: &LandlockRuleset) -> io::Result<OwnedFd>
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// Allow this access to `place` and to all operations it (`LANDLOCK_RULE_PATH_BENEATH`).
-pub fn landlock_allow_operations(
-    ruleset: BorrowedFd<'_>,
-    place: BorrowedFd<'_>,
-    access: u64,
-) -> io::Result<()> {
+/// Allow this access to `place` and to all beneath it (`LANDLOCK_RULE_PATH_BENEATH`).
+pub fn landlock_allow_beneath(ruleset: BorrowedFd<'_>, place: BorrowedFd<'_>, access: u64) -> io::Result<()> {
     let rule = LandlockPathBeneath {
         allowed_access: access,
         parent_fd: place.as_raw_fd(),

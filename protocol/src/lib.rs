@@ -1,6 +1,6 @@
 //! What the unprivileged *supervisor* and the root *helper* may say to each other, and nothing else.
 //!
-//! This page is the specification. The two halves of the factory share a Unix socket of type
+//! This page is the specification. Supervisor and helper share a Unix socket of type
 //! `SOCK_SEQPACKET` (`unix(7)`): one packet is one message, so there is no framing to get wrong.
 //! Every packet is one [`Request`] or one [`Reply`], encoded by [`wire`]; a packet that is longer
 //! than its limit, does not decode, or has bytes left over ends the connection. Descriptors travel

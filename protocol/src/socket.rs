@@ -11,7 +11,7 @@ use nix::sys::socket::{
     socketpair,
 };
 
-/// A connection between the two halves. Whether calls block is the descriptor's own affair.
+/// A connection between two processes of the factory. Whether calls block is the descriptor's own affair.
 #[derive(Debug)]
 pub struct Seqpacket(OwnedFd);
 

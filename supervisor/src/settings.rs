@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use protocol::config::{
-    CGROUP_FILE, CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET, Config, GATE_DIR, HELPER_SOCKET, Limits, Mistake,
-    Network, STATE_DIR, Slot,
+    CGROUP_FILE, CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET, Config, HELPER_SOCKET, Limits, Mistake, Network,
+    PROXY_DIR, STATE_DIR, Slot,
 };
 
 use crate::config_check;
@@ -32,7 +32,7 @@ impl Places {
         Self {
             config: root.join(CONFIG_PATH),
             helper: root.join(HELPER_SOCKET),
-            egress_proxy: root.join(GATE_DIR),
+            egress_proxy: root.join(PROXY_DIR),
             userdb: root.join("run/userdb"),
             control: root.join(CONTROL_DIR),
             cgroups: root.join(CGROUP_FILE),

@@ -31,7 +31,7 @@ fn find_mount(mountinfo: &str) -> Option<(PathBuf, PathBuf)> {
     })
 }
 
-/// Find the helper's own part of the hierarchy, move the helper into its `monitor/`, and open its `workers/`.
+/// Find the helper's own part of the hierarchy, move the helper into its `daemon/`, and make its `workers/`.
 ///
 /// `wanted` is a cgroup's path below the mount; without it, the one that this process was started in. `apart`: it is
 /// for the workers alone, and the helper stays where it is. Its unit is such a one: systemd can start no process in
@@ -89,7 +89,7 @@ pub fn prepare(wanted: Option<&Path>, apart: bool) -> Result<PathBuf> {
     Ok(workers)
 }
 
-/// The cgroup, beside the worker's own, of what a person does by hand in a worker: the worker's state does not
+/// The cgroup, beside the worker's own, of what a person starts in a worker with the manual program: the worker's state does not
 /// depend on it.
 pub fn manual_name(worker: WorkerId) -> String {
     format!("{worker}-by-hand")

@@ -48,8 +48,8 @@ pub struct Host {
     pub dev: OwnedFd,
     /// Below it, each worker with its agent started has the `/dev` of its job.
     pub devices: OwnedFd,
-    /// Where the supervisor listens for jobs that can reach nobody else.
-    pub gate: OwnedFd,
+    /// Where the supervisor listens for jobs that can reach nobody else (the egress proxy).
+    pub proxy_dir: OwnedFd,
     /// The cgroup directory below which each worker has its own.
     pub cgroups: OwnedFd,
     /// Which limits this host can enforce.
@@ -90,12 +90,12 @@ impl Host {
         make_directories(&run_dir, 0o755)?;
         let devices = run_dir.join("devices");
         make_directories(&devices, 0o700)?;
-        let gate = root.join(config::GATE_DIR);
-        let closed = gate.parent().expect("GATE_DIR has a directory");
+        let proxy_dir = root.join(config::PROXY_DIR);
+        let closed = proxy_dir.parent().expect("PROXY_DIR has a directory");
         // The supervisor's, in directories of root's: nobody has put a link there.
         for (place, mode) in [
             (closed, 0o700),
-            (&gate, 0o711),
+            (&proxy_dir, 0o711),
             (&root.join(config::CONTROL_DIR), 0o755),
         ] {
             if !place.is_dir() {
@@ -123,7 +123,7 @@ impl Host {
             etc: open_detached(Path::new("/etc"), READ_ONLY)?,
             dev: open_detached(Path::new("/dev"), READ_ONLY)?,
             devices: open_detached(&devices, WRITABLE)?,
-            gate: open_detached(&gate, READ_ONLY)?,
+            proxy_dir: open_detached(&proxy_dir, READ_ONLY)?,
             cgroups,
             config_read: RefCell::default(),
             accounts_read: RefCell::default(),
@@ -140,7 +140,7 @@ impl Host {
             &self.etc,
             &self.dev,
             &self.devices,
-            &self.gate,
+            &self.proxy_dir,
             &self.cgroups,
         ]
         .map(AsRawFd::as_raw_fd)
@@ -257,7 +257,7 @@ pub mod tests {
             etc: make("etc"),
             dev: make("dev"),
             devices: make("devices"),
-            gate: make("gate"),
+            proxy_dir: make("gate"),
             cgroups,
             config_read: RefCell::default(),
             accounts_read: RefCell::default(),

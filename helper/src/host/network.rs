@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 /// What a new network namespace has of its own with the kernel's defaults, and programs of users notice: who may
 /// `ping`, from which port on everybody may listen, which ports are taken by themselves, how many connections and
-/// datagrams wait. In an order in which each is taken.
+/// datagrams wait. In an order in which the kernel takes each.
 const SETTINGS: [&str; 6] = [
     "ipv4/ping_group_range",
     "ipv4/ip_unprivileged_port_start",

@@ -172,7 +172,7 @@ impl Worker {
         }
     }
 
-    /// Remove the files in the directory but its record and the mark of the start: its trees are gone.
+    /// Remove the files in the directory but its record and the mark of the start: its writable directories are gone.
     pub fn remove_files(&self) -> Result<()> {
         // The supervisor may keep descriptors of it for ever, and nothing counts the blocks of a file without a name.
         // Nobody writes to it any more.

@@ -57,8 +57,8 @@ What `user-factory run`, `user-factory shell` and `user-factory check` start; se
 pub fn main() -> ExitCode {
     sys::default_signals();
     log::start();
-    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let [command, rest @ ..] = &words[..] else {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let [command, rest @ ..] = &arguments[..] else {
         eprint!("{USAGE}");
         return ExitCode::FAILURE;
     };
@@ -81,30 +81,33 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// What was typed.
-struct Words {
+struct Arguments {
     root: PathBuf,
     slot: Option<SlotName>,
     rest: Vec<OsString>,
 }
 
-fn words(words: &[OsString]) -> Result<Words> {
-    let mut found = Words {
+fn parse(arguments: &[OsString]) -> Result<Arguments> {
+    let mut found = Arguments {
         root: "/".into(),
         slot: None,
         rest: Vec::new(),
     };
-    let mut words = words.iter();
-    while let Some(word) = words.next() {
-        let mut value = || words.next().with_context(|| format!("{word:?} wants a value"));
-        match word.to_str() {
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        let mut value = || {
+            arguments
+                .next()
+                .with_context(|| format!("{argument:?} wants a value"))
+        };
+        match argument.to_str() {
             Some("--root") => found.root = value()?.into(),
             Some("--slot") => found.slot = Some(value()?.to_str().unwrap_or_default().parse()?),
             Some("--") => {
-                found.rest = words.cloned().collect();
+                found.rest = arguments.cloned().collect();
                 break;
             }
-            _ => found.rest.push(word.clone()),
+            _ => found.rest.push(argument.clone()),
         }
     }
     ensure!(found.root.is_absolute(), "--root must be an absolute path");
@@ -135,15 +138,18 @@ fn open_host(root: &Path) -> Result<Host> {
 }
 
 /// Run a command in a worker of its own; all of it is deleted after that. Returns the command's status.
-pub fn run(typed: &[OsString]) -> Result<u8> {
-    let typed = words(typed)?;
-    ensure!(!typed.rest.is_empty(), "there is no command: write it behind --");
-    let host = open_host(&typed.root)?;
+pub fn run(arguments: &[OsString]) -> Result<u8> {
+    let arguments = parse(arguments)?;
+    ensure!(
+        !arguments.rest.is_empty(),
+        "there is no command: write it behind --"
+    );
+    let host = open_host(&arguments.root)?;
     // A person who leaves must not leave a worker.
     let signals = terminal::signals()?;
     let clear_quota = |_, uid: Uid| Ok(quota::set(&host, uid, None, None)?);
     let id = new_id();
-    take(&host, &clear_quota, id, typed.slot)?;
+    take(&host, &clear_quota, id, arguments.slot)?;
     let ran = || -> Result<u8> {
         let (worker, record) = Worker::existing(&host, id).map_err(Error::from)?;
         worker.keep()?;
@@ -160,7 +166,7 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
         limits::limit_cgroup(&cgroup, slot, host.abilities)?;
         rootfs::enter_new(&host)?;
-        start(&host, id, record.uid, &cgroup, &typed.rest)?.attend(&signals)
+        start(&host, id, record.uid, &cgroup, &arguments.rest)?.attend(&signals)
     };
     let status = ran();
     let deleted = allocation::delete(&host, &clear_quota, id);
@@ -171,13 +177,13 @@ pub fn run(typed: &[OsString]) -> Result<u8> {
 }
 
 /// A shell in a worker that is there. Returns the shell's status.
-pub fn shell(typed: &[OsString]) -> Result<u8> {
-    let typed = words(typed)?;
-    let [worker] = &typed.rest[..] else {
+pub fn shell(arguments: &[OsString]) -> Result<u8> {
+    let arguments = parse(arguments)?;
+    let [worker] = &arguments.rest[..] else {
         bail!("name one worker: `user-factory workers` lists them");
     };
     let id: WorkerId = worker.to_str().unwrap_or_default().parse()?;
-    let host = open_host(&typed.root)?;
+    let host = open_host(&arguments.root)?;
     // Before the lock: it takes as long as the host has mounts.
     rootfs::enter_new(&host)?;
     let (worker, record) = Worker::existing(&host, id).map_err(Error::from)?;
@@ -203,9 +209,9 @@ pub fn shell(typed: &[OsString]) -> Result<u8> {
 
 /// Would the helper start with this configuration? It is asked what it asks itself then, but the limits where no helper
 /// has said where its cgroup is. Prints the answer, and returns the status.
-pub fn check(typed: &[OsString]) -> Result<u8> {
-    let typed = words(typed)?;
-    let [path] = &typed.rest[..] else {
+pub fn check(arguments: &[OsString]) -> Result<u8> {
+    let arguments = parse(arguments)?;
+    let [path] = &arguments.rest[..] else {
         bail!("name one configuration file");
     };
     let checked = || -> Result<bool> {
@@ -213,9 +219,9 @@ pub fn check(typed: &[OsString]) -> Result<u8> {
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config = config::Config::parse(&text)
             .map_err(|mistakes| anyhow::anyhow!("line {}: {}", mistakes[0].line, mistakes[0].message))?;
-        let cgroups = cgroups(&typed.root).ok().filter(|place| place.is_dir());
+        let cgroups = cgroups(&arguments.root).ok().filter(|place| place.is_dir());
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-        let host = Host::open(&typed.root, cgroups.as_deref().unwrap_or(Path::new("/")))?;
+        let host = Host::open(&arguments.root, cgroups.as_deref().unwrap_or(Path::new("/")))?;
         check_host(&host, &config)?;
         users::check_no_process(&host, config.factory.uid_range)?;
         if cgroups.is_some() {

@@ -1,4 +1,4 @@
-//! Standard streams for a command that is run by hand. The caller's may be pipes or files of root's, which the job's user
+//! Standard streams for a command of the manual program. The caller's may be pipes or files of root's, which the job's user
 //! cannot open again by `/dev/stderr`. The command gets a pipe of its user's for each, and a process of root's outside
 //! the sandbox copies the bytes.
 

@@ -212,7 +212,7 @@ pub fn attend(first: Pid, mut terminal: Option<Terminal>, signals: &Signals) -> 
         match waitpid(first, Some(WaitPidFlag::WNOHANG))? {
             WaitStatus::StillAlive => {}
             status => {
-                // Its last words.
+                // What it printed last.
                 while terminal.as_mut().is_some_and(Terminal::print) {}
                 return Ok(match status {
                     WaitStatus::Exited(_, status) => status as u8,

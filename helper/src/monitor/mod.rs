@@ -139,13 +139,13 @@ fn start(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         warn!("{warning}");
     }
     let run_dir = options.root.join(config::RUN_DIR);
-    for place in [config::GATE_DIR, config::CONTROL_DIR] {
+    for place in [config::PROXY_DIR, config::CONTROL_DIR] {
         std::os::unix::fs::chown(options.root.join(place), Some(client), None)
             .with_context(|| format!("cannot give {place} to the supervisor"))?;
     }
     // Other users of the host must not connect where jobs do: what they would send costs the supervisor time.
-    let closed = options.root.join(config::GATE_DIR);
-    let closed = closed.parent().expect("GATE_DIR has a directory");
+    let closed = options.root.join(config::PROXY_DIR);
+    let closed = closed.parent().expect("PROXY_DIR has a directory");
     std::os::unix::fs::chown(closed, Some(0), Some(group))
         .and_then(|()| std::fs::set_permissions(closed, std::fs::Permissions::from_mode(0o710)))
         .with_context(|| format!("cannot open {} to the supervisor's group", closed.display()))?;
@@ -153,7 +153,7 @@ fn start(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     // Another helper's workers are named as such above.
     users::check_no_process(&host, config.factory.uid_range)?;
     let _reserved = reserve(&options.root, config.factory.uid_range)?;
-    // For whoever starts something by hand.
+    // For the manual program.
     std::fs::write(
         options.root.join(config::CGROUP_FILE),
         cgroups.as_os_str().as_bytes(),

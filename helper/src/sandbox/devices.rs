@@ -115,7 +115,7 @@ fn follow(host: &Host, dir: &OwnedFd, name: &Path, directory: &Path) -> Option<(
             _ => return None,
         }
     }
-    // Below /dev itself: look does not follow another link.
+    // Below /dev itself: `stat` does not follow another link.
     let stat = stat(&host.dev, &path).ok()?;
     match kind(&stat) {
         node @ (SFlag::S_IFCHR | SFlag::S_IFBLK) => Some((path, (node, stat.st_rdev))),
@@ -129,7 +129,7 @@ pub fn has_block_device(host: &Host, slot: &Slot) -> Result<bool> {
     Ok(nodes.values().any(|(node, _)| *node == SFlag::S_IFBLK))
 }
 
-/// Make a worker's `/dev`. A device that the slot names in so many words must be there.
+/// Make a worker's `/dev`. A device that the slot names without a pattern must be there.
 pub fn make(host: &Host, worker: WorkerId, uid: Uid, slot: &Slot) -> Result<()> {
     let name = worker.to_string();
     // Left by a first attempt that was cut off.

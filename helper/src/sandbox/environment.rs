@@ -1,4 +1,4 @@
-//! The variables of the agent, of a job's tasks, and of a command by hand.
+//! The variables of the agent, of a job's tasks, and of a command of the manual program.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -24,7 +24,7 @@ pub fn command(program: &Path, user: &UserName) -> Command {
     command
 }
 
-/// The environment that buildomat's agent gives a task, for a command by hand. A task has no other variables but
+/// The environment that buildomat's agent gives a task, for a command of the manual program. A task has no other variables but
 /// the slot's, and two that name the job.
 pub fn task_environment(user: &UserName, uid: Uid, slot: &Slot) -> Vec<(String, String)> {
     let path = "/var/run/buildomat/agent/bin:/usr/bin:/bin:/usr/sbin:/sbin:/opt/ooce/bin:/opt/ooce/sbin";

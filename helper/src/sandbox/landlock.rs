@@ -2,7 +2,7 @@
 //! and writing to what is not the job's own.
 //!
 //! A read-only mount keeps nobody from writing to a FIFO or a device node (`open(2)`), and there is no list of FIFOs to
-//! cover. So no file opens for writing but operations the places that are the job's.
+//! cover. So no file opens for writing but beneath the places that are the job's.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -82,13 +82,11 @@ impl Rules {
         })
     }
 
-    /// The job may write operations this directory.
+    /// The job may write beneath this directory.
     pub fn allow_writing(&self, place: BorrowedFd<'_>) -> Result<()> {
         match &self.ruleset {
-            Some(ruleset) if self.has_files => {
-                sys::landlock_allow_operations(ruleset.as_fd(), place, WRITING)
-                    .context("cannot allow writing with Landlock")
-            }
+            Some(ruleset) if self.has_files => sys::landlock_allow_beneath(ruleset.as_fd(), place, WRITING)
+                .context("cannot allow writing with Landlock"),
             _ => Ok(()),
         }
     }

@@ -47,7 +47,7 @@ struct Plan {
     user: UserName,
     uid: Uid,
     groups: Vec<Gid>,
-    trees: Vec<WritableDir>,
+    writable_dirs: Vec<WritableDir>,
     /// What lies over the host's files, by their names in `/etc`.
     etc: Vec<(&'static str, String)>,
     slot: Slot,
@@ -83,7 +83,7 @@ pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session:
     })
 }
 
-/// For what a person does by hand in a worker: the same sandbox, with the standard streams that the process has.
+/// For what a person does in a worker with the manual program: the same sandbox, with the standard streams that the process has.
 /// Who has no network but the server has none at all.
 pub fn enter_manual(host: &Host, worker: WorkerId) -> Result<(Unprivileged, UserName, Slot)> {
     let (config, _) = host.configuration()?;
@@ -118,7 +118,7 @@ fn apply_sandbox(
     }
     let proxy = match plan.slot.network {
         Network::Host => None,
-        Network::None => Some(network::enter(&config.general.baseurl, &host.gate)?),
+        Network::None => Some(network::enter(&config.general.baseurl, &host.proxy_dir)?),
     };
     // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
     let rules = landlock::Rules::new(plan.slot.allow_user_namespaces)?;
@@ -219,7 +219,7 @@ fn plan(host: &Host, config: &Config, worker: WorkerId) -> Result<Plan> {
         user: user.clone(),
         uid: record.uid,
         groups: groups.into_iter().map(|(_, gid)| gid).collect(),
-        trees: writable_dirs::of(&user, record.uid, slot),
+        writable_dirs: writable_dirs::of(&user, record.uid, slot),
         etc,
         slot: slot.clone(),
     })
@@ -237,7 +237,7 @@ fn files(host: &Host, worker: WorkerId) -> Result<init::Files> {
     })
 }
 
-/// `agent install`'s arguments. None comes from the socket but the token, which is a plain word.
+/// `agent install`'s arguments. None comes from the socket but the token, which has letters and digits alone.
 fn arguments(config: &Config, uid: Uid, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<String> {
     let mut arguments = vec!["install".to_owned()];
     for (name, value) in environment::slot_variables(uid, slot) {
@@ -253,7 +253,7 @@ fn arguments(config: &Config, uid: Uid, slot: &Slot, bootstrap: &BootstrapToken)
 
 fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
     let fs = private(plan, "workers").join("fs");
-    for (below_fs, place) in writable_dirs::mounted(&plan.trees) {
+    for (below_fs, place) in writable_dirs::mounted(&plan.writable_dirs) {
         let is_slots = plan.slot.writable.iter().any(|other| other.as_path() == place);
         if is_slots {
             take_off(place)?;
@@ -264,9 +264,13 @@ fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
             rules.allow_writing(mount.as_fd())?;
         }
     }
-    for tree in plan.trees.iter().filter(|tree| tree.place.starts_with("/run")) {
-        let tree = nix::fcntl::open(&tree.place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
-        rules.allow_writing(tree.as_fd())?;
+    for dir in plan
+        .writable_dirs
+        .iter()
+        .filter(|dir| dir.place.starts_with("/run"))
+    {
+        let dir = nix::fcntl::open(&dir.place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+        rules.allow_writing(dir.as_fd())?;
     }
     for (place, source) in read_only(plan)? {
         take_off(&place)?;
@@ -305,7 +309,7 @@ fn read_only(plan: &Plan) -> Result<Vec<(PathBuf, PathBuf)>> {
         let mut places = shown.iter().map(|(place, _)| place.as_path());
         if is_for_it
             && !places.any(|place| overlaps(place, &fact))
-            && !plan.trees.iter().any(|tree| overlaps(&tree.place, &fact))
+            && !plan.writable_dirs.iter().any(|dir| overlaps(&dir.place, &fact))
         {
             shown.push((fact.clone(), fact));
         }

@@ -40,7 +40,7 @@ pub fn hosts(baseurl: &BaseUrl, own: &OsStr) -> String {
 }
 
 /// Leave the host's network for a new one, and listen in it.
-pub fn enter(baseurl: &BaseUrl, gate: &OwnedFd) -> Result<ProxyListener> {
+pub fn enter(baseurl: &BaseUrl, proxy_dir: &OwnedFd) -> Result<ProxyListener> {
     let (name, port) = baseurl.name_and_port().context("the server has no name")?;
     unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
     let control = socket(
@@ -57,7 +57,7 @@ pub fn enter(baseurl: &BaseUrl, gate: &OwnedFd) -> Result<ProxyListener> {
     listener.set_nonblocking(true)?;
     Ok(ProxyListener {
         listener,
-        gate: gate.try_clone()?,
+        proxy_dir: proxy_dir.try_clone()?,
     })
 }
 

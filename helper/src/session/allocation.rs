@@ -162,7 +162,7 @@ pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<
     };
     let (uid, is_recorded) = match &worker.written {
         RecordState::Record(record) => (Some(record.uid), true),
-        // Its trees tell, so they go last; or what the host was told, where it had none yet.
+        // The owner of its writable directories tells, so they go last; or what the host was told, where it had none yet.
         _ => match writable_dirs::owner(worker.dir())? {
             None => (users::uid_in_userdb(host.userdb.as_fd(), &worker.user())?, false),
             owner => (owner, false),

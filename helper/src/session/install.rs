@@ -108,7 +108,7 @@ pub fn install(
         record.uid,
         &writable_dirs::of(&worker.user(), record.uid, slot),
     )?;
-    // A first attempt that was cut off may have left its pid 1, waiting for a word that will not come.
+    // A first attempt that was cut off may have left its pid 1, waiting for a message that will not come.
     cgroup::kill(&host.cgroups, worker.id)?;
     let cgroup =
         cgroup::create(&host.cgroups, &worker.id.to_string()).context("cannot make the worker's cgroup")?;
@@ -120,7 +120,7 @@ pub fn install(
             bootstrap: bootstrap.clone(),
         },
     )?;
-    // Meanwhile: its first process needs about as long for the sandbox. It waits for a word before it looks.
+    // Meanwhile: its first process needs about as long for the sandbox. It waits for `Go` before it looks.
     let run = open_dir(worker.dir(), "fs/run").context("cannot open the worker's fs/run")?;
     copy_agent(&agent, &run)?;
     expect(&child, HandshakeMessage::Filter)?;

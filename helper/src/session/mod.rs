@@ -240,7 +240,7 @@ fn name(request: &Request) -> &'static str {
     }
 }
 
-/// Who is at the other end, by the kernel's word.
+/// Who is at the other end, as the kernel says.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer {
     pub uid: u32,

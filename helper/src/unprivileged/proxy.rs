@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use protocol::Seqpacket;
-use protocol::config::GATE_SOCKET;
+use protocol::config::PROXY_SOCKET;
 
 use crate::unprivileged::TURN;
 
@@ -13,19 +13,19 @@ use crate::unprivileged::TURN;
 #[derive(Debug)]
 pub struct ProxyListener {
     pub listener: TcpListener,
-    pub gate: OwnedFd,
+    pub proxy_dir: OwnedFd,
 }
 
 impl ProxyListener {
     /// What must stay open until pid 1 forwards.
     pub fn descriptors(&self) -> [i32; 2] {
-        [self.listener.as_raw_fd(), self.gate.as_raw_fd()]
+        [self.listener.as_raw_fd(), self.proxy_dir.as_raw_fd()]
     }
 
     /// Hand on the connections that are waiting. Where the supervisor is away, or busy, they are closed: the
     /// agent comes again.
     pub fn forward(&self) {
-        let socket: PathBuf = format!("/proc/self/fd/{}/{GATE_SOCKET}", self.gate.as_raw_fd()).into();
+        let socket: PathBuf = format!("/proc/self/fd/{}/{PROXY_SOCKET}", self.proxy_dir.as_raw_fd()).into();
         for _ in 0..TURN {
             let Ok((connection, _)) = self.listener.accept() else {
                 return;

@@ -52,8 +52,8 @@ const MANY: usize = 1000;
 /// So many directories' names the second process remembers, whatever a job has left.
 const MOST_OF_SECOND: usize = 1 << 14;
 
-/// Empty the trees, as their owner. Each process of the two would do it alone: what one finds gone is no error.
-pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, trees: &[&Path]) -> Result<()> {
+/// Empty the writable directories, as their owner. Each process of the two would do it alone: what one finds gone is no error.
+pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path]) -> Result<()> {
     let mut second = None;
     let mut removed = 0;
     let mut count = || {
@@ -61,14 +61,15 @@ pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, trees: &[&Path]) ->
         if removed == MANY {
             // Without it, it takes longer.
             second = sys::fork(|| {
-                trees.iter().rev().for_each(|tree| drop(empty_from_end(fs, tree)));
+                dirs.iter().rev().for_each(|dir| drop(empty_from_end(fs, dir)));
                 0
             })
             .ok();
         }
     };
-    let emptied = trees.iter().try_for_each(|tree| {
-        empty(fs, tree, &mut count).with_context(|| format!("cannot empty the tree {}", tree.display()))
+    let emptied = dirs.iter().try_for_each(|dir| {
+        empty(fs, dir, &mut count)
+            .with_context(|| format!("cannot empty the writable directory {}", dir.display()))
     });
     if let Some(second) = second {
         let _ = kill(second, Signal::SIGKILL);
@@ -79,8 +80,8 @@ pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, trees: &[&Path]) ->
 
 /// Take directories from the other end, in the first directory that has several: the last so many of it. Where there is
 /// none near the top, the first process is not to be held up.
-fn empty_from_end(fs: BorrowedFd<'_>, tree: &Path) -> Result<()> {
-    let mut own = open_own(fs, tree)?;
+fn empty_from_end(fs: BorrowedFd<'_>, dir: &Path) -> Result<()> {
+    let mut own = open_own(fs, dir)?;
     for _ in 0..16 {
         let mut directories = VecDeque::new();
         for entry in entries(&own)? {
@@ -241,8 +242,8 @@ impl<D> DirStack<D> {
 /// Remove everything in the directory, as its owner, with at most 260 descriptors and no recursion, whatever the
 /// names, modes, depth and number. It takes no room: moving what is too deep somewhere else would, and on a full
 /// disk, or at the end of a quota, there is none.
-fn empty(fs: BorrowedFd<'_>, tree: &Path, count: &mut dyn FnMut()) -> Result<()> {
-    let mut own = open_own(fs, tree)?;
+fn empty(fs: BorrowedFd<'_>, dir: &Path, count: &mut dyn FnMut()) -> Result<()> {
+    let mut own = open_own(fs, dir)?;
     let mut level = Level::begin(&own, count)?;
     let mut above: Vec<Above> = Vec::new();
     let mut held = DirStack(Vec::new());

@@ -1,4 +1,4 @@
-//! The configuration: one root-owned file, read by both halves.
+//! The configuration: one root-owned file, read by supervisor and helper.
 //!
 //! Parsing is pure. What can be known from the text alone is refused here, each mistake with its line;
 //! what depends on the host (do these groups and directories exist?) is asked by who can see it.
@@ -51,10 +51,10 @@ pub const HELPER_SOCKET: &str = "run/buildomat-user-factory/helper.sock";
 /// The directory, below the root directory, in which the supervisor listens for jobs that can reach nobody but
 /// the server: the helper makes it and gives it to the supervisor. Jobs' first processes have it by descriptor. To all
 /// others but the supervisor's group it is closed, by the mode of the directory that it is in.
-pub const GATE_DIR: &str = "run/buildomat-user-factory/gate/jobs";
+pub const PROXY_DIR: &str = "run/buildomat-user-factory/gate/jobs";
 /// The name of that socket, of type `SOCK_SEQPACKET`. One packet, of one byte, brings one descriptor: a TCP
 /// connection that a job has opened to the server.
-pub const GATE_SOCKET: &str = "server.sock";
+pub const PROXY_SOCKET: &str = "server.sock";
 /// The directory, below the root directory, in which the supervisor listens for the operator's command: made and
 /// given away in the same way.
 pub const CONTROL_DIR: &str = "run/buildomat-user-factory/control";
@@ -63,8 +63,8 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 /// The directory of all lasting state, below the root directory.
 pub const STATE_DIR: &str = "var/lib/buildomat-user-factory";
 
-/// The trees that every job may write, besides its home directory; each begins empty and ends with the job.
-pub const PRIVATE_TREES: [&str; 5] = ["/input", "/work", "/tmp", "/var/tmp", "/opt/buildomat"];
+/// The directories that every job may write, besides its home; each begins empty and ends with the job.
+pub const PRIVATE_DIRS: [&str; 5] = ["/input", "/work", "/tmp", "/var/tmp", "/opt/buildomat"];
 
 /// A configuration without mistakes.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, de};
 
-use super::PRIVATE_TREES;
+use super::PRIVATE_DIRS;
 use crate::Uid;
 
 /// A text with a rule, refused at its own place in the file.
@@ -180,7 +180,7 @@ impl HostPath {
         &self.0
     }
 
-    /// May something be mounted here in a job's view? Something of the host's, read-only, may be in its `/run`, beside
+    /// May something be mounted here for a job? Something of the host's, read-only, may be in its `/run`, beside
     /// what the job has there of its own.
     pub(super) fn may_be_a_place_in_the_job(&self, is_read_only: bool) -> Result<(), String> {
         let in_run = ["buildomat", "buildomat-agent", "lock", "screen", "user"]
@@ -192,7 +192,7 @@ impl HostPath {
         let taken = [
             "/proc", "/sys", "/dev", "/run", "/var/run", "/home", "/root", "/etc",
         ];
-        match PRIVATE_TREES
+        match PRIVATE_DIRS
             .iter()
             .chain(&taken)
             .find(|top| self.0.starts_with(top) && !is_beside)

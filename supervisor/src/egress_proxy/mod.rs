@@ -1,7 +1,7 @@
 //! The egress proxy to the buildomat server, for jobs whose slot says `network = "none"`.
 //!
 //! The first process of such a worker sends us, as a descriptor, each TCP connection that is made to the
-//! server's port in the job's network namespace ([`GATE_SOCKET`]). We connect to the server ourselves and carry
+//! server's port in the job's network namespace ([`PROXY_SOCKET`]). We connect to the server ourselves and carry
 //! the bytes both ways; TLS is between the agent and the server, so we see nothing and can change nothing. Where the
 //! server speaks TLS, only connections that name it are carried: others may be at the same address.
 //!
@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use protocol::config::{Config, GATE_SOCKET};
+use protocol::config::{Config, PROXY_SOCKET};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -168,7 +168,7 @@ impl EgressProxy {
     /// Let callers in until the socket is gone. One that was replaced is the affair of who replaced it: a
     /// newer supervisor; to take it back would only set the two against each other.
     async fn accept_from(self: &Arc<Self>, listener: &UnixListener) {
-        let path = self.directory.join(GATE_SOCKET);
+        let path = self.directory.join(PROXY_SOCKET);
         let mut look = interval(LOOK);
         loop {
             // Only for as long as the closer needs, which waits for no caller.
@@ -332,6 +332,6 @@ fn listen_in(directory: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
     std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o666))?;
-    std::fs::rename(&new, directory.join(GATE_SOCKET))?;
+    std::fs::rename(&new, directory.join(PROXY_SOCKET))?;
     Ok(OwnedFd::from(socket).into())
 }

@@ -82,10 +82,10 @@ fn sockets() {
         (listener, Made(path))
     };
     let run = PathBuf::from(format!("/run/user-factory-test-{pid}.sock"));
-    let gate = test.host.root.join(config::GATE_DIR);
+    let gate = test.host.root.join(config::PROXY_DIR);
     let listeners = [
         made(run),
-        made(gate.join(config::GATE_SOCKET)),
+        made(gate.join(config::PROXY_SOCKET)),
         made(test.host.root.join("open.sock")),
     ];
     let datagrams = PathBuf::from(format!("/run/user-factory-test-{pid}.datagram"));

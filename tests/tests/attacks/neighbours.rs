@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use protocol::config::{CONFIG_PATH, GATE_DIR, RUN_DIR, STATE_DIR};
+use protocol::config::{CONFIG_PATH, PROXY_DIR, RUN_DIR, STATE_DIR};
 use protocol::{ErrorKind, Reply, Request, State};
 use testbed::harness::{Client, Running, SUPERVISOR_UID, TestHost, binaries, sealed, worker_id};
 use testbed::host_snapshot::HostSnapshot;
@@ -250,7 +250,7 @@ fn row_72_no_user_writes_to_the_factorys_directories() {
     let helper = host.helper();
     let root = host.root.display().to_string();
     let (run, state) = (format!("{root}/{RUN_DIR}"), format!("{root}/{STATE_DIR}"));
-    let (gate, socket) = (format!("{root}/{GATE_DIR}"), host.socket().display().to_string());
+    let (gate, socket) = (format!("{root}/{PROXY_DIR}"), host.socket().display().to_string());
     let config = format!("{root}/{CONFIG_PATH}");
     let userdb = host.userdb().display().to_string();
     fs::write(host.userdb().join("witness.user"), "{}").unwrap();

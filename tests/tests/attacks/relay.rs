@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::libc::linger;
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::Seqpacket;
-use protocol::config::{GATE_DIR, GATE_SOCKET};
+use protocol::config::{PROXY_DIR, PROXY_SOCKET};
 use testbed::harness::{SUPERVISOR_UID, TestHost};
 use testbed::test_factory::TestFactory;
 
@@ -34,7 +34,7 @@ impl OtherUser {
     fn call(host: &TestHost, uid: u32) -> (OtherUser, String) {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--ignored", "--exact", "--nocapture", "relay::another_user"]);
-        command.env(SOCKET, host.root.join(GATE_DIR).join(GATE_SOCKET));
+        command.env(SOCKET, host.root.join(PROXY_DIR).join(PROXY_SOCKET));
         command.uid(uid).gid(uid).current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut other = OtherUser(command.spawn().unwrap());
@@ -114,7 +114,7 @@ async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_se
     drop(other);
 
     // Where the directory is open to others, the uid of the caller is checked.
-    let closed = factory.host.root.join(GATE_DIR).parent().unwrap().to_owned();
+    let closed = factory.host.root.join(PROXY_DIR).parent().unwrap().to_owned();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o755)).unwrap();
     // One who is nobody here, one in the range of uids without being a worker, and the supervisor's own user.
     let others = [SOMEBODY, *factory.host.uids.end(), SUPERVISOR_UID].map(|uid| {

@@ -18,7 +18,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::inotify::{AddWatchFlags, Inotify};
 use nix::sys::stat::{Mode, SFlag, mknod};
-use protocol::config::{self, Config, HostPath, Network, PRIVATE_TREES};
+use protocol::config::{self, Config, HostPath, Network, PRIVATE_DIRS};
 
 use super::namespace::{become_root, make_private};
 use super::sockets;
@@ -26,7 +26,7 @@ use crate::host::Host;
 use crate::sandbox::layout::{ETC_LAYERS, FACTS, PRIVATE, UDEV_DATA, source_path};
 use crate::sys::{self, DEVICES, READ_ONLY, WRITABLE};
 
-/// Directories of which a job gets its own, or none, besides `PRIVATE_TREES`; and their modes.
+/// Directories of which a job gets its own, or none, besides `PRIVATE_DIRS`; and their modes.
 const OWN: [(&str, u32); 5] = [
     ("/proc", 0o755),
     ("/dev", 0o755),
@@ -141,7 +141,7 @@ impl<'a> Builder<'a> {
 
     /// All of the root file system but its private part.
     fn main(&mut self, config: &Config, etc_is_layered: bool) -> Result<()> {
-        let mut own: BTreeSet<PathBuf> = PRIVATE_TREES.iter().map(PathBuf::from).collect();
+        let mut own: BTreeSet<PathBuf> = PRIVATE_DIRS.iter().map(PathBuf::from).collect();
         own.extend(OWN.iter().map(|(place, _)| PathBuf::from(place)));
         let mut files = OWN_FILES.map(|name| Path::new("/etc").join(name)).to_vec();
         if etc_is_layered {

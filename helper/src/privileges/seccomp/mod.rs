@@ -139,7 +139,7 @@ const SYNC: &[c_long] = &[
 const SESSION: &[c_long] = &[
     // The listener's next connection. A session has no socket that listens, and cannot make one.
     libc::SYS_accept4,
-    // Packets, and the monitor's and the child's words.
+    // Packets, and messages of the monitor and of a worker's first process.
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_setsockopt,
@@ -171,7 +171,7 @@ const SESSION: &[c_long] = &[
     libc::SYS_fchownat,
     libc::SYS_pipe2,
     libc::SYS_ppoll,
-    // Processes that become a job's user: to delete its trees, to end and count its processes.
+    // Processes that become a job's user: to delete what it wrote, to end and count its processes.
     libc::SYS_clone,
     libc::SYS_wait4,
     libc::SYS_kill,
@@ -511,7 +511,7 @@ mod tests {
 
     /// The monitor's filter is in force for jobs as well: what it refuses, and a job's allows, is refused.
     #[test]
-    fn the_daemons_filter_and_a_jobs_have_the_same_error_for_a_call() {
+    fn the_monitors_filter_and_a_jobs_have_the_same_error_for_a_call() {
         let monitor = monitor();
         for call in 0..=LAST_REVIEWED {
             let said = run(&monitor, NATIVE, call as u32, [0; 6]);

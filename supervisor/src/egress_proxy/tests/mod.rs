@@ -68,7 +68,7 @@ async fn echo() -> u16 {
 
 impl House {
     fn socket(&self) -> PathBuf {
-        self.directory.path().join(GATE_SOCKET)
+        self.directory.path().join(PROXY_SOCKET)
     }
 
     async fn opened(&self) {
@@ -188,10 +188,10 @@ async fn the_socket_is_made_when_its_directory_appears_and_again_when_it_was_rem
     let proxy = open(&directory, port, 0);
     for _ in 0..2 {
         std::fs::create_dir(&directory).unwrap();
-        while !directory.join(GATE_SOCKET).exists() {
+        while !directory.join(PROXY_SOCKET).exists() {
             sleep(Duration::from_millis(10)).await;
         }
-        let mode = std::fs::metadata(directory.join(GATE_SOCKET))
+        let mode = std::fs::metadata(directory.join(PROXY_SOCKET))
             .unwrap()
             .permissions();
         assert_eq!(mode.mode() & 0o777, 0o666);
