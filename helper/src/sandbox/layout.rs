@@ -1,9 +1,11 @@
 //! Where the root file system of jobs has what only the sandbox may see. The monitor builds it (`monitor::rootfs`).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
+
+use crate::sandbox::paths::{JobPath, SourcePath};
 
 /// Where the root file system keeps what only `sandbox` may see, and unmounts before the job begins.
 pub const PRIVATE: &str = "/.buildomat-factory";
@@ -18,19 +20,19 @@ pub const FACTS: &str = "/.buildomat-factory/facts";
 pub const UDEV_DATA: &str = "/run/udev/data";
 
 /// What jobs see of `source`: the place where `sandbox` finds it.
-pub fn source_path(source: &Path) -> PathBuf {
+pub fn source_path(source: &SourcePath) -> JobPath {
     let name = source
         .display()
         .to_string()
         .replace('%', "%25")
         .replace('/', "%2f");
-    Path::new(PRIVATE).join("sources").join(name)
+    JobPath::new(PRIVATE).join("sources").join(name)
 }
 
 /// The directories of the host's `/run` that ordinary programs read, for a job.
-pub fn facts() -> Result<Vec<PathBuf>> {
+pub fn facts() -> Result<Vec<SourcePath>> {
     let links = std::fs::read_dir(FACTS).context("cannot list the facts of the host")?;
-    let facts = links.map(|link| std::fs::read_link(link?.path()));
+    let facts = links.map(|link| std::fs::read_link(link?.path()).map(SourcePath::new));
     Ok(facts.collect::<std::io::Result<_>>()?)
 }
 

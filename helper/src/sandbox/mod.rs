@@ -9,12 +9,13 @@ pub mod landlock;
 pub mod layout;
 pub mod limits;
 mod network;
+pub mod paths;
 pub mod writable_dirs;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -36,6 +37,7 @@ use crate::sys;
 use crate::unprivileged::proxy::ProxyListener;
 use crate::unprivileged::{Unprivileged, become_user, init};
 use layout::PRIVATE;
+use paths::{JobPath, SourcePath};
 use writable_dirs::WritableDir;
 
 /// Where the job sees the agent's program, until `install` has copied itself.
@@ -254,22 +256,24 @@ fn arguments(config: &Config, uid: Uid, slot: &Slot, bootstrap: &BootstrapToken)
 fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
     let fs = private(plan, "workers").join("fs");
     for (below_fs, place) in writable_dirs::mounted(&plan.writable_dirs) {
-        let is_slots = plan.slot.writable.iter().any(|other| other.as_path() == place);
-        if is_slots {
-            take_off(place)?;
+        let mut slots = plan
+            .slot
+            .writable
+            .iter()
+            .map(|place| JobPath::new(place.as_path()));
+        if slots.any(|other| other == place) {
+            take_off(&place)?;
         }
-        let mount = bind(&fs.join(below_fs), place, sys::WRITABLE)?;
+        let mount = bind(&fs.join(below_fs), &place, sys::WRITABLE)?;
         // Of /run, what is the job's.
         if below_fs != "run" {
             rules.allow_writing(mount.as_fd())?;
         }
     }
-    for dir in plan
-        .writable_dirs
-        .iter()
-        .filter(|dir| dir.place.starts_with("/run"))
-    {
-        let dir = nix::fcntl::open(&dir.place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+    let run = JobPath::new("/run");
+    for dir in plan.writable_dirs.iter().filter(|dir| dir.place.is_within(&run)) {
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let dir = nix::fcntl::open(dir.place.entered(), flags, Mode::empty())?;
         rules.allow_writing(dir.as_fd())?;
     }
     for (place, source) in read_only(plan)? {
@@ -277,7 +281,7 @@ fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
         bind(&layout::source_path(&source), &place, sys::READ_ONLY)?;
     }
     own_files(plan)?;
-    let dev = bind(&private(plan, "devices"), Path::new("/dev"), sys::DEVICES)?;
+    let dev = bind(&private(plan, "devices"), &JobPath::new("/dev"), sys::DEVICES)?;
     // With what is mounted in it below.
     rules.allow_writing(dev.as_fd())?;
     for name in devices::MOUNT_POINTS {
@@ -294,33 +298,32 @@ fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
 }
 
 /// What the job sees of the host at another place, by that place; and facts of the host at their own.
-fn read_only(plan: &Plan) -> Result<Vec<(PathBuf, PathBuf)>> {
+fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
     let shown = plan.slot.read_only.iter();
     let mut shown: Vec<_> = shown
-        .map(|(place, source)| (place.as_path().to_owned(), source.as_path().to_owned()))
+        .map(|(place, source)| (JobPath::new(place.as_path()), SourcePath::new(source.as_path())))
         .collect();
-    let overlaps = |one: &Path, other: &Path| one.starts_with(other) || other.starts_with(one);
     for fact in layout::facts()? {
-        let is_for_it = match fact == Path::new(layout::UDEV_DATA) {
+        let is_for_it = match fact == SourcePath::new(layout::UDEV_DATA) {
             true => !plan.slot.devices.is_empty(),
             false => plan.slot.network == Network::Host,
         };
+        let place = fact.same_for_job();
         // What the operator shows there goes before.
-        let mut places = shown.iter().map(|(place, _)| place.as_path());
-        if is_for_it
-            && !places.any(|place| overlaps(place, &fact))
-            && !plan.writable_dirs.iter().any(|dir| overlaps(&dir.place, &fact))
-        {
-            shown.push((fact.clone(), fact));
+        let mut taken =
+            (shown.iter().map(|(place, _)| place)).chain(plan.writable_dirs.iter().map(|dir| &dir.place));
+        if is_for_it && !taken.any(|other| place.is_within(other) || other.is_within(&place)) {
+            shown.push((place, fact));
         }
     }
+    let run = JobPath::new("/run");
     for (place, _) in &shown {
-        if place.starts_with("/run") {
+        if place.is_within(&run) {
             // In the worker's own directory, and there only root makes any but those that are the job's.
             std::fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o755)
-                .create(place)
+                .create(place.entered())
                 .with_context(|| format!("cannot make {}", place.display()))?;
         }
     }
@@ -332,13 +335,14 @@ fn own_files(plan: &Plan) -> Result<()> {
     layout::refresh_etc().context("cannot refresh /etc")?;
     for (name, text) in &plan.etc {
         // In memory, and gone with the mount, which is the only one to know it by then.
-        let source = Path::new(PRIVATE).join(format!("{}-{name}", plan.worker));
-        std::fs::write(&source, text).with_context(|| format!("cannot write the job's {name}"))?;
-        std::fs::set_permissions(&source, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
-        let place = Path::new("/etc").join(name);
+        let own = JobPath::new(PRIVATE).join(format!("{}-{name}", plan.worker));
+        let source = own.entered();
+        std::fs::write(source, text).with_context(|| format!("cannot write the job's {name}"))?;
+        std::fs::set_permissions(source, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        let place = JobPath::new("/etc").join(name);
         take_off(&place)?;
-        bind(&source, &place, sys::READ_ONLY)?;
-        std::fs::remove_file(&source)?;
+        bind(&own, &place, sys::READ_ONLY)?;
+        std::fs::remove_file(source)?;
     }
     Ok(())
 }
@@ -360,8 +364,8 @@ fn show_free_space() -> Result<()> {
 }
 
 /// Where the private part has this worker's own.
-fn private(plan: &Plan, kind: &str) -> PathBuf {
-    Path::new(PRIVATE).join(kind).join(plan.worker.to_string())
+fn private(plan: &Plan, kind: &str) -> JobPath {
+    JobPath::new(PRIVATE).join(kind).join(plan.worker.to_string())
 }
 
 /// The helper's own standard streams stay outside.
@@ -373,8 +377,8 @@ fn redirect_stdio() -> Result<()> {
 }
 
 /// Take off what the root file system shows of the host at `place`: a mount on that the host could take off.
-fn take_off(place: &Path) -> Result<()> {
-    match umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+fn take_off(place: &JobPath) -> Result<()> {
+    match umount2(place.entered(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
         // Nothing is mounted there.
         Ok(()) | Err(Errno::EINVAL) => Ok(()),
         Err(errno) => Err(errno).with_context(|| format!("cannot take off {}", place.display())),
@@ -382,11 +386,11 @@ fn take_off(place: &Path) -> Result<()> {
 }
 
 /// Returns the mount.
-fn bind(source: &Path, place: &Path, attributes: u64) -> Result<OwnedFd> {
+fn bind(source: &JobPath, place: &JobPath, attributes: u64) -> Result<OwnedFd> {
     let describe = || format!("cannot mount {} at {}", source.display(), place.display());
-    let copy = sys::clone_mount(source, true).with_context(describe)?;
+    let copy = sys::clone_mount(source.entered(), true).with_context(describe)?;
     sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
-    sys::attach_mount(copy.as_fd(), place).with_context(describe)?;
+    sys::attach_mount(copy.as_fd(), place.entered()).with_context(describe)?;
     Ok(copy)
 }
 

@@ -13,6 +13,7 @@ use protocol::config::{HostPath, PRIVATE_DIRS, Slot};
 use protocol::{Uid, UserName};
 
 use crate::host::directory::{kind, make_dir, names, open_dir, remove_dir, remove_file, stat};
+use crate::sandbox::paths::JobPath;
 use crate::unprivileged::as_user;
 use crate::unprivileged::remove::empty_dirs;
 
@@ -20,7 +21,7 @@ use crate::unprivileged::remove::empty_dirs;
 #[derive(Debug, PartialEq, Eq)]
 pub struct WritableDir {
     pub below_fs: String,
-    pub place: PathBuf,
+    pub place: JobPath,
     mode: u32,
 }
 
@@ -30,7 +31,7 @@ pub struct WritableDir {
 /// `/home` and `/run`, which are the same for nobody else.
 pub fn of(user: &UserName, uid: Uid, slot: &Slot) -> Vec<WritableDir> {
     let inside = |below_fs: String, mode| WritableDir {
-        place: Path::new("/").join(&below_fs),
+        place: JobPath::new("/").join(&below_fs),
         below_fs,
         mode,
     };
@@ -49,19 +50,19 @@ pub fn of(user: &UserName, uid: Uid, slot: &Slot) -> Vec<WritableDir> {
     dirs.extend(all.chain(slots).map(|(below_fs, place)| WritableDir {
         below_fs,
         mode: if place.ends_with("tmp") { 0o1777 } else { 0o755 },
-        place: place.to_owned(),
+        place: JobPath::new(place),
     }));
     dirs
 }
 
 /// What is mounted where for these: `/home` and `/run` with all that is in them.
-pub fn mounted(dirs: &[WritableDir]) -> impl Iterator<Item = (&str, &Path)> {
+pub fn mounted(dirs: &[WritableDir]) -> impl Iterator<Item = (&str, JobPath)> {
     let whole = |dir: &&WritableDir| !dir.below_fs.contains('/');
-    let inside = [("home", Path::new("/home")), ("run", Path::new("/run"))];
+    let inside = [("home", JobPath::new("/home")), ("run", JobPath::new("/run"))];
     let whole = dirs
         .iter()
         .filter(whole)
-        .map(|dir| (dir.below_fs.as_str(), dir.place.as_path()));
+        .map(|dir| (dir.below_fs.as_str(), dir.place.clone()));
     inside.into_iter().chain(whole)
 }
 

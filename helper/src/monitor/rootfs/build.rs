@@ -7,7 +7,6 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{File, FileType};
 use std::io::{ErrorKind, Read};
-use std::ops::Bound;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
@@ -24,6 +23,7 @@ use super::namespace::{become_root, make_private};
 use super::sockets;
 use crate::host::Host;
 use crate::sandbox::layout::{ETC_LAYERS, FACTS, PRIVATE, UDEV_DATA, source_path};
+use crate::sandbox::paths::{JobPath, NewRootPath, SourcePath};
 use crate::sys::{self, DEVICES, READ_ONLY, WRITABLE};
 
 /// Directories of which a job gets its own, or none, besides `PRIVATE_DIRS`; and their modes.
@@ -88,27 +88,15 @@ struct Builder<'a> {
     /// A copy of the mount of jobs' `/dev` directories, made before the tmpfs lay over it.
     devices: OwnedFd,
     /// The tmpfs that becomes the root.
-    new_root: PathBuf,
-    /// Paths, as jobs see them, at which `sandbox` mounts something.
-    places: BTreeSet<PathBuf>,
-    /// Paths of the host, without links, that are shown nowhere.
-    hidden: BTreeSet<PathBuf>,
+    new_root: NewRootPath,
+    /// At which `sandbox` mounts something.
+    places: BTreeSet<JobPath>,
+    /// Without links, and shown nowhere.
+    hidden: BTreeSet<SourcePath>,
     /// So many entries may still be mounted one by one.
     entries_left: usize,
     /// Watches the directories of the host that the result depends on.
     directories: &'a Inotify,
-}
-
-fn below(root: &Path, path: &Path) -> PathBuf {
-    root.join(path.strip_prefix("/").unwrap_or(path))
-}
-
-/// Is any of these below `path`?
-fn has_below(paths: &BTreeSet<PathBuf>, path: &Path) -> bool {
-    // A path is before all that are below it, and these are before all others.
-    let after = (Bound::Excluded(path), Bound::Unbounded);
-    let next = paths.range::<Path, _>(after).next();
-    next.is_some_and(|next| next.starts_with(path))
 }
 
 /// Where a mount is made or something is left out, all directories above are the tmpfs's, and not the host's: nothing
@@ -117,8 +105,8 @@ impl<'a> Builder<'a> {
     /// The dangerous steps in their order.
     fn build(host: &Host, config: &Config, directories: &'a Inotify) -> Result<()> {
         make_private()?;
-        let new_root = host.root.join(config::RUN_DIR);
-        let devices = sys::clone_mount(&new_root.join("devices"), false)?;
+        let new_root = NewRootPath::new(host.root.join(config::RUN_DIR));
+        let devices = sys::clone_mount(new_root.join("devices").as_ref(), false)?;
         let hidden = hidden_by_operator(config)?;
         let own = own_of_the_factory(host, config)?;
         let sockets = reachable_sockets(config)?;
@@ -141,38 +129,40 @@ impl<'a> Builder<'a> {
 
     /// All of the root file system but its private part.
     fn main(&mut self, config: &Config, etc_is_layered: bool) -> Result<()> {
-        let mut own: BTreeSet<PathBuf> = PRIVATE_DIRS.iter().map(PathBuf::from).collect();
-        own.extend(OWN.iter().map(|(place, _)| PathBuf::from(place)));
-        let mut files = OWN_FILES.map(|name| Path::new("/etc").join(name)).to_vec();
+        let etc = JobPath::new("/etc");
+        let mut files = OWN_FILES.map(|name| etc.join(name)).to_vec();
+        let mut own: BTreeSet<&str> = PRIVATE_DIRS.into_iter().collect();
+        own.extend(OWN.iter().map(|(place, _)| *place));
         if etc_is_layered {
-            own.insert("/etc".into());
+            own.insert("/etc");
             files.clear();
         }
-        let mut places = own.clone();
+        let mut places: BTreeSet<JobPath> = own.iter().map(JobPath::new).collect();
         for slot in config.slots.values() {
             let more = slot.writable.iter().chain(slot.read_only.keys());
-            places.extend(more.map(|place| place.as_path().to_owned()));
+            places.extend(more.map(|place| JobPath::new(place.as_path())));
         }
         self.places = places.iter().chain(&files).cloned().collect();
         // What the host has there is not for jobs, and what a link there leads to is the same by another name.
         let hidden = self.hidden.clone();
-        self.hidden
-            .extend(own.iter().filter_map(|place| place.canonicalize().ok()));
-        self.hidden.extend(own);
-        self.hidden.extend([PRIVATE.into(), "/lost+found".into()]);
-        self.show_directory(Path::new("/"), Path::new("/"))?;
+        for place in own.into_iter().map(SourcePath::new) {
+            self.hidden.extend(place.canonicalize());
+            self.hidden.insert(place);
+        }
+        self.hidden.extend([PRIVATE, "/lost+found"].map(SourcePath::new));
+        self.show_directory(&SourcePath::new("/"), &JobPath::new("/"))?;
         self.hidden = hidden;
         for place in &places {
             self.make_place(place)
                 .with_context(|| format!("cannot make a place for {}", place.display()))?;
         }
-        for file in files.iter().map(|file| below(&self.new_root, file)) {
-            if !file.exists() {
+        for file in files.iter().map(|file| file.in_new_root(&self.new_root)) {
+            if !file.as_ref().exists() {
                 File::create(file)?;
             }
         }
         for (place, mode) in OWN {
-            let real = below(&self.new_root, Path::new(place));
+            let real = JobPath::new(place).in_new_root(&self.new_root);
             std::fs::set_permissions(&real, std::fs::Permissions::from_mode(mode))?;
         }
         Ok(())
@@ -195,22 +185,23 @@ impl<'a> Builder<'a> {
     }
 
     /// Attach a copy of the host's `source`, with what is mounted below it.
-    fn bind(&self, source: &Path, place: &Path, attributes: u64, recursive: bool) -> Result<()> {
+    fn bind(&self, source: &SourcePath, place: &JobPath, attributes: u64, recursive: bool) -> Result<()> {
         let describe = || format!("cannot show {} to jobs", source.display());
-        let copy = sys::clone_mount(source, recursive).with_context(describe)?;
+        let copy = sys::clone_mount(source.as_ref(), recursive).with_context(describe)?;
         sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
-        sys::attach_mount(copy.as_fd(), &below(&self.new_root, place)).with_context(describe)
+        let real = place.in_new_root(&self.new_root);
+        sys::attach_mount(copy.as_fd(), real.as_ref()).with_context(describe)
     }
 
     /// Show the host's directory `source`, a path without links, at `place`, an empty directory of the tmpfs: in one
     /// mount, unless a place or something hidden is below it; then each entry by itself.
-    fn show_directory(&mut self, source: &Path, place: &Path) -> Result<()> {
-        let has_places = has_below(&self.places, place);
-        if !has_places && !has_below(&self.hidden, source) {
+    fn show_directory(&mut self, source: &SourcePath, place: &JobPath) -> Result<()> {
+        let has_places = place.has_below(&self.places);
+        if !has_places && !source.has_below(&self.hidden) {
             return self.bind(source, place, READ_ONLY, true);
         }
-        self.watch(source)?;
-        let real = below(&self.new_root, place);
+        self.watch(source.as_ref())?;
+        let real = place.in_new_root(&self.new_root);
         copy_owner_and_mode(source, &real)?;
         let entries: Vec<_> = std::fs::read_dir(source)?.take(self.entries_left + 1).collect();
         if entries.len() > self.entries_left {
@@ -230,7 +221,7 @@ impl<'a> Builder<'a> {
             match kind.and_then(|kind| self.show_entry(&source, &place, kind)) {
                 // Gone since the directory was read. Even if it is back by now: that was a change, and is seen.
                 Err(error) if is_not_found(&error) => {
-                    let real = below(&self.new_root, &place);
+                    let real = place.in_new_root(&self.new_root);
                     let _ = std::fs::remove_dir(&real).or_else(|_| std::fs::remove_file(&real));
                 }
                 shown => shown?,
@@ -239,23 +230,23 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn show_entry(&mut self, source: &Path, place: &Path, kind: FileType) -> Result<()> {
+    fn show_entry(&mut self, source: &SourcePath, place: &JobPath, kind: FileType) -> Result<()> {
         if self.hidden.contains(source) {
             return Ok(());
         }
-        let real = below(&self.new_root, place);
+        let real = place.in_new_root(&self.new_root);
         if kind.is_symlink() {
-            if !self.places.contains(place) && !has_below(&self.places, place) {
+            if !self.places.contains(place) && !place.has_below(&self.places) {
                 return Ok(symlink(std::fs::read_link(source)?, &real)?);
             }
             // A mount must not lie where the host's link leads today: the link's name is a directory, with the same in it.
             let target = source.canonicalize()?;
-            if target.is_dir() {
+            if target.as_ref().is_dir() {
                 std::fs::create_dir(&real)?;
                 if !self.is_hidden(&target) {
                     self.show_directory(&target, place)?;
                 }
-            } else if target.is_file() {
+            } else if target.as_ref().is_file() {
                 self.show_file(&target, place)?;
             }
         } else if kind.is_dir() {
@@ -267,21 +258,23 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn show_file(&self, source: &Path, place: &Path) -> Result<()> {
-        File::create(below(&self.new_root, place))?;
+    fn show_file(&self, source: &SourcePath, place: &JobPath) -> Result<()> {
+        File::create(place.in_new_root(&self.new_root))?;
         self.bind(source, place, READ_ONLY, false)
     }
 
-    fn is_hidden(&self, path: &Path) -> bool {
-        path.ancestors()
-            .any(|path| self.hidden.contains(path) && path != Path::new("/"))
+    fn is_hidden(&self, path: &SourcePath) -> bool {
+        let root = SourcePath::new("/");
+        self.hidden
+            .iter()
+            .any(|hidden| path.is_within(hidden) && *hidden != root)
     }
 
     /// See to it that something can be mounted at `place`.
-    fn make_place(&self, place: &Path) -> Result<()> {
+    fn make_place(&self, place: &JobPath) -> Result<()> {
         let mut real = self.new_root.clone();
-        for part in place.iter().skip(1) {
-            real.push(part);
+        for part in place.entered().iter().skip(1) {
+            real = real.join(part);
             match std::fs::symlink_metadata(&real) {
                 Err(error) if error.kind() == ErrorKind::NotFound => std::fs::create_dir(&real)?,
                 meta => ensure!(
@@ -298,9 +291,10 @@ impl<'a> Builder<'a> {
     /// copied for each job.
     fn prune(&self) -> Result<()> {
         for real in mount_points()? {
-            let Ok(path) = real.strip_prefix(&self.new_root) else {
+            let Ok(path) = real.strip_prefix(self.new_root.as_ref()) else {
                 continue;
             };
+            // The host has the directories above at the same path.
             let path = Path::new("/").join(path);
             if path.ancestors().skip(1).any(is_closed_to_jobs) {
                 match umount2(&real, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -317,8 +311,8 @@ impl<'a> Builder<'a> {
 
     /// What `sandbox` needs, and no job: one mount that it can lift off in a piece.
     fn private(&self, host: &Host) -> Result<()> {
-        let private = Path::new(PRIVATE);
-        let real = below(&self.new_root, private);
+        let private = JobPath::new(PRIVATE);
+        let real = private.in_new_root(&self.new_root);
         std::fs::create_dir(&real)?;
         // Also what a job finds there when the mount is off.
         std::fs::set_permissions(&real, std::fs::Permissions::from_mode(0o700))?;
@@ -326,44 +320,48 @@ impl<'a> Builder<'a> {
         for name in ["workers", "devices", "sources", "facts"] {
             std::fs::create_dir(real.join(name))?;
         }
-        let workers = host.root.join(config::STATE_DIR).join("workers");
+        let workers = SourcePath::new(host.root.join(config::STATE_DIR).join("workers"));
         self.bind(&workers, &private.join("workers"), WRITABLE, false)?;
         // Where /run is mounted nodev, it is not so for these.
         sys::set_mount_attributes(self.devices.as_fd(), DEVICES, libc::MOUNT_ATTR_NODEV)?;
-        Ok(sys::attach_mount(self.devices.as_fd(), &real.join("devices"))?)
+        Ok(sys::attach_mount(
+            self.devices.as_fd(),
+            real.join("devices").as_ref(),
+        )?)
     }
 
     /// Let overlayfs put jobs' `/etc` together. The host may rename and add files in its own as it likes: what is hidden stays
     /// so, and what is mounted on a name of the overlay. False where that cannot be: without overlayfs, on a host whose
     /// `/etc` is of too many overlays already, and where something is mounted in `/etc`, which would be missing.
     fn layer_etc(&self) -> Result<bool> {
-        let etc = Path::new("/etc");
-        let is_in_etc = |place: &PathBuf| place.starts_with(etc) && place != etc;
-        if std::fs::symlink_metadata(etc)?.is_symlink() || mount_points()?.iter().any(is_in_etc) {
+        let etc = SourcePath::new("/etc");
+        let is_in_etc = |place: &SourcePath| place.is_within(&etc) && *place != etc;
+        let mut mounts = mount_points()?.into_iter().map(SourcePath::new);
+        if std::fs::symlink_metadata(&etc)?.is_symlink() || mounts.any(|place| is_in_etc(&place)) {
             return Ok(false);
         }
-        let layers = ETC_LAYERS.map(|layer| below(&self.new_root, Path::new(layer)));
+        let layers = ETC_LAYERS.map(|layer| JobPath::new(layer).in_new_root(&self.new_root));
         for layer in &layers {
             std::fs::create_dir_all(layer)?;
         }
-        self.bind(etc, Path::new(ETC_LAYERS[1]), READ_ONLY, false)?;
-        copy_owner_and_mode(etc, &layers[0])?;
+        self.bind(&etc, &JobPath::new(ETC_LAYERS[1]), READ_ONLY, false)?;
+        copy_owner_and_mode(&etc, &layers[0])?;
         for hidden in self.hidden.iter().filter(|path| is_in_etc(path)) {
-            self.hide_in_layer(hidden, etc, &layers[0])
+            self.hide_in_layer(hidden, &etc, &layers[0])
                 .with_context(|| format!("cannot hide {}", hidden.display()))?;
         }
         for name in OWN_FILES {
             // A job with the host's network has the host's.
-            if name != "hosts" || !layers[1].join(name).exists() {
+            if name != "hosts" || !layers[1].join(name).as_ref().exists() {
                 File::create(layers[0].join(name))?;
             }
         }
-        let place = below(&self.new_root, etc);
+        let place = etc.same_for_job().in_new_root(&self.new_root);
         std::fs::create_dir(&place)?;
         match mount_overlay(&layers, &place) {
             Ok(()) => Ok(true),
             Err(Errno::ENODEV | Errno::EINVAL) => {
-                umount2(&layers[1], MntFlags::MNT_DETACH)?;
+                umount2(layers[1].as_ref(), MntFlags::MNT_DETACH)?;
                 std::fs::remove_dir(&layers[1])?;
                 std::fs::remove_dir(&place)?;
                 Ok(false)
@@ -373,19 +371,17 @@ impl<'a> Builder<'a> {
     }
 
     /// Put a whiteout for `hidden`, which is below `top`, into the layer. The directories above it become the job's.
-    fn hide_in_layer(&self, hidden: &Path, top: &Path, layer: &Path) -> Result<()> {
-        let mut real = layer.to_owned();
-        let mut path = top.to_owned();
-        for part in hidden.strip_prefix(top)?.iter() {
-            real.push(part);
-            path.push(part);
-            if path == hidden {
-                mknod(&real, SFlag::S_IFCHR, Mode::empty(), 0)?;
-            } else if !real.exists() {
+    fn hide_in_layer(&self, hidden: &SourcePath, top: &SourcePath, layer: &NewRootPath) -> Result<()> {
+        let (mut real, mut path) = (layer.clone(), top.clone());
+        for part in hidden.as_ref().strip_prefix(top)?.iter() {
+            (real, path) = (real.join(part), path.join(part));
+            if path == *hidden {
+                mknod(real.as_ref(), SFlag::S_IFCHR, Mode::empty(), 0)?;
+            } else if !real.as_ref().exists() {
                 std::fs::create_dir(&real)?;
-                self.watch(&path)?;
+                self.watch(path.as_ref())?;
                 copy_owner_and_mode(&path, &real)?;
-            } else if !real.is_dir() {
+            } else if !real.as_ref().is_dir() {
                 // Hidden with what it is in.
                 break;
             }
@@ -394,7 +390,7 @@ impl<'a> Builder<'a> {
     }
 
     /// What slots show at other places, and the facts of the host.
-    fn sources(&mut self, config: &Config, own: &[PathBuf]) -> Result<()> {
+    fn sources(&mut self, config: &Config, own: &[SourcePath]) -> Result<()> {
         let mut sources = BTreeSet::new();
         for source in config.slots.values().flat_map(|slot| slot.read_only.values()) {
             let describe = || format!("{source}, named in read_only, cannot be shown");
@@ -403,22 +399,20 @@ impl<'a> Builder<'a> {
                 meta.is_dir(),
                 "{source}, named in read_only, is not a directory: name one"
             );
-            sources.insert(source.as_path().to_owned());
+            sources.insert(SourcePath::new(source.as_path()));
         }
+        let facts = JobPath::new(FACTS).in_new_root(&self.new_root);
         for (number, fact) in self.facts(config)?.into_iter().enumerate() {
-            symlink(
-                &fact,
-                below(&self.new_root, Path::new(FACTS)).join(number.to_string()),
-            )?;
-            sources.insert(fact);
+            symlink(&fact, facts.join(number.to_string()))?;
+            sources.insert(SourcePath::new(fact));
         }
         for source in sources {
             let place = source_path(&source);
-            std::fs::create_dir(below(&self.new_root, &place))?;
+            std::fs::create_dir(place.in_new_root(&self.new_root))?;
             let describe = || format!("cannot show {}", source.display());
             let real = source.canonicalize().with_context(describe)?;
             // What the operator hides is shown to the slot that names it, or a place in it; what is the factory's is not.
-            if !own.iter().any(|own| real.starts_with(own)) {
+            if !own.iter().any(|own| real.is_within(own)) {
                 self.show_directory(&real, &place).with_context(describe)?;
             }
         }
@@ -472,8 +466,9 @@ impl<'a> Builder<'a> {
             | MsFlags::MS_RDONLY
             | MsFlags::MS_NOSUID
             | MsFlags::MS_NODEV;
-        mount(None::<&str>, &self.new_root, None::<&str>, flags, None::<&str>)?;
-        become_root(&self.new_root)
+        let new_root = self.new_root.as_ref();
+        mount(None::<&str>, new_root, None::<&str>, flags, None::<&str>)?;
+        become_root(new_root)
     }
 }
 
@@ -491,20 +486,29 @@ fn mount_points() -> Result<Vec<PathBuf>> {
         .collect())
 }
 
-fn mount_tmpfs(place: &Path, options: &str) -> nix::Result<()> {
+fn mount_tmpfs(place: &NewRootPath, options: &str) -> nix::Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(Some("tmpfs"), place, Some("tmpfs"), flags, Some(options))
+    mount(Some("tmpfs"), place.as_ref(), Some("tmpfs"), flags, Some(options))
 }
 
 /// Mount a read-only overlay of these directories, the uppermost first. Their paths have neither colons nor commas.
-fn mount_overlay(layers: &[PathBuf], place: &Path) -> nix::Result<()> {
-    let layers: Vec<_> = layers.iter().map(|layer| layer.display().to_string()).collect();
+fn mount_overlay(layers: &[NewRootPath], place: &NewRootPath) -> nix::Result<()> {
+    let layers: Vec<_> = layers
+        .iter()
+        .map(|layer| layer.as_ref().display().to_string())
+        .collect();
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     let options = format!("lowerdir={}", layers.join(":"));
-    mount(Some("overlay"), place, Some("overlay"), flags, Some(&*options))
+    mount(
+        Some("overlay"),
+        place.as_ref(),
+        Some("overlay"),
+        flags,
+        Some(&*options),
+    )
 }
 
-fn copy_owner_and_mode(from: &Path, to: &Path) -> Result<()> {
+fn copy_owner_and_mode(from: &SourcePath, to: &NewRootPath) -> Result<()> {
     let meta = std::fs::metadata(from)?;
     std::os::unix::fs::chown(to, Some(meta.uid()), Some(meta.gid()))?;
     let mode = std::fs::Permissions::from_mode(meta.mode() & 0o7777);
@@ -512,17 +516,19 @@ fn copy_owner_and_mode(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// What `hide` names. A path that leads through links hides what it leads to.
-fn hidden_by_operator(config: &Config) -> Result<Vec<PathBuf>> {
+fn hidden_by_operator(config: &Config) -> Result<Vec<SourcePath>> {
     let real = |path: &HostPath| {
         // One that is made later would be seen.
         let describe = || format!("{path}, named in hide, cannot be hidden: make it, or remove it");
-        path.as_path().canonicalize().with_context(describe)
+        SourcePath::new(path.as_path())
+            .canonicalize()
+            .with_context(describe)
     };
     config.factory.hide.iter().map(real).collect()
 }
 
 /// The factory's own files and directories.
-fn own_of_the_factory(host: &Host, config: &Config) -> Result<Vec<PathBuf>> {
+fn own_of_the_factory(host: &Host, config: &Config) -> Result<Vec<SourcePath>> {
     let mut own = vec![config.factory.token_file.as_path().to_owned()];
     for root in [host.root.as_path(), Path::new("/")] {
         let config_dir = Path::new(config::CONFIG_PATH)
@@ -536,7 +542,7 @@ fn own_of_the_factory(host: &Host, config: &Config) -> Result<Vec<PathBuf>> {
         own.extend(dirs.map(|dir| root.join(dir)));
     }
     let mut found = Vec::new();
-    for path in own {
+    for path in own.into_iter().map(SourcePath::new) {
         match path.canonicalize() {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             real => found.push(real.with_context(|| format!("cannot hide {}", path.display()))?),
@@ -547,12 +553,12 @@ fn own_of_the_factory(host: &Host, config: &Config) -> Result<Vec<PathBuf>> {
 
 /// Sockets of the host's services, wherever a job could reach them: a read-only mount keeps nobody from connecting. One
 /// that is made later at another path is seen until this is built again: its mode must do, or `hide`.
-fn reachable_sockets(config: &Config) -> Result<Vec<PathBuf>> {
+fn reachable_sockets(config: &Config) -> Result<Vec<SourcePath>> {
     // Whoever bound it chose the name, perhaps in another mount namespace: look what it is here.
     let is_socket =
         |path: &Path| std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     let paths = sockets::paths(config.factory.uid_range)?.into_iter();
     let real = paths.filter_map(|path| path.canonicalize().ok());
     let reachable = real.filter(|path| is_socket(path) && !path.ancestors().skip(1).any(is_closed_to_jobs));
-    Ok(reachable.collect())
+    Ok(reachable.map(SourcePath::new).collect())
 }
