@@ -50,11 +50,20 @@ pub enum Failure {
     Busy(String),
 }
 
-impl From<anyhow::Error> for Failure {
-    fn from(error: anyhow::Error) -> Self {
-        Failure::Failed(error)
-    }
+/// Let `?` make an error of an operation from these.
+macro_rules! from {
+    ($error:ident { $($variant:ident($of:ty)),+ }) => {
+        $(impl From<$of> for $error {
+            fn from(error: $of) -> Self {
+                $error::$variant(error.into())
+            }
+        })+
+    };
 }
+
+pub(crate) use from;
+
+from!(Failure { Failed(anyhow::Error) });
 
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Error {

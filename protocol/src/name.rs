@@ -46,11 +46,6 @@ fn print_ulid(value: u128) -> String {
         .collect()
 }
 
-/// Is this a ULID in buildomat's spelling?
-pub fn is_ulid(text: &str) -> bool {
-    parse_ulid(text).is_some()
-}
-
 macro_rules! ulid_type {
     ($(#[$doc:meta])* $name:ident, $what:literal) => {
         $(#[$doc])*
@@ -417,7 +412,6 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains(r#""x\u{7}" is not a ULID"#), "{error}");
-        assert!(is_ulid(text) && !is_ulid("x"));
         let first = [0; 16].map(|_: u8| 0u8);
         assert_eq!(
             crate::wire::decode::<WorkerId>(&first).unwrap(),

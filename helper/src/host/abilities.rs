@@ -31,10 +31,6 @@ impl Abilities {
             quotas: sys::enforces_user_quotas(workers.as_fd()),
         })
     }
-
-    pub fn has_quotas(self) -> bool {
-        self.quotas
-    }
 }
 
 /// The limits of these that the host cannot enforce: each with its key, and what would let it.
@@ -186,7 +182,6 @@ pub mod tests {
         assert_eq!(can(""), (false, false, false));
         assert_eq!(can("cpuset memory pids\n"), (true, false, true));
         assert_eq!(can("cpu\n"), (false, true, false));
-        assert!(ALL.has_quotas() && !NOTHING.has_quotas());
     }
 
     #[test]

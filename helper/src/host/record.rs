@@ -18,7 +18,7 @@ use crate::host::directory::{
     make_dir, names, open_dir, open_file, read_small, remove_dir, remove_file, stat,
 };
 use crate::host::{Host, cgroup, quota};
-use crate::monitor_ipc::Failure;
+use crate::monitor_ipc::{Failure, from};
 
 /// What the record says. It is kept as what a symbolic link leads to: a link is there or not, never half of it, one sync
 /// of its directory keeps it, and one call reads it. Shorter than 60 bytes, as this is, ext4 keeps it in the inode.
@@ -209,11 +209,7 @@ pub enum WorkerError {
     Host(Failure),
 }
 
-impl From<anyhow::Error> for WorkerError {
-    fn from(error: anyhow::Error) -> Self {
-        WorkerError::Host(error.into())
-    }
-}
+from!(WorkerError { Host(anyhow::Error) });
 
 impl From<WorkerError> for Error {
     fn from(error: WorkerError) -> Error {

@@ -165,7 +165,7 @@ pub fn run(arguments: &[OsString]) -> Result<u8> {
         )?;
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
         limits::limit_cgroup(&cgroup, slot, host.abilities)?;
-        rootfs::enter_new(&host)?;
+        rootfs::enter_new(&host, &config)?;
         start(&host, id, record.uid, &cgroup, &arguments.rest)?.attend(&signals)
     };
     let status = ran();
@@ -185,7 +185,7 @@ pub fn shell(arguments: &[OsString]) -> Result<u8> {
     let id: WorkerId = worker.to_str().unwrap_or_default().parse()?;
     let host = open_host(&arguments.root)?;
     // Before the lock: it takes as long as the host has mounts.
-    rootfs::enter_new(&host)?;
+    rootfs::enter_new(&host, &host.configuration()?.0)?;
     let (worker, record) = Worker::existing(&host, id).map_err(Error::from)?;
     ensure!(
         worker.is_started()?,
@@ -227,7 +227,7 @@ pub fn check(arguments: &[OsString]) -> Result<u8> {
         if cgroups.is_some() {
             abilities::check_all(&config, host.abilities)?;
         }
-        rootfs::enter_new_of(&host, &config)?;
+        rootfs::enter_new(&host, &config)?;
         Ok(cgroups.is_some())
     };
     match checked() {

@@ -79,12 +79,7 @@ impl Hotplug {
             | AddWatchFlags::IN_ONLYDIR
             | AddWatchFlags::IN_DONT_FOLLOW;
         nix::unistd::fchdir(&host.dev)?;
-        let here = if directory.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            directory
-        };
-        let added = self.0.add_watch(here, changes);
+        let added = self.0.add_watch(devices::or_dot(directory), changes);
         nix::unistd::chdir("/")?;
         match added {
             // Gone again.

@@ -31,54 +31,19 @@ pub enum Filter {
 }
 
 /// Every capability that any of them has: who is the last to keep it, and for what.
+#[rustfmt::skip]
 pub const CAPABILITIES: [(Capability, Kind, &str); 11] = [
     (Capability::CAP_SETUID, Kind::Session, "becoming the job's user"),
     (Capability::CAP_SETGID, Kind::Session, "its group, and the slot's"),
-    (
-        Capability::CAP_CHOWN,
-        Kind::Session,
-        "giving writable directories and device nodes to the job's user",
-    ),
-    (
-        Capability::CAP_FOWNER,
-        Kind::Session,
-        "setting the mode of a directory that has been given away, when a start is repeated",
-    ),
-    (
-        Capability::CAP_DAC_OVERRIDE,
-        Kind::Session,
-        "removing what root has in a directory whose owner has closed it",
-    ),
-    (
-        Capability::CAP_SYS_ADMIN,
-        Kind::Monitor,
-        "mounts, namespaces, quotas; in a builder, entering the host's mounts",
-    ),
-    (
-        Capability::CAP_SYS_CHROOT,
-        Kind::Monitor,
-        "`setns(2)` to a mount namespace, and `pivot_root(2)`",
-    ),
-    (
-        Capability::CAP_SETPCAP,
-        Kind::Monitor,
-        "emptying the bounding set of the listener and of jobs",
-    ),
-    (
-        Capability::CAP_MKNOD,
-        Kind::Monitor,
-        "the nodes of a job's `/dev`",
-    ),
-    (
-        Capability::CAP_NET_ADMIN,
-        Kind::Monitor,
-        "bringing up `lo` in a job's own network namespace",
-    ),
-    (
-        Capability::CAP_NET_BIND_SERVICE,
-        Kind::Monitor,
-        "the server's port, 80 or 443, in it",
-    ),
+    (Capability::CAP_CHOWN, Kind::Session, "giving writable directories and device nodes to the job's user"),
+    (Capability::CAP_FOWNER, Kind::Session, "setting the mode of a directory that has been given away, when a start is repeated"),
+    (Capability::CAP_DAC_OVERRIDE, Kind::Session, "removing what root has in a directory whose owner has closed it"),
+    (Capability::CAP_SYS_ADMIN, Kind::Monitor, "mounts, namespaces, quotas; in a builder, entering the host's mounts"),
+    (Capability::CAP_SYS_CHROOT, Kind::Monitor, "`setns(2)` to a mount namespace, and `pivot_root(2)`"),
+    (Capability::CAP_SETPCAP, Kind::Monitor, "emptying the bounding set of the listener and of jobs"),
+    (Capability::CAP_MKNOD, Kind::Monitor, "the nodes of a job's `/dev`"),
+    (Capability::CAP_NET_ADMIN, Kind::Monitor, "bringing up `lo` in a job's own network namespace"),
+    (Capability::CAP_NET_BIND_SERVICE, Kind::Monitor, "the server's port, 80 or 443, in it"),
 ];
 
 impl Kind {

@@ -48,6 +48,14 @@ const MAX_DEPTH: usize = 8;
 /// Device nodes by their path below `/dev`.
 type Nodes = BTreeMap<PathBuf, (SFlag, dev_t)>;
 
+/// System calls take no empty path.
+pub fn or_dot(path: &Path) -> &Path {
+    match path.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => path,
+    }
+}
+
 /// What the patterns mean on the host at this moment: nodes, and the directories in which more may appear.
 pub fn find(host: &Host, patterns: &BTreeSet<DevicePattern>) -> Result<(Nodes, Vec<PathBuf>)> {
     let mut nodes = Nodes::new();
@@ -59,12 +67,7 @@ pub fn find(host: &Host, patterns: &BTreeSet<DevicePattern>) -> Result<(Nodes, V
     let device_of_dev = fstat(&host.dev)?.st_dev;
     let mut waiting = vec![PathBuf::new()];
     while let Some(directory) = waiting.pop() {
-        let here = if directory.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            &directory
-        };
-        let dir = match open_dir(&host.dev, here) {
+        let dir = match open_dir(&host.dev, or_dot(&directory)) {
             // Unplugged while we looked.
             Err(Errno::ENOENT) => continue,
             dir => dir?,
@@ -224,12 +227,7 @@ fn bring_up_to_date(dev: BorrowedFd<'_>, uid: Uid, wanted: &Nodes) -> Result<()>
 
 /// The nodes that are the slot's, from a directory that only root ever wrote.
 fn collect(dev: BorrowedFd<'_>, below: &Path, found: &mut Nodes) -> Result<()> {
-    let here = if below.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        below
-    };
-    let dir = open_dir(dev, here)?;
+    let dir = open_dir(dev, or_dot(below))?;
     for name in names(dir.as_fd())? {
         let path = below.join(&name);
         let Ok(stat) = stat(&dir, Path::new(&name)) else {

@@ -61,21 +61,12 @@ pub fn limit_cgroup(cgroup: &OwnedFd, slot: &Slot, can: Abilities) -> Result<()>
 
 /// Limit this process, and all that it will start (`getrlimit(2)`).
 pub fn limit_process(slot: &Slot) -> Result<()> {
-    let limits = &slot.limits;
+    let (processes, files) = (slot.limits.processes, slot.limits.open_files);
     sys::raise_nice(slot.nice).context("cannot set the job's nice value")?;
-    for (resource, name, soft, hard) in [
-        (
-            Resource::RLIMIT_NPROC,
-            "processes",
-            limits.processes,
-            limits.processes,
-        ),
-        (
-            Resource::RLIMIT_NOFILE,
-            "open files",
-            limits.open_files.min(1024),
-            limits.open_files,
-        ),
+    #[rustfmt::skip]
+    let all = [
+        (Resource::RLIMIT_NPROC, "processes", processes, processes),
+        (Resource::RLIMIT_NOFILE, "open files", files.min(1024), files),
         // Not 0: a pipe in core_pattern ignores that, and stops at 1 (core(5)).
         (Resource::RLIMIT_CORE, "core size", 1, 1),
         (Resource::RLIMIT_MEMLOCK, "locked memory", 8 << 20, 8 << 20),
@@ -83,7 +74,8 @@ pub fn limit_process(slot: &Slot) -> Result<()> {
         (Resource::RLIMIT_SIGPENDING, "pending signals", 16_384, 16_384),
         (Resource::RLIMIT_RTPRIO, "real-time priority", 0, 0),
         (Resource::RLIMIT_NICE, "nice", 0, 0),
-    ] {
+    ];
+    for (resource, name, soft, hard) in all {
         // "At most" is kept where the helper itself may have less.
         let most = getrlimit(resource)?.1;
         setrlimit(resource, soft.min(most), hard.min(most))

@@ -14,7 +14,7 @@ use crate::host::directory::open_file;
 use crate::host::record::{self, Record, RecordState, Worker};
 use crate::host::{Host, cgroup, misconfigured, users};
 use crate::log::warn;
-use crate::monitor_ipc::Failure;
+use crate::monitor_ipc::{Failure, from};
 use crate::sandbox::{devices, writable_dirs};
 use crate::session::policy::{self, SlotError};
 use crate::sys;
@@ -38,6 +38,8 @@ pub enum CreateUserError {
     Host(Failure),
 }
 
+from!(CreateUserError { Slot(SlotError), Host(anyhow::Error) });
+
 impl From<CreateUserError> for Error {
     fn from(error: CreateUserError) -> Error {
         match error {
@@ -53,18 +55,6 @@ impl From<CreateUserError> for Error {
             CreateUserError::Misconfigured(error) => misconfigured(error),
             CreateUserError::Host(failure) => failure.into(),
         }
-    }
-}
-
-impl From<SlotError> for CreateUserError {
-    fn from(error: SlotError) -> Self {
-        CreateUserError::Slot(error)
-    }
-}
-
-impl From<anyhow::Error> for CreateUserError {
-    fn from(error: anyhow::Error) -> Self {
-        CreateUserError::Host(error.into())
     }
 }
 
@@ -181,7 +171,7 @@ pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<
     writable_dirs::remove(worker.dir(), uid)?;
     devices::remove(host, id)?;
     if is_recorded {
-        if let Some(uid) = uid.filter(|_| host.abilities.has_quotas()) {
+        if let Some(uid) = uid.filter(|_| host.abilities.quotas) {
             clear_quota(id, uid)?;
         }
         forget()?;

@@ -38,7 +38,7 @@ use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqp
 use crate::host::directory::{open_dir, open_file};
 use crate::host::record::{Record, Worker, WorkerError};
 use crate::host::{Host, abilities, cgroup, misconfigured, no_such_slot, users};
-use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
+use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest, from};
 use crate::privileges::seccomp;
 use crate::sandbox::{AGENT, limits, writable_dirs};
 use crate::session::timer;
@@ -55,6 +55,8 @@ pub enum InstallError {
     Host(Failure),
 }
 
+from!(InstallError { Worker(WorkerError), Host(Failure), Host(anyhow::Error) });
+
 impl From<InstallError> for Error {
     fn from(error: InstallError) -> Error {
         match error {
@@ -64,24 +66,6 @@ impl From<InstallError> for Error {
             InstallError::Misconfigured(error) => misconfigured(error),
             InstallError::Host(failure) => failure.into(),
         }
-    }
-}
-
-impl From<WorkerError> for InstallError {
-    fn from(error: WorkerError) -> Self {
-        InstallError::Worker(error)
-    }
-}
-
-impl From<Failure> for InstallError {
-    fn from(failure: Failure) -> Self {
-        InstallError::Host(failure)
-    }
-}
-
-impl From<anyhow::Error> for InstallError {
-    fn from(error: anyhow::Error) -> Self {
-        InstallError::Host(error.into())
     }
 }
 

@@ -123,45 +123,62 @@ pub struct Factory {
 }
 
 /// What one slot's jobs get.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Slot {
     /// The target whose jobs it takes.
     pub target: TargetId,
     /// Groups of the host's `/etc/group` that the job's user is in.
+    #[serde(default)]
     pub add_to_groups: BTreeSet<GroupName>,
     /// Slots that must be free while this one is busy. It works in both directions.
+    #[serde(default)]
     pub conflicts_with_slots: BTreeSet<SlotName>,
     /// Variables in the environment of the agent's tasks.
+    #[serde(default)]
     pub env: BTreeMap<EnvName, EnvValue>,
     /// Directories of the host (values) that the job sees, read-only, at another place (keys).
+    #[serde(default)]
     pub read_only: BTreeMap<HostPath, HostPath>,
     /// Device nodes of the host that the job may read and write, also those that are plugged in later.
+    #[serde(default)]
     pub devices: BTreeSet<DevicePattern>,
     /// More private writable places: empty at the start, gone at the end.
+    #[serde(default)]
     pub writable: BTreeSet<HostPath>,
+    #[serde(default)]
     pub network: Network,
     /// Families of sockets that the job may make, besides Unix, IPv4, IPv6 and netlink.
+    #[serde(default)]
     pub socket_families: BTreeSet<SocketFamily>,
     /// May the job make user namespaces, and in them the other kinds, and mounts?
+    #[serde(default)]
     pub allow_user_namespaces: bool,
     /// Are `fsync(2)` and its kin answered without being done? What a job writes ends with it, so nothing is
     /// lost; unless it writes to a disk of its own, so a slot with block devices has them done all the same.
+    #[serde(default = "yes")]
     pub ignore_sync: bool,
+    #[serde(default)]
     pub limits: Limits,
     /// The nice value of the job's processes, 0 to 19 (`setpriority(2)`): the higher, the less of a busy processor they get.
+    #[serde(default, deserialize_with = "limits::nice")]
     pub nice: u8,
     /// A bash script that the agent runs, as the job's user, before the job. If it fails, the worker is failed.
     pub pre_job_diagnostic_script: Option<Script>,
     /// The same after the job. If it fails, the worker is held.
     pub post_job_diagnostic_script: Option<Script>,
     /// Seconds from when the agent is online until its worker is failed, if it is not done by then: 10 to 31536000.
+    #[serde(default, deserialize_with = "limits::maybe_between::<_, 10, 31_536_000>")]
     pub job_timeout_seconds: Option<u64>,
     /// Is a worker that the factory has failed kept until a person releases it? Otherwise its console goes to the
     /// job's log, and it is deleted.
+    #[serde(default = "yes")]
     pub hold_on_failure: bool,
     /// Do the processes of a failed worker go on while it is kept? They are ended unless this is set.
+    #[serde(default)]
     pub keep_processes: bool,
     /// The line on which the slot begins, for messages.
+    #[serde(skip)]
     pub line: usize,
 }
 
@@ -200,13 +217,15 @@ impl Config {
     /// Every mistake that can be told from the text: the first only where it is not even TOML of this form.
     pub fn parse(text: &str) -> Result<Config, Vec<Mistake>> {
         let line_of = |offset: usize| 1 + text.bytes().take(offset).filter(|b| *b == b'\n').count();
-        let raw: RawConfig = toml::from_str(text).map_err(|error| {
+        let mistake = |error: toml::de::Error| {
             let message = error.message().trim().replace('\n', " ");
             vec![Mistake {
                 line: error.span().map_or(1, |span| line_of(span.start)),
                 message,
             }]
-        })?;
+        };
+        let raw: RawConfig = toml::from_str(text).map_err(mistake)?;
+        let mut spans: Spans = toml::from_str(text).map_err(mistake)?;
         let mut mistakes = Vec::new();
         let names: BTreeSet<SlotName> = raw.slots.keys().map(|name| name.get_ref().clone()).collect();
         if names.is_empty() {
@@ -216,7 +235,8 @@ impl Config {
             });
         }
         let mut slots = BTreeMap::new();
-        for (name, slot) in raw.slots {
+        for (name, mut checked) in raw.slots {
+            let slot = spans.slots.remove(name.get_ref()).expect("it is in the text");
             let mut note = |offset: usize, message: String| {
                 mistakes.push(Mistake {
                     line: line_of(offset),
@@ -287,8 +307,8 @@ impl Config {
                     "socket_families needs network = \"host\": a network of the job's own has none of these devices, and a socket of AF_VSOCK would lead out of it".into(),
                 );
             }
-            let line = line_of(name.span().start);
-            slots.insert(name.into_inner(), slot.check(line));
+            checked.line = line_of(name.span().start);
+            slots.insert(name.into_inner(), checked);
         }
         if mistakes.is_empty() {
             Ok(Config {
@@ -309,77 +329,26 @@ struct RawConfig {
     general: General,
     factory: Factory,
     #[serde(default)]
-    slots: BTreeMap<Spanned<SlotName>, RawSlot>,
+    slots: BTreeMap<Spanned<SlotName>, Slot>,
+}
+
+/// The same text once more, for the places in it of what is compared with other values.
+#[derive(Deserialize)]
+struct Spans {
+    #[serde(default)]
+    slots: BTreeMap<SlotName, SlotSpans>,
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawSlot {
-    target: TargetId,
-    #[serde(default)]
-    add_to_groups: BTreeSet<GroupName>,
+struct SlotSpans {
     #[serde(default)]
     conflicts_with_slots: Vec<Spanned<SlotName>>,
     #[serde(default)]
-    env: BTreeMap<EnvName, EnvValue>,
-    #[serde(default)]
     read_only: BTreeMap<Spanned<HostPath>, HostPath>,
-    #[serde(default)]
-    devices: BTreeSet<DevicePattern>,
     #[serde(default)]
     writable: Vec<Spanned<HostPath>>,
     network: Option<Spanned<Network>>,
     socket_families: Option<Spanned<BTreeSet<SocketFamily>>>,
-    #[serde(default)]
-    allow_user_namespaces: bool,
-    #[serde(default = "yes")]
-    ignore_sync: bool,
-    #[serde(default)]
-    limits: Limits,
-    #[serde(default, deserialize_with = "limits::nice")]
-    nice: u8,
-    pre_job_diagnostic_script: Option<Script>,
-    post_job_diagnostic_script: Option<Script>,
-    #[serde(default, deserialize_with = "limits::maybe_between::<_, 10, 31_536_000>")]
-    job_timeout_seconds: Option<u64>,
-    #[serde(default = "yes")]
-    hold_on_failure: bool,
-    #[serde(default)]
-    keep_processes: bool,
-}
-
-impl RawSlot {
-    fn check(self, line: usize) -> Slot {
-        Slot {
-            target: self.target,
-            add_to_groups: self.add_to_groups,
-            conflicts_with_slots: self
-                .conflicts_with_slots
-                .into_iter()
-                .map(Spanned::into_inner)
-                .collect(),
-            env: self.env,
-            read_only: self
-                .read_only
-                .into_iter()
-                .map(|(place, source)| (place.into_inner(), source))
-                .collect(),
-            devices: self.devices,
-            writable: self.writable.into_iter().map(Spanned::into_inner).collect(),
-            network: self.network.map(Spanned::into_inner).unwrap_or_default(),
-            socket_families: self.socket_families.map(Spanned::into_inner).unwrap_or_default(),
-            allow_user_namespaces: self.allow_user_namespaces,
-            ignore_sync: self.ignore_sync,
-            limits: self.limits,
-            nice: self.nice,
-            pre_job_diagnostic_script: self.pre_job_diagnostic_script,
-            post_job_diagnostic_script: self.post_job_diagnostic_script,
-            job_timeout_seconds: self.job_timeout_seconds,
-            hold_on_failure: self.hold_on_failure,
-            keep_processes: self.keep_processes,
-            line,
-        }
-    }
 }
 
 fn yes() -> bool {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use protocol::{BootstrapToken, TargetId, WorkerId, is_ulid};
+use protocol::{BootstrapToken, TargetId, WorkerId};
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// A job, as the server names it. It goes into a URL, so nothing but a ULID is let through.
@@ -14,7 +14,7 @@ impl TryFrom<String> for JobId {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        if is_ulid(&text) {
+        if text.parse::<WorkerId>().is_ok() {
             Ok(Self(text))
         } else {
             let short: String = text.chars().take(64).collect();

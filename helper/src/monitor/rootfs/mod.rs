@@ -300,14 +300,8 @@ impl RootFs {
     }
 }
 
-/// For a process that is nobody else's: make a root file system of the configuration, and be in it.
-pub fn enter_new(host: &Host) -> Result<()> {
-    let (config, _) = host.configuration()?;
-    enter_new_of(host, &config)
-}
-
-/// The same of another configuration.
-pub fn enter_new_of(host: &Host, config: &Config) -> Result<()> {
+/// For a process that is nobody else's: make a root file system of this configuration, and be in it.
+pub fn enter_new(host: &Host, config: &Config) -> Result<()> {
     make(host, config, &watch()?).map(drop)
 }
 
