@@ -334,7 +334,11 @@ fn row_89_a_snapshot_that_its_owner_cannot_open_is_named_and_deleted_once_it_is_
     let Reply::Error(error) = client.ask(&Request::Delete { worker }).0 else {
         panic!("a snapshot that nobody can open is deleted")
     };
-    for part in ["the tree work", "\"snapshot\"", "btrfs property set"] {
+    for part in [
+        "the writable directory work",
+        "\"snapshot\"",
+        "btrfs property set",
+    ] {
         assert!(error.message().contains(part), "{error}");
     }
     btrfs(

@@ -21,8 +21,14 @@ use crate::leftovers::ongoing;
 /// Jobs have a `/tmp` of their own, which hides a test's host by itself. For `part`, a test of this file that
 /// is left out otherwise, it is where jobs see the real host, and only what the helper does hides it.
 fn where_jobs_look(part: &str) {
+    let (_, module) = module_path!().split_once("::").expect("a module of the crate");
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", &format!("out::{part}"), "--ignored", "--nocapture"]);
+    command.args([
+        "--exact",
+        &format!("{module}::{part}"),
+        "--ignored",
+        "--nocapture",
+    ]);
     let output = command.env("TMPDIR", "/srv").output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(

@@ -81,7 +81,7 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
     let cut = factory
         .supervisor
         .log
-        .count(&["WARN", "cut its oldest connection"]);
+        .count(&["WARN", "closed its oldest connection"]);
     assert!((1..5).contains(&cut), "{cut} lines tell of it");
     factory.finish().await;
 }
