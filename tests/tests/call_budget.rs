@@ -13,10 +13,10 @@ use testbed::tracer::service::{KINDS, Kind, Span, watch};
 /// At most so many, for each operation on a connection of its own, which takes some 40 of them.
 const BUDGET: [(&str, usize); 5] = [
     ("CreateUser", 95),
-    ("InstallAgent", 580),
+    ("InstallAgent", 590),
     ("List", 60),
     ("Kill", 60),
-    ("Delete", 350),
+    ("Delete", 355),
 ];
 
 /// The least of so many tries: waiting for what the kernel does takes more or fewer looks.
