@@ -357,7 +357,6 @@ impl AttackedHost {
         add(plain, "kill-all", &[], over);
         add(plain, "keep-secret", &[&nobody], ready);
         add(plain, "seek", &["none", &own("none")], over);
-        add(plain, "handles", &[], over);
 
         add(plain, "set-id-programs", &[], over);
         add(plain, "new-namespaces", &[], over);
