@@ -237,6 +237,7 @@ async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_
         assert!(said.contains(&format!("token    of {place}")), "{said}");
     };
     factory.logged(&["INFO supervisor started", "token=the file "]);
+    factory.logged(&["INFO control socket open"]);
     shown("the file ");
     let (_, said) = command(host, &["check", &config]);
     assert!(
