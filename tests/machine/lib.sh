@@ -142,7 +142,7 @@ pack_bundle() {
     cargo build --quiet --workspace --bins --message-format=json >"$run/bins.json"
     : >"$run/tests.json"
     [ "$names" = none ] ||
-        cargo test --quiet --package testbed "${wanted[@]:---tests}" --no-run --message-format=json >"$run/tests.json"
+        TESTBED_EMULATED=1 cargo test --quiet --package testbed "${wanted[@]:---tests}" --no-run --message-format=json >"$run/tests.json"
     # Hard links where they can be, for they are large.
     while read -r executable; do
         cp --link "$executable" "$bundle/bin/" 2>/dev/null || cp "$executable" "$bundle/bin/"

@@ -24,9 +24,13 @@ use crate::tracer::sys::landlock_version;
 
 /// How long a test waits for what should come at once, before it fails.
 ///
-/// A machine may be busy, or emulated by one that is. And ext4 makes files slowly for minutes after many were removed
-/// (`recently_deleted` in `fs/ext4/ialloc.c`), which hostile jobs and their deletion do.
-pub const PATIENCE: Duration = Duration::from_secs(900);
+/// A machine may be busy, and ext4 makes files slowly for minutes after many were removed (`recently_deleted` in
+/// `fs/ext4/ialloc.c`), which hostile jobs and their deletion do. What `tests/machine` builds, for machines that are
+/// emulated, waits longer.
+pub const PATIENCE: Duration = Duration::from_secs(match option_env!("TESTBED_EMULATED") {
+    Some(_) => 900,
+    None => 300,
+});
 
 /// The uid of the supervisor in tests: nobody's, outside every range in use.
 pub const SUPERVISOR_UID: u32 = 0x6fff_fff0;
