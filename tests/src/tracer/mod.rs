@@ -105,7 +105,10 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
             }
             continue;
         }
-        let Ok(status) = waitpid(pid, Some(wait)) else {
+        // The stop alone. Who was killed since the look has no stop any more, and is not waited for here: the first
+        // process of a pid namespace ends after all others of it are reaped (pid_namespaces(7)), which is done here.
+        let stop = wait | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
+        let Ok(status) = waitid(Id::Pid(pid), stop) else {
             continue;
         };
         let mut signal: Option<Signal> = None;
@@ -132,6 +135,8 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
                 continue;
             }
             WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_STOP) => {}
+            // A signal is about to be delivered: waitid(2) tells of no event then.
+            WaitStatus::PtraceEvent(_, other, 0) => signal = Some(other),
             WaitStatus::PtraceEvent(..) => {
                 if let (Ok(child), Some(Some(by))) = (ptrace::getevent(pid), inside.get(&pid).copied()) {
                     let child = Pid::from_raw(child as i32);
@@ -145,9 +150,8 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
                     }
                 }
             }
-            WaitStatus::Stopped(_, Signal::SIGTRAP) => {}
-            WaitStatus::Stopped(_, other) => signal = Some(other),
-            _ => {}
+            // It has been killed, or another thread has become the program.
+            _ => continue,
         }
         if then == Then::End {
             return;
@@ -198,5 +202,53 @@ pub fn wait_until_stopped(pid: u32) {
             "process {pid} does not stop: {stat}"
         );
         std::thread::yield_now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::harness::PATIENCE;
+
+    /// It is killed at many an instant, so also between the look at a stop and its taking. Needs root.
+    #[test]
+    fn the_first_process_of_a_pid_namespace_ends_whenever_it_is_killed() {
+        for life in 0..100 {
+            let (tell, ended) = channel();
+            std::thread::spawn(move || {
+                let busy = "while :; do /bin/true & done & while :; do cd /; done";
+                let mut unshare = Command::new("unshare")
+                    .args(["--pid", "--fork", "sh", "-c", busy])
+                    .spawn()
+                    .expect("unshare(1) can be started");
+                let root = Pid::from_raw(unshare.id() as i32);
+                let mut is_made = false;
+                trace(
+                    root,
+                    &[],
+                    || (),
+                    |pid, event| {
+                        let Event::Born { parent, .. } = event else {
+                            return Then::GoOn;
+                        };
+                        if parent == root && !std::mem::replace(&mut is_made, true) {
+                            std::thread::spawn(move || {
+                                std::thread::sleep(Duration::from_micros(20_000 + life * 97));
+                                kill(pid, Signal::SIGKILL).expect("it lives");
+                            });
+                        }
+                        Then::GoOn
+                    },
+                );
+                let status = unshare.wait().expect("it is our child");
+                assert!(is_made, "this needs root: {status}");
+                let _ = tell.send(());
+            });
+            ended.recv_timeout(PATIENCE).expect("it ends");
+        }
     }
 }
