@@ -32,6 +32,7 @@ pub mod pending_calls;
 pub mod preflight;
 pub mod rate_limited_log;
 pub mod reconcile;
+pub mod residue;
 pub mod schedule;
 pub mod settings;
 pub mod store;

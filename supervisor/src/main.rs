@@ -9,8 +9,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use command::{
-    Arguments, Command, DONE, FAILED, NOT_CONFIGURED, ask, check, exit, generate, manual, print_error, serve,
+    Arguments, Command, DONE, FAILED, NOT_CONFIGURED, ask, check, exit, generate, manual, print_error,
+    residue, serve,
 };
+use supervisor::residue::files::Pace;
 
 fn main() -> ExitCode {
     exit(run(Arguments::parse().command))
@@ -68,6 +70,15 @@ fn run(command: Command) -> u8 {
             arguments.push("--".into());
             arguments.extend(command);
             manual::exec(arguments)
+        }
+        Command::Residue {
+            at,
+            output,
+            files_per_second,
+            no_files,
+        } => {
+            let pace = (!no_files).then_some(Pace(files_per_second));
+            residue::residue(&at.root, pace, output)
         }
         Command::Generate { what } => exit_status(generate::generate(what)),
     }

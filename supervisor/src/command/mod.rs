@@ -5,7 +5,7 @@ pub mod check;
 pub mod generate;
 pub mod manual;
 pub mod print;
-
+pub mod residue;
 pub mod serve;
 
 use std::io::Write;
@@ -173,6 +173,21 @@ pub enum Command {
         at: Location,
         #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
         command: Vec<std::ffi::OsString>,
+    },
+    /// Is anything left on this host of a uid that workers get and none has: processes, files, IPC objects, keys, cgroups,
+    /// mounts, user records, crontabs, sockets, quotas? Ends with 1 if there is. Needs root.
+    Residue {
+        #[command(flatten)]
+        at: Location,
+        #[command(flatten)]
+        output: OutputFormat,
+        /// Look at so many files in a second, at most: the walk over all local file systems is the long part, and others
+        /// use the disk.
+        #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..))]
+        files_per_second: u32,
+        /// Do not look for files.
+        #[arg(long)]
+        no_files: bool,
     },
     /// Write a file that comes with the package.
     #[command(hide = true)]

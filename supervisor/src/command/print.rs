@@ -4,6 +4,7 @@
 use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
 use supervisor::control::api::{Details, PeerStatus, Slot, SlotState, Status};
+use supervisor::residue::Report;
 
 const BAD: Style = AnsiColor::Red.on_default().bold();
 const GOOD: Style = AnsiColor::Green.on_default();
@@ -204,6 +205,30 @@ pub fn workers(s: &Status) -> String {
         ]
     });
     table(["WORKER", "SLOT", "PHASE", "SINCE", "JOB", "USER"], rows)
+}
+
+/// What is left, and in one line what was looked at.
+pub fn residue(report: &Report, files_were_searched: bool) -> String {
+    let (first, last) = report.uid_range;
+    let files = match files_were_searched {
+        true => format!("; {} files on local file systems", report.files_seen),
+        false => "; files were not searched".to_owned(),
+    };
+    let mut text = format!(
+        "looked for what is of uids {first} to {last} and of none of the {} workers{files}\n",
+        report.workers.len()
+    );
+    for place in &report.not_searched {
+        text += &format!("not searched, since it is not local: {}\n", place.display());
+    }
+    if report.is_clean() {
+        return text + &styled(GOOD, "nothing is left") + "\n";
+    }
+    let rows = report
+        .found
+        .iter()
+        .map(|left| [(BAD, left.kind.name().to_owned()), plain(&left.what)]);
+    text + &table(["LEFT", "WHAT"], rows)
 }
 
 pub fn details(d: &Details, now: Timestamp) -> String {

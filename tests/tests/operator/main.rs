@@ -16,6 +16,7 @@ mod journal;
 mod manual;
 mod metrics;
 mod reload;
+mod residue;
 mod stopped;
 mod unreachable;
 
