@@ -4,7 +4,8 @@
 //! makes a [`worker`] for each. A worker's next action follows from its saved phase alone; [`executor`] carries it out
 //! with the buildomat server ([`buildomat`]), the root helper ([`helper_client`]) and the agent's program ([`agent`]).
 //! [`store`] saves the workers. [`reconcile`] compares database, server and host: what none of them accounts for is adopted
-//! or deleted ([`identity`] tells this host's workers from another's). [`driver`] is the loop that does the I/O for
+//! or deleted ([`identity`] tells this host's workers from another's). [`free_resources`] keeps jobs from a host that has
+//! no room for them. [`driver`] is the loop that does the I/O for
 //! the pure core: [`factory`], [`worker`], [`schedule`], [`reconcile`] and [`backoff`]. [`control`] is the operator's API.
 //! Independent of all that, [`egress_proxy`] carries the connections of jobs that can reach the server alone.
 //!
@@ -23,6 +24,7 @@ pub mod driver;
 pub mod egress_proxy;
 pub mod executor;
 pub mod factory;
+pub mod free_resources;
 pub mod helper_client;
 pub mod identity;
 pub mod limiter;

@@ -170,7 +170,7 @@ fn limits(limits: &Limits) -> Vec<String> {
 }
 
 /// A number of bytes as a person would write it: with the largest unit that leaves it whole.
-fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     [(40, 'T'), (30, 'G'), (20, 'M'), (10, 'K')]
         .into_iter()
         .find(|(shift, _)| bytes != 0 && bytes.trailing_zeros() >= *shift)

@@ -41,6 +41,23 @@ pub struct Limits {
     pub best_effort: bool,
 }
 
+/// What must be free on the host for a job to be taken. What is not written is not looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MinFree {
+    /// Bytes on the file system of the jobs' directories (`statvfs(3)`, what is free for users without privileges). At
+    /// least 1.
+    #[serde(deserialize_with = "at_least::<_, 1>")]
+    pub disk: Option<u64>,
+    /// Files that the same file system has room for. At least 1.
+    #[serde(deserialize_with = "at_least::<_, 1>")]
+    pub inodes: Option<u64>,
+    /// Bytes of memory that new processes can have without swapping: `MemAvailable` of `/proc/meminfo`
+    /// (`proc_meminfo(5)`). At least 1.
+    #[serde(deserialize_with = "at_least::<_, 1>")]
+    pub memory: Option<u64>,
+}
+
 /// Does this value of `/proc/sys/kernel/core_pattern` send each core to a socket (`core(5)`)? From Linux 6.16 on
 /// `@path` does, and from 6.17 on `@@path`. Such a core is whole whatever `RLIMIT_CORE` says: nothing that a job
 /// inherits keeps it back. A limit of 1 byte keeps the kernel from the other two kinds, a file and a pipe.

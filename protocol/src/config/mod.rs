@@ -34,7 +34,7 @@ use toml::Spanned;
 use crate::{SlotName, TargetId};
 
 pub use devices::DevicePattern;
-pub use limits::{Cpus, Limits, core_goes_to_a_socket};
+pub use limits::{Cpus, Limits, MinFree, core_goes_to_a_socket};
 pub use value::{
     AgentEnvName, BaseUrl, EnvName, EnvValue, GroupName, HELPER_VARIABLES, HostName, HostPath, ProxyUrl,
     Script, SocketFamily, UidRange, User,
@@ -120,6 +120,9 @@ pub struct Factory {
     /// Variables in the environment of each agent, which its tasks do not get.
     #[serde(default)]
     pub agent_env: BTreeMap<AgentEnvName, EnvValue>,
+    /// What must be free on the host for a job to be taken. Nothing is asked for unless written.
+    #[serde(default)]
+    pub min_free: MinFree,
 }
 
 /// What one slot's jobs get.
@@ -397,8 +400,42 @@ mod tests {
         assert!(config.conflict(&a, &b) && config.conflict(&b, &a) && !config.conflict(&a, &a));
         assert_eq!(config.slots[&a].line, 5);
         assert_eq!((config.slots[&a].nice, config.slots[&b].nice), (19, 0));
+        assert_eq!(config.factory.min_free, MinFree::default());
         let range = config.factory.uid_range;
         assert_eq!((range.len(), range.last.get()), (65536, (1 << 21) - 1));
+    }
+
+    #[test]
+    fn what_must_be_free_is_a_size_or_a_number_each() {
+        let parse = |value: &str| {
+            let text = format!("{HEAD}min_free = {value}\n{SLOT}");
+            Config::parse(&text).map(|config| config.factory.min_free)
+        };
+        let all = MinFree {
+            disk: Some(10 << 30),
+            inodes: Some(100 << 10),
+            memory: Some(5),
+        };
+        assert_eq!(
+            parse("{ disk = \"10G\", inodes = \"100K\", memory = 5 }"),
+            Ok(all)
+        );
+        let disk = MinFree {
+            inodes: None,
+            memory: None,
+            ..all
+        };
+        assert_eq!(parse("{ disk = \"10G\" }"), Ok(disk));
+        for (bad, part) in [
+            ("{ disk = 0 }", "at least 1"),
+            ("{ disk = \"10%\" }", "is not a size"),
+            ("{ disk = -1 }", "expected a size"),
+            ("{ swap = 1 }", "unknown field"),
+            ("\"10G\"", "invalid type"),
+        ] {
+            let found = parse(bad).expect_err(bad);
+            assert!(found[0].line == 5 && found[0].message.contains(part), "{found:?}");
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use supervisor::driver::{Clock, Driver, Persistence};
 use supervisor::egress_proxy::EgressProxy;
 use supervisor::executor::Executor;
 use supervisor::factory::{Factory, Input};
+use supervisor::free_resources::ResourceCheck;
 use supervisor::helper_client::HelperClient;
 use supervisor::identity;
 use supervisor::log;
@@ -136,6 +137,7 @@ pub fn serve(
             clock,
             status,
             file,
+            resources: ResourceCheck::new(root),
             watchdog: Watchdog::of_the_unit(),
             drain_command: None,
         }

@@ -27,6 +27,9 @@ pub struct Status {
     /// Why the supervisor cannot save its state, or may soon not be able to.
     #[serde(default)]
     pub storage: Option<String>,
+    /// Why too little of the host is free for another job (`factory.min_free`).
+    #[serde(default)]
+    pub shortage: Option<String>,
     /// Why no jobs are taken, whatever slot is free.
     #[serde(default)]
     pub not_taken: Option<String>,

@@ -247,6 +247,14 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         writable,
     );
 
+    let enough: Gauge = Gauge::default();
+    enough.set(i64::from(status.shortage.is_none()));
+    registry.register(
+        "enough_free",
+        "Is as much disk, inodes and memory free as factory.min_free asks for?",
+        enough,
+    );
+
     let foreign: Gauge = Gauge::default();
     foreign.set(i64::try_from(status.foreign.len()).unwrap_or(i64::MAX));
     registry.register(

@@ -169,6 +169,7 @@ impl StatusState {
             slots: view.slots(),
             workers: view.workers(),
             storage: view.factory.storage_problem().cloned(),
+            shortage: view.factory.shortage().map(str::to_owned),
             not_taken: view.not_taken(),
             identity: view.factory.identity().to_string(),
             foreign: view.other_hosts_workers(),

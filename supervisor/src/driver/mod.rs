@@ -21,6 +21,7 @@ use crate::control::metrics::{self, Metrics};
 use crate::control::state::{Answer, Command, Operator, StatusState};
 use crate::executor::Executor;
 use crate::factory::{Factory, Input, Output};
+use crate::free_resources::ResourceCheck;
 use crate::notify::Watchdog;
 use crate::pending_calls::PendingCalls;
 use crate::store::Storage;
@@ -87,6 +88,7 @@ pub struct Driver<S> {
     pub clock: Clock,
     pub status: StatusState,
     pub file: Box<dyn ConfigFile>,
+    pub resources: ResourceCheck,
     pub watchdog: Watchdog,
     /// Whose command to drain or resume is being saved, and where its answer goes.
     pub drain_command: Option<(Operator, Answer)>,
@@ -116,6 +118,10 @@ impl<S: Storage> Driver<S> {
                 outputs = self
                     .factory
                     .handle(self.clock.now(), Input::FileDiffers(difference));
+            }
+            let shortage = self.resources.shortage(&self.factory.config().factory.min_free);
+            if shortage.as_deref() != self.factory.shortage() {
+                outputs.extend(self.factory.handle(self.clock.now(), Input::Shortage(shortage)));
             }
             for (peer, since) in self.unanswered() {
                 outputs.extend(

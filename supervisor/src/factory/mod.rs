@@ -65,6 +65,8 @@ pub enum Input {
     Storage(Option<String>),
     /// What the configuration file says else than the configuration in use, in a sentence; none where it says the same.
     FileDiffers(Option<String>),
+    /// Why too little of the host is free for another job, in a sentence; none while enough is.
+    Shortage(Option<String>),
     /// Since when, in milliseconds since 1970, a call to this peer has had no answer, where that is longer than calls
     /// take; none once all have theirs.
     Unanswered(Peer, Option<u64>),
@@ -193,6 +195,8 @@ pub struct Factory {
     file_differs: Option<(u64, String)>,
     /// Why the state cannot be saved.
     storage: Option<String>,
+    /// Why too little of the host is free for another job.
+    shortage: Option<String>,
     stopped: bool,
     /// Counts inputs: the order of things, where the clock is too coarse.
     turn: u64,
@@ -230,6 +234,7 @@ impl Factory {
             drained_slots: BTreeSet::new(),
             file_differs: None,
             storage: None,
+            shortage: None,
             stopped: false,
             turn: 0,
             last_lease_error: String::new(),
@@ -284,6 +289,7 @@ impl Factory {
                 self.unanswered.extend(since.map(|since| (peer, since)));
             }
             Input::FileDiffers(difference) => self.note_file(now, difference),
+            Input::Shortage(shortage) => self.note_shortage(shortage),
             Input::Stop => self.stopped = true,
             Input::ServerListed(result) => self.server_listed(now, result),
             Input::HostListed(result) => self.host_listed(now, result),
@@ -359,6 +365,19 @@ impl Factory {
         for id in waiting {
             let ms = now.saturating_sub(since);
             self.step(now, id, Event::Waited { ms });
+        }
+    }
+
+    /// Jobs that are leased already are made all the same.
+    fn note_shortage(&mut self, shortage: Option<String>) {
+        let old = std::mem::replace(&mut self.shortage, shortage);
+        match (&old, &self.shortage) {
+            (None, Some(why)) => {
+                let text = format!("no jobs are taken: {why}; running jobs go on");
+                self.log(Level::Warn, None, text);
+            }
+            (Some(_), None) => self.log(Level::Info, None, "enough is free again for jobs".into()),
+            _ => {}
         }
     }
 
@@ -482,6 +501,11 @@ impl Factory {
         self.storage.as_ref()
     }
 
+    /// Why too little of the host is free for another job.
+    pub fn shortage(&self) -> Option<&str> {
+        self.shortage.as_deref()
+    }
+
     /// What the configuration file says else than the configuration in use.
     pub fn file_difference(&self) -> Option<&str> {
         self.file_differs
@@ -513,6 +537,8 @@ impl Factory {
             "the server is not answering"
         } else if let Some(difference) = self.file_difference() {
             difference
+        } else if let Some(shortage) = self.shortage() {
+            shortage
         } else if !self.reconciled {
             "the server and the helper have not both answered yet"
         } else {

@@ -15,6 +15,7 @@ use supervisor::control::state::{Command, StatusState};
 use supervisor::driver::{Clock, Driver, Persistence};
 use supervisor::executor::Executor;
 use supervisor::factory::Factory;
+use supervisor::free_resources::ResourceCheck;
 use supervisor::helper_client::HelperClient;
 use supervisor::identity::{Identity, InstanceId};
 use supervisor::store::Store;
@@ -264,6 +265,7 @@ impl Life {
             file: Box::new(WorldFile {
                 shared: (!second).then(|| shared.clone()),
             }),
+            resources: ResourceCheck::new(Path::new("/")),
             watchdog: Default::default(),
             drain_command: None,
         };

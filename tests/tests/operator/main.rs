@@ -10,6 +10,7 @@ use testbed::test_factory::TestFactory;
 
 mod checks;
 mod files;
+mod free;
 mod held;
 mod jobs;
 mod journal;

@@ -875,3 +875,29 @@ fn what_is_drained_changes_once_it_is_saved_and_not_before() {
     core.handle(1000, Input::DrainSaved(Some(slot), false));
     assert!(!core.is_draining() && core.drained_slots().is_empty());
 }
+
+#[test]
+fn no_job_is_asked_for_while_too_little_is_free_and_a_leased_one_begins() {
+    let mut world = World::new();
+    world.submit(1, '2');
+    world.run(|w| !w.core.pending_workers().is_empty());
+    world.tell(Input::Shortage(Some("too little is free: 1M".into())));
+    // The question that is under way is answered.
+    let begun = world.now;
+    world.run(|w| w.now >= begun + 5_000);
+    world.submit(2, '3');
+    world.run(|w| w.now >= begun + 60_000);
+    assert_eq!(
+        world.view().not_taken().as_deref(),
+        Some("too little is free: 1M")
+    );
+    assert!(!world.done.contains(&job(2)), "{:?}", world.said);
+    assert!(world.done.contains(&job(1)), "{:?}", world.said);
+    // Another number is no other news.
+    world.tell(Input::Shortage(Some("too little is free: 2M".into())));
+    world.tell(Input::Shortage(None));
+    world.run(|w| w.done.len() == 2);
+    assert!(world.done.contains(&job(2)), "{:?}", world.said);
+    let said = world.said.iter().filter(|line| line.contains("free"));
+    assert_eq!(said.count(), 2, "{:?}", world.said);
+}

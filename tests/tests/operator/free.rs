@@ -1,0 +1,97 @@
+//! A host that has too little free for another job (`factory.min_free`).
+
+use testbed::disk::SmallDisk;
+use testbed::harness::TestHost;
+use testbed::test_factory::TWO;
+
+use super::*;
+
+fn slots(min_free: &str) -> String {
+    format!("min_free = {min_free}\n{TWO}")
+}
+
+async fn short_of(factory: &TestFactory, what: &str) {
+    see(factory, |status| {
+        let why = status["shortage"].as_str()?;
+        (why.contains(what) && status["not_taken"] == why).then_some(())
+    })
+    .await;
+}
+
+async fn enough(factory: &TestFactory) {
+    see(factory, |status| {
+        (status["shortage"].is_null() && status["not_taken"].is_null()).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_job_is_taken_while_the_disk_is_short_and_the_running_one_goes_on() {
+    let min_free = "{ disk = \"100M\", inodes = 100 }";
+    // Nobody but root may look into this directory.
+    let workers = format!("{}/workers", protocol::config::STATE_DIR);
+    let small = |host: &TestHost| {
+        let place = host.root.join(&workers);
+        std::fs::create_dir_all(&place).unwrap();
+        let disk = SmallDisk::in_memory_at(place);
+        disk.limit("size=256m,nr_inodes=10000");
+        Some(disk)
+    };
+    let factory = TestFactory::on(&slots(min_free), small).await;
+    let job = factory.running().await;
+    enough(&factory).await;
+    let big = factory.host.root.join(&workers).join("image");
+    std::fs::write(&big, vec![1; 100 << 20]).unwrap();
+    short_of(&factory, "on the file system of").await;
+    let said = say(&factory, &["status"]);
+    assert!(
+        said.status == 4
+            && said.out.contains("not taken: too little is free: ")
+            && said.out.contains("(factory.min_free.disk is 100M)"),
+        "{}",
+        said.out
+    );
+    assert_eq!(state_of(&json(&factory, &["status"]), "b"), "closed");
+    let metrics = Command::new("curl")
+        .args(["-sS", "--unix-socket"])
+        .arg(socket(&factory))
+        .arg("http://localhost/metrics")
+        .output()
+        .unwrap();
+    let metrics = String::from_utf8_lossy(&metrics.stdout).into_owned();
+    assert!(
+        metrics.contains("buildomat_user_factory_enough_free 0")
+            && metrics.contains("buildomat_user_factory_jobs_taken 0"),
+        "{metrics}"
+    );
+    let second = factory.submit("true");
+    factory.polls(3).await;
+    assert_eq!(factory.server.job(second).state(), "queued");
+    factory.release();
+    factory.completed(job).await;
+    std::fs::remove_file(&big).unwrap();
+    factory.completed(second).await;
+    factory.logged(&["no jobs are taken: too little is free"]);
+    factory.logged(&["enough is free again for jobs"]);
+    enough(&factory).await;
+    // Inodes run out before bytes do.
+    let disk = factory.disk.as_ref().expect("it has a disk of its own");
+    disk.limit("size=256m,nr_inodes=90");
+    short_of(&factory, "inodes on the file system of").await;
+    disk.limit("size=256m,nr_inodes=1000");
+    enough(&factory).await;
+    factory.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_is_short_is_said_and_a_reload_that_asks_for_less_takes_jobs_at_once() {
+    let factory = TestFactory::new(&slots("{ memory = \"1000T\" }")).await;
+    short_of(&factory, "of memory (factory.min_free.memory is 1000T)").await;
+    let job = factory.submit("true");
+    factory.polls(2).await;
+    assert_eq!(factory.server.job(job).state(), "queued");
+    factory.configure(&slots("{ memory = \"1M\" }"));
+    done(&factory, &["reload"]);
+    factory.completed(job).await;
+    factory.finish().await;
+}
