@@ -21,11 +21,7 @@ fn cgroup_settings(limits: &Limits, nice: u8, can: Abilities) -> Vec<(&'static s
     }
     if can.memory {
         if let Some(memory) = limits.memory {
-            // Just below the limit a job waits until what it wrote is on the disk. At the limit itself Linux 6.12
-            // may end it for that, having found only dirty pages to give away. A wider step would slow down for
-            // minutes what is to be ended.
-            let high = memory - (2 << 20);
-            settings.push(("memory.high", high.to_string()));
+            settings.push(("memory.high", throttle_from(memory).to_string()));
             settings.push(("memory.max", memory.to_string()));
         }
         // Memory that is limited must not go on in swap, unless the operator has said how far.
@@ -43,6 +39,18 @@ fn cgroup_settings(limits: &Limits, nice: u8, can: Abilities) -> Vec<(&'static s
         settings.push(("cpu.weight.nice", nice.to_string()));
     }
     settings
+}
+
+/// `memory.high` for a `memory.max`, in bytes: from here on a job waits until what it wrote is on the disk. At the limit
+/// itself the kernel ends a process at once if all that it finds to give up is dirty or being written.
+///
+/// The kernel (`calculate_high_delay` in mm/memcontrol.c) delays each 64 pages that are charged above H by 64 s × (what is
+/// over H / H)². To fill a step of S bytes so takes a writer 64 s × S³ / (3 × H² × 256 KiB), if nothing is given up
+/// meanwhile. That is the time that a file system and its disk have, and the time that it takes to end a job that really
+/// wants too much. 50 × limit^⅔ makes it about 10 s, whatever the limit: 6.5 MiB of 48 MiB, 50 MiB of 1 GiB.
+fn throttle_from(limit: u64) -> u64 {
+    let step = 50.0 * (limit as f64).cbrt().powi(2);
+    limit - step as u64
 }
 
 /// Limit a worker's new cgroup.
@@ -96,7 +104,7 @@ mod tests {
             cgroup_settings(&limits("memory = \"1G\"\ncpus = 0.5\nprocesses = 100"), 5, ALL),
             [
                 ("pids.max", "100".to_owned()),
-                ("memory.high", "1071644672".into()),
+                ("memory.high", "1021313024".into()),
                 ("memory.max", "1073741824".into()),
                 ("memory.swap.max", "0".into()),
                 ("cpu.max", "50000 100000".into()),
@@ -105,6 +113,19 @@ mod tests {
         );
         let swap = limits("memory = \"1G\"\nswap = \"2G\"");
         assert!(cgroup_settings(&swap, 0, ALL).contains(&("memory.swap.max", "2147483648".into())));
+    }
+
+    #[test]
+    fn the_time_to_the_limit_is_the_same_for_every_limit() {
+        for limit in [16 << 20, 48 << 20, 1 << 30, 20 << 30, 1 << 40] {
+            let high = throttle_from(limit) as f64;
+            // The kernel's delay for each batch of 64 pages, summed up to the limit.
+            let batch = 64.0 * 4096.0;
+            let delay = |n: u64| (64.0 * (n as f64 * batch / high).powi(2)).min(2.0);
+            let batches = ((limit as f64 - high) / batch) as u64;
+            let seconds: f64 = (1..=batches).map(delay).sum();
+            assert!((8.0..20.0).contains(&seconds), "{limit}: {seconds} s");
+        }
     }
 
     #[test]

@@ -21,9 +21,6 @@ use crate::leftovers::ongoing;
 /// What each process of a job may lock (`RLIMIT_MEMLOCK`); how many there are is limited, too.
 const LOCKED: u64 = 8 << 20;
 
-/// How far below its limit a job waits for memory (`memory.high`).
-const STEP: u64 = 2 << 20;
-
 /// Let a new worker in this slot take of a kind: so many processes, so much each. What it got, and what it said.
 fn held(client: &Client, slot: &str, kind: &str, processes: u64, each: u64) -> (WorkerId, u64, String) {
     let worker = created(client, slot);
@@ -115,7 +112,7 @@ fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
             if state(&client, worker) != State::Running {
                 break "was ended";
             }
-            if number(&test, worker, "memory.current") >= LIMIT - STEP - SLACK {
+            if number(&test, worker, "memory.current") + SLACK >= number(&test, worker, "memory.high") {
                 break "is at its limit";
             }
             assert!(begin.elapsed() < PATIENCE, "{kind}: {}", read(&console));
