@@ -298,7 +298,7 @@ mod tests {
             0,
         );
         store.save(&worker).unwrap();
-        store.save_drain(None, true).unwrap();
+        store.save_drain(None, Some(&Default::default())).unwrap();
         store
     }
 
@@ -319,7 +319,10 @@ mod tests {
             store.workers().unwrap().is_empty(),
             "the first machine's are kept"
         );
-        assert!(store.drained().unwrap().1, "what was drained is resumed");
+        assert!(
+            store.drained().unwrap().contains_key(&None),
+            "what was drained is resumed"
+        );
     }
 
     #[test]

@@ -12,6 +12,7 @@ use command::{
     Arguments, Command, DONE, FAILED, NOT_CONFIGURED, ask, check, exit, generate, manual, print_error,
     residue, serve,
 };
+use supervisor::control::api::Drain;
 use supervisor::residue::files::Pace;
 
 fn main() -> ExitCode {
@@ -39,8 +40,15 @@ fn run(command: Command) -> u8 {
         Command::Logs { worker, follow, at } => {
             ask::with_client(&at, async |factory| ask::logs(factory, worker, follow).await)
         }
-        Command::Drain { slot, wait, at } => {
-            ask::with_client(&at, async |factory| ask::drain(factory, slot, wait).await)
+        Command::Drain {
+            slot,
+            wait,
+            reason,
+            until,
+            at,
+        } => {
+            let order = Drain { slot, reason, until };
+            ask::with_client(&at, async |factory| ask::drain(factory, order, wait).await)
         }
         Command::Resume { slot, at } => {
             ask::with_client(&at, async |factory| ask::resume(factory, slot).await)

@@ -6,7 +6,6 @@ mod damage;
 mod history;
 mod reserve;
 
-use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -18,6 +17,7 @@ use protocol::{BootstrapToken, SlotName, WorkerId};
 use rusqlite::{Connection, Row, params};
 
 use crate::buildomat::JobId;
+use crate::factory::drain::{Drain, Drains};
 use crate::worker::{Kill, Phase, Worker};
 pub use damage::Unsaved;
 pub use history::{History, PhaseChange};
@@ -44,7 +44,11 @@ pub trait Storage {
     ///
     /// # Errors
     /// The same.
-    fn save_drain(&mut self, slot: Option<&SlotName>, drained: bool) -> std::result::Result<(), Unsaved>;
+    fn save_drain(
+        &mut self,
+        slot: Option<&SlotName>,
+        drain: Option<&Drain>,
+    ) -> std::result::Result<(), Unsaved>;
 
     /// Is there a file system that can be written, with room for what is to be saved next? Makes the room if it can.
     ///
@@ -57,7 +61,7 @@ pub trait Storage {
 }
 
 /// Each brings the schema from its number to the next. Never change one that was released.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     "
     CREATE TABLE workers (
         id TEXT PRIMARY KEY NOT NULL,
@@ -92,6 +96,10 @@ const MIGRATIONS: [&str; 2] = [
         -- Empty: all slots.
         slot TEXT PRIMARY KEY NOT NULL
     ) STRICT;
+",
+    "
+    ALTER TABLE drained ADD COLUMN reason TEXT;
+    ALTER TABLE drained ADD COLUMN until INTEGER;
 ",
 ];
 
@@ -233,17 +241,29 @@ impl Store {
         Ok(removed.map_err(anyhow::Error::from)?)
     }
 
-    /// What was drained when the last life ended: the slots, and whether it was all.
+    /// What was drained when the last life ended.
     ///
     /// # Errors
     /// Where the database cannot be read.
-    pub fn drained(&self) -> Result<(BTreeSet<SlotName>, bool)> {
-        let mut query = self.db.prepare("SELECT slot FROM drained")?;
-        let names = query.query_map([], |row| row.get::<_, String>(0))?;
-        let names = names.collect::<rusqlite::Result<Vec<String>>>()?;
-        let all = names.iter().any(String::is_empty);
-        // A slot that is no name any more cannot take a job anyway.
-        Ok((names.iter().filter_map(|name| name.parse().ok()).collect(), all))
+    pub fn drained(&self) -> Result<Drains> {
+        let mut query = self.db.prepare("SELECT slot, reason, until FROM drained")?;
+        let mut rows = query.query([])?;
+        let mut drains = Drains::new();
+        while let Some(row) = rows.next()? {
+            let until: Option<i64> = row.get(2)?;
+            let drain = Drain {
+                reason: row.get(1)?,
+                until: until.and_then(|at| u64::try_from(at).ok()),
+            };
+            let slot: String = row.get(0)?;
+            // A slot that is no name any more cannot take a job anyway.
+            match slot.parse() {
+                Ok(slot) => drop(drains.insert(Some(slot), drain)),
+                Err(_) if slot.is_empty() => drop(drains.insert(None, drain)),
+                Err(_) => {}
+            }
+        }
+        Ok(drains)
     }
 
     /// Write; where room is missing, once more with what is kept for that.
@@ -275,15 +295,20 @@ impl Storage for Store {
         Ok(())
     }
 
-    fn save_drain(&mut self, slot: Option<&SlotName>, drained: bool) -> std::result::Result<(), Unsaved> {
-        let change = if drained {
-            "INSERT OR IGNORE INTO drained (slot) VALUES (?1)"
-        } else {
-            "DELETE FROM drained WHERE slot = ?1"
-        };
+    fn save_drain(
+        &mut self,
+        slot: Option<&SlotName>,
+        drain: Option<&Drain>,
+    ) -> std::result::Result<(), Unsaved> {
         let slot = slot.map_or("", SlotName::as_str);
         self.with_room(|store| {
-            store.db.execute(change, [slot])?;
+            match drain {
+                Some(Drain { reason, until }) => store.db.execute(
+                    "INSERT OR REPLACE INTO drained (slot, reason, until) VALUES (?1, ?2, ?3)",
+                    params![slot, reason, until.map(i64::try_from).transpose()?],
+                )?,
+                None => store.db.execute("DELETE FROM drained WHERE slot = ?1", [slot])?,
+            };
             Ok(())
         })
     }
@@ -502,15 +527,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let slot: SlotName = "a".parse().unwrap();
         let mut store = Store::open(dir.path()).unwrap();
-        for _ in 0..2 {
-            store.save_drain(None, true).unwrap();
-            store.save_drain(Some(&slot), true).unwrap();
+        let update = Drain {
+            reason: Some("a new kernel".into()),
+            until: Some(1_800_000_000_000),
+        };
+        for drain in [Drain::default(), update.clone()] {
+            store.save_drain(None, Some(&drain)).unwrap();
+            store.save_drain(Some(&slot), Some(&Drain::default())).unwrap();
         }
         drop(store);
         let mut store = Store::open(dir.path()).unwrap();
-        assert_eq!(store.drained().unwrap(), ([slot.clone()].into(), true));
-        store.save_drain(None, false).unwrap();
-        assert_eq!(store.drained().unwrap(), ([slot].into(), false));
+        let one = (Some(slot), Drain::default());
+        assert_eq!(store.drained().unwrap(), [(None, update), one.clone()].into());
+        store.save_drain(None, None).unwrap();
+        assert_eq!(store.drained().unwrap(), [one].into());
     }
 
     #[test]
@@ -602,6 +632,10 @@ mod tests {
                 "{version}"
             );
             assert!(!dir.path().join("factory.db.damaged").exists(), "{version}");
+            // No drain was saved before schema 2, and no end of one before schema 3.
+            let drained = store.drained().unwrap();
+            assert_eq!(drained.len(), usize::from(version >= 2), "{version}");
+            assert!(drained.values().all(|drain| *drain == Drain::default()));
             drop(store);
             let history = History::open(dir.path()).unwrap();
             let steps = history.of(WorkerId::from_bits(7)).unwrap();

@@ -3,8 +3,10 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
+use jiff::civil::DateTime;
+use jiff::{Span, Timestamp, Zoned};
 use protocol::{SlotName, WorkerId};
-use supervisor::control::api::Status;
+use supervisor::control::api::{Drain, Status};
 use supervisor::control::client::{Client, Error};
 use supervisor::control::procs;
 use supervisor::settings::Places;
@@ -136,8 +138,33 @@ pub async fn logs(client: Client, worker: WorkerId, follow: bool) -> CommandResu
     }
 }
 
-pub async fn drain(client: Client, slot: Option<SlotName>, wait: bool) -> CommandResult {
-    client.drain(slot.as_ref(), true).await?;
+/// When a drain ends: a duration from now, or a time (RFC 3339, or one of the host's time zone).
+fn drain_end(text: &str, now: &Zoned) -> Result<Timestamp, String> {
+    let refused = || {
+        format!(
+            "{text:?} is no time and no duration: write one such as 90m, 2h30m, 3d, 2026-12-01T08:00 or 2026-12-01T08:00:00Z"
+        )
+    };
+    if let Ok(span) = text.parse::<Span>() {
+        let end = now.checked_add(span).map_err(|_| refused())?;
+        return Ok(end.timestamp());
+    }
+    if let Ok(end) = text.parse::<Timestamp>() {
+        return Ok(end);
+    }
+    let local: DateTime = text.parse().map_err(|_| refused())?;
+    let end = local.to_zoned(now.time_zone().clone()).map_err(|_| refused())?;
+    Ok(end.timestamp())
+}
+
+/// The same, as the command line gives it.
+pub fn end_from_now(text: &str) -> Result<Timestamp, String> {
+    drain_end(text, &Zoned::now())
+}
+
+pub async fn drain(client: Client, order: Drain, wait: bool) -> CommandResult {
+    client.drain(&order).await?;
+    let slot = order.slot;
     if !wait {
         return Ok(DONE);
     }
@@ -167,7 +194,7 @@ pub async fn drain(client: Client, slot: Option<SlotName>, wait: bool) -> Comman
 }
 
 pub async fn resume(client: Client, slot: Option<SlotName>) -> CommandResult {
-    client.drain(slot.as_ref(), false).await?;
+    client.resume(slot.as_ref()).await?;
     if let Some(slot) = slot
         && client.status().await?.draining
     {
@@ -225,6 +252,26 @@ mod tests {
             "slots": [], "workers": [], "not_taken": not_taken, "troubles": [],
         });
         serde_json::from_value(status).unwrap()
+    }
+
+    #[test]
+    fn a_drain_ends_after_a_duration_or_at_a_time() {
+        let now: Zoned = "2026-11-28T12:00:00+01:00[Europe/Berlin]".parse().unwrap();
+        for (text, end) in [
+            ("90m", Some("2026-11-28T12:30:00Z")),
+            ("2h30m", Some("2026-11-28T13:30:00Z")),
+            ("1d", Some("2026-11-29T11:00:00Z")),
+            ("2026-12-01T08:00", Some("2026-12-01T07:00:00Z")),
+            ("2026-12-01 08:00", Some("2026-12-01T07:00:00Z")),
+            ("2026-12-01T08:00:00Z", Some("2026-12-01T08:00:00Z")),
+            ("tomorrow", None),
+            ("", None),
+            ("5", None),
+            ("999999999d", None),
+        ] {
+            let end: Option<Timestamp> = end.map(|end| end.parse().unwrap());
+            assert_eq!(drain_end(text, &now).ok(), end, "{text}");
+        }
     }
 
     #[test]

@@ -129,6 +129,12 @@ pub enum Command {
         /// Wait until no worker is left there.
         #[arg(long)]
         wait: bool,
+        /// Why, for who looks at the status.
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+        /// Take jobs again by itself then: after a duration such as 90m or 2h, or at a time such as 2026-12-01T08:00.
+        #[arg(long, value_name = "TIME|DURATION", value_parser = ask::end_from_now)]
+        until: Option<jiff::Timestamp>,
         #[command(flatten)]
         at: Location,
     },

@@ -3,7 +3,7 @@
 
 use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
-use supervisor::control::api::{Details, PeerStatus, Slot, SlotState, Status};
+use supervisor::control::api::{Details, Drain, PeerStatus, Slot, SlotState, Status};
 use supervisor::residue::Report;
 
 const BAD: Style = AnsiColor::Red.on_default().bold();
@@ -136,10 +136,14 @@ pub fn status(s: &Status) -> String {
         text += &format!("{:8} of {token}\n", "token");
     }
     let taken = match &s.not_taken {
-        _ if s.draining => styled(
-            RESTING,
-            "draining: no new ones are taken; `user-factory resume` takes them again",
-        ),
+        _ if s.draining => {
+            let all = s.drains.iter().find(|drain| drain.slot.is_none());
+            let details = all.map(Drain::details).unwrap_or_default();
+            styled(
+                RESTING,
+                &format!("draining{details}: no new ones are taken; `user-factory resume` takes them again"),
+            )
+        }
         Some(why) => styled(BAD, &format!("not taken: {why}")),
         None => "taken".into(),
     };

@@ -22,6 +22,9 @@ pub struct Status {
     pub status_page: Option<PeerStatus>,
     /// No new jobs are taken, as the operator ordered.
     pub draining: bool,
+    /// What the operator has drained.
+    #[serde(default)]
+    pub drains: Vec<Drain>,
     pub slots: Vec<Slot>,
     pub workers: Vec<Worker>,
     /// Why the supervisor cannot save its state, or may soon not be able to.
@@ -41,6 +44,31 @@ pub struct Status {
     pub foreign: Vec<ForeignWorker>,
     /// The last warnings and errors, the oldest first.
     pub troubles: Vec<Problem>,
+}
+
+/// An operator's order to take no jobs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drain {
+    /// None: on all slots. In a request, the path says it.
+    #[serde(default)]
+    pub slot: Option<SlotName>,
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// When jobs are taken again by themselves.
+    #[serde(default)]
+    pub until: Option<Timestamp>,
+}
+
+impl Drain {
+    /// Reason and end, as they follow a word; nothing where neither is said.
+    pub fn details(&self) -> String {
+        let until = self.until.map(|end| format!("until {end}"));
+        let all: Vec<String> = self.reason.clone().into_iter().chain(until).collect();
+        match all.is_empty() {
+            true => String::new(),
+            false => format!(" ({})", all.join(", ")),
+        }
+    }
 }
 
 /// The configuration in use.

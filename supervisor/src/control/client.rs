@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use protocol::{SlotName, WorkerId};
-use reqwest::{Client as Http, Method, Response};
+use reqwest::{Client as Http, Method, RequestBuilder, Response};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::api::{Details, Refusal, Status};
+use super::api::{Details, Drain, Refusal, Status};
 use crate::buildomat::causes;
 
 /// A call has been answered in full by then, or the factory is away. (A deletion is answered before it is done.)
@@ -73,13 +73,17 @@ impl Client {
         .await
     }
 
-    pub async fn drain(&self, slot: Option<&SlotName>, drain: bool) -> Result<(), Error> {
-        let verb = if drain { "drain" } else { "resume" };
-        let path = match slot {
-            Some(slot) => format!("/v1/slots/{slot}/{verb}"),
-            None => format!("/v1/{verb}"),
-        };
-        self.call(Method::POST, &path).await.map(drop)
+    /// Take no jobs, on one slot or on all.
+    pub async fn drain(&self, order: &Drain) -> Result<(), Error> {
+        let path = of_slot(order.slot.as_ref(), "drain");
+        self.send(self.request(Method::POST, &path).json(order))
+            .await
+            .map(drop)
+    }
+
+    /// Take them again.
+    pub async fn resume(&self, slot: Option<&SlotName>) -> Result<(), Error> {
+        self.call(Method::POST, &of_slot(slot, "resume")).await.map(drop)
     }
 
     pub async fn destroy(&self, worker: WorkerId) -> Result<(), Error> {
@@ -118,9 +122,16 @@ impl Client {
         ))
     }
 
-    async fn call(&self, method: Method, path: &str) -> Result<Response, Error> {
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
         // The name is never looked up: the socket is where it leads.
-        let request = self.http.request(method, format!("http://user-factory{path}"));
+        self.http.request(method, format!("http://user-factory{path}"))
+    }
+
+    async fn call(&self, method: Method, path: &str) -> Result<Response, Error> {
+        self.send(self.request(method, path)).await
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Result<Response, Error> {
         let answer = timeout(TIMEOUT, request.send()).await.map_err(|_| self.late())?;
         let answer = answer.map_err(|e| {
             Error::Away(format!(
@@ -138,5 +149,12 @@ impl Client {
         Err(Error::Refused(
             said.unwrap_or_else(|_| format!("the factory answered {status}")),
         ))
+    }
+}
+
+fn of_slot(slot: Option<&SlotName>, verb: &str) -> String {
+    match slot {
+        Some(slot) => format!("/v1/slots/{slot}/{verb}"),
+        None => format!("/v1/{verb}"),
     }
 }

@@ -42,6 +42,12 @@ struct State {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DrainOf {
+    slot: String,
+    reason: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfSlot {
     slot: String,
 }
@@ -221,6 +227,22 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         "draining",
         "Are no new jobs taken, by the operator's word?",
         draining,
+    );
+
+    let drains: Real<DrainOf> = Family::default();
+    for drain in &status.drains {
+        let labels = DrainOf {
+            slot: drain.slot.as_ref().map(ToString::to_string).unwrap_or_default(),
+            reason: drain.reason.clone().unwrap_or_default(),
+        };
+        let until = drain.until.map_or(0.0, |end| end.as_duration().as_secs_f64());
+        drains.get_or_create(&labels).set(until);
+    }
+    registry.register_with_unit(
+        "drain_end",
+        "When each drain ends, since 1970; 0 where it lasts until it is resumed. No slot: all",
+        Unit::Seconds,
+        drains,
     );
 
     let taken: Gauge = Gauge::default();

@@ -29,6 +29,7 @@ use super::procs;
 use super::state::{Answer, Command, CommandQueue, Operator};
 use super::status::time;
 use crate::console;
+use crate::factory::drain::Drain;
 use crate::helper_client::{self, HelperClient};
 use crate::store::History;
 
@@ -41,6 +42,8 @@ const HELPER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The page that shows the status: one file, without anything from elsewhere. It asks for `/v1/status` itself, every two
 /// seconds.
 const PAGE: &str = include_str!("page.html");
+/// Characters of a drain's reason.
+const MAX_REASON: usize = 200;
 /// Lines of the console in a worker's details.
 const LAST_LINES: usize = 20;
 
@@ -92,15 +95,18 @@ impl ControlServer {
             .route("/v1/workers/{worker}/console", get(read_console))
             .route("/v1/workers/{worker}/destroy", post(destroy))
             .route("/v1/workers/{worker}/kill", post(kill))
-            .route("/v1/drain", post(|state, by| drain_all(state, by, true)))
-            .route("/v1/resume", post(|state, by| drain_all(state, by, false)))
+            .route(
+                "/v1/drain",
+                post(|state, by, order| drain(state, by, None, order)),
+            )
+            .route("/v1/resume", post(|state, by| resume(state, by, None)))
             .route(
                 "/v1/slots/{slot}/drain",
-                post(|state, by, slot| drain_one(state, by, slot, true)),
+                post(|state, by, PathPart(slot), order| drain(state, by, Some(slot), order)),
             )
             .route(
                 "/v1/slots/{slot}/resume",
-                post(|state, by, slot| drain_one(state, by, slot, false)),
+                post(|state, by, PathPart(slot)| resume(state, by, Some(slot))),
             )
             .route("/v1/reload", post(reload))
             .merge(public())
@@ -370,35 +376,61 @@ async fn kill(
         .await
 }
 
-async fn drain_all(
-    State(server): State<ControlServer>,
-    ConnectInfo(peer): ConnectInfo<PeerUid>,
-    drain: bool,
+async fn drain(
+    state: State<ControlServer>,
+    peer: ConnectInfo<PeerUid>,
+    slot: Option<SlotName>,
+    order: Option<Json<api::Drain>>,
 ) -> ApiResult<StatusCode> {
-    let by = peer.operator()?;
-    let command = |answer| Command::Drain {
-        slot: None,
-        drain,
-        by,
-        answer,
+    let Json(order) = order.unwrap_or_default();
+    let is_good = |reason: &String| {
+        let length = reason.chars().count();
+        (1..=MAX_REASON).contains(&length) && !reason.chars().any(char::is_control)
     };
-    server.command(StatusCode::CONFLICT, command).await
+    if order.reason.as_ref().is_some_and(|reason| !is_good(reason)) {
+        return Err(ApiError(
+            StatusCode::BAD_REQUEST,
+            format!(
+                "the reason of a drain must have 1 to {MAX_REASON} characters in one line: write another"
+            ),
+        ));
+    }
+    let until = order
+        .until
+        .map(|end| u64::try_from(end.as_millisecond()).unwrap_or(0));
+    let drain = Drain {
+        reason: order.reason,
+        until,
+    };
+    order_drain(state, peer, slot, Some(drain)).await
 }
 
-async fn drain_one(
+async fn resume(
+    state: State<ControlServer>,
+    peer: ConnectInfo<PeerUid>,
+    slot: Option<SlotName>,
+) -> ApiResult<StatusCode> {
+    order_drain(state, peer, slot, None).await
+}
+
+async fn order_drain(
     State(server): State<ControlServer>,
     ConnectInfo(peer): ConnectInfo<PeerUid>,
-    PathPart(slot): PathPart<SlotName>,
-    drain: bool,
+    slot: Option<SlotName>,
+    drain: Option<Drain>,
 ) -> ApiResult<StatusCode> {
     let by = peer.operator()?;
+    let refusal = match slot {
+        Some(_) => StatusCode::NOT_FOUND,
+        None => StatusCode::CONFLICT,
+    };
     let command = |answer| Command::Drain {
-        slot: Some(slot),
+        slot,
         drain,
         by,
         answer,
     };
-    server.command(StatusCode::NOT_FOUND, command).await
+    server.command(refusal, command).await
 }
 
 /// Why the helper, which reads the same file and sees more of the host, would not start with the configuration. One that

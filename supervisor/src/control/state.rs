@@ -14,6 +14,7 @@ use super::api::{self, Status};
 use super::listener::StatusPage;
 use super::metrics::Metrics;
 use super::status::{View, time};
+use crate::factory::drain::Drain;
 use crate::factory::{Input, Level, LogLine};
 use crate::token::TokenStore;
 use crate::{config_check, settings};
@@ -30,7 +31,7 @@ pub enum Command {
     /// Take no new jobs, on this slot or on all; or take them again.
     Drain {
         slot: Option<SlotName>,
-        drain: bool,
+        drain: Option<Drain>,
         by: Operator,
         answer: Answer,
     },
@@ -166,6 +167,7 @@ impl StatusState {
             helper: view.helper(self.helper.clone()),
             status_page: self.page.as_ref().map(|page| page.shown(now)),
             draining: view.factory.is_draining(),
+            drains: view.drains(),
             slots: view.slots(),
             workers: view.workers(),
             storage: view.factory.storage_problem().cloned(),

@@ -7,6 +7,7 @@ use protocol::{SlotName, UserName, WorkerId};
 
 use super::api::{self, SlotState};
 use crate::call_error::Peer;
+use crate::factory::drain::Drain;
 use crate::factory::entry::Owned;
 use crate::factory::unknown::SHOWN_MS;
 use crate::factory::{Entry, Factory, PeerState, PendingWorker};
@@ -111,8 +112,13 @@ impl View<'_> {
         } else if let Some(id) = orphan {
             let because = format!("nobody's worker {id} is being deleted");
             (SlotState::Busy, Some(because))
-        } else if self.factory.drained_slots().contains(name) {
-            (SlotState::Draining, None)
+        } else if let Some(drain) = self.factory.drains().get(&Some(name.clone())) {
+            let details = api_drain(None, drain).details();
+            let details = details.trim_start_matches(" (").trim_end_matches(')');
+            (
+                SlotState::Draining,
+                (!details.is_empty()).then(|| details.to_owned()),
+            )
         } else if let Some(other) = taken.excluded.get(name) {
             (SlotState::Blocked, Some(format!("conflicts with {other}")))
         } else if let Some(until) = self.factory.cooldown(name).filter(|until| *until > self.now) {
@@ -168,8 +174,22 @@ impl View<'_> {
         }
     }
 
+    /// What the operator has drained.
+    pub fn drains(&self) -> Vec<api::Drain> {
+        let drains = self.factory.drains().iter();
+        drains
+            .map(|(slot, drain)| api_drain(slot.clone(), drain))
+            .collect()
+    }
+
     /// Why no jobs are taken, whatever slot is free.
     pub fn not_taken(&self) -> Option<String> {
+        if let Some(drain) = self.factory.drains().get(&None) {
+            let details = api_drain(None, drain).details();
+            return Some(format!(
+                "all slots are drained{details}: `user-factory resume` takes jobs again"
+            ));
+        }
         if let Some(why) = self.factory.not_asked_for() {
             return Some(why.to_owned());
         }
@@ -193,6 +213,14 @@ impl View<'_> {
                 text: self.factory.other_host_text(id, other),
             })
             .collect()
+    }
+}
+
+fn api_drain(slot: Option<SlotName>, drain: &Drain) -> api::Drain {
+    api::Drain {
+        slot,
+        reason: drain.reason.clone(),
+        until: drain.until.map(time),
     }
 }
 

@@ -6,8 +6,9 @@ use tokio::sync::oneshot;
 use super::Driver;
 use crate::control::api::Status;
 use crate::control::state::{Answer, Command};
-use crate::control::status::View;
+use crate::control::status::{View, time};
 use crate::factory::Input;
+use crate::factory::drain::Drain;
 use crate::store::Storage;
 
 impl<S: Storage> Driver<S> {
@@ -39,16 +40,21 @@ impl<S: Storage> Driver<S> {
                 format!("there is no slot {slot}: see `user-factory status`"),
             ),
             Command::Drain {
+                drain: Some(Drain { until: Some(end), .. }),
+                answer,
+                ..
+            } if end <= self.clock.wall() => refused(
+                answer,
+                "the end of the drain has passed already by this host's clock: name a later time".into(),
+            ),
+            Command::Drain {
                 slot,
                 drain,
                 by,
                 answer,
             } => {
                 self.drain_command = Some((by, answer));
-                match slot {
-                    Some(slot) => Input::DrainSlot(slot, drain),
-                    None => Input::Drain(drain),
-                }
+                Input::Drain(slot, drain)
             }
             Command::Destroy { worker, by, answer } => {
                 if !self.factory.owns(worker) && !self.factory.may_be_another_hosts(worker) {
@@ -93,15 +99,31 @@ impl<S: Storage> Driver<S> {
     }
 
     /// Save what is drained, and answer the operator's command, if it is one's. The input that says that it is saved.
-    pub(super) fn save_drain(&mut self, slot: Option<SlotName>, drain: bool) -> Input {
+    pub(super) fn save_drain(&mut self, slot: Option<SlotName>, drain: Option<Drain>) -> Input {
         let command = self.drain_command.take();
         let by = command.as_ref().map(|(by, _)| tracing::field::display(*by));
-        let saved = self.persistence.store().save_drain(slot.as_ref(), drain);
+        let saved = self.persistence.store().save_drain(slot.as_ref(), drain.as_ref());
         let result = saved.map_err(|why| format!("it cannot be remembered: {why}"));
+        let is_drain = drain.is_some();
+        let reason = drain.as_ref().and_then(|drain| drain.reason.as_deref());
+        let until = drain.as_ref().and_then(|drain| drain.until);
+        let until = until.map(|end| tracing::field::display(time(end)));
         match (&result, &slot) {
-            (Ok(()), Some(slot)) => tracing::info!(%slot, drain, by, "an operator drains or resumes a slot"),
-            (Ok(()), None) => tracing::info!(drain, by, "an operator drains or resumes all slots"),
-            (Err(why), _) => tracing::error!(drain, by, "what is drained is not changed: {why}"),
+            // The core has logged the end of one.
+            (Ok(()), _) if command.is_none() => {}
+            (Ok(()), Some(slot)) => {
+                tracing::info!(%slot, drain = is_drain, by, reason, until, "an operator drains or resumes a slot");
+            }
+            (Ok(()), None) => {
+                tracing::info!(
+                    drain = is_drain,
+                    by,
+                    reason,
+                    until,
+                    "an operator drains or resumes all slots"
+                );
+            }
+            (Err(why), _) => tracing::error!(drain = is_drain, by, "what is drained is not saved: {why}"),
         }
         let is_saved = result.is_ok();
         if let Some((_, answer)) = command {

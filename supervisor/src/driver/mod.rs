@@ -20,7 +20,7 @@ use crate::config_check::ConfigFile;
 use crate::control::metrics::{self, Metrics};
 use crate::control::state::{Answer, Command, Operator, StatusState};
 use crate::executor::Executor;
-use crate::factory::{Factory, Input, Output};
+use crate::factory::{Factory, Input, Output, drain};
 use crate::free_resources::ResourceCheck;
 use crate::notify::Watchdog;
 use crate::pending_calls::PendingCalls;
@@ -74,6 +74,11 @@ impl Clock {
         wall.map_or(0, |wall| wall - self.now().cast_signed())
     }
 
+    /// The host's clock, in milliseconds since 1970.
+    pub fn wall(&self) -> u64 {
+        self.now().saturating_add_signed(self.ahead())
+    }
+
     pub fn now(&self) -> u64 {
         self.at + u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX / 2)
     }
@@ -122,6 +127,12 @@ impl<S: Storage> Driver<S> {
             let shortage = self.resources.shortage(&self.factory.config().factory.min_free);
             if shortage.as_deref() != self.factory.shortage() {
                 outputs.extend(self.factory.handle(self.clock.now(), Input::Shortage(shortage)));
+            }
+            // Not while an operator's command waits for its answer, which the next save is taken for.
+            let wall = self.clock.wall();
+            let is_over = drain::next_end(self.factory.drains()).is_some_and(|end| end <= wall);
+            if is_over && self.drain_command.is_none() {
+                outputs.extend(self.factory.handle(self.clock.now(), Input::WallClock(wall)));
             }
             for (peer, since) in self.unanswered() {
                 outputs.extend(

@@ -34,7 +34,8 @@ impl Factory {
 
     fn free_beside(&self, now: u64, used: &BTreeSet<SlotName>) -> Free<'_> {
         let cooling_down = self.cooldowns.iter().filter(|(_, cooldown)| cooldown.until > now);
-        let excluded = cooling_down.map(|(slot, _)| slot).chain(&self.drained_slots);
+        let drained = self.drains.keys().flatten();
+        let excluded = cooling_down.map(|(slot, _)| slot).chain(drained);
         self.plan.free(used, excluded)
     }
 
@@ -142,7 +143,7 @@ impl Factory {
         }
         let slot = self.free(now).pick(lease.target).cloned();
         let Some(slot) = slot.filter(|_| {
-            !self.stopped && !self.draining && self.file_differs.is_none() && self.storage.is_none()
+            !self.stopped && !self.is_draining() && self.file_differs.is_none() && self.storage.is_none()
         }) else {
             let error = format!("a job of target {} finds no slot", lease.target);
             if self.last_lease_error != error {

@@ -10,6 +10,7 @@
 //! An idle factory does not ask the helper: see `poll`.
 
 mod actions;
+pub mod drain;
 pub mod entry;
 mod leasing;
 mod poll;
@@ -29,6 +30,7 @@ use crate::identity::Identity;
 use crate::schedule::Plan;
 use crate::worker::{Action, Event, Phase, Rules, Worker};
 
+use drain::{Drain, Drains};
 use entry::Owned;
 pub use entry::{Entry, PendingWorker};
 
@@ -49,12 +51,12 @@ pub enum Input {
     Renewed(WorkerId, Result<bool, CallError>),
     /// The answer to [`Output::Act`].
     Done(WorkerId, Event),
-    /// Take no new jobs (or take them again).
-    Drain(bool),
-    /// The same for one slot.
-    DrainSlot(SlotName, bool),
+    /// Take no new jobs, on one slot or on all; or take them again.
+    Drain(Option<SlotName>, Option<Drain>),
     /// The answer to [`Output::SaveDrain`].
-    DrainSaved(Option<SlotName>, bool),
+    DrainSaved(Option<SlotName>, Option<Drain>),
+    /// What the host's clock says, in milliseconds since 1970: drains end by it.
+    WallClock(u64),
     /// The configuration has changed. A worker whose slot is no longer in it stays to its end.
     Configure(Box<Config>),
     /// Delete this worker, held or not, also where it may be another host's.
@@ -94,7 +96,7 @@ pub enum Output {
     /// Must be on the disk before any output after it is begun.
     Save(Worker),
     /// To be answered with [`Input::DrainSaved`] once it is on the disk, and not at all where it cannot be saved.
-    SaveDrain(Option<SlotName>, bool),
+    SaveDrain(Option<SlotName>, Option<Drain>),
     /// The same.
     Remove(WorkerId),
     Log(LogLine),
@@ -188,8 +190,7 @@ pub struct Factory {
     no_jobs: Backoff,
     no_jobs_until: u64,
     reconciled: bool,
-    draining: bool,
-    drained_slots: BTreeSet<SlotName>,
+    drains: Drains,
     /// The helper reads the configuration file at each request: a job that is leased while the file differs from the
     /// configuration in use might get another slot than it was leased for.
     file_differs: Option<(u64, String)>,
@@ -230,8 +231,7 @@ impl Factory {
             no_jobs: Backoff::default(),
             no_jobs_until: 0,
             reconciled: false,
-            draining: false,
-            drained_slots: BTreeSet::new(),
+            drains: Drains::new(),
             file_differs: None,
             storage: None,
             shortage: None,
@@ -258,8 +258,8 @@ impl Factory {
 
     /// The same, with what the operator had drained in the last life: slots, or all.
     #[must_use]
-    pub fn drained(mut self, (slots, all): (BTreeSet<SlotName>, bool)) -> Self {
-        (self.drained_slots, self.draining) = (slots, all);
+    pub fn drained(mut self, drains: Drains) -> Self {
+        self.drains = drains;
         self
     }
 
@@ -268,11 +268,10 @@ impl Factory {
         self.turn += 1;
         match input {
             Input::Tick => {}
-            Input::Drain(drained) => self.out.push(Output::SaveDrain(None, drained)),
-            Input::DrainSlot(slot, drained) => self.out.push(Output::SaveDrain(Some(slot), drained)),
-            Input::DrainSaved(None, drained) => self.draining = drained,
-            Input::DrainSaved(Some(slot), true) => drop(self.drained_slots.insert(slot)),
-            Input::DrainSaved(Some(slot), false) => drop(self.drained_slots.remove(&slot)),
+            Input::Drain(slot, drain) => self.out.push(Output::SaveDrain(slot, drain)),
+            Input::DrainSaved(slot, Some(drain)) => drop(self.drains.insert(slot, drain)),
+            Input::DrainSaved(slot, None) => drop(self.drains.remove(&slot)),
+            Input::WallClock(wall) => self.end_drains(wall),
             Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), *config),
             Input::Destroy(worker) => self.destroy(now, worker),
             Input::Kill(worker, reason) => self.step(now, worker, Event::Kill(reason)),
@@ -365,6 +364,19 @@ impl Factory {
         for id in waiting {
             let ms = now.saturating_sub(since);
             self.step(now, id, Event::Waited { ms });
+        }
+    }
+
+    /// What has come to its end is over at once, saved or not: the next life compares the time again.
+    fn end_drains(&mut self, wall: u64) {
+        for slot in drain::ended(&self.drains, wall) {
+            self.drains.remove(&slot);
+            let of = slot
+                .as_ref()
+                .map_or("all slots".into(), |slot| format!("slot {slot}"));
+            let text = format!("the drain of {of} has come to its end: jobs are taken again");
+            self.log(Level::Info, None, text);
+            self.out.push(Output::SaveDrain(slot, None));
         }
     }
 
@@ -471,11 +483,11 @@ impl Factory {
     }
 
     pub fn is_draining(&self) -> bool {
-        self.draining
+        self.drains.contains_key(&None)
     }
 
-    pub fn drained_slots(&self) -> &BTreeSet<SlotName> {
-        &self.drained_slots
+    pub fn drains(&self) -> &Drains {
+        &self.drains
     }
 
     /// Until when this slot takes no jobs since it has failed workers by itself.
@@ -521,7 +533,7 @@ impl Factory {
 
     /// Why the server is not asked for jobs, whatever slot is free.
     pub fn not_asked_for(&self) -> Option<&str> {
-        Some(if self.draining {
+        Some(if self.is_draining() {
             "all slots are drained: `user-factory resume` takes jobs again"
         } else if self.storage.is_some() {
             "the supervisor's state cannot be saved"

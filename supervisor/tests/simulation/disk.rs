@@ -3,6 +3,7 @@
 use protocol::config::Config;
 use protocol::{SlotName, WorkerId};
 use supervisor::config_check::ConfigFile;
+use supervisor::factory::drain::Drain;
 use supervisor::store::{Storage, Store, Unsaved};
 use supervisor::worker::Worker;
 
@@ -38,8 +39,8 @@ impl Storage for WorldStore {
         self.store.remove(worker)
     }
 
-    fn save_drain(&mut self, slot: Option<&SlotName>, drained: bool) -> Result<(), Unsaved> {
-        self.store.save_drain(slot, drained)
+    fn save_drain(&mut self, slot: Option<&SlotName>, drain: Option<&Drain>) -> Result<(), Unsaved> {
+        self.store.save_drain(slot, drain)
     }
 
     fn check(&mut self) -> Result<(), Unsaved> {

@@ -3,6 +3,7 @@
 use protocol::{Exit, State, TargetId, WorkerId};
 use supervisor::buildomat::JobId;
 use supervisor::factory::Input;
+use supervisor::factory::drain::Drain;
 
 use crate::plan::Plan;
 use crate::script::{Change, Extent, Item, Mode};
@@ -127,16 +128,16 @@ impl World {
                 self.server.cancel(&job);
             }
             Item::Drain(ms) => {
-                self.say(Input::Drain(true));
+                self.say(Input::Drain(None, Some(Drain::default())));
                 self.checks.drained(self.now, self.alive);
                 self.lasts(Period::Drain, ms);
             }
             Item::DrainSlot(n, ms) => {
                 let slot = self.plan.name(n);
                 if let Some(before) = self.drained.take() {
-                    self.say(Input::DrainSlot(before, false));
+                    self.say(Input::Drain(Some(before), None));
                 }
-                self.say(Input::DrainSlot(slot.clone(), true));
+                self.say(Input::Drain(Some(slot.clone()), Some(Drain::default())));
                 self.checks.slot_drained(self.now, slot.clone(), self.alive);
                 self.drained = Some(slot);
                 self.lasts(Period::DrainSlot, ms);
@@ -170,12 +171,12 @@ impl World {
             Period::HoldNew => self.settings.hold_new = false,
             Period::Old => self.settings.old = false,
             Period::Drain => {
-                self.say(Input::Drain(false));
+                self.say(Input::Drain(None, None));
                 self.checks.undrained();
             }
             Period::DrainSlot => {
                 if let Some(slot) = self.drained.take() {
-                    self.say(Input::DrainSlot(slot, false));
+                    self.say(Input::Drain(Some(slot), None));
                     self.checks.slot_undrained();
                 }
             }
@@ -215,7 +216,10 @@ impl World {
             Period::SecondCut,
         ];
         if self.second.alive {
-            self.second.orders.words.push(Input::Drain(true));
+            self.second
+                .orders
+                .words
+                .push(Input::Drain(None, Some(Drain::default())));
         }
         self.full_after = None;
         for period in periods {

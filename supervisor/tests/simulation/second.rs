@@ -71,7 +71,10 @@ impl World {
         (second.alive, second.begun, second.orders.start) = (true, true, true);
         self.note(|| "* the second supervisor starts".into());
         if self.is_calm() {
-            self.second.orders.words.push(Input::Drain(true));
+            self.second
+                .orders
+                .words
+                .push(Input::Drain(None, Some(Default::default())));
         }
     }
 

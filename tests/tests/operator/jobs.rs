@@ -152,6 +152,78 @@ async fn draining_waits_for_what_runs_takes_nothing_new_and_is_undone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_drain_says_why_outlives_a_restart_and_ends_by_itself() {
+    let mut factory = TestFactory::new(TWO).await;
+    answering(&factory).await;
+    // Long enough for a restart, on a busy machine too.
+    done(&factory, &["drain", "--reason", "new kernel", "--until", "20s"]);
+    done(
+        &factory,
+        &["drain", "b", "--reason", "new probe", "--until", "1h"],
+    );
+    factory.end_supervisor(Signal::SIGTERM);
+    factory.supervisor = factory.host.supervisor();
+    answering(&factory).await;
+    let status = json(&factory, &["status"]);
+    assert_eq!(status["draining"], true, "{status:#}");
+    let drains = status["drains"].as_array().unwrap();
+    let of = |slot: Option<&str>| {
+        drains
+            .iter()
+            .find(|drain| drain["slot"].as_str() == slot)
+            .unwrap()
+    };
+    assert_eq!(of(None)["reason"], "new kernel");
+    assert_eq!(of(Some("b"))["reason"], "new probe");
+    let why = status["not_taken"].as_str().unwrap();
+    assert!(
+        why.contains("drained (new kernel, until ") && why.contains(of(None)["until"].as_str().unwrap()),
+        "{why}"
+    );
+    let text = done(&factory, &["status"]);
+    assert!(
+        text.contains("draining (new kernel, until ") && text.contains("new probe, until"),
+        "{text}"
+    );
+    let jobs = [factory.submit_blocking(), factory.submit("true")];
+    factory.polls(2).await;
+    assert_eq!(factory.server.job(jobs[0]).state(), "queued");
+    // Its end comes, and that of slot b is far away.
+    factory.printed(jobs[0], "running").await;
+    factory.logged(&["the drain of all slots has come to its end"]);
+    factory.polls(2).await;
+    assert_eq!(factory.server.job(jobs[1]).state(), "queued");
+    let status = json(&factory, &["status"]);
+    assert_eq!(
+        (&status["draining"], state_of(&status, "b")),
+        (&Value::Bool(false), "draining".into())
+    );
+    done(&factory, &["resume", "b"]);
+    factory.completed(jobs[1]).await;
+    factory.release();
+    factory.completed(jobs[0]).await;
+    for (words, status, part) in [
+        (["drain", "--until", "yesterday"], 2, "no time and no duration"),
+        (
+            ["drain", "--until", "2020-01-01T00:00:00Z"],
+            1,
+            "has passed already",
+        ),
+        (["drain", "--reason", "two\nlines"], 1, "in one line"),
+    ] {
+        let said = say(&factory, &words);
+        assert!(
+            said.status == status && said.err.contains(part),
+            "{}: {}",
+            said.status,
+            said.err
+        );
+    }
+    assert_eq!(json(&factory, &["status"])["draining"], false);
+    factory.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_slot_is_drained_and_the_other_goes_on() {
     let factory = TestFactory::new(TWO).await;
     answering(&factory).await;

@@ -538,13 +538,13 @@ fn a_forgotten_database_is_rebuilt_from_the_server_and_the_host() {
 #[test]
 fn a_draining_or_stopped_factory_takes_nothing() {
     let mut world = World::new();
-    world.tell(Input::Drain(true));
+    world.tell(Input::Drain(None, Some(Drain::default())));
     world.submit(1, '2');
     for n in 0..100 {
         world.step(n);
     }
     assert!(world.queue.len() == 1 && world.counts["lease"] > 10);
-    world.tell(Input::Drain(false));
+    world.tell(Input::Drain(None, None));
     world.run(|w| !w.disk.is_empty());
     world.tell(Input::Stop);
     while !world.pending.is_empty() {
@@ -620,12 +620,12 @@ fn jobs_that_come_unasked_get_no_worker_while_the_server_refuses_to_make_one() {
 fn a_drained_slot_takes_nothing_and_the_others_do() {
     let mut world = World::new();
     let slot: SlotName = "c".parse().unwrap();
-    world.tell(Input::DrainSlot(slot.clone(), true));
+    world.tell(Input::Drain(Some(slot.clone()), Some(Drain::default())));
     world.submit(1, '2');
     world.submit(2, '3');
     world.run(|w| w.done.contains(&job(1)));
     assert_eq!(world.queue.len(), 1);
-    world.tell(Input::DrainSlot(slot, false));
+    world.tell(Input::Drain(Some(slot), None));
     world.run(World::is_empty);
 }
 
@@ -860,20 +860,54 @@ fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_
 #[test]
 fn what_is_drained_changes_once_it_is_saved_and_not_before() {
     let mut world = World::new();
-    let slot: SlotName = "a".parse().unwrap();
+    let slot: Option<SlotName> = Some("a".parse().unwrap());
+    let drain = Some(Drain::default());
     let core = &mut world.core;
-    let outputs = core.handle(1000, Input::Drain(true));
-    assert!(outputs.contains(&Output::SaveDrain(None, true)) && !core.is_draining());
-    let outputs = core.handle(1000, Input::DrainSlot(slot.clone(), true));
+    for slot in [None, slot] {
+        let outputs = core.handle(1000, Input::Drain(slot.clone(), drain.clone()));
+        assert!(outputs.contains(&Output::SaveDrain(slot.clone(), drain.clone())));
+        assert!(core.drains().is_empty());
+        core.handle(1000, Input::DrainSaved(slot.clone(), drain.clone()));
+        assert!(core.drains().contains_key(&slot) && core.is_draining() == slot.is_none());
+        core.handle(1000, Input::DrainSaved(slot, None));
+        assert!(core.drains().is_empty() && !core.is_draining());
+    }
+}
+
+#[test]
+fn a_drain_with_an_end_ends_by_the_hosts_clock_and_says_why_until_then() {
+    let mut world = World::new();
+    let slot: Option<SlotName> = Some("c".parse().unwrap());
+    let until = |at| {
+        Some(Drain {
+            reason: Some("a new kernel".into()),
+            until: Some(at),
+        })
+    };
+    world.tell(Input::Drain(None, until(1_800_000_000_000)));
+    world.tell(Input::Drain(slot.clone(), until(1_800_000_000_001)));
+    let why = world.view().not_taken().unwrap();
     assert!(
-        outputs.contains(&Output::SaveDrain(Some(slot.clone()), true)) && core.drained_slots().is_empty()
+        why.contains("drained (a new kernel, until 2027-01-15T08:00:00Z)"),
+        "{why}"
     );
-    core.handle(1000, Input::DrainSaved(None, true));
-    core.handle(1000, Input::DrainSaved(Some(slot.clone()), true));
-    assert!(core.is_draining() && core.drained_slots().contains(&slot));
-    core.handle(1000, Input::DrainSaved(None, false));
-    core.handle(1000, Input::DrainSaved(Some(slot), false));
-    assert!(!core.is_draining() && core.drained_slots().is_empty());
+    world.tell(Input::WallClock(1_799_999_999_999));
+    assert!(world.core.is_draining());
+    // The core's own time is another.
+    let outputs = world.core.handle(world.now, Input::WallClock(1_800_000_000_000));
+    assert!(outputs.contains(&Output::SaveDrain(None, None)), "{outputs:?}");
+    // It is over, whether that can be saved or not.
+    assert!(!world.core.is_draining());
+    let slots = world.view().slots();
+    let c = slots.iter().find(|s| s.name.as_str() == "c").unwrap();
+    assert_eq!(
+        c.because.as_deref(),
+        Some("a new kernel, until 2027-01-15T08:00:00.001Z")
+    );
+    world.tell(Input::WallClock(u64::MAX));
+    assert!(world.core.drains().is_empty());
+    world.submit(1, '3');
+    world.run(|w| w.done.len() == 1);
 }
 
 #[test]

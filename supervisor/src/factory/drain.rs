@@ -1,0 +1,29 @@
+//! What the operator has drained: on which slots, why, and until when no jobs are taken.
+
+use std::collections::BTreeMap;
+
+use protocol::SlotName;
+
+/// Of one slot, or of all (none).
+pub type Drains = BTreeMap<Option<SlotName>, Drain>;
+
+/// An operator's order to take no jobs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Drain {
+    pub reason: Option<String>,
+    /// In milliseconds since 1970, by the host's clock. None: until it is resumed.
+    pub until: Option<u64>,
+}
+
+/// When the next one ends.
+pub fn next_end(drains: &Drains) -> Option<u64> {
+    drains.values().filter_map(|drain| drain.until).min()
+}
+
+/// What has come to its end by this time of the host's clock.
+pub fn ended(drains: &Drains, wall: u64) -> Vec<Option<SlotName>> {
+    let ended = drains
+        .iter()
+        .filter(|(_, drain)| drain.until.is_some_and(|end| end <= wall));
+    ended.map(|(slot, _)| slot.clone()).collect()
+}
