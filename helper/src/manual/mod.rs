@@ -23,6 +23,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -39,6 +40,7 @@ use crate::sandbox::{environment, limits, writable_dirs};
 use crate::session::allocation::{self, CreateUserError};
 use crate::session::policy::SlotError;
 use crate::unprivileged::Unprivileged;
+use crate::unprivileged::proxy::ProxyListener;
 use crate::{log, sandbox, sys};
 
 use streams::Streams;
@@ -290,14 +292,19 @@ fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[O
     let mut streams = Streams::new(uid)?;
     let first = sys::clone_sandboxed(cgroup.as_fd(), || {
         let keep = [&host.descriptors()[..], &[there.as_raw_fd()]].concat();
-        let ready = || -> Result<(Unprivileged, UserName, Slot)> {
+        let ready = || -> Result<(Unprivileged, UserName, Slot, Option<ProxyListener>)> {
             streams.replace()?;
             sys::close_all_but(&keep)?;
             SigSet::empty().thread_set_mask()?;
             sandbox::enter_manual(host, worker)
         };
-        let ended = ready().and_then(|(proof, user, slot)| {
+        let ended = ready().and_then(|(proof, user, slot, proxy)| {
             let variables = environment::task_environment(&user, uid, &slot);
+            // What was looked up on the host is not for here.
+            let proxy_descriptors = proxy.iter().flat_map(ProxyListener::descriptors);
+            let keep: Vec<i32> = proxy_descriptors.chain([there.as_raw_fd()]).collect();
+            sys::close_all_but(&keep)?;
+            proxy.map(forward_connections).transpose()?;
             first_process(&proof, &there, command, &variables, ours)
         });
         ended.unwrap_or_else(|error| {
@@ -348,6 +355,22 @@ impl Started {
     }
 }
 
+/// In a process of its own, which ends with the namespace: forward to the supervisor what is for the server.
+fn forward_connections(proxy: ProxyListener) -> Result<()> {
+    sys::fork(|| {
+        if sys::close_all_but(&proxy.descriptors()).is_err() {
+            return 1;
+        }
+        loop {
+            let mut events = [PollFd::new(proxy.listener.as_fd(), PollFlags::POLLIN)];
+            let _ = poll(&mut events, PollTimeout::NONE);
+            proxy.forward();
+        }
+    })
+    .context("cannot start the process that forwards connections to the server")?;
+    Ok(())
+}
+
 /// Pid 1: start the command, and reap until it has ended. With its own end the kernel ends whatever is left.
 fn first_process(
     _proof: &Unprivileged,
@@ -356,8 +379,6 @@ fn first_process(
     variables: &[(String, String)],
     ours: TerminalStreams,
 ) -> Result<i32> {
-    // What was looked up on the host is not for here.
-    sys::close_all_but(&[parent.as_raw_fd()])?;
     let mut start = Command::new(&command[0]);
     start.args(&command[1..]).env_clear().current_dir("/work");
     if ours.any() {

@@ -86,12 +86,14 @@ pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session:
 }
 
 /// For what a person does in a worker with the manual program: the same sandbox, with the standard streams that the process has.
-/// Who has no network but the server has none at all.
-pub fn enter_manual(host: &Host, worker: WorkerId) -> Result<(Unprivileged, UserName, Slot)> {
+pub fn enter_manual(
+    host: &Host,
+    worker: WorkerId,
+) -> Result<(Unprivileged, UserName, Slot, Option<ProxyListener>)> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
-    let (_, proof) = apply_sandbox(host, &config, &plan, Purpose::Manual)?;
-    Ok((proof, plan.user, plan.slot))
+    let (proxy, proof) = apply_sandbox(host, &config, &plan, Purpose::Manual)?;
+    Ok((proof, plan.user, plan.slot, proxy))
 }
 
 /// For whom the sandbox is applied.

@@ -365,3 +365,24 @@ async fn a_slot_has_the_families_of_sockets_that_it_names() {
     }
     factory.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manual_command_without_a_network_reaches_the_server_and_nobody_else() {
+    let factory = TestFactory::new(&format!("{ONE}network = \"none\"\n")).await;
+    answering(&factory).await;
+    let server = factory.url();
+    let ask = "import sys, urllib.request, urllib.error
+try:
+    print(urllib.request.urlopen(sys.argv[1]).status)
+except urllib.error.HTTPError as error:
+    print('answered', error.code)
+except OSError as error:
+    print('not reached')";
+    let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let elsewhere = format!("http://{}/", elsewhere.local_addr().unwrap());
+    for (url, part) in [(server, "answered"), (elsewhere, "not reached")] {
+        let said = say(&factory, &["run", "--", "/usr/bin/python3", "-c", ask, &url]);
+        assert!(said.out.contains(part), "{url}: {}{}", said.out, said.err);
+    }
+    factory.finish().await;
+}
