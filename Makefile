@@ -40,7 +40,7 @@ build:
 # Users and directories are made by systemd-sysusers(8) and systemd-tmpfiles(8), which the package calls.
 install: build
 	$(program) $(command) $(DESTDIR)/usr/bin/user-factory
-	$(program) $(command)-helper $(command)-manual -t $(DESTDIR)/usr/libexec/$(name)
+	$(program) $(command)-helper $(command)-manual $(command)-probe -t $(DESTDIR)/usr/libexec/$(name)
 	for unit in $(units); do \
 		$(file) $$unit $(DESTDIR)/usr/lib/systemd/system/$${unit##*/} || exit 1; done
 	$(file) packaging/systemd/sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/$(name).conf

@@ -36,6 +36,7 @@ pub mod rate_limited_log;
 pub mod reconcile;
 pub mod residue;
 pub mod schedule;
+pub mod selftest;
 pub mod settings;
 pub mod store;
 pub mod token;

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use command::{
     Arguments, Command, DONE, FAILED, NOT_CONFIGURED, ask, check, exit, generate, manual, print_error,
-    residue, serve,
+    residue, selftest, serve,
 };
 use supervisor::control::api::Drain;
 use supervisor::residue::files::Pace;
@@ -88,6 +88,7 @@ fn run(command: Command) -> u8 {
             let pace = (!no_files).then_some(Pace(files_per_second));
             residue::residue(&at.root, pace, output)
         }
+        Command::Selftest { slot, at, output } => selftest::selftest(&at.root, slot, output),
         Command::Generate { what } => exit_status(generate::generate(what)),
     }
 }

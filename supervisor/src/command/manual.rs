@@ -13,7 +13,7 @@ use super::{FAILED, print_error};
 const INSTALLED: &str = "/usr/libexec/buildomat-user-factory/user-factory-manual";
 
 /// The program of this release: beside this one, or where the package puts it.
-fn manual() -> PathBuf {
+pub fn program() -> PathBuf {
     let beside = std::env::current_exe()
         .ok()
         .map(|own| own.with_file_name("user-factory-manual"));
@@ -28,7 +28,7 @@ pub fn exec(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         print_error("user-factory: this needs root: it enters a job's sandbox");
         return FAILED;
     }
-    let manual = manual();
+    let manual = program();
     let error = Command::new(&manual).args(arguments).exec();
     print_error(&format!(
         "user-factory: cannot run {}: {error}; install the programs of one release",
@@ -52,7 +52,7 @@ pub fn check(config: &Path, root: &Path) -> (String, bool) {
         );
         return (why, false);
     }
-    let manual = manual();
+    let manual = program();
     let asked = Command::new(&manual)
         .args([
             "check".as_ref(),

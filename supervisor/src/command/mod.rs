@@ -6,6 +6,7 @@ pub mod generate;
 pub mod manual;
 pub mod print;
 pub mod residue;
+pub mod selftest;
 pub mod serve;
 
 use std::io::Write;
@@ -179,6 +180,17 @@ pub enum Command {
         at: Location,
         #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
         command: Vec<std::ffi::OsString>,
+    },
+    /// Does what is promised hold on this host? In each free slot a worker is made, and a probe as its job tries what a job
+    /// must not be able to do, and what the slot promises. Ends with 1 if something does not hold. Needs root.
+    Selftest {
+        /// The slot to try [each that is free]
+        #[arg(long, value_name = "SLOT")]
+        slot: Option<SlotName>,
+        #[command(flatten)]
+        at: Location,
+        #[command(flatten)]
+        output: OutputFormat,
     },
     /// Is anything left on this host of a uid that workers get and none has: processes, files, IPC objects, keys, cgroups,
     /// mounts, user records, crontabs, sockets, quotas? Ends with 1 if there is. Needs root.

@@ -5,6 +5,7 @@ use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
 use supervisor::control::api::{Details, Drain, PeerStatus, Slot, SlotState, Status};
 use supervisor::residue::Report;
+use supervisor::selftest::{Outcome, SlotReport};
 
 const BAD: Style = AnsiColor::Red.on_default().bold();
 const GOOD: Style = AnsiColor::Green.on_default();
@@ -209,6 +210,53 @@ pub fn workers(s: &Status) -> String {
         ]
     });
     table(["WORKER", "SLOT", "PHASE", "SINCE", "JOB", "USER"], rows)
+}
+
+/// A table for each slot, and a line that says whether all holds.
+pub fn selftest(slots: &[SlotReport], holds: bool) -> String {
+    let mut text = String::new();
+    for slot in slots {
+        if let Some(why) = &slot.busy {
+            text += &format!("slot {}: nothing was tried: {why}\n\n", slot.slot);
+            continue;
+        }
+        let rows = slot.attempts.iter().map(|attempt| {
+            let style = match attempt.outcome {
+                Outcome::Ok => GOOD,
+                Outcome::Failed => BAD,
+                Outcome::NotEnforced | Outcome::NotTried => RESTING,
+            };
+            [
+                (style, attempt.outcome.name().to_owned()),
+                plain(&attempt.promise),
+                plain(&attempt.tried),
+                plain(&attempt.seen),
+            ]
+        });
+        text += &format!(
+            "slot {}\n{}\n",
+            slot.slot,
+            table(["RESULT", "PROMISE", "TRIED", "SEEN"], rows)
+        );
+    }
+    let count = |outcome| {
+        let attempts = slots.iter().flat_map(|slot| &slot.attempts);
+        attempts.filter(|attempt| attempt.outcome == outcome).count()
+    };
+    let counted = [
+        Outcome::Ok,
+        Outcome::Failed,
+        Outcome::NotEnforced,
+        Outcome::NotTried,
+    ]
+    .map(|outcome| format!("{} {}", count(outcome), outcome.name()))
+    .join(", ");
+    let (style, word) = match holds {
+        true => (GOOD, "all that was tried holds"),
+        false if slots.iter().all(|slot| slot.busy.is_some()) => (BAD, "nothing was tried: no slot is free"),
+        false => (BAD, "not all holds"),
+    };
+    text + &styled(style, &format!("{word}: {counted}")) + "\n"
 }
 
 /// What is left, and in one line what was looked at.

@@ -18,6 +18,7 @@ mod manual;
 mod metrics;
 mod reload;
 mod residue;
+mod selftest;
 mod stopped;
 mod unreachable;
 

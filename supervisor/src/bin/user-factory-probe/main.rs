@@ -1,0 +1,73 @@
+//! `user-factory-probe`: what `user-factory selftest` runs as a job. It tries what a job must not be able to do, in ways
+//! that harm nothing where they work, and what its slot promises; a line of JSON for each attempt.
+
+mod promises;
+mod sys;
+mod walls;
+
+use std::process::ExitCode;
+
+use supervisor::selftest::expected::Expected;
+use supervisor::selftest::{Attempt, Outcome};
+
+/// Prints what became of each attempt.
+#[derive(Debug)]
+pub struct Table;
+
+impl Table {
+    pub fn say(&self, promise: &str, tried: &str, seen: impl Into<String>, outcome: Outcome) {
+        let attempt = Attempt::new(promise, tried, seen, outcome);
+        println!("{}", serde_json::to_string(&attempt).expect("it has text alone"));
+    }
+
+    /// This must be so.
+    pub fn must_be(&self, promise: &str, tried: &str, seen: impl Into<String>, is_so: bool) {
+        let outcome = if is_so { Outcome::Ok } else { Outcome::Failed };
+        self.say(promise, tried, seen, outcome);
+    }
+
+    /// This must not work.
+    pub fn must_fail<T, E: std::fmt::Display>(&self, promise: &str, tried: &str, result: Result<T, E>) {
+        match result {
+            Ok(_) => self.say(promise, tried, "it worked", Outcome::Failed),
+            Err(error) => self.say(promise, tried, error.to_string(), Outcome::Ok),
+        }
+    }
+
+    /// This must work.
+    pub fn must_work<T, E: std::fmt::Display>(&self, promise: &str, tried: &str, result: Result<T, E>) {
+        match result {
+            Ok(_) => self.say(promise, tried, "it worked", Outcome::Ok),
+            Err(error) => self.say(promise, tried, error.to_string(), Outcome::Failed),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        ["walls", told] => match serde_json::from_str::<Expected>(told) {
+            Ok(expected) => {
+                walls::all(&Table, &expected);
+                promises::all(&Table, &expected);
+                walls::namespaces(&Table, &expected);
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("what is expected cannot be read: {error}");
+                ExitCode::FAILURE
+            }
+        },
+        ["memory", bytes] => {
+            promises::take_memory(bytes.parse().unwrap_or(0));
+            ExitCode::SUCCESS
+        }
+        _ => {
+            eprintln!(
+                "usage: user-factory-probe walls EXPECTED | memory BYTES; user-factory selftest runs it"
+            );
+            ExitCode::from(2)
+        }
+    }
+}

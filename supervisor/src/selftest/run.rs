@@ -1,0 +1,238 @@
+//! The probe in a slot: a worker for each of its parts, made and deleted by `user-factory-manual run`.
+
+use std::fs::File;
+use std::io;
+use std::net::TcpListener;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use protocol::SlotName;
+use protocol::config::{Config, Limits};
+
+use super::expected::{Expected, Outside};
+use super::{Attempt, Outcome, SlotReport};
+use crate::residue;
+
+/// The status of what was ended by SIGKILL.
+const KILLED: i32 = 128 + 9;
+/// The program that tries, beside this one or where the package puts it.
+const PROBE: &str = "user-factory-probe";
+/// From here on a job would find the probe where the host has it. Elsewhere it may be hidden: it is copied then.
+const SHOWN: &str = "/usr";
+
+/// The programs that this takes.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    pub manual: PathBuf,
+    pub probe: PathBuf,
+}
+
+impl Programs {
+    /// With the probe beside `user-factory-manual`.
+    pub fn beside(manual: PathBuf) -> Programs {
+        Programs {
+            probe: manual.with_file_name(PROBE),
+            manual,
+        }
+    }
+}
+
+/// Listeners of this process that no job of a slot without a network may reach.
+#[derive(Debug)]
+pub struct Listeners {
+    _tcp: TcpListener,
+    _abstract: UnixListener,
+    pub outside: Outside,
+}
+
+impl Listeners {
+    /// # Errors
+    /// The kernel's.
+    pub fn open() -> io::Result<Listeners> {
+        let tcp = TcpListener::bind("127.0.0.1:0")?;
+        let abstract_name = format!("user-factory-selftest-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&abstract_name)?;
+        Ok(Listeners {
+            outside: Outside {
+                port: tcp.local_addr()?.port(),
+                abstract_name,
+            },
+            _tcp: tcp,
+            _abstract: UnixListener::bind_addr(&address)?,
+        })
+    }
+}
+
+/// Try all that can be tried in this slot.
+///
+/// # Errors
+/// The programs cannot be run.
+pub fn slot(
+    config: &Config,
+    slot: &SlotName,
+    root: &Path,
+    programs: &Programs,
+    outside: &Outside,
+) -> io::Result<SlotReport> {
+    let expected = Expected::of(config, slot, root, outside);
+    let told = serde_json::to_string(&expected).expect("it has text for keys");
+    let mut report = SlotReport {
+        slot: slot.to_string(),
+        busy: None,
+        attempts: Vec::new(),
+    };
+    let output = run(slot, root, programs, &["walls", &told])?;
+    let attempts = parse(&output);
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    // The helper's sentence where a slot is not free.
+    if attempts.is_empty()
+        && let Some(line) = errors.lines().rfind(|line| line.contains(" has worker "))
+    {
+        report.busy = Some(sentence(line));
+        return Ok(report);
+    }
+    for line in errors.lines().filter(|line| line.contains("NOT ENFORCED")) {
+        let seen = sentence(line);
+        report.attempts.push(Attempt::new(
+            "limits are enforced",
+            "the helper asked the kernel",
+            seen,
+            Outcome::NotEnforced,
+        ));
+    }
+    let is_whole = output.status.code() == Some(0) && !attempts.is_empty();
+    report.attempts.extend(attempts);
+    if !is_whole {
+        let last = errors.lines().last().map(sentence).unwrap_or_default();
+        report.attempts.push(Attempt::new(
+            "a job starts and comes to its end",
+            "a worker with the probe as its job",
+            format!("it ended with {}: {last}", output.status),
+            Outcome::Failed,
+        ));
+    }
+    let is_enforced = !errors.contains("limits.memory");
+    if let Some(attempt) = memory(&config.slots[slot].limits, is_enforced, slot, root, programs)? {
+        report.attempts.push(attempt);
+    }
+    if let Some(seconds) = config.slots[slot].limits.run_time_seconds {
+        report.attempts.push(Attempt::new(
+            "a job ends after limits.run_time_seconds",
+            "nothing",
+            format!("the limit is {seconds} s, counted from the start of an agent"),
+            Outcome::NotTried,
+        ));
+    }
+    report.attempts.push(nothing_is_left(config, root)?);
+    Ok(report)
+}
+
+/// What `run` printed to standard error, without the time and the level.
+fn sentence(line: &str) -> String {
+    let words = ["ERROR ", "WARN "]
+        .iter()
+        .find_map(|level| Some(line.split_once(level)?.1));
+    words.unwrap_or(line).trim().to_owned()
+}
+
+fn parse(output: &Output) -> Vec<Attempt> {
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect()
+}
+
+/// Run the probe with these arguments, in a worker of its own.
+fn run(slot: &SlotName, root: &Path, programs: &Programs, arguments: &[&str]) -> io::Result<Output> {
+    let mut command = Command::new(&programs.manual);
+    command
+        .args(["run", "--slot", slot.as_str(), "--root"])
+        .arg(root)
+        .arg("--");
+    if programs.probe.starts_with(SHOWN) {
+        command.arg(&programs.probe).stdin(Stdio::null());
+    } else {
+        let copy = "cat >/work/probe && chmod 700 /work/probe && exec /work/probe \"$@\" </dev/null";
+        command.args(["/bin/sh", "-c", copy, "probe"]);
+        command.stdin(File::open(&programs.probe)?);
+    }
+    command.args(arguments).output()
+}
+
+/// A worker that takes more memory than its slot has.
+fn memory(
+    limits: &Limits,
+    is_enforced: bool,
+    slot: &SlotName,
+    root: &Path,
+    programs: &Programs,
+) -> io::Result<Option<Attempt>> {
+    let Some(limit) = limits.memory.filter(|_| is_enforced) else {
+        return Ok(None);
+    };
+    let promise = "a job that takes more than limits.memory is ended";
+    let wanted = limit + limits.swap.unwrap_or(0) + (64 << 20);
+    let free = available_memory()?;
+    if wanted > free / 2 {
+        let seen = format!("{wanted} bytes are more than half of the host's free memory, {free}");
+        return Ok(Some(Attempt::new(promise, "nothing", seen, Outcome::NotTried)));
+    }
+    let output = run(slot, root, programs, &["memory", &wanted.to_string()])?;
+    let outcome = match output.status.code() {
+        Some(KILLED) => Outcome::Ok,
+        _ => Outcome::Failed,
+    };
+    let tried = format!("a job that takes {wanted} bytes");
+    let seen = format!("it ended with {}", output.status);
+    Ok(Some(Attempt::new(promise, tried, seen, outcome)))
+}
+
+/// `MemAvailable` of `/proc/meminfo` (`proc_meminfo(5)`), in bytes.
+fn available_memory() -> io::Result<u64> {
+    let table = std::fs::read_to_string("/proc/meminfo")?;
+    let line = table.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: u64 = line
+        .and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok())
+        .ok_or_else(|| io::Error::other("/proc/meminfo has no MemAvailable"))?;
+    Ok(kib << 10)
+}
+
+/// All but files of other places than the factory's, for which `user-factory residue` takes minutes.
+fn nothing_is_left(config: &Config, root: &Path) -> io::Result<Attempt> {
+    let range = config.factory.uid_range;
+    let report = residue::find(root, range.first.get()..=range.last.get(), None, |_| ())?;
+    let (seen, outcome) = match report.found.first() {
+        None => ("nothing".to_owned(), Outcome::Ok),
+        Some(left) => {
+            let more = report.found.len() - 1;
+            (
+                format!(
+                    "{} {}, and {more} more: see user-factory residue",
+                    left.kind.name(),
+                    left.what
+                ),
+                Outcome::Failed,
+            )
+        }
+    };
+    Ok(Attempt::new(
+        "nothing is left of a worker",
+        "a look for what is of no living worker, files apart",
+        seen,
+        outcome,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_a_log_is_read_as_its_sentence() {
+        let line = "2026-11-28T16:45:15.032555Z ERROR slot a has worker X: delete that one first";
+        assert_eq!(sentence(line), "slot a has worker X: delete that one first");
+        assert_eq!(sentence("<3>plain"), "<3>plain");
+    }
+}
