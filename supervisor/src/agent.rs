@@ -42,6 +42,16 @@ impl Agent {
         length.map_err(|e| format!("cannot examine the agent: {e}"))
     }
 
+    /// The program that `factory.agent` names.
+    ///
+    /// # Errors
+    /// A sentence, where it cannot be read.
+    pub async fn of_the_host(path: PathBuf) -> Result<Agent, String> {
+        let read = tokio::task::spawn_blocking(move || sealed(&path)).await;
+        let read = read.map_err(|e| e.to_string())?;
+        read.map_err(|why| format!("{why}: let the supervisor's user read it, or change factory.agent"))
+    }
+
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::fs::{self, Metadata};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -238,6 +238,16 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
             );
         }
     }
+    if let Some(agent) = &config.factory.agent
+        && let Some(why) = unfit_agent(agent.as_path())
+    {
+        note(
+            &["factory", "agent"],
+            format!(
+                "{agent} {why}: name an agent's program for this machine, or remove the key for the server's"
+            ),
+        );
+    }
     for (name, value) in &config.factory.agent_env {
         let path = Path::new(value.as_str());
         let hidden = NOT_IN_A_JOB.map(Path::new);
@@ -304,6 +314,31 @@ fn missing(path: &Path, is_right: impl FnOnce(&Metadata) -> bool, wrong: &str) -
         Err(error) if is_out_of_sight(&error) => None,
         Err(error) => Some(format!("cannot be used ({error})")),
     }
+}
+
+/// Why this file is no program for this machine, as far as this user can see.
+fn unfit_agent(path: &Path) -> Option<String> {
+    if let Some(why) = missing(path, Metadata::is_file, "is not a file") {
+        return Some(why);
+    }
+    if let Some(why) = missing(path, |meta| meta.mode() & 0o111 != 0, "is not executable") {
+        return Some(why);
+    }
+    match (elf_machine(path), elf_machine(Path::new("/proc/self/exe"))) {
+        (Err(error), _) if is_out_of_sight(&error) => None,
+        (Err(error), _) => Some(format!("cannot be read ({error})")),
+        (Ok(None), _) => Some("is not an ELF program".into()),
+        (Ok(Some(its)), Ok(Some(ours))) if its != ours => Some("is a program for another machine".into()),
+        (Ok(Some(_)), _) => None,
+    }
+}
+
+/// Class, byte order and machine of a program (`e_ident` and `e_machine` of elf(5)); none where it is not ELF.
+fn elf_machine(path: &Path) -> io::Result<Option<[u8; 4]>> {
+    let mut head = Vec::new();
+    fs::File::open(path)?.take(20).read_to_end(&mut head)?;
+    let is_elf = head.len() == 20 && head.starts_with(b"\x7fELF");
+    Ok(is_elf.then(|| [head[4], head[5], head[18], head[19]]))
 }
 
 /// What this user may not read may well be there.
@@ -373,6 +408,42 @@ mod tests {
         let config = parse(text).unwrap();
         let mistakes = mistakes_on_host(text, &config, &accounts());
         mistakes.into_iter().map(|m| (m.line, m.message)).collect()
+    }
+
+    #[test]
+    fn an_agent_of_the_host_is_a_program_for_this_machine() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("agent");
+        let agent = |place: &Path| {
+            let key = format!("agent = {place:?}");
+            mistakes(&text("baseurl = \"https://b\"", &key, ""))
+        };
+        let expect = |part: &str| {
+            let found = agent(&place);
+            assert!(
+                found.len() == 1 && found[0].0 == 5 && found[0].1.contains(part),
+                "{part}: {found:?}"
+            );
+        };
+        expect("No such file");
+        let own = fs::read("/proc/self/exe").unwrap();
+        let write = |bytes: &[u8], mode| {
+            fs::write(&place, bytes).unwrap();
+            fs::set_permissions(&place, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        write(&own[..64], 0o644);
+        expect("is not executable");
+        write(b"#!/bin/bash\necho this is no program\n", 0o755);
+        expect("is not an ELF program");
+        write(b"", 0o755);
+        expect("is not an ELF program");
+        let mut other = own[..64].to_vec();
+        other[18] ^= 0x40;
+        write(&other, 0o755);
+        expect("is a program for another machine");
+        write(&own[..64], 0o755);
+        assert_eq!(agent(&place), []);
+        assert!(agent(dir.path())[0].1.contains("is not a file"));
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //!
 //! Each action may be a repetition after a crash. Nothing is decided here beyond what an answer means.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use protocol::{BootstrapToken, ErrorKind, WorkerId};
 
-use crate::agent::AgentCache;
+use crate::agent::{Agent, AgentCache};
 use crate::buildomat::{self, BuildomatClient};
 use crate::call_error::{CallError, Peer};
 use crate::console;
@@ -41,7 +42,7 @@ impl Executor {
                 Ok(()) => Event::UserCreated,
                 Err(error) => start_failed(error),
             },
-            Action::InstallAgent { bootstrap } => self.install(worker, bootstrap).await,
+            Action::InstallAgent { bootstrap, agent } => self.install(worker, bootstrap, agent).await,
             Action::HostKill => match self.helper.kill(worker).await {
                 Ok(()) => Event::Killed,
                 Err(helper_client::Error::Said(error)) if error.kind == ErrorKind::NoSuchWorker => {
@@ -67,8 +68,12 @@ impl Executor {
         }
     }
 
-    async fn install(&self, worker: WorkerId, bootstrap: BootstrapToken) -> Event {
-        let agent = match self.agent.get(&self.server).await {
+    async fn install(&self, worker: WorkerId, bootstrap: BootstrapToken, named: Option<PathBuf>) -> Event {
+        let agent = match named {
+            Some(path) => Agent::of_the_host(path).await,
+            None => self.agent.get(&self.server).await,
+        };
+        let agent = match agent {
             Ok(agent) => agent,
             Err(sentence) => return Event::CallFailed(CallError::passing(Peer::Server, sentence)),
         };

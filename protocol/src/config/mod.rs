@@ -120,6 +120,9 @@ pub struct Factory {
     /// Variables in the environment of each agent, which its tasks do not get.
     #[serde(default)]
     pub agent_env: BTreeMap<AgentEnvName, EnvValue>,
+    /// The agent's program for all workers, in place of the server's: a file of the host that the supervisor may read.
+    #[serde(default)]
+    pub agent: Option<HostPath>,
     /// What must be free on the host for a job to be taken. Nothing is asked for unless written.
     #[serde(default)]
     pub min_free: MinFree,
@@ -401,6 +404,7 @@ mod tests {
         assert_eq!(config.slots[&a].line, 5);
         assert_eq!((config.slots[&a].nice, config.slots[&b].nice), (19, 0));
         assert_eq!(config.factory.min_free, MinFree::default());
+        assert_eq!(config.factory.agent, None);
         let range = config.factory.uid_range;
         assert_eq!((range.len(), range.last.get()), (65536, (1 << 21) - 1));
     }
@@ -486,6 +490,7 @@ mod tests {
             ("[slots.\"..\"]\n".into(), 5, "slot's name"),
             (String::new(), 1, "no slot"),
             ("uid_range = \"0-10\"\n".to_owned() + SLOT, 5, "range of uids"),
+            ("agent = \"agent\"\n".to_owned() + SLOT, 5, "absolute path"),
             ("poll_seconds = 0\n".to_owned() + SLOT, 5, "1 to 60"),
             ("[slots\n".into(), 5, ""),
         ] {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use protocol::config::{Config, Mistake};
-use supervisor::agent::{self, AgentCache};
+use supervisor::agent::{self, Agent, AgentCache};
 use supervisor::buildomat::BuildomatClient;
 use supervisor::config_check;
 use supervisor::helper_client::HelperClient;
@@ -92,13 +92,23 @@ async fn answers(
                 "server",
                 ping.map(|_| format!("{} answers and takes the token", config.general.baseurl)),
             ));
-            answers.push(("agent", download(&server).await));
+            let agent = match &config.factory.agent {
+                Some(path) => of_the_host(path.as_path()).await,
+                None => download(&server).await,
+            };
+            answers.push(("agent", agent));
         }
     }
     let helper = HelperClient::new(Places::below(root).helper).list().await;
     let helper = helper.map(|workers| format!("it serves, with {} workers", workers.len()));
     answers.push(("helper", helper.map_err(|e| e.to_string())));
     answers
+}
+
+/// The agent that `factory.agent` names.
+async fn of_the_host(path: &Path) -> Result<String, String> {
+    let agent = Agent::of_the_host(path.to_owned()).await?;
+    Ok(format!("{}, {} bytes", path.display(), agent.size()?))
 }
 
 /// The whole of the agent, as a worker would get it.

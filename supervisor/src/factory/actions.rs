@@ -124,6 +124,10 @@ impl Factory {
             if let Action::Associate { slot, scripts } = &mut action {
                 *scripts = self.config.slots.get(slot).map(scripts_of).unwrap_or_default();
             }
+            if let Action::InstallAgent { agent, .. } = &mut action {
+                let named = self.config.factory.agent.as_ref();
+                *agent = named.map(|path| path.as_path().to_owned());
+            }
             calls.action = Some(action.clone());
             calls.touched = turn;
             self.out.push(Output::Act(*id, action));

@@ -211,7 +211,15 @@ impl Worker {
                 );
             }
             (Phase::Running { online: false }, Some(OnHost::Has(State::Exited(exit)))) => {
-                self.fail(format!("the agent {exit} before it came online"), now);
+                // One that does not know an option ends so, and its output names the option.
+                let hint = match exit {
+                    Exit::Status(_) => {
+                        ": where its output refuses --no-service, --no-setuid or --use-var-run, name an agent that \
+                         knows them in factory.agent"
+                    }
+                    _ => "",
+                };
+                self.fail(format!("the agent {exit} before it came online{hint}"), now);
             }
             (Phase::Running { online: false } | Phase::Created, Some(OnHost::Absent)) if !online => {
                 self.lose("its user is gone from the host", now);

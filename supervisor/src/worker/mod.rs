@@ -9,6 +9,8 @@ mod life;
 #[cfg(test)]
 mod tests;
 
+use std::path::PathBuf;
+
 use protocol::{BootstrapToken, SlotName, State, TargetId, WorkerId};
 
 use crate::buildomat::{JobId, Scripts, ServerWorker};
@@ -254,8 +256,10 @@ pub enum Action {
     CreateUser {
         slot: SlotName,
     },
+    /// `agent`: the host's program, where the configuration names one; otherwise the server's.
     InstallAgent {
         bootstrap: BootstrapToken,
+        agent: Option<PathBuf>,
     },
     /// End its processes. What they wrote stays.
     HostKill,
@@ -332,7 +336,11 @@ impl Worker {
             Phase::Created => self
                 .bootstrap
                 .clone()
-                .map(|bootstrap| Action::InstallAgent { bootstrap }),
+                // The factory knows the agent, too.
+                .map(|bootstrap| Action::InstallAgent {
+                    bootstrap,
+                    agent: None,
+                }),
             Phase::Resetting { confirmed: true } => Some(Action::HostDelete),
             Phase::Running { .. }
             | Phase::Resetting { confirmed: false }

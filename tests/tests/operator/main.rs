@@ -19,6 +19,7 @@ mod metrics;
 mod reload;
 mod residue;
 mod selftest;
+mod servers;
 mod stopped;
 mod unreachable;
 
