@@ -2,11 +2,13 @@
 //! Read it beside the page of the `protocol` crate, which says the same in words.
 //!
 //! `--test model` asks the real helper and this the same, and compares; in `fuzz/` it stands beneath the real
-//! dispatcher in place of a host. For that it needs nothing but the messages.
+//! dispatcher in place of a host, and the simulation of the supervisor has it as its host. For that it needs nothing
+//! but the `protocol` crate.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
+use protocol::config::Config;
 use protocol::{ErrorKind, Exit, SlotName, State, Uid, WorkerId};
 
 /// What the contract takes from the configuration: the slots, and which of them conflict, as it is written there.
@@ -37,12 +39,25 @@ pub enum Agent {
     Unsealed,
 }
 
+impl From<&Config> for Configuration {
+    fn from(config: &Config) -> Configuration {
+        let pairs = config.slots.iter().flat_map(|(name, slot)| {
+            let others = slot.conflicts_with_slots.iter();
+            others.map(|other| (name.clone(), other.clone()))
+        });
+        Configuration {
+            slots: config.slots.keys().cloned().collect(),
+            conflicts: pairs.collect(),
+        }
+    }
+}
+
 /// A worker that has a slot.
 #[derive(Clone, Debug)]
-struct Tenant {
-    slot: SlotName,
-    uid: Uid,
-    state: State,
+pub struct Tenant {
+    pub slot: SlotName,
+    pub uid: Uid,
+    pub state: State,
 }
 
 /// A host, its configuration, and its workers.
@@ -128,10 +143,8 @@ impl Model {
 
     /// `Kill`.
     pub fn kill(&mut self, worker: WorkerId) -> Result<(), ErrorKind> {
-        let tenant = self.existing(worker)?;
-        if tenant.state == State::Running {
-            tenant.state = State::Exited(Exit::Unknown);
-        }
+        self.existing(worker)?;
+        self.end(worker, Exit::Unknown);
         Ok(())
     }
 
@@ -149,6 +162,26 @@ impl Model {
         let all = self.workers.iter().filter_map(listed);
         all.filter(|(worker, ..)| after.is_none_or(|after| *worker > after))
             .collect()
+    }
+
+    /// All whose record is whole.
+    pub fn workers(&self) -> impl Iterator<Item = (WorkerId, &Tenant)> {
+        self.workers
+            .iter()
+            .filter_map(|(id, tenant)| Some((*id, tenant.as_ref()?)))
+    }
+
+    pub fn get(&self, worker: WorkerId) -> Option<&Tenant> {
+        self.workers.get(&worker)?.as_ref()
+    }
+
+    /// Its agent ends by itself, or with the host.
+    pub fn end(&mut self, worker: WorkerId, exit: Exit) {
+        if let Some(Some(tenant)) = self.workers.get_mut(&worker)
+            && tenant.state == State::Running
+        {
+            tenant.state = State::Exited(exit);
+        }
     }
 
     fn existing(&mut self, worker: WorkerId) -> Result<&mut Tenant, ErrorKind> {

@@ -3,7 +3,6 @@
 use protocol::{Exit, WorkerId};
 
 use crate::script::{Item, Misdeed, Mode};
-use crate::server::Job;
 use crate::world::{Event, World};
 
 impl World {
@@ -15,7 +14,7 @@ impl World {
             self.report.count(&Item::Agent(misdeed));
         }
         let usual = 500 + self.chance(2_500);
-        let takes = self.job_of(id).map_or(1_000, |job| job.takes);
+        let takes = self.server.takes(id);
         match misdeed {
             Some(Misdeed::NeverOnline) => self.checks.misbehaves(id),
             Some(Misdeed::LateOnline(ms)) => {
@@ -52,11 +51,6 @@ impl World {
         matches!(self.server_mode, Mode::Up | Mode::Slow(_))
     }
 
-    pub fn job_of(&self, id: WorkerId) -> Option<&Job> {
-        let worker = self.server.workers.get(&id)?;
-        self.server.jobs.get(worker.job.as_ref()?)
-    }
-
     /// The server has just said that these agents are not online: they are, and are killed.
     pub fn spring_ambushes(&mut self) {
         for (id, agent) in std::mem::take(&mut self.ambushes) {
@@ -69,12 +63,12 @@ impl World {
         if !self.runs(id, agent) {
             return;
         }
-        if !self.agents_reach_server() || !self.server.bootstrap(self.now, id, agent) {
+        if !self.agents_reach_server() || !self.server.bootstrap(id, agent) {
             return self.after(3_000, Event::Online(id, agent));
         }
         self.note(|| format!("agent {agent} of {id} is online"));
         self.checks.online(id);
-        let takes = self.job_of(id).map_or(1_000, |job| job.takes);
+        let takes = self.server.takes(id);
         self.after(takes, Event::Complete(id, agent));
     }
 

@@ -153,8 +153,8 @@ impl Checks {
     }
 
     pub fn rebooted(&mut self, host: &Host) {
-        for id in host.workers.keys() {
-            self.track(*id).lost += 1;
+        for (id, _) in host.workers() {
+            self.track(id).lost += 1;
         }
     }
 
@@ -266,7 +266,7 @@ impl Checks {
             }
             let since = *track.recycled_since.get_or_insert(now);
             let fair = fair_since.is_some_and(|fair| fair.max(since) + DELETED_MS <= now);
-            if fair && host.workers.contains_key(id) && !track.lied_about {
+            if fair && host.get(*id).is_some() && !track.lied_about {
                 let text = format!(
                     "{id} is to be recycled for {} s, and the host has it",
                     (now - since) / 1_000
@@ -280,9 +280,9 @@ impl Checks {
     pub fn a_second_passes(&mut self, server: &Server, patient: bool) {
         for (id, w) in server.workers.iter().filter(|(_, w)| !w.deleted) {
             let track = self.tracks.entry(*id).or_default();
-            if !w.hold {
+            if w.hold.is_none() {
                 track.held_since = None;
-                if patient && w.agent.is_none() {
+                if patient && !w.online() {
                     track.had_ms += 1_000;
                 }
             }
@@ -290,7 +290,7 @@ impl Checks {
     }
 
     pub fn after_step(&mut self, host: &Host) {
-        let live: Vec<_> = host.workers.iter().collect();
+        let live: Vec<_> = host.workers().collect();
         for (n, (a, x)) in live.iter().enumerate() {
             if let Some((b, _)) = live[..n].iter().find(|(_, y)| y.slot == x.slot) {
                 self.failure

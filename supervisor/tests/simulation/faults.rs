@@ -1,13 +1,12 @@
 //! What a script says happens, and how long it lasts.
 
-use protocol::{Exit, State, TargetId, WorkerId};
-use supervisor::buildomat::JobId;
+use protocol::{Exit, State, WorkerId};
 use supervisor::factory::Input;
 use supervisor::factory::drain::Drain;
 
 use crate::plan::Plan;
 use crate::script::{Change, Extent, Item, Mode};
-use crate::server::{Job, Worker};
+use crate::server::Server;
 use crate::world::{Disk, Event, Period, World};
 
 impl World {
@@ -47,18 +46,18 @@ impl World {
                 self.lasts(Period::Helper, ms);
             }
             Item::NoLeases(ms) => {
-                self.settings.no_leases = true;
+                self.server.held = true;
                 self.lasts(Period::NoLeases, ms);
             }
             Item::HoldNew(ms) => {
-                self.settings.hold_new = true;
+                self.server.hold_new_workers = true;
                 self.lasts(Period::HoldNew, ms);
             }
             Item::OldServer(ms) => {
-                self.settings.old = true;
+                self.server.no_fail = true;
                 self.lasts(Period::Old, ms);
             }
-            Item::ExpireLeases => self.server.expire_leases(),
+            Item::ExpireLeases => self.server.leases.clear(),
             Item::Rollback(minutes) => return self.roll_back(minutes),
             Item::Kill(n) => return self.kill(n),
             Item::Reboot(ms) => {
@@ -115,17 +114,33 @@ impl World {
                 let error = self.clock_error + seconds * 1_000;
                 self.clock_error = error.clamp(-1_800_000_000_000, 4_000_000_000_000);
             }
-            Item::Hold(n) => return self.with_worker(n, |w| !std::mem::replace(&mut w.hold, true)),
-            Item::Release(n) => return self.with_worker(n, |w| std::mem::replace(&mut w.hold, false)),
+            Item::Hold(n) => {
+                return self.with_worker(n, |server, id| {
+                    let is_new = server.workers[&id].hold.is_none();
+                    server.hold(id, "an operator looks").expect("it is there");
+                    is_new
+                });
+            }
+            Item::Release(n) => {
+                return self.with_worker(n, |server, id| {
+                    let was_held = server.workers[&id].hold.is_some();
+                    server.release(id).expect("it is there");
+                    was_held
+                });
+            }
             Item::Recycle(n) => {
-                return self.with_worker(n, |w| !std::mem::replace(&mut w.recycle_asked, true));
+                return self.with_worker(n, |server, id| {
+                    let is_new = !server.workers[&id].recycle_asked;
+                    server.recycle(id).expect("it is there");
+                    is_new
+                });
             }
             Item::Cancel(n) => {
-                let open: Vec<JobId> = self.server.open_jobs();
-                let Some(job) = open.get(n as usize % open.len().max(1)).cloned() else {
+                let open = self.server.open_jobs();
+                let Some(job) = open.get(n as usize % open.len().max(1)) else {
                     return false;
                 };
-                self.server.cancel(&job);
+                self.server.cancel(*job).expect("it is open");
             }
             Item::Drain(ms) => {
                 self.say(Input::Drain(None, Some(Drain::default())));
@@ -167,9 +182,9 @@ impl World {
             Period::Server => self.server_mode = Mode::Up,
             Period::Helper => self.helper_mode = Mode::Up,
             Period::Host => self.host_up = true,
-            Period::NoLeases => self.settings.no_leases = false,
-            Period::HoldNew => self.settings.hold_new = false,
-            Period::Old => self.settings.old = false,
+            Period::NoLeases => self.server.held = false,
+            Period::HoldNew => self.server.hold_new_workers = false,
+            Period::Old => self.server.no_fail = false,
             Period::Drain => {
                 self.say(Input::Drain(None, None));
                 self.checks.undrained();
@@ -240,47 +255,23 @@ impl World {
     }
 
     pub fn submit(&mut self, target: u64, takes: u64) {
-        self.ids += 1;
-        let id = WorkerId::from_bits(1 << 100 | u128::from(self.ids)).to_string();
-        let job = Job {
-            target: TargetId::from_bits(1 + u128::from(target)).to_string(),
-            takes,
-            worker: None,
-            assigned_at: 0,
-            leased_at: 0,
-            began: false,
-            cancelled: false,
-            end: None,
-            lines: 0,
-        };
         self.report.jobs += 1;
-        self.server.jobs.insert(JobId::try_from(id).expect("a ULID"), job);
+        self.server.submit(target, takes);
     }
 
-    pub fn with_worker(&mut self, n: u64, change: impl FnOnce(&mut Worker) -> bool) -> bool {
-        let mut live: Vec<(&WorkerId, &mut Worker)> = self
-            .server
-            .workers
-            .iter_mut()
-            .filter(|(_, w)| !w.deleted)
-            .collect();
-        let at = n as usize % live.len().max(1);
-        let Some((id, worker)) = live.get_mut(at) else {
+    pub fn with_worker(&mut self, n: u64, change: impl FnOnce(&mut Server, WorkerId) -> bool) -> bool {
+        let live: Vec<WorkerId> = self.server.live().map(|w| w.id).collect();
+        let Some(id) = live.get(n as usize % live.len().max(1)) else {
             return false;
         };
-        let (id, done) = (**id, change(worker));
-        self.trace.note(self.now, || format!("  which is {id}"));
+        let done = change(&mut self.server, *id);
+        self.note(|| format!("  which is {id}"));
         done
     }
 
     pub fn kill(&mut self, n: u64) -> bool {
-        let running: Vec<WorkerId> = self
-            .host
-            .workers
-            .iter()
-            .filter(|(_, w)| w.state == State::Running)
-            .map(|(id, _)| *id)
-            .collect();
+        let workers = self.host.workers().filter(|(_, w)| w.state == State::Running);
+        let running: Vec<WorkerId> = workers.map(|(id, _)| id).collect();
         let Some(id) = running.get(n as usize % running.len().max(1)) else {
             return false;
         };
@@ -299,20 +290,7 @@ impl World {
         let Some(old) = at.and_then(|at| self.snapshots.get(at)).cloned() else {
             return false;
         };
-        let jobs: Vec<(JobId, Job)> = self.server.jobs.clone().into_iter().collect();
-        self.server = old;
-        // The jobs that it has lost are submitted again, by those who wait for them.
-        for (id, job) in jobs {
-            let anew = Job {
-                worker: None,
-                began: false,
-                end: None,
-                leased_at: 0,
-                lines: 0,
-                ..job
-            };
-            self.server.jobs.entry(id).or_insert(anew);
-        }
+        self.server.roll_back(old);
         self.checks.rolled_back();
         true
     }

@@ -109,8 +109,8 @@ impl World {
         match effect {
             Effect::Nothing => {}
             Effect::Made => {
-                if !live && let Some(w) = self.host.workers.get_mut(&worker) {
-                    w.ghost = true;
+                if !live {
+                    self.host.ghost(worker);
                 }
             }
             Effect::Started(agent) => {

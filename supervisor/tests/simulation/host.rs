@@ -1,32 +1,24 @@
-//! The host and its helper: what there is of each worker, and what each request makes of it. Who may have a
-//! slot is decided by the helper's own policy.
+//! The host and its helper: the test bed's model of the contract, and what is left where a request was cut off.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::config::Config;
-use protocol::{
-    Error, ErrorKind, Exit, Reply, Request, SlotName, State, Uid, UserName, WorkerId, WorkerInfo,
-};
+use protocol::{Error, ErrorKind, Exit, Reply, Request, State, UserName, WorkerId, WorkerInfo};
+use testbed::model::{Agent, Configuration, Model, Tenant};
 
 use crate::script::Extent;
 
 /// Why no agent can be started in what is there of a worker.
 pub const HALF_MADE: &str = "the worker's user is not known";
 
-#[derive(Clone, Debug)]
-pub struct Worker {
-    pub slot: SlotName,
-    pub state: State,
-    /// The user was made, or removed, only in part.
-    pub half: bool,
-    pub agent: Option<u64>,
-    /// Made by a request whose sender was gone by then: nobody can know of it before a list shows it.
-    pub ghost: bool,
-}
-
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Host {
-    pub workers: BTreeMap<WorkerId, Worker>,
+    model: Model,
+    /// Their users were made, or removed, only in part.
+    half: BTreeSet<WorkerId>,
+    /// Made by requests whose senders were gone by then: nobody can know of them before a list shows them.
+    ghosts: BTreeSet<WorkerId>,
+    started: BTreeMap<WorkerId, u64>,
     agents: u64,
 }
 
@@ -40,35 +32,41 @@ pub enum Effect {
     Removed,
 }
 
-fn error(kind: ErrorKind, message: &str) -> Reply {
-    Reply::Error(Error::new(kind, message))
-}
-
-fn uid() -> Uid {
-    Uid::try_from(0x7000_0001).expect("a uid of the default range")
-}
-
 impl Host {
-    /// One whose agents have numbers of their own.
+    /// One whose agents are numbered from there on.
     pub fn numbered_from(agents: u64) -> Self {
         Self {
+            model: Model::new(Configuration::default(), 2_031_616..=2_097_151),
+            half: BTreeSet::new(),
+            ghosts: BTreeSet::new(),
+            started: BTreeMap::new(),
             agents,
-            ..Self::default()
         }
     }
 
-    pub fn list(&self) -> Reply {
-        let info = |(id, w): (&WorkerId, &Worker)| WorkerInfo {
-            worker: *id,
-            slot: w.slot.clone(),
-            uid: uid(),
-            state: w.state,
-            disk: None,
-        };
-        Reply::Listed {
-            workers: self.workers.iter().map(info).collect(),
-            more: false,
-        }
+    pub fn workers(&self) -> impl Iterator<Item = (WorkerId, &Tenant)> {
+        self.model.workers()
+    }
+
+    pub fn get(&self, id: WorkerId) -> Option<&Tenant> {
+        self.model.get(id)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.workers().next().is_none()
+    }
+
+    pub fn is_ghost(&self, id: WorkerId) -> bool {
+        self.ghosts.contains(&id)
+    }
+
+    pub fn ghost(&mut self, id: WorkerId) {
+        self.ghosts.insert(id);
+    }
+
+    /// Does the host have a worker that somebody can know of?
+    pub fn is_known(&self, id: WorkerId) -> bool {
+        self.get(id).is_some() && !self.is_ghost(id)
     }
 
     /// Carry out as much of a request as is said. `config`: the file as it is now; None for one that does
@@ -79,137 +77,102 @@ impl Host {
         request: &Request,
         extent: Extent,
     ) -> (Reply, Effect) {
-        if extent == Extent::Nothing {
-            return (error(ErrorKind::Failed, "cut off"), Effect::Nothing);
-        }
-        let half = extent == Extent::Half;
-        match request {
-            Request::CreateUser { worker, slot } => self.create(config, *worker, slot, half),
-            Request::InstallAgent { worker, .. } => self.install(config, *worker, half),
-            Request::Attach { worker } => match self.workers.get(worker) {
-                Some(w) => (Reply::Attached { state: w.state }, Effect::Nothing),
-                None => (error(ErrorKind::NoSuchWorker, "no such worker"), Effect::Nothing),
-            },
-            Request::Delete { worker } => (Reply::Deleted, self.delete(*worker, half)),
-            Request::List { .. } => (self.list(), Effect::Nothing),
-            Request::Kill { worker } => {
-                let known = self.workers.contains_key(worker);
-                self.end(*worker, Exit::Unknown);
-                match known {
-                    true => (Reply::Killed, Effect::Nothing),
-                    false => (error(ErrorKind::NoSuchWorker, "no such worker"), Effect::Nothing),
-                }
-            }
-            Request::Hello { .. } | Request::Check => {
-                (error(ErrorKind::Refused, "not asked for here"), Effect::Nothing)
-            }
-        }
+        self.model.configuration = config.map(Configuration::from);
+        let done = match extent {
+            Extent::Nothing => Err((ErrorKind::Failed, "cut off")),
+            _ => self.answer(request, extent == Extent::Half),
+        };
+        done.unwrap_or_else(|(kind, text)| (Reply::Error(Error::new(kind, text)), Effect::Nothing))
     }
 
-    fn create(
+    fn answer(
         &mut self,
-        config: Option<&Config>,
-        id: WorkerId,
-        slot: &SlotName,
+        request: &Request,
         half: bool,
-    ) -> (Reply, Effect) {
-        let Some(config) = config else {
-            let text = "the configuration has a mistake in line 7";
-            return (error(ErrorKind::Busy, text), Effect::Nothing);
-        };
-        if let Some(w) = self.workers.get_mut(&id) {
-            if !config.slots.contains_key(slot) {
-                return (Reply::Error(helper::no_such_slot(slot)), Effect::Nothing);
+    ) -> Result<(Reply, Effect), (ErrorKind, &'static str)> {
+        let refused = |kind| (kind, "as the contract says");
+        Ok(match request {
+            Request::CreateUser { worker, slot } => {
+                let is_new = self.get(*worker).is_none();
+                let uid = self.model.create_user(*worker, slot).map_err(refused)?;
+                match half {
+                    true if is_new => drop(self.half.insert(*worker)),
+                    true => {}
+                    false => drop(self.half.remove(worker)),
+                }
+                let name = UserName::from(*worker);
+                (Reply::UserCreated { uid, name }, Effect::Made)
             }
-            if w.slot != *slot {
-                return (
-                    error(ErrorKind::Refused, "the worker has another slot"),
-                    Effect::Nothing,
-                );
+            Request::InstallAgent { worker, .. } => {
+                let begins = self.get(*worker).is_some_and(|w| w.state == State::Created);
+                if begins && self.model.configuration.is_some() && self.half.contains(worker) {
+                    return Err((ErrorKind::Failed, HALF_MADE));
+                }
+                if begins && half {
+                    return Ok((Reply::AgentStarted, Effect::Nothing));
+                }
+                self.model.install_agent(*worker, Agent::Stays).map_err(refused)?;
+                if !begins {
+                    return Ok((Reply::AgentStarted, Effect::Nothing));
+                }
+                self.agents += 1;
+                self.started.insert(*worker, self.agents);
+                (Reply::AgentStarted, Effect::Started(self.agents))
             }
-            w.half &= half;
-        } else {
-            let allocation = |(id, w): (&WorkerId, &Worker)| helper::Allocation {
-                worker: *id,
-                slot: w.slot.clone(),
-                uid: uid(),
-            };
-            let allocations: Vec<helper::Allocation> = self.workers.iter().map(allocation).collect();
-            if let Err(refusal) = helper::may_take(config, &allocations, id, slot) {
-                return (Reply::Error(refusal.into()), Effect::Nothing);
+            Request::Attach { worker } => {
+                let state = self.model.attach(*worker).map_err(refused)?;
+                (Reply::Attached { state }, Effect::Nothing)
             }
-            let worker = Worker {
-                slot: slot.clone(),
-                state: State::Created,
-                half,
-                agent: None,
-                ghost: false,
-            };
-            self.workers.insert(id, worker);
-        }
-        let name = UserName::from(id);
-        (Reply::UserCreated { uid: uid(), name }, Effect::Made)
-    }
-
-    fn install(&mut self, config: Option<&Config>, id: WorkerId, half: bool) -> (Reply, Effect) {
-        let Some(w) = self.workers.get_mut(&id) else {
-            return (error(ErrorKind::NoSuchWorker, "no such worker"), Effect::Nothing);
-        };
-        if w.state != State::Created {
-            return (Reply::AgentStarted, Effect::Nothing);
-        }
-        match config {
-            None => {
-                let text = "the configuration has a mistake in line 7";
-                return (error(ErrorKind::Busy, text), Effect::Nothing);
+            Request::Kill { worker } => {
+                self.model.kill(*worker).map_err(refused)?;
+                (Reply::Killed, Effect::Nothing)
             }
-            Some(config) if !config.slots.contains_key(&w.slot) => {
-                return (Reply::Error(helper::no_such_slot(&w.slot)), Effect::Nothing);
+            Request::Delete { worker } if half => {
+                self.half.extend(self.get(*worker).is_some().then_some(*worker));
+                self.end(*worker, Exit::Unknown);
+                (Reply::Deleted, Effect::Nothing)
             }
-            Some(_) if w.half => {
-                return (error(ErrorKind::Failed, HALF_MADE), Effect::Nothing);
+            Request::Delete { worker } => {
+                let is_there = self.get(*worker).is_some();
+                self.model.delete(*worker);
+                self.half.remove(worker);
+                self.ghosts.remove(worker);
+                let effect = if is_there {
+                    Effect::Removed
+                } else {
+                    Effect::Nothing
+                };
+                (Reply::Deleted, effect)
             }
-            Some(_) => {}
-        }
-        if half {
-            return (Reply::AgentStarted, Effect::Nothing);
-        }
-        self.agents += 1;
-        (w.state, w.agent) = (State::Running, Some(self.agents));
-        (Reply::AgentStarted, Effect::Started(self.agents))
-    }
-
-    fn delete(&mut self, id: WorkerId, half: bool) -> Effect {
-        let Some(w) = self.workers.get_mut(&id) else {
-            return Effect::Nothing;
-        };
-        if half {
-            w.half = true;
-            if w.state == State::Running {
-                w.state = State::Exited(Exit::Unknown);
+            Request::List { after } => {
+                let all = self.model.list(*after).into_iter();
+                let info = |(worker, slot, uid, state)| WorkerInfo {
+                    worker,
+                    slot,
+                    uid,
+                    state,
+                    disk: None,
+                };
+                let workers = all.map(info).collect();
+                (Reply::Listed { workers, more: false }, Effect::Nothing)
             }
-            return Effect::Nothing;
-        }
-        self.workers.remove(&id);
-        Effect::Removed
+            Request::Hello { .. } | Request::Check => return Err((ErrorKind::Refused, "not asked for here")),
+        })
     }
 
     /// Is this agent of this worker alive?
     pub fn runs(&self, id: WorkerId, agent: u64) -> bool {
-        self.workers
-            .get(&id)
-            .is_some_and(|w| w.state == State::Running && w.agent == Some(agent))
+        let is_running = self.get(id).is_some_and(|w| w.state == State::Running);
+        is_running && self.started.get(&id) == Some(&agent)
     }
 
     pub fn end(&mut self, id: WorkerId, exit: Exit) {
-        if let Some(w) = self.workers.get_mut(&id) {
-            w.state = State::Exited(exit);
-        }
+        self.model.end(id, exit);
     }
 
     pub fn reboot(&mut self) {
-        for w in self.workers.values_mut().filter(|w| w.state == State::Running) {
-            w.state = State::Exited(Exit::Unknown);
+        for id in self.workers().map(|(id, _)| id).collect::<Vec<_>>() {
+            self.end(id, Exit::Unknown);
         }
     }
 }

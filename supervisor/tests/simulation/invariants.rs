@@ -5,12 +5,13 @@ use protocol::{Error, ErrorKind, Request, SlotName, State, WorkerId};
 use serde_json::Value;
 use supervisor::buildomat::ServerWorker;
 use supervisor::worker::FORGOTTEN_MS;
+use testbed::server::Worker;
 
 use crate::checks::Checks;
 use crate::host::{HALF_MADE, Host};
 use crate::script::Kind;
 use crate::second::MARK;
-use crate::server::{LEASE_MS, Server, Worker};
+use crate::server::{LEASE_MS, Server};
 use crate::world::ONLINE_TIMEOUT_MS;
 
 /// A job may lose its worker so often before anybody calls it broken.
@@ -144,8 +145,11 @@ impl Checks {
             return;
         }
         let slot = slot_of(slot).expect("a slot's name");
-        for (other, w) in host.workers.iter().filter(|(other, w)| **other != id && !w.ghost) {
-            if self.exclude((id, &slot), (*other, &w.slot)) {
+        for (other, w) in host
+            .workers()
+            .filter(|(other, _)| *other != id && !host.is_ghost(*other))
+        {
+            if self.exclude((id, &slot), (other, &w.slot)) {
                 self.failure.get_or_insert(format!(
                     "{id} gets slot {slot} while the host has {other} in {}",
                     w.slot
@@ -163,9 +167,10 @@ impl Checks {
             };
             let left_alone = self.tracks.get(other).is_none_or(|t| t.lied_about || t.forgotten);
             // The mark is set once: a worker whose slot was removed, or has another target now, moves to another.
-            let is_elsewhere = host.workers.get(other).is_some_and(|h| h.slot != private);
+            let is_elsewhere = host.get(*other).is_some_and(|h| h.slot != private);
             let slot_now = self.config.slots.get(&private);
-            let is_moved = is_elsewhere || slot_now.is_none_or(|slot| slot.target.to_string() != w.target);
+            let is_moved =
+                is_elsewhere || slot_now.is_none_or(|slot| slot.target.to_string() != w.target.to_string());
             if !left_alone && !is_moved && self.exclude((id, &slot), (*other, &private)) {
                 self.failure.get_or_insert(format!(
                     "{id} gets slot {slot} while the server has {other} in {private}"
@@ -175,11 +180,10 @@ impl Checks {
         if let Some((drained, since)) = &self.drained_slot
             && *drained == slot
         {
-            let job = server
-                .workers
-                .get(&id)
-                .and_then(|w| server.jobs.get(w.job.as_ref()?));
-            if job.is_some_and(|job| job.leased_at > *since) && !self.track(id).forgotten {
+            let job = server.workers.get(&id).and_then(|w| w.job);
+            if job.is_some_and(|job| server.leased_at.get(&job).is_some_and(|at| at > since))
+                && !self.track(id).forgotten
+            {
                 self.fail(format!("{id} gets slot {slot}, which is drained"));
             }
         }
@@ -192,7 +196,7 @@ impl Checks {
         };
         match (error.kind, request) {
             (ErrorKind::SlotTaken, Request::CreateUser { slot, .. }) => {
-                let ghosts = host.workers.values().any(|w| w.ghost);
+                let ghosts = host.workers().any(|(id, _)| host.is_ghost(id));
                 let track = self.track(id).clone();
                 let settled = track.made_at > self.changed_at || self.changed_at == 0;
                 if settled && !ghosts && !track.lied_about && !track.forgotten {
@@ -210,11 +214,7 @@ impl Checks {
 
     /// An agent is started twice in no worker.
     pub fn agent_started(&mut self, id: WorkerId, server: &Server) {
-        if server
-            .workers
-            .get(&id)
-            .is_some_and(|w| w.agent.is_some() && !w.deleted)
-        {
+        if server.workers.get(&id).is_some_and(|w| w.online() && !w.deleted) {
             self.fail(format!(
                 "a second agent is started in {id}, whose first was online"
             ));
@@ -226,7 +226,7 @@ impl Checks {
         if !live {
             return;
         }
-        if host.workers.get(&id).is_some_and(|w| !w.ghost) {
+        if host.is_known(id) {
             self.fail(format!(
                 "{id} is deleted on the server while the host still has it"
             ));
@@ -242,7 +242,7 @@ impl Checks {
             .config
             .slots
             .values()
-            .any(|slot| slot.target.to_string() == w.target);
+            .any(|slot| slot.target.to_string() == w.target.to_string());
         let began_and_lost = track.was_online && track.forgotten;
         // It waited for a slot that others had, as long as it may.
         let without_slot = track.forgotten || w.private.is_none();
@@ -292,10 +292,15 @@ impl Checks {
         let limit = 60_000 + 2_000 * self.config.factory.poll_seconds;
         let mut found = None;
         for (id, track) in &mut self.tracks {
-            let is_held = server.workers.get(id).is_some_and(|w| w.hold && !w.deleted);
-            let goes_on = host.workers.get(id).is_some_and(|w| {
+            let is_held = server
+                .workers
+                .get(id)
+                .is_some_and(|w| w.hold.is_some() && !w.deleted);
+            let goes_on = host.get(*id).is_some_and(|w| {
                 let slot = self.config.slots.get(&w.slot);
-                w.state == State::Running && !w.ghost && slot.is_none_or(|slot| !slot.keep_processes)
+                w.state == State::Running
+                    && host.is_known(*id)
+                    && slot.is_none_or(|slot| !slot.keep_processes)
             });
             let excused = track.lied_about || track.forgotten;
             if !(fair && track.told && is_held && goes_on) || excused {
@@ -326,6 +331,6 @@ fn slot_of(private: &str) -> Option<SlotName> {
 /// The server's worker, if its job would fail by what the supervisor does, and nobody else has ended it.
 fn with_open_job(server: &Server, id: WorkerId) -> Option<&Worker> {
     let w = server.workers.get(&id)?;
-    let job = server.jobs.get(w.job.as_ref()?)?;
-    (!w.deleted && !w.recycle_asked && job.end.is_none()).then_some(w)
+    let job = server.jobs.get(&w.job?)?;
+    (!w.deleted && !w.recycle_asked && !job.complete()).then_some(w)
 }

@@ -198,7 +198,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         .server
         .jobs
         .values()
-        .filter(|job| job.end == Some(Ok(())))
+        .filter(|job| job.progress == testbed::server::Progress::Completed)
         .count() as u64;
     Outcome {
         failure: world.checks.failure().cloned(),

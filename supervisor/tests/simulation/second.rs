@@ -116,7 +116,7 @@ impl World {
             return;
         }
         let live = |id: &WorkerId| self.server.workers.get(id).is_some_and(|w| !w.deleted);
-        if second.host.workers.is_empty() && !second.own.iter().any(live) {
+        if second.host.is_empty() && !second.own.iter().any(live) {
             self.note(|| "* the second supervisor is stopped for good".into());
             self.second.over = true;
             self.second.orders.words.push(Input::Stop);
@@ -231,11 +231,11 @@ impl World {
 
     /// No worker is on both hosts.
     pub fn judge_hosts(&mut self) {
-        let both = self.second.host.workers.keys().find(|id| {
-            let here = self.host.workers.get(id);
-            here.is_some_and(|w| !w.ghost) && !self.checks.tracks.get(id).is_some_and(|t| t.lied_about)
+        let mut second = self.second.host.workers();
+        let both = second.find(|(id, _)| {
+            self.host.is_known(*id) && !self.checks.tracks.get(id).is_some_and(|t| t.lied_about)
         });
-        if let Some(id) = both.copied() {
+        if let Some((id, _)) = both {
             self.checks.fail(format!("{id} is on both hosts"));
         }
     }

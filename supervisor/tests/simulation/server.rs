@@ -1,330 +1,189 @@
-//! The buildomat server's rules for a factory, as a plain value: it can be copied, and so rolled back.
+//! The test bed's server, with the clock of this world. Its rules are the test bed's; here is what the simulation
+//! makes of it: jobs that say how long they take, agents that are numbers, and a database that is rolled back.
 
 use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
+use std::time::Duration;
 
-use protocol::WorkerId;
-use serde_json::{Value, json};
-use supervisor::buildomat::JobId;
+use jiff::Timestamp;
+use protocol::{TargetId, WorkerId};
+use serde_json::Value;
+use supervisor::buildomat::Call;
+use testbed::server::{Chance, Job, JobSpec, Progress, State, Worker};
 
-pub const LEASE_MS: u64 = 60_000;
-const SILENT_MS: u64 = 600_000;
-/// From a worker's making: one that is online and has no job by then is recycled.
-const IDLE_MS: u64 = 1_800_000;
-const MAX_RUNTIME_MS: u64 = 900_000;
+/// How long the server leases a job.
+pub const LEASE_MS: u64 = testbed::server::LEASE.as_millis() as u64;
+/// The server ends a job that has taken so long, and whose agent is there. One whose agent never came it leaves to
+/// the factory here, which is never helped out of it.
+const MAX_RUNTIME: Duration = Duration::from_secs(900);
+const NO_LIMIT: Duration = Duration::from_secs(86_400 * 365);
+/// What the time of a world begins with.
+pub const EPOCH_MS: u64 = 1_800_000_000_000;
 
+/// A copy is a backup of its database.
 #[derive(Clone, Debug)]
-pub struct Worker {
-    pub target: String,
-    pub job: Option<JobId>,
-    pub private: Option<String>,
-    /// The agent that has introduced itself.
-    pub agent: Option<u64>,
-    pub hold: bool,
-    pub recycle_asked: bool,
-    pub deleted: bool,
-    pub made: u64,
-    pub heard: u64,
+pub struct Server {
+    state: State,
+    factory: WorkerId,
+    /// When each job was leased last.
+    pub leased_at: BTreeMap<WorkerId, u64>,
 }
 
-impl Worker {
-    pub fn recycle(&self) -> bool {
-        self.recycle_asked && !self.hold
+impl Deref for Server {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
     }
 }
 
-/// Why a job has failed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Cause {
-    Cancelled,
-    Overlong,
-    /// Its worker was deleted, or told to go.
-    Orphan,
-    Told(String),
+impl DerefMut for Server {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
 }
 
-#[derive(Clone, Debug)]
-pub struct Job {
-    pub target: String,
-    pub takes: u64,
-    pub worker: Option<WorkerId>,
-    pub assigned_at: u64,
-    pub leased_at: u64,
-    pub began: bool,
-    pub cancelled: bool,
-    pub end: Option<Result<(), Cause>>,
-    pub lines: usize,
+fn time(now: u64) -> Timestamp {
+    Timestamp::from_millisecond((EPOCH_MS + now) as i64).expect("a time of this world")
 }
 
-#[derive(Clone, Debug, Default)]
-pub struct Server {
-    pub workers: BTreeMap<WorkerId, Worker>,
-    pub jobs: BTreeMap<JobId, Job>,
-    leases: BTreeMap<JobId, u64>,
-}
-
-/// What an operator has set, which is not in the database that is rolled back.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Settings {
-    pub no_leases: bool,
-    pub hold_new: bool,
-    pub old: bool,
-}
-
-type Answer = (u16, Value);
-
-fn refused(code: u16, message: &str) -> Answer {
-    (code, json!({ "request_id": "r", "message": message }))
+/// The token of an agent, which is a number here.
+fn token(agent: u64) -> String {
+    format!("agent-{agent:0>16}")
 }
 
 impl Server {
-    pub fn view(id: WorkerId, w: &Worker) -> Value {
-        json!({
-            "id": id, "target": w.target, "private": w.private, "bootstrap": bootstrap(id),
-            "online": w.agent.is_some(), "hold": w.hold, "recycle": w.recycle(),
-        })
+    pub fn new(seed: u64) -> Self {
+        let mut state = State::with(time(0), Chance::of_seed(seed));
+        for n in 1..=3 {
+            let target = TargetId::from_bits(n).to_string();
+            state.targets.insert(WorkerId::from_bits(n), target);
+        }
+        let (factory, _) = state.add_factory("f");
+        Self {
+            state,
+            factory,
+            leased_at: BTreeMap::new(),
+        }
     }
 
-    pub fn list(&self) -> Answer {
-        let all = self.workers.iter().filter(|(_, w)| !w.deleted);
-        (200, all.map(|(id, w)| Self::view(*id, w)).collect())
+    pub fn at(&mut self, now: u64) {
+        self.state.now = time(now);
     }
 
-    pub fn lease(&mut self, now: u64, targets: &[Value], settings: Settings) -> Answer {
-        let wanted = |target: &str| targets.iter().any(|t| t == target);
-        let free = |(id, job): &(&JobId, &mut Job)| {
-            job.worker.is_none()
-                && job.end.is_none()
-                && !job.cancelled
-                && wanted(&job.target)
-                && !self.leases.contains_key(id)
+    /// A call of the factory's: the status and the body that come back.
+    pub fn call(&mut self, now: u64, call: &Call) -> (u16, Value) {
+        let (me, body) = (self.factory, call.body.as_ref().unwrap_or(&Value::Null));
+        let answer = self
+            .state
+            .factory_call(me, call.method.as_str(), &call.path, body);
+        let answer = answer.unwrap_or_else(|refusal| refusal.answer("r"));
+        let leased = answer.1["lease"]["job"].as_str();
+        if let Some(job) = leased.and_then(|job| job.parse().ok()) {
+            self.leased_at.insert(job, now);
+        }
+        answer
+    }
+
+    pub fn submit(&mut self, target: u64, takes: u64) {
+        let spec = JobSpec {
+            max_runtime: NO_LIMIT,
+            ..JobSpec::script(
+                &TargetId::from_bits(1 + u128::from(target)).to_string(),
+                &takes.to_string(),
+            )
         };
-        let found = if settings.no_leases {
-            None
-        } else {
-            self.jobs.iter_mut().find(free)
-        };
-        let Some((id, job)) = found else {
-            return (200, json!({ "lease": null }));
-        };
-        job.leased_at = now;
-        self.leases.insert(id.clone(), now + LEASE_MS);
-        (200, json!({ "lease": { "job": id, "target": job.target } }))
+        self.state.submit_spec(spec).expect("a job as any other");
     }
 
-    pub fn renew(&mut self, now: u64, job: &JobId) -> Answer {
-        let lease = self.leases.get_mut(job);
-        let known = lease.map(|until| *until = now + LEASE_MS).is_some();
-        (200, json!(known))
-    }
-
-    pub fn make(&mut self, now: u64, id: WorkerId, job: &JobId, hold: bool) -> Answer {
-        let Some(j) = self.jobs.get_mut(job) else {
-            return refused(500, "Internal Server Error");
-        };
-        if j.worker.is_some() || j.end.is_some() || j.cancelled {
-            return refused(409, "job is already assigned, or not queued");
-        }
-        (j.worker, j.assigned_at) = (Some(id), now);
-        let worker = Worker {
-            target: j.target.clone(),
-            job: Some(job.clone()),
-            private: None,
-            agent: None,
-            hold,
-            recycle_asked: false,
-            deleted: false,
-            made: now,
-            heard: now,
-        };
-        self.leases.remove(job);
-        let view = Self::view(id, &worker);
-        self.workers.insert(id, worker);
-        (201, view)
-    }
-
-    pub fn associate(&mut self, id: WorkerId, private: &str) -> Answer {
-        match self.workers.get_mut(&id) {
-            None => refused(500, "Internal Server Error"),
-            Some(w) if w.deleted || w.private.as_ref().is_some_and(|p| p != private) => {
-                refused(401, "not authorised")
-            }
-            Some(w) => {
-                w.private = Some(private.to_owned());
-                (204, Value::Null)
-            }
-        }
-    }
-
-    pub fn delete(&mut self, id: WorkerId) -> Answer {
-        match self.workers.get_mut(&id) {
-            None => refused(500, "Internal Server Error"),
-            Some(w) => {
-                w.deleted = true;
-                self.end_orphans();
-                (200, json!(true))
-            }
-        }
-    }
-
-    pub fn append(&mut self, id: WorkerId) -> Answer {
-        let Some(w) = self.workers.get(&id) else {
-            return refused(500, "Internal Server Error");
-        };
-        let Some(job) = &w.job else {
-            let never = w.deleted || (w.recycle() && w.agent.is_none());
-            return (200, json!({ "retry": !never }));
-        };
-        if let Some(job) = self.jobs.get_mut(job) {
-            job.lines += 1;
-        }
-        (200, json!({ "retry": false }))
-    }
-
-    pub fn fail(&mut self, id: WorkerId, reason: &str, settings: Settings) -> Answer {
-        if settings.old {
-            return refused(404, "Not Found");
-        }
-        if !self.workers.contains_key(&id) {
-            return refused(500, "Internal Server Error");
-        }
-        self.fail_worker(id, reason);
-        (204, Value::Null)
-    }
-
-    fn fail_worker(&mut self, id: WorkerId, reason: &str) {
-        let Some(w) = self.workers.get_mut(&id) else {
-            return;
-        };
-        if w.deleted || w.recycle_asked {
-            return;
-        }
-        (w.recycle_asked, w.hold) = (true, true);
-        if let Some(job) = w.job.clone() {
-            self.end(&job, Err(Cause::Told(reason.to_owned())));
-        }
-    }
-
-    fn end(&mut self, job: &JobId, end: Result<(), Cause>) {
-        self.leases.remove(job);
-        if let Some(j) = self.jobs.get_mut(job) {
-            j.end.get_or_insert(end);
-        }
+    /// How long the worker's job takes.
+    pub fn takes(&self, id: WorkerId) -> u64 {
+        let job = self.workers.get(&id).and_then(|w| self.jobs.get(&w.job?));
+        job.map_or(1_000, |job| job.tasks[0].spec.script.parse().expect("a time"))
     }
 
     /// An agent introduces itself. Is it let in?
-    pub fn bootstrap(&mut self, now: u64, id: WorkerId, agent: u64) -> bool {
-        let Some(w) = self.workers.get_mut(&id) else {
+    pub fn bootstrap(&mut self, id: WorkerId, agent: u64) -> bool {
+        let Some(bootstrap) = self.workers.get(&id).map(|w| w.bootstrap.clone()) else {
             return false;
         };
-        let other = w.agent.is_some_and(|known| known != agent);
-        if w.deleted || w.recycle() || w.private.is_none() || other {
+        if self.state.bootstrap(&bootstrap, &token(agent)).is_err() {
             return false;
         }
-        (w.agent, w.heard) = (Some(agent), now);
-        if let Some(job) = w.job.as_ref().and_then(|job| self.jobs.get_mut(job)) {
-            job.began = true;
+        if let Some(job) = self.workers[&id]
+            .job
+            .and_then(|job| self.state.jobs.get_mut(&job))
+        {
+            job.max_runtime = MAX_RUNTIME;
         }
         true
     }
 
     /// The job of this agent is done. Is it one that the server knows?
     pub fn complete(&mut self, id: WorkerId, agent: u64) -> bool {
-        let Some(w) = self.workers.get(&id).filter(|w| w.agent == Some(agent)) else {
-            return false;
-        };
-        if let Some(job) = w.job.clone() {
-            self.end(&job, Ok(()));
+        let known = self.workers.get(&id).filter(|w| w.token == Some(token(agent)));
+        let job = known.map(|w| w.job);
+        if let Some(Some(job)) = job {
+            self.finish(job, false);
         }
-        true
-    }
-
-    pub fn expire_leases(&mut self) {
-        self.leases.clear();
-    }
-
-    pub fn cancel(&mut self, job: &JobId) {
-        if let Some(j) = self.jobs.get_mut(job).filter(|j| j.end.is_none()) {
-            j.cancelled = true;
-            self.leases.remove(job);
-        }
-    }
-
-    /// Leave so many of the jobs that wait.
-    pub fn cancel_all_but(&mut self, many: usize) {
-        let waiting = self
-            .jobs
-            .values_mut()
-            .filter(|job| job.end.is_none() && job.worker.is_none());
-        for job in waiting.skip(many) {
-            job.cancelled = true;
-        }
+        job.is_some()
     }
 
     /// What the server does by itself, once a second. `pings`: is this agent there, and talking?
     /// Returns those whose agents it had to miss by itself, and when it had heard from them last.
-    pub fn tick(&mut self, now: u64, pings: impl Fn(WorkerId, u64) -> bool) -> Vec<(WorkerId, u64)> {
-        self.leases.retain(|_, until| *until > now);
-        let mut silent = Vec::new();
-        for (id, w) in self.workers.iter_mut().filter(|(_, w)| !w.deleted) {
-            if let Some(agent) = w.agent {
-                if pings(*id, agent) {
-                    w.heard = now;
-                }
-                if now > w.heard + SILENT_MS && !w.hold && !w.recycle() {
-                    silent.push((*id, w.heard));
-                }
-            }
-            let job = w.job.as_ref().and_then(|job| self.jobs.get_mut(job));
-            match job {
-                Some(job) if job.end.is_some() => w.recycle_asked = true,
-                Some(job) if job.cancelled => {
-                    job.end = Some(Err(Cause::Cancelled));
-                    w.recycle_asked = true;
-                }
-                // It is the server's to end a job whose agent is there, and has nothing to do with it; but what it
-                // takes for not begun, it leaves to the factory, and here that is never helped out of it.
-                Some(job) if w.agent.is_some() && now > job.assigned_at + MAX_RUNTIME_MS => {
-                    job.end = Some(Err(Cause::Overlong));
-                    w.recycle_asked = true;
-                }
-                Some(_) => {}
-                None => w.recycle_asked |= w.agent.is_some() && now > w.made + IDLE_MS,
-            }
+    pub fn tick(&mut self, pings: impl Fn(WorkerId, u64) -> bool) -> Vec<(WorkerId, u64)> {
+        let talks = self.live().filter(|w| {
+            let agent = w.token.as_ref().and_then(|token| token.strip_prefix("agent-"));
+            agent.is_some_and(|agent| pings(w.id, agent.parse().expect("a number")))
+        });
+        for id in talks.map(|w| w.id).collect::<Vec<_>>() {
+            self.worker_ping(id);
         }
-        for (id, _) in &silent {
-            self.fail_worker(*id, "agent has stopped pinging");
-        }
-        for job in self
-            .jobs
-            .values_mut()
-            .filter(|j| j.cancelled && j.worker.is_none())
-        {
-            job.end.get_or_insert(Err(Cause::Cancelled));
-        }
-        self.end_orphans();
-        silent
+        let before = self.live().filter(|w| w.hold.is_none());
+        let before: Vec<WorkerId> = before.map(|w| w.id).collect();
+        self.state.tick();
+        let held = before.iter().map(|id| &self.workers[id]);
+        let missed = held.filter(|w| w.hold.is_some()).map(|w| {
+            let heard = w.last_ping.expect("its agent has talked").as_millisecond();
+            (w.id, heard as u64 - EPOCH_MS)
+        });
+        missed.collect()
     }
 
-    pub fn end_orphans(&mut self) {
-        for w in self.workers.values().filter(|w| w.deleted || w.recycle()) {
-            if let Some(job) = w.job.as_ref().and_then(|job| self.jobs.get_mut(job)) {
-                job.end.get_or_insert(Err(Cause::Orphan));
-            }
+    pub fn live(&self) -> impl Iterator<Item = &Worker> {
+        self.workers.values().filter(|w| !w.deleted)
+    }
+
+    pub fn open_jobs(&self) -> Vec<WorkerId> {
+        let open = self.jobs.values().filter(|job| !job.complete());
+        open.map(|job| job.id).collect()
+    }
+
+    /// Leave so many of the jobs that wait.
+    pub fn cancel_all_but(&mut self, many: usize) {
+        let waiting = self.jobs.values().filter(|job| job.queued());
+        for job in waiting.map(|job| job.id).skip(many).collect::<Vec<_>>() {
+            self.cancel(job).expect("it waits");
         }
     }
-}
 
-/// A worker's token: made of its id, so that a rolled-back server knows it still.
-pub fn bootstrap(id: WorkerId) -> String {
-    format!("{id}{id}{:0>12}", "x")
-}
-
-impl Server {
-    pub fn open_jobs(&self) -> Vec<JobId> {
-        self.jobs
-            .iter()
-            .filter(|(_, job)| job.end.is_none())
-            .map(|(id, _)| id.clone())
-            .collect()
+    /// The database is again what it was. What an operator has set is not in it; and the jobs that it has lost are
+    /// submitted again, by those who wait for them.
+    pub fn roll_back(&mut self, old: Server) {
+        let new = std::mem::replace(self, old);
+        (self.held, self.no_fail, self.now) = (new.held, new.no_fail, new.now);
+        self.hold_new_workers = new.hold_new_workers;
+        for (id, job) in new.state.jobs {
+            let anew = Job {
+                worker: None,
+                assigned: None,
+                completed: None,
+                progress: Progress::Pending,
+                events: Vec::new(),
+                max_runtime: NO_LIMIT,
+                ..job
+            };
+            self.state.jobs.entry(id).or_insert(anew);
+        }
     }
 }

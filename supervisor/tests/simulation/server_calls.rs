@@ -3,11 +3,9 @@
 use protocol::{TargetId, WorkerId};
 use serde_json::{Value, json};
 use supervisor::buildomat::Call;
-use supervisor::buildomat::JobId;
 
 use crate::net::Ask;
 use crate::script::{Fate, Kind};
-use crate::server::{Server, Worker};
 use crate::world::World;
 
 impl World {
@@ -26,75 +24,40 @@ impl World {
         if let Some(id) = ask.about().filter(|_| live) {
             self.judge_owner(ask.kind(), id, second);
         }
-        let job = |text: &str| JobId::try_from(text.to_owned()).expect("a job's id");
-        match ask.kind() {
-            Kind::Workers => {
-                let list = self.server.list();
-                if !second {
-                    self.spring_ambushes();
-                }
-                list
-            }
-            Kind::Lease => {
-                let targets = field("supported_targets");
-                let targets = targets.as_array().expect("a list of targets");
-                self.server.lease(self.now, targets, self.settings)
-            }
-            Kind::Renew => self.server.renew(self.now, &job(last)),
-            Kind::Make => {
-                let id = self.new_worker_id();
-                let text = field("job");
-                let answer = self.server.make(
-                    self.now,
-                    id,
-                    &job(text.as_str().expect("a job")),
-                    self.settings.hold_new,
-                );
-                if answer.0 == 201 {
-                    self.checks.made(self.now, id);
-                    if second {
-                        self.second.own.insert(id);
-                    }
-                    self.trace.note(self.now, || format!("  made {id}"));
-                }
-                answer
-            }
-            Kind::Associate => {
+        let kind = ask.kind();
+        match kind {
+            Kind::Associate if !second => {
                 let slot = field("private");
                 let slot = slot.as_str().expect("a slot");
-                if !second {
-                    self.checks
-                        .associates(worker(), slot, live, &self.server, &self.host);
-                }
-                let answer = self.server.associate(worker(), slot);
-                if answer.0 == 204 && second {
-                    self.second.own.insert(worker());
-                } else if answer.0 == 204 {
-                    self.second.own.remove(&worker());
-                }
-                answer
+                self.checks
+                    .associates(worker(), slot, live, &self.server, &self.host);
             }
-            Kind::Delete => {
-                if !second {
-                    self.checks.deletes(worker(), live, &self.server, &self.host);
-                }
-                self.server.delete(worker())
-            }
-            Kind::Append => self.server.append(worker()),
-            Kind::Fail => {
+            Kind::Delete if !second => self.checks.deletes(worker(), live, &self.server, &self.host),
+            Kind::Fail if !second => {
                 let reason = field("reason");
                 let reason = reason.as_str().expect("a reason");
-                if !second {
-                    self.checks.fails(worker(), reason, &self.server);
-                }
-                let answer = self.server.fail(worker(), reason, self.settings);
-                if !second && answer.0 == 204 {
-                    self.checks.told(worker());
-                }
-                answer
+                self.checks.fails(worker(), reason, &self.server);
             }
-            other => panic!("{other:?} is not the server's"),
+            _ => {}
         }
+        let (code, value) = self.server.call(self.now, call);
+        match kind {
+            Kind::Workers if !second => self.spring_ambushes(),
+            Kind::Make if code == 201 => {
+                let id = value["id"].as_str().and_then(|id| id.parse().ok());
+                let id: WorkerId = id.expect("a worker's id");
+                self.checks.made(self.now, id);
+                if second {
+                    self.second.own.insert(id);
+                }
+                self.note(|| format!("  made {id}"));
+            }
+            Kind::Associate if code == 204 && second => drop(self.second.own.insert(worker())),
+            Kind::Associate if code == 204 => drop(self.second.own.remove(&worker())),
+            Kind::Fail if code == 204 && !second => self.checks.told(worker()),
+            _ => {}
+        }
+        (code, value)
     }
 
     /// An answer that is whole, and about another worker.
@@ -108,21 +71,15 @@ impl World {
         };
         let id = WorkerId::from_bits(3 << 100 | u128::from(n));
         self.checks.foreign(id);
-        let worker = Worker {
-            target: TargetId::from_bits(1 + u128::from(n % 3)).to_string(),
-            job: None,
-            private: (n % 2 == 0).then(|| "s1".to_owned()),
-            agent: (n == 3).then_some(1),
-            hold: n == 5,
-            recycle_asked: n == 7,
-            deleted: false,
-            made: 0,
-            heard: 0,
-        };
+        let target = TargetId::from_bits(1 + u128::from(n % 3));
+        let worker = json!({
+            "id": id, "target": target, "private": (n % 2 == 0).then_some("s1"), "bootstrap": "x".repeat(64),
+            "online": n == 3, "hold": n == 5, "recycle": n == 7,
+        });
         match kind {
-            Kind::Workers => json!([Server::view(id, &worker)]),
-            Kind::Make => Server::view(id, &worker),
-            Kind::Lease => json!({ "lease": { "job": id, "target": worker.target } }),
+            Kind::Workers => json!([worker]),
+            Kind::Make => worker,
+            Kind::Lease => json!({ "lease": { "job": id, "target": target } }),
             _ => value,
         }
     }

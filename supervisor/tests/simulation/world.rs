@@ -16,7 +16,7 @@ use crate::report::Report;
 use crate::script::{Fate, Item, Kind, Misdeed, Mode, Point, Script};
 use crate::second::{SECOND, Second};
 use crate::seed::below;
-use crate::server::{Server, Settings};
+use crate::server::{EPOCH_MS, Server};
 use crate::trace::Trace;
 
 /// From the last fault until everything has come to its end, at most: a slot may rest for ten minutes, and as
@@ -91,7 +91,6 @@ pub struct World {
     pub sequence: u64,
     pub rng: Rng,
     pub server: Server,
-    pub settings: Settings,
     pub snapshots: VecDeque<Server>,
     pub host: Host,
     pub locks: BTreeMap<WorkerId, u64>,
@@ -114,7 +113,6 @@ pub struct World {
     pub calls: BTreeMap<u64, InFlight>,
     /// The last answer to each poll, in the trace.
     pub polled: BTreeMap<Kind, String>,
-    pub ids: u64,
     pub life: u64,
     pub alive: bool,
     pub second: Second,
@@ -143,10 +141,9 @@ impl World {
             queue: BTreeMap::new(),
             sequence: 0,
             rng: Rng::new(script.seed ^ 0x5157),
-            server: Server::default(),
-            settings: Settings::default(),
+            server: Server::new(script.seed),
             snapshots: VecDeque::new(),
-            host: Host::default(),
+            host: Host::numbered_from(0),
             locks: BTreeMap::new(),
             file: Some(config.clone()),
             checks: Checks::new(config.clone()),
@@ -165,7 +162,6 @@ impl World {
             crash_at: Vec::new(),
             calls: BTreeMap::new(),
             polled: BTreeMap::new(),
-            ids: 0,
             life: 0,
             alive: false,
             second: Second::new(config.clone()),
@@ -207,7 +203,7 @@ impl World {
 
     /// What the host's clock reads.
     pub fn wall(&self) -> u64 {
-        let truth = 1_800_000_000_000 + self.now as i64;
+        let truth = (EPOCH_MS + self.now) as i64;
         (truth + self.clock_error).max(0) as u64
     }
 
@@ -239,6 +235,7 @@ impl World {
     /// Let the next thing happen, if it is due.
     pub fn step(&mut self, now: u64) {
         self.now = now;
+        self.server.at(now);
         let Some(entry) = self.queue.first_entry().filter(|entry| entry.key().0 <= now) else {
             return;
         };
@@ -270,11 +267,6 @@ impl World {
     pub fn new_call(&mut self) -> u64 {
         self.sequence += 1;
         self.sequence
-    }
-
-    pub fn new_worker_id(&mut self) -> WorkerId {
-        self.ids += 1;
-        WorkerId::from_bits(2 << 100 | u128::from(self.ids))
     }
 
     /// The supervisor reads the file again.
@@ -347,9 +339,9 @@ impl World {
         }
         let (host, second) = (&self.host, &self.second.host);
         let reachable = self.agents_reach_server();
-        let missed = self.server.tick(self.now, |id, agent| {
-            !reachable || host.runs(id, agent) || second.runs(id, agent)
-        });
+        let missed = self
+            .server
+            .tick(|id, agent| !reachable || host.runs(id, agent) || second.runs(id, agent));
         let fair = self.alive
             && self.every.is_empty()
             && !self.calls.values().any(|call| matches!(call.fate, Fate::Late(_)))
@@ -391,18 +383,11 @@ impl World {
             // The supervisor may have to learn of it.
             self.finished = self.now > since + 70_000;
         } else if self.now > self.script.calm_at + SETTLE_MS {
-            let left: Vec<String> = self
-                .server
-                .workers
-                .iter()
-                .filter(|(_, w)| !w.deleted)
-                .map(|(id, w)| format!("\n  {id} on the server: {w:?}"))
-                .chain(
-                    self.host
-                        .workers
-                        .iter()
-                        .map(|(id, w)| format!("\n  {id} on the host: {w:?}")),
-                )
+            let live = self.server.live();
+            let hosts = self.host.workers();
+            let left: Vec<String> = live
+                .map(|w| format!("\n  {} on the server: {w:?}", w.id))
+                .chain(hosts.map(|(id, w)| format!("\n  {id} on the host: {w:?}")))
                 .chain(
                     self.server
                         .open_jobs()
@@ -415,25 +400,21 @@ impl World {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.host.workers.is_empty()
-            && self.second.host.workers.is_empty()
+        self.host.is_empty()
+            && self.second.host.is_empty()
             && !self.second.alive
-            && self.server.workers.values().all(|w| w.deleted)
+            && self.server.live().next().is_none()
             && self.server.open_jobs().is_empty()
     }
 
     /// An operator looks after what is held.
     pub fn visit(&mut self) {
         let now = self.now;
-        for (id, w) in self
-            .server
-            .workers
-            .iter_mut()
-            .filter(|(_, w)| !w.deleted && w.hold)
-        {
-            if self.checks.held_since(*id, now) + HELD_MS <= now {
-                w.hold = false;
-                self.trace.note(now, || format!("an operator releases {id}"));
+        let held = self.server.live().filter(|w| w.hold.is_some());
+        for id in held.map(|w| w.id).collect::<Vec<_>>() {
+            if self.checks.held_since(id, now) + HELD_MS <= now {
+                self.server.release(id).expect("it is there");
+                self.note(|| format!("an operator releases {id}"));
             }
         }
         self.orders.look = self.alive;
@@ -447,7 +428,7 @@ impl World {
             let listed = self.server.workers.get(&foreign.id).is_some_and(|w| !w.deleted);
             let since = self.checks.foreign_since(foreign.id, self.now);
             let others = self.second.is_there() && self.second.own.contains(&foreign.id);
-            let nobodys = !others && !self.host.workers.contains_key(&foreign.id);
+            let nobodys = !others && self.host.get(foreign.id).is_none();
             if listed && nobodys && since + HELD_MS <= self.now {
                 self.note(|| format!("an operator destroys {}", foreign.id));
                 self.checks.deletion_ordered(foreign.id);

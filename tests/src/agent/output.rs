@@ -6,12 +6,11 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use jiff::Timestamp;
 
 use super::at;
 use super::client::Client;
 use super::events::Events;
-use crate::server::Ulid;
+use crate::server::fresh_id;
 use crate::server::wire::{AddFile, OutputRule, PingJob};
 
 const CHUNK: u64 = 5 * 1024 * 1024;
@@ -97,7 +96,7 @@ fn upload_one(
     if size != promised && !rule.size_change_ok {
         bail!("it changed size while it was read: {promised} became {size}");
     }
-    let commit_id = Ulid::generate(Timestamp::now()).to_string();
+    let commit_id = fresh_id().to_string();
     client.add_output(
         &job.id,
         &AddFile {

@@ -10,12 +10,11 @@ use axum::http::request::Parts;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
-use serde_json::json;
 
 use super::jobs::MAX_CHUNK;
 use super::model::Refusal;
 use super::shared::{App, Down};
-use super::ulid::Ulid;
+use super::ulid::{Ulid, fresh_id};
 use super::{http_factory, http_file, http_user, http_worker, state};
 
 pub fn router(app: App) -> Router {
@@ -54,29 +53,14 @@ impl From<Refusal> for Refused {
 
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
-        let (status, code) = match &self.0 {
-            Refusal::Unauthorised => (StatusCode::UNAUTHORIZED, None),
-            Refusal::Forbidden(_) => (StatusCode::FORBIDDEN, None),
-            Refusal::Conflict(_) => (StatusCode::CONFLICT, Some("conflict")),
-            Refusal::Invalid(_) => (StatusCode::BAD_REQUEST, Some("invalid")),
-            Refusal::NotFound => (StatusCode::NOT_FOUND, None),
-            Refusal::Internal => (StatusCode::INTERNAL_SERVER_ERROR, Some("Internal")),
-        };
-        let id = Ulid::generate(jiff::Timestamp::now()).to_string();
-        let mut body = json!({ "request_id": id, "message": self.0.to_string() });
-        if let Some(code) = code {
-            body["error_code"] = code.into();
-        }
+        let id = fresh_id().to_string();
+        let (status, body) = self.0.answer(&id);
+        let status = StatusCode::from_u16(status).expect("a refusal has a status");
         (status, [("x-request-id", id)], Json(body)).into_response()
     }
 }
 
 pub type Answer<T> = Result<T, Refused>;
-
-/// A malformed id is the real server's plain 500.
-pub fn id(text: &str) -> Result<Ulid, Refusal> {
-    text.parse().map_err(|_| Refusal::Internal)
-}
 
 /// A JSON body, refused in the server's own form.
 pub struct Body<T>(pub T);

@@ -1,143 +1,128 @@
-//! `/0/factory/*`: what a factory may ask.
+//! `/0/factory/*`: what a factory may ask. The rules of one call are pure, and the simulation of the
+//! supervisor calls them as they are; over HTTP there is but the token in front of them.
 
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::extract::State as Extracted;
+use axum::http::{Method, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::http::{Answer, AsFactory, Body, id};
+use super::http::{Answer, AsFactory, Raw};
 use super::model::{Refusal, Worker};
 use super::shared::App;
-use super::wire::{Append, Associate, FactoryWorker, Reason, WhatsNext, WorkerCreate};
+use super::state::{State, id};
+use super::ulid::Ulid;
+use super::wire::{Append, Associate, Reason, WhatsNext, WorkerCreate};
 
 pub fn routes() -> Router<App> {
     Router::new()
-        .route("/0/factory/ping", get(ping))
-        .route("/0/factory/lease", post(lease))
-        .route("/0/factory/lease/{job}", post(renew))
-        .route("/0/factory/worker", post(create))
-        .route(
-            "/0/factory/worker/{worker}",
-            get(worker).patch(associate).delete(destroy),
-        )
-        .route("/0/factory/worker/{worker}/append", post(append))
-        .route("/0/factory/worker/{worker}/fail", post(fail))
-        .route("/0/factory/worker/{worker}/flush", post(flush))
-        .route("/0/factory/workers", get(workers))
+        .route("/0/factory/ping", get(call))
+        .route("/0/factory/lease", post(call))
+        .route("/0/factory/lease/{job}", post(call))
+        .route("/0/factory/worker", post(call))
+        .route("/0/factory/worker/{worker}", get(call).patch(call).delete(call))
+        .route("/0/factory/worker/{worker}/append", post(call))
+        .route("/0/factory/worker/{worker}/fail", post(call))
+        .route("/0/factory/worker/{worker}/flush", post(call))
+        .route("/0/factory/workers", get(call))
 }
 
-async fn ping(State(app): State<App>, AsFactory(me): AsFactory) -> Json<Value> {
-    app.with(|s| s.factory_ping(me));
-    Json(json!({ "ok": true }))
-}
-
-async fn lease(
-    State(app): State<App>,
+async fn call(
+    Extracted(app): Extracted<App>,
     AsFactory(me): AsFactory,
-    Body(body): Body<WhatsNext>,
-) -> Answer<Json<Value>> {
-    let targets = body
-        .supported_targets
-        .iter()
-        .map(|t| id(t))
-        .collect::<Result<Vec<_>, _>>()?;
-    let lease = app.with(|s| s.lease(me, &targets));
-    let lease = lease.map(|(job, target)| json!({ "job": job, "target": target }));
-    Ok(Json(json!({ "lease": lease })))
+    method: Method,
+    uri: Uri,
+    Raw(body): Raw,
+) -> Answer<Response> {
+    let body = match body.is_empty() {
+        true => Ok(Value::Null),
+        false => serde_json::from_slice(&body),
+    };
+    let body = body.map_err(not_json)?;
+    let (status, value) = app.with(|s| s.factory_call(me, method.as_str(), uri.path(), &body))?;
+    let status = StatusCode::from_u16(status).expect("a call has a status");
+    Ok(match value {
+        Value::Null => status.into_response(),
+        value => (status, Json(value)).into_response(),
+    })
 }
 
-async fn renew(
-    State(app): State<App>,
-    AsFactory(me): AsFactory,
-    Path(job): Path<String>,
-) -> Answer<Json<bool>> {
-    let job = id(&job)?;
-    Ok(Json(app.with(|s| s.renew(me, job))))
+fn not_json(error: serde_json::Error) -> Refusal {
+    Refusal::Invalid(format!("unable to parse JSON body: {error}"))
 }
 
-async fn create(
-    State(app): State<App>,
-    AsFactory(me): AsFactory,
-    Body(body): Body<WorkerCreate>,
-) -> Answer<(StatusCode, Json<FactoryWorker>)> {
-    let (target, job) = (id(&body.target)?, body.job.as_deref().map(id).transpose()?);
-    let made = app.with(|s| {
-        let worker = s.create_worker(me, target, job, body.wait_for_flush)?;
-        Ok::<_, Refusal>(s.workers[&worker].to_factory())
-    })?;
-    Ok((StatusCode::CREATED, Json(made)))
+fn parse<'a, T: Deserialize<'a>>(body: &'a Value) -> Result<T, Refusal> {
+    T::deserialize(body).map_err(not_json)
 }
 
-async fn worker(
-    State(app): State<App>,
-    AsFactory(me): AsFactory,
-    Path(worker): Path<String>,
-) -> Answer<Json<Value>> {
-    let worker = id(&worker)?;
-    let found = app.look(|s| match s.workers.contains_key(&worker) {
-        true => s.owned(me, worker).map(|w| (!w.deleted).then(|| w.to_factory())),
-        false => Ok(None),
-    })?;
-    Ok(Json(json!({ "worker": found })))
-}
-
-async fn workers(State(app): State<App>, AsFactory(me): AsFactory) -> Json<Vec<FactoryWorker>> {
-    let mine = |w: &&Worker| w.factory == me && !w.deleted;
-    Json(app.look(|s| s.workers.values().filter(mine).map(Worker::to_factory).collect()))
-}
-
-async fn associate(
-    State(app): State<App>,
-    AsFactory(me): AsFactory,
-    Path(worker): Path<String>,
-    Body(body): Body<Associate>,
-) -> Answer<StatusCode> {
-    let worker = id(&worker)?;
-    app.with(|s| s.associate(me, worker, body))?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-async fn destroy(
-    State(app): State<App>,
-    AsFactory(me): AsFactory,
-    Path(worker): Path<String>,
-) -> Answer<Json<bool>> {
-    let worker = id(&worker)?;
-    Ok(Json(app.with(|s| s.destroy(me, worker))?))
-}
-
-async fn append(
-    State(app): State<App>,
-    AsFactory(me): AsFactory,
-    Path(worker): Path<String>,
-    Body(line): Body<Append>,
-) -> Answer<Json<Value>> {
-    let worker = id(&worker)?;
-    let retry = app.with(|s| s.factory_append(me, worker, line))?;
-    Ok(Json(json!({ "retry": retry })))
-}
-
-async fn fail(
-    State(app): State<App>,
-    AsFactory(me): AsFactory,
-    Path(worker): Path<String>,
-    Body(body): Body<Reason>,
-) -> Answer<StatusCode> {
-    if app.behaviour().no_fail {
-        return Err(Refusal::NotFound.into());
+impl State {
+    /// A call of the factory `me`: its status and body, `Null` where there is none
+    /// (buildomat, `server/src/api/factory.rs`).
+    pub fn factory_call(
+        &mut self,
+        me: Ulid,
+        method: &str,
+        path: &str,
+        body: &Value,
+    ) -> Result<(u16, Value), Refusal> {
+        let path = path.strip_prefix("/0/factory/").ok_or(Refusal::NotFound)?;
+        let parts: Vec<&str> = path.split('/').collect();
+        let none = (204, Value::Null);
+        Ok(match (method, &parts[..]) {
+            ("GET", ["ping"]) => {
+                self.factory_ping(me);
+                (200, json!({ "ok": true }))
+            }
+            ("POST", ["lease"]) => {
+                let body: WhatsNext = parse(body)?;
+                let targets = body.supported_targets.iter().map(|t| id(t));
+                let lease = self.lease(me, &targets.collect::<Result<Vec<_>, _>>()?);
+                let lease = lease.map(|(job, target)| json!({ "job": job, "target": target }));
+                (200, json!({ "lease": lease }))
+            }
+            ("POST", ["lease", job]) => (200, self.renew(me, id(job)?).into()),
+            ("POST", ["worker"]) => {
+                let body: WorkerCreate = parse(body)?;
+                let (target, job) = (id(&body.target)?, body.job.as_deref().map(id).transpose()?);
+                let worker = self.create_worker(me, target, job, body.wait_for_flush)?;
+                (201, json!(self.workers[&worker].to_factory()))
+            }
+            ("GET", ["worker", worker]) => {
+                let worker = id(worker)?;
+                let found = match self.workers.contains_key(&worker) {
+                    true => Some(self.owned(me, worker)?).filter(|w| !w.deleted),
+                    false => None,
+                };
+                (200, json!({ "worker": found.map(|w| w.to_factory()) }))
+            }
+            ("GET", ["workers"]) => {
+                let mine = |w: &&Worker| w.factory == me && !w.deleted;
+                let mine = self.workers.values().filter(mine).map(Worker::to_factory);
+                (200, mine.map(|w| json!(w)).collect())
+            }
+            ("PATCH", ["worker", worker]) => {
+                let body: Associate = parse(body)?;
+                self.associate(me, id(worker)?, body)?;
+                none
+            }
+            ("DELETE", ["worker", worker]) => (200, self.destroy(me, id(worker)?)?.into()),
+            ("POST", ["worker", worker, "append"]) => {
+                let line: Append = parse(body)?;
+                let retry = self.factory_append(me, id(worker)?, line)?;
+                (200, json!({ "retry": retry }))
+            }
+            ("POST", ["worker", worker, "fail"]) if !self.no_fail => {
+                let body: Reason = parse(body)?;
+                self.factory_fail(me, id(worker)?, &body.reason)?;
+                none
+            }
+            ("POST", ["worker", worker, "flush"]) => {
+                self.flush(me, id(worker)?)?;
+                none
+            }
+            _ => return Err(Refusal::NotFound),
+        })
     }
-    let worker = id(&worker)?;
-    app.with(|s| s.factory_fail(me, worker, &body.reason))?;
-    Ok(StatusCode::NO_CONTENT)
-}
-
-async fn flush(
-    State(app): State<App>,
-    AsFactory(me): AsFactory,
-    Path(worker): Path<String>,
-) -> Answer<StatusCode> {
-    let worker = id(&worker)?;
-    app.with(|s| s.flush(me, worker))?;
-    Ok(StatusCode::NO_CONTENT)
 }

@@ -10,11 +10,11 @@ use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::http::{Answer, AsUser, Body, Raw, id};
+use super::http::{Answer, AsUser, Body, Raw};
 use super::jobs::FileKind;
 use super::model::{Job, Progress, Refusal, Worker};
 use super::shared::App;
-use super::state;
+use super::state::{self, id};
 use super::ulid::Ulid;
 use super::wire::{AddFile, AddFileResult, Id, JobEvent, JobOutput, JobSubmit, Reason, StoreValue};
 

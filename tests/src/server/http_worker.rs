@@ -6,10 +6,11 @@ use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 
-use super::http::{Answer, AsWorker, Body, Raw, id};
+use super::http::{Answer, AsWorker, Body, Raw};
 use super::jobs::{FileKind, MAX_FILE};
 use super::model::Refusal;
 use super::shared::App;
+use super::state::id;
 use super::wire::{
     AddFile, AddFileResult, Append, Bootstrap, Complete, CompleteDiagnostics, Id, Ping, Quota, StoreGet,
     StoreValue, WorkerFail,

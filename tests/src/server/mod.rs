@@ -39,8 +39,8 @@ pub use model::{
     Factory, Hold, Input, Job, JobSpec, Lease, MAX_RUNTIME, Progress, Refusal, Stored, Task, Worker,
 };
 pub use shared::{Behaviour, Down};
-pub use state::State;
-pub use ulid::{Ulid, secret};
+pub use state::{LEASE, State};
+pub use ulid::{Chance, Ulid, fresh_id, secret};
 use wire::{JobEvent, JobOutput};
 
 #[derive(Clone, Debug)]

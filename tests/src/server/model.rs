@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use jiff::Timestamp;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::ulid::Ulid;
 use super::wire::{FactoryWorker, JobEvent, JobOutput, OutputRule, StoreValue, TaskSubmit};
@@ -225,6 +225,25 @@ pub enum Refusal {
     NotFound,
     /// 500, and the reason is not for the caller
     Internal,
+}
+
+impl Refusal {
+    /// Its status and its body (`Error` of the published schema).
+    pub fn answer(&self, request_id: &str) -> (u16, Value) {
+        let (status, code) = match self {
+            Refusal::Unauthorised => (401, None),
+            Refusal::Forbidden(_) => (403, None),
+            Refusal::Conflict(_) => (409, Some("conflict")),
+            Refusal::Invalid(_) => (400, Some("invalid")),
+            Refusal::NotFound => (404, None),
+            Refusal::Internal => (500, Some("Internal")),
+        };
+        let mut body = json!({ "request_id": request_id, "message": self.to_string() });
+        if let Some(code) = code {
+            body["error_code"] = code.into();
+        }
+        (status, body)
+    }
 }
 
 impl std::fmt::Display for Refusal {

@@ -27,8 +27,6 @@ pub enum Down {
 #[derive(Clone, Debug, Default)]
 pub struct Behaviour {
     pub down: Down,
-    /// An older server: 404 to `/0/factory/worker/{id}/fail`.
-    pub no_fail: bool,
     /// 404 to `/file/agent.gz`.
     pub no_gzip: bool,
     /// 404 to `/file/agent`.

@@ -8,8 +8,13 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::model::{Factory, Hold, Job, Lease, Refusal, Worker};
-use super::ulid::{Ulid, secret};
+use super::ulid::{Chance, Ulid};
 use super::wire::{Append, Associate, JobEvent, Ping, PingInput, PingJob, PingTask};
+
+/// A malformed id is the real server's plain 500.
+pub fn id(text: &str) -> Result<Ulid, Refusal> {
+    text.parse().map_err(|_| Refusal::Internal)
+}
 
 pub const LEASE: Duration = Duration::from_secs(60);
 
@@ -27,14 +32,22 @@ pub struct State {
     pub held: bool,
     /// Every new worker is made held, whatever its factory's setting is.
     pub hold_new_workers: bool,
-    last_id: Option<Ulid>,
+    /// An older server, which knows no way to fail a worker: 404 to `/0/factory/worker/{id}/fail`.
+    pub no_fail: bool,
+    chance: Chance,
+    last_id: u128,
 }
 
 impl State {
     pub fn new(now: Timestamp) -> State {
+        State::with(now, Chance::new())
+    }
+
+    /// Its ids and secrets are drawn from `chance`.
+    pub fn with(now: Timestamp, mut chance: Chance) -> State {
         State {
             now,
-            user_token: secret(),
+            user_token: chance.secret(),
             targets: BTreeMap::new(),
             factories: BTreeMap::new(),
             workers: BTreeMap::new(),
@@ -42,16 +55,16 @@ impl State {
             leases: BTreeMap::new(),
             held: false,
             hold_new_workers: false,
-            last_id: None,
+            no_fail: false,
+            chance,
+            last_id: 0,
         }
     }
 
     /// A fresh id, above every earlier one, so that the maps keep the order of creation.
     pub fn new_id(&mut self) -> Ulid {
-        let fresh = Ulid::generate(self.now);
-        let id = self.last_id.map_or(fresh, |last| fresh.max(last.next()));
-        self.last_id = Some(id);
-        id
+        self.last_id = self.chance.id_bits(self.now).max(self.last_id + 1);
+        Ulid::from_bits(self.last_id)
     }
 
     pub fn add_target(&mut self, name: &str) -> Ulid {
@@ -69,7 +82,7 @@ impl State {
     }
 
     pub fn add_factory(&mut self, name: &str) -> (Ulid, String) {
-        let (id, token) = (self.new_id(), secret());
+        let (id, token) = (self.new_id(), self.chance.secret());
         let factory = Factory {
             id,
             name: name.to_string(),
@@ -164,7 +177,7 @@ impl State {
             factory,
             target,
             created: self.now,
-            bootstrap: secret(),
+            bootstrap: self.chance.secret(),
             token: None,
             private: None,
             ip: None,

@@ -101,7 +101,7 @@ async fn a_job_runs_from_lease_to_output_over_http() {
     assert_eq!(agent.get(&format!("{of_job}/store/k")).await.1["value"], value);
 
     let (_, chunk) = agent.post(&format!("{of_job}/chunk"), json!(7)).await;
-    let commit = Ulid::generate(jiff::Timestamp::now());
+    let commit = fresh_id();
     let add = json!({ "path": "/work/out", "size": 1, "chunks": [chunk["id"]], "commit_id": commit });
     let output = format!("/1/worker/job/{job}/output");
     assert_eq!(agent.post(&output, add.clone()).await.1["complete"], false);
@@ -153,10 +153,10 @@ async fn refusals_have_the_servers_own_form() {
         .post("/0/factory/worker", json!({ "target": target }))
         .await;
     let path = format!("/0/factory/worker/{}", made["id"].as_str().unwrap());
-    let unknown = Ulid::generate(jiff::Timestamp::now());
+    let unknown = fresh_id();
     let refused = Caller::new(&server, "nobody");
     let other = Caller::new(&server, &server.add_factory("g").1);
-    server.behave(|b| b.no_fail = true);
+    server.with(|s| s.no_fail = true);
 
     for (status, (got, body)) in [
         (StatusCode::UNAUTHORIZED, refused.get("/0/factory/ping").await),

@@ -1,5 +1,5 @@
-//! What the server does by itself, once a tick: leases run out, workers of finished jobs are recycled,
-//! jobs are given to free workers, and the stuck ones are dealt with.
+//! What the server does by itself, once a tick (buildomat, `server/src/workers.rs` and `jobs.rs`): leases run
+//! out, workers of finished jobs are recycled, jobs are given to free workers, and the stuck ones are dealt with.
 
 use std::time::Duration;
 

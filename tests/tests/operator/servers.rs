@@ -20,7 +20,7 @@ fn old_agent(dir: &std::path::Path) -> PathBuf {
 async fn a_server_that_cannot_be_told_of_a_failure_gets_the_worker_deleted_and_the_operator_is_told() {
     let dir = place();
     let factory = TestFactory::with_agent(ONE, old_agent(dir.path())).await;
-    factory.server.behave(|b| b.no_fail = true);
+    factory.server.with(|state| state.no_fail = true);
     let job = factory.submit("true");
     let ended = factory.ended(job).await;
     assert_eq!(ended.state(), "failed");

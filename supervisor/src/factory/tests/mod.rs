@@ -4,7 +4,8 @@
 mod world;
 
 use crate::control::status::time;
-use protocol::{BootstrapToken, Exit, State};
+use protocol::{BootstrapToken, Exit};
+use testbed::model::Agent;
 
 use super::*;
 use crate::control::api::SlotState;
@@ -21,7 +22,7 @@ fn jobs_are_done_and_nothing_is_left() {
         world.submit(n, if n % 2 == 0 { '2' } else { '3' });
     }
     world.run(World::is_empty);
-    assert_eq!((world.done.len(), world.failed.len()), (6, 0));
+    assert_eq!((world.done().len(), world.failed().len()), (6, 0));
 }
 
 #[test]
@@ -101,7 +102,7 @@ fn nothing_is_leased_before_both_have_answered_and_nothing_is_made_while_the_hel
         world.step(0);
     }
     assert_eq!(
-        (world.queue.len(), world.leased.len(), world.counts["make"]),
+        (world.queued(), world.server.leases.len(), world.counts["make"]),
         (2, 0, 1)
     );
     for part in ["helper away", "will expire: the helper is away"] {
@@ -125,13 +126,13 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_that_is_used_by_hand() {
     world.run(|w| w.said.iter().any(|s| s.starts_with("helper away")));
     world.helper_up = true;
     world.run(World::is_empty);
-    assert_eq!(world.done.len(), 1);
+    assert_eq!(world.done().len(), 1);
     // One that the database and the server do not know.
     world.run(|w| w.core.is_idle(w.now));
     let orphan = WorkerId::from_bits(5);
-    world.host.insert(orphan, ("c".parse().unwrap(), State::Running));
+    world.on_host(orphan, "c", Agent::Stays);
     world.submit(2, '3');
-    world.run(|w| w.done.len() == 2 && w.is_empty());
+    world.run(|w| w.done().len() == 2 && w.is_empty());
     let deleted = world.said.iter().position(|s| s.contains("nobody's worker"));
     assert!(deleted.is_some(), "{:?}", world.said);
     assert!(
@@ -155,7 +156,7 @@ fn a_worker_that_only_the_server_knows_comes_before_a_new_job_though_the_helper_
         hold: false,
         recycle: false,
     };
-    world.server.insert(lost, worker);
+    world.insert(&worker);
     let began = world.now;
     world.run(|w| !w.disk.is_empty());
     assert!(
@@ -167,7 +168,7 @@ fn a_worker_that_only_the_server_knows_comes_before_a_new_job_though_the_helper_
     // The next waits for its slot, and then it comes before a new job.
     world.submit(1, '3');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
-    world.server.insert(lost, worker_of_others(5, '3', None));
+    world.insert(&worker_of_others(5, '3', None));
     world.agents_sleep = true;
     let began = world.now;
     while world.now < began + 70_000 {
@@ -176,9 +177,9 @@ fn a_worker_that_only_the_server_knows_comes_before_a_new_job_though_the_helper_
     world.submit(2, '3');
     world.agents_sleep = false;
     world.run(|w| w.disk.contains_key(&lost));
-    assert_eq!(world.queue.len(), 1);
+    assert_eq!(world.queued(), 1);
     world.run(World::is_empty);
-    assert_eq!(world.done.len(), 2);
+    assert_eq!(world.done().len(), 2);
 }
 
 fn worker_of_others(id: u128, target: char, private: Option<&str>) -> ServerWorker {
@@ -208,13 +209,13 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
     world.submit(1, '2');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
     let others = worker_of_others(5, '3', OTHER);
-    world.server.insert(others.id, others.clone());
+    world.insert(&others);
     world.agents_sleep = true;
     steps(&mut world, 2_000);
     world.submit(2, '3');
     steps(&mut world, 700_000);
-    assert_eq!(world.server[&others.id], others, "it was touched");
-    assert_eq!((world.queue.len(), world.disk.len()), (1, 1));
+    assert_eq!(world.listed()[&others.id], others, "it was touched");
+    assert_eq!((world.queued(), world.disk.len()), (1, 1));
     let said = world
         .said
         .iter()
@@ -222,7 +223,7 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
     assert_eq!(said.count(), 1, "{:?}", world.said);
     // Its own job goes on, to its end.
     world.agents_sleep = false;
-    world.run(|w| w.done.contains(&job(1)) && w.disk.is_empty());
+    world.run(|w| w.done().contains(&job(1)) && w.disk.is_empty());
     let shown = &world.view().other_hosts_workers()[0];
     for part in [
         "c@here/11111111",
@@ -233,9 +234,9 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
         assert!(shown.text.contains(part), "{part}: {}", shown.text);
     }
     // The other host has done with it.
-    world.server.remove(&others.id);
+    world.server.workers.remove(&others.id);
     world.run(World::is_empty);
-    assert!(world.done.contains(&job(2)));
+    assert!(world.done().contains(&job(2)));
     assert_eq!(world.view().other_hosts_workers().len(), 1, "it was a moment ago");
     steps(&mut world, 700_000);
     assert!(world.view().other_hosts_workers().is_empty());
@@ -247,15 +248,16 @@ fn workers_of_others_that_a_server_lists_without_end_take_no_more_memory() {
     world.run(|w| w.core.is_idle(w.now));
     for round in 0..20 {
         let others = (0..50).map(|n| worker_of_others(1000 * (round + 1) + n, '3', OTHER));
-        world.server = others.map(|w| (w.id, w)).collect();
+        world.server.workers.clear();
+        others.for_each(|w| world.insert(&w));
         steps(&mut world, 2_000);
         assert!(world.view().not_taken().unwrap().contains("another host"));
     }
     assert_eq!(world.view().other_hosts_workers().len(), 100);
     // When they are gone, jobs are taken, and others are shown once these have had their time.
-    world.server.clear();
+    world.server.workers.clear();
     world.submit(1, '2');
-    world.run(|w| w.done.len() == 1);
+    world.run(|w| w.done().len() == 1);
     steps(&mut world, 700_000);
     assert!(world.view().other_hosts_workers().is_empty());
 }
@@ -264,21 +266,20 @@ fn workers_of_others_that_a_server_lists_without_end_take_no_more_memory() {
 fn the_operator_deletes_another_hosts_worker_by_its_name() {
     let mut world = World::new();
     let others = worker_of_others(5, '3', OTHER);
-    world.server.insert(others.id, others.clone());
+    world.insert(&others);
     world.agents_sleep = true;
     world.tell(Input::Destroy(others.id));
     steps(&mut world, 5_000);
-    assert!(world.server.contains_key(&others.id), "it was not known yet");
+    assert!(world.listed().contains_key(&others.id), "it was not known yet");
     assert!(world.core.may_be_another_hosts(others.id));
     world.tell(Input::Destroy(others.id));
-    world.run(|w| w.server.is_empty());
+    world.run(|w| w.listed().is_empty());
     assert!(world.view().other_hosts_workers().is_empty());
     // The same of one of which this host has a copy.
-    world.server.insert(others.id, others.clone());
-    let copy = ("c".parse().unwrap(), State::Exited(Exit::Unknown));
-    world.host.insert(others.id, copy);
+    world.insert(&others);
+    world.on_host(others.id, "c", Agent::Ends(Exit::Unknown));
     steps(&mut world, 5_000);
-    assert!(world.host.contains_key(&others.id) && world.disk.is_empty());
+    assert!(world.host.get(others.id).is_some() && world.disk.is_empty());
     world.tell(Input::Destroy(others.id));
     world.run(World::is_empty);
 }
@@ -292,11 +293,11 @@ fn a_worker_that_another_host_was_first_to_claim_is_let_go() {
             world.lose = Some("make");
         }
         world.run(|w| w.counts.get("make") == Some(&1));
-        let id = *world.server.keys().next().unwrap();
+        let id = *world.listed().keys().next().unwrap();
         assert_eq!(world.disk.contains_key(&id), known);
         world.pending.retain(|output| !matches!(output, Output::Act(..)));
         // It was without an owner for a moment, and it is the other's now.
-        let w = world.server.get_mut(&id).unwrap();
+        let w = world.server.workers.get_mut(&id).unwrap();
         w.private = OTHER.map(str::to_owned);
         world
             .core
@@ -306,9 +307,12 @@ fn a_worker_that_another_host_was_first_to_claim_is_let_go() {
         world.refuses_workers = true;
         world.agents_sleep = true;
         steps(&mut world, 100_000);
-        assert!(world.disk.is_empty() && world.host.is_empty(), "{known}");
-        assert_eq!(world.server[&id].private.as_deref(), OTHER, "{known}");
-        assert!(world.failed.is_empty(), "{known}");
+        assert!(
+            world.disk.is_empty() && world.host.workers().next().is_none(),
+            "{known}"
+        );
+        assert_eq!(world.listed()[&id].private.as_deref(), OTHER, "{known}");
+        assert!(world.failed().is_empty(), "{known}");
     }
 }
 
@@ -319,20 +323,16 @@ fn a_lost_answer_does_not_make_another_hosts_new_worker_this_ones() {
     world.lose = Some("make");
     world.run(|w| w.counts.get("make") == Some(&1) && w.lose.is_none());
     // The request was lost, not the answer; and another host makes one in this instant.
-    let id = *world.server.keys().next().unwrap();
-    let (leased, lease) = (world.now + 60_000, world.jobs_of.remove(&id).unwrap());
-    world.server.clear();
-    let target = "01HZX3N8Q4J5K6M7P8R9S0T1V3".parse().unwrap();
-    world.leased.push((leased, Lease { target, job: lease }));
-    world
-        .server
-        .insert(WorkerId::from_bits(5), worker_of_others(5, '3', None));
+    let id = *world.listed().keys().next().unwrap();
+    let job_of = world.server.workers.remove(&id).unwrap().job.unwrap();
+    world.server.jobs.get_mut(&job_of).unwrap().worker = None;
+    world.insert(&worker_of_others(5, '3', None));
     steps(&mut world, 5_000);
     assert!(world.disk.is_empty(), "it was taken for this one's");
-    let other = world.server.get_mut(&WorkerId::from_bits(5)).unwrap();
+    let other = world.server.workers.get_mut(&WorkerId::from_bits(5)).unwrap();
     other.private = OTHER.map(str::to_owned);
-    world.run(|w| w.jobs_of.values().any(|j| *j == job(1)));
-    assert_eq!(world.server[&WorkerId::from_bits(5)].private.as_deref(), OTHER);
+    world.run(|w| w.made() == 1);
+    assert_eq!(world.listed()[&WorkerId::from_bits(5)].private.as_deref(), OTHER);
 }
 
 #[test]
@@ -341,7 +341,7 @@ fn what_runs_here_is_this_hosts_also_when_its_instance_id_was_lost() {
     world.submit(1, '3');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
     let renamed = |w: &mut World| {
-        for worker in w.server.values_mut() {
+        for worker in w.server.workers.values_mut() {
             worker.private = OTHER.map(str::to_owned);
         }
     };
@@ -354,7 +354,7 @@ fn what_runs_here_is_this_hosts_also_when_its_instance_id_was_lost() {
     assert_eq!(phase(&world), Some(Phase::Running { online: true }));
     world.agents_sleep = false;
     world.run(World::is_empty);
-    assert!(world.done.contains(&job(1)));
+    assert!(world.done().contains(&job(1)));
 }
 
 #[test]
@@ -409,7 +409,7 @@ fn a_lost_answer_makes_no_second_worker() {
         world.lose = Some(lose);
         world.run(World::is_empty);
         assert_eq!(
-            (world.jobs_of.len(), world.done.len(), world.lose),
+            (world.made(), world.done().len(), world.lose),
             (1, 1, None),
             "{lose}"
         );
@@ -421,16 +421,15 @@ fn a_held_worker_is_left_as_it_is_until_released() {
     let mut world = World::new();
     world.submit(1, '2');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
-    world
-        .server
-        .values_mut()
-        .for_each(|w| (w.hold, w.recycle) = (true, false));
+    for id in world.listed().into_keys() {
+        world.server.hold(id, "a person looks").unwrap();
+    }
     world.reboot();
     for n in 0..3000 {
         world.step(n);
     }
     assert_eq!(
-        (phase(&world), world.host.len()),
+        (phase(&world), world.host.workers().count()),
         (Some(Phase::Running { online: true }), 1)
     );
     world.release();
@@ -450,7 +449,7 @@ fn a_reboot_before_the_job_began_fails_nothing() {
     }
     world.run(World::is_empty);
     assert_eq!(
-        (world.done.len(), world.failed.len(), world.jobs_of.len()),
+        (world.done().len(), world.failed().len(), world.made()),
         (1, 0, 1)
     );
 }
@@ -461,7 +460,7 @@ fn a_failed_start_is_reported_and_the_slot_cools_down() {
     world.start_fails = Some("the group plugdev does not exist");
     world.submit(1, '3');
     world.run(|w| matches!(phase(w), Some(Phase::Broken { reported: true, .. })));
-    assert!(world.failed.contains(&job(1)));
+    assert!(world.failed().contains(&job(1)));
     world.start_fails = None;
     world.release();
     world.run(World::is_empty);
@@ -469,7 +468,7 @@ fn a_failed_start_is_reported_and_the_slot_cools_down() {
     let before = world.now;
     world.run(World::is_empty);
     assert!(
-        world.done.contains(&job(2)) && world.now - before >= 10_000,
+        world.done().contains(&job(2)) && world.now - before >= 10_000,
         "it did not rest"
     );
 }
@@ -477,10 +476,10 @@ fn a_failed_start_is_reported_and_the_slot_cools_down() {
 #[test]
 fn an_older_server_learns_of_a_failure_by_the_deletion() {
     let mut world = World::new();
-    (world.old_server, world.start_fails) = (true, Some("no"));
+    (world.server.no_fail, world.start_fails) = (true, Some("no"));
     world.submit(1, '3');
     world.run(World::is_empty);
-    assert!(world.failed.contains(&job(1)) && world.said.iter().any(|s| s.contains("too old")));
+    assert!(world.failed().contains(&job(1)) && world.said.iter().any(|s| s.contains("too old")));
 }
 
 #[test]
@@ -519,20 +518,19 @@ fn a_forgotten_database_is_rebuilt_from_the_server_and_the_host() {
                 .all(|w| w.phase == Phase::Running { online: true })
     });
     let orphan = WorkerId::from_bits(5);
-    world
-        .host
-        .insert(orphan, ("b".parse().unwrap(), State::Exited(Exit::Unknown)));
-    world.host.retain(|_, (slot, _)| slot.as_str() != "a");
+    let in_a = world.host.workers().find(|(_, w)| w.slot.as_str() == "a");
+    world.host.delete(in_a.unwrap().0);
+    world.on_host(orphan, "b", Agent::Ends(Exit::Unknown));
     world.disk.clear();
     world.crash(false);
     // What is lost on the host as well may be a copy's of this host: only a person can know.
-    world.run(|w| w.host.is_empty() && w.disk.is_empty());
+    world.run(|w| w.host.workers().next().is_none() && w.disk.is_empty());
     assert!(world.said.iter().any(|s| s.contains("nobody's worker")));
     let lost = world.view().other_hosts_workers();
     assert!(lost.len() == 1 && lost[0].text.contains("neither the database nor the host has it"));
     world.tell(Input::Destroy(lost[0].id));
     world.run(World::is_empty);
-    assert_eq!(world.done.len() + world.failed.len(), 2);
+    assert_eq!(world.done().len() + world.failed().len(), 2);
 }
 
 #[test]
@@ -543,7 +541,7 @@ fn a_draining_or_stopped_factory_takes_nothing() {
     for n in 0..100 {
         world.step(n);
     }
-    assert!(world.queue.len() == 1 && world.counts["lease"] > 10);
+    assert!(world.queued() == 1 && world.counts["lease"] > 10);
     world.tell(Input::Drain(None, None));
     world.run(|w| !w.disk.is_empty());
     world.tell(Input::Stop);
@@ -569,15 +567,17 @@ fn a_worker_that_was_there_before_is_not_taken_for_the_one_of_a_lost_answer() {
         hold: true,
         recycle: false,
     };
-    world.server.insert(evidence, held);
+    world.insert(&held);
+    world.server.hold(evidence, "made held").unwrap();
     for n in 0..10 {
         world.step(n);
     }
     world.submit(2, '3');
     world.lose = Some("make");
-    world.run(|w| w.done.contains(&job(2)) && w.disk.is_empty());
+    world.run(|w| w.done().contains(&job(2)) && w.disk.is_empty());
     assert_eq!(world.lose, None);
-    assert!(world.server[&evidence].hold && world.server[&evidence].private.is_none());
+    let kept = &world.listed()[&evidence];
+    assert!(kept.hold && kept.private.is_none());
 }
 
 #[test]
@@ -609,7 +609,6 @@ fn jobs_that_come_unasked_get_no_worker_while_the_server_refuses_to_make_one() {
         // Whatever is asked for, there is a job in the answer.
         n += 1;
         let lease = Lease { target, job: job(n) };
-        world.leased.push((world.now, lease.clone()));
         world.tell(Input::Leased(Ok(Some(lease))));
         world.step(0);
     }
@@ -623,8 +622,8 @@ fn a_drained_slot_takes_nothing_and_the_others_do() {
     world.tell(Input::Drain(Some(slot.clone()), Some(Drain::default())));
     world.submit(1, '2');
     world.submit(2, '3');
-    world.run(|w| w.done.contains(&job(1)));
-    assert_eq!(world.queue.len(), 1);
+    world.run(|w| w.done().contains(&job(1)));
+    assert_eq!(world.queued(), 1);
     world.tell(Input::Drain(Some(slot), None));
     world.run(World::is_empty);
 }
@@ -641,9 +640,9 @@ fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
         world.submit(n, '2');
     }
     world.submit(5, '3');
-    world.run(|w| w.done.len() == 4);
-    assert!(world.done.contains(&job(1)) && world.failed.is_empty());
-    assert_eq!(world.queue.len(), 1);
+    world.run(|w| w.done().len() == 4);
+    assert!(world.done().contains(&job(1)) && world.failed().is_empty());
+    assert_eq!(world.queued(), 1);
     world.tell(Input::Configure(Box::new(Config::parse(world::CONFIG).unwrap())));
     world.run(World::is_empty);
 }
@@ -659,7 +658,7 @@ fn a_new_life_gives_every_agent_its_whole_time() {
     world.now += 365 * 86_400_000;
     world.crash(true);
     world.run(World::is_empty);
-    assert_eq!((world.done.len(), world.failed.len()), (1, 0));
+    assert_eq!((world.done().len(), world.failed().len()), (1, 0));
 }
 
 #[test]
@@ -667,14 +666,14 @@ fn a_list_of_another_server_ends_no_job() {
     let mut world = World::new();
     world.submit(1, '2');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
-    let ours = std::mem::take(&mut world.server);
+    let ours = std::mem::take(&mut world.server.workers);
     let until = world.counts["workers"] + 3;
     while world.counts["workers"] < until {
         world.step(0);
     }
-    world.server = ours;
+    world.server.workers = ours;
     world.run(World::is_empty);
-    assert_eq!((world.done.len(), world.failed.len()), (1, 0));
+    assert_eq!((world.done().len(), world.failed().len()), (1, 0));
 }
 
 #[test]
@@ -710,7 +709,7 @@ fn a_question_for_a_job_that_fails_is_asked_ever_more_seldom_and_no_sooner_than_
 
     world.lease_fails = None;
     world.submit(1, '2');
-    world.run(|w| w.done.len() == 1);
+    world.run(|w| w.done().len() == 1);
     assert_eq!(world.view().not_taken(), None);
     assert!(world.now < answered + 1_400_000);
 }
@@ -727,7 +726,7 @@ fn a_server_cannot_have_the_factory_wait_for_days() {
     let begun = world.now;
     world.lease_fails = None;
     world.submit(1, '2');
-    world.run(|w| w.done.len() == 1);
+    world.run(|w| w.done().len() == 1);
     assert!(world.now - begun < 700_000);
 }
 
@@ -760,14 +759,14 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         world.submit(2, '3');
         let begun = world.now;
         world.run(|w| w.now >= begun + 600_000);
-        assert_eq!(world.queue.len(), 1);
+        assert_eq!(world.queued(), 1);
         world.tell(Input::Unanswered(peer, None));
         assert_eq!(
             (shown(&world).unanswered_since, world.view().not_taken()),
             (None, None)
         );
         world.agents_sleep = false;
-        world.run(|w| w.done.len() == 2);
+        world.run(|w| w.done().len() == 2);
     }
 }
 
@@ -791,11 +790,11 @@ fn while_the_configuration_file_differs_no_job_is_taken_and_none_is_started_or_f
         let begun = world.now;
         world.run(|w| w.now >= begun + 3_600_000);
         assert!(world.view().not_taken().unwrap().contains("reload"));
-        assert_eq!(world.queue.len() + world.leased.len(), 1);
+        assert_eq!(world.queued() + world.server.leases.len(), 1);
         assert_eq!(phase(&world), Some(phase_then));
         world.tell(Input::FileDiffers(None));
-        world.run(|w| w.done.len() == 2);
-        assert!(world.failed.is_empty());
+        world.run(|w| w.done().len() == 2);
+        assert!(world.failed().is_empty());
     }
 }
 
@@ -818,8 +817,8 @@ fn a_worker_whose_slot_is_removed_before_its_agent_is_started_gets_another_slot(
             left.slots.remove(&slot);
             left.slots.retain(|name, _| !one_is_left || name.as_str() != "c");
             world.tell(Input::Configure(Box::new(left)));
-            world.run(|w| w.done.len() == 1);
-            assert!(world.failed.is_empty(), "{phase_then:?} {:?}", world.said);
+            world.run(|w| w.done().len() == 1);
+            assert!(world.failed().is_empty(), "{phase_then:?} {:?}", world.said);
             world.run(World::is_empty);
         }
     }
@@ -845,9 +844,9 @@ fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_
         assert_eq!(phase(&world), Some(Phase::Reserved));
         if comes_back {
             world.tell(Input::Configure(Box::new(all)));
-            world.run(|w| w.done.len() == 1);
+            world.run(|w| w.done().len() == 1);
         } else {
-            world.run(|w| w.failed.len() == 1);
+            world.run(|w| w.failed().len() == 1);
             let told = world.disk.values().next().unwrap().failure.clone().unwrap();
             assert!(
                 told.contains("slot c is no longer in the configuration"),
@@ -907,7 +906,7 @@ fn a_drain_with_an_end_ends_by_the_hosts_clock_and_says_why_until_then() {
     world.tell(Input::WallClock(u64::MAX));
     assert!(world.core.drains().is_empty());
     world.submit(1, '3');
-    world.run(|w| w.done.len() == 1);
+    world.run(|w| w.done().len() == 1);
 }
 
 #[test]
@@ -925,13 +924,13 @@ fn no_job_is_asked_for_while_too_little_is_free_and_a_leased_one_begins() {
         world.view().not_taken().as_deref(),
         Some("too little is free: 1M")
     );
-    assert!(!world.done.contains(&job(2)), "{:?}", world.said);
-    assert!(world.done.contains(&job(1)), "{:?}", world.said);
+    assert!(!world.done().contains(&job(2)), "{:?}", world.said);
+    assert!(world.done().contains(&job(1)), "{:?}", world.said);
     // Another number is no other news.
     world.tell(Input::Shortage(Some("too little is free: 2M".into())));
     world.tell(Input::Shortage(None));
-    world.run(|w| w.done.len() == 2);
-    assert!(world.done.contains(&job(2)), "{:?}", world.said);
+    world.run(|w| w.done().len() == 2);
+    assert!(world.done().contains(&job(2)), "{:?}", world.said);
     let said = world.said.iter().filter(|line| line.contains("free"));
     assert_eq!(said.count(), 2, "{:?}", world.said);
 }

@@ -1,9 +1,13 @@
-//! A world in memory for the core: a server, a host, a clock and a disk, in a few lines. Answers come in
-//! any order, get lost, and everything can go away.
+//! A world in memory for the core: the test bed's server and helper, a clock and a disk. Answers come in any order,
+//! get lost, and everything can go away.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
-use protocol::{BootstrapToken, Exit, SlotName, State, Uid};
+use jiff::Timestamp;
+use protocol::{BootstrapToken, Exit, SlotName, State};
+use testbed::model::{Agent, Configuration, Model};
+use testbed::server::{self, Job, JobSpec, Progress};
 
 use super::super::*;
 use crate::control::status::View;
@@ -20,17 +24,11 @@ pub struct World {
     pub now: u64,
     pub disk: BTreeMap<WorkerId, Worker>,
     pub pending: Vec<Output>,
-    pub server: BTreeMap<WorkerId, ServerWorker>,
-    pub jobs_of: BTreeMap<WorkerId, JobId>,
-    pub queue: Vec<Lease>,
-    /// Leased jobs without a worker, and when they return to the queue.
-    pub leased: Vec<(u64, Lease)>,
-    pub host: BTreeMap<WorkerId, (SlotName, State)>,
-    pub done: BTreeSet<JobId>,
-    pub failed: BTreeSet<JobId>,
+    pub server: server::State,
+    factory: WorkerId,
+    pub host: Model,
     pub server_up: bool,
     pub helper_up: bool,
-    pub old_server: bool,
     /// No agent comes online or ends its job.
     pub agents_sleep: bool,
     /// The next answer of this kind is lost after it was carried out.
@@ -41,8 +39,6 @@ pub struct World {
     pub refuses_workers: bool,
     pub said: Vec<String>,
     pub counts: BTreeMap<&'static str, usize>,
-    ids: u128,
-    agents: BTreeMap<WorkerId, usize>,
 }
 
 pub fn here() -> Identity {
@@ -50,7 +46,16 @@ pub fn here() -> Identity {
 }
 
 pub fn job(n: u128) -> JobId {
-    JobId::try_from(WorkerId::from_bits(n).to_string()).unwrap()
+    job_id(WorkerId::from_bits(n))
+}
+
+/// A target or a job in the server's type.
+pub fn ulid(id: impl std::fmt::Display) -> WorkerId {
+    id.to_string().parse().unwrap()
+}
+
+fn moment(now: u64) -> Timestamp {
+    Timestamp::from_millisecond(now as i64).unwrap()
 }
 
 fn kind(output: &Output) -> &'static str {
@@ -67,22 +72,24 @@ fn kind(output: &Output) -> &'static str {
 
 impl World {
     pub fn new() -> Self {
-        let core = Factory::new(here(), Config::parse(CONFIG).unwrap(), Vec::new(), 7, 1000);
+        let config = Config::parse(CONFIG).unwrap();
+        let mut server = server::State::with(moment(1000), server::Chance::of_seed(7));
+        for slot in config.slots.values() {
+            server.targets.insert(ulid(slot.target), slot.target.to_string());
+        }
+        let (factory, _) = server.add_factory("f");
+        let host = Model::new(Configuration::from(&config), 2_031_616..=2_097_151);
+        let core = Factory::new(here(), config, Vec::new(), 7, 1000);
         Self {
             core,
             now: 1000,
             disk: BTreeMap::new(),
             pending: Vec::new(),
-            server: BTreeMap::new(),
-            jobs_of: BTreeMap::new(),
-            queue: Vec::new(),
-            leased: Vec::new(),
-            host: BTreeMap::new(),
-            done: BTreeSet::new(),
-            failed: BTreeSet::new(),
+            server,
+            factory,
+            host,
             server_up: true,
             helper_up: true,
-            old_server: false,
             agents_sleep: false,
             lose: None,
             start_fails: None,
@@ -90,8 +97,6 @@ impl World {
             refuses_workers: false,
             said: Vec::new(),
             counts: BTreeMap::new(),
-            ids: 1000,
-            agents: BTreeMap::new(),
         }
     }
 
@@ -104,8 +109,81 @@ impl World {
     }
 
     pub fn submit(&mut self, n: u128, target: char) {
-        let target = format!("01HZX3N8Q4J5K6M7P8R9S0T1V{target}").parse().unwrap();
-        self.queue.push(Lease { target, job: job(n) });
+        let made = self.submit_any(&format!("01HZX3N8Q4J5K6M7P8R9S0T1V{target}"));
+        let id = WorkerId::from_bits(n);
+        let made = self.server.jobs.remove(&made).unwrap();
+        self.server.jobs.insert(id, Job { id, ..made });
+    }
+
+    fn submit_any(&mut self, target: &str) -> WorkerId {
+        let spec = JobSpec {
+            max_runtime: Duration::from_secs(86_400 * 3_650),
+            ..JobSpec::script(target, "true")
+        };
+        self.server.submit_spec(spec).unwrap()
+    }
+
+    /// A worker that this supervisor has not asked for; with a job if its agent is there.
+    pub fn insert(&mut self, worker: &ServerWorker) {
+        let made = self
+            .server
+            .create_worker(self.factory, ulid(worker.target), None, false);
+        let made = self.server.workers.remove(&made.unwrap()).unwrap();
+        let job = worker.online.then(|| self.submit_any(&worker.target.to_string()));
+        if let Some(job) = job {
+            self.server.jobs.get_mut(&job).unwrap().worker = Some(worker.id);
+        }
+        let worker = server::Worker {
+            id: worker.id,
+            private: worker.private.clone(),
+            bootstrap: worker
+                .bootstrap
+                .as_ref()
+                .map_or("-", BootstrapToken::as_str)
+                .into(),
+            token: worker.online.then(|| "t".repeat(32)),
+            job,
+            ..made
+        };
+        self.server.workers.insert(worker.id, worker);
+    }
+
+    /// What the server says of its workers.
+    pub fn listed(&self) -> BTreeMap<WorkerId, ServerWorker> {
+        let live = self.server.workers.values().filter(|w| !w.deleted);
+        live.map(|w| (w.id, answered(w))).collect()
+    }
+
+    fn ended(&self, how: Progress) -> BTreeSet<JobId> {
+        let ended = self.server.jobs.values().filter(|job| job.progress == how);
+        ended.map(|job| job_id(job.id)).collect()
+    }
+
+    pub fn done(&self) -> BTreeSet<JobId> {
+        self.ended(Progress::Completed)
+    }
+
+    pub fn failed(&self) -> BTreeSet<JobId> {
+        self.ended(Progress::Failed)
+    }
+
+    /// How many jobs can be leased.
+    pub fn queued(&self) -> usize {
+        let queued = self.server.jobs.values().filter(|job| job.queued());
+        queued
+            .filter(|job| !self.server.leases.contains_key(&job.id))
+            .count()
+    }
+
+    /// How many workers were made for jobs.
+    pub fn made(&self) -> usize {
+        self.server.workers.values().filter(|w| w.job.is_some()).count()
+    }
+
+    /// The host has a worker that the core has not asked for.
+    pub fn on_host(&mut self, id: WorkerId, slot: &str, agent: Agent) {
+        self.host.create_user(id, &slot.parse().unwrap()).unwrap();
+        self.host.install_agent(id, agent).unwrap();
     }
 
     pub fn tell(&mut self, input: Input) {
@@ -149,10 +227,8 @@ impl World {
     }
 
     pub fn reboot(&mut self) {
-        for (_, state) in self.host.values_mut() {
-            if *state == State::Running {
-                *state = State::Exited(Exit::Unknown);
-            }
+        for id in self.host.workers().map(|(id, _)| id).collect::<Vec<_>>() {
+            self.host.end(id, Exit::Unknown);
         }
     }
 
@@ -164,7 +240,7 @@ impl World {
                 .next_deadline()
                 .expect("nothing pending, so a deadline")
                 .max(self.now);
-            self.expire();
+            self.server_ticks();
             return self.tell(Input::Tick);
         }
         let output = self.pending.swap_remove(which % self.pending.len());
@@ -196,56 +272,57 @@ impl World {
 
     pub fn is_empty(&self) -> bool {
         self.disk.is_empty()
-            && self.host.is_empty()
-            && self.server.is_empty()
-            && self.queue.is_empty()
-            && self.leased.is_empty()
+            && self.host.workers().next().is_none()
+            && self.listed().is_empty()
+            && self.queued() == 0
+            && self.server.leases.is_empty()
     }
 
-    fn expire(&mut self) {
-        let now = self.now;
-        let (old, young): (Vec<_>, Vec<_>) = std::mem::take(&mut self.leased)
-            .into_iter()
-            .partition(|(at, _)| *at <= now);
-        self.leased = young;
-        self.queue.extend(old.into_iter().map(|(_, lease)| lease));
+    fn runs(&self, id: WorkerId) -> bool {
+        self.host.get(id).is_some_and(|w| w.state == State::Running)
+    }
+
+    /// Agents that run talk to the server, and it does what it does by itself.
+    fn server_ticks(&mut self) {
+        self.server.now = moment(self.now);
+        for w in self.listed().into_values() {
+            if w.online && self.runs(w.id) {
+                self.server.worker_ping(w.id);
+            }
+        }
+        self.server.tick();
     }
 
     /// Agents come online, then their jobs end.
     pub fn agents_work(&mut self) {
-        for (id, w) in &mut self.server {
-            let running = self
-                .host
-                .get(id)
-                .is_some_and(|(_, state)| *state == State::Running);
-            if !running || w.hold || w.private.is_none() {
+        for w in self.listed().into_values() {
+            if !self.runs(w.id) || w.hold || w.private.is_none() {
                 continue;
             }
             if w.online {
-                w.recycle = true;
-                if let Some(job) = self.jobs_of.get(id).filter(|job| !self.failed.contains(job)) {
-                    self.done.insert(job.clone());
+                if let Some(job) = self.server.workers[&w.id].job {
+                    self.server.finish(job, false);
                 }
+                self.server.recycle(w.id).unwrap();
             }
-            w.online = true;
+            // One that is told to go, or another's, is not let in.
+            let bootstrap = self.server.workers[&w.id].bootstrap.clone();
+            let _ = self.server.bootstrap(&bootstrap, &"t".repeat(32));
         }
     }
 
     fn check(&self) {
         let config = Config::parse(CONFIG).unwrap();
-        let slots: Vec<&SlotName> = self.host.values().map(|(slot, _)| slot).collect();
+        let slots: Vec<&SlotName> = self.host.workers().map(|(_, w)| &w.slot).collect();
         for (i, a) in slots.iter().enumerate() {
             assert!(
                 !slots[..i].iter().any(|b| a == b || config.conflict(a, b)),
                 "two workers on {slots:?}"
             );
         }
-        for (job, count) in self
-            .jobs_of
-            .values()
-            .map(|job| (job, self.jobs_of.values().filter(|j| *j == job).count()))
-        {
-            assert!(count == 1, "two workers for job {job}");
+        let mut jobs = BTreeSet::new();
+        for job in self.server.workers.values().filter_map(|w| w.job) {
+            assert!(jobs.insert(job), "two workers for job {job}");
         }
     }
 
@@ -261,22 +338,25 @@ impl World {
         if !(if of_helper { self.helper_up } else { self.server_up }) {
             return error(&output);
         }
+        self.server.now = moment(self.now);
         match output {
-            Output::ListServer => Input::ServerListed(Ok(self.server.values().cloned().collect())),
+            Output::ListServer => Input::ServerListed(Ok(self.listed().into_values().collect())),
             Output::ListHost => Input::HostListed(Ok(self.list())),
             Output::Lease(_) if let Some(error) = self.lease_fails.clone() => Input::Leased(Err(error)),
             Output::Lease(targets) => {
-                let at = self
-                    .queue
-                    .iter()
-                    .position(|lease| targets.contains(&lease.target));
-                let lease = at.map(|at| self.queue.remove(at));
-                self.leased
-                    .extend(lease.clone().map(|lease| (self.now + 60_000, lease)));
+                let targets: Vec<WorkerId> = targets.iter().map(ulid).collect();
+                let lease = self.server.lease(self.factory, &targets);
+                let lease = lease.map(|(job, target)| Lease {
+                    target: target.to_string().parse().unwrap(),
+                    job: job_id(job),
+                });
                 Input::Leased(Ok(lease))
             }
             Output::MakeWorker { target, job } => self.make(target, job),
-            Output::Renew { worker, .. } => Input::Renewed(worker, Ok(false)),
+            Output::Renew { worker, job } => {
+                let renewed = self.server.renew(self.factory, ulid(job));
+                Input::Renewed(worker, Ok(renewed))
+            }
             Output::Act(id, action) => Input::Done(id, self.act(id, action)),
             Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => {
                 unreachable!("carried out at once")
@@ -285,35 +365,28 @@ impl World {
     }
 
     fn list(&self) -> Vec<WorkerInfo> {
-        let uid = Uid::try_from(5000).unwrap();
-        let info = |(id, (slot, state)): (&WorkerId, &(SlotName, State))| WorkerInfo {
-            worker: *id,
-            slot: slot.clone(),
+        let info = |(worker, slot, uid, state)| WorkerInfo {
+            worker,
+            slot,
             uid,
-            state: *state,
+            state,
             disk: None,
         };
-        self.host.iter().map(info).collect()
+        self.host.list(None).into_iter().map(info).collect()
     }
 
     fn make(&mut self, target: TargetId, job: JobId) -> Input {
-        if self.refuses_workers || self.leased.iter().all(|(_, lease)| lease.job != job) {
-            return Input::WorkerMade(job, Err(CallError::refused(Peer::Server, "no such lease")));
-        }
-        self.leased.retain(|(_, lease)| lease.job != job);
-        self.ids += 1;
-        let worker = ServerWorker {
-            id: WorkerId::from_bits(self.ids),
-            target,
-            private: None,
-            bootstrap: Some(BootstrapToken::try_from("t".repeat(64)).unwrap()),
-            online: false,
-            hold: false,
-            recycle: false,
+        let made = match self.refuses_workers {
+            true => Err("not now".to_owned()),
+            false => {
+                let made = self
+                    .server
+                    .create_worker(self.factory, ulid(target), Some(ulid(&job)), false);
+                made.map_err(|refusal| refusal.to_string())
+            }
         };
-        self.server.insert(worker.id, worker.clone());
-        self.jobs_of.insert(worker.id, job.clone());
-        Input::WorkerMade(job, Ok(worker))
+        let made = made.map(|id| answered(&self.server.workers[&id]));
+        Input::WorkerMade(job, made.map_err(|why| CallError::refused(Peer::Server, why)))
     }
 
     fn act(&mut self, id: WorkerId, action: Action) -> Event {
@@ -328,89 +401,78 @@ impl World {
         };
         match action {
             Action::Associate { slot, .. } => {
-                let w = self
-                    .server
-                    .get_mut(&id)
-                    .expect("it is associated before it is deleted");
-                if w.private
-                    .as_ref()
-                    .is_some_and(|old| matches!(here().owner(Some(old)), Owner::Other(_)))
-                {
+                let body = server::wire::Associate {
+                    private: here().mark(&slot),
+                    ip: None,
+                    metadata: None,
+                };
+                let is_refused = self.server.associate(self.factory, id, body).is_err();
+                let private = self.server.workers[&id].private.as_deref();
+                if is_refused && matches!(here().owner(private), Owner::Other(_)) {
                     return Event::CallFailed(CallError::passing(Peer::Server, "not authorised"));
                 }
                 assert!(
-                    w.private.as_ref().is_none_or(|old| *old == here().mark(&slot)),
-                    "the slot is set once"
+                    !is_refused,
+                    "the slot is set once, and no worker is associated after its deletion"
                 );
-                w.private = Some(here().mark(&slot));
             }
             Action::CreateUser { slot } => {
-                let config = Config::parse(CONFIG).unwrap();
-                let other = |(o, (s, _)): (&WorkerId, &(SlotName, State))| {
-                    *o != id && (*s == slot || config.conflict(s, &slot))
-                };
-                if self.host.iter().any(other) {
-                    return Event::CallFailed(CallError::passing(Peer::Helper, "slot taken"));
+                if let Err(kind) = self.host.create_user(id, &slot) {
+                    return Event::CallFailed(CallError::passing(Peer::Helper, format!("{kind:?}")));
                 }
-                self.host.entry(id).or_insert((slot, State::Created));
             }
             Action::InstallAgent { .. } => {
                 if let Some(reason) = self.start_fails {
                     return Event::StartFailed(reason.into());
                 }
-                let Some((_, state)) = self.host.get_mut(&id) else {
+                let Some(w) = self.host.get(id) else {
                     return Event::HostLost;
                 };
-                if *state == State::Created {
-                    *self.agents.entry(id).or_default() += 1;
-                    assert!(
-                        self.server.get(&id).is_none_or(|w| !w.online),
-                        "a second agent after one was online"
-                    );
-                    *state = State::Running;
-                }
-            }
-            Action::HostKill => {
-                if let Some((_, state)) = self.host.get_mut(&id) {
-                    *state = State::Exited(Exit::Unknown);
-                }
-            }
-            Action::ReportFailure { .. } => {
-                if self.old_server {
-                    return Event::CannotReport("too old".into());
-                }
-                self.server.get_mut(&id).expect("told before it is deleted").hold = true;
-                self.failed.extend(
-                    self.jobs_of
-                        .get(&id)
-                        .filter(|job| !self.done.contains(job))
-                        .cloned(),
+                let is_online = self
+                    .server
+                    .workers
+                    .get(&id)
+                    .is_some_and(|w| !w.deleted && w.online());
+                assert!(
+                    w.state != State::Created || !is_online,
+                    "a second agent after one was online"
                 );
+                self.host.install_agent(id, Agent::Stays).unwrap();
             }
-            Action::HostDelete => drop(self.host.remove(&id)),
+            Action::HostKill => drop(self.host.kill(id)),
+            Action::ReportFailure { .. } if self.server.no_fail => {
+                return Event::CannotReport("too old".into());
+            }
+            Action::ReportFailure { .. } => self.server.factory_fail(self.factory, id, "it failed").unwrap(),
+            Action::HostDelete => self.host.delete(id),
             Action::ServerDelete { .. } => {
                 assert!(
-                    !self.host.contains_key(&id),
+                    self.host.get(id).is_none(),
                     "deleted on the server while the host still has it"
                 );
-                self.server.remove(&id);
-                self.failed.extend(
-                    self.jobs_of
-                        .get(&id)
-                        .filter(|job| !self.done.contains(job))
-                        .cloned(),
-                );
+                assert!(self.server.destroy(self.factory, id).unwrap());
             }
         }
         done
     }
 
-    /// A person lifts every hold.
+    /// A person lifts every hold, and has the workers recycled.
     pub fn release(&mut self) {
-        for w in self.server.values_mut().filter(|w| w.hold) {
-            (w.hold, w.recycle) = (false, true);
+        for id in self.listed().into_values().filter(|w| w.hold).map(|w| w.id) {
+            self.server.release(id).unwrap();
+            self.server.recycle(id).unwrap();
         }
     }
+}
+
+fn job_id(id: WorkerId) -> JobId {
+    JobId::try_from(id.to_string()).unwrap()
+}
+
+/// A worker as the client reads it.
+fn answered(worker: &server::Worker) -> ServerWorker {
+    let text = serde_json::to_string(&worker.to_factory()).unwrap();
+    serde_json::from_str(&text).unwrap()
 }
 
 fn error(output: &Output) -> Input {
