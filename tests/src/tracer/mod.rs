@@ -212,7 +212,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::harness::PATIENCE;
+    use crate::harness::{PATIENCE, binaries};
 
     /// It is killed at many an instant, so also between the look at a stop and its taking. Needs root.
     #[test]
@@ -221,11 +221,21 @@ mod tests {
             let (tell, ended) = channel();
             std::thread::spawn(move || {
                 let busy = "while :; do /bin/true & done & while :; do cd /; done";
-                let mut unshare = Command::new("unshare")
-                    .args(["--pid", "--fork", "sh", "-c", busy])
+                let mut unshare = Command::new(binaries().join("service-manager"))
+                    .args([
+                        "--stop-first",
+                        "/usr/bin/unshare",
+                        "--pid",
+                        "--fork",
+                        "sh",
+                        "-c",
+                        busy,
+                    ])
                     .spawn()
-                    .expect("unshare(1) can be started");
+                    .expect("the program that stops first can be started");
                 let root = Pid::from_raw(unshare.id() as i32);
+                // Traced before it makes its child.
+                wait_until_stopped(unshare.id());
                 let mut is_made = false;
                 trace(
                     root,
