@@ -1,6 +1,7 @@
 //! Jobs from the queue to the end, through the real binaries: the fake server, the supervisor as an
 //! unprivileged user, the helper as root, the fake agent in its sandbox. Needs root.
 
+mod acceptance;
 mod fleet;
 mod own_network;
 mod proxied;

@@ -60,8 +60,11 @@ async fn a_job_without_a_network_outlives_the_supervisors_restarts() {
     let job = factory.submit("for n in 1 2 3 4 5 6; do echo line $n; read -t 1 < <(sleep 2); done; true");
     for (line, signal) in [("line 1", Signal::SIGTERM), ("line 3", Signal::SIGKILL)] {
         factory.printed(job, line).await;
-        factory.supervisor.signal(signal);
-        factory.supervisor.wait();
+        factory.end_supervisor(signal);
+        if signal == Signal::SIGTERM {
+            // Whom a shutdown of the host would end.
+            factory.logged(&["this worker goes on", &job.to_string()]);
+        }
         factory.supervisor = factory.host.supervisor();
     }
     let done = factory.ended(job).await;
