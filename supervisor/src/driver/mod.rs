@@ -222,7 +222,7 @@ impl<S: Storage> Driver<S> {
                     command => {
                         let input = self.handle_command(command);
                         if matches!(input, Input::Stop) {
-                            tracing::info!("stopping: running jobs go on");
+                            self.log_running();
                             stopping = Some(Instant::now());
                         }
                         input
@@ -248,6 +248,18 @@ impl<S: Storage> Driver<S> {
             (Peer::Server, self.executor.server.pending()),
             (Peer::Helper, self.executor.helper.pending()),
         ]
+    }
+
+    /// Whom a shutdown of the host would end. A restart of the supervisor ends nobody.
+    fn log_running(&self) {
+        tracing::info!("stopping: running jobs go on");
+        for worker in self.factory.workers() {
+            let job = worker.job.as_ref().map(tracing::field::display);
+            tracing::info!(
+                worker = %worker.id, slot = %worker.slot, phase = worker.phase.name(), job,
+                "this worker goes on, and ends if the host is shut down"
+            );
+        }
     }
 
     /// Peers that have become unanswered, or answer again.
