@@ -217,7 +217,7 @@ mod tests {
     /// It is killed at many an instant, so also between the look at a stop and its taking. Needs root.
     #[test]
     fn the_first_process_of_a_pid_namespace_ends_whenever_it_is_killed() {
-        for life in 0..100 {
+        for life in 0..40 {
             let (tell, ended) = channel();
             std::thread::spawn(move || {
                 let busy = "while :; do /bin/true & done & while :; do cd /; done";
@@ -247,7 +247,7 @@ mod tests {
                         };
                         if parent == root && !std::mem::replace(&mut is_made, true) {
                             std::thread::spawn(move || {
-                                std::thread::sleep(Duration::from_micros(20_000 + life * 97));
+                                std::thread::sleep(Duration::from_micros(20_000 + life * 241));
                                 kill(pid, Signal::SIGKILL).expect("it lives");
                             });
                         }
