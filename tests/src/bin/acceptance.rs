@@ -19,7 +19,7 @@ use testbed::server::wire::{AddFileResult, Id, JobEvent, JobOutput, JobSubmit, T
 #[derive(Debug, Parser)]
 #[command(name = "acceptance", about = "Runs jobs of all kinds on a buildomat server")]
 struct Arguments {
-    /// The server, such as https://buildomat.example.com
+    /// The address of the server, without a path of the API
     #[arg(long, value_name = "URL")]
     server: String,
     /// The token of a user who may submit jobs
