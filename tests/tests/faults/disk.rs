@@ -11,7 +11,11 @@ fn small(host: &TestHost) -> Option<SmallDisk> {
     Some(SmallDisk::in_memory_at(place))
 }
 
-const ROOM: &str = "size=256m,nr_inodes=10000";
+/// Room for the agents of three workers: each has the program and the agent's own copies of it.
+fn room() -> String {
+    let agent = fs::metadata(binaries().join("fake-agent")).expect("the agent was built");
+    format!("size={},nr_inodes=10000", 9 * agent.len())
+}
 
 /// The job cannot be started, and says why; once its worker is released, nothing of it is left, full or not.
 async fn fails_for_lack_of_room(factory: &TestFactory, job: Ulid) {
@@ -36,7 +40,7 @@ async fn fails_for_lack_of_room(factory: &TestFactory, job: Ulid) {
 async fn row_27_a_full_disk_fails_what_starts_and_neither_what_runs_nor_the_slot() {
     let factory = TestFactory::on(TWO, small).await;
     let disk = factory.disk.as_ref().unwrap();
-    disk.limit(ROOM);
+    disk.limit(&room());
     let job = factory.running().await;
     // At the making of the user: not even its directory finds room.
     disk.fill();
@@ -45,7 +49,7 @@ async fn row_27_a_full_disk_fails_what_starts_and_neither_what_runs_nor_the_slot
     disk.limit("nr_inodes=10000");
     fails_for_lack_of_room(&factory, factory.submit("echo never")).await;
     // The other slot's job does not notice, and room brings back all of it.
-    disk.limit(ROOM);
+    disk.limit(&room());
     let next = factory.submit("echo next");
     factory.completed(next).await;
     factory.release();
@@ -56,7 +60,7 @@ async fn row_27_a_full_disk_fails_what_starts_and_neither_what_runs_nor_the_slot
 #[tokio::test(flavor = "multi_thread")]
 async fn row_27_a_job_that_fills_the_disk_fails_by_itself_and_is_deleted_from_the_full_disk() {
     let factory = TestFactory::on(TWO, small).await;
-    factory.disk.as_ref().unwrap().limit(ROOM);
+    factory.disk.as_ref().unwrap().limit(&room());
     let job = factory.running().await;
     let hog = factory
         .submit("cat /dev/zero > /work/all 2>/dev/null; : > /work/none; echo x > /work/none && echo wrote");
