@@ -224,3 +224,9 @@ impl Drop for SmallDisk {
         }
     }
 }
+
+/// Bytes that so many workers take of the disk with the fake agent: each has its program, and the agent's own two copies.
+pub fn size_of_agents(workers: u64) -> u64 {
+    let agent = std::fs::metadata(crate::harness::binaries().join("fake-agent"));
+    3 * workers * agent.expect("the agent was built").len()
+}

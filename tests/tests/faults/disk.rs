@@ -1,6 +1,6 @@
 //! Row 27, in the whole factory: the disk is full under the workers, at each of their steps.
 
-use testbed::disk::SmallDisk;
+use testbed::disk::{SmallDisk, size_of_agents};
 
 use super::*;
 
@@ -11,10 +11,8 @@ fn small(host: &TestHost) -> Option<SmallDisk> {
     Some(SmallDisk::in_memory_at(place))
 }
 
-/// Room for the agents of three workers: each has the program and the agent's own copies of it.
 fn room() -> String {
-    let agent = fs::metadata(binaries().join("fake-agent")).expect("the agent was built");
-    format!("size={},nr_inodes=10000", 9 * agent.len())
+    format!("size={},nr_inodes=10000", size_of_agents(3))
 }
 
 /// The job cannot be started, and says why; once its worker is released, nothing of it is left, full or not.

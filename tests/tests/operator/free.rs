@@ -1,6 +1,6 @@
 //! A host that has too little free for another job (`factory.min_free`).
 
-use testbed::disk::SmallDisk;
+use testbed::disk::{SmallDisk, size_of_agents};
 use testbed::harness::TestHost;
 use testbed::test_factory::TWO;
 
@@ -28,20 +28,21 @@ async fn enough(factory: &TestFactory) {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_job_is_taken_while_the_disk_is_short_and_the_running_one_goes_on() {
     let min_free = "{ disk = \"100M\", inodes = 100 }";
+    let room = |inodes| format!("size={},nr_inodes={inodes}", size_of_agents(2) + (150 << 20));
     // Nobody but root may look into this directory.
     let workers = format!("{}/workers", protocol::config::STATE_DIR);
     let small = |host: &TestHost| {
         let place = host.root.join(&workers);
         std::fs::create_dir_all(&place).unwrap();
         let disk = SmallDisk::in_memory_at(place);
-        disk.limit("size=256m,nr_inodes=10000");
+        disk.limit(&room(10_000));
         Some(disk)
     };
     let factory = TestFactory::on(&slots(min_free), small).await;
     let job = factory.running().await;
     enough(&factory).await;
     let big = factory.host.root.join(&workers).join("image");
-    std::fs::write(&big, vec![1; 100 << 20]).unwrap();
+    std::fs::write(&big, vec![1; size_of_agents(1) as usize + (100 << 20)]).unwrap();
     short_of(&factory, "on the file system of").await;
     let said = say(&factory, &["status"]);
     assert!(
@@ -76,9 +77,9 @@ async fn no_job_is_taken_while_the_disk_is_short_and_the_running_one_goes_on() {
     enough(&factory).await;
     // Inodes run out before bytes do.
     let disk = factory.disk.as_ref().expect("it has a disk of its own");
-    disk.limit("size=256m,nr_inodes=90");
+    disk.limit(&room(90));
     short_of(&factory, "inodes on the file system of").await;
-    disk.limit("size=256m,nr_inodes=1000");
+    disk.limit(&room(1000));
     enough(&factory).await;
     factory.finish().await;
 }
