@@ -49,7 +49,19 @@ pub fn size(bytes: u64) -> String {
 type Cell = (Style, String);
 
 fn plain(text: impl ToString) -> Cell {
-    (Style::new(), text.to_string())
+    (Style::new(), one_line(&text.to_string()))
+}
+
+/// Without characters that a terminal obeys: a file or a process of a job's may have any name.
+pub fn one_line(text: &str) -> String {
+    let mut clean = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            c if c.is_control() => clean.extend(c.escape_default()),
+            c => clean.push(c),
+        }
+    }
+    clean
 }
 
 fn or_nothing(text: Option<impl ToString>) -> Cell {
@@ -270,8 +282,8 @@ pub fn residue(report: &Report, files_were_searched: bool) -> String {
         "looked for what is of uids {first} to {last} and of none of the {} workers{files}\n",
         report.workers.len()
     );
-    for place in &report.not_searched {
-        text += &format!("not searched, since it is not local: {}\n", place.display());
+    for (place, why) in &report.not_searched {
+        text += &format!("not searched: {}: {why}\n", one_line(place));
     }
     if report.is_clean() {
         return text + &styled(GOOD, "nothing is left") + "\n";
@@ -388,7 +400,29 @@ impl Visible {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use supervisor::residue;
+
     use super::*;
+
+    #[test]
+    fn a_name_with_a_terminals_commands_in_it_is_shown_and_not_obeyed() {
+        let left = residue::Residue {
+            kind: residue::Kind::File,
+            what: "/tmp/a\u{1b}[2Jb\nnothing is left".into(),
+        };
+        let report = Report {
+            uid_range: (1, 2),
+            workers: BTreeMap::new(),
+            found: BTreeSet::from([left]),
+            files_seen: 3,
+            not_searched: BTreeMap::new(),
+        };
+        let text = anstream::adapter::strip_str(&residue(&report, true)).to_string();
+        let last = text.lines().last().unwrap();
+        assert_eq!(last, "file  /tmp/a\\u{1b}[2Jb\\nnothing is left");
+    }
 
     #[test]
     fn columns_line_up_whatever_their_colours() {

@@ -1,6 +1,6 @@
 //! Files of users on all local file systems: a walk over the whole host, at a bounded speed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -29,8 +29,8 @@ pub struct Progress<'a> {
 pub struct Searched {
     pub found: BTreeSet<PathBuf>,
     pub seen: u64,
-    /// Mounts of file systems that are not local.
-    pub not_searched: BTreeSet<PathBuf>,
+    /// Mounts of file systems that are not local, directories that cannot be read, and why.
+    pub not_searched: BTreeMap<PathBuf, String>,
 }
 
 /// One line of `/proc/self/mountinfo` (`proc_pid_mountinfo(5)`).
@@ -161,11 +161,11 @@ pub fn search(uids: &Uids, pace: Pace, progress: &mut impl FnMut(Progress<'_>)) 
             .extend(walk.below(&mount.place, uids, is_mount, progress));
     }
     searched.seen = walk.seen;
-    searched.not_searched = mounts
-        .into_iter()
-        .filter(Mount::is_remote)
-        .map(|mount| mount.place)
-        .collect();
+    searched.not_searched = walk.unread;
+    let remote = mounts.into_iter().filter(Mount::is_remote);
+    searched
+        .not_searched
+        .extend(remote.map(|mount| (mount.place, format!("{} is not local", mount.kind))));
     Ok(searched)
 }
 
@@ -186,6 +186,8 @@ struct Walk {
     begun: Instant,
     told: Instant,
     seen: u64,
+    /// Directories that could not be read, and why.
+    unread: BTreeMap<PathBuf, String>,
 }
 
 impl Walk {
@@ -196,6 +198,7 @@ impl Walk {
             begun,
             told: begun,
             seen: 0,
+            unread: BTreeMap::new(),
         }
     }
 
@@ -217,7 +220,17 @@ impl Walk {
                     place: &directory,
                 });
             }
-            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            let entries = match fs::read_dir(&directory) {
+                Ok(entries) => entries,
+                Err(error) => {
+                    // One that has gone has nothing left.
+                    if error.kind() != io::ErrorKind::NotFound {
+                        self.unread.insert(directory, error.to_string());
+                    }
+                    continue;
+                }
+            };
+            for entry in entries.flatten() {
                 // Of the entry itself, not of what a link leads to.
                 let Ok(meta) = entry.metadata() else { continue };
                 self.step();
@@ -267,6 +280,20 @@ mod tests {
         assert_eq!(places, BTreeSet::from(expected));
         let remote: Vec<_> = mounts.iter().filter(|mount| mount.is_remote()).collect();
         assert_eq!(remote.len(), 2);
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_read_is_told_and_one_that_has_gone_is_not() {
+        let place = tempfile::tempdir().unwrap();
+        let (gone, file) = (place.path().join("gone"), place.path().join("file"));
+        fs::write(&file, "").unwrap();
+        let uids = Uids::from(0..=u32::MAX);
+        let mut walk = Walk::new(Pace(u32::MAX));
+        for top in [&gone, &file] {
+            walk.below(top, &uids, |_| false, &mut |_| ());
+        }
+        let unread: Vec<&PathBuf> = walk.unread.keys().collect();
+        assert_eq!(unread, [&file]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use protocol::config::{CGROUP_FILE, STATE_DIR};
@@ -108,8 +108,8 @@ pub struct Report {
     pub found: BTreeSet<Residue>,
     /// Files and directories that were looked at.
     pub files_seen: u64,
-    /// Mounts that were left out, since they are not local.
-    pub not_searched: BTreeSet<PathBuf>,
+    /// Mounts and directories that were left out, and why.
+    pub not_searched: BTreeMap<String, String>,
 }
 
 impl Report {
@@ -192,7 +192,12 @@ pub fn find(
             .collect(),
         found,
         files_seen: searched.seen,
-        not_searched: searched.not_searched,
+        // Text, for JSON has no other names.
+        not_searched: searched
+            .not_searched
+            .into_iter()
+            .map(|(place, why)| (place.display().to_string(), why))
+            .collect(),
     })
 }
 

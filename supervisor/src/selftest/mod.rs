@@ -3,6 +3,7 @@
 //!
 //! The worker is made by `user-factory-manual run`, so nothing of this is in the helper.
 
+pub mod calls;
 pub mod expected;
 pub mod run;
 

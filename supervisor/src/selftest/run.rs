@@ -1,12 +1,12 @@
 //! The probe in a slot: a worker for each of its parts, made and deleted by `user-factory-manual run`.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, Write};
 use std::net::TcpListener;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use protocol::SlotName;
 use protocol::config::{Config, Limits};
@@ -77,13 +77,12 @@ pub fn slot(
     outside: &Outside,
 ) -> io::Result<SlotReport> {
     let expected = Expected::of(config, slot, root, outside);
-    let told = serde_json::to_string(&expected).expect("it has text for keys");
     let mut report = SlotReport {
         slot: slot.to_string(),
         busy: None,
         attempts: Vec::new(),
     };
-    let output = run(slot, root, programs, &["walls", &told])?;
+    let output = run(slot, root, programs, Some(&expected), &["sandbox"])?;
     let attempts = parse(&output);
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     // The helper's sentence where a slot is not free.
@@ -144,21 +143,36 @@ fn parse(output: &Output) -> Vec<Attempt> {
         .collect()
 }
 
-/// Run the probe with these arguments, in a worker of its own.
-fn run(slot: &SlotName, root: &Path, programs: &Programs, arguments: &[&str]) -> io::Result<Output> {
+/// Run the probe with these arguments, in a worker of its own. What it expects is its standard input: the slot's variables
+/// may be secrets, and arguments are seen by all users of the host (`proc_pid_cmdline(5)`).
+fn run(
+    slot: &SlotName,
+    root: &Path,
+    programs: &Programs,
+    expected: Option<&Expected>,
+    arguments: &[&str],
+) -> io::Result<Output> {
+    let mut input = tempfile::tempfile()?;
+    if let Some(expected) = expected {
+        serde_json::to_writer(&input, expected)?;
+    }
+    input.write_all(b"\n")?;
     let mut command = Command::new(&programs.manual);
     command
         .args(["run", "--slot", slot.as_str(), "--root"])
         .arg(root)
         .arg("--");
     if programs.probe.starts_with(SHOWN) {
-        command.arg(&programs.probe).stdin(Stdio::null());
+        command.arg(&programs.probe);
     } else {
-        let copy = "cat >/work/probe && chmod 700 /work/probe && exec /work/probe \"$@\" </dev/null";
+        // The program comes behind the first line.
+        let copy = "IFS= read -r told && cat >/work/probe && chmod 700 /work/probe && \
+                    printf '%s\\n' \"$told\" | /work/probe \"$@\"";
         command.args(["/bin/sh", "-c", copy, "probe"]);
-        command.stdin(File::open(&programs.probe)?);
+        io::copy(&mut File::open(&programs.probe)?, &mut input)?;
     }
-    command.args(arguments).output()
+    input.rewind()?;
+    command.args(arguments).stdin(input).output()
 }
 
 /// A worker that takes more memory than its slot has.
@@ -179,7 +193,7 @@ fn memory(
         let seen = format!("{wanted} bytes are more than half of the host's free memory, {free}");
         return Ok(Some(Attempt::new(promise, "nothing", seen, Outcome::NotTried)));
     }
-    let output = run(slot, root, programs, &["memory", &wanted.to_string()])?;
+    let output = run(slot, root, programs, None, &["memory", &wanted.to_string()])?;
     let outcome = match output.status.code() {
         Some(KILLED) => Outcome::Ok,
         _ => Outcome::Failed,

@@ -501,7 +501,7 @@ impl Server {
         Ok(())
     }
 
-    /// All events of the job, which the server hands out in parts.
+    /// All events of the job, which the server answers in parts.
     async fn events(&self, job: &str) -> Result<Vec<JobEvent>> {
         let mut all: Vec<JobEvent> = Vec::new();
         loop {

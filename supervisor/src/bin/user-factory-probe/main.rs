@@ -1,9 +1,9 @@
 //! `user-factory-probe`: what `user-factory selftest` runs as a job. It tries what a job must not be able to do, in ways
 //! that harm nothing where they work, and what its slot promises; a line of JSON for each attempt.
 
-mod promises;
+mod sandbox;
+mod slot;
 mod sys;
-mod walls;
 
 use std::process::ExitCode;
 
@@ -47,11 +47,11 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
-        ["walls", told] => match serde_json::from_str::<Expected>(told) {
+        ["sandbox"] => match serde_json::from_reader::<_, Expected>(std::io::stdin()) {
             Ok(expected) => {
-                walls::all(&Table, &expected);
-                promises::all(&Table, &expected);
-                walls::namespaces(&Table, &expected);
+                sandbox::all(&Table, &expected);
+                slot::all(&Table, &expected);
+                sandbox::namespaces(&Table, &expected);
                 ExitCode::SUCCESS
             }
             Err(error) => {
@@ -60,12 +60,12 @@ fn main() -> ExitCode {
             }
         },
         ["memory", bytes] => {
-            promises::take_memory(bytes.parse().unwrap_or(0));
+            slot::take_memory(bytes.parse().unwrap_or(0));
             ExitCode::SUCCESS
         }
         _ => {
             eprintln!(
-                "usage: user-factory-probe walls EXPECTED | memory BYTES; user-factory selftest runs it"
+                "usage: user-factory-probe sandbox <EXPECTED | memory BYTES; user-factory selftest runs it"
             );
             ExitCode::from(2)
         }

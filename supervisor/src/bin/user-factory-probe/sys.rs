@@ -5,11 +5,6 @@ use std::io;
 
 use nix::libc;
 
-/// Where no memory is.
-pub const NOWHERE: usize = 1;
-pub const ALL_BITS: usize = 0xffff_ffff;
-pub const NO_FILE: usize = usize::MAX;
-
 /// A bare system call. Pointers among the arguments are the caller's to keep valid, or to make invalid on purpose.
 pub fn call(number: libc::c_long, arguments: [usize; 6]) -> io::Result<libc::c_long> {
     let [a, b, c, d, e, f] = arguments;

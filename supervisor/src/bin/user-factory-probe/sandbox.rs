@@ -13,10 +13,11 @@ use nix::libc;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType};
 use nix::unistd::{Gid, Uid};
 use supervisor::selftest::Outcome;
+use supervisor::selftest::calls::{Call, NEVER, NOT_FOR_FILES, OF_NAMESPACES, UNAVAILABLE};
 use supervisor::selftest::expected::{Expected, nodes};
 
 use crate::Table;
-use crate::sys::{ALL_BITS, NO_FILE, NOWHERE, call};
+use crate::sys::call;
 
 const CALLS: &str = "calls that have led out of sandboxes are refused";
 const HOST: &str = "a job cannot change the host";
@@ -25,92 +26,14 @@ const HIDDEN: &str = "the factory's files, homes and what factory.hide names are
 const OTHERS: &str = "a job sees, traces and signals no process but its own";
 const SERVICES: &str = "a job speaks to no service of the host";
 
-/// A call: its name, its number and its arguments.
-type Call = (&'static str, libc::c_long, [usize; 6]);
-
 /// How a call is refused, by the filter or for want of a privilege.
 const REFUSALS: [i32; 4] = [libc::EPERM, libc::ENOSYS, libc::EACCES, libc::EOPNOTSUPP];
 
-/// With arguments that are wrong, or that harm nothing: a call that gets as far as the kernel's own code is told of that
-/// by another error.
-const REFUSED: &[Call] = &[
-    ("bpf", libc::SYS_bpf, [0, 0, 1 << 20, 0, 0, 0]),
-    (
-        "perf_event_open",
-        libc::SYS_perf_event_open,
-        [0, 0, 0, NO_FILE, ALL_BITS, 0],
-    ),
-    ("userfaultfd", libc::SYS_userfaultfd, [ALL_BITS, 0, 0, 0, 0, 0]),
-    (
-        "io_uring_setup",
-        libc::SYS_io_uring_setup,
-        [1, NOWHERE, 0, 0, 0, 0],
-    ),
-    ("keyctl", libc::SYS_keyctl, [9999, 0, 0, 0, 0, 0]),
-    ("add_key", libc::SYS_add_key, [NOWHERE, NOWHERE, 0, 0, 0, 0]),
-    (
-        "request_key",
-        libc::SYS_request_key,
-        [NOWHERE, NOWHERE, 0, 0, 0, 0],
-    ),
-    (
-        "kexec_load",
-        libc::SYS_kexec_load,
-        [0, ALL_BITS, NOWHERE, ALL_BITS, 0, 0],
-    ),
-    (
-        "init_module",
-        libc::SYS_init_module,
-        [NOWHERE, 0, NOWHERE, 0, 0, 0],
-    ),
-    (
-        "finit_module",
-        libc::SYS_finit_module,
-        [NO_FILE, NOWHERE, ALL_BITS, 0, 0, 0],
-    ),
-    ("delete_module", libc::SYS_delete_module, [NOWHERE, 0, 0, 0, 0, 0]),
-    (
-        "open_by_handle_at",
-        libc::SYS_open_by_handle_at,
-        [NO_FILE, NOWHERE, 0, 0, 0, 0],
-    ),
-    ("quotactl", libc::SYS_quotactl, [0xff, 0, 0, 0, 0, 0]),
-    ("swapon", libc::SYS_swapon, [NOWHERE, ALL_BITS, 0, 0, 0, 0]),
-    ("reboot", libc::SYS_reboot, [1, 2, 3, 0, 0, 0]),
-    ("settimeofday", libc::SYS_settimeofday, [NOWHERE, 0, 0, 0, 0, 0]),
-    ("syslog", libc::SYS_syslog, [10, 0, 0, 0, 0, 0]),
-    ("acct", libc::SYS_acct, [NOWHERE, 0, 0, 0, 0, 0]),
-    ("fanotify_init", libc::SYS_fanotify_init, [0x200, 0, 0, 0, 0, 0]),
-];
-
-/// The same, of those that a slot may allow in user namespaces.
-const OF_NAMESPACES: &[Call] = &[
-    (
-        "unshare(CLONE_NEWUSER)",
-        libc::SYS_unshare,
-        [libc::CLONE_NEWUSER as usize, 0, 0, 0, 0, 0],
-    ),
-    ("mount", libc::SYS_mount, [NOWHERE, NOWHERE, NOWHERE, 0, 0, 0]),
-    ("umount2", libc::SYS_umount2, [NOWHERE, ALL_BITS, 0, 0, 0, 0]),
-    (
-        "open_tree",
-        libc::SYS_open_tree,
-        [NO_FILE, NOWHERE, ALL_BITS, 0, 0, 0],
-    ),
-    (
-        "move_mount",
-        libc::SYS_move_mount,
-        [NO_FILE, NOWHERE, NO_FILE, NOWHERE, ALL_BITS, 0],
-    ),
-    ("fsopen", libc::SYS_fsopen, [NOWHERE, ALL_BITS, 0, 0, 0, 0]),
-    ("pivot_root", libc::SYS_pivot_root, [NOWHERE, NOWHERE, 0, 0, 0, 0]),
-    ("setns", libc::SYS_setns, [NO_FILE, 0, 0, 0, 0, 0]),
-    ("chroot", libc::SYS_chroot, [NOWHERE, 0, 0, 0, 0, 0]),
-];
-
 pub fn all(table: &Table, expected: &Expected) {
     privilege(table);
-    refused(table, REFUSED);
+    for calls in [NEVER, UNAVAILABLE, NOT_FOR_FILES] {
+        refused(table, calls);
+    }
     host_files(table);
     hidden(table, expected);
     processes(table, expected);
