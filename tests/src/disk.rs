@@ -19,8 +19,8 @@ impl SmallDisk {
 
     /// The same elsewhere.
     pub fn in_memory_at(place: PathBuf) -> SmallDisk {
-        let options = "mode=755,size=64m,nr_inodes=1000";
-        run(&["mount", "-t", "tmpfs", "-o", options, "none"], &place);
+        let options = format!("mode=755,size={},nr_inodes=1000", small());
+        run(&["mount", "-t", "tmpfs", "-o", &options, "none"], &place);
         SmallDisk(place)
     }
 
@@ -39,7 +39,7 @@ impl SmallDisk {
         run(&["mount", "-o", &format!("remount,{options}")], &self.0);
     }
 
-    /// ext4 of 64 MiB in a file, with this many inodes: its directories take blocks, as on most hosts.
+    /// [Small](small) ext4 in a file, with this many inodes: its directories take blocks, as on most hosts.
     pub fn ext4(host: &TestHost, inodes: u32) -> SmallDisk {
         // Nothing is kept back for root: the last block is the job's.
         let inodes = inodes.to_string();
@@ -52,7 +52,7 @@ impl SmallDisk {
     }
 
     fn ext4_with(host: &TestHost, options: &[&str]) -> SmallDisk {
-        let image = sparse(host, 64 << 20);
+        let image = sparse(host, small());
         run(&[&["mkfs.ext4", "-q", "-F"], options].concat(), &image);
         let disk = SmallDisk(host.root.join(STATE_DIR));
         let image = image.to_str().expect("a test's path is ASCII");
@@ -223,6 +223,15 @@ impl Drop for SmallDisk {
             let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
         }
     }
+}
+
+/// Bytes of a disk on which two workers have the test bed's largest agent, and 48 MiB are left.
+pub fn small() -> u64 {
+    let length = |program| {
+        let program = std::fs::metadata(crate::harness::binaries().join(program));
+        program.expect("the agents were built").len()
+    };
+    (48 << 20) + 2 * length("fake-agent").max(length("hostile-job"))
 }
 
 /// Bytes that so many workers take of the disk with the fake agent: each has its program, and the agent's own two copies.

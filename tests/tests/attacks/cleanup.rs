@@ -12,7 +12,7 @@ use nix::sys::inotify::AddWatchFlags;
 use nix::sys::statvfs::statvfs;
 use protocol::config::STATE_DIR;
 use protocol::{Reply, Request, State};
-use testbed::disk::SmallDisk;
+use testbed::disk::{SmallDisk, small};
 use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, tool};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::test_helper::{
@@ -197,7 +197,7 @@ fn row_27_a_job_that_has_filled_the_disk_is_removed() {
             host.configure("http://127.0.0.1:9", 0, SLOTS);
             let disk = if memory {
                 let disk = SmallDisk::in_memory(&host);
-                disk.limit(&format!("size=64m,nr_inodes={inodes}"));
+                disk.limit(&format!("size={},nr_inodes={inodes}", small()));
                 disk
             } else {
                 SmallDisk::ext4(&host, inodes)

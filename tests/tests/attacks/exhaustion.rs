@@ -9,7 +9,7 @@ use nix::sys::inotify::AddWatchFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Exit, Reply, Request, State, WorkerId};
-use testbed::disk::SmallDisk;
+use testbed::disk::{SmallDisk, small};
 use testbed::harness::{PATIENCE, Running, TestHost, binaries, has_controller};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{
@@ -322,6 +322,6 @@ fn row_91_the_run_time_limit_holds_for_a_job_that_has_filled_the_disk() {
     // How it ended finds no room.
     let ended = wait_until(&client, worker, |state| state != State::Running);
     assert_eq!(ended, State::Exited(Exit::Unknown));
-    disk.limit("size=64m,nr_inodes=1000");
+    disk.limit(&format!("size={},nr_inodes=1000", small()));
     test.finish(&[worker]);
 }
