@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use supervisor::residue::files::Pace;
 use supervisor::residue::{Uids, files, host};
 
-use crate::harness::TestHost;
+use crate::harness::{PATIENCE, TestHost};
 
 /// A snapshot of the host, as far as a factory's jobs could change it.
 #[derive(Debug, PartialEq, Eq)]
@@ -82,7 +83,7 @@ impl HostSnapshot {
                 .map(|path| fs::metadata(path).ok().map(|meta| meta.len()))
                 .to_vec(),
             files,
-            processes: host::processes(&uids),
+            processes: processes_of(&host.uids),
             cgroups: entries(host.cgroup_dir().join("workers"))
                 .into_iter()
                 .filter(|path| path.is_dir())
@@ -123,9 +124,22 @@ pub fn ipc_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
     host::ipc(&uids.clone().into())
 }
 
-/// Processes, also dead ones that nobody has reaped, of the range.
+/// Processes of the range, dead ones included whose parent lives and has not waited for them. Whose parent has ended
+/// is the host's first process' to reap, which takes a moment: until then this waits.
 pub fn processes_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
-    host::processes(&uids.clone().into())
+    let of_first_process = format!("{}1", host::NOT_REAPED);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let found = host::processes(&uids.clone().into());
+        if !found.iter().any(|line| line.ends_with(&of_first_process)) {
+            return found;
+        }
+        assert!(
+            Instant::now() < end,
+            "the host's first process reaps nobody: {found:?}"
+        );
+        std::thread::yield_now();
+    }
 }
 
 /// Files of the uids on any file system that is mounted: a walk over all of the host, of seconds.

@@ -11,13 +11,16 @@ use nix::sys::quota::{QuotaType, quotactl_get};
 use super::Uids;
 use super::files::{Mount, mount_table};
 
+/// What stands before the parent's pid in the line of a dead process.
+pub const NOT_REAPED: &str = ", dead, not yet waited for by its parent ";
+
 fn table(path: &str) -> String {
     // A name in it may be any bytes.
     String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
 
-/// Processes, dead ones that nobody has reaped included, of which any uid, gid or supplementary group is one of these
-/// (`proc_pid_status(5)`).
+/// Processes of which any uid, gid or supplementary group is one of these (`proc_pid_status(5)`). A dead one is there
+/// until its parent waits for it; its line ends with [`NOT_REAPED`] and the parent's pid.
 pub fn processes(uids: &Uids) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -26,6 +29,13 @@ pub fn processes(uids: &Uids) -> BTreeSet<String> {
             continue;
         };
         let status = table(&format!("/proc/{pid}/status"));
+        let field = |key| {
+            status
+                .lines()
+                .find_map(|line| line.strip_prefix(key))
+                .unwrap_or_default()
+                .trim()
+        };
         let ids = status.lines().filter_map(|line| {
             line.strip_prefix("Uid:")
                 .or(line.strip_prefix("Gid:"))
@@ -35,7 +45,11 @@ pub fn processes(uids: &Uids) -> BTreeSet<String> {
             .flat_map(str::split_whitespace)
             .any(|id| uids.contains_text(id))
         {
-            found.insert(format!("{pid} {}", status.lines().next().unwrap_or_default()));
+            let mut line = format!("{pid} {}", field("Name:"));
+            if field("State:").starts_with('Z') {
+                line += &format!("{NOT_REAPED}{}", field("PPid:"));
+            }
+            found.insert(line);
         }
     }
     found

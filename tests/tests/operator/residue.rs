@@ -73,7 +73,7 @@ sys.stdin.read()";
     let (status, report) = residue(&factory, false);
     assert_eq!(status, 1);
     assert!(
-        has(&report, "process", &format!("{} Name:\tpython3", process.id())),
+        has(&report, "process", &format!("{} python3", process.id())),
         "{report}"
     );
     assert!(has(&report, "key", &uid.to_string()), "{report}");
