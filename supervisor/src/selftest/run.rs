@@ -102,7 +102,12 @@ pub fn slot(
         ));
     }
     let is_whole = output.status.code() == Some(0) && !attempts.is_empty();
-    report.attempts.extend(attempts);
+    report.attempts.extend(attempts.into_iter().map(|mut attempt| {
+        if attempt.outcome == Outcome::Failed && is_unenforced(&errors, &attempt.promise, slot) {
+            attempt.outcome = Outcome::NotEnforced;
+        }
+        attempt
+    }));
     if !is_whole {
         let last = errors.lines().last().map(sentence).unwrap_or_default();
         report.attempts.push(Attempt::new(
@@ -112,7 +117,7 @@ pub fn slot(
             Outcome::Failed,
         ));
     }
-    let is_enforced = !errors.contains("limits.memory");
+    let is_enforced = !is_unenforced(&errors, "limits.memory", slot);
     if let Some(attempt) = memory(&config.slots[slot].limits, is_enforced, slot, root, programs)? {
         report.attempts.push(attempt);
     }
@@ -126,6 +131,11 @@ pub fn slot(
     }
     report.attempts.push(nothing_is_left(config, root)?);
     Ok(report)
+}
+
+/// Has the helper warned that this host cannot enforce this limit of the slot, which says `limits.best_effort`?
+fn is_unenforced(errors: &str, limit: &str, slot: &SlotName) -> bool {
+    errors.contains(&format!("NOT ENFORCED on this host: {limit} of slot {slot},"))
 }
 
 /// What `run` printed to standard error, without the time and the level.

@@ -36,7 +36,7 @@ limits.processes = 200
 target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
 network = "none"
 allow_user_namespaces = true
-limits = {{ memory = "64M", best_effort = true }}
+limits = {{ memory = "64M", disk = "128M", inodes = 100, best_effort = true }}
 "#
     );
     let factory = TestFactory::new(&slots).await;
