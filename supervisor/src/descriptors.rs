@@ -13,26 +13,26 @@ pub const STATUS_CONNECTIONS: usize = 64;
 /// What the egress proxy has refused or is done with, and has not closed yet.
 pub const MAX_PENDING_CLOSES: usize = 256;
 /// Each connection through the egress proxy has the caller's, the job's and the server's socket.
-const OF_RELAYED: u64 = 3;
+const OF_PROXIED: u64 = 3;
 /// More connections through the egress proxy are of no use: it raises the limit for no more.
-const MOST_RELAYED: u64 = 64 << 10;
+const MAX_PROXIED: u64 = 64 << 10;
 
 /// How many connections there may be through the egress proxy, within this limit of open files.
-fn relayed_within(limit: u64) -> usize {
+fn proxied_within(limit: u64) -> usize {
     let taken = OTHERS + OF_CONTROL + STATUS_CONNECTIONS as u64 + MAX_PENDING_CLOSES as u64;
-    let left = limit.saturating_sub(taken) / OF_RELAYED;
-    usize::try_from(left.clamp(1, MOST_RELAYED)).unwrap_or(1)
+    let left = limit.saturating_sub(taken) / OF_PROXIED;
+    usize::try_from(left.clamp(1, MAX_PROXIED)).unwrap_or(1)
 }
 
 /// Raise the limit of open files as far as it is ours to raise (`getrlimit(2)`), and say how many connections there may be
 /// through the egress proxy.
-pub fn relayed_connections() -> usize {
+pub fn proxied_connections() -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return relayed_within(0);
+        return proxied_within(0);
     };
     match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-        Ok(()) => relayed_within(hard),
-        Err(_) => relayed_within(soft),
+        Ok(()) => proxied_within(hard),
+        Err(_) => proxied_within(soft),
     }
 }
 
@@ -43,7 +43,7 @@ mod tests {
     #[test]
     fn the_egress_proxy_gets_what_the_others_leave() {
         for (limit, connections) in [(0, 1), (960, 1), (1024, 21), (8192, 2410), (u64::MAX, 64 << 10)] {
-            assert_eq!(relayed_within(limit), connections, "{limit}");
+            assert_eq!(proxied_within(limit), connections, "{limit}");
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod forward_proxy;
 pub mod harness;
 pub mod host_snapshot;
 pub mod model;
+pub mod pages;
 pub mod proxy;
 pub mod server;
 pub mod service;

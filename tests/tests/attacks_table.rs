@@ -1,9 +1,10 @@
 //! docs/evidence/attacks.md has a line for every attack, and what it names is there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 
-use testbed::sources::{is_a_test, read, root, tests_in};
+use testbed::pages::{Cell, Page};
+use testbed::sources::{is_a_test, root, tests_in};
 
 /// The rows that must be there: groups A to F, H and J. Group G, accidents, is in docs/evidence/accidents.md, and group I, hosts, in
 /// docs/hosts.md.
@@ -12,28 +13,19 @@ const ROWS: [std::ops::RangeInclusive<u32>; 2] = [1..=72, 86..=115];
 const ELSEWHERE: &str = "needs another host: ";
 
 /// The cell of each row that says what shows it.
-fn table() -> BTreeMap<u32, String> {
-    let text = read("docs/evidence/attacks.md");
+fn table() -> BTreeMap<u32, Cell> {
+    let page = Page::read("docs/evidence/attacks.md");
     let mut rows = BTreeMap::new();
-    for line in text.lines().filter(|line| line.starts_with('|')) {
-        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-        let Ok(row) = cells[0].parse() else {
-            continue;
-        };
-        assert_eq!(cells.len(), 4, "row {row} has not four cells");
+    for cells in page.rows() {
+        let row: u32 = cells[0].text.parse().expect("a row begins with its number");
         assert!(
-            cells.iter().all(|cell| !cell.is_empty()),
+            cells.iter().all(|cell| !cell.text.is_empty()),
             "row {row} has an empty cell"
         );
-        let before = rows.insert(row, cells[3].to_owned());
+        let before = rows.insert(row, cells[3].clone());
         assert!(before.is_none(), "row {row} is there twice");
     }
     rows
-}
-
-/// The tests that a cell names.
-fn names(cell: &str) -> BTreeSet<String> {
-    cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
 #[test]
@@ -46,12 +38,11 @@ fn every_row_is_there_once_and_shown_by_tests_that_exist_or_says_why_not() {
     );
     let mut mistakes = Vec::new();
     for (row, cell) in &table {
-        let named = names(cell);
-        for name in named.iter().filter(|name| !is_a_test(name)) {
+        for name in cell.words.iter().filter(|name| !is_a_test(name)) {
             mistakes.push(format!("row {row}: there is no test {name}"));
         }
-        let reason = cell.split_once(ELSEWHERE).map(|(_, reason)| reason);
-        if named.is_empty() && reason.is_none_or(|reason| reason.split_whitespace().count() < 5) {
+        let reason = cell.text.split_once(ELSEWHERE).map(|(_, reason)| reason);
+        if cell.words.is_empty() && reason.is_none_or(|reason| reason.split_whitespace().count() < 5) {
             mistakes.push(format!("row {row} names neither a test nor a reason"));
         }
     }
@@ -80,7 +71,7 @@ fn every_test_of_an_attack_is_in_its_row() {
                 .and_then(|rest| rest.split('_').next()?.parse::<u32>().ok());
             let name = format!("attacks::{module}::{function}");
             match row.and_then(|row| table.get(&row)) {
-                Some(cell) if names(cell).contains(&name) => {}
+                Some(cell) if cell.words.contains(&name) => {}
                 _ => mistakes.push(format!("{name} is not named in its row")),
             }
         }

@@ -3,124 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use protocol::config::{CONFIG_PATH, Config};
-use pulldown_cmark::{CodeBlockKind, Event, Options, Parser, Tag, TagEnd};
 use testbed::harness::{SUPERVISOR_UID, TestHost, binaries};
+use testbed::pages::Page;
 use testbed::sources::{read, root};
-
-/// One page, as a reader of Markdown understands it.
-#[derive(Default)]
-struct Page {
-    /// Below the root of the workspace.
-    path: PathBuf,
-    links: Vec<String>,
-    /// The names by which links lead to its headings.
-    anchors: BTreeSet<String>,
-    /// Blocks of code, with their language.
-    blocks: Vec<(String, String)>,
-    /// What stands between backticks.
-    words: Vec<String>,
-    /// Its tables: rows of cells, and the row of headings first.
-    tables: Vec<Vec<Vec<String>>>,
-}
-
-impl Page {
-    fn read(path: &str) -> Page {
-        let text = read(path);
-        let mut page = Page {
-            path: path.into(),
-            ..Page::default()
-        };
-        let (mut heading, mut block, mut cell) = (None, None, None);
-        for event in Parser::new_ext(&text, Options::ENABLE_TABLES) {
-            match event {
-                Event::Start(Tag::Link { dest_url, .. } | Tag::Image { dest_url, .. }) => {
-                    page.links.push(dest_url.to_string());
-                }
-                Event::Start(Tag::Heading { .. }) => heading = Some(String::new()),
-                Event::End(TagEnd::Heading(_)) => {
-                    page.anchors.extend(heading.take().map(|text| anchor(&text)));
-                }
-                Event::Start(Tag::CodeBlock(CodeBlockKind::Fenced(language))) => {
-                    block = Some((language.to_string(), String::new()));
-                }
-                Event::End(TagEnd::CodeBlock) => page.blocks.extend(block.take()),
-                Event::Start(Tag::Table(_)) => page.tables.push(Vec::new()),
-                Event::Start(Tag::TableHead | Tag::TableRow) => {
-                    page.tables
-                        .last_mut()
-                        .expect("a table has begun")
-                        .push(Vec::new());
-                }
-                Event::Start(Tag::TableCell) => cell = Some(String::new()),
-                Event::End(TagEnd::TableCell) => {
-                    let row = page.tables.last_mut().and_then(|table| table.last_mut());
-                    row.expect("a row has begun").extend(cell.take());
-                }
-                Event::Text(text) | Event::Code(text) if block.is_some() => {
-                    block.as_mut().expect("it is").1.push_str(&text);
-                }
-                Event::Text(ref text) | Event::Code(ref text) => {
-                    for place in [&mut heading, &mut cell].into_iter().flatten() {
-                        place.push_str(text);
-                    }
-                    if let Event::Code(word) = event {
-                        page.words.push(word.to_string());
-                    }
-                }
-                _ => {}
-            }
-        }
-        page
-    }
-
-    fn blocks_of(&self, language: &str) -> impl Iterator<Item = &str> {
-        let blocks = self.blocks.iter().filter(move |(own, _)| own == language);
-        blocks.map(|(_, text)| text.as_str())
-    }
-
-    /// What is typed as root in its console blocks, without comments.
-    fn commands(&self) -> Vec<String> {
-        let text: String = self.blocks_of("console").collect::<Vec<_>>().concat();
-        let text = text.replace("\\\n", " ");
-        let typed = text.lines().filter_map(|line| line.strip_prefix("# "));
-        typed
-            .map(|line| line.split(" # ").next().unwrap_or_default().trim().to_owned())
-            .collect()
-    }
-}
-
-/// The name of a heading, as forges make it.
-fn anchor(heading: &str) -> String {
-    let lower = heading.trim().to_lowercase().replace(' ', "-");
-    lower
-        .chars()
-        .filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_'))
-        .collect()
-}
-
-/// Every page that is kept in the repository, fixtures apart.
-fn pages() -> Vec<Page> {
-    let mut found = Vec::new();
-    let mut waiting = vec![PathBuf::new()];
-    while let Some(directory) = waiting.pop() {
-        for entry in fs::read_dir(root().join(&directory)).unwrap().flatten() {
-            let path = directory.join(entry.file_name());
-            let name = entry.file_name().into_string().unwrap();
-            let kind = entry.file_type().unwrap();
-            if kind.is_dir() && !matches!(name.as_str(), "target" | ".git" | "corpus") {
-                waiting.push(path);
-            } else if kind.is_file() && name.ends_with(".md") {
-                found.push(Page::read(path.to_str().unwrap()));
-            }
-        }
-    }
-    assert!(found.len() > 10, "the pages are not found");
-    found
-}
 
 fn fail_with(mistakes: &[String]) {
     assert!(mistakes.is_empty(), "\n{}", mistakes.join("\n"));
@@ -129,9 +18,12 @@ fn fail_with(mistakes: &[String]) {
 #[test]
 fn every_link_leads_to_a_file_and_a_heading_that_are_there() {
     let mut mistakes = Vec::new();
-    for page in pages() {
+    for page in Page::all() {
         let here = page.path.parent().unwrap();
-        for link in page.links.iter().filter(|link| !link.contains("://")) {
+        for link in page.links().map(|link| &link.target) {
+            if link.contains("://") {
+                continue;
+            }
             let (file, heading) = link.split_once('#').unwrap_or((link, ""));
             let target = match file {
                 "" => page.path.clone(),
@@ -140,7 +32,7 @@ fn every_link_leads_to_a_file_and_a_heading_that_are_there() {
             let is_there = root().join(&target).exists()
                 && (heading.is_empty()
                     || !file.ends_with(".md") && !file.is_empty()
-                    || Page::read(target.to_str().unwrap()).anchors.contains(heading));
+                    || Page::read(&target).anchors().contains(heading));
             if !is_there {
                 mistakes.push(format!("{}: {link} leads nowhere", page.path.display()));
             }
@@ -187,8 +79,8 @@ fn completed(example: &str) -> String {
 #[test]
 fn every_toml_example_is_a_good_configuration() {
     let mut count = 0;
-    for page in pages() {
-        for example in page.blocks_of("toml") {
+    for page in Page::all() {
+        for example in page.blocks("toml") {
             count += 1;
             if let Err(mistakes) = Config::parse(&completed(example)) {
                 panic!("{}: {mistakes:?} in\n{}", page.path.display(), completed(example));
@@ -257,14 +149,14 @@ fn keys_set_in(text: &str, known: &BTreeSet<String>) -> BTreeSet<String> {
 fn every_key_has_a_row_and_an_example_and_no_other_has() {
     let known = known_keys();
     let page = Page::read("docs/configuration.md");
-    let tables = page.tables.iter().filter(|table| table[0][0] == "key");
+    let tables = page.tables().filter(|table| table[0][0].text == "key");
     let rows = tables.flat_map(|table| &table[1..]);
-    let rows: Vec<&str> = rows.map(|row| row[0].split(' ').next().unwrap()).collect();
+    let rows: Vec<&str> = rows.map(|row| row[0].words[0].as_str()).collect();
     let written: BTreeSet<String> = rows.iter().map(|row| row.to_string()).collect();
     assert_eq!(rows.len(), written.len(), "a key has two rows");
     assert_eq!(known, written);
     let mut examples = BTreeSet::new();
-    for example in page.blocks_of("toml") {
+    for example in page.blocks("toml") {
         examples.append(&mut keys_set_in(example, &known));
     }
     assert_eq!(
@@ -290,21 +182,24 @@ fn is_named_in(path: &Path, name: &str) -> bool {
 #[test]
 fn every_key_is_in_each_file_of_the_checklist() {
     let page = Page::read("CONTRIBUTING.md");
-    let checklist = page.tables.iter().find(|table| table[0][0] == "file");
+    let checklist = page.tables().find(|table| table[0][0].text == "file");
     let checklist = checklist.expect("CONTRIBUTING.md has the checklist");
-    let checked: Vec<_> = checklist.iter().filter(|row| row[2] == "✓").collect();
+    let checked: Vec<_> = checklist.iter().filter(|row| row[2].text == "✓").collect();
     assert!(checked.len() > 4, "{checked:?}");
     let mut mistakes = Vec::new();
     for key in known_keys() {
         let name = key.rsplit('.').next().unwrap();
         for row in &checked {
-            let mut files = row[0].split(' ').filter(|word| word.contains('/'));
-            if !files.any(|file| is_named_in(&root().join(file), name)) {
-                mistakes.push(format!("{key} is not in {}", row[0]));
+            if !row[0]
+                .words
+                .iter()
+                .any(|file| is_named_in(&root().join(file), name))
+            {
+                mistakes.push(format!("{key} is not in {}", row[0].text));
             }
         }
     }
-    for path in checklist[1..].iter().flat_map(|row| row[0].split(' ')) {
+    for path in checklist[1..].iter().flat_map(|row| &row[0].words) {
         if path.contains(['/', '.']) && !root().join(path).exists() {
             mistakes.push(format!("CONTRIBUTING.md: there is no {path}"));
         }
@@ -312,13 +207,19 @@ fn every_key_is_in_each_file_of_the_checklist() {
     fail_with(&mistakes);
 }
 
+/// What is between backticks, and what else is a link's text.
+fn words(page: &Page) -> impl Iterator<Item = String> {
+    let texts = page.links().map(|link| link.text.as_str());
+    page.words().chain(texts).map(str::to_owned)
+}
+
 #[test]
 fn every_command_in_the_pages_is_one_that_the_program_understands() {
     let program = binaries().join("user-factory");
     let mut mistakes = Vec::new();
     let mut count = 0;
-    for page in pages() {
-        let typed = page.words.iter().cloned().chain(page.commands());
+    for page in Page::all() {
+        let typed = words(&page).chain(page.commands());
         for line in typed.filter(|line| line.starts_with("user-factory ")) {
             // What stands for something else, and what is said with a pipe or two commands.
             let line = line
@@ -351,8 +252,8 @@ fn every_command_in_the_pages_is_one_that_the_program_understands() {
 fn every_unit_test_program_and_story_that_the_pages_name_is_there() {
     let mut mistakes = Vec::new();
     let exists = |places: &[String]| places.iter().any(|place| root().join(place).exists());
-    for page in pages() {
-        let typed = page.words.iter().cloned().chain(page.commands());
+    for page in Page::all() {
+        let typed = words(&page).chain(page.commands());
         for line in typed {
             let words: Vec<&str> = line.split_whitespace().collect();
             for word in &words {

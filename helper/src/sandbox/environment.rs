@@ -50,7 +50,7 @@ pub fn slot_variables(uid: Uid, slot: &Slot) -> BTreeMap<String, String> {
 }
 
 /// The variables of the agent of this slot: those of the configuration, and its proxy, unless the former name one. An agent
-/// that reaches the server by the relay alone gets no variable of a proxy: the relay asks the proxy.
+/// that reaches the server by the egress proxy alone gets no variable of a proxy: the egress proxy asks it.
 pub fn agent_variables(config: &Config, slot: &Slot) -> Vec<(String, String)> {
     let own = config.factory.agent_env.iter();
     let mut variables: Vec<(String, String)> = own.map(|(k, v)| (k.to_string(), v.to_string())).collect();

@@ -82,7 +82,7 @@ pub struct General {
     /// May `http://` lead to another host? The token and the agent's program are then sent unencrypted.
     #[serde(default)]
     pub allow_http: bool,
-    /// The HTTP proxy through which supervisor, relay and agents reach the server. None unless written: variables of the
+    /// The HTTP proxy through which supervisor, egress proxy and agents reach the server. None unless written: variables of the
     /// supervisor's environment name none.
     #[serde(default)]
     pub proxy: Option<ProxyUrl>,

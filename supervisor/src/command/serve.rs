@@ -80,7 +80,7 @@ pub fn serve(
         identity: identity.clone(),
     };
     tracing::info!(server = %config.general.baseurl, host = %identity, slots = config.slots.len(), workers = workers.len(), token = %tokens.source(), "supervisor started");
-    let connections = descriptors::relayed_connections();
+    let connections = descriptors::proxied_connections();
     let proxy = EgressProxy::to_the_server(
         &config,
         places.egress_proxy.clone(),

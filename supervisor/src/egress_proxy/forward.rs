@@ -109,10 +109,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_half_closed_connection_ends_when_nothing_has_moved_for_a_while_and_not_before() {
-        let (mut job, relay_job) = duplex(64);
-        let (mut server, relay_server) = duplex(64);
+        let (mut job, proxy_job) = duplex(64);
+        let (mut server, proxy_server) = duplex(64);
         let begun = Instant::now();
-        let forwarding = tokio::spawn(forward(relay_job, relay_server, IDLE));
+        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE));
         // A connection that is open both ways may be idle for days.
         sleep(100 * IDLE).await;
         assert!(!forwarding.is_finished());
@@ -137,9 +137,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_ends_when_both_sides_have() {
-        let (mut job, relay_job) = duplex(64);
-        let (mut server, relay_server) = duplex(64);
-        let forwarding = tokio::spawn(forward(relay_job, relay_server, IDLE));
+        let (mut job, proxy_job) = duplex(64);
+        let (mut server, proxy_server) = duplex(64);
+        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE));
         job.shutdown().await.unwrap();
         server.write_all(b"answer").await.unwrap();
         server.shutdown().await.unwrap();

@@ -238,7 +238,7 @@ impl EgressProxy {
                 ));
             }
         };
-        self.relay(&mut job, uid).await;
+        self.carry(&mut job, uid).await;
         if let Ok(job) = job.into_descriptor() {
             self.closer.close(job);
         }
@@ -256,7 +256,7 @@ impl EgressProxy {
         turns
     }
 
-    async fn relay(&self, job: &mut UntrustedTcpStream, uid: u32) {
+    async fn carry(&self, job: &mut UntrustedTcpStream, uid: u32) {
         let first = match &self.tls_name {
             None => Vec::new(),
             Some(name) => match timeout(PATIENCE, client_hello_for(name.as_deref(), job)).await {

@@ -50,7 +50,7 @@ async fn supervisor_and_agent_reach_the_server_through_the_proxy_of_the_configur
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_relay_of_a_job_without_a_network_reaches_the_server_through_the_proxy() {
+async fn a_job_without_a_network_reaches_the_server_through_egress_proxy_and_http_proxy() {
     let (factory, proxy) = behind_a_forward_proxy(
         "agent_env = { SSL_CERT_FILE = \"/etc/passwd\", ALL_PROXY = \"http://other:1\", no_proxy = \"x\" }\n\
          [slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n",

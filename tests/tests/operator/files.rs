@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use testbed::pages::Page;
+
 use super::*;
 
 /// What is below `dir`, but not within what a job may write.
@@ -61,11 +63,8 @@ async fn every_file_that_is_written_is_on_the_page() {
             path.replace(&uid.expect("it has a record").to_string(), "UID")
         })
         .collect();
-    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operating.md");
-    let page = std::fs::read_to_string(page).unwrap();
-    let (_, files) = page.split_once("## Files\n").expect("the page has the section");
-    let files = files.split("\n## ").next().unwrap();
-    let named: BTreeSet<&str> = files.split('`').skip(1).step_by(2).collect();
+    let page = Page::read("docs/operating.md").section("Files");
+    let named: BTreeSet<&str> = page.words().collect();
     assert!(found.len() > 15, "{found:#?}");
     let missing: Vec<_> = found
         .iter()

@@ -1,4 +1,4 @@
-//! Group J: the relay through which jobs without a network reach the server.
+//! Group J: the egress proxy, through which jobs without a network reach the server.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -26,14 +26,19 @@ const SOCKET: &str = "USER_FACTORY_TEST_SOCKET";
 /// More than any pool that callers could share.
 const CALLS: usize = 1500;
 
-/// This test, as another user of the host, who calls at the relay again and again.
+/// This test, as another user of the host, who calls at the egress proxy again and again.
 struct OtherUser(Child);
 
 impl OtherUser {
     /// Has made all its calls, or has been refused: it says which.
     fn call(host: &TestHost, uid: u32) -> (OtherUser, String) {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--ignored", "--exact", "--nocapture", "relay::another_user"]);
+        command.args([
+            "--ignored",
+            "--exact",
+            "--nocapture",
+            "egress_proxy::another_user",
+        ]);
         command.env(SOCKET, host.root.join(PROXY_DIR).join(PROXY_SOCKET));
         command.uid(uid).gid(uid).current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -99,7 +104,7 @@ fn wait_for_the_end() {
 /// A job starts, runs and ends, and all that takes no longer than it should.
 async fn a_job_works(factory: &TestFactory, how: &str) {
     let begun = Instant::now();
-    factory.completed(factory.submit("echo through the relay")).await;
+    factory.completed(factory.submit("echo through the proxy")).await;
     let took = begun.elapsed();
     assert!(took < Duration::from_secs(60), "{how}: the job took {took:?}");
 }
