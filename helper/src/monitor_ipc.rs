@@ -9,10 +9,13 @@ use protocol::{BootstrapToken, Error, ErrorKind, Seqpacket, WorkerId};
 pub enum MonitorRequest {
     /// Make the worker's first process. Answer: `Filter` and `Ready`; then, after `Go`, `Done`.
     Launch {
+        /// It has a record, from which slot and uid are read.
         worker: WorkerId,
+        /// For the agent's command line.
         bootstrap: BootstrapToken,
     },
     /// Nothing of the worker is on the disk any more: forget its quota. Answer: `Done`.
+    #[expect(missing_docs, reason = "there is one field")]
     ClearQuota { worker: WorkerId },
 }
 
@@ -20,6 +23,7 @@ impl MonitorRequest {
     /// The longest request, in bytes.
     pub const MAX: usize = 512;
 
+    /// A letter, the worker's id and, for `Launch`, the token: at most 155 bytes.
     pub fn encode(&self) -> Vec<u8> {
         let (kind, worker, rest) = match self {
             MonitorRequest::Launch { worker, bootstrap } => (b'L', worker, bootstrap.as_str()),
@@ -28,6 +32,7 @@ impl MonitorRequest {
         format!("{}{worker}{rest}", char::from(kind)).into_bytes()
     }
 
+    /// None where it is not exactly what [`MonitorRequest::encode`] makes.
     pub fn decode(bytes: &[u8]) -> Option<MonitorRequest> {
         let text = std::str::from_utf8(bytes).ok()?;
         let worker = text.get(1..27)?.parse().ok()?;
@@ -45,6 +50,7 @@ impl MonitorRequest {
 /// Why a request was not carried out: one to the monitor, or one of the supervisor's that takes nothing but the host.
 #[derive(Debug)]
 pub enum Failure {
+    /// The host could not: the whole chain of reasons is sent.
     Failed(anyhow::Error),
     /// The same again may succeed.
     Busy(String),
@@ -95,6 +101,7 @@ impl HandshakeMessage {
     /// The longest message, in bytes.
     pub const MAX: usize = 1100;
 
+    /// A reason is cut at [`HandshakeMessage::MAX`] bytes. The error is of `sendmsg(2)`.
     pub fn send_to(&self, to: &Seqpacket) -> nix::Result<()> {
         let mut bytes = match self {
             HandshakeMessage::Filter => "S".to_owned(),
@@ -109,6 +116,7 @@ impl HandshakeMessage {
         to.send(&bytes, None)
     }
 
+    /// None where no message begins so. What a reason has that is not UTF-8 is replaced.
     pub fn decode(bytes: &[u8]) -> Option<HandshakeMessage> {
         match bytes {
             b"S" => Some(HandshakeMessage::Filter),

@@ -13,6 +13,7 @@ pub const VERSION: u16 = 4;
 pub const MAX_LIST: usize = 256;
 
 /// What the supervisor may ask for.
+#[expect(missing_docs, reason = "the doc of a variant says what its fields are")]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// First packet of every connection, and only the first. Its encoding never changes. `version` is [`VERSION`].
@@ -87,11 +88,12 @@ impl Request {
 }
 
 /// What the helper answers.
+#[expect(missing_docs, reason = "the doc of a variant says what its fields are")]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
     /// To `Hello`.
     Welcome,
-    /// To `CreateUser`.
+    /// To `CreateUser`: the uid, which is the gid as well, and the name under which the host knows it.
     UserCreated { uid: Uid, name: UserName },
     /// To `InstallAgent`, with one descriptor: the console, a regular file open for reading alone.
     AgentStarted,
@@ -119,9 +121,13 @@ impl Reply {
 /// One worker on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerInfo {
+    /// As the supervisor named it in [`Request::CreateUser`].
     pub worker: WorkerId,
+    /// The slot that it was made for, which the configuration may have lost since.
     pub slot: SlotName,
+    /// Its uid and gid, of the configuration's `factory.uid_range` as that was when it was made.
     pub uid: Uid,
+    /// As the disk and the kernel say it at this moment.
     pub state: State,
     /// Bytes on disk that its user owns, where the file system of the state directory has user quotas
     /// (`quotactl(2)`, `dqb_curspace`).
@@ -169,6 +175,7 @@ impl fmt::Display for Exit {
 /// Why a request was not done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Error {
+    /// Tells a program what to do about it.
     pub kind: ErrorKind,
     /// One sentence for a person; see [`Error::new`].
     message: String,
@@ -184,7 +191,9 @@ pub enum ErrorKind {
     /// Not now: too many connections, a configuration with a mistake, a helper that was restarted meanwhile.
     /// Come back later.
     Busy,
+    /// The host has no worker of this id: it was never made, or has been deleted.
     NoSuchWorker,
+    /// The configuration, as the file is now, has no slot of this name.
     NoSuchSlot,
     /// The slot, or one that conflicts with it, has a worker.
     SlotTaken,
@@ -215,6 +224,7 @@ impl Error {
         Self { kind, message: clean }
     }
 
+    /// One line of at most [`Error::MAX_MESSAGE`] bytes, without control characters.
     pub fn message(&self) -> &str {
         &self.message
     }

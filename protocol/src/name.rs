@@ -133,6 +133,7 @@ macro_rules! text_type {
         pub struct $name(String);
 
         impl $name {
+            /// The text, which keeps the type's rule.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -208,6 +209,7 @@ impl fmt::Debug for BootstrapToken {
 pub struct UserName(WorkerId);
 
 impl UserName {
+    /// The worker whose user has this name: each name is of one worker.
     pub fn worker(&self) -> WorkerId {
         self.0
     }
@@ -257,6 +259,7 @@ impl fmt::Debug for UserName {
 pub struct Uid(u32);
 
 impl Uid {
+    /// As system calls take it: 1000 to 2147483647, never 65534 or 65535.
     pub fn get(self) -> u32 {
         self.0
     }

@@ -52,6 +52,7 @@ impl Agent {
         read.map_err(|why| format!("{why}: let the supervisor's user read it, or change factory.agent"))
     }
 
+    /// The memfd, sealed as [`Request::InstallAgent`](protocol::Request::InstallAgent) asks for.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

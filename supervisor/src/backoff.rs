@@ -10,10 +10,12 @@ pub const MAX_RETRY_AFTER: u64 = 600_000;
 pub struct Rng(u64);
 
 impl Rng {
+    /// The same seed draws the same numbers.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
+    /// Any of the 2^64 numbers.
     pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -53,10 +55,12 @@ impl Backoff {
         self.fail(error.peer, rng).max(asked)
     }
 
+    /// The next failure is the first again.
     pub fn succeed(&mut self) {
         self.failures = 0;
     }
 
+    /// Since the last success.
     pub fn failures(self) -> u32 {
         self.failures
     }

@@ -18,8 +18,9 @@ pub struct Accounts {
     pub passwd: String,
     /// `/etc/group`, see group(5).
     pub group: String,
-    /// `/etc/subuid` and `/etc/subgid`, see subuid(5) and subgid(5).
+    /// `/etc/subuid`, see subuid(5).
     pub subuid: String,
+    /// `/etc/subgid`, see subgid(5).
     pub subgid: String,
 }
 
@@ -103,6 +104,7 @@ pub struct FileOnDisk {
 }
 
 impl FileOnDisk {
+    /// It is read when it is first asked about.
     pub fn new(path: PathBuf) -> FileOnDisk {
         FileOnDisk {
             path,

@@ -21,14 +21,18 @@ const APPEND_TRIES: u32 = 3;
 /// What actions need.
 #[derive(Debug)]
 pub struct Executor {
+    /// For marks, failures, lines of the console and the deletion there.
     pub server: BuildomatClient,
+    /// For all that is done on the host.
     pub helper: HelperClient,
+    /// The program for `InstallAgent`.
     pub agent: AgentCache,
     /// What this host marks its workers with.
     pub identity: Identity,
 }
 
 impl Executor {
+    /// Carry out one action, and say what came of it. It may be dropped and repeated anywhere.
     pub async fn carry_out(&self, worker: WorkerId, action: Action) -> Event {
         match action {
             Action::Associate { slot, scripts } => {

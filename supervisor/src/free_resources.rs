@@ -20,11 +20,13 @@ const SHORT: Duration = Duration::from_secs(5);
 /// What is free. An error is why that cannot be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreeResources {
+    /// Of the file system of the jobs' directories.
     pub disk: Result<FreeDisk, String>,
     /// Bytes.
     pub memory: Result<u64, String>,
 }
 
+/// What is free on one file system (`statvfs(3)`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FreeDisk {
     /// For users without privileges.

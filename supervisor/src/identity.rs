@@ -28,6 +28,7 @@ const MAX_HOST: usize = 63;
 pub struct InstanceId(String);
 
 impl InstanceId {
+    /// None where it is anything else.
     pub fn parse(text: &str) -> Option<Self> {
         let fits = text.len() == ID_LENGTH && text.bytes().all(|byte| DIGITS.contains(&byte));
         fits.then(|| Self(text.to_owned()))
@@ -83,6 +84,7 @@ impl Identity {
         format!("{slot}@{self}")
     }
 
+    /// `private` is what the server has as the worker's mark, which another factory may have written.
     pub fn owner(&self, private: Option<&str>) -> Owner {
         let Some(text) = private else {
             return Owner::Nobody;

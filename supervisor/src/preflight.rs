@@ -9,6 +9,7 @@ use protocol::config::{Config, Limits, Network, STATE_DIR, core_goes_to_a_socket
 /// One thing that the host has or lacks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
+    /// A few words: `cgroup controllers`.
     pub what: &'static str,
     /// How it is, for a person.
     pub how: String,
@@ -36,6 +37,7 @@ pub struct HostFacts {
 }
 
 impl HostFacts {
+    /// What cannot be read is empty.
     pub fn read() -> HostFacts {
         let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
         let mounts = read(Path::new("/proc/self/mountinfo"));

@@ -24,11 +24,15 @@ const RECLAIM_MS: u64 = 60_000;
 /// All that a decision depends on.
 #[derive(Debug)]
 pub struct Question<'a> {
+    /// The slots of the configuration in use.
     pub plan: &'a Plan,
+    /// This host's.
     pub identity: &'a Identity,
     /// The workers of this factory, with their slots.
     pub known: &'a BTreeMap<WorkerId, SlotName>,
+    /// The server's last list.
     pub server: &'a [ServerWorker],
+    /// The helper's last list.
     pub host: &'a [WorkerInfo],
     /// Slots pending_slots to leased jobs.
     pub pending_slots: &'a BTreeSet<SlotName>,
@@ -44,6 +48,7 @@ pub struct Question<'a> {
     pub others_seen: bool,
     /// A worker is being made: one without an owner may be it.
     pub making: bool,
+    /// In milliseconds of the core's time.
     pub now: u64,
 }
 

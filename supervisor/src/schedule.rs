@@ -19,6 +19,7 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Conflicts that only one of two slots names are both's.
     pub fn of(config: &Config) -> Plan {
         let names: Vec<SlotName> = config.slots.keys().cloned().collect();
         let targets: Vec<TargetId> = config.slots.values().map(|slot| slot.target).collect();
@@ -122,6 +123,7 @@ impl Free<'_> {
             .map(|(_, name)| name)
     }
 
+    /// Is no slot free?
     pub fn is_empty(&self) -> bool {
         self.slots().next().is_none()
     }

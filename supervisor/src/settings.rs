@@ -14,20 +14,26 @@ use crate::config_check;
 /// Where everything is below a root directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Places {
+    /// The configuration file.
     pub config: PathBuf,
+    /// The helper's socket.
     pub helper: PathBuf,
+    /// The directory of the egress proxy's socket.
     pub egress_proxy: PathBuf,
     /// Where the helper's records of the workers' users are.
     pub userdb: PathBuf,
+    /// The directory of the control socket.
     pub control: PathBuf,
     /// Where the helper says where the workers' cgroups are.
     pub cgroups: PathBuf,
+    /// The supervisor's state directory.
     pub state: PathBuf,
     /// The machine's id, `machine-id(5)`.
     pub machine_id: PathBuf,
 }
 
 impl Places {
+    /// `/` unless a test has its own.
     pub fn below(root: &Path) -> Self {
         Self {
             config: root.join(CONFIG_PATH),

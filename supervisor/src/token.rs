@@ -20,6 +20,7 @@ const OF_THE_UNIT: &str = "run/credentials/buildomat-user-factory.service/token"
 pub struct Token(String);
 
 impl Token {
+    /// The text is not checked: see [`TokenPlaces::read`].
     pub fn new(text: String) -> Self {
         Self(text)
     }
@@ -191,10 +192,12 @@ impl TokenStore {
         })))
     }
 
+    /// The one in use.
     pub fn token(&self) -> Token {
         self.lock().token.clone()
     }
 
+    /// Where that one was read.
     pub fn source(&self) -> Source {
         self.lock().source.clone()
     }

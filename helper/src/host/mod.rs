@@ -203,6 +203,7 @@ pub fn misconfigured(error: anyhow::Error) -> Error {
     Error::new(ErrorKind::Busy, format!("{error:#}"))
 }
 
+/// The answer to a request about a slot that the configuration does not have.
 pub fn no_such_slot(slot: &SlotName) -> Error {
     Error::new(
         ErrorKind::NoSuchSlot,

@@ -24,13 +24,16 @@ use crate::monitor_ipc::{Failure, from};
 /// of its directory keeps it, and one call reads it. Shorter than 60 bytes, as this is, ext4 keeps it in the inode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
+    /// The slot that it was made for, also when the configuration has lost it.
     pub slot: SlotName,
+    /// Its uid and gid.
     pub uid: Uid,
     /// Seconds since 1970.
     pub created: u64,
 }
 
 impl Record {
+    /// Made now, by the host's clock; 1970 where that is before it.
     pub fn new(slot: SlotName, uid: Uid) -> Self {
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -38,6 +41,7 @@ impl Record {
         Self { slot, uid, created }
     }
 
+    /// The text of the link: at most 59 bytes.
     pub fn print(&self) -> String {
         format!("{} {} {}.", self.slot, self.uid, self.created)
     }
@@ -205,7 +209,9 @@ impl Worker {
 /// Why `Attach` or `Kill` was not done, and why nothing else is done with a worker that has no record.
 #[derive(Debug)]
 pub enum WorkerError {
+    /// It was never made, or is deleted.
     NoSuchWorker(WorkerId),
+    /// Its record is damaged, or the host could not do it.
     Host(Failure),
 }
 
@@ -262,6 +268,7 @@ fn state(host: &Host, dir: impl AsFd, id: WorkerId) -> Result<State> {
     Ok(State::Exited(parse_exit(&exit)))
 }
 
+/// The file [`EXIT`]: one line, or nothing for [`Exit::Unknown`].
 pub fn print_exit(exit: Exit) -> String {
     match exit {
         Exit::Status(status) => format!("status {status}\n"),
@@ -272,7 +279,7 @@ pub fn print_exit(exit: Exit) -> String {
     }
 }
 
-/// Anything that is not as it was written says nothing. The first line counts: pid 1 and the timer may both have written.
+/// [`Exit::Unknown`] unless the first line is one of [`print_exit`]. Pid 1 and the timer may both have written one.
 pub fn parse_exit(text: &str) -> Exit {
     let text = text.split_inclusive('\n').next().unwrap_or_default();
     let line = text.trim_end();
@@ -293,8 +300,11 @@ pub fn parse_exit(text: &str) -> Exit {
 /// One worker that has a record on this host, for the decisions here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Allocation {
+    /// Who has slot and uid until it is deleted.
     pub worker: WorkerId,
+    /// No other worker gets it, nor a slot that conflicts with it.
     pub slot: SlotName,
+    /// No other worker gets it.
     pub uid: Uid,
 }
 

@@ -25,8 +25,11 @@ pub enum Kind {
 /// A filter of system calls: a program of [`seccomp`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filter {
+    /// Refuses what no process of the helper needs, and other entry points.
     Monitor,
+    /// Refuses all but the listed calls.
     Session,
+    /// Refuses what a job must not do; it depends on the slot.
     Job,
 }
 
@@ -47,8 +50,10 @@ pub const CAPABILITIES: [(Capability, Kind, &str); 11] = [
 ];
 
 impl Kind {
+    /// In their order.
     pub const ALL: [Kind; 4] = [Kind::Monitor, Kind::Session, Kind::Child, Kind::Job];
 
+    /// What such a process has in its permitted and effective sets; the others are empty.
     pub fn capabilities(self) -> HashSet<Capability> {
         let kept = CAPABILITIES.iter().filter(|(_, last, _)| self <= *last);
         kept.map(|(capability, ..)| *capability).collect()

@@ -26,15 +26,22 @@ pub type ClearQuota<'a> = &'a dyn Fn(WorkerId, Uid) -> Result<(), Failure>;
 /// Why `CreateUser` was not done.
 #[derive(Debug)]
 pub enum CreateUserError {
+    /// The slot is not there, or not free.
     Slot(SlotError),
     /// The worker has another slot than the one that is asked for.
     HasOtherSlot {
+        /// Of the request.
         worker: WorkerId,
+        /// By its record.
         has: SlotName,
+        /// Of the request.
         asked: SlotName,
     },
+    /// Each uid of the range has a worker, a process or an account.
     NoFreeUid,
+    /// The configuration has a mistake, or the slot names what the host lacks.
     Misconfigured(anyhow::Error),
+    /// The host could not, for example because the disk is full.
     Host(Failure),
 }
 

@@ -46,12 +46,15 @@ use crate::session::timer;
 /// Why `InstallAgent` was not done.
 #[derive(Debug)]
 pub enum InstallError {
+    /// There is no such worker, or its record is damaged.
     Worker(WorkerError),
     /// It has left the configuration.
     NoSuchSlot(SlotName),
     /// The descriptor is not what is asked for.
     BadAgent(String),
+    /// The configuration has a mistake, or the slot names what the host lacks.
     Misconfigured(anyhow::Error),
+    /// The sandbox could not be made, or the kernel does not take the program.
     Host(Failure),
 }
 

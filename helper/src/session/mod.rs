@@ -33,19 +33,24 @@ type Answer = (Reply, Option<File>);
 /// What is beneath a connection: the host, or a model of one where connections are tested. Each does what the
 /// request of its name says in the `protocol` crate, and has the errors that may be answered to it.
 pub trait Operations {
+    /// [`Request::CreateUser`].
     fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName), CreateUserError>;
+    /// [`Request::InstallAgent`]: the file is the console, open for reading.
     fn install_agent(
         &self,
         worker: WorkerId,
         agent: OwnedFd,
         bootstrap: &BootstrapToken,
     ) -> Result<File, InstallError>;
+    /// [`Request::Attach`]: the file is the console, open for reading.
     fn attach(&self, worker: WorkerId) -> Result<(State, File), WorkerError>;
+    /// [`Request::Kill`].
     fn kill(&self, worker: WorkerId) -> Result<(), WorkerError>;
+    /// [`Request::Delete`].
     fn delete(&self, worker: WorkerId) -> Result<(), Failure>;
-    /// At most [`MAX_LIST`], and if there are more.
+    /// [`Request::List`]: at most [`MAX_LIST`], and if there are more.
     fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool), Failure>;
-    /// The error is [`ErrorKind::Refused`]: the reason alone matters, for nothing was tried that could have failed.
+    /// [`Request::Check`]. The error is [`ErrorKind::Refused`]: the reason alone matters, for nothing was tried that could have failed.
     fn check(&self) -> Result<()>;
 }
 
@@ -244,7 +249,9 @@ fn name(request: &Request) -> &'static str {
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer {
+    /// At the moment of connecting (`SO_PEERCRED`, `socket(7)`).
     pub uid: u32,
+    /// Of the same moment: it may be another process's since. For the log alone.
     pub pid: i32,
 }
 

@@ -11,6 +11,7 @@ use crate::host::record::Allocation;
 /// Why a worker cannot have a slot.
 #[derive(Debug, PartialEq, Eq)]
 pub enum SlotError {
+    /// The configuration, as the file is now, has no such slot.
     NoSuchSlot(SlotName),
     /// By which worker, and what to do.
     SlotTaken(String),

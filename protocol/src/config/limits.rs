@@ -87,6 +87,7 @@ impl Default for Limits {
 pub struct Cpus(u32);
 
 impl Cpus {
+    /// 10 to 4096000: `limits.cpus` is 0.01 to 4096.
     pub fn thousandths(self) -> u32 {
         self.0
     }

@@ -69,11 +69,15 @@ pub const PRIVATE_DIRS: [&str; 5] = ["/input", "/work", "/tmp", "/var/tmp", "/op
 /// A configuration without mistakes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
+    /// `[general]`.
     pub general: General,
+    /// `[factory]`.
     pub factory: Factory,
+    /// `[slots.NAME]`, at least one.
     pub slots: BTreeMap<SlotName, Slot>,
 }
 
+/// The server, and the way to it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct General {
@@ -88,6 +92,7 @@ pub struct General {
     pub proxy: Option<ProxyUrl>,
 }
 
+/// What all slots of this host have in common.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Factory {
@@ -152,6 +157,7 @@ pub struct Slot {
     /// More private writable places: empty at the start, gone at the end.
     #[serde(default)]
     pub writable: BTreeSet<HostPath>,
+    /// [`Network::Host`] unless written.
     #[serde(default)]
     pub network: Network,
     /// Families of sockets that the job may make, besides Unix, IPv4, IPv6 and netlink.
@@ -164,6 +170,7 @@ pub struct Slot {
     /// lost; unless it writes to a disk of its own, so a slot with block devices has them done all the same.
     #[serde(default = "yes")]
     pub ignore_sync: bool,
+    /// How much the job may use; the helper does not start where the host cannot enforce one of them.
     #[serde(default)]
     pub limits: Limits,
     /// The nice value of the job's processes, 0 to 19 (`setpriority(2)`): the higher, the less of a busy processor they get.
@@ -188,15 +195,15 @@ pub struct Slot {
     pub line: usize,
 }
 
-/// Whom a job can reach.
+/// What a job can reach.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Network {
-    /// Whom the host can reach.
+    /// The host's network.
     #[default]
     Host,
-    /// Nobody but the buildomat server: the job has a network namespace of its own, with nothing in it but a
-    /// way to the supervisor, which passes the bytes on to `general.baseurl`.
+    /// Only the buildomat server: the job has a network namespace of its own, in which its pid 1 forwards connections to
+    /// the supervisor's egress proxy, which forwards them to `general.baseurl`.
     None,
 }
 
@@ -205,6 +212,7 @@ pub enum Network {
 pub struct Mistake {
     /// Beginning with 1.
     pub line: usize,
+    /// What is wrong, on one line. It begins with `slot NAME: ` where it is about one.
     pub message: String,
 }
 

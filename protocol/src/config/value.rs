@@ -16,6 +16,7 @@ macro_rules! checked {
         pub struct $name(String);
 
         impl $name {
+            /// The text as the configuration has it, which keeps the type's rule.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -176,6 +177,7 @@ checked!(
 pub struct HostPath(pub(super) PathBuf);
 
 impl HostPath {
+    /// From the host's root, or a job's where the key says so.
     pub fn as_path(&self) -> &Path {
         &self.0
     }
@@ -298,11 +300,14 @@ impl<'de> Deserialize<'de> for User {
 /// The uids that workers get, both ends included; written `"2031616-2097151"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UidRange {
+    /// At least 1048576.
     pub first: Uid,
+    /// Not below `first`.
     pub last: Uid,
 }
 
 impl UidRange {
+    /// How many uids it has: 1 to 1048576.
     pub fn len(self) -> u32 {
         self.last.get() - self.first.get() + 1
     }
@@ -312,6 +317,7 @@ impl UidRange {
         false
     }
 
+    /// Any number may be asked about, also one that no worker can have.
     pub fn contains(self, uid: u32) -> bool {
         (self.first.get()..=self.last.get()).contains(&uid)
     }

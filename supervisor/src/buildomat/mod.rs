@@ -102,6 +102,7 @@ impl Error {
         }
     }
 
+    /// As the core takes it: is it worth a repetition, and when?
     pub fn call_error(&self) -> CallError {
         CallError {
             peer: Peer::Server,
@@ -118,8 +119,11 @@ type Result<T> = std::result::Result<T, Error>;
 /// A call that a [`Transport`] carries: an absolute path on the server, and a body for it.
 #[derive(Clone, Debug)]
 pub struct Call {
+    /// GET, POST, PATCH or DELETE.
     pub method: Method,
+    /// From the root of `general.baseurl`, beginning with `/0/`.
     pub path: String,
+    /// JSON.
     pub body: Option<Value>,
 }
 
@@ -128,12 +132,14 @@ pub struct Call {
 pub struct Answer {
     /// The status code.
     pub code: u16,
+    /// At most 8 MiB.
     pub body: Vec<u8>,
     /// `Retry-After` (RFC 9110, 10.2.3).
     pub retry_after: Option<Duration>,
 }
 
 impl Answer {
+    /// Without `Retry-After`.
     pub fn new(code: u16, body: impl Into<Vec<u8>>) -> Self {
         Self {
             code,
@@ -143,10 +149,12 @@ impl Answer {
     }
 }
 
+/// An answer that is waited for.
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 
 /// What brings calls to the server and answers back: HTTP, or a simulated network.
 pub trait Transport: fmt::Debug + Send + Sync {
+    /// With the token. The error is [`Error::Unreachable`] where no answer came; an answer of any status is none.
     fn call(&self, call: Call) -> Pending<'_, Answer>;
 
     /// A file that anybody may have, asked for without the token.
@@ -181,6 +189,7 @@ impl BuildomatClient {
         })
     }
 
+    /// Over another way than HTTP, for a simulation.
     pub fn over(carrier: Arc<dyn Transport>) -> Self {
         Self {
             carrier,
@@ -206,10 +215,18 @@ impl BuildomatClient {
             .map(|a| a.ok)
     }
 
+    /// All workers of this factory that the server has, also those of other hosts with the same token.
+    ///
+    /// # Errors
+    /// No answer, or another than a list.
     pub async fn workers(&self) -> Result<Vec<ServerWorker>> {
         self.json_of(Method::GET, "/0/factory/workers".into(), None).await
     }
 
+    /// A job for one of these targets, leased for 60 s. None where there is none.
+    ///
+    /// # Errors
+    /// No answer, or a refusal.
     pub async fn lease(&self, targets: impl IntoIterator<Item = TargetId>) -> Result<Option<Lease>> {
         #[derive(Deserialize)]
         struct Leased {
@@ -250,6 +267,11 @@ impl BuildomatClient {
             .map(drop)
     }
 
+    /// The worker is gone on this host: the server forgets it, and fails its job if that has not ended. True where it is
+    /// deleted.
+    ///
+    /// # Errors
+    /// No answer, or a refusal.
     pub async fn delete(&self, worker: WorkerId) -> Result<bool> {
         self.json_of(Method::DELETE, format!("/0/factory/worker/{worker}"), None)
             .await
@@ -272,6 +294,10 @@ impl BuildomatClient {
         .map(|a| a.retry)
     }
 
+    /// Fail the worker's job, and hold the worker for a person.
+    ///
+    /// # Errors
+    /// No answer, or a refusal: 404 where the server has no such call.
     pub async fn fail(&self, worker: WorkerId, reason: &str) -> Result<()> {
         let body = json!({ "reason": reason });
         self.answer(

@@ -38,14 +38,18 @@ impl fmt::Display for JobId {
 /// A job that is leased to this factory for sixty seconds.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Lease {
+    /// One of those that were asked for.
     pub target: TargetId,
+    /// For the worker that is made for it.
     pub job: JobId,
 }
 
 /// A worker as the server sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct ServerWorker {
+    /// Given by the server, for good.
     pub id: WorkerId,
+    /// Of the job that it was made for.
     pub target: TargetId,
     /// Its mark, once it is associated: see `identity`.
     #[serde(default)]
@@ -68,7 +72,9 @@ fn usable<'de, D: Deserializer<'de>>(from: D) -> Result<Option<BootstrapToken>, 
 /// What the agent runs before and after the job, in the server's words (`FactoryMetadata`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scripts {
+    /// None where the slot has none.
     pub pre_job_diagnostic_script: Option<String>,
+    /// None where the slot has none.
     pub post_job_diagnostic_script: Option<String>,
 }
 

@@ -9,13 +9,19 @@ use crate::buildomat::JobId;
 /// The factory at a glance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// The supervisor's version, and that of the protocol between it and the helper.
+    /// Of the supervisor's package: `0.1.0`.
     pub version: String,
+    /// [`protocol::VERSION`], which the helper's must equal.
     pub protocol: u16,
+    /// When this was answered, by the host's clock: ages are counted from it.
     pub now: Timestamp,
+    /// When the supervisor started.
     pub started: Timestamp,
+    /// What was loaded last.
     pub configuration: Configuration,
+    /// The buildomat server.
     pub server: PeerStatus,
+    /// The root helper.
     pub helper: PeerStatus,
     /// What listens at `factory.status_address`, where that is written; `reachable` says that it does.
     #[serde(default)]
@@ -25,7 +31,9 @@ pub struct Status {
     /// What the operator has drained.
     #[serde(default)]
     pub drains: Vec<Drain>,
+    /// Of the configuration, by name, and those that it has lost and that still have a worker.
     pub slots: Vec<Slot>,
+    /// All that are not yet forgotten.
     pub workers: Vec<Worker>,
     /// Why the supervisor cannot save its state, or may soon not be able to.
     #[serde(default)]
@@ -52,6 +60,7 @@ pub struct Drain {
     /// None: on all slots. In a request, the path says it.
     #[serde(default)]
     pub slot: Option<SlotName>,
+    /// The operator's text.
     #[serde(default)]
     pub reason: Option<String>,
     /// When jobs are taken again by themselves.
@@ -74,7 +83,9 @@ impl Drain {
 /// The configuration in use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Configuration {
+    /// Of the file.
     pub path: String,
+    /// When the supervisor read it with success.
     pub loaded: Timestamp,
     /// Why the last reload changed nothing.
     pub refused: Option<String>,
@@ -124,6 +135,7 @@ pub enum SlotState {
 }
 
 impl SlotState {
+    /// For metrics, which have a series for each.
     pub const ALL: [SlotState; 9] = [
         SlotState::Free,
         SlotState::Closed,
@@ -136,6 +148,7 @@ impl SlotState {
         SlotState::Removed,
     ];
 
+    /// As in JSON and in labels of metrics.
     pub fn name(self) -> &'static str {
         match self {
             SlotState::Free => "free",
@@ -156,31 +169,41 @@ impl SlotState {
     }
 }
 
+/// One slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slot {
+    /// As the configuration has it.
     pub name: SlotName,
     /// None for one that is no longer in the configuration.
     pub target: Option<TargetId>,
+    /// One of them, where several are true.
     pub state: SlotState,
     /// What the state alone does not say: the conflict, the end of the cooldown.
     pub because: Option<String>,
+    /// The worker that has it.
     pub worker: Option<WorkerId>,
+    /// The job of that worker, or the one that is leased for the slot.
     pub job: Option<JobId>,
     /// Since when it has its worker.
     pub since: Option<Timestamp>,
 }
 
+/// One worker, as the supervisor knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Worker {
+    /// The server's, and the helper's.
     pub id: WorkerId,
+    /// The slot that it has, also after the configuration has lost it.
     pub slot: SlotName,
     /// reserved, created, running, online, clearing, broken, held, destroying or destroyed.
     pub phase: String,
     /// Since when it is in this phase.
     pub since: Timestamp,
+    /// None where it was found without one, on the server or on the host.
     pub job: Option<JobId>,
     /// Its user on this host.
     pub user: String,
+    /// None where the helper does not list it: not made yet, or deleted.
     pub uid: Option<u32>,
     /// Bytes that it has on this host's disk, where the helper counts them: it takes user quotas.
     pub disk: Option<u64>,
@@ -197,9 +220,11 @@ pub struct Worker {
 /// A worker of this factory on the server that may be another host's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForeignWorker {
+    /// As the server lists it.
     pub id: WorkerId,
     /// Its mark, or whatever the server has instead.
     pub private: Option<String>,
+    /// When this supervisor first saw it.
     pub since: Timestamp,
     /// What is known of it, and what a person has to do.
     pub text: String,
@@ -208,6 +233,7 @@ pub struct ForeignWorker {
 /// One worker, with what has to be read from the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Details {
+    /// As in [`Status::workers`].
     pub worker: Worker,
     /// Its phases so far, the oldest first.
     pub history: Vec<Step>,
@@ -219,16 +245,23 @@ pub struct Details {
     pub console: Vec<String>,
 }
 
+/// The beginning of a phase.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
+    /// By the host's clock at that time.
     pub at: Timestamp,
+    /// As in [`Worker::phase`].
     pub phase: String,
+    /// Why, where the phase does not say it: a failure's reason.
     pub note: Option<String>,
 }
 
+/// A process of a worker's user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
+    /// The host's, not that of the job's namespace.
     pub pid: i32,
+    /// `comm` of `proc_pid_stat(5)`: at most 15 bytes, which the job may choose.
     pub name: String,
     /// As in `proc_pid_stat(5)`: R, S, D, T, Z …
     pub state: char,
@@ -239,9 +272,13 @@ pub struct Process {
 /// A line of the log that a person should know of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
+    /// By the host's clock at that time.
     pub at: Timestamp,
+    /// None where it is about no worker.
     pub worker: Option<WorkerId>,
+    /// None where it is about no slot.
     pub slot: Option<SlotName>,
+    /// One sentence.
     pub text: String,
 }
 

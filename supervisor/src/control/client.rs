@@ -56,10 +56,18 @@ impl Client {
         })
     }
 
+    /// `GET /v1/status`.
+    ///
+    /// # Errors
+    /// [`Error::Away`] after 5 s without an answer.
     pub async fn status(&self) -> Result<Status, Error> {
         self.json("/v1/status").await
     }
 
+    /// `GET /v1/workers/WORKER`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where there is no such worker.
     pub async fn details(&self, worker: WorkerId) -> Result<Details, Error> {
         self.json(&format!("/v1/workers/{worker}")).await
     }
@@ -86,18 +94,30 @@ impl Client {
         self.call(Method::POST, &of_slot(slot, "resume")).await.map(drop)
     }
 
+    /// Fail its job, and delete it whatever holds it. The answer comes when that is saved, not when it is done.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where there is no such worker.
     pub async fn destroy(&self, worker: WorkerId) -> Result<(), Error> {
         self.call(Method::POST, &format!("/v1/workers/{worker}/destroy"))
             .await
             .map(drop)
     }
 
+    /// Fail its job, and end its processes; its files stay.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where there is no such worker, or it is failed already.
     pub async fn kill(&self, worker: WorkerId) -> Result<(), Error> {
         self.call(Method::POST, &format!("/v1/workers/{worker}/kill"))
             .await
             .map(drop)
     }
 
+    /// Use the configuration file for new workers.
+    ///
+    /// # Errors
+    /// [`Error::Refused`], with a line for each mistake; then the one in use stays so.
     pub async fn reload(&self) -> Result<(), Error> {
         self.call(Method::POST, "/v1/reload").await.map(drop)
     }

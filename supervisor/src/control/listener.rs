@@ -91,6 +91,7 @@ pub struct StatusPage {
 }
 
 impl StatusPage {
+    /// Not listened at yet.
     pub fn new(address: SocketAddr) -> StatusPage {
         let why = Err("it has not been tried yet".to_owned());
         StatusPage {

@@ -180,6 +180,7 @@ impl Metrics {
         self.phases.get_or_create(&labels).observe(ms as f64 / 1000.0);
     }
 
+    /// Count a reload that was refused.
     pub fn reload_refused(&self) {
         self.reloads_refused.inc();
     }

@@ -13,6 +13,7 @@ use super::api::{Details, Process};
 /// More are not listed; a fork bomb must not make a page of megabytes.
 const MOST: usize = 1000;
 
+/// At most 1,000 of them, in the order of their pids.
 pub fn of(uid: u32) -> Vec<Process> {
     let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
         .ok()
@@ -39,6 +40,7 @@ pub fn complete(details: &mut Details) {
     }
 }
 
+/// The sum of their resident memory, in bytes. Pages that they share are counted once for each.
 pub fn resident(processes: &[Process]) -> u64 {
     processes.iter().map(|process| process.memory).sum()
 }

@@ -50,9 +50,13 @@ const LAST_LINES: usize = 20;
 /// All that the handlers need.
 #[derive(Clone, Debug)]
 pub struct ControlServer {
+    /// To the loop, which carries them out in order.
     pub commands: CommandQueue,
+    /// For consoles.
     pub helper: HelperClient,
+    /// For a worker's phases.
     pub history: Arc<History>,
+    /// For `/metrics`.
     pub metrics: Arc<Metrics>,
     /// Where the helper says where the workers' cgroups are.
     pub cgroups: PathBuf,

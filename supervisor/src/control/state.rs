@@ -78,6 +78,7 @@ pub type CommandQueue = mpsc::UnboundedSender<Command>;
 /// Where an answer goes.
 pub type Answer = oneshot::Sender<Result<(), String>>;
 
+/// What the status shows besides the core.
 #[derive(Debug)]
 pub struct StatusState {
     started: u64,
@@ -90,8 +91,11 @@ pub struct StatusState {
     helper: String,
     /// With their times: those in them are made when they are shown.
     problems: VecDeque<(u64, api::Problem)>,
+    /// Shared with the server that prints them.
     pub metrics: Arc<Metrics>,
+    /// None without `factory.status_address`.
     pub page: Option<Arc<StatusPage>>,
+    /// For where the token in use was read. None in a simulation.
     pub tokens: Option<TokenStore>,
 }
 

@@ -22,6 +22,7 @@ pub fn time(ms: u64) -> Timestamp {
 /// The core, as it is shown.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
+    /// Read only: nothing is decided here.
     pub factory: &'a Factory,
     /// The core's time.
     pub now: u64,

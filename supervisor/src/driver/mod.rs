@@ -52,6 +52,7 @@ fn wall() -> u64 {
 }
 
 impl Clock {
+    /// It begins at the host's clock, and goes its own way from there.
     pub fn start() -> Self {
         Self {
             wall: Some(wall),
@@ -79,6 +80,7 @@ impl Clock {
         self.now().saturating_add_signed(self.ahead())
     }
 
+    /// Milliseconds since 1970, as this clock counts.
     pub fn now(&self) -> u64 {
         self.at + u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX / 2)
     }
@@ -87,13 +89,21 @@ impl Clock {
 /// The core, and everything that its loop uses.
 #[derive(Debug)]
 pub struct Driver<S> {
+    /// It decides.
     pub factory: Factory,
+    /// What it decides is saved before it is carried out.
     pub persistence: Persistence<S>,
+    /// Carries out one action in a task of its own.
     pub executor: Arc<Executor>,
+    /// The time of all inputs.
     pub clock: Clock,
+    /// For the control socket.
     pub status: StatusState,
+    /// Watched for changes.
     pub file: Box<dyn ConfigFile>,
+    /// What is free on the host.
     pub resources: ResourceCheck,
+    /// Told once a turn that the loop goes round.
     pub watchdog: Watchdog,
     /// Whose command to drain or resume is being saved, and where its answer goes.
     pub drain_command: Option<(Operator, Answer)>,

@@ -38,6 +38,7 @@ pub struct Persistence<S> {
 }
 
 impl<S: Storage> Persistence<S> {
+    /// Nothing is unsaved.
     pub fn new(store: S) -> Self {
         Self {
             store,

@@ -10,6 +10,7 @@ pub type Drains = BTreeMap<Option<SlotName>, Drain>;
 /// An operator's order to take no jobs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Drain {
+    /// The operator's text, for whoever looks at the status.
     pub reason: Option<String>,
     /// In milliseconds since 1970, by the host's clock. None: until it is resumed.
     pub until: Option<u64>,

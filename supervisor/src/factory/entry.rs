@@ -7,13 +7,16 @@ use crate::call_error::Peer;
 use crate::reconcile::NotOurs;
 use crate::worker::{Action, Worker};
 
+/// One worker's id.
 #[derive(Debug)]
 pub struct Entry {
+    /// What it is to this factory.
     pub state: State,
     /// The helper's last list has it.
     pub on_host: Option<WorkerInfo>,
 }
 
+/// What a worker is to this factory.
 #[derive(Debug)]
 pub enum State {
     /// The database has it.
@@ -27,7 +30,9 @@ pub enum State {
 /// A worker of this factory.
 #[derive(Debug)]
 pub struct Owned {
+    /// As it is saved.
     pub worker: Worker,
+    /// To the server and the helper.
     pub calls: Calls,
     /// When it became known: a server list asked for before does not show it.
     pub known: u64,
@@ -37,20 +42,25 @@ pub struct Owned {
     pub renew_at: Option<u64>,
 }
 
+/// A worker without an owner, which is being deleted.
 #[derive(Debug)]
 pub struct Orphan {
     /// The slot that it occupies on the host.
     pub slot: Option<SlotName>,
     /// How it is deleted.
     pub action: Action,
+    /// To the server and the helper.
     pub calls: Calls,
+    /// As before it was decided to delete it.
     pub unknown: Unknown,
 }
 
 /// What is known of a worker that the database does not have.
 #[derive(Clone, Debug, Default)]
 pub struct Unknown {
+    /// None where the server's last list lacks it.
     pub listed: Option<Listed>,
+    /// None where nothing points to another host.
     pub other_host: Option<OtherHost>,
     /// The operator wants it deleted.
     pub to_delete: bool,
@@ -72,7 +82,9 @@ pub struct Listed {
 pub struct OtherHost {
     /// Its mark on the server.
     pub private: Option<String>,
+    /// What makes it another host's, or may.
     pub why: NotOurs,
+    /// When that was first seen, in milliseconds of the core's time.
     pub since: u64,
     /// When it was last listed.
     pub seen: u64,
@@ -83,11 +95,13 @@ pub struct OtherHost {
 pub struct Calls {
     /// The one that has no answer yet.
     pub action: Option<Action>,
+    /// Failures in a row.
     pub backoff: Backoff,
     /// Not before this time, and because of this peer.
     pub retry: Option<(u64, Peer)>,
     /// The turn in which the last one began or ended: a host list asked for before is stale.
     pub touched: u64,
+    /// One sentence; empty after a success.
     pub last_error: String,
 }
 
@@ -108,6 +122,7 @@ impl Default for Entry {
 }
 
 impl Entry {
+    /// None where it is an orphan or unknown.
     pub fn owned(&self) -> Option<&Owned> {
         match &self.state {
             State::Owned(owned) => Some(owned),
@@ -115,6 +130,7 @@ impl Entry {
         }
     }
 
+    /// The same, to change it.
     pub fn owned_mut(&mut self) -> Option<&mut Owned> {
         match &mut self.state {
             State::Owned(owned) => Some(owned),
@@ -122,6 +138,7 @@ impl Entry {
         }
     }
 
+    /// None where it has an owner, or is unknown.
     pub fn orphan(&self) -> Option<&Orphan> {
         match &self.state {
             State::Orphan(orphan) => Some(orphan),
@@ -138,6 +155,7 @@ impl Entry {
         }
     }
 
+    /// The same, to change it.
     pub fn unknown_mut(&mut self) -> Option<&mut Unknown> {
         match &mut self.state {
             State::Owned(_) => None,
@@ -146,10 +164,12 @@ impl Entry {
         }
     }
 
+    /// None where it is owned, or nothing points to another host.
     pub fn other_host(&self) -> Option<&OtherHost> {
         self.unknown()?.other_host.as_ref()
     }
 
+    /// None where nothing is done about it.
     pub fn calls(&self) -> Option<&Calls> {
         match &self.state {
             State::Owned(owned) => Some(&owned.calls),
@@ -158,6 +178,7 @@ impl Entry {
         }
     }
 
+    /// The same, to change it.
     pub fn calls_mut(&mut self) -> Option<&mut Calls> {
         match &mut self.state {
             State::Owned(owned) => Some(&mut owned.calls),
@@ -256,17 +277,24 @@ impl Entry {
 /// A job that was leased and has no worker yet.
 #[derive(Clone, Debug)]
 pub struct PendingWorker {
+    /// The leased one.
     pub job: crate::buildomat::JobId,
+    /// It is taken from the lease on.
     pub slot: SlotName,
+    /// The lease's, which is the slot's.
     pub target: protocol::TargetId,
+    /// In milliseconds of the core's time.
     pub leased_at: u64,
     /// The turn in which its worker was first asked for.
     pub began: u64,
     /// The request is under way; otherwise, its answer was lost in this turn, and a list must show
     /// whether the worker was made.
     pub making: bool,
+    /// The turn of the last request or answer.
     pub turn: u64,
+    /// Failed requests in a row.
     pub backoff: Backoff,
+    /// Not before this time, in milliseconds of the core's.
     pub retry_at: u64,
 }
 

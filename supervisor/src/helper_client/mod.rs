@@ -53,6 +53,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
+    /// As the core takes it: it is worth a repetition.
     pub fn call_error(&self) -> CallError {
         CallError::passing(Peer::Helper, self)
     }
@@ -62,13 +63,17 @@ type Result<T> = std::result::Result<T, Error>;
 
 /// A way to the helper: its socket, or a simulated host.
 pub trait Connector: fmt::Debug + Send + Sync {
+    /// # Errors
+    /// [`Error::Away`].
     fn connect(&self) -> Result<Box<dyn Connection>>;
 }
 
+/// A reply that is waited for.
 pub type Pending<'a> = Pin<Box<dyn Future<Output = Result<Received>> + Send + 'a>>;
 
 /// One connection: a packet there, and the one that comes back.
 pub trait Connection: Send + Sync {
+    /// `fd` goes with the packet. The error is [`Error::Away`]; a connection that had one is not used again.
     fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> Pending<'a>;
 }
 
@@ -80,10 +85,12 @@ pub struct HelperClient {
 }
 
 impl HelperClient {
+    /// By this Unix socket, which need not be there yet.
     pub fn new(socket: PathBuf) -> Self {
         Self::over(Arc::new(socket::Socket(socket)))
     }
 
+    /// By another way, for a simulation.
     pub fn over(connector: Arc<dyn Connector>) -> Self {
         Self {
             connector,
@@ -96,6 +103,10 @@ impl HelperClient {
         &self.pending
     }
 
+    /// [`Request::CreateUser`].
+    ///
+    /// # Errors
+    /// As there, or no answer within the time of a short call.
     pub async fn create_user(&self, worker: WorkerId, slot: SlotName) -> Result<()> {
         match self
             .ask(&Request::CreateUser { worker, slot }, None, SHORT)
@@ -138,6 +149,10 @@ impl HelperClient {
         }
     }
 
+    /// [`Request::Delete`]: it takes as long as the job has files.
+    ///
+    /// # Errors
+    /// As there, or no answer.
     pub async fn delete(&self, worker: WorkerId) -> Result<()> {
         match self.ask(&Request::Delete { worker }, None, LONG).await? {
             (Reply::Deleted, _) => Ok(()),

@@ -27,7 +27,9 @@ pub struct Progress<'a> {
 /// What a walk has found.
 #[derive(Debug, Default)]
 pub struct Searched {
+    /// Files and directories whose owner or group is looked for.
     pub found: BTreeSet<PathBuf>,
+    /// Entries that were looked at.
     pub seen: u64,
     /// Mounts of file systems that are not local, directories that cannot be read, and why.
     pub not_searched: BTreeMap<PathBuf, String>,
@@ -40,8 +42,11 @@ pub struct Mount {
     pub device: String,
     /// The directory of the file system that is mounted.
     pub root: PathBuf,
+    /// Where it is mounted.
     pub place: PathBuf,
+    /// The file system's type: `ext4`.
     pub kind: String,
+    /// The device, or what the file system says instead.
     pub source: PathBuf,
 }
 

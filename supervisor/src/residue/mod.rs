@@ -23,12 +23,14 @@ use files::{Pace, Progress, Searched};
 /// The uids (and gids) that are looked for.
 #[derive(Clone, Debug)]
 pub struct Uids {
+    /// `factory.uid_range`.
     pub range: RangeInclusive<u32>,
     /// Those of living workers.
     pub except: BTreeSet<u32>,
 }
 
 impl Uids {
+    /// Is this id looked for?
     pub fn contains(&self, id: u32) -> bool {
         self.range.contains(&id) && !self.except.contains(&id)
     }
@@ -74,6 +76,7 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// As the table has it; in JSON the words are joined by `_`.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Process => "process",
@@ -94,7 +97,9 @@ impl Kind {
 /// One thing that is left.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Residue {
+    /// Residues are in the order of kinds.
     pub kind: Kind,
+    /// What names it: a path, a pid with its command, an id.
     pub what: String,
 }
 
@@ -105,6 +110,7 @@ pub struct Report {
     pub uid_range: (u32, u32),
     /// Workers that live, with the uid of each: what is theirs is not residue.
     pub workers: BTreeMap<String, Option<u32>>,
+    /// All that is left.
     pub found: BTreeSet<Residue>,
     /// Files and directories that were looked at.
     pub files_seen: u64,
@@ -113,6 +119,7 @@ pub struct Report {
 }
 
 impl Report {
+    /// Was nothing found? What was not searched does not count.
     pub fn is_clean(&self) -> bool {
         self.found.is_empty()
     }

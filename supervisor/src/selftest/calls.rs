@@ -8,7 +8,9 @@ pub type Call = (&'static str, libc::c_long, [usize; 6]);
 
 /// Where no memory is.
 pub const NOWHERE: usize = 1;
+/// Every flag of a 32-bit argument, which no call takes.
 pub const ALL_BITS: usize = 0xffff_ffff;
+/// The descriptor -1.
 pub const NO_FILE: usize = usize::MAX;
 
 /// With arguments that are wrong, or that harm nothing: a call that gets as far as the kernel's own code is told of

@@ -30,31 +30,43 @@ const SERVICES: [&str; 12] = [
 /// What the probe is told of its slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expected {
-    /// The server's address, and the HTTP proxy by which it is reached from a job with the host's network.
+    /// `general.baseurl`.
     pub baseurl: String,
+    /// `general.proxy`, by which a job with the host's network reaches the server.
     pub proxy: Option<String>,
+    /// `network = "none"`.
     pub is_network_none: bool,
     /// Names and gids.
     pub groups: BTreeMap<String, u32>,
+    /// `slots.NAME.env`.
     pub env: BTreeMap<String, String>,
     /// Device nodes that are on the host, and that the slot names.
     pub devices: BTreeSet<PathBuf>,
+    /// `slots.NAME.writable`, as paths in the job.
     pub writable: BTreeSet<PathBuf>,
+    /// The keys of `slots.NAME.read_only`: paths in the job.
     pub read_only: BTreeSet<PathBuf>,
     /// Files and directories of the host that no job may read.
     pub hidden: BTreeSet<PathBuf>,
     /// Sockets of services that no job may connect to.
     pub sockets: BTreeSet<PathBuf>,
+    /// `slots.NAME.allow_user_namespaces`.
     pub allows_user_namespaces: bool,
     /// Families of sockets beside the usual ones: `AF_CAN` and its like, by number.
     pub socket_families: BTreeSet<i32>,
+    /// `limits.open_files`.
     pub open_files: u64,
+    /// `limits.processes`.
     pub processes: u64,
+    /// `limits.disk`, in bytes.
     pub disk: Option<u64>,
+    /// `limits.inodes`.
     pub inodes: Option<u64>,
     /// Of a process outside, which listens at this port of 127.0.0.1 and at this abstract name.
     pub pid: u32,
+    /// Of a listener at 127.0.0.1 on the host.
     pub port: u16,
+    /// Of a Unix listener on the host (`unix(7)`), without the leading NUL.
     pub abstract_name: String,
 }
 
@@ -148,7 +160,9 @@ fn number(family: SocketFamily) -> i32 {
 /// Where this process listens while the probe runs.
 #[derive(Clone, Debug)]
 pub struct Outside {
+    /// At 127.0.0.1.
     pub port: u16,
+    /// Without the leading NUL.
     pub abstract_name: String,
 }
 

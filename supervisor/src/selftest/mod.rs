@@ -13,7 +13,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
+    /// What was seen is what is promised.
     Ok,
+    /// What was seen is not what is promised.
     Failed,
     /// This kernel or file system cannot keep it, and the configuration or a page says that it need not.
     NotEnforced,
@@ -22,6 +24,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// As the table has it.
     pub fn name(self) -> &'static str {
         match self {
             Outcome::Ok => "ok",
@@ -35,13 +38,18 @@ impl Outcome {
 /// One attempt: a line of the table, and of what the probe prints.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
+    /// What must hold, in a few words.
     pub promise: String,
+    /// The call, file or address.
     pub tried: String,
+    /// The error, or what came of it.
     pub seen: String,
+    /// Does the promise hold?
     pub outcome: Outcome,
 }
 
 impl Attempt {
+    /// A line of the table.
     pub fn new(
         promise: &str,
         tried: impl Into<String>,
@@ -60,13 +68,16 @@ impl Attempt {
 /// What was tried in one slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SlotReport {
+    /// Its name in the configuration.
     pub slot: String,
     /// Why nothing was tried: the slot, or one that conflicts with it, has a worker.
     pub busy: Option<String>,
+    /// In the order in which they were made.
     pub attempts: Vec<Attempt>,
 }
 
 impl SlotReport {
+    /// Did a promise not hold?
     pub fn has_failed(&self) -> bool {
         self.attempts
             .iter()

@@ -25,7 +25,9 @@ const SHOWN: &str = "/usr";
 /// The programs that this takes.
 #[derive(Clone, Debug)]
 pub struct Programs {
+    /// The path of `user-factory-manual`.
     pub manual: PathBuf,
+    /// The path of `user-factory-probe`.
     pub probe: PathBuf,
 }
 
@@ -44,6 +46,7 @@ impl Programs {
 pub struct Listeners {
     _tcp: TcpListener,
     _abstract: UnixListener,
+    /// Where they listen.
     pub outside: Outside,
 }
 

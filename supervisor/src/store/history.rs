@@ -12,7 +12,9 @@ use rusqlite::{Connection, OpenFlags};
 pub struct PhaseChange {
     /// In milliseconds since 1970.
     pub at: u64,
+    /// Its name, as the status shows it.
     pub phase: String,
+    /// Why, where the phase does not say it.
     pub note: Option<String>,
 }
 

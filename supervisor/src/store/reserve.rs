@@ -13,12 +13,14 @@ use nix::sys::statvfs::statvfs;
 /// itself, whose history is bounded.
 pub const RESERVE_BYTES: u64 = 8 << 20;
 
+/// The file `reserve` in the state directory.
 #[derive(Debug)]
 pub struct Reserve {
     path: PathBuf,
 }
 
 impl Reserve {
+    /// In this state directory. Nothing is made yet.
     pub fn new(dir: &Path) -> Self {
         Self {
             path: dir.join("reserve"),
