@@ -1,15 +1,17 @@
 //! What the pages say is checked where a machine can: links, configurations, commands, names of units and tests, and the
-//! README's quick start, which is run.
+//! README's quick start and the quickstart, which are run.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use protocol::config::{CONFIG_PATH, Config};
-use testbed::harness::{SUPERVISOR_UID, TestHost, binaries};
+use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
 use testbed::pages::Page;
 use testbed::sources::{read, root};
+use testbed::test_factory::TestFactory;
 
 fn fail_with(mistakes: &[String]) {
     assert!(mistakes.is_empty(), "\n{}", mistakes.join("\n"));
@@ -353,4 +355,78 @@ fn the_quick_start_is_run_and_each_command_does_what_the_readme_says() {
         !good && said.contains("ps ax") && processes < 8 && said.contains("/etc/passwd"),
         "{last}: {said}"
     );
+}
+
+/// The rest of quickstart.md, from the configuration to the job. What only a real server and a real host have stands for
+/// itself: the server's address, the target, the token, and limits that this machine may not enforce.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_quickstart_begins_as_the_readme_does_and_the_rest_of_it_ends_in_a_job() {
+    let page = Page::read("docs/quickstart.md");
+    let begin = page
+        .section("1. Install the package")
+        .commands()
+        .into_iter()
+        .skip_while(|line| line != "make deb");
+    let begin: Vec<String> = begin
+        .chain(
+            page.section("2. Run a command in a slot, without a server")
+                .commands(),
+        )
+        .collect();
+    let readme = Page::read("README.md").section("Quick start").commands();
+    assert_eq!(begin, readme[..5]);
+
+    let configure = page.section("4. Configure");
+    let example = configure.blocks("toml").next().expect("there is a configuration");
+    let (_, slot) = example.split_once("[slots.first]").expect("it has a slot");
+    let slot = format!("[slots.first]{slot}");
+    let target = slot
+        .split('"')
+        .nth(1)
+        .expect("the first text is the target")
+        .to_owned();
+    let slot = slot
+        .replace(&target, "TARGET")
+        .replace("limits = { ", "limits = { best_effort = true, ");
+    let factory = TestFactory::new(&slot).await;
+    let config = factory.host.root.join(CONFIG_PATH).display().to_string();
+    let root = format!(" --root {}", factory.host.root.display());
+    let mut count = 0;
+    for line in [
+        configure.commands(),
+        page.section("5. Start").commands(),
+        page.section("6. Run a job").commands(),
+    ]
+    .concat()
+    {
+        if let Some(command) = line.strip_prefix("user-factory ") {
+            let command = command.replace(&format!("/{CONFIG_PATH}"), &config) + &root;
+            let end = Instant::now() + PATIENCE;
+            loop {
+                let mut typed = Command::new(binaries().join("user-factory"));
+                typed.args(command.split(' '));
+                let output = tokio::task::block_in_place(|| typed.output()).unwrap();
+                // After a start `status` ends with 3 until the supervisor listens, and with 4 until server and helper have
+                // answered.
+                if output.status.success() {
+                    break;
+                }
+                let said = String::from_utf8_lossy(&output.stdout);
+                assert!(
+                    matches!(output.status.code(), Some(3 | 4)) && Instant::now() < end,
+                    "{line}: {said}"
+                );
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            count += 1;
+        }
+    }
+    assert_eq!(count, 2, "check and status");
+
+    let section = page.section("6. Run a job");
+    let typed = section.blocks("text").next().expect("there is a job");
+    let script = typed.split('\'').nth(1).expect("it has a script");
+    let job = factory.submit(script);
+    factory.completed(job).await;
+    factory.finish().await;
 }
