@@ -17,6 +17,14 @@ impl Node {
         mknod(&path, SFlag::S_IFCHR, mode, makedev(1, minor)).unwrap();
         Node(path)
     }
+
+    /// A link as udev makes one: in a directory of such links, to the node's name of the moment.
+    fn link(name: &str, to: &str) -> Node {
+        let path = std::path::Path::new("/dev").join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(format!("../{to}"), &path).unwrap();
+        Node(path)
+    }
 }
 
 impl Drop for Node {
@@ -26,12 +34,13 @@ impl Drop for Node {
     }
 }
 
+/// Prints the job's devices, each time that they change: `NAME:MODE:USER:MINOR`.
 const AGENT: &str = r#"#!/bin/bash
 exec 2>&1
 cd /dev
 ( last=
   while read -t 0.02 -u 9; [ $? -gt 128 ]; do
-    now=$(find . -path './user-factory-test*' -type c -printf '%P:%m:%u\n' | LC_ALL=C sort | tr '\n' ' ')
+    now=$(find * -path 'user-factory-test*' -type c | LC_ALL=C sort | xargs -r stat -c %n:%a:%U:%T 2>&- | tr '\n' ' ')
     [ "$now" = "$last" ] || echo "devices: $now"
     last=$now
   done 9<> <(:) ) &
@@ -57,33 +66,26 @@ fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
     let (reply, console) = install(&client, worker, sealed(AGENT.as_bytes()));
     assert_eq!(reply, Reply::AgentStarted);
     let console = console.unwrap();
-    let seen = |nodes: &[String]| {
-        let mut nodes: Vec<String> = nodes.iter().map(|node| format!("{node}:600:{user} ")).collect();
-        nodes.sort();
-        wait_for_line(&console, &format!("devices: {}", nodes.concat()));
+    let seen = |nodes: &[(&str, u64)]| {
+        let nodes = nodes
+            .iter()
+            .map(|(node, minor)| format!("{name}-{node}:600:{user}:{minor} "));
+        wait_for_line(&console, &format!("devices: {}", nodes.collect::<String>()));
     };
-    seen(&[format!("{name}-tty0")]);
+    seen(&[("tty0", 3)]);
     let second = Node::plug(&format!("{name}-tty1"), 5);
-    seen(&[format!("{name}-tty0"), format!("{name}-tty1")]);
+    seen(&[("tty0", 3), ("tty1", 5)]);
     // A bus grows a directory, and with it a device.
     let deep = Node::plug(&format!("{name}-bus/001"), 7);
-    seen(&[
-        format!("{name}-bus/001"),
-        format!("{name}-tty0"),
-        format!("{name}-tty1"),
-    ]);
+    seen(&[("bus/001", 7), ("tty0", 3), ("tty1", 5)]);
     drop(first);
-    seen(&[format!("{name}-bus/001"), format!("{name}-tty1")]);
+    seen(&[("bus/001", 7), ("tty1", 5)]);
     // A new helper goes on where the old one was.
     test.helper.signal(Signal::SIGKILL);
     test.helper.wait();
     let again = Node::plug(&format!("{name}-tty2"), 8);
     test.helper = test.host.helper();
-    seen(&[
-        format!("{name}-bus/001"),
-        format!("{name}-tty1"),
-        format!("{name}-tty2"),
-    ]);
+    seen(&[("bus/001", 7), ("tty1", 5), ("tty2", 8)]);
     let client = test.client();
 
     let meta = fs::metadata(&second.0).unwrap();
@@ -98,6 +100,59 @@ fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
     assert!(!seen_by_other.contains("user-factory-test"), "{seen_by_other}");
     test.finish(&[worker, other]);
     drop((again, deep));
+}
+
+#[test]
+fn probes_that_slots_name_by_udevs_links_stay_with_their_slots_when_they_change_places() {
+    let name = format!("user-factory-test-{}", std::process::id());
+    let by_id = format!("{name}-by-id");
+    let slots = [("a", "left"), ("c", "right")].map(|(slot, probe)| {
+        format!(
+            "[slots.{slot}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\ndevices = [\"/dev/{by_id}/{probe}\"]\n"
+        )
+    });
+    // The kernel numbers names as devices come. The left probe has minor number 3, the right one 5.
+    let plug = |left: &str, right: &str| {
+        [("left", 3, left), ("right", 5, right)].map(|(probe, minor, node)| {
+            let plugged = Node::plug(&format!("{name}-{node}"), minor);
+            (
+                plugged,
+                Node::link(&format!("{by_id}/{probe}"), &format!("{name}-{node}")),
+            )
+        })
+    };
+    let plugged = plug("probe0", "probe1");
+    let test = TestHelper::with(&slots.concat());
+    let client = test.client();
+    let jobs = [("a", "left", 3), ("c", "right", 5)].map(|(slot, probe, minor)| {
+        let worker = worker_id();
+        let Reply::UserCreated { name: user, .. } = create(&client, worker, slot) else {
+            panic!()
+        };
+        let (reply, console) = install(&client, worker, sealed(AGENT.as_bytes()));
+        assert_eq!(reply, Reply::AgentStarted);
+        let device = move |name: &str| format!("{name}:600:{user}:{minor} ");
+        (worker, console.unwrap(), format!("{by_id}/{probe}"), device)
+    });
+    let seen = |left: &str, right: &str| {
+        for ((_, console, link, device), node) in jobs.iter().zip([left, right]) {
+            let devices = device(link) + &device(&format!("{name}-{node}"));
+            wait_for_line(console, &format!("devices: {devices}"));
+        }
+    };
+    seen("probe0", "probe1");
+    drop(plugged);
+    for (_, console, ..) in &jobs {
+        wait_for_line(console, "devices: ");
+    }
+    let plugged = plug("probe1", "probe0");
+    seen("probe1", "probe0");
+    for ((_, console, ..), other) in jobs.iter().zip([":5 ", ":3 "]) {
+        let seen = read(console);
+        assert!(!seen.contains(other), "a job has seen the other's probe: {seen}");
+    }
+    test.finish(&jobs.map(|(worker, ..)| worker));
+    drop(plugged);
 }
 
 #[test]
