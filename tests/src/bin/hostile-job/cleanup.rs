@@ -11,7 +11,7 @@ use std::process::Command;
 
 use crate::calls::refused;
 use crate::leftovers::{daemon, ignore_every_signal, mount, own_namespaces, own_places, uid};
-use crate::sys::{c, call, fork, wait_for_ever};
+use crate::sys::{c, call, call_with_paths, fork, wait_for_ever};
 use crate::{Attempt, Report};
 
 pub const ATTEMPTS: &[Attempt] = &[
@@ -31,17 +31,7 @@ pub const ATTEMPTS: &[Attempt] = &[
 ];
 
 fn rename(from: &Path, to: &Path, flags: u32) -> io::Result<()> {
-    let (from, to) = (c(from), c(to));
-    let here = libc::AT_FDCWD as usize;
-    let arguments = [
-        here,
-        from.as_ptr() as usize,
-        here,
-        to.as_ptr() as usize,
-        flags as usize,
-        0,
-    ];
-    call(libc::SYS_renameat2, arguments).map(drop)
+    call_with_paths(libc::SYS_renameat2, from, to, flags)
 }
 
 fn ready(report: &mut Report) -> ! {
@@ -108,18 +98,9 @@ fn links(report: &mut Report, words: &[String]) {
             host_file,
         ] {
             for follow in [0, libc::AT_SYMLINK_FOLLOW] {
-                let (from, to) = (c(target), c(place.join("hard")));
-                let here = libc::AT_FDCWD as usize;
-                let arguments = [
-                    here,
-                    from.as_ptr() as usize,
-                    here,
-                    to.as_ptr() as usize,
-                    follow as usize,
-                    0,
-                ];
                 let what = format!("hard link of {target} in {}", place.display());
-                report.must_fail(what, call(libc::SYS_linkat, arguments));
+                let linked = call_with_paths(libc::SYS_linkat, target, place.join("hard"), follow as u32);
+                report.must_fail(what, linked);
             }
         }
     }

@@ -13,7 +13,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::leftovers::{mount, own_namespaces, uid};
-use crate::sys::{c, call, fork, wait_for_ever};
+use crate::sys::{c, call, clone3, fork, wait_for_ever};
 use crate::{Attempt, Report};
 
 pub const ATTEMPTS: &[Attempt] = &[
@@ -202,14 +202,7 @@ fn new_namespaces(report: &mut Report, _: &[String]) {
                 let result = call(libc::SYS_unshare, [flag as usize | upper, 0, 0, 0, 0, 0]);
                 refused(report, &format!("unshare: {name} {upper:x}"), result, libc::EPERM);
             }
-            let mut arguments = [0u64; 11];
-            arguments[0] = flag as u64;
-            arguments[4] = libc::SIGCHLD as u64;
-            let address = arguments.as_ptr() as usize;
-            let result = orphan(call(
-                libc::SYS_clone3,
-                [address, size_of_val(&arguments), 0, 0, 0, 0],
-            ));
+            let result = orphan(clone3(flag as u64, None));
             refused(report, &format!("clone3: {name}"), result, libc::ENOSYS);
         }
     }

@@ -14,7 +14,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::sys::{c, call, fork, wait_for_ever};
+use crate::sys::{c, call, clone3, fork, wait_for_ever};
 use crate::{Attempt, Report};
 
 pub const ATTEMPTS: &[Attempt] = &[
@@ -199,16 +199,7 @@ fn walk(dir: &Path, visit: &mut impl FnMut(&Path, &fs::Metadata)) {
 
 /// A process that ends at once, in the cgroup of this directory or else in the caller's own (`clone3(2)`).
 fn clone_into(cgroup: Option<&File>) -> io::Result<libc::c_long> {
-    // struct clone_args: flags, four pointers, the exit signal, stack, its size, tls, set_tid, its size, the cgroup.
-    let mut arguments = [0u64; 11];
-    arguments[4] = libc::SIGCHLD as u64;
-    if let Some(cgroup) = cgroup {
-        // CLONE_INTO_CGROUP
-        arguments[0] = 0x2_0000_0000;
-        arguments[10] = cgroup.as_raw_fd() as u64;
-    }
-    let address = arguments.as_ptr() as usize;
-    let result = call(libc::SYS_clone3, [address, size_of_val(&arguments), 0, 0, 0, 0]);
+    let result = clone3(0, cgroup.map(AsRawFd::as_raw_fd));
     if matches!(result, Ok(0)) {
         std::process::exit(0);
     }
@@ -557,14 +548,7 @@ fn user_namespace(report: &mut Report, words: &[String]) {
             let flags = (flag | libc::SIGCHLD) as usize;
             let result = child(call(libc::SYS_clone, [flags, 0, 0, 0, 0, 0]));
             report.must_fail(format!("clone with a {name} namespace"), result);
-            let mut arguments = [0u64; 11];
-            arguments[0] = flag as u64;
-            arguments[4] = libc::SIGCHLD as u64;
-            let address = arguments.as_ptr() as usize;
-            let result = child(call(
-                libc::SYS_clone3,
-                [address, size_of_val(&arguments), 0, 0, 0, 0],
-            ));
+            let result = child(clone3(flag as u64, None));
             report.must_fail(format!("clone3 with a {name} namespace"), result);
             // Last: it would change this process.
             let result = call(libc::SYS_unshare, [flag as usize, 0, 0, 0, 0, 0]);

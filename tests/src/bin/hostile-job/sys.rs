@@ -13,6 +13,34 @@ pub fn call(number: libc::c_long, arguments: [usize; 6]) -> io::Result<libc::c_l
     }
 }
 
+/// `clone3(2)` for a process that ends with SIGCHLD: with these flags, in the cgroup of this descriptor if there is one.
+pub fn clone3(flags: u64, cgroup: Option<libc::c_int>) -> io::Result<libc::c_long> {
+    // struct clone_args: flags, four pointers, the exit signal, stack, its size, tls, set_tid, its size, the cgroup.
+    let mut arguments = [0u64; 11];
+    arguments[4] = libc::SIGCHLD as u64;
+    arguments[0] = flags;
+    if let Some(cgroup) = cgroup {
+        // CLONE_INTO_CGROUP
+        arguments[0] |= 0x2_0000_0000;
+        arguments[10] = cgroup as u64;
+    }
+    let address = arguments.as_ptr() as usize;
+    call(libc::SYS_clone3, [address, size_of_val(&arguments), 0, 0, 0, 0])
+}
+
+/// A call that takes two paths, each after a descriptor, and flags: `linkat(2)`, `renameat2(2)`.
+pub fn call_with_paths(
+    number: libc::c_long,
+    from: impl AsRef<std::ffi::OsStr>,
+    to: impl AsRef<std::ffi::OsStr>,
+    flags: u32,
+) -> io::Result<()> {
+    let here = libc::AT_FDCWD as usize;
+    let (from, to) = (c(from), c(to));
+    let [from, to] = [from.as_ptr() as usize, to.as_ptr() as usize];
+    call(number, [here, from, here, to, flags as usize, 0]).map(drop)
+}
+
 /// Fork; the child does `work` and ends. Returns the child's process id.
 pub fn fork(work: impl FnOnce()) -> libc::pid_t {
     // Not the C library's: it would take locks that another thread may have; this program has one thread.
