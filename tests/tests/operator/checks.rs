@@ -1,7 +1,5 @@
 //! What can be known before anything starts.
 
-use std::os::unix::process::CommandExt;
-
 use nix::sys::signal::Signal;
 use testbed::harness::{SUPERVISOR_UID, TestHost};
 use testbed::test_factory::ONE;

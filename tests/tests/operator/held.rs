@@ -66,11 +66,7 @@ async fn destroy_asks_for_confirmation_and_takes_held_workers() {
     let job = factory.running().await;
     let worker = worker_on(&factory, "a").await;
     let said = say(&factory, &["destroy", &worker]);
-    assert!(
-        said.status == 1 && said.err.contains("--yes") && said.err.contains(&job.to_string()),
-        "{}",
-        said.err
-    );
+    said.failed(1, &["--yes", &job.to_string()]);
     factory.polls(2).await;
     assert!(done(&factory, &["workers"]).contains(&worker));
     done(&factory, &["destroy", &worker, "--yes"]);

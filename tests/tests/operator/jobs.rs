@@ -212,12 +212,7 @@ async fn a_drain_says_why_outlives_a_restart_and_ends_by_itself() {
         (["drain", "--reason", "two\nlines"], 1, "in one line"),
     ] {
         let said = say(&factory, &words);
-        assert!(
-            said.status == status && said.err.contains(part),
-            "{}: {}",
-            said.status,
-            said.err
-        );
+        said.failed(status, &[part]);
     }
     assert_eq!(json(&factory, &["status"])["draining"], false);
     factory.finish().await;
@@ -247,11 +242,7 @@ async fn one_slot_is_drained_and_the_other_goes_on() {
         factory.completed(job).await;
     }
     let said = say(&factory, &["drain", "zz"]);
-    assert!(
-        said.status == 1 && said.err.contains("no slot zz"),
-        "{}",
-        said.err
-    );
+    said.failed(1, &["no slot zz"]);
     factory.finish().await;
 }
 
@@ -280,18 +271,13 @@ async fn a_command_without_a_supervisor_names_the_socket_and_exits_with_3() {
     factory.supervisor = factory.host.supervisor();
     answering(&factory).await;
     let said = say(&factory, &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
-    assert!(
-        said.status == 1 && said.err.contains("no worker 01HZX3N8Q4J5K6M7P8R9S0T1V2"),
-        "{}",
-        said.err
-    );
+    said.failed(1, &["no worker 01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_control_socket_is_for_its_user_its_group_and_root_alone() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
-    use std::os::unix::process::CommandExt;
     let factory = TestFactory::new(ONE).await;
     answering(&factory).await;
     let meta = std::fs::metadata(socket(&factory)).unwrap();
@@ -299,16 +285,7 @@ async fn the_control_socket_is_for_its_user_its_group_and_root_alone() {
         (meta.uid(), meta.permissions().mode() & 0o777),
         (testbed::harness::SUPERVISOR_UID, 0o660)
     );
-    let said: Said = command(&factory, &["status"])
-        .uid(65_534)
-        .gid(65_534)
-        .output()
-        .unwrap()
-        .into();
-    assert!(
-        said.status == 3 && said.err.contains("ermission denied"),
-        "{}",
-        said.err
-    );
+    let said = say_as_nobody(&factory, &["status"]);
+    said.failed(3, &["ermission denied"]);
     factory.finish().await;
 }

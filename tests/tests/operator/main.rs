@@ -1,6 +1,7 @@
 //! The operator's commands: each test types what an operator would type, and reads what they would
 //! read. Needs root.
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
@@ -40,6 +41,19 @@ impl From<Output> for Said {
     }
 }
 
+impl Said {
+    /// It has failed with this status, and has said why: in a text with these parts.
+    #[track_caller]
+    fn failed(&self, status: i32, parts: &[&str]) {
+        assert!(
+            self.status == status && parts.iter().all(|part| self.err.contains(part)),
+            "{}: {}",
+            self.status,
+            self.err
+        );
+    }
+}
+
 fn command(factory: &TestFactory, words: &[&str]) -> Command {
     let mut command = Command::new(binaries().join("user-factory"));
     // What follows a command of its own is that command's.
@@ -60,6 +74,13 @@ fn say(factory: &TestFactory, words: &[&str]) -> Said {
             .expect("the command is there")
             .into()
     })
+}
+
+/// The same, as a user to whom nobody has given anything.
+fn say_as_nobody(factory: &TestFactory, words: &[&str]) -> Said {
+    let mut command = command(factory, words);
+    command.uid(65_534).gid(65_534);
+    tokio::task::block_in_place(|| command.output().expect("the command is there").into())
 }
 
 fn done(factory: &TestFactory, words: &[&str]) -> String {

@@ -1,7 +1,6 @@
 //! The manual commands, as root: a command as a job would run it, and a look into a worker.
 
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 
 use nix::sys::signal::Signal;
 use testbed::test_factory::ONE;
@@ -41,28 +40,11 @@ async fn a_command_runs_as_a_job_would_and_leaves_nothing() {
     assert_eq!(&lines[1..4], ["/work", "100", "1"], "{lines:?}");
     assert!(lines[4].parse::<u32>().unwrap() < 8, "{lines:?}");
     let said = say(&factory, &["run", "--slot", "zz", "--", "true"]);
-    assert!(
-        said.status == 1 && said.err.contains("slot zz is not in the configuration"),
-        "{}",
-        said.err
-    );
+    said.failed(1, &["slot zz is not in the configuration"]);
     let said = say(&factory, &["run", "--", "/no/such/command"]);
-    assert!(
-        said.status == 1 && said.err.contains("/no/such/command"),
-        "{}",
-        said.err
-    );
-    let said: Said = command(&factory, &["run", "--", "true"])
-        .uid(65_534)
-        .gid(65_534)
-        .output()
-        .unwrap()
-        .into();
-    assert!(
-        said.status == 1 && said.err.contains("needs root"),
-        "{}",
-        said.err
-    );
+    said.failed(1, &["/no/such/command"]);
+    let said = say_as_nobody(&factory, &["run", "--", "true"]);
+    said.failed(1, &["needs root"]);
     factory.finish().await;
 }
 
@@ -189,11 +171,7 @@ async fn a_held_worker_is_entered_though_its_processes_are_gone() {
     );
     assert!(seen.contains("mine") && seen.contains("/dev/pts/0"), "{seen}");
     let said = say(&factory, &["shell", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
-    assert!(
-        said.status == 1 && said.err.contains("does not exist"),
-        "{}",
-        said.err
-    );
+    said.failed(1, &["does not exist"]);
     factory
         .server
         .release(factory.server.job(job).worker.unwrap())

@@ -59,11 +59,7 @@ async fn an_agent_that_does_not_know_the_options_is_replaced_by_one_of_the_host(
     let agent = factory.shared().join("agent");
     named(&agent);
     let said = say(&factory, &["reload"]);
-    assert!(
-        said.status == 1 && said.err.contains("No such file"),
-        "{}",
-        said.err
-    );
+    said.failed(1, &["No such file"]);
     std::fs::copy(binaries().join("fake-agent"), &agent).unwrap();
     std::fs::set_permissions(&agent, std::fs::Permissions::from_mode(0o755)).unwrap();
     done(&factory, &["reload"]);

@@ -1,7 +1,5 @@
 //! What the commands print while the helper, or the server, cannot work, and what many of them at once print.
 
-use std::os::unix::process::CommandExt;
-
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::harness::SUPERVISOR_UID;
