@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 use protocol::config::Config;
-use protocol::{ErrorKind, Exit, SlotName, State, Uid, WorkerId};
+use protocol::{ErrorKind, Exit, SlotName, State, Uid, WorkerId, WorkerInfo};
 
 /// What the contract takes from the configuration: the slots, and which of them conflict, as it is written there.
 #[derive(Clone, Debug, Default)]
@@ -52,9 +52,9 @@ impl From<&Config> for Configuration {
     }
 }
 
-/// A worker that has a slot.
+/// What a worker has of the host.
 #[derive(Clone, Debug)]
-pub struct Tenant {
+pub struct Allocation {
     pub slot: SlotName,
     pub uid: Uid,
     pub state: State,
@@ -67,7 +67,7 @@ pub struct Model {
     pub configuration: Option<Configuration>,
     pub uids: RangeInclusive<u32>,
     /// None is a worker whose record is damaged: nobody knows which slot it has.
-    workers: BTreeMap<WorkerId, Option<Tenant>>,
+    workers: BTreeMap<WorkerId, Option<Allocation>>,
 }
 
 impl Model {
@@ -86,13 +86,13 @@ impl Model {
             return Err(ErrorKind::NoSuchSlot);
         }
         match self.workers.get(&worker) {
-            Some(Some(tenant)) if tenant.slot == *slot => return Ok(tenant.uid),
+            Some(Some(allocation)) if allocation.slot == *slot => return Ok(allocation.uid),
             Some(Some(_)) => return Err(ErrorKind::Refused),
             Some(None) => return Err(ErrorKind::Failed),
             None => {}
         }
         // The damaged may have any slot, so nobody gets one before they are gone.
-        self.workers.retain(|_, tenant| tenant.is_some());
+        self.workers.retain(|_, allocation| allocation.is_some());
         let mut others = self.workers.values().flatten();
         if others.any(|other| other.slot == *slot || configuration.conflict(&other.slot, slot))
             || self.workers.len() >= configuration.slots.len()
@@ -102,30 +102,30 @@ impl Model {
         let free = self.uids.clone().find(|uid| self.is_free(*uid));
         let uid = free.and_then(|uid| Uid::try_from(uid).ok());
         let uid = uid.ok_or(ErrorKind::Limit)?;
-        let tenant = Tenant {
+        let allocation = Allocation {
             slot: slot.clone(),
             uid,
             state: State::Created,
         };
-        self.workers.insert(worker, Some(tenant));
+        self.workers.insert(worker, Some(allocation));
         Ok(uid)
     }
 
     /// `InstallAgent`. An agent is started once in a worker's life, however that went.
     pub fn install_agent(&mut self, worker: WorkerId, agent: Agent) -> Result<(), ErrorKind> {
         let configuration = self.configuration.clone();
-        let tenant = self.existing(worker)?;
-        if tenant.state != State::Created {
+        let allocation = self.existing(worker)?;
+        if allocation.state != State::Created {
             return Ok(());
         }
         if agent == Agent::Unsealed {
             return Err(ErrorKind::Refused);
         }
         let configuration = configuration.ok_or(ErrorKind::Busy)?;
-        if !configuration.slots.contains(&tenant.slot) {
+        if !configuration.slots.contains(&allocation.slot) {
             return Err(ErrorKind::NoSuchSlot);
         }
-        tenant.state = match agent {
+        allocation.state = match agent {
             Agent::Stays => State::Running,
             Agent::Ends(exit) => State::Exited(exit),
             Agent::NoProgram | Agent::Unsealed => State::Exited(Exit::NotStarted),
@@ -153,40 +153,47 @@ impl Model {
         self.workers.remove(&worker);
     }
 
-    /// `List`, however many there are.
-    pub fn list(&self, after: Option<WorkerId>) -> Vec<(WorkerId, SlotName, Uid, State)> {
-        let listed = |(worker, tenant): (&WorkerId, &Option<Tenant>)| {
-            let Tenant { slot, uid, state } = tenant.clone()?;
-            Some((*worker, slot, uid, state))
+    /// `List`: at most `page` workers, and whether there are more. How much each has on the disk is the host's affair.
+    pub fn list(&self, after: Option<WorkerId>, page: usize) -> (Vec<WorkerInfo>, bool) {
+        let info = |(worker, allocation): (WorkerId, &Allocation)| WorkerInfo {
+            worker,
+            slot: allocation.slot.clone(),
+            uid: allocation.uid,
+            state: allocation.state,
+            disk: None,
         };
-        let all = self.workers.iter().filter_map(listed);
-        all.filter(|(worker, ..)| after.is_none_or(|after| *worker > after))
-            .collect()
+        let rest = self
+            .workers()
+            .filter(|(worker, _)| after.is_none_or(|after| *worker > after));
+        let mut listed: Vec<WorkerInfo> = rest.take(page + 1).map(info).collect();
+        let more = listed.len() > page;
+        listed.truncate(page);
+        (listed, more)
     }
 
     /// All whose record is whole.
-    pub fn workers(&self) -> impl Iterator<Item = (WorkerId, &Tenant)> {
+    pub fn workers(&self) -> impl Iterator<Item = (WorkerId, &Allocation)> {
         self.workers
             .iter()
-            .filter_map(|(id, tenant)| Some((*id, tenant.as_ref()?)))
+            .filter_map(|(id, allocation)| Some((*id, allocation.as_ref()?)))
     }
 
-    pub fn get(&self, worker: WorkerId) -> Option<&Tenant> {
+    pub fn get(&self, worker: WorkerId) -> Option<&Allocation> {
         self.workers.get(&worker)?.as_ref()
     }
 
     /// Its agent ends by itself, or with the host.
     pub fn end(&mut self, worker: WorkerId, exit: Exit) {
-        if let Some(Some(tenant)) = self.workers.get_mut(&worker)
-            && tenant.state == State::Running
+        if let Some(Some(allocation)) = self.workers.get_mut(&worker)
+            && allocation.state == State::Running
         {
-            tenant.state = State::Exited(exit);
+            allocation.state = State::Exited(exit);
         }
     }
 
-    fn existing(&mut self, worker: WorkerId) -> Result<&mut Tenant, ErrorKind> {
-        let tenant = self.workers.get_mut(&worker).ok_or(ErrorKind::NoSuchWorker)?;
-        tenant.as_mut().ok_or(ErrorKind::Failed)
+    fn existing(&mut self, worker: WorkerId) -> Result<&mut Allocation, ErrorKind> {
+        let allocation = self.workers.get_mut(&worker).ok_or(ErrorKind::NoSuchWorker)?;
+        allocation.as_mut().ok_or(ErrorKind::Failed)
     }
 
     fn is_free(&self, uid: u32) -> bool {
@@ -202,8 +209,8 @@ impl Model {
     pub fn settle_for(&mut self, worker: WorkerId, uid: Uid) -> bool {
         let free = self.is_free(uid.get());
         match self.workers.get_mut(&worker) {
-            Some(Some(tenant)) if free || tenant.uid == uid => {
-                tenant.uid = uid;
+            Some(Some(allocation)) if free || allocation.uid == uid => {
+                allocation.uid = uid;
                 true
             }
             _ => false,
@@ -212,6 +219,8 @@ impl Model {
 
     /// Something outside the contract happens: the disk, or a root process, damages the worker's record.
     pub fn damage(&mut self, worker: WorkerId) {
-        self.workers.entry(worker).and_modify(|tenant| *tenant = None);
+        self.workers
+            .entry(worker)
+            .and_modify(|allocation| *allocation = None);
     }
 }

@@ -20,7 +20,7 @@ use std::time::{Instant, SystemTime};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
-use protocol::{ErrorKind, Exit, Reply, Request, SlotName, State, Uid, WorkerId};
+use protocol::{ErrorKind, Exit, MAX_LIST, Reply, Request, State, Uid, WorkerId, WorkerInfo};
 use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, sealed, worker_id};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::model::{Agent, Configuration, Model};
@@ -72,7 +72,7 @@ enum Answer {
     Attached(State),
     Killed,
     Deleted,
-    Listed(Vec<(WorkerId, SlotName, Uid, State)>),
+    Listed(Vec<WorkerInfo>),
     Error(ErrorKind),
 }
 
@@ -127,7 +127,9 @@ fn ask_model(model: &mut Model, workers: &[WorkerId], question: Question) -> Ans
             model.delete(workers[worker]);
             Ok(Answer::Deleted)
         }
-        Question::List(after) => Ok(Answer::Listed(model.list(after.map(|after| workers[after])))),
+        Question::List(after) => Ok(Answer::Listed(
+            model.list(after.map(|after| workers[after]), MAX_LIST).0,
+        )),
     };
     answer.unwrap_or_else(Answer::Error)
 }
@@ -180,7 +182,7 @@ fn ask_helper(client: &Client, workers: &[WorkerId], question: Question) -> Answ
         Reply::Deleted => Answer::Deleted,
         Reply::Listed { workers, more: false } => {
             let workers = workers.into_iter();
-            Answer::Listed(workers.map(|it| (it.worker, it.slot, it.uid, it.state)).collect())
+            Answer::Listed(workers.map(|it| WorkerInfo { disk: None, ..it }).collect())
         }
         Reply::Error(error) => Answer::Error(error.kind),
         other => panic!("{question:?} was answered {other:?}"),
@@ -268,20 +270,17 @@ impl World {
     }
 
     /// What is listed, once every agent that should end by itself has done so.
-    fn list(&mut self, model: &Model) -> Vec<(WorkerId, SlotName, Uid, State)> {
+    fn list(&mut self, model: &Model) -> Vec<WorkerInfo> {
         let begin = Instant::now();
         loop {
             let Answer::Listed(real) = self.ask(0, Question::List(None)) else {
                 panic!("List is always answered");
             };
-            let should = model.list(None);
-            let is_ending = |(worker, _, _, state): &(WorkerId, SlotName, Uid, State)| {
-                let mut should = should.iter();
-                let ended = |(other, _, _, state): &&(WorkerId, SlotName, Uid, State)| {
-                    worker == other && matches!(state, State::Exited(exit) if *exit != Exit::Unknown)
-                };
-                *state == State::Running && should.any(|other| ended(&other))
+            let ends = |it: &WorkerInfo| {
+                let should = model.get(it.worker).map(|it| it.state);
+                matches!(should, Some(State::Exited(exit)) if exit != Exit::Unknown)
             };
+            let is_ending = |it: &WorkerInfo| it.state == State::Running && ends(it);
             if !real.iter().any(is_ending) {
                 return real;
             }
@@ -357,7 +356,7 @@ fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String>
                     let should = ask_model(&mut model, &world.workers, questions[*at]);
                     agree(&mut model, &world.workers, questions[*at], &real[*at], &should)
                 });
-                (agrees && model.list(None) == listed).then_some(model)
+                (agrees && model.list(None, MAX_LIST).0 == listed).then_some(model)
             });
             *model = explained.next().ok_or_else(|| {
                 format!(
@@ -402,14 +401,14 @@ fn play(world: &mut World, steps: &[Step]) -> Result<(), String> {
     for (number, step) in steps.iter().enumerate() {
         let describe = |what: String| format!("step {number}, {step:?}: {what}");
         take(world, &mut model, step).map_err(describe)?;
-        let (real, should) = (world.list(&model), model.list(None));
+        let (real, should) = (world.list(&model), model.list(None, MAX_LIST).0);
         if real != should {
             return Err(describe(format!(
                 "the helper lists {real:?}, the model {should:?}"
             )));
         }
-        let slots: BTreeSet<_> = real.iter().map(|(_, slot, ..)| slot).collect();
-        let uids: BTreeSet<_> = real.iter().map(|(_, _, uid, _)| uid).collect();
+        let slots: BTreeSet<_> = real.iter().map(|it| &it.slot).collect();
+        let uids: BTreeSet<_> = real.iter().map(|it| it.uid).collect();
         if slots.len() != real.len() || uids.len() != real.len() {
             return Err(describe(format!("a slot or a uid is shared: {real:?}")));
         }

@@ -236,25 +236,12 @@ impl Operations for Beneath {
     }
 
     fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool), Failure> {
-        Ok(listed(&self.0.borrow(), after))
+        Ok(self.0.borrow().list(after, MAX_LIST))
     }
 
     fn check(&self) -> Result<()> {
         Ok(())
     }
-}
-
-fn listed(model: &Model, after: Option<WorkerId>) -> (Vec<WorkerInfo>, bool) {
-    let all = model.list(after);
-    let more = all.len() > MAX_LIST;
-    let info = |(worker, slot, uid, state)| WorkerInfo {
-        worker,
-        slot,
-        uid,
-        state,
-        disk: Some(1),
-    };
-    (all.into_iter().take(MAX_LIST).map(info).collect(), more)
 }
 
 /// What must be answered, packet by packet, until the helper hangs up: the page of the `protocol` crate.
@@ -302,7 +289,7 @@ fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, E
             }
             Request::Check => Ok(Reply::Checked),
             Request::List { after } => {
-                let (workers, more) = listed(&model, after);
+                let (workers, more) = model.list(after, MAX_LIST);
                 Ok(Reply::Listed { workers, more })
             }
         });

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::config::Config;
-use protocol::{Error, ErrorKind, Exit, Reply, Request, State, UserName, WorkerId, WorkerInfo};
-use testbed::model::{Agent, Configuration, Model, Tenant};
+use protocol::{Error, ErrorKind, Exit, MAX_LIST, Reply, Request, State, UserName, WorkerId};
+use testbed::model::{Agent, Allocation, Configuration, Model};
 
 use crate::script::Extent;
 
@@ -44,11 +44,11 @@ impl Host {
         }
     }
 
-    pub fn workers(&self) -> impl Iterator<Item = (WorkerId, &Tenant)> {
+    pub fn workers(&self) -> impl Iterator<Item = (WorkerId, &Allocation)> {
         self.model.workers()
     }
 
-    pub fn get(&self, id: WorkerId) -> Option<&Tenant> {
+    pub fn get(&self, id: WorkerId) -> Option<&Allocation> {
         self.model.get(id)
     }
 
@@ -145,16 +145,8 @@ impl Host {
                 (Reply::Deleted, effect)
             }
             Request::List { after } => {
-                let all = self.model.list(*after).into_iter();
-                let info = |(worker, slot, uid, state)| WorkerInfo {
-                    worker,
-                    slot,
-                    uid,
-                    state,
-                    disk: None,
-                };
-                let workers = all.map(info).collect();
-                (Reply::Listed { workers, more: false }, Effect::Nothing)
+                let (workers, more) = self.model.list(*after, MAX_LIST);
+                (Reply::Listed { workers, more }, Effect::Nothing)
             }
             Request::Hello { .. } | Request::Check => return Err((ErrorKind::Refused, "not asked for here")),
         })

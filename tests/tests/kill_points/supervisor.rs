@@ -183,8 +183,8 @@ async fn to_its_end(server: &Server, life: Life, job: Ulid) {
     }
 }
 
-/// So many houses at a time: nearly all of a life is waiting.
-const HOUSES: usize = 6;
+/// So many factories at a time: nearly all of a life is waiting.
+const AT_A_TIME: usize = 6;
 
 async fn kill_before_each(life: Life) {
     let mut factory = TestFactory::new(life).await;
@@ -194,10 +194,10 @@ async fn kill_before_each(life: Life) {
     let points: Vec<usize> = (0..seen.calls.len()).filter(|n| sample.has(*n)).collect();
     let total = points.len();
     let points = Arc::new(Mutex::new(points));
-    let mut houses = tokio::task::JoinSet::new();
-    for _ in 0..HOUSES {
+    let mut factories = tokio::task::JoinSet::new();
+    for _ in 0..AT_A_TIME {
         let points = points.clone();
-        houses.spawn(async move {
+        factories.spawn(async move {
             let (mut factory, mut killed) = (TestFactory::new(life).await, Vec::new());
             while let Some(n) = { points.lock().unwrap().pop() } {
                 let seen = factory.live(Some(n)).await;
@@ -206,7 +206,7 @@ async fn kill_before_each(life: Life) {
             killed
         });
     }
-    let killed: Vec<String> = houses.join_all().await.concat();
+    let killed: Vec<String> = factories.join_all().await.concat();
     let names: std::collections::BTreeSet<&String> = killed.iter().collect();
     println!(
         "{life:?}: killed {} times of {total}; {} writes and requests; before {names:?}",

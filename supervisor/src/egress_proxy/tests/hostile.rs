@@ -9,16 +9,16 @@ use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_of_a_uid_that_is_no_workers_is_closed() {
-    let house = house(1).await;
+    let test = test_proxy(1).await;
     let (job, worker) = tcp();
-    let caller = house.bring(worker.as_fd());
+    let caller = test.bring(worker.as_fd());
     drop(worker);
     assert!(hung_up(&caller) && ended(&job));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_caller_that_sends_anything_but_one_byte_and_one_connection_is_refused() {
-    let house = house(0).await;
+    let test = test_proxy(0).await;
     let (_job, worker) = tcp();
     let listening = StdListener::bind("127.0.0.1:0").unwrap();
     let unconnected = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
@@ -35,17 +35,17 @@ async fn a_caller_that_sends_anything_but_one_byte_and_one_connection_is_refused
         pipe.as_fd(),
         file.as_fd(),
     ] {
-        assert!(hung_up(&house.bring(fd)));
+        assert!(hung_up(&test.bring(fd)));
     }
 
-    let caller = house.call();
+    let caller = test.call();
     caller.send(&[0], None).unwrap();
     assert!(hung_up(&caller), "no descriptor");
-    let caller = house.call();
+    let caller = test.call();
     caller.send(&[0, 0], Some(worker.as_fd())).unwrap();
     assert!(hung_up(&caller), "two bytes");
     for count in [2, 3, 200] {
-        let caller = house.call();
+        let caller = test.call();
         let raw = vec![worker.as_raw_fd(); count];
         sendmsg::<()>(
             caller.as_raw_fd(),
@@ -57,29 +57,29 @@ async fn a_caller_that_sends_anything_but_one_byte_and_one_connection_is_refused
         .unwrap();
         assert!(hung_up(&caller), "{count} descriptors");
     }
-    house.works().await;
+    test.works().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_callers_delay_no_other_and_time_out() {
-    let house = house(0).await;
-    let silent: Vec<Seqpacket> = (0..CONNECTIONS_OF_A_WORKER - 1).map(|_| house.call()).collect();
-    house.works().await;
+    let test = test_proxy(0).await;
+    let silent: Vec<Seqpacket> = (0..CONNECTIONS_OF_A_WORKER - 1).map(|_| test.call()).collect();
+    test.works().await;
     assert!(silent.iter().all(hung_up));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_has_so_many_connections_and_gets_them_back() {
-    let house = house(0).await;
+    let test = test_proxy(0).await;
     let mut kept = Vec::new();
     for _ in 0..CONNECTIONS_OF_A_WORKER {
-        let mut job = house.connection().await;
+        let mut job = test.connection().await;
         job.write_all(b"x").await.unwrap();
         assert_eq!(job.read_u8().await.unwrap(), b'x');
         kept.push(job);
     }
     let (job, worker) = tcp();
-    let caller = house.bring(worker.as_fd());
+    let caller = test.bring(worker.as_fd());
     drop(worker);
     assert!(hung_up(&caller) && ended(&job));
     drop(kept);
@@ -87,7 +87,7 @@ async fn a_worker_has_so_many_connections_and_gets_them_back() {
     let end = std::time::Instant::now() + Duration::from_secs(20);
     loop {
         let (job, worker) = tcp();
-        drop(house.bring(worker.as_fd()));
+        drop(test.bring(worker.as_fd()));
         drop(worker);
         (&job).write_all(b"x").unwrap();
         if matches!((&job).read(&mut [0]), Ok(1)) {
@@ -102,9 +102,9 @@ async fn a_worker_has_so_many_connections_and_gets_them_back() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_socket_that_its_sender_keeps_and_makes_blocking_blocks_nothing() {
-    let house = house(0).await;
+    let test = test_proxy(0).await;
     let (job, worker) = tcp();
-    drop(house.bring(worker.as_fd()));
+    drop(test.bring(worker.as_fd()));
     (&job).write_all(b"x").unwrap();
     (&job).read_exact(&mut [0]).unwrap();
     // The egress proxy is past its checks. All that comes back from now on is not read.
@@ -116,7 +116,7 @@ async fn a_socket_that_its_sender_keeps_and_makes_blocking_blocks_nothing() {
         !fcntl(worker.as_fd(), FcntlArg::F_GETFL)
             .is_ok_and(|flags| OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK))
     );
-    house.works().await;
+    test.works().await;
 }
 
 /// A TCP connection of which closing the second end takes a thousand seconds, or until the first is closed.
@@ -131,11 +131,11 @@ fn slow_to_close() -> (StdStream, StdStream) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
-    let house = house(0).await;
+    let test = test_proxy(0).await;
     let mut jobs = Vec::new();
     // One that is taken and closed at its end, one that is refused, and one that is not even received.
     for (bytes, count) in [(1, 1), (2, 1), (1, 3)] {
-        let caller = house.call();
+        let caller = test.call();
         for _ in 0..count {
             let (job, worker) = slow_to_close();
             let _ = caller.send(&[0, 0][..bytes], Some(worker.as_fd()));
@@ -145,8 +145,8 @@ async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
             jobs.push(job);
         }
     }
-    house.works().await;
-    house.works().await;
+    test.works().await;
+    test.works().await;
 }
 
 /// More than any pool of threads in here could wait for.
@@ -156,7 +156,7 @@ const MANY: usize = 600;
 async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_worker() {
     // Whether a caller is a worker is asked once for each: the untrusted ones come first.
     let asked = std::sync::atomic::AtomicUsize::new(0);
-    let house = house_with(0, |proxy| {
+    let test = test_proxy_with(0, |proxy| {
         let order = std::sync::atomic::Ordering::Relaxed;
         proxy.is_worker = Box::new(move |_| asked.fetch_add(1, order) >= MANY);
     })
@@ -171,7 +171,7 @@ async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_
     is_held.recv().unwrap();
     let mut untrusted = Vec::new();
     for _ in 0..MANY {
-        let caller = house.call();
+        let caller = test.call();
         let (job, worker) = slow_to_close();
         caller.send(&[0], Some(worker.as_fd())).unwrap();
         // The packet has it still, and closing that one has to wait.
@@ -179,13 +179,13 @@ async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_
         untrusted.push((job, caller));
     }
     drop(go_on);
-    house.works().await;
+    test.works().await;
     assert!(untrusted.iter().all(|(_, caller)| hung_up(caller)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_connection_that_one_side_has_ended_and_the_other_does_not_gives_its_place_back() {
-    let house = house_with(0, |proxy| {
+    let test = test_proxy_with(0, |proxy| {
         proxy.half_closed = Duration::from_millis(200);
         // One that never answers and never ends.
         proxy.upstream = Upstream::new("127.0.0.1".into(), silent());
@@ -194,7 +194,7 @@ async fn a_connection_that_one_side_has_ended_and_the_other_does_not_gives_its_p
     .await;
     for _ in 0..5 {
         let (job, worker) = tcp();
-        let caller = house.bring(worker.as_fd());
+        let caller = test.bring(worker.as_fd());
         drop(worker);
         assert!(hung_up(&caller));
         job.shutdown(std::net::Shutdown::Write).unwrap();
@@ -220,11 +220,11 @@ async fn a_tls_connection_reaches_the_server_that_it_names_or_nobody() {
     use super::super::client_hello::tests::client_hello;
     let tls = |name: Option<&str>| {
         let name = name.map(str::to_owned);
-        house_with(0, |proxy| proxy.tls_name = Some(name))
+        test_proxy_with(0, |proxy| proxy.tls_name = Some(name))
     };
-    let house = tls(Some("build.example")).await;
+    let test = tls(Some("build.example")).await;
     let hello = client_hello("build.EXAMPLE");
-    let mut job = house.connection().await;
+    let mut job = test.connection().await;
     // In two parts, of which the first says nothing yet.
     job.write_all(&hello[..3]).await.unwrap();
     sleep(Duration::from_millis(50)).await;
@@ -232,13 +232,13 @@ async fn a_tls_connection_reaches_the_server_that_it_names_or_nobody() {
     job.shutdown().await.unwrap();
     assert_eq!(answer(job).await, [&hello[..], b"and more"].concat());
     for first in [client_hello("other.example"), b"GET / HTTP/1.1\r\n\r\n".to_vec()] {
-        let mut job = house.connection().await;
+        let mut job = test.connection().await;
         job.write_all(&first).await.unwrap();
         assert_eq!(answer(job).await, b"");
     }
     // A client of a server without a name names none.
-    let house = tls(None).await;
-    let mut job = house.connection().await;
+    let test = tls(None).await;
+    let mut job = test.connection().await;
     job.write_all(&client_hello("build.example")).await.unwrap();
     assert_eq!(answer(job).await, b"");
 }

@@ -18,31 +18,31 @@ use tokio::task::JoinHandle;
 /// More than all buffers on the way can hold.
 const MUCH: usize = 64 << 20;
 
-struct House {
+struct TestProxy {
     directory: tempfile::TempDir,
     port: u16,
     proxy: JoinHandle<()>,
 }
 
 /// A proxy for this uid, before a server that sends everything back.
-async fn house(uid: u32) -> House {
-    house_with(uid, |_| {}).await
+async fn test_proxy(uid: u32) -> TestProxy {
+    test_proxy_with(uid, |_| {}).await
 }
 
 /// The same, with a proxy that is changed before it opens.
-async fn house_with(uid: u32, change: impl FnOnce(&mut EgressProxy)) -> House {
+async fn test_proxy_with(uid: u32, change: impl FnOnce(&mut EgressProxy)) -> TestProxy {
     let directory = tempfile::tempdir().unwrap();
     let port = echo().await;
     let is_worker = Box::new(move |caller| caller == uid);
     let mut proxy = EgressProxy::new(directory.path().into(), "127.0.0.1".into(), port, is_worker).unwrap();
     change(&mut proxy);
-    let house = House {
+    let test = TestProxy {
         directory,
         port,
         proxy: tokio::spawn(proxy.serve()),
     };
-    house.opened().await;
-    house
+    test.opened().await;
+    test
 }
 
 fn open(directory: &Path, port: u16, uid: u32) -> JoinHandle<()> {
@@ -66,7 +66,7 @@ async fn echo() -> u16 {
     port
 }
 
-impl House {
+impl TestProxy {
     fn socket(&self) -> PathBuf {
         self.directory.path().join(PROXY_SOCKET)
     }
@@ -139,10 +139,10 @@ fn ended(mut job: &StdStream) -> bool {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bytes_go_both_ways_and_each_end_sees_the_other_close() {
-    let house = house(0).await;
-    house.works().await;
+    let test = test_proxy(0).await;
+    test.works().await;
     // At the same time, and more than fits into the buffers.
-    let (mut from, mut to) = house.connection().await.into_split();
+    let (mut from, mut to) = test.connection().await.into_split();
     let sent = tokio::spawn(async move {
         let some = vec![7; 1 << 20];
         for _ in 0..MUCH >> 20 {
@@ -150,7 +150,7 @@ async fn bytes_go_both_ways_and_each_end_sees_the_other_close() {
         }
         to.shutdown().await.unwrap();
     });
-    house.works().await;
+    test.works().await;
     let (mut length, mut some) = (0, vec![0; 1 << 16]);
     loop {
         match from.read(&mut some).await.unwrap() {
@@ -164,18 +164,18 @@ async fn bytes_go_both_ways_and_each_end_sees_the_other_close() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_cannot_be_reached_is_a_connection_that_ends() {
-    let house = house(0).await;
+    let test = test_proxy(0).await;
     let nobody = StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    house.proxy.abort();
+    test.proxy.abort();
     let other = tempfile::tempdir().unwrap();
-    let house = House {
+    let test = TestProxy {
         proxy: open(other.path(), nobody.port(), 0),
         directory: other,
-        port: house.port,
+        port: test.port,
     };
-    house.opened().await;
+    test.opened().await;
     let (job, worker) = tcp();
-    drop(house.bring(worker.as_fd()));
+    drop(test.bring(worker.as_fd()));
     drop(worker);
     assert!(ended(&job));
 }
@@ -202,10 +202,10 @@ async fn the_socket_is_made_when_its_directory_appears_and_again_when_it_was_rem
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_socket_replaces_the_old_one_without_a_gap() {
-    let mut house = house(0).await;
+    let mut test = test_proxy(0).await;
     // What a supervisor leaves that was ended in the middle.
-    std::fs::write(house.directory.path().join("new.sock"), "").unwrap();
-    let path = house.socket();
+    std::fs::write(test.directory.path().join("new.sock"), "").unwrap();
+    let path = test.socket();
     let over = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let until = over.clone();
     let watch = std::thread::spawn(move || {
@@ -218,14 +218,14 @@ async fn a_new_socket_replaces_the_old_one_without_a_gap() {
     });
     for _ in 0..2 {
         let port = echo().await;
-        let inode = || std::fs::metadata(house.socket()).unwrap().ino();
+        let inode = || std::fs::metadata(test.socket()).unwrap().ino();
         let older = inode();
-        let newer = open(house.directory.path(), port, 0);
+        let newer = open(test.directory.path(), port, 0);
         while inode() == older {
             tokio::task::yield_now().await;
         }
-        std::mem::replace(&mut house.proxy, newer).abort();
-        (house.port, _) = (port, house.works().await);
+        std::mem::replace(&mut test.proxy, newer).abort();
+        (test.port, _) = (port, test.works().await);
     }
     over.store(true, std::sync::atomic::Ordering::Relaxed);
     tokio::task::block_in_place(|| watch.join().unwrap());

@@ -341,7 +341,7 @@ impl World {
         self.server.now = moment(self.now);
         match output {
             Output::ListServer => Input::ServerListed(Ok(self.listed().into_values().collect())),
-            Output::ListHost => Input::HostListed(Ok(self.list())),
+            Output::ListHost => Input::HostListed(Ok(self.host.list(None, protocol::MAX_LIST).0)),
             Output::Lease(_) if let Some(error) = self.lease_fails.clone() => Input::Leased(Err(error)),
             Output::Lease(targets) => {
                 let targets: Vec<WorkerId> = targets.iter().map(ulid).collect();
@@ -362,17 +362,6 @@ impl World {
                 unreachable!("carried out at once")
             }
         }
-    }
-
-    fn list(&self) -> Vec<WorkerInfo> {
-        let info = |(worker, slot, uid, state)| WorkerInfo {
-            worker,
-            slot,
-            uid,
-            state,
-            disk: None,
-        };
-        self.host.list(None).into_iter().map(info).collect()
     }
 
     fn make(&mut self, target: TargetId, job: JobId) -> Input {
