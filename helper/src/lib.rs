@@ -21,6 +21,7 @@
 //! all, and `privileges`, `monitor_ipc`, `log` and `sys` are below. All `unsafe` is in [`sys`]. A test of the test bed
 //! (`layers`) looks at the imports.
 
+#![warn(missing_docs)]
 #![allow(
     rustdoc::private_intra_doc_links,
     reason = "who reads these pages reviews the private items"

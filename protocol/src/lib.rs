@@ -43,6 +43,8 @@
 //!   workers never wait for each other, apart from the instant in which a slot is taken.
 //! * An [`Error`] reply has changed nothing that `Delete` would not remove, and the connection goes on.
 
+#![warn(missing_docs)]
+
 pub mod config;
 mod message;
 mod name;

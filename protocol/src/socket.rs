@@ -22,7 +22,9 @@ pub enum Received {
     Closed,
     /// A whole packet, and the descriptors that came with it (closed when dropped).
     Packet {
+        /// At most as long as `limit`.
         bytes: Vec<u8>,
+        /// None, one or two.
         descriptors: Vec<OwnedFd>,
     },
     /// A packet longer than `limit`, or with more descriptors than one message can have. What came of

@@ -241,8 +241,11 @@ impl<'de> Deserialize<'de> for HostPath {
 /// sandboxes (`AF_ALG`, `AF_RDS`, `AF_TIPC` and others).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SocketFamily {
+    /// `"AF_BLUETOOTH"`: the host's adapters and what is paired with them.
     Bluetooth,
+    /// `"AF_CAN"`: all CAN interfaces of the host.
     Can,
+    /// `"AF_VSOCK"`: the host's hypervisor and its virtual machines.
     Vsock,
 }
 
@@ -262,7 +265,9 @@ impl<'de> Deserialize<'de> for SocketFamily {
 /// The supervisor's user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum User {
+    /// Looked up in `/etc/passwd` alone.
     Name(String),
+    /// Any but 4294967295, which means "no id" to the kernel.
     Number(u32),
 }
 
