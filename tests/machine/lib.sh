@@ -25,11 +25,12 @@ start_machine() {
     esac
     # All that a saved machine was saved with must be here again: nothing of this depends on the story. One thread
     # for both processors: with two, QEMU 7.2 may run an instruction that the kernel has patched away (a static key
-    # that the first cpu.max turns), and the kernel stops with "Oops: int3".
+    # that the first cpu.max turns), and the kernel stops with "Oops: int3". A service has as long to start as it takes
+    # (0: no time-out). The 90 s that systemd gives it may be too short while this machine has other work.
     "$qemu" -nodefaults -no-user-config -display none "${firmware[@]}" \
         -M q35 -accel tcg,thread=single -cpu max,-la57 -smp 2 -m 2048 -rtc base=utc \
         -kernel "$image/vmlinuz" -initrd "$image/initrd.img" \
-        -append "root=/dev/vda rw rootfstype=$filesystem $rootflags console=ttyS0 quiet panic=-1 $append" \
+        -append "root=/dev/vda rw rootfstype=$filesystem $rootflags console=ttyS0 quiet panic=-1 systemd.default_timeout_start_sec=0 $append" \
         -drive if=none,id=root,format=qcow2,cache=unsafe,file="$run/disk.qcow2" \
         -device virtio-blk-pci,drive=root \
         -drive if=none,id=bundle,format=raw,readonly=on,file="$run/bundle.ext4" \
