@@ -292,6 +292,7 @@ impl World {
         };
         self.server.roll_back(old);
         self.checks.rolled_back();
+        self.checks.storm.rolled_back(self.now);
         true
     }
 

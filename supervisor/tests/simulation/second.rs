@@ -172,11 +172,11 @@ impl World {
         }
         let (ask, waits) = (call.ask.clone(), call.waits());
         if self.second.cut {
-            // Its caller gives up by itself.
+            // Its caller gives up by itself, also where it had asked before the cut.
             if !waits {
                 self.calls.remove(&id);
             }
-            return;
+            return self.after(PATIENCE_MS, Event::GiveUp(id));
         }
         if !self.agents_reach_server() {
             let away = Error::Unreachable("connection refused".into());

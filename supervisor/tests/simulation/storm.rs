@@ -13,6 +13,7 @@ pub struct Storm {
     calls: BTreeMap<(Kind, Option<WorkerId>), VecDeque<u64>>,
     starts: VecDeque<u64>,
     leases: VecDeque<u64>,
+    rollbacks: VecDeque<u64>,
 }
 
 fn recent(times: &mut VecDeque<u64>, now: u64) -> usize {
@@ -27,6 +28,10 @@ impl Storm {
         self.starts.push_back(now);
     }
 
+    pub fn rolled_back(&mut self, now: u64) {
+        self.rollbacks.push_back(now);
+    }
+
     pub fn leased(&mut self, now: u64) {
         self.leases.push_back(now);
     }
@@ -35,10 +40,11 @@ impl Storm {
     pub fn called(&mut self, now: u64, kind: Kind, about: Option<WorkerId>) -> Result<(), String> {
         let starts = recent(&mut self.starts, now);
         let leases = recent(&mut self.leases, now);
+        let rollbacks = recent(&mut self.rollbacks, now);
         let times = self.calls.entry((kind, about)).or_default();
         times.push_back(now);
         let many = recent(times, now);
-        let bound = bound(kind, starts, leases);
+        let bound = bound(kind, starts, leases, rollbacks);
         if many > bound {
             let about = about.map(|id| format!(" for {id}")).unwrap_or_default();
             return Err(format!(
@@ -53,10 +59,10 @@ impl Storm {
     }
 }
 
-/// The most calls of a kind in any minute; for those about a worker or a job, about one and the same. `starts`
-/// and `leases`: how often in it the supervisor was started, and a job was leased. A new life knows nothing of the
-/// waits of the last.
-fn bound(kind: Kind, starts: usize, leases: usize) -> usize {
+/// The most calls of a kind in any minute; for those about a worker or a job, about one and the same. `starts`,
+/// `leases` and `rollbacks`: how often in it the supervisor was started, a job was leased, and the server's database was
+/// rolled back. A new life knows nothing of the waits of the last; what a server has forgotten it is told again.
+fn bound(kind: Kind, starts: usize, leases: usize, rollbacks: usize) -> usize {
     match kind {
         // One a round, and rounds are a second apart; a new life begins with one.
         Kind::Workers => 61 + starts,
@@ -65,7 +71,7 @@ fn bound(kind: Kind, starts: usize, leases: usize) -> usize {
         // The same; a leased job is a reason to ask for another. (One may have been leased just before.)
         Kind::Lease => 62 + starts + leases,
         // Waits of 0.25, 0.5, 1 … 30 s at the least fill a minute with seven; two of a phase before.
-        Kind::Make | Kind::Associate | Kind::Delete | Kind::Fail => 9 * (1 + starts),
+        Kind::Make | Kind::Associate | Kind::Delete | Kind::Fail => 9 * (1 + starts) + rollbacks,
         // One in twenty seconds; a server that was rolled back gives a job more than once.
         Kind::Renew => 10 + starts,
         // A line three times, and the lines of a console of which the first could not be sent.
