@@ -66,6 +66,8 @@ pub struct Expected {
     pub pid: u32,
     /// Of a listener at 127.0.0.1 on the host.
     pub port: u16,
+    /// The network namespace of that process, as `/proc/PID/ns/net` leads to it (`namespaces(7)`).
+    pub network_namespace: PathBuf,
     /// Of a Unix listener on the host (`unix(7)`), without the leading NUL.
     pub abstract_name: String,
 }
@@ -144,6 +146,7 @@ impl Expected {
             inodes: its.limits.inodes,
             pid: std::process::id(),
             port: outside.port,
+            network_namespace: fs::read_link("/proc/self/ns/net").unwrap_or_default(),
             abstract_name: outside.abstract_name.clone(),
         }
     }
