@@ -5,15 +5,15 @@
 mod command;
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use command::{
-    Arguments, Command, DONE, FAILED, NOT_CONFIGURED, ask, check, exit, generate, manual, print_error,
-    residue, selftest, serve,
+    Arguments, Command, DONE, FAILED, FileSearch, NOT_CONFIGURED, OutputFormat, ask, check, exit, generate,
+    manual, print_error, residue, selftest, serve,
 };
 use supervisor::control::api::Drain;
-use supervisor::residue::files::Pace;
 
 fn main() -> ExitCode {
     exit(run(Arguments::parse().command))
@@ -27,7 +27,19 @@ fn run(command: Command) -> u8 {
             allow_root,
             log_level,
         } => exit_status(serve::serve(config, &at.root, allow_root, log_level)),
-        Command::Check { config, online, at } => check::check(&config, online, &at.root),
+        Command::Check {
+            config,
+            online,
+            all,
+            search,
+            at,
+        } => {
+            let checked = check::check(&config, online || all, &at.root);
+            match all {
+                true => checked.max(of_this_host(&at.root, search)),
+                false => checked,
+            }
+        }
         Command::Status { at, output, watch } => {
             ask::with_client(&at, async |factory| ask::status(factory, output, watch).await)
         }
@@ -79,18 +91,25 @@ fn run(command: Command) -> u8 {
             arguments.extend(command);
             manual::exec(arguments)
         }
-        Command::Residue {
+        Command::Residue { at, output, search } => residue::residue(&at.root, search.pace(), output),
+        Command::Selftest {
+            slot,
+            at_start,
             at,
             output,
-            files_per_second,
-            no_files,
-        } => {
-            let pace = (!no_files).then_some(Pace(files_per_second));
-            residue::residue(&at.root, pace, output)
-        }
-        Command::Selftest { slot, at, output } => selftest::selftest(&at.root, slot, output),
+        } => match at_start {
+            true => selftest::at_start(&at.root, output),
+            false => selftest::selftest(&at.root, slot, output),
+        },
         Command::Generate { what } => exit_status(generate::generate(what)),
     }
+}
+
+/// What `check --all` does beside `check`.
+fn of_this_host(root: &Path, search: FileSearch) -> u8 {
+    let output = OutputFormat { json: false };
+    let tested = selftest::selftest(root, None, output);
+    tested.max(residue::residue(root, search.pace(), output))
 }
 
 fn exit_status<E: Into<anyhow::Error>>(result: Result<(), E>) -> u8 {

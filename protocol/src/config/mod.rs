@@ -131,6 +131,9 @@ pub struct Factory {
     /// What must be free on the host for a job to be taken. Nothing is asked for unless written.
     #[serde(default)]
     pub min_free: MinFree,
+    /// Is no job taken after a start of the supervisor before the self-test of all slots has passed?
+    #[serde(default)]
+    pub selftest_at_start: bool,
 }
 
 /// What one slot's jobs get.
@@ -413,6 +416,7 @@ mod tests {
         assert_eq!((config.slots[&a].nice, config.slots[&b].nice), (19, 0));
         assert_eq!(config.factory.min_free, MinFree::default());
         assert_eq!(config.factory.agent, None);
+        assert!(!config.factory.selftest_at_start);
         let range = config.factory.uid_range;
         assert_eq!((range.len(), range.last.get()), (65536, (1 << 21) - 1));
     }

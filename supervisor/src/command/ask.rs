@@ -1,6 +1,7 @@
 //! The commands that ask a running factory.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use jiff::civil::DateTime;
@@ -23,15 +24,17 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 /// The exit status of a command that asks.
 pub type CommandResult = Result<u8, Error>;
 
+/// Ask the factory below `root`.
+pub fn ask<T>(root: &Path, asking: impl AsyncFnOnce(Client) -> Result<T, Error>) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::Refused(format!("cannot start the runtime: {error}")))?;
+    let client = Client::new(&Places::below(root).control_socket())?;
+    runtime.block_on(asking(client))
+}
+
 /// Carry out what asks; its error goes to standard error.
 pub fn with_client(at: &Location, asking: impl AsyncFnOnce(Client) -> CommandResult) -> u8 {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let ended = match runtime {
-        Ok(runtime) => Client::new(&Places::below(&at.root).control_socket())
-            .and_then(|client| runtime.block_on(asking(client))),
-        Err(error) => Err(Error::Refused(format!("cannot start the runtime: {error}"))),
-    };
-    match ended {
+    match ask(&at.root, asking) {
         Ok(status) => status,
         Err(error) => {
             print_error(&format!("user-factory: {error}"));
@@ -87,6 +90,10 @@ fn needs_operator(status: &Status) -> bool {
         || status.configuration.refused.is_some()
         || !status.foreign.is_empty()
         || status.storage.is_some()
+        || status
+            .selftest
+            .as_ref()
+            .is_some_and(|last| last.failure.is_some())
 }
 
 pub async fn workers(client: Client, output: OutputFormat) -> CommandResult {

@@ -6,6 +6,7 @@ use protocol::config::{Config, Mistake};
 use supervisor::agent::{self, Agent, AgentCache};
 use supervisor::buildomat::BuildomatClient;
 use supervisor::config_check;
+use supervisor::control::client::Client;
 use supervisor::helper_client::HelperClient;
 use supervisor::preflight::{self, HostFacts};
 use supervisor::settings::{self, Places};
@@ -99,10 +100,28 @@ async fn answers(
             answers.push(("agent", agent));
         }
     }
-    let helper = HelperClient::new(Places::below(root).helper).list().await;
-    let helper = helper.map(|workers| format!("it serves, with {} workers", workers.len()));
-    answers.push(("helper", helper.map_err(|e| e.to_string())));
+    answers.push(("helper", helper(&Places::below(root)).await));
     answers
+}
+
+/// It serves the supervisor's user alone: root asks a supervisor that runs.
+async fn helper(places: &Places) -> Result<String, String> {
+    if !nix::unistd::geteuid().is_root() {
+        let listed = HelperClient::new(places.helper.clone()).list().await;
+        return listed
+            .map(|workers| format!("it serves, with {} workers", workers.len()))
+            .map_err(|e| e.to_string());
+    }
+    let status = match Client::new(&places.control_socket()) {
+        Ok(supervisor) => supervisor.status().await,
+        Err(error) => Err(error),
+    };
+    let helper = status.map_err(|error| error.to_string())?.helper;
+    match helper.reachable {
+        Some(true) => Ok("it serves the supervisor that runs".into()),
+        Some(false) => Err(helper.trouble.unwrap_or_default()),
+        None => Err("the supervisor has not asked it yet: repeat this".into()),
+    }
 }
 
 /// The agent that `factory.agent` names.

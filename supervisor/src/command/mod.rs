@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use protocol::{SlotName, WorkerId};
+use supervisor::residue::files::Pace;
 
 /// Done.
 pub const DONE: u8 = 0;
@@ -36,7 +37,7 @@ Exit status:
   3  the factory does not answer at its control socket
   4  `status`: something waits for a person (a worker is held or broken, the server or the helper is away or does
      not answer, or has not answered since the start, a changed configuration was not taken, the supervisor's disk is full or cannot be written, another
-     host may use the same token, or no jobs are taken for another reason than `drain`)
+     host may use the same token, the last self-test has failed, or no jobs are taken for another reason than `drain`)
   78 `serve`: the configuration or the token cannot be used; starting it again does not help
   `run` and `shell` end with the status of what they ran.";
 
@@ -64,6 +65,25 @@ pub struct OutputFormat {
     pub json: bool,
 }
 
+/// How `residue` looks for files.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct FileSearch {
+    /// Look at so many files in a second, at most: the walk over all local file systems is the long part of `residue`, and
+    /// others use the disk.
+    #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..))]
+    files_per_second: u32,
+    /// Do not look for files that are left.
+    #[arg(long)]
+    no_files: bool,
+}
+
+impl FileSearch {
+    /// None: no files.
+    pub fn pace(self) -> Option<Pace> {
+        (!self.no_files).then_some(Pace(self.files_per_second))
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the factory (the unprivileged part; the helper must run beside it).
@@ -87,6 +107,11 @@ pub enum Command {
         /// Also ask the server: does it answer, does it take the token, has it an agent for this machine?
         #[arg(long)]
         online: bool,
+        /// All of this host: the same, then `selftest` in each free slot, then `residue`. Needs root.
+        #[arg(long)]
+        all: bool,
+        #[command(flatten)]
+        search: FileSearch,
         #[command(flatten)]
         at: Location,
     },
@@ -184,9 +209,13 @@ pub enum Command {
     /// Does what is promised hold on this host? In each free slot a worker is made, and a probe as its job tries what a job
     /// must not be able to do, and what the slot promises. Ends with 1 if something does not hold. Needs root.
     Selftest {
-        /// The slot to try [each that is free]
+        /// The slot to try [each that is free; then a supervisor that runs is told the result]
         #[arg(long, value_name = "SLOT")]
         slot: Option<SlotName>,
+        /// Only where the supervisor waits for it (factory.selftest_at_start), and once it runs and a slot is free: what the
+        /// package's unit does.
+        #[arg(long, conflicts_with = "slot")]
+        at_start: bool,
         #[command(flatten)]
         at: Location,
         #[command(flatten)]
@@ -199,13 +228,8 @@ pub enum Command {
         at: Location,
         #[command(flatten)]
         output: OutputFormat,
-        /// Look at so many files in a second, at most: the walk over all local file systems is the long part, and others
-        /// use the disk.
-        #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..))]
-        files_per_second: u32,
-        /// Do not look for files.
-        #[arg(long)]
-        no_files: bool,
+        #[command(flatten)]
+        search: FileSearch,
     },
     /// Write a file that comes with the package.
     #[command(hide = true)]

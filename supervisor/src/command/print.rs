@@ -161,6 +161,14 @@ pub fn status(s: &Status) -> String {
         None => "taken".into(),
     };
     text += &format!("{:8} {taken}\n", "jobs");
+    if let Some(last) = &s.selftest {
+        let when = ago(last.at, s.now);
+        let found = match &last.failure {
+            None => styled(GOOD, &format!("passed {when} ago")),
+            Some(why) => format!("{}: {why}", styled(BAD, &format!("failed {when} ago"))),
+        };
+        text += &format!("{:8} {found}\n", "selftest");
+    }
     if let Some(why) = &s.configuration.refused {
         text += &format!(
             "{:8} {} {why}\n",

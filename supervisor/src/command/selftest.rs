@@ -1,27 +1,77 @@
 //! `user-factory selftest`: does what is promised hold in each free slot of this host?
 
 use std::path::Path;
+use std::time::Duration;
 
 use protocol::SlotName;
+use supervisor::control::api;
+use supervisor::control::client::Error;
 use supervisor::selftest::run::{Listeners, Programs};
 use supervisor::selftest::{self, SlotReport, run};
 
-use super::{DONE, FAILED, OutputFormat, manual, print, print_error, residue, say};
+use super::{DONE, FAILED, OutputFormat, ask, manual, print, print_error, residue, say};
 
-/// Try all that can be tried in this slot, or in every slot that is free.
+/// How often the supervisor is asked whether it waits, and the slots are tried while none is free.
+const INTERVAL: Duration = Duration::from_secs(2);
+
+/// Try all that can be tried in this slot, or in every slot that is free. What every slot has shown, a supervisor that runs
+/// is told.
 pub fn selftest(root: &Path, slot: Option<SlotName>, output: OutputFormat) -> u8 {
-    if !nix::unistd::geteuid().is_root() {
-        print_error("user-factory: this needs root: it makes workers");
-        return FAILED;
-    }
-    let Some(config) = residue::configuration(root) else {
+    let is_whole = slot.is_none();
+    let Some(reports) = test(root, slot) else {
         return FAILED;
     };
+    if is_whole && reports.iter().any(|report| report.busy.is_none()) {
+        match tell(root, &reports) {
+            // At its start it waits for a new one.
+            Ok(()) | Err(Error::Away(_)) => {}
+            Err(error) => print_error(&format!(
+                "user-factory: the supervisor does not take the result: {error}"
+            )),
+        }
+    }
+    show(&reports, output)
+}
+
+/// The same once the supervisor runs and a slot is free, if it waits for that.
+pub fn at_start(root: &Path, output: OutputFormat) -> u8 {
+    loop {
+        match ask::ask(root, async |supervisor| supervisor.status().await) {
+            Ok(status) if !status.waits_for_selftest => return DONE,
+            // It has the directory of the workers' cgroups then.
+            Ok(status) if status.helper.reachable == Some(true) => {
+                let Some(reports) = test(root, None) else {
+                    return FAILED;
+                };
+                if reports.iter().any(|report| report.busy.is_none()) {
+                    let shown = show(&reports, output);
+                    return match tell(root, &reports) {
+                        Ok(()) => shown,
+                        Err(error) => {
+                            print_error(&format!("user-factory: {error}"));
+                            FAILED
+                        }
+                    };
+                }
+            }
+            Ok(_) | Err(_) => {}
+        }
+        std::thread::sleep(INTERVAL);
+    }
+}
+
+/// None where it could not be done; the reason is printed.
+fn test(root: &Path, slot: Option<SlotName>) -> Option<Vec<SlotReport>> {
+    if !nix::unistd::geteuid().is_root() {
+        print_error("user-factory: this needs root: it makes workers");
+        return None;
+    }
+    let config = residue::configuration(root)?;
     let slots: Vec<SlotName> = match slot {
         Some(slot) if config.slots.contains_key(&slot) => vec![slot],
         Some(slot) => {
             print_error(&format!("user-factory: the configuration has no slot {slot}"));
-            return FAILED;
+            return None;
         }
         None => config.slots.keys().cloned().collect(),
     };
@@ -30,22 +80,30 @@ pub fn selftest(root: &Path, slot: Option<SlotName>, output: OutputFormat) -> u8
         let test = |slot: &SlotName| run::slot(&config, slot, root, &programs, &listeners.outside);
         slots.iter().map(test).collect::<Result<Vec<SlotReport>, _>>()
     });
-    match tested {
-        Ok(reports) => {
-            let holds = selftest::holds(&reports);
-            say(&match output.json {
-                true => format!("{}\n", serde_json::json!({ "ok": holds, "slots": reports })),
-                false => print::selftest(&reports, holds),
-            });
-            if holds { DONE } else { FAILED }
-        }
-        Err(error) => {
+    tested
+        .map_err(|error| {
             print_error(&format!(
                 "user-factory: cannot run {} and {}: {error}; install the programs of one release",
                 programs.manual.display(),
                 programs.probe.display()
             ));
-            FAILED
-        }
-    }
+        })
+        .ok()
+}
+
+fn tell(root: &Path, reports: &[SlotReport]) -> Result<(), Error> {
+    let found = api::SelfTest {
+        failure: selftest::failure(reports),
+        ..api::SelfTest::default()
+    };
+    ask::ask(root, async |supervisor| supervisor.selftest(&found).await)
+}
+
+fn show(reports: &[SlotReport], output: OutputFormat) -> u8 {
+    let holds = selftest::holds(reports);
+    say(&match output.json {
+        true => format!("{}\n", serde_json::json!({ "ok": holds, "slots": reports })),
+        false => print::selftest(reports, holds),
+    });
+    if holds { DONE } else { FAILED }
 }

@@ -41,6 +41,12 @@ pub struct Status {
     /// Why too little of the host is free for another job (`factory.min_free`).
     #[serde(default)]
     pub shortage: Option<String>,
+    /// What the last self-test of all slots has found, since the supervisor started.
+    #[serde(default)]
+    pub selftest: Option<SelfTest>,
+    /// No jobs are taken until one has passed (`factory.selftest_at_start`).
+    #[serde(default)]
+    pub waits_for_selftest: bool,
     /// Why no jobs are taken, whatever slot is free.
     #[serde(default)]
     pub not_taken: Option<String>,
@@ -52,6 +58,16 @@ pub struct Status {
     pub foreign: Vec<ForeignWorker>,
     /// The last warnings and errors, the oldest first.
     pub troubles: Vec<Problem>,
+}
+
+/// What a self-test of all slots has found (`user-factory selftest`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SelfTest {
+    /// When it came to its end. In a request, the supervisor says it.
+    #[serde(default)]
+    pub at: Timestamp,
+    /// What did not hold, in one line of at most 1000 characters; none where all did.
+    pub failure: Option<String>,
 }
 
 /// An operator's order to take no jobs.

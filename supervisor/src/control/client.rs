@@ -9,7 +9,7 @@ use reqwest::{Client as Http, Method, RequestBuilder, Response};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::api::{Details, Drain, Refusal, Status};
+use super::api::{Details, Drain, Refusal, SelfTest, Status};
 use crate::buildomat::causes;
 
 /// A call has been answered in full by then, or the factory is away. (A deletion is answered before it is done.)
@@ -110,6 +110,16 @@ impl Client {
     /// [`Error::Refused`] where there is no such worker, or it is failed already.
     pub async fn kill(&self, worker: WorkerId) -> Result<(), Error> {
         self.call(Method::POST, &format!("/v1/workers/{worker}/kill"))
+            .await
+            .map(drop)
+    }
+
+    /// Say what a self-test of all slots has found.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a text of more than one line or 1000 characters.
+    pub async fn selftest(&self, found: &SelfTest) -> Result<(), Error> {
+        self.send(self.request(Method::POST, "/v1/selftest").json(found))
             .await
             .map(drop)
     }

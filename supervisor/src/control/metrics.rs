@@ -278,6 +278,15 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         enough,
     );
 
+    let failed: Gauge = Gauge::default();
+    let last = status.selftest.as_ref();
+    failed.set(i64::from(last.is_some_and(|last| last.failure.is_some())));
+    registry.register(
+        "selftest_failed",
+        "Has the last self-test of all slots, since the start, found what does not hold?",
+        failed,
+    );
+
     let foreign: Gauge = Gauge::default();
     foreign.set(i64::try_from(status.foreign.len()).unwrap_or(i64::MAX));
     registry.register(

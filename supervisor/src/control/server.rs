@@ -44,6 +44,8 @@ const HELPER_TIMEOUT: Duration = Duration::from_secs(2);
 const PAGE: &str = include_str!("page.html");
 /// Characters of a drain's reason.
 const MAX_REASON: usize = 200;
+/// Characters of what a self-test says did not hold.
+const MAX_FAILURE: usize = 1000;
 /// Lines of the console in a worker's details.
 const LAST_LINES: usize = 20;
 
@@ -112,6 +114,7 @@ impl ControlServer {
                 "/v1/slots/{slot}/resume",
                 post(|state, by, PathPart(slot)| resume(state, by, Some(slot))),
             )
+            .route("/v1/selftest", post(selftest))
             .route("/v1/reload", post(reload))
             .merge(public())
             .with_state(self);
@@ -380,6 +383,30 @@ async fn kill(
         .await
 }
 
+/// A text that comes with a command is shown on terminals.
+fn check_line(what: &str, text: Option<&str>, max: usize) -> ApiResult<()> {
+    let is_good =
+        |text: &str| (1..=max).contains(&text.chars().count()) && !text.chars().any(char::is_control);
+    if text.is_none_or(is_good) {
+        return Ok(());
+    }
+    Err(ApiError(
+        StatusCode::BAD_REQUEST,
+        format!("{what} must have 1 to {max} characters in one line: write another"),
+    ))
+}
+
+async fn selftest(
+    State(server): State<ControlServer>,
+    ConnectInfo(peer): ConnectInfo<PeerUid>,
+    Json(api::SelfTest { failure, .. }): Json<api::SelfTest>,
+) -> ApiResult<StatusCode> {
+    let by = peer.operator()?;
+    check_line("what a self-test says", failure.as_deref(), MAX_FAILURE)?;
+    let command = |answer| Command::SelfTested { failure, by, answer };
+    server.command(StatusCode::CONFLICT, command).await
+}
+
 async fn drain(
     state: State<ControlServer>,
     peer: ConnectInfo<PeerUid>,
@@ -387,18 +414,7 @@ async fn drain(
     order: Option<Json<api::Drain>>,
 ) -> ApiResult<StatusCode> {
     let Json(order) = order.unwrap_or_default();
-    let is_good = |reason: &String| {
-        let length = reason.chars().count();
-        (1..=MAX_REASON).contains(&length) && !reason.chars().any(char::is_control)
-    };
-    if order.reason.as_ref().is_some_and(|reason| !is_good(reason)) {
-        return Err(ApiError(
-            StatusCode::BAD_REQUEST,
-            format!(
-                "the reason of a drain must have 1 to {MAX_REASON} characters in one line: write another"
-            ),
-        ));
-    }
+    check_line("the reason of a drain", order.reason.as_deref(), MAX_REASON)?;
     let until = order
         .until
         .map(|end| u64::try_from(end.as_millisecond()).unwrap_or(0));

@@ -46,6 +46,12 @@ pub enum Command {
         by: Operator,
         answer: Answer,
     },
+    /// A self-test of all slots has come to its end: what did not hold.
+    SelfTested {
+        failure: Option<String>,
+        by: Operator,
+        answer: Answer,
+    },
     /// Read the configuration again. `refused`: why the helper would not start with it.
     Reload {
         by: Operator,
@@ -176,6 +182,11 @@ impl StatusState {
             workers: view.workers(),
             storage: view.factory.storage_problem().cloned(),
             shortage: view.factory.shortage().map(str::to_owned),
+            selftest: view.factory.selftest().map(|last| api::SelfTest {
+                at: view.time(last.at),
+                failure: last.failure.clone(),
+            }),
+            waits_for_selftest: view.factory.waits_for_selftest(),
             not_taken: view.not_taken(),
             identity: view.factory.identity().to_string(),
             foreign: view.other_hosts_workers(),

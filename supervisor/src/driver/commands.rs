@@ -77,6 +77,10 @@ impl<S: Storage> Driver<S> {
                 let reason = format!("an operator ({by}) ended its processes with `user-factory kill`");
                 done(answer, Input::Kill(worker, reason))
             }
+            Command::SelfTested { failure, by, answer } => {
+                tracing::info!(%by, passed = failure.is_none(), "an operator has tested all free slots");
+                done(answer, Input::SelfTested(failure))
+            }
             Command::Reload {
                 by,
                 refused: why,

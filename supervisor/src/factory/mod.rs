@@ -69,6 +69,8 @@ pub enum Input {
     FileDiffers(Option<String>),
     /// Why too little of the host is free for another job, in a sentence; none while enough is.
     Shortage(Option<String>),
+    /// A self-test of all slots has come to its end: what did not hold, in a sentence; none where all did.
+    SelfTested(Option<String>),
     /// Since when, in milliseconds since 1970, a call to this peer has had no answer, where that is longer than calls
     /// take; none once all have theirs.
     Unanswered(Peer, Option<u64>),
@@ -142,6 +144,15 @@ impl PeerState {
     }
 }
 
+/// What the last self-test of all slots has found, since the supervisor started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SelfTest {
+    /// When it came to its end.
+    pub at: u64,
+    /// What did not hold, in a sentence.
+    pub failure: Option<String>,
+}
+
 /// Questions for a job that were answered with an error, in a row.
 #[derive(Clone, Debug, Default)]
 struct LeaseFailure {
@@ -198,6 +209,7 @@ pub struct Factory {
     storage: Option<String>,
     /// Why too little of the host is free for another job.
     shortage: Option<String>,
+    selftest: Option<SelfTest>,
     stopped: bool,
     /// Counts inputs: the order of things, where the clock is too coarse.
     turn: u64,
@@ -235,6 +247,7 @@ impl Factory {
             file_differs: None,
             storage: None,
             shortage: None,
+            selftest: None,
             stopped: false,
             turn: 0,
             last_lease_error: String::new(),
@@ -289,6 +302,7 @@ impl Factory {
             }
             Input::FileDiffers(difference) => self.note_file(now, difference),
             Input::Shortage(shortage) => self.note_shortage(shortage),
+            Input::SelfTested(failure) => self.note_selftest(now, failure),
             Input::Stop => self.stopped = true,
             Input::ServerListed(result) => self.server_listed(now, result),
             Input::HostListed(result) => self.host_listed(now, result),
@@ -391,6 +405,15 @@ impl Factory {
             (Some(_), None) => self.log(Level::Info, None, "enough is free again for jobs".into()),
             _ => {}
         }
+    }
+
+    fn note_selftest(&mut self, now: u64, failure: Option<String>) {
+        let (level, text) = match &failure {
+            None => (Level::Info, "the self-test has passed".into()),
+            Some(failure) => (Level::Error, format!("the self-test has failed: {failure}")),
+        };
+        self.log(level, None, text);
+        self.selftest = Some(SelfTest { at: now, failure });
     }
 
     /// A slot that is no longer in the configuration has no more rules of its own.
@@ -518,6 +541,17 @@ impl Factory {
         self.shortage.as_deref()
     }
 
+    /// What the last self-test of all slots has found.
+    pub fn selftest(&self) -> Option<&SelfTest> {
+        self.selftest.as_ref()
+    }
+
+    /// Are no jobs taken until a self-test of all slots has passed (`factory.selftest_at_start`)?
+    pub fn waits_for_selftest(&self) -> bool {
+        let has_passed = self.selftest.as_ref().is_some_and(|last| last.failure.is_none());
+        self.config.factory.selftest_at_start && !has_passed
+    }
+
     /// What the configuration file says else than the configuration in use.
     pub fn file_difference(&self) -> Option<&str> {
         self.file_differs
@@ -539,6 +573,13 @@ impl Factory {
             "the supervisor's state cannot be saved"
         } else if self.other_host_listed {
             "another host may use this factory's token"
+        } else if self.waits_for_selftest() {
+            match self.selftest {
+                None => {
+                    "the self-test has not been done since the start: `user-factory selftest`, as root, does it"
+                }
+                Some(_) => "the self-test has failed: `user-factory selftest`, as root, does it again",
+            }
         } else if self.server.away {
             "the server is away"
         } else if self.helper.away {

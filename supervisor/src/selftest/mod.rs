@@ -85,7 +85,59 @@ impl SlotReport {
     }
 }
 
+/// Characters of one part of [`failure`].
+const SHOWN: usize = 200;
+
+/// What did not hold, in one line without control characters: the first of it, and how much more there is.
+pub fn failure(slots: &[SlotReport]) -> Option<String> {
+    let attempts = slots
+        .iter()
+        .flat_map(|slot| slot.attempts.iter().map(|attempt| (&slot.slot, attempt)));
+    let mut failed = attempts.filter(|(_, attempt)| attempt.outcome == Outcome::Failed);
+    let (slot, first) = failed.next()?;
+    // A job may have chosen names in it.
+    let short = |text: &str| -> String {
+        let plain = text.chars().map(|c| if c.is_control() { '?' } else { c });
+        plain.take(SHOWN).collect()
+    };
+    let more = match failed.count() {
+        0 => String::new(),
+        more => format!("; and {more} more"),
+    };
+    Some(format!(
+        "in slot {slot} it does not hold that {}: tried {}, seen {}{more}",
+        short(&first.promise),
+        short(&first.tried),
+        short(&first.seen)
+    ))
+}
+
 /// Did all that was tried hold, in at least one slot?
 pub fn holds(slots: &[SlotReport]) -> bool {
     slots.iter().any(|slot| slot.busy.is_none()) && !slots.iter().any(SlotReport::has_failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_failed_is_one_line_that_may_be_sent() {
+        let slot = |outcomes: &[Outcome]| SlotReport {
+            slot: "a".into(),
+            busy: None,
+            attempts: outcomes
+                .iter()
+                .map(|outcome| Attempt::new("it ends", "a\x1b[2J\nb", "x".repeat(5000), *outcome))
+                .collect(),
+        };
+        assert_eq!(failure(&[slot(&[Outcome::Ok, Outcome::NotTried])]), None);
+        let text = failure(&[slot(&[Outcome::Ok, Outcome::Failed]), slot(&[Outcome::Failed])]).unwrap();
+        assert!(
+            text.starts_with("in slot a it does not hold that it ends: tried a?[2J?b, seen xx"),
+            "{text}"
+        );
+        assert!(text.ends_with("x; and 1 more"), "{text}");
+        assert!(text.chars().count() <= 1000 && !text.chars().any(char::is_control));
+    }
 }

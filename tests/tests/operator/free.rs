@@ -53,18 +53,9 @@ async fn no_job_is_taken_while_the_disk_is_short_and_the_running_one_goes_on() {
         said.out
     );
     assert_eq!(state_of(&json(&factory, &["status"]), "b"), "closed");
-    let metrics = Command::new("curl")
-        .args(["-sS", "--unix-socket"])
-        .arg(socket(&factory))
-        .arg("http://localhost/metrics")
-        .output()
-        .unwrap();
-    let metrics = String::from_utf8_lossy(&metrics.stdout).into_owned();
-    assert!(
-        metrics.contains("buildomat_user_factory_enough_free 0")
-            && metrics.contains("buildomat_user_factory_jobs_taken 0"),
-        "{metrics}"
-    );
+    for name in ["enough_free", "jobs_taken"] {
+        assert_eq!(metric(&factory, name).as_deref(), Some("0"), "{name}");
+    }
     let second = factory.submit("true");
     factory.polls(3).await;
     assert_eq!(factory.server.job(second).state(), "queued");

@@ -149,6 +149,23 @@ fn state_of(status: &Value, slot: &str) -> String {
     found["state"].as_str().expect("a state is a word").to_owned()
 }
 
+/// The value of a metric that has no labels.
+fn metric(factory: &TestFactory, name: &str) -> Option<String> {
+    let metrics = tokio::task::block_in_place(|| {
+        Command::new("curl")
+            .args(["-sS", "--unix-socket"])
+            .arg(socket(factory))
+            .arg("http://localhost/metrics")
+            .output()
+            .expect("the command is there")
+    });
+    let text = String::from_utf8_lossy(&metrics.stdout);
+    let name = format!("buildomat_user_factory_{name} ");
+    text.lines()
+        .find_map(|line| line.strip_prefix(&name))
+        .map(str::to_owned)
+}
+
 fn socket(factory: &TestFactory) -> PathBuf {
     let place = protocol::config::CONTROL_DIR;
     factory

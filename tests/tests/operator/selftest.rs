@@ -1,5 +1,7 @@
 //! `user-factory selftest`: all holds on this host; a sandbox that is taken away on purpose is missed.
 
+use nix::sys::signal::Signal;
+
 use super::*;
 use testbed::test_factory::ONE;
 
@@ -49,6 +51,7 @@ limits = {{ memory = "64M", disk = "128M", inodes = 100, best_effort = true }}
         "/dev/loop-control",
         "until one is refused",
         "loopback address",
+        "the network namespace",
         "nothing is left",
     ] {
         let ok = with_outcome(&report, "ok").join("\n");
@@ -68,11 +71,9 @@ IFS= read -r told
 printf '%s\n' "$told" | setpriv --reuid=UID --regid=UID --clear-groups "${0%/*}/user-factory-probe" sandbox
 "#;
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_sandbox_that_is_not_there_is_seen() {
+/// `user-factory selftest`, with that in place of the sandbox.
+fn without_sandbox(factory: &TestFactory) -> Said {
     use std::os::unix::fs::PermissionsExt;
-    let factory = TestFactory::new(&format!("{ONE}network = \"none\"\n")).await;
-    answering(&factory).await;
     let place = tempfile::tempdir().unwrap();
     std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     for program in ["user-factory", "user-factory-probe"] {
@@ -82,13 +83,20 @@ async fn a_sandbox_that_is_not_there_is_seen() {
     let uid = factory.host.uids.end().to_string();
     std::fs::write(&manual, WITHOUT_SANDBOX.replace("UID", &uid)).unwrap();
     std::fs::set_permissions(&manual, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let said: Said = tokio::task::block_in_place(|| {
+    tokio::task::block_in_place(|| {
         let mut command = Command::new(place.path().join("user-factory"));
         command
             .args(["selftest", "--json", "--root"])
             .arg(&factory.host.root);
         command.stdin(Stdio::null()).output().unwrap().into()
-    });
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sandbox_that_is_not_there_is_seen() {
+    let factory = TestFactory::new(&format!("{ONE}network = \"none\"\n")).await;
+    answering(&factory).await;
+    let said = without_sandbox(&factory);
     assert_eq!(said.status, 1, "{}{}", said.out, said.err);
     let report: Value = serde_json::from_str(&said.out).unwrap();
     let failed = with_outcome(&report, "failed").join("\n");
@@ -132,5 +140,62 @@ async fn a_slot_with_a_worker_is_left_alone_and_another_is_tried() {
     }
     factory.release();
     factory.completed(job).await;
+    factory.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_job_is_taken_after_a_start_before_the_self_test_has_passed() {
+    let mut factory = TestFactory::new(&format!("selftest_at_start = true\n{ONE}")).await;
+    answering(&factory).await;
+    let not_taken = |why: &'static str| {
+        move |status: &Value| {
+            let told = status["not_taken"].as_str()?.starts_with(why);
+            (told && status["waits_for_selftest"] == true).then_some(())
+        }
+    };
+    see(&factory, not_taken("the self-test has not been done")).await;
+    let job = factory.submit_blocking();
+    // One slot's says nothing of the others.
+    done(&factory, &["selftest", "--slot", "a"]);
+    see(&factory, not_taken("the self-test has not been done")).await;
+    let said = without_sandbox(&factory);
+    assert_eq!(said.status, 1, "{}{}", said.out, said.err);
+    see(&factory, not_taken("the self-test has failed")).await;
+    let said = say(&factory, &["status"]);
+    assert!(
+        said.status == 4
+            && said.out.contains("selftest failed")
+            && said.out.contains("in slot a it does not hold that"),
+        "{}{}",
+        said.out,
+        said.err
+    );
+    assert_eq!(metric(&factory, "selftest_failed"), Some("1".into()));
+    factory.polls(2).await;
+    assert_eq!(factory.server.job(job).state(), "queued");
+    // As the unit does it.
+    let table = done(&factory, &["selftest", "--at-start"]);
+    assert!(table.contains("all that was tried holds"), "{table}");
+    assert_eq!(metric(&factory, "selftest_failed"), Some("0".into()));
+    online(&factory).await;
+    assert_eq!(
+        done(&factory, &["selftest", "--at-start"]),
+        "",
+        "it was asked for once"
+    );
+
+    // The next life asks again, and no slot is free before the job has ended.
+    factory.end_supervisor(Signal::SIGTERM);
+    factory.supervisor = factory.host.supervisor();
+    see(&factory, not_taken("the self-test has not been done")).await;
+    let next = factory.submit("true");
+    let mut waiting = command(&factory, &["selftest", "--at-start"]).spawn().unwrap();
+    factory.polls(2).await;
+    assert!(waiting.try_wait().unwrap().is_none(), "no slot was free");
+    factory.release();
+    factory.completed(job).await;
+    factory.completed(next).await;
+    let status = tokio::task::block_in_place(|| waiting.wait().unwrap());
+    assert!(status.success(), "{status}");
     factory.finish().await;
 }

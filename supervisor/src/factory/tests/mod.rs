@@ -934,3 +934,31 @@ fn no_job_is_asked_for_while_too_little_is_free_and_a_leased_one_begins() {
     let said = world.said.iter().filter(|line| line.contains("free"));
     assert_eq!(said.count(), 2, "{:?}", world.said);
 }
+
+#[test]
+fn no_job_is_asked_for_after_a_start_before_a_self_test_has_passed_where_that_is_configured() {
+    let mut world = World::new();
+    world.submit(1, '2');
+    // One that is not asked for changes nothing, whatever it has found.
+    world.tell(Input::SelfTested(Some("x".into())));
+    world.run(|w| w.done().len() == 1);
+    let mut config = world.core.config().clone();
+    config.factory.selftest_at_start = true;
+    world.tell(Input::Configure(Box::new(config.clone())));
+    world.submit(2, '2');
+    let begun = world.now;
+    world.run(|w| w.now >= begun + 60_000);
+    assert!(!world.done().contains(&job(2)), "{:?}", world.said);
+    let why = world.view().not_taken().unwrap();
+    assert!(why.starts_with("the self-test has failed"), "{why}");
+    world.tell(Input::SelfTested(None));
+    world.run(|w| w.done().len() == 2);
+    // The next life knows nothing of it.
+    let next = Factory::new(world.core.identity().clone(), config, Vec::new(), 1, 0);
+    assert!(next.waits_for_selftest());
+    let why = next.not_asked_for().unwrap();
+    assert!(
+        why.starts_with("the self-test has not been done since the start"),
+        "{why}"
+    );
+}
