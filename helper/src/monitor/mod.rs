@@ -323,9 +323,6 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
             }
         }
         reap(&mut listener);
-        if ready[1] {
-            launch::take_request(host, &mut waiting, &requests);
-        }
         let built = match rootfs.on_events(&ready[listening..]) {
             Some(Event::Failed(reason) | Event::Lost(reason)) => {
                 waiting.refuse_all(&reason);
@@ -333,6 +330,10 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
             }
             event => event.is_some(),
         };
+        // After that: a builder that has ended by now was none of its.
+        if ready[1] {
+            launch::take_request(host, &mut waiting, &requests);
+        }
         waiting.launch(host, &mut rootfs);
         // The configuration of what was built may name other devices.
         if ready[2] || built {
