@@ -152,6 +152,7 @@ async fn alerts_and_dashboard_use_no_number_that_is_not_there() {
         .hold(factory.server.job(job).worker.unwrap())
         .unwrap();
     see(&factory, |status| (state_of(status, "a") == "held").then_some(())).await;
+    done(&factory, &["drain"]);
     let (_, text) = get(&address, "/metrics").await;
     let mut there = names_in(&text);
     // It takes a host with quotas; `attacks`' row 54 sees what this is made of.
