@@ -330,7 +330,7 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
             }
             event => event.is_some(),
         };
-        // After that: a builder that has ended by now was none of its.
+        // Not before: a launch is not refused for a builder that ended before it was asked for.
         if ready[1] {
             launch::take_request(host, &mut waiting, &requests);
         }
