@@ -4,14 +4,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use protocol::SlotName;
-use supervisor::control::api;
+use supervisor::control::api::{self, SlotState, Status};
 use supervisor::control::client::Error;
 use supervisor::selftest::run::{Listeners, Programs};
 use supervisor::selftest::{self, SlotReport, run};
 
 use super::{DONE, FAILED, OutputFormat, ask, manual, print, print_error, residue, say};
 
-/// How often the supervisor is asked whether it waits, and the slots are tried while none is free.
+/// How often the supervisor is asked whether it waits, and whether a slot is free.
 const INTERVAL: Duration = Duration::from_secs(2);
 
 /// Try all that can be tried in this slot, or in every slot that is free. What every slot has shown, a supervisor that runs
@@ -39,7 +39,7 @@ pub fn at_start(root: &Path, output: OutputFormat) -> u8 {
         match ask::ask(root, async |supervisor| supervisor.status().await) {
             Ok(status) if !status.waits_for_selftest => return DONE,
             // It has the directory of the workers' cgroups then.
-            Ok(status) if status.helper.reachable == Some(true) => {
+            Ok(status) if status.helper.reachable == Some(true) && has_free_slot(&status) => {
                 let Some(reports) = test(root, None) else {
                     return FAILED;
                 };
@@ -58,6 +58,13 @@ pub fn at_start(root: &Path, output: OutputFormat) -> u8 {
         }
         std::thread::sleep(INTERVAL);
     }
+}
+
+/// Is there a slot that can be tried, as far as the supervisor knows?
+fn has_free_slot(status: &Status) -> bool {
+    let is_free =
+        |slot: &api::Slot| slot.worker.is_none() && slot.job.is_none() && slot.state != SlotState::Blocked;
+    status.slots.iter().any(is_free)
 }
 
 /// None where it could not be done; the reason is printed.
