@@ -11,6 +11,7 @@
 //!
 //! Nothing in this crate runs as root, and the helper trusts nothing in it.
 #![forbid(unsafe_code)]
+#![warn(missing_docs)]
 
 pub mod agent;
 pub mod backoff;

@@ -59,14 +59,22 @@ pub enum Decision {
     Adopt(Worker),
     /// It could, had it a slot of this target: it comes next.
     Wait(TargetId),
-    /// It has no owner: it is deleted, in this way. `slot`: the one that it occupies on the host.
+    /// It has no owner: it is deleted, in this way.
     Delete {
+        /// The one without an owner.
         worker: WorkerId,
+        /// The one that it occupies on the host; none where the host does not have it.
         slot: Option<SlotName>,
+        /// [`Action::HostDelete`], or [`Action::ServerDelete`] where the host is clean.
         action: Action,
     },
     /// It may be another host's: it is left alone, and a person is told.
-    Report { worker: WorkerId, why: NotOurs },
+    Report {
+        /// On the server.
+        worker: WorkerId,
+        /// For the log and the status.
+        why: NotOurs,
+    },
 }
 
 /// Why a worker on the server is left alone.

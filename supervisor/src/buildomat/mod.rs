@@ -32,14 +32,20 @@ pub enum Error {
     Unreachable(String),
     /// The server says no.
     Status {
+        /// Of HTTP, 300 or more.
         code: u16,
+        /// The body's `message` or its text, in at most 300 characters.
         message: String,
+        /// From `Retry-After`; none without one that can be read.
         retry_after: Option<Duration>,
     },
     /// Something before the server, such as a proxy, refuses: the server's own answer is not known.
     Foreign {
+        /// Of HTTP, 300 or more.
         code: u16,
+        /// What the body says, in at most 300 characters.
         message: String,
+        /// From `Retry-After`; none without one that can be read.
         retry_after: Option<Duration>,
     },
     /// The answer makes no sense, or has no end.

@@ -27,35 +27,53 @@ const MAX_PROBLEMS: usize = 50;
 pub enum Command {
     /// Straight to the core.
     Input(Input),
+    /// The whole status, which changes nothing.
     Status(oneshot::Sender<Status>),
     /// Take no new jobs, on this slot or on all; or take them again.
     Drain {
+        /// None: all slots.
         slot: Option<SlotName>,
+        /// None: take jobs again.
         drain: Option<Drain>,
+        /// Logged with the drain.
         by: Operator,
+        /// Ok once the drain is on the disk.
         answer: Answer,
     },
+    /// Delete a worker, held or not; its job fails.
     Destroy {
+        /// Refused where the factory knows no such worker.
         worker: WorkerId,
+        /// Logged with the deletion.
         by: Operator,
+        /// Ok once the deletion has begun, not when it is done.
         answer: Answer,
     },
     /// End a worker's processes, and keep its files.
     Kill {
+        /// Refused where the factory does not own it.
         worker: WorkerId,
+        /// Logged with the order.
         by: Operator,
+        /// Ok once the order is taken.
         answer: Answer,
     },
     /// A self-test of all slots has come to its end: what did not hold.
     SelfTested {
+        /// In a sentence; none where every slot passed.
         failure: Option<String>,
+        /// Logged with the result.
         by: Operator,
+        /// Always ok, whatever the result.
         answer: Answer,
     },
     /// Read the configuration again. `refused`: why the helper would not start with it.
     Reload {
+        /// Logged with the reload.
         by: Operator,
+        /// In a sentence of the helper's; then the old configuration stays in use.
         refused: Option<String>,
+        /// Ok once the new configuration is in use.
         answer: Answer,
     },
 }

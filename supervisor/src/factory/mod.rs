@@ -42,8 +42,11 @@ pub const RENEW_MS: u64 = 20_000;
 pub enum Input {
     /// Time has passed.
     Tick,
+    /// The answer to [`Output::ListServer`]: all workers of this factory's token.
     ServerListed(Result<Vec<ServerWorker>, CallError>),
+    /// The answer to [`Output::ListHost`]: all workers that exist on this host.
     HostListed(Result<Vec<WorkerInfo>, CallError>),
+    /// The answer to [`Output::Lease`]: none where no job of these targets is queued.
     Leased(Result<Option<Lease>, CallError>),
     /// The answer to [`Output::MakeWorker`] for this job.
     WorkerMade(JobId, Result<ServerWorker, CallError>),
@@ -83,47 +86,68 @@ pub enum Input {
 /// What is to be done outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Output {
+    /// Ask the server for its workers; answered with [`Input::ServerListed`].
     ListServer,
+    /// Ask the helper for its workers; answered with [`Input::HostListed`].
     ListHost,
+    /// Ask for one job of one of these targets; answered with [`Input::Leased`].
     Lease(BTreeSet<TargetId>),
+    /// Make a worker for a leased job; answered with [`Input::WorkerMade`].
     MakeWorker {
+        /// The lease's.
         target: TargetId,
+        /// The lease's.
         job: JobId,
     },
+    /// Renew the lease of a job whose worker is not online yet; answered with [`Input::Renewed`].
     Renew {
+        /// The worker that was made for the job.
         worker: WorkerId,
+        /// The leased one.
         job: JobId,
     },
+    /// Carry out a worker's next action; answered with [`Input::Done`].
     Act(WorkerId, Action),
     /// Must be on the disk before any output after it is begun.
     Save(Worker),
     /// To be answered with [`Input::DrainSaved`] once it is on the disk, and not at all where it cannot be saved.
     SaveDrain(Option<SlotName>, Option<Drain>),
-    /// The same.
+    /// Forget this worker. Must be on the disk before any output after it is begun.
     Remove(WorkerId),
+    /// To the log, and to the status from [`Level::Warn`] on.
     Log(LogLine),
 }
 
 /// One line for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogLine {
+    /// The status keeps warnings and errors only.
     pub level: Level,
+    /// None where the line is of no worker.
     pub worker: Option<WorkerId>,
+    /// None where the line is of no slot.
     pub slot: Option<SlotName>,
+    /// None where the line is of no job.
     pub job: Option<JobId>,
+    /// One sentence, for an operator.
     pub text: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How urgent a line of the log is, in the order of syslog(3).
 pub enum Level {
+    /// All is as it should be.
     Info,
+    /// An operator may have to act.
     Warn,
+    /// The factory could not do what it should.
     Error,
 }
 
 /// How the server or the helper is.
 #[derive(Clone, Debug, Default)]
 pub struct PeerState {
+    /// It did not answer the last time that it was asked, or refused.
     pub away: bool,
     backoff: Backoff,
     retry_at: u64,
@@ -488,85 +512,85 @@ impl Factory {
 
     // What the control API shows.
 
-    pub fn identity(&self) -> &Identity {
+    pub(crate) fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    pub fn config(&self) -> &Config {
+    pub(crate) fn config(&self) -> &Config {
         &self.config
     }
 
-    pub fn plan(&self) -> &Plan {
+    pub(crate) fn plan(&self) -> &Plan {
         &self.plan
     }
 
     /// Jobs that were leased and have no worker yet.
-    pub fn pending_workers(&self) -> &[PendingWorker] {
+    pub(crate) fn pending_workers(&self) -> &[PendingWorker] {
         &self.pending_workers
     }
 
-    pub fn is_draining(&self) -> bool {
+    pub(crate) fn is_draining(&self) -> bool {
         self.drains.contains_key(&None)
     }
 
-    pub fn drains(&self) -> &Drains {
+    pub(crate) fn drains(&self) -> &Drains {
         &self.drains
     }
 
     /// Until when this slot takes no jobs since it has failed workers by itself.
-    pub fn cooldown(&self, slot: &SlotName) -> Option<u64> {
+    pub(crate) fn cooldown(&self, slot: &SlotName) -> Option<u64> {
         self.cooldowns.get(slot).map(|cooldown| cooldown.until)
     }
 
-    pub fn server(&self) -> &PeerState {
+    pub(crate) fn server(&self) -> &PeerState {
         &self.server
     }
 
-    pub fn helper(&self) -> &PeerState {
+    pub(crate) fn helper(&self) -> &PeerState {
         &self.helper
     }
 
     /// Since when a call to this peer has had no answer, where that is longer than calls take.
-    pub fn unanswered_since(&self, peer: Peer) -> Option<u64> {
+    pub(crate) fn unanswered_since(&self, peer: Peer) -> Option<u64> {
         self.unanswered.get(&peer).copied()
     }
 
     /// Why the state cannot be saved, or may soon not be.
-    pub fn storage_problem(&self) -> Option<&String> {
+    pub(crate) fn storage_problem(&self) -> Option<&String> {
         self.storage.as_ref()
     }
 
     /// Why too little of the host is free for another job.
-    pub fn shortage(&self) -> Option<&str> {
+    pub(crate) fn shortage(&self) -> Option<&str> {
         self.shortage.as_deref()
     }
 
     /// What the last self-test of all slots has found.
-    pub fn selftest(&self) -> Option<&SelfTest> {
+    pub(crate) fn selftest(&self) -> Option<&SelfTest> {
         self.selftest.as_ref()
     }
 
     /// Are no jobs taken until a self-test of all slots has passed (`factory.selftest_at_start`)?
-    pub fn waits_for_selftest(&self) -> bool {
+    pub(crate) fn waits_for_selftest(&self) -> bool {
         let has_passed = self.selftest.as_ref().is_some_and(|last| last.failure.is_none());
         self.config.factory.selftest_at_start && !has_passed
     }
 
     /// What the configuration file says else than the configuration in use.
-    pub fn file_difference(&self) -> Option<&str> {
+    pub(crate) fn file_difference(&self) -> Option<&str> {
         self.file_differs
             .as_ref()
             .map(|(_, difference)| difference.as_str())
     }
 
     /// Why the last question for a job failed, and when the next is asked.
-    pub fn lease_failure(&self) -> Option<(&str, u64)> {
+    pub(crate) fn lease_failure(&self) -> Option<(&str, u64)> {
         let failure = self.lease_failed.as_ref()?;
         Some((&failure.sentence, failure.retry_at))
     }
 
     /// Why the server is not asked for jobs, whatever slot is free.
-    pub fn not_asked_for(&self) -> Option<&str> {
+    pub(crate) fn not_asked_for(&self) -> Option<&str> {
         Some(if self.is_draining() {
             "all slots are drained: `user-factory resume` takes jobs again"
         } else if self.storage.is_some() {
@@ -600,12 +624,12 @@ impl Factory {
     }
 
     /// Is this slot in the configuration?
-    pub fn has_slot(&self, slot: &SlotName) -> bool {
+    pub(crate) fn has_slot(&self, slot: &SlotName) -> bool {
         self.config.slots.contains_key(slot)
     }
 
     /// Is this worker this factory's?
-    pub fn owns(&self, worker: WorkerId) -> bool {
+    pub(crate) fn owns(&self, worker: WorkerId) -> bool {
         self.owned(worker).is_some()
     }
 }

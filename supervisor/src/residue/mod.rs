@@ -55,13 +55,17 @@ impl From<RangeInclusive<u32>> for Uids {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
+    /// One of which any uid, gid or supplementary group is of the range.
     Process,
+    /// Anything with a name in a file system whose owner or group is of the range: directories and devices, too.
     File,
     /// System V shared memory, semaphores and message queues (`sysvipc(7)`).
     Ipc,
     /// Keys and keyrings (`keyrings(7)`).
     Key,
+    /// Named after the worker, below the helper's own.
     Cgroup,
+    /// In the mount namespace of the program that looks, with a worker's name in its place or its source.
     Mount,
     /// The record or the account by which the host knows the user.
     User,

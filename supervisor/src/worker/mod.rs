@@ -30,15 +30,25 @@ pub enum Phase {
     Reserved,
     /// Its user exists.
     Created,
-    /// Its agent was started. `online`: and has reported to the server.
-    Running { online: bool },
+    /// Its agent was started.
+    Running {
+        /// The agent has reported to the server, as the server said last.
+        online: bool,
+    },
     /// It was lost before its job began: the host is cleaned, then it is made again under its own name.
-    /// `confirmed`: the server, asked after the loss, says that the agent never came online; before that
-    /// nothing is undone. (Not saved: after a crash the server is asked once more.) An agent that still runs,
-    /// but that the server has forgotten, is given time to be remembered.
-    Resetting { confirmed: bool },
-    /// It failed. `reported`: the server knows; until then, `lines_sent` of the console are in the job's log.
-    Broken { reported: bool, lines_sent: u32 },
+    /// An agent that still runs, but that the server has forgotten, is given time to be remembered.
+    Resetting {
+        /// The server, asked after the loss, says that the agent never came online; before that nothing is undone.
+        /// Not saved: after a crash the server is asked once more.
+        confirmed: bool,
+    },
+    /// It failed.
+    Broken {
+        /// The server knows, and so the console is in the job's log as far as it could be sent.
+        reported: bool,
+        /// So many lines of the console, from its first on, are in the job's log.
+        lines_sent: u32,
+    },
     /// The host is being cleaned.
     Destroying,
     /// The host is clean; the server may forget it.
@@ -46,6 +56,7 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// As the status and the log print it.
     pub fn name(self) -> &'static str {
         match self {
             Phase::Reserved => "reserved",
@@ -82,12 +93,17 @@ impl Phase {
 /// A worker: all that has to be remembered of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Worker {
+    /// Given by the server.
     pub id: WorkerId,
+    /// The one that it occupies until nothing of it is left on the host.
     pub slot: SlotName,
+    /// The slot's when the worker was made.
     pub target: TargetId,
     /// The job that it was made for; unknown for one that was adopted.
     pub job: Option<JobId>,
+    /// None until the server has told it, or if it is not usable.
     pub bootstrap: Option<BootstrapToken>,
+    /// What the database has, apart from `confirmed` of [`Phase::Resetting`].
     pub phase: Phase,
     /// When the phase began, in milliseconds since 1970.
     pub since: u64,
@@ -101,6 +117,7 @@ pub struct Worker {
     pub hold_since: Option<u64>,
     /// The server no longer lists it.
     pub gone: bool,
+    /// So often it was lost before its job began; at most [`MAX_REMAKES`].
     pub remakes: u32,
     /// Why it is broken.
     pub failure: Option<String>,
@@ -137,12 +154,19 @@ pub struct Rules {
 /// A worker as the server's list shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OnServer {
+    /// The list does not have it.
     Gone,
+    /// The list has it, and says this.
     View {
+        /// A person, or a failure, has frozen it.
         hold: bool,
+        /// It is to be torn down.
         recycle: bool,
+        /// Its agent has introduced itself.
         online: bool,
+        /// The server has stored its slot.
         associated: bool,
+        /// None where the list has none that is usable.
         bootstrap: Option<BootstrapToken>,
     },
 }
@@ -162,7 +186,9 @@ impl From<&ServerWorker> for OnServer {
 /// A worker as the helper's list shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnHost {
+    /// The list does not have it.
     Absent,
+    /// The list has it, in this state.
     Has(State),
 }
 
@@ -171,20 +197,28 @@ pub enum OnHost {
 pub enum Event {
     /// A poll has shown this; None where that side did not answer, or answered before the last change.
     Seen {
+        /// The server's list.
         server: Option<OnServer>,
+        /// The helper's list.
         host: Option<OnHost>,
     },
     /// The start could not go on for so long, since the server could not be asked or the configuration file differed:
     /// that time does not count against the agent.
     Waited {
+        /// Milliseconds.
         ms: u64,
     },
+    /// The answer to [`Action::Associate`].
     Associated,
+    /// The answer to [`Action::CreateUser`].
     UserCreated,
+    /// The answer to [`Action::InstallAgent`].
     AgentStarted,
     /// So many lines of the console are in the job's log, and this stood in the way of the others, or of the failure.
     LinesReported {
+        /// From the console's first line on.
         lines: u32,
+        /// Why the rest was not sent.
         error: CallError,
     },
     /// The server knows that it failed.
@@ -250,28 +284,37 @@ impl Event {
 pub enum Action {
     /// Tell the server the slot: before this it refuses the agent.
     Associate {
+        /// What its mark on the server names.
         slot: SlotName,
+        /// What the agent runs around the job.
         scripts: Scripts,
     },
+    /// Make its user and directories.
     CreateUser {
+        /// The one that it takes on the host.
         slot: SlotName,
     },
-    /// `agent`: the host's program, where the configuration names one; otherwise the server's.
+    /// Start the agent in the worker's sandbox.
     InstallAgent {
+        /// The agent's own, for its introduction to the server.
         bootstrap: BootstrapToken,
+        /// The host's program, where the configuration names one; otherwise the server's.
         agent: Option<PathBuf>,
     },
     /// End its processes. What they wrote stays.
     HostKill,
     /// The console from this line on into the job's log, then the failure.
     ReportFailure {
+        /// For the job's log.
         reason: String,
+        /// So many lines of the console were sent before.
         lines_sent: u32,
     },
     /// Remove every trace from the host.
     HostDelete,
-    /// Tell the server that the host is clean. `gone`: the server has no such worker, any answer will do.
+    /// Tell the server that the host is clean.
     ServerDelete {
+        /// The server has no such worker: any answer will do.
         gone: bool,
     },
 }
@@ -282,6 +325,7 @@ impl Action {
         matches!(self, Action::CreateUser { .. } | Action::InstallAgent { .. })
     }
 
+    /// As the log prints it, after "cannot".
     pub fn name(&self) -> &'static str {
         match self {
             Action::Associate { .. } => "associate",
