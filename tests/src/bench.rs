@@ -20,6 +20,7 @@ pub struct Options {
 }
 
 impl Options {
+    /// From this process's arguments; cargo's own `--bench` is skipped, and what is no option is a part to measure.
     pub fn from_args() -> Options {
         let mut options = Options {
             small: false,
@@ -52,19 +53,25 @@ impl Options {
 /// All that one benchmark has measured.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
+    /// Also that of the file in `docs/performance`, without its ending.
     pub name: String,
+    /// In the order in which they were measured.
     pub groups: Vec<Group>,
 }
 
 /// Ways that were measured in turn. Ratios are against the first.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Group {
+    /// Printed above the table.
     pub title: String,
+    /// Never empty.
     pub ways: Vec<Way>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+/// What was measured of one way.
 pub struct Way {
+    /// As it is printed, and as [`Group::ratio`] takes it.
     pub name: String,
     /// Microseconds, sorted.
     pub samples: Vec<f64>,
@@ -100,6 +107,7 @@ impl Way {
         self.samples[at]
     }
 
+    /// In microseconds.
     pub fn median(&self) -> f64 {
         self.quantile(0.5)
     }
@@ -131,7 +139,7 @@ impl Group {
         }
     }
 
-    pub fn way(&self, name: &str) -> &Way {
+    pub(crate) fn way(&self, name: &str) -> &Way {
         let found = self.ways.iter().find(|way| way.name == name);
         found.unwrap_or_else(|| panic!("{} has no {name}", self.title))
     }
@@ -143,6 +151,7 @@ impl Group {
 }
 
 impl Report {
+    /// With no group yet.
     pub fn new(name: &str) -> Report {
         Report {
             name: name.to_owned(),

@@ -21,6 +21,7 @@ pub struct ForwardProxy {
 }
 
 impl ForwardProxy {
+    /// On a free port of 127.0.0.1; every request ends at `server`.
     pub async fn start(server: SocketAddr) -> Result<ForwardProxy> {
         let listener = TcpListener::bind("127.0.0.1:0").await.context("cannot listen")?;
         let address = listener.local_addr()?;
@@ -34,6 +35,7 @@ impl ForwardProxy {
         Ok(ForwardProxy { address, asked, task })
     }
 
+    /// As `https_proxy` takes it.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }

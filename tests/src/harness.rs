@@ -157,6 +157,7 @@ impl Log {
         }
     }
 
+    /// Wait for a line that has all of `parts`, the first lines included.
     pub fn wait(&self, parts: &[&str]) -> String {
         self.wait_from(0, parts)
     }
@@ -168,18 +169,22 @@ impl Log {
         log.lines.iter().skip(from).filter(matches).count()
     }
 
+    /// How many lines have all of `parts`.
     pub fn count(&self, parts: &[&str]) -> usize {
         self.count_from(0, parts)
     }
 
+    /// How many lines have come so far.
     pub fn len(&self) -> usize {
         self.0.0.lock().unwrap().lines.len()
     }
 
+    /// No line yet.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
+    /// All lines so far.
     pub fn text(&self) -> String {
         self.text_from(0)
     }
@@ -194,6 +199,7 @@ impl Log {
 #[derive(Debug)]
 pub struct Running {
     child: Child,
+    /// Kept until the value is dropped, which prints it where the test has failed.
     pub log: Log,
 }
 
@@ -221,10 +227,12 @@ impl Running {
         Running { child, log }
     }
 
+    /// Panics where the process was waited for and is gone.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).expect("it is our child");
     }
 
+    /// As this process's pid namespace numbers it.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -255,8 +263,11 @@ impl Drop for Running {
 /// A host for one test.
 #[derive(Debug)]
 pub struct TestHost {
+    /// Stands for `/` of the factory; removed when it is dropped.
     pub root: PathBuf,
+    /// From the root of the cgroup file system, with a slash in front.
     pub cgroup: String,
+    /// Those of its workers: no other test has them.
     pub uids: std::ops::RangeInclusive<u32>,
     _range: Flock<fs::File>,
 }
@@ -281,6 +292,7 @@ impl TestHost {
     /// Of the name of its directory.
     pub const PREFIX: &str = "user-factory-test-";
 
+    /// With the factory's directories and no configuration; see [`TestHost::configure`].
     pub fn new() -> TestHost {
         binaries();
         static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -332,6 +344,7 @@ impl TestHost {
         fs::rename(part, self.root.join(config::CONFIG_PATH)).unwrap();
     }
 
+    /// Readable by root alone, where [`TestHost::configure`] says that it is.
     pub fn write_token(&self, token: &str) {
         let path = self.root.join("token");
         fs::write(&path, token).unwrap();
@@ -381,14 +394,17 @@ impl TestHost {
         command
     }
 
+    /// With the user [`SUPERVISOR_UID`]; returns without waiting for its first poll.
     pub fn supervisor(&self) -> Running {
         Running::start(&mut self.supervisor_command())
     }
 
+    /// The helper's.
     pub fn socket(&self) -> PathBuf {
         self.root.join(config::HELPER_SOCKET)
     }
 
+    /// It need not exist.
     pub fn worker_dir(&self, worker: WorkerId) -> PathBuf {
         self.root
             .join(config::STATE_DIR)
@@ -396,6 +412,7 @@ impl TestHost {
             .join(worker.to_string())
     }
 
+    /// Where the host knows its workers' users from.
     pub fn userdb(&self) -> PathBuf {
         self.root.join("run/userdb")
     }
@@ -508,6 +525,7 @@ pub fn cgroup2_mount() -> PathBuf {
 /// A client at the helper's socket, polite or not.
 #[derive(Debug)]
 pub struct Client {
+    /// For packets that the client itself would not send.
     pub socket: Seqpacket,
     /// Where its workers' cgroups are.
     pub cgroups: PathBuf,
@@ -538,10 +556,12 @@ impl Client {
         Client { socket, cgroups }
     }
 
+    /// Send it, and wait for the reply with what it carries.
     pub fn ask(&self, request: &Request) -> (Reply, Vec<OwnedFd>) {
         self.ask_with(request, None)
     }
 
+    /// The same, with a descriptor that travels with the request.
     pub fn ask_with(&self, request: &Request, descriptor: Option<BorrowedFd<'_>>) -> (Reply, Vec<OwnedFd>) {
         self.socket
             .send(&wire::encode(request).unwrap(), descriptor)

@@ -38,6 +38,7 @@ pub struct HostSnapshot {
 }
 
 impl HostSnapshot {
+    /// Panics where `/proc` cannot be read.
     pub fn take(host: &TestHost) -> HostSnapshot {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let uids = Uids::from(host.uids.clone());

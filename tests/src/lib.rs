@@ -3,6 +3,7 @@
 //! [`server`] is a fake buildomat server, over real HTTP and with a clock that tests can
 //! move; [`agent`] is a fake agent with the real one's command line, files and behaviour. All `unsafe` of
 //! the library is in `tracer::sys`.
+#![warn(missing_docs)]
 
 pub mod agent;
 pub mod bench;

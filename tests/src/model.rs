@@ -14,7 +14,9 @@ use protocol::{ErrorKind, Exit, SlotName, State, Uid, WorkerId, WorkerInfo};
 /// What the contract takes from the configuration: the slots, and which of them conflict, as it is written there.
 #[derive(Clone, Debug, Default)]
 pub struct Configuration {
+    /// By their names: what a slot has is none of the contract's affair.
     pub slots: BTreeSet<SlotName>,
+    /// In the order in which the file names them; see [`Configuration::conflict`].
     pub conflicts: BTreeSet<(SlotName, SlotName)>,
 }
 
@@ -55,8 +57,11 @@ impl From<&Config> for Configuration {
 /// What a worker has of the host.
 #[derive(Clone, Debug)]
 pub struct Allocation {
+    /// No other worker has it.
     pub slot: SlotName,
+    /// Its gid is the same number.
     pub uid: Uid,
+    /// As `List` tells it.
     pub state: State,
 }
 
@@ -65,12 +70,13 @@ pub struct Allocation {
 pub struct Model {
     /// None while it does not parse.
     pub configuration: Option<Configuration>,
-    pub uids: RangeInclusive<u32>,
+    pub(crate) uids: RangeInclusive<u32>,
     /// None is a worker whose record is damaged: nobody knows which slot it has.
     workers: BTreeMap<WorkerId, Option<Allocation>>,
 }
 
 impl Model {
+    /// Without workers; `uids` is `factory.uid_range`.
     pub fn new(configuration: Configuration, uids: RangeInclusive<u32>) -> Model {
         Model {
             configuration: Some(configuration),
@@ -178,6 +184,7 @@ impl Model {
             .filter_map(|(id, allocation)| Some((*id, allocation.as_ref()?)))
     }
 
+    /// None also where its record is damaged.
     pub fn get(&self, worker: WorkerId) -> Option<&Allocation> {
         self.workers.get(&worker)?.as_ref()
     }

@@ -24,6 +24,7 @@ pub struct Cell {
     pub text: String,
     /// What is between backticks, apart from the text of links.
     pub words: Vec<String>,
+    /// In the order of the text.
     pub links: Vec<Link>,
 }
 

@@ -17,6 +17,7 @@ use crate::harness::PATIENCE;
 #[derive(Clone, Debug, Default)]
 pub enum Fault {
     #[default]
+    /// It is passed on, and so is its answer.
     None,
     /// Nobody listens.
     Refuse,
@@ -78,7 +79,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    pub async fn start(upstream: SocketAddr) -> Result<Proxy> {
+    pub(crate) async fn start(upstream: SocketAddr) -> Result<Proxy> {
         let listener = TcpListener::bind("127.0.0.1:0").await.context("cannot listen")?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
@@ -96,7 +97,7 @@ impl Proxy {
         })
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 

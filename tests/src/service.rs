@@ -9,11 +9,13 @@ use nix::unistd::Pid;
 use crate::harness::{Log, binaries};
 
 #[derive(Debug)]
+/// A program under a manager that reaps it; dropped, both are killed.
 pub struct Service {
     manager: Child,
     words: ChildStdin,
     said: Lines<BufReader<ChildStdout>>,
     pid: Option<u32>,
+    /// The program's standard error, of all its lives, and the manager's.
     pub log: Log,
 }
 
@@ -77,6 +79,7 @@ impl Service {
         pid.unwrap_or_else(|| panic!("the manager said {line:?}, not {word}…\n{}", self.log.text()))
     }
 
+    /// Panics where it does not run.
     pub fn pid(&self) -> u32 {
         self.pid.expect("it runs")
     }
@@ -87,6 +90,7 @@ impl Service {
         assert_eq!(self.pid.take(), Some(pid));
     }
 
+    /// Panics where it does not run.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid() as i32), signal).expect("it is not reaped before it is waited for");
     }

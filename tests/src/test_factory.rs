@@ -11,7 +11,9 @@ use crate::host_snapshot::HostSnapshot;
 use crate::proxy::Proxy;
 use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
 
+/// A slot `a` with a variable.
 pub const ONE: &str = "[slots.a]\ntarget = \"TARGET\"\nenv.COLOUR = \"red\"\n";
+/// Slots `a` and `b`, of one target.
 pub const TWO: &str = "[slots.a]\ntarget = \"TARGET\"\n[slots.b]\ntarget = \"TARGET\"\n";
 
 /// The calls of a poll, as the supervisor's log names them.
@@ -24,14 +26,21 @@ const BLOCKING: &str = "echo running; while ! [ -e RELEASE ]; do read -t 0.2 < <
 /// The fields go in this order: the processes, what is mounted in the host's directory, the directory.
 #[derive(Debug)]
 pub struct TestFactory {
+    /// A test may replace it: the last one is then killed.
     pub supervisor: Running,
+    /// A test may replace it: the last one is then killed.
     pub helper: Running,
+    /// What the host's state directory is on, where `prepare` of [`TestFactory::on`] made one.
     pub disk: Option<SmallDisk>,
+    /// With the factory's files in a directory of its own.
     pub host: TestHost,
     /// Between the factory and the server, where the factory has one.
     pub proxy: Option<Proxy>,
+    /// It has the target `linux` and the factory `here`.
     pub server: Server,
+    /// Taken before the helper started.
     pub before: HostSnapshot,
+    /// Of `linux`, which stands for `TARGET` in slots.
     pub target: Ulid,
     shared: tempfile::TempDir,
 }
@@ -42,6 +51,7 @@ impl TestFactory {
         TestFactory::with_agent(slots, binaries().join("fake-agent")).await
     }
 
+    /// One whose workers get this program as their agent.
     pub async fn with_agent(slots: &str, agent: PathBuf) -> TestFactory {
         TestFactory::build(slots, agent, false, |_| None).await
     }
@@ -96,6 +106,7 @@ impl TestFactory {
         }
     }
 
+    /// Where the factory reaches the server: the proxy, if there is one.
     pub fn url(&self) -> String {
         self.proxy.as_ref().map_or_else(|| self.server.url(), Proxy::url)
     }
@@ -106,6 +117,7 @@ impl TestFactory {
         self.host.configure(&self.url(), SUPERVISOR_UID, &slots);
     }
 
+    /// A job of one task, which this script of bash is.
     pub fn submit(&self, script: &str) -> Ulid {
         self.server.submit_job(JobSpec::script("linux", script)).unwrap()
     }
@@ -141,11 +153,13 @@ impl TestFactory {
         job
     }
 
+    /// Wait for a job's end; panics with the supervisor's log where it does not come.
     pub async fn ended(&self, job: Ulid) -> Job {
         let ended = self.server.wait_job(job, PATIENCE).await;
         ended.unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()))
     }
 
+    /// Wait for a job's end, and fail unless it is `completed`.
     pub async fn completed(&self, job: Ulid) {
         let job = self.ended(job).await;
         assert_eq!(
@@ -241,6 +255,7 @@ impl TestFactory {
         tokio::task::block_in_place(|| self.supervisor.log.wait_from(from, parts))
     }
 
+    /// Wait for a line of the supervisor's log that has all of these parts.
     pub fn logged(&self, parts: &[&str]) -> String {
         self.logged_from(0, parts)
     }
@@ -251,6 +266,7 @@ impl TestFactory {
         self.supervisor.wait()
     }
 
+    /// With this signal; returns when it has ended.
     pub fn end_helper(&mut self, signal: Signal) {
         self.helper.signal(signal);
         self.helper.wait();

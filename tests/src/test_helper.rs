@@ -34,12 +34,16 @@ target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
 pub struct TestHelper {
     /// Before the host, whose directory it is mounted in: the fields go in this order.
     pub disk: Option<SmallDisk>,
+    /// With the helper's files in a directory of its own.
     pub host: TestHost,
+    /// A test may replace it: the last one is then killed.
     pub helper: Running,
+    /// Taken before the helper started.
     pub before: HostSnapshot,
 }
 
 impl TestHelper {
+    /// With slots `a`, `b` and `c`.
     pub fn new() -> TestHelper {
         TestHelper::with(SLOTS)
     }
@@ -63,10 +67,12 @@ impl TestHelper {
         }
     }
 
+    /// A connection of its own, greeted.
     pub fn client(&self) -> Client {
         Client::new(&self.host)
     }
 
+    /// Each must be deleted at the first request.
     pub fn delete(&self, workers: &[WorkerId]) {
         let client = self.client();
         for worker in workers {
@@ -83,10 +89,12 @@ impl TestHelper {
     }
 }
 
+/// Panics where it is no name of a slot.
 pub fn slot(name: &str) -> SlotName {
     name.parse().unwrap()
 }
 
+/// `CreateUser` in the slot `name`, whatever comes of it.
 pub fn create(client: &Client, worker: WorkerId, name: &str) -> Reply {
     client
         .ask(&Request::CreateUser {
@@ -96,16 +104,19 @@ pub fn create(client: &Client, worker: WorkerId, name: &str) -> Reply {
         .0
 }
 
+/// A new worker in the slot `name`, which must be free.
 pub fn created(client: &Client, name: &str) -> WorkerId {
     let worker = worker_id();
     assert!(matches!(create(client, worker, name), Reply::UserCreated { .. }));
     worker
 }
 
+/// Of the right length, for no server.
 pub fn token() -> BootstrapToken {
     "t0k3n".repeat(10).parse().unwrap()
 }
 
+/// `InstallAgent` with this descriptor: the reply, and the console where the reply carries one.
 pub fn install(client: &Client, worker: WorkerId, agent: OwnedFd) -> (Reply, Option<File>) {
     let (reply, mut descriptors) = client.ask_with(
         &Request::InstallAgent {
@@ -158,12 +169,14 @@ pub fn start_attack(client: &Client, worker: WorkerId, name: &str, words: &[&str
     console.expect("a console comes with the reply")
 }
 
+/// The first 2 MiB of a console, whatever was read of it before.
 pub fn read(console: &File) -> String {
     let mut bytes = vec![0; 2 << 20];
     let n = console.read_at(&mut bytes, 0).unwrap();
     String::from_utf8_lossy(&bytes[..n]).into_owned()
 }
 
+/// As `List` tells it; panics where the worker is not listed.
 pub fn state(client: &Client, worker: WorkerId) -> State {
     list(client)
         .into_iter()
@@ -172,6 +185,7 @@ pub fn state(client: &Client, worker: WorkerId) -> State {
         .state
 }
 
+/// Wait for a worker with an agent until `good`; returns its state then.
 pub fn wait_until(client: &Client, worker: WorkerId, good: impl Fn(State) -> bool) -> State {
     let end = Instant::now() + PATIENCE;
     // The kernel says when the last process has left (`cgroups(7)`): that is when the agent has ended.
@@ -219,10 +233,12 @@ pub fn wait_for_console(console: &File, found: impl Fn(&str) -> bool) {
     assert!(found, "it is not on the console:\n{}", read(console));
 }
 
+/// Wait until a whole line of the console is this.
 pub fn wait_for_line(console: &File, line: &str) {
     wait_for_console(console, |text| text.lines().any(|other| other == line));
 }
 
+/// All workers; panics where they are more than one reply holds.
 pub fn list(client: &Client) -> Vec<protocol::WorkerInfo> {
     match client.ask(&Request::List { after: None }).0 {
         Reply::Listed { workers, more: false } => workers,
@@ -230,6 +246,7 @@ pub fn list(client: &Client) -> Vec<protocol::WorkerInfo> {
     }
 }
 
+/// Of a reply that must be an error: its text is one line.
 pub fn kind(reply: Reply) -> ErrorKind {
     match reply {
         Reply::Error(error) => {

@@ -23,6 +23,7 @@ pub struct WorkerSnapshot {
 }
 
 impl WorkerSnapshot {
+    /// Of all workers of this host.
     pub fn take(host: &TestHost) -> WorkerSnapshot {
         let mut paths = BTreeSet::new();
         for place in [

@@ -14,7 +14,7 @@ use clap::Parser;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use testbed::server::fresh_id;
-use testbed::server::wire::{AddFileResult, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
+use testbed::server::{AddFileResult, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
 
 #[derive(Debug, Parser)]
 #[command(name = "acceptance", about = "Runs jobs of all kinds on a buildomat server")]

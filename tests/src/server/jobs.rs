@@ -22,7 +22,7 @@ pub enum FileKind {
 }
 
 impl State {
-    pub fn submit(&mut self, body: JobSubmit, max_runtime: Duration) -> Result<Ulid, Refusal> {
+    pub(crate) fn submit(&mut self, body: JobSubmit, max_runtime: Duration) -> Result<Ulid, Refusal> {
         let invalid = |what: String| Err(Refusal::Invalid(what));
         if !body.depends.is_empty() {
             return invalid("this fake server knows no dependencies between jobs".to_string());
@@ -79,6 +79,7 @@ impl State {
         Ok(id)
     }
 
+    /// Submit it, its inputs uploaded.
     pub fn submit_spec(&mut self, spec: JobSpec) -> Result<Ulid, Refusal> {
         let body = JobSubmit {
             name: spec.name,
@@ -97,15 +98,15 @@ impl State {
         Ok(id)
     }
 
-    pub fn submit_http(&mut self, body: JobSubmit) -> Result<Ulid, Refusal> {
+    pub(crate) fn submit_http(&mut self, body: JobSubmit) -> Result<Ulid, Refusal> {
         self.submit(body, MAX_RUNTIME)
     }
 
-    pub fn job(&self, job: Ulid) -> Result<&Job, Refusal> {
+    pub(crate) fn job(&self, job: Ulid) -> Result<&Job, Refusal> {
         self.jobs.get(&job).ok_or(Refusal::Internal)
     }
 
-    pub fn job_mut(&mut self, job: Ulid) -> Result<&mut Job, Refusal> {
+    pub(crate) fn job_mut(&mut self, job: Ulid) -> Result<&mut Job, Refusal> {
         self.jobs.get_mut(&job).ok_or(Refusal::Internal)
     }
 
@@ -137,11 +138,11 @@ impl State {
         self.control(job, &text);
     }
 
-    pub fn control(&mut self, job: Ulid, text: &str) {
+    pub(crate) fn control(&mut self, job: Ulid, text: &str) {
         self.append(job, None, "control", None, text);
     }
 
-    pub fn append(
+    pub(crate) fn append(
         &mut self,
         job: Ulid,
         task: Option<u32>,
@@ -174,6 +175,7 @@ impl State {
         j.completed = Some(now);
     }
 
+    /// Takes effect at the next tick. A conflict where the job has ended.
     pub fn cancel(&mut self, job: Ulid) -> Result<(), Refusal> {
         let j = self.job_mut(job)?;
         if j.complete() {
@@ -252,7 +254,7 @@ impl Job {
         Ok(all.into())
     }
 
-    pub fn add_input(&mut self, name: &str, file: Ulid, bytes: Bytes) -> Result<(), Refusal> {
+    pub(crate) fn add_input(&mut self, name: &str, file: Ulid, bytes: Bytes) -> Result<(), Refusal> {
         let input = self
             .inputs
             .iter_mut()
@@ -272,7 +274,7 @@ impl Job {
         self.files.insert(id, bytes);
     }
 
-    pub fn complete_task(&mut self, task: u32, failed: bool) -> Result<(), Refusal> {
+    pub(crate) fn complete_task(&mut self, task: u32, failed: bool) -> Result<(), Refusal> {
         let t = self.tasks.get_mut(task as usize).ok_or(Refusal::Internal)?;
         if self.progress != Progress::Pending || t.progress != Progress::Pending {
             return Err(Refusal::Conflict(format!("task {task} is already complete")));
@@ -281,7 +283,7 @@ impl Job {
         Ok(())
     }
 
-    pub fn store_put(&mut self, name: &str, value: StoreValue, source: &'static str, time: Timestamp) {
+    pub(crate) fn store_put(&mut self, name: &str, value: StoreValue, source: &'static str, time: Timestamp) {
         self.store
             .insert(name.to_string(), Stored { value, source, time });
     }

@@ -20,7 +20,7 @@ mod tests;
 mod tests_http;
 mod tick;
 mod ulid;
-pub mod wire;
+pub(crate) mod wire;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -41,9 +41,10 @@ pub use model::{
 pub use shared::{Behaviour, Down};
 pub use state::{LEASE, State};
 pub use ulid::{Chance, Ulid, fresh_id, secret};
-use wire::{JobEvent, JobOutput};
+pub use wire::{AddFileResult, Associate, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
 
 #[derive(Clone, Debug)]
+/// What a server is started with.
 pub struct ServerOptions {
     /// Port 0 takes any free one.
     pub listen: SocketAddr,
@@ -80,6 +81,7 @@ pub struct Server {
 }
 
 impl Server {
+    /// Must be called within a tokio runtime. An error where the address cannot be listened at.
     pub async fn start(options: ServerOptions) -> Result<Server> {
         let listener = TcpListener::bind(options.listen).await;
         let listener = listener.with_context(|| format!("cannot listen on {}", options.listen))?;
@@ -145,10 +147,12 @@ impl Server {
         Ok(())
     }
 
+    /// As `general.baseurl` takes it.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
+    /// The port is the one that was chosen, where the options said 0.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -163,14 +167,17 @@ impl Server {
         self.app.with(change)
     }
 
+    /// Its id; names need not differ.
     pub fn add_target(&self, name: &str) -> Ulid {
         self.with(|s| s.add_target(name))
     }
 
+    /// Its id and its token.
     pub fn add_factory(&self, name: &str) -> (Ulid, String) {
         self.with(|s| s.add_factory(name))
     }
 
+    /// As a user of the server would, with the inputs uploaded.
     pub fn submit_job(&self, spec: JobSpec) -> Result<Ulid, Refusal> {
         self.with(|s| s.submit_spec(spec))
     }
@@ -180,10 +187,12 @@ impl Server {
         self.app.look(|s| s.jobs[&job].clone())
     }
 
+    /// The job's log so far; panics on an id that this server never gave.
     pub fn events(&self, job: Ulid) -> Vec<JobEvent> {
         self.app.look(|s| s.jobs[&job].events.clone())
     }
 
+    /// What the job has uploaded so far; panics on an id that this server never gave.
     pub fn outputs(&self, job: Ulid) -> Vec<JobOutput> {
         self.app.look(|s| s.jobs[&job].outputs.clone())
     }
@@ -197,6 +206,7 @@ impl Server {
         })
     }
 
+    /// A snapshot; panics on an id that this server never gave.
     pub fn worker(&self, worker: Ulid) -> Worker {
         self.app.look(|s| s.workers[&worker].clone())
     }
@@ -206,24 +216,24 @@ impl Server {
         self.app.look(|s| s.workers.values().cloned().collect())
     }
 
+    /// As its user would: see [`State::cancel`].
     pub fn cancel(&self, job: Ulid) -> Result<(), Refusal> {
         self.with(|s| s.cancel(job))
     }
 
+    /// As an operator would: see [`State::hold`].
     pub fn hold(&self, worker: Ulid) -> Result<(), Refusal> {
         self.with(|s| s.hold(worker, "held by an operator"))
     }
 
+    /// As an operator would: see [`State::release`].
     pub fn release(&self, worker: Ulid) -> Result<(), Refusal> {
         self.with(|s| s.release(worker))
     }
 
+    /// As an operator would: see [`State::recycle`].
     pub fn recycle(&self, worker: Ulid) -> Result<(), Refusal> {
         self.with(|s| s.recycle(worker))
-    }
-
-    pub fn hold_new_workers(&self, hold: bool) {
-        self.with(|s| s.hold_new_workers = hold);
     }
 
     /// Moves the server's clock on, and lets everything that is then due happen at once.
@@ -231,11 +241,12 @@ impl Server {
         self.app.advance(by);
     }
 
+    /// From now on, also for connections that are open.
     pub fn set_down(&self, down: Down) {
         self.behave(|b| b.down = down);
     }
 
-    pub fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
+    pub(crate) fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
         self.app.behave(change);
     }
 
@@ -244,6 +255,7 @@ impl Server {
         self.app.requests().get(route).copied().unwrap_or(0)
     }
 
+    /// The same for every route that was ever asked.
     pub fn all_requests(&self) -> BTreeMap<String, u64> {
         self.app.requests()
     }

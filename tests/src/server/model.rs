@@ -11,49 +11,77 @@ use super::ulid::Ulid;
 use super::wire::{FactoryWorker, JobEvent, JobOutput, OutputRule, StoreValue, TaskSubmit};
 
 #[derive(Clone, Debug)]
+/// A factory as the server knows it.
 pub struct Factory {
+    /// Given by the server.
     pub id: Ulid,
+    /// In the log of its jobs.
     pub name: String,
+    /// What it authenticates itself with.
     pub token: String,
+    /// It may lease jobs.
     pub enable: bool,
+    /// Its new workers are created on hold.
     pub hold_workers: bool,
+    /// None before its first.
     pub last_ping: Option<Timestamp>,
 }
 
 #[derive(Clone, Debug)]
+/// Why a worker is frozen.
 pub struct Hold {
+    /// As an operator sees it.
     pub reason: String,
+    /// When it began.
     pub time: Timestamp,
 }
 
 #[derive(Clone, Debug)]
+/// A worker as the server knows it: deleted ones are kept.
 pub struct Worker {
+    /// Given by the server.
     pub id: Ulid,
+    /// The one that made it, and that alone may change it.
     pub factory: Ulid,
+    /// It gets jobs of this one only.
     pub target: Ulid,
+    /// By the server's clock.
     pub created: Timestamp,
+    /// What its agent trades for a token of its own, once.
     pub bootstrap: String,
     /// The agent's own token, from its bootstrap on.
     pub token: Option<String>,
+    /// The factory's mark, from when it is associated.
     pub private: Option<String>,
+    /// What the factory has told, if anything.
     pub ip: Option<String>,
+    /// What the factory has told for the agent (`FactoryMetadata`).
     pub metadata: Option<Value>,
+    /// The agent gets no job before the factory says that its lines are all there.
     pub wait_for_flush: bool,
     /// Recycling was asked for. A hold hides it from everyone: see [`Worker::recycle`].
     pub recycle_asked: bool,
+    /// None while nobody holds it.
     pub hold: Option<Hold>,
+    /// Its factory has destroyed it.
     pub deleted: bool,
+    /// Its agent still runs the script that follows the job.
     pub diagnostics: bool,
+    /// Its agent's; none before the first.
     pub last_ping: Option<Timestamp>,
+    /// For good, once it is assigned.
     pub job: Option<Ulid>,
+    /// What its agent said outside of any job.
     pub events: Vec<JobEvent>,
 }
 
 impl Worker {
+    /// It is to be torn down: asked for, and not held back.
     pub fn recycle(&self) -> bool {
         self.recycle_asked && self.hold.is_none()
     }
 
+    /// Its agent has traded the bootstrap token.
     pub fn online(&self) -> bool {
         self.token.is_some()
     }
@@ -63,6 +91,7 @@ impl Worker {
         self.deleted || self.recycle()
     }
 
+    /// As the factory's API shows it.
     pub fn to_factory(&self) -> FactoryWorker {
         FactoryWorker {
             id: self.id,
@@ -77,14 +106,18 @@ impl Worker {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a job or a task stands.
 pub enum Progress {
+    /// Not begun, or under way.
     Pending,
+    /// Every task succeeded.
     Completed,
+    /// A task failed, or something else ended it.
     Failed,
 }
 
 impl Progress {
-    pub fn ended(failed: bool) -> Progress {
+    pub(crate) fn ended(failed: bool) -> Progress {
         if failed {
             Progress::Failed
         } else {
@@ -94,52 +127,77 @@ impl Progress {
 }
 
 #[derive(Clone, Debug)]
+/// One step of a job.
 pub struct Task {
+    /// As it was submitted.
     pub spec: TaskSubmit,
+    /// As the agent has told.
     pub progress: Progress,
 }
 
 /// A named input; `file` is none until it has been uploaded.
 #[derive(Clone, Debug)]
 pub struct Input {
-    pub name: String,
-    pub file: Option<Ulid>,
+    pub(crate) name: String,
+    pub(crate) file: Option<Ulid>,
 }
 
 #[derive(Clone, Debug)]
+/// A job as the server knows it: ended ones are kept.
 pub struct Job {
+    /// Given by the server.
     pub id: Ulid,
+    /// Its user's choice; names need not differ.
     pub name: String,
+    /// Only workers of this one get it.
     pub target: Ulid,
+    /// Run in this order.
     pub tasks: Vec<Task>,
+    /// It is not queued before all have a file.
     pub inputs: Vec<Input>,
+    /// Each as it was written, and parsed.
     pub output_rules: Vec<(String, OutputRule)>,
+    /// Its user's; the server does nothing with them.
     pub tags: BTreeMap<String, String>,
+    /// From its assignment on; then the job is aborted.
     pub max_runtime: Duration,
+    /// For good, once it is assigned.
     pub worker: Option<Ulid>,
+    /// Of the whole job.
     pub progress: Progress,
+    /// Its user wants it ended; the next tick does.
     pub cancelled: bool,
+    /// By the server's clock.
     pub submitted: Timestamp,
+    /// None while no worker has it.
     pub assigned: Option<Timestamp>,
+    /// None while it has not ended.
     pub completed: Option<Timestamp>,
+    /// Its log, in order.
     pub events: Vec<JobEvent>,
+    /// What the agent has uploaded.
     pub outputs: Vec<JobOutput>,
+    /// What its tasks have stored, by name.
     pub store: BTreeMap<String, Stored>,
+    /// Uploaded pieces that are no file yet.
     pub chunks: HashMap<Ulid, Bytes>,
+    /// Inputs and outputs, by the id of the file.
     pub files: HashMap<Ulid, Bytes>,
     /// Commits under way or done: the second call with the same id gets the result.
     pub commits: HashMap<String, Option<String>>,
 }
 
 impl Job {
+    /// It has ended, one way or the other.
     pub fn complete(&self) -> bool {
         self.progress != Progress::Pending
     }
 
-    pub fn waiting(&self) -> bool {
+    pub(crate) fn waiting(&self) -> bool {
         self.inputs.iter().any(|i| i.file.is_none())
     }
 
+    /// A factory may lease it.
     pub fn queued(&self) -> bool {
         !self.complete() && !self.cancelled && self.worker.is_none() && !self.waiting()
     }
@@ -157,28 +215,34 @@ impl Job {
 }
 
 #[derive(Clone, Debug)]
+/// A value that a task has stored.
 pub struct Stored {
-    pub value: StoreValue,
-    pub source: &'static str,
-    pub time: Timestamp,
+    pub(crate) value: StoreValue,
+    pub(crate) source: &'static str,
+    pub(crate) time: Timestamp,
 }
 
 #[derive(Clone, Debug)]
+/// Who may make a worker for a job, and until when.
 pub struct Lease {
-    pub factory: Ulid,
-    pub expiry: Timestamp,
+    pub(crate) factory: Ulid,
+    pub(crate) expiry: Timestamp,
 }
 
 /// A job as a test writes it; `JobSpec::script` fills in what most tests don't care about.
 #[derive(Clone, Debug)]
 pub struct JobSpec {
+    /// `test`, unless the test says otherwise.
     pub name: String,
     /// A target's name or id.
     pub target: String,
+    /// At least one.
     pub tasks: Vec<TaskSubmit>,
     /// Inputs that are there from the start.
     pub inputs: Vec<(String, Bytes)>,
+    /// As [`JobSubmit::output_rules`](super::JobSubmit).
     pub output_rules: Vec<String>,
+    /// From the job's assignment on.
     pub max_runtime: Duration,
 }
 
@@ -195,7 +259,7 @@ impl JobSpec {
         }
     }
 
-    pub fn task(name: &str, script: &str) -> TaskSubmit {
+    pub(crate) fn task(name: &str, script: &str) -> TaskSubmit {
         TaskSubmit {
             name: name.to_string(),
             script: script.to_string(),
@@ -208,6 +272,7 @@ impl JobSpec {
     }
 }
 
+/// Of a job whose test does not say: as long as the real server's.
 pub const MAX_RUNTIME: Duration = Duration::from_secs(6 * 3600);
 
 /// Why a call is refused; the HTTP side turns each into its status.

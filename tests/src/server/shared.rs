@@ -14,8 +14,10 @@ use tokio::sync::{OnceCell, watch};
 use super::state::State;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// How the server cannot be reached.
 pub enum Down {
     #[default]
+    /// It answers.
     No,
     /// Connections are closed without an answer, the open ones at their next byte.
     Closed,
@@ -26,7 +28,7 @@ pub enum Down {
 /// How the server differs from an obliging new one. All of it can be changed while it runs.
 #[derive(Clone, Debug, Default)]
 pub struct Behaviour {
-    pub down: Down,
+    pub(crate) down: Down,
     /// 404 to `/file/agent.gz`.
     pub no_gzip: bool,
     /// 404 to `/file/agent`.

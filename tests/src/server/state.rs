@@ -16,17 +16,25 @@ pub fn id(text: &str) -> Result<Ulid, Refusal> {
     text.parse().map_err(|_| Refusal::Internal)
 }
 
+/// So long a lease lasts unless it is renewed.
 pub const LEASE: Duration = Duration::from_secs(60);
 
 /// A copy is a backup: restoring it rolls the server's database back.
 #[derive(Clone, Debug)]
 pub struct State {
+    /// The server's clock, which tests move.
     pub now: Timestamp,
+    /// Of the one user, who is the administrator, too.
     pub user_token: String,
+    /// Names by id.
     pub targets: BTreeMap<Ulid, String>,
+    /// Never removed.
     pub factories: BTreeMap<Ulid, Factory>,
+    /// Deleted ones, too, in the order of their making.
     pub workers: BTreeMap<Ulid, Worker>,
+    /// Ended ones, too, in the order of their submission.
     pub jobs: BTreeMap<Ulid, Job>,
+    /// By the job; forgotten when the server starts again.
     pub leases: BTreeMap<Ulid, Lease>,
     /// An operator's hold on the whole server: nothing is leased.
     pub held: bool,
@@ -39,7 +47,7 @@ pub struct State {
 }
 
 impl State {
-    pub fn new(now: Timestamp) -> State {
+    pub(crate) fn new(now: Timestamp) -> State {
         State::with(now, Chance::new())
     }
 
@@ -67,7 +75,7 @@ impl State {
         Ulid::from_bits(self.last_id)
     }
 
-    pub fn add_target(&mut self, name: &str) -> Ulid {
+    pub(crate) fn add_target(&mut self, name: &str) -> Ulid {
         let id = self.new_id();
         self.targets.insert(id, name.to_string());
         id
@@ -81,6 +89,7 @@ impl State {
             .map(|(id, _)| *id)
     }
 
+    /// Its id and its token.
     pub fn add_factory(&mut self, name: &str) -> (Ulid, String) {
         let (id, token) = (self.new_id(), self.chance.secret());
         let factory = Factory {
@@ -95,7 +104,7 @@ impl State {
         (id, token)
     }
 
-    pub fn factory_by_token(&self, token: &str) -> Option<Ulid> {
+    pub(crate) fn factory_by_token(&self, token: &str) -> Option<Ulid> {
         self.factories.values().find(|f| f.token == token).map(|f| f.id)
     }
 
@@ -107,7 +116,7 @@ impl State {
             .map(|w| w.id)
     }
 
-    pub fn factory_ping(&mut self, factory: Ulid) {
+    pub(crate) fn factory_ping(&mut self, factory: Ulid) {
         let now = self.now;
         if let Some(f) = self.factories.get_mut(&factory) {
             f.last_ping = Some(now);
@@ -116,6 +125,7 @@ impl State {
 
     // Leases
 
+    /// The oldest queued job of these targets, and its target; none also for a factory that is not enabled.
     pub fn lease(&mut self, factory: Ulid, targets: &[Ulid]) -> Option<(Ulid, Ulid)> {
         self.factory_ping(factory);
         if self.held || !self.factories[&factory].enable {
@@ -133,6 +143,7 @@ impl State {
         Some((job, target))
     }
 
+    /// False where the factory does not have the lease any more.
     pub fn renew(&mut self, factory: Ulid, job: Ulid) -> bool {
         let expiry = self.now + LEASE;
         match self.leases.get_mut(&job) {
@@ -146,6 +157,7 @@ impl State {
 
     // A factory's workers
 
+    /// A conflict where the job has a worker or is not queued; no lease is asked for.
     pub fn create_worker(
         &mut self,
         factory: Ulid,
@@ -210,6 +222,7 @@ impl State {
         }
     }
 
+    /// May be repeated with the same mark; another one is refused (401), and so is a deleted worker.
     pub fn associate(&mut self, factory: Ulid, worker: Ulid, body: Associate) -> Result<(), Refusal> {
         let w = self.owned(factory, worker)?;
         if w.deleted || w.private.as_ref().is_some_and(|p| *p != body.private) {
@@ -230,7 +243,7 @@ impl State {
         Ok(true)
     }
 
-    pub fn flush(&mut self, factory: Ulid, worker: Ulid) -> Result<(), Refusal> {
+    pub(crate) fn flush(&mut self, factory: Ulid, worker: Ulid) -> Result<(), Refusal> {
         self.owned(factory, worker)?.wait_for_flush = false;
         Ok(())
     }
@@ -246,6 +259,7 @@ impl State {
         Ok(false)
     }
 
+    /// Its job fails, and the worker is held: see [`State::fail_worker`].
     pub fn factory_fail(&mut self, factory: Ulid, worker: Ulid, reason: &str) -> Result<(), Refusal> {
         self.owned(factory, worker)?;
         self.fail_worker(worker, reason);
@@ -279,6 +293,7 @@ impl State {
         self.workers.get_mut(&worker).ok_or(Refusal::Internal)
     }
 
+    /// Changes nothing of one that is held already; a conflict where it is deleted.
     pub fn hold(&mut self, worker: Ulid, reason: &str) -> Result<(), Refusal> {
         let hold = Hold {
             reason: reason.to_string(),
@@ -292,12 +307,14 @@ impl State {
         Ok(())
     }
 
+    /// A recycling that was asked for while it was held takes effect.
     pub fn release(&mut self, worker: Ulid) -> Result<(), Refusal> {
         self.known(worker)?.hold = None;
         self.fail_orphans();
         Ok(())
     }
 
+    /// Takes effect once it is not held.
     pub fn recycle(&mut self, worker: Ulid) -> Result<(), Refusal> {
         let w = self.known(worker)?;
         w.recycle_asked |= !w.deleted;
@@ -307,6 +324,7 @@ impl State {
 
     // The agent's part
 
+    /// The worker whose bootstrap token this is, online from now on; 401 unless it is associated, and not told to go.
     pub fn bootstrap(&mut self, bootstrap: &str, token: &str) -> Result<Ulid, Refusal> {
         let w = self
             .workers
@@ -322,6 +340,7 @@ impl State {
         Ok(w.id)
     }
 
+    /// What its agent is to do; panics on an id that this server never gave.
     pub fn worker_ping(&mut self, worker: Ulid) -> Ping {
         let now = self.now;
         if let Some(w) = self.workers.get_mut(&worker) {
@@ -338,7 +357,7 @@ impl State {
         }
     }
 
-    pub fn worker_append(&mut self, worker: Ulid, lines: Vec<Append>) {
+    pub(crate) fn worker_append(&mut self, worker: Ulid, lines: Vec<Append>) {
         let now = self.now;
         let Some(w) = self.workers.get_mut(&worker) else {
             return;
@@ -355,13 +374,13 @@ impl State {
         }
     }
 
-    pub fn diagnostics(&mut self, worker: Ulid, wanted: bool) {
+    pub(crate) fn diagnostics(&mut self, worker: Ulid, wanted: bool) {
         if let Some(w) = self.workers.get_mut(&worker) {
             w.diagnostics = wanted && !w.deleted;
         }
     }
 
-    pub fn diagnostics_complete(&mut self, worker: Ulid, hold: bool) -> Result<(), Refusal> {
+    pub(crate) fn diagnostics_complete(&mut self, worker: Ulid, hold: bool) -> Result<(), Refusal> {
         self.diagnostics(worker, false);
         if hold {
             self.hold(worker, "diagnostics requested hold")?;

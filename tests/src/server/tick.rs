@@ -11,6 +11,7 @@ pub const IDLE: Duration = Duration::from_secs(30 * 60);
 pub const SILENT: Duration = Duration::from_secs(10 * 60);
 
 impl State {
+    /// Everything that is due by [`State::now`](State).
     pub fn tick(&mut self) {
         self.expire_leases();
         self.recycle_finished();

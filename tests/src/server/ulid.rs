@@ -12,11 +12,12 @@ pub use protocol::WorkerId as Ulid;
 pub struct Chance(u64);
 
 impl Chance {
+    /// The same ids and secrets each time, in the same order.
     pub fn of_seed(seed: u64) -> Chance {
         Chance(seed)
     }
 
-    pub fn new() -> Chance {
+    pub(crate) fn new() -> Chance {
         let mut seed = [0; 8];
         std::fs::File::open("/dev/urandom")
             .and_then(|mut f| f.read_exact(&mut seed))
@@ -56,6 +57,7 @@ pub fn fresh_id() -> Ulid {
     Ulid::from_bits(Chance::new().id_bits(Timestamp::now()))
 }
 
+/// A token of 64 letters and digits, from a seed of its own.
 pub fn secret() -> String {
     Chance::new().secret()
 }

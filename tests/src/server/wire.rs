@@ -36,9 +36,13 @@ pub struct FactoryWorker {
 }
 
 #[derive(Clone, Debug, Deserialize)]
+/// A factory tells the server its mark for a worker.
 pub struct Associate {
+    /// The mark: it comes back in the factory's list of workers.
     pub private: String,
+    /// For people who look at the server.
     pub ip: Option<String>,
+    /// For the agent (`FactoryMetadata`).
     pub metadata: Option<Value>,
 }
 
@@ -68,7 +72,9 @@ pub struct Bootstrap {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+/// The answer to what makes a job or a file.
 pub struct Id {
+    /// A ULID, of the server's making.
     pub id: String,
 }
 
@@ -158,8 +164,11 @@ pub struct AddFile {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+/// How far a commit of chunks is.
 pub struct AddFileResult {
+    /// The file is there, or will never be.
     pub complete: bool,
+    /// Why there will be none.
     pub error: Option<String>,
 }
 
@@ -180,45 +189,72 @@ pub struct Quota {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+/// A task as a user submits it.
 pub struct TaskSubmit {
+    /// In the job's log.
     pub name: String,
+    /// Run by bash.
     pub script: String,
     #[serde(default)]
+    /// Start from no variables but the agent's own.
     pub env_clear: bool,
     #[serde(default)]
+    /// Beside those that the agent sets.
     pub env: BTreeMap<String, String>,
+    /// 0 where none is said.
     pub uid: Option<u32>,
+    /// 0 where none is said.
     pub gid: Option<u32>,
+    /// `/` where none is said.
     pub workdir: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+/// A job as a user submits it.
 pub struct JobSubmit {
+    /// For people who look at the server.
     pub name: String,
+    /// A target's name or id.
     pub target: String,
+    /// Globs with marks in front: `!`, `=` or `%`.
     pub output_rules: Vec<String>,
+    /// At least one, run in this order.
     pub tasks: Vec<TaskSubmit>,
     #[serde(default)]
+    /// Plain file names, each to be uploaded before the job is queued.
     pub inputs: Vec<String>,
     #[serde(default)]
+    /// The server does nothing with them.
     pub tags: BTreeMap<String, String>,
     #[serde(default)]
+    /// Jobs to wait for: this server refuses any.
     pub depends: BTreeMap<String, Value>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+/// A line of a job's log.
 pub struct JobEvent {
+    /// Its place in the log, from 0.
     pub seq: usize,
+    /// None for lines that are of no task.
     pub task: Option<u32>,
+    /// `stdout`, `stderr`, `control`, `console` or another.
     pub stream: String,
+    /// When the server got it.
     pub time: Timestamp,
+    /// When it was printed, by the worker's clock.
     pub time_remote: Option<Timestamp>,
+    /// Without its line feed.
     pub payload: String,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+/// A file that a job has uploaded.
 pub struct JobOutput {
+    /// Of the file.
     pub id: Ulid,
+    /// Absolute, as the job had it.
     pub path: String,
+    /// In bytes.
     pub size: u64,
 }

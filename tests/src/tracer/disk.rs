@@ -14,28 +14,89 @@ use super::{Call, Event};
 /// One change, by the paths of its time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    Make { path: PathBuf, look: Look },
-    MakeDir { path: PathBuf, look: Look },
-    Symlink { path: PathBuf, target: PathBuf },
-    Remove { path: PathBuf },
-    Rename { from: PathBuf, to: PathBuf },
-    Link { from: PathBuf, to: PathBuf },
-    Write { path: PathBuf, at: u64, bytes: Vec<u8> },
-    Cut { path: PathBuf, length: u64 },
-    Attributes { path: PathBuf, look: Look },
-    Sync { path: PathBuf },
+    /// A regular file, empty.
+    Make {
+        /// Of the new file.
+        path: PathBuf,
+        /// What it was made with.
+        look: Look,
+    },
+    /// A directory.
+    MakeDir {
+        /// Of the new directory.
+        path: PathBuf,
+        /// What it was made with.
+        look: Look,
+    },
+    /// A symbolic link.
+    Symlink {
+        /// Of the new link.
+        path: PathBuf,
+        /// Its text.
+        target: PathBuf,
+    },
+    /// `unlink` or `rmdir`.
+    Remove {
+        /// What is gone.
+        path: PathBuf,
+    },
+    /// What was at the new path is gone.
+    Rename {
+        /// The old path.
+        from: PathBuf,
+        /// The new path.
+        to: PathBuf,
+    },
+    /// One more name of a file.
+    Link {
+        /// The old name, which stays.
+        from: PathBuf,
+        /// The new name.
+        to: PathBuf,
+    },
+    /// Bytes of a file.
+    Write {
+        /// Of the file.
+        path: PathBuf,
+        /// The first byte's offset.
+        at: u64,
+        /// As they were written.
+        bytes: Vec<u8>,
+    },
+    /// A file's length.
+    Cut {
+        /// Of the file.
+        path: PathBuf,
+        /// In bytes, shorter or longer than before.
+        length: u64,
+    },
+    /// A mode or an owner.
+    Attributes {
+        /// What has changed.
+        path: PathBuf,
+        /// As it is afterwards.
+        look: Look,
+    },
+    /// What is at this path is on the disk from now on.
+    Sync {
+        /// A file, or a directory for its names.
+        path: PathBuf,
+    },
 }
 
 /// A node's mode and owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Look {
+    /// Without the node's type.
     pub mode: u32,
+    /// Of the owner.
     pub uid: u32,
+    /// Of the group.
     pub gid: u32,
 }
 
 impl Look {
-    pub fn of(meta: &fs::Metadata) -> Look {
+    pub(crate) fn of(meta: &fs::Metadata) -> Look {
         Look {
             mode: meta.mode() & 0o7777,
             uid: meta.uid(),
@@ -49,6 +110,7 @@ impl Look {
 pub struct Recorder {
     below: PathBuf,
     begun: HashMap<Pid, Begun>,
+    /// In the order in which they were done.
     pub changes: Vec<Change>,
 }
 
@@ -74,6 +136,7 @@ enum Begun {
 }
 
 impl Recorder {
+    /// Nothing was seen yet; `below` is absolute.
     pub fn new(below: &Path) -> Recorder {
         Recorder {
             below: below.to_owned(),
@@ -82,6 +145,7 @@ impl Recorder {
         }
     }
 
+    /// For each event that [`trace`](super::trace) tells, in its order.
     pub fn on(&mut self, pid: Pid, event: &Event) {
         match event {
             Event::Enter(call) => match begin(&self.below, pid, call) {
@@ -278,6 +342,7 @@ fn finish(begun: Begun, result: u64) -> Vec<Change> {
 }
 
 impl Change {
+    /// The new one, for a rename or a link.
     pub fn path(&self) -> &Path {
         match self {
             Change::Make { path, .. }

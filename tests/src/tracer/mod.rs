@@ -25,11 +25,14 @@ use nix::unistd::Pid;
 /// A system call, as it is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Call {
+    /// `SYS_…` of this architecture.
     pub number: i64,
+    /// As the kernel gets them: pointers are the traced process's.
     pub arguments: [u64; 6],
 }
 
 impl Call {
+    /// One of these.
     pub fn is(&self, numbers: &[libc::c_long]) -> bool {
         numbers.contains(&self.number)
     }
@@ -39,7 +42,12 @@ impl Call {
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     /// It exists, by this call of its parent's, and has done nothing yet.
-    Born { parent: Pid, by: Call },
+    Born {
+        /// Which made it.
+        parent: Pid,
+        /// `clone` and its kin.
+        by: Call,
+    },
     /// It is about to do this. A process that is killed now does not do it.
     Enter(Call),
     /// It has done this, with this result; an error is negative.
@@ -53,6 +61,7 @@ pub enum Event {
 /// How to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
+    /// To its next event.
     GoOn,
     /// Trace this process no longer.
     Forget,

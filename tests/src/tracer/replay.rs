@@ -187,6 +187,7 @@ pub struct Replay {
 }
 
 impl Replay {
+    /// `base` is what was at `root` before the first change; changes elsewhere are left out.
     pub fn new(base: Disk, root: &Path, changes: &[Change]) -> Replay {
         let (mut all, mut now) = (base.clone(), base);
         let (mut steps, mut kept) = (Vec::new(), Vec::new());

@@ -17,9 +17,11 @@ use crate::harness::PATIENCE;
 /// The kinds of processes that the helper is made of: see its `main`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
+    /// The helper's main process.
     Monitor,
     /// It accepts, and forks a process for each connection.
     Listener,
+    /// One for each connection.
     Session,
     /// A connection's child: it has become, or is about to become, the job's user.
     AsUser,
@@ -33,6 +35,7 @@ pub enum Kind {
     Agent,
 }
 
+/// In the order of [`Kind`].
 pub const KINDS: [Kind; 8] = [
     Kind::Monitor,
     Kind::Listener,
@@ -56,7 +59,9 @@ pub enum When {
 /// Which process to kill, and when.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
+    /// Which of the helper's processes.
     pub kind: Kind,
+    /// Before it makes this call.
     pub when: When,
     /// Everything that is the service's dies with it: all but the jobs.
     pub all: bool,
@@ -67,20 +72,27 @@ pub struct Plan {
 /// What becomes of the connections where another process hangs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Connections {
+    /// They end with it.
     Die,
+    /// They are answered by the others.
     GoOn,
 }
 
 /// What was seen until the end, or until a process was killed.
 #[derive(Debug, Default)]
 pub struct Seen {
+    /// The numbers of all calls of each kind of process, in order.
     pub calls: BTreeMap<Kind, Vec<i64>>,
+    /// None where the plan's call never came.
     pub killed: Option<Killed>,
 }
 
 #[derive(Clone, Copy, Debug)]
+/// A process that was killed just before a call.
 pub struct Killed {
+    /// Which of the helper's processes.
     pub kind: Kind,
+    /// Of the call that was not made.
     pub number: i64,
     /// It was the daemon, or all: nobody serves now.
     pub service: bool,

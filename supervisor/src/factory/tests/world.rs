@@ -390,7 +390,7 @@ impl World {
         };
         match action {
             Action::Associate { slot, .. } => {
-                let body = server::wire::Associate {
+                let body = server::Associate {
                     private: here().mark(&slot),
                     ip: None,
                     metadata: None,
