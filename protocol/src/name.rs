@@ -188,6 +188,60 @@ impl fmt::Debug for SlotName {
 }
 
 text_type!(
+    /// A target's name on the buildomat server, which allows none that looks like a ULID: 1 to 128 bytes without control
+    /// characters, and without white space at its ends.
+    TargetName,
+    |text| {
+        (1..=128).contains(&text.len())
+            && text.trim() == text
+            && !text.contains(char::is_control)
+            && !(text.len() == 26 && text.bytes().all(|b| b.is_ascii_alphanumeric()))
+    },
+    "{} is not a target: write its id, a ULID of 26 characters of 0-9 and A-Z without I, L, O, U, or its name on the server"
+);
+
+impl fmt::Display for TargetName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for TargetName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+/// A target in the configuration: what parses as an id is one.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum Target {
+    /// Its id.
+    Id(TargetId),
+    /// Its name, which the supervisor looks up on the server.
+    Name(TargetName),
+}
+
+impl TryFrom<String> for Target {
+    type Error = BadName;
+
+    fn try_from(text: String) -> Result<Self, BadName> {
+        text.parse()
+            .map(Self::Id)
+            .or_else(|_| text.parse().map(Self::Name))
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Id(id) => id.fmt(f),
+            Target::Name(name) => name.fmt(f),
+        }
+    }
+}
+
+text_type!(
     /// The secret with which an agent introduces itself, once: 16 to 128 ASCII letters and digits (the
     /// server makes 64). It becomes an argument of a command, so nothing else is let through, and no
     /// formatting prints it.

@@ -176,8 +176,8 @@ fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -
         return Some(Decision::Adopt(adopted(w, slot, Phase::Reserved, q.now)));
     }
     let expired = unknown_for >= waits.saturating_add(q.online_timeout);
-    if !expired && slot_for(w, &owner, all).is_some() {
-        // Its job has not begun, and need not fail because others were here first.
+    if !expired && (slot_for(w, &owner, all).is_some() || q.plan.has_unresolved()) {
+        // Its job has not begun, and need not fail because others were here first, or targets are not looked up yet.
         Some(Decision::Wait(w.target))
     } else if owner == Owner::Nobody && q.others_seen {
         report(NotOurs::NoMark)
@@ -271,6 +271,8 @@ mod tests {
     /// What is asked besides the lists.
     #[derive(Clone, Default)]
     struct Around {
+        /// The targets of the slots are names that are not looked up yet.
+        unresolved: bool,
         making: bool,
         unknown_for: u64,
         to_delete: bool,
@@ -279,6 +281,7 @@ mod tests {
 
     const TIMEOUT: u64 = 300_000;
     const LONG: Around = Around {
+        unresolved: false,
         making: false,
         unknown_for: TIMEOUT + RECLAIM_MS,
         to_delete: false,
@@ -287,7 +290,11 @@ mod tests {
 
     fn decide(server: &[ServerWorker], host: &[WorkerInfo], around: &Around) -> Vec<String> {
         let (known, pending_slots, ended) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-        let plan = Plan::of(&config());
+        let mut config = config();
+        for slot in config.slots.values_mut().filter(|_| around.unresolved) {
+            slot.target = protocol::Target::Name("linux".parse().unwrap());
+        }
+        let plan = Plan::of(&config, &BTreeMap::new());
         let unknown_for = server.iter().map(|w| (w.id, around.unknown_for)).collect();
         let to_delete = server.iter().filter(|_| around.to_delete).map(|w| w.id);
         let q = Question {
@@ -323,6 +330,11 @@ mod tests {
         let long = |unknown_for| Around { unknown_for, ..LONG };
         let new = Around::default();
         let making = Around { making: true, ..LONG };
+        let unresolved = |unknown_for| Around {
+            unresolved: true,
+            unknown_for,
+            ..LONG
+        };
         let others = Around {
             others_seen: true,
             ..LONG
@@ -347,6 +359,9 @@ mod tests {
             (OWN, [false; 3], &LONG, "adopt a reserved"),
             (Some("zz@here/00000000"), [false; 3], &new, ""),
             (Some("zz@here/00000000"), [false; 3], &LONG, end),
+            (OWN, [false; 3], &unresolved(TIMEOUT + RECLAIM_MS), "wait"),
+            (None, [false; 3], &unresolved(UNCLAIMED_MS + TIMEOUT - 1), "wait"),
+            (None, [false; 3], &unresolved(UNCLAIMED_MS + TIMEOUT), end),
             (OWN, [true, false, false], &LONG, "Lost"),
             (OWN, [true, true, false], &LONG, ""),
             (OWN, [true, false, true], &new, end),

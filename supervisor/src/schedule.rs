@@ -6,23 +6,29 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::config::Config;
-use protocol::{SlotName, TargetId};
+use protocol::{SlotName, Target, TargetId, TargetName};
 
 /// The slots of one configuration, by number: the order is that of their names.
 #[derive(Debug)]
 pub struct Plan {
     names: Vec<SlotName>,
-    targets: Vec<TargetId>,
+    /// None for a name that is not looked up yet.
+    targets: Vec<Option<TargetId>>,
     /// The others that each excludes, whichever of the two says so.
     conflicts: Vec<Vec<u32>>,
     of_target: BTreeMap<TargetId, Vec<u32>>,
 }
 
 impl Plan {
-    /// Conflicts that only one of two slots names are both's.
-    pub fn of(config: &Config) -> Plan {
+    /// Conflicts that only one of two slots names are both's. `ids` are those of the targets that the configuration has by
+    /// name: a slot whose target has none takes no job.
+    pub fn of(config: &Config, ids: &BTreeMap<TargetName, TargetId>) -> Plan {
         let names: Vec<SlotName> = config.slots.keys().cloned().collect();
-        let targets: Vec<TargetId> = config.slots.values().map(|slot| slot.target).collect();
+        let targets = config.slots.values().map(|slot| match &slot.target {
+            Target::Id(id) => Some(*id),
+            Target::Name(name) => ids.get(name).copied(),
+        });
+        let targets: Vec<Option<TargetId>> = targets.collect();
         let mut plan = Plan {
             conflicts: vec![Vec::new(); names.len()],
             of_target: BTreeMap::new(),
@@ -30,7 +36,9 @@ impl Plan {
             targets,
         };
         for (number, slot) in (0..).zip(config.slots.values()) {
-            plan.of_target.entry(slot.target).or_default().push(number);
+            if let Some(target) = plan.targets[number as usize] {
+                plan.of_target.entry(target).or_default().push(number);
+            }
             for name in &slot.conflicts_with_slots {
                 let Some(other) = plan.number(name) else {
                     continue;
@@ -47,12 +55,28 @@ impl Plan {
         plan
     }
 
+    /// The id of this slot's target: none for a slot that is not there, or whose target is not looked up yet.
+    pub fn target(&self, slot: &SlotName) -> Option<TargetId> {
+        self.targets[self.number(slot)? as usize]
+    }
+
+    /// Is this slot there, and its target this one, as far as that is known?
+    pub fn may_have(&self, slot: &SlotName, target: TargetId) -> bool {
+        let number = self.number(slot);
+        number.is_some_and(|number| self.targets[number as usize].is_none_or(|of| of == target))
+    }
+
+    /// Is there a slot whose target is not looked up yet?
+    pub fn has_unresolved(&self) -> bool {
+        self.targets.contains(&None)
+    }
+
     fn number(&self, name: &SlotName) -> Option<u32> {
         let at = self.names.binary_search(name).ok()?;
         u32::try_from(at).ok()
     }
 
-    /// The slots that are neither used, nor excluded by a used one (in either direction), nor cooling down or drained. A used slot
+    /// The slots that are neither used, nor excluded by a used one (in either direction), nor cooling down or drained, and whose target is looked up. A used slot
     /// that has left the configuration counts as one of those that are there: the helper has no more workers than
     /// slots.
     pub fn free<'a>(
@@ -62,7 +86,7 @@ impl Plan {
     ) -> Free<'_> {
         let mut free = Free {
             plan: self,
-            closed: vec![false; self.names.len()],
+            closed: self.targets.iter().map(Option::is_none).collect(),
             used: 0,
         };
         for slot in used {
@@ -152,7 +176,7 @@ impl Free<'_> {
             .names
             .binary_search_by(|slot| slot.as_str().cmp(name))
             .ok()?;
-        let open = self.plan.targets[number] == target && self.is_open(u32::try_from(number).ok()?);
+        let open = self.plan.targets[number] == Some(target) && self.is_open(u32::try_from(number).ok()?);
         open.then(|| &self.plan.names[number])
     }
 }
@@ -186,7 +210,7 @@ mod tests {
     #[test]
     fn a_conflict_excludes_in_both_directions() {
         let config = config(&[(0, 1)], &[7, 7, 8]);
-        let plan = Plan::of(&config);
+        let plan = Plan::of(&config, &BTreeMap::new());
         let all: Vec<SlotName> = config.slots.keys().cloned().collect();
         let none = BTreeSet::new();
         for used in 0..2 {
@@ -209,7 +233,7 @@ mod tests {
     #[test]
     fn a_used_slot_that_has_left_counts_as_one_of_those_that_are_there() {
         let config = config(&[], &[7, 7]);
-        let plan = Plan::of(&config);
+        let plan = Plan::of(&config, &BTreeMap::new());
         let gone: SlotName = "gone".parse().unwrap();
         let mut used = BTreeSet::from([gone]);
         assert_eq!(plan.free(&used, []).slots().count(), 2);
@@ -226,7 +250,7 @@ mod tests {
             wanted in proptest::collection::vec(0u128..3, 0..12),
         ) {
             let config = config(&conflicts, &[0, 1, 2, 0, 1, 2]);
-            let plan = Plan::of(&config);
+            let plan = Plan::of(&config, &BTreeMap::new());
             let mut used = BTreeSet::new();
             let mut taking = plan.free(&used, []);
             for target in wanted {
@@ -238,7 +262,7 @@ mod tests {
                 });
                 prop_assert_eq!(names(&free), free_by_name.cloned().collect::<Vec<_>>());
                 if let Some(slot) = free.pick(TargetId::from_bits(target)).cloned() {
-                    prop_assert_eq!(config.slots[&slot].target, TargetId::from_bits(target));
+                    prop_assert_eq!(&config.slots[&slot].target, &Target::Id(TargetId::from_bits(target)));
                     taking.take(&slot);
                     prop_assert!(used.insert(slot));
                 }

@@ -133,7 +133,13 @@ fn passes(options: &Options, report: &mut Report) {
             .iter()
             .map(|size| {
                 let used = (0..size - neighbours).step_by(every).map(slot).collect();
-                (*size, (Plan::of(&configuration(*size, neighbours)), used))
+                (
+                    *size,
+                    (
+                        Plan::of(&configuration(*size, neighbours), &BTreeMap::new()),
+                        used,
+                    ),
+                )
             })
             .collect();
         let ways = growing(&sizes, "slots", |size| {
@@ -159,7 +165,7 @@ fn reconciling(options: &Options, report: &mut Report) {
     let sizes = options.size([125, 250, 500, 1000], [5, 10, 20, 40]);
     let largest = *sizes.last().expect("there are some");
     let config = configuration(largest, 1);
-    let plan = Plan::of(&config);
+    let plan = Plan::of(&config, &BTreeMap::new());
     let none = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     // Every second slot, so that there is room for the others' conflicts.
     let known: BTreeMap<usize, BTreeMap<WorkerId, SlotName>> = sizes

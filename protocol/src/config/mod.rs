@@ -31,7 +31,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
 
-use crate::{SlotName, TargetId};
+use crate::{SlotName, Target};
 
 pub use devices::DevicePattern;
 pub use limits::{Cpus, Limits, MinFree, core_goes_to_a_socket};
@@ -141,7 +141,7 @@ pub struct Factory {
 #[serde(deny_unknown_fields)]
 pub struct Slot {
     /// The target whose jobs it takes.
-    pub target: TargetId,
+    pub target: Target,
     /// Groups of the host's `/etc/group` that the job's user is in.
     #[serde(default)]
     pub add_to_groups: BTreeSet<GroupName>,
@@ -422,6 +422,19 @@ mod tests {
     }
 
     #[test]
+    fn a_target_is_an_id_or_a_name() {
+        let id = "01HZX3N8Q4J5K6M7P8R9S0T1V2";
+        let target = |value: &str| {
+            let config = Config::parse(&format!("{HEAD}{}", SLOT.replace(id, value))).unwrap();
+            config.slots.into_values().next().unwrap().target
+        };
+        assert_eq!(target(id), Target::Id(id.parse().unwrap()));
+        for name in ["hubris", "helios 2.0", "01HZX3N8Q4J5K6M7P8R9S0T1V"] {
+            assert_eq!(target(name), Target::Name(name.parse().unwrap()));
+        }
+    }
+
+    #[test]
     fn what_must_be_free_is_a_size_or_a_number_each() {
         let parse = |value: &str| {
             let text = format!("{HEAD}min_free = {value}\n{SLOT}");
@@ -457,7 +470,22 @@ mod tests {
     #[test]
     fn every_mistake_has_its_line_and_a_sentence() {
         for (text, line, part) in [
-            (SLOT.replace("01HZX3N8Q4J5K6M7P8R9S0T1V2", "hubris"), 6, "ULID"),
+            (SLOT.replace("01HZX3N8Q4J5K6M7P8R9S0T1V2", ""), 6, "ULID"),
+            (
+                SLOT.replace("01HZX3N8Q4J5K6M7P8R9S0T1V2", " hubris"),
+                6,
+                "or its name",
+            ),
+            (
+                SLOT.replace("01HZX3N8Q4J5K6M7P8R9S0T1V2", "01HZX3N8Q4J5K6M7P8R9S0T1VI"),
+                6,
+                "ULID",
+            ),
+            (
+                SLOT.replace("01HZX3N8Q4J5K6M7P8R9S0T1V2", "01hzx3n8q4j5k6m7p8r9s0t1v2"),
+                6,
+                "ULID",
+            ),
             (format!("{SLOT}colour = \"red\"\n"), 7, "unknown field"),
             (format!("{SLOT}conflicts_with_slots = [\"a\"]\n"), 7, "itself"),
             (format!("{SLOT}\nconflicts_with_slots = [\n\"zz\"]\n"), 9, "zz"),

@@ -20,7 +20,7 @@ use crate::pending_calls::PendingCalls;
 use crate::token::TokenStore;
 
 pub(crate) use http::causes;
-pub use types::{JobId, Lease, Scripts, ServerWorker};
+pub use types::{JobId, Lease, Scripts, ServerTarget, ServerWorker};
 
 /// The longest part of an error's text that is kept, in characters.
 const MAX_MESSAGE: usize = 300;
@@ -227,6 +227,18 @@ impl BuildomatClient {
     /// No answer, or another than a list.
     pub async fn workers(&self) -> Result<Vec<ServerWorker>> {
         self.json_of(Method::GET, "/0/factory/workers".into(), None).await
+    }
+
+    /// All targets that the server has, of whichever factory; none where it has no call for that (404).
+    ///
+    /// # Errors
+    /// No answer, or another than a list.
+    pub async fn targets(&self) -> Result<Option<Vec<ServerTarget>>> {
+        let listed = self.json_of(Method::GET, "/0/factory/targets".into(), None).await;
+        match listed {
+            Err(Error::Status { code: 404, .. }) => Ok(None),
+            listed => listed.map(Some),
+        }
     }
 
     /// A job for one of these targets, leased for 60 s. None where there is none.

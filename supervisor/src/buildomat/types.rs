@@ -44,6 +44,16 @@ pub struct Lease {
     pub job: JobId,
 }
 
+/// A target as `GET /0/factory/targets` lists it: all that the server has, `[{"id", "name"}]` (buildomat,
+/// `server/src/api/factory.rs`, `FactoryTarget`). Servers from before 2026 have no such call.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct ServerTarget {
+    /// By which jobs are leased.
+    pub id: TargetId,
+    /// By which jobs ask for it.
+    pub name: String,
+}
+
 /// A worker as the server sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct ServerWorker {

@@ -82,7 +82,10 @@ pub async fn status(client: Client, output: OutputFormat, watch: bool) -> Comman
 fn needs_operator(status: &Status) -> bool {
     let both = [&status.server, &status.helper];
     status.workers.iter().any(|worker| worker.hold.is_some())
-        || status.slots.iter().any(|slot| slot.state.needs_operator())
+        || status
+            .slots
+            .iter()
+            .any(|slot| slot.state.needs_operator() || slot.is_unresolved())
         || both
             .iter()
             .any(|peer| peer.reachable != Some(true) || peer.unanswered_since.is_some())

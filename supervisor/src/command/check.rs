@@ -4,9 +4,11 @@ use std::path::Path;
 
 use protocol::config::{Config, Mistake};
 use supervisor::agent::{self, Agent, AgentCache};
+use supervisor::backoff::Rng;
 use supervisor::buildomat::BuildomatClient;
 use supervisor::config_check;
 use supervisor::control::client::Client;
+use supervisor::factory::targets::Targets;
 use supervisor::helper_client::HelperClient;
 use supervisor::preflight::{self, HostFacts};
 use supervisor::settings::{self, Places};
@@ -98,10 +100,34 @@ async fn answers(
                 None => download(&server).await,
             };
             answers.push(("agent", agent));
+            answers.extend(targets(config, &server).await);
         }
     }
     answers.push(("helper", helper(&Places::below(root)).await));
     answers
+}
+
+/// The targets that the configuration names, if it names any.
+async fn targets(
+    config: &Config,
+    server: &BuildomatClient,
+) -> Option<(&'static str, Result<String, String>)> {
+    let mut targets = Targets::new(config, 0);
+    if !targets.begin(0) {
+        return None;
+    }
+    let answer = server.targets().await.map_err(|error| error.call_error());
+    targets.answered(config, 0, &mut Rng::new(0), answer);
+    let unresolved = targets.unresolved(config);
+    let sentences: Vec<String> = unresolved.into_iter().map(|name| name.sentence).collect();
+    let ids = targets.ids().iter().map(|(name, id)| format!("{name:?} is {id}"));
+    Some((
+        "targets",
+        match sentences.is_empty() {
+            true => Ok(ids.collect::<Vec<_>>().join(", ")),
+            false => Err(sentences.join("; ")),
+        },
+    ))
 }
 
 /// It serves the supervisor's user alone: root asks a supervisor that runs.

@@ -1,7 +1,7 @@
 //! The control API's JSON, version 1. Times are RFC 3339, in UTC.
 
 use jiff::Timestamp;
-use protocol::{SlotName, TargetId, WorkerId};
+use protocol::{SlotName, TargetId, TargetName, WorkerId};
 use serde::{Deserialize, Serialize};
 
 use crate::buildomat::JobId;
@@ -190,8 +190,11 @@ impl SlotState {
 pub struct Slot {
     /// As the configuration has it.
     pub name: SlotName,
-    /// None for one that is no longer in the configuration.
+    /// None for one that is no longer in the configuration, or whose target's name is not looked up yet.
     pub target: Option<TargetId>,
+    /// As the configuration names the target, where that is no id.
+    #[serde(default)]
+    pub target_name: Option<TargetName>,
     /// One of them, where several are true.
     pub state: SlotState,
     /// What the state alone does not say: the conflict, the end of the cooldown.
@@ -202,6 +205,13 @@ pub struct Slot {
     pub job: Option<JobId>,
     /// Since when it has its worker.
     pub since: Option<Timestamp>,
+}
+
+impl Slot {
+    /// Does it take no job since the name of its target is not looked up, or not known?
+    pub fn is_unresolved(&self) -> bool {
+        self.target_name.is_some() && self.target.is_none()
+    }
 }
 
 /// One worker, as the supervisor knows it.

@@ -378,6 +378,7 @@ fn bytes_by_slot<'a>(all: impl Iterator<Item = (&'a SlotName, u64)>) -> Whole<Of
 pub fn call_of(output: &Output) -> Option<(Peer, &'static str)> {
     Some(match output {
         Output::ListServer => (Peer::Server, "workers"),
+        Output::ListTargets => (Peer::Server, "targets"),
         Output::Lease(_) => (Peer::Server, "lease"),
         Output::MakeWorker { .. } => (Peer::Server, "make_worker"),
         Output::Renew { .. } => (Peer::Server, "renew"),
@@ -403,6 +404,8 @@ fn outcome_of(input: &Input) -> &'static str {
     };
     match input {
         Input::ServerListed(Err(t)) | Input::HostListed(Err(t)) | Input::Leased(Err(t)) => of(t),
+        Input::TargetsListed(Err(t)) => of(t),
+        Input::TargetsListed(Ok(None)) => "refused",
         Input::WorkerMade(_, Err(t)) | Input::Renewed(_, Err(t)) => of(t),
         Input::Done(_, event) => match (event, event.error()) {
             (_, Some(error)) => of(error),

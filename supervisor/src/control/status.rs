@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
-use protocol::{SlotName, UserName, WorkerId};
+use protocol::{SlotName, Target, UserName, WorkerId};
 
 use super::api::{self, SlotState};
 use crate::call_error::Peer;
@@ -97,13 +97,13 @@ impl View<'_> {
     }
 
     fn slot(&self, name: &SlotName, taken: &Taken<'_>) -> api::Slot {
-        let target = self.factory.config().slots.get(name).map(|slot| slot.target);
+        let configured = self.factory.config().slots.get(name);
         let worker = taken.owned.get(name).copied();
         let orphan = taken.orphans.get(name).copied();
         let pending = taken.pending.get(name).copied();
         let (state, because) = if let Some(worker) = worker {
             match worker.phase {
-                _ if target.is_none() => (SlotState::Removed, Some("it goes with its worker".into())),
+                _ if configured.is_none() => (SlotState::Removed, Some("it goes with its worker".into())),
                 Phase::Broken { .. } => (SlotState::Broken, worker.failure.clone()),
                 _ if worker.hold => (SlotState::Held, Some("held on the server".into())),
                 phase => (SlotState::Busy, Some(phase.name().to_owned())),
@@ -120,6 +120,8 @@ impl View<'_> {
                 SlotState::Draining,
                 (!details.is_empty()).then(|| details.to_owned()),
             )
+        } else if let Some(why) = self.factory.unresolved_target(name) {
+            (SlotState::Closed, Some(why))
         } else if let Some(other) = taken.excluded.get(name) {
             (SlotState::Blocked, Some(format!("conflicts with {other}")))
         } else if let Some(until) = self.factory.cooldown(name).filter(|until| *until > self.now) {
@@ -139,7 +141,11 @@ impl View<'_> {
         let leased = pending.map(|pending| pending.job.clone());
         api::Slot {
             name: name.clone(),
-            target,
+            target: self.factory.plan().target(name),
+            target_name: configured.and_then(|slot| match &slot.target {
+                Target::Name(name) => Some(name.clone()),
+                Target::Id(_) => None,
+            }),
             state,
             because,
             worker: worker.map(|w| w.id).or(orphan),

@@ -353,6 +353,7 @@ async fn answer_to(output: Output, executor: &Executor) -> Input {
     let server = &executor.server;
     match output {
         Output::ListServer => Input::ServerListed(server.workers().await.map_err(|e| e.call_error())),
+        Output::ListTargets => Input::TargetsListed(server.targets().await.map_err(|e| e.call_error())),
         Output::ListHost => Input::HostListed(executor.helper.list().await.map_err(|e| e.call_error())),
         Output::Lease(targets) => Input::Leased(server.lease(targets).await.map_err(|e| e.call_error())),
         Output::MakeWorker { target, job } => {

@@ -99,8 +99,7 @@ impl Factory {
         for (id, entry) in &mut self.entries {
             let mut may_start = true;
             let next = if let Some(owned) = entry.owned() {
-                let slot = self.config.slots.get(&owned.worker.slot);
-                let is_removed = slot.is_none_or(|slot| slot.target != owned.worker.target);
+                let is_removed = !self.plan.may_have(&owned.worker.slot, owned.worker.target);
                 // Nor is a user made for a worker that the server's newest list does not have: what the database says of
                 // it may be older than its end.
                 may_start = !(is_removed || self.file_differs.is_some() || owned.missing_since.is_some());

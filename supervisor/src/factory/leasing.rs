@@ -230,9 +230,9 @@ impl Factory {
         self.adopt(worker);
     }
 
-    /// Is this slot in the configuration, for this target?
+    /// Is this slot in the configuration, for this target? One whose target is not looked up yet may be.
     fn has_slot_for(&self, slot: &SlotName, target: TargetId) -> bool {
-        self.config.slots.get(slot).is_some_and(|s| s.target == target)
+        self.plan.may_have(slot, target)
     }
 
     /// A worker that has not started its agent, and whose slot is no longer in the configuration, gets another slot of

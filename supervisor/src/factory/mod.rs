@@ -14,6 +14,7 @@ pub mod drain;
 pub mod entry;
 mod leasing;
 mod poll;
+pub mod targets;
 #[cfg(test)]
 mod tests;
 pub mod unknown;
@@ -33,6 +34,7 @@ use crate::worker::{Action, Event, Phase, Rules, Worker};
 use drain::{Drain, Drains};
 use entry::Owned;
 pub use entry::{Entry, PendingWorker};
+use targets::Targets;
 
 /// A lease is renewed this often until the worker is online.
 pub const RENEW_MS: u64 = 20_000;
@@ -46,6 +48,8 @@ pub enum Input {
     ServerListed(Result<Vec<ServerWorker>, CallError>),
     /// The answer to [`Output::ListHost`]: all workers that exist on this host.
     HostListed(Result<Vec<WorkerInfo>, CallError>),
+    /// The answer to [`Output::ListTargets`].
+    TargetsListed(targets::Answer),
     /// The answer to [`Output::Lease`]: none where no job of these targets is queued.
     Leased(Result<Option<Lease>, CallError>),
     /// The answer to [`Output::MakeWorker`] for this job.
@@ -90,6 +94,8 @@ pub enum Output {
     ListServer,
     /// Ask the helper for its workers; answered with [`Input::HostListed`].
     ListHost,
+    /// Ask the server for all its targets, where the configuration names one; answered with [`Input::TargetsListed`].
+    ListTargets,
     /// Ask for one job of one of these targets; answered with [`Input::Leased`].
     Lease(BTreeSet<TargetId>),
     /// Make a worker for a leased job; answered with [`Input::WorkerMade`].
@@ -198,6 +204,8 @@ struct SlotCooldown {
 pub struct Factory {
     identity: Identity,
     config: Config,
+    /// What the names of targets in it stand for.
+    targets: Targets,
     /// Its slots.
     plan: Plan,
     /// All that is known of each worker id.
@@ -249,7 +257,8 @@ impl Factory {
     pub fn new(identity: Identity, config: Config, workers: Vec<Worker>, seed: u64, now: u64) -> Self {
         let mut factory = Self {
             identity,
-            plan: Plan::of(&config),
+            plan: Plan::of(&config, &BTreeMap::new()),
+            targets: Targets::new(&config, now),
             config,
             entries: BTreeMap::new(),
             pending_lease: None,
@@ -309,7 +318,10 @@ impl Factory {
             Input::DrainSaved(slot, Some(drain)) => drop(self.drains.insert(slot, drain)),
             Input::DrainSaved(slot, None) => drop(self.drains.remove(&slot)),
             Input::WallClock(wall) => self.end_drains(wall),
-            Input::Configure(config) => (self.plan, self.config) = (Plan::of(&config), *config),
+            Input::Configure(config) => {
+                self.targets.look_up(&config, now);
+                (self.plan, self.config) = (Plan::of(&config, self.targets.ids()), *config);
+            }
             Input::Destroy(worker) => self.destroy(now, worker),
             Input::Kill(worker, reason) => self.step(now, worker, Event::Kill(reason)),
             Input::Storage(error) => {
@@ -330,12 +342,14 @@ impl Factory {
             Input::Stop => self.stopped = true,
             Input::ServerListed(result) => self.server_listed(now, result),
             Input::HostListed(result) => self.host_listed(now, result),
+            Input::TargetsListed(answer) => self.targets_listed(now, answer),
             Input::Leased(result) => self.leased(now, result),
             Input::WorkerMade(job, result) => self.worker_made(now, &job, result),
             Input::Renewed(worker, result) => self.renewed(now, worker, result),
             Input::Done(worker, event) => self.done(now, worker, event),
         }
         if !self.stopped {
+            self.ask_for_targets(now);
             self.begin_poll(now);
             self.start_actions(now);
             self.renew_leases(now);
@@ -352,7 +366,8 @@ impl Factory {
         let retries = retries.filter(|calls| calls.action.is_none());
         let retries = retries.filter_map(|calls| calls.retry.map(|(at, _)| at));
         let renewals = self.entries.values().filter_map(|entry| entry.owned()?.renew_at);
-        retries.chain(renewals).chain(self.poll.next()).min()
+        let others = self.poll.next().into_iter().chain(self.targets.next());
+        retries.chain(renewals).chain(others).min()
     }
 
     /// All that is known of each worker id.
@@ -374,6 +389,7 @@ impl Factory {
     pub fn has_no_pending_calls(&self) -> bool {
         let mut calls = self.entries.values().filter_map(|entry| entry.calls());
         !self.leasing
+            && !self.targets.is_asking()
             && !calls.any(|calls| calls.action.is_some())
             && !self.pending_workers.iter().any(|p| p.making)
     }

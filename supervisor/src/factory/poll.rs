@@ -212,6 +212,9 @@ impl Factory {
     fn came_back(&mut self, now: u64, peer: Peer, answered_at: Option<u64>) {
         self.log(Level::Info, None, format!("{peer} back"));
         self.retry_at_once(peer);
+        if peer == Peer::Server {
+            self.targets.retry_at_once(now);
+        }
         let Some(answered_at) = answered_at.filter(|_| peer == Peer::Server) else {
             return;
         };

@@ -27,6 +27,7 @@ pub fn routes() -> Router<App> {
         .route("/0/factory/worker/{worker}/fail", post(call))
         .route("/0/factory/worker/{worker}/flush", post(call))
         .route("/0/factory/workers", get(call))
+        .route("/0/factory/targets", get(call))
 }
 
 async fn call(
@@ -101,6 +102,10 @@ impl State {
                 let mine = |w: &&Worker| w.factory == me && !w.deleted;
                 let mine = self.workers.values().filter(mine).map(Worker::to_factory);
                 (200, mine.map(|w| json!(w)).collect())
+            }
+            ("GET", ["targets"]) if !self.no_targets => {
+                let target = |(id, name)| json!({ "id": id, "name": name });
+                (200, self.targets.iter().map(target).collect())
             }
             ("PATCH", ["worker", worker]) => {
                 let body: Associate = parse(body)?;

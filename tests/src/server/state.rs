@@ -42,6 +42,8 @@ pub struct State {
     pub hold_new_workers: bool,
     /// An older server, which knows no way to fail a worker: 404 to `/0/factory/worker/{id}/fail`.
     pub no_fail: bool,
+    /// An older server, which does not list its targets: 404 to `/0/factory/targets`.
+    pub no_targets: bool,
     chance: Chance,
     last_id: u128,
 }
@@ -64,6 +66,7 @@ impl State {
             held: false,
             hold_new_workers: false,
             no_fail: false,
+            no_targets: false,
             chance,
             last_id: 0,
         }

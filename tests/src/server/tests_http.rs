@@ -156,7 +156,9 @@ async fn refusals_have_the_servers_own_form() {
     let unknown = fresh_id();
     let refused = Caller::new(&server, "nobody");
     let other = Caller::new(&server, &server.add_factory("g").1);
-    server.with(|s| s.no_fail = true);
+    let listed = factory.get("/0/factory/targets").await;
+    assert_eq!(listed, (StatusCode::OK, json!([{ "id": target, "name": "lab" }])));
+    server.with(|s| (s.no_fail, s.no_targets) = (true, true));
 
     for (status, (got, body)) in [
         (StatusCode::UNAUTHORIZED, refused.get("/0/factory/ping").await),
@@ -175,6 +177,7 @@ async fn refusals_have_the_servers_own_form() {
             StatusCode::BAD_REQUEST,
             factory.post("/0/factory/worker", json!({})).await,
         ),
+        (StatusCode::NOT_FOUND, factory.get("/0/factory/targets").await),
         (StatusCode::NOT_FOUND, factory.get("/0/nowhere").await),
     ] {
         assert_eq!(got, status, "{body}");

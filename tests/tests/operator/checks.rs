@@ -6,7 +6,7 @@ use testbed::test_factory::ONE;
 
 use super::*;
 
-fn config_of(factory: &TestFactory) -> String {
+pub fn config_of(factory: &TestFactory) -> String {
     let path = factory.host.root.join(protocol::config::CONFIG_PATH);
     path.to_str().expect("a test's path is ASCII").to_owned()
 }

@@ -2,9 +2,12 @@
 
 use std::os::unix::fs::PermissionsExt;
 
+use nix::sys::signal::Signal;
 use testbed::harness::place;
+use testbed::proxy::Fault;
 use testbed::test_factory::ONE;
 
+use super::checks::config_of;
 use super::*;
 
 /// An agent of before the options.
@@ -65,5 +68,79 @@ async fn an_agent_that_does_not_know_the_options_is_replaced_by_one_of_the_host(
     done(&factory, &["reload"]);
     let second = factory.submit("true");
     factory.completed(second).await;
+    factory.finish().await;
+}
+
+/// A slot whose target is the name that jobs ask for.
+const NAMED: &str = "[slots.a]\ntarget = \"linux\"\n";
+
+async fn because(factory: &TestFactory, part: &str) -> String {
+    see(factory, |status| {
+        let because = status["slots"][0]["because"].as_str()?;
+        because.contains(part).then(|| because.to_owned())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_is_named_where_the_server_lists_its_targets_and_a_wrong_name_is_told() {
+    let mut factory = TestFactory::new(NAMED).await;
+    let job = factory.submit("echo named");
+    factory.completed(job).await;
+    let status = json(&factory, &["status"]);
+    let slot = &status["slots"][0];
+    assert_eq!(slot["target"], factory.target.to_string());
+    assert_eq!(slot["target_name"], "linux");
+    let said = say(&factory, &["check", &config_of(&factory), "--online"]);
+    assert_eq!(said.status, 0, "{}{}", said.out, said.err);
+    let found = format!("online targets: \"linux\" is {}", factory.target);
+    assert!(said.out.contains(&found), "{}", said.out);
+    // A name that the server does not have.
+    factory.configure(&NAMED.replace("linux", "linus"));
+    let said = say(&factory, &["check", &config_of(&factory), "--online"]);
+    let wrong = "slots.a.target = \"linus\" is no target of the server, which has \"linux\"";
+    assert!(said.status == 1 && said.out.contains(wrong), "{}", said.out);
+    done(&factory, &["reload"]);
+    because(&factory, wrong).await;
+    factory.logged(&["WARN", "no jobs are taken in this slot", "linus"]);
+    let status = say(&factory, &["status"]);
+    assert!(status.status == 4 && status.out.contains(wrong), "{}", status.out);
+    let job = factory.submit("echo corrected");
+    factory.configure(NAMED);
+    done(&factory, &["reload"]);
+    factory.completed(job).await;
+    // The server has no such call: by now the name stands for nothing, not even after a restart.
+    factory.server.with(|state| state.no_targets = true);
+    factory.end_supervisor(Signal::SIGTERM);
+    factory.supervisor = factory.host.supervisor();
+    let sentence = because(&factory, "write the target's id").await;
+    assert!(sentence.contains("slots.a.target = \"linux\""), "{sentence}");
+    let said = say(&factory, &["check", &config_of(&factory), "--online"]);
+    assert!(said.status == 1 && said.out.contains(&sentence), "{}", said.out);
+    factory.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_is_looked_up_once_the_server_is_there_and_no_job_is_taken_before() {
+    let factory = TestFactory::behind_a_proxy(NAMED).await;
+    let proxy = factory.proxy.as_ref().expect("the factory was built behind one");
+    let job = factory.submit("true");
+    factory.completed(job).await;
+    let other = NAMED.replace("slots.a", "slots.b");
+    proxy.set("/0/factory/targets", Fault::HangUp);
+    factory.configure(&format!("{NAMED}{}", other.replace("linux", "arm")));
+    done(&factory, &["reload"]);
+    // The slot that was there keeps its target, the new one waits.
+    see(&factory, |status| {
+        let because = status["slots"][1]["because"].as_str()?;
+        because.contains("not looked up on the server yet").then_some(())
+    })
+    .await;
+    see(&factory, |status| (state_of(status, "a") == "free").then_some(())).await;
+    let job = factory.submit("true");
+    factory.completed(job).await;
+    factory.server.add_target("arm");
+    proxy.heal();
+    see(&factory, |status| (state_of(status, "b") == "free").then_some(())).await;
     factory.finish().await;
 }

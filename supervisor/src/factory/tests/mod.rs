@@ -1,10 +1,11 @@
 //! The core in a small world: pending_workers, one by one. All of them together, and whatever can go wrong, are in
 //! the simulation (`--test simulation`).
 
+mod targets;
 mod world;
 
 use crate::control::status::time;
-use protocol::{BootstrapToken, Exit};
+use protocol::{BootstrapToken, Exit, Target};
 use testbed::model::Agent;
 
 use super::*;
@@ -836,7 +837,7 @@ fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_
         let mut left = all.clone();
         let slot = left.slots.iter_mut().find(|(name, _)| name.as_str() == "c");
         // For another target from now on, or removed.
-        slot.unwrap().1.target = TargetId::from_bits(9);
+        slot.unwrap().1.target = Target::Id(TargetId::from_bits(9));
         left.slots.retain(|name, _| !is_removed || name.as_str() != "c");
         world.tell(Input::Configure(Box::new(left)));
         let begun = world.now;

@@ -10,6 +10,7 @@ use testbed::model::{Agent, Configuration, Model};
 use testbed::server::{self, Job, JobSpec, Progress};
 
 use super::super::*;
+use crate::buildomat::ServerTarget;
 use crate::control::status::View;
 use crate::identity::{InstanceId, Owner};
 use crate::worker::Worker;
@@ -21,6 +22,8 @@ pub const CONFIG: &str = "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_fi
 
 pub struct World {
     pub core: Factory,
+    /// That of the next life.
+    pub config: Config,
     pub now: u64,
     pub disk: BTreeMap<WorkerId, Worker>,
     pub pending: Vec<Output>,
@@ -37,6 +40,10 @@ pub struct World {
     /// Questions for a job are answered so.
     pub lease_fails: Option<CallError>,
     pub refuses_workers: bool,
+    /// What the server has with a name; none where it has no call for that.
+    pub targets: Option<Vec<ServerTarget>>,
+    /// The question for them is answered with an error.
+    pub targets_fail: bool,
     pub said: Vec<String>,
     pub counts: BTreeMap<&'static str, usize>,
 }
@@ -62,6 +69,7 @@ fn kind(output: &Output) -> &'static str {
     match output {
         Output::ListServer => "workers",
         Output::ListHost => "list",
+        Output::ListTargets => "targets",
         Output::Lease(_) => "lease",
         Output::MakeWorker { .. } => "make",
         Output::Renew { .. } => "renew",
@@ -72,16 +80,22 @@ fn kind(output: &Output) -> &'static str {
 
 impl World {
     pub fn new() -> Self {
-        let config = Config::parse(CONFIG).unwrap();
+        Self::with(CONFIG)
+    }
+
+    /// With another configuration, which has the same slots.
+    pub fn with(config: &str) -> Self {
+        let config = Config::parse(config).unwrap();
         let mut server = server::State::with(moment(1000), server::Chance::of_seed(7));
-        for slot in config.slots.values() {
-            server.targets.insert(ulid(slot.target), slot.target.to_string());
+        for slot in Config::parse(CONFIG).unwrap().slots.values() {
+            server.targets.insert(ulid(&slot.target), slot.target.to_string());
         }
         let (factory, _) = server.add_factory("f");
         let host = Model::new(Configuration::from(&config), 2_031_616..=2_097_151);
-        let core = Factory::new(here(), config, Vec::new(), 7, 1000);
+        let core = Factory::new(here(), config.clone(), Vec::new(), 7, 1000);
         Self {
             core,
+            config,
             now: 1000,
             disk: BTreeMap::new(),
             pending: Vec::new(),
@@ -95,6 +109,8 @@ impl World {
             start_fails: None,
             lease_fails: None,
             refuses_workers: false,
+            targets: None,
+            targets_fail: false,
             said: Vec::new(),
             counts: BTreeMap::new(),
         }
@@ -220,7 +236,7 @@ impl World {
         self.disk
             .values_mut()
             .for_each(|worker| worker.waiting_since = self.now);
-        self.core = Factory::new(here(), Config::parse(CONFIG).unwrap(), workers, 8, self.now);
+        self.core = Factory::new(here(), self.config.clone(), workers, 8, self.now);
         // What a new life begins with is new: the waits.
         self.disk = self.core.workers().map(|w| (w.id, w.clone())).collect();
         self.tell(Input::Tick);
@@ -342,6 +358,10 @@ impl World {
         match output {
             Output::ListServer => Input::ServerListed(Ok(self.listed().into_values().collect())),
             Output::ListHost => Input::HostListed(Ok(self.host.list(None, protocol::MAX_LIST).0)),
+            Output::ListTargets => Input::TargetsListed(match self.targets_fail {
+                true => Err(CallError::passing(Peer::Server, "too busy")),
+                false => Ok(self.targets.clone()),
+            }),
             Output::Lease(_) if let Some(error) = self.lease_fails.clone() => Input::Leased(Err(error)),
             Output::Lease(targets) => {
                 let targets: Vec<WorkerId> = targets.iter().map(ulid).collect();
@@ -469,6 +489,7 @@ fn error(output: &Output) -> Input {
     match output.clone() {
         Output::ListServer => Input::ServerListed(Err(t(Peer::Server))),
         Output::ListHost => Input::HostListed(Err(t(Peer::Helper))),
+        Output::ListTargets => Input::TargetsListed(Err(t(Peer::Server))),
         Output::Lease(_) => Input::Leased(Err(t(Peer::Server))),
         Output::MakeWorker { job, .. } => Input::WorkerMade(job, Err(t(Peer::Server))),
         Output::Renew { worker, .. } => Input::Renewed(worker, Err(t(Peer::Server))),
