@@ -90,6 +90,9 @@ async fn job_append(
                 "job is already complete, cannot append".to_string(),
             ));
         }
+        for line in &lines {
+            s.check_stream(&line.stream)?;
+        }
         for line in lines {
             s.append(job, line.task, &line.stream, Some(line.time), &line.payload);
         }

@@ -44,6 +44,8 @@ pub struct State {
     pub no_fail: bool,
     /// An older server, which does not list its targets: 404 to `/0/factory/targets`.
     pub no_targets: bool,
+    /// A server that refuses events in streams that it does not know (400), as it knows them: [`is_known_stream`].
+    pub checks_streams: bool,
     chance: Chance,
     last_id: u128,
 }
@@ -67,6 +69,7 @@ impl State {
             hold_new_workers: false,
             no_fail: false,
             no_targets: false,
+            checks_streams: false,
             chance,
             last_id: 0,
         }
@@ -251,8 +254,17 @@ impl State {
         Ok(())
     }
 
+    /// An older server stores events of any stream.
+    pub fn check_stream(&self, stream: &str) -> Result<(), Refusal> {
+        match self.checks_streams && !is_known_stream(stream) {
+            true => Err(Refusal::Invalid(format!("unknown stream {stream:?}"))),
+            false => Ok(()),
+        }
+    }
+
     /// `true` = keep the line and try again: there is no job yet to keep it in.
     pub fn factory_append(&mut self, factory: Ulid, worker: Ulid, line: Append) -> Result<bool, Refusal> {
+        self.check_stream(&line.stream)?;
         let w = self.owned(factory, worker)?;
         let (job, never) = (w.job, w.deleted || (w.recycle() && !w.online()));
         let Some(job) = job else { return Ok(!never) };
@@ -416,4 +428,15 @@ fn describe(j: &Job) -> PingJob {
         inputs: j.inputs.iter().filter_map(input).collect(),
         output_rules: j.output_rules.iter().map(|(_, rule)| rule.clone()).collect(),
     }
+}
+
+/// The streams that newer servers know (buildomat, `common/src/job_streams.rs`).
+fn is_known_stream(stream: &str) -> bool {
+    let parts: Vec<&str> = stream.split('.').collect();
+    matches!(
+        parts[..],
+        ["agent" | "console" | "control" | "error" | "panic" | "stderr" | "stdout" | "task" | "worker"]
+            | ["bg" | "diag", _]
+            | ["bg", _, "stdout" | "stderr"]
+    )
 }

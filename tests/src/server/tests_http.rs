@@ -241,3 +241,34 @@ async fn the_agent_is_given_to_linux_without_a_length() {
     server.behave(|b| b.truncate_agent = Some(1000));
     assert!(get("agent?kernel=Linux").await.unwrap().bytes().await.is_err());
 }
+
+#[tokio::test]
+async fn a_server_that_checks_streams_refuses_those_that_it_does_not_know() {
+    let (server, factory, target) = server().await;
+    let (_, made) = factory
+        .post("/0/factory/worker", json!({ "target": target }))
+        .await;
+    let path = format!("/0/factory/worker/{}/append", made["id"].as_str().unwrap());
+    let append = async |stream: &str| {
+        let line = json!({ "stream": stream, "time": "2026-01-01T00:00:00Z", "payload": "x" });
+        factory.post(&path, line).await.0
+    };
+    let streams = [
+        "console",
+        "bg.web.stdout",
+        "diag.pre",
+        "boot",
+        "console.a",
+        "bg.a.b",
+    ];
+    for (checks, known) in [(false, 6), (true, 3)] {
+        server.with(|s| s.checks_streams = checks);
+        for (n, stream) in streams.iter().enumerate() {
+            let expected = match n < known {
+                true => StatusCode::OK,
+                false => StatusCode::BAD_REQUEST,
+            };
+            assert_eq!(append(stream).await, expected, "{checks} {stream}");
+        }
+    }
+}

@@ -144,3 +144,37 @@ async fn a_name_is_looked_up_once_the_server_is_there_and_no_job_is_taken_before
     see(&factory, |status| (state_of(status, "b") == "free").then_some(())).await;
     factory.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_and_consoles_are_logged_by_servers_that_check_streams_and_by_those_that_do_not() {
+    for checks in [true, false] {
+        let factory = TestFactory::new(ONE).await;
+        factory.server.with(|state| state.checks_streams = checks);
+        let job = factory.submit("echo out; echo err >&2");
+        factory.completed(job).await;
+        let events = factory.server.job(job).events;
+        for (stream, text) in [("stdout", "out"), ("stderr", "err")] {
+            assert!(
+                events.iter().any(|e| e.stream == stream && e.payload == text),
+                "{checks}: {events:#?}"
+            );
+        }
+        factory.finish().await;
+        // The console of a start that fails is told by the factory, not by the agent.
+        let dir = place();
+        let factory = TestFactory::with_agent(ONE, old_agent(dir.path())).await;
+        factory.server.with(|state| state.checks_streams = checks);
+        let job = factory.submit("true");
+        factory.held(job).await;
+        let events = factory.server.job(job).events;
+        assert!(
+            events
+                .iter()
+                .any(|e| e.stream == "console" && e.payload.contains("no-service")),
+            "{checks}: {events:#?}"
+        );
+        let worker = worker_on(&factory, "a").await;
+        done(&factory, &["destroy", &worker, "--yes"]);
+        factory.finish().await;
+    }
+}
