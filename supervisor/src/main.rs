@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use command::{
     Arguments, Command, DONE, FAILED, FileSearch, NOT_CONFIGURED, OutputFormat, ask, check, exit, generate,
-    manual, print_error, residue, selftest, serve,
+    manual, print_error, residue, selftest, serve, shutdown,
 };
 use supervisor::control::api::Drain;
 
@@ -57,8 +57,12 @@ fn run(command: Command) -> u8 {
             wait,
             reason,
             until,
+            at_shutdown,
             at,
         } => {
+            if at_shutdown {
+                return shutdown::wait(&at);
+            }
             let order = Drain { slot, reason, until };
             ask::with_client(&at, async |factory| ask::drain(factory, order, wait).await)
         }

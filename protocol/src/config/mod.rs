@@ -134,6 +134,9 @@ pub struct Factory {
     /// Is no job taken after a start of the supervisor before the self-test of all slots has passed?
     #[serde(default)]
     pub selftest_at_start: bool,
+    /// Seconds that a shutdown of the host waits for jobs that run, 0 to 1500. systemd forces a reboot after half an hour.
+    #[serde(default, deserialize_with = "within::<_, 0, 1500>")]
+    pub shutdown_wait_seconds: u64,
 }
 
 /// What one slot's jobs get.
@@ -417,6 +420,7 @@ mod tests {
         assert_eq!(config.factory.min_free, MinFree::default());
         assert_eq!(config.factory.agent, None);
         assert!(!config.factory.selftest_at_start);
+        assert_eq!(config.factory.shutdown_wait_seconds, 0);
         let range = config.factory.uid_range;
         assert_eq!((range.len(), range.last.get()), (65536, (1 << 21) - 1));
     }
@@ -532,6 +536,7 @@ mod tests {
             ("uid_range = \"0-10\"\n".to_owned() + SLOT, 5, "range of uids"),
             ("agent = \"agent\"\n".to_owned() + SLOT, 5, "absolute path"),
             ("poll_seconds = 0\n".to_owned() + SLOT, 5, "1 to 60"),
+            ("shutdown_wait_seconds = 1501\n".to_owned() + SLOT, 5, "0 to 1500"),
             ("[slots\n".into(), 5, ""),
         ] {
             let found = mistakes(&text);

@@ -8,6 +8,7 @@ pub mod print;
 pub mod residue;
 pub mod selftest;
 pub mod serve;
+pub mod shutdown;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -161,6 +162,10 @@ pub enum Command {
         /// Take jobs again by itself then: after a duration such as 90m or 2h, or at a time such as 2026-12-01T08:00.
         #[arg(long, value_name = "TIME|DURATION", value_parser = ask::end_from_now)]
         until: Option<jiff::Timestamp>,
+        /// The host is being shut down: take no jobs until the supervisor starts again, and wait for those that run for
+        /// factory.shutdown_wait_seconds. What the package's unit does.
+        #[arg(long, conflicts_with_all = ["slot", "wait", "reason", "until"])]
+        at_shutdown: bool,
         #[command(flatten)]
         at: Location,
     },

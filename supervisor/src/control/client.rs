@@ -114,6 +114,11 @@ impl Client {
             .map(drop)
     }
 
+    /// Say that the host is being shut down: no jobs are taken until the supervisor starts again.
+    pub async fn host_stops(&self) -> Result<(), Error> {
+        self.call(Method::POST, "/v1/host-stops").await.map(drop)
+    }
+
     /// Say what a self-test of all slots has found.
     ///
     /// # Errors

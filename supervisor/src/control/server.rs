@@ -115,6 +115,7 @@ impl ControlServer {
                 post(|state, by, PathPart(slot)| resume(state, by, Some(slot))),
             )
             .route("/v1/selftest", post(selftest))
+            .route("/v1/host-stops", post(host_stops))
             .route("/v1/reload", post(reload))
             .merge(public())
             .with_state(self);
@@ -394,6 +395,20 @@ fn check_line(what: &str, text: Option<&str>, max: usize) -> ApiResult<()> {
         StatusCode::BAD_REQUEST,
         format!("{what} must have 1 to {max} characters in one line: write another"),
     ))
+}
+
+/// Take no jobs until the supervisor starts again.
+async fn host_stops(
+    State(server): State<ControlServer>,
+    ConnectInfo(peer): ConnectInfo<PeerUid>,
+) -> ApiResult<StatusCode> {
+    let by = peer.operator()?;
+    server
+        .command(StatusCode::INTERNAL_SERVER_ERROR, |answer| Command::HostStops {
+            by,
+            answer,
+        })
+        .await
 }
 
 async fn selftest(

@@ -58,6 +58,13 @@ pub enum Command {
         /// Ok once the order is taken.
         answer: Answer,
     },
+    /// The host is being shut down.
+    HostStops {
+        /// Who says so.
+        by: Operator,
+        /// Answered at once.
+        answer: Answer,
+    },
     /// A self-test of all slots has come to its end: what did not hold.
     SelfTested {
         /// In a sentence; none where every slot passed.

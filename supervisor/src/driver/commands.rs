@@ -77,6 +77,10 @@ impl<S: Storage> Driver<S> {
                 let reason = format!("an operator ({by}) ended its processes with `user-factory kill`");
                 done(answer, Input::Kill(worker, reason))
             }
+            Command::HostStops { by, answer } => {
+                tracing::info!(%by, "the host is being shut down: no more jobs are taken");
+                done(answer, Input::HostStops)
+            }
             Command::SelfTested { failure, by, answer } => {
                 tracing::info!(%by, passed = failure.is_none(), "an operator has tested all free slots");
                 done(answer, Input::SelfTested(failure))

@@ -76,6 +76,8 @@ pub enum Input {
     FileDiffers(Option<String>),
     /// Why too little of the host is free for another job, in a sentence; none while enough is.
     Shortage(Option<String>),
+    /// The host is being shut down: no jobs are taken until the supervisor starts again.
+    HostStops,
     /// A self-test of all slots has come to its end: what did not hold, in a sentence; none where all did.
     SelfTested(Option<String>),
     /// Since when, in milliseconds since 1970, a call to this peer has had no answer, where that is longer than calls
@@ -242,6 +244,7 @@ pub struct Factory {
     /// Why too little of the host is free for another job.
     shortage: Option<String>,
     selftest: Option<SelfTest>,
+    host_stops: bool,
     stopped: bool,
     /// Counts inputs: the order of things, where the clock is too coarse.
     turn: u64,
@@ -281,6 +284,7 @@ impl Factory {
             storage: None,
             shortage: None,
             selftest: None,
+            host_stops: false,
             stopped: false,
             turn: 0,
             last_lease_error: String::new(),
@@ -339,6 +343,7 @@ impl Factory {
             Input::FileDiffers(difference) => self.note_file(now, difference),
             Input::Shortage(shortage) => self.note_shortage(shortage),
             Input::SelfTested(failure) => self.note_selftest(now, failure),
+            Input::HostStops => self.host_stops = true,
             Input::Stop => self.stopped = true,
             Input::ServerListed(result) => self.server_listed(now, result),
             Input::HostListed(result) => self.host_listed(now, result),
@@ -607,7 +612,9 @@ impl Factory {
 
     /// Why the server is not asked for jobs, whatever slot is free.
     pub(crate) fn not_asked_for(&self) -> Option<&str> {
-        Some(if self.is_draining() {
+        Some(if self.host_stops {
+            "the host is being shut down"
+        } else if self.is_draining() {
             "all slots are drained: `user-factory resume` takes jobs again"
         } else if self.storage.is_some() {
             "the supervisor's state cannot be saved"

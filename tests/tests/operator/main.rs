@@ -21,6 +21,7 @@ mod reload;
 mod residue;
 mod selftest;
 mod servers;
+mod shutdown;
 mod stopped;
 mod unreachable;
 
