@@ -95,6 +95,25 @@ sys.stdin.read()";
     std::fs::remove_file(&record).unwrap();
     std::fs::remove_dir(&cgroup).unwrap();
 
+    let place = factory.host.root.join(NOBODYS);
+    std::fs::create_dir(&place).unwrap();
+    // In a mount namespace of its own, in which other tests do not see it.
+    let plain = command(&factory, &["residue", "--no-files"]);
+    let mut mounted = Command::new("unshare");
+    mounted.args(["--mount", "sh", "-c", "mount -t tmpfs none \"$0\" && exec \"$@\""]);
+    mounted
+        .arg(&place)
+        .arg(plain.get_program())
+        .args(plain.get_args());
+    let said: Said = tokio::task::block_in_place(|| mounted.output().unwrap()).into();
+    assert!(
+        said.status == 1 && said.out.contains(NOBODYS),
+        "{}{}",
+        said.out,
+        said.err
+    );
+    std::fs::remove_dir(&place).unwrap();
+
     let said = say(&factory, &["residue", "--no-files"]);
     assert!(
         said.status == 0 && said.out.ends_with("nothing is left\n"),
