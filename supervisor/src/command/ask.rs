@@ -169,7 +169,8 @@ fn drain_end(text: &str, now: &Zoned) -> Result<Timestamp, String> {
 
 /// The same, as the command line gives it.
 pub fn end_from_now(text: &str) -> Result<Timestamp, String> {
-    drain_end(text, &Zoned::now())
+    let now = Zoned::now();
+    drain_end(text, &now.round(jiff::Unit::Second).unwrap_or(now))
 }
 
 pub async fn drain(client: Client, order: Drain, wait: bool) -> CommandResult {
