@@ -108,6 +108,15 @@ impl Plan {
         }
         excluded
     }
+
+    /// Are there as many workers as slots? The helper makes no more then, also in a slot that has none.
+    pub fn is_full(&self, used: &BTreeSet<SlotName>) -> bool {
+        self.has_no_room(used.len())
+    }
+
+    fn has_no_room(&self, used: usize) -> bool {
+        used >= self.names.len()
+    }
 }
 
 /// The slots that may take a job, until one is taken.
@@ -136,7 +145,7 @@ impl Free<'_> {
     }
 
     fn is_open(&self, number: u32) -> bool {
-        self.used < self.closed.len() && !self.closed[number as usize]
+        !self.plan.has_no_room(self.used) && !self.closed[number as usize]
     }
 
     /// All of them, in the order of names.

@@ -37,6 +37,8 @@ struct Taken<'a> {
     pending: BTreeMap<&'a SlotName, &'a PendingWorker>,
     /// By which used slot.
     excluded: BTreeMap<&'a SlotName, &'a SlotName>,
+    /// Where there are as many workers as slots: a removed slot that still has one.
+    removed: Option<&'a SlotName>,
 }
 
 impl View<'_> {
@@ -89,6 +91,9 @@ impl View<'_> {
                 .map(|p| (&p.slot, p))
                 .collect(),
             excluded: self.factory.plan().excluded(&used),
+            removed: used
+                .iter()
+                .find(|slot| !slots.contains_key(*slot) && self.factory.plan().is_full(&used)),
         };
         let removed = self.factory.workers().map(|w| &w.slot);
         let removed = removed.filter(|slot| !slots.contains_key(*slot));
@@ -124,6 +129,9 @@ impl View<'_> {
             (SlotState::Closed, Some(why))
         } else if let Some(other) = taken.excluded.get(name) {
             (SlotState::Blocked, Some(format!("conflicts with {other}")))
+        } else if let Some(other) = &taken.removed {
+            let because = format!("there are as many workers as slots, one in {other}, which was removed");
+            (SlotState::Blocked, Some(because))
         } else if let Some(until) = self.factory.cooldown(name).filter(|until| *until > self.now) {
             let because = format!("until {}", self.rounded(until));
             (SlotState::Resting, Some(because))

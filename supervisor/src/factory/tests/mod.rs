@@ -635,12 +635,27 @@ fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
     world.submit(1, '3');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
     let (rest, _) = world::CONFIG.split_once("[slots.c]").unwrap();
-    world.tell(Input::Configure(Box::new(Config::parse(rest).unwrap())));
+    let rest = rest.replace("conflicts_with_slots = [\"b\"]", "");
+    world.tell(Input::Configure(Box::new(Config::parse(&rest).unwrap())));
     // Three slots were, two are: with the worker of the third, only one more may come.
     for n in 2..5 {
         world.submit(n, '2');
     }
     world.submit(5, '3');
+    world.run(|w| w.core.workers().count() == 2);
+    let slots = world.view().slots();
+    let [blocked] = &slots
+        .iter()
+        .filter(|slot| slot.state == SlotState::Blocked)
+        .collect::<Vec<_>>()[..]
+    else {
+        panic!("one slot has no worker, and may take none: {slots:?}");
+    };
+    let because = blocked.because.as_deref();
+    assert_eq!(
+        because,
+        Some("there are as many workers as slots, one in c, which was removed")
+    );
     world.run(|w| w.done().len() == 4);
     assert!(world.done().contains(&job(1)) && world.failed().is_empty());
     assert_eq!(world.queued(), 1);
