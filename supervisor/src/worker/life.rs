@@ -180,7 +180,6 @@ impl Worker {
             }
             // And here, its agent, which will not be let in again; as the server sees it, the job has not begun.
             (Phase::Running { online: true }, Some(_)) if !online => {
-                self.waiting_since = now;
                 self.lose("the server has forgotten its agent", now);
             }
             (Phase::Resetting { confirmed: false }, Some(OnHost::Has(State::Running))) if online => {
@@ -315,6 +314,8 @@ impl Worker {
             self.fail(format!("{how}, for the {}th time", self.remakes + 1), now);
         } else {
             self.remakes += 1;
+            // The time that it was alive in, and hung or was lost, is not the next one's.
+            self.waiting_since = now;
             self.enter(Phase::Resetting { confirmed: false }, now);
         }
     }
