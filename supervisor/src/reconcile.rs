@@ -57,8 +57,13 @@ pub struct Question<'a> {
 pub enum Decision {
     /// It becomes this factory's again.
     Adopt(Worker),
-    /// It could, had it a slot of this target: it comes next.
-    Wait(TargetId),
+    /// It could, were its slot free: it comes before new jobs.
+    Wait {
+        /// The worker's.
+        target: TargetId,
+        /// Its slot; none where any of the target will do.
+        slot: Option<SlotName>,
+    },
     /// It has no owner: it is deleted, in this way.
     Delete {
         /// The one without an owner.
@@ -178,7 +183,14 @@ fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -
     let expired = unknown_for >= waits.saturating_add(q.online_timeout);
     if !expired && (slot_for(w, &owner, all).is_some() || q.plan.has_unresolved()) {
         // Its job has not begun, and need not fail because others were here first, or targets are not looked up yet.
-        Some(Decision::Wait(w.target))
+        let slot = match owner {
+            Owner::Own(slot) => Some(slot),
+            _ => None,
+        };
+        Some(Decision::Wait {
+            target: w.target,
+            slot,
+        })
     } else if owner == Owner::Nobody && q.others_seen {
         report(NotOurs::NoMark)
     } else {
@@ -314,7 +326,7 @@ mod tests {
         };
         let show = |d: Decision| match d {
             Decision::Adopt(w) => format!("adopt {} {}", w.slot, w.phase.name()),
-            Decision::Wait(_) => "wait".to_owned(),
+            Decision::Wait { slot, .. } => slot.map_or("wait".to_owned(), |slot| format!("wait for {slot}")),
             Decision::Delete { action, .. } => action.name().to_owned(),
             Decision::Report { why, .. } => format!("{why:?}"),
         };
@@ -359,7 +371,7 @@ mod tests {
             (OWN, [false; 3], &LONG, "adopt a reserved"),
             (Some("zz@here/00000000"), [false; 3], &new, ""),
             (Some("zz@here/00000000"), [false; 3], &LONG, end),
-            (OWN, [false; 3], &unresolved(TIMEOUT + RECLAIM_MS), "wait"),
+            (OWN, [false; 3], &unresolved(TIMEOUT + RECLAIM_MS), "wait for a"),
             (None, [false; 3], &unresolved(UNCLAIMED_MS + TIMEOUT - 1), "wait"),
             (None, [false; 3], &unresolved(UNCLAIMED_MS + TIMEOUT), end),
             (OWN, [true, false, false], &LONG, "Lost"),
@@ -442,9 +454,12 @@ mod tests {
             let orphans = [server(1, private, false, false, false)];
             decide(&orphans, &busy, &around)[0].clone()
         };
-        for (private, waits) in [(OWN, TIMEOUT + RECLAIM_MS), (None, UNCLAIMED_MS)] {
+        for (private, waits, wait) in [
+            (OWN, TIMEOUT + RECLAIM_MS, "wait for a"),
+            (None, UNCLAIMED_MS, "wait"),
+        ] {
             let decide = |others, waited| decide(private, others, waits + waited);
-            assert_eq!(decide(false, TIMEOUT - 1), "wait");
+            assert_eq!(decide(false, TIMEOUT - 1), wait);
             assert_eq!(decide(false, TIMEOUT), "delete on the server");
             // It may be the other's: then nothing says that it has no owner.
             let left = if private.is_none() {

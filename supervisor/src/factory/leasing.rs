@@ -36,7 +36,11 @@ impl Factory {
         let cooling_down = self.cooldowns.iter().filter(|(_, cooldown)| cooldown.until > now);
         let drained = self.drains.keys().flatten();
         let excluded = cooling_down.map(|(slot, _)| slot).chain(drained);
-        self.plan.free(used, excluded)
+        let mut free = self.plan.free(used, excluded);
+        for slot in self.reserved_slots.difference(used) {
+            free.take(slot);
+        }
+        free
     }
 
     /// The slots that have a worker, or a job that is to get one, or a worker that only the helper's list shows.

@@ -218,6 +218,8 @@ pub struct Factory {
     pending_workers: Vec<PendingWorker>,
     /// Targets for which an unknown worker waits for a slot: it comes before new jobs.
     reserved_targets: BTreeSet<TargetId>,
+    /// Slots for which one waits.
+    reserved_slots: BTreeSet<SlotName>,
     /// The server's last list had a worker that may be another host's.
     other_host_listed: bool,
     /// Another host has been seen, since this life began.
@@ -267,6 +269,7 @@ impl Factory {
             pending_lease: None,
             pending_workers: Vec::new(),
             reserved_targets: BTreeSet::new(),
+            reserved_slots: BTreeSet::new(),
             other_host_listed: false,
             other_host_seen: false,
             cooldowns: BTreeMap::new(),

@@ -352,9 +352,11 @@ impl Factory {
         let orphans = self.entries.iter().filter(|(_, entry)| entry.orphan().is_some());
         let mut before: BTreeSet<WorkerId> = orphans.map(|(id, _)| *id).collect();
         self.reserved_targets.clear();
+        self.reserved_slots.clear();
         for decision in decisions {
             match decision {
-                Decision::Wait(target) => drop(self.reserved_targets.insert(target)),
+                Decision::Wait { slot: Some(slot), .. } => drop(self.reserved_slots.insert(slot)),
+                Decision::Wait { target, slot: None } => drop(self.reserved_targets.insert(target)),
                 Decision::Adopt(worker) => self.adopt(worker),
                 Decision::Delete { worker, slot, action } => {
                     before.remove(&worker);
