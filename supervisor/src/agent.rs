@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use flate2::read::MultiGzDecoder;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protocol::MAX_AGENT_BYTES;
@@ -343,10 +344,30 @@ fn sealed(path: &Path) -> Result<Agent, String> {
     if length == 0 || length > MAX_AGENT_BYTES {
         return Err(why(&format!("it has {length} bytes")));
     }
+    seal(&memory).map_err(|e| why(&e))?;
+    Ok(Agent(Arc::new(memory.into())))
+}
+
+/// Seal a memfd against every change, as [`Request::InstallAgent`](protocol::Request::InstallAgent) asks for.
+///
+/// # Errors
+/// Those of fcntl(2). EBUSY only where it lasts for a second.
+pub fn seal(memory: impl AsFd) -> nix::Result<()> {
     let seals =
         SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL;
-    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals)).map_err(|e| why(&e))?;
-    Ok(Agent(Arc::new(memory.into())))
+    while_busy(|| fcntl(memory.as_fd(), FcntlArg::F_ADD_SEALS(seals)).map(drop))
+}
+
+/// The kernel refuses F_SEAL_WRITE while anything holds a page of the file, its own reclaim or migration of pages too
+/// (mm/memfd.c, `memfd_wait_for_pins`), which ends by itself.
+fn while_busy(mut seal: impl FnMut() -> nix::Result<()>) -> nix::Result<()> {
+    for _ in 0..50 {
+        match seal() {
+            Err(Errno::EBUSY) => std::thread::sleep(Duration::from_millis(20)),
+            done => return done,
+        }
+    }
+    seal()
 }
 
 /// What the server may want to know of this machine to choose the agent.

@@ -219,3 +219,18 @@ fn os_release_values_lose_their_quotes() {
     );
     assert_eq!(os_release(text, "NOTHING"), "");
 }
+
+#[test]
+fn a_memfd_of_which_the_kernel_holds_pages_is_sealed_when_it_lets_go() {
+    let sealed_at = |last: usize, end: nix::Result<()>| {
+        let mut asked = 0;
+        let result = while_busy(|| {
+            asked += 1;
+            if asked < last { Err(Errno::EBUSY) } else { end }
+        });
+        (asked, result)
+    };
+    assert_eq!(sealed_at(3, Ok(())), (3, Ok(())));
+    assert_eq!(sealed_at(1, Err(Errno::EPERM)), (1, Err(Errno::EPERM)));
+    assert_eq!(sealed_at(usize::MAX, Ok(())), (51, Err(Errno::EBUSY)));
+}

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, Flock, FlockArg, SealFlag, fcntl};
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -584,9 +584,7 @@ impl Client {
 /// A program in a sealed memfd, as the supervisor hands it over.
 pub fn sealed(program: &[u8]) -> OwnedFd {
     let fd = memory(program);
-    let seals =
-        SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
-    fcntl(fd.as_fd(), FcntlArg::F_ADD_SEALS(seals)).expect("a memfd can be sealed");
+    supervisor::agent::seal(&fd).expect("a memfd can be sealed");
     fd
 }
 
