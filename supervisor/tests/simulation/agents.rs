@@ -38,6 +38,10 @@ impl World {
                 self.after(usual, Event::Online(id, agent));
                 self.after(usual + takes / 2, Event::Ends(id, agent, Exit::TimedOut));
             }
+            Some(Misdeed::JobHangs) => {
+                self.checks.hangs(id);
+                self.after(usual, Event::Online(id, agent));
+            }
             None => self.after(usual, Event::Online(id, agent)),
         }
     }
@@ -67,7 +71,10 @@ impl World {
             return self.after(3_000, Event::Online(id, agent));
         }
         self.note(|| format!("agent {agent} of {id} is online"));
-        self.checks.online(id);
+        self.checks.online(self.now, id);
+        if self.checks.track(id).hangs {
+            return;
+        }
         let takes = self.server.takes(id);
         self.after(takes, Event::Complete(id, agent));
     }

@@ -128,9 +128,9 @@ impl World {
         };
         let (_, _, down) = self.crash_at.remove(at);
         self.report.count(&Item::CrashAt(kind, point, down));
-        self.orders.crash = Some(down);
+        self.requests.crash = Some(down);
         if point == Point::HalfDone {
-            self.orders.lose_database = true;
+            self.requests.lose_database = true;
             self.checks.database_lost();
         }
         true

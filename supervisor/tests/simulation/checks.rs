@@ -24,9 +24,14 @@ pub struct Track {
     pub start_failed: bool,
     /// Its agent ended in a way that tells something, or did not do what agents do.
     pub misbehaved: bool,
+    /// Its job never ends by itself.
+    pub hangs: bool,
     /// How often it was lost without anybody's fault.
     pub lost: u32,
-    pub was_online: bool,
+    /// Since when its agent is online.
+    pub online_at: Option<u64>,
+    /// For how long its job has gone on, in a slot that limits that, with nothing in the way of ending it.
+    pub job_ms: u64,
     /// The server has lied about it, or forgotten something of it: any end is right.
     pub lied_about: bool,
     /// Its state was in a database that was lost.
@@ -34,7 +39,7 @@ pub struct Track {
     /// The server, asked to fail it, would not.
     pub cannot_tell: bool,
     /// The server has been told that it failed.
-    pub told: bool,
+    pub told: Option<Told>,
     /// For how long its processes have gone on since, with nothing in the way of ending them.
     pub goes_on_ms: u64,
     pub held_since: Option<u64>,
@@ -50,6 +55,14 @@ pub struct Track {
     pub foreign_since: Option<u64>,
     /// An operator wants it deleted.
     pub to_delete: bool,
+}
+
+/// When the server was told that a worker failed, and whether its slot keeps such workers for inspection. None: the
+/// server was never told its slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Told {
+    pub at: u64,
+    pub keeps: Option<bool>,
 }
 
 #[derive(Debug)]
@@ -103,7 +116,7 @@ impl Checks {
         self.failure.as_ref()
     }
 
-    /// The first word counts.
+    /// The first failure counts.
     pub fn fail(&mut self, what: String) {
         self.failure.get_or_insert(what);
     }
@@ -120,12 +133,16 @@ impl Checks {
         self.track(id).lied_about = true;
     }
 
-    pub fn online(&mut self, id: WorkerId) {
-        self.track(id).was_online = true;
+    pub fn online(&mut self, now: u64, id: WorkerId) {
+        self.track(id).online_at = Some(now);
     }
 
     pub fn misbehaves(&mut self, id: WorkerId) {
         self.track(id).misbehaved = true;
+    }
+
+    pub fn hangs(&mut self, id: WorkerId) {
+        self.track(id).hangs = true;
     }
 
     pub fn start_failed(&mut self, id: WorkerId) {
@@ -136,8 +153,22 @@ impl Checks {
         self.track(id).deleted = true;
     }
 
-    pub fn told(&mut self, id: WorkerId) {
-        self.track(id).told = true;
+    pub fn told(&mut self, now: u64, id: WorkerId, slot: Option<&SlotName>) {
+        let slot = slot.map(|slot| self.config.slots.get(slot));
+        // Where the slot was removed, it is kept.
+        let keeps = slot.map(|slot| slot.is_none_or(|slot| slot.hold_on_failure));
+        let track = self.track(id);
+        track.told = Some(Told { at: now, keeps });
+        track.ending |= keeps != Some(true);
+    }
+
+    /// Must this failed worker be kept? None: nobody can say.
+    pub fn is_kept(&self, track: &Track) -> Option<bool> {
+        let told = track.told?;
+        let excused = track.lied_about || track.forgotten || track.cannot_tell || track.to_delete;
+        // The slot's rules may be others by now.
+        let settled = self.changed_at == 0 || self.changed_at < told.at;
+        told.keeps.filter(|_| settled && !excused)
     }
 
     /// The server would not be told of its failure.
@@ -259,8 +290,10 @@ impl Checks {
     /// In fair weather a worker that the server wants gone is gone, whatever the supervisor can save.
     pub fn recycled(&mut self, now: u64, fair_since: Option<u64>, server: &Server, host: &Host) {
         for (id, w) in server.workers.iter().filter(|(_, w)| !w.deleted) {
+            let track = self.tracks.get(id).cloned().unwrap_or_default();
+            let is_let_go = self.is_kept(&track) == Some(false);
             let track = self.tracks.entry(*id).or_default();
-            if !w.recycle() {
+            if !w.recycle() && !is_let_go {
                 track.recycled_since = None;
                 continue;
             }
@@ -268,7 +301,7 @@ impl Checks {
             let fair = fair_since.is_some_and(|fair| fair.max(since) + DELETED_MS <= now);
             if fair && host.get(*id).is_some() && !track.lied_about {
                 let text = format!(
-                    "{id} is to be recycled for {} s, and the host has it",
+                    "{id} is to be deleted for {} s, and the host has it",
                     (now - since) / 1_000
                 );
                 self.failure.get_or_insert(text);

@@ -66,11 +66,11 @@ impl World {
                 self.cut_off_helper(Extent::Half);
                 self.host_up = false;
                 self.lasts(Period::Host, ms);
-                self.orders.crash = Some(ms + 1_000);
+                self.requests.crash = Some(ms + 1_000);
             }
             Item::HelperRestart(extent) => return self.cut_off_helper(extent),
             Item::Crash(down) => {
-                self.orders.crash = Some(down);
+                self.requests.crash = Some(down);
                 return self.alive;
             }
             Item::CrashAfterSaves(n, down) => {
@@ -79,12 +79,12 @@ impl World {
             }
             Item::Stop(down) => {
                 self.stop_for = down;
-                self.orders.words.push(Input::Stop);
+                self.requests.inputs.push(Input::Stop);
                 return self.alive;
             }
             Item::LoseDatabase(down) => {
-                self.orders.crash = Some(down);
-                self.orders.lose_database = true;
+                self.requests.crash = Some(down);
+                self.requests.lose_database = true;
                 self.checks.database_lost();
             }
             Item::SecondStarts => {
@@ -94,7 +94,7 @@ impl World {
                 self.start_second();
             }
             Item::SecondCrashes(down) => {
-                self.second.orders.crash = self.second.alive.then_some(down);
+                self.second.requests.crash = self.second.alive.then_some(down);
                 return self.second.alive;
             }
             Item::SecondCut(ms) => {
@@ -113,6 +113,22 @@ impl World {
                 // It stays within what a clock can show.
                 let error = self.clock_error + seconds * 1_000;
                 self.clock_error = error.clamp(-1_800_000_000_000, 4_000_000_000_000);
+            }
+            Item::Suspend(ms) => self.server.hosts_sleep(self.now, ms),
+            Item::Damage(n) => {
+                let Some(id) = self.nth_on_host(n) else {
+                    return false;
+                };
+                self.checks.foreign(id);
+                self.host.damage(id);
+            }
+            Item::Undeletable(n, ms) => {
+                self.undeletable = self.nth_on_host(n);
+                let Some(id) = self.undeletable else {
+                    return false;
+                };
+                self.checks.foreign(id);
+                self.lasts(Period::Undeletable, ms);
             }
             Item::Hold(n) => {
                 return self.with_worker(n, |server, id| {
@@ -196,6 +212,7 @@ impl World {
                 }
             }
             Period::SecondCut => self.second.cut = false,
+            Period::Undeletable => self.undeletable = None,
             Period::Disk => {
                 self.disk = Disk::Fine;
                 self.checks.disk_is_fine();
@@ -229,11 +246,12 @@ impl World {
             Period::Invalid,
             Period::Disk,
             Period::SecondCut,
+            Period::Undeletable,
         ];
         if self.second.alive {
             self.second
-                .orders
-                .words
+                .requests
+                .inputs
                 .push(Input::Drain(None, Some(Drain::default())));
         }
         self.full_after = None;
@@ -248,9 +266,9 @@ impl World {
         self.server.cancel_all_but(10);
     }
 
-    pub fn say(&mut self, word: Input) {
+    pub fn say(&mut self, input: Input) {
         if self.alive {
-            self.orders.words.push(word);
+            self.requests.inputs.push(input);
         }
     }
 
@@ -267,6 +285,13 @@ impl World {
         let done = change(&mut self.server, *id);
         self.note(|| format!("  which is {id}"));
         done
+    }
+
+    fn nth_on_host(&self, n: u64) -> Option<WorkerId> {
+        let many = self.host.workers().count().max(1);
+        let id = self.host.workers().nth(n as usize % many).map(|(id, _)| id);
+        self.note(|| format!("  which is {id:?}"));
+        id
     }
 
     pub fn kill(&mut self, n: u64) -> bool {

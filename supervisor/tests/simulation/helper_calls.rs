@@ -4,7 +4,7 @@ use protocol::{ErrorKind, Received, Reply, Request, WorkerId};
 
 use crate::host::Effect;
 use crate::net::{Answer, Ask, error, reply_of};
-use crate::script::{Extent, Fate, Mode, Point};
+use crate::script::{Extent, Fate, Kind, Mode, Point};
 use crate::world::{Event, World};
 
 impl World {
@@ -52,6 +52,10 @@ impl World {
                 return self.reply(id, &error(ErrorKind::Failed, "input/output error"));
             }
             _ => {}
+        }
+        let about = self.calls[&id].ask.about();
+        if kind == Kind::HostDelete && about.is_some() && about == self.undeletable {
+            return self.reply(id, &error(ErrorKind::Failed, "device or resource busy"));
         }
         let half = self.dies_at(kind, Point::HalfDone);
         let extent = match fate {

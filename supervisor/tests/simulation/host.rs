@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::config::Config;
-use protocol::{Error, ErrorKind, Exit, MAX_LIST, Reply, Request, State, UserName, WorkerId};
+use protocol::{Error, ErrorKind, Exit, Reply, Request, State, UserName, WorkerId};
 use testbed::model::{Agent, Allocation, Configuration, Model};
 
 use crate::script::Extent;
 
+/// So many workers are on a page of the list.
+const PAGE: usize = 2;
 /// Why no agent can be started in what is there of a worker.
 pub const HALF_MADE: &str = "the worker's user is not known";
 
@@ -145,7 +147,7 @@ impl Host {
                 (Reply::Deleted, effect)
             }
             Request::List { after } => {
-                let (workers, more) = self.model.list(*after, MAX_LIST);
+                let (workers, more) = self.model.list(*after, PAGE);
                 (Reply::Listed { workers, more }, Effect::Nothing)
             }
             Request::Hello { .. } | Request::Check => return Err((ErrorKind::Refused, "not asked for here")),
@@ -160,6 +162,11 @@ impl Host {
 
     pub fn end(&mut self, id: WorkerId, exit: Exit) {
         self.model.end(id, exit);
+    }
+
+    /// Something that is not the helper damages its record.
+    pub fn damage(&mut self, id: WorkerId) {
+        self.model.damage(id);
     }
 
     pub fn reboot(&mut self) {

@@ -9,6 +9,7 @@ use testbed::server::Worker;
 
 use crate::checks::Checks;
 use crate::host::{HALF_MADE, Host};
+use crate::plan::JOB_TIMEOUT_MS;
 use crate::script::Kind;
 use crate::second::MARK;
 use crate::server::{LEASE_MS, Server};
@@ -20,6 +21,8 @@ const REMAKES: u32 = 3;
 const DISK_CHECK_MS: u64 = 15_000;
 /// The two lists of a round may be so far apart.
 const ROUND_MS: u64 = 3_000;
+/// In so much fair weather the factory has noticed that a time is over.
+const NOTICED_MS: u64 = 60_000;
 
 impl Checks {
     /// A call is made: is it one too many, or about a worker that must be left alone?
@@ -63,6 +66,10 @@ impl Checks {
         // An installation that had begun before, and waited for the agent's file, goes on.
         let began =
             kind == Kind::Install && track.seen_held.is_some_and(|seen| self.file_in_list <= seen + 1);
+        if kind == Kind::HostDelete && !track.ending && self.is_kept(track) == Some(true) {
+            self.fail(format!("{id} has failed and is to be kept, and is deleted"));
+            return;
+        }
         let excused = track.ending || track.lied_about || began && now < self.file_at + 40_000;
         // The round in which it was seen is over: the next has begun.
         if track.seen_held.is_some_and(|seen| seen < lists) && !excused {
@@ -243,7 +250,7 @@ impl Checks {
             .slots
             .values()
             .any(|slot| slot.target.to_string() == w.target.to_string());
-        let began_and_lost = track.was_online && track.forgotten;
+        let began_and_lost = track.online_at.is_some() && track.forgotten;
         // It waited for a slot that others had, as long as it may.
         let without_slot = track.forgotten || w.private.is_none();
         let expired = without_slot && Self::had_its_time(track.had_ms);
@@ -262,7 +269,7 @@ impl Checks {
     }
 
     /// A job whose worker was lost before it began is not failed, and none without a reason.
-    pub fn fails(&mut self, id: WorkerId, reason: &str, server: &Server) {
+    pub fn fails(&mut self, now: u64, id: WorkerId, reason: &str, server: &Server) {
         if with_open_job(server, id).is_none() {
             return;
         }
@@ -270,16 +277,21 @@ impl Checks {
         if track.lied_about || track.start_failed || track.misbehaved {
             return;
         }
-        if reason.contains("did not come online") {
+        if reason.contains("job_timeout_seconds") {
+            if track.online_at.is_none_or(|at| now < at + JOB_TIMEOUT_MS) {
+                self.fail(format!("{id} is failed before its job's time is over: {reason}"));
+            }
+        } else if reason.contains("did not come online") {
             if !Self::had_its_time(track.had_ms) {
                 self.fail(format!(
                     "{id} is failed, though it had only {} ms: {reason}",
                     track.had_ms
                 ));
             }
-        } else if !track.was_online && track.lost <= REMAKES {
+        } else if track.online_at.is_none() && track.lost <= REMAKES {
             self.fail(format!("{id} is failed, though its job had not begun: {reason}"));
-        } else if track.lost == 0 {
+        } else if track.lost == 0 && !(track.hangs && track.forgotten) {
+            // A life may have ended the processes for the job's time, and its database, which said so, was lost.
             self.fail(format!(
                 "{id} is failed, though nothing was wrong with it: {reason}"
             ));
@@ -303,7 +315,7 @@ impl Checks {
                     && slot.is_none_or(|slot| !slot.keep_processes)
             });
             let excused = track.lied_about || track.forgotten;
-            if !(fair && track.told && is_held && goes_on) || excused {
+            if !(fair && track.told.is_some() && is_held && goes_on) || excused {
                 track.goes_on_ms = 0;
                 continue;
             }
@@ -317,6 +329,36 @@ impl Checks {
         }
     }
 
+    /// A second has passed. No job goes on for longer than its slot allows.
+    pub fn jobs_end(&mut self, fair: bool, server: &Server, host: &Host) {
+        let settled = self.changed_at == 0;
+        let mut found = None;
+        for (id, track) in &mut self.tracks {
+            let goes_on = server
+                .workers
+                .get(id)
+                .is_some_and(|w| w.online() && w.hold.is_none() && !w.finished());
+            let is_limited = host.get(*id).is_some_and(|w| {
+                let slot = self.config.slots.get(&w.slot);
+                w.state == State::Running && slot.is_some_and(|slot| slot.job_timeout_seconds.is_some())
+            });
+            let excused = track.lied_about || track.forgotten || track.cannot_tell;
+            if !(fair && settled && goes_on && is_limited) || excused {
+                track.job_ms = 0;
+                continue;
+            }
+            track.job_ms += 1_000;
+            if track.job_ms > JOB_TIMEOUT_MS + NOTICED_MS {
+                found.get_or_insert(*id);
+            }
+        }
+        if let Some(id) = found {
+            self.fail(format!(
+                "the job of {id} goes on beyond its slot's job_timeout_seconds"
+            ));
+        }
+    }
+
     /// Was it as good as all the time that an agent has?
     fn had_its_time(had_ms: u64) -> bool {
         had_ms * 10 >= ONLINE_TIMEOUT_MS * 8
@@ -324,7 +366,7 @@ impl Checks {
 }
 
 /// The slot in a worker's mark.
-fn slot_of(private: &str) -> Option<SlotName> {
+pub fn slot_of(private: &str) -> Option<SlotName> {
     private.split('@').next()?.parse().ok()
 }
 

@@ -78,12 +78,16 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
     let mut life: Option<Life> = None;
     let mut second: Option<Life> = None;
     let mut spins = (began, 0);
+    // Time passes before each event, and tokio's paused clock stands still while a blocking task runs: so what the
+    // supervisors do in threads is done before the next event, whatever the threads' turn.
+    let mut last = began;
     let mut looking: Option<oneshot::Receiver<Status>> = None;
     loop {
         if shared.world().checks.failure().is_some() {
             break;
         }
         let at = began + Duration::from_millis(shared.world().next_at().min(1 << 50));
+        let at = at.max(last + Duration::from_millis(1));
         // A task that runs on while no time passes is caught.
         let now = Instant::now();
         spins = if spins.0 == now {
@@ -116,6 +120,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
             }
             () = shared.changed.notified() => None,
             () = tokio::time::sleep_until(at) => {
+                last = Instant::now();
                 shared.world().step(began.elapsed().as_millis() as u64);
                 None
             }
@@ -137,40 +142,40 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
                     .fail(format!("the supervisor ended by itself: {why}")),
             }
         }
-        let orders = std::mem::take(&mut shared.world().orders);
+        let requests = std::mem::take(&mut shared.world().requests);
         if let Some(life) = &life {
-            for word in orders.words {
-                let _ = life.operator.send(Command::Input(word));
+            for input in requests.inputs {
+                let _ = life.operator.send(Command::Input(input));
             }
-            if orders.look {
+            if requests.look {
                 let (answer, answered) = oneshot::channel();
                 let _ = life.operator.send(Command::Status(answer));
                 looking = Some(answered);
             }
         }
-        if let Some(down) = orders.crash
+        if let Some(down) = requests.crash
             && life.take().is_some()
         {
             shared.world().ended(down);
         }
-        if orders.lose_database {
+        if requests.lose_database {
             for name in ["factory.db", "factory.db-wal", "factory.db-shm"] {
                 let _ = std::fs::remove_file(dir.path().join("store").join(name));
             }
         }
-        if orders.start {
+        if requests.start {
             life = Some(Life::begin(&shared, dir.path(), script.seed, false));
         }
-        let orders = std::mem::take(&mut shared.world().second.orders);
-        if orders.start {
+        let requests = std::mem::take(&mut shared.world().second.requests);
+        if requests.start {
             second = Some(Life::begin(&shared, dir.path(), script.seed, true));
         }
         if let Some(second) = &second {
-            for word in orders.words {
-                let _ = second.operator.send(Command::Input(word));
+            for input in requests.inputs {
+                let _ = second.operator.send(Command::Input(input));
             }
         }
-        if let Some(down) = orders.crash
+        if let Some(down) = requests.crash
             && second.take().is_some()
         {
             shared.world().second_ended(down);
@@ -269,9 +274,9 @@ impl Life {
             watchdog: Default::default(),
             drain_command: None,
         };
-        let (operator, words) = mpsc::unbounded_channel();
+        let (operator, commands) = mpsc::unbounded_channel();
         Self {
-            driver: Box::pin(driver.run(words)),
+            driver: Box::pin(driver.run(commands)),
             operator,
         }
     }

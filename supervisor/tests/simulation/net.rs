@@ -41,6 +41,7 @@ impl Ask {
                 Request::InstallAgent { .. } => Kind::Install,
                 Request::Attach { .. } | Request::Kill { .. } => Kind::Attach,
                 Request::Delete { .. } => Kind::HostDelete,
+                Request::List { after: Some(_) } => Kind::ListMore,
                 Request::Hello { .. } | Request::List { .. } | Request::Check => Kind::List,
             },
             Ask::Server(call) => {

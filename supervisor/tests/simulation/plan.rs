@@ -8,6 +8,9 @@ use crate::script::Change;
 use crate::seed::below;
 use crate::world::ONLINE_TIMEOUT_MS;
 
+/// What some slots limit a job to.
+pub const JOB_TIMEOUT_MS: u64 = 60_000;
+
 #[derive(Clone, Debug)]
 struct Planned {
     name: String,
@@ -102,11 +105,16 @@ impl Plan {
         for slot in &self.slots {
             let target = TargetId::from_bits(1 + u128::from(slot.target));
             text += &format!(
-                "[slots.{}]\ntarget = \"{target}\"\nconflicts_with_slots = {:?}\nkeep_processes = {}\n",
+                "[slots.{}]\ntarget = \"{target}\"\nconflicts_with_slots = {:?}\nkeep_processes = {}\n\
+                 hold_on_failure = {}\n",
                 slot.name,
                 slot.conflicts,
-                slot.name.ends_with('2')
+                slot.name.ends_with('2'),
+                !slot.name.ends_with('0')
             );
+            if slot.name.ends_with('1') {
+                text += &format!("job_timeout_seconds = {}\n", JOB_TIMEOUT_MS / 1000);
+            }
         }
         Config::parse(&text).expect("a plan makes a configuration")
     }

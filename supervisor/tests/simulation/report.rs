@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use crate::script::Item;
 
 /// All that can go wrong here. A world in which it never did shows nothing about it.
-const FAULTS: &str = "Cancel, Clock, Crash, CrashAfterSaves, DiskFull, DiskFullAfter, DiskLow, Drain, DrainSlot, ExpireLeases, HelperRestart, Hold, \
-    HoldNew, InvalidConfig, Kill, LoseDatabase, NoLeases, OldServer, Reboot, Recycle, Release, Rollback, SecondCrashes, SecondCut, SecondIsLost, SecondStarts, Stop, \
+const FAULTS: &str = "Cancel, Clock, Crash, CrashAfterSaves, Damage, DiskFull, DiskFullAfter, DiskLow, Drain, DrainSlot, ExpireLeases, HelperRestart, Hold, \
+    HoldNew, InvalidConfig, Kill, LoseDatabase, NoLeases, OldServer, Reboot, Recycle, Release, Rollback, SecondCrashes, SecondCut, SecondIsLost, SecondStarts, Stop, Suspend, Undeletable, \
     agent: DiesEarly, agent: DiesLate, agent: KilledAtOnce, agent: KilledEarly, agent: KilledLate, agent: LateOnline, \
-    agent: NeverOnline, agent: TimesOut, configuration: Add, configuration: Conflicts, configuration: Remove, \
+    agent: JobHangs, agent: NeverOnline, agent: TimesOut, configuration: Add, configuration: Conflicts, configuration: Remove, \
     configuration: Rename, configuration: Target, crash at a call: Answered, crash at a call: CarriedOut, \
     crash at a call: HalfDone, crash at a call: Sent, every call of a kind, helper call: Busy, helper call: CouldNot, helper call: Garbage, \
     helper call: HangUp, helper call: Late, helper call: LostAnswer, helper call: Slow, helper: Broken, \

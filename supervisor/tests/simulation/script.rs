@@ -17,6 +17,8 @@ pub enum Kind {
     Install,
     Attach,
     HostDelete,
+    /// The further pages of a list.
+    ListMore,
 }
 
 pub const OF_SERVER: [Kind; 8] = [
@@ -29,12 +31,13 @@ pub const OF_SERVER: [Kind; 8] = [
     Kind::Append,
     Kind::Fail,
 ];
-pub const OF_HELPER: [Kind; 5] = [
+pub const OF_HELPER: [Kind; 6] = [
     Kind::List,
     Kind::CreateUser,
     Kind::Install,
     Kind::Attach,
     Kind::HostDelete,
+    Kind::ListMore,
 ];
 
 impl Kind {
@@ -121,6 +124,8 @@ pub enum Misdeed {
     KilledAtOnce,
     KilledLate,
     TimesOut,
+    /// Its job never ends.
+    JobHangs,
 }
 
 /// Where a supervisor dies with respect to a call of its own.
@@ -188,6 +193,12 @@ pub enum Item {
     SecondIsLost,
     /// The host's clock is set forward or back by so many seconds.
     Clock(i64),
+    /// The hosts sleep for so long, and the server does not.
+    Suspend(u64),
+    /// The record of the nth worker on the host is damaged.
+    Damage(u64),
+    /// The nth worker on the host cannot be deleted for so long.
+    Undeletable(u64, u64),
     Hold(u64),
     Release(u64),
     Recycle(u64),

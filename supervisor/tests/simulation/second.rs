@@ -13,7 +13,7 @@ use crate::calls::{InFlight, PATIENCE_MS};
 use crate::host::{Effect, Host};
 use crate::net::{Answer, Ask, reply_of};
 use crate::script::{Extent, Fate, Kind};
-use crate::world::{Event, Orders, World};
+use crate::world::{Event, Requests, World};
 
 /// Set in the numbers of its supervisor's lives.
 pub const SECOND: u64 = 1 << 63;
@@ -26,7 +26,7 @@ pub struct Second {
     pub config: Config,
     pub alive: bool,
     pub life: u64,
-    pub orders: Orders,
+    pub requests: Requests,
     /// It was started once.
     pub begun: bool,
     /// It is never started again.
@@ -45,7 +45,7 @@ impl Second {
             config,
             alive: false,
             life: 0,
-            orders: Orders::default(),
+            requests: Requests::default(),
             begun: false,
             over: false,
             cut: false,
@@ -68,12 +68,12 @@ impl World {
             return;
         }
         second.life += 1;
-        (second.alive, second.begun, second.orders.start) = (true, true, true);
+        (second.alive, second.begun, second.requests.start) = (true, true, true);
         self.note(|| "* the second supervisor starts".into());
         if self.is_calm() {
             self.second
-                .orders
-                .words
+                .requests
+                .inputs
                 .push(Input::Drain(None, Some(Default::default())));
         }
     }
@@ -82,7 +82,7 @@ impl World {
     pub fn second_ended(&mut self, down: u64) {
         self.note(|| format!("* the second supervisor is gone, for {down} ms"));
         self.second.alive = false;
-        self.second.orders.words.clear();
+        self.second.requests.inputs.clear();
         let ids: Vec<u64> = self
             .calls
             .iter()
@@ -105,7 +105,7 @@ impl World {
             return false;
         }
         (self.second.over, self.second.host) = (true, Host::numbered_from(1 << 33));
-        self.second.orders.crash = self.second.alive.then_some(0);
+        self.second.requests.crash = self.second.alive.then_some(0);
         true
     }
 
@@ -119,7 +119,7 @@ impl World {
         if second.host.is_empty() && !second.own.iter().any(live) {
             self.note(|| "* the second supervisor is stopped for good".into());
             self.second.over = true;
-            self.second.orders.words.push(Input::Stop);
+            self.second.requests.inputs.push(Input::Stop);
         }
     }
 

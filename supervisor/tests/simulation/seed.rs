@@ -73,7 +73,7 @@ fn mode(rng: &mut Rng) -> Mode {
 }
 
 /// The families of faults; a seed has some of them, so that each gets worlds of its own.
-const FAMILIES: u64 = 19;
+const FAMILIES: u64 = 20;
 
 fn fault(rng: &mut Rng, family: u64) -> Item {
     let which = rng.draw() % 64;
@@ -90,8 +90,12 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
             1 => Item::HelperRestart(pick(rng, &[Extent::Nothing, Extent::Half, Extent::All])),
             _ => Item::Reboot(pick(rng, &[5_000, 60_000, 60_000, 900_000])),
         },
-        // Dying is what all this is about.
-        // There is one from the first of these on.
+        19 => match below(rng, 4) {
+            0 => Item::Suspend(pick(rng, &[30_000, 900_000, 86_400_000])),
+            1 => Item::Damage(which),
+            _ => Item::Undeletable(which, span(rng)),
+        },
+        // There is a second host from the first of these on.
         16..19 => match below(rng, 12) {
             0 => Item::SecondCrashes(down(rng)),
             1 | 2 => Item::SecondCut(span(rng)),
@@ -103,6 +107,7 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
             1 => Item::DiskLow(span(rng)),
             _ => Item::DiskFullAfter(below(rng, 12), span(rng)),
         },
+        // Dying is what all this is about.
         5 | 12 | 13.. => {
             let calls = [&OF_SERVER[..], &OF_HELPER].concat();
             match below(rng, 4) {
@@ -124,7 +129,7 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
                 Item::Clock(if below(rng, 2) == 0 { by } else { -by })
             }
         },
-        7 => match below(rng, 9) {
+        7 => match below(rng, 10) {
             0 => Item::Agent(Misdeed::NeverOnline),
             1 => Item::Agent(Misdeed::LateOnline(span(rng))),
             2 => Item::Agent(Misdeed::DiesEarly),
@@ -133,6 +138,7 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
             5 => Item::Agent(Misdeed::KilledLate),
             6 => Item::Agent(Misdeed::TimesOut),
             7 => Item::Agent(Misdeed::KilledAtOnce),
+            8 => Item::Agent(Misdeed::JobHangs),
             _ => Item::Kill(which),
         },
         8 => match below(rng, 4) {

@@ -18,13 +18,15 @@ pub const LEASE_MS: u64 = testbed::server::LEASE.as_millis() as u64;
 const MAX_RUNTIME: Duration = Duration::from_secs(900);
 const NO_LIMIT: Duration = Duration::from_secs(86_400 * 365);
 /// What the time of a world begins with.
-pub const EPOCH_MS: u64 = 1_800_000_000_000;
+const EPOCH_MS: u64 = 1_800_000_000_000;
 
 /// A copy is a backup of its database.
 #[derive(Clone, Debug)]
 pub struct Server {
     state: State,
     factory: WorkerId,
+    /// How much longer the server's time is than this world's, in which hosts have slept.
+    slept: u64,
     /// When each job was leased last.
     pub leased_at: BTreeMap<WorkerId, u64>,
 }
@@ -63,12 +65,25 @@ impl Server {
         Self {
             state,
             factory,
+            slept: 0,
             leased_at: BTreeMap::new(),
         }
     }
 
     pub fn at(&mut self, now: u64) {
-        self.state.now = time(now);
+        self.state.now = time(now + self.slept);
+    }
+
+    /// All hosts sleep for so long.
+    pub fn hosts_sleep(&mut self, now: u64, ms: u64) {
+        self.slept += ms;
+        self.at(now);
+        self.state.tick();
+    }
+
+    /// What a right clock reads.
+    pub fn wall(&self, now: u64) -> u64 {
+        EPOCH_MS + now + self.slept
     }
 
     /// A call of the factory's: the status and the body that come back.
@@ -145,7 +160,7 @@ impl Server {
         let held = before.iter().map(|id| &self.workers[id]);
         let missed = held.filter(|w| w.hold.is_some()).map(|w| {
             let heard = w.last_ping.expect("its agent has talked").as_millisecond();
-            (w.id, heard as u64 - EPOCH_MS)
+            (w.id, (heard as u64).saturating_sub(EPOCH_MS + self.slept))
         });
         missed.collect()
     }
@@ -157,6 +172,29 @@ impl Server {
     pub fn open_jobs(&self) -> Vec<WorkerId> {
         let open = self.jobs.values().filter(|job| !job.complete());
         open.map(|job| job.id).collect()
+    }
+
+    /// The first job that can be leased for this target.
+    pub fn queued_for(&self, target: &str) -> Option<WorkerId> {
+        let mut jobs = self.jobs.values();
+        let free = |job: &&Job| {
+            job.queued() && !self.leases.contains_key(&job.id) && job.target.to_string() == target
+        };
+        jobs.find(free).map(|job| job.id)
+    }
+
+    /// A job of this target that was leased since then.
+    pub fn leased_since(&self, target: &str, since: u64) -> Option<WorkerId> {
+        let mut leased = self
+            .leased_at
+            .iter()
+            .filter(|(_, at)| **at >= since)
+            .map(|(job, _)| *job);
+        leased.find(|job| {
+            self.jobs
+                .get(job)
+                .is_some_and(|job| job.target.to_string() == target)
+        })
     }
 
     /// Leave so many of the jobs that wait.
@@ -172,7 +210,7 @@ impl Server {
     pub fn roll_back(&mut self, old: Server) {
         let new = std::mem::replace(self, old);
         (self.held, self.no_fail, self.now) = (new.held, new.no_fail, new.now);
-        self.hold_new_workers = new.hold_new_workers;
+        (self.hold_new_workers, self.slept) = (new.hold_new_workers, new.slept);
         for (id, job) in new.state.jobs {
             let anew = Job {
                 worker: None,

@@ -4,6 +4,7 @@ use protocol::{TargetId, WorkerId};
 use serde_json::{Value, json};
 use supervisor::buildomat::Call;
 
+use crate::invariants::slot_of;
 use crate::net::Ask;
 use crate::script::{Fate, Kind};
 use crate::world::World;
@@ -36,7 +37,7 @@ impl World {
             Kind::Fail if !second => {
                 let reason = field("reason");
                 let reason = reason.as_str().expect("a reason");
-                self.checks.fails(worker(), reason, &self.server);
+                self.checks.fails(self.now, worker(), reason, &self.server);
             }
             _ => {}
         }
@@ -54,7 +55,12 @@ impl World {
             }
             Kind::Associate if code == 204 && second => drop(self.second.own.insert(worker())),
             Kind::Associate if code == 204 => drop(self.second.own.remove(&worker())),
-            Kind::Fail if code == 204 && !second => self.checks.told(worker()),
+            Kind::Fail if code == 204 && !second => {
+                let marked = self.server.workers[&worker()].private.as_deref();
+                let on_host = self.host.get(worker()).map(|w| w.slot.clone());
+                let slot = on_host.or_else(|| marked.and_then(slot_of));
+                self.checks.told(self.now, worker(), slot.as_ref());
+            }
             _ => {}
         }
         (code, value)

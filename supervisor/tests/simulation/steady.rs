@@ -12,9 +12,9 @@ const HOUR: u64 = 60 * MINUTE;
 /// the supervisor has to do with in this hour as many as it can be made again, and its end.
 const MAX_LINES: usize = 4;
 const MAX_LINES_A_WORKER: usize = 5;
-/// The most calls in an hour. Three a second are the rounds; what the helper cannot do for one of four workers it
-/// is asked again every 2.5 s at the most.
-const MAX_CALLS: u64 = 3 * 3_605 + 4 * 1_440;
+/// The most calls in an hour. Four a second are the rounds, since four workers are two pages of the helper's list; what
+/// the helper cannot do for one of four workers it is asked again every 2.5 s at the most.
+const MAX_CALLS: u64 = 4 * 3_605 + 4 * 1_440;
 
 fn refusal(code: u16, json: bool) -> Fate {
     Fate::Status {
@@ -40,7 +40,7 @@ fn faults() -> Vec<(&'static str, Vec<Item>)> {
         ("the server answers 500", vec![Item::Server(Mode::Broken, long)]),
         ("the helper is down", vec![Item::Helper(Mode::Down, long)]),
         ("the helper hangs", vec![Item::Helper(Mode::Hung, long)]),
-        ("the helper is slow", vec![Item::Helper(Mode::Slow(30_000), long)]),
+        ("the helper is slow", vec![Item::Helper(Mode::Slow(20_000), long)]),
         ("the helper is busy", vec![Item::Helper(Mode::Errors, long)]),
         ("the server is held", vec![Item::NoLeases(long)]),
         ("lists make no sense", every(Kind::Workers, Fate::Truncated)),

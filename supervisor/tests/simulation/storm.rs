@@ -78,6 +78,8 @@ fn bound(kind: Kind, starts: usize, leases: usize, rollbacks: usize) -> usize {
         Kind::Append => 30 * (1 + starts),
         // Waits of 0.25 s at first and 2.5 s at the least later.
         Kind::CreateUser | Kind::Install | Kind::Attach | Kind::HostDelete => 30 * (1 + starts),
+        // Two workers a page, and at most nine of them.
+        Kind::ListMore => 5 * (63 + starts),
         Kind::File => 4 * (1 + starts),
     }
 }

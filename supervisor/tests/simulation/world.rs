@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use protocol::config::Config;
-use protocol::{Exit, WorkerId};
+use protocol::{Exit, SlotName, WorkerId};
 use supervisor::backoff::Rng;
-use supervisor::control::api::Status;
+use supervisor::control::api::{SlotState, Status};
 use supervisor::factory::Input;
 
 use crate::calls::InFlight;
@@ -16,7 +16,7 @@ use crate::report::Report;
 use crate::script::{Fate, Item, Kind, Misdeed, Mode, Point, Script};
 use crate::second::{SECOND, Second};
 use crate::seed::below;
-use crate::server::{EPOCH_MS, Server};
+use crate::server::Server;
 use crate::trace::Trace;
 
 /// From the last fault until everything has come to its end, at most: a slot may rest for ten minutes, and as
@@ -26,6 +26,8 @@ pub const SETTLE_MS: u64 = 1_500_000;
 const FAIR_MS: u64 = 300_000;
 /// An operator looks after held workers this often, and releases those held for so long.
 const VISIT_MS: u64 = 60_000;
+/// The longest that the factory waits after calls that have failed.
+const BACKOFF_MS: u64 = 60_000;
 const HELD_MS: u64 = 180_000;
 pub const ONLINE_TIMEOUT_MS: u64 = 120_000;
 
@@ -62,6 +64,7 @@ pub enum Period {
     Invalid,
     Disk,
     SecondCut,
+    Undeletable,
 }
 
 /// How the supervisor's disk is.
@@ -74,11 +77,11 @@ pub enum Disk {
 
 /// What the world asks of the code that runs the supervisor.
 #[derive(Debug, Default)]
-pub struct Orders {
+pub struct Requests {
     pub crash: Option<u64>,
     pub lose_database: bool,
     pub start: bool,
-    pub words: Vec<Input>,
+    pub inputs: Vec<Input>,
     /// An operator wants to know how things are.
     pub look: bool,
 }
@@ -102,7 +105,10 @@ pub struct World {
     pub helper_mode: Mode,
     pub host_up: bool,
     pub until: BTreeMap<Period, u64>,
-    pub drained: Option<protocol::SlotName>,
+    pub drained: Option<SlotName>,
+    pub undeletable: Option<WorkerId>,
+    /// Slots that an operator has seen free, with a job queued for each.
+    unused: BTreeMap<SlotName, (WorkerId, u64)>,
     pub armed: Vec<(Kind, Fate)>,
     pub every: Vec<(Kind, Fate, u64)>,
     /// Since when nothing stands in the way.
@@ -123,7 +129,7 @@ pub struct World {
     pub clock_error: i64,
     /// A supervisor that was told to stop stays away for so long.
     pub stop_for: u64,
-    pub orders: Orders,
+    pub requests: Requests,
     pub checks: Checks,
     pub trace: Trace,
     pub report: Report,
@@ -154,6 +160,8 @@ impl World {
             host_up: true,
             until: BTreeMap::new(),
             drained: None,
+            undeletable: None,
+            unused: BTreeMap::new(),
             armed: Vec::new(),
             every: Vec::new(),
             fair_since: None,
@@ -169,7 +177,7 @@ impl World {
             full_after: None,
             clock_error: 0,
             stop_for: 0,
-            orders: Orders::default(),
+            requests: Requests::default(),
             trace,
             report: Report::default(),
             empty_since: None,
@@ -203,7 +211,7 @@ impl World {
 
     /// What the host's clock reads.
     pub fn wall(&self) -> u64 {
-        let truth = (EPOCH_MS + self.now) as i64;
+        let truth = self.server.wall(self.now) as i64;
         (truth + self.clock_error).max(0) as u64
     }
 
@@ -293,7 +301,7 @@ impl World {
         let config = self.file.clone().expect("looked at above");
         self.config = config.clone();
         self.checks.started(self.now, config);
-        self.orders.start = true;
+        self.requests.start = true;
     }
 
     /// The supervisor writes to its disk: is that carried out?
@@ -323,7 +331,7 @@ impl World {
     pub fn ended(&mut self, down: u64) {
         self.note(|| format!("* the supervisor is gone, for {down} ms"));
         self.alive = false;
-        self.orders.words.clear();
+        self.requests.inputs.clear();
         self.abandon_calls();
         self.checks.supervisor_ended();
         self.after(down, Event::Start);
@@ -349,6 +357,7 @@ impl World {
             && matches!((self.server_mode, self.helper_mode()), (Mode::Up, Mode::Up));
         self.fair_since = fair.then_some(self.fair_since.unwrap_or(self.now));
         self.checks.processes_end(fair, &self.server, &self.host);
+        self.checks.jobs_end(fair, &self.server, &self.host);
         for (id, heard) in missed {
             // In fair weather the factory sees long before what became of its agent; or it shows that it does not know.
             let shown = self.checks.track(id).foreign_since.is_some() || self.second.own.contains(&id);
@@ -417,13 +426,14 @@ impl World {
                 self.note(|| format!("an operator releases {id}"));
             }
         }
-        self.orders.look = self.alive;
+        self.requests.look = self.alive;
         self.after(VISIT_MS, Event::Visit);
     }
 
     /// What the person sees: workers of which the supervisor does not know whose they are, and which nobody has. They
-    /// are deleted by the operator's word.
+    /// are deleted when the operator says so.
     pub fn looked(&mut self, status: &Status) {
+        self.jobs_get_slots(status);
         for foreign in &status.foreign {
             let listed = self.server.workers.get(&foreign.id).is_some_and(|w| !w.deleted);
             let since = self.checks.foreign_since(foreign.id, self.now);
@@ -433,6 +443,45 @@ impl World {
                 self.note(|| format!("an operator destroys {}", foreign.id));
                 self.checks.deletion_ordered(foreign.id);
                 self.say(Input::Destroy(foreign.id));
+            }
+        }
+    }
+
+    /// In fair weather no slot is free from one look to the next while a job is queued for it.
+    fn jobs_get_slots(&mut self, status: &Status) {
+        let seen = std::mem::take(&mut self.unused);
+        let fair = self
+            .fair_since
+            .is_some_and(|since| since + BACKOFF_MS <= self.now);
+        if !fair || self.server.held {
+            return;
+        }
+        for slot in status.slots.iter().filter(|slot| slot.state == SlotState::Free) {
+            let target = slot.target.map(|target| target.to_string()).unwrap_or_default();
+            let Some(job) = self.server.queued_for(&target) else {
+                continue;
+            };
+            // Jobs take turns: one that is leased meanwhile has had the slot, or one that excludes it.
+            let others = self.config.slots.iter().filter(|(name, other)| {
+                let conflicts = self
+                    .config
+                    .slots
+                    .get(&slot.name)
+                    .map(|slot| &slot.conflicts_with_slots);
+                other.conflicts_with_slots.contains(&slot.name)
+                    || conflicts.is_some_and(|all| all.contains(*name))
+            });
+            let targets: Vec<String> = others.map(|(_, other)| other.target.to_string()).collect();
+            let is_leased = |since| {
+                let mut targets = targets.iter().chain([&target]);
+                targets.any(|target| self.server.leased_since(target, since).is_some())
+            };
+            match seen.get(&slot.name) {
+                Some((before, since)) if *before == job && !is_leased(*since) => {
+                    self.checks
+                        .fail(format!("slot {} is free, and job {job} is not leased", slot.name));
+                }
+                _ => drop(self.unused.insert(slot.name.clone(), (job, self.now))),
             }
         }
     }
