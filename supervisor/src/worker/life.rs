@@ -159,7 +159,6 @@ impl Worker {
             return self;
         }
         if online && self.phase == (Phase::Running { online: false }) {
-            self.waiting_since = now;
             self.enter(Phase::Running { online: true }, now);
         }
         if hold {
@@ -292,6 +291,10 @@ impl Worker {
     }
 
     fn enter(&mut self, phase: Phase, now: u64) {
+        // From here on it is its job that takes time, wherever it came from.
+        if phase == (Phase::Running { online: true }) {
+            self.waiting_since = now;
+        }
         self.phase = phase;
         self.since = now;
         self.trouble = None;

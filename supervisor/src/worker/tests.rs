@@ -73,8 +73,22 @@ fn a_job_that_takes_longer_than_the_slot_lets_it_fails_its_worker() {
         ..RULES
     };
     let look = seen(view(false, false, true), RUNNING);
+    // Where answers were lost, its agent is online before anything was heard of its start.
+    for before in [
+        STARTED,
+        Phase::Reserved,
+        Phase::Created,
+        Phase::Resetting { confirmed: false },
+    ] {
+        let online = worker(before).step(look.clone(), 500, &rules);
+        assert_eq!(online.phase, ONLINE, "{before:?}");
+        assert_eq!(
+            online.step(look.clone(), 1499, &rules).phase,
+            ONLINE,
+            "{before:?}"
+        );
+    }
     let online = worker(STARTED).step(look.clone(), 500, &rules);
-    assert_eq!(online.clone().step(look.clone(), 1499, &rules).phase, ONLINE);
     let late = online.clone().step(look.clone(), 1500, &rules);
     assert_eq!(late.phase, BROKEN);
     assert!(late.failure.unwrap().contains("job_timeout_seconds"));
