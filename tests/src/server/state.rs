@@ -44,7 +44,7 @@ pub struct State {
     pub no_fail: bool,
     /// An older server, which does not list its targets: 404 to `/0/factory/targets`.
     pub no_targets: bool,
-    /// A server that refuses events in streams that it does not know (400), as it knows them: [`is_known_stream`].
+    /// A server that refuses events in streams that it does not know (400), as it knows them: `is_known_stream`.
     pub checks_streams: bool,
     chance: Chance,
     last_id: u128,
