@@ -3,11 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use protocol::config::{CONFIG_PATH, Config};
+use supervisor::settings::needs_restart;
 use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
 use testbed::pages::Page;
 use testbed::sources::{read, root};
@@ -209,6 +212,27 @@ fn every_key_is_in_each_file_of_the_checklist() {
     fail_with(&mistakes);
 }
 
+/// Keys marked † are those that a running supervisor refuses to change. Each is given two values here.
+#[test]
+fn the_keys_that_need_a_restart_of_the_supervisor_are_marked() {
+    let config = |n: u8| {
+        let text = format!(
+            "[general]\nbaseurl = \"https://h{n}\"\nproxy = \"http://h:{n}\"\n[factory]\ntoken_file = \"/t\"\nuser = \"u{n}\"\n\
+             uid_range = \"{n}200000-{n}200100\"\nstatus_address = \"127.0.0.1:{n}\"\nstatus_names = [\"h{n}\"]\n\
+             [slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
+        );
+        Config::parse(&text).unwrap_or_else(|mistakes| panic!("{mistakes:?}"))
+    };
+    let refused = needs_restart(&config(1), &config(2)).expect("keys differ that need a restart");
+    let page = Page::read("docs/configuration.md");
+    let tables = page.tables().filter(|table| table[0][0].text == "key");
+    let marked = tables
+        .flat_map(|table| &table[1..])
+        .filter(|row| row[0].text.contains('†'));
+    let marked: BTreeSet<&str> = marked.map(|row| row[0].words[0].as_str()).collect();
+    assert_eq!(marked, refused.split(", ").collect());
+}
+
 /// What is between backticks, and what else is a link's text.
 fn words(page: &Page) -> impl Iterator<Item = String> {
     let texts = page.links().map(|link| link.text.as_str());
@@ -399,7 +423,31 @@ async fn the_quickstart_begins_as_the_readme_does_and_the_rest_of_it_ends_in_a_j
     ]
     .concat()
     {
-        if let Some(command) = line.strip_prefix("user-factory ") {
+        if line == "systemctl start buildomat-user-factory.service" {
+            // The factory runs already; the story `deployment` starts it so.
+            continue;
+        }
+        if let Some(command) = line.strip_prefix("install ") {
+            // The token is pasted: here, the one that the factory has.
+            let token = factory.host.root.join("token");
+            let pasted = fs::read_to_string(&token).unwrap();
+            let command = command.replace("/etc/buildomat-user-factory/token", &token.display().to_string());
+            let mut typed = Command::new("install");
+            let mut typed = typed
+                .args(command.split(' '))
+                .stdin(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut input = typed.stdin.take().expect("it was piped");
+            input.write_all(pasted.as_bytes()).unwrap();
+            drop(input);
+            assert!(typed.wait().unwrap().success(), "{line}");
+            assert_eq!(fs::read_to_string(&token).unwrap(), pasted);
+            assert_eq!(fs::metadata(&token).unwrap().permissions().mode() & 0o777, 0o600);
+            count += 1;
+        } else {
+            let command = line.strip_prefix("user-factory ");
+            let command = command.unwrap_or_else(|| panic!("nothing here types {line}"));
             let command = command.replace(&format!("/{CONFIG_PATH}"), &config) + &root;
             let end = Instant::now() + PATIENCE;
             loop {
@@ -421,7 +469,7 @@ async fn the_quickstart_begins_as_the_readme_does_and_the_rest_of_it_ends_in_a_j
             count += 1;
         }
     }
-    assert_eq!(count, 2, "check and status");
+    assert_eq!(count, 3, "the token, check and status");
 
     let section = page.section("6. Run a job");
     let typed = section.blocks("text").next().expect("there is a job");
