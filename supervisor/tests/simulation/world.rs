@@ -371,7 +371,7 @@ impl World {
                 ));
             }
         }
-        if self.now.is_multiple_of(60_000) {
+        if (self.now / 1_000).is_multiple_of(60) {
             self.snapshots.push_back(self.server.clone());
             if self.snapshots.len() > 10 {
                 self.snapshots.pop_front();
@@ -382,7 +382,8 @@ impl World {
         let patient = self.alive && self.agents_reach_server();
         self.checks.a_second_passes(&self.server, patient);
         self.retire_second();
-        self.after(1_000, Event::Tick);
+        // At whole seconds, or what is once a minute would drift away from it.
+        self.at((self.now / 1_000 + 1) * 1_000, Event::Tick);
         if !self.is_empty() {
             self.empty_since = None;
         }
