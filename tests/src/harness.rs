@@ -50,7 +50,7 @@ pub fn binaries() -> &'static Path {
                 place.join("user-factory-helper").is_file(),
                 "TESTBED_BINARIES is {place:?}, which has no user-factory-helper"
             );
-            return place;
+            return open_to_all(place);
         }
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
@@ -72,8 +72,23 @@ pub fn binaries() -> &'static Path {
         let place = exe
             .ancestors()
             .find(|dir| dir.join("user-factory-helper").is_file());
-        place.expect("the binaries are above the test's own").to_owned()
+        open_to_all(place.expect("the binaries are above the test's own").to_owned())
     })
+}
+
+/// The supervisor is started from there as a user of its own.
+fn open_to_all(place: PathBuf) -> PathBuf {
+    let closed = |dir: &&Path| fs::metadata(dir).is_ok_and(|meta| meta.permissions().mode() & 0o001 == 0);
+    if let Some(dir) = place.ancestors().find(closed) {
+        panic!(
+            "{} is closed to other users (mode {:o}), and tests start programs below it as users of their own: move the \
+             checkout elsewhere, or type `chmod o+x {}`",
+            dir.display(),
+            fs::metadata(dir).expect("seen above").permissions().mode() & 0o7777,
+            dir.display()
+        );
+    }
+    place
 }
 
 /// A program of the system that a test cannot do without. If it is not there, its Debian package is
@@ -607,4 +622,17 @@ pub fn worker_id() -> WorkerId {
     WorkerId::from_bits(
         (now & ((1 << 48) - 1)) << 80 | u128::from(std::process::id()) << 32 | u128::from(number),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "closed to other users (mode 700)")]
+    fn a_checkout_that_others_cannot_enter_is_named_at_once() {
+        let closed = tempfile::tempdir().unwrap();
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+        open_to_all(closed.path().join("target"));
+    }
 }
