@@ -428,9 +428,10 @@ async fn the_quickstart_begins_as_the_readme_does_and_the_rest_of_it_ends_in_a_j
             continue;
         }
         if let Some(command) = line.strip_prefix("install ") {
-            // The token is pasted: here, the one that the factory has.
-            let token = factory.host.root.join("token");
-            let pasted = fs::read_to_string(&token).unwrap();
+            // The token is pasted: here, the one that the factory has, beside it. Root's own file would be closed to
+            // the supervisor, which has no credential of systemd's here.
+            let pasted = fs::read_to_string(factory.host.root.join("token")).unwrap();
+            let token = factory.host.root.join("pasted");
             let command = command.replace("/etc/buildomat-user-factory/token", &token.display().to_string());
             let mut typed = Command::new("install");
             let mut typed = typed
