@@ -181,7 +181,11 @@ fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -
         return Some(Decision::Adopt(adopted(w, slot, Phase::Reserved, q.now)));
     }
     let expired = unknown_for >= waits.saturating_add(q.online_timeout);
-    if !expired && (slot_for(w, &owner, all).is_some() || q.plan.has_unresolved()) {
+    let comes = match &owner {
+        Owner::Own(slot) => q.plan.may_have(slot, w.target),
+        _ => slot_for(w, &owner, all).is_some() || q.plan.has_unresolved(),
+    };
+    if !expired && comes {
         // Its job has not begun, and need not fail because others were here first, or targets are not looked up yet.
         let slot = match owner {
             Owner::Own(slot) => Some(slot),
@@ -372,6 +376,12 @@ mod tests {
             (Some("zz@here/00000000"), [false; 3], &new, ""),
             (Some("zz@here/00000000"), [false; 3], &LONG, end),
             (OWN, [false; 3], &unresolved(TIMEOUT + RECLAIM_MS), "wait for a"),
+            (
+                Some("zz@here/00000000"),
+                [false; 3],
+                &unresolved(TIMEOUT + RECLAIM_MS),
+                end,
+            ),
             (None, [false; 3], &unresolved(UNCLAIMED_MS + TIMEOUT - 1), "wait"),
             (None, [false; 3], &unresolved(UNCLAIMED_MS + TIMEOUT), end),
             (OWN, [true, false, false], &LONG, "Lost"),

@@ -136,7 +136,8 @@ pub enum SlotState {
     Closed,
     /// A job is running on it, or its worker is being made or deleted.
     Busy,
-    /// A slot that conflicts with it is not free, or workers of removed slots leave no room for one more.
+    /// A slot that conflicts with it is not free, a worker that was lost waits for it, or workers of removed slots leave no
+    /// room for one more.
     Blocked,
     /// Its worker has failed, and is kept for a person.
     Broken,

@@ -37,6 +37,8 @@ struct Taken<'a> {
     pending: BTreeMap<&'a SlotName, &'a PendingWorker>,
     /// By which used slot.
     excluded: BTreeMap<&'a SlotName, &'a SlotName>,
+    /// A worker waits for them.
+    reserved: &'a BTreeSet<SlotName>,
     /// Where there are as many workers as slots: a removed slot that still has one.
     removed: Option<&'a SlotName>,
 }
@@ -76,7 +78,7 @@ impl View<'_> {
 
     /// Every slot of the configuration, in the order of names, and those that only a worker still has.
     pub fn slots(&self) -> Vec<api::Slot> {
-        let used = self.factory.used();
+        let used = self.factory.taken();
         let slots = &self.factory.config().slots;
         let orphans = self.factory.entries().iter();
         let taken = Taken {
@@ -91,6 +93,7 @@ impl View<'_> {
                 .map(|p| (&p.slot, p))
                 .collect(),
             excluded: self.factory.plan().excluded(&used),
+            reserved: self.factory.reserved_slots(),
             removed: used
                 .iter()
                 .find(|slot| !slots.contains_key(*slot) && self.factory.plan().is_full(&used)),
@@ -127,6 +130,9 @@ impl View<'_> {
             )
         } else if let Some(why) = self.factory.unresolved_target(name) {
             (SlotState::Closed, Some(why))
+        } else if taken.reserved.contains(name) {
+            let because = "a worker that was lost waits for it";
+            (SlotState::Blocked, Some(because.into()))
         } else if let Some(other) = taken.excluded.get(name) {
             (SlotState::Blocked, Some(format!("conflicts with {other}")))
         } else if let Some(other) = &taken.removed {

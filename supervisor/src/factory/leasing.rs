@@ -29,18 +29,24 @@ impl Factory {
     }
 
     fn free(&self, now: u64) -> Free<'_> {
-        self.free_beside(now, &self.used())
+        self.free_beside(now, &self.taken())
     }
 
     fn free_beside(&self, now: u64, used: &BTreeSet<SlotName>) -> Free<'_> {
         let cooling_down = self.cooldowns.iter().filter(|(_, cooldown)| cooldown.until > now);
         let drained = self.drains.keys().flatten();
         let excluded = cooling_down.map(|(slot, _)| slot).chain(drained);
-        let mut free = self.plan.free(used, excluded);
-        for slot in self.reserved_slots.difference(used) {
-            free.take(slot);
-        }
-        free
+        self.plan.free(used, excluded)
+    }
+
+    /// The used slots, and those for which a worker waits.
+    pub(crate) fn taken(&self) -> BTreeSet<SlotName> {
+        &self.used() | &self.reserved_slots
+    }
+
+    /// Slots for which a worker that was lost waits.
+    pub(crate) fn reserved_slots(&self) -> &BTreeSet<SlotName> {
+        &self.reserved_slots
     }
 
     /// The slots that have a worker, or a job that is to get one, or a worker that only the helper's list shows.
@@ -256,7 +262,7 @@ impl Factory {
         for (id, slot, target) in gone {
             let text = format!("slot {slot} is no longer in the configuration");
             // The host has nothing in it: it must not count beside the slot that the worker gets.
-            let mut used = self.used();
+            let mut used = self.taken();
             used.remove(&slot);
             if host.iter().any(|info| info.worker == id) {
                 self.step(now, id, Event::SlotRemoved);
