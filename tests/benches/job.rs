@@ -163,7 +163,7 @@ fn on_host(host: &TestHost, place: &Path, script: &str) -> Duration {
     fs::create_dir_all(&rust).expect("a directory");
     fs::create_dir(&work).expect("it was removed");
     chown(&work, Some(USER), Some(USER)).expect("root may");
-    let mut command = Command::new(tool("unshare", "util-linux"));
+    let mut command = Command::new(tool("unshare"));
     command.args(["--mount", "--propagation", "private", "bash", "-euc"]);
     command.arg(r#"mount --bind "$SYSROOT" "$RUST"; cd "$WORK"; exec setpriv --reuid "$0" --regid "$0" --clear-groups -- bash -c "$1""#);
     command.arg(USER.to_string()).arg(timed(script));

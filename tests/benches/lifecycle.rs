@@ -18,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::{Reply, Request, WorkerId};
 use testbed::bench::{Go, Group, Options, Report, c_program, time};
-use testbed::harness::{Client, TestHost, binaries, sealed, tool, worker_id};
+use testbed::harness::{Client, TestHost, binaries, install, sealed, worker_id};
 
 /// Slots of every configuration here: enough for the workers that are alive beside the measured one.
 const SLOTS: usize = 66;
@@ -147,7 +147,7 @@ struct Tools {
 
 impl Tools {
     fn new() -> Tools {
-        tool("bwrap", "bubblewrap");
+        install(&[("bwrap", "bubblewrap")]);
         let place = tempfile::Builder::new()
             .prefix("user-factory-bench-")
             .tempdir_in("/srv");

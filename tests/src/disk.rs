@@ -127,7 +127,7 @@ impl SmallDisk {
     fn xfs_with(host: &TestHost, options: &str) -> SmallDisk {
         // As small as mkfs.xfs makes one.
         let image = sparse(host, 320 << 20);
-        let mkfs = crate::harness::tool("mkfs.xfs", "xfsprogs");
+        let mkfs = crate::harness::tool("mkfs.xfs");
         run(&[mkfs.to_str().expect("its path is ASCII"), "-q"], &image);
         let disk = SmallDisk(host.root.join(STATE_DIR));
         let image = image.to_str().expect("a test's path is ASCII");
@@ -138,7 +138,7 @@ impl SmallDisk {
     /// btrfs, which lets everybody make subvolumes.
     pub fn btrfs(host: &TestHost) -> SmallDisk {
         let image = sparse(host, 256 << 20);
-        let mkfs = crate::harness::tool("mkfs.btrfs", "btrfs-progs");
+        let mkfs = crate::harness::tool("mkfs.btrfs");
         run(&[mkfs.to_str().expect("its path is ASCII"), "-q"], &image);
         let disk = SmallDisk(host.root.join(STATE_DIR));
         let image = image.to_str().expect("a test's path is ASCII");

@@ -1,6 +1,7 @@
 //! A factory host of its own for each test: a root directory, a cgroup, a range of uids, and the real
 //! binaries. Dropped, it ends what it started, by pid, and removes what it made.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -9,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, Once, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -91,40 +92,77 @@ fn open_to_all(place: PathBuf) -> PathBuf {
     place
 }
 
-/// A program of the system that a test cannot do without. If it is not there, its Debian package is
-/// installed: one command must be enough to pass the tests on a fresh machine.
-pub fn tool(program: &str, package: &str) -> PathBuf {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let find = || {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        // Not every root has them in its PATH.
-        let more = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
-        std::env::split_paths(&path)
-            .chain(more)
-            .map(|dir| dir.join(program))
-            .find(|path| path.is_file())
-    };
-    let _turn = ONE_AT_A_TIME
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner());
-    if let Some(path) = find() {
-        return path;
+/// The programs of the system that tests cannot do without, and the Debian packages that have them.
+const TOOLS: [(&str, &str); 13] = [
+    ("at", "at"),
+    ("btrfs", "btrfs-progs"),
+    ("busctl", "systemd"),
+    ("crontab", "cron"),
+    ("dbus-daemon", "dbus"),
+    ("ip", "iproute2"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("nft", "nftables"),
+    ("nsenter", "util-linux"),
+    ("openssl", "openssl"),
+    ("setpriv", "util-linux"),
+    ("unshare", "util-linux"),
+];
+
+/// A program of [`TOOLS`].
+///
+/// # Panics
+///
+/// Where it is not on this machine and could not be installed.
+pub fn tool(program: &str) -> PathBuf {
+    let named = TOOLS.iter().find(|(name, _)| *name == program);
+    let (_, package) = named.unwrap_or_else(|| panic!("add {program}, and its package, to TOOLS"));
+    install_tools();
+    find_program(program).unwrap_or_else(|| {
+        panic!("{program} is not here and apt-get could not install {package}: install it")
+    })
+}
+
+/// Install what is missing of [`TOOLS`], once in this process: one command must be enough to pass the tests on a fresh
+/// machine. All at once, and before the first test looks at the host, since packages make users and files of their own
+/// there.
+pub fn install_tools() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| install(&TOOLS));
+}
+
+/// Install the packages of those programs that are not on this machine. What cannot be installed is left out.
+pub fn install(programs: &[(&str, &str)]) {
+    let missing = programs
+        .iter()
+        .filter(|(program, _)| find_program(program).is_none())
+        .map(|(_, package)| *package);
+    let missing: BTreeSet<&str> = missing.collect();
+    if missing.is_empty() {
+        return;
     }
-    eprintln!("{program} is not on this machine: installing the package {package}");
+    eprintln!("not on this machine, and installed now: {missing:?}");
     let apt = |words: &[&str]| {
         let mut command = Command::new("apt-get");
         command.args(words).env("DEBIAN_FRONTEND", "noninteractive");
         // Another test's process may be installing something at the same time.
         command.args(["--quiet", "--option", "DPkg::Lock::Timeout=300"]);
-        matches!(command.stdout(Stdio::null()).status(), Ok(status) if status.success())
+        let _ = command.stdout(Stdio::null()).status();
     };
     // An update that fails may still leave lists that are good enough.
-    let _ = apt(&["update"]);
-    let installed = apt(&["install", "--yes", "--no-install-recommends", package]);
-    let found = find().filter(|_| installed);
-    found.unwrap_or_else(|| {
-        panic!("{program} is not here and apt-get could not install {package}: install it")
-    })
+    apt(&["update"]);
+    let words = ["install", "--yes", "--no-install-recommends"];
+    apt(&words.into_iter().chain(missing).collect::<Vec<_>>());
+}
+
+fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // Not every root has them in its PATH.
+    let more = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(more)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
 }
 
 /// Lines that a process prints, kept, and waited for.

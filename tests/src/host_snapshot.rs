@@ -9,7 +9,7 @@ use std::time::Instant;
 use supervisor::residue::files::Pace;
 use supervisor::residue::{Uids, files, host};
 
-use crate::harness::{PATIENCE, TestHost};
+use crate::harness::{PATIENCE, TestHost, install_tools};
 
 /// A snapshot of the host, as far as a factory's jobs could change it.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,6 +40,7 @@ pub struct HostSnapshot {
 impl HostSnapshot {
     /// Panics where `/proc` cannot be read.
     pub fn take(host: &TestHost) -> HostSnapshot {
+        install_tools();
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let uids = Uids::from(host.uids.clone());
         let entries = |dir: PathBuf| -> BTreeSet<PathBuf> {

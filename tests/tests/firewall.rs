@@ -68,9 +68,9 @@ fn a_job_reaches_its_own_servers_and_none_of_the_hosts_or_of_another_job() {
         nix::unistd::geteuid().is_root(),
         "this needs root: it makes a network namespace"
     );
-    let nft = tool("nft", "nftables");
-    tool("ip", "iproute2");
-    let mut unshare = Command::new(tool("unshare", "util-linux"));
+    let nft = tool("nft");
+    tool("ip");
+    let mut unshare = Command::new(tool("unshare"));
     let inside = again("the_host", &format!("{}\n{}", nft.display(), network()));
     unshare
         .arg("--net")
@@ -146,7 +146,7 @@ impl Player {
         let action = format!("{uid}\n{cgroup}\n{what}");
         let mut command = again("player", &action);
         if what == "container" {
-            let mut unshare = Command::new(tool("unshare", "util-linux"));
+            let mut unshare = Command::new(tool("unshare"));
             unshare.arg("--net").arg(command.get_program());
             unshare.args(command.get_args()).env(ACTION, &action);
             command = unshare;
@@ -187,14 +187,14 @@ fn at(addresses: [&str; 2], port: u16) -> Vec<SocketAddr> {
 }
 
 fn ip(words: &str) {
-    let ip = tool("ip", "iproute2").display().to_string();
+    let ip = tool("ip").display().to_string();
     command(&[&[&*ip][..], &words.split(' ').collect::<Vec<_>>()].concat());
 }
 
 /// In a network namespace of its own: take the other end of the host's veth pair into it, and serve there.
 fn become_container() {
     let host = format!("--net=/proc/{}/ns/net", std::os::unix::process::parent_id());
-    let nsenter = tool("nsenter", "util-linux").display().to_string();
+    let nsenter = tool("nsenter").display().to_string();
     let own = std::process::id().to_string();
     command(&[&nsenter, &host, "ip", "link", "set", "two", "netns", &own]);
     ip("link set lo up");

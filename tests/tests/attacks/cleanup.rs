@@ -245,7 +245,7 @@ fn row_28_daemons_that_make_files_anew_are_gone_with_the_files() {
 
 /// As root, from outside: no job is let make these.
 fn btrfs(words: &[&str], paths: &[&Path]) {
-    let mut command = Command::new(tool("btrfs", "btrfs-progs"));
+    let mut command = Command::new(tool("btrfs"));
     let output = command.args(words).args(paths).output().expect("it is there");
     assert!(output.status.success(), "{words:?} {paths:?}: {output:?}");
 }

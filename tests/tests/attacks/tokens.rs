@@ -389,7 +389,7 @@ impl Certificates {
     }
 
     fn openssl(&self, words: &str) {
-        let mut command = Command::new(tool("openssl", "openssl"));
+        let mut command = Command::new(tool("openssl"));
         let output = command
             .args(words.split(' '))
             .current_dir(self.0.path())
@@ -410,7 +410,7 @@ impl Certificates {
         self.openssl(&format!(
             "ca -batch -notext -config ca.cnf -in s.csr -startdate {from} -enddate {to} -out s.pem"
         ));
-        let mut command = Command::new(tool("openssl", "openssl"));
+        let mut command = Command::new(tool("openssl"));
         command
             .args("s_server -accept localhost:0 -cert s.pem -key s.key".split(' '))
             .current_dir(self.0.path())

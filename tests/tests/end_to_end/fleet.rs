@@ -25,9 +25,9 @@ fn ip(words: &str) {
 #[test]
 fn sixty_jobs_end_once_each_on_three_hosts_of_which_one_is_cut_off_for_a_while() {
     let place = binaries();
-    tool("ip", "iproute2");
-    tool("setpriv", "util-linux");
-    let output = Command::new(tool("unshare", "util-linux"))
+    tool("ip");
+    tool("setpriv");
+    let output = Command::new(tool("unshare"))
         .arg("--net")
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", "fleet::fleet", "--ignored", "--nocapture"])

@@ -8,7 +8,7 @@ use super::*;
 /// The helper, in a mount namespace in which this script ran first; `$CGROUP` is where cgroup v2 is.
 fn helper_after(factory: &TestFactory, script: &str) -> Command {
     let own = factory.host.helper_command();
-    let mut command = Command::new(testbed::harness::tool("unshare", "util-linux"));
+    let mut command = Command::new(testbed::harness::tool("unshare"));
     command.args(["--mount", "--propagation", "private", "bash", "-euc"]);
     command.arg(format!("{script}\nexec \"$@\"")).arg("bash");
     command.arg(own.get_program()).args(own.get_args());

@@ -41,7 +41,7 @@ impl Apart {
         );
         host.configure("http://127.0.0.1:9", 0, &slots);
         let own = host.helper_command();
-        let mut command = Command::new(tool("unshare", "util-linux"));
+        let mut command = Command::new(tool("unshare"));
         command.args(["--mount", "--propagation", "private", "bash", "-euc"]);
         command.args(["kill -STOP $$; exec \"$@\"", "bash"]);
         command.arg(own.get_program()).args(own.get_args());

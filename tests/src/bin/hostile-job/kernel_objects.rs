@@ -362,13 +362,32 @@ fn huge_page(_: &mut Kept, _: u64) -> io::Result<u64> {
     Ok(1)
 }
 
-fn tcp_port(kept: &mut Kept, _: u64) -> io::Result<u64> {
-    kept.push(TcpListener::bind("0.0.0.0:0")?.into());
-    Ok(1)
+fn tcp_port(kept: &mut Kept, number: u64) -> io::Result<u64> {
+    port(kept, number, |port| {
+        TcpListener::bind(("0.0.0.0", port)).map(OwnedFd::from)
+    })
 }
 
-fn udp_port(kept: &mut Kept, _: u64) -> io::Result<u64> {
-    kept.push(UdpSocket::bind("0.0.0.0:0")?.into());
+fn udp_port(kept: &mut Kept, number: u64) -> io::Result<u64> {
+    port(kept, number, |port| {
+        UdpSocket::bind(("0.0.0.0", port)).map(OwnedFd::from)
+    })
+}
+
+/// Of those that the kernel gives to programs that name none, `ip_local_port_range`: each by its number, because the kernel
+/// tries port after port for port 0, which takes minutes for all of them. One that is taken already counts nothing.
+fn port(kept: &mut Kept, number: u64, bind: impl Fn(u16) -> io::Result<OwnedFd>) -> io::Result<u64> {
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
+    let ends: Vec<u64> = range.split_whitespace().flat_map(str::parse).collect();
+    let port = ends[0] + number;
+    if port > ends[1] {
+        return Err(io::Error::from_raw_os_error(libc::EADDRNOTAVAIL));
+    }
+    match bind(port as u16) {
+        Ok(socket) => kept.push(socket),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(0),
+        Err(error) => return Err(error),
+    }
     Ok(1)
 }
 
