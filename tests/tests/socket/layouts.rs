@@ -186,13 +186,11 @@ fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
     // All but these are this host's: in an overlay, so that its root can have other links.
     let script = format!(
         r#"cd {0}
-        mount -t tmpfs none work; mkdir work/upper work/work
+        mount -t tmpfs none work; mkdir -p work/upper/var work/work; chmod 755 work/upper work/upper/var
+        ln -s {0}/big/home {0}/big/root {0}/big/opt work/upper; ln -s {0}/big/tmp work/upper/var/tmp
         mount -t overlay -o lowerdir=/,upperdir=work/upper,workdir=work/work overlay root
         for directory in proc sys dev tmp run srv; do mount --rbind /$directory root/$directory; done
-        cd root
-        for directory in home root opt var/tmp; do rm -rf --one-file-system $directory; done
-        ln -s {0}/big/home home; ln -s {0}/big/root root; ln -s {0}/big/opt opt; ln -s {0}/big/tmp var/tmp
-        mkdir old; pivot_root . old; umount -l /old; cd /"#,
+        cd root; mkdir old; pivot_root . old; umount -l /old; cd /"#,
         place.path().display()
     );
     let host = TestHost::new();
