@@ -110,10 +110,10 @@ the_podman() {
     local podman=(podman)
     [ ! -d /sys/fs/cgroup/unified ] || podman+=(--runtime runc)
     [ -d image ] || the_image || return
-    mkdir made && printf 'FROM localhost/one\nRUN ["/bin/busybox", "touch", "/made"]\n' >made/Containerfile || return
+    mkdir two && printf 'FROM localhost/one\nRUN ["/bin/busybox", "touch", "/made"]\n' >two/Containerfile || return
     "${podman[@]}" build --tag one image && "${podman[@]}" run --rm localhost/one | grep 'in the container' &&
         "${podman[@]}" run --rm --network host localhost/one /bin/busybox id -u | grep '^0$' &&
-        "${podman[@]}" build --tag two made && "${podman[@]}" run --rm localhost/two /bin/busybox ls /made | grep /made
+        "${podman[@]}" build --tag two two && "${podman[@]}" run --rm localhost/two /bin/busybox ls /made | grep /made
 }
 
 the_postgresql() {
@@ -192,12 +192,12 @@ the_screen() {
 # A port that is the other end of socat's, on which somebody says hello; minicom waits for that and is then left, by keys.
 the_minicom() {
     printf 'hello from the port\r\n' >greeting
-    printf 'expect {\n  "hello from the port" break\n  timeout 60 exit 1\n}\n! touch met\n' >script.minicom
-    socat "PTY,link=$PWD/port,raw,echo=0" "SYSTEM:sleep 2; cat greeting; sleep 60" &
+    printf 'expect {\n  "hello from the port" break\n  timeout 600 exit 1\n}\n! touch met\n' >script.minicom
+    socat "PTY,link=$PWD/port,raw,echo=0" "SYSTEM:sleep 2; cat greeting; sleep 3600" &
     local socat=$!
     until [ -e port ]; do kill -0 $socat || return; sleep 0.1; done
     {
-        for _ in $(seq 600); do ! [ -e met ] || break; sleep 0.1; done
+        for _ in $(seq 6000); do ! [ -e met ] || break; sleep 0.1; done
         printf '\001x'
         sleep 1
         printf '\r'
