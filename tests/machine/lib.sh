@@ -157,6 +157,10 @@ pack_bundle() {
     cp -r "$here/stories" "$bundle/stories"
     # With the certificates that this machine trusts: its mirrors may have one of their own.
     cp "$here/guest/delegated" "$here/../software.sh" /etc/ssl/certs/ca-certificates.crt "$bundle/"
+    # Tests read pages and sources.
+    mkdir "$bundle/sources"
+    tar --create --directory "$here/../.." --exclude=./target --exclude=./fuzz/target --exclude=./.git . |
+        tar --extract --directory "$bundle/sources"
     mke2fs -q -t ext4 -d "$bundle" "$run/bundle.ext4" 4G >/dev/null
     rm -rf "$bundle"
 }

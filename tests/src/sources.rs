@@ -4,14 +4,21 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use syn::{Attribute, Item, ItemFn};
 
-/// The workspace's directory.
+/// The workspace's directory: where this was built, or what the environment variable `TESTBED_SOURCES` names
+/// (see `tests/machine`).
 pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("the workspace")
+    static ROOT: OnceLock<PathBuf> = OnceLock::new();
+    ROOT.get_or_init(|| match std::env::var_os("TESTBED_SOURCES") {
+        Some(root) => root.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .expect("the workspace")
+            .to_owned(),
+    })
 }
 
 /// A file of the workspace.

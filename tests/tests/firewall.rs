@@ -42,7 +42,7 @@ const PUBLISH: &str = "table inet published {
 const ACTION: &str = "USER_FACTORY_FIREWALL_TEST";
 
 fn rules() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/firewall.nft")
+    testbed::sources::root().join("packaging/firewall.nft")
 }
 
 /// The network namespace of this process.

@@ -1,6 +1,8 @@
 //! The operator's commands: each test types what an operator would type, and reads what they would
 //! read. Needs root.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -152,15 +154,12 @@ fn state_of(status: &Value, slot: &str) -> String {
 
 /// The value of a metric that has no labels.
 fn metric(factory: &TestFactory, name: &str) -> Option<String> {
-    let metrics = tokio::task::block_in_place(|| {
-        Command::new("curl")
-            .args(["-sS", "--unix-socket"])
-            .arg(socket(factory))
-            .arg("http://localhost/metrics")
-            .output()
-            .expect("the command is there")
-    });
-    let text = String::from_utf8_lossy(&metrics.stdout);
+    let mut text = String::new();
+    let mut stream = UnixStream::connect(socket(factory)).expect("the supervisor listens");
+    stream
+        .write_all(b"GET /metrics HTTP/1.0\r\n\r\n")
+        .and_then(|()| stream.read_to_string(&mut text))
+        .expect("the supervisor answers");
     let name = format!("buildomat_user_factory_{name} ");
     text.lines()
         .find_map(|line| line.strip_prefix(&name))

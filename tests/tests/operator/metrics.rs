@@ -157,9 +157,8 @@ async fn alerts_and_dashboard_use_no_number_that_is_not_there() {
     let mut there = names_in(&text);
     // It takes a host with quotas; `attacks`' row 54 sees what this is made of.
     there.insert("buildomat_user_factory_slot_disk_bytes".into());
-    let packaging = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/monitoring");
     for file in ["alerts.yml", "dashboard.json"] {
-        let used = names_in(&std::fs::read_to_string(packaging.join(file)).unwrap());
+        let used = names_in(&testbed::sources::read(format!("packaging/monitoring/{file}")));
         assert!(used.len() > 4, "{file} uses {used:?}");
         for name in used {
             assert!(
