@@ -109,7 +109,7 @@ const TOOLS: [(&str, &str); 13] = [
     ("unshare", "util-linux"),
 ];
 
-/// A program of [`TOOLS`].
+/// A program of the system that tests cannot do without, of the table above.
 ///
 /// # Panics
 ///
@@ -123,7 +123,7 @@ pub fn tool(program: &str) -> PathBuf {
     })
 }
 
-/// Install what is missing of [`TOOLS`], once in this process: one command must be enough to pass the tests on a fresh
+/// Install what is missing of that table, once in this process: one command must be enough to pass the tests on a fresh
 /// machine. All at once, and before the first test looks at the host, since packages make users and files of their own
 /// there.
 pub fn install_tools() {
