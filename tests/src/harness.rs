@@ -109,11 +109,11 @@ const TOOLS: [(&str, &str); 13] = [
     ("unshare", "util-linux"),
 ];
 
-/// A program of the system that tests cannot do without, of the table above.
+/// The path of a program that tests cannot do without.
 ///
 /// # Panics
 ///
-/// Where it is not on this machine and could not be installed.
+/// If the program is not in the table of those that tests need, or is not on this machine and could not be installed.
 pub fn tool(program: &str) -> PathBuf {
     let named = TOOLS.iter().find(|(name, _)| *name == program);
     let (_, package) = named.unwrap_or_else(|| panic!("add {program}, and its package, to TOOLS"));
@@ -123,9 +123,9 @@ pub fn tool(program: &str) -> PathBuf {
     })
 }
 
-/// Install what is missing of that table, once in this process: one command must be enough to pass the tests on a fresh
-/// machine. All at once, and before the first test looks at the host, since packages make users and files of their own
-/// there.
+/// Install what is missing of the programs that tests need, once in this process: one command must be enough to pass the
+/// tests on a fresh machine. All at once, and before the first test looks at the host, since packages make users and
+/// files of their own there.
 pub fn install_tools() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| install(&TOOLS));

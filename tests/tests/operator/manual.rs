@@ -20,7 +20,7 @@ fn at_a_terminal(factory: &TestFactory, words: &str, typed: &str) -> String {
     let mut script = script.spawn().expect("script is there");
     // It stays open: at its end, script would not wait for the rest.
     let mut keyboard = script.stdin.take().unwrap();
-    Write::write_all(&mut keyboard, typed.as_bytes()).unwrap();
+    keyboard.write_all(typed.as_bytes()).unwrap();
     let output = tokio::task::block_in_place(|| script.wait_with_output().unwrap());
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
@@ -187,7 +187,7 @@ async fn a_shell_ends_with_its_worker() {
     let mut shell = command(&factory, &["shell", &worker]);
     let (reader, mut writer) = std::io::pipe().unwrap();
     let mut shell = Running::printing_with(&mut shell, reader.into());
-    Write::write_all(&mut writer, b"echo inside; sleep 1000\n").unwrap();
+    writer.write_all(b"echo inside; sleep 1000\n").unwrap();
     tokio::task::block_in_place(|| shell.log.wait(&["inside"]));
     // The job goes on meanwhile, and is done as ever.
     factory.release();

@@ -67,7 +67,8 @@ print('ready', flush=True)
 sys.stdin.read()";
     let mut process = by_user("python3", &["-c", holds_a_key]);
     let mut ready = [0; 6];
-    Read::read_exact(process.stdout.as_mut().expect("it is piped"), &mut ready).unwrap();
+    let stdout = process.stdout.as_mut().expect("it is piped");
+    stdout.read_exact(&mut ready).unwrap();
     assert!(by_user("ipcmk", &["--shmem", "4096"]).wait().unwrap().success());
     let (status, report) = residue(&factory, false);
     assert_eq!(status, 1);
