@@ -93,7 +93,7 @@ fn open_to_all(place: PathBuf) -> PathBuf {
 }
 
 /// The programs of the system that tests cannot do without, and the Debian packages that have them.
-const TOOLS: [(&str, &str); 13] = [
+const TOOLS: [(&str, &str); 14] = [
     ("at", "at"),
     ("btrfs", "btrfs-progs"),
     ("busctl", "systemd"),
@@ -105,6 +105,7 @@ const TOOLS: [(&str, &str); 13] = [
     ("nft", "nftables"),
     ("nsenter", "util-linux"),
     ("openssl", "openssl"),
+    ("ps", "procps"),
     ("setpriv", "util-linux"),
     ("unshare", "util-linux"),
 ];

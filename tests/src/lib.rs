@@ -14,6 +14,7 @@ pub mod host_snapshot;
 pub mod model;
 pub mod pages;
 pub mod proxy;
+pub mod sample;
 pub mod server;
 pub mod service;
 pub mod sources;

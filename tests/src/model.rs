@@ -1,7 +1,7 @@
 //! The helper's contract as a program: what each request does to the workers of a host, and what it answers.
 //! Read it beside the page of the `protocol` crate, which says the same in words.
 //!
-//! `--test model` asks the real helper and this the same, and compares; in `fuzz/` it stands beneath the real
+//! `--test host model::` asks the real helper and this the same, and compares; in `fuzz/` it stands beneath the real
 //! dispatcher in place of a host, and the simulation of the supervisor has it as its host. For that it needs nothing
 //! but the `protocol` crate.
 

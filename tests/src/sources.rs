@@ -121,7 +121,7 @@ pub fn tests_in(path: impl AsRef<Path>) -> BTreeSet<String> {
     found
 }
 
-/// Is there a test of this name that is run? `binary::module::test` is of this crate; what begins with the name of another
+/// Is there a test of this name that is run? `module::test` is of this crate; what begins with the name of another
 /// member of the workspace is in that member, in a module before `tests` or in a program of its `tests` folder.
 pub fn is_a_test(name: &str) -> bool {
     let Some((path, function)) = name.rsplit_once("::") else {

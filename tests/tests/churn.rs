@@ -14,7 +14,7 @@ use testbed::test_helper::{TestHelper, attack_program, create, install, read, wa
 use counts::Counts;
 
 /// How many workers. `USER_FACTORY_TEST_CHURN=2000` is the whole of it.
-const WORKERS: usize = 260;
+const WORKERS: usize = 180;
 /// After so many, everything that is made once is made.
 const WARM: usize = 100;
 /// That are made at the same time, in the second half.

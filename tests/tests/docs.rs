@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use protocol::config::{CONFIG_PATH, Config};
 use supervisor::settings::needs_restart;
-use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
+use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries, tool};
 use testbed::pages::Page;
 use testbed::sources::{read, root};
 use testbed::test_factory::TestFactory;
@@ -373,6 +373,7 @@ fn the_quick_start_is_run_and_each_command_does_what_the_readme_says() {
     };
     let (good, said) = run(id);
     assert!(good && said.contains("(bmat-"), "{id}: {said}");
+    tool("ps");
     let (good, said) = run(last);
     let processes = said.lines().filter(|line| line.contains(':')).count();
     assert!(

@@ -4,8 +4,8 @@
 //! configuration changes, and records are damaged. Needs root.
 //!
 //! ```text
-//! USER_FACTORY_TEST_MODEL=5000 cargo test -p testbed --test model     a night
-//! SEED=17 cargo test -p testbed --test model                          the same stories again
+//! USER_FACTORY_TEST_MODEL=5000 cargo test -p testbed --test host model::    a night
+//! SEED=17 cargo test -p testbed --test host model::                         the same stories again
 //! ```
 //! A failure prints the shortest story found that still fails, and its seed.
 

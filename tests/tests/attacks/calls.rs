@@ -11,7 +11,7 @@ use testbed::harness::{TestHost, place};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{TestHelper, attack, created};
 
-use crate::leftovers::{ongoing, with_user_namespaces};
+use crate::attacks::leftovers::{ongoing, with_user_namespaces};
 
 const SLOT: &str = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
 

@@ -12,8 +12,8 @@ use protocol::{Exit, State, WorkerId};
 use testbed::harness::{Client, PATIENCE, has_controller};
 use testbed::test_helper::{TestHelper, attack, created, read, start_attack, state, wait_until};
 
-use crate::exhaustion::slots;
-use crate::leftovers::ongoing;
+use crate::attacks::exhaustion::slots;
+use crate::attacks::leftovers::ongoing;
 
 pub const LIMIT: u64 = 48 << 20;
 /// What the kernel charges in any case, for pages that must be had.

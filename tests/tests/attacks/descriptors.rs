@@ -16,7 +16,7 @@ use protocol::{ErrorKind, MAX_AGENT_BYTES, Reply, Request, State};
 use testbed::harness::{memory, sealed};
 use testbed::test_helper::{TestHelper, created, install, kind, read, state, wait_until};
 
-use crate::connections::Over;
+use crate::attacks::connections::Over;
 
 fn seal(fd: impl AsFd, seals: SealFlag) -> nix::Result<i32> {
     fcntl(fd, FcntlArg::F_ADD_SEALS(seals))

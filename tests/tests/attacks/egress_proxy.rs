@@ -37,7 +37,7 @@ impl OtherUser {
             "--ignored",
             "--exact",
             "--nocapture",
-            "egress_proxy::another_user",
+            "attacks::egress_proxy::another_user",
         ]);
         command.env(SOCKET, host.root.join(PROXY_DIR).join(PROXY_SOCKET));
         command.uid(uid).gid(uid).current_dir("/");

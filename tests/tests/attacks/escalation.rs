@@ -12,7 +12,7 @@ use testbed::harness::{Running, place};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{TestHelper, attack, created};
 
-use crate::leftovers::{ongoing, with_user_namespaces};
+use crate::attacks::leftovers::{ongoing, with_user_namespaces};
 
 /// In it a directory that the configuration hides, with a file that everybody could read. And the slots.
 fn with_hidden(place: &Path) -> String {

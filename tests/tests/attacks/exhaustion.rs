@@ -16,7 +16,7 @@ use testbed::test_helper::{
     TestHelper, attack, created, read, start_attack, state, wait_for_line, wait_until, watch,
 };
 
-use crate::leftovers::ongoing;
+use crate::attacks::leftovers::ongoing;
 
 /// What a timer may have of its own: its stack, and what it changed of the memory that it was forked with.
 const TIMER_KIB: u64 = 256;

@@ -16,7 +16,7 @@ use testbed::test_helper::{
     SLOTS, TestHelper, attack, create, created, install, kind, list, start_attack, wait_for_line, wait_until,
 };
 
-use crate::leftovers::ongoing;
+use crate::attacks::leftovers::ongoing;
 
 /// Jobs have a `/tmp` of their own, which hides a test's host by itself. For `part`, a test of this file that
 /// is left out otherwise, it is where jobs see the real host, and only what the helper does hides it.

@@ -14,9 +14,9 @@ use protocol::{Exit, Reply, Request, State, WorkerId};
 use testbed::harness::{Client, PATIENCE, binaries, booted_machine, place};
 use testbed::test_helper::{TestHelper, attack, created, list, read, run, start_attack, state};
 
-use crate::controllers::{LIMIT, SLACK, number};
-use crate::exhaustion::slots;
-use crate::leftovers::ongoing;
+use crate::attacks::controllers::{LIMIT, SLACK, number};
+use crate::attacks::exhaustion::slots;
+use crate::attacks::leftovers::ongoing;
 
 /// What each process of a job may lock (`RLIMIT_MEMLOCK`); how many there are is limited, too.
 const LOCKED: u64 = 8 << 20;

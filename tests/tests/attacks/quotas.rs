@@ -6,8 +6,8 @@ use testbed::disk::SmallDisk;
 use testbed::harness::{TestHost, worker_id};
 use testbed::test_helper::{TestHelper, attack, create, created, list, state};
 
-use crate::exhaustion::{refused, slots};
-use crate::leftovers::ongoing;
+use crate::attacks::exhaustion::{refused, slots};
+use crate::attacks::leftovers::ongoing;
 
 const QUOTA: &str = "disk = \"8M\"\ninodes = 300";
 const QUOTA_WORDS: [&str; 2] = ["8388608", "300"];

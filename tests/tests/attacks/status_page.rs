@@ -169,7 +169,7 @@ async fn row_103_a_user_with_many_connections_to_the_control_socket_leaves_root_
         "--ignored",
         "--exact",
         "--nocapture",
-        "status_page::many_connections",
+        "attacks::status_page::many_connections",
     ]);
     user.env(SOCKET, &socket)
         .uid(SUPERVISOR_UID)

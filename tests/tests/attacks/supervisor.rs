@@ -49,7 +49,12 @@ fn outcome(host: &TestHost, connects_as: u32, goes_on_as: u32) -> String {
     let action = format!("{} {connects_as} {goes_on_as}", host.socket().display());
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
-        .args(["--exact", "supervisor::other_uid", "--ignored", "--nocapture"])
+        .args([
+            "--exact",
+            "attacks::supervisor::other_uid",
+            "--ignored",
+            "--nocapture",
+        ])
         .env(ACTION, action);
     let output = command.output().expect("this program can be started");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -30,7 +30,7 @@ fn sixty_jobs_end_once_each_on_three_hosts_of_which_one_is_cut_off_for_a_while()
     let output = Command::new(tool("unshare"))
         .arg("--net")
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "fleet::fleet", "--ignored", "--nocapture"])
+        .args(["--exact", "end_to_end::fleet::fleet", "--ignored", "--nocapture"])
         .env("TESTBED_BINARIES", place)
         .output()
         .unwrap();

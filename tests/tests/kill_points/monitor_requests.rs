@@ -12,7 +12,7 @@ use testbed::harness::{Client, PATIENCE, sealed};
 use testbed::test_helper::{read, wait_for_line};
 use testbed::tracer::service::{Connections, Kind, Plan, When, children, listener};
 
-use crate::bench::{Bench, Operation, ask, prepare, request};
+use crate::kill_points::bench::{Bench, Operation, ask, prepare, request};
 
 /// Wait for what another process does.
 fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> T {

@@ -9,13 +9,12 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use protocol::config::STATE_DIR;
 use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
+use testbed::sample::Sample;
 use testbed::server::{JobSpec, Server, ServerOptions, State, Ulid};
 use testbed::service::Service;
 use testbed::tracer::outward::{Seen, watch};
 use testbed::tracer::wait_until_stopped;
 use testbed::worker_snapshot::WorkerSnapshot;
-
-use crate::Sample;
 
 /// How a job's life goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -40,8 +40,8 @@ fn worker_runs(test: &TestHelper, slot: &str, script: &str) -> String {
 
 const LIFE: &str = "a worker made, started, ended, deleted";
 
-/// Not a test of anything: it prints what quotas cost on this machine. `MACHINE_COUNT=1 tests/machine/run tests socket
-/// --ignored --nocapture what_quotas_cost`, or `cargo test -p testbed --test socket -- ` and the same on a machine
+/// Not a test of anything: it prints what quotas cost on this machine. `MACHINE_COUNT=1 tests/machine/run tests host
+/// --ignored --nocapture what_quotas_cost`, or `cargo test -p testbed --test host -- ` and the same on a machine
 /// that has quotas and is quiet: a busy one costs more than they do.
 #[test]
 #[ignore = "a measurement, which takes a quiet machine with quotas"]

@@ -1,0 +1,13 @@
+//! What needs a host: the real binaries, as root, with users, namespaces, cgroups and mounts of their own. Needs root.
+//!
+//! It is one program, because most of these tests wait for something (a poll of the server, an agent, a time-out), and
+//! wait together here.
+
+mod attacks;
+mod end_to_end;
+mod faults;
+mod kill_points;
+mod model;
+mod operator;
+mod power_loss;
+mod socket;
