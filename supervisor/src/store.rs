@@ -178,7 +178,8 @@ impl Store {
         let phase = w.phase.name();
         let change = self.db.transaction()?;
         let old: Option<String> = change
-            .query_row("SELECT phase FROM workers WHERE id = ?1", [&id], |row| row.get(0))
+            .prepare_cached("SELECT phase FROM workers WHERE id = ?1")?
+            .query_row([&id], |row| row.get(0))
             .map(Some)
             .or_else(|e| {
                 if e == rusqlite::Error::QueryReturnedNoRows {
@@ -187,46 +188,46 @@ impl Store {
                     Err(e)
                 }
             })?;
-        change.execute(
+        let mut save = change.prepare_cached(
             "INSERT OR REPLACE INTO workers (id, slot, target, job, bootstrap, phase, lines_sent, since,
                 waiting_since, associated, hold, gone, remakes, failure, trouble, hold_since)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)",
-            params![
+        )?;
+        save.execute(params![
+            id,
+            w.slot.as_str(),
+            w.target.to_string(),
+            job,
+            w.bootstrap.as_ref().map(BootstrapToken::as_str),
+            phase,
+            lines_sent,
+            i64::try_from(w.since)?,
+            i64::try_from(w.waiting_since)?,
+            w.associated,
+            w.hold,
+            w.gone,
+            w.remakes,
+            w.failure,
+            w.trouble,
+            w.hold_since.map(i64::try_from).transpose()?,
+        ])?;
+        if old.as_deref() != Some(phase) {
+            let mut note = change.prepare_cached(
+                "INSERT INTO events (at, worker, slot, job, phase, note) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            )?;
+            note.execute(params![
+                i64::try_from(w.since)?,
                 id,
                 w.slot.as_str(),
-                w.target.to_string(),
                 job,
-                w.bootstrap.as_ref().map(BootstrapToken::as_str),
                 phase,
-                lines_sent,
-                i64::try_from(w.since)?,
-                i64::try_from(w.waiting_since)?,
-                w.associated,
-                w.hold,
-                w.gone,
-                w.remakes,
-                w.failure,
-                w.trouble,
-                w.hold_since.map(i64::try_from).transpose()?,
-            ],
-        )?;
-        if old.as_deref() != Some(phase) {
-            change.execute(
-                "INSERT INTO events (at, worker, slot, job, phase, note) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-                params![
-                    i64::try_from(w.since)?,
-                    id,
-                    w.slot.as_str(),
-                    job,
-                    phase,
-                    w.failure
-                ],
-            )?;
-            change.execute(
-                "DELETE FROM events WHERE n <= (SELECT max(n) FROM events) - ?1",
-                [MAX_EVENTS],
-            )?;
+                w.failure
+            ])?;
+            change
+                .prepare_cached("DELETE FROM events WHERE n <= (SELECT max(n) FROM events) - ?1")?
+                .execute([MAX_EVENTS])?;
         }
+        drop(save);
         change.commit()?;
         tracing::debug!(worker = id, phase, "saved");
         Ok(())
@@ -288,7 +289,10 @@ impl Storage for Store {
     fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), Unsaved> {
         let id = worker.to_string();
         self.with_room(|store| {
-            store.db.execute("DELETE FROM workers WHERE id = ?1", [&id])?;
+            store
+                .db
+                .prepare_cached("DELETE FROM workers WHERE id = ?1")?
+                .execute([&id])?;
             Ok(())
         })?;
         tracing::debug!(%worker, "removed");
