@@ -1,5 +1,6 @@
 //! Group F: row 71, secrets in the places where other users of the host look for them.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
@@ -19,11 +20,11 @@ use testbed::test_helper::{TestHelper, created, install, run, token, wait_for_li
 /// A user of the host who has nothing to do with the factory.
 const SOMEBODY: u32 = 0x6fff_0001;
 
-/// What this user can read at `path`: nothing, if it may not.
-fn read_as(uid: u32, path: &Path) -> Vec<u8> {
+/// What this user can read at these paths, one after the other: nothing, if it may not.
+fn read_as<P: AsRef<OsStr>>(uid: u32, paths: impl IntoIterator<Item = P>) -> Vec<u8> {
     let mut command = Command::new("cat");
     command
-        .arg(path)
+        .args(paths)
         .uid(uid)
         .gid(uid)
         .current_dir("/")
@@ -92,14 +93,13 @@ async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
 
     // The processes, as another user sees them.
     for pid in processes() {
-        for file in ["cmdline", "environ", "comm", "status", "maps", "stack", "auxv"] {
-            let path = Path::new("/proc").join(&pid).join(file);
-            assert!(
-                !has(&read_as(SOMEBODY, &path), &token),
-                "the token is in {}",
-                path.display()
-            );
-        }
+        let place = Path::new("/proc").join(&pid);
+        let files = ["cmdline", "environ", "comm", "status", "maps", "stack", "auxv"];
+        assert!(
+            !has(&read_as(SOMEBODY, files.map(|file| place.join(file))), &token),
+            "the token is in {}",
+            place.display()
+        );
     }
     // Its own environment and command line do not have it even for itself.
     let own = Path::new("/proc").join(supervisor.pid().to_string());
@@ -117,7 +117,7 @@ async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
         (SOMEBODY, own.join("maps")),
     ] {
         assert!(
-            read_as(reader, &path).is_empty(),
+            read_as(reader, [&path]).is_empty(),
             "uid {reader} reads {}",
             path.display()
         );
@@ -139,7 +139,7 @@ async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
     let state = host.root.join(protocol::config::STATE_DIR).join("supervisor");
     for entry in fs::read_dir(&state).unwrap().flatten() {
         let meta = entry.metadata().unwrap();
-        let content = read_as(SOMEBODY, &entry.path());
+        let content = read_as(SOMEBODY, [entry.path()]);
         assert!(!has(&content, &token), "{} has the token", entry.path().display());
         assert!(
             meta.uid() == SUPERVISOR_UID,
@@ -185,7 +185,7 @@ fn row_71_a_bootstrap_token_is_in_no_log_and_no_other_jobs_sight() {
     assert_eq!(stays.clone().count(), 1, "{processes:?}");
     for process in stays {
         let pid = process.split(' ').next().unwrap();
-        let of = |file: &str| read_as(SOMEBODY, &Path::new("/proc").join(pid).join(file));
+        let of = |file: &str| read_as(SOMEBODY, [Path::new("/proc").join(pid).join(file)]);
         assert!(!of("stat").is_empty(), "nothing can be read at all");
         for file in ["environ", "maps", "mem", "root/etc/passwd", "cwd/etc/passwd"] {
             assert!(of(file).is_empty(), "{file} of process {pid} is open to others");
