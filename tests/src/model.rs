@@ -87,7 +87,7 @@ impl Model {
 
     /// `CreateUser`. Which of the free uids it gets is the host's affair: see [`Model::settle_for`].
     pub fn create_user(&mut self, worker: WorkerId, slot: &SlotName) -> Result<Uid, ErrorKind> {
-        let configuration = self.configuration.as_ref().ok_or(ErrorKind::Busy)?;
+        let configuration = self.configuration.clone().ok_or(ErrorKind::Busy)?;
         if !configuration.slots.contains(slot) {
             return Err(ErrorKind::NoSuchSlot);
         }
@@ -97,8 +97,7 @@ impl Model {
             Some(None) => return Err(ErrorKind::Failed),
             None => {}
         }
-        // The damaged may have any slot, so nobody gets one before they are gone.
-        self.workers.retain(|_, allocation| allocation.is_some());
+        self.delete_damaged();
         let mut others = self.workers.values().flatten();
         if others.any(|other| other.slot == *slot || configuration.conflict(&other.slot, slot))
             || self.workers.len() >= configuration.slots.len()
@@ -222,6 +221,12 @@ impl Model {
             }
             _ => false,
         }
+    }
+
+    /// Those with a damaged record may have any slot, so `CreateUser` deletes them before it takes one. That is a step of
+    /// its own: another request may come before the slot is taken.
+    pub fn delete_damaged(&mut self) {
+        self.workers.retain(|_, allocation| allocation.is_some());
     }
 
     /// Something outside the contract happens: the disk, or a root process, damages the worker's record.

@@ -350,11 +350,27 @@ fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String>
         Step::Burst(questions) => {
             let real = world.burst(questions);
             let listed = world.list(model);
-            let mut explained = orders(questions.len()).into_iter().filter_map(|order| {
+            let all_there = orders(questions.len());
+            // As one more, in its place: what a request for a slot does before it takes one.
+            let takes_slot = |(question, answer): (&Question, &Answer)| {
+                let asked = matches!(
+                    answer,
+                    Answer::UserCreated(_) | Answer::Error(ErrorKind::SlotTaken)
+                );
+                matches!(question, Question::Create(..)) && asked
+            };
+            let deletes_damaged = questions.iter().zip(&real).any(takes_slot);
+            let with_deletion = deletes_damaged.then(|| orders(questions.len() + 1));
+            let all = all_there.into_iter().chain(with_deletion.into_iter().flatten());
+            let mut explained = all.filter_map(|order| {
                 let mut model = model.clone();
                 let agrees = order.iter().all(|at| {
-                    let should = ask_model(&mut model, &world.workers, questions[*at]);
-                    agree(&mut model, &world.workers, questions[*at], &real[*at], &should)
+                    let Some(question) = questions.get(*at) else {
+                        model.delete_damaged();
+                        return true;
+                    };
+                    let should = ask_model(&mut model, &world.workers, *question);
+                    agree(&mut model, &world.workers, *question, &real[*at], &should)
                 });
                 (agrees && model.list(None, MAX_LIST).0 == listed).then_some(model)
             });
