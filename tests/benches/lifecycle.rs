@@ -475,7 +475,8 @@ fn bubblewrap(place: &Path, own: &Path, started: &FirstOpen) -> Duration {
     }
     let agent = own.join("agent");
     time(|| {
-        // As all the others, it installs the agent.
+        // As all the others, it installs the agent. The last one may still be ending: its file cannot be written to.
+        let _ = fs::remove_file(&agent);
         fs::copy(place.join("agent"), &agent).expect("a directory of ours");
         let mut bwrap = Command::new("bwrap");
         bwrap.args([

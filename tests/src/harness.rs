@@ -526,6 +526,20 @@ pub fn place_in(dir: &Path) -> tempfile::TempDir {
     place
 }
 
+/// Copy a file to where it is to be run from, with this mode.
+///
+/// A process of its own writes it. What this one opens for writing, another test's child may have open too, from its fork
+/// to its exec; and a file that somebody has open for writing cannot be run (`ETXTBSY`, `execve(2)`).
+pub fn put_program(from: &Path, to: &Path, mode: u32) {
+    let mut install = Command::new("install");
+    let install = install.arg(format!("--mode={mode:o}")).args([from, to]).status();
+    assert!(
+        install.expect("every host has it").success(),
+        "{} is not there",
+        to.display()
+    );
+}
+
 /// The cgroup, below the mount, that tests make theirs in: the root, or what `TESTBED_CGROUP` names. It should be one
 /// that systemd has delegated, with controllers for its children and no process of its own.
 fn parent_cgroup() -> String {

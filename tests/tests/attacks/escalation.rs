@@ -8,7 +8,7 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use protocol::{Reply, Request};
-use testbed::harness::{Running, place};
+use testbed::harness::{Running, place, put_program};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{TestHelper, attack, created};
 
@@ -48,8 +48,7 @@ fn row_30_a_set_user_id_program_of_the_hosts_gives_no_privilege() {
         .iter()
         .map(|mode| {
             let copy = place.path().join(format!("id-{mode:o}"));
-            fs::copy("/usr/bin/id", &copy).unwrap();
-            fs::set_permissions(&copy, Permissions::from_mode(*mode)).unwrap();
+            put_program(Path::new("/usr/bin/id"), &copy, *mode);
             copy
         })
         .collect();

@@ -4,15 +4,15 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use protocol::{Exit, Reply, Request, State};
-use testbed::harness::{binaries, booted_machine};
+use testbed::harness::{binaries, booted_machine, put_program};
 use testbed::test_helper::{
     TestHelper, attack_program, created, list, read, run, start_attack, wait_for_line,
 };
@@ -133,12 +133,8 @@ fn what_the_kernel_does_outside_of_a_job() {
     ] {
         let path = place.path().join("program");
         let program = attack_program("programs", &[kind, PROCESSES, each, length]);
-        fs::copy(
-            format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&program)),
-            &path,
-        )
-        .unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        let (own, number) = (std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&program));
+        put_program(Path::new(&format!("/proc/{own}/fd/{number}")), &path, 0o755);
         let mut attacker = Command::new(&path);
         let mut attacker = attacker.process_group(0).stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(attacker.stdout.take().unwrap()).lines();

@@ -3,6 +3,7 @@
 use nix::sys::signal::Signal;
 
 use super::*;
+use testbed::harness::put_program;
 use testbed::test_factory::ONE;
 
 /// The attempts with this outcome, as "promise: tried".
@@ -77,12 +78,12 @@ fn without_sandbox(factory: &TestFactory) -> Said {
     let place = tempfile::tempdir().unwrap();
     std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     for program in ["user-factory", "user-factory-probe"] {
-        std::fs::copy(binaries().join(program), place.path().join(program)).unwrap();
+        put_program(&binaries().join(program), &place.path().join(program), 0o755);
     }
-    let manual = place.path().join("user-factory-manual");
     let uid = factory.host.uids.end().to_string();
-    std::fs::write(&manual, WITHOUT_SANDBOX.replace("UID", &uid)).unwrap();
-    std::fs::set_permissions(&manual, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let text = place.path().join("text");
+    std::fs::write(&text, WITHOUT_SANDBOX.replace("UID", &uid)).unwrap();
+    put_program(&text, &place.path().join("user-factory-manual"), 0o755);
     tokio::task::block_in_place(|| {
         let mut command = Command::new(place.path().join("user-factory"));
         command
