@@ -268,6 +268,8 @@ impl AttackedHost {
         let socket = test.host.socket().display().to_string();
         let listener = format!("stream@{}", name_of_the_listener());
         let nobody = format!("user-factory-bench-{}-nobody", std::process::id());
+        // It reads what the host has, where a short word would be found.
+        let of_nobody = testbed::server::secret();
         let mut all: Vec<Attempt> = Vec::new();
         let mut add = |slot, name, words: &[&str], line| {
             let words = words.iter().map(|word| (*word).to_owned()).collect();
@@ -356,7 +358,7 @@ impl AttackedHost {
         add(plain, "signals", &[&pids[0], &pids[1]], over);
         add(plain, "kill-all", &[], over);
         add(plain, "keep-secret", &[&nobody], ready);
-        add(plain, "seek", &["none", &own("none")], over);
+        add(plain, "seek", &[&of_nobody, &own("none")], over);
 
         add(plain, "set-id-programs", &[], over);
         add(plain, "new-namespaces", &[], over);
