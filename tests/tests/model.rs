@@ -351,15 +351,16 @@ fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String>
             let real = world.burst(questions);
             let listed = world.list(model);
             let all_there = orders(questions.len());
-            // As one more, in its place: what a request for a slot does before it takes one.
-            let takes_slot = |(question, answer): (&Question, &Answer)| {
-                let asked = matches!(
-                    answer,
-                    Answer::UserCreated(_) | Answer::Error(ErrorKind::SlotTaken)
-                );
-                matches!(question, Question::Create(..)) && asked
+            // As one more, in its place: what a request for a slot does before it takes one, or finds that none is
+            // to be had.
+            let looks_for_slot = |(question, answer): (&Question, &Answer)| {
+                matches!(question, Question::Create(..))
+                    && matches!(
+                        answer,
+                        Answer::UserCreated(_) | Answer::Error(ErrorKind::SlotTaken | ErrorKind::Limit)
+                    )
             };
-            let deletes_damaged = questions.iter().zip(&real).any(takes_slot);
+            let deletes_damaged = questions.iter().zip(&real).any(looks_for_slot);
             let with_deletion = deletes_damaged.then(|| orders(questions.len() + 1));
             let all = all_there.into_iter().chain(with_deletion.into_iter().flatten());
             let mut explained = all.filter_map(|order| {
