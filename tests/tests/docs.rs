@@ -297,18 +297,20 @@ fn every_unit_test_program_and_story_that_the_pages_name_is_there() {
             }
             for pair in words.windows(2) {
                 let name = pair[1];
-                let places = match pair[0] {
+                // A program of cargo's is a file, or a directory with a `main.rs`.
+                let program = |dir: &str| [format!("{dir}/{name}.rs"), format!("{dir}/{name}/main.rs")];
+                let places: Vec<String> = match pair[0] {
                     "--test" => ["tests/tests", "supervisor/tests", "helper/tests"]
-                        .map(|place| format!("{place}/{name}")),
-                    "--bench" => ["tests/benches"; 3].map(|place| format!("{place}/{name}")),
-                    "--bin" => ["tests/src/bin"; 3].map(|place| format!("{place}/{name}")),
-                    "tests/machine/run" if name != "all" => {
-                        ["hosts", "stories", "stories"].map(|place| format!("tests/machine/{place}/{name}"))
-                    }
+                        .iter()
+                        .flat_map(|dir| program(dir))
+                        .collect(),
+                    "--bench" => program("tests/benches").into(),
+                    "--bin" => program("tests/src/bin").into(),
+                    "tests/machine/run" if name != "all" => ["hosts", "stories"]
+                        .map(|dir| format!("tests/machine/{dir}/{name}"))
+                        .into(),
                     _ => continue,
                 };
-                let with_rs = places.iter().map(|place| format!("{place}.rs"));
-                let places: Vec<String> = with_rs.chain(places.clone()).collect();
                 let is_name = name
                     .chars()
                     .all(|c| c.is_ascii_lowercase() || matches!(c, '_' | '-'));
