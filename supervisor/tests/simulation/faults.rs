@@ -152,7 +152,7 @@ impl World {
                 });
             }
             Item::Cancel(n) => {
-                let open = self.server.open_jobs();
+                let open: Vec<_> = self.server.open_jobs().map(|job| job.id).collect();
                 let Some(job) = open.get(n as usize % open.len().max(1)) else {
                     return false;
                 };

@@ -166,17 +166,12 @@ impl Server {
     }
 
     pub fn live(&self) -> impl Iterator<Item = &Worker> {
-        self.workers.values().filter(|w| !w.deleted)
-    }
-
-    pub fn open_jobs(&self) -> Vec<WorkerId> {
-        let open = self.jobs.values().filter(|job| !job.complete());
-        open.map(|job| job.id).collect()
+        self.open_workers().filter(|w| !w.deleted)
     }
 
     /// The first job that can be leased for this target.
     pub fn queued_for(&self, target: &str) -> Option<WorkerId> {
-        let mut jobs = self.jobs.values();
+        let mut jobs = self.open_jobs();
         let free = |job: &&Job| {
             job.queued() && !self.leases.contains_key(&job.id) && job.target.to_string() == target
         };
@@ -199,7 +194,7 @@ impl Server {
 
     /// Leave so many of the jobs that wait.
     pub fn cancel_all_but(&mut self, many: usize) {
-        let waiting = self.jobs.values().filter(|job| job.queued());
+        let waiting = self.open_jobs().filter(|job| job.queued());
         for job in waiting.map(|job| job.id).skip(many).collect::<Vec<_>>() {
             self.cancel(job).expect("it waits");
         }

@@ -401,8 +401,7 @@ impl World {
                 .chain(
                     self.server
                         .open_jobs()
-                        .iter()
-                        .map(|id| format!("\n  {id} is open")),
+                        .map(|job| format!("\n  {} is open", job.id)),
                 )
                 .collect();
             self.checks.fail(format!("things do not settle{}", left.concat()));
@@ -414,7 +413,7 @@ impl World {
             && self.second.host.is_empty()
             && !self.second.alive
             && self.server.live().next().is_none()
-            && self.server.open_jobs().is_empty()
+            && self.server.open_jobs().next().is_none()
     }
 
     /// An operator looks after what is held.

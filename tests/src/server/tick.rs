@@ -20,6 +20,7 @@ impl State {
         self.end_cancelled();
         self.fail_orphans();
         self.assign_queued();
+        self.find_first_open();
     }
 
     fn older(&self, time: jiff::Timestamp, limit: Duration) -> bool {
@@ -28,11 +29,7 @@ impl State {
 
     /// Ids first: the rules change the maps that they look at.
     fn pick_workers(&self, wanted: impl Fn(&Worker) -> bool) -> Vec<Ulid> {
-        self.workers
-            .values()
-            .filter(|w| wanted(w))
-            .map(|w| w.id)
-            .collect()
+        self.open_workers().filter(|w| wanted(w)).map(|w| w.id).collect()
     }
 
     fn expire_leases(&mut self) {
@@ -58,7 +55,7 @@ impl State {
             let over = !w.finished() && self.older(j.assigned?, j.max_runtime);
             over.then_some((w.id, j.id, j.max_runtime))
         };
-        let found: Vec<_> = self.workers.values().filter_map(overlong).collect();
+        let found: Vec<_> = self.open_workers().filter_map(overlong).collect();
         for (worker, job, limit) in found {
             self.control(
                 job,
@@ -85,7 +82,7 @@ impl State {
     }
 
     fn end_cancelled(&mut self) {
-        let cancelled = self.jobs.values().filter(|j| j.cancelled && !j.complete());
+        let cancelled = self.open_jobs().filter(|j| j.cancelled);
         let cancelled: Vec<_> = cancelled.map(|j| (j.id, j.worker)).collect();
         for (job, worker) in cancelled {
             if let Some(w) = worker.and_then(|w| self.workers.get_mut(&w)) {
@@ -107,17 +104,13 @@ impl State {
     }
 
     fn assign_queued(&mut self) {
-        let queued: Vec<_> = self
-            .jobs
-            .values()
-            .filter(|j| j.queued())
-            .map(|j| (j.id, j.target))
-            .collect();
-        for (job, target) in queued {
-            let free = |w: &&Worker| {
-                w.online() && w.job.is_none() && w.target == target && !w.finished() && w.hold.is_none()
-            };
-            if let Some(worker) = self.workers.values().find(free).map(|w| w.id) {
+        let is_free = |w: &&Worker| w.online() && w.job.is_none() && !w.finished() && w.hold.is_none();
+        let free = self.open_workers().filter(is_free);
+        for (worker, target) in free.map(|w| (w.id, w.target)).collect::<Vec<_>>() {
+            let mut queued = self.open_jobs().filter(|j| j.queued() && j.target == target);
+            let job = queued.next().map(|j| j.id);
+            drop(queued);
+            if let Some(job) = job {
                 self.assign(job, worker);
             }
         }
