@@ -27,6 +27,8 @@ build: export SOURCE_DATE_EPOCH := $(SOURCE_DATE_EPOCH)
 build: export RUSTFLAGS += $(places:%=--remap-path-prefix=%)
 build: export CFLAGS += $(places:%=-ffile-prefix-map=%)
 endif
+# Debian's packages that a build needs besides cargo; each has a program of its name.
+packages = gcc make python3
 command = $(TARGET)/$(PROFILE)/user-factory
 stage = $(TARGET)/package
 doc = $(DESTDIR)/usr/share/doc/$(name)
@@ -34,7 +36,8 @@ units = $(wildcard packaging/systemd/*.socket packaging/systemd/*.service packag
 program = install -D -m 755
 file = install -D -m 644
 
-build:
+# What must be there is looked for before minutes of building.
+build: tools
 	$(CARGO) build $(if $(filter release,$(PROFILE)),--release) $(CRATES)
 
 # Users and directories are made by systemd-sysusers(8) and systemd-tmpfiles(8), which the package calls.
@@ -59,11 +62,15 @@ install: build
 	for example in alerts.yml dashboard.json; do \
 		$(file) packaging/monitoring/$$example $(doc)/examples/monitoring/$$example || exit 1; done
 
-deb: $(CARGO_DEB)
+deb: tools $(CARGO_DEB)
 	rm -rf $(stage)
 	umask 022 && $(MAKE) install DESTDIR=$(stage)
 	strip --strip-unneeded --remove-section=.comment $(stage)/usr/bin/* $(stage)/usr/libexec/*/*
 	$(dated) $(CARGO_DEB) --quiet --no-build --no-strip --package supervisor --deb-revision $(REVISION) --output $(TARGET)/debian/
+
+tools:
+	@for tool in $(CARGO) $(packages); do command -v $$tool >/dev/null || \
+		{ echo "$$tool is not here, and the build needs it: apt install $(packages), and Rust as README.md says" >&2; exit 1; }; done
 
 # A pinned version, beside what it builds: nothing of the user's own is touched.
 $(CARGO_DEB):
@@ -88,4 +95,4 @@ security:
 	systemd-analyze security --no-pager --offline=yes --threshold=12 packaging/systemd/$(name).service
 	systemd-analyze security --no-pager --offline=yes --threshold=57 packaging/systemd/$(name)-helper.service
 
-.PHONY: build install deb reproducible verify security
+.PHONY: build install deb tools reproducible verify security

@@ -324,6 +324,14 @@ fn every_unit_test_program_and_story_that_the_pages_name_is_there() {
 }
 
 #[test]
+fn the_packages_that_a_build_needs_are_those_that_the_quick_start_installs() {
+    let makefile = fs::read_to_string(root().join("Makefile")).expect("a Makefile");
+    let packages = makefile.lines().find_map(|line| line.strip_prefix("packages = "));
+    let install = format!("apt install git {}", packages.expect("the Makefile has a list"));
+    assert_eq!(Page::read("docs/quickstart.md").commands()[0], install);
+}
+
+#[test]
 fn the_quick_start_is_run_and_each_command_does_what_the_readme_says() {
     let commands = Page::read("README.md").commands();
     let begin = commands
