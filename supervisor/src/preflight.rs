@@ -183,7 +183,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
         "user quotas",
         &format!(
             "{} on {} ({kind})",
-            if quotas { "on" } else { "off" },
+            if quotas { "enabled" } else { "not enabled" },
             state.display()
         ),
         quotas,

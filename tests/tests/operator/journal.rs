@@ -77,7 +77,15 @@ async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
             .find(|lines| wanted.iter().all(|line| lines.contains(line)))
     });
     let said = found.unwrap();
-    assert!(said.iter().any(|line| line.starts_with("MESSAGE=")), "{said:?}");
+    // What `journalctl` shows a person.
+    let message = said.iter().find_map(|line| line.strip_prefix("MESSAGE="));
+    for part in [
+        format!("worker={worker}"),
+        format!("job={job}"),
+        "phase=".to_owned(),
+    ] {
+        assert!(message.is_some_and(|text| text.contains(&part)), "{said:?}");
+    }
     assert_eq!(fs::read_to_string(&stderr).unwrap(), "", "it is said twice");
     factory.finish().await;
 }
