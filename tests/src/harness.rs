@@ -511,6 +511,18 @@ impl Drop for TestHost {
     }
 }
 
+/// Let this process have as many files open as root lets it. The soft limit of a service is 1024
+/// (`DefaultLimitNOFILE=`, `systemd-system.conf(5)`).
+///
+/// # Panics
+///
+/// If the limit cannot be set: no process is refused its own hard limit (`setrlimit(2)`).
+pub fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("a process has limits");
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("up to the hard limit");
+}
+
 /// A new directory that everybody on the host can see, jobs too: neither /tmp nor /run are the host's in there.
 pub fn place() -> tempfile::TempDir {
     place_in(Path::new("/srv"))

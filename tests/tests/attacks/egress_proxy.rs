@@ -15,7 +15,7 @@ use nix::libc::linger;
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::Seqpacket;
 use protocol::config::{PROXY_DIR, PROXY_SOCKET};
-use testbed::harness::{SUPERVISOR_UID, TestHost};
+use testbed::harness::{SUPERVISOR_UID, TestHost, raise_open_files};
 use testbed::test_factory::TestFactory;
 
 /// A user of the host who has nothing to do with the factory.
@@ -67,6 +67,7 @@ impl Drop for OtherUser {
 #[ignore = "a part of row 101, which starts it"]
 fn another_user() {
     let socket = PathBuf::from(std::env::var_os(SOCKET).expect("row 101 starts it"));
+    raise_open_files();
     let mut kept = Vec::new();
     for _ in 0..CALLS {
         let caller = match Seqpacket::connect(&socket, false) {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use protocol::config::{CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET};
-use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, binaries};
+use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, binaries, raise_open_files};
 use testbed::test_factory::{ONE, TestFactory};
 
 /// A factory whose supervisor has at most so many open files, and a status page at the address.
@@ -52,6 +52,7 @@ fn ask(address: &str, fields: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
+    raise_open_files();
     let (listener, address) = taken();
     drop(listener);
     let factory = with_page(&address, 1024).await;
