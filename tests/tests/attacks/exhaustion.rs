@@ -72,13 +72,14 @@ fn refused_or_loud(controller: &str, key: &str, line: &str) -> TestHelper {
 
 #[test]
 fn row_51_memory_is_limited_or_the_helper_does_not_start_and_shared_memory_ends_at_the_limit() {
-    for (key, line) in [("memory", "memory = \"32M\""), ("swap", "swap = \"1G\"")] {
+    // A job takes a hundred processes, and their kernel's memory counts.
+    for (key, line) in [("memory", "memory = \"64M\""), ("swap", "swap = \"1G\"")] {
         let test = refused_or_loud("memory", key, line);
         let client = test.client();
         let worker = created(&client, "a");
         // Where there is a controller, the page cache of this much shared memory would be over the limit first.
         if key == "memory" && !has_controller("memory") {
-            attack(&client, worker, "shared-memory", &[&(32 << 20).to_string()]);
+            attack(&client, worker, "shared-memory", &[&(64 << 20).to_string()]);
         } else {
             attack(&client, worker, "take-a-little", &[]);
         }
