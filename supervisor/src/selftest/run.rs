@@ -17,6 +17,10 @@ use crate::residue;
 
 /// The status of what was ended by SIGKILL.
 const KILLED: i32 = 128 + 9;
+
+/// The status of a job that SIGALRM ended.
+const TIMED_OUT: i32 = 128 + 14;
+
 /// The program that tries, beside this one or where the package puts it.
 const PROBE: &str = "user-factory-probe";
 /// From here on a job would find the probe where the host has it. Elsewhere it may be hidden: it is copied then.
@@ -212,7 +216,10 @@ fn memory(
         _ => Outcome::Failed,
     };
     let tried = format!("a job that takes {wanted} bytes");
-    let seen = format!("it ended with {}", output.status);
+    let seen = match output.status.code() {
+        Some(TIMED_OUT) => "it was slowed down, and not ended within two minutes".to_owned(),
+        _ => format!("it ended with {}", output.status),
+    };
     Ok(Some(Attempt::new(promise, tried, seen, outcome)))
 }
 

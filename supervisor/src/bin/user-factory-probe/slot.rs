@@ -261,8 +261,10 @@ fn reached(table: &Table, promise: &str, tried: &str, result: io::Result<()>) {
     table.must_be(promise, tried, seen, is_quota);
 }
 
-/// Take so many bytes of memory, and touch each page.
+/// Take so many bytes of memory, and touch each page: for two minutes, and then SIGALRM ends this process. A job that is
+/// slowed down, and not ended, would never come to the end.
 pub fn take_memory(bytes: u64) {
+    nix::unistd::alarm::set(120);
     let mut taken: Vec<Vec<u8>> = Vec::new();
     for _ in 0..bytes >> 20 {
         taken.push(vec![1; 1 << 20]);
