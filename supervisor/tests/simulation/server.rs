@@ -166,7 +166,7 @@ impl Server {
     }
 
     pub fn live(&self) -> impl Iterator<Item = &Worker> {
-        self.open_workers().filter(|w| !w.deleted)
+        self.workers.values().filter(|w| !w.deleted)
     }
 
     /// The first job that can be leased for this target.

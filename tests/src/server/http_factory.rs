@@ -100,7 +100,7 @@ impl State {
             }
             ("GET", ["workers"]) => {
                 let mine = |w: &&Worker| w.factory == me && !w.deleted;
-                let mine = self.open_workers().filter(mine).map(Worker::to_factory);
+                let mine = self.workers.values().filter(mine).map(Worker::to_factory);
                 (200, mine.map(|w| json!(w)).collect())
             }
             ("GET", ["targets"]) if !self.no_targets => {

@@ -48,10 +48,6 @@ pub struct State {
     pub checks_streams: bool,
     chance: Chance,
     last_id: u128,
-    /// Ids ascend, and what is over stays over: all jobs before this one have ended. A tick finds it.
-    first_open_job: Ulid,
-    /// All workers before this one are deleted, and their jobs have ended.
-    first_open_worker: Ulid,
 }
 
 impl State {
@@ -76,8 +72,6 @@ impl State {
             checks_streams: false,
             chance,
             last_id: 0,
-            first_open_job: Ulid::from_bits(0),
-            first_open_worker: Ulid::from_bits(0),
         }
     }
 
@@ -89,24 +83,7 @@ impl State {
 
     /// The jobs that have not ended, in the order of their submission.
     pub fn open_jobs(&self) -> impl Iterator<Item = &Job> {
-        let from_first = self.jobs.range(self.first_open_job..);
-        from_first.map(|(_, job)| job).filter(|job| !job.complete())
-    }
-
-    /// The workers that are not deleted, or whose jobs have not ended, in the order of their making.
-    pub fn open_workers(&self) -> impl Iterator<Item = &Worker> {
-        let from_first = self.workers.range(self.first_open_worker..);
-        from_first
-            .map(|(_, worker)| worker)
-            .filter(|worker| !worker.deleted || worker.job.is_some_and(|job| !self.jobs[&job].complete()))
-    }
-
-    pub(super) fn find_first_open(&mut self) {
-        let last = Ulid::from_bits(self.last_id);
-        let job = self.open_jobs().map(|job| job.id).next();
-        let worker = self.open_workers().map(|worker| worker.id).next();
-        self.first_open_job = job.unwrap_or(last);
-        self.first_open_worker = worker.unwrap_or(last);
+        self.jobs.values().filter(|job| !job.complete())
     }
 
     pub(crate) fn add_target(&mut self, name: &str) -> Ulid {

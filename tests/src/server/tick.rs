@@ -20,7 +20,6 @@ impl State {
         self.end_cancelled();
         self.fail_orphans();
         self.assign_queued();
-        self.find_first_open();
     }
 
     fn older(&self, time: jiff::Timestamp, limit: Duration) -> bool {
@@ -29,7 +28,11 @@ impl State {
 
     /// Ids first: the rules change the maps that they look at.
     fn pick_workers(&self, wanted: impl Fn(&Worker) -> bool) -> Vec<Ulid> {
-        self.open_workers().filter(|w| wanted(w)).map(|w| w.id).collect()
+        self.workers
+            .values()
+            .filter(|w| wanted(w))
+            .map(|w| w.id)
+            .collect()
     }
 
     fn expire_leases(&mut self) {
@@ -55,7 +58,7 @@ impl State {
             let over = !w.finished() && self.older(j.assigned?, j.max_runtime);
             over.then_some((w.id, j.id, j.max_runtime))
         };
-        let found: Vec<_> = self.open_workers().filter_map(overlong).collect();
+        let found: Vec<_> = self.workers.values().filter_map(overlong).collect();
         for (worker, job, limit) in found {
             self.control(
                 job,
@@ -105,7 +108,7 @@ impl State {
 
     fn assign_queued(&mut self) {
         let is_free = |w: &&Worker| w.online() && w.job.is_none() && !w.finished() && w.hold.is_none();
-        let free = self.open_workers().filter(is_free);
+        let free = self.workers.values().filter(is_free);
         for (worker, target) in free.map(|w| (w.id, w.target)).collect::<Vec<_>>() {
             let mut queued = self.open_jobs().filter(|j| j.queued() && j.target == target);
             let job = queued.next().map(|j| j.id);
