@@ -193,11 +193,23 @@ impl Log {
 
     /// Wait for a line, from `from` on, that has all of `parts`.
     pub fn wait_from(&self, from: usize, parts: &[&str]) -> String {
+        self.wait_for(1, from, parts)
+    }
+
+    /// Wait for so many lines, from `from` on, that have all of `parts`; there may be no more of them. What a process
+    /// has written is not here at once: a thread reads it.
+    pub fn exactly(&self, count: usize, from: usize, parts: &[&str]) {
+        self.wait_for(count, from, parts);
+        assert_eq!(self.count_from(from, parts), count, "{parts:?}:\n{}", self.text());
+    }
+
+    /// Wait for so many lines, at least one; the last of them.
+    fn wait_for(&self, count: usize, from: usize, parts: &[&str]) -> String {
         let matches = |line: &&String| parts.iter().all(|part| line.contains(part));
         let end = Instant::now() + PATIENCE;
         let mut log = self.0.0.lock().unwrap();
         loop {
-            if let Some(line) = log.lines.iter().skip(from).find(matches) {
+            if let Some(line) = log.lines.iter().skip(from).filter(matches).nth(count - 1) {
                 return line.clone();
             }
             let left = end.saturating_duration_since(Instant::now());
@@ -205,7 +217,7 @@ impl Log {
                 let all = log.lines.join("\n");
                 // Not with the lock held: others want to print the log, too.
                 drop(log);
-                panic!("no line with {parts:?} came:\n{all}");
+                panic!("{count} lines with {parts:?} did not come:\n{all}");
             }
             log = self.0.1.wait_timeout(log, left).unwrap().0;
         }
@@ -584,7 +596,7 @@ pub fn has_file_rules() -> bool {
 
 /// The running kernel does not keep what SECURITY.md promises for newer ones. The helper must have said so at its start.
 pub fn not_kept(helper: &Running, warning: &str) {
-    assert!(helper.log.count(&["WARN", warning]) > 0, "{}", helper.log.text());
+    helper.log.wait(&["WARN", warning]);
     // Not by println!, whose output is shown of tests that fail alone.
     let _ = writeln!(std::io::stderr(), "not kept here (SECURITY.md): {warning}");
 }

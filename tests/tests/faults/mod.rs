@@ -27,15 +27,13 @@ mod upgrade;
 
 /// The log has one line with all of these, and no second.
 fn once(log: &Log, from: usize, parts: &[&str]) {
-    let count = log.count_from(from, parts);
-    assert_eq!(count, 1, "lines with {parts:?}:\n{}", log.text());
+    tokio::task::block_in_place(|| log.exactly(1, from, parts));
 }
 
 /// Start what will refuse to work; the line that says why, and what to do.
 fn refused(command: &mut std::process::Command, parts: &[&str]) {
     let mut running = Running::start(command);
     assert!(!running.wait().success(), "it works:\n{}", running.log.text());
-    running.log.wait(parts);
     once(&running.log, 0, parts);
 }
 

@@ -54,7 +54,7 @@ fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_
     );
     assert_eq!(list(&test.client()).len(), 1);
     let told = ["WARN", "the process that accepts connections has ended (SIGKILL)"];
-    assert_eq!(test.helper.log.count(&told), 2);
+    test.helper.log.exactly(2, 0, &told);
     // The session of the first asks the daemon all the same.
     let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
     assert_eq!(reply, Reply::AgentStarted);
@@ -148,7 +148,7 @@ fn a_listener_that_cannot_install_its_filter_is_logged_until_it_can() {
         }
         assert!(client.reply().is_none(), "it is answered once");
     }
-    assert_eq!(helper.log.count(&["ERROR"]), 1, "{}", helper.log.text());
+    helper.log.exactly(1, 0, &["ERROR"]);
     assert_eq!(helper.log.count(&["serving"]), 0);
     signal(listener, Signal::SIGCONT);
     helper.log.wait(&["serving"]);
