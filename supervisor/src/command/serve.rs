@@ -20,6 +20,7 @@ use supervisor::free_resources::ResourceCheck;
 use supervisor::helper_client::HelperClient;
 use supervisor::identity;
 use supervisor::log;
+use supervisor::memory_stall;
 use supervisor::notify::{self, Watchdog};
 use supervisor::settings::{self, Places};
 use supervisor::store::{History, Store};
@@ -116,6 +117,7 @@ pub fn serve(
     let done = runtime.block_on(async {
         let (queue, commands) = mpsc::unbounded_channel();
         listen_to_signals(queue.clone(), helper.clone())?;
+        tokio::spawn(memory_stall::watch(places.cgroups.clone(), queue.clone()));
         let server = ControlServer {
             commands: queue,
             helper,

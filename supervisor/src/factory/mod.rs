@@ -70,6 +70,8 @@ pub enum Input {
     Destroy(WorkerId),
     /// End this worker's processes and keep its files; the reason is why its job fails.
     Kill(WorkerId, String),
+    /// This worker's job stands still at its memory limit, and has for long enough to be failed.
+    MemoryStalled(WorkerId),
     /// Why the state cannot be saved, or may soon not be; None once it can.
     Storage(Option<String>),
     /// What the configuration file says else than the configuration in use, in a sentence; none where it says the same.
@@ -331,6 +333,7 @@ impl Factory {
             }
             Input::Destroy(worker) => self.destroy(now, worker),
             Input::Kill(worker, reason) => self.step(now, worker, Event::Kill(reason)),
+            Input::MemoryStalled(worker) => self.step(now, worker, Event::MemoryStalled),
             Input::Storage(error) => {
                 if error.is_none() {
                     self.retry_at_once(Peer::Database);

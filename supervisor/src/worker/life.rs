@@ -4,7 +4,9 @@ use protocol::{Exit, State};
 
 use crate::call_error::CallError;
 
-use super::{Event, FORGOTTEN_MS, Kill, MAX_REMAKES, OnHost, OnServer, Phase, Rules, Worker};
+use super::{
+    Event, FORGOTTEN_MS, Kill, MAX_REMAKES, MAX_STALL_SECONDS, OnHost, OnServer, Phase, Rules, Worker,
+};
 
 impl Worker {
     /// What the worker is after `event`. `now` is in milliseconds since 1970.
@@ -40,6 +42,16 @@ impl Worker {
                     };
                 }
             }
+            (Phase::Running { online: true }, Event::MemoryStalled) if !self.hold => {
+                self.fail(
+                    format!(
+                        "the job has all of the slot's limits.memory, and has stood still for {MAX_STALL_SECONDS} s, \
+                         waiting for more"
+                    ),
+                    now,
+                );
+            }
+            (_, Event::MemoryStalled) => {}
             (Phase::Destroying | Phase::Destroyed, Event::Destroy) => {}
             (_, Event::Destroy) => self.enter(Phase::Destroying, now),
             (phase, Event::CallFailed(CallError { sentence, .. }) | Event::Blocked(sentence)) => {

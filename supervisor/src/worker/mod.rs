@@ -19,6 +19,10 @@ use crate::call_error::CallError;
 /// A worker that was lost before its job began is made again this often.
 pub const MAX_REMAKES: u32 = 3;
 
+/// A job that stands still at its memory limit is failed after so many seconds; systemd-oomd waits as long
+/// (`ManagedOOMMemoryPressureDurationSec=` in systemd.resource-control(5)).
+pub const MAX_STALL_SECONDS: u64 = 30;
+
 /// A server that has forgotten a worker, or what it knew of it, is believed after this: its database may have been
 /// rolled back, but it may also be another server's list, or a cache's.
 pub const FORGOTTEN_MS: u64 = 60_000;
@@ -249,6 +253,8 @@ pub enum Event {
     KillFailed(CallError),
     /// An operator wants its processes ended, for this reason.
     Kill(String),
+    /// Its job stands still at the slot's memory limit ([`crate::memory_stall`]).
+    MemoryStalled,
     /// The operator wants it deleted, held or not.
     Destroy,
 }

@@ -155,6 +155,39 @@ fn a_slot_may_keep_the_processes_of_a_failed_worker_and_an_operator_may_end_them
 }
 
 #[test]
+fn a_job_that_stands_still_at_its_memory_limit_is_failed_and_ended() {
+    let failed = worker(ONLINE).step(Event::MemoryStalled, 6, &RULES);
+    assert_eq!(failed.phase, BROKEN);
+    assert!(
+        failed.failure.as_ref().unwrap().contains("limits.memory"),
+        "{failed:?}"
+    );
+    let look = seen(view(false, false, true), RUNNING);
+    let ended = failed.clone().step(look.clone(), 7, &RULES);
+    assert!(ended.kill.wanted);
+    let keeps = Rules {
+        keep_processes: true,
+        ..RULES
+    };
+    assert!(!failed.clone().step(look, 7, &keeps).kill.wanted);
+    // It has failed already, or runs for a person.
+    assert_eq!(failed.clone().step(Event::MemoryStalled, 8, &RULES), failed);
+    let held = worker(ONLINE).step(seen(view(true, false, true), RUNNING), 5, &RULES);
+    assert_eq!(held.clone().step(Event::MemoryStalled, 6, &RULES), held);
+    for phase in [
+        Phase::Reserved,
+        Phase::Created,
+        STARTED,
+        RESETTING,
+        Phase::Destroying,
+        Phase::Destroyed,
+    ] {
+        let other = worker(phase);
+        assert_eq!(other.clone().step(Event::MemoryStalled, 6, &RULES), other);
+    }
+}
+
+#[test]
 fn an_operator_ends_the_processes_of_any_worker_which_fails_its_job() {
     for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, RESETTING] {
         let killed = worker(phase).step(Event::Kill("they asked".into()), 6, &RULES);

@@ -4,13 +4,17 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use protocol::{Exit, State, WorkerId};
 use testbed::harness::{Client, PATIENCE, has_controller};
-use testbed::test_helper::{TestHelper, attack, created, read, start_attack, state, wait_until};
+use testbed::test_factory::TestFactory;
+use testbed::test_helper::{
+    TestHelper, attack, attack_program, created, read, start_attack, state, wait_until,
+};
 
 use crate::attacks::exhaustion::slots;
 use crate::attacks::leftovers::ongoing;
@@ -119,6 +123,28 @@ fn row_51_page_cache_gives_way_within_the_limit() {
     let peak = number(&test, worker, "memory.peak");
     assert!((LIMIT / 2..=LIMIT + SLACK).contains(&peak), "{peak}");
     test.finish(&[worker]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs the memory controller: tests/machine/run limits"]
+async fn row_51_a_program_that_the_job_has_written_stands_still_at_the_limit_and_fails_its_job() {
+    assert!(has_controller("memory"), "no memory controller here");
+    let slots =
+        format!("[slots.a]\ntarget = \"TARGET\"\nlimits.memory = {LIMIT}\n[slots.b]\ntarget = \"TARGET\"\n");
+    let factory = TestFactory::new(&slots).await;
+    let program = factory.shared().join("hostile-job");
+    let attempt = attack_program("memory-bomb", &["anonymous", &LIMIT.to_string()]);
+    fs::copy(format!("/proc/self/fd/{}", attempt.as_raw_fd()), &program).unwrap();
+    // The kernel frees the program's pages, too: it comes to no end by itself.
+    let job = factory.submit(&format!("cp {} own && chmod 700 own && ./own", program.display()));
+    let worker = factory.held(job).await;
+    let reason = worker.hold.unwrap().reason;
+    assert!(reason.contains("stood still for 30 s"), "{reason}");
+    assert_eq!(factory.ended(job).await.state(), "failed");
+    // Its processes have been ended, and the slot works.
+    factory.server.release(worker.id).unwrap();
+    factory.completed(factory.submit("echo next")).await;
+    factory.finish().await;
 }
 
 #[test]

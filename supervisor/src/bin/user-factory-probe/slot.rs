@@ -261,8 +261,8 @@ fn reached(table: &Table, promise: &str, tried: &str, result: io::Result<()>) {
     table.must_be(promise, tried, seen, is_quota);
 }
 
-/// Take so many bytes of memory, and touch each page: for two minutes, and then SIGALRM ends this process. A job that is
-/// slowed down, and not ended, would never come to the end.
+/// Take so many bytes of memory, and touch each page: for two minutes, and then SIGALRM ends this process. A job that
+/// stands still at its limit would never come to the end, and no supervisor looks after this one.
 pub fn take_memory(bytes: u64) {
     nix::unistd::alarm::set(120);
     let mut taken: Vec<Vec<u8>> = Vec::new();
