@@ -72,12 +72,7 @@ fn line(prefix: Prefix, now: Duration, level: Level, event: &str) -> String {
     };
     line += level;
     line.push(' ');
-    for c in event.chars() {
-        match c.is_control() {
-            true => line.extend(c.escape_default()),
-            false => line.push(c),
-        }
-    }
+    line += &protocol::one_line(event);
     line.push('\n');
     line
 }

@@ -52,7 +52,7 @@ mod socket;
 mod sys;
 pub mod wire;
 
-pub use message::{Error, ErrorKind, Exit, MAX_LIST, Reply, Request, State, VERSION, WorkerInfo};
+pub use message::{Error, ErrorKind, Exit, MAX_LIST, Reply, Request, State, VERSION, WorkerInfo, one_line};
 pub use name::{BadName, BootstrapToken, SlotName, Target, TargetId, TargetName, Uid, UserName, WorkerId};
 pub use socket::{Received, Seqpacket};
 

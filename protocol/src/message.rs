@@ -203,25 +203,27 @@ pub enum ErrorKind {
     Failed,
 }
 
+/// A text of anybody's as a log and a terminal may have it: its control characters are escaped, as in a Rust string.
+pub fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() {
+            true => line.extend(c.escape_default()),
+            false => line.push(c),
+        }
+    }
+    line
+}
+
 impl Error {
     /// The longest sentence, in bytes.
     pub const MAX_MESSAGE: usize = 1024;
 
     /// `message` is cut at [`Error::MAX_MESSAGE`] bytes, its control characters escaped.
     pub fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
-        let mut clean = String::new();
-        for c in message.to_string().chars() {
-            let piece: String = if c.is_control() {
-                c.escape_default().collect()
-            } else {
-                c.into()
-            };
-            if clean.len() + piece.len() > Self::MAX_MESSAGE {
-                break;
-            }
-            clean.push_str(&piece);
-        }
-        Self { kind, message: clean }
+        let mut message = one_line(&message.to_string());
+        message.truncate(message.floor_char_boundary(Self::MAX_MESSAGE));
+        Self { kind, message }
     }
 
     /// One line of at most [`Error::MAX_MESSAGE`] bytes, without control characters.

@@ -115,12 +115,7 @@ impl Entry {
                 &mut self.fields
             }
         };
-        for c in shown.chars() {
-            match c.is_control() {
-                true => text.extend(c.escape_default()),
-                false => text.push(c),
-            }
-        }
+        text.push_str(&protocol::one_line(shown));
     }
 }
 

@@ -3,6 +3,7 @@
 
 use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
+use protocol::one_line;
 use supervisor::control::api::{Details, Drain, PeerStatus, Slot, SlotState, Status};
 use supervisor::residue::Report;
 use supervisor::selftest::{Outcome, SlotReport};
@@ -50,18 +51,6 @@ type Cell = (Style, String);
 
 fn plain(text: impl ToString) -> Cell {
     (Style::new(), one_line(&text.to_string()))
-}
-
-/// Without characters that a terminal obeys: a file or a process of a job's may have any name.
-pub fn one_line(text: &str) -> String {
-    let mut clean = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            c if c.is_control() => clean.extend(c.escape_default()),
-            c => clean.push(c),
-        }
-    }
-    clean
 }
 
 fn or_nothing(text: Option<impl ToString>) -> Cell {

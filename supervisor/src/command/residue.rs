@@ -25,7 +25,7 @@ pub fn residue(root: &Path, pace: Option<Pace>, output: OutputFormat) -> u8 {
         print_error(&format!(
             "{} files seen; now {}",
             progress.seen,
-            print::one_line(&progress.place.display().to_string())
+            protocol::one_line(&progress.place.display().to_string())
         ));
     });
     match found {
