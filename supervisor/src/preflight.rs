@@ -28,6 +28,8 @@ pub struct HostFacts {
     pub mounts: String,
     /// `cgroup.controllers` at the mount of cgroup v2.
     pub controllers: String,
+    /// `/proc/pressure/memory`: empty where the kernel does not count who waits for memory.
+    pub pressure: String,
     /// `/sys/kernel/security/lsm`.
     pub modules: String,
     /// `/proc/sys/kernel/core_pattern`.
@@ -45,6 +47,7 @@ impl HostFacts {
         HostFacts {
             release: read(Path::new("/proc/sys/kernel/osrelease")).trim().to_owned(),
             controllers: controllers.unwrap_or_default(),
+            pressure: read(Path::new("/proc/pressure/memory")),
             modules: read(Path::new("/sys/kernel/security/lsm")),
             core_pattern: read(Path::new("/proc/sys/kernel/core_pattern"))
                 .trim_end()
@@ -143,6 +146,16 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
         let cost =
             format!("{cost}; boot with cgroup v2 alone (systemd.unified_cgroup_hierarchy=1) and delegate it");
         found.push(finding(what, how, has(name), strict(wanted), &cost));
+    }
+    if has("memory") && config.slots.values().any(|slot| slot.limits.memory.is_some()) {
+        let is_counted = !facts.pressure.is_empty();
+        found.push(finding(
+            "memory pressure",
+            if is_counted { "counted" } else { "not counted" },
+            is_counted,
+            false,
+            "a job that stands still at its limits.memory is not failed before its run time is over; boot with psi=1",
+        ));
     }
     let landlock = facts.modules.split([',', '\n']).any(|name| name == "landlock");
     let scopes = landlock && kernel >= (6, 12);
@@ -265,6 +278,7 @@ mod tests {
             release: "6.12.0-1-amd64".into(),
             mounts: MOUNTS.into(),
             controllers: "cpuset cpu io memory pids\n".into(),
+            pressure: "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n".into(),
             modules: "lockdown,capability,landlock,yama".into(),
             core_pattern: "core".into(),
             resolver: Some("/run/systemd/resolve/stub-resolv.conf".into()),
@@ -278,6 +292,16 @@ mod tests {
             missing(&facts, "limits.disk = \"1G\"", "/srv"),
             [("user quotas", true)]
         );
+        // Red Hat's kernels, for example, count it only if they are told to.
+        let quiet = HostFacts {
+            pressure: String::new(),
+            ..facts.clone()
+        };
+        assert_eq!(
+            missing(&quiet, "limits.memory = \"1G\"", "/"),
+            [("memory pressure", false)]
+        );
+        assert_eq!(missing(&quiet, "limits.cpus = 1", "/"), []);
         let old = HostFacts {
             release: "5.10.0".into(),
             ..facts
