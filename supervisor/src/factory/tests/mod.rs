@@ -438,6 +438,25 @@ fn a_held_worker_is_left_as_it_is_until_released() {
 }
 
 #[test]
+fn a_job_that_stands_still_at_its_memory_limit_fails_and_its_slot_works_again() {
+    let mut world = World::new();
+    world.submit(1, '2');
+    world.run(|w| phase(w) == Some(Phase::Running { online: true }));
+    world.agents_sleep = true;
+    let worker = *world.listed().keys().next().unwrap();
+    // One of `user-factory run`, which the core does not know.
+    world.tell(Input::MemoryStalled(WorkerId::from_bits(7)));
+    world.tell(Input::MemoryStalled(worker));
+    world.run(|w| matches!(phase(w), Some(Phase::Broken { reported: true, .. })));
+    assert!(world.failed().contains(&job(1)));
+    world.agents_sleep = false;
+    world.submit(2, '2');
+    world.release();
+    world.run(World::is_empty);
+    assert!(world.done().contains(&job(2)));
+}
+
+#[test]
 fn a_reboot_before_the_job_began_fails_nothing() {
     let mut world = World::new();
     world.submit(1, '2');
