@@ -203,7 +203,7 @@ pub enum ErrorKind {
     Failed,
 }
 
-/// A text of anybody's as a log and a terminal may have it: its control characters are escaped, as in a Rust string.
+/// `text` as it can be shown on a terminal and logged: control characters are escaped, as in a Rust string.
 pub fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for c in text.chars() {
@@ -221,9 +221,15 @@ impl Error {
 
     /// `message` is cut at [`Error::MAX_MESSAGE`] bytes, its control characters escaped.
     pub fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
-        let mut message = one_line(&message.to_string());
-        message.truncate(message.floor_char_boundary(Self::MAX_MESSAGE));
-        Self { kind, message }
+        let mut clean = String::new();
+        for c in message.to_string().chars() {
+            let piece = one_line(c.encode_utf8(&mut [0; 4]));
+            if clean.len() + piece.len() > Self::MAX_MESSAGE {
+                break;
+            }
+            clean.push_str(&piece);
+        }
+        Self { kind, message: clean }
     }
 
     /// One line of at most [`Error::MAX_MESSAGE`] bytes, without control characters.
@@ -270,6 +276,8 @@ mod tests {
         ] {
             assert_eq!(Error::new(ErrorKind::Failed, text).message().len(), length);
         }
+        let escape = "x".repeat(1023) + "\n";
+        assert_eq!(Error::new(ErrorKind::Failed, escape).message().len(), 1023);
         let odd = "x".to_owned() + &"é".repeat(2000);
         assert_eq!(Error::new(ErrorKind::Failed, odd).message().len(), 1023);
     }

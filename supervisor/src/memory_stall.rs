@@ -18,9 +18,12 @@ use crate::factory::Input;
 use crate::worker::MAX_STALL_SECONDS;
 
 const INTERVAL: Duration = Duration::from_secs(5);
-/// All processes that would run wait for memory in this share of the time, in percent. In an emulated host the share of
-/// such a job rose to 60 within 15 s, and to 92 within a minute.
-const PRESSURE: f64 = 50.0;
+/// The least `full avg10` of a job that stands still, in percent, as systemd-oomd's (`DefaultMemoryPressureLimit=` in
+/// oomd.conf(5)). On an emulated host it rose to 60 within 15 s, and to 92 within a minute. A job in which every second
+/// process can go on is below it.
+const MIN_PRESSURE: f64 = 60.0;
+/// Swap that is free, in bytes, below which a job cannot be helped by it.
+const SWAP_SLACK: u64 = 4 << 20;
 
 /// Tell the core of every job that stands still at its limit, until the queue is closed. `noted` is the file in which the
 /// helper says where the workers' cgroups are.
@@ -30,7 +33,7 @@ pub async fn watch(noted: PathBuf, queue: CommandQueue) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let now = ticks.tick().await;
-        for worker in stalls.see(now, stalled(&noted)) {
+        for worker in stalls.update(now, stalled(&noted)) {
             if queue.send(Command::Input(Input::MemoryStalled(worker))).is_err() {
                 return;
             }
@@ -44,7 +47,7 @@ struct Stalls(BTreeMap<WorkerId, Instant>);
 
 impl Stalls {
     /// These stand still now. Returns those that have for too long.
-    fn see(&mut self, now: Instant, stalled: impl IntoIterator<Item = WorkerId>) -> Vec<WorkerId> {
+    fn update(&mut self, now: Instant, stalled: impl IntoIterator<Item = WorkerId>) -> Vec<WorkerId> {
         let since = |worker| (worker, self.0.get(&worker).copied().unwrap_or(now));
         self.0 = stalled.into_iter().map(since).collect();
         let is_over = |since: &Instant| now.duration_since(*since) >= Duration::from_secs(MAX_STALL_SECONDS);
@@ -61,15 +64,21 @@ fn stalled(noted: &Path) -> Vec<WorkerId> {
     let stalled = entries.filter_map(|entry| {
         let worker = entry.file_name().to_str()?.parse().ok()?;
         let read = |name: &str| fs::read_to_string(entry.path().join(name)).ok();
+        let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
         // "max" where the slot has no limits.memory.
-        let high = read("memory.high")?.trim().parse().ok()?;
-        let current = read("memory.current")?.trim().parse().ok()?;
-        is_stalled(high, current, &read("memory.stat")?, &read("memory.pressure")?).then_some(worker)
+        let (high, current) = (number("memory.high")?, number("memory.current")?);
+        // A kernel without swap has no such file.
+        let has_swap = match (read("memory.swap.max"), number("memory.swap.current")) {
+            (Some(max), Some(used)) => max.trim().parse().is_ok_and(|max: u64| max >= used + SWAP_SLACK),
+            _ => false,
+        };
+        let is_stalled = is_stalled(high, current, &read("memory.stat")?, &read("memory.pressure")?);
+        (is_stalled && !has_swap).then_some(worker)
     });
     stalled.collect()
 }
 
-/// What the kernel cannot free is above `memory.high`, in bytes, and all that would run waits for memory. The files are
+/// What the kernel cannot free, in bytes, is above `memory.high`, and the processes wait for memory. The files are
 /// described in the kernel's cgroup-v2 documentation.
 fn is_stalled(high: u64, current: u64, stat: &str, pressure: &str) -> bool {
     let bytes = |name: &str| {
@@ -81,13 +90,14 @@ fn is_stalled(high: u64, current: u64, stat: &str, pressure: &str) -> bool {
         .map(bytes)
         .iter()
         .sum();
-    let waits = || {
+    let pressure = || {
         let line = pressure
             .lines()
             .find_map(|line| line.strip_prefix("full avg10="))?;
         line.split(' ').next()?.parse::<f64>().ok()
     };
-    current.saturating_sub(can_be_freed) >= high && waits().is_some_and(|percent| percent >= PRESSURE)
+    current.saturating_sub(can_be_freed) >= high
+        && pressure().is_some_and(|percent: f64| percent >= MIN_PRESSURE)
 }
 
 #[cfg(test)]
@@ -108,12 +118,12 @@ mod tests {
     #[test]
     fn a_job_stands_still_where_the_rest_is_too_much_and_all_wait() {
         let still = |high, current, full| is_stalled(high, current, STAT, &pressure(full));
-        assert!(still(61_000_000, 62_000_000, "50.00"));
+        assert!(still(61_000_000, 62_000_000, "60.00"));
         assert!(still(61_000_000, 64_000_000, "99.10"));
         // The kernel has more to free.
         assert!(!still(61_000_001, 62_000_000, "99.10"));
         // A process runs.
-        assert!(!still(61_000_000, 64_000_000, "49.99"));
+        assert!(!still(61_000_000, 64_000_000, "59.99"));
         assert!(!is_stalled(61_000_000, 64_000_000, STAT, ""));
         assert!(!is_stalled(61_000_000, 64_000_000, STAT, "full avg10=\n"));
         // All of it is the kernel's own, or a file in memory.
@@ -136,7 +146,8 @@ mod tests {
         let (queue, mut commands) = mpsc::unbounded_channel();
         // The helper has not made it yet.
         let watch = tokio::spawn(watch(noted.clone(), queue));
-        tokio::time::sleep(Duration::from_secs(60)).await;
+        // Between two looks.
+        tokio::time::sleep(Duration::from_secs(61)).await;
         fs::write(&noted, cgroups.to_str().unwrap()).unwrap();
         put(WORKERS[0], "61000000\n", "99.00");
         put(WORKERS[1], "max\n", "99.00");
@@ -145,14 +156,25 @@ mod tests {
         put(WORKERS[0], "61000000\n", "10.00");
         tokio::time::sleep(Duration::from_secs(5)).await;
         put(WORKERS[0], "61000000\n", "99.00");
-        tokio::time::sleep(Duration::from_secs(MAX_STALL_SECONDS - 1)).await;
+        tokio::time::sleep(Duration::from_secs(MAX_STALL_SECONDS)).await;
         assert!(commands.is_empty(), "it ran in between");
-        tokio::time::sleep(Duration::from_secs(6)).await;
-        let told = commands.try_recv().unwrap();
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let told = commands.recv().await.unwrap();
         let Command::Input(Input::MemoryStalled(worker)) = told else {
             panic!("{told:?}");
         };
         assert_eq!(worker.to_string(), WORKERS[0]);
+        assert!(commands.is_empty(), "the other has no limit");
+        // It has swap left, and then none.
+        let swap =
+            |used: &str| fs::write(cgroups.join(WORKERS[0]).join("memory.swap.current"), used).unwrap();
+        fs::write(cgroups.join(WORKERS[0]).join("memory.swap.max"), "64000000\n").unwrap();
+        swap("9000000\n");
+        tokio::time::sleep(Duration::from_secs(2 * MAX_STALL_SECONDS)).await;
+        assert!(commands.is_empty(), "it has swap left");
+        swap("63000000\n");
+        tokio::time::sleep(Duration::from_secs(MAX_STALL_SECONDS + 5)).await;
+        assert!(!commands.is_empty());
         drop(commands);
         watch.await.unwrap();
     }

@@ -28,7 +28,7 @@ pub struct HostFacts {
     pub mounts: String,
     /// `cgroup.controllers` at the mount of cgroup v2.
     pub controllers: String,
-    /// `/proc/pressure/memory`: empty where the kernel does not count who waits for memory.
+    /// `/proc/pressure/memory`: empty where the kernel does not count memory pressure.
     pub pressure: String,
     /// `/sys/kernel/security/lsm`.
     pub modules: String,
@@ -154,7 +154,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
             if is_counted { "counted" } else { "not counted" },
             is_counted,
             false,
-            "a job that stands still at its limits.memory is not failed before its run time is over; boot with psi=1",
+            "a job that stands still at its limits.memory is not failed for that; boot with psi=1",
         ));
     }
     let landlock = facts.modules.split([',', '\n']).any(|name| name == "landlock");

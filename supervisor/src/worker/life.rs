@@ -45,11 +45,12 @@ impl Worker {
             (Phase::Running { online: true }, Event::MemoryStalled) if !self.hold => {
                 self.fail(
                     format!(
-                        "the job has all of the slot's limits.memory, and has stood still for {MAX_STALL_SECONDS} s, \
-                         waiting for more"
+                        "the job stood still for {MAX_STALL_SECONDS} s because it needs more than the slot's \
+                         limits.memory: reduce its memory, or raise the limit"
                     ),
                     now,
                 );
+                self.kill.wanted = !rules.keep_processes;
             }
             (_, Event::MemoryStalled) => {}
             (Phase::Destroying | Phase::Destroyed, Event::Destroy) => {}

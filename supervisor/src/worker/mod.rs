@@ -19,9 +19,9 @@ use crate::call_error::CallError;
 /// A worker that was lost before its job began is made again this often.
 pub const MAX_REMAKES: u32 = 3;
 
-/// A job that stands still at its memory limit is failed after so many seconds; systemd-oomd waits as long
-/// (`ManagedOOMMemoryPressureDurationSec=` in systemd.resource-control(5)).
-pub const MAX_STALL_SECONDS: u64 = 30;
+/// A job that stands still at its memory limit is failed after so many seconds: twice what systemd-oomd waits
+/// (`DefaultMemoryPressureDurationSec=` in oomd.conf(5)), which chooses among more.
+pub const MAX_STALL_SECONDS: u64 = 60;
 
 /// A server that has forgotten a worker, or what it knew of it, is believed after this: its database may have been
 /// rolled back, but it may also be another server's list, or a cache's.

@@ -162,14 +162,14 @@ fn a_job_that_stands_still_at_its_memory_limit_is_failed_and_ended() {
         failed.failure.as_ref().unwrap().contains("limits.memory"),
         "{failed:?}"
     );
-    let look = seen(view(false, false, true), RUNNING);
-    let ended = failed.clone().step(look.clone(), 7, &RULES);
-    assert!(ended.kill.wanted);
+    // Its processes are ended first: the console is complete then.
+    assert_eq!(failed.next_action(), Some(Action::HostKill));
     let keeps = Rules {
         keep_processes: true,
         ..RULES
     };
-    assert!(!failed.clone().step(look, 7, &keeps).kill.wanted);
+    let kept = worker(ONLINE).step(Event::MemoryStalled, 6, &keeps);
+    assert!(matches!(kept.next_action(), Some(Action::ReportFailure { .. })));
     // It has failed already, or runs for a person.
     assert_eq!(failed.clone().step(Event::MemoryStalled, 8, &RULES), failed);
     let held = worker(ONLINE).step(seen(view(true, false, true), RUNNING), 5, &RULES);
