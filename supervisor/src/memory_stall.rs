@@ -22,7 +22,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// oomd.conf(5)). On an emulated host it rose to 60 within 15 s, and to 92 within a minute. A job in which every second
 /// process can go on is below it.
 const MIN_PRESSURE: f64 = 60.0;
-/// Swap that is free, in bytes, below which a job cannot be helped by it.
+/// A job with less free swap than this, in bytes, counts as one without any.
 const SWAP_SLACK: u64 = 4 << 20;
 
 /// Tell the core of every job that stands still at its limit, until the queue is closed. `noted` is the file in which the

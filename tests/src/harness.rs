@@ -196,8 +196,8 @@ impl Log {
         self.wait_for(1, from, parts)
     }
 
-    /// Wait for so many lines, from `from` on, that have all of `parts`; there may be no more of them. What a process
-    /// has written is not here at once: a thread reads it.
+    /// Wait for so many lines (at least one), from `from` on, that have all of `parts`; there may be no more of them.
+    /// What a process has written is not here at once: a thread reads it.
     pub fn exactly(&self, count: usize, from: usize, parts: &[&str]) {
         self.wait_for(count, from, parts);
         assert_eq!(self.count_from(from, parts), count, "{parts:?}:\n{}", self.text());

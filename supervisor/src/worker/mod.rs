@@ -19,8 +19,8 @@ use crate::call_error::CallError;
 /// A worker that was lost before its job began is made again this often.
 pub const MAX_REMAKES: u32 = 3;
 
-/// A job that stands still at its memory limit is failed after so many seconds: twice what systemd-oomd waits
-/// (`DefaultMemoryPressureDurationSec=` in oomd.conf(5)), which chooses among more.
+/// A job that stands still at its memory limit is failed after so many seconds: twice systemd-oomd's default
+/// (`DefaultMemoryPressureDurationSec=` in oomd.conf(5)), for a job that is only slow should come to its end.
 pub const MAX_STALL_SECONDS: u64 = 60;
 
 /// A server that has forgotten a worker, or what it knew of it, is believed after this: its database may have been

@@ -170,7 +170,7 @@ fn a_job_that_stands_still_at_its_memory_limit_is_failed_and_ended() {
     };
     let kept = worker(ONLINE).step(Event::MemoryStalled, 6, &keeps);
     assert!(matches!(kept.next_action(), Some(Action::ReportFailure { .. })));
-    // It has failed already, or runs for a person.
+    // It has failed already, or is held.
     assert_eq!(failed.clone().step(Event::MemoryStalled, 8, &RULES), failed);
     let held = worker(ONLINE).step(seen(view(true, false, true), RUNNING), 5, &RULES);
     assert_eq!(held.clone().step(Event::MemoryStalled, 6, &RULES), held);

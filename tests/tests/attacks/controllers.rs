@@ -11,7 +11,7 @@ use std::time::Instant;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use protocol::{Exit, State, WorkerId};
 use testbed::harness::{Client, PATIENCE, has_controller};
-use testbed::test_factory::TestFactory;
+use testbed::test_factory::{ONE, TestFactory};
 use testbed::test_helper::{
     TestHelper, attack, attack_program, created, read, start_attack, state, wait_until,
 };
@@ -129,9 +129,7 @@ fn row_51_page_cache_gives_way_within_the_limit() {
 #[ignore = "needs the memory controller: tests/machine/run limits"]
 async fn row_51_a_program_that_the_job_has_written_is_ended_or_its_job_is_failed() {
     assert!(has_controller("memory"), "no memory controller here");
-    let slots =
-        format!("[slots.a]\ntarget = \"TARGET\"\nlimits.memory = {LIMIT}\n[slots.b]\ntarget = \"TARGET\"\n");
-    let factory = TestFactory::new(&slots).await;
+    let factory = TestFactory::new(&format!("{ONE}limits.memory = {LIMIT}\n")).await;
     let program = factory.shared().join("hostile-job");
     let attempt = attack_program("memory-bomb", &["anonymous", &LIMIT.to_string()]);
     fs::copy(format!("/proc/self/fd/{}", attempt.as_raw_fd()), &program).unwrap();
