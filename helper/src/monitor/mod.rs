@@ -12,6 +12,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -170,6 +171,11 @@ fn start(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         warn!(
             "jobs' sockets are not told from the host's, and too many of them keep jobs from starting: load the module unix_diag"
         );
+    }
+    // `user-factory run` works from now on (`sd_notify(3)`). Later the host's mounts are left, where systemd's socket is.
+    if let Some(systemd) = std::env::var_os("NOTIFY_SOCKET") {
+        let sent = UnixDatagram::unbound().and_then(|socket| socket.send_to(b"READY=1", systemd));
+        sent.context("cannot tell systemd that the helper is ready")?;
     }
     let rootfs = RootFs::new(&host)?;
     privileges::Kind::Monitor.drop_others()?;

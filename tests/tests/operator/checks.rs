@@ -1,5 +1,7 @@
 //! What can be known before anything starts.
 
+use std::os::unix::net::UnixDatagram;
+
 use nix::sys::signal::Signal;
 use testbed::harness::{SUPERVISOR_UID, TestHost};
 use testbed::test_factory::ONE;
@@ -208,6 +210,35 @@ fn a_range_of_which_a_process_has_a_uid_is_refused_with_the_alternative() {
     other.kill().unwrap();
     other.wait().unwrap();
     both_say(&host, None);
+}
+
+#[test]
+fn systemd_is_told_that_the_helper_is_ready_when_a_command_can_be_run_and_not_before() {
+    let host = TestHost::new();
+    host.write_token("x");
+    let slots = ONE.replace("TARGET", "01HZX3N8Q4J5K6M7P8R9S0T1V2");
+    let place = host.root.join("notify");
+    let systemd = UnixDatagram::bind(&place).unwrap();
+    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+    let start = || Running::start(host.helper_command().env("NOTIFY_SOCKET", &place));
+    host.configure("http://127.0.0.1:1", SUPERVISOR_UID, &slots);
+    let config = host.root.join(protocol::config::CONFIG_PATH);
+    let good = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, format!("{good}no_such_key = 1\n")).unwrap();
+    assert!(!start().wait().success(), "the configuration is refused");
+    systemd.set_nonblocking(true).unwrap();
+    let mut message = [0; 64];
+    assert!(systemd.recv(&mut message).is_err(), "it was never ready");
+    systemd.set_nonblocking(false).unwrap();
+    std::fs::write(&config, good).unwrap();
+    let helper = start();
+    let length = systemd.recv(&mut message).expect("systemd is told");
+    assert_eq!(&message[..length], b"READY=1");
+    let mut run = Command::new(binaries().join("user-factory"));
+    run.arg("run").arg("--root").arg(&host.root).args(["--", "true"]);
+    let said: Said = run.output().unwrap().into();
+    assert_eq!(said.status, 0, "{}", said.err);
+    drop(helper);
 }
 
 #[test]
