@@ -3,7 +3,7 @@
 //! Between `memory.high` and `memory.max` the kernel frees a job's page cache, and makes its processes wait. A process
 //! whose program is in that page cache then reads its next instructions from the disk again and again: it takes no more
 //! memory, so that the kernel does not end it either (`mem_cgroup_handle_over_high` in mm/memcontrol.c). Here it is
-//! seen, and the core fails the job.
+//! seen, and the core fails the job. A job that still takes more is left to the kernel, which ends it at the limit.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -33,7 +33,7 @@ pub async fn watch(noted: PathBuf, queue: CommandQueue) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let now = ticks.tick().await;
-        for worker in stalls.update(now, stalled(&noted)) {
+        for worker in stalls.update(now, waiting(&noted)) {
             if queue.send(Command::Input(Input::MemoryStalled(worker))).is_err() {
                 return;
             }
@@ -41,63 +41,76 @@ pub async fn watch(noted: PathBuf, queue: CommandQueue) {
     }
 }
 
-/// Since when each worker has been seen to stand still, without a break.
+/// A job that waits for memory above `memory.high`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Waiting {
+    /// What the kernel cannot free, in bytes.
+    held: u64,
+    /// If it takes so many bytes more, it does not stand still.
+    progress: u64,
+}
+
+/// Since when each worker has stood still without a break, and what it held then.
 #[derive(Debug, Default)]
-struct Stalls(BTreeMap<WorkerId, Instant>);
+struct Stalls(BTreeMap<WorkerId, (Instant, u64)>);
 
 impl Stalls {
-    /// These stand still now. Returns those that have for too long.
-    fn update(&mut self, now: Instant, stalled: impl IntoIterator<Item = WorkerId>) -> Vec<WorkerId> {
-        let since = |worker| (worker, self.0.get(&worker).copied().unwrap_or(now));
-        self.0 = stalled.into_iter().map(since).collect();
+    /// These wait now. Returns those that have stood still for too long.
+    fn update(&mut self, now: Instant, waiting: BTreeMap<WorkerId, Waiting>) -> Vec<WorkerId> {
+        let stall = |(worker, is): (WorkerId, Waiting)| {
+            let before = self
+                .0
+                .get(&worker)
+                .filter(|(_, held)| is.held < held + is.progress);
+            (worker, before.copied().unwrap_or((now, is.held)))
+        };
+        self.0 = waiting.into_iter().map(stall).collect();
         let is_over = |since: &Instant| now.duration_since(*since) >= Duration::from_secs(MAX_STALL_SECONDS);
-        let over = self.0.iter().filter(|(_, since)| is_over(since));
+        let over = self.0.iter().filter(|(_, (since, _))| is_over(since));
         over.map(|(worker, _)| *worker).collect()
     }
 }
 
-/// The workers that stand still. Where cgroup v2 has no memory controller, and where the kernel does not account for
-/// pressure (`psi=0`), there are none.
-fn stalled(noted: &Path) -> Vec<WorkerId> {
+/// The workers that wait. Where cgroup v2 has no memory controller, and where the kernel does not account for pressure
+/// (`psi=0`), there are none.
+fn waiting(noted: &Path) -> BTreeMap<WorkerId, Waiting> {
     let cgroups = fs::read_to_string(noted).unwrap_or_default();
     let entries = fs::read_dir(cgroups).into_iter().flatten().flatten();
-    let stalled = entries.filter_map(|entry| {
+    let all = entries.filter_map(|entry| {
         let worker = entry.file_name().to_str()?.parse().ok()?;
-        let read = |name: &str| fs::read_to_string(entry.path().join(name)).ok();
-        let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
-        // "max" where the slot has no limits.memory.
-        let (high, current) = (number("memory.high")?, number("memory.current")?);
-        // A kernel without swap has no such file.
-        let has_swap = match (read("memory.swap.max"), number("memory.swap.current")) {
-            (Some(max), Some(used)) => max.trim().parse().is_ok_and(|max: u64| max >= used + SWAP_SLACK),
-            _ => false,
-        };
-        let is_stalled = is_stalled(high, current, &read("memory.stat")?, &read("memory.pressure")?);
-        (is_stalled && !has_swap).then_some(worker)
+        Some((worker, look(&entry.path())?))
     });
-    stalled.collect()
+    all.collect()
 }
 
-/// What the kernel cannot free, in bytes, is above `memory.high`, and the processes wait for memory. The files are
-/// described in the kernel's cgroup-v2 documentation.
-fn is_stalled(high: u64, current: u64, stat: &str, pressure: &str) -> bool {
-    let bytes = |name: &str| {
-        let mut lines = stat.lines().filter_map(|line| line.split_once(' '));
-        let value = lines.find(|(key, _)| *key == name).map(|(_, value)| value);
-        value.and_then(|value| value.parse().ok()).unwrap_or(0)
-    };
-    let can_be_freed: u64 = ["active_file", "inactive_file", "slab_reclaimable"]
-        .map(bytes)
-        .iter()
-        .sum();
-    let pressure = || {
-        let line = pressure
-            .lines()
-            .find_map(|line| line.strip_prefix("full avg10="))?;
-        line.split(' ').next()?.parse::<f64>().ok()
-    };
-    current.saturating_sub(can_be_freed) >= high
-        && pressure().is_some_and(|percent: f64| percent >= MIN_PRESSURE)
+/// The job of this cgroup, if it waits. The files are described in the kernel's cgroup-v2 documentation.
+fn look(cgroup: &Path) -> Option<Waiting> {
+    let read = |name: &str| fs::read_to_string(cgroup.join(name)).ok();
+    let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
+    // "max" where the slot has no limits.memory.
+    let (high, max) = (number("memory.high")?, number("memory.max")?);
+    let held = number("memory.current")?.saturating_sub(can_be_freed(&read("memory.stat")?));
+    // A kernel without swap has no such file.
+    let swap = number("memory.swap.max").zip(number("memory.swap.current"));
+    let has_swap = swap.is_some_and(|(max, used)| max >= used + SWAP_SLACK);
+    let waits = held >= high && !has_swap && pressure(&read("memory.pressure")?)? >= MIN_PRESSURE;
+    waits.then_some(Waiting {
+        held,
+        progress: max.saturating_sub(high) / 8,
+    })
+}
+
+/// The page cache, and what else the kernel frees, in bytes, as `memory.stat` has it.
+fn can_be_freed(stat: &str) -> u64 {
+    let fields = stat.lines().filter_map(|line| line.split_once(' '));
+    let counts = fields.filter(|(key, _)| ["active_file", "inactive_file", "slab_reclaimable"].contains(key));
+    counts.filter_map(|(_, value)| value.parse::<u64>().ok()).sum()
+}
+
+/// `full avg10` of `memory.pressure`, in percent.
+fn pressure(text: &str) -> Option<f64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("full avg10="))?;
+    line.split(' ').next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -109,25 +122,52 @@ mod tests {
     const STAT: &str =
         "anon 61000000\nfile 900000\nactive_file 500000\ninactive_file 300000\nslab_reclaimable 200000\n";
 
-    fn pressure(full: &str) -> String {
+    fn pressure_of(full: &str) -> String {
         format!(
             "some avg10=99.00 avg60=9.00 avg300=1.00 total=7\nfull avg10={full} avg60=9.00 avg300=1.00 total=7\n"
         )
     }
 
+    fn cgroup(at: &Path, high: &str, current: u64, full: &str) {
+        fs::create_dir_all(at).unwrap();
+        for (name, text) in [
+            ("memory.high", high),
+            ("memory.max", "69000000\n"),
+            ("memory.current", &format!("{current}\n")),
+            ("memory.stat", STAT),
+            ("memory.pressure", &pressure_of(full)),
+        ] {
+            fs::write(at.join(name), text).unwrap();
+        }
+    }
+
     #[test]
-    fn a_job_stands_still_where_the_rest_is_too_much_and_all_wait() {
-        let still = |high, current, full| is_stalled(high, current, STAT, &pressure(full));
-        assert!(still(61_000_000, 62_000_000, "60.00"));
-        assert!(still(61_000_000, 64_000_000, "99.10"));
+    fn a_job_waits_where_what_cannot_be_freed_is_too_much_and_the_pressure_is_high() {
+        let dir = tempfile::tempdir().unwrap();
+        let waits = |high: &str, current, full: &str| {
+            cgroup(dir.path(), high, current, full);
+            look(dir.path()).map(|waiting| waiting.held)
+        };
+        assert_eq!(waits("61000000\n", 62_000_000, "60.00"), Some(61_000_000));
+        assert_eq!(waits("61000000\n", 64_000_000, "99.10"), Some(63_000_000));
         // The kernel has more to free.
-        assert!(!still(61_000_001, 62_000_000, "99.10"));
-        // A process runs.
-        assert!(!still(61_000_000, 64_000_000, "59.99"));
-        assert!(!is_stalled(61_000_000, 64_000_000, STAT, ""));
-        assert!(!is_stalled(61_000_000, 64_000_000, STAT, "full avg10=\n"));
+        assert_eq!(waits("61000001\n", 62_000_000, "99.10"), None);
+        // Its processes go on.
+        assert_eq!(waits("61000000\n", 64_000_000, "59.99"), None);
+        assert_eq!(waits("max\n", 64_000_000, "99.10"), None);
+        assert!(look(&dir.path().join("gone")).is_none());
+        for odd in ["", "full avg10=\n", "some avg10=99.00 avg60=99.00\n"] {
+            assert_eq!(pressure(odd), None, "{odd:?}");
+        }
         // All of it is the kernel's own, or a file in memory.
-        assert!(is_stalled(61_000_000, 61_000_000, "", &pressure("70.00")));
+        assert_eq!(can_be_freed(""), 0);
+        // It has swap left, and then none.
+        cgroup(dir.path(), "61000000\n", 64_000_000, "99.00");
+        fs::write(dir.path().join("memory.swap.max"), "64000000\n").unwrap();
+        for (used, is_waiting) in [("9000000\n", false), ("63000000\n", true)] {
+            fs::write(dir.path().join("memory.swap.current"), used).unwrap();
+            assert_eq!(look(dir.path()).is_some(), is_waiting, "{used}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -135,13 +175,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let noted = dir.path().join("helper.cgroup");
         let cgroups = dir.path().join("workers");
-        let put = |worker: &str, high: &str, full: &str| {
-            let cgroup = cgroups.join(worker);
-            fs::create_dir_all(&cgroup).unwrap();
-            fs::write(cgroup.join("memory.high"), high).unwrap();
-            fs::write(cgroup.join("memory.current"), "64000000\n").unwrap();
-            fs::write(cgroup.join("memory.stat"), STAT).unwrap();
-            fs::write(cgroup.join("memory.pressure"), pressure(full)).unwrap();
+        let put = |worker: &str, high: &str, current: u64, full: &str| {
+            cgroup(&cgroups.join(worker), high, current, full);
         };
         let (queue, mut commands) = mpsc::unbounded_channel();
         // The helper has not made it yet.
@@ -149,32 +184,29 @@ mod tests {
         // Between two looks.
         tokio::time::sleep(Duration::from_secs(61)).await;
         fs::write(&noted, cgroups.to_str().unwrap()).unwrap();
-        put(WORKERS[0], "61000000\n", "99.00");
-        put(WORKERS[1], "max\n", "99.00");
+        put(WORKERS[0], "61000000\n", 64_000_000, "99.00");
+        put(WORKERS[1], "max\n", 64_000_000, "99.00");
         fs::create_dir_all(cgroups.join("helper")).unwrap();
-        tokio::time::sleep(Duration::from_secs(MAX_STALL_SECONDS - 5)).await;
-        put(WORKERS[0], "61000000\n", "10.00");
-        tokio::time::sleep(Duration::from_secs(5)).await;
-        put(WORKERS[0], "61000000\n", "99.00");
-        tokio::time::sleep(Duration::from_secs(MAX_STALL_SECONDS)).await;
+        let pass = |seconds| tokio::time::sleep(Duration::from_secs(seconds));
+        pass(MAX_STALL_SECONDS - 5).await;
+        put(WORKERS[0], "61000000\n", 64_000_000, "10.00");
+        pass(5).await;
+        put(WORKERS[0], "61000000\n", 64_000_000, "99.00");
+        pass(MAX_STALL_SECONDS).await;
         assert!(commands.is_empty(), "it ran in between");
-        tokio::time::sleep(Duration::from_secs(5)).await;
+        // It takes more, an eighth of the step from `memory.high` to `memory.max`: the kernel will end it.
+        put(WORKERS[0], "61000000\n", 65_000_000, "99.00");
+        pass(MAX_STALL_SECONDS).await;
+        assert!(commands.is_empty(), "it took more");
+        // Less than that is no progress.
+        put(WORKERS[0], "61000000\n", 65_999_999, "99.00");
+        pass(5).await;
         let told = commands.recv().await.unwrap();
         let Command::Input(Input::MemoryStalled(worker)) = told else {
             panic!("{told:?}");
         };
         assert_eq!(worker.to_string(), WORKERS[0]);
         assert!(commands.is_empty(), "the other has no limit");
-        // It has swap left, and then none.
-        let swap =
-            |used: &str| fs::write(cgroups.join(WORKERS[0]).join("memory.swap.current"), used).unwrap();
-        fs::write(cgroups.join(WORKERS[0]).join("memory.swap.max"), "64000000\n").unwrap();
-        swap("9000000\n");
-        tokio::time::sleep(Duration::from_secs(2 * MAX_STALL_SECONDS)).await;
-        assert!(commands.is_empty(), "it has swap left");
-        swap("63000000\n");
-        tokio::time::sleep(Duration::from_secs(MAX_STALL_SECONDS + 5)).await;
-        assert!(!commands.is_empty());
         drop(commands);
         watch.await.unwrap();
     }
