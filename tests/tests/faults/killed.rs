@@ -49,6 +49,15 @@ async fn row_77_an_agent_that_is_killed_fails_its_job_with_the_reason() {
 async fn row_77_a_workers_pid_1_that_is_killed_fails_its_job_with_the_reason() {
     let factory = TestFactory::new(ONE).await;
     let job = factory.running().await;
+    // Pid 1 copies the console: what it has not copied yet is lost with it.
+    let worker = worker_of(&factory, job).to_string();
+    let end = std::time::Instant::now() + testbed::harness::PATIENCE;
+    while !command(&factory.host, &["logs", &worker])
+        .1
+        .contains("bootstrapped as worker")
+    {
+        assert!(std::time::Instant::now() < end, "the console stays empty");
+    }
     kill(pid_1(&factory, job), Signal::SIGKILL).unwrap();
     is_failed_and_held(factory, job, "the agent was killed, or lost in a reboot").await;
 }
