@@ -5,9 +5,9 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer};
 
-use super::HostPath;
+use super::value::{HostPath, text};
 
 /// A path below `/dev`, in whose parts `*` stands for any characters and `?` for one. If it names a
 /// directory, all device nodes below that are meant.
@@ -75,22 +75,24 @@ fn matches_part(pattern: &OsStr, part: &OsStr) -> bool {
 
 impl<'de> Deserialize<'de> for DevicePattern {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let path = HostPath::deserialize(from)?;
-        let first = path
-            .as_path()
-            .strip_prefix("/dev")
-            .ok()
-            .and_then(|rest| rest.iter().next());
-        match first {
-            None => Err(de::Error::custom(format!(
-                "{path} is not below /dev: name a device node, or a pattern for some"
-            ))),
-            // The whole of /dev is the host.
-            Some(first) if first.as_bytes().iter().all(|b| b"*?".contains(b)) => Err(de::Error::custom(
-                format!("{path} means every device of the host: name those that the job needs"),
-            )),
-            Some(_) => Ok(DevicePattern(path.as_path().into())),
-        }
+        text(from, |text| {
+            let path = HostPath::parse(text)?;
+            let first = path
+                .as_path()
+                .strip_prefix("/dev")
+                .ok()
+                .and_then(|rest| rest.iter().next());
+            match first {
+                None => Err(format!(
+                    "{path} is not below /dev: name a device node, or a pattern for some"
+                )),
+                // The whole of /dev is the host.
+                Some(first) if first.as_bytes().iter().all(|b| b"*?".contains(b)) => Err(format!(
+                    "{path} means every device of the host: name those that the job needs"
+                )),
+                Some(_) => Ok(DevicePattern(path.as_path().into())),
+            }
+        })
     }
 }
 

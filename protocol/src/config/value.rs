@@ -8,6 +8,29 @@ use serde::{Deserialize, Deserializer, de};
 use super::PRIVATE_DIRS;
 use crate::Uid;
 
+/// A text that `rule` takes or refuses. It does so within the file's deserializer, which knows the place of what it reads:
+/// in a list the item's, not the list's.
+pub(super) fn text<'de, D: Deserializer<'de>, T>(
+    from: D,
+    rule: impl FnOnce(&str) -> Result<T, String>,
+) -> Result<T, D::Error> {
+    struct Visitor<F>(F);
+
+    impl<T, F: FnOnce(&str) -> Result<T, String>> de::Visitor<'_> for Visitor<F> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
+            (self.0)(text).map_err(E::custom)
+        }
+    }
+
+    from.deserialize_str(Visitor(rule))
+}
+
 /// A text with a rule, refused at its own place in the file.
 macro_rules! checked {
     ($(#[$doc:meta])* $name:ident, $rule:expr, $expected:literal) => {
@@ -30,13 +53,14 @@ macro_rules! checked {
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-                let text = String::deserialize(from)?;
                 let rule: fn(&str) -> bool = $rule;
-                if rule(&text) {
-                    return Ok(Self(text));
-                }
-                let short: String = text.chars().take(200).collect();
-                Err(de::Error::custom(format!(concat!("{:?} is not ", $expected), short)))
+                text(from, |text| match rule(text) {
+                    true => Ok(Self(text.to_owned())),
+                    false => {
+                        let short: String = text.chars().take(200).collect();
+                        Err(format!(concat!("{:?} is not ", $expected), short))
+                    }
+                })
             }
         }
     };
@@ -114,7 +138,7 @@ impl ProxyUrl {
     }
 }
 
-fn is_host_name(name: &str) -> bool {
+pub(super) fn is_host_name(name: &str) -> bool {
     name.len() <= 253
         && name.split('.').all(|label| {
             (1..=63).contains(&label.len())
@@ -182,6 +206,27 @@ impl HostPath {
         &self.0
     }
 
+    /// # Errors
+    /// In a sentence.
+    pub(super) fn parse(text: &str) -> Result<HostPath, String> {
+        let path = PathBuf::from(text);
+        let plain = text.len() < 1024
+            && !text.chars().any(char::is_control)
+            && path.is_absolute()
+            && path
+                .components()
+                .skip(1)
+                .all(|c| matches!(c, Component::Normal(_)))
+            && path.components().count() > 1
+            && path.components().collect::<PathBuf>().as_os_str() == path.as_os_str();
+        match plain {
+            true => Ok(Self(path)),
+            false => Err(format!(
+                "{text:?} is not an absolute path in its plain form, such as \"/opt/rust\""
+            )),
+        }
+    }
+
     /// May something be mounted here for a job? Something of the host's, read-only, may be in its `/run`, beside
     /// what the job has there of its own.
     pub(super) fn may_be_a_place_in_the_job(&self, is_read_only: bool) -> Result<(), String> {
@@ -215,24 +260,7 @@ impl fmt::Display for HostPath {
 
 impl<'de> Deserialize<'de> for HostPath {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(from)?;
-        let path = PathBuf::from(&text);
-        let plain = text.len() < 1024
-            && !text.chars().any(char::is_control)
-            && path.is_absolute()
-            && path
-                .components()
-                .skip(1)
-                .all(|c| matches!(c, Component::Normal(_)))
-            && path.components().count() > 1
-            && path.components().collect::<PathBuf>().as_os_str() == path.as_os_str();
-        if plain {
-            Ok(Self(path))
-        } else {
-            Err(de::Error::custom(format!(
-                "{text:?} is not an absolute path in its plain form, such as \"/opt/rust\""
-            )))
-        }
+        text(from, HostPath::parse)
     }
 }
 
@@ -251,14 +279,14 @@ pub enum SocketFamily {
 
 impl<'de> Deserialize<'de> for SocketFamily {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        match &*String::deserialize(from)? {
+        text(from, |text| match text {
             "AF_BLUETOOTH" => Ok(SocketFamily::Bluetooth),
             "AF_CAN" => Ok(SocketFamily::Can),
             "AF_VSOCK" => Ok(SocketFamily::Vsock),
-            other => Err(de::Error::custom(format!(
+            other => Err(format!(
                 "{other:?} is no family of sockets that a slot may have beyond those of every job: AF_BLUETOOTH, AF_CAN and AF_VSOCK are"
-            ))),
-        }
+            )),
+        })
     }
 }
 
