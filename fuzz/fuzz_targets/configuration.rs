@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use protocol::config::{Config, Mistake, Network, Slot};
+use protocol::config::{Config, Destination, MAX_CONNECTION_NAME, Mistake, Slot, TO_HTTP_PROXY};
 
 fn findable(mistakes: &[Mistake], text: &str) {
     assert!(!mistakes.is_empty());
@@ -93,7 +93,12 @@ fuzz_target!(|text: &str| {
         for other in config.slots.keys() {
             assert_eq!(config.conflict(name, other), config.conflict(other, name));
         }
-        if slot.network == Network::None {
+        if let Some(egress) = slot.network.egress() {
+            for (address, name) in egress.listeners(&config.general.baseurl) {
+                let to = name.parse::<Destination>();
+                assert!(to.is_ok_and(|to| egress.allow.contains(&to)) || name == TO_HTTP_PROXY);
+                assert!(name.len() <= MAX_CONNECTION_NAME && address.port() != 0);
+            }
             let (host, port) = config.general.baseurl.name_and_port().unwrap();
             assert!(!host.is_empty() && !host.contains(['/', '@']) && port != 0);
         }

@@ -3,6 +3,7 @@
 
 use std::ffi::{CStr, CString};
 use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -258,15 +259,61 @@ pub fn landlock_restrict_self(ruleset: BorrowedFd<'_>) -> io::Result<()> {
     done(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) })
 }
 
-/// Bring up `lo` of this process's network namespace (`netdevice(7)`): the kernel then gives it 127.0.0.1.
-pub fn bring_up_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
+/// What requests about the interface of this name are made with (`netdevice(7)`), otherwise empty.
+fn interface_request(name: &str) -> libc::ifreq {
     // SAFETY: all bytes zero is a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_name[0] = b'l' as libc::c_char;
-    request.ifr_name[1] = b'o' as libc::c_char;
+    // A zero stays behind it.
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request
+}
+
+/// Bring up `lo` of this process's network namespace (`netdevice(7)`): the kernel then gives it 127.0.0.1.
+pub fn bring_up_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let mut request = interface_request("lo");
     request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
     // SAFETY: SIOCSIFFLAGS reads an ifreq, which outlives the call.
     done(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) }.into())
+}
+
+/// Give `lo` of this process's network namespace one more IPv4 address, as its alias of this number, from 1. Its net is
+/// then made as small as it is: at first the kernel takes the net of the address's class, and all of a net of `lo` is this
+/// host (`netdevice(7)`; `fib_add_ifaddr` in the kernel's net/ipv4/fib_frontend.c).
+pub fn add_loopback_ipv4(socket: BorrowedFd<'_>, alias: u8, address: Ipv4Addr) -> io::Result<()> {
+    let mut request = interface_request(&format!("lo:{alias}"));
+    for (set, value) in [
+        (libc::SIOCSIFADDR, address),
+        (libc::SIOCSIFNETMASK, Ipv4Addr::BROADCAST),
+    ] {
+        let mut port_and_address = [0; 14];
+        for (to, from) in port_and_address[2..].iter_mut().zip(value.octets()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_addr = libc::sockaddr {
+            sa_family: libc::AF_INET as libc::sa_family_t,
+            sa_data: port_and_address,
+        };
+        // SAFETY: each of both reads an ifreq, which outlives the call.
+        done(unsafe { libc::ioctl(socket.as_raw_fd(), set, &request) }.into())?;
+    }
+    Ok(())
+}
+
+/// The same for IPv6, which knows no aliases. The socket must be IPv6's.
+pub fn add_loopback_ipv6(socket: BorrowedFd<'_>, address: Ipv6Addr) -> io::Result<()> {
+    let request = libc::in6_ifreq {
+        ifr6_addr: libc::in6_addr {
+            s6_addr: address.octets(),
+        },
+        ifr6_prefixlen: 128,
+        // `lo` of every network namespace (`loopback_net_init` in the kernel's drivers/net/loopback.c).
+        ifr6_ifindex: 1,
+    };
+    // SAFETY: SIOCSIFADDR of an IPv6 socket reads an in6_ifreq, which outlives the call.
+    done(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &request) }.into())
 }
 
 /// Make a terminal as large as another (`TIOCGWINSZ` and `TIOCSWINSZ`, `ioctl_tty(2)`).

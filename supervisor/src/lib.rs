@@ -23,6 +23,7 @@ pub mod control;
 pub mod descriptors;
 pub mod driver;
 pub mod egress_proxy;
+pub mod egress_records;
 pub mod executor;
 pub mod factory;
 pub mod free_resources;

@@ -49,6 +49,9 @@ fn run(command: Command) -> u8 {
         Command::Show { worker, at, output } => {
             ask::with_client(&at, async |factory| ask::show(factory, worker, output).await)
         }
+        Command::Egress { slot, at, output } => {
+            ask::with_client(&at, async |factory| ask::egress(factory, slot, output).await)
+        }
         Command::Logs { worker, follow, at } => {
             ask::with_client(&at, async |factory| ask::logs(factory, worker, follow).await)
         }

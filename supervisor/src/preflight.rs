@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use protocol::config::{Config, Limits, Network, STATE_DIR, core_goes_to_a_socket};
+use protocol::config::{Config, Limits, STATE_DIR, core_goes_to_a_socket};
 
 /// One thing that the host has or lacks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -203,7 +203,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
         strict(|limits| limits.disk.is_some() || limits.inodes.is_some()),
         &format!("limits.disk and limits.inodes are not enforced, and a job can fill the disk; {remedy}"),
     ));
-    if config.slots.values().any(|slot| slot.network == Network::Host) {
+    if config.slots.values().any(|slot| slot.network.is_host()) {
         // Of /run jobs see the directory that the file is in.
         let seen_by_jobs = facts
             .resolver
@@ -220,9 +220,9 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
             "jobs with the host's network resolve no names; let /etc/resolv.conf be a file, or lead to one that is in a directory of /run",
         ));
     }
-    if config.slots.values().any(|slot| slot.network == Network::None) {
+    if config.slots.values().any(|slot| !slot.network.is_host()) {
         found.push(finding(
-            "network = \"none\"",
+            "slots without the host's network",
             "a network namespace for each of its jobs",
             true,
             false,

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use protocol::config::{
-    CGROUP_FILE, CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET, Config, HELPER_SOCKET, Limits, Mistake, Network,
+    CGROUP_FILE, CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET, Config, Egress, HELPER_SOCKET, Limits, Mistake,
     PROXY_DIR, STATE_DIR, Slot,
 };
 
@@ -135,15 +135,30 @@ pub fn summary(config: &Config) -> String {
 
 /// What differs from the defaults, as it is written in the file.
 fn rights(slot: &Slot) -> Vec<String> {
-    [
-        (slot.network == Network::None, "network=none"),
+    let rights = [
         (slot.allow_user_namespaces, "allow_user_namespaces=true"),
         (!slot.ignore_sync, "ignore_sync=false"),
-    ]
-    .into_iter()
-    .filter(|(differs, _)| *differs)
-    .map(|(_, words)| words.to_owned())
-    .collect()
+    ];
+    let rights = rights.into_iter().filter(|(differs, _)| *differs);
+    let rights = rights.map(|(_, words)| words.to_owned());
+    slot.network
+        .egress()
+        .map(network)
+        .into_iter()
+        .chain(rights)
+        .collect()
+}
+
+/// A network of the job's own.
+fn network(egress: &Egress) -> String {
+    let allowed: Vec<String> = egress.allow.iter().map(ToString::to_string).collect();
+    let allowed = allowed.join(" ");
+    match (egress.allow.is_empty(), egress.audit) {
+        (true, false) => "network=none".into(),
+        (true, true) => "network.audit=true".into(),
+        (false, false) => format!("network.allow={allowed}"),
+        (false, true) => format!("network.audit=true network.allow={allowed}"),
+    }
 }
 
 /// The same of the limits.

@@ -8,8 +8,9 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::{Gid, symlinkat};
+use protocol::config::USERDB_SLOT;
 use protocol::config::{GroupName, UidRange, User, accounts};
-use protocol::{Uid, UserName};
+use protocol::{SlotName, Uid, UserName};
 
 use crate::host::accounts::read_whole;
 use crate::host::directory::{open_file, read_small, remove_file, stat, write_atomically};
@@ -81,10 +82,11 @@ fn userdb_names(name: &UserName, uid: Uid) -> [(String, String); 2] {
     ]
 }
 
-pub fn write_userdb(userdb: BorrowedFd<'_>, name: &UserName, uid: Uid) -> Result<()> {
+pub fn write_userdb(userdb: BorrowedFd<'_>, name: &UserName, uid: Uid, slot: &SlotName) -> Result<()> {
     let user = format!(
         "{{\"userName\":\"{name}\",\"uid\":{uid},\"gid\":{uid},\"realName\":\"buildomat worker\",\
-         \"homeDirectory\":\"/home/{name}\",\"shell\":\"/usr/sbin/nologin\",\"locked\":true,\"disposition\":\"dynamic\"}}\n"
+         \"homeDirectory\":\"/home/{name}\",\"shell\":\"/usr/sbin/nologin\",\"locked\":true,\"disposition\":\"dynamic\",\
+         \"{USERDB_SLOT}\":\"{slot}\"}}\n"
     );
     let group = format!("{{\"groupName\":\"{name}\",\"gid\":{uid},\"disposition\":\"dynamic\"}}\n");
     for ((file, link), text) in userdb_names(name, uid).into_iter().zip([user, group]) {
@@ -215,12 +217,13 @@ mod tests {
         let name = UserName::from(WorkerId::from_bits(7));
         assert!(!is_in_userdb(&host.userdb, uid));
         for _ in 0..2 {
-            write_userdb(host.userdb.as_fd(), &name, uid).unwrap();
+            write_userdb(host.userdb.as_fd(), &name, uid, &"a".parse().unwrap()).unwrap();
             assert!(is_in_userdb(&host.userdb, uid));
         }
         let read = |file: String| fs::read_to_string(root.path().join("userdb").join(file)).unwrap();
         let user = read(format!("{uid}.user"));
         assert_eq!(user, read(format!("{name}.user")));
+        assert!(user.contains("\"buildomatSlot\":\"a\"}"));
         assert!(user.contains(&format!("\"userName\":\"{name}\",\"uid\":{uid},\"gid\":{uid},")));
         assert!(read(format!("{uid}.group")).contains(&format!("\"groupName\":\"{name}\",\"gid\":{uid},")));
         for _ in 0..2 {

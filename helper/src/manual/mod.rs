@@ -23,20 +23,19 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use protocol::config;
-use protocol::config::Slot;
-use protocol::{Error, Received, Seqpacket, SlotName, Uid, UserName, WorkerId};
+use protocol::{Error, Received, Seqpacket, SlotName, Uid, WorkerId};
 
 use crate::host::check::check_host;
 use crate::host::record::Worker;
 use crate::host::{Host, abilities, cgroup, quota, users};
 use crate::monitor::rootfs;
 use crate::monitor_ipc::HandshakeMessage;
-use crate::sandbox::{environment, limits, writable_dirs};
+use crate::sandbox::{ManualStart, limits, writable_dirs};
 use crate::session::allocation::{self, CreateUserError};
 use crate::session::policy::SlotError;
 use crate::unprivileged::Unprivileged;
@@ -292,14 +291,13 @@ fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[O
     let mut streams = Streams::new(uid)?;
     let first = sys::clone_sandboxed(cgroup.as_fd(), || {
         let keep = [&host.descriptors()[..], &[there.as_raw_fd()]].concat();
-        let ready = || -> Result<(Unprivileged, UserName, Slot, Option<ProxyListener>)> {
+        let ready = || -> Result<ManualStart> {
             streams.replace()?;
             sys::close_all_but(&keep)?;
             SigSet::empty().thread_set_mask()?;
             sandbox::enter_manual(host, worker)
         };
-        let ended = ready().and_then(|(proof, user, slot, proxy)| {
-            let variables = environment::task_environment(&user, uid, &slot);
+        let ended = ready().and_then(|(proof, variables, proxy)| {
             // What was looked up on the host is not for here.
             let proxy_descriptors = proxy.iter().flat_map(ProxyListener::descriptors);
             let keep: Vec<i32> = proxy_descriptors.chain([there.as_raw_fd()]).collect();
@@ -355,19 +353,19 @@ impl Started {
     }
 }
 
-/// In a process of its own, which ends with the namespace: forward to the supervisor what is for the server.
+/// In a process of its own, which ends with the namespace: forward connections to the supervisor.
 fn forward_connections(proxy: ProxyListener) -> Result<()> {
     sys::fork(|| {
         if sys::close_all_but(&proxy.descriptors()).is_err() {
             return 1;
         }
         loop {
-            let mut events = [PollFd::new(proxy.listener.as_fd(), PollFlags::POLLIN)];
+            let mut events = proxy.poll_fds();
             let _ = poll(&mut events, PollTimeout::NONE);
             proxy.forward();
         }
     })
-    .context("cannot start the process that forwards connections to the server")?;
+    .context("cannot start the process that forwards connections to the supervisor")?;
     Ok(())
 }
 

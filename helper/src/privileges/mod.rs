@@ -45,7 +45,7 @@ pub const CAPABILITIES: [(Capability, Kind, &str); 11] = [
     (Capability::CAP_SYS_CHROOT, Kind::Monitor, "`setns(2)` to a mount namespace, and `pivot_root(2)`"),
     (Capability::CAP_SETPCAP, Kind::Monitor, "emptying the bounding set of the listener and of jobs"),
     (Capability::CAP_MKNOD, Kind::Monitor, "the nodes of a job's `/dev`"),
-    (Capability::CAP_NET_ADMIN, Kind::Monitor, "bringing up `lo` in a job's own network namespace"),
+    (Capability::CAP_NET_ADMIN, Kind::Monitor, "bringing up `lo` in a job's own network namespace, and giving it addresses"),
     (Capability::CAP_NET_BIND_SERVICE, Kind::Monitor, "the server's port, 80 or 443, in it"),
 ];
 

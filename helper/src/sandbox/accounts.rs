@@ -8,7 +8,7 @@ use crate::host::accounts::{Accounts, LAST_OF_THE_SYSTEM};
 use crate::sandbox::network;
 
 /// The files that a job sees in `/etc` in place of the host's, by their names: the system's accounts with its own,
-/// the slot's groups, and where it has no network, who the server is.
+/// the slot's groups, and where it has not the host's network, the hosts that it reaches.
 pub fn files(
     accounts: &Accounts,
     name: &UserName,
@@ -40,9 +40,9 @@ pub fn files(
         group += &format!("{own}:x:{gid}:{name}\n");
     }
     let mut files = vec![("passwd", passwd), ("group", group)];
-    if slot.network == Network::None {
+    if let Network::Egress(egress) = &slot.network {
         let own = nix::unistd::gethostname().unwrap_or_default();
-        files.push(("hosts", network::hosts(&config.general.baseurl, &own)));
+        files.push(("hosts", network::hosts(&config.general.baseurl, egress, &own)));
     }
     files
 }

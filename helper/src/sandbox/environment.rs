@@ -4,8 +4,26 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use protocol::config::{Config, EnvName, EnvValue, Network, Slot};
+use protocol::config::{BaseUrl, Config, Egress, EnvName, EnvValue, HTTP_PROXY, Slot};
 use protocol::{Uid, UserName};
+
+/// The variables by which programs find the HTTP proxy of their job. Programs read them in lower case, in upper case or in
+/// both.
+fn proxy_variables(server: &BaseUrl) -> BTreeMap<String, String> {
+    let proxy = format!("http://{HTTP_PROXY}");
+    // The buildomat server is reached without it, as by the agent.
+    let server = server.name_and_port().map(|(name, _)| format!(",{name}"));
+    let own = format!("localhost,127.0.0.1,::1{}", server.unwrap_or_default());
+    let variables = [
+        ("http_proxy", &proxy),
+        ("https_proxy", &proxy),
+        ("no_proxy", &own),
+    ];
+    let both = |(name, value): (&str, &String)| {
+        [name.to_owned(), name.to_ascii_uppercase()].map(|name| (name, value.clone()))
+    };
+    variables.into_iter().flat_map(both).collect()
+}
 
 /// A program with the environment of a worker's first one, and nothing of ours.
 pub fn command(program: &Path, user: &UserName) -> Command {
@@ -26,7 +44,7 @@ pub fn command(program: &Path, user: &UserName) -> Command {
 
 /// The environment that buildomat's agent gives a task, for a command of the manual program. A task has no other variables but
 /// the slot's, and two that name the job.
-pub fn task_environment(user: &UserName, uid: Uid, slot: &Slot) -> Vec<(String, String)> {
+pub fn task_environment(server: &BaseUrl, user: &UserName, uid: Uid, slot: &Slot) -> Vec<(String, String)> {
     let path = "/var/run/buildomat/agent/bin:/usr/bin:/bin:/usr/sbin:/sbin:/opt/ooce/bin:/opt/ooce/sbin";
     let mut variables = vec![
         ("HOME".to_owned(), format!("/home/{user}")),
@@ -36,15 +54,23 @@ pub fn task_environment(user: &UserName, uid: Uid, slot: &Slot) -> Vec<(String, 
         ("PATH".to_owned(), path.to_owned()),
         ("LANG".to_owned(), "en_US.UTF-8".to_owned()),
     ];
-    variables.extend(slot_variables(uid, slot));
+    variables.extend(slot_variables(server, uid, slot));
     variables
 }
 
-/// The variables that the agent adds to each task's: where its `/run` has a directory for it alone, and the slot's.
-pub fn slot_variables(uid: Uid, slot: &Slot) -> BTreeMap<String, String> {
+/// The variables that the agent adds to each task's: where its `/run` has a directory for it alone, the HTTP proxy where
+/// the slot has one, and the slot's own.
+pub fn slot_variables(server: &BaseUrl, uid: Uid, slot: &Slot) -> BTreeMap<String, String> {
     let runtime = ("XDG_RUNTIME_DIR".to_owned(), format!("/run/user/{uid}"));
+    let has_proxy = slot.network.egress().is_some_and(Egress::has_http_proxy);
+    let proxy = if has_proxy {
+        proxy_variables(server)
+    } else {
+        BTreeMap::new()
+    };
     let text = |(name, value): (&EnvName, &EnvValue)| (name.as_str().to_owned(), value.as_str().to_owned());
     std::iter::once(runtime)
+        .chain(proxy)
         .chain(slot.env.iter().map(text))
         .collect()
 }
@@ -60,7 +86,7 @@ pub fn agent_variables(config: &Config, slot: &Slot) -> Vec<(String, String)> {
             variables.push((name.to_owned(), proxy.to_string()));
         }
     }
-    if slot.network == Network::None {
+    if !slot.network.is_host() {
         variables.retain(|(name, _)| !name.to_ascii_lowercase().ends_with("_proxy"));
     }
     variables
@@ -103,6 +129,42 @@ mod tests {
         for factory in [own.to_owned(), format!("{named}{own}")] {
             assert_eq!(variables("b", proxy, &factory), "SSL_CERT_FILE=/ca");
         }
+    }
+
+    #[test]
+    fn a_job_is_told_of_its_http_proxy_where_it_has_one_unless_the_slot_says_otherwise() {
+        let variables = |slot: &str| {
+            let config = Config::parse(&format!(
+                "[general]\nbaseurl = \"http://b\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
+                 target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n{slot}\n"
+            ))
+            .unwrap();
+            let slot = config.slots.values().next().unwrap();
+            let variables = slot_variables(&config.general.baseurl, Uid::try_from(2_000_000).unwrap(), slot);
+            let named = |(name, value): (String, String)| {
+                let is_proxys = name.to_ascii_lowercase().ends_with("_proxy");
+                is_proxys.then(|| format!("{name}={value}"))
+            };
+            variables
+                .into_iter()
+                .filter_map(named)
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        let (proxy, own) = ("http://127.64.0.1:3128", "localhost,127.0.0.1,::1,b");
+        for without in ["", "network = \"none\"", "network = { allow = [] }"] {
+            assert_eq!(variables(without), "");
+        }
+        for with in ["network = { allow = [\"x.org:80\"] }", "network.audit = true"] {
+            assert_eq!(
+                variables(with),
+                format!(
+                    "HTTPS_PROXY={proxy} HTTP_PROXY={proxy} NO_PROXY={own} http_proxy={proxy} https_proxy={proxy} no_proxy={own}"
+                )
+            );
+        }
+        let named = variables("network.audit = true\nenv.no_proxy = \"mine\"");
+        assert!(named.ends_with(" no_proxy=mine"), "{named}");
     }
 
     #[test]

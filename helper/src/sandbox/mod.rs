@@ -85,15 +85,18 @@ pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session:
     })
 }
 
+/// What a command of the manual program begins with: the proof, a task's environment, and the way out where the slot has not
+/// the host's network.
+pub type ManualStart = (Unprivileged, Vec<(String, String)>, Option<ProxyListener>);
+
 /// For what a person does in a worker with the manual program: the same sandbox, with the standard streams that the process has.
-pub fn enter_manual(
-    host: &Host,
-    worker: WorkerId,
-) -> Result<(Unprivileged, UserName, Slot, Option<ProxyListener>)> {
+pub fn enter_manual(host: &Host, worker: WorkerId) -> Result<ManualStart> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
     let (proxy, proof) = apply_sandbox(host, &config, &plan, Purpose::Manual)?;
-    Ok((proof, plan.user, plan.slot, proxy))
+    let server = &config.general.baseurl;
+    let variables = environment::task_environment(server, &plan.user, plan.uid, &plan.slot);
+    Ok((proof, variables, proxy))
 }
 
 /// For whom the sandbox is applied.
@@ -120,9 +123,12 @@ fn apply_sandbox(
     if matches!(purpose, Purpose::Agent(_)) || open_dir(&host.devices, plan.worker.to_string()).is_err() {
         devices::make(host, plan.worker, plan.uid, &plan.slot)?;
     }
-    let proxy = match plan.slot.network {
+    let proxy = match &plan.slot.network {
         Network::Host => None,
-        Network::None => Some(network::enter(&config.general.baseurl, &host.proxy_dir)?),
+        Network::Egress(egress) => {
+            let baseurl = &config.general.baseurl;
+            Some(network::enter(baseurl, egress, &host.proxy_dir)?)
+        }
     };
     // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
     let rules = landlock::Rules::new(plan.slot.allow_user_namespaces)?;
@@ -244,7 +250,7 @@ fn files(host: &Host, worker: WorkerId) -> Result<init::Files> {
 /// `agent install`'s arguments. None comes from the socket but the token, which has letters and digits alone.
 fn arguments(config: &Config, uid: Uid, slot: &Slot, bootstrap: &BootstrapToken) -> Vec<String> {
     let mut arguments = vec!["install".to_owned()];
-    for (name, value) in environment::slot_variables(uid, slot) {
+    for (name, value) in environment::slot_variables(&config.general.baseurl, uid, slot) {
         arguments.extend(["-e".to_owned(), format!("{name}={value}")]);
     }
     arguments.extend(["--no-service", "--no-setuid", "--use-var-run"].map(str::to_owned));
@@ -308,7 +314,7 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
     for fact in layout::facts()? {
         let is_for_it = match fact == SourcePath::new(layout::UDEV_DATA) {
             true => !plan.slot.devices.is_empty(),
-            false => plan.slot.network == Network::Host,
+            false => plan.slot.network.is_host(),
         };
         let place = fact.same_for_job();
         // What the operator shows there goes before.

@@ -1,36 +1,50 @@
-//! A network of a job's own, with nothing in it but itself and a way to the buildomat server.
+//! A network of a job's own, with nothing in it but itself and a way to what its slot names.
 //!
-//! The job's pid 1 listens where the job believes the server to be. Each connection that it accepts it hands
-//! to the supervisor, through a socket in a directory that the job cannot see; the supervisor passes the
-//! bytes on. So the job has no interface, no route and no name service that could lead anywhere else; TLS
-//! stays between agent and server; and the helper needs neither firewall rules nor addresses.
+//! The job's pid 1 listens where the job believes the buildomat server to be, and each of the slot's destinations. Each
+//! connection that it accepts it hands to the supervisor, through a socket in a directory that the job cannot see, with the
+//! name of the destination; the supervisor passes the bytes on. So the job has no interface, no route and no name service
+//! that could lead anywhere else; TLS stays between the job and its server; and the helper needs no firewall rules.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::net::{Ipv4Addr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-use protocol::config::BaseUrl;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
+};
+use protocol::config::{BaseUrl, Egress, TO_SERVER};
 
 use crate::sys;
 use crate::unprivileged::proxy::ProxyListener;
 
-/// The job's `/etc/hosts`: the server and the job's own host name are here, as the host has its own there.
-pub fn hosts(baseurl: &BaseUrl, own: &OsStr) -> String {
-    let server = match baseurl.name_and_port() {
-        Some((name, _)) if name.parse::<Ipv4Addr>().is_err() => format!(" {name}"),
-        _ => String::new(),
-    };
-    let mut hosts = format!("127.0.0.1 localhost{server}\n::1 localhost\n");
+/// Connections that wait at one address until pid 1 accepts them, as std's listeners have it.
+const BACKLOG: i32 = 128;
+
+/// The job's `/etc/hosts`: the server, the slot's destinations, and the job's own host name as the host has it there.
+pub fn hosts(baseurl: &BaseUrl, egress: &Egress, own: &OsStr) -> String {
+    let server = baseurl.name_and_port().map(|(name, _)| name);
+    let server = server.filter(|name| name.parse::<Ipv4Addr>().is_err());
+    let mut hosts = format!(
+        "127.0.0.1 localhost{}\n::1 localhost\n",
+        server.map(|name| format!(" {name}")).unwrap_or_default()
+    );
+    let names = egress.names(baseurl);
+    for (name, address) in &names {
+        if Some(*name) != server {
+            hosts += &format!("{address} {name}\n");
+        }
+    }
     // Who names the host is root, and may name it anything (`sethostname(2)`).
     match own.to_str() {
         Some(own)
             if !own.is_empty()
                 && own
                     .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)) =>
+                    .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
+                && !names.iter().any(|(name, _)| own.eq_ignore_ascii_case(name)) =>
         {
             hosts += &format!("127.0.0.1 {own}\n");
         }
@@ -40,25 +54,50 @@ pub fn hosts(baseurl: &BaseUrl, own: &OsStr) -> String {
 }
 
 /// Leave the host's network for a new one, and listen in it.
-pub fn enter(baseurl: &BaseUrl, proxy_dir: &OwnedFd) -> Result<ProxyListener> {
+pub fn enter(baseurl: &BaseUrl, egress: &Egress, proxy_dir: &OwnedFd) -> Result<ProxyListener> {
     let (name, port) = baseurl.name_and_port().context("the server has no name")?;
     unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
-    let control = socket(
-        AddressFamily::Inet,
-        SockType::Datagram,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-    .context("cannot open a socket")?;
-    sys::bring_up_loopback(control.as_fd()).context("cannot bring up the job's loopback")?;
-    let address = name.parse().unwrap_or(Ipv4Addr::LOCALHOST);
-    let listener = TcpListener::bind((address, port))
-        .with_context(|| format!("cannot listen on {address}:{port} for the job"))?;
-    listener.set_nonblocking(true)?;
+    let control = |family| socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
+    let ipv4 = control(AddressFamily::Inet).context("cannot open a socket")?;
+    sys::bring_up_loopback(ipv4.as_fd()).context("cannot bring up the job's loopback")?;
+    let server = SocketAddr::new(name.parse().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), port);
+    let mut listeners = vec![(listen(server)?, TO_SERVER.to_owned())];
+    let (mut aliases, mut has) = (0, BTreeSet::new());
+    for (address, destination) in egress.listeners(baseurl) {
+        let added = match address.ip() {
+            ip if ip.is_loopback() || !has.insert(ip) => Ok(()),
+            IpAddr::V4(ip) => {
+                aliases += 1;
+                sys::add_loopback_ipv4(ipv4.as_fd(), aliases, ip)
+            }
+            IpAddr::V6(ip) => control(AddressFamily::Inet6)
+                .map_err(std::io::Error::from)
+                .and_then(|ipv6| sys::add_loopback_ipv6(ipv6.as_fd(), ip)),
+        };
+        added.with_context(|| format!("cannot give the job's loopback the address of {destination}"))?;
+        listeners.push((listen(address)?, destination));
+    }
     Ok(ProxyListener {
-        listener,
+        listeners,
         proxy_dir: proxy_dir.try_clone()?,
     })
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener> {
+    let listen = || {
+        let family = match address {
+            SocketAddr::V4(_) => AddressFamily::Inet,
+            SocketAddr::V6(_) => AddressFamily::Inet6,
+        };
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let listener = socket(family, SockType::Stream, flags, None)?;
+        // The kernel takes an IPv6 address in a moment after it was added (`addrconf_dad_start` in net/ipv6/addrconf.c).
+        setsockopt(&listener, sockopt::IpFreebind, &true)?;
+        bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
+        nix::sys::socket::listen(&listener, Backlog::new(BACKLOG)?)?;
+        nix::Result::Ok(listener.into())
+    };
+    listen().with_context(|| format!("cannot listen on {address} for the job"))
 }
 
 #[cfg(test)]
@@ -68,27 +107,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_job_without_a_network_knows_the_server_and_its_own_name() {
-        let text = |server: &str, own: &str| {
+    fn a_job_without_the_hosts_network_knows_the_server_its_destinations_and_its_own_name() {
+        let text = |server: &str, network: &str, own: &str| {
             let config = Config::parse(&format!(
                 "[general]\nbaseurl = \"{server}\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
-                 target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
-            ));
-            hosts(&config.unwrap().general.baseurl, OsStr::new(own))
+                 target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nnetwork = {network}\n"
+            ))
+            .unwrap();
+            let egress = config.slots.values().next().unwrap().network.egress().unwrap();
+            hosts(&config.general.baseurl, egress, OsStr::new(own))
         };
+        let none = "\"none\"";
         assert_eq!(
-            text("https://b.example.com", "ci-1"),
+            text("https://b.example.com", none, "ci-1"),
             "127.0.0.1 localhost b.example.com\n::1 localhost\n127.0.0.1 ci-1\n"
         );
         assert_eq!(
-            text("http://127.0.0.1:80", "ci-1.example.com"),
+            text("http://127.0.0.1:80", none, "ci-1.example.com"),
             "127.0.0.1 localhost\n::1 localhost\n127.0.0.1 ci-1.example.com\n"
         );
         for odd in ["", "a b", "a\n10.0.0.1 x", "#"] {
             assert_eq!(
-                text("http://127.0.0.1:80", odd),
+                text("http://127.0.0.1:80", none, odd),
                 "127.0.0.1 localhost\n::1 localhost\n"
             );
         }
+        let some = "{ allow = [\"b.example.com:22\", \"ci-1:80\", \"x.org:80\", \"x.org:443\", \"*.y.org:80\", \"10.0.0.1:80\"] }";
+        assert_eq!(
+            text("https://b.example.com", some, "CI-1"),
+            "127.0.0.1 localhost b.example.com\n::1 localhost\n127.64.0.3 ci-1\n127.64.0.4 x.org\n"
+        );
     }
 }

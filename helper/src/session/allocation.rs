@@ -93,7 +93,7 @@ pub fn create_user(
             }
         },
     };
-    users::write_userdb(host.userdb.as_fd(), &worker.user(), record.uid)?;
+    users::write_userdb(host.userdb.as_fd(), &worker.user(), record.uid, slot)?;
     Ok((record.uid, worker.user()))
 }
 

@@ -33,7 +33,7 @@ pub struct InitConfig {
     pub console: u64,
     /// From the agent's start until everything is ended.
     pub time: Option<Duration>,
-    /// The way to the server, for a job that has no other.
+    /// The way to the server and the slot's destinations, for a job that has no other.
     pub proxy: Option<ProxyListener>,
 }
 
@@ -125,7 +125,7 @@ pub fn run(_proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConf
             events.push(PollFd::new(agent.output.as_fd(), PollFlags::POLLIN));
         }
         if let Some(proxy) = &config.proxy {
-            events.push(PollFd::new(proxy.listener.as_fd(), PollFlags::POLLIN));
+            events.extend(proxy.poll_fds());
         }
         let left = end.map(|end| end.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {

@@ -1,9 +1,10 @@
-//! Connections of a job without a network, which pid 1 accepts in its place and forwards to the supervisor.
+//! Connections of a job without the host's network, which pid 1 accepts and forwards to the supervisor.
 
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::Seqpacket;
 use protocol::config::PROXY_SOCKET;
 
@@ -12,26 +13,39 @@ use crate::unprivileged::TURN;
 /// Where connections come in, and where they go.
 #[derive(Debug)]
 pub struct ProxyListener {
-    pub listener: TcpListener,
+    /// Each with the name of its connections.
+    pub listeners: Vec<(TcpListener, String)>,
     pub proxy_dir: OwnedFd,
 }
 
 impl ProxyListener {
     /// What must stay open until pid 1 forwards.
-    pub fn descriptors(&self) -> [i32; 2] {
-        [self.listener.as_raw_fd(), self.proxy_dir.as_raw_fd()]
+    pub fn descriptors(&self) -> Vec<i32> {
+        let listeners = self.listeners.iter().map(|(listener, _)| listener.as_raw_fd());
+        listeners.chain([self.proxy_dir.as_raw_fd()]).collect()
+    }
+
+    /// Readable when a connection waits.
+    pub fn poll_fds(&self) -> Vec<PollFd<'_>> {
+        let listeners = self.listeners.iter().map(|(listener, _)| listener.as_fd());
+        listeners.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect()
     }
 
     /// Hand on the connections that are waiting. Where the supervisor is away, or busy, they are closed: the
     /// agent comes again.
     pub fn forward(&self) {
         let socket: PathBuf = format!("/proc/self/fd/{}/{PROXY_SOCKET}", self.proxy_dir.as_raw_fd()).into();
-        for _ in 0..TURN {
-            let Ok((connection, _)) = self.listener.accept() else {
-                return;
-            };
-            if let Ok(supervisor) = Seqpacket::connect(&socket, true) {
-                let _ = supervisor.send(b"c", Some(connection.as_fd()));
+        let mut events = self.poll_fds();
+        let _ = poll(&mut events, PollTimeout::ZERO);
+        let ready = events.iter().map(|event| event.any() == Some(true));
+        for (_, (listener, name)) in ready.zip(&self.listeners).filter(|(ready, _)| *ready) {
+            for _ in 0..TURN {
+                let Ok((connection, _)) = listener.accept() else {
+                    break;
+                };
+                if let Ok(supervisor) = Seqpacket::connect(&socket, true) {
+                    let _ = supervisor.send(name.as_bytes(), Some(connection.as_fd()));
+                }
             }
         }
     }

@@ -23,10 +23,11 @@
 pub mod accounts;
 mod devices;
 mod limits;
+mod network;
 mod value;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
@@ -35,6 +36,10 @@ use crate::{SlotName, Target};
 
 pub use devices::DevicePattern;
 pub use limits::{Cpus, Limits, MinFree, core_goes_to_a_socket};
+pub use network::{
+    Destination, Egress, HTTP_PROXY, Host, MAX_CONNECTION_NAME, MAX_DESTINATIONS, Network, TO_HTTP_PROXY,
+    TO_SERVER,
+};
 pub use value::{
     AgentEnvName, BaseUrl, EnvName, EnvValue, GroupName, HELPER_VARIABLES, HostName, HostPath, ProxyUrl,
     Script, SocketFamily, UidRange, User,
@@ -52,14 +57,16 @@ pub const HELPER_SOCKET: &str = "run/buildomat-user-factory/helper.sock";
 /// the server: the helper makes it and gives it to the supervisor. Jobs' first processes have it by descriptor. To all
 /// others but the supervisor's group it is closed, by the mode of the directory that it is in.
 pub const PROXY_DIR: &str = "run/buildomat-user-factory/gate/jobs";
-/// The name of that socket, of type `SOCK_SEQPACKET`. One packet, of one byte, brings one descriptor: a TCP
-/// connection that a job has opened to the server.
+/// The name of that socket, of type `SOCK_SEQPACKET`. One packet brings one descriptor, a TCP connection that a job has
+/// opened, and the connection's name: [`TO_SERVER`], [`TO_HTTP_PROXY`] or a [`Destination`].
 pub const PROXY_SOCKET: &str = "server.sock";
 /// The directory, below the root directory, in which the supervisor listens for the operator's command: made and
 /// given away in the same way.
 pub const CONTROL_DIR: &str = "run/buildomat-user-factory/control";
 /// The name of that socket, which speaks HTTP.
 pub const CONTROL_SOCKET: &str = "control.sock";
+/// The field of a worker's user record in the host's userdb that has its slot's name.
+pub const USERDB_SLOT: &str = "buildomatSlot";
 /// The directory of all lasting state, below the root directory.
 pub const STATE_DIR: &str = "var/lib/buildomat-user-factory";
 
@@ -201,18 +208,6 @@ pub struct Slot {
     pub line: usize,
 }
 
-/// What a job can reach.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Network {
-    /// The host's network.
-    #[default]
-    Host,
-    /// Only the buildomat server: the job has a network namespace of its own, in which its pid 1 forwards connections to
-    /// the supervisor's egress proxy, which forwards them to `general.baseurl`.
-    None,
-}
-
 /// One mistake in the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mistake {
@@ -302,16 +297,33 @@ impl Config {
             if let Some(network) = slot
                 .network
                 .as_ref()
-                .filter(|network| *network.get_ref() == Network::None)
+                .filter(|network| !network.get_ref().is_host())
                 && raw.general.baseurl.name_and_port().is_none()
             {
                 note(
                     network.span().start,
                     format!(
-                        "network = \"none\" needs a server with a name: {} is an address, name the host in general.baseurl",
+                        "a network of the job's own needs a server with a name: {} is an address, name the host in general.baseurl",
                         raw.general.baseurl
                     ),
                 );
+            }
+            if let Some(egress) = checked.network.egress() {
+                let server = raw.general.baseurl.name_and_port();
+                let server = server.map(|(name, port)| {
+                    let address = name.parse().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+                    (SocketAddr::new(address, port), "the buildomat server".to_owned())
+                });
+                let mut taken: BTreeMap<SocketAddr, String> = server.into_iter().collect();
+                for (address, name) in egress.listeners(&raw.general.baseurl) {
+                    if let Some(other) = taken.insert(address, name.clone()) {
+                        let start = slot.network.as_ref().map_or(0, |network| network.span().start);
+                        note(
+                            start,
+                            format!("{other} and {name} are both at {address} in a job: remove one of them"),
+                        );
+                    }
+                }
             }
             if let Some(families) = slot
                 .socket_families
@@ -320,7 +332,7 @@ impl Config {
                 && slot
                     .network
                     .as_ref()
-                    .is_some_and(|network| *network.get_ref() == Network::None)
+                    .is_some_and(|network| !network.get_ref().is_host())
             {
                 note(
                     families.span().start,
@@ -471,6 +483,11 @@ mod tests {
         }
     }
 
+    fn too_many_destinations() -> Vec<String> {
+        let ports = 1..=MAX_DESTINATIONS + 1;
+        ports.map(|port| format!("a.example:{port}")).collect()
+    }
+
     #[test]
     fn every_mistake_has_its_line_and_a_sentence() {
         for (text, line, part) in [
@@ -498,8 +515,52 @@ mod tests {
             (format!("{SLOT}writable = [\"/opt/../etc\"]\n"), 7, "absolute"),
             (format!("{SLOT}devices = [\"/etc/passwd\"]\n"), 7, "/dev"),
             (format!("{SLOT}devices = [\"/dev/*\"]\n"), 7, "every device"),
-            (format!("{SLOT}devices = [\"/dev\"]\n"), 7, "/dev"),
-            (format!("{SLOT}network = \"lan\"\n"), 7, "variant"),
+            (
+                format!("{SLOT}devices = [\n\"/dev/null\",\n\"/dev\"]\n"),
+                9,
+                "/dev",
+            ),
+            (
+                format!("{SLOT}add_to_groups = [\n\"adm\",\n\"a b\"]\n"),
+                9,
+                "a group's name",
+            ),
+            (
+                format!("{SLOT}network = \"lan\"\n"),
+                7,
+                "or a table with allow or audit",
+            ),
+            (format!("{SLOT}network.alow = []\n"), 7, "unknown field"),
+            (
+                format!("{SLOT}network = {{ allow = [\n\"a.example:443\",\n\"b.example\",\n] }}\n"),
+                9,
+                "its port is missing",
+            ),
+            (
+                format!("{SLOT}[slots.a.network]\nallow = [\n\"https://a.example:443\",\n]\n"),
+                9,
+                "without a scheme",
+            ),
+            (
+                format!("{SLOT}network.allow = {:?}\n", too_many_destinations()),
+                7,
+                "65 destinations are too many",
+            ),
+            (
+                format!("{SLOT}network.allow = [\"b.example.com:22\", \"127.0.0.1:22\"]\n"),
+                7,
+                "are both at 127.0.0.1:22 in a job",
+            ),
+            (
+                format!("{SLOT}network.allow = [\"127.0.0.1:443\"]\n"),
+                7,
+                "the buildomat server and 127.0.0.1:443 are both at",
+            ),
+            (
+                format!("{SLOT}network.audit = true\nsocket_families = [\"AF_CAN\"]\n"),
+                8,
+                "network = \"host\"",
+            ),
             (format!("{SLOT}limits.memory = 5\n"), 7, "at least"),
             (
                 format!("{SLOT}socket_families = [\"AF_PACKET\"]\n"),

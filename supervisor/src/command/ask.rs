@@ -121,6 +121,16 @@ pub async fn show(client: Client, worker: WorkerId, output: OutputFormat) -> Com
     Ok(DONE)
 }
 
+pub async fn egress(client: Client, slot: SlotName, output: OutputFormat) -> CommandResult {
+    let report = client.egress(&slot).await?;
+    say(&if output.json {
+        json(&report)
+    } else {
+        print::egress(&slot, &report)
+    });
+    Ok(DONE)
+}
+
 /// A console is a job's own text: on a terminal its escapes are shown, not obeyed.
 pub async fn logs(client: Client, worker: WorkerId, follow: bool) -> CommandResult {
     let mut answer = client.console(worker, follow).await?;

@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
-use protocol::config::{Config, Mistake};
+use futures_util::future::join_all;
+use protocol::config::{Config, Mistake, ProxyUrl};
 use supervisor::agent::{self, Agent, AgentCache};
 use supervisor::backoff::Rng;
 use supervisor::buildomat::BuildomatClient;
 use supervisor::config_check;
 use supervisor::control::client::Client;
+use supervisor::egress_proxy::try_destination;
 use supervisor::factory::targets::Targets;
 use supervisor::helper_client::HelperClient;
 use supervisor::preflight::{self, HostFacts};
@@ -80,38 +82,55 @@ fn ask(config: &Config, tokens: &TokenStore, root: &Path) -> bool {
     answers.iter().all(|(_, answer)| answer.is_ok())
 }
 
-async fn answers(
-    config: &Config,
-    tokens: &TokenStore,
-    root: &Path,
-) -> Vec<(&'static str, Result<String, String>)> {
+async fn answers(config: &Config, tokens: &TokenStore, root: &Path) -> Vec<(String, Result<String, String>)> {
     let mut answers = Vec::new();
     let server = BuildomatClient::new(&config.general, tokens.clone()).map_err(|e| e.to_string());
     match server {
-        Err(why) => answers.push(("server", Err(why))),
+        Err(why) => answers.push(("server".to_owned(), Err(why))),
         Ok(server) => {
             let ping = server.ping().await.map_err(|e| e.to_string());
             answers.push((
-                "server",
+                "server".to_owned(),
                 ping.map(|_| format!("{} answers and takes the token", config.general.baseurl)),
             ));
             let agent = match &config.factory.agent {
                 Some(path) => of_the_host(path.as_path()).await,
                 None => download(&server).await,
             };
-            answers.push(("agent", agent));
+            answers.push(("agent".to_owned(), agent));
             answers.extend(targets(config, &server).await);
         }
     }
-    answers.push(("helper", helper(&Places::below(root)).await));
+    answers.push(("helper".to_owned(), helper(&Places::below(root)).await));
+    answers.extend(destinations(config).await);
+    answers
+}
+
+/// What each slot's `network.allow` names, all of a slot at the same time.
+async fn destinations(config: &Config) -> Vec<(String, Result<String, String>)> {
+    let proxy = config.general.proxy.as_ref().map(ProxyUrl::host_and_port);
+    let mut answers = Vec::new();
+    for (slot, egress) in config
+        .slots
+        .iter()
+        .filter_map(|(name, slot)| Some((name, slot.network.egress()?)))
+    {
+        let tries = egress.allow.iter().map(|to| try_destination(egress, to, proxy));
+        let sentences = join_all(tries).await.into_iter().filter_map(Result::err);
+        let sentences: Vec<String> = sentences.collect();
+        if !egress.allow.is_empty() {
+            let answer = match sentences.is_empty() {
+                true => Ok("each of network.allow answers; of *.DOMAIN none is tried".to_owned()),
+                false => Err(sentences.join("; ")),
+            };
+            answers.push((format!("slot {slot}"), answer));
+        }
+    }
     answers
 }
 
 /// The targets that the configuration names, if it names any.
-async fn targets(
-    config: &Config,
-    server: &BuildomatClient,
-) -> Option<(&'static str, Result<String, String>)> {
+async fn targets(config: &Config, server: &BuildomatClient) -> Option<(String, Result<String, String>)> {
     let mut targets = Targets::new(config, 0);
     if !targets.begin(0) {
         return None;
@@ -122,7 +141,7 @@ async fn targets(
     let sentences: Vec<String> = unresolved.into_iter().map(|name| name.sentence).collect();
     let ids = targets.ids().iter().map(|(name, id)| format!("{name:?} is {id}"));
     Some((
-        "targets",
+        "targets".to_owned(),
         match sentences.is_empty() {
             true => Ok(ids.collect::<Vec<_>>().join(", ")),
             false => Err(sentences.join("; ")),

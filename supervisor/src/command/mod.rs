@@ -141,6 +141,15 @@ pub enum Command {
         #[command(flatten)]
         output: OutputFormat,
     },
+    /// What the jobs of a slot have connected to in the last 30 days, as lines for the configuration. For slots without the
+    /// host's network; with network = { audit = true } a job reaches other hosts through its HTTP proxy, and they are recorded.
+    Egress {
+        slot: SlotName,
+        #[command(flatten)]
+        at: Location,
+        #[command(flatten)]
+        output: OutputFormat,
+    },
     /// What the worker's agent has printed.
     Logs {
         worker: WorkerId,

@@ -3,8 +3,10 @@
 
 use anstyle::{AnsiColor, Style};
 use jiff::Timestamp;
-use protocol::one_line;
-use supervisor::control::api::{Details, Drain, PeerStatus, Slot, SlotState, Status};
+use protocol::{SlotName, one_line};
+use supervisor::control::api::{
+    DestinationUse, Details, Drain, EgressReport, PeerStatus, Slot, SlotState, Status,
+};
 use supervisor::residue::Report;
 use supervisor::selftest::{Outcome, SlotReport};
 
@@ -338,6 +340,24 @@ pub fn details(d: &Details, now: Timestamp) -> String {
         });
         text += &table(["PID", "STATE", "MEMORY", "NAME"], rows);
     }
+    let egress = d.egress.iter().flat_map(|report| {
+        let used = report.used.iter().map(|each| (Style::new(), "used", each));
+        used.chain(report.refused.iter().map(|each| (BAD, "refused", each)))
+    });
+    let rows: Vec<_> = egress
+        .map(|(style, how, each)| {
+            [
+                plain(&each.destination),
+                plain(each.connections),
+                plain(ago(each.last, now)),
+                (style, how.to_owned()),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        text += "\n";
+        text += &table(["DESTINATION", "CONNECTIONS", "LAST", "EGRESS"], rows.into_iter());
+    }
     if !d.console.is_empty() {
         text += &format!("\n{}\n", styled(HEAD, "last lines of the console"));
         for line in &d.console {
@@ -345,6 +365,25 @@ pub fn details(d: &Details, now: Timestamp) -> String {
         }
     }
     text
+}
+
+/// What the jobs of a slot have connected to, to be pasted into the configuration; what was refused in comments.
+pub fn egress(slot: &SlotName, report: &EgressReport) -> String {
+    let item = |each: &DestinationUse| format!("    {:?},", each.destination);
+    let uses = |each: &DestinationUse| {
+        let plural = if each.connections == 1 { "" } else { "s" };
+        let last = each.last.strftime("%Y-%m-%d");
+        format!("{} connection{plural}, last on {last}", each.connections)
+    };
+    let width = report.used.iter().map(|each| item(each).len()).max().unwrap_or(0);
+    let mut text = format!("[slots.{slot}]\nnetwork.allow = [\n");
+    for each in &report.used {
+        text += &format!("{:width$} # {}\n", item(each), uses(each));
+    }
+    for each in &report.refused {
+        text += &format!("#{} # refused: {}\n", item(each), uses(each));
+    }
+    text + "]\n"
 }
 
 /// One slot that is not empty yet, and why: for `drain --wait`.

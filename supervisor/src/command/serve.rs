@@ -13,7 +13,8 @@ use supervisor::control::server::{ControlServer, refused_by};
 use supervisor::control::state::{Command, CommandQueue, Operator, StatusState};
 use supervisor::descriptors;
 use supervisor::driver::{Clock, Driver, Persistence};
-use supervisor::egress_proxy::EgressProxy;
+use supervisor::egress_proxy::{EgressProxy, Reports};
+use supervisor::egress_records::EgressRecords;
 use supervisor::executor::Executor;
 use supervisor::factory::{Factory, Input};
 use supervisor::free_resources::ResourceCheck;
@@ -81,20 +82,27 @@ pub fn serve(
         identity: identity.clone(),
     };
     tracing::info!(server = %config.general.baseurl, host = %identity, slots = config.slots.len(), workers = workers.len(), token = %tokens.source(), "supervisor started");
+    let metrics = Arc::new(Metrics::default());
+    let reports = Reports {
+        records: Arc::new(EgressRecords::open(&places.state)),
+        metrics: metrics.clone(),
+        server: executor.server.clone(),
+    };
+    reports.records.configure(&config);
     let connections = descriptors::proxied_connections();
     let proxy = EgressProxy::to_the_server(
         &config,
         places.egress_proxy.clone(),
         places.userdb.clone(),
         connections,
+        &reports,
     )
-    .context("cannot start the egress proxy for jobs without a network")?;
+    .context("cannot start the egress proxy for jobs without the host's network")?;
     let page = config
         .factory
         .status_address
         .map(|address| Arc::new(StatusPage::new(address)));
     let names = Names::new(config.factory.status_names.iter().map(|name| name.as_str()));
-    let metrics = Arc::new(Metrics::default());
     let file = Box::new(FileOnDisk::new(path.clone()));
     let mut status = StatusState::new(
         clock.now(),
@@ -105,6 +113,7 @@ pub fn serve(
         metrics.clone(),
     );
     status.page = page.clone();
+    status.egress = reports.records.clone();
     status.tokens = Some(tokens);
     // The seed spreads the retries of several factories; it is no secret.
     let seed = clock.now() ^ u64::from(std::process::id());
@@ -124,6 +133,7 @@ pub fn serve(
             history,
             metrics,
             cgroups: places.cgroups.clone(),
+            egress: reports.records.clone(),
         };
         if let Some(page) = page {
             tokio::spawn(server.clone().serve_page(page, names));
@@ -131,6 +141,7 @@ pub fn serve(
         // They end with the runtime: stopping does not wait for connections that may last as long as a job.
         tokio::spawn(server.serve(places.control));
         proxy.map(|proxy| tokio::spawn(proxy.serve()));
+        tokio::spawn(reports.records.save_in(places.state));
         notify::ready();
         Driver {
             factory,

@@ -270,6 +270,29 @@ pub struct Details {
     pub memory: u64,
     /// The last lines of its console, without control characters.
     pub console: Vec<String>,
+    /// What it has connected to or was refused, without the host's network. None where that is nothing.
+    #[serde(default)]
+    pub egress: Option<EgressReport>,
+}
+
+/// What jobs without the host's network have connected to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EgressReport {
+    /// Destinations to which there were connections, by name.
+    pub used: Vec<DestinationUse>,
+    /// Those that were refused.
+    pub refused: Vec<DestinationUse>,
+}
+
+/// One destination.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DestinationUse {
+    /// `HOST:PORT`.
+    pub destination: String,
+    /// How many connections there were, or were refused.
+    pub connections: u64,
+    /// The time of the last.
+    pub last: Timestamp,
 }
 
 /// The beginning of a phase.

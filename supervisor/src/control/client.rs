@@ -9,7 +9,7 @@ use reqwest::{Client as Http, Method, RequestBuilder, Response};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::api::{Details, Drain, Refusal, SelfTest, Status};
+use super::api::{Details, Drain, EgressReport, Refusal, SelfTest, Status};
 use crate::buildomat::causes;
 
 /// A call has been answered in full by then, or the factory is away. (A deletion is answered before it is done.)
@@ -70,6 +70,14 @@ impl Client {
     /// [`Error::Refused`] where there is no such worker.
     pub async fn details(&self, worker: WorkerId) -> Result<Details, Error> {
         self.json(&format!("/v1/workers/{worker}")).await
+    }
+
+    /// `GET /v1/slots/SLOT/egress`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where there is no such slot, or its jobs have the host's network.
+    pub async fn egress(&self, slot: &SlotName) -> Result<EgressReport, Error> {
+        self.json(&format!("/v1/slots/{slot}/egress")).await
     }
 
     /// The console, piece by piece: [`Response::chunk`].

@@ -70,6 +70,12 @@ struct Version {
     protocol: u16,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EgressOf {
+    slot: String,
+    result: &'static str,
+}
+
 type Seconds = Family<Phase, Histogram, fn() -> Histogram>;
 type Whole<L> = Family<L, Gauge<i64, AtomicI64>>;
 type Real<L> = Family<L, Gauge<f64, AtomicU64>>;
@@ -83,6 +89,7 @@ pub struct Metrics {
     phases: Seconds,
     cleanup_failures: Counter,
     reloads_refused: Counter,
+    egress: Family<EgressOf, Counter>,
 }
 
 fn phase_buckets() -> Histogram {
@@ -135,6 +142,12 @@ impl Default for Metrics {
             "Changed configurations that were not taken",
             reloads_refused.clone(),
         );
+        let egress = Family::default();
+        registry.register(
+            "egress_connections",
+            "Connections of jobs without the host's network to other hosts than the server, and those that were refused or failed",
+            egress.clone(),
+        );
         Self {
             registry,
             calls,
@@ -142,6 +155,7 @@ impl Default for Metrics {
             phases,
             cleanup_failures,
             reloads_refused,
+            egress,
         }
     }
 }
@@ -183,6 +197,12 @@ impl Metrics {
     /// Count a reload that was refused.
     pub fn reload_refused(&self) {
         self.reloads_refused.inc();
+    }
+
+    /// Count a connection of a job of this slot: `connected`, `refused` or `failed`.
+    pub fn egress(&self, slot: &SlotName, result: &'static str) {
+        let slot = slot.to_string();
+        self.egress.get_or_create(&EgressOf { slot, result }).inc();
     }
 
     /// Everything, at this instant; `memory` is what each slot's worker takes, in bytes.

@@ -22,13 +22,14 @@ use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::api::{self, Details, Process, Refusal, Status, Step};
+use super::api::{self, Details, EgressReport, Process, Refusal, Status, Step};
 use super::listener::{Names, StatusPage, serve_operators};
 use super::metrics::Metrics;
 use super::procs;
 use super::state::{Answer, Command, CommandQueue, Operator};
 use super::status::time;
 use crate::console;
+use crate::egress_records::EgressRecords;
 use crate::factory::drain::Drain;
 use crate::helper_client::{self, HelperClient};
 use crate::store::History;
@@ -62,6 +63,8 @@ pub struct ControlServer {
     pub metrics: Arc<Metrics>,
     /// Where the helper says where the workers' cgroups are.
     pub cgroups: PathBuf,
+    /// What jobs have connected to.
+    pub egress: Arc<EgressRecords>,
 }
 
 /// Who connected to the control socket. None where the kernel does not say.
@@ -114,6 +117,7 @@ impl ControlServer {
                 "/v1/slots/{slot}/resume",
                 post(|state, by, PathPart(slot)| resume(state, by, Some(slot))),
             )
+            .route("/v1/slots/{slot}/egress", get(egress))
             .route("/v1/selftest", post(selftest))
             .route("/v1/host-stops", post(host_stops))
             .route("/v1/reload", post(reload))
@@ -258,11 +262,26 @@ async fn details(
     let processes = found.uid.map(procs::of).unwrap_or_default();
     Ok(Json(Details {
         memory: server.memory(worker, &processes),
+        egress: server.egress.of_worker(found.id),
         worker: found,
         history: history.collect(),
         processes,
         console,
     }))
+}
+
+/// What recent jobs of a slot have connected to.
+async fn egress(
+    State(server): State<ControlServer>,
+    PathPart(slot): PathPart<SlotName>,
+) -> ApiResult<Json<EgressReport>> {
+    let report = server.egress.of_slot(&slot);
+    report.map(Json).ok_or_else(|| {
+        ApiError(
+            StatusCode::NOT_FOUND,
+            format!("there is no slot {slot} without the host's network: set network = {{ audit = true }} in [slots.{slot}]"),
+        )
+    })
 }
 
 fn last_lines(console: &File) -> Vec<String> {

@@ -14,6 +14,7 @@ use super::api::{self, Status};
 use super::listener::StatusPage;
 use super::metrics::Metrics;
 use super::status::{View, time};
+use crate::egress_records::EgressRecords;
 use crate::factory::drain::Drain;
 use crate::factory::{Input, Level, LogLine};
 use crate::token::TokenStore;
@@ -124,6 +125,8 @@ pub struct StatusState {
     problems: VecDeque<(u64, api::Problem)>,
     /// Shared with the server that prints them.
     pub metrics: Arc<Metrics>,
+    /// Shared with the egress proxy.
+    pub egress: Arc<EgressRecords>,
     /// None without `factory.status_address`.
     pub page: Option<Arc<StatusPage>>,
     /// For where the token in use was read. None in a simulation.
@@ -150,6 +153,7 @@ impl StatusState {
             helper,
             problems: VecDeque::new(),
             metrics,
+            egress: Arc::default(),
             page: None,
             tokens: None,
         }

@@ -93,6 +93,7 @@ impl<S: Storage> Driver<S> {
                 Ok(config) => {
                     let slots = config.slots.len();
                     tracing::info!(slots, %by, "configuration loaded again: new workers get what it says");
+                    self.status.egress.configure(&config);
                     done(answer, Input::Configure(Box::new(config)))
                 }
                 Err(why) => {

@@ -161,6 +161,7 @@ impl<S: Storage> Driver<S> {
                     Output::Remove(worker) => {
                         self.persistence.remove(worker)?;
                         phases.gone(worker, self.clock.now(), &self.status.metrics);
+                        self.status.egress.forget(worker);
                     }
                     Output::Log(line) => {
                         self.status.note(self.clock.now(), &line);

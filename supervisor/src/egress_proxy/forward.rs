@@ -6,8 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, copy_bidirectional};
-use tokio::time::sleep;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, copy_bidirectional_with_sizes};
+use tokio::time::{sleep, timeout};
+
+/// Bytes that wait for a side that reads slowly, for each direction of a connection.
+const BUFFER: usize = 128 << 10;
 
 /// What has happened on both sides of a connection.
 #[derive(Debug, Default)]
@@ -36,9 +39,21 @@ pub(super) async fn forward(
         activity,
     };
     tokio::select! {
-        copied = copy_bidirectional(&mut job, &mut server) => copied.map(drop),
+        copied = copy_bidirectional_with_sizes(&mut job, &mut server, BUFFER, BUFFER) => copied.map(drop),
         () = activity.has_stopped(idle) => Err(io::ErrorKind::TimedOut.into()),
     }
+}
+
+/// Write what a side has sent already, within `idle`: the other may take nothing.
+///
+/// # Errors
+/// Where it has broken off, or the time is over.
+pub(super) async fn write_first(
+    to: &mut (impl AsyncWrite + Unpin),
+    bytes: &[u8],
+    idle: Duration,
+) -> io::Result<()> {
+    timeout(idle, to.write_all(bytes)).await?
 }
 
 impl Activity {
@@ -128,7 +143,7 @@ mod tests {
             assert_eq!(job.read_u8().await.unwrap(), b'x');
         }
         let last = begun.elapsed();
-        let ended = tokio::time::timeout(10 * IDLE, forwarding).await;
+        let ended = timeout(10 * IDLE, forwarding).await;
         let ended = ended.expect("it ends").unwrap();
         assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
         let idle = begun.elapsed() - last;

@@ -1,44 +1,57 @@
-//! The egress proxy to the buildomat server, for jobs whose slot says `network = "none"`.
+//! The egress proxy, for jobs whose slot has not the host's network: to the buildomat server, and to what
+//! `network.allow` names.
 //!
-//! The first process of such a worker sends us, as a descriptor, each TCP connection that is made to the
-//! server's port in the job's network namespace ([`PROXY_SOCKET`]). We connect to the server ourselves and carry
-//! the bytes both ways; TLS is between the agent and the server, so we see nothing and can change nothing. Where the
-//! server speaks TLS, only connections that name it are carried: others may be at the same address.
+//! Pid 1 of such a worker accepts the TCP connections that are made in the job's network namespace to the server's port, to a
+//! destination of the slot, or to the job's HTTP proxy. It sends us each as a descriptor, with its name ([`PROXY_SOCKET`]).
+//! We connect ourselves and carry the bytes both ways; TLS is between the job and its server, so we see nothing and can
+//! change nothing. Where the buildomat server speaks TLS, only connections that name it are carried: others may be at the
+//! same address.
 //!
-//! It must never believe anything that comes, and never let a job choose where a connection leads, nor how
-//! long it takes to accept the next caller. What one caller can make many or slow is its own: a worker has so many
+//! Nothing that comes is believed. A name is looked up in the configuration of the worker's slot, and the job has no say in
+//! how long it takes to accept the next caller. What one caller can make many or slow is its own: a worker has so many
 //! connections whatever the others do, and a caller that is no worker is refused before anything is received.
 
 mod client_hello;
 mod closer;
+mod destination;
 mod forward;
+mod http_proxy;
+mod job_log;
 #[cfg(test)]
 mod tests;
 mod untrusted;
 mod upstream;
 
+pub use destination::try_destination;
+
 use std::collections::HashMap;
 use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use protocol::config::{Config, PROXY_SOCKET};
+use protocol::config::{Config, Destination, PROXY_SOCKET, TO_HTTP_PROXY, TO_SERVER, USERDB_SLOT};
+use protocol::{SlotName, UserName, WorkerId};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::spawn_blocking;
 use tokio::time::{interval, sleep, timeout};
 
+use crate::buildomat::BuildomatClient;
+use crate::control::metrics::Metrics;
 use crate::descriptors;
+use crate::egress_records::EgressRecords;
 use crate::limiter::{ConnectionLimiter, Permit};
 use crate::rate_limited_log::RateLimitedLog;
 use client_hello::ClientHello;
 use closer::Closer;
-use forward::forward;
+use forward::{forward, write_first};
+use job_log::JobLog;
 use untrusted::UntrustedTcpStream;
 use upstream::Upstream;
 
@@ -50,13 +63,33 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const HALF_CLOSED: Duration = Duration::from_secs(60);
 /// Connections of one worker at the same time: an agent and its job's uploads need a few.
 const CONNECTIONS_OF_A_WORKER: usize = 64;
-/// Of them, those whose packet is being received at the same time: that takes a thread each, and could take long.
-const RECEIVING: usize = 4;
+/// Of them, at most three quarters lead elsewhere than to the buildomat server: what a job does elsewhere does not keep
+/// its agent from that.
+const DESTINATIONS_OF_A_WORKER: usize = 48;
+/// Of them, those whose packet is being received at the same time, and as many whose name is being looked up: each takes a
+/// thread, and could take long.
+const TURNS: usize = 4;
 /// Callers that the kernel keeps until they are accepted.
 const BACKLOG: i32 = 4096;
 
-/// Which uids are workers'.
-type IsWorker = Box<dyn Fn(u32) -> bool + Send + Sync>;
+/// A worker, and its slot where that is known.
+type Caller = (WorkerId, Option<SlotName>);
+/// Whose uid it is, if it is a worker's.
+type WorkerOf = Box<dyn Fn(u32) -> Option<Caller> + Send + Sync>;
+
+/// The addresses of a name, with this port.
+type Resolve = Arc<dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync>;
+
+/// Where what jobs connect to is written down.
+#[derive(Clone, Debug)]
+pub struct Reports {
+    /// Slots, workers and destinations.
+    pub records: Arc<EgressRecords>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// For lines in jobs' logs.
+    pub server: BuildomatClient,
+}
 
 /// Everything that the egress proxy knows.
 pub struct EgressProxy {
@@ -65,9 +98,19 @@ pub struct EgressProxy {
     /// What a connection must name as the server it is for, where that is looked at. None in it: no name, as the server
     /// is an address.
     tls_name: Option<Option<String>>,
-    is_worker: IsWorker,
+    worker_of: WorkerOf,
+    /// Is an HTTP proxy before all destinations, too (`general.proxy`)? It is the way of `upstream`.
+    has_http_proxy: bool,
+    resolve: Resolve,
+    records: Arc<EgressRecords>,
+    metrics: Arc<Metrics>,
+    job_log: JobLog,
+    /// Taken when it begins to serve.
+    lines: Option<(BuildomatClient, mpsc::Receiver<(WorkerId, String)>)>,
     limiter: ConnectionLimiter<u32>,
-    receiving: Mutex<HashMap<u32, Weak<Semaphore>>>,
+    destinations: ConnectionLimiter<u32>,
+    receiving: Turns,
+    looking_up: Turns,
     half_closed: Duration,
     closer: Closer,
     log: RateLimitedLog,
@@ -97,34 +140,55 @@ impl EgressProxy {
         directory: PathBuf,
         userdb: PathBuf,
         connections: usize,
+        reports: &Reports,
     ) -> io::Result<Option<EgressProxy>> {
         let Some((host, port)) = config.general.baseurl.name_and_port() else {
             return Ok(None);
         };
         let range = config.factory.uid_range;
-        let is_worker = move |uid| {
-            let record = || userdb.join(format!("{uid}.user")).symlink_metadata();
-            range.contains(uid) && record().is_ok()
+        let worker_of = move |uid| {
+            let record = range
+                .contains(uid)
+                .then(|| std::fs::read(userdb.join(format!("{uid}.user"))));
+            worker_in(&record?.ok()?)
         };
         let tls = config.general.baseurl.as_str().starts_with("https://");
-        let mut proxy = EgressProxy::new(directory, host.into(), port, Box::new(is_worker))?;
+        let mut proxy = EgressProxy::new(directory, host.into(), port, Box::new(worker_of), reports)?;
         if let Some(http_proxy) = &config.general.proxy {
             let (host, port) = http_proxy.host_and_port();
             proxy.upstream = proxy.upstream.through(host.into(), port);
+            proxy.has_http_proxy = true;
         }
         proxy.tls_name = tls.then(|| tls_name(host));
-        proxy.limiter = ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, connections, config.slots.len());
+        let slots = config.slots.len();
+        proxy.limiter = ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, connections, slots);
+        proxy.destinations = ConnectionLimiter::new(DESTINATIONS_OF_A_WORKER, connections / 4 * 3, slots);
         Ok(Some(proxy))
     }
 
-    fn new(directory: PathBuf, host: String, port: u16, is_worker: IsWorker) -> io::Result<EgressProxy> {
+    fn new(
+        directory: PathBuf,
+        host: String,
+        port: u16,
+        worker_of: WorkerOf,
+        reports: &Reports,
+    ) -> io::Result<EgressProxy> {
+        let (job_log, lines) = JobLog::new();
         Ok(EgressProxy {
             directory,
             upstream: Upstream::new(host, port),
             tls_name: None,
-            is_worker,
+            worker_of,
+            has_http_proxy: false,
+            resolve: Arc::new(|name, port| Ok((name, port).to_socket_addrs()?.collect())),
+            records: reports.records.clone(),
+            metrics: reports.metrics.clone(),
+            job_log,
+            lines: Some((reports.server.clone(), lines)),
             limiter: ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, 16 * CONNECTIONS_OF_A_WORKER, 1),
-            receiving: Mutex::default(),
+            destinations: ConnectionLimiter::new(DESTINATIONS_OF_A_WORKER, usize::MAX, 1),
+            receiving: Turns::default(),
+            looking_up: Turns::default(),
             half_closed: HALF_CLOSED,
             closer: Closer::start()?,
             log: RateLimitedLog::default(),
@@ -132,7 +196,10 @@ impl EgressProxy {
     }
 
     /// Serve without end. Dropped with the runtime, it cuts every connection: agents make new ones.
-    pub async fn serve(self) {
+    pub async fn serve(mut self) {
+        if let Some((server, lines)) = self.lines.take() {
+            tokio::spawn(job_log::tell(server, lines));
+        }
         let proxy = Arc::new(self);
         loop {
             let listener = proxy.open().await;
@@ -196,15 +263,17 @@ impl EgressProxy {
 
     fn admit(self: &Arc<Self>, caller: UnixStream) {
         let uid = match caller.peer_cred() {
-            Ok(peer) if (self.is_worker)(peer.uid()) => peer.uid(),
-            Ok(peer) => return self.hang_up(caller, peer.uid(), "this uid is no worker's"),
+            Ok(peer) => peer.uid(),
             Err(_) => return self.hang_up(caller, u32::MAX, "the kernel does not name it"),
+        };
+        let Some(worker) = (self.worker_of)(uid) else {
+            return self.hang_up(caller, uid, "this uid is no worker's");
         };
         let Some(permit) = self.limiter.take(uid) else {
             return self.hang_up(caller, uid, "it has too many connections");
         };
         let proxy = self.clone();
-        tokio::spawn(async move { proxy.serve_caller(caller, uid, permit).await });
+        tokio::spawn(async move { proxy.serve_caller(caller, uid, worker, permit).await });
     }
 
     /// What the caller may have sent already is closed with its socket.
@@ -219,41 +288,59 @@ impl EgressProxy {
     }
 
     /// One connection from its beginning to its end.
-    async fn serve_caller(&self, caller: UnixStream, uid: u32, permit: Permit<u32>) {
+    async fn serve_caller(
+        self: Arc<Self>,
+        caller: UnixStream,
+        uid: u32,
+        (worker, slot): Caller,
+        permit: Permit<u32>,
+    ) {
         // Where it has said nothing, nothing is found.
         let _ = timeout(PATIENCE, untrusted::has_spoken(&caller)).await;
-        let turn = self.turns_of(uid).acquire_owned().await;
+        let turn = self.receiving.of(uid).acquire_owned().await;
         // Closing what else it has sent can take long. The thread has the permit, for as long as it takes.
-        let received = spawn_blocking(move || (untrusted::receive(caller), permit, turn)).await;
+        let closer = self.closer.clone();
+        let received = spawn_blocking(move || (untrusted::receive(caller, closer), permit, turn)).await;
         let (received, permit, turn) = match received {
             Ok(received) => received,
             Err(error) => return tracing::error!("the egress proxy could not receive: {error}"),
         };
         drop(turn);
-        let mut job = match received {
-            Ok(job) => job,
-            Err(why) => {
-                return self.log.warn(format_args!(
-                    "the egress proxy has closed a connection of uid {uid}: {why}"
-                ));
-            }
+        let closed = |why: &str| {
+            self.log.warn(format_args!(
+                "the egress proxy has closed a connection of uid {uid}: {why}"
+            ));
         };
-        self.carry(&mut job, uid).await;
-        if let Ok(job) = job.into_descriptor() {
-            self.closer.close(job);
+        let (mut stream, name) = match received {
+            Ok(received) => received,
+            Err(why) => return closed(&why),
+        };
+        if name == TO_SERVER {
+            self.carry(&mut stream, uid).await;
+        } else {
+            let job = slot.and_then(|slot| self.records.of_job(worker, &slot));
+            let Some(job) = job else {
+                return closed(
+                    "its slot has the host's network, is no longer in the configuration, or is not known",
+                );
+            };
+            let Some(own) = self.destinations.take(uid) else {
+                return closed("it has too many connections to other hosts than the server");
+            };
+            if name == TO_HTTP_PROXY {
+                return http_proxy::serve(self.clone(), job, uid, [permit, own], stream).await;
+            }
+            let Ok(to) = name.parse::<Destination>() else {
+                return closed("it names no destination");
+            };
+            if let Ok(mut server) = self.connect(uid, &job, &to).await {
+                let carried = forward(&mut stream, &mut server, self.half_closed).await;
+                log_end(uid, carried);
+            }
         }
+        // It counts until it is closed.
+        drop(stream);
         drop(permit);
-    }
-
-    fn turns_of(&self, uid: u32) -> Arc<Semaphore> {
-        let mut receiving = self.receiving.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(turns) = receiving.get(&uid).and_then(Weak::upgrade) {
-            return turns;
-        }
-        receiving.retain(|_, turns| turns.strong_count() > 0);
-        let turns = Arc::new(Semaphore::new(RECEIVING));
-        receiving.insert(uid, Arc::downgrade(&turns));
-        turns
     }
 
     async fn carry(&self, job: &mut UntrustedTcpStream, uid: u32) {
@@ -274,13 +361,11 @@ impl EgressProxy {
         };
         match self.upstream.connect().await {
             Ok(mut server) => {
-                let carried = match server.write_all(&first).await {
+                let carried = match write_first(&mut server, &first, self.half_closed).await {
                     Ok(()) => forward(job, &mut server, self.half_closed).await,
                     Err(error) => Err(error),
                 };
-                if let Err(error) = carried {
-                    tracing::debug!(uid, "a connection through the egress proxy has broken: {error}");
-                }
+                log_end(uid, carried);
             }
             Err(error) => tracing::debug!(
                 uid,
@@ -288,6 +373,39 @@ impl EgressProxy {
                 self.upstream
             ),
         }
+    }
+}
+
+/// Whose turn it is, of each uid.
+#[derive(Debug, Default)]
+struct Turns(Mutex<HashMap<u32, Weak<Semaphore>>>);
+
+impl Turns {
+    fn of(&self, uid: u32) -> Arc<Semaphore> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(turns) = all.get(&uid).and_then(Weak::upgrade) {
+            return turns;
+        }
+        all.retain(|_, turns| turns.strong_count() > 0);
+        let turns = Arc::new(Semaphore::new(TURNS));
+        all.insert(uid, Arc::downgrade(&turns));
+        turns
+    }
+}
+
+/// The worker that a user record of the helper's is for, and its slot. A helper that made it before an upgrade may have
+/// written down no slot.
+fn worker_in(record: &[u8]) -> Option<Caller> {
+    let record: serde_json::Value = serde_json::from_slice(record).ok()?;
+    let field = |name: &str| record[name].as_str().map(str::to_owned);
+    let user = UserName::try_from(field("userName")?).ok()?;
+    let slot = field(USERDB_SLOT).and_then(|slot| slot.parse().ok());
+    Some((user.worker(), slot))
+}
+
+fn log_end(uid: u32, carried: io::Result<()>) {
+    if let Err(error) = carried {
+        tracing::debug!(uid, "a connection through the egress proxy has broken: {error}");
     }
 }
 

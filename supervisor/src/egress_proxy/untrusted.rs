@@ -2,29 +2,75 @@
 //!
 //! Every holder can take away its non-blocking mode at any time, as that belongs to the socket and
 //! not to the descriptor. So that mode is never relied on: every call here says `MSG_DONTWAIT` itself. For
-//! the same reason (`SO_LINGER`) a [`Closer`](super::closer::Closer) closes it.
+//! the same reason (`SO_LINGER`) a [`Closer`] closes it.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::pin::Pin;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
+use protocol::config::MAX_CONNECTION_NAME;
 use protocol::{Received, Seqpacket};
 use socket2::{Domain, Protocol, SockRef, TcpKeepalive, Type};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
+use super::closer::Closer;
+
 /// The job's end of a connection.
 #[derive(Debug)]
-pub(super) struct UntrustedTcpStream(TcpStream);
+pub(super) struct UntrustedTcpStream(Arc<Socket>);
+
+/// What looks at a connection that something else reads and writes, and does not keep it open.
+#[derive(Debug)]
+pub(super) struct Watch(Weak<Socket>);
+
+#[derive(Debug)]
+struct Socket {
+    /// None while it is dropped.
+    stream: Option<TcpStream>,
+    closer: Closer,
+}
 
 impl UntrustedTcpStream {
-    /// What is to be closed.
-    pub(super) fn into_descriptor(self) -> io::Result<OwnedFd> {
-        self.0.into_std().map(OwnedFd::from)
+    fn stream(&self) -> &TcpStream {
+        self.0.stream()
+    }
+
+    pub(super) fn watch(&self) -> Watch {
+        Watch(Arc::downgrade(&self.0))
+    }
+}
+
+impl Watch {
+    /// Has the job's side said that it sends no more, or broken off (`POLLRDHUP`, poll(2))? Also while there are bytes that
+    /// nobody reads. None once the connection is closed.
+    pub(super) fn is_ended(&self) -> Option<bool> {
+        let socket = self.0.upgrade()?;
+        let ended = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
+        let mut event = [PollFd::new(socket.stream().as_fd(), ended)];
+        Some(poll(&mut event, PollTimeout::ZERO).is_ok_and(|ready| ready > 0))
+    }
+}
+
+impl Socket {
+    fn stream(&self) -> &TcpStream {
+        self.stream.as_ref().expect("it is there until it is dropped")
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Otherwise it is closed by now.
+        if let Some(Ok(stream)) = self.stream.take().map(TcpStream::into_std) {
+            self.closer.close(stream.into());
+        }
     }
 }
 
@@ -42,22 +88,22 @@ pub(super) async fn has_spoken(caller: &UnixStream) {
     }
 }
 
-/// Take the one descriptor of the one packet that the caller should have sent by now, and close. This may
+/// Take the one descriptor of the one packet that the caller should have sent by now, and the connection's name. This may
 /// block, for whatever else it has sent is closed here.
-pub(super) fn receive(caller: UnixStream) -> Result<UntrustedTcpStream, String> {
+pub(super) fn receive(caller: UnixStream, closer: Closer) -> Result<(UntrustedTcpStream, String), String> {
     let caller = caller
         .into_std()
         .map_err(|error| format!("its socket cannot be used: {error}"))?;
-    let brought = match Seqpacket::from(OwnedFd::from(caller)).recv(1) {
+    let (name, brought) = match Seqpacket::from(OwnedFd::from(caller)).recv(MAX_CONNECTION_NAME) {
         Ok(Received::Packet {
             bytes,
             mut descriptors,
-        }) if bytes.len() == 1 && descriptors.len() == 1 => descriptors.pop(),
+        }) if descriptors.len() == 1 => (String::from_utf8(bytes), descriptors.pop()),
         Ok(Received::Packet { descriptors, .. }) => {
             return Err(format!("it brought {} descriptors, not one", descriptors.len()));
         }
         Ok(Received::Oversize) => {
-            return Err("it said more than one byte, or brought many descriptors".into());
+            return Err("it said more than a name, or brought many descriptors".into());
         }
         Ok(Received::Closed) => return Err("it closed without sending anything".into()),
         Err(Errno::EAGAIN) => return Err("it said nothing in time".into()),
@@ -65,7 +111,8 @@ pub(super) fn receive(caller: UnixStream) -> Result<UntrustedTcpStream, String> 
     };
     let brought = brought.ok_or("it brought no descriptor")?;
     check(&brought)?;
-    adopt(brought).map_err(|error| format!("its connection cannot be used: {error}"))
+    let stream = adopt(brought, closer).map_err(|error| format!("its connection cannot be used: {error}"))?;
+    Ok((stream, name.map_err(|_| "it said no name")?))
 }
 
 /// Is this what was asked for: a TCP connection, with another end?
@@ -86,11 +133,12 @@ fn check(fd: &OwnedFd) -> Result<(), String> {
     }
 }
 
-fn adopt(fd: OwnedFd) -> io::Result<UntrustedTcpStream> {
+fn adopt(fd: OwnedFd, closer: Closer) -> io::Result<UntrustedTcpStream> {
     // tokio asks for it, although nothing here depends on it.
     SockRef::from(&fd).set_nonblocking(true)?;
     keep_alive(&fd)?;
-    TcpStream::from_std(fd.into()).map(UntrustedTcpStream)
+    let stream = Some(TcpStream::from_std(fd.into())?);
+    Ok(UntrustedTcpStream(Arc::new(Socket { stream, closer })))
 }
 
 /// A connection may be idle for days; one whose other end is gone without a FIN is noticed in three minutes.
@@ -107,7 +155,7 @@ pub(super) fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
 
 impl AsyncRead for UntrustedTcpStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let socket = &self.get_mut().0;
+        let socket = self.get_mut().stream();
         loop {
             ready!(socket.poll_read_ready(cx))?;
             let space = into.initialize_unfilled();
@@ -128,7 +176,7 @@ impl AsyncRead for UntrustedTcpStream {
 
 impl AsyncWrite for UntrustedTcpStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let socket = &self.get_mut().0;
+        let socket = self.get_mut().stream();
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         loop {
             ready!(socket.poll_write_ready(cx))?;
@@ -144,8 +192,8 @@ impl AsyncWrite for UntrustedTcpStream {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(SockRef::from(self.get_mut().stream()).shutdown(Shutdown::Write))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Connects to the buildomat server, for jobs that cannot.
+//! Connects to a server for jobs that cannot, and to one through an HTTP proxy.
 
 use std::io;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 use super::untrusted::keep_alive;
 
 /// How long it may take to find the server's addresses.
-const LOOKUP: Duration = Duration::from_secs(10);
+pub(super) const LOOKUP: Duration = Duration::from_secs(10);
 /// How long one of them may take to answer; then the next is tried.
 const CONNECT: Duration = Duration::from_secs(10);
 /// How long all of them together may take.
@@ -54,11 +54,17 @@ impl Upstream {
     }
 
     pub(super) async fn connect(&self) -> io::Result<TcpStream> {
+        match self.proxy {
+            Some(_) => self.connect_through_proxy(&self.host, self.port).await,
+            None => timeout(ALL, self.connect_to_next()).await?,
+        }
+    }
+
+    /// To another host, by the proxy before this one.
+    pub(super) async fn connect_through_proxy(&self, host: &str, port: u16) -> io::Result<TcpStream> {
         let connect = async {
             let mut next = self.connect_to_next().await?;
-            if self.proxy.is_some() {
-                ask_proxy(&mut next, &self.host, self.port).await?;
-            }
+            ask_proxy(&mut next, host, port).await?;
             Ok(next)
         };
         timeout(ALL, connect).await?
@@ -66,18 +72,7 @@ impl Upstream {
 
     /// To the server, or to the proxy before it.
     async fn connect_to_next(&self) -> io::Result<TcpStream> {
-        let mut last = io::Error::other("the name has no address");
-        for address in self.addresses().await? {
-            match timeout(CONNECT, TcpStream::connect(address)).await {
-                Ok(Ok(server)) => {
-                    keep_alive(&server)?;
-                    return Ok(server);
-                }
-                Ok(Err(error)) => last = error,
-                Err(_) => last = io::ErrorKind::TimedOut.into(),
-            }
-        }
-        Err(last)
+        connect_to_first(self.addresses().await?).await
     }
 
     /// Looked up anew after a while, as the server may move; the name is the configuration's, never the job's.
@@ -106,6 +101,22 @@ impl Upstream {
         };
         look_up.await.map_err(io::Error::other)
     }
+}
+
+/// To the first of these addresses that answers.
+pub(super) async fn connect_to_first(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+    let mut last = io::Error::other("the name has no address");
+    for address in addresses {
+        match timeout(CONNECT, TcpStream::connect(address)).await {
+            Ok(Ok(server)) => {
+                keep_alive(&server)?;
+                return Ok(server);
+            }
+            Ok(Err(error)) => last = error,
+            Err(_) => last = io::ErrorKind::TimedOut.into(),
+        }
+    }
+    Err(last)
 }
 
 /// Have an HTTP proxy connect this stream to the server (RFC 9110, 9.3.6).

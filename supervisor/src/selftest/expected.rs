@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::libc;
 use protocol::SlotName;
-use protocol::config::{CONFIG_PATH, Config, HELPER_SOCKET, Network, STATE_DIR, SocketFamily, accounts};
+use protocol::config::{CONFIG_PATH, Config, HELPER_SOCKET, STATE_DIR, SocketFamily, accounts};
 use serde::{Deserialize, Serialize};
 
 use crate::settings::Places;
@@ -34,8 +34,8 @@ pub struct Expected {
     pub baseurl: String,
     /// `general.proxy`, by which a job with the host's network reaches the server.
     pub proxy: Option<String>,
-    /// `network = "none"`.
-    pub is_network_none: bool,
+    /// Its jobs have not the host's network.
+    pub has_own_network: bool,
     /// Names and gids.
     pub groups: BTreeMap<String, u32>,
     /// `slots.NAME.env`.
@@ -98,7 +98,7 @@ impl Expected {
         Expected {
             baseurl: config.general.baseurl.to_string(),
             proxy: config.general.proxy.as_ref().map(ToString::to_string),
-            is_network_none: its.network == Network::None,
+            has_own_network: !its.network.is_host(),
             groups: its
                 .add_to_groups
                 .iter()

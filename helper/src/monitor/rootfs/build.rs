@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::inotify::{AddWatchFlags, Inotify};
 use nix::sys::stat::{Mode, SFlag, mknod};
-use protocol::config::{self, Config, HostPath, Network, PRIVATE_DIRS};
+use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
 
 use super::namespace::{become_root, make_private};
 use super::sockets;
@@ -424,7 +424,7 @@ impl<'a> Builder<'a> {
     fn facts(&self, config: &Config) -> Result<BTreeSet<PathBuf>> {
         let mut facts = BTreeSet::new();
         let slots = || config.slots.values();
-        if slots().any(|slot| slot.network == Network::Host) {
+        if slots().any(|slot| slot.network.is_host()) {
             let mut next = Some(PathBuf::from("/etc/resolv.conf"));
             // As many links as the kernel follows in a path.
             for _ in 0..40 {

@@ -256,7 +256,7 @@ fn services(table: &Table, expected: &Expected) {
     let tried = "connect to an abstract name of a process outside";
     match UnixStream::connect_addr(&address) {
         // Landlock keeps a job from it, by an ability that came with Linux 6.12 (landlock(7)).
-        Ok(_) if !expected.is_network_none && kernel() < (6, 12) => {
+        Ok(_) if !expected.has_own_network && kernel() < (6, 12) => {
             let seen = format!(
                 "it worked: Linux {}.{} has no scope of Landlock for it; use 6.12 or newer, or network = \"none\"",
                 kernel().0,
@@ -267,8 +267,8 @@ fn services(table: &Table, expected: &Expected) {
         result => table.must_fail(SERVICES, tried, result),
     }
     let outside = SocketAddr::from((Ipv4Addr::LOCALHOST, expected.port));
-    if expected.is_network_none {
-        let promise = "network = \"none\": a job reaches the server and nobody else";
+    if expected.has_own_network {
+        let promise = "a job without the host's network reaches the server, and what its slot names";
         table.must_fail(
             promise,
             "connect to the host's loopback address",

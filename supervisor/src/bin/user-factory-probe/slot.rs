@@ -117,7 +117,7 @@ fn network(table: &Table, expected: &Expected) {
         &format!("the host's own name, {name}"),
         resolve(&name, 1).map(|_| "an address"),
     );
-    let proxy = expected.proxy.as_deref().filter(|_| !expected.is_network_none);
+    let proxy = expected.proxy.as_deref().filter(|_| !expected.has_own_network);
     let url = reqwest::Url::parse(&expected.baseurl).ok();
     if let Some(host) = url
         .as_ref()

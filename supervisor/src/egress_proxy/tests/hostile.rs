@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use protocol::config::MAX_CONNECTION_NAME;
 
 use super::*;
 
@@ -17,7 +18,7 @@ async fn a_connection_of_a_uid_that_is_no_workers_is_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_caller_that_sends_anything_but_one_byte_and_one_connection_is_refused() {
+async fn a_caller_that_sends_anything_but_a_name_and_one_connection_is_refused() {
     let test = test_proxy(0).await;
     let (_job, worker) = tcp();
     let listening = StdListener::bind("127.0.0.1:0").unwrap();
@@ -39,17 +40,27 @@ async fn a_caller_that_sends_anything_but_one_byte_and_one_connection_is_refused
     }
 
     let caller = test.call();
-    caller.send(&[0], None).unwrap();
+    caller.send(TO_SERVER.as_bytes(), None).unwrap();
     assert!(hung_up(&caller), "no descriptor");
-    let caller = test.call();
-    caller.send(&[0, 0], Some(worker.as_fd())).unwrap();
-    assert!(hung_up(&caller), "two bytes");
+    for name in [
+        "",
+        "x",
+        "x:1:2",
+        "b.example:443",
+        &"x".repeat(MAX_CONNECTION_NAME + 1),
+    ] {
+        let (job, worker) = tcp();
+        let caller = test.call();
+        caller.send(name.as_bytes(), Some(worker.as_fd())).unwrap();
+        drop(worker);
+        assert!(hung_up(&caller) && ended(&job), "{name:.100}");
+    }
     for count in [2, 3, 200] {
         let caller = test.call();
         let raw = vec![worker.as_raw_fd(); count];
         sendmsg::<()>(
             caller.as_raw_fd(),
-            &[io::IoSlice::new(&[0])],
+            &[io::IoSlice::new(TO_SERVER.as_bytes())],
             &[ControlMessage::ScmRights(&raw)],
             MsgFlags::empty(),
             None,
@@ -134,11 +145,11 @@ async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
     let test = test_proxy(0).await;
     let mut jobs = Vec::new();
     // One that is taken and closed at its end, one that is refused, and one that is not even received.
-    for (bytes, count) in [(1, 1), (2, 1), (1, 3)] {
+    for (name, count) in [(TO_SERVER, 1), ("x", 1), (TO_SERVER, 3)] {
         let caller = test.call();
         for _ in 0..count {
             let (job, worker) = slow_to_close();
-            let _ = caller.send(&[0, 0][..bytes], Some(worker.as_fd()));
+            let _ = caller.send(name.as_bytes(), Some(worker.as_fd()));
             // The last one to close it has to wait: that must not be this test.
             std::thread::spawn(move || drop(worker));
             job.shutdown(std::net::Shutdown::Write).unwrap();
@@ -158,7 +169,8 @@ async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_
     let asked = std::sync::atomic::AtomicUsize::new(0);
     let test = test_proxy_with(0, |proxy| {
         let order = std::sync::atomic::Ordering::Relaxed;
-        proxy.is_worker = Box::new(move |_| asked.fetch_add(1, order) >= MANY);
+        proxy.worker_of =
+            Box::new(move |_| (asked.fetch_add(1, order) >= MANY).then(|| (WORKER, "a".parse().ok())));
     })
     .await;
     // Nobody is accepted before all have sent what they have: the one thread that does is held.
@@ -173,7 +185,7 @@ async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_
     for _ in 0..MANY {
         let caller = test.call();
         let (job, worker) = slow_to_close();
-        caller.send(&[0], Some(worker.as_fd())).unwrap();
+        caller.send(TO_SERVER.as_bytes(), Some(worker.as_fd())).unwrap();
         // The packet has it still, and closing that one has to wait.
         drop(worker);
         untrusted.push((job, caller));

@@ -1,5 +1,6 @@
 //! A real proxy, between real sockets.
 
+mod destinations;
 mod hostile;
 
 use super::*;
@@ -14,6 +15,8 @@ use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
+
+const WORKER: WorkerId = WorkerId::from_bits(7);
 
 /// More than all buffers on the way can hold.
 const MUCH: usize = 64 << 20;
@@ -33,8 +36,7 @@ async fn test_proxy(uid: u32) -> TestProxy {
 async fn test_proxy_with(uid: u32, change: impl FnOnce(&mut EgressProxy)) -> TestProxy {
     let directory = tempfile::tempdir().unwrap();
     let port = echo().await;
-    let is_worker = Box::new(move |caller| caller == uid);
-    let mut proxy = EgressProxy::new(directory.path().into(), "127.0.0.1".into(), port, is_worker).unwrap();
+    let mut proxy = proxy(directory.path(), port, uid);
     change(&mut proxy);
     let test = TestProxy {
         directory,
@@ -46,9 +48,18 @@ async fn test_proxy_with(uid: u32, change: impl FnOnce(&mut EgressProxy)) -> Tes
 }
 
 fn open(directory: &Path, port: u16, uid: u32) -> JoinHandle<()> {
-    let is_worker = Box::new(move |caller| caller == uid);
-    let proxy = EgressProxy::new(directory.into(), "127.0.0.1".into(), port, is_worker).unwrap();
-    tokio::spawn(proxy.serve())
+    tokio::spawn(proxy(directory, port, uid).serve())
+}
+
+/// Before a server at this port, for the worker [`WORKER`] with this uid. Nobody hears what is told to the buildomat server.
+fn proxy(directory: &Path, port: u16, uid: u32) -> EgressProxy {
+    let worker_of = Box::new(move |caller| (caller == uid).then(|| (WORKER, "a".parse().ok())));
+    let reports = Reports {
+        records: Arc::default(),
+        metrics: Arc::default(),
+        server: BuildomatClient::over(Arc::new(destinations::Lines::default())),
+    };
+    EgressProxy::new(directory.into(), "127.0.0.1".into(), port, worker_of, &reports).unwrap()
 }
 
 async fn echo() -> u16 {
@@ -87,7 +98,7 @@ impl TestProxy {
     fn bring(&self, fd: BorrowedFd<'_>) -> Seqpacket {
         let caller = self.call();
         // The connection may be closed already.
-        let _ = caller.send(&[0], Some(fd));
+        let _ = caller.send(TO_SERVER.as_bytes(), Some(fd));
         caller
     }
 
@@ -212,7 +223,7 @@ async fn a_new_socket_replaces_the_old_one_without_a_gap() {
         while !until.load(std::sync::atomic::Ordering::Relaxed) {
             let caller = Seqpacket::connect(&path, false).expect("there is always somebody");
             // Each until it is closed: many at a time would take all of this uid's connections.
-            let _ = caller.send(&[0], None);
+            let _ = caller.send(TO_SERVER.as_bytes(), None);
             assert!(hung_up(&caller));
         }
     });

@@ -1,0 +1,33 @@
+//! Lines for jobs' logs, which are told to the server one after the other.
+
+use protocol::WorkerId;
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+
+use crate::buildomat::BuildomatClient;
+
+/// So many lines wait. What comes then is in the supervisor's log alone.
+const MAX_PENDING: usize = 1024;
+
+#[derive(Clone, Debug)]
+pub(super) struct JobLog(Sender<(WorkerId, String)>);
+
+impl JobLog {
+    pub(super) fn new() -> (JobLog, Receiver<(WorkerId, String)>) {
+        let (lines, pending) = channel(MAX_PENDING);
+        (JobLog(lines), pending)
+    }
+
+    /// It waits for nothing.
+    pub(super) fn tell(&self, worker: WorkerId, line: String) {
+        let _ = self.0.try_send((worker, line));
+    }
+}
+
+/// Tell the server of each line. One that it does not take is lost: it is in the supervisor's log, too.
+pub(super) async fn tell(server: BuildomatClient, mut lines: Receiver<(WorkerId, String)>) {
+    while let Some((worker, line)) = lines.recv().await {
+        if let Err(error) = server.append(worker, &line).await {
+            tracing::debug!(%worker, "a line is not in the job's log: {error}");
+        }
+    }
+}
