@@ -465,6 +465,21 @@ impl TestHost {
         Running::start(&mut self.supervisor_command())
     }
 
+    /// The same, for which the host's `/etc/hosts` has these lines more, and nobody else: it is in a mount namespace of its
+    /// own.
+    pub fn supervisor_with_hosts(&self, lines: &str) -> Running {
+        let hosts = self.root.join("etc/hosts.test");
+        let of_the_host = fs::read_to_string("/etc/hosts").unwrap_or_default();
+        fs::write(&hosts, format!("{of_the_host}\n{lines}")).unwrap();
+        let plain = self.supervisor_command();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "bash", "-c"]);
+        command.arg("mount --bind \"$0\" /etc/hosts && exec setpriv \"--reuid=$1\" \"--regid=$1\" --clear-groups -- \"${@:2}\"");
+        command.arg(hosts).arg(SUPERVISOR_UID.to_string());
+        command.arg(plain.get_program()).args(plain.get_args());
+        Running::start(&mut command)
+    }
+
     /// The helper's.
     pub fn socket(&self) -> PathBuf {
         self.root.join(config::HELPER_SOCKET)

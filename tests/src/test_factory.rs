@@ -19,9 +19,9 @@ pub const TWO: &str = "[slots.a]\ntarget = \"TARGET\"\n[slots.b]\ntarget = \"TAR
 /// The calls of a poll, as the supervisor's log names them.
 pub const CALLS: [&str; 3] = ["workers", "lease", "list"];
 
-/// How long a job runs that says `running` and waits for [`TestFactory::release`]. It may not write where the test can,
-/// so it is ended by a file of the host's that it can read.
-const BLOCKING: &str = "echo running; while ! [ -e RELEASE ]; do read -t 0.2 < <(sleep 1); done; echo done";
+/// How a job waits for [`TestFactory::release`]. It may not write where the test can, so it waits for a file of the host's
+/// that it can read.
+const UNTIL_RELEASE: &str = "while ! [ -e RELEASE ]; do read -t 0.2 < <(sleep 1) || true; done";
 
 /// The fields go in this order: the processes, what is mounted in the host's directory, the directory.
 #[derive(Debug)]
@@ -124,7 +124,12 @@ impl TestFactory {
 
     /// A job that prints `running`, and ends, with `done`, after [`TestFactory::release`].
     pub fn submit_blocking(&self) -> Ulid {
-        self.submit(&BLOCKING.replace("RELEASE", &self.release_file().display().to_string()))
+        self.submit(&format!("echo running; {}; echo done", self.until_release()))
+    }
+
+    /// A command of bash with which a job waits for [`TestFactory::release`].
+    pub fn until_release(&self) -> String {
+        UNTIL_RELEASE.replace("RELEASE", &self.release_file().display().to_string())
     }
 
     fn release_file(&self) -> PathBuf {
@@ -264,6 +269,13 @@ impl TestFactory {
     pub fn end_supervisor(&mut self, signal: Signal) -> std::process::ExitStatus {
         self.supervisor.signal(signal);
         self.supervisor.wait()
+    }
+
+    /// Another supervisor in place of this one, for which the host's `/etc/hosts` has these lines more.
+    pub fn restart_with_hosts(&mut self, lines: &str) {
+        // It does not start while there is another.
+        self.end_supervisor(Signal::SIGTERM);
+        self.supervisor = self.host.supervisor_with_hosts(lines);
     }
 
     /// With this signal; returns when it has ended.

@@ -12,6 +12,7 @@ use testbed::harness::{PATIENCE, Running, binaries};
 use testbed::test_factory::TestFactory;
 
 mod checks;
+mod egress;
 mod files;
 mod free;
 mod held;

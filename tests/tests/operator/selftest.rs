@@ -37,7 +37,7 @@ devices = ["/dev/loop-control"]
 limits.processes = 200
 [slots.b]
 target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
-network = "none"
+network = {{ allow = ["one.test:443", "*.test:80"] }}
 allow_user_namespaces = true
 limits = {{ memory = "64M", disk = "128M", inodes = 100, best_effort = true }}
 "#
