@@ -7,6 +7,7 @@
 
 pub mod agent;
 pub mod bench;
+pub mod certificates;
 pub mod disk;
 pub mod forward_proxy;
 pub mod harness;

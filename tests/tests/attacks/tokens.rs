@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
+use testbed::certificates::{Certificates, EXPIRED, VALID};
 use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, sealed, tool};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions};
@@ -350,78 +351,20 @@ fn row_107_a_proxy_in_the_environment_is_not_used_and_one_in_the_configuration_i
     );
 }
 
-/// What `openssl ca` wants to know. It can make a certificate that has expired, which other commands do not in each version.
-const AUTHORITY: &str = "[ca]
-default_ca = own
-[own]
-database = index
-new_certs_dir = .
-rand_serial = yes
-unique_subject = no
-default_md = sha256
-policy = any
-copy_extensions = copyall
-certificate = ca.pem
-private_key = ca.key
-[any]
-commonName = supplied
-";
-/// From and to when a certificate is valid, in the form of ca(1).
-const VALID: [&str; 2] = ["20200101000000Z", "20490101000000Z"];
-const EXPIRED: [&str; 2] = ["20200101000000Z", "20200102000000Z"];
-
-/// Certificates below a directory, and servers that show them.
-struct Certificates(tempfile::TempDir);
-
-impl Certificates {
-    /// An authority of its own, in `ca.pem`.
-    fn new() -> Certificates {
-        let certificates = Certificates(tempfile::tempdir().unwrap());
-        certificates
-            .openssl("req -x509 -nodes -newkey rsa:2048 -keyout ca.key -out ca.pem -days 2 -subj /CN=ca");
-        fs::write(certificates.path("ca.cnf"), AUTHORITY).unwrap();
-        fs::write(certificates.path("index"), "").unwrap();
-        certificates
-    }
-
-    fn path(&self, name: &str) -> std::path::PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn openssl(&self, words: &str) {
-        let mut command = Command::new(tool("openssl"));
-        let output = command
-            .args(words.split(' '))
-            .current_dir(self.0.path())
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "{words}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-    }
-
-    /// A server with a certificate for this name, valid in this time. It prints what it is sent.
-    fn server(&self, name: &str, [from, to]: [&str; 2]) -> (Running, String) {
-        self.openssl(&format!(
-            "req -new -nodes -newkey rsa:2048 -keyout s.key -out s.csr -subj /CN=server -addext subjectAltName=DNS:{name}"
-        ));
-        self.openssl(&format!(
-            "ca -batch -notext -config ca.cnf -in s.csr -startdate {from} -enddate {to} -out s.pem"
-        ));
-        let mut command = Command::new(tool("openssl"));
-        command
-            .args("s_server -accept localhost:0 -cert s.pem -key s.key".split(' '))
-            .current_dir(self.0.path())
-            .stderr(Stdio::null());
-        // It ends where there is nothing more to read.
-        let server = Running::printing_with(&mut command, Stdio::piped());
-        let line = server.log.wait(&["ACCEPT "]);
-        let (_, port) = line.rsplit_once(':').unwrap();
-        let url = format!("https://localhost:{port}");
-        (server, url)
-    }
+/// A server with a certificate for this name, valid in this time. It prints what it is sent.
+fn tls_server(certificates: &Certificates, name: &str, time: [&str; 2]) -> (Running, String) {
+    certificates.issue(&[name], time);
+    let mut command = Command::new(tool("openssl"));
+    command
+        .args("s_server -accept localhost:0 -cert s.pem -key s.key".split(' '))
+        .current_dir(certificates.directory())
+        .stderr(Stdio::null());
+    // It ends where there is nothing more to read.
+    let server = Running::printing_with(&mut command, Stdio::piped());
+    let line = server.log.wait(&["ACCEPT "]);
+    let (_, port) = line.rsplit_once(':').unwrap();
+    let url = format!("https://localhost:{port}");
+    (server, url)
 }
 
 #[test]
@@ -462,7 +405,7 @@ fn row_113_only_a_server_with_a_certificate_that_is_trusted_and_names_it_gets_th
             "certificate expired",
         ),
     ] {
-        let (server, url) = certificates.server(name, time);
+        let (server, url) = tls_server(&certificates, name, time);
         let output = check(&url, authority).output().unwrap();
         let said = String::from_utf8(output.stdout).unwrap();
         assert!(
@@ -472,7 +415,7 @@ fn row_113_only_a_server_with_a_certificate_that_is_trusted_and_names_it_gets_th
         assert!(!server.log.text().contains("the-token"), "{what}");
     }
     // A private authority is one that SSL_CERT_FILE names; this server never answers.
-    let (server, url) = certificates.server("localhost", VALID);
+    let (server, url) = tls_server(&certificates, "localhost", VALID);
     let _check = Running::printing(&mut check(&url, Some("ca.pem")));
     server.log.wait(&["authorization: Bearer the-token"]);
 }

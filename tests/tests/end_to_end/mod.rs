@@ -4,6 +4,7 @@
 mod acceptance;
 mod fleet;
 mod own_network;
+mod package_managers;
 mod proxied;
 mod steady;
 
