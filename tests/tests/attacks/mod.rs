@@ -15,6 +15,8 @@ mod isolation;
 mod kernel_objects;
 mod leftovers;
 mod neighbours;
+mod network_list;
+mod network_load;
 mod packets;
 mod programs;
 mod quotas;
