@@ -1,0 +1,145 @@
+//! What it costs a job to download through the egress proxy, by name and through its HTTP proxy, against an ordinary
+//! process of the host that downloads the same.
+//!
+//! `cargo bench -p testbed --bench egress`; needs root. The server sends as fast as a network of 1 Gbit/s, over the loopback
+//! interface: without that limit two copies more on the same two processors would be all that is measured.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use testbed::bench::{Group, Options, Report, Way};
+use testbed::test_factory::{TestFactory, lines};
+
+/// Bytes a second: 1 Gbit/s.
+const RATE: usize = 125_000_000;
+/// What is sent in one piece.
+const PIECE: usize = 1 << 18;
+
+/// A server that sends so many bytes to all who ask, and then ends the connection.
+fn server(bytes: usize) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        while let Ok((stream, _)) = listener.accept() {
+            thread::spawn(move || send(stream, bytes));
+        }
+    });
+    port
+}
+
+fn send(mut stream: TcpStream, bytes: usize) -> std::io::Result<()> {
+    // Whatever it asks for.
+    let _ = stream.read(&mut [0; 4096])?;
+    let piece = vec![7; PIECE];
+    let (begun, mut sent) = (Instant::now(), 0);
+    while sent < bytes {
+        let due = Duration::from_secs_f64(sent as f64 / RATE as f64);
+        thread::sleep(due.saturating_sub(begun.elapsed()));
+        stream.write_all(&piece)?;
+        sent += PIECE;
+    }
+    Ok(())
+}
+
+/// A script that prints the microseconds of one download.
+fn download(host: &str, port: u16) -> String {
+    format!(
+        "begun=${{EPOCHREALTIME/.}}; exec 3<>/dev/tcp/{host}/{port}; echo >&3; cat <&3 >/dev/null; echo $((${{EPOCHREALTIME/.}} - begun))"
+    )
+}
+
+/// The same through the job's HTTP proxy.
+fn through_proxy(host: &str, port: u16) -> String {
+    let open =
+        "proxy=${http_proxy#http://}; begun=${EPOCHREALTIME/.}; exec 3<>/dev/tcp/${proxy%:*}/${proxy#*:}";
+    format!(
+        "{open}; printf 'CONNECT {host}:{port} HTTP/1.1\\r\\n\\r\\n\\n' >&3; cat <&3 >/dev/null; echo $((${{EPOCHREALTIME/.}} - begun))"
+    )
+}
+
+/// Seconds of a processor that a process has used (`proc_pid_stat(5)`: utime and stime).
+fn processor_seconds(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let ticks: f64 = fields[11..13]
+        .iter()
+        .map(|field| field.parse::<f64>().unwrap())
+        .sum();
+    let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)
+        .unwrap()
+        .unwrap();
+    ticks / per_second as f64
+}
+
+#[tokio::main]
+async fn main() {
+    let options = Options::from_args();
+    let mut report = Report::new("egress");
+    let bytes = options.size(1 << 30, 1 << 24);
+    let rounds = options.size(5, 2);
+    let port = server(bytes);
+    let slot = format!(
+        "[slots.a]\ntarget = \"TARGET\"\nnetwork.allow = [\"big.test:{port}\", \"127.0.0.1:{port}\"]\n"
+    );
+    let mut factory = TestFactory::new(&slot).await;
+    factory.restart_with_hosts("127.0.0.1 big.test\n");
+    factory.completed(factory.submit("true")).await;
+    let (mut direct, mut by_name, mut proxied) = (Vec::new(), Vec::new(), Vec::new());
+    let mut processor = Vec::new();
+    for _ in 0..rounds {
+        let output = tokio::task::block_in_place(|| {
+            Command::new("bash")
+                .args(["-c", &download("127.0.0.1", port)])
+                .output()
+        });
+        let text = String::from_utf8(output.unwrap().stdout).unwrap();
+        direct.push(text.trim().parse::<f64>().unwrap());
+        for (script, samples) in [
+            (download("big.test", port), &mut by_name),
+            (through_proxy("big.test", port), &mut proxied),
+        ] {
+            let before = processor_seconds(factory.supervisor.pid());
+            let job = factory.submit(&script);
+            factory.completed(job).await;
+            let used = processor_seconds(factory.supervisor.pid()) - before;
+            processor.push(used * 1e6 * (1 << 30) as f64 / bytes as f64);
+            let printed = lines(&factory.server.job(job), "stdout");
+            samples.push(printed[0].parse::<f64>().unwrap());
+        }
+    }
+    let way = |name: &str, mut samples: Vec<f64>| {
+        samples.sort_by(f64::total_cmp);
+        Way {
+            name: name.to_owned(),
+            samples,
+        }
+    };
+    let group = report.add(Group {
+        title: format!("A download of {} MiB at 1 Gbit/s", bytes >> 20),
+        ways: vec![
+            way("an ordinary process", direct),
+            way("a job, by name", by_name),
+            way("a job, through its HTTP proxy", proxied),
+            way("processor time of the supervisor, for a GiB", processor),
+        ],
+    });
+    let (ways, name) = (group.ways.clone(), group.ways[0].name.clone());
+    let ratios = [1, 2].map(|way| group.ratio(&ways[way].name, &name));
+    report.aim("a job by name, against an ordinary process", ratios[0], 1.1);
+    report.aim(
+        "a job through its HTTP proxy, against an ordinary process",
+        ratios[1],
+        1.1,
+    );
+    report.aim(
+        "processor seconds of the supervisor for a GiB, median",
+        ways[3].median() / 1e6,
+        0.5,
+    );
+    report.end(&options);
+    factory.finish().await;
+}
