@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, copy_bidirectiona
 use tokio::time::{sleep, timeout};
 
 /// Bytes that wait for a side that reads slowly, for each direction of a connection.
-const BUFFER: usize = 128 << 10;
+const BUFFER: usize = 64 << 10;
 
 /// What has happened on both sides of a connection.
 #[derive(Debug, Default)]

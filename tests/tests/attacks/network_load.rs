@@ -177,7 +177,7 @@ fn descriptors(factory: &TestFactory) -> usize {
         .count()
 }
 
-/// The supervisor may have so much more memory for one job, in KiB: twice two buffers of 128 KiB for each of 48 connections,
+/// The supervisor may have so much more memory for one job, in KiB: four times two buffers of 64 KiB for each of 48 connections,
 /// and some for those of HTTP.
 const MEMORY: u64 = 32 << 10;
 
