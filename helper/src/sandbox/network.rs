@@ -1,7 +1,7 @@
 //! A network of a job's own, with nothing in it but itself and a way to what its slot names.
 //!
 //! The job's pid 1 listens where the job believes the buildomat server to be, and each of the slot's destinations. Each
-//! connection that it accepts it hands to the supervisor, through a socket in a directory that the job cannot see, with the
+//! connection that it accepts it passes to the supervisor, through a socket in a directory that the job cannot see, with the
 //! name of the destination; the supervisor passes the bytes on. So the job has no interface, no route and no name service
 //! that could lead anywhere else; TLS stays between the job and its server; and the helper needs no firewall rules.
 
@@ -55,12 +55,11 @@ pub fn hosts(baseurl: &BaseUrl, egress: &Egress, own: &OsStr) -> String {
 
 /// Leave the host's network for a new one, and listen in it.
 pub fn enter(baseurl: &BaseUrl, egress: &Egress, proxy_dir: &OwnedFd) -> Result<ProxyListener> {
-    let (name, port) = baseurl.name_and_port().context("the server has no name")?;
+    let server = baseurl.address_in_job().context("the server has no name")?;
     unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
     let control = |family| socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
     let ipv4 = control(AddressFamily::Inet).context("cannot open a socket")?;
     sys::bring_up_loopback(ipv4.as_fd()).context("cannot bring up the job's loopback")?;
-    let server = SocketAddr::new(name.parse().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), port);
     let mut listeners = vec![(listen(server)?, TO_SERVER.to_owned())];
     let (mut aliases, mut has) = (0, BTreeSet::new());
     for (address, destination) in egress.listeners(baseurl) {

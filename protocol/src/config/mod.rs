@@ -27,7 +27,7 @@ mod network;
 mod value;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use serde::{Deserialize, Deserializer, de};
 use toml::Spanned;
@@ -309,11 +309,8 @@ impl Config {
                 );
             }
             if let Some(egress) = checked.network.egress() {
-                let server = raw.general.baseurl.name_and_port();
-                let server = server.map(|(name, port)| {
-                    let address = name.parse().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-                    (SocketAddr::new(address, port), "the buildomat server".to_owned())
-                });
+                let server = raw.general.baseurl.address_in_job();
+                let server = server.map(|address| (address, "the buildomat server".to_owned()));
                 let mut taken: BTreeMap<SocketAddr, String> = server.into_iter().collect();
                 for (address, name) in egress.listeners(&raw.general.baseurl) {
                     if let Some(other) = taken.insert(address, name.clone()) {

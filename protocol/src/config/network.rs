@@ -27,7 +27,7 @@ pub enum Network {
     #[default]
     Host,
     /// The buildomat server, and what else is named here: the job has a network namespace of its own, in which its pid 1
-    /// hands connections to the supervisor's egress proxy. `"none"` names nothing else.
+    /// passes connections to the supervisor's egress proxy. `"none"` names nothing else.
     Egress(Egress),
 }
 
@@ -86,7 +86,7 @@ impl Egress {
 
     /// The names that a job resolves, each with its address in the job's network namespace: one of 127.64.0.0/16, or the
     /// server's if it is the server's name.
-    pub fn names(&self, server: &BaseUrl) -> Vec<(&str, Ipv4Addr)> {
+    pub fn names(&self, server: &BaseUrl) -> Vec<(&str, IpAddr)> {
         let names: BTreeSet<&str> = self
             .allow
             .iter()
@@ -96,13 +96,19 @@ impl Egress {
             })
             .collect();
         let is_server = |name| {
-            let (server, _) = server.name_and_port()?;
-            server.eq_ignore_ascii_case(name).then_some(Ipv4Addr::LOCALHOST)
+            let (own, _) = server.name_and_port()?;
+            let address = server.address_in_job().filter(|_| own.eq_ignore_ascii_case(name));
+            address.map(|address| address.ip())
         };
         // After the HTTP proxy's. There are at most MAX_DESTINATIONS.
         (2u8..)
             .zip(names)
-            .map(|(last, name)| (name, is_server(name).unwrap_or(Ipv4Addr::new(127, 64, 0, last))))
+            .map(|(last, name)| {
+                (
+                    name,
+                    is_server(name).unwrap_or(Ipv4Addr::new(127, 64, 0, last).into()),
+                )
+            })
             .collect()
     }
 
@@ -113,26 +119,17 @@ impl Egress {
             .has_http_proxy()
             .then(|| (HTTP_PROXY, TO_HTTP_PROXY.to_owned()));
         let address = |destination: &Destination| match &destination.host {
-            Host::Name(name) => names
-                .iter()
-                .find(|(own, _)| own == name)
-                .map(|(_, ip)| IpAddr::V4(*ip)),
+            Host::Name(name) => names.iter().find(|(own, _)| own == name).map(|(_, ip)| *ip),
             Host::Below(_) => None,
             Host::Address(address) => Some(*address),
         };
-        // It is reached as the buildomat server then.
-        let is_server = |destination: &Destination| {
-            let host = match &destination.host {
-                Host::Address(address) => address.to_string(),
-                Host::Name(name) | Host::Below(name) => name.clone(),
-            };
-            let server = server.name_and_port();
-            server.is_some_and(|(name, port)| name.eq_ignore_ascii_case(&host) && port == destination.port)
-        };
+        let server = server.name_and_port();
+        let server = server.map(|(name, port)| format!("{name}:{port}").to_ascii_lowercase());
         let destinations = self
             .allow
             .iter()
-            .filter(|destination| !is_server(destination))
+            // The server itself is reached as such.
+            .filter(|destination| Some(destination.to_string()) != server)
             .filter_map(|destination| {
                 let address = SocketAddr::new(address(destination)?, destination.port);
                 Some((address, destination.to_string()))
@@ -360,13 +357,13 @@ mod tests {
             "ci.example.com:443",
         ]);
         let server = server("https://CI.example.com");
-        let own = |last| Ipv4Addr::new(127, 64, 0, last);
+        let own = |last| IpAddr::from([127, 64, 0, last]);
         assert_eq!(
             list.names(&server),
             [
                 ("a.example.com", own(2)),
                 ("b.example.com", own(3)),
-                ("ci.example.com", Ipv4Addr::LOCALHOST)
+                ("ci.example.com", IpAddr::from([127, 0, 0, 1]))
             ]
         );
         let listeners = list.listeners(&server);

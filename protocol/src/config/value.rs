@@ -1,6 +1,7 @@
 //! Single values of the configuration, each refused at its own place in the file when it breaks its rule.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, de};
@@ -98,9 +99,17 @@ impl BaseUrl {
             None => (authority, default),
         };
         let elsewhere = host
-            .parse::<std::net::Ipv4Addr>()
+            .parse::<Ipv4Addr>()
             .is_ok_and(|address| !address.is_loopback());
         (!host.is_empty() && !elsewhere).then_some((host, port))
+    }
+
+    /// Where a job without the host's network finds the server: at its address, or, by its name, at 127.0.0.1. None where
+    /// there is no [`BaseUrl::name_and_port`].
+    pub fn address_in_job(&self) -> Option<SocketAddr> {
+        let (name, port) = self.name_and_port()?;
+        let address = name.parse().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        Some(SocketAddr::new(address, port))
     }
 }
 

@@ -268,12 +268,8 @@ fn services(table: &Table, expected: &Expected) {
     }
     let outside = SocketAddr::from((Ipv4Addr::LOCALHOST, expected.port));
     if expected.has_own_network {
-        let promise = "a job without the host's network reaches the server, and what its slot names";
-        table.must_fail(
-            promise,
-            "connect to the host's loopback address",
-            connect(outside),
-        );
+        let rule = "a job without the host's network reaches the server, and what its slot names";
+        table.must_fail(rule, "connect to the host's loopback address", connect(outside));
         // Two lines of headings (proc_net(5)).
         let devices = fs::read_to_string("/proc/net/dev").unwrap_or_default();
         let devices: Vec<&str> = devices
@@ -281,10 +277,10 @@ fn services(table: &Table, expected: &Expected) {
             .skip(2)
             .filter_map(|line| line.trim().split(':').next())
             .collect();
-        table.must_be(promise, "network devices", devices.join(" "), devices == ["lo"]);
+        table.must_be(rule, "network devices", devices.join(" "), devices == ["lo"]);
         // An address for documentation (RFC 5737), which leads nowhere.
         let anywhere = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 80));
-        table.must_fail(promise, "connect to 192.0.2.1", connect(anywhere));
+        table.must_fail(rule, "connect to 192.0.2.1", connect(anywhere));
     } else {
         // What is reached through it is for a firewall to say.
         let own = fs::read_link("/proc/self/ns/net").unwrap_or_default();
