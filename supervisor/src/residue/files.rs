@@ -31,7 +31,7 @@ pub struct Searched {
     pub found: BTreeSet<PathBuf>,
     /// Entries that were looked at.
     pub seen: u64,
-    /// Mounts of file systems that are not local, directories that cannot be read, and why.
+    /// Mounts of file systems that are not local, files and directories that cannot be read, and why.
     pub not_searched: BTreeMap<PathBuf, String>,
 }
 
@@ -191,7 +191,7 @@ struct Walk {
     begun: Instant,
     told: Instant,
     seen: u64,
-    /// Directories that could not be read, and why.
+    /// What could not be read, and why.
     unread: BTreeMap<PathBuf, String>,
 }
 
@@ -228,18 +228,29 @@ impl Walk {
             let entries = match fs::read_dir(&directory) {
                 Ok(entries) => entries,
                 Err(error) => {
-                    // One that has gone has nothing left.
-                    if error.kind() != io::ErrorKind::NotFound {
-                        self.unread.insert(directory, error.to_string());
-                    }
+                    self.not_read(directory, &error);
                     continue;
                 }
             };
-            for entry in entries.flatten() {
-                // Of the entry itself, not of what a link leads to.
-                let Ok(meta) = entry.metadata() else { continue };
-                self.step();
+            for entry in entries {
+                let entry = match entry {
+                    Ok(entry) => entry,
+                    // The standard library's iterator ends after it.
+                    Err(error) => {
+                        self.not_read(directory.clone(), &error);
+                        continue;
+                    }
+                };
                 let path = entry.path();
+                // Of the entry itself, not of what a link leads to.
+                let meta = match entry.metadata() {
+                    Ok(meta) => meta,
+                    Err(error) => {
+                        self.not_read(path, &error);
+                        continue;
+                    }
+                };
+                self.step();
                 let is_entered = meta.is_dir() && !is_skipped(&path);
                 if uids.contains(meta.uid()) || uids.contains(meta.gid()) {
                     found.insert(path.clone());
@@ -250,6 +261,13 @@ impl Walk {
             }
         }
         found
+    }
+
+    /// One that has gone has nothing left, and is not told.
+    fn not_read(&mut self, path: PathBuf, error: &io::Error) {
+        if error.kind() != io::ErrorKind::NotFound {
+            self.unread.insert(path, error.to_string());
+        }
     }
 
     /// One more; wait where they come faster than they may.

@@ -49,7 +49,8 @@ async fn what_is_of_a_uid_that_no_worker_has_is_found_and_of_one_that_has_is_not
         .unwrap();
     chown(place.path(), Some(uid), Some(0)).unwrap();
     let file = place.path().to_str().unwrap().to_owned();
-    assert!(has(&residue(&factory, true).1, "file", &file));
+    let (status, report) = residue(&factory, true);
+    assert!(status == 1 && has(&report, "file", &file), "{file}: {report}");
     drop(place);
 
     let by_user = |program: &str, words: &[&str]| {
