@@ -493,6 +493,12 @@ impl TestHost {
             .join(worker.to_string())
     }
 
+    /// A uid of the range that no worker has now. Workers get theirs at random.
+    pub fn uid_of_no_worker(&self) -> u32 {
+        let is_free = |uid: &u32| !self.userdb().join(format!("{uid}.user")).exists();
+        self.uids.clone().find(is_free).expect("one is free")
+    }
+
     /// Where the host knows its workers' users from.
     pub fn userdb(&self) -> PathBuf {
         self.root.join("run/userdb")

@@ -123,7 +123,7 @@ async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_se
     let closed = factory.host.root.join(PROXY_DIR).parent().unwrap().to_owned();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o755)).unwrap();
     // One who is nobody here, one in the range of uids without being a worker, and the supervisor's own user.
-    let others = [SOMEBODY, *factory.host.uids.end(), SUPERVISOR_UID].map(|uid| {
+    let others = [SOMEBODY, factory.host.uid_of_no_worker(), SUPERVISOR_UID].map(|uid| {
         let (other, said) = tokio::task::block_in_place(|| OtherUser::call(&factory.host, uid));
         assert!(said.contains("called."), "{said}");
         other

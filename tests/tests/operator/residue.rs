@@ -42,7 +42,7 @@ async fn what_is_of_a_uid_that_no_worker_has_is_found_and_of_one_that_has_is_not
     }));
     assert!(report["files_seen"].as_u64().is_some_and(|seen| seen > 1000));
 
-    let uid = *factory.host.uids.end();
+    let uid = factory.host.uid_of_no_worker();
     let place = tempfile::Builder::new()
         .prefix("left of a job ")
         .tempfile_in("/var/tmp")

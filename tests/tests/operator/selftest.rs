@@ -80,7 +80,7 @@ fn without_sandbox(factory: &TestFactory) -> Said {
     for program in ["user-factory", "user-factory-probe"] {
         put_program(&binaries().join(program), &place.path().join(program), 0o755);
     }
-    let uid = factory.host.uids.end().to_string();
+    let uid = factory.host.uid_of_no_worker().to_string();
     let text = place.path().join("text");
     std::fs::write(&text, WITHOUT_SANDBOX.replace("UID", &uid)).unwrap();
     put_program(&text, &place.path().join("user-factory-manual"), 0o755);
