@@ -9,6 +9,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::EgressProxy;
+use super::route::stays_here;
 use super::upstream::{LOOKUP, Upstream, connect_to_first};
 use crate::egress_records::JobEgress;
 
@@ -75,10 +76,6 @@ impl EgressProxy {
         if !(job.egress.audit || allows(&job.egress, to)) {
             return Err(refused(format!("{to} is not in the slot's network.allow")));
         }
-        let not_public = |at: SocketAddr| NotConnected::Refused {
-            why: not_public(to),
-            at: Some(at),
-        };
         let addresses = match &to.host {
             Host::Below(_) => return Err(refused(format!("{to} is no host"))),
             Host::Address(address) => vec![SocketAddr::new(*address, to.port)],
@@ -93,21 +90,15 @@ impl EgressProxy {
                 .map_err(NotConnected::Failed)?,
         };
         // From here on, the addresses count and not the name: its next answer may be another.
-        let addresses = reachable(&job.egress, addresses).map_err(not_public)?;
-        let server = match to.host {
+        let addresses = reachable(&job.egress, to, addresses)?;
+        let connected = match to.host {
             Host::Address(address) if self.has_http_proxy => {
                 let address = address.to_string();
                 self.upstream.connect_through_proxy(&address, to.port).await
             }
             _ => connect_to_first(addresses).await,
         };
-        let server = server.map_err(NotConnected::Failed)?;
-        match own_address(&server)
-            .filter(|at| !self.has_http_proxy && !job.egress.allow.contains(&(*at).into()))
-        {
-            Some(at) => Err(not_public(at)),
-            None => Ok(server),
-        }
+        connected.map_err(NotConnected::Failed)
     }
 
     /// The addresses of a name. A worker has few look-ups at the same time, as each takes a thread until it ends, however
@@ -128,16 +119,6 @@ impl EgressProxy {
     }
 }
 
-/// The address that a connection leads to, if it is one of this host: then both ends have the same.
-fn own_address(server: &TcpStream) -> Option<SocketAddr> {
-    let (own, peer) = (server.local_addr().ok()?, server.peer_addr().ok()?);
-    (own.ip() == peer.ip()).then_some(peer)
-}
-
-fn not_public(to: &Destination) -> String {
-    format!("{to} is at an address that is not public: the slot's network.allow must have that address, too")
-}
-
 /// Does the list name it, or a domain that it is in? Names are compared as [`Destination`] writes them, so without regard to
 /// case.
 fn allows(egress: &Egress, to: &Destination) -> bool {
@@ -154,14 +135,34 @@ fn allows(egress: &Egress, to: &Destination) -> bool {
 /// Those of a destination's addresses to which a job may be connected.
 ///
 /// # Errors
-/// With one of the others, where there is nothing else.
-fn reachable(egress: &Egress, addresses: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, SocketAddr> {
-    let is_reachable =
-        |address: &SocketAddr| is_public(address.ip()) || egress.allow.contains(&(*address).into());
-    let (reachable, others): (Vec<_>, Vec<_>) = addresses.into_iter().partition(is_reachable);
-    match (reachable.is_empty(), others.first()) {
-        (true, Some(address)) => Err(*address),
-        _ => Ok(reachable),
+/// Where there are others alone.
+fn reachable(
+    egress: &Egress,
+    to: &Destination,
+    addresses: Vec<SocketAddr>,
+) -> Result<Vec<SocketAddr>, NotConnected> {
+    let mut reachable = Vec::new();
+    let (mut not_public, mut failed) = (None, None);
+    for at in addresses {
+        let ip = at.ip();
+        if egress.allow.contains(&at.into()) {
+            reachable.push(at);
+            continue;
+        }
+        match is_public(ip).then(|| stays_here(ip)) {
+            Some(Ok(false)) => reachable.push(at),
+            Some(Err(error)) => failed = Some(error),
+            Some(Ok(true)) | None => not_public = not_public.or(Some(at)),
+        }
+    }
+    match (not_public, failed) {
+        _ if !reachable.is_empty() => Ok(reachable),
+        (Some(at), _) => Err(NotConnected::Refused {
+            why: format!("{to} is at an address that is not public: the slot's network.allow must have that address, too"),
+            at: Some(at),
+        }),
+        (None, Some(error)) => Err(NotConnected::Failed(error)),
+        (None, None) => Ok(reachable),
     }
 }
 
@@ -187,13 +188,12 @@ pub async fn try_destination(
     let addresses = timeout(LOOKUP, lookup_host((host.as_str(), to.port))).await;
     let addresses = addresses.map_err(|_| format!("the name of {to} is not found in time"))?;
     let addresses = addresses.map_err(|error| format!("the name of {to} is not found: {error}"))?;
-    let private = |at: SocketAddr| format!("{} (\"{at}\")", not_public(to));
-    let addresses = reachable(egress, addresses.collect()).map_err(private)?;
-    let server = connect_to_first(addresses).await.map_err(cannot)?;
-    match own_address(&server).filter(|at| !egress.allow.contains(&(*at).into())) {
-        Some(at) => Err(private(at)),
-        None => Ok(()),
-    }
+    let addresses = reachable(egress, to, addresses.collect()).map_err(|why| match why {
+        NotConnected::Refused { why, at: Some(at) } => format!("{why} (\"{at}\")"),
+        NotConnected::Refused { why, at: None } => why,
+        NotConnected::Failed(error) => cannot(error),
+    })?;
+    connect_to_first(addresses).await.map(drop).map_err(cannot)
 }
 
 /// Networks that are not public (IANA's special-purpose address registries, RFC 6890; multicast, RFC 5771): with the length
@@ -227,7 +227,7 @@ const NOT_PUBLIC_IPV6: [(Ipv6Addr, u32); 4] = [
     (Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 0), 20),
 ];
 
-/// Is it an address of the Internet? This host may have one, too: see [`own_address`].
+/// Is it an address of the Internet? This host may have one, too: see [`stays_here`].
 fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(ip) => {

@@ -17,6 +17,7 @@ mod destination;
 mod forward;
 mod http_proxy;
 mod job_log;
+mod route;
 #[cfg(test)]
 mod tests;
 mod untrusted;

@@ -248,3 +248,35 @@ async fn a_listed_address_is_the_jobs_own_at_each_of_its_ports() {
     assert_eq!(printed, [&["running"], &places[..], &["no more"]].concat());
     factory.finish().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn row_119_no_name_leads_to_an_address_of_the_host_itself() {
+    // The second address of an interface, from which the kernel never connects, a network that is routed to the host itself, and
+    // IPv6; then one that is elsewhere.
+    let names = ["first", "second", "third", "fourth", "elsewhere"];
+    let hosts = "11.0.0.1 first.test\n11.0.0.2 second.test\n11.0.0.77 third.test\n2a00::1 fourth.test\n12.0.0.1 elsewhere.test\n";
+    let list = names.map(|name| format!("\"{name}.test:9\"")).join(", ");
+    let factory = TestFactory::new(&format!("[slots.a]\ntarget = \"TARGET\"\nnetwork.allow = [{list}]\n")).await;
+    let file = factory.host.root.join("etc/hosts.test");
+    std::fs::write(&file, hosts).unwrap();
+    let plain = command(&factory, &["check", &super::checks::config_of(&factory), "--online"]);
+    let mut inside = Command::new("unshare");
+    inside.args(["--net", "--mount", "--propagation", "private", "sh", "-ec"]);
+    inside.arg(
+        "mount --bind \"$0\" /etc/hosts
+         ip address add 11.0.0.1/24 dev lo
+         ip address add 11.0.0.2/24 dev lo
+         ip address add 2a00::1/128 dev lo
+         ip link set lo up
+         exec \"$@\"",
+    );
+    inside.arg(&file).arg(plain.get_program()).args(plain.get_args());
+    let said: Said = tokio::task::block_in_place(|| inside.output().unwrap()).into();
+    for name in &names[..4] {
+        let refused = format!("{name}.test:9 is at an address that is not public");
+        assert!(said.out.contains(&refused), "{name}: {}{}", said.out, said.err);
+    }
+    let failed = "cannot connect to elsewhere.test:9: Network is unreachable";
+    assert!(said.out.contains(failed), "{}{}", said.out, said.err);
+    factory.finish().await;
+}
