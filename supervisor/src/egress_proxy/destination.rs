@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::EgressProxy;
 use super::route::stays_here;
-use super::upstream::{LOOKUP, Upstream, connect_to_first};
+use super::upstream::{LOOKUP, Upstream, connect_within};
 use crate::egress_records::JobEgress;
 
 /// Why a job is not connected.
@@ -96,7 +96,7 @@ impl EgressProxy {
                 let address = address.to_string();
                 self.upstream.connect_through_proxy(&address, to.port).await
             }
-            _ => connect_to_first(addresses).await,
+            _ => connect_within(addresses).await,
         };
         connected.map_err(NotConnected::Failed)
     }
@@ -155,10 +155,19 @@ fn reachable(
             Some(Ok(true)) | None => not_public = not_public.or(Some(at)),
         }
     }
+    let is_loopback = matches!(to.host, Host::Address(address) if address.is_loopback());
     match (not_public, failed) {
         _ if !reachable.is_empty() => Ok(reachable),
+        (Some(at), _) if is_loopback => Err(NotConnected::Refused {
+            why: format!(
+                "{to} of the host is not in the slot's network.allow; a server of the job's own is reached without the proxy (no_proxy)"
+            ),
+            at: Some(at),
+        }),
         (Some(at), _) => Err(NotConnected::Refused {
-            why: format!("{to} is at an address that is not public: the slot's network.allow must have that address, too"),
+            why: format!(
+                "{to} is at an address that is not public: the slot's network.allow must have that address, too"
+            ),
             at: Some(at),
         }),
         (None, Some(error)) => Err(NotConnected::Failed(error)),
@@ -193,7 +202,7 @@ pub async fn try_destination(
         NotConnected::Refused { why, at: None } => why,
         NotConnected::Failed(error) => cannot(error),
     })?;
-    connect_to_first(addresses).await.map(drop).map_err(cannot)
+    connect_within(addresses).await.map(drop).map_err(cannot)
 }
 
 /// Networks that are not public (IANA's special-purpose address registries, RFC 6890; multicast, RFC 5771): with the length

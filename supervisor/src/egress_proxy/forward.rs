@@ -22,7 +22,7 @@ struct Activity {
 }
 
 /// Until both sides have sent all that they will, or, once one has, until no byte has moved for `idle`: who has closed its
-/// side may be gone.
+/// side may be gone. `job_has_ended` says whether the job has: while the server takes nothing, nothing is read of the job.
 ///
 /// # Errors
 /// Where a side has broken off, or the time is over.
@@ -30,6 +30,7 @@ pub(super) async fn forward(
     job: impl AsyncRead + AsyncWrite + Unpin,
     server: impl AsyncRead + AsyncWrite + Unpin,
     idle: Duration,
+    job_has_ended: impl Fn() -> bool,
 ) -> io::Result<()> {
     let activity = Activity::default();
     let activity = &activity;
@@ -40,7 +41,7 @@ pub(super) async fn forward(
     };
     tokio::select! {
         copied = copy_bidirectional_with_sizes(&mut job, &mut server, BUFFER, BUFFER) => copied.map(drop),
-        () = activity.has_stopped(idle) => Err(io::ErrorKind::TimedOut.into()),
+        () = activity.has_stopped(idle, job_has_ended) => Err(io::ErrorKind::TimedOut.into()),
     }
 }
 
@@ -57,9 +58,9 @@ pub(super) async fn write_first(
 }
 
 impl Activity {
-    async fn has_stopped(&self, idle: Duration) {
+    async fn has_stopped(&self, idle: Duration, job_has_ended: impl Fn() -> bool) {
         let state = || {
-            let half_closed = self.half_closed.load(Ordering::Relaxed);
+            let half_closed = self.half_closed.load(Ordering::Relaxed) || job_has_ended();
             (half_closed, self.bytes.load(Ordering::Relaxed))
         };
         let mut before = state();
@@ -127,7 +128,7 @@ mod tests {
         let (mut job, proxy_job) = duplex(64);
         let (mut server, proxy_server) = duplex(64);
         let begun = Instant::now();
-        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE));
+        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE, || false));
         // A connection that is open both ways may be idle for days.
         sleep(100 * IDLE).await;
         assert!(!forwarding.is_finished());
@@ -151,10 +152,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_job_that_has_gone_is_noticed_though_its_server_takes_nothing() {
+        let (mut job, proxy_job) = duplex(64);
+        let (_server, proxy_server) = duplex(64);
+        let begun = Instant::now();
+        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE, || true));
+        job.write_all(&[7; 65]).await.unwrap();
+        let ended = timeout(10 * IDLE, forwarding).await;
+        let ended = ended.expect("it ends").unwrap();
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(begun.elapsed() <= 2 * IDLE);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_connection_ends_when_both_sides_have() {
         let (mut job, proxy_job) = duplex(64);
         let (mut server, proxy_server) = duplex(64);
-        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE));
+        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE, || false));
         job.shutdown().await.unwrap();
         server.write_all(b"answer").await.unwrap();
         server.shutdown().await.unwrap();

@@ -2,7 +2,8 @@
 
 use std::convert::Infallible;
 use std::future::pending;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -11,18 +12,19 @@ use axum::http::uri::{PathAndQuery, Uri};
 use axum::http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header,
 };
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::service::service_fn;
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use protocol::WorkerId;
 use protocol::config::Destination;
 use tokio::net::TcpStream;
 use tokio::task::AbortHandle;
 use tokio::time::sleep;
 
 use super::destination::NotConnected;
-use super::forward::{forward, write_first};
 use super::untrusted::{UntrustedTcpStream, Watch};
+use super::workers::Gone;
 use super::{EgressProxy, PATIENCE};
 use crate::egress_records::JobEgress;
 use crate::limiter::Permit;
@@ -38,7 +40,14 @@ struct Client {
     /// Carries the one request of this connection to its server.
     request: Mutex<Option<AbortHandle>>,
     /// It counts as one of its worker's until the last byte has gone.
-    _permits: [Permit<u32>; 2],
+    _permit: Permit<WorkerId>,
+    /// The same, once it leads to a host.
+    destination: Mutex<Option<Permit<WorkerId>>>,
+    gone: Gone,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Serve a connection to its end: one request, or one tunnel, so that it has one connection to a server.
@@ -46,8 +55,9 @@ pub(super) async fn serve(
     proxy: Arc<EgressProxy>,
     job: JobEgress,
     uid: u32,
-    permits: [Permit<u32>; 2],
+    permit: Permit<WorkerId>,
     stream: UntrustedTcpStream,
+    mut gone: Gone,
 ) {
     let (watch, idle) = (stream.watch(), proxy.half_closed);
     let client = Arc::new(Client {
@@ -55,7 +65,9 @@ pub(super) async fn serve(
         job,
         uid,
         request: Mutex::default(),
-        _permits: permits,
+        _permit: permit,
+        destination: Mutex::default(),
+        gone: gone.clone(),
     });
     let service = service_fn(|request| {
         let client = client.clone();
@@ -66,28 +78,27 @@ pub(super) async fn serve(
         .keep_alive(false)
         .header_read_timeout(PATIENCE)
         .max_buf_size(MAX_HEAD)
+        .preserve_header_case(true)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
+    let mut served = pin!(served);
     tokio::select! {
-        served = served => if let Err(error) = served {
+        served = &mut served => if let Err(error) = served {
             tracing::debug!(uid, "a connection to the HTTP proxy has broken: {error}");
+            watch.break_off();
         },
-        () = is_left(watch, idle) => tracing::debug!(uid, "a job has left its connection to the HTTP proxy"),
+        () = is_left(&watch, idle) => tracing::debug!(uid, "a job has left its connection to the HTTP proxy"),
+        () = gone.wait() => tracing::debug!(uid, "a connection to the HTTP proxy has ended with its worker"),
     }
     // Its server may take no more of it, and then nothing else ends it.
-    if let Some(request) = client
-        .request
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take()
-    {
+    if let Some(request) = lock(&client.request).take() {
         request.abort();
     }
 }
 
 /// Until the job has ended its side for so long: hyper does not see that while a server keeps it from reading. One that is
 /// gone without a word is found by probes, see [`keep_alive`](super::untrusted::keep_alive).
-async fn is_left(watch: Watch, idle: Duration) {
+async fn is_left(watch: &Watch, idle: Duration) {
     let mut before = false;
     loop {
         sleep(idle).await;
@@ -104,6 +115,16 @@ impl Client {
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Body>, Response<Body>> {
         let to =
             destination(request.method(), request.uri()).map_err(|why| say(StatusCode::BAD_REQUEST, &why))?;
+        let Some(permit) = self.proxy.destination_of(self.job.worker).await else {
+            self.proxy.metrics.egress(&self.job.slot, "refused");
+            return Err(say(
+                StatusCode::SERVICE_UNAVAILABLE,
+                &format!(
+                    "no connection to {to}: this job has too many to other hosts than the buildomat server"
+                ),
+            ));
+        };
+        *lock(&self.destination) = Some(permit);
         let server = self.proxy.connect(self.uid, &self.job, &to).await;
         let server = server.map_err(|error| match error {
             NotConnected::Refused { why, .. } => {
@@ -129,6 +150,7 @@ impl Client {
             .map_err(|_| say(StatusCode::BAD_REQUEST, "the host of that URL is no host"))?;
         let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
             .max_buf_size(MAX_HEAD)
+            .preserve_header_case(true)
             .handshake(TokioIo::new(server))
             .await
             .map_err(broken)?;
@@ -137,7 +159,7 @@ impl Client {
                 tracing::debug!("a connection of the HTTP proxy has broken: {error}");
             }
         });
-        *self.request.lock().unwrap_or_else(PoisonError::into_inner) = Some(carried.abort_handle());
+        *lock(&self.request) = Some(carried.abort_handle());
         let answer = sender.send_request(request).await.map_err(broken)?;
         let (mut head, body) = answer.into_parts();
         remove_hop_by_hop(&mut head.headers);
@@ -145,19 +167,15 @@ impl Client {
     }
 
     /// Carry bytes, of which the job may have sent some already.
-    async fn tunnel(&self, upgraded: Upgraded, mut server: TcpStream) {
+    async fn tunnel(&self, upgraded: Upgraded, server: TcpStream) {
         let parts = match upgraded.downcast::<TokioIo<UntrustedTcpStream>>() {
             Ok(parts) => parts,
             Err(_) => return tracing::error!("a tunnel of the HTTP proxy is no connection of a job's"),
         };
-        let half_closed = self.proxy.half_closed;
-        let carried = match write_first(&mut server, &parts.read_buf, half_closed).await {
-            Ok(()) => forward(parts.io.into_inner(), &mut server, half_closed).await,
-            Err(error) => Err(error),
-        };
-        if let Err(error) = carried {
-            tracing::debug!(uid = self.uid, "a tunnel of the HTTP proxy has broken: {error}");
-        }
+        let (job, gone) = (parts.io.into_inner(), self.gone.clone());
+        self.proxy
+            .forward(self.uid, job, server, &parts.read_buf, gone)
+            .await;
     }
 }
 
@@ -166,15 +184,20 @@ fn destination(method: &Method, uri: &Uri) -> Result<Destination, String> {
     let authority = uri
         .authority()
         .ok_or("this is an HTTP proxy: ask it for a whole URL, http://HOST/PATH")?;
-    let port = match (method == Method::CONNECT, uri.scheme_str()) {
-        (true, None) => authority.port_u16(),
-        (false, Some("http")) => authority.port_u16().or(Some(80)),
+    let default = match (method == Method::CONNECT, uri.scheme_str()) {
+        (true, None) => None,
+        (false, Some("http")) => Some(80),
         _ => return Err("this proxy takes CONNECT HOST:PORT, and URLs that begin with http://".into()),
     };
-    let port = port.ok_or("a port is missing: ask for CONNECT HOST:PORT")?;
     if authority.as_str().contains('@') {
         return Err("this proxy takes no user in a URL".into());
     }
+    // What stands there counts, and not what of it can be understood.
+    let port = match (&authority.as_str()[authority.host().len()..], default) {
+        ("", Some(port)) => port.to_string(),
+        ("", None) => return Err("a port is missing: ask for CONNECT HOST:PORT".into()),
+        (port, _) => port.trim_start_matches(':').to_owned(),
+    };
     let host = authority.host();
     let host = host.strip_suffix('.').unwrap_or(host);
     if host.starts_with("*.") {
@@ -187,12 +210,18 @@ fn destination(method: &Method, uri: &Uri) -> Result<Destination, String> {
 /// anew, from what was understood of it.
 fn for_the_server(request: Request<Incoming>) -> Result<Request<Incoming>, InvalidHeaderValue> {
     let (mut head, body) = request.into_parts();
+    // hyper tells no length of a body that is empty, which some servers want of a POST.
+    let has_length = head.headers.contains_key(header::CONTENT_LENGTH);
     let authority = head.uri.authority().map_or("", |authority| authority.as_str());
     let host = HeaderValue::from_str(authority)?;
     let path = head.uri.path_and_query().cloned();
     head.uri = Uri::from(path.unwrap_or(PathAndQuery::from_static("/")));
     remove_hop_by_hop(&mut head.headers);
     head.headers.remove(header::CONTENT_LENGTH);
+    if has_length && body.is_end_stream() {
+        head.headers
+            .insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+    }
     head.headers.insert(header::HOST, host);
     head.version = Version::HTTP_11;
     Ok(Request::from_parts(head, body))
@@ -252,6 +281,10 @@ mod tests {
             ("GET", "/path", Err("a whole URL")),
             ("GET", "http://user@example.com/", Err("no user")),
             ("CONNECT", "example.com:0", Err("from 1 to 65535")),
+            ("GET", "http://example.com:99999/", Err("from 1 to 65535")),
+            ("GET", "http://example.com:/", Err("from 1 to 65535")),
+            ("GET", "http://example.com:+80/", Err("from 1 to 65535")),
+            ("GET", "http://[2001:db8::1]/", Ok("[2001:db8::1]:80")),
             ("CONNECT", "*.example.com:443", Err("is no host")),
             ("CONNECT", "localhost:443", Err("the job itself")),
         ] {

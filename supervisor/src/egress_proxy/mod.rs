@@ -22,6 +22,7 @@ mod route;
 mod tests;
 mod untrusted;
 mod upstream;
+mod workers;
 
 pub use destination::try_destination;
 
@@ -38,7 +39,7 @@ use protocol::config::{Config, Destination, PROXY_SOCKET, TO_HTTP_PROXY, TO_SERV
 use protocol::{SlotName, UserName, WorkerId};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::AsyncReadExt;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::spawn_blocking;
 use tokio::time::{interval, sleep, timeout};
@@ -53,8 +54,9 @@ use client_hello::ClientHello;
 use closer::Closer;
 use forward::{forward, write_first};
 use job_log::JobLog;
-use untrusted::UntrustedTcpStream;
+use untrusted::{UntrustedTcpStream, break_off};
 use upstream::Upstream;
+use workers::{Gone, Workers};
 
 /// How often the socket is looked for, and tried to be made where it is not there.
 const LOOK: Duration = Duration::from_secs(1);
@@ -108,8 +110,9 @@ pub struct EgressProxy {
     job_log: JobLog,
     /// Taken when it begins to serve.
     lines: Option<(BuildomatClient, mpsc::Receiver<(WorkerId, String)>)>,
-    limiter: ConnectionLimiter<u32>,
-    destinations: ConnectionLimiter<u32>,
+    workers: Workers,
+    limiter: ConnectionLimiter<WorkerId>,
+    destinations: ConnectionLimiter<WorkerId>,
     receiving: Turns,
     looking_up: Turns,
     half_closed: Duration,
@@ -186,6 +189,7 @@ impl EgressProxy {
             metrics: reports.metrics.clone(),
             job_log,
             lines: Some((reports.server.clone(), lines)),
+            workers: Workers::default(),
             limiter: ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, 16 * CONNECTIONS_OF_A_WORKER, 1),
             destinations: ConnectionLimiter::new(DESTINATIONS_OF_A_WORKER, usize::MAX, 1),
             receiving: Turns::default(),
@@ -251,13 +255,16 @@ impl EgressProxy {
                         sleep(LOOK).await;
                     }
                 },
-                _ = look.tick() => match tokio::fs::symlink_metadata(&path).await {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                        tracing::warn!("the egress proxy's socket was removed: it is made again");
-                        return;
+                _ = look.tick() => {
+                    self.workers.look(|uid| Some((self.worker_of)(uid)?.0));
+                    match tokio::fs::symlink_metadata(&path).await {
+                        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                            tracing::warn!("the egress proxy's socket was removed: it is made again");
+                            return;
+                        }
+                        _ => {}
                     }
-                    _ => {}
-                },
+                }
             }
         }
     }
@@ -270,7 +277,7 @@ impl EgressProxy {
         let Some(worker) = (self.worker_of)(uid) else {
             return self.hang_up(caller, uid, "this uid is no worker's");
         };
-        let Some(permit) = self.limiter.take(uid) else {
+        let Some(permit) = self.limiter.take(worker.0) else {
             return self.hang_up(caller, uid, "it has too many connections");
         };
         let proxy = self.clone();
@@ -294,8 +301,9 @@ impl EgressProxy {
         caller: UnixStream,
         uid: u32,
         (worker, slot): Caller,
-        permit: Permit<u32>,
+        permit: Permit<WorkerId>,
     ) {
+        let gone = self.workers.connection_of(worker, uid);
         // Where it has said nothing, nothing is found.
         let _ = timeout(PATIENCE, untrusted::has_spoken(&caller)).await;
         let turn = self.receiving.of(uid).acquire_owned().await;
@@ -312,12 +320,12 @@ impl EgressProxy {
                 "the egress proxy has closed a connection of uid {uid}: {why}"
             ));
         };
-        let (mut stream, name) = match received {
+        let (stream, name) = match received {
             Ok(received) => received,
             Err(why) => return closed(&why),
         };
         if name == TO_SERVER {
-            self.carry(&mut stream, uid).await;
+            self.carry(stream, uid, gone).await;
         } else {
             let job = slot.and_then(|slot| self.records.of_job(worker, &slot));
             let Some(job) = job else {
@@ -325,29 +333,43 @@ impl EgressProxy {
                     "its slot has the host's network, is no longer in the configuration, or is not known",
                 );
             };
-            let Some(own) = self.destinations.take(uid) else {
-                return closed("it has too many connections to other hosts than the server");
-            };
             if name == TO_HTTP_PROXY {
-                return http_proxy::serve(self.clone(), job, uid, [permit, own], stream).await;
+                return http_proxy::serve(self.clone(), job, uid, permit, stream, gone).await;
             }
             let Ok(to) = name.parse::<Destination>() else {
                 return closed("it names no destination");
             };
-            if let Ok(mut server) = self.connect(uid, &job, &to).await {
-                let carried = forward(&mut stream, &mut server, self.half_closed).await;
-                log_end(uid, carried);
+            let Some(_own) = self.destination_of(worker).await else {
+                self.metrics.egress(&job.slot, "refused");
+                return closed("it has too many connections to other hosts than the server");
+            };
+            match self.connect(uid, &job, &to).await {
+                Ok(server) => self.forward(uid, stream, server, &[], gone).await,
+                Err(_) => stream.watch().break_off(),
             }
         }
         // It counts until it is closed.
-        drop(stream);
         drop(permit);
     }
 
-    async fn carry(&self, job: &mut UntrustedTcpStream, uid: u32) {
+    /// A connection of a worker to another host than the server, once it has one less than it may have. None where that takes
+    /// too long.
+    async fn destination_of(&self, worker: WorkerId) -> Option<Permit<WorkerId>> {
+        let permit = async {
+            loop {
+                if let Some(permit) = self.destinations.take(worker) {
+                    return permit;
+                }
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(PATIENCE, permit).await.ok()
+    }
+
+    async fn carry(&self, mut job: UntrustedTcpStream, uid: u32, gone: Gone) {
         let first = match &self.tls_name {
             None => Vec::new(),
-            Some(name) => match timeout(PATIENCE, client_hello_for(name.as_deref(), job)).await {
+            Some(name) => match timeout(PATIENCE, client_hello_for(name.as_deref(), &mut job)).await {
                 Ok(Ok(first)) => first,
                 refused => {
                     let why = match refused {
@@ -361,18 +383,39 @@ impl EgressProxy {
             },
         };
         match self.upstream.connect().await {
-            Ok(mut server) => {
-                let carried = match write_first(&mut server, &first, self.half_closed).await {
-                    Ok(()) => forward(job, &mut server, self.half_closed).await,
-                    Err(error) => Err(error),
-                };
-                log_end(uid, carried);
-            }
+            Ok(server) => self.forward(uid, job, server, &first, gone).await,
             Err(error) => tracing::debug!(
                 uid,
                 "the egress proxy cannot reach {} for a job: {error}",
                 self.upstream
             ),
+        }
+    }
+
+    /// Carry the bytes of a connection, of which the job has sent some already, until it ends, or its worker does. What
+    /// has broken off on one side breaks off on the other: an end in good order would say that this was all.
+    async fn forward(
+        &self,
+        uid: u32,
+        mut job: UntrustedTcpStream,
+        mut server: TcpStream,
+        first: &[u8],
+        mut gone: Gone,
+    ) {
+        let watch = job.watch();
+        let has_ended = || watch.is_ended().unwrap_or(true);
+        let carried = async {
+            write_first(&mut server, first, self.half_closed).await?;
+            forward(&mut job, &mut server, self.half_closed, has_ended).await
+        };
+        let carried = tokio::select! {
+            carried = carried => carried,
+            () = gone.wait() => Err(io::Error::other("its worker is gone")),
+        };
+        if let Err(error) = carried {
+            tracing::debug!(uid, "a connection through the egress proxy has broken: {error}");
+            break_off(&server);
+            watch.break_off();
         }
     }
 }
@@ -402,12 +445,6 @@ fn worker_in(record: &[u8]) -> Option<Caller> {
     let user = UserName::try_from(field("userName")?).ok()?;
     let slot = field(USERDB_SLOT).and_then(|slot| slot.parse().ok());
     Some((user.worker(), slot))
-}
-
-fn log_end(uid: u32, carried: io::Result<()>) {
-    if let Err(error) = carried {
-        tracing::debug!(uid, "a connection through the egress proxy has broken: {error}");
-    }
 }
 
 /// What clients name a server of this host; no name where it is an address (RFC 6066, 3).

@@ -65,7 +65,12 @@ fn question(address: IpAddr) -> Vec<u8> {
 
 /// `rtm_type` of an answer.
 fn kind_of_route(answer: &[u8]) -> io::Result<u8> {
-    let garbled = || io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer about a route is garbled");
+    let garbled = || {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the kernel's answer about a route is garbled",
+        )
+    };
     let head = answer.get(..HEADERS).ok_or_else(garbled)?;
     let kind = u16::from_ne_bytes([head[4], head[5]]);
     if kind == RTM_NEWROUTE {

@@ -57,6 +57,19 @@ impl Watch {
         let mut event = [PollFd::new(socket.stream().as_fd(), ended)];
         Some(poll(&mut event, PollTimeout::ZERO).is_ok_and(|ready| ready > 0))
     }
+
+    /// See [`break_off`].
+    pub(super) fn break_off(&self) {
+        if let Some(socket) = self.0.upgrade() {
+            break_off(socket.stream());
+        }
+    }
+}
+
+/// Let this socket, when it is closed, break the connection off (RST) instead of ending it in good order (`SO_LINGER`,
+/// socket(7)).
+pub(super) fn break_off(socket: &impl AsFd) {
+    let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
 }
 
 impl Socket {

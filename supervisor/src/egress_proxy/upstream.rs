@@ -103,8 +103,13 @@ impl Upstream {
     }
 }
 
+/// To the first of these addresses that answers, in the time that all may take.
+pub(super) async fn connect_within(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+    timeout(ALL, connect_to_first(addresses)).await?
+}
+
 /// To the first of these addresses that answers.
-pub(super) async fn connect_to_first(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+async fn connect_to_first(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
     let mut last = io::Error::other("the name has no address");
     for address in addresses {
         match timeout(CONNECT, TcpStream::connect(address)).await {

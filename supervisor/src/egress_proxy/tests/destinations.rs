@@ -330,12 +330,12 @@ async fn a_request_for_a_url_reaches_the_server_as_it_was_understood() {
         let request = format!("{head} HTTP/1.1\r\n{body}");
         let answer = slot.answer(TO_HTTP_PROXY, request.as_bytes()).await;
         let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-        (head.to_ascii_lowercase(), body.to_ascii_lowercase())
+        (head.to_ascii_lowercase(), body.to_owned())
     };
     let url = format!("http://a.example:{port}/path?query");
     let (head, got) = ask(
         &format!("POST {url}"),
-        "Host: evil.test\r\nProxy-Authorization: x\r\nContent-Length: 4\r\n\r\nbody",
+        "Host: evil.test\r\nProxy-Authorization: x\r\nX-OwnCase: 1\r\nContent-Length: 4\r\n\r\nbody",
     )
     .await;
     assert!(
@@ -343,11 +343,19 @@ async fn a_request_for_a_url_reaches_the_server_as_it_was_understood() {
         "{head}"
     );
     assert!(
-        got.starts_with("post /path?query http/1.1\r\n") && got.ends_with("\r\n\r\nbody"),
+        got.starts_with("POST /path?query HTTP/1.1\r\n") && got.ends_with("\r\n\r\nbody"),
         "{got}"
     );
+    assert!(got.contains("X-OwnCase: 1\r\n"), "{got}");
+    let got = got.to_ascii_lowercase();
     assert!(got.contains(&format!("host: a.example:{port}\r\n")), "{got}");
     assert!(!got.contains("evil") && !got.contains("proxy"), "{got}");
+    // A length of nothing is told as well: some servers want one.
+    let (_, got) = ask(&format!("POST {url}"), "Content-Length: 0\r\n\r\n").await;
+    assert!(
+        got.to_ascii_lowercase().contains("content-length: 0\r\n"),
+        "{got}"
+    );
 
     // Two lengths: a server that believes the other one would see a second request, for another host.
     let smuggled = "0\r\n\r\nGET http://evil.test/ HTTP/1.1\r\nHost: evil.test\r\n\r\n";
@@ -374,8 +382,8 @@ async fn a_request_for_a_url_reaches_the_server_as_it_was_understood() {
     for (request, part) in [
         ("GET http://evil.test/", "not in the slot's network.allow"),
         ("GET http://user@a.example/", "no user"),
-        ("GET /", "a whole url"),
-        ("GET https://a.example/", "takes connect"),
+        ("GET /", "a whole URL"),
+        ("GET https://a.example/", "takes CONNECT"),
     ] {
         let (_, body) = ask(request, "Host: x\r\n\r\n").await;
         assert!(body.contains(part), "{request}: {body}");
@@ -427,6 +435,115 @@ async fn a_job_with_all_its_connections_leaves_its_agent_some_to_the_server() {
         while slot.answer(&to, b"x").await != "x" {}
     });
     waited.await.expect("it has its connection back");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_connection_more_than_a_job_may_have_waits_for_the_end_of_another() {
+    let port = echo().await;
+    let (to, network) = (
+        format!("127.0.0.1:{port}"),
+        format!("{{ allow = [\"127.0.0.1:{port}\"] }}"),
+    );
+    let only_one = |proxy: &mut EgressProxy| proxy.destinations = ConnectionLimiter::new(1, 1, 1);
+    let slot = slot_of(&network, |_| "127.0.0.1", only_one).await;
+    let mut first = slot.connection(&to);
+    first.write_all(b"x").await.unwrap();
+    assert_eq!(first.read_u8().await.unwrap(), b'x');
+    let mut second = slot.connection(TO_HTTP_PROXY);
+    let request = format!("CONNECT {to} HTTP/1.1\r\n\r\n");
+    second.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = [0; 12];
+    let early = timeout(Duration::from_millis(300), second.peek(&mut answer)).await;
+    assert!(early.is_err(), "{early:?}");
+    drop(first);
+    let answered = timeout(Duration::from_secs(20), second.read_exact(&mut answer)).await;
+    answered.expect("it has its turn").unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200");
+    // One that waits for too long is told why.
+    let refused = slot.connect(&to).await;
+    assert!(
+        refused.starts_with("HTTP/1.1 503 ") && refused.contains("too many"),
+        "{refused}"
+    );
+}
+
+/// A server that waits for a byte, sends a part of an answer, and breaks off.
+fn breaking() -> u16 {
+    let listener = StdListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            let _ = stream.read(&mut [0]);
+            let _ = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\na part");
+            // So that the proxy has it.
+            std::thread::sleep(Duration::from_millis(100));
+            SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_its_server_breaks_off_does_not_end_in_good_order_for_a_job() {
+    let port = breaking();
+    let to = format!("127.0.0.1:{port}");
+    let slot = slot(&format!("{{ allow = [{to:?}] }}")).await;
+    for (name, request) in [
+        (&*to, "x".to_owned()),
+        (TO_HTTP_PROXY, format!("CONNECT {to} HTTP/1.1\r\n\r\nx")),
+        (TO_HTTP_PROXY, format!("GET http://{to}/ HTTP/1.0\r\n\r\n")),
+    ] {
+        let mut job = slot.connection(name);
+        job.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        let read = timeout(Duration::from_secs(20), job.read_to_end(&mut answer)).await;
+        let error = read.expect("it ends").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{request}");
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(answer.ends_with("a part"), "{request}: {answer}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_workers_connections_end_with_it_whatever_their_servers_do() {
+    let (port, ended) = deaf(false, Arc::default());
+    let to = format!("127.0.0.1:{port}");
+    let is_gone = Arc::new(AtomicBool::new(false));
+    let gone = is_gone.clone();
+    let slot = slot_of(
+        &format!("{{ allow = [{to:?}] }}"),
+        |_| "127.0.0.1",
+        |proxy| {
+            proxy.upstream = Upstream::new("127.0.0.1".into(), port);
+            proxy.worker_of =
+                Box::new(move |_| (!gone.load(Ordering::Relaxed)).then(|| (WORKER, "a".parse().ok())));
+        },
+    )
+    .await;
+    let mut jobs = Vec::new();
+    for (name, request) in [
+        (TO_SERVER, String::new()),
+        (&*to, String::new()),
+        (TO_HTTP_PROXY, format!("CONNECT {to} HTTP/1.1\r\n\r\n")),
+        (
+            TO_HTTP_PROXY,
+            format!("POST http://{to}/ HTTP/1.1\r\nContent-Length: {MUCH}\r\n\r\n"),
+        ),
+    ] {
+        let mut job = slot.connection(name);
+        job.write_all(request.as_bytes()).await.unwrap();
+        // More than all buffers on the way hold.
+        let some = vec![7; 1 << 20];
+        while let Ok(Ok(())) = timeout(Duration::from_millis(200), job.write_all(&some)).await {}
+        jobs.push(job);
+    }
+    assert!(ended.try_recv().is_err());
+    is_gone.store(true, Ordering::Relaxed);
+    for mut job in jobs {
+        let read = async { while let Ok(1..) = job.read(&mut [0; 4096]).await {} };
+        let over = timeout(Duration::from_secs(20), read).await;
+        over.expect("it ends with its worker");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
