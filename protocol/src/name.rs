@@ -58,6 +58,11 @@ macro_rules! ulid_type {
                 Self(bits)
             }
 
+            /// Its 128 bits. The low 80 are random.
+            pub const fn to_bits(self) -> u128 {
+                self.0
+            }
+
             /// When it was made, in milliseconds since 1970, by the clock of who made it.
             pub const fn made_at(self) -> u64 {
                 (self.0 >> 80) as u64

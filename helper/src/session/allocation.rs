@@ -2,7 +2,6 @@
 //! last when it is deleted. Each can be cut off anywhere, and said again.
 
 use std::collections::BTreeSet;
-use std::hash::{BuildHasher, Hasher};
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result};
@@ -131,9 +130,7 @@ fn take_slot(
         .map(|allocation| allocation.uid.get())
         .collect();
     let accounts = host.accounts()?;
-    // The standard library's hash keys are random: getrandom(2) without a crate or a device node.
-    let random = std::hash::RandomState::new().build_hasher().finish();
-    for uid in policy::candidates(config.factory.uid_range, random, &used) {
+    for uid in policy::candidates(config.factory.uid_range, worker.id, &used) {
         let is_known = users::is_in_userdb(&host.userdb, uid) || accounts.has(uid);
         if !is_known && !sys::has_process_of(uid.get()).context("cannot look for processes")? {
             let record = Record::new(slot.clone(), uid);

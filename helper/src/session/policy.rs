@@ -60,11 +60,11 @@ pub fn may_take(
     Ok(())
 }
 
-/// The uids of the range in the order in which to try them: all of them, from a random beginning, but
-/// those in use.
-pub fn candidates(range: UidRange, random: u64, used: &BTreeSet<u32>) -> impl Iterator<Item = Uid> {
+/// The uids of the range in the order in which to try them: all of them but those in use, from one that the random part of the
+/// worker's id says, so that the next worker begins elsewhere.
+pub fn candidates(range: UidRange, worker: WorkerId, used: &BTreeSet<u32>) -> impl Iterator<Item = Uid> {
     let (first, len) = (range.first.get(), range.len());
-    let start = (random % u64::from(len)) as u32;
+    let start = (worker.to_bits() % u128::from(len)) as u32;
     (0..len)
         .map(move |i| first + (start + i) % len)
         .filter(|uid| !used.contains(uid))
@@ -127,11 +127,16 @@ mod tests {
             first,
             last: Uid::try_from(2_000_009).unwrap(),
         };
-        for random in [0, 3, 9, u64::MAX] {
+        let mut first = BTreeSet::new();
+        for bits in 0..20 {
             let used = BTreeSet::from([2_000_003, 2_000_009]);
-            let tried: BTreeSet<u32> = candidates(range, random, &used).map(Uid::get).collect();
+            let worker = WorkerId::from_bits(bits);
+            let tried: Vec<u32> = candidates(range, worker, &used).map(Uid::get).collect();
+            first.insert(tried[0]);
+            let tried = BTreeSet::from_iter(tried);
             assert_eq!(tried.len(), 8);
             assert!(tried.is_disjoint(&used));
         }
+        assert_eq!(first.len(), 8, "workers begin at different ones");
     }
 }
