@@ -215,8 +215,14 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
         let line = line_of(text, keys);
         mistakes.push(Mistake { line, message });
     };
-    if let Err(message) = accounts::supervisor(&accounts.passwd, &config.factory.user) {
-        note(&["factory", "user"], message);
+    let factory = &config.factory;
+    match accounts::supervisor(&accounts.passwd, &factory.user, factory.uid_range) {
+        Ok((0, _)) => note(
+            &["factory", "user"],
+            "factory.user is root, and the supervisor must not be: name a user that it has for itself".into(),
+        ),
+        Ok(_) => {}
+        Err(message) => note(&["factory", "user"], message),
     }
     let files = [
         &accounts.subuid,

@@ -13,7 +13,7 @@ pub fn check_host(host: &Host, config: &Config) -> Result<(u32, u32)> {
         warn!("{warning}");
     }
     check_accounts(host, config)?;
-    users::supervisor(host, &config.factory.user)
+    users::supervisor(host, &config.factory.user, config.factory.uid_range)
 }
 
 /// Refuse a configuration that names ids and groups which the host does not have, or which are somebody else's.

@@ -24,8 +24,8 @@ fn read_etc(host: &Host, name: &str) -> Result<String> {
 }
 
 /// The uid of the supervisor, the only one that the helper serves, and its gid.
-pub fn supervisor(host: &Host, user: &User) -> Result<(u32, u32)> {
-    accounts::supervisor(&read_etc(host, "passwd")?, user).map_err(anyhow::Error::msg)
+pub fn supervisor(host: &Host, user: &User, range: UidRange) -> Result<(u32, u32)> {
+    accounts::supervisor(&read_etc(host, "passwd")?, user, range).map_err(anyhow::Error::msg)
 }
 
 /// Refuse a range of ids that the host's files give to somebody.

@@ -6,8 +6,18 @@ use super::{GroupName, UidRange, User};
 /// Uid and gid of the supervisor (`passwd(5)`): of a number that is nobody's, the same number.
 ///
 /// # Errors
-/// The name is not there.
-pub fn supervisor(passwd: &str, user: &User) -> Result<(u32, u32), String> {
+/// The name is not there, or a job could get its uid.
+pub fn supervisor(passwd: &str, user: &User, range: UidRange) -> Result<(u32, u32), String> {
+    let (uid, gid) = find_supervisor(passwd, user)?;
+    match [uid, gid].into_iter().find(|id| range.contains(*id)) {
+        Some(id) => Err(format!(
+            "factory.user has the id {id}, which is in factory.uid_range {range}: name a user or a range such that no job is the supervisor"
+        )),
+        None => Ok((uid, gid)),
+    }
+}
+
+fn find_supervisor(passwd: &str, user: &User) -> Result<(u32, u32), String> {
     let mut users = passwd.lines().filter_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
@@ -104,11 +114,26 @@ mod tests {
     fn the_supervisors_uid_is_what_the_configuration_or_the_host_says() {
         let passwd = "factor:x:5:5::/:/x\nfactory:x:6:7::/:/x\n";
         let name = |name: &str| User::Name(name.into());
-        assert_eq!(supervisor(passwd, &name("factory")), Ok((6, 7)));
-        assert_eq!(supervisor(passwd, &User::Number(6)), Ok((6, 7)));
-        assert_eq!(supervisor(passwd, &User::Number(9)), Ok((9, 9)));
-        assert!(supervisor(passwd, &name("nobody")).is_err());
-        assert!(supervisor("", &name("factory")).is_err());
+        let range = UidRange {
+            first: Uid::try_from(2_000_000).unwrap(),
+            last: Uid::try_from(2_000_009).unwrap(),
+        };
+        let found = |passwd: &str, user: User| supervisor(passwd, &user, range);
+        assert_eq!(found(passwd, name("factory")), Ok((6, 7)));
+        assert_eq!(found(passwd, User::Number(6)), Ok((6, 7)));
+        assert_eq!(found(passwd, User::Number(9)), Ok((9, 9)));
+        assert!(found(passwd, name("nobody")).is_err());
+        assert!(found("", name("factory")).is_err());
+        // Also where the host has no such user, or its group alone is there.
+        for (passwd, user) in [
+            ("", User::Number(2_000_000)),
+            ("factory:x:2000009:5::/:/x\n", name("factory")),
+            ("factory:x:5:2000003::/:/x\n", name("factory")),
+        ] {
+            let why = found(passwd, user).unwrap_err();
+            assert!(why.contains("no job is the supervisor"), "{why}");
+        }
+        assert_eq!(found("", User::Number(2_000_010)), Ok((2_000_010, 2_000_010)));
     }
 
     #[test]

@@ -207,6 +207,9 @@ impl std::str::FromStr for Destination {
             _ if host.contains('*') => {
                 return no("a wildcard must be the whole first label, as in *.example.com:443");
             }
+            _ if !host.is_ascii() => {
+                return no("write a name that has other letters as DNS has it: xn--bcher-kva.example:443");
+            }
             _ => return no("write a host's name or address, and its port: example.com:443"),
         };
         Ok(Destination { host, port })
@@ -310,6 +313,7 @@ mod tests {
     fn what_is_no_destination_is_told_with_what_to_write() {
         for (text, part) in [
             ("example.com", "its port is missing"),
+            ("bücher.example:443", "xn--bcher-kva"),
             ("example.com:", "from 1 to 65535"),
             ("example.com:0", "from 1 to 65535"),
             ("example.com:65536", "from 1 to 65535"),

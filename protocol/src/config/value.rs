@@ -32,6 +32,14 @@ pub(super) fn text<'de, D: Deserializer<'de>, T>(
     from.deserialize_str(Visitor(rule))
 }
 
+/// A URL without user and password, which may be secret; any other text as it is.
+fn without_user(text: &str) -> String {
+    match (text.find("://"), text.rfind('@')) {
+        (Some(scheme), Some(at)) if scheme < at => format!("{}://…{}", &text[..scheme], &text[at..]),
+        _ => text.to_owned(),
+    }
+}
+
 /// A text with a rule, refused at its own place in the file.
 macro_rules! checked {
     ($(#[$doc:meta])* $name:ident, $rule:expr, $expected:literal) => {
@@ -58,7 +66,7 @@ macro_rules! checked {
                 text(from, |text| match rule(text) {
                     true => Ok(Self(text.to_owned())),
                     false => {
-                        let short: String = text.chars().take(200).collect();
+                        let short: String = without_user(text).chars().take(200).collect();
                         Err(format!(concat!("{:?} is not ", $expected), short))
                     }
                 })

@@ -195,6 +195,38 @@ fn configure_default_range(host: &TestHost) {
 }
 
 #[test]
+fn a_supervisor_whose_uid_a_job_could_get_is_refused() {
+    let host = TestHost::new();
+    host.write_token("x");
+    let slots = ONE.replace("TARGET", "01HZX3N8Q4J5K6M7P8R9S0T1V2");
+    for uid in [*host.uids.start(), *host.uids.end()] {
+        host.configure("http://127.0.0.1:1", uid, &slots);
+        both_say(
+            &host,
+            Some(&format!(
+                "factory.user has the id {uid}, which is in factory.uid_range"
+            )),
+        );
+    }
+    host.configure("http://127.0.0.1:1", 0, &slots);
+    let config = host.root.join(protocol::config::CONFIG_PATH);
+    let output = Command::new(binaries().join("user-factory"))
+        .arg("check")
+        .arg("--root")
+        .arg(&host.root)
+        .arg(&config)
+        .output()
+        .unwrap();
+    let said: Said = output.into();
+    assert!(
+        said.status == 1 && said.out.contains("factory.user is root"),
+        "{}{}",
+        said.out,
+        said.err
+    );
+}
+
+#[test]
 fn a_range_of_which_a_process_has_a_uid_is_refused_with_the_alternative() {
     let host = TestHost::new();
     host.write_token("x");
