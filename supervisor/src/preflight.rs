@@ -36,6 +36,31 @@ pub struct HostFacts {
     pub core_pattern: String,
     /// The file that `/etc/resolv.conf` leads to.
     pub resolver: Option<PathBuf>,
+    /// What [`READ_BY_PROGRAMS`] lead to, where they are links.
+    pub links: Vec<(&'static str, PathBuf)>,
+    /// Is `/var/run` a directory, and not the usual link to `/run`?
+    pub has_var_run: bool,
+}
+
+/// What ordinary programs read in `/etc`, besides `resolv.conf`.
+const READ_BY_PROGRAMS: [&str; 4] = ["/etc/hosts", "/etc/hostname", "/etc/localtime", "/etc/ssl/certs"];
+
+/// Where a job has other files than the host, or none, besides what it is shown of `/run`.
+const NOT_IN_A_JOB: [&str; 7] = [
+    "/home",
+    "/root",
+    "/tmp",
+    "/var/tmp",
+    "/dev/shm",
+    "/run/lock",
+    "/run/user",
+];
+
+/// Does a job find this file of the host? `with_run` says whether it is shown the directory in `/run` that it is in.
+fn is_in_a_job(file: &Path, with_run: bool) -> bool {
+    let is_in_run = file.starts_with("/run");
+    let is_shown = with_run && file.parent() != Some(Path::new("/run"));
+    !NOT_IN_A_JOB.iter().any(|place| file.starts_with(place)) && (!is_in_run || is_shown)
 }
 
 impl HostFacts {
@@ -56,6 +81,14 @@ impl HostFacts {
                 .canonicalize()
                 .ok()
                 .filter(|file| file.is_file()),
+            links: READ_BY_PROGRAMS
+                .into_iter()
+                .filter_map(|name| Some((name, Path::new(name).canonicalize().ok()?)))
+                .filter(|(name, path)| path != Path::new(name))
+                .collect(),
+            has_var_run: Path::new("/var/run")
+                .symlink_metadata()
+                .is_ok_and(|meta| meta.is_dir()),
             mounts,
         }
     }
@@ -204,11 +237,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
         &format!("limits.disk and limits.inodes are not enforced, and a job can fill the disk; {remedy}"),
     ));
     if config.slots.values().any(|slot| slot.network.is_host()) {
-        // Of /run jobs see the directory that the file is in.
-        let seen_by_jobs = facts
-            .resolver
-            .as_deref()
-            .filter(|file| file.parent() != Some(Path::new("/run")));
+        let seen_by_jobs = facts.resolver.as_deref().filter(|file| is_in_a_job(file, true));
         found.push(finding(
             "resolv.conf",
             &match &facts.resolver {
@@ -218,6 +247,26 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
             seen_by_jobs.is_some(),
             false,
             "jobs with the host's network resolve no names; let /etc/resolv.conf be a file, or lead to one that is in a directory of /run",
+        ));
+    }
+    for (name, path) in &facts.links {
+        if !is_in_a_job(path, *name == "/etc/hosts") {
+            found.push(finding(
+                name,
+                &path.display().to_string(),
+                false,
+                false,
+                "jobs do not find what it leads to; let it be a file, or lead to one outside of /run and of the places that are a job's own",
+            ));
+        }
+    }
+    if facts.has_var_run {
+        found.push(finding(
+            "/var/run",
+            "a directory of its own",
+            false,
+            true,
+            "buildomat's agent uses it as /run, and cannot in a job; move what is in it to /run, and make it a link to /run",
         ));
     }
     if config.slots.values().any(|slot| !slot.network.is_host()) {
@@ -282,6 +331,8 @@ mod tests {
             modules: "lockdown,capability,landlock,yama".into(),
             core_pattern: "core".into(),
             resolver: Some("/run/systemd/resolve/stub-resolv.conf".into()),
+            links: vec![("/etc/localtime", "/usr/share/zoneinfo/UTC".into())],
+            has_var_run: false,
         };
         assert_eq!(
             missing(&facts, "limits.memory = \"1G\"\nlimits.disk = \"1G\"", "/"),
@@ -367,6 +418,8 @@ mod tests {
             (Some("/etc/resolv.conf"), "host", false),
             (Some("/run/NetworkManager/resolv.conf"), "host", false),
             (Some("/run/resolv.conf"), "host", true),
+            (Some("/run/lock/resolv.conf"), "host", true),
+            (Some("/root/resolv.conf"), "host", true),
             (None, "host", true),
             (None, "none", false),
         ] {
@@ -381,6 +434,34 @@ mod tests {
                 "{resolver:?}"
             );
         }
+    }
+
+    #[test]
+    fn links_of_etc_that_lead_nowhere_in_a_job_are_reported() {
+        let links = vec![
+            ("/etc/hosts", "/run/hosts.d/hosts".into()),
+            ("/etc/hostname", "/run/names/hostname".into()),
+            ("/etc/localtime", "/usr/share/zoneinfo/UTC".into()),
+            ("/etc/ssl/certs", "/root/certs".into()),
+        ];
+        let facts = HostFacts {
+            links,
+            has_var_run: true,
+            ..HostFacts::default()
+        };
+        let reported = missing(&facts, "", "/");
+        let of_files: Vec<_> = reported
+            .into_iter()
+            .filter(|(what, _)| what.starts_with('/'))
+            .collect();
+        assert_eq!(
+            of_files,
+            [
+                ("/etc/hostname", false),
+                ("/etc/ssl/certs", false),
+                ("/var/run", true)
+            ]
+        );
     }
 
     #[test]

@@ -16,8 +16,14 @@ pub const ETC_LAYERS: [&str; 2] = ["/.buildomat-factory/etc/own", "/.buildomat-f
 /// The directory of links whose texts are facts of the host in `/run`.
 pub const FACTS: &str = "/.buildomat-factory/facts";
 
+/// The directory of the links of the host's `/run` that lead to facts. Jobs have them as they are.
+pub const LINKS: &str = "/.buildomat-factory/links";
+
 /// What udev knows of devices: a fact for slots that have some.
 pub const UDEV_DATA: &str = "/run/udev/data";
+
+/// By this file programs see that udev runs, and only then do they listen to its events.
+pub const UDEV_CONTROL: &str = "/run/udev/control";
 
 /// What jobs see of `source`: the place where `sandbox` finds it.
 pub fn source_path(source: &SourcePath) -> JobPath {

@@ -12,9 +12,10 @@ mod network;
 pub mod paths;
 pub mod writable_dirs;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -334,6 +335,24 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
                 .create(place.entered())
                 .with_context(|| format!("cannot make {}", place.display()))?;
         }
+    }
+    for link in std::fs::read_dir(layout::LINKS).context("cannot list the links to facts of the host")? {
+        let link = link?;
+        match symlink(
+            std::fs::read_link(link.path())?,
+            run.join(link.file_name()).entered(),
+        ) {
+            // The operator shows something there.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made.context("cannot make a link in /run")?,
+        }
+    }
+    if shown
+        .iter()
+        .any(|(_, fact)| *fact == SourcePath::new(layout::UDEV_DATA))
+    {
+        File::create(layout::UDEV_CONTROL)
+            .with_context(|| format!("cannot make {}", layout::UDEV_CONTROL))?;
     }
     Ok(shown)
 }

@@ -189,7 +189,7 @@ fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
         mount -t tmpfs none work; mkdir -p work/upper/var work/work; chmod 755 work/upper work/upper/var
         ln -s {0}/big/home {0}/big/root {0}/big/opt work/upper; ln -s {0}/big/tmp work/upper/var/tmp
         mount -t overlay -o lowerdir=/,upperdir=work/upper,workdir=work/work overlay root
-        for directory in proc sys dev tmp run srv; do mount --rbind /$directory root/$directory; done
+        for directory in proc sys dev tmp run srv mnt; do mount --rbind /$directory root/$directory; done
         cd root; mkdir old; pivot_root . old; umount -l /old; cd /"#,
         place.path().display()
     );
@@ -216,12 +216,16 @@ fn files_of_the_hosts_run_are_shown_where_they_are_needed() {
     let at = |name: &str| place.path().join(name);
     let etc = copy_etc(place.path());
     let _ = fs::remove_file(at("etc/resolv.conf"));
-    symlink("../run/resolvconf/resolv.conf", at("etc/resolv.conf")).unwrap();
+    // By a link of /run itself.
+    symlink("../run/resolver/resolv.conf", at("etc/resolv.conf")).unwrap();
+    fs::create_dir_all(at("run")).unwrap();
+    symlink("systemd/../resolvconf", at("run/resolver")).unwrap();
     let resolve = at("run/systemd/resolve");
     write(resolve.join("stub-resolv.conf"), "first\n");
     write(at("run/udev/data/c4:64"), "E:ID_BUS=usb\n");
     write(at("run/tools/tool"), "a tool\n");
     write(at("run/other/file"), "SECRET");
+    symlink("tools", at("run/link-to-tools")).unwrap();
     fs::create_dir(at("run/resolvconf")).unwrap();
     symlink(
         "/run/systemd/resolve/stub-resolv.conf",
@@ -233,7 +237,7 @@ fn files_of_the_hosts_run_are_shown_where_they_are_needed() {
     let host = TestHost::new();
     let slots = format!(
         "[slots.a]\n{SLOT}[slots.b]\n{SLOT}network = \"none\"\n[slots.c]\n{SLOT}devices = [\"/dev/null\"]\n\
-         read_only = {{ \"/run/shown/tools\" = \"/run/tools\" }}\n"
+         read_only = {{ \"/run/shown/tools\" = \"/run/link-to-tools\" }}\n"
     );
     host.configure("http://buildomat.example.com:80", 0, &slots);
     // A service that listens there, until the test ends.
@@ -287,7 +291,7 @@ open("../end").read()"#;
     );
     assert!(
         seen[2].starts_with(&format!(
-            "/run/shown/tools/tool\n{stub}/run/udev/data/c4:64\nfirst\nready\n"
+            "/run/shown/tools/tool\n{stub}/run/udev/control\n/run/udev/data/c4:64\nfirst\nready\n"
         )),
         "{}",
         seen[2]

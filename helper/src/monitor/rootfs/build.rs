@@ -4,7 +4,7 @@
 //! All of this happens in a builder, which has a limited time, and in the host's mounts until the last step.
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, FileType};
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,7 +22,7 @@ use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
 use super::namespace::{become_root, make_private};
 use super::sockets;
 use crate::host::Host;
-use crate::sandbox::layout::{ETC_LAYERS, FACTS, PRIVATE, UDEV_DATA, source_path};
+use crate::sandbox::layout::{ETC_LAYERS, FACTS, LINKS, PRIVATE, UDEV_DATA, source_path};
 use crate::sandbox::paths::{JobPath, NewRootPath, SourcePath};
 use crate::sys::{self, DEVICES, READ_ONLY, WRITABLE};
 
@@ -317,7 +317,7 @@ impl<'a> Builder<'a> {
         // Also what a job finds there when the mount is off.
         std::fs::set_permissions(&real, std::fs::Permissions::from_mode(0o700))?;
         mount_tmpfs(&real, "mode=700,size=64m")?;
-        for name in ["workers", "devices", "sources", "facts"] {
+        for name in ["workers", "devices", "sources", "facts", "links"] {
             std::fs::create_dir(real.join(name))?;
         }
         let workers = SourcePath::new(host.root.join(config::STATE_DIR).join("workers"));
@@ -394,7 +394,7 @@ impl<'a> Builder<'a> {
         let mut sources = BTreeSet::new();
         for source in config.slots.values().flat_map(|slot| slot.read_only.values()) {
             let describe = || format!("{source}, named in read_only, cannot be shown");
-            let meta = std::fs::symlink_metadata(source.as_path()).with_context(describe)?;
+            let meta = std::fs::metadata(source.as_path()).with_context(describe)?;
             ensure!(
                 meta.is_dir(),
                 "{source}, named in read_only, is not a directory: name one"
@@ -425,17 +425,8 @@ impl<'a> Builder<'a> {
         let mut facts = BTreeSet::new();
         let slots = || config.slots.values();
         if slots().any(|slot| slot.network.is_host()) {
-            let mut next = Some(PathBuf::from("/etc/resolv.conf"));
-            // As many links as the kernel follows in a path.
-            for _ in 0..40 {
-                let Some((path, target)) = next.take().and_then(|path| self.follow(&path)) else {
-                    break;
-                };
-                let directory = path.parent().unwrap_or(Path::new("/"));
-                if directory.starts_with("/run") && directory != Path::new("/run") {
-                    facts.insert(directory.to_owned());
-                }
-                next = target.map(|target| directory.join(target));
+            for file in ["/etc/resolv.conf", "/etc/hosts"] {
+                self.facts_on_the_way_to(Path::new(file), &mut facts)?;
             }
         }
         if slots().any(|slot| !slot.devices.is_empty()) && Path::new(UDEV_DATA).is_dir() {
@@ -444,19 +435,44 @@ impl<'a> Builder<'a> {
         Ok(facts)
     }
 
-    /// The path, without links but in its name; and where that leads, if it is a link. A change of either is seen.
-    fn follow(&self, path: &Path) -> Option<(PathBuf, Option<PathBuf>)> {
-        let directory = path.parent()?;
-        let Ok(real) = directory.canonicalize() else {
-            // It may be made later.
-            let there = directory.ancestors().find(|path| path.is_dir())?;
-            self.watch(there).ok()?;
-            return None;
-        };
-        self.watch(&real).ok()?;
-        let path = real.join(path.file_name()?);
-        let target = std::fs::read_link(&path).ok();
-        Some((path, target))
+    /// Follow the path as the kernel would (`path_resolution(7)`). The directories in `/run` that it leads through are facts,
+    /// and its links that are in `/run` itself are made for jobs. A change of any of these is seen.
+    fn facts_on_the_way_to(&self, file: &Path, facts: &mut BTreeSet<PathBuf>) -> Result<()> {
+        let names = |path: &Path| -> Vec<OsString> { path.iter().rev().map(OsStr::to_owned).collect() };
+        let (run, links) = (Path::new("/run"), JobPath::new(LINKS).in_new_root(&self.new_root));
+        let (mut at, mut rest) = (PathBuf::new(), names(file));
+        // As many links as the kernel follows in a path.
+        let mut links_left = 40;
+        while let Some(name) = rest.pop() {
+            let path = at.join(&name);
+            if name == ".." {
+                at.pop();
+                continue;
+            }
+            if !rest.is_empty() && std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
+                at = path;
+                continue;
+            }
+            // None where the path ends: it may be made later.
+            let target = std::fs::read_link(&path).ok();
+            if self.watch(&at).is_err() || links_left == 0 {
+                break;
+            }
+            links_left -= 1;
+            if at.starts_with(run) && at != run {
+                facts.insert(at.clone());
+            }
+            let Some(target) = target else { break };
+            if at == run {
+                match symlink(&target, links.join(&name)) {
+                    // Another path leads through it, too.
+                    Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                    made => made?,
+                }
+            }
+            rest.extend(names(&target));
+        }
+        Ok(())
     }
 
     /// Make the new root the root, and let the host's go (`pivot_root(2)`).
