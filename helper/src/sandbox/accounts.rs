@@ -28,8 +28,12 @@ pub fn files(
             .iter()
             .any(|(own, _)| line.split(':').next() == Some(own.as_str()))
         {
-            // The members are the last field, which may be empty (`group(5)`).
-            group += if line.ends_with(':') { "" } else { "," };
+            // The members are the last field, which may be empty (`group(5)`), or missing.
+            group += match line.matches(':').count() {
+                ..3 => ":",
+                _ if line.ends_with(':') => "",
+                _ => ",",
+            };
             group += &name.to_string();
         }
         group += "\n";
@@ -73,11 +77,11 @@ mod tests {
         for file in ["passwd", "group"] {
             fs::write(
                 root.path().join("etc").join(file),
-                format!("broken\n{people}{system}"),
+                format!("broken\n{people}{system}short:x:998\n"),
             )
             .unwrap();
         }
-        let config = configured("add_to_groups = [\"first\", \"last\"]");
+        let config = configured("add_to_groups = [\"first\", \"last\", \"short\"]");
         let slot = config.slots.values().next().unwrap();
         let (name, uid) = (
             UserName::from(WorkerId::from_bits(7)),
@@ -88,10 +92,10 @@ mod tests {
         let own = format!("{name}:x:{uid}:{uid}:buildomat worker:/home/{name}:/bin/bash\n");
         let with_member = system.replace("last:x:999:999:", &format!("last:x:999:999:{name}"));
         let expected = [
-            ("passwd", system.clone() + &own),
+            ("passwd", format!("{system}short:x:998\n{own}")),
             (
                 "group",
-                with_member + &format!("{name}:x:{uid}:\nfirst:x:1000:{name}\n"),
+                format!("{with_member}short:x:998:{name}\n{name}:x:{uid}:\nfirst:x:1000:{name}\n"),
             ),
         ];
         assert_eq!(files, expected);

@@ -11,9 +11,14 @@ use protocol::{Uid, UserName};
 /// both.
 fn proxy_variables(server: &BaseUrl) -> BTreeMap<String, String> {
     let proxy = format!("http://{HTTP_PROXY}");
-    // The buildomat server is reached without it, as by the agent.
+    // Without it are reached the job's own servers, by whatever name, and the buildomat server, as by the agent.
+    let host = nix::unistd::gethostname().unwrap_or_default();
     let server = server.name_and_port().map(|(name, _)| format!(",{name}"));
-    let own = format!("localhost,127.0.0.1,::1{}", server.unwrap_or_default());
+    let own = format!(
+        "localhost,127.0.0.1,127.0.0.0/8,::1,{}{}",
+        host.display(),
+        server.unwrap_or_default()
+    );
     let variables = [
         ("http_proxy", &proxy),
         ("https_proxy", &proxy),
@@ -151,7 +156,9 @@ mod tests {
                 .collect::<Vec<_>>()
                 .join(" ")
         };
-        let (proxy, own) = ("http://127.64.0.1:3128", "localhost,127.0.0.1,::1,b");
+        let host = nix::unistd::gethostname().unwrap();
+        let own = format!("localhost,127.0.0.1,127.0.0.0/8,::1,{},b", host.display());
+        let proxy = "http://127.64.0.1:3128";
         for without in ["", "network = \"none\"", "network = { allow = [] }"] {
             assert_eq!(variables(without), "");
         }

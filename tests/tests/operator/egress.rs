@@ -108,7 +108,9 @@ async fn a_job_reaches_by_name_what_its_slot_allows_and_nobody_else() {
     factory.release();
     factory.completed(job).await;
     let ended = factory.server.job(job);
-    let (proxy, own) = ("http://127.64.0.1:3128", "localhost,127.0.0.1,::1,127.0.0.1");
+    let host = nix::unistd::gethostname().unwrap();
+    let own = format!("localhost,127.0.0.1,127.0.0.0/8,::1,{},127.0.0.1", host.display());
+    let proxy = "http://127.64.0.1:3128";
     let expected = [
         "hello from web.test",
         "hello from 127.0.0.1",
@@ -256,10 +258,13 @@ async fn row_119_no_name_leads_to_an_address_of_the_host_itself() {
     let names = ["first", "second", "third", "fourth", "elsewhere"];
     let hosts = "11.0.0.1 first.test\n11.0.0.2 second.test\n11.0.0.77 third.test\n2a00::1 fourth.test\n12.0.0.1 elsewhere.test\n";
     let list = names.map(|name| format!("\"{name}.test:9\"")).join(", ");
-    let factory = TestFactory::new(&format!("[slots.a]\ntarget = \"TARGET\"\nnetwork.allow = [{list}]\n")).await;
+    let factory = TestFactory::new(&format!(
+        "[slots.a]\ntarget = \"TARGET\"\nnetwork.allow = [{list}]\n"
+    ))
+    .await;
     let file = factory.host.root.join("etc/hosts.test");
     std::fs::write(&file, hosts).unwrap();
-    let plain = command(&factory, &["check", &super::checks::config_of(&factory), "--online"]);
+    let plain = command(&factory, &["check", &checks::config_of(&factory), "--online"]);
     let mut inside = Command::new("unshare");
     inside.args(["--net", "--mount", "--propagation", "private", "sh", "-ec"]);
     inside.arg(
