@@ -47,7 +47,8 @@ the_pip() {
 }
 
 the_apt() {
-    mkdir -p a && cd a && apt-get download hostname && dpkg-deb -x hostname_*.deb root && root/bin/hostname
+    mkdir -p a && cd a && apt-get download hostname && dpkg-deb -x hostname_*.deb root &&
+        "$(find root -path '*bin/hostname')"
 }
 
 the_git() {

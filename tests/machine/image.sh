@@ -6,7 +6,7 @@
 # What the tests and stories use on every host.
 packages=(
     systemd-sysv udev dbus libnss-systemd kmod procps iproute2 util-linux e2fsprogs xfsprogs btrfs-progs nftables
-    python3 ca-certificates sudo cron at
+    python3 ca-certificates sudo cron at git npm python3-pip
     initramfs-tools zstd
 )
 
@@ -190,10 +190,12 @@ build_root() {
     include=$(IFS=,; echo "${packages[*]}")
     export MACHINE_FILESYSTEM=$filesystem MACHINE_FACTS="host=$host ${facts[*]}"
     # The hooks of a newer linux-base want a newer run-parts than bookworm's: see guest/initrd for what they do.
-    timeout 1800 mmdebstrap --quiet --mode=root --variant=minbase --include="$include" \
+    # Some packages, as Java's, make links among the pages of the manual, which are left out.
+    timeout 1800 mmdebstrap --mode=root --variant=minbase --include="$include" \
         --aptopt='Acquire::Check-Valid-Until "false"' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/kernel/*' \
+        --setup-hook='mkdir -p "$1/usr/share/man/man1" "$1/usr/share/man/man7"' \
         --setup-hook="[ ! -e $run/preferences ] || cp $run/preferences \"\$1/etc/apt/preferences.d/kernel\"" \
         --essential-hook="$here/guest/initrd" --customize-hook="$here/guest/install" \
         "$suite" "$root" "${sources[@]}" >&2
