@@ -36,7 +36,7 @@ pub struct HostFacts {
     pub core_pattern: String,
     /// The file that `/etc/resolv.conf` leads to.
     pub resolver: Option<PathBuf>,
-    /// What [`READ_BY_PROGRAMS`] lead to, where they are links.
+    /// What other files of `/etc` lead to that programs read, where they are links.
     pub links: Vec<(&'static str, PathBuf)>,
     /// Is `/var/run` a directory, and not the usual link to `/run`?
     pub has_var_run: bool,

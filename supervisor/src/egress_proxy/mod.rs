@@ -77,8 +77,8 @@ const BACKLOG: i32 = 4096;
 
 /// A worker, and its slot where that is known.
 type Caller = (WorkerId, Option<SlotName>);
-/// Whose uid it is, if it is a worker's.
-type WorkerOf = Box<dyn Fn(u32) -> Option<Caller> + Send + Sync>;
+/// Whose uid it is, if it is a worker's. The error says that this cannot be known now.
+type WorkerOf = Box<dyn Fn(u32) -> io::Result<Option<Caller>> + Send + Sync>;
 
 /// The addresses of a name, with this port.
 type Resolve = Arc<dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync>;
@@ -151,10 +151,14 @@ impl EgressProxy {
         };
         let range = config.factory.uid_range;
         let worker_of = move |uid| {
-            let record = range
-                .contains(uid)
-                .then(|| std::fs::read(userdb.join(format!("{uid}.user"))));
-            worker_in(&record?.ok()?)
+            if !range.contains(uid) {
+                return Ok(None);
+            }
+            match std::fs::read(userdb.join(format!("{uid}.user"))) {
+                Ok(record) => Ok(worker_in(&record)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(error),
+            }
         };
         let tls = config.general.baseurl.as_str().starts_with("https://");
         let mut proxy = EgressProxy::new(directory, host.into(), port, Box::new(worker_of), reports)?;
@@ -256,7 +260,7 @@ impl EgressProxy {
                     }
                 },
                 _ = look.tick() => {
-                    self.workers.look(|uid| Some((self.worker_of)(uid)?.0));
+                    self.workers.look(|uid| Ok((self.worker_of)(uid)?.map(|(worker, _)| worker)));
                     match tokio::fs::symlink_metadata(&path).await {
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {
                             tracing::warn!("the egress proxy's socket was removed: it is made again");
@@ -274,8 +278,13 @@ impl EgressProxy {
             Ok(peer) => peer.uid(),
             Err(_) => return self.hang_up(caller, u32::MAX, "the kernel does not name it"),
         };
-        let Some(worker) = (self.worker_of)(uid) else {
-            return self.hang_up(caller, uid, "this uid is no worker's");
+        let worker = match (self.worker_of)(uid) {
+            Ok(Some(worker)) => worker,
+            Ok(None) => return self.hang_up(caller, uid, "this uid is no worker's"),
+            Err(error) => {
+                let why = format!("whose uid this is cannot be read: {error}");
+                return self.hang_up(caller, uid, &why);
+            }
         };
         let Some(permit) = self.limiter.take(worker.0) else {
             return self.hang_up(caller, uid, "it has too many connections");

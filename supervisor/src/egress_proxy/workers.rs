@@ -1,6 +1,7 @@
 //! Connections end with their worker, whatever their servers do.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use protocol::WorkerId;
@@ -21,10 +22,13 @@ impl Workers {
         Gone(sender.subscribe())
     }
 
-    /// End the connections of workers that are gone: whose uid is nobody's, or another worker's.
-    pub(super) fn look(&self, worker_with: impl Fn(u32) -> Option<WorkerId>) {
+    /// End the connections of workers that are gone: whose uid is nobody's, or another worker's. Where that cannot be known now,
+    /// they go on.
+    pub(super) fn look(&self, worker_with: impl Fn(u32) -> io::Result<Option<WorkerId>>) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|worker, (uid, sender)| !sender.is_closed() && worker_with(*uid) == Some(*worker));
+        all.retain(|worker, (uid, sender)| {
+            !sender.is_closed() && worker_with(*uid).map_or(true, |found| found == Some(*worker))
+        });
     }
 }
 
@@ -46,17 +50,18 @@ mod tests {
         let (first, second) = (WorkerId::from_bits(1), WorkerId::from_bits(2));
         let workers = Workers::default();
         let mut connection = workers.connection_of(first, 7);
-        workers.look(|uid| (uid == 7).then_some(first));
+        workers.look(|uid| Ok((uid == 7).then_some(first)));
+        workers.look(|_| Err(io::ErrorKind::OutOfMemory.into()));
         assert!(connection.wait().now_or_never().is_none());
         let mut other = workers.connection_of(second, 7);
-        workers.look(|_| Some(second));
+        workers.look(|_| Ok(Some(second)));
         assert!(connection.wait().now_or_never().is_some());
         assert!(other.wait().now_or_never().is_none());
-        workers.look(|_| None);
+        workers.look(|_| Ok(None));
         assert!(other.wait().now_or_never().is_some());
         // Nothing is kept of a worker without connections.
         drop(workers.connection_of(first, 7));
-        workers.look(|_| Some(first));
+        workers.look(|_| Ok(Some(first)));
         assert!(workers.0.lock().unwrap().is_empty());
     }
 }

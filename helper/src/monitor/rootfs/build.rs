@@ -399,6 +399,9 @@ impl<'a> Builder<'a> {
                 meta.is_dir(),
                 "{source}, named in read_only, is not a directory: name one"
             );
+            if let (true, Some(directory)) = (source.as_path().is_symlink(), source.as_path().parent()) {
+                self.watch(directory)?;
+            }
             sources.insert(SourcePath::new(source.as_path()));
         }
         let facts = JobPath::new(FACTS).in_new_root(&self.new_root);

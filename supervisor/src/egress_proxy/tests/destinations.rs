@@ -516,7 +516,7 @@ async fn a_workers_connections_end_with_it_whatever_their_servers_do() {
         |proxy| {
             proxy.upstream = Upstream::new("127.0.0.1".into(), port);
             proxy.worker_of =
-                Box::new(move |_| (!gone.load(Ordering::Relaxed)).then(|| (WORKER, "a".parse().ok())));
+                Box::new(move |_| Ok((!gone.load(Ordering::Relaxed)).then(|| (WORKER, "a".parse().ok()))));
         },
     )
     .await;

@@ -170,7 +170,7 @@ async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_
     let test = test_proxy_with(0, |proxy| {
         let order = std::sync::atomic::Ordering::Relaxed;
         proxy.worker_of =
-            Box::new(move |_| (asked.fetch_add(1, order) >= MANY).then(|| (WORKER, "a".parse().ok())));
+            Box::new(move |_| Ok((asked.fetch_add(1, order) >= MANY).then(|| (WORKER, "a".parse().ok()))));
     })
     .await;
     // Nobody is accepted before all have sent what they have: the one thread that does is held.
