@@ -4,21 +4,30 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use protocol::config::{BaseUrl, Config, Egress, EnvName, EnvValue, HTTP_PROXY, Slot};
+use protocol::config::{BaseUrl, Config, Destination, Egress, EnvName, EnvValue, HTTP_PROXY, Host, Slot};
 use protocol::{Uid, UserName};
+
+use crate::sandbox::network;
 
 /// The variables by which programs find the HTTP proxy of their job. Programs read them in lower case, in upper case or in
 /// both.
-fn proxy_variables(server: &BaseUrl) -> BTreeMap<String, String> {
+fn proxy_variables(server: &BaseUrl, egress: &Egress) -> BTreeMap<String, String> {
     let proxy = format!("http://{HTTP_PROXY}");
-    // Without it are reached the job's own servers, by whatever name, and the buildomat server, as by the agent.
+    let mut own = "localhost,127.0.0.1,127.0.0.0/8,::1".to_owned();
+    // Programs take each name below one of these for it: the job's own must not be above one that the proxy leads to.
     let host = nix::unistd::gethostname().unwrap_or_default();
-    let server = server.name_and_port().map(|(name, _)| format!(",{name}"));
-    let own = format!(
-        "localhost,127.0.0.1,127.0.0.0/8,::1,{}{}",
-        host.display(),
-        server.unwrap_or_default()
-    );
+    let host = network::as_name(&host).unwrap_or_default().to_ascii_lowercase();
+    let is_below = |to: &Destination| match &to.host {
+        Host::Name(name) | Host::Below(name) => format!(".{name}").ends_with(&format!(".{host}")),
+        Host::Address(_) => false,
+    };
+    if !host.is_empty() && !egress.audit && !egress.allow.iter().any(is_below) {
+        own += &format!(",{host}");
+    }
+    // The buildomat server is reached without it, as by the agent.
+    if let Some((name, _)) = server.name_and_port() {
+        own += &format!(",{name}");
+    }
     let variables = [
         ("http_proxy", &proxy),
         ("https_proxy", &proxy),
@@ -67,12 +76,8 @@ pub fn task_environment(server: &BaseUrl, user: &UserName, uid: Uid, slot: &Slot
 /// the slot has one, and the slot's own.
 pub fn slot_variables(server: &BaseUrl, uid: Uid, slot: &Slot) -> BTreeMap<String, String> {
     let runtime = ("XDG_RUNTIME_DIR".to_owned(), format!("/run/user/{uid}"));
-    let has_proxy = slot.network.egress().is_some_and(Egress::has_http_proxy);
-    let proxy = if has_proxy {
-        proxy_variables(server)
-    } else {
-        BTreeMap::new()
-    };
+    let egress = slot.network.egress().filter(|egress| egress.has_http_proxy());
+    let proxy = egress.map_or_else(BTreeMap::new, |egress| proxy_variables(server, egress));
     let text = |(name, value): (&EnvName, &EnvValue)| (name.as_str().to_owned(), value.as_str().to_owned());
     std::iter::once(runtime)
         .chain(proxy)
@@ -157,14 +162,30 @@ mod tests {
                 .join(" ")
         };
         let host = nix::unistd::gethostname().unwrap();
-        let own = format!("localhost,127.0.0.1,127.0.0.0/8,::1,{},b", host.display());
+        let host = host.to_str().unwrap().to_ascii_lowercase();
         let proxy = "http://127.64.0.1:3128";
         for without in ["", "network = \"none\"", "network = { allow = [] }"] {
             assert_eq!(variables(without), "");
         }
-        for with in ["network = { allow = [\"x.org:80\"] }", "network.audit = true"] {
+        for (with, name) in [
+            (
+                "network = { allow = [\"x.org:80\"] }".to_owned(),
+                format!("{host},"),
+            ),
+            // By its suffix, go.dev would be reached without the proxy on a host that is called dev.
+            (
+                format!("network = {{ allow = [\"x.{host}:80\"] }}"),
+                String::new(),
+            ),
+            (
+                format!("network = {{ allow = [\"*.{host}:80\"] }}"),
+                String::new(),
+            ),
+            ("network.audit = true".to_owned(), String::new()),
+        ] {
+            let own = format!("localhost,127.0.0.1,127.0.0.0/8,::1,{name}b");
             assert_eq!(
-                variables(with),
+                variables(&with),
                 format!(
                     "HTTPS_PROXY={proxy} HTTP_PROXY={proxy} NO_PROXY={own} http_proxy={proxy} https_proxy={proxy} no_proxy={own}"
                 )

@@ -338,6 +338,9 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
     }
     for link in std::fs::read_dir(layout::LINKS).context("cannot list the links to facts of the host")? {
         let link = link?;
+        if !plan.slot.network.is_host() {
+            break;
+        }
         match symlink(
             std::fs::read_link(link.path())?,
             run.join(link.file_name()).entered(),
@@ -347,10 +350,8 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
             made => made.context("cannot make a link in /run")?,
         }
     }
-    if shown
-        .iter()
-        .any(|(_, fact)| *fact == SourcePath::new(layout::UDEV_DATA))
-    {
+    let udev_data = JobPath::new(layout::UDEV_DATA);
+    if shown.iter().any(|(place, _)| *place == udev_data) {
         File::create(layout::UDEV_CONTROL)
             .with_context(|| format!("cannot make {}", layout::UDEV_CONTROL))?;
     }

@@ -37,20 +37,19 @@ pub fn hosts(baseurl: &BaseUrl, egress: &Egress, own: &OsStr) -> String {
             hosts += &format!("{address} {name}\n");
         }
     }
-    // Who names the host is root, and may name it anything (`sethostname(2)`).
-    match own.to_str() {
-        Some(own)
-            if !own.is_empty()
-                && own
-                    .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
-                && !names.iter().any(|(name, _)| own.eq_ignore_ascii_case(name)) =>
-        {
-            hosts += &format!("127.0.0.1 {own}\n");
-        }
-        _ => {}
+    if let Some(own) = as_name(own)
+        && !names.iter().any(|(name, _)| own.eq_ignore_ascii_case(name))
+    {
+        hosts += &format!("127.0.0.1 {own}\n");
     }
     hosts
+}
+
+/// The host's name, if it is a name. Who names the host is root, and may name it anything (`sethostname(2)`).
+pub fn as_name(host: &OsStr) -> Option<&str> {
+    let is_in_names = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+    host.to_str()
+        .filter(|host| !host.is_empty() && host.bytes().all(is_in_names))
 }
 
 /// Leave the host's network for a new one, and listen in it.

@@ -14,30 +14,38 @@ const BUFFER: usize = 64 << 10;
 
 /// What has happened on both sides of a connection.
 #[derive(Debug, Default)]
-struct Activity {
+pub(super) struct Activity {
     /// Bytes that were read or written.
     bytes: AtomicU64,
     /// One side will send no more.
     half_closed: AtomicBool,
+    /// The job has all that the server has sent, and knows that this was all.
+    job_has_all: AtomicBool,
+    /// The same of the server.
+    server_has_all: AtomicBool,
 }
 
 /// Until both sides have sent all that they will, or, once one has, until no byte has moved for `idle`: who has closed its
 /// side may be gone. `job_has_ended` says whether the job has: while the server takes nothing, nothing is read of the job.
 ///
 /// # Errors
-/// Where a side has broken off, or the time is over.
+/// Where a side has broken off, or the time is over. The activity says which side has the end of what the other has sent.
 pub(super) async fn forward(
+    activity: &Activity,
     job: impl AsyncRead + AsyncWrite + Unpin,
     server: impl AsyncRead + AsyncWrite + Unpin,
     idle: Duration,
     job_has_ended: impl Fn() -> bool,
 ) -> io::Result<()> {
-    let activity = Activity::default();
-    let activity = &activity;
-    let mut job = Watched { side: job, activity };
+    let mut job = Watched {
+        side: job,
+        activity,
+        has_all: &activity.job_has_all,
+    };
     let mut server = Watched {
         side: server,
         activity,
+        has_all: &activity.server_has_all,
     };
     tokio::select! {
         copied = copy_bidirectional_with_sizes(&mut job, &mut server, BUFFER, BUFFER) => copied.map(drop),
@@ -58,6 +66,14 @@ pub(super) async fn write_first(
 }
 
 impl Activity {
+    pub(super) fn job_has_all(&self) -> bool {
+        self.job_has_all.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn server_has_all(&self) -> bool {
+        self.server_has_all.load(Ordering::Relaxed)
+    }
+
     async fn has_stopped(&self, idle: Duration, job_has_ended: impl Fn() -> bool) {
         let state = || {
             let half_closed = self.half_closed.load(Ordering::Relaxed) || job_has_ended();
@@ -82,6 +98,7 @@ impl Activity {
 struct Watched<'a, S> {
     side: S,
     activity: &'a Activity,
+    has_all: &'a AtomicBool,
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<'_, S> {
@@ -110,25 +127,39 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<'_, S> {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().side).poll_shutdown(cx)
+        let this = self.get_mut();
+        ready!(Pin::new(&mut this.side).poll_shutdown(cx))?;
+        this.has_all.store(true, Ordering::Relaxed);
+        Poll::Ready(Ok(()))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::time::Instant;
 
     use super::*;
 
     const IDLE: Duration = Duration::from_secs(60);
 
+    /// Forward, and say whether the job and the server have all.
+    async fn forwarded(
+        job: DuplexStream,
+        server: DuplexStream,
+        job_has_ended: bool,
+    ) -> (io::Result<()>, [bool; 2]) {
+        let activity = Activity::default();
+        let carried = forward(&activity, job, server, IDLE, || job_has_ended).await;
+        (carried, [activity.job_has_all(), activity.server_has_all()])
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_half_closed_connection_ends_when_nothing_has_moved_for_a_while_and_not_before() {
         let (mut job, proxy_job) = duplex(64);
         let (mut server, proxy_server) = duplex(64);
         let begun = Instant::now();
-        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE, || false));
+        let forwarding = tokio::spawn(forwarded(proxy_job, proxy_server, false));
         // A connection that is open both ways may be idle for days.
         sleep(100 * IDLE).await;
         assert!(!forwarding.is_finished());
@@ -145,8 +176,9 @@ mod tests {
         }
         let last = begun.elapsed();
         let ended = timeout(10 * IDLE, forwarding).await;
-        let ended = ended.expect("it ends").unwrap();
+        let (ended, has_all) = ended.expect("it ends").unwrap();
         assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(has_all, [false, true]);
         let idle = begun.elapsed() - last;
         assert!((IDLE..=2 * IDLE).contains(&idle), "{idle:?}");
     }
@@ -156,11 +188,12 @@ mod tests {
         let (mut job, proxy_job) = duplex(64);
         let (_server, proxy_server) = duplex(64);
         let begun = Instant::now();
-        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE, || true));
+        let forwarding = tokio::spawn(forwarded(proxy_job, proxy_server, true));
         job.write_all(&[7; 65]).await.unwrap();
         let ended = timeout(10 * IDLE, forwarding).await;
-        let ended = ended.expect("it ends").unwrap();
+        let (ended, has_all) = ended.expect("it ends").unwrap();
         assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(has_all, [false, false]);
         assert!(begun.elapsed() <= 2 * IDLE);
     }
 
@@ -168,13 +201,15 @@ mod tests {
     async fn a_connection_ends_when_both_sides_have() {
         let (mut job, proxy_job) = duplex(64);
         let (mut server, proxy_server) = duplex(64);
-        let forwarding = tokio::spawn(forward(proxy_job, proxy_server, IDLE, || false));
+        let forwarding = tokio::spawn(forwarded(proxy_job, proxy_server, false));
         job.shutdown().await.unwrap();
         server.write_all(b"answer").await.unwrap();
         server.shutdown().await.unwrap();
         let mut answer = String::new();
         job.read_to_string(&mut answer).await.unwrap();
         assert_eq!(answer, "answer");
-        forwarding.await.unwrap().unwrap();
+        let (ended, has_all) = forwarding.await.unwrap();
+        ended.unwrap();
+        assert_eq!(has_all, [true, true]);
     }
 }

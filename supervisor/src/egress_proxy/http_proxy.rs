@@ -40,7 +40,7 @@ struct Client {
     /// Carries the one request of this connection to its server.
     request: Mutex<Option<AbortHandle>>,
     /// It counts as one of its worker's until the last byte has gone.
-    _permit: Permit<WorkerId>,
+    _permits: [Permit<WorkerId>; 2],
     /// The same, once it leads to a host.
     destination: Mutex<Option<Permit<WorkerId>>>,
     gone: Gone,
@@ -55,7 +55,7 @@ pub(super) async fn serve(
     proxy: Arc<EgressProxy>,
     job: JobEgress,
     uid: u32,
-    permit: Permit<WorkerId>,
+    permits: [Permit<WorkerId>; 2],
     stream: UntrustedTcpStream,
     mut gone: Gone,
 ) {
@@ -65,7 +65,7 @@ pub(super) async fn serve(
         job,
         uid,
         request: Mutex::default(),
-        _permit: permit,
+        _permits: permits,
         destination: Mutex::default(),
         gone: gone.clone(),
     });

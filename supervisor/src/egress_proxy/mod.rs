@@ -52,7 +52,7 @@ use crate::limiter::{ConnectionLimiter, Permit};
 use crate::rate_limited_log::RateLimitedLog;
 use client_hello::ClientHello;
 use closer::Closer;
-use forward::{forward, write_first};
+use forward::{Activity, forward, write_first};
 use job_log::JobLog;
 use untrusted::{UntrustedTcpStream, break_off};
 use upstream::Upstream;
@@ -69,6 +69,8 @@ const CONNECTIONS_OF_A_WORKER: usize = 64;
 /// Of them, at most three quarters lead elsewhere than to the buildomat server: what a job does elsewhere does not keep
 /// its agent from that.
 const DESTINATIONS_OF_A_WORKER: usize = 48;
+/// And so many lead elsewhere, or wait to.
+const ELSEWHERE_OF_A_WORKER: usize = 56;
 /// Of them, those whose packet is being received at the same time, and as many whose name is being looked up: each takes a
 /// thread, and could take long.
 const TURNS: usize = 4;
@@ -112,6 +114,7 @@ pub struct EgressProxy {
     lines: Option<(BuildomatClient, mpsc::Receiver<(WorkerId, String)>)>,
     workers: Workers,
     limiter: ConnectionLimiter<WorkerId>,
+    elsewhere: ConnectionLimiter<WorkerId>,
     destinations: ConnectionLimiter<WorkerId>,
     receiving: Turns,
     looking_up: Turns,
@@ -170,6 +173,7 @@ impl EgressProxy {
         proxy.tls_name = tls.then(|| tls_name(host));
         let slots = config.slots.len();
         proxy.limiter = ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, connections, slots);
+        proxy.elsewhere = ConnectionLimiter::new(ELSEWHERE_OF_A_WORKER, connections / 8 * 7, slots);
         proxy.destinations = ConnectionLimiter::new(DESTINATIONS_OF_A_WORKER, connections / 4 * 3, slots);
         Ok(Some(proxy))
     }
@@ -195,6 +199,7 @@ impl EgressProxy {
             lines: Some((reports.server.clone(), lines)),
             workers: Workers::default(),
             limiter: ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, 16 * CONNECTIONS_OF_A_WORKER, 1),
+            elsewhere: ConnectionLimiter::new(ELSEWHERE_OF_A_WORKER, usize::MAX, 1),
             destinations: ConnectionLimiter::new(DESTINATIONS_OF_A_WORKER, usize::MAX, 1),
             receiving: Turns::default(),
             looking_up: Turns::default(),
@@ -342,13 +347,17 @@ impl EgressProxy {
                     "its slot has the host's network, is no longer in the configuration, or is not known",
                 );
             };
+            let Some(elsewhere) = self.elsewhere.take(worker) else {
+                return closed("it has too many connections to other hosts than the server");
+            };
             if name == TO_HTTP_PROXY {
-                return http_proxy::serve(self.clone(), job, uid, permit, stream, gone).await;
+                let permits = [permit, elsewhere];
+                return http_proxy::serve(self.clone(), job, uid, permits, stream, gone).await;
             }
             let Ok(to) = name.parse::<Destination>() else {
                 return closed("it names no destination");
             };
-            let Some(_own) = self.destination_of(worker).await else {
+            let Some(_destination) = self.destination_of(worker).await else {
                 self.metrics.egress(&job.slot, "refused");
                 return closed("it has too many connections to other hosts than the server");
             };
@@ -402,7 +411,8 @@ impl EgressProxy {
     }
 
     /// Carry the bytes of a connection, of which the job has sent some already, until it ends, or its worker does. What
-    /// has broken off on one side breaks off on the other: an end in good order would say that this was all.
+    /// has broken off on one side breaks off on the other, unless that one has all: an end in good order says that this was
+    /// all.
     async fn forward(
         &self,
         uid: u32,
@@ -411,11 +421,12 @@ impl EgressProxy {
         first: &[u8],
         mut gone: Gone,
     ) {
+        let activity = Activity::default();
         let watch = job.watch();
         let has_ended = || watch.is_ended().unwrap_or(true);
         let carried = async {
             write_first(&mut server, first, self.half_closed).await?;
-            forward(&mut job, &mut server, self.half_closed, has_ended).await
+            forward(&activity, &mut job, &mut server, self.half_closed, has_ended).await
         };
         let carried = tokio::select! {
             carried = carried => carried,
@@ -423,8 +434,12 @@ impl EgressProxy {
         };
         if let Err(error) = carried {
             tracing::debug!(uid, "a connection through the egress proxy has broken: {error}");
-            break_off(&server);
-            watch.break_off();
+            if !activity.server_has_all() {
+                break_off(&server);
+            }
+            if !activity.job_has_all() {
+                watch.break_off();
+            }
         }
     }
 }

@@ -44,7 +44,8 @@ pub(super) fn stays_here(address: IpAddr) -> io::Result<bool> {
 }
 
 fn question(address: IpAddr) -> Vec<u8> {
-    let (family, bytes) = match address {
+    // A socket of IPv6 connects to ::ffff:192.0.2.1 by IPv4 (RFC 4291, 2.5.5.2), whose table has it.
+    let (family, bytes) = match address.to_canonical() {
         IpAddr::V4(ip) => (AF_INET, ip.octets().to_vec()),
         IpAddr::V6(ip) => (AF_INET6, ip.octets().to_vec()),
     };
@@ -89,7 +90,7 @@ mod tests {
 
     #[test]
     fn what_the_loopback_interface_has_stays_here() {
-        for address in ["127.0.0.1", "127.9.9.9"] {
+        for address in ["127.0.0.1", "127.9.9.9", "::ffff:127.0.0.1"] {
             assert!(stays_here(address.parse().unwrap()).unwrap(), "{address}");
         }
     }

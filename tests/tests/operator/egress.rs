@@ -109,7 +109,8 @@ async fn a_job_reaches_by_name_what_its_slot_allows_and_nobody_else() {
     factory.completed(job).await;
     let ended = factory.server.job(job);
     let host = nix::unistd::gethostname().unwrap();
-    let own = format!("localhost,127.0.0.1,127.0.0.0/8,::1,{},127.0.0.1", host.display());
+    let host = host.to_str().unwrap().to_ascii_lowercase();
+    let own = format!("localhost,127.0.0.1,127.0.0.0/8,::1,{host},127.0.0.1");
     let proxy = "http://127.64.0.1:3128";
     let expected = [
         "hello from web.test",

@@ -226,6 +226,9 @@ fn files_of_the_hosts_run_are_shown_where_they_are_needed() {
     write(at("run/tools/tool"), "a tool\n");
     write(at("run/other/file"), "SECRET");
     symlink("tools", at("run/link-to-tools")).unwrap();
+    // A directory on the way is missing: the one above it is more than programs read.
+    fs::remove_file(at("etc/hosts")).unwrap();
+    symlink("../run/other/missing/hosts", at("etc/hosts")).unwrap();
     fs::create_dir(at("run/resolvconf")).unwrap();
     symlink(
         "/run/systemd/resolve/stub-resolv.conf",

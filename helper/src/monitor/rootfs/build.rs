@@ -462,7 +462,8 @@ impl<'a> Builder<'a> {
                 break;
             }
             links_left -= 1;
-            if at.starts_with(run) && at != run {
+            // What is above a directory that is missing is more than programs read.
+            if (target.is_some() || rest.is_empty()) && at.starts_with(run) && at != run {
                 facts.insert(at.clone());
             }
             let Some(target) = target else { break };

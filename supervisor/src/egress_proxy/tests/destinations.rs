@@ -427,6 +427,12 @@ async fn a_job_with_all_its_connections_leaves_its_agent_some_to_the_server() {
         assert_eq!(job.read_u8().await.unwrap(), b'x');
         kept.push(job);
     }
+    // These wait, and some more than wait are closed.
+    let waiting: Vec<_> = (0..CONNECTIONS_OF_A_WORKER)
+        .map(|n| slot.connection(if n % 2 == 0 { TO_HTTP_PROXY } else { &to }))
+        .collect();
+    slot.test.works().await;
+    drop(waiting);
     assert_eq!(slot.answer(&to, b"one too many").await, "");
     slot.test.works().await;
     kept.pop();
@@ -467,16 +473,15 @@ async fn one_connection_more_than_a_job_may_have_waits_for_the_end_of_another() 
     );
 }
 
-/// A server that waits for a byte, sends a part of an answer, and breaks off.
-fn breaking() -> u16 {
+/// A server that waits for a byte, sends a part of an answer, and breaks off when it is told to.
+fn breaking(go_on: Receiver<()>) -> u16 {
     let listener = StdListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
         while let Ok((mut stream, _)) = listener.accept() {
             let _ = stream.read(&mut [0]);
             let _ = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\na part");
-            // So that the proxy has it.
-            std::thread::sleep(Duration::from_millis(100));
+            let _ = go_on.recv();
             SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
         }
     });
@@ -485,7 +490,8 @@ fn breaking() -> u16 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_its_server_breaks_off_does_not_end_in_good_order_for_a_job() {
-    let port = breaking();
+    let (break_off, go_on) = channel();
+    let port = breaking(go_on);
     let to = format!("127.0.0.1:{port}");
     let slot = slot(&format!("{{ allow = [{to:?}] }}")).await;
     for (name, request) in [
@@ -496,17 +502,22 @@ async fn what_its_server_breaks_off_does_not_end_in_good_order_for_a_job() {
         let mut job = slot.connection(name);
         job.write_all(request.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
-        let read = timeout(Duration::from_secs(20), job.read_to_end(&mut answer)).await;
-        let error = read.expect("it ends").unwrap_err();
+        let error = timeout(Duration::from_secs(20), async {
+            while !answer.ends_with(b"a part") {
+                assert_ne!(job.read_buf(&mut answer).await.unwrap(), 0, "{request}");
+            }
+            break_off.send(()).unwrap();
+            job.read_u8().await.unwrap_err()
+        });
+        let error = error.await.expect("it ends");
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{request}");
-        let answer = String::from_utf8(answer).unwrap();
-        assert!(answer.ends_with("a part"), "{request}: {answer}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_workers_connections_end_with_it_whatever_their_servers_do() {
-    let (port, ended) = deaf(false, Arc::default());
+    let may_read = Arc::new(AtomicBool::new(false));
+    let (port, ended) = deaf(false, may_read.clone());
     let to = format!("127.0.0.1:{port}");
     let is_gone = Arc::new(AtomicBool::new(false));
     let gone = is_gone.clone();
@@ -537,12 +548,16 @@ async fn a_workers_connections_end_with_it_whatever_their_servers_do() {
         while let Ok(Ok(())) = timeout(Duration::from_millis(200), job.write_all(&some)).await {}
         jobs.push(job);
     }
-    assert!(ended.try_recv().is_err());
     is_gone.store(true, Ordering::Relaxed);
     for mut job in jobs {
         let read = async { while let Ok(1..) = job.read(&mut [0; 4096]).await {} };
         let over = timeout(Duration::from_secs(20), read).await;
         over.expect("it ends with its worker");
+    }
+    may_read.store(true, Ordering::Relaxed);
+    for _ in 0..4 {
+        let over = tokio::task::block_in_place(|| ended.recv_timeout(Duration::from_secs(20)));
+        over.expect("the connection to the server ends");
     }
 }
 
