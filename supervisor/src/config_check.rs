@@ -198,13 +198,14 @@ pub fn line_of(text: &str, keys: &[&str]) -> usize {
 }
 
 /// Where a job has other files than the host, or none.
-const NOT_IN_A_JOB: [&str; 7] = [
+pub(crate) const NOT_IN_A_JOB: [&str; 8] = [
     "/home",
     "/root",
     "/run",
     "/var/run",
     "/tmp",
     "/var/tmp",
+    "/dev/shm",
     "/etc/buildomat-user-factory",
 ];
 

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use protocol::config::{Config, Limits, STATE_DIR, core_goes_to_a_socket};
 
+use crate::config_check::NOT_IN_A_JOB;
+
 /// One thing that the host has or lacks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -45,22 +47,16 @@ pub struct HostFacts {
 /// What ordinary programs read in `/etc`, besides `resolv.conf`.
 const READ_BY_PROGRAMS: [&str; 4] = ["/etc/hosts", "/etc/hostname", "/etc/localtime", "/etc/ssl/certs"];
 
-/// Where a job has other files than the host, or none, besides what it is shown of `/run`.
-const NOT_IN_A_JOB: [&str; 7] = [
-    "/home",
-    "/root",
-    "/tmp",
-    "/var/tmp",
-    "/dev/shm",
-    "/run/lock",
-    "/run/user",
-];
+/// Of `/run`, what is each job's own.
+const OWN_IN_RUN: [&str; 2] = ["/run/lock", "/run/user"];
 
 /// Does a job find this file of the host? `with_run` says whether it is shown the directory in `/run` that it is in.
 fn is_in_a_job(file: &Path, with_run: bool) -> bool {
-    let is_in_run = file.starts_with("/run");
-    let is_shown = with_run && file.parent() != Some(Path::new("/run"));
-    !NOT_IN_A_JOB.iter().any(|place| file.starts_with(place)) && (!is_in_run || is_shown)
+    let is_below = |place: &&str| file.starts_with(place);
+    match file.starts_with("/run") {
+        true => with_run && file.parent() != Some(Path::new("/run")) && !OWN_IN_RUN.iter().any(is_below),
+        false => !NOT_IN_A_JOB.iter().any(is_below),
+    }
 }
 
 impl HostFacts {

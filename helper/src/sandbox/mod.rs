@@ -336,18 +336,15 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
                 .with_context(|| format!("cannot make {}", place.display()))?;
         }
     }
-    for link in std::fs::read_dir(layout::LINKS).context("cannot list the links to facts of the host")? {
-        let link = link?;
-        if !plan.slot.network.is_host() {
-            break;
-        }
-        match symlink(
-            std::fs::read_link(link.path())?,
-            run.join(link.file_name()).entered(),
-        ) {
-            // The operator shows something there.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => made.context("cannot make a link in /run")?,
+    if plan.slot.network.is_host() {
+        for link in std::fs::read_dir(layout::LINKS).context("cannot list the links to facts of the host")? {
+            let link = link?;
+            let target = std::fs::read_link(link.path())?;
+            match symlink(target, run.join(link.file_name()).entered()) {
+                // The operator shows something there.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => made.context("cannot make a link in /run")?,
+            }
         }
     }
     let udev_data = JobPath::new(layout::UDEV_DATA);

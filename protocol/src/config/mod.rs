@@ -685,5 +685,14 @@ mod tests {
             let text = format!("{HEAD}{SLOT}").replace("https://b.example.com", bad);
             assert!(Config::parse(&text).is_err(), "{bad:?} parsed");
         }
+        // What is refused is shown without what may be secret.
+        for urls in [
+            "\"https://user:secret@h\"",
+            "\"https://b\"\nproxy = \"http://user:secret@h:1\"",
+        ] {
+            let text = format!("{HEAD}{SLOT}").replace("\"https://b.example.com\"", urls);
+            let told = Config::parse(&text).unwrap_err().remove(0).message;
+            assert!(told.contains("://…@h") && !told.contains("secret"), "{told}");
+        }
     }
 }
