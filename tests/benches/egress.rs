@@ -1,5 +1,5 @@
 //! What it costs a job to download through the egress proxy, by name and through its HTTP proxy, against an ordinary
-//! process of the host that downloads the same.
+//! process of the host that downloads the same; and what it costs the supervisor, against a loop that reads and writes.
 //!
 //! `cargo bench -p testbed --bench egress`; needs root. The server sends as fast as a network of 1 Gbit/s, over the loopback
 //! interface: without that limit two copies more on the same two processors would be all that is measured.
@@ -7,10 +7,11 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_gettime};
 use testbed::bench::{Group, Options, Report, Way};
 use testbed::test_factory::{TestFactory, lines};
 
@@ -61,6 +62,37 @@ fn through_proxy(host: &str, port: u16) -> String {
     )
 }
 
+/// Seconds of a processor for reading what the server sends and writing it to another process, without anything else.
+fn bare_loop(port: u16) -> f64 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (host, to) = ("127.0.0.1", listener.local_addr().unwrap().port());
+    let mut reader = Command::new("bash")
+        .args(["-c", &download(host, to)])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (mut job, mut server) = (
+        listener.accept().unwrap().0,
+        TcpStream::connect((host, port)).unwrap(),
+    );
+    let now = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
+    let before = now();
+    // As large as the supervisor's.
+    let mut buffer = vec![0; 64 << 10];
+    let asked = job.read(&mut buffer).unwrap();
+    server.write_all(&buffer[..asked]).unwrap();
+    loop {
+        match server.read(&mut buffer).unwrap() {
+            0 => break,
+            bytes => job.write_all(&buffer[..bytes]).unwrap(),
+        }
+    }
+    let used = now() - before;
+    drop(job);
+    assert!(reader.wait().unwrap().success());
+    used.as_secs_f64()
+}
+
 /// Seconds of a processor that a process has used (`proc_pid_stat(5)`: utime and stime).
 fn processor_seconds(pid: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -89,7 +121,8 @@ async fn main() {
     factory.restart_with_hosts("127.0.0.1 big.test\n");
     factory.completed(factory.submit("true")).await;
     let (mut direct, mut by_name, mut proxied) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut waiting, mut processor) = (Vec::new(), Vec::new());
+    let (mut waiting, mut processor, mut bare) = (Vec::new(), Vec::new(), Vec::new());
+    let for_a_gigabyte = |seconds: f64| seconds * 1e6 * 1e9 / bytes as f64;
     // What a job costs the supervisor that takes as long, and downloads nothing.
     let nothing = format!("sleep {}", bytes as f64 / RATE as f64);
     for _ in 0..rounds {
@@ -100,6 +133,7 @@ async fn main() {
         });
         let text = String::from_utf8(output.unwrap().stdout).unwrap();
         direct.push(text.trim().parse::<f64>().unwrap());
+        bare.push(for_a_gigabyte(tokio::task::block_in_place(|| bare_loop(port))));
         let before = processor_seconds(factory.supervisor.pid());
         factory.completed(factory.submit(&nothing)).await;
         let idle = processor_seconds(factory.supervisor.pid()) - before;
@@ -112,7 +146,7 @@ async fn main() {
             let job = factory.submit(&script);
             factory.completed(job).await;
             let used = processor_seconds(factory.supervisor.pid()) - before - idle;
-            processor.push(used * 1e6 * 1e9 / bytes as f64);
+            processor.push(for_a_gigabyte(used));
             let printed = lines(&factory.server.job(job), "stdout");
             samples.push(printed[0].parse::<f64>().unwrap());
         }
@@ -131,7 +165,8 @@ async fn main() {
             way("a job, by name", by_name),
             way("a job, through its HTTP proxy", proxied),
             way("the supervisor's processor time, for 1 GB more", processor),
-            way("the same, for a job that waits as long", waiting),
+            way("a bare loop's, for 1 GB", bare),
+            way("the supervisor's, for a job that waits as long", waiting),
         ],
     });
     let (ways, name) = (group.ways.clone(), group.ways[0].name.clone());
@@ -146,6 +181,11 @@ async fn main() {
         "processor seconds of the supervisor for 1 GB more, median",
         ways[3].median() / 1e6,
         0.5,
+    );
+    report.aim(
+        "the same, against a bare loop",
+        ways[3].median() / ways[4].median(),
+        1.2,
     );
     report.end(&options);
     factory.finish().await;
