@@ -56,8 +56,11 @@ pub fn binaries() -> &'static Path {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.args(["build", "--quiet", "--workspace", "--bins"]);
-        // Benchmarks are built as what is released, and measure that.
-        if !cfg!(debug_assertions) {
+        if cfg!(debug_assertions) {
+            // With a test of each crate's features for tests: `cargo test --workspace` has built the same programs then.
+            build.args(["--test", "layers"]);
+        } else {
+            // Benchmarks are built as what is released, and measure that.
             build.arg("--release");
         }
         build.current_dir(
