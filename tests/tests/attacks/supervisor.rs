@@ -8,6 +8,7 @@ use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use protocol::{ErrorKind, Received, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire};
 use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, worker_id};
 use testbed::test_helper::{SLOTS, TestHelper, create, created, install, kind, list, run, state};
+use testbed::worker_snapshot::WorkerSnapshot;
 
 const HELLO: Request = Request::Hello { version: VERSION };
 
@@ -124,6 +125,7 @@ fn row_57_a_job_whose_slot_shows_the_sockets_directory_does_not_reach_the_socket
 fn row_58_every_sequence_of_three_requests_keeps_the_rules() {
     let test = TestHelper::new();
     let client = test.client();
+    let before = WorkerSnapshot::take(&test.host);
     let agent = || sealed(b"#!/bin/bash\nexec sleep 1000\n");
     let ask = |client: &Client, worker: WorkerId, what: usize| match what {
         0 => create(client, worker, "a"),
@@ -155,7 +157,7 @@ fn row_58_every_sequence_of_three_requests_keeps_the_rules() {
             Reply::Deleted,
             "{steps:?}"
         );
-        test.before.assert_unchanged(&test.host);
+        assert_eq!(WorkerSnapshot::take(&test.host), before, "{steps:?}");
     }
     test.finish(&[]);
 }

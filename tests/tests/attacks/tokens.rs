@@ -39,7 +39,6 @@ fn has(bytes: &[u8], secret: &str) -> bool {
         .any(|window| window == secret.as_bytes())
 }
 
-/// All processes but those of this test's own program.
 fn processes() -> Vec<String> {
     let all = fs::read_dir("/proc").unwrap().flatten();
     let names = all.map(|entry| entry.file_name().to_string_lossy().into_owned());
@@ -93,13 +92,12 @@ async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
         .unwrap_or_else(|e| panic!("{e:#}\n{}", supervisor.log.text()));
 
     // The processes, as another user sees them.
-    for pid in processes() {
-        let place = Path::new("/proc").join(&pid);
-        let files = ["cmdline", "environ", "comm", "status", "maps", "stack", "auxv"];
+    let files = ["cmdline", "environ", "comm", "status", "maps", "stack", "auxv"];
+    for file in files {
+        let of_all = processes().into_iter().map(|pid| format!("/proc/{pid}/{file}"));
         assert!(
-            !has(&read_as(SOMEBODY, files.map(|file| place.join(file))), &token),
-            "the token is in {}",
-            place.display()
+            !has(&read_as(SOMEBODY, of_all), &token),
+            "the token is in {file} of a process"
         );
     }
     // Its own environment and command line do not have it even for itself.
