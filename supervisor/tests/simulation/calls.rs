@@ -50,8 +50,8 @@ impl World {
         self.report.calls += 1;
         *self
             .report
-            .calls_per_hour
-            .entry(self.now / 3_600_000)
+            .calls_per_half_hour
+            .entry(self.now / crate::steady::HALF_HOUR)
             .or_default() += 1;
         self.checks.called(self.now, kind, about);
         self.look_at_request(&ask);

@@ -25,7 +25,7 @@ pub struct Report {
     pub jobs: u64,
     pub done: u64,
     pub calls: u64,
-    pub calls_per_hour: BTreeMap<u64, u64>,
+    pub calls_per_half_hour: BTreeMap<u64, u64>,
     pub starts: u64,
     pub simulated_ms: u64,
     pub longest_settling_ms: u64,

@@ -1,4 +1,4 @@
-//! One thing is wrong for hours: it is said, and not again and again, and nobody is called more for it.
+//! One thing is wrong for an hour: it is said, and not again and again, and nobody is called more for it.
 
 use std::collections::BTreeSet;
 
@@ -6,15 +6,16 @@ use crate::life::simulate;
 use crate::script::{Fate, Item, Kind, Misdeed, Mode, Script, Step};
 
 const MINUTE: u64 = 60_000;
-const HOUR: u64 = 60 * MINUTE;
+/// The simulation counts calls by it.
+pub const HALF_HOUR: u64 = 30 * MINUTE;
 
-/// The most warnings and errors in an hour, once the fault has lasted for one: these, and for each worker that
-/// the supervisor has to do with in this hour as many as it can be made again, and its end.
+/// The most warnings and errors in half an hour, once the fault has lasted for one: these, and for each worker that
+/// the supervisor has to do with in it as many as it can be made again, and its end.
 const MAX_LINES: usize = 4;
 const MAX_LINES_A_WORKER: usize = 5;
-/// The most calls in an hour. Four a second are the rounds, since four workers are two pages of the helper's list; what
+/// The most calls in half an hour. Four a second are the rounds, since four workers are two pages of the helper's list; what
 /// the helper cannot do for one of four workers it is asked again every 2.5 s at the most.
-const MAX_CALLS: u64 = 4 * 3_605 + 4 * 1_440;
+const MAX_CALLS: u64 = 4 * 1_803 + 4 * 720;
 
 fn refusal(code: u16, json: bool) -> Fate {
     Fate::Status {
@@ -24,9 +25,9 @@ fn refusal(code: u16, json: bool) -> Fate {
     }
 }
 
-/// Each of these, from the first minute on, for two hours.
+/// Each of these, from the first minute on, for an hour.
 fn faults() -> Vec<(&'static str, Vec<Item>)> {
-    let long = 2 * HOUR;
+    let long = 2 * HALF_HOUR;
     let every = |kind, fate| vec![Item::Every(kind, fate, long)];
     let agents = |misdeed| vec![Item::Agent(misdeed); 1_000];
     let old_server = [vec![Item::OldServer(long)], agents(Misdeed::DiesEarly)].concat();
@@ -106,7 +107,7 @@ fn script(items: &[Item]) -> Script {
         slots: 4,
         poll_seconds: 1,
         steps,
-        calm_at: 2 * HOUR,
+        calm_at: 2 * HALF_HOUR,
         settles: false,
     }
 }
@@ -119,14 +120,14 @@ pub fn each() {
         let warnings = outcome.trace.warnings();
         let lines: Vec<&str> = warnings
             .iter()
-            .filter(|(at, _)| *at >= HOUR)
+            .filter(|(at, _)| *at >= HALF_HOUR)
             .map(|(_, line)| line.as_str())
             .collect();
         let workers: BTreeSet<&str> = lines
             .iter()
             .filter_map(|line| line.split("worker=").nth(1)?.split(' ').next())
             .collect();
-        let calls = outcome.report.calls_per_hour.get(&1).copied().unwrap_or(0);
+        let calls = outcome.report.calls_per_half_hour.get(&1).copied().unwrap_or(0);
         println!(
             "{:>4} lines about {:>3} workers, {calls:>6} calls: {name}",
             lines.len(),
