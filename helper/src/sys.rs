@@ -6,9 +6,14 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::process::ExitStatus;
 
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::Pid;
 
 /// `linux/sched.h`; libc has it in a type that is too narrow.
@@ -91,13 +96,12 @@ fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }
 
-/// A detached copy of the mount at `path`, with all below it if `recursive` (`open_tree(2)`).
-pub fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
-    let path = c_path(path)?;
+/// A detached copy of the mount at what is open, with all below it if `recursive` (`open_tree(2)`).
+pub fn clone_mount(open: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
     let deep = if recursive { libc::AT_RECURSIVE as u32 } else { 0 };
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | deep | libc::AT_SYMLINK_NOFOLLOW as u32;
-    // SAFETY: path is a C string that outlives the call; a result that is not -1 is a new descriptor.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | deep | libc::AT_EMPTY_PATH as u32;
+    // SAFETY: the path is the empty C string; a result that is not -1 is a new descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, open.as_raw_fd(), c"".as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -153,16 +157,18 @@ pub fn attach_mount(mount: BorrowedFd<'_>, place: &Path) -> io::Result<()> {
 /// Set `no_new_privs` for good: no exec gains privileges from now on; and nobody of the same uid may look
 /// into this process or trace it (`PR_SET_DUMPABLE`).
 pub fn no_new_privs_and_undumpable() -> io::Result<()> {
-    // SAFETY: these two prctl(2) calls take plain integers.
-    let ok = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-            && libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
-    };
-    if ok {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    prctl::set_no_new_privs()?;
+    Ok(prctl::set_dumpable(false)?)
+}
+
+/// A child that has ended, and how: this one, or any (`waitpid(2)`). None if none has, where `flags` say not to wait.
+///
+/// nix's own reaps a child that was ended by a real-time signal, and fails without saying which it was.
+pub fn wait(child: Option<Pid>, flags: WaitPidFlag) -> nix::Result<Option<(Pid, ExitStatus)>> {
+    let (child, mut status) = (child.map_or(-1, Pid::as_raw), 0);
+    // SAFETY: the kernel writes to an integer that outlives the call.
+    let ended = Errno::result(unsafe { libc::waitpid(child, &raw mut status, flags.bits()) })?;
+    Ok((ended != 0).then(|| (Pid::from_raw(ended), ExitStatus::from_raw(status))))
 }
 
 /// Answer every signal as the kernel does by default, but for `SIGPIPE`, which Rust ignores for itself and gives

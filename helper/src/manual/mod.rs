@@ -25,7 +25,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollTimeout, poll};
 use nix::sys::signal::SigSet;
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::Pid;
 use protocol::config;
 use protocol::{Error, Received, Seqpacket, SlotName, Uid, WorkerId};
@@ -330,7 +330,7 @@ impl Started {
             } => match HandshakeMessage::decode(&bytes) {
                 Some(HandshakeMessage::Ready) => descriptors.pop(),
                 Some(HandshakeMessage::Failed(sentence)) => {
-                    let _ = waitpid(self.first, None);
+                    let _ = sys::wait(Some(self.first), WaitPidFlag::empty());
                     self.streams.finish();
                     bail!("{sentence}");
                 }
@@ -406,9 +406,8 @@ fn first_process(
         terminal::set_foreground(child)?;
     }
     loop {
-        match waitpid(None, None) {
-            Ok(WaitStatus::Exited(pid, status)) if pid == child => return Ok(status),
-            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => return Ok(128 + signal as i32),
+        match sys::wait(None, WaitPidFlag::empty()) {
+            Ok(Some((pid, ended))) if pid == child => return Ok(terminal::status_of(ended)),
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for the command"),
         }

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, fchown};
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::waitpid;
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::Pid;
 use protocol::Uid;
 
@@ -108,7 +108,7 @@ impl Streams {
             if *is_input {
                 let _ = kill(*copying, Signal::SIGKILL);
             }
-            let _ = waitpid(*copying, None);
+            let _ = sys::wait(Some(*copying), WaitPidFlag::empty());
         }
     }
 }

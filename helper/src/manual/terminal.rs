@@ -4,7 +4,8 @@
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::Command;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -15,7 +16,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::Mode;
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::Pid;
 
 use crate::sys;
@@ -209,17 +210,16 @@ pub fn attend(first: Pid, mut terminal: Option<Terminal>, signals: &Signals) -> 
                 _ => drop(kill(first, Signal::SIGKILL)),
             }
         }
-        match waitpid(first, Some(WaitPidFlag::WNOHANG))? {
-            WaitStatus::StillAlive => {}
-            status => {
-                // What it printed last.
-                while terminal.as_mut().is_some_and(Terminal::print) {}
-                return Ok(match status {
-                    WaitStatus::Exited(_, status) => status as u8,
-                    WaitStatus::Signaled(_, signal, _) => 128 + signal as u8,
-                    _ => 1,
-                });
-            }
+        if let Some((_, ended)) = sys::wait(Some(first), WaitPidFlag::WNOHANG)? {
+            // What it printed last.
+            while terminal.as_mut().is_some_and(Terminal::print) {}
+            return Ok(status_of(ended) as u8);
         }
     }
+}
+
+/// As a shell says it.
+pub fn status_of(ended: ExitStatus) -> i32 {
+    let of_signal = ended.signal().map(|signal| 128 + signal);
+    of_signal.or(ended.code()).unwrap_or(1)
 }

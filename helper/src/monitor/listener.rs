@@ -13,6 +13,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -24,7 +26,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::time::TimeSpec;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{Pid, getppid, pipe2};
 use protocol::{Error, ErrorKind, Reply, Seqpacket, wire};
 
@@ -212,7 +214,7 @@ impl Listener {
     }
 
     /// A child of the monitor has ended: maybe this one.
-    pub fn ended(&mut self, status: WaitStatus, now: Instant) {
+    pub fn ended(&mut self, ended: Pid, status: ExitStatus, now: Instant) {
         let child = match &self.state {
             State::Accepting(child) => child,
             State::Down(Outage {
@@ -221,26 +223,17 @@ impl Listener {
             }) => child,
             State::Down(_) => return,
         };
-        if status.pid() != Some(child.pid) {
+        if ended != child.pid {
             return;
         }
         warn!(
-            "the process that accepts connections has ended ({}): another is started; sessions go on",
-            how(status)
+            "the process that accepts connections has ended ({status}): another is started; sessions go on"
         );
         let start = now.max(child.begun + RESTART_AFTER);
         match &mut self.state {
             State::Down(outage) => outage.next = Next::Start(start),
             State::Accepting(_) => self.state = State::Down(Outage::new(now, start)),
         }
-    }
-}
-
-fn how(status: WaitStatus) -> String {
-    match status {
-        WaitStatus::Signaled(_, signal, _) => signal.to_string(),
-        WaitStatus::Exited(_, status) => format!("status {status}"),
-        other => format!("{other:?}"),
     }
 }
 
@@ -376,16 +369,10 @@ fn serve(
 /// Collect sessions that have ended. True if one had to read what the listener should know.
 fn reap(sessions: &mut BTreeSet<Pid>) -> bool {
     let mut has_read = false;
-    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-        let Some(pid) = status.pid() else {
-            break;
-        };
-        has_read |= matches!(status, WaitStatus::Exited(_, HAS_READ));
-        let was_session = sessions.remove(&pid);
-        if let WaitStatus::Signaled(_, signal, _) = status
-            && was_session
-        {
-            warn!("a session was ended by {signal}: its request is lost, repeat it");
+    while let Ok(Some((child, ended))) = sys::wait(None, WaitPidFlag::WNOHANG) {
+        has_read |= ended.code() == Some(HAS_READ);
+        if sessions.remove(&child) && ended.signal().is_some() {
+            warn!("a session has ended ({ended}): its request is lost, repeat it");
         }
     }
     has_read

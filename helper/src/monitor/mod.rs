@@ -27,7 +27,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
 };
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::WaitPidFlag;
 use protocol::Seqpacket;
 use protocol::config::{self, Config, UidRange, accounts};
 
@@ -390,10 +390,7 @@ fn until(due: Option<Instant>) -> PollTimeout {
 
 /// Collect the dead: a listener, workers' first processes, orphans.
 fn reap(listener: &mut Listener) {
-    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-        if status == WaitStatus::StillAlive {
-            return;
-        }
-        listener.ended(status, Instant::now());
+    while let Ok(Some((child, ended))) = sys::wait(None, WaitPidFlag::WNOHANG) {
+        listener.ended(child, ended, Instant::now());
     }
 }

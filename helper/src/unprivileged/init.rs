@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -13,11 +14,12 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::Pid;
 use protocol::Exit;
 
 use crate::host::record::{TIMED_OUT, print_exit};
+use crate::sys;
 use crate::unprivileged::proxy::ProxyListener;
 use crate::unprivileged::{TURN, Unprivileged};
 
@@ -145,14 +147,13 @@ pub fn run(_proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConf
         open = open && console.pump(&agent.output);
         unreaped = true;
         for _ in 0..TURN {
-            let (pid, exit) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, status)) => (pid, Exit::Status(status as u8)),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, Exit::Signal(signal as u8)),
-                Ok(WaitStatus::StillAlive) => {
+            let (pid, ended) = match sys::wait(None, WaitPidFlag::WNOHANG) {
+                Ok(Some(ended)) => ended,
+                Ok(None) => {
                     unreaped = false;
                     break;
                 }
-                Err(Errno::EINTR) | Ok(_) => continue,
+                Err(Errno::EINTR) => continue,
                 // No child at all: nobody is left of the agent.
                 Err(_) => break 'ended Exit::Unknown,
             };
@@ -160,6 +161,10 @@ pub fn run(_proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConf
                 continue;
             }
             awaited.retain(|other| *other != pid);
+            let exit = match ended.signal() {
+                Some(signal) => Exit::Signal(signal as u8),
+                None => Exit::Status(ended.code().unwrap_or_default() as u8),
+            };
             if installing && exit == Exit::Status(0) {
                 installing = false;
                 awaited = children();

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{Gid, Pid, setgroups, setresgid, setresuid};
 use protocol::Uid;
 
@@ -66,9 +66,11 @@ pub fn as_user(uid: Uid, keep: &[RawFd], work: impl FnOnce(&Unprivileged) -> Res
     drop(to_parent);
     let mut message = String::new();
     File::from(errors).read_to_string(&mut message).ok();
-    match waitpid(child, None)? {
-        WaitStatus::Exited(_, 0) => Ok(()),
-        status if message.is_empty() => bail!("a process that worked as uid {uid} ended with {status:?}"),
+    match sys::wait(Some(child), WaitPidFlag::empty())? {
+        Some((_, ended)) if ended.success() => Ok(()),
+        Some((_, ended)) if message.is_empty() => {
+            bail!("a process that worked as uid {uid} has ended ({ended})")
+        }
         _ => bail!("{message}"),
     }
 }

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::fcntl::openat;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat};
-use nix::sys::wait::waitpid;
+use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use crate::host::directory::{DIRECTORY, remove_dir};
@@ -73,7 +73,7 @@ pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path]) -> 
     });
     if let Some(second) = second {
         let _ = kill(second, Signal::SIGKILL);
-        waitpid(second, None)?;
+        sys::wait(Some(second), WaitPidFlag::empty())?;
     }
     emptied
 }

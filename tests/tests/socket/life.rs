@@ -1,5 +1,6 @@
 //! A worker's life: each request, in order, twice, and out of order.
 
+use std::collections::BTreeMap;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 
@@ -235,6 +236,7 @@ fn how_an_agent_ended_is_reported() {
         ("kill -9 $$", Exit::Signal(9)),
         ("(read -t 0.1 < <(:); exit 5) & exit 0", Exit::Status(5)),
         ("(exec bash -c 'kill -11 $$') & exit 0", Exit::Signal(11)),
+        ("kill -34 $$", Exit::Signal(34)),
     ] {
         let worker = created(&client, "c");
         let (state, console) = run(&client, worker, script);
@@ -247,6 +249,45 @@ fn how_an_agent_ended_is_reported() {
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
     test.finish(&[]);
+}
+
+#[test]
+fn a_process_that_a_real_time_signal_ends_ends_no_job() {
+    let test = TestHelper::new();
+    let client = test.client();
+    let worker = created(&client, "c");
+    // Its parent is pid 1 by then, which has no other name of the signal than its number.
+    let script = "(bash -c 'echo $$ > /tmp/pid; kill -34 $$' &)
+        until [ -s /tmp/pid ] && ! [ -e /proc/$(cat /tmp/pid) ]; do read -t 0.01 < <(:); done
+        echo alive; exit 7";
+    let (state, console) = run(&client, worker, script);
+    assert_eq!((state, &*console), (State::Exited(Exit::Status(7)), "alive\n"));
+    test.finish(&[worker]);
+}
+
+#[test]
+fn what_cannot_be_read_of_one_worker_is_unknown_and_the_others_are_listed() {
+    let test = TestHelper::new();
+    let client = test.client();
+    let [damaged, other] = ["a", "c"].map(|slot| {
+        let worker = created(&client, slot);
+        assert_eq!(run(&client, worker, "exit 7").0, State::Exited(Exit::Status(7)));
+        worker
+    });
+    // As a disk leaves it that has lost a block.
+    fs::write(test.host.worker_dir(damaged).join("exit"), [0xff; 64]).unwrap();
+    let states: BTreeMap<WorkerId, State> = list(&client)
+        .into_iter()
+        .map(|info| (info.worker, info.state))
+        .collect();
+    let expected = [(damaged, Exit::Unknown), (other, Exit::Status(7))];
+    assert_eq!(
+        states,
+        expected
+            .map(|(worker, exit)| (worker, State::Exited(exit)))
+            .into()
+    );
+    test.finish(&[damaged, other]);
 }
 
 #[test]

@@ -53,7 +53,10 @@ fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_
         "the next came after {passed:?}"
     );
     assert_eq!(list(&test.client()).len(), 1);
-    let told = ["WARN", "the process that accepts connections has ended (SIGKILL)"];
+    let told = [
+        "WARN",
+        "the process that accepts connections has ended (signal: 9 (SIGKILL))",
+    ];
     test.helper.log.exactly(2, 0, &told);
     // The session of the first asks the daemon all the same.
     let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
