@@ -264,7 +264,8 @@ fn state(host: &Host, dir: impl AsFd, id: WorkerId) -> Result<State> {
     if cgroup::is_populated(&host.cgroups, id)? {
         return Ok(State::Running);
     }
-    let exit = read_small(dir, EXIT)?.unwrap_or_default();
+    // What cannot be read is unknown, and of this worker alone.
+    let exit = read_small(dir, EXIT).ok().flatten().unwrap_or_default();
     Ok(State::Exited(parse_exit(&exit)))
 }
 
