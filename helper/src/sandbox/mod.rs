@@ -29,7 +29,7 @@ use nix::unistd::Gid;
 use protocol::config::{Config, Network, Slot};
 use protocol::{BootstrapToken, Received, Seqpacket, Uid, UserName, WorkerId};
 
-use crate::host::directory::{open_dir, open_file};
+use crate::host::directory::{name, open_dir, open_file};
 use crate::host::record::read_record_of;
 use crate::host::{self, Host, quota, record, users};
 use crate::monitor_ipc::HandshakeMessage;
@@ -413,7 +413,8 @@ fn take_off(place: &JobPath) -> Result<()> {
 /// Returns the mount.
 fn bind(source: &JobPath, place: &JobPath, attributes: u64) -> Result<OwnedFd> {
     let describe = || format!("cannot mount {} at {}", source.display(), place.display());
-    let copy = sys::clone_mount(source.entered(), true).with_context(describe)?;
+    let open = name(source.entered()).with_context(describe)?;
+    let copy = sys::clone_mount(open.as_fd(), true).with_context(describe)?;
     sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
     sys::attach_mount(copy.as_fd(), place.entered()).with_context(describe)?;
     Ok(copy)

@@ -173,7 +173,9 @@ fn size_between<'de, D: Deserializer<'de>, const MIN: u64, const MAX: u64>(from:
     check(size(from)?, MIN, MAX)
 }
 
-fn between<'de, D: Deserializer<'de>, const MIN: u64, const MAX: u64>(from: D) -> Result<u64, D::Error> {
+pub(super) fn between<'de, D: Deserializer<'de>, const MIN: u64, const MAX: u64>(
+    from: D,
+) -> Result<u64, D::Error> {
     check(u64::deserialize(from)?, MIN, MAX)
 }
 

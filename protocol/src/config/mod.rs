@@ -29,7 +29,7 @@ mod value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{SlotName, Target};
@@ -112,10 +112,10 @@ pub struct Factory {
     #[serde(default)]
     pub uid_range: UidRange,
     /// Seconds between two looks at the server, 1 to 60.
-    #[serde(default = "one", deserialize_with = "within::<_, 1, 60>")]
+    #[serde(default = "one", deserialize_with = "limits::between::<_, 1, 60>")]
     pub poll_seconds: u64,
     /// Seconds after which a worker whose agent has not come online is failed, 5 to 86400.
-    #[serde(default = "five_minutes", deserialize_with = "within::<_, 5, 86400>")]
+    #[serde(default = "five_minutes", deserialize_with = "limits::between::<_, 5, 86400>")]
     pub online_timeout_seconds: u64,
     /// Where the status page and the metrics can be had, besides the control socket: an address of the host and a
     /// port. Whoever reaches it may read them. Nowhere unless written.
@@ -142,7 +142,7 @@ pub struct Factory {
     #[serde(default)]
     pub selftest_at_start: bool,
     /// Seconds that a shutdown of the host waits for jobs that run, 0 to 1500. systemd forces a reboot after half an hour.
-    #[serde(default, deserialize_with = "within::<_, 0, 1500>")]
+    #[serde(default, deserialize_with = "limits::between::<_, 0, 1500>")]
     pub shutdown_wait_seconds: u64,
 }
 
@@ -390,17 +390,6 @@ fn one() -> u64 {
 
 fn five_minutes() -> u64 {
     300
-}
-
-fn within<'de, D: Deserializer<'de>, const MIN: u64, const MAX: u64>(from: D) -> Result<u64, D::Error> {
-    let value = u64::deserialize(from)?;
-    if (MIN..=MAX).contains(&value) {
-        Ok(value)
-    } else {
-        Err(de::Error::custom(format!(
-            "{value} is out of range: use {MIN} to {MAX} seconds"
-        )))
-    }
 }
 
 #[cfg(test)]

@@ -3,16 +3,92 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::thread;
 
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use protocol::Reply;
 use testbed::disk::SmallDisk;
 use testbed::harness::{has_file_rules, not_kept, place, sealed};
-use testbed::test_helper::{TestHelper, attack, created, install, start_attack, wait_for_line};
+use testbed::test_helper::{SLOTS, TestHelper, attack, created, install, run, start_attack, wait_for_line};
 use testbed::tracer::service::{Kind, Span, watch};
+
+/// Slots, and this file hidden, so that everything else in its directory is shown by itself.
+fn hiding(file: &Path) -> String {
+    format!("hide = [{file:?}]\n{SLOTS}")
+}
+
+#[test]
+fn row_125_a_link_that_a_user_puts_in_the_place_of_a_directory_leads_no_job_elsewhere() {
+    const DIRECTORIES: usize = 1_000;
+    const TRIES: usize = 50;
+    let place = place();
+    let [shown, closed, link] = ["shown", "closed", "link"].map(|name| place.path().join(name));
+    for number in 0..DIRECTORIES {
+        fs::create_dir_all(shown.join(number.to_string())).unwrap();
+        let secret = closed.join(number.to_string());
+        fs::create_dir_all(&secret).unwrap();
+        fs::write(secret.join("file"), "secret\n").unwrap();
+    }
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+    symlink(&closed, &link).unwrap();
+    fs::write(shown.join("hidden"), "").unwrap();
+    let test = TestHelper::with(&hiding(&shown.join("hidden")));
+    let client = test.client();
+    let exchange = || renameat2(AT_FDCWD, &shown, AT_FDCWD, &link, RenameFlags::RENAME_EXCHANGE).unwrap();
+    for number in 0..TRIES {
+        let worker = created(&client, "c");
+        // The root file system is made again for this job; and when its entries are read, another directory is there.
+        fs::write(shown.join("new"), number.to_string()).unwrap();
+        fs::remove_file(shown.join("new")).unwrap();
+        let listed = Inotify::init(InitFlags::empty()).unwrap();
+        listed.add_watch(&shown, AddWatchFlags::IN_ACCESS).unwrap();
+        let script = format!(
+            "exec 2>&-; ls -f {0} | wc -l; cat {0}/*/file; exit 1",
+            shown.display()
+        );
+        let (_, console) = thread::scope(|scope| {
+            scope.spawn(|| {
+                listed.read_events().unwrap();
+                exchange();
+            });
+            run(&client, worker, &script)
+        });
+        exchange();
+        assert!(!console.contains("secret"), "{console}");
+        test.delete(&[worker]);
+        let seen: usize = console.trim().parse().unwrap_or_else(|_| panic!("{console}"));
+        // A directory, and not all of it: it was exchanged in the middle.
+        if (2..DIRECTORIES).contains(&seen) {
+            return test.finish(&[]);
+        }
+    }
+    panic!("it was never exchanged in time");
+}
+
+#[test]
+fn row_126_a_users_directory_with_many_entries_keeps_no_job_from_starting() {
+    let place = place();
+    // All but a few of those that are shown by themselves.
+    for number in 0..8_180 {
+        File::create(place.path().join(number.to_string())).unwrap();
+    }
+    File::create(place.path().join("hidden")).unwrap();
+    let test = TestHelper::with(&hiding(&place.path().join("hidden")));
+    let client = test.client();
+    let worker = created(&client, "a");
+    let script = format!(
+        "ls {0} | wc -l; [ -w /var/tmp ] && [ -w /srv/of-the-job ] && echo writable; exit 1",
+        place.path().display()
+    );
+    let (_, console) = run(&client, worker, &script);
+    assert_eq!(console, "8180\nwritable\n");
+    test.finish(&[worker]);
+}
 
 /// The most memory that a process has had, in KiB.
 fn peak(pid: u32) -> u64 {

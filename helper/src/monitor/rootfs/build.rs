@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, FileType};
 use std::io::{ErrorKind, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
 
 use super::namespace::{become_root, make_private};
 use super::sockets;
-use crate::host::Host;
+use crate::host::{Host, directory};
 use crate::sandbox::layout::{ETC_LAYERS, FACTS, LINKS, PRIVATE, UDEV_DATA, source_path};
 use crate::sandbox::paths::{JobPath, NewRootPath, SourcePath};
 use crate::sys::{self, DEVICES, READ_ONLY, WRITABLE};
@@ -41,13 +41,15 @@ const OWN_FILES: [&str; 3] = ["passwd", "group", "hosts"];
 /// The most bytes of the mount table that are read: more than `fs.mount-max` lets it have with paths of a usual length.
 /// A mount beyond that is shown, or not, by its mode.
 const MAX_MOUNT_TABLE: u64 = 64 << 20;
-/// The most entries, of all directories together, that are mounted one by one.
+/// The most entries, of all directories of a kind together, that are mounted one by one.
 const MAX_ENTRIES: usize = 8192;
 
-fn is_not_found(error: &anyhow::Error) -> bool {
+/// Is there nothing any more, or a link in the path?
+fn is_gone(error: &anyhow::Error) -> bool {
     let cause = error.root_cause();
-    let is_io = |cause: &std::io::Error| cause.kind() == ErrorKind::NotFound;
-    cause.downcast_ref().is_some_and(is_io) || cause.downcast_ref() == Some(&Errno::ENOENT)
+    let of_io = |cause: &std::io::Error| Errno::from_raw(cause.raw_os_error().unwrap_or_default());
+    let errno = cause.downcast_ref().copied().or(cause.downcast_ref().map(of_io));
+    matches!(errno, Some(Errno::ENOENT | Errno::ELOOP | Errno::ENOTDIR))
 }
 
 /// A path as the kernel writes it into `mountinfo` (`proc_pid_mountinfo(5)`): white space and backslashes in octal.
@@ -93,8 +95,9 @@ struct Builder<'a> {
     places: BTreeSet<JobPath>,
     /// Without links, and shown nowhere.
     hidden: BTreeSet<SourcePath>,
-    /// So many entries may still be mounted one by one.
-    entries_left: usize,
+    /// So many entries may still be mounted one by one, of directories in which something is hidden, and of those
+    /// that have places: the first may be any user's, whose entries take nothing from the others.
+    entries_left: [usize; 2],
     /// Watches the directories of the host that the result depends on.
     directories: &'a Inotify,
 }
@@ -106,7 +109,8 @@ impl<'a> Builder<'a> {
     fn build(host: &Host, config: &Config, directories: &'a Inotify) -> Result<()> {
         make_private()?;
         let new_root = NewRootPath::new(host.root.join(config::RUN_DIR));
-        let devices = sys::clone_mount(new_root.join("devices").as_ref(), false)?;
+        let devices = directory::name(new_root.join("devices").as_ref())?;
+        let devices = sys::clone_mount(devices.as_fd(), false)?;
         let hidden = hidden_by_operator(config)?;
         let own = own_of_the_factory(host, config)?;
         let sockets = reachable_sockets(config)?;
@@ -115,7 +119,7 @@ impl<'a> Builder<'a> {
             new_root,
             places: BTreeSet::new(),
             hidden: hidden.into_iter().chain(own.clone()).chain(sockets).collect(),
-            entries_left: MAX_ENTRIES,
+            entries_left: [MAX_ENTRIES; 2],
             directories,
         };
         mount_tmpfs(&this.new_root, "mode=755,size=16m").context("cannot mount the new root")?;
@@ -187,7 +191,8 @@ impl<'a> Builder<'a> {
     /// Attach a copy of the host's `source`, with what is mounted below it.
     fn bind(&self, source: &SourcePath, place: &JobPath, attributes: u64, recursive: bool) -> Result<()> {
         let describe = || format!("cannot show {} to jobs", source.display());
-        let copy = sys::clone_mount(source.as_ref(), recursive).with_context(describe)?;
+        let open = directory::name_without_links(source.as_ref()).with_context(describe)?;
+        let copy = sys::clone_mount(open.as_fd(), recursive).with_context(describe)?;
         sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
         let real = place.in_new_root(&self.new_root);
         sys::attach_mount(copy.as_fd(), real.as_ref()).with_context(describe)
@@ -200,27 +205,32 @@ impl<'a> Builder<'a> {
         if !has_places && !source.has_below(&self.hidden) {
             return self.bind(source, place, READ_ONLY, true);
         }
-        self.watch(source.as_ref())?;
+        // The directory may be somebody's who puts a link in its place at any moment.
+        let open = directory::name_without_links(source.as_ref())?;
+        let opened = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
+        self.watch(&opened)
+            .with_context(|| format!("cannot show {}", source.display()))?;
         let real = place.in_new_root(&self.new_root);
-        copy_owner_and_mode(source, &real)?;
-        let entries: Vec<_> = std::fs::read_dir(source)?.take(self.entries_left + 1).collect();
-        if entries.len() > self.entries_left {
+        copy_owner_and_mode(&opened, &real)?;
+        let left = &mut self.entries_left[usize::from(has_places)];
+        let entries: Vec<_> = std::fs::read_dir(&opened)?.take(*left + 1).collect();
+        if entries.len() > *left {
             ensure!(
                 !has_places,
-                "{} has too many entries, more than {MAX_ENTRIES} with those of other directories: no place can be made in it",
+                "{} has too many entries, more than {MAX_ENTRIES} with those of others that have places: no place can be made in it",
                 source.display()
             );
             // All of it is hidden.
             return Ok(());
         }
-        self.entries_left -= entries.len();
+        *left -= entries.len();
         for entry in entries {
             let entry = entry?;
             let (source, place) = (source.join(entry.file_name()), place.join(entry.file_name()));
             let kind = entry.file_type().map_err(anyhow::Error::from);
             match kind.and_then(|kind| self.show_entry(&source, &place, kind)) {
                 // Gone since the directory was read. Even if it is back by now: that was a change, and is seen.
-                Err(error) if is_not_found(&error) => {
+                Err(error) if is_gone(&error) => {
                     let real = place.in_new_root(&self.new_root);
                     let _ = std::fs::remove_dir(&real).or_else(|_| std::fs::remove_file(&real));
                 }
@@ -321,7 +331,12 @@ impl<'a> Builder<'a> {
             std::fs::create_dir(real.join(name))?;
         }
         let workers = SourcePath::new(host.root.join(config::STATE_DIR).join("workers"));
-        self.bind(&workers, &private.join("workers"), WRITABLE, false)?;
+        self.bind(
+            &workers.canonicalize()?,
+            &private.join("workers"),
+            WRITABLE,
+            false,
+        )?;
         // Where /run is mounted nodev, it is not so for these.
         sys::set_mount_attributes(self.devices.as_fd(), DEVICES, libc::MOUNT_ATTR_NODEV)?;
         Ok(sys::attach_mount(
@@ -528,7 +543,7 @@ fn mount_overlay(layers: &[NewRootPath], place: &NewRootPath) -> nix::Result<()>
     )
 }
 
-fn copy_owner_and_mode(from: &SourcePath, to: &NewRootPath) -> Result<()> {
+fn copy_owner_and_mode(from: impl AsRef<Path>, to: &NewRootPath) -> Result<()> {
     let meta = std::fs::metadata(from)?;
     std::os::unix::fs::chown(to, Some(meta.uid()), Some(meta.gid()))?;
     let mode = std::fs::Permissions::from_mode(meta.mode() & 0o7777);
