@@ -242,9 +242,9 @@ fn collect(dev: BorrowedFd<'_>, below: &Path, found: &mut Nodes) -> Result<()> {
     Ok(())
 }
 
-/// A device has come or gone: bring every worker's `/dev` up to date. One worker's trouble is not another's.
+/// A device has come or gone: bring every worker's `/dev` up to date. One that fails does not stop the others.
 pub fn refresh(host: &Host, slot_of: impl Fn(WorkerId) -> Option<(Slot, Uid)>) -> Result<()> {
-    let mut trouble = Ok(());
+    let mut result = Ok(());
     for name in names(host.devices.as_fd())? {
         let Some(worker) = name.to_str().and_then(|name| name.parse::<WorkerId>().ok()) else {
             continue;
@@ -260,10 +260,10 @@ pub fn refresh(host: &Host, slot_of: impl Fn(WorkerId) -> Option<(Slot, Uid)>) -
             bring_up_to_date(dev.as_fd(), uid, &find(host, &slot.devices)?.0)
         };
         if let Err(error) = one() {
-            trouble = Err(error.context(format!("the devices of worker {worker} are not up to date")));
+            result = Err(error.context(format!("the devices of worker {worker} are not up to date")));
         }
     }
-    trouble
+    result
 }
 
 /// Remove a worker's `/dev`, if there is one. Where a device comes or goes at this moment, the monitor puts nodes

@@ -246,7 +246,7 @@ fn empty(fs: BorrowedFd<'_>, dir: &Path, count: &mut dyn FnMut()) -> Result<()> 
     let mut own = open_own(fs, dir)?;
     let mut level = Level::begin(&own, count)?;
     let mut above: Vec<Above> = Vec::new();
-    let mut held = DirStack(Vec::new());
+    let mut stack = DirStack(Vec::new());
     loop {
         if let Some(next) = level.names.pop() {
             let inner = match open_own(&own, Path::new(&next)) {
@@ -259,7 +259,7 @@ fn empty(fs: BorrowedFd<'_>, dir: &Path, count: &mut dyn FnMut()) -> Result<()> 
                 inner => inner.with_context(|| format!("cannot open {next:?}"))?,
             };
             let content = Level::begin(&inner, count)?;
-            held.leave(above.len(), own);
+            stack.leave(above.len(), own);
             above.push(Above { level, next });
             (own, level) = (inner, content);
         } else if !level.is_all {
@@ -271,7 +271,7 @@ fn empty(fs: BorrowedFd<'_>, dir: &Path, count: &mut dyn FnMut()) -> Result<()> 
                 return Ok(());
             };
             let step = |dir: &OwnedFd, at: usize| open_own(dir, Path::new(&above[at].next));
-            own = match held.back_to(above.len(), step) {
+            own = match stack.back_to(above.len(), step) {
                 // The other process has removed what is above, and so all of it.
                 Err(Errno::ENOENT) => {
                     level = DONE;
@@ -296,7 +296,7 @@ mod tests {
 
     /// A walk whose directories are their depths.
     struct Walk {
-        held: DirStack<usize>,
+        stack: DirStack<usize>,
         at: usize,
         steps: usize,
     }
@@ -304,9 +304,9 @@ mod tests {
     impl Walk {
         fn down(&mut self, levels: usize) {
             for _ in 0..levels {
-                self.held.leave(self.at, self.at);
+                self.stack.leave(self.at, self.at);
                 self.at += 1;
-                assert!(self.held.0.len() <= DirStack::<usize>::MOST);
+                assert!(self.stack.0.len() <= DirStack::<usize>::MOST);
             }
         }
 
@@ -318,7 +318,7 @@ mod tests {
                     self.steps += 1;
                     Ok(at + 1)
                 };
-                assert_eq!(self.held.back_to(self.at, step), Ok(self.at));
+                assert_eq!(self.stack.back_to(self.at, step), Ok(self.at));
             }
         }
     }
@@ -326,7 +326,7 @@ mod tests {
     /// Down so far, and up again, with a way aside of this length at each depth: the steps for each directory.
     fn steps(depth: usize, aside: usize) -> usize {
         let mut walk = Walk {
-            held: DirStack(Vec::new()),
+            stack: DirStack(Vec::new()),
             at: 0,
             steps: 0,
         };
@@ -356,13 +356,13 @@ mod tests {
 
     #[test]
     fn what_another_has_removed_on_the_way_loses_nothing_that_is_held() {
-        let mut held = DirStack(Vec::new());
-        held.leave(0, 0);
-        let gone = held.back_to(
+        let mut stack = DirStack(Vec::new());
+        stack.leave(0, 0);
+        let gone = stack.back_to(
             3,
             |dir, _| if *dir < 1 { Ok(dir + 1) } else { Err(Errno::ENOENT) },
         );
         assert_eq!(gone, Err(Errno::ENOENT));
-        assert_eq!(held.back_to(0, |_, _| unreachable!()), Ok(0));
+        assert_eq!(stack.back_to(0, |_, _| unreachable!()), Ok(0));
     }
 }
