@@ -5,6 +5,9 @@ use crate::call_error::{CallError, Peer};
 /// The longest wait that a server's `Retry-After` can cause, in milliseconds.
 pub const MAX_RETRY_AFTER: u64 = 600_000;
 
+/// The longest wait after calls that the server has failed, in milliseconds: it is shared by many.
+pub const MAX_SERVER_WAIT: u64 = 60_000;
+
 /// A small deterministic generator (splitmix64), so that the same seed gives the same factory.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);
@@ -32,11 +35,10 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// The longest wait, in milliseconds. The helper is on this host and restarts in an instant; the
-    /// server is shared by many.
+    /// The longest wait, in milliseconds. The helper is on this host and restarts in an instant.
     pub const fn cap(peer: Peer) -> u64 {
         match peer {
-            Peer::Server => 60_000,
+            Peer::Server => MAX_SERVER_WAIT,
             Peer::Helper | Peer::Database => 5_000,
         }
     }

@@ -78,13 +78,13 @@ fn waiting(noted: &Path) -> BTreeMap<WorkerId, Waiting> {
     let entries = fs::read_dir(cgroups).into_iter().flatten().flatten();
     let all = entries.filter_map(|entry| {
         let worker = entry.file_name().to_str()?.parse().ok()?;
-        Some((worker, look(&entry.path())?))
+        Some((worker, waiting_in(&entry.path())?))
     });
     all.collect()
 }
 
 /// The job of this cgroup, if it waits. The files are described in the kernel's cgroup-v2 documentation.
-fn look(cgroup: &Path) -> Option<Waiting> {
+fn waiting_in(cgroup: &Path) -> Option<Waiting> {
     let read = |name: &str| fs::read_to_string(cgroup.join(name)).ok();
     let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
     // "max" where the slot has no limits.memory.
@@ -146,7 +146,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let waits = |high: &str, current, full: &str| {
             cgroup(dir.path(), high, current, full);
-            look(dir.path()).map(|waiting| waiting.held)
+            waiting_in(dir.path()).map(|waiting| waiting.held)
         };
         assert_eq!(waits("61000000\n", 62_000_000, "60.00"), Some(61_000_000));
         assert_eq!(waits("61000000\n", 64_000_000, "99.10"), Some(63_000_000));
@@ -155,7 +155,7 @@ mod tests {
         // Its processes go on.
         assert_eq!(waits("61000000\n", 64_000_000, "59.99"), None);
         assert_eq!(waits("max\n", 64_000_000, "99.10"), None);
-        assert!(look(&dir.path().join("gone")).is_none());
+        assert!(waiting_in(&dir.path().join("gone")).is_none());
         for odd in ["", "full avg10=\n", "some avg10=99.00 avg60=99.00\n"] {
             assert_eq!(pressure(odd), None, "{odd:?}");
         }
@@ -166,7 +166,7 @@ mod tests {
         fs::write(dir.path().join("memory.swap.max"), "64000000\n").unwrap();
         for (used, is_waiting) in [("9000000\n", false), ("63000000\n", true)] {
             fs::write(dir.path().join("memory.swap.current"), used).unwrap();
-            assert_eq!(look(dir.path()).is_some(), is_waiting, "{used}");
+            assert_eq!(waiting_in(dir.path()).is_some(), is_waiting, "{used}");
         }
     }
 
@@ -181,7 +181,7 @@ mod tests {
         let (queue, mut commands) = mpsc::unbounded_channel();
         // The helper has not made it yet.
         let watch = tokio::spawn(watch(noted.clone(), queue));
-        // Between two looks.
+        // Between two reads of the cgroups.
         tokio::time::sleep(Duration::from_secs(61)).await;
         fs::write(&noted, cgroups.to_str().unwrap()).unwrap();
         put(WORKERS[0], "61000000\n", 64_000_000, "99.00");

@@ -34,7 +34,7 @@ pub struct Question<'a> {
     pub server: &'a [ServerWorker],
     /// The helper's last list.
     pub host: &'a [WorkerInfo],
-    /// Slots pending_slots to leased jobs.
+    /// Slots that are reserved for leased jobs.
     pub pending_slots: &'a BTreeSet<SlotName>,
     /// Workers that came to their end after a list was asked for.
     pub ended: &'a BTreeSet<WorkerId>,

@@ -16,7 +16,7 @@ use crate::token::{Token, TokenStore};
 /// The longest answer that is read, in bytes.
 const MAX_BODY: usize = 8 << 20;
 /// How long an answer may take, its body included.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Http {
     client: Client,

@@ -19,8 +19,9 @@ use crate::call_error::{CallError, Peer};
 use crate::pending_calls::PendingCalls;
 use crate::token::TokenStore;
 
+pub use http::PATIENCE;
 pub(crate) use http::causes;
-pub use types::{JobId, Lease, Scripts, ServerTarget, ServerWorker};
+pub use types::{JobId, LEASE_MS, Lease, Scripts, ServerTarget, ServerWorker};
 
 /// The longest part of an error's text that is kept, in characters.
 const MAX_MESSAGE: usize = 300;
@@ -40,7 +41,7 @@ pub enum Error {
         retry_after: Option<Duration>,
     },
     /// Something before the server, such as a proxy, refuses: the server's own answer is not known.
-    Foreign {
+    NotBuildomat {
         /// Of HTTP, 300 or more.
         code: u16,
         /// What the body says, in at most 300 characters.
@@ -69,7 +70,7 @@ impl fmt::Display for Error {
                 f,
                 "the buildomat server answered {code}: {message}: if this goes on, look into the server's log"
             ),
-            Error::Foreign { code, message, .. } => write!(
+            Error::NotBuildomat { code, message, .. } => write!(
                 f,
                 "something before the buildomat server answered {code}: {message}: if this goes on, check what \
                  answers at general.baseurl"
@@ -101,7 +102,7 @@ impl Error {
     /// How long the server asks to wait, in milliseconds.
     fn retry_after(&self) -> Option<u64> {
         match self {
-            Error::Status { retry_after, .. } | Error::Foreign { retry_after, .. } => {
+            Error::Status { retry_after, .. } | Error::NotBuildomat { retry_after, .. } => {
                 retry_after.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX))
             }
             Error::Unreachable(_) | Error::Body(_) => None,
@@ -175,7 +176,7 @@ pub trait Transport: fmt::Debug + Send + Sync {
 /// The server, as this factory may talk to it.
 #[derive(Clone, Debug)]
 pub struct BuildomatClient {
-    carrier: Arc<dyn Transport>,
+    transport: Arc<dyn Transport>,
     /// For a person who is told that the token was refused.
     tokens: Option<TokenStore>,
     pending: Arc<PendingCalls>,
@@ -185,20 +186,20 @@ impl BuildomatClient {
     /// # Errors
     /// Where the host's TLS set-up cannot be used.
     pub fn new(general: &General, tokens: TokenStore) -> Result<Self> {
-        let carrier = Arc::new(http::Http::new(general, tokens.clone())?);
+        let transport = Arc::new(http::Http::new(general, tokens.clone())?);
         let tokens = Some(tokens);
         let pending = Arc::default();
         Ok(Self {
-            carrier,
+            transport,
             tokens,
             pending,
         })
     }
 
     /// Over another way than HTTP, for a simulation.
-    pub fn over(carrier: Arc<dyn Transport>) -> Self {
+    pub fn over(transport: Arc<dyn Transport>) -> Self {
         Self {
-            carrier,
+            transport,
             tokens: None,
             pending: Arc::default(),
         }
@@ -241,7 +242,7 @@ impl BuildomatClient {
         }
     }
 
-    /// A job for one of these targets, leased for 60 s. None where there is none.
+    /// A job for one of these targets, leased for [`LEASE_MS`]. None where there is none.
     ///
     /// # Errors
     /// No answer, or a refusal.
@@ -335,7 +336,7 @@ impl BuildomatClient {
         query: &[(&str, String)],
         tag: &[(&'static str, String)],
     ) -> Result<Response> {
-        self.carrier.file(path, query, tag).await
+        self.transport.file(path, query, tag).await
     }
 
     /// The body of an answer to a call that went well.
@@ -345,7 +346,7 @@ impl BuildomatClient {
             code,
             body,
             retry_after,
-        } = self.carrier.call(Call { method, path, body }).await?;
+        } = self.transport.call(Call { method, path, body }).await?;
         if (200..300).contains(&code) {
             return Ok(body);
         }
@@ -371,7 +372,7 @@ impl BuildomatClient {
                 message,
                 retry_after,
             },
-            Err(_) => Error::Foreign {
+            Err(_) => Error::NotBuildomat {
                 code,
                 message,
                 retry_after,
@@ -390,7 +391,7 @@ impl BuildomatClient {
     }
 }
 
-/// What of a foreign text can stand in a sentence. A JSON error quotes the wrong value, too.
+/// What of somebody else's text can stand in a sentence. A JSON error quotes the wrong value, too.
 fn shortened(text: &str) -> String {
     let plain = text.trim().chars().filter(|c| !c.is_control());
     plain.take(MAX_MESSAGE).collect()

@@ -35,7 +35,10 @@ impl fmt::Display for JobId {
     }
 }
 
-/// A job that is leased to this factory for sixty seconds.
+/// How long a lease lasts unless it is renewed, in milliseconds (buildomat, `server/src/jobs.rs`, `LEASE_LENGTH`).
+pub const LEASE_MS: u64 = 60_000;
+
+/// A job that is leased to this factory for [`LEASE_MS`].
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Lease {
     /// One of those that were asked for.

@@ -403,7 +403,7 @@ pub fn call_of(output: &Output) -> Option<(Peer, &'static str)> {
         Output::MakeWorker { .. } => (Peer::Server, "make_worker"),
         Output::Renew { .. } => (Peer::Server, "renew"),
         Output::ListHost => (Peer::Helper, "list"),
-        Output::Act(_, action) => match action {
+        Output::CarryOut(_, action) => match action {
             Action::Associate { .. } => (Peer::Server, "associate"),
             Action::ReportFailure { .. } => (Peer::Server, "fail"),
             Action::ServerDelete { .. } => (Peer::Server, "delete_worker"),

@@ -299,13 +299,13 @@ impl<S: Storage> Driver<S> {
             // The server still learns that the factory lives.
             Output::Lease(_) => Ok(Output::Lease(Default::default())),
             Output::MakeWorker { job, .. } => Err(Input::WorkerMade(job, Err(problem)).into()),
-            Output::Act(_, Action::HostDelete | Action::ServerDelete { .. }) => Ok(output),
-            Output::Act(worker, _) => Err(Input::Done(worker, Event::CallFailed(problem)).into()),
+            Output::CarryOut(_, Action::HostDelete | Action::ServerDelete { .. }) => Ok(output),
+            Output::CarryOut(worker, _) => Err(Input::Done(worker, Event::CallFailed(problem)).into()),
             _ => Ok(output),
         }
     }
 
-    /// LogLine once that nothing can be saved, and once that it can.
+    /// Log once that nothing can be saved, and once that it can.
     fn log_storage(&mut self, problem: Option<&String>) {
         let Some(why) = problem else {
             tracing::info!("the database can be written again");
@@ -364,7 +364,7 @@ async fn answer_to(output: Output, executor: &Executor) -> Input {
         Output::Renew { worker, job } => {
             Input::Renewed(worker, server.renew(&job).await.map_err(|e| e.call_error()))
         }
-        Output::Act(worker, action) => Input::Done(worker, executor.carry_out(worker, action).await),
+        Output::CarryOut(worker, action) => Input::Done(worker, executor.carry_out(worker, action).await),
         // Done before, in order.
         Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => Input::Tick,
     }

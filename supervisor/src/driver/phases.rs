@@ -44,7 +44,7 @@ impl Phases {
 /// The worker and the job that a call is about, for the log.
 pub(super) fn about(output: &Output) -> (Option<String>, Option<String>) {
     match output {
-        Output::Act(worker, _) => (Some(worker.to_string()), None),
+        Output::CarryOut(worker, _) => (Some(worker.to_string()), None),
         Output::Renew { worker, job } => (Some(worker.to_string()), Some(job.to_string())),
         Output::MakeWorker { job, .. } => (None, Some(job.to_string())),
         _ => (None, None),

@@ -59,7 +59,7 @@ use upstream::Upstream;
 use workers::{Gone, Workers};
 
 /// How often the socket is looked for, and tried to be made where it is not there.
-const LOOK: Duration = Duration::from_secs(1);
+const SOCKET_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a caller may take to bring its descriptor, and a job to send its first TLS message.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a connection of which one side has ended may stand still.
@@ -242,7 +242,7 @@ impl EgressProxy {
                 }
                 Err(_) => {}
             }
-            sleep(LOOK).await;
+            sleep(SOCKET_CHECK_INTERVAL).await;
         }
     }
 
@@ -250,7 +250,7 @@ impl EgressProxy {
     /// newer supervisor; to take it back would only set the two against each other.
     async fn accept_from(self: &Arc<Self>, listener: &UnixListener) {
         let path = self.directory.join(PROXY_SOCKET);
-        let mut look = interval(LOOK);
+        let mut check = interval(SOCKET_CHECK_INTERVAL);
         loop {
             // Only for as long as the closer needs, which waits for no caller.
             while self.closer.pending() >= descriptors::MAX_PENDING_CLOSES {
@@ -261,11 +261,11 @@ impl EgressProxy {
                     Ok((caller, _)) => self.admit(caller),
                     Err(error) => {
                         self.log.warn(format_args!("the egress proxy cannot accept: {error}; see the supervisor's limit of open files"));
-                        sleep(LOOK).await;
+                        sleep(SOCKET_CHECK_INTERVAL).await;
                     }
                 },
-                _ = look.tick() => {
-                    self.workers.look(|uid| Ok((self.worker_of)(uid)?.map(|(worker, _)| worker)));
+                _ = check.tick() => {
+                    self.workers.remove_gone(|uid| Ok((self.worker_of)(uid)?.map(|(worker, _)| worker)));
                     match tokio::fs::symlink_metadata(&path).await {
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {
                             tracing::warn!("the egress proxy's socket was removed: it is made again");

@@ -24,7 +24,7 @@ impl Workers {
 
     /// End the connections of workers that are gone: whose uid is nobody's, or another worker's. Where that cannot be known now,
     /// they go on.
-    pub(super) fn look(&self, worker_with: impl Fn(u32) -> io::Result<Option<WorkerId>>) {
+    pub(super) fn remove_gone(&self, worker_with: impl Fn(u32) -> io::Result<Option<WorkerId>>) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|worker, (uid, sender)| {
             !sender.is_closed() && worker_with(*uid).map_or(true, |found| found == Some(*worker))
@@ -50,18 +50,18 @@ mod tests {
         let (first, second) = (WorkerId::from_bits(1), WorkerId::from_bits(2));
         let workers = Workers::default();
         let mut connection = workers.connection_of(first, 7);
-        workers.look(|uid| Ok((uid == 7).then_some(first)));
-        workers.look(|_| Err(io::ErrorKind::OutOfMemory.into()));
+        workers.remove_gone(|uid| Ok((uid == 7).then_some(first)));
+        workers.remove_gone(|_| Err(io::ErrorKind::OutOfMemory.into()));
         assert!(connection.wait().now_or_never().is_none());
         let mut other = workers.connection_of(second, 7);
-        workers.look(|_| Ok(Some(second)));
+        workers.remove_gone(|_| Ok(Some(second)));
         assert!(connection.wait().now_or_never().is_some());
         assert!(other.wait().now_or_never().is_none());
-        workers.look(|_| Ok(None));
+        workers.remove_gone(|_| Ok(None));
         assert!(other.wait().now_or_never().is_some());
         // Nothing is kept of a worker without connections.
         drop(workers.connection_of(first, 7));
-        workers.look(|_| Ok(Some(first)));
+        workers.remove_gone(|_| Ok(Some(first)));
         assert!(workers.0.lock().unwrap().is_empty());
     }
 }

@@ -129,7 +129,7 @@ impl Factory {
             }
             calls.action = Some(action.clone());
             calls.touched = turn;
-            self.out.push(Output::Act(*id, action));
+            self.out.push(Output::CarryOut(*id, action));
         }
     }
 }

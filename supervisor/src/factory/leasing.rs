@@ -10,14 +10,15 @@ use protocol::{SlotName, TargetId, WorkerId, WorkerInfo};
 use super::entry::PendingWorker;
 use super::{Factory, Level, Output, RENEW_MS};
 use crate::backoff::Backoff;
-use crate::buildomat::{JobId, Lease, ServerWorker};
+use crate::buildomat::{JobId, LEASE_MS, Lease, ServerWorker};
 use crate::call_error::{CallError, Peer};
 use crate::reconcile::adopted;
 use crate::schedule::Free;
 use crate::worker::{Event, Phase};
 
-/// A lease lasts sixty seconds; no worker is made for one that is about to end.
-const LEASE_MS: u64 = 50_000;
+/// A worker is made for a lease at most this long after the lease began, in milliseconds: not for one that is about to
+/// end.
+const USABLE_LEASE_MS: u64 = LEASE_MS - 10_000;
 /// A worker whose making was not answered is looked at for so long before it is taken for it: another host with the
 /// same token would have associated one of its own by then.
 const CLAIM_MS: u64 = 10_000;
@@ -125,13 +126,13 @@ impl Factory {
 
     /// Begin the job for which the helper was asked, once it has answered and a slot is free; or leave it to others, with
     /// the end of its lease.
-    pub(super) fn place_lease(&mut self, now: u64, heard: bool) {
+    pub(super) fn place_lease(&mut self, now: u64, helper_answered: bool) {
         let Some((lease, leased_at)) = self.pending_lease.take() else {
             return;
         };
-        let free = heard && self.free(now).pick(lease.target).is_some();
-        if now >= leased_at + LEASE_MS {
-            let why = if heard {
+        let free = helper_answered && self.free(now).pick(lease.target).is_some();
+        if now >= leased_at + USABLE_LEASE_MS {
+            let why = if helper_answered {
                 "no slot for it is free"
             } else {
                 "the helper is away"
@@ -229,7 +230,7 @@ impl Factory {
         }
         let mut slot = pending.slot;
         if !self.has_slot_for(&slot, worker.target) {
-            // The configuration has changed since. Without a slot it is a worker_seen, which may wait for one.
+            // The configuration has changed since. Without a slot it is an unknown worker, which may wait for one.
             match self.free(now).pick(worker.target).cloned() {
                 Some(other) => slot = other,
                 None => return,
@@ -301,7 +302,7 @@ impl Factory {
                 } else {
                     self.pending_workers.push(pending);
                 }
-            } else if now >= pending.leased_at + LEASE_MS {
+            } else if now >= pending.leased_at + USABLE_LEASE_MS {
                 self.take_no_jobs_for_a_while(now);
             } else if now >= pending.retry_at && !self.stopped {
                 let (target, job) = (pending.target, pending.job.clone());

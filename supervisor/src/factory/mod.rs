@@ -56,7 +56,7 @@ pub enum Input {
     WorkerMade(JobId, Result<ServerWorker, CallError>),
     /// The answer to [`Output::Renew`].
     Renewed(WorkerId, Result<bool, CallError>),
-    /// The answer to [`Output::Act`].
+    /// The answer to [`Output::CarryOut`].
     Done(WorkerId, Event),
     /// Take no new jobs, on one slot or on all; or take them again.
     Drain(Option<SlotName>, Option<Drain>),
@@ -117,7 +117,7 @@ pub enum Output {
         job: JobId,
     },
     /// Carry out a worker's next action; answered with [`Input::Done`].
-    Act(WorkerId, Action),
+    CarryOut(WorkerId, Action),
     /// Must be on the disk before any output after it is begun.
     Save(Worker),
     /// To be answered with [`Input::DrainSaved`] once it is on the disk, and not at all where it cannot be saved.

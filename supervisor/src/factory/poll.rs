@@ -78,10 +78,10 @@ impl Poll {
 impl Factory {
     /// Is there no reason to ask the helper?
     pub(super) fn is_idle(&self, now: u64) -> bool {
-        let heard = self.helper.answered_at;
+        let answered_at = self.helper.answered_at;
         self.reconciled
             && !self.helper.away
-            && heard.is_some_and(|at| now.saturating_sub(at) < AT_LEAST_MS)
+            && answered_at.is_some_and(|at| now.saturating_sub(at) < AT_LEAST_MS)
             && !self.entries.values().any(|entry| entry.is_present())
             && self.pending_workers.is_empty()
             && self.pending_lease.is_none()
@@ -93,8 +93,8 @@ impl Factory {
     /// [`Input::StatusRequested`]: super::Input::StatusRequested
     pub fn must_ask_helper(&self, now: u64) -> bool {
         let poll = self.config.factory.poll_seconds * 1000;
-        let heard = self.helper.answered_at;
-        !self.stopped && self.is_idle(now) && heard.is_none_or(|at| now.saturating_sub(at) >= poll)
+        let answered_at = self.helper.answered_at;
+        !self.stopped && self.is_idle(now) && answered_at.is_none_or(|at| now.saturating_sub(at) >= poll)
     }
 
     /// The helper is to be asked, whatever the poll.
@@ -168,7 +168,7 @@ impl Factory {
 
     /// Note that the server or the helper has answered, or not.
     fn note_answer<T>(&mut self, now: u64, peer: Peer, result: Result<T, CallError>) -> Option<T> {
-        let partner = match peer {
+        let state = match peer {
             Peer::Server => &mut self.server,
             Peer::Helper => &mut self.helper,
             // It is asked nothing.
@@ -176,24 +176,24 @@ impl Factory {
         };
         match result {
             Ok(list) => {
-                let first = partner.answered_at.is_none() || partner.away;
+                let first = state.answered_at.is_none() || state.away;
                 let fresh = PeerState {
                     answered_at: Some(now),
-                    ..PeerState::since(if first { now } else { partner.since })
+                    ..PeerState::since(if first { now } else { state.since })
                 };
-                let was = std::mem::replace(partner, fresh);
+                let was = std::mem::replace(state, fresh);
                 if was.away {
                     self.came_back(now, peer, was.answered_at);
                 }
                 Some(list)
             }
             Err(error) => {
-                let first = !std::mem::replace(&mut partner.away, true);
+                let first = !std::mem::replace(&mut state.away, true);
                 if first {
-                    partner.since = now;
+                    state.since = now;
                 }
-                partner.error = error.sentence.clone();
-                partner.retry_at = now + partner.backoff.fail_with(&error, &mut self.rng);
+                state.error = error.sentence.clone();
+                state.retry_at = now + state.backoff.fail_with(&error, &mut self.rng);
                 if first {
                     self.log(Level::Error, None, format!("{peer} away: {}", error.sentence));
                 }

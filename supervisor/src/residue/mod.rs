@@ -175,16 +175,16 @@ pub fn find(
         Some(pace) => files::search(&uids_but(&living(root)?), pace, &mut progress)?,
         None => Searched::default(),
     };
-    let mut looks = 0;
-    // Workers come and go between two reads: what one look alone has found was on its way.
+    let mut reads = 0;
+    // Workers come and go between two reads: what one read alone has found was on its way.
     let (workers, mut found) = loop {
         let workers = living(root)?;
         let found = in_tables(root, &uids_but(&workers), &workers)?;
-        looks += 1;
-        if found.is_empty() || looks == LOOKS {
+        reads += 1;
+        if found.is_empty() || reads == MAX_READS {
             break (workers, found);
         }
-        std::thread::sleep(BETWEEN_LOOKS);
+        std::thread::sleep(BETWEEN_READS);
     };
     let uids = uids_but(&workers);
     let files = searched
@@ -212,8 +212,8 @@ pub fn find(
     })
 }
 
-const LOOKS: u32 = 3;
-const BETWEEN_LOOKS: Duration = Duration::from_millis(300);
+const MAX_READS: u32 = 3;
+const BETWEEN_READS: Duration = Duration::from_millis(300);
 
 /// What is left beside files.
 fn in_tables(

@@ -141,7 +141,7 @@ impl Worker {
                 self.gone = true;
                 (false, true, false)
             }
-            Some(OnServer::View {
+            Some(OnServer::Has {
                 hold,
                 recycle,
                 online,

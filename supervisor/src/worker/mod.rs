@@ -161,7 +161,7 @@ pub enum OnServer {
     /// The list does not have it.
     Gone,
     /// The list has it, and says this.
-    View {
+    Has {
         /// A person, or a failure, has frozen it.
         hold: bool,
         /// It is to be torn down.
@@ -177,7 +177,7 @@ pub enum OnServer {
 
 impl From<&ServerWorker> for OnServer {
     fn from(w: &ServerWorker) -> Self {
-        OnServer::View {
+        OnServer::Has {
             hold: w.hold,
             recycle: w.recycle,
             online: w.online,

@@ -1,4 +1,4 @@
-//! The life of one worker, as a table of pending_workers, and under random events.
+//! The life of one worker, as a table of transitions, and under random events.
 
 use super::*;
 use proptest::prelude::*;
@@ -38,7 +38,7 @@ fn worker(phase: Phase) -> Worker {
 }
 
 fn view(hold: bool, recycle: bool, online: bool) -> OnServer {
-    OnServer::View {
+    OnServer::Has {
         hold,
         recycle,
         online,
@@ -351,7 +351,7 @@ fn a_failure_that_the_server_has_forgotten_is_reported_again_after_a_while() {
 
 #[test]
 fn a_slot_that_the_server_has_forgotten_is_associated_again() {
-    let forgotten = OnServer::View {
+    let forgotten = OnServer::Has {
         hold: false,
         recycle: false,
         online: false,

@@ -1,4 +1,4 @@
-//! The core in a small world: pending_workers, one by one. All of them together, and whatever can go wrong, are in
+//! The core in a small world: what it does, one rule a test. All rules together, and whatever can go wrong, are in
 //! the simulation (`--test simulation`).
 
 mod targets;
@@ -30,11 +30,7 @@ fn jobs_are_done_and_nothing_is_left() {
 fn an_idle_factory_asks_the_server_twice_a_poll_and_the_helper_never() {
     let mut world = World::new();
     world.run(|w| w.counts.get("lease") == Some(&50));
-    assert!(
-        world.now >= 49_000,
-        "the rounds are a second apart: {}",
-        world.now
-    );
+    assert!(world.now >= 49_000, "the polls are a second apart: {}", world.now);
     assert!(
         world.counts["workers"] <= 51 && world.counts["list"] == 1,
         "{:?}",
@@ -59,10 +55,10 @@ fn a_factory_with_workers_asks_as_much_as_one_with_one() {
         };
         world.run(|w| online(w) == workers as usize);
         let before = world.counts.clone();
-        let mut rounds = 0;
-        while rounds < 20 {
+        let mut polls = 0;
+        while polls < 20 {
             world.step(0);
-            rounds = world.counts["lease"] - before["lease"];
+            polls = world.counts["lease"] - before["lease"];
         }
         for kind in ["workers", "list"] {
             let asked = world.counts[kind] - before[kind];
@@ -119,7 +115,7 @@ fn nothing_is_leased_before_both_have_answered_and_nothing_is_made_while_the_hel
 }
 
 #[test]
-fn a_job_outlives_a_moment_without_a_helper_and_a_slot_that_is_used_by_hand() {
+fn a_job_outlives_a_moment_without_a_helper_and_a_slot_with_an_orphan() {
     let mut world = World::new();
     world.run(|w| w.counts.get("lease") == Some(&10));
     world.helper_up = false;
@@ -296,7 +292,9 @@ fn a_worker_that_another_host_was_first_to_claim_is_let_go() {
         world.run(|w| w.counts.get("make") == Some(&1));
         let id = *world.listed().keys().next().unwrap();
         assert_eq!(world.disk.contains_key(&id), known);
-        world.pending.retain(|output| !matches!(output, Output::Act(..)));
+        world
+            .pending
+            .retain(|output| !matches!(output, Output::CarryOut(..)));
         // It was without an owner for a moment, and it is the other's now.
         let w = world.server.workers.get_mut(&id).unwrap();
         w.private = OTHER.map(str::to_owned);
@@ -816,7 +814,8 @@ fn while_the_configuration_file_differs_no_job_is_taken_and_none_is_started_or_f
         world.tell(Input::FileDiffers(Some("the file: reload".into())));
         // What was begun before comes to nothing, and is not begun again.
         world.helper_up = false;
-        let begins = |output: &Output| matches!(output, Output::Act(_, action) if action.needs_the_slot());
+        let begins =
+            |output: &Output| matches!(output, Output::CarryOut(_, action) if action.needs_the_slot());
         while let Some(at) = world.pending.iter().position(begins) {
             world.step(at);
         }

@@ -73,7 +73,7 @@ fn kind(output: &Output) -> &'static str {
         Output::Lease(_) => "lease",
         Output::MakeWorker { .. } => "make",
         Output::Renew { .. } => "renew",
-        Output::Act(_, action) => action.name(),
+        Output::CarryOut(_, action) => action.name(),
         Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => "disk",
     }
 }
@@ -91,7 +91,8 @@ impl World {
             server.targets.insert(ulid(&slot.target), slot.target.to_string());
         }
         let (factory, _) = server.add_factory("f");
-        let host = Model::new(Configuration::from(&config), 2_031_616..=2_097_151);
+        let uids = config.factory.uid_range;
+        let host = Model::new(Configuration::from(&config), uids.first.get()..=uids.last.get());
         let core = Factory::new(here(), config.clone(), Vec::new(), 7, 1000);
         Self {
             core,
@@ -346,7 +347,7 @@ impl World {
         let of_helper = matches!(
             output,
             Output::ListHost
-                | Output::Act(
+                | Output::CarryOut(
                     _,
                     Action::CreateUser { .. } | Action::InstallAgent { .. } | Action::HostDelete
                 )
@@ -377,7 +378,7 @@ impl World {
                 let renewed = self.server.renew(self.factory, ulid(job));
                 Input::Renewed(worker, Ok(renewed))
             }
-            Output::Act(id, action) => Input::Done(id, self.act(id, action)),
+            Output::CarryOut(id, action) => Input::Done(id, self.carry_out_action(id, action)),
             Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => {
                 unreachable!("carried out at once")
             }
@@ -398,7 +399,7 @@ impl World {
         Input::WorkerMade(job, made.map_err(|why| CallError::refused(Peer::Server, why)))
     }
 
-    fn act(&mut self, id: WorkerId, action: Action) -> Event {
+    fn carry_out_action(&mut self, id: WorkerId, action: Action) -> Event {
         let done = match &action {
             Action::Associate { .. } => Event::Associated,
             Action::CreateUser { .. } => Event::UserCreated,
@@ -493,11 +494,11 @@ fn error(output: &Output) -> Input {
         Output::Lease(_) => Input::Leased(Err(t(Peer::Server))),
         Output::MakeWorker { job, .. } => Input::WorkerMade(job, Err(t(Peer::Server))),
         Output::Renew { worker, .. } => Input::Renewed(worker, Err(t(Peer::Server))),
-        Output::Act(
+        Output::CarryOut(
             id,
             Action::Associate { .. } | Action::ReportFailure { .. } | Action::ServerDelete { .. },
         ) => Input::Done(id, Event::CallFailed(t(Peer::Server))),
-        Output::Act(id, _) => Input::Done(id, Event::CallFailed(t(Peer::Helper))),
+        Output::CarryOut(id, _) => Input::Done(id, Event::CallFailed(t(Peer::Helper))),
         Output::Save(_) | Output::SaveDrain(..) | Output::Remove(_) | Output::Log(_) => Input::Tick,
     }
 }
