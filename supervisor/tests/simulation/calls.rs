@@ -12,7 +12,7 @@ use crate::second::SECOND;
 use crate::world::{Event, World};
 
 /// How long the supervisor's HTTP client waits.
-pub const PATIENCE_MS: u64 = 30_000;
+pub const PATIENCE_MS: u64 = supervisor::buildomat::PATIENCE.as_millis() as u64;
 
 #[derive(Debug)]
 pub struct InFlight {
@@ -180,7 +180,7 @@ impl World {
         self.show(id, call.kind, &answer);
         if let (Ask::Server(_), Answer::Page(Ok((200, body)))) = (&call.ask, &answer) {
             self.checks
-                .heard(self.now, call.kind, body, call.fate == Fate::OtherIds);
+                .answered(self.now, call.kind, body, call.fate == Fate::OtherIds);
         }
         if let (Kind::Fail, Some(worker), Answer::Page(Ok((400..=499, body)))) =
             (call.kind, call.ask.about(), &answer)

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use protocol::config::Config;
+use protocol::config::{Config, UidRange};
 use protocol::{Error, ErrorKind, Exit, Reply, Request, State, UserName, WorkerId};
 use testbed::model::{Agent, Allocation, Configuration, Model};
 
@@ -10,8 +10,9 @@ use crate::script::Extent;
 
 /// So many workers are on a page of the list.
 const PAGE: usize = 2;
-/// Why no agent can be started in what is there of a worker.
-pub const HALF_MADE: &str = "the worker's user is not known";
+/// Why no agent is started in a half-made worker. The sentence is the simulation's own: the helper's names the step
+/// that failed, and the supervisor decides by the kind of an error alone.
+pub const HALF_MADE: &str = "the worker is half made";
 
 #[derive(Debug)]
 pub struct Host {
@@ -37,8 +38,9 @@ pub enum Effect {
 impl Host {
     /// One whose agents are numbered from there on.
     pub fn numbered_from(agents: u64) -> Self {
+        let uids = UidRange::default();
         Self {
-            model: Model::new(Configuration::default(), 2_031_616..=2_097_151),
+            model: Model::new(Configuration::default(), uids.first.get()..=uids.last.get()),
             half: BTreeSet::new(),
             ghosts: BTreeSet::new(),
             started: BTreeMap::new(),

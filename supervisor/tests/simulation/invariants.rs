@@ -4,7 +4,7 @@
 use protocol::{Error, ErrorKind, Request, SlotName, State, WorkerId};
 use serde_json::Value;
 use supervisor::buildomat::ServerWorker;
-use supervisor::worker::FORGOTTEN_MS;
+use supervisor::worker::{FORGOTTEN_MS, MAX_REMAKES};
 use testbed::server::Worker;
 
 use crate::checks::Checks;
@@ -15,12 +15,10 @@ use crate::second::MARK;
 use crate::server::{LEASE_MS, Server};
 use crate::world::ONLINE_TIMEOUT_MS;
 
-/// A job may lose its worker so often before anybody calls it broken.
-const REMAKES: u32 = 3;
 /// A supervisor that has nothing to write notices a full disk after this.
 const DISK_CHECK_MS: u64 = 15_000;
-/// The two lists of a round may be so far apart.
-const ROUND_MS: u64 = 3_000;
+/// The two lists of a poll may be so far apart.
+const POLL_MS: u64 = 3_000;
 /// In so much fair weather the factory has noticed that a time is over.
 const NOTICED_MS: u64 = 60_000;
 
@@ -71,7 +69,7 @@ impl Checks {
             return;
         }
         let excused = track.ending || track.lied_about || began && now < self.file_at + 40_000;
-        // The round in which it was seen is over: the next has begun.
+        // The poll in which it was seen is over: the next has begun.
         if track.seen_held.is_some_and(|seen| seen < lists) && !excused {
             self.fail(format!("{id} is held, and not left as it is: {kind:?}"));
         }
@@ -83,7 +81,7 @@ impl Checks {
         if some && (unsaved || self.disk_bad_since.is_some_and(closed)) {
             self.fail("jobs are asked for while nothing can be saved".into());
         }
-        if some && self.others_listed.is_some_and(|since| since + ROUND_MS < now) {
+        if some && self.others_listed.is_some_and(|since| since + POLL_MS < now) {
             self.fail("jobs are asked for while another host uses the token".into());
         }
         if some && self.draining_since.is_some_and(|since| since < now) {
@@ -92,7 +90,7 @@ impl Checks {
     }
 
     /// An answer has come back whole.
-    pub fn heard(&mut self, now: u64, kind: Kind, body: &[u8], lie: bool) {
+    pub fn answered(&mut self, now: u64, kind: Kind, body: &[u8], lie: bool) {
         if kind == Kind::Lease {
             let answer: Value = serde_json::from_slice(body).unwrap_or_default();
             if let Some(job) = answer["lease"]["job"].as_str().and_then(|job| job.parse().ok()) {
@@ -105,8 +103,8 @@ impl Checks {
         }
         if !lie {
             self.lied_since = None;
-        } else if *self.lied_since.get_or_insert(now) + FORGOTTEN_MS <= now + ROUND_MS {
-            // For so long that it must be believed, once the other list of the round is there.
+        } else if *self.lied_since.get_or_insert(now) + FORGOTTEN_MS <= now + POLL_MS {
+            // For so long that it must be believed, once the other list of the poll is there.
             self.rolled_back();
         }
         let Ok(list) = serde_json::from_slice::<Vec<ServerWorker>>(body) else {
@@ -288,7 +286,7 @@ impl Checks {
                     track.had_ms
                 ));
             }
-        } else if track.online_at.is_none() && track.lost <= REMAKES {
+        } else if track.online_at.is_none() && track.lost <= MAX_REMAKES {
             self.fail(format!("{id} is failed, though its job had not begun: {reason}"));
         } else if track.lost == 0 && !(track.hangs && track.forgotten) {
             // A life may have ended the processes for the job's time, and its database, which said so, was lost.

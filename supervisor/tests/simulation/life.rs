@@ -81,7 +81,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
     // Time passes before each event, and tokio's paused clock stands still while a blocking task runs: so what the
     // supervisors do in threads is done before the next event, whatever the threads' turn.
     let mut last = began;
-    let mut looking: Option<oneshot::Receiver<Status>> = None;
+    let mut asked: Option<oneshot::Receiver<Status>> = None;
     loop {
         if shared.world().checks.failure().is_some() {
             break;
@@ -114,8 +114,8 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
                 }
                 None
             }
-            Ok(status) = seen(&mut looking) => {
-                shared.world().looked(&status);
+            Ok(status) = answer(&mut asked) => {
+                shared.world().status_answered(&status);
                 None
             }
             () = shared.changed.notified() => None,
@@ -147,10 +147,10 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
             for input in requests.inputs {
                 let _ = life.operator.send(Command::Input(input));
             }
-            if requests.look {
+            if requests.status {
                 let (answer, answered) = oneshot::channel();
                 let _ = life.operator.send(Command::Status(answer));
-                looking = Some(answered);
+                asked = Some(answered);
             }
         }
         if let Some(down) = requests.crash
@@ -187,7 +187,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
     drop((life, second));
     let mut world = shared.world();
     if world.checks.failure().is_none() && script.settles {
-        // The last round may be missing.
+        // The last poll may be missing.
         let left = Store::open(&dir.path().join("store")).and_then(|store| store.workers());
         match left {
             Ok(left) if left.is_empty() => {}
@@ -282,13 +282,13 @@ impl Life {
     }
 }
 
-/// What the supervisor shows to who looks; nothing where it has died meanwhile.
-async fn seen(looking: &mut Option<oneshot::Receiver<Status>>) -> Result<Status, oneshot::error::RecvError> {
-    let Some(answer) = looking else {
+/// The supervisor's answer to a status request; an error where it has died meanwhile.
+async fn answer(asked: &mut Option<oneshot::Receiver<Status>>) -> Result<Status, oneshot::error::RecvError> {
+    let Some(answer) = asked else {
         return std::future::pending().await;
     };
     let status = answer.await;
-    *looking = None;
+    *asked = None;
     status
 }
 

@@ -1,6 +1,6 @@
 //! What can happen in a world. A script is nothing but a list, so that a failing one can be made shorter.
 
-/// What is asked of the two partners, one name a kind of call.
+/// What is asked of the server and the helper, one name a kind of call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     Workers,
@@ -45,7 +45,7 @@ impl Kind {
         self < Kind::List
     }
 
-    /// Asked once a round, whatever happens.
+    /// Asked once a poll, whatever happens.
     pub fn is_poll(self) -> bool {
         matches!(self, Kind::Workers | Kind::List | Kind::Lease)
     }
@@ -96,7 +96,7 @@ pub enum Fate {
     Garbage,
 }
 
-/// How one of the partners is for a time.
+/// How the server or the helper is for a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     Up,

@@ -13,8 +13,8 @@ pub const HALF_HOUR: u64 = 30 * MINUTE;
 /// the supervisor has to do with in it as many as it can be made again, and its end.
 const MAX_LINES: usize = 4;
 const MAX_LINES_A_WORKER: usize = 5;
-/// The most calls in half an hour. Four a second are the rounds, since four workers are two pages of the helper's list; what
-/// the helper cannot do for one of four workers it is asked again every 2.5 s at the most.
+/// The most calls in half an hour. Four a second are the polls, since four workers are two pages of the helper's list;
+/// what the helper cannot do for one of four workers it is asked again every 2.5 s at the most.
 const MAX_CALLS: u64 = 4 * 1_803 + 4 * 720;
 
 fn refusal(code: u16, json: bool) -> Fate {

@@ -64,9 +64,9 @@ impl Storm {
 /// rolled back. A new life knows nothing of the waits of the last; what a server has forgotten it is told again.
 fn bound(kind: Kind, starts: usize, leases: usize, rollbacks: usize) -> usize {
     match kind {
-        // One a round, and rounds are a second apart; a new life begins with one.
+        // One a poll, and polls are a second apart; a new life begins with one.
         Kind::Workers => 61 + starts,
-        // And an operator looks once a minute.
+        // And an operator asks for the status once a minute.
         Kind::List => 63 + starts,
         // The same; a leased job is a reason to ask for another. (One may have been leased just before.)
         Kind::Lease => 62 + starts + leases,

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use protocol::config::Config;
 use protocol::{Exit, SlotName, WorkerId};
-use supervisor::backoff::Rng;
+use supervisor::backoff::{MAX_SERVER_WAIT, Rng};
 use supervisor::control::api::{SlotState, Status};
 use supervisor::factory::Input;
 
@@ -26,8 +26,6 @@ pub const SETTLE_MS: u64 = 1_500_000;
 const FAIR_MS: u64 = 300_000;
 /// An operator looks after held workers this often, and releases those held for so long.
 const VISIT_MS: u64 = 60_000;
-/// The longest that the factory waits after calls that have failed.
-const BACKOFF_MS: u64 = 60_000;
 const HELD_MS: u64 = 180_000;
 pub const ONLINE_TIMEOUT_MS: u64 = 120_000;
 
@@ -83,7 +81,7 @@ pub struct Requests {
     pub start: bool,
     pub inputs: Vec<Input>,
     /// An operator wants to know how things are.
-    pub look: bool,
+    pub status: bool,
 }
 
 #[derive(Debug)]
@@ -426,13 +424,13 @@ impl World {
                 self.note(|| format!("an operator releases {id}"));
             }
         }
-        self.requests.look = self.alive;
+        self.requests.status = self.alive;
         self.after(VISIT_MS, Event::Visit);
     }
 
     /// What the person sees: workers of which the supervisor does not know whose they are, and which nobody has. They
     /// are deleted when the operator says so.
-    pub fn looked(&mut self, status: &Status) {
+    pub fn status_answered(&mut self, status: &Status) {
         self.jobs_get_slots(status);
         for foreign in &status.foreign {
             let listed = self.server.workers.get(&foreign.id).is_some_and(|w| !w.deleted);
@@ -447,12 +445,12 @@ impl World {
         }
     }
 
-    /// In fair weather no slot is free from one look to the next while a job is queued for it.
+    /// In fair weather no slot is free from one visit to the next while a job is queued for it.
     fn jobs_get_slots(&mut self, status: &Status) {
         let seen = std::mem::take(&mut self.unused);
         let fair = self
             .fair_since
-            .is_some_and(|since| since + BACKOFF_MS <= self.now);
+            .is_some_and(|since| since + MAX_SERVER_WAIT <= self.now);
         if !fair || self.server.held {
             return;
         }
