@@ -174,7 +174,7 @@ async fn serve(shared: Arc<Shared>, mut client: TcpStream) -> Result<()> {
         shared.met.send_modify(|met| *met += 1);
     }
     match fault {
-        Fault::None => client.write_all(&pass_on(&shared, &request).await?).await?,
+        Fault::None => client.write_all(&forward(&shared, &request).await?).await?,
         Fault::Refuse | Fault::HangUp => {}
         Fault::Hang => {
             // Until the client gives up.
@@ -182,26 +182,26 @@ async fn serve(shared: Arc<Shared>, mut client: TcpStream) -> Result<()> {
         }
         Fault::Say(bytes) => client.write_all(&bytes).await?,
         Fault::Half => {
-            let answer = pass_on(&shared, &request).await?;
+            let answer = forward(&shared, &request).await?;
             let body = head_length(&answer).unwrap_or(0);
             // At least the last byte.
             let end = (body + (answer.len() - body) / 2).min(answer.len() - 1);
             client.write_all(&answer[..end]).await?;
         }
-        Fault::Lose => drop(pass_on(&shared, &request).await?),
+        Fault::Lose => drop(forward(&shared, &request).await?),
         Fault::Drip => {
             client.set_nodelay(true)?;
-            for byte in pass_on(&shared, &request).await? {
+            for byte in forward(&shared, &request).await? {
                 client.write_all(&[byte]).await?;
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
         }
         Fault::Twice => {
-            pass_on(&shared, &request).await?;
-            client.write_all(&pass_on(&shared, &request).await?).await?;
+            forward(&shared, &request).await?;
+            client.write_all(&forward(&shared, &request).await?).await?;
         }
         Fault::Replace(old, new) => {
-            let answer = pass_on(&shared, &request).await?;
+            let answer = forward(&shared, &request).await?;
             let answer = String::from_utf8_lossy(&answer).replace(&old, &new);
             client.write_all(answer.as_bytes()).await?;
         }
@@ -210,7 +210,7 @@ async fn serve(shared: Arc<Shared>, mut client: TcpStream) -> Result<()> {
 }
 
 /// The whole answer of the server.
-async fn pass_on(shared: &Shared, request: &[u8]) -> Result<Vec<u8>> {
+async fn forward(shared: &Shared, request: &[u8]) -> Result<Vec<u8>> {
     let mut server = TcpStream::connect(shared.upstream).await?;
     let line = request
         .iter()

@@ -53,7 +53,7 @@ impl Client {
 
     fn call(&self, method: &str, path: &str, body: &[u8]) -> Result<Response<Body>> {
         loop {
-            let trouble = match self.once(method, path, body) {
+            let reason = match self.once(method, path, body) {
                 Ok(reply) if reply.status().is_success() => return Ok(reply),
                 Ok(reply) if reply.status().is_client_error() => {
                     let status = reply.status();
@@ -63,7 +63,7 @@ impl Client {
                 Ok(reply) => reply.status().to_string(),
                 Err(e) => e.to_string(),
             };
-            eprintln!("ERROR: {method} {path}: {trouble}; trying again");
+            eprintln!("ERROR: {method} {path}: {reason}; trying again");
             sleep(Duration::from_secs(1));
         }
     }

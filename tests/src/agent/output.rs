@@ -10,10 +10,8 @@ use anyhow::{Context, Result, bail};
 use super::at;
 use super::client::Client;
 use super::events::Events;
-use crate::server::fresh_id;
 use crate::server::wire::{AddFile, OutputRule, PingJob};
-
-const CHUNK: u64 = 5 * 1024 * 1024;
+use crate::server::{MAX_CHUNK, fresh_id};
 
 /// True = every rule was met and every file arrived.
 pub fn upload(client: &Client, job: &PingJob, events: &Events) -> Result<bool> {
@@ -83,7 +81,7 @@ fn upload_one(
     let (mut chunks, mut size) = (Vec::new(), 0);
     loop {
         let mut chunk = Vec::new();
-        (&mut file).take(CHUNK).read_to_end(&mut chunk)?;
+        (&mut file).take(MAX_CHUNK as u64).read_to_end(&mut chunk)?;
         if chunk.is_empty() {
             break;
         }

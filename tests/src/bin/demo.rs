@@ -7,6 +7,7 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use protocol::config::UidRange;
 use testbed::harness::{self, SUPERVISOR_UID, TestHost};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions};
@@ -76,7 +77,8 @@ async fn demo() -> Result<bool> {
     let (_, token) = server.add_factory("demo");
     let mut host = TestHost::new();
     // Of the default range, which archives of every format can hold.
-    host.uids = 2_031_616..=2_031_616 + 63;
+    let first = UidRange::default().first.get();
+    host.uids = first..=first + 63;
     let mut slot = format!("[slots.demo]\ntarget = \"{target}\"\n");
     match toolchain() {
         Ok(toolchain) => {

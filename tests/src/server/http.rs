@@ -24,13 +24,13 @@ pub fn router(app: App) -> Router {
         .merge(http_user::routes())
         .merge(http_file::routes())
         .fallback(async || Refused(Refusal::NotFound))
-        .layer(middleware::from_fn_with_state(app.clone(), front_door))
+        .layer(middleware::from_fn_with_state(app.clone(), count_request))
         .layer(DefaultBodyLimit::max(MAX_CHUNK))
         .with_state(app)
 }
 
-/// Counts every request that arrives, and turns it away when the server is to seem down.
-async fn front_door(State(app): State<App>, request: Request, next: Next) -> Response {
+/// Counts every request that arrives, and refuses it when the server is to seem down.
+async fn count_request(State(app): State<App>, request: Request, next: Next) -> Response {
     let route = request
         .extensions()
         .get::<MatchedPath>()
@@ -104,7 +104,7 @@ fn caller<T>(
     who: impl FnOnce(&state::State, &str) -> Option<T>,
 ) -> Result<T, Refused> {
     bearer(parts)
-        .and_then(|token| app.look(|s| who(s, token)))
+        .and_then(|token| app.read(|s| who(s, token)))
         .ok_or(Refused(Refusal::Unauthorised))
 }
 

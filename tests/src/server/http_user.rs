@@ -55,7 +55,7 @@ fn change<T>(app: &App, text: &str, how: impl FnOnce(&mut state::State, Ulid) ->
 /// Reads something of a job.
 fn of_job<T>(app: &App, text: &str, see: impl FnOnce(&Job) -> T) -> Answer<T> {
     let id = id(text)?;
-    Ok(app.look(|s| s.job(id).map(see))?)
+    Ok(app.read(|s| s.job(id).map(see))?)
 }
 
 async fn submit(
@@ -69,7 +69,7 @@ async fn submit(
 
 async fn job(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> Answer<Json<Value>> {
     let job = id(&job)?;
-    Ok(Json(app.look(|s| s.job(job).map(|j| show_job(s, j)))?))
+    Ok(Json(app.read(|s| s.job(job).map(|j| show_job(s, j)))?))
 }
 
 fn show_job(s: &state::State, j: &Job) -> Value {
@@ -252,7 +252,7 @@ async fn resume(State(app): State<App>, _: AsUser) -> StatusCode {
 
 async fn worker(State(app): State<App>, _: AsUser, Path(worker): Path<String>) -> Answer<Json<Value>> {
     let worker = id(&worker)?;
-    let shown = app.look(|s| s.workers.get(&worker).map(|w| show_worker(s, w)));
+    let shown = app.read(|s| s.workers.get(&worker).map(|w| show_worker(s, w)));
     Ok(Json(shown.ok_or(Refusal::Internal)?))
 }
 
@@ -275,7 +275,7 @@ async fn worker_events(
     Query(from): Query<From>,
 ) -> Answer<Json<Vec<JobEvent>>> {
     let worker = id(&worker)?;
-    let events = app.look(|s| s.workers.get(&worker).map(|w| w.events.clone()));
+    let events = app.read(|s| s.workers.get(&worker).map(|w| w.events.clone()));
     Ok(Json(
         events
             .ok_or(Refusal::Internal)?

@@ -153,7 +153,7 @@ async fn input(
     Path((job, input)): Path<(String, String)>,
 ) -> Answer<Bytes> {
     let (job, input) = (id(&job)?, id(&input)?);
-    let bytes = app.look(|s| {
+    let bytes = app.read(|s| {
         let j = s.workers_job(me, job)?;
         let known = j.inputs.iter().any(|i| i.file == Some(input));
         known.then(|| j.files[&input].clone()).ok_or(Refusal::Internal)
@@ -201,7 +201,7 @@ async fn quota(
     Path(job): Path<String>,
 ) -> Answer<Json<Quota>> {
     let job = id(&job)?;
-    app.look(|s| s.workers_job(me, job).map(|_| ()))?;
+    app.read(|s| s.workers_job(me, job).map(|_| ()))?;
     Ok(Json(Quota {
         max_bytes_per_output: MAX_FILE,
     }))
@@ -213,7 +213,7 @@ async fn store_get(
     Path((job, name)): Path<(String, String)>,
 ) -> Answer<Json<StoreGet>> {
     let job = id(&job)?;
-    let value = app.look(|s| {
+    let value = app.read(|s| {
         s.workers_job(me, job)
             .map(|j| j.store.get(&name).map(|v| v.value.clone()))
     })?;

@@ -11,7 +11,9 @@ use super::state::State;
 use super::ulid::Ulid;
 use super::wire::{AddFile, AddFileResult, JobEvent, JobOutput, JobSubmit, OutputRule, StoreValue};
 
+/// The most bytes of a file in one request: what the real agent sends (buildomat, `agent/src/upload.rs`).
 pub const MAX_CHUNK: usize = 5 * 1024 * 1024;
+/// The most bytes of one file: the default of `job.max_size_per_file_mb` (buildomat, `server/src/config.rs`).
 pub const MAX_FILE: u64 = 1024 * 1024 * 1024;
 
 /// What a commit of chunks becomes.

@@ -35,6 +35,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+pub use jobs::MAX_CHUNK;
 pub use model::{
     Factory, Hold, Input, Job, JobSpec, Lease, MAX_RUNTIME, Progress, Refusal, Stored, Task, Worker,
 };
@@ -99,13 +100,14 @@ impl Server {
 
     fn launch(&self, listener: TcpListener) {
         let (stop, stopped) = oneshot::channel::<()>();
-        let gate = net::Gate {
+        let listener = net::SwitchableListener {
             listener,
             dead: self.app.dead.clone(),
         };
-        let serving = axum::serve(gate, http::router(self.app.clone())).with_graceful_shutdown(async move {
-            stopped.await.ok();
-        });
+        let serving =
+            axum::serve(listener, http::router(self.app.clone())).with_graceful_shutdown(async move {
+                stopped.await.ok();
+            });
         let (app, mut interval) = (self.app.clone(), tokio::time::interval(self.tick));
         let ticker = tokio::spawn(async move {
             loop {
@@ -159,7 +161,7 @@ impl Server {
 
     /// The one user's token, which is the administrator's too.
     pub fn user_token(&self) -> String {
-        self.app.look(|s| s.user_token.clone())
+        self.app.read(|s| s.user_token.clone())
     }
 
     /// Changes anything.
@@ -184,22 +186,22 @@ impl Server {
 
     /// A snapshot; panics on an id that this server never gave.
     pub fn job(&self, job: Ulid) -> Job {
-        self.app.look(|s| s.jobs[&job].clone())
+        self.app.read(|s| s.jobs[&job].clone())
     }
 
     /// The job's log so far; panics on an id that this server never gave.
     pub fn events(&self, job: Ulid) -> Vec<JobEvent> {
-        self.app.look(|s| s.jobs[&job].events.clone())
+        self.app.read(|s| s.jobs[&job].events.clone())
     }
 
     /// What the job has uploaded so far; panics on an id that this server never gave.
     pub fn outputs(&self, job: Ulid) -> Vec<JobOutput> {
-        self.app.look(|s| s.jobs[&job].outputs.clone())
+        self.app.read(|s| s.jobs[&job].outputs.clone())
     }
 
     /// An output's bytes, by its path.
     pub fn output(&self, job: Ulid, path: &str) -> Option<Bytes> {
-        self.app.look(|s| {
+        self.app.read(|s| {
             let j = &s.jobs[&job];
             let id = j.outputs.iter().find(|o| o.path == path)?.id;
             j.files.get(&id).cloned()
@@ -208,12 +210,12 @@ impl Server {
 
     /// A snapshot; panics on an id that this server never gave.
     pub fn worker(&self, worker: Ulid) -> Worker {
-        self.app.look(|s| s.workers[&worker].clone())
+        self.app.read(|s| s.workers[&worker].clone())
     }
 
     /// All there ever were, deleted ones too, oldest first.
     pub fn workers(&self) -> Vec<Worker> {
-        self.app.look(|s| s.workers.values().cloned().collect())
+        self.app.read(|s| s.workers.values().cloned().collect())
     }
 
     /// As its user would: see [`State::cancel`].
@@ -266,13 +268,13 @@ impl Server {
         timeout: Duration,
         mut see: impl FnMut(&State) -> Option<T>,
     ) -> Result<T> {
-        let mut bell = self.app.bell();
+        let mut changes = self.app.changes();
         let seen = async {
             loop {
-                if let Some(found) = self.app.look(|s| see(s)) {
+                if let Some(found) = self.app.read(|s| see(s)) {
                     return found;
                 }
-                if bell.changed().await.is_err() {
+                if changes.changed().await.is_err() {
                     std::future::pending::<()>().await;
                 }
             }

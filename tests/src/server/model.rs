@@ -272,7 +272,8 @@ impl JobSpec {
     }
 }
 
-/// Of a job whose test does not say: as long as the real server's.
+/// Of a job whose test does not say. The real server has it from its configuration, where `job.max_runtime` has no
+/// default (buildomat, `server/src/config.rs`).
 pub const MAX_RUNTIME: Duration = Duration::from_secs(6 * 3600);
 
 /// Why a call is refused; the HTTP side turns each into its status.

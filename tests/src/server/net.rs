@@ -1,5 +1,5 @@
-//! The listening end that can go dead: closes new connections unanswered, and cuts the ones that are
-//! open at their next byte.
+//! A listener that can be switched off: it closes new connections without an answer, and ends the open ones at their
+//! next byte.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,21 +13,21 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 
 #[derive(Debug)]
-pub struct Gate {
+pub struct SwitchableListener {
     pub listener: TcpListener,
     pub dead: Arc<AtomicBool>,
 }
 
-impl Listener for Gate {
-    type Io = Line;
+impl Listener for SwitchableListener {
+    type Io = Connection;
     type Addr = SocketAddr;
 
-    async fn accept(&mut self) -> (Line, SocketAddr) {
+    async fn accept(&mut self) -> (Connection, SocketAddr) {
         loop {
             let (stream, peer) = Listener::accept(&mut self.listener).await;
             if !self.dead.load(Ordering::Relaxed) {
                 return (
-                    Line {
+                    Connection {
                         stream,
                         dead: self.dead.clone(),
                     },
@@ -42,14 +42,14 @@ impl Listener for Gate {
     }
 }
 
-/// A connection that breaks when its gate is dead.
+/// A connection that ends when its listener is off.
 #[derive(Debug)]
-pub struct Line {
+pub struct Connection {
     stream: TcpStream,
     dead: Arc<AtomicBool>,
 }
 
-impl Line {
+impl Connection {
     fn alive(&mut self) -> io::Result<Pin<&mut TcpStream>> {
         match self.dead.load(Ordering::Relaxed) {
             true => Err(io::ErrorKind::ConnectionReset.into()),
@@ -58,7 +58,7 @@ impl Line {
     }
 }
 
-impl AsyncRead for Line {
+impl AsyncRead for Connection {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -68,7 +68,7 @@ impl AsyncRead for Line {
     }
 }
 
-impl AsyncWrite for Line {
+impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.alive()?.poll_write(cx, buf)
     }

@@ -1,5 +1,5 @@
 //! What the handlers, the ticker and the tests' handle share: the state behind one lock, the clock that
-//! can be moved, a bell that rings at each change, and how the server is to misbehave.
+//! can be moved, who is told of each change, and how the server is to misbehave.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -72,15 +72,15 @@ impl Shared {
         }
     }
 
-    /// Changes the state, at the server's present time, and rings the bell.
+    /// Changes the state, at the server's present time, and tells those who wait for a change.
     pub fn with<R>(&self, change: impl FnOnce(&mut State) -> R) -> R {
-        let answer = self.look(change);
+        let answer = self.read(change);
         self.changed.send_replace(());
         answer
     }
 
-    /// Looks at the state without ringing the bell.
-    pub fn look<R>(&self, see: impl FnOnce(&mut State) -> R) -> R {
+    /// Reads the state, at the server's present time; nobody is told.
+    pub fn read<R>(&self, see: impl FnOnce(&mut State) -> R) -> R {
         let (state, offset) = &mut *lock(&self.inner);
         state.now = Timestamp::now() + *offset;
         see(state)
@@ -91,7 +91,7 @@ impl Shared {
         self.with(State::tick);
     }
 
-    pub fn bell(&self) -> watch::Receiver<()> {
+    pub fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
@@ -105,7 +105,7 @@ impl Shared {
         self.dead.store(behaviour.down == Down::Closed, Ordering::Relaxed);
     }
 
-    /// Counts a request, and rings: a test may be waiting for just that.
+    /// Counts a request, and tells those who wait: a test may wait for just that.
     pub fn count(&self, route: String) {
         *lock(&self.requests).entry(route).or_default() += 1;
         self.changed.send_replace(());

@@ -16,7 +16,7 @@ pub fn id(text: &str) -> Result<Ulid, Refusal> {
     text.parse().map_err(|_| Refusal::Internal)
 }
 
-/// So long a lease lasts unless it is renewed.
+/// How long a lease lasts unless it is renewed (buildomat, `server/src/jobs.rs`, `LEASE_LENGTH`).
 pub const LEASE: Duration = Duration::from_secs(60);
 
 /// A copy is a backup: restoring it rolls the server's database back.
@@ -233,7 +233,8 @@ impl State {
         }
     }
 
-    /// May be repeated with the same mark; another one is refused (401), and so is a deleted worker.
+    /// May be repeated with the same mark; another one is refused (401), and so is a deleted worker (buildomat,
+    /// `server/src/db/mod.rs`, `worker_associate`).
     pub fn associate(&mut self, factory: Ulid, worker: Ulid, body: Associate) -> Result<(), Refusal> {
         let w = self.owned(factory, worker)?;
         if w.deleted || w.private.as_ref().is_some_and(|p| *p != body.private) {
@@ -287,7 +288,8 @@ impl State {
     }
 
     /// Fails the job, holds the worker, and has it recycled once an operator lifts the hold. Of a worker
-    /// already failed, recycled or deleted it changes nothing.
+    /// already failed, recycled or deleted it changes nothing (buildomat, `server/src/db/mod.rs`,
+    /// `worker_mark_failed`).
     pub fn fail_worker(&mut self, worker: Ulid, reason: &str) {
         let now = self.now;
         let Some(w) = self.workers.get_mut(&worker) else {
@@ -344,7 +346,8 @@ impl State {
 
     // The agent's part
 
-    /// The worker whose bootstrap token this is, online from now on; 401 unless it is associated, and not told to go.
+    /// The worker whose bootstrap token this is, online from now on; 401 unless it is associated, and not told to go
+    /// (buildomat, `server/src/db/mod.rs`, `worker_bootstrap`).
     pub fn bootstrap(&mut self, bootstrap: &str, token: &str) -> Result<Ulid, Refusal> {
         let w = self
             .workers

@@ -7,7 +7,9 @@ use super::model::Worker;
 use super::state::State;
 use super::ulid::Ulid;
 
+/// A worker that is online this long without a job is recycled (buildomat, `server/src/workers.rs`).
 pub const IDLE: Duration = Duration::from_secs(30 * 60);
+/// A worker whose agent has sent no ping for this long is failed (buildomat, `server/src/workers.rs`, `TEN_MINUTES`).
 pub const SILENT: Duration = Duration::from_secs(10 * 60);
 
 impl State {

@@ -3,18 +3,19 @@
 use std::io::Read;
 
 use jiff::Timestamp;
+use supervisor::backoff::Rng;
 
 /// Any of the server's ids: each is a ULID, and nothing here has to tell a job's from a worker's.
 pub use protocol::WorkerId as Ulid;
 
-/// Where ids and secrets come from: from one seed always the same ones (SplitMix64).
+/// Where ids and secrets come from: from one seed always the same ones.
 #[derive(Clone, Debug)]
-pub struct Chance(u64);
+pub struct Chance(Rng);
 
 impl Chance {
     /// The same ids and secrets each time, in the same order.
     pub fn of_seed(seed: u64) -> Chance {
-        Chance(seed)
+        Chance(Rng::new(seed))
     }
 
     pub(crate) fn new() -> Chance {
@@ -22,26 +23,19 @@ impl Chance {
         std::fs::File::open("/dev/urandom")
             .and_then(|mut f| f.read_exact(&mut seed))
             .expect("/dev/urandom must be readable");
-        Chance(u64::from_ne_bytes(seed))
-    }
-
-    fn draw(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        Chance::of_seed(u64::from_ne_bytes(seed))
     }
 
     /// The bits of an id made now: 48 of milliseconds, 80 of chance.
     pub fn id_bits(&mut self, now: Timestamp) -> u128 {
         let ms = u128::try_from(now.as_millisecond()).unwrap_or(0) & ((1 << 48) - 1);
-        ms << 80 | u128::from(self.draw()) << 16 | u128::from(self.draw() as u16)
+        ms << 80 | u128::from(self.0.draw()) << 16 | u128::from(self.0.draw() as u16)
     }
 
     /// A token of 64 letters and digits.
     pub fn secret(&mut self) -> String {
         const LETTERS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
-        let letter = |_| char::from(LETTERS[self.draw() as usize % LETTERS.len()]);
+        let letter = |_| char::from(LETTERS[self.0.draw() as usize % LETTERS.len()]);
         (0..64).map(letter).collect()
     }
 }
