@@ -106,7 +106,7 @@ fn go(name: &str, mut stand: Stand) -> Go<'_> {
 /// A way of making a life, waiting to be told to.
 struct Stand {
     child: Child,
-    orders: ChildStdin,
+    input: ChildStdin,
     answers: BufReader<ChildStdout>,
 }
 
@@ -115,14 +115,14 @@ impl Stand {
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("the way can be started");
         Stand {
-            orders: child.stdin.take().expect("it was piped"),
+            input: child.stdin.take().expect("it was piped"),
             answers: BufReader::new(child.stdout.take().expect("it was piped")),
             child,
         }
     }
 
     fn life(&mut self) -> Duration {
-        self.orders.write_all(b"\n").expect("the way waits");
+        self.input.write_all(b"\n").expect("the way waits");
         let mut line = String::new();
         self.answers.read_line(&mut line).expect("it answers");
         let microseconds: f64 = line.trim().parse().expect("the way made a life: see above");
@@ -132,10 +132,10 @@ impl Stand {
 
 impl Drop for Stand {
     fn drop(&mut self) {
-        // At the end of its orders it cleans up.
+        // At the end of its input it cleans up.
         let (reading, writing) = std::io::pipe().expect("a pipe");
         drop(reading);
-        self.orders = ChildStdin::from(std::os::fd::OwnedFd::from(writing));
+        self.input = ChildStdin::from(std::os::fd::OwnedFd::from(writing));
         let _ = self.child.wait();
     }
 }
@@ -469,9 +469,9 @@ fn run_through(command: &mut Command) {
 
 /// A comparable sandbox. It makes no user, and deletes nothing but what the next copy replaces.
 fn bubblewrap(place: &Path, own: &Path, started: &FirstOpen) -> Duration {
-    let trees = ["home", "input", "work", "tmp"].map(|name| own.join("trees").join(name));
-    for tree in &trees {
-        fs::create_dir_all(tree).expect("a directory of ours");
+    let writable = ["home", "input", "work", "tmp"].map(|name| own.join("writable").join(name));
+    for dir in &writable {
+        fs::create_dir_all(dir).expect("a directory of ours");
     }
     let agent = own.join("agent");
     time(|| {
@@ -490,8 +490,8 @@ fn bubblewrap(place: &Path, own: &Path, started: &FirstOpen) -> Duration {
         for path in ["/usr", "/etc", "/srv", "/var"] {
             bwrap.args(["--ro-bind", path, path]);
         }
-        for (tree, at) in trees.iter().zip(["/home", "/input", "/work", "/tmp"]) {
-            bwrap.arg("--bind").arg(tree).arg(at);
+        for (dir, at) in writable.iter().zip(["/home", "/input", "/work", "/tmp"]) {
+            bwrap.arg("--bind").arg(dir).arg(at);
         }
         bwrap.args(["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/run"]);
         bwrap.arg("--ro-bind").arg(&agent).arg("/run/agent");
@@ -509,7 +509,7 @@ set -e
 user=bench$$
 groupadd "$user"
 useradd --gid "$user" --no-create-home --home-dir /home/$user --shell /bin/bash "$user"
-for tree in home input work tmp vartmp; do install -d -o "$user" -g "$user" "$BASE/fs/$tree"; done
+for dir in home input work tmp vartmp; do install -d -o "$user" -g "$user" "$BASE/fs/$dir"; done
 install -m 755 "$AGENT" "$BASE/fs/agent"
 unshare --mount --pid --ipc --uts --fork --kill-child bash -ec '
     mount --make-rprivate /
@@ -556,7 +556,7 @@ fn script(place: &Path, own: &Path, started: &FirstOpen) -> Duration {
 /// A bundle for crun, with the same sandbox.
 fn crun_bundle(place: &Path, own: &Path, started: &FirstOpen) -> PathBuf {
     let bundle = own.join("bundle");
-    let tree = |name: &str, at: &str| {
+    let writable = |name: &str, at: &str| {
         let source = bundle.join(name);
         fs::create_dir_all(&source).expect("a directory of ours");
         serde_json::json!({"destination": at, "type": "bind", "source": source, "options": ["bind", "rw"]})
@@ -565,10 +565,10 @@ fn crun_bundle(place: &Path, own: &Path, started: &FirstOpen) -> PathBuf {
     let mut mounts = vec![serde_json::json!({"destination": "/proc", "type": "proc", "source": "proc"})];
     mounts.extend(["/usr", "/etc", "/var", "/srv"].map(host));
     mounts.extend([
-        tree("home", "/home"),
-        tree("input", "/input"),
-        tree("work", "/work"),
-        tree("tmp", "/tmp"),
+        writable("home", "/home"),
+        writable("input", "/input"),
+        writable("work", "/work"),
+        writable("tmp", "/tmp"),
     ]);
     mounts.push(serde_json::json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs"}));
     let root = bundle.join("rootfs");

@@ -1,5 +1,5 @@
 //! What a look at all slots and all workers costs, as both grow: the pure part in processor time, which is its time on
-//! a quiet machine and little more on a busy one, and a round of the real two processes in calls.
+//! a quiet machine and little more on a busy one, and a poll of the real two processes in calls.
 //!
 //! `cargo bench -p testbed --bench scheduling`; needs root for the part `calls`.
 
@@ -224,19 +224,19 @@ fn reconciling(options: &Options, report: &mut Report) {
         let (server, host) = (&server[..size], &host[..size]);
         Box::new(move || {
             now += 1000;
-            round(&mut factory, now, server, host);
+            poll(&mut factory, now, server, host);
         })
     });
     report.add(Group::measure(
-        "A whole round of the core, without its calls",
+        "A whole poll of the core, without its calls",
         options.size(50, 5),
         ways,
     ));
     aim_at_linear(report, report.groups.last().expect("just added"));
 }
 
-/// One round: both are asked, both answer, no job is there.
-fn round(factory: &mut Factory, now: u64, server: &[ServerWorker], host: &[WorkerInfo]) {
+/// One poll: both are asked, both answer, no job is there.
+fn poll(factory: &mut Factory, now: u64, server: &[ServerWorker], host: &[WorkerInfo]) {
     let mut asked = factory.handle(now, Input::Tick);
     let mut calls = 0;
     while let Some(output) = asked.pop() {
@@ -245,17 +245,17 @@ fn round(factory: &mut Factory, now: u64, server: &[ServerWorker], host: &[Worke
             Output::ListHost => Input::HostListed(Ok(host.to_vec())),
             Output::Lease(_) => Input::Leased(Ok(None)),
             Output::Save(_) => continue,
-            other => panic!("a round in which nothing happens asks for {other:?}"),
+            other => panic!("a poll in which nothing happens asks for {other:?}"),
         };
         calls += 1;
         asked.extend(factory.handle(now, answer));
     }
-    assert_eq!(calls, 3, "calls of a round");
+    assert_eq!(calls, 3, "calls of a poll");
 }
 
-/// With so many workers alive: what a round asks.
+/// With so many workers alive: what a poll asks.
 async fn calls(options: &Options, report: &Report) {
-    println!("\nCalls of a round, with jobs running");
+    println!("\nCalls of a poll, with jobs running");
     let alive = options.size([1, 8, 64], [1, 2, 4]);
     let slots: String = (0..alive[2])
         .map(|n| format!("[slots.s{n}]\ntarget = \"TARGET\"\n"))
@@ -278,7 +278,7 @@ async fn calls(options: &Options, report: &Report) {
         let first = *first.get_or_insert(all);
         report.aim(
             &format!(
-                "all calls of a round with {wanted} workers, in those with {}",
+                "all calls of a poll with {wanted} workers, in those with {}",
                 alive[0]
             ),
             all / first,

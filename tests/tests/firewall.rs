@@ -8,15 +8,21 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+use protocol::config::UidRange;
 use testbed::harness::{PATIENCE, cgroup2_mount, tool};
 
-/// The range of packaging/firewall.nft, which is the configuration's.
-const RANGE: std::ops::RangeInclusive<u32> = 2_031_616..=2_097_151;
+/// The range of packaging/firewall.nft, which is the configuration's default.
+static RANGE: LazyLock<RangeInclusive<u32>> = LazyLock::new(|| {
+    let uids = UidRange::default();
+    uids.first.get()..=uids.last.get()
+});
 /// How long an answer may take before it counts as none.
 const SILENCE: Duration = Duration::from_secs(2);
 /// The host's address that is not of the loopback network.
@@ -311,7 +317,7 @@ fn outcomes(cgroups: &Cgroups) -> BTreeMap<(&'static str, String, SocketAddr), S
     let who = [
         ("job a", first, cgroup("a")),
         ("job b", last, cgroup("b")),
-        ("a stray of the range", first, String::new()),
+        ("a process in no job's cgroup", first, String::new()),
         ("just below the range", first - 1, String::new()),
         ("just above the range", last + 1, String::new()),
         ("the host", 0, String::new()),
@@ -381,7 +387,7 @@ fn the_host() {
         "loading twice is not loading once: {tables}"
     );
     for ((who, protocol, address), outcome) in outcomes(&cgroups) {
-        let outsider = !matches!(who, "job a" | "job b" | "a stray of the range");
+        let outsider = !matches!(who, "job a" | "job b" | "a process in no job's cgroup");
         let expected = match (who, address.port()) {
             (_, 53) => "works",
             ("job a", OF_JOB_A) => "works",

@@ -74,13 +74,13 @@ impl Canaries {
     /// All that there is in both.
     pub fn look(&self) -> Seen {
         let mut seen = Seen::new();
-        look(&self.top, &mut seen);
+        collect(&self.top, &mut seen);
         seen
     }
 }
 
 /// A change of an attribute or an access control list changes the fourth time.
-fn look(path: &Path, seen: &mut Seen) {
+fn collect(path: &Path, seen: &mut Seen) {
     let meta = path.symlink_metadata().expect("it is there");
     let numbers = [
         meta.mode().into(),
@@ -99,7 +99,7 @@ fn look(path: &Path, seen: &mut Seen) {
     seen.insert(path.to_owned(), (numbers, times, content));
     if meta.is_dir() {
         for entry in fs::read_dir(path).expect("root can read it") {
-            look(&entry.expect("root can read it").path(), seen);
+            collect(&entry.expect("root can read it").path(), seen);
         }
     }
 }

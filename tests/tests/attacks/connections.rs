@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
-use protocol::{ErrorKind, Reply, Request, VERSION, wire};
+use protocol::{ErrorKind, Reply, Request, wire};
 use testbed::harness::{Client, PATIENCE, sealed, worker_id};
 use testbed::test_helper::{TestHelper, create, created, install, kind, list, token};
 use testbed::tracer::descriptor_of;
 use testbed::tracer::service::{children, listener};
 
-const HELLO: Request = Request::Hello { version: VERSION };
+use super::HELLO;
 
 /// Tells the other threads of a test that it is over, also when it fails.
 pub struct Over<'a>(pub &'a AtomicBool);

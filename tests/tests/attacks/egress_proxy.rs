@@ -18,11 +18,9 @@ use protocol::config::{PROXY_DIR, PROXY_SOCKET};
 use testbed::harness::{SUPERVISOR_UID, TestHost, raise_open_files};
 use testbed::test_factory::TestFactory;
 
-/// A user of the host who has nothing to do with the factory.
-const SOMEBODY: u32 = 0x6fff_0001;
+use super::{SOCKET, SOMEBODY};
+
 const NO_NETWORK: &str = "[slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n";
-/// What the test's own program finds in its environment when it is to be that user.
-const SOCKET: &str = "USER_FACTORY_TEST_SOCKET";
 /// More than any pool that callers could share.
 const CALLS: usize = 1500;
 

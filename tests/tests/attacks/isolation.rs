@@ -88,10 +88,10 @@ fn sockets() {
         (listener, Made(path))
     };
     let run = PathBuf::from(format!("/run/user-factory-test-{pid}.sock"));
-    let gate = test.host.root.join(config::PROXY_DIR);
+    let proxy_dir = test.host.root.join(config::PROXY_DIR);
     let listeners = [
         made(run),
-        made(gate.join(config::PROXY_SOCKET)),
+        made(proxy_dir.join(config::PROXY_SOCKET)),
         made(test.host.root.join("open.sock")),
     ];
     let datagrams = PathBuf::from(format!("/run/user-factory-test-{pid}.datagram"));
@@ -99,7 +99,7 @@ fn sockets() {
     datagram.set_nonblocking(true).unwrap();
     open_to_all(&datagrams);
     let datagrams = Made(datagrams);
-    for place in [&gate, &test.host.socket()] {
+    for place in [&proxy_dir, &test.host.socket()] {
         open_to_all(place);
     }
     let names = ["stream", "datagram", "seqpacket"].map(|name| format!("user-factory-test-{pid}-{name}"));

@@ -26,3 +26,12 @@ mod status_page;
 mod supervisor;
 mod swapper;
 mod tokens;
+
+use protocol::{Request, VERSION};
+
+/// The first request of a connection, as the supervisor sends it.
+const HELLO: Request = Request::Hello { version: VERSION };
+/// A user of the host who has nothing to do with the factory.
+const SOMEBODY: u32 = 0x6fff_0001;
+/// What the test's own program finds in its environment when it is to be another user.
+const SOCKET: &str = "USER_FACTORY_TEST_SOCKET";

@@ -12,8 +12,7 @@ use testbed::harness::{Client, Running, SUPERVISOR_UID, TestHost, binaries, seal
 use testbed::host_snapshot::HostSnapshot;
 use testbed::test_helper::{SLOTS, TestHelper, create, created, install, kind, state, wait_for_line};
 
-/// A user of the host who has nothing to do with the factory.
-const SOMEBODY: u32 = 0x6fff_0001;
+use super::SOMEBODY;
 
 fn host() -> TestHost {
     let host = TestHost::new();
@@ -250,7 +249,7 @@ fn row_72_no_user_writes_to_the_factorys_directories() {
     let helper = host.helper();
     let root = host.root.display().to_string();
     let (run, state) = (format!("{root}/{RUN_DIR}"), format!("{root}/{STATE_DIR}"));
-    let (gate, socket) = (format!("{root}/{PROXY_DIR}"), host.socket().display().to_string());
+    let (proxy_dir, socket) = (format!("{root}/{PROXY_DIR}"), host.socket().display().to_string());
     let config = format!("{root}/{CONFIG_PATH}");
     let userdb = host.userdb().display().to_string();
     fs::write(host.userdb().join("witness.user"), "{}").unwrap();
@@ -298,8 +297,11 @@ fn row_72_no_user_writes_to_the_factorys_directories() {
         );
     }
     // Jobs' connections to the server pass through a socket that only the supervisor can put there.
-    assert!(!as_user(SOMEBODY, &["touch", &format!("{gate}/server.sock")]));
-    assert!(!as_user(SOMEBODY, &["ls", &gate]));
+    assert!(!as_user(
+        SOMEBODY,
+        &["touch", &format!("{proxy_dir}/server.sock")]
+    ));
+    assert!(!as_user(SOMEBODY, &["ls", &proxy_dir]));
     // A lock for reading is enough to be in the way of one for writing.
     assert!(!as_user(
         SOMEBODY,

@@ -202,7 +202,7 @@ fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) ->
         _ => {}
     });
     let watcher = std::thread::spawn(move || {
-        watcher.join().expect("the tracer has no trouble");
+        watcher.join().expect("the tracer does not fail");
         calls.recv().unwrap_or_default()
     });
     let client = test.client();
@@ -262,9 +262,9 @@ fn meet(test: &TestHelper, before: &WorkerSnapshot, at: (Point, Point)) {
     } = shell;
     let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
     // Both ask the kernel for its end, and the tracer goes first.
-    traced.watcher.join().expect("the tracer has no trouble");
+    traced.watcher.join().expect("the tracer does not fail");
     let _ = child.wait();
-    deletion.watcher.join().expect("the tracer has no trouble");
+    deletion.watcher.join().expect("the tracer does not fail");
     assert_eq!(
         &left, before,
         "something is left: the shell was stopped at {at:?}"
@@ -288,11 +288,11 @@ fn row_65_a_shell_that_is_made_while_its_worker_is_deleted_does_not_outlive_it()
         _typed,
     } = shell;
     drop(_typed);
-    let of_shell = traced.watcher.join().expect("the tracer has no trouble");
+    let of_shell = traced.watcher.join().expect("the tracer does not fail");
     child.wait().expect("it is our child");
     let (deletion, request) = traced_deletion(&test, worker, None);
     assert_eq!(request.join().expect("the helper answers"), Reply::Deleted);
-    let of_deletion = deletion.watcher.join().expect("the tracer has no trouble");
+    let of_deletion = deletion.watcher.join().expect("the tracer does not fail");
 
     let position = |calls: &[i64], number| calls.iter().position(|call| *call == number);
     let until_the_clone = position(&of_shell["shell"], libc::SYS_clone3).expect("it makes its first process");

@@ -13,6 +13,8 @@ use protocol::config::{CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET};
 use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, binaries, raise_open_files};
 use testbed::test_factory::{ONE, TestFactory};
 
+use super::SOCKET;
+
 /// A factory whose supervisor has at most so many open files, and a status page at the address.
 async fn with_page(address: &str, open_files: u32) -> TestFactory {
     let mut factory = TestFactory::new(ONE).await;
@@ -141,9 +143,6 @@ async fn row_103_a_request_for_another_host_is_refused() {
     assert!(!ask(&address, "Host: localhost\r\nHost: evil.example\r\n").contains(" 200 "));
     factory.finish().await;
 }
-
-/// What the test's own program finds in its environment when it is to be another user.
-const SOCKET: &str = "USER_FACTORY_TEST_SOCKET";
 
 #[test]
 #[ignore = "a part of row 103, which starts it"]

@@ -10,7 +10,7 @@ use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, worker_id};
 use testbed::test_helper::{SLOTS, TestHelper, create, created, install, kind, list, run, state};
 use testbed::worker_snapshot::WorkerSnapshot;
 
-const HELLO: Request = Request::Hello { version: VERSION };
+use super::HELLO;
 
 fn greet(socket: &Seqpacket) -> bool {
     let sent = socket.send(&wire::encode(&HELLO).unwrap(), None);

@@ -18,8 +18,7 @@ use testbed::server::{JobSpec, Server, ServerOptions};
 use testbed::test_factory::{ONE, TestFactory};
 use testbed::test_helper::{TestHelper, created, install, run, token, wait_for_line};
 
-/// A user of the host who has nothing to do with the factory.
-const SOMEBODY: u32 = 0x6fff_0001;
+use super::SOMEBODY;
 
 /// What this user can read at these paths, one after the other: nothing, if it may not.
 fn read_as<P: AsRef<OsStr>>(uid: u32, paths: impl IntoIterator<Item = P>) -> Vec<u8> {

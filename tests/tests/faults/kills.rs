@@ -1,6 +1,7 @@
 //! Row 73: supervisor and helper killed at random moments, under a load of jobs. The kills at every system call are
 //! elsewhere; here everything is under way at the same time.
 
+use supervisor::backoff::Rng;
 use testbed::server::State;
 
 use super::*;
@@ -32,19 +33,6 @@ fn number(name: &str) -> Option<u64> {
         .map(|text| text.parse().expect("a number"))
 }
 
-/// A small generator (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
-    }
-}
-
 /// No slot has two live workers, and conflicting ones have one between them.
 fn slots_are_shared_by_nobody(state: &State) {
     let live = state.workers.values().filter(|worker| !worker.deleted);
@@ -70,7 +58,7 @@ async fn row_73_supervisor_and_helper_killed_at_random_moments_lose_no_job_and_l
         now.as_nanos() as u64
     });
     println!("USER_FACTORY_TEST_SEED={seed} USER_FACTORY_TEST_KILLS={kills}");
-    let mut random = Random(seed);
+    let mut random = Rng::new(seed);
     let mut factory = TestFactory::new(SLOTS).await;
     let requests = |factory: &TestFactory| factory.server.all_requests().values().sum::<u64>();
     let mut jobs: Vec<Ulid> = Vec::new();
@@ -85,17 +73,17 @@ async fn row_73_supervisor_and_helper_killed_at_random_moments_lose_no_job_and_l
             jobs.push(factory.submit(JOB));
         }
         // Somewhere within the next few requests, and a little after one.
-        let until = requests(&factory) + 1 + random.below(25);
+        let until = requests(&factory) + 1 + random.draw() % 25;
         factory
             .see(|state| {
                 slots_are_shared_by_nobody(state);
                 (requests(&factory) >= until).then_some(())
             })
             .await;
-        for _ in 0..random.below(20_000) {
+        for _ in 0..random.draw() % 20_000 {
             std::hint::spin_loop();
         }
-        let (helper, supervisor) = [(true, false), (false, true), (true, true)][random.below(3) as usize];
+        let (helper, supervisor) = [(true, false), (false, true), (true, true)][(random.draw() % 3) as usize];
         if helper {
             factory.helper.signal(Signal::SIGKILL);
         }

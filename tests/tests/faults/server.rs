@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use testbed::proxy::{Fault, Proxy};
-use testbed::server::Down;
+use testbed::server::{Down, LEASE};
 
 use super::*;
 
@@ -139,7 +139,7 @@ async fn row_79_a_job_leased_in_an_answer_that_came_twice_is_leased_again_when_t
     proxy(&factory).heal();
     factory.polls(2).await;
     assert!(factory.server.job(job).queued());
-    factory.server.advance(Duration::from_secs(61));
+    factory.server.advance(LEASE + Duration::from_secs(1));
     factory.completed(job).await;
     factory.finish().await;
 }
@@ -167,7 +167,7 @@ async fn row_79_a_worker_made_under_another_id_is_found_under_its_own() {
     factory.logged(&["the server no longer has the worker", NOBODY]);
     factory.logged(&["worker forgotten", NOBODY]);
     // The lease of the first attempt runs out.
-    factory.server.advance(Duration::from_secs(61));
+    factory.server.advance(LEASE + Duration::from_secs(1));
     factory.completed(job).await;
     factory.finish().await;
 }

@@ -11,7 +11,9 @@ use testbed::test_helper::{list, wait_until};
 use testbed::tracer::calls::{MEMORY, name};
 use testbed::tracer::service::{KINDS, Kind, Plan, Seen, When};
 
-use crate::kill_points::bench::{Bench, Operation, ask, ask_with, is_success, prepare, request, state_of};
+use crate::kill_points::restartable_helper::{
+    Operation, RestartableHelper, ask, ask_with, is_success, prepare, request, state_of,
+};
 
 /// What is done after a kill.
 #[derive(Clone, Copy, Debug)]
@@ -60,22 +62,22 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
 
 /// Kill at the points of `operation` on a worker in this slot. Returns how many there were.
 fn kill_at_every_step_of(operation: Operation, slot: &str) {
-    let mut bench = Bench::new();
-    let snapshot = HostSnapshot::take(&bench.host);
+    let mut test = RestartableHelper::new();
+    let snapshot = HostSnapshot::take(&test.host);
     // The first worker finds the root file system built, as all but the first do.
-    let first = prepare(&bench, Operation::Delete, slot);
+    let first = prepare(&test, Operation::Delete, slot);
     assert_eq!(
-        ask(&bench.host, &request(Operation::Delete, first, slot)),
+        ask(&test.host, &request(Operation::Delete, first, slot)),
         Some(Reply::Deleted)
     );
-    let undisturbed = |bench: &Bench| {
-        let worker = prepare(bench, operation, slot);
-        let (reply, seen) = bench.under_the_tracer(&request(operation, worker, slot), None);
+    let undisturbed = |test: &RestartableHelper| {
+        let worker = prepare(test, operation, slot);
+        let (reply, seen) = test.under_the_tracer(&request(operation, worker, slot), None);
         assert!(reply.as_ref().is_some_and(is_success), "{reply:?}");
-        end(bench, worker, "an operation that nobody disturbed");
+        end(test, worker, "an operation that nobody disturbed");
         seen
     };
-    let mut runs: Vec<Seen> = (0..3).map(|_| undisturbed(&bench)).collect();
+    let mut runs: Vec<Seen> = (0..3).map(|_| undisturbed(&test)).collect();
     let sample = Sample::of(61);
     let (mut killed, mut missed) = (0, 0);
     let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
@@ -83,8 +85,8 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
     let (mut next, tries) = (0, plans.len());
     while let Some((plan, after)) = plans.get(next).copied() {
         next += 1;
-        let worker = prepare(&bench, operation, slot);
-        let (_, seen) = bench.under_the_tracer(&request(operation, worker, slot), Some(plan));
+        let worker = prepare(&test, operation, slot);
+        let (_, seen) = test.under_the_tracer(&request(operation, worker, slot), Some(plan));
         let Some(at) = seen.killed else {
             // No two runs are quite the same: once more.
             if next <= tries {
@@ -93,7 +95,7 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
                 missed += 1;
             }
             end(
-                &bench,
+                &test,
                 worker,
                 "an operation that ended before it was to be killed",
             );
@@ -106,16 +108,16 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
             println!("{what}: {killed} so far");
         }
         if at.service {
-            bench.restart();
+            test.restart();
         }
         if let After::Repeat = after {
-            repeat(&bench, operation, worker, slot, &what);
+            repeat(&test, operation, worker, slot, &what);
         }
-        end(&bench, worker, &what);
+        end(&test, worker, &what);
     }
     // What a busy machine made it do at first, and not any more, could not be found again.
-    runs.extend((0..2).map(|_| undisturbed(&bench)));
-    snapshot.assert_unchanged(&bench.host);
+    runs.extend((0..2).map(|_| undisturbed(&test)));
+    snapshot.assert_unchanged(&test.host);
     if operation == Operation::Install {
         // They may have been missed.
         covered.extend(runs.iter().flat_map(all_calls).filter(is_of_a_build));
@@ -131,14 +133,14 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
 }
 
 /// The same request again must succeed, and an agent is started once.
-fn repeat(bench: &Bench, operation: Operation, worker: WorkerId, slot: &str, what: &str) {
-    let before = state_of(bench, worker);
-    let reply = ask_with(&bench.host, &request(operation, worker, slot));
+fn repeat(test: &RestartableHelper, operation: Operation, worker: WorkerId, slot: &str, what: &str) {
+    let before = state_of(test, worker);
+    let reply = ask_with(&test.host, &request(operation, worker, slot));
     let (reply, mut descriptors) = reply.unwrap_or_else(|| panic!("after {what}: the helper hung up"));
     assert!(is_success(&reply), "after {what}: {reply:?}");
     if operation == Operation::Install {
         let console = descriptors.pop().expect("a console comes").into();
-        let client = Client::new(&bench.host);
+        let client = Client::new(&test.host);
         if before == Some(State::Created) {
             wait_until(&client, worker, |state| state == State::Running);
             testbed::test_helper::wait_for_line(&console, "ready");
@@ -151,12 +153,12 @@ fn repeat(bench: &Bench, operation: Operation, worker: WorkerId, slot: &str, wha
     }
 }
 
-fn end(bench: &Bench, worker: WorkerId, what: &str) {
-    let was_one = state_of(bench, worker).is_some();
-    let reply = ask(&bench.host, &Request::Delete { worker });
+fn end(test: &RestartableHelper, worker: WorkerId, what: &str) {
+    let was_one = state_of(test, worker).is_some();
+    let reply = ask(&test.host, &Request::Delete { worker });
     assert_eq!(reply, Some(Reply::Deleted), "after {what}");
-    assert_eq!(list(&Client::new(&bench.host)), [], "after {what}");
-    bench.assert_clean(was_one, what);
+    assert_eq!(list(&Client::new(&test.host)), [], "after {what}");
+    test.assert_clean(was_one, what);
 }
 
 /// What happens on the host meanwhile, a mount above all, makes the daemon do more: none of it is in the shortest run.
@@ -224,15 +226,15 @@ fn report(
 
 #[test]
 fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing() {
-    let mut bench = Bench::new();
-    let snapshot = HostSnapshot::take(&bench.host);
-    let running = prepare(&bench, Operation::Delete, "rich");
-    let created = prepare(&bench, Operation::Install, "plain");
-    let before = list(&Client::new(&bench.host));
+    let mut test = RestartableHelper::new();
+    let snapshot = HostSnapshot::take(&test.host);
+    let running = prepare(&test, Operation::Delete, "rich");
+    let created = prepare(&test, Operation::Install, "plain");
+    let before = list(&Client::new(&test.host));
     let mut undisturbed = || {
-        bench.helper.signal(Signal::SIGKILL);
-        bench.helper.ended();
-        bench.start_under_the_tracer(None)
+        test.helper.signal(Signal::SIGKILL);
+        test.helper.ended();
+        test.start_under_the_tracer(None)
     };
     let mut runs: Vec<Seen> = (0..3).map(|_| undisturbed()).collect();
     let sample = Sample::of(61);
@@ -242,35 +244,35 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
     let mut plans = plans(shortest(&runs), &sample);
     plans.dedup_by(|one, other| one.0.when == other.0.when && one.0.kind == other.0.kind);
     for (plan, _) in plans {
-        bench.helper.signal(Signal::SIGKILL);
-        bench.helper.ended();
-        let Some(at) = bench.start_under_the_tracer(Some(plan)).killed else {
+        test.helper.signal(Signal::SIGKILL);
+        test.helper.ended();
+        let Some(at) = test.start_under_the_tracer(Some(plan)).killed else {
             missed += 1;
             continue;
         };
         killed += 1;
         covered.insert((at.kind, at.number));
         if at.service {
-            bench.restart();
+            test.restart();
         } else {
             // The daemon starts another listener.
-            bench.host.wait_for_helper();
+            test.host.wait_for_helper();
         }
-        let now = list(&Client::new(&bench.host));
+        let now = list(&Client::new(&test.host));
         assert_eq!(now, before, "after the start, killed: {at}");
     }
     assert_eq!(before.len(), 2);
     assert!(before.iter().any(|info| info.state == State::Running));
     // And one that nobody killed.
-    bench.helper.signal(Signal::SIGKILL);
-    bench.helper.ended();
-    runs.push(bench.start_under_the_tracer(None));
+    test.helper.signal(Signal::SIGKILL);
+    test.helper.ended();
+    runs.push(test.start_under_the_tracer(None));
     for worker in [running, created] {
-        let reply = ask(&bench.host, &Request::Delete { worker });
+        let reply = ask(&test.host, &Request::Delete { worker });
         assert_eq!(reply, Some(Reply::Deleted));
     }
-    bench.assert_clean(true, "all starts");
-    snapshot.assert_unchanged(&bench.host);
+    test.assert_clean(true, "all starts");
+    snapshot.assert_unchanged(&test.host);
     report("the start", &runs, &covered, killed, missed, &sample);
 }
 

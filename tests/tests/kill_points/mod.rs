@@ -5,7 +5,7 @@
 //! Each test kills at a part of the points that it finds: at the first of each system call, and at every so
 //! many of all, beginning elsewhere each time. `POINTS=all` kills at every one, each with both ends.
 
-mod bench;
 mod helper;
 mod monitor_requests;
+mod restartable_helper;
 mod supervisor;

@@ -12,7 +12,7 @@ use testbed::harness::{Client, PATIENCE, sealed};
 use testbed::test_helper::{read, wait_for_line};
 use testbed::tracer::service::{Connections, Kind, Plan, When, children, listener};
 
-use crate::kill_points::bench::{Bench, Operation, ask, prepare, request};
+use crate::kill_points::restartable_helper::{Operation, RestartableHelper, ask, prepare, request};
 
 /// Wait for what another process does.
 fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> T {
@@ -34,8 +34,8 @@ fn is(pid: u32, state: char) -> bool {
 }
 
 /// The worker's cgroup, by its inode: another than `but`.
-fn cgroup(bench: &Bench, worker: WorkerId, but: Option<u64>) -> Option<u64> {
-    let path = bench.host.cgroup_dir().join("workers").join(worker.to_string());
+fn cgroup(test: &RestartableHelper, worker: WorkerId, but: Option<u64>) -> Option<u64> {
+    let path = test.host.cgroup_dir().join("workers").join(worker.to_string());
     let inode = fs::metadata(path).ok()?.ino();
     (Some(inode) != but).then_some(inode)
 }
@@ -44,55 +44,51 @@ const AGENT: &[u8] = b"#!/bin/bash\necho ready\nsleep 1000 & exit 0\n";
 
 #[test]
 fn a_request_of_a_killed_session_is_not_carried_out() {
-    let bench = Bench::new();
-    let worker = prepare(&bench, Operation::Install, "rich");
-    let listener = listener(bench.helper.pid());
+    let test = RestartableHelper::new();
+    let worker = prepare(&test, Operation::Install, "rich");
+    let listener = listener(test.helper.pid());
     // The connection that made the worker is on its way out.
     until("its end", || children(listener).is_empty().then_some(()));
     let connected = |others: &[u32]| {
-        let client = Client::new(&bench.host);
+        let client = Client::new(&test.host);
         let new = |pid: &u32| !others.contains(pid);
         let pid = until("the connection", || children(listener).into_iter().find(new));
         (client, pid)
     };
     let (first, first_pid) = connected(&[]);
     let (second, second_pid) = connected(&[first_pid]);
-    bench.helper.signal(Signal::SIGSTOP);
+    test.helper.signal(Signal::SIGSTOP);
     let install = wire::encode(&request(Operation::Install, worker, "rich")).unwrap();
     let agent = sealed(AGENT);
     // Each has made a cgroup, and waits for the monitor, when its request is in the monitor's queue.
     first.socket.send(&install, Some(agent.as_fd())).unwrap();
-    let one = until("the first cgroup", || cgroup(&bench, worker, None));
+    let one = until("the first cgroup", || cgroup(&test, worker, None));
     until("the first request", || is(first_pid, 'S').then_some(()));
     kill(Pid::from_raw(first_pid as i32), Signal::SIGKILL).unwrap();
     until("its end", || {
         (!children(listener).contains(&first_pid) || is(first_pid, 'Z')).then_some(())
     });
     second.socket.send(&install, Some(agent.as_fd())).unwrap();
-    until("the second cgroup", || cgroup(&bench, worker, Some(one)));
+    until("the second cgroup", || cgroup(&test, worker, Some(one)));
     until("the second request", || is(second_pid, 'S').then_some(()));
-    bench.helper.signal(Signal::SIGCONT);
+    test.helper.signal(Signal::SIGCONT);
     let (reply, mut descriptors) = second.reply().expect("the helper answers");
     assert_eq!(reply, Reply::AgentStarted);
     let console = descriptors.pop().expect("a console comes").into();
-    bench
-        .helper
+    test.helper
         .log
         .wait(&["a request was not carried out", "who asked for it is gone"]);
     wait_for_line(&console, "ready");
     assert_eq!(read(&console).matches("ready").count(), 1);
-    assert_eq!(
-        ask(&bench.host, &Request::Delete { worker }),
-        Some(Reply::Deleted)
-    );
-    bench.assert_clean(true, "the second request");
+    assert_eq!(ask(&test.host, &Request::Delete { worker }), Some(Reply::Deleted));
+    test.assert_clean(true, "the second request");
 }
 
 #[test]
 fn a_first_process_that_hangs_is_ended_by_a_repetition_of_the_start() {
-    let bench = Bench::new();
+    let test = RestartableHelper::new();
     for call in [libc::SYS_setsid, libc::SYS_umount2] {
-        let worker = prepare(&bench, Operation::Install, "rich");
+        let worker = prepare(&test, Operation::Install, "rich");
         let plan = Plan {
             kind: Kind::First,
             when: When::First(call),
@@ -100,21 +96,18 @@ fn a_first_process_that_hangs_is_ended_by_a_repetition_of_the_start() {
             hangs: Some(Connections::Die),
         };
         let install = request(Operation::Install, worker, "rich");
-        let (reply, seen) = bench.under_the_tracer(&install, Some(plan));
+        let (reply, seen) = test.under_the_tracer(&install, Some(plan));
         assert!(reply.is_none() && seen.killed.is_some(), "{reply:?}");
-        assert_eq!(ask(&bench.host, &install), Some(Reply::AgentStarted));
-        assert_eq!(
-            ask(&bench.host, &Request::Delete { worker }),
-            Some(Reply::Deleted)
-        );
-        bench.assert_clean(true, "a first process that hung");
+        assert_eq!(ask(&test.host, &install), Some(Reply::AgentStarted));
+        assert_eq!(ask(&test.host, &Request::Delete { worker }), Some(Reply::Deleted));
+        test.assert_clean(true, "a first process that hung");
     }
 }
 
 #[test]
 fn a_job_whose_filter_cannot_be_installed_says_so_in_time_and_a_repetition_ends_it() {
-    let bench = Bench::new();
-    let worker = prepare(&bench, Operation::Install, "rich");
+    let test = RestartableHelper::new();
+    let worker = prepare(&test, Operation::Install, "rich");
     let plan = Plan {
         kind: Kind::First,
         when: When::First(libc::SYS_seccomp),
@@ -123,7 +116,7 @@ fn a_job_whose_filter_cannot_be_installed_says_so_in_time_and_a_repetition_ends_
     };
     let install = request(Operation::Install, worker, "rich");
     let begin = Instant::now();
-    let (reply, seen) = bench.under_the_tracer(&install, Some(plan));
+    let (reply, seen) = test.under_the_tracer(&install, Some(plan));
     assert!(seen.killed.is_some(), "{reply:?}");
     let Some(Reply::Error(error)) = reply else {
         panic!("{reply:?}")
@@ -134,10 +127,7 @@ fn a_job_whose_filter_cannot_be_installed_says_so_in_time_and_a_repetition_ends_
     }
     // Before the supervisor gives up.
     assert!(begin.elapsed().as_secs() < 55, "{:?}", begin.elapsed());
-    assert_eq!(ask(&bench.host, &install), Some(Reply::AgentStarted));
-    assert_eq!(
-        ask(&bench.host, &Request::Delete { worker }),
-        Some(Reply::Deleted)
-    );
-    bench.assert_clean(true, "a filter that was not installed");
+    assert_eq!(ask(&test.host, &install), Some(Reply::AgentStarted));
+    assert_eq!(ask(&test.host, &Request::Delete { worker }), Some(Reply::Deleted));
+    test.assert_clean(true, "a filter that was not installed");
 }

@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use protocol::config::STATE_DIR;
 use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
 use testbed::sample::Sample;
-use testbed::server::{JobSpec, Server, ServerOptions, State, Ulid};
+use testbed::server::{JobSpec, LEASE, Server, ServerOptions, State, Ulid};
 use testbed::service::Service;
 use testbed::tracer::outward::{Seen, watch};
 use testbed::tracer::wait_until_stopped;
@@ -107,14 +107,14 @@ impl TestFactory {
             seen = &mut ended => {
                 supervisor.ended();
                 // A lease that nobody knows of any more ends by itself.
-                server.advance(Duration::from_secs(61));
+                server.advance(LEASE + Duration::from_secs(1));
                 supervisor.start();
                 life.await;
                 supervisor.signal(Signal::SIGKILL);
                 seen
             }
         };
-        let seen = seen.unwrap().expect("the tracer has no trouble");
+        let seen = seen.unwrap().expect("the tracer does not fail");
         supervisor.ended();
         let what = format!(
             "{:?}, killed before {:?}",

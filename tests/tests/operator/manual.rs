@@ -99,13 +99,13 @@ async fn a_slot_in_manual_use_is_taken_and_a_job_waits_for_it() {
     answering(&factory).await;
     let script = "echo inside; while ! [ -e RELEASE ]; do read -t 0.1 < <(sleep 1); done; exit 0";
     let script = script.replace("RELEASE", &factory.shared().join("release").display().to_string());
-    let mut by_hand = Running::printing(&mut command(&factory, &["run", "--", "bash", "-c", &script]));
-    tokio::task::block_in_place(|| by_hand.log.wait(&["inside"]));
+    let mut manual = Running::printing(&mut command(&factory, &["run", "--", "bash", "-c", &script]));
+    tokio::task::block_in_place(|| manual.log.wait(&["inside"]));
     let job = factory.submit("echo now");
     factory.polls(4).await;
     assert_eq!(factory.server.job(job).state(), "queued");
     factory.release();
-    assert!(tokio::task::block_in_place(|| by_hand.wait()).success());
+    assert!(tokio::task::block_in_place(|| manual.wait()).success());
     factory.completed(job).await;
     factory.finish().await;
 }
@@ -115,13 +115,13 @@ async fn a_run_that_is_killed_is_cleaned_up_by_the_factory_and_one_that_is_inter
     let factory = TestFactory::new(ONE).await;
     answering(&factory).await;
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        let mut by_hand = Running::printing(&mut command(
+        let mut manual = Running::printing(&mut command(
             &factory,
             &["run", "--", "bash", "-c", "echo inside; sleep 1000"],
         ));
-        tokio::task::block_in_place(|| by_hand.log.wait(&["inside"]));
-        by_hand.signal(signal);
-        tokio::task::block_in_place(|| by_hand.wait());
+        tokio::task::block_in_place(|| manual.log.wait(&["inside"]));
+        manual.signal(signal);
+        tokio::task::block_in_place(|| manual.wait());
         let job = factory.submit("true");
         factory.completed(job).await;
         see(&factory, |status| (state_of(status, "a") == "free").then_some(())).await;

@@ -128,7 +128,7 @@ async fn worker_on(factory: &TestFactory, slot: &str) -> String {
     .await
 }
 
-/// Wait until the factory answers, and has heard of both its partners.
+/// Wait until the factory answers, and both the server and the helper have answered it.
 async fn answering(factory: &TestFactory) {
     see(factory, |status| {
         let both = status["server"]["reachable"] == true && status["helper"]["reachable"] == true;

@@ -24,7 +24,7 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
     };
     let watcher = watch(daemon, Span::OneConnection, Some(plan));
     kill(Pid::from_raw(listener(daemon) as i32), Signal::SIGKILL).unwrap();
-    watcher.join().expect("the tracer has no trouble");
+    watcher.join().expect("the tracer does not fail");
     let trouble = see(&factory, |status| {
         let helper = &status["helper"];
         let is_away = helper["reachable"] == false;

@@ -95,7 +95,7 @@ impl Plant {
             }
         });
         ask(&Client::new(&self.host));
-        watcher.join().expect("the tracer has no trouble");
+        watcher.join().expect("the tracer does not fail");
         let (recorder, told) = &mut *recorder.lock().unwrap();
         (std::mem::take(&mut recorder.changes), *told)
     }
@@ -291,7 +291,7 @@ fn power_loss_at_the_helpers_first_start_does_not_keep_it_from_the_next() {
     let watcher = watch_with(pid, Span::Start, None, move |pid, event| {
         tap.lock().unwrap().on(pid, event);
     });
-    watcher.join().expect("the tracer has no trouble");
+    watcher.join().expect("the tracer does not fail");
     let changes = std::mem::take(&mut recorder.lock().unwrap().changes);
     let replay = Replay::new(base, &root, &changes);
     assert!(

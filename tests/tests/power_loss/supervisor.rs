@@ -58,7 +58,7 @@ async fn record(host: &TestHost) -> Vec<Change> {
     server.wait_for(PATIENCE, over).await.unwrap();
     supervisor.log.wait(&["worker forgotten"]);
     supervisor.signal(Signal::SIGKILL);
-    tracer.join().expect("the tracer has no trouble");
+    tracer.join().expect("the tracer does not fail");
     supervisor.ended();
     std::mem::take(&mut recorder.lock().unwrap().changes)
 }

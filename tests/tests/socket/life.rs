@@ -60,12 +60,12 @@ fn processes_of_its_user_in_no_cgroup_of_ours_are_ended_too() {
     let client = test.client();
     let worker = created(&client, "a");
     let uid = list(&client)[0].uid.get();
-    let mut stray = Command::new("cat");
-    let mut stray = stray.uid(uid).gid(uid).stdin(Stdio::piped()).spawn().unwrap();
+    let mut command = Command::new("cat");
+    let mut process = command.uid(uid).gid(uid).stdin(Stdio::piped()).spawn().unwrap();
     // Whatever fails here, it ends with this.
-    let input = stray.stdin.take();
+    let input = process.stdin.take();
     // A killer waits until it is reaped.
-    let reaped = std::thread::spawn(move || stray.wait().unwrap());
+    let reaped = std::thread::spawn(move || process.wait().unwrap());
     assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
     drop(input);
     assert_eq!(reaped.join().unwrap().signal(), Some(9));

@@ -102,7 +102,7 @@ fn stopped_before_its_filter(helper: &mut Service) -> u32 {
     };
     let seen = watch(daemon, Span::Start, Some(plan))
         .join()
-        .expect("the tracer has no trouble");
+        .expect("the tracer does not fail");
     assert!(seen.killed.is_some(), "no listener installs a filter");
     // What has built the first root file system may still be a child, too.
     listener(daemon)
@@ -181,7 +181,7 @@ fn a_changed_configuration_is_read_by_one_session_and_known_to_the_next() {
         let client = test.client();
         workers.push(created(&client, name));
         drop(client);
-        let seen = watcher.join().expect("the tracer has no trouble");
+        let seen = watcher.join().expect("the tracer does not fail");
         let calls = seen.calls[&Kind::Session].iter();
         calls.filter(|call| **call == libc::SYS_read).count()
     };

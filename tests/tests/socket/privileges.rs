@@ -23,7 +23,7 @@ fn status(pid: u32, name: &str) -> String {
         .to_owned()
 }
 
-fn assert_walls(who: &str, pid: u32, capabilities: &[u32], filters: u32) {
+fn assert_privileges(who: &str, pid: u32, capabilities: &[u32], filters: u32) {
     let mask = capabilities.iter().fold(0u64, |mask, bit| mask | 1 << bit);
     for set in ["CapPrm", "CapEff", "CapBnd"] {
         assert_eq!(status(pid, set), format!("{mask:016x}"), "{who}'s {set}");
@@ -64,17 +64,17 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
     );
     let (first, connection) = (first[0], connections[0]);
 
-    assert_walls(
+    assert_privileges(
         "the daemon",
         daemon,
         &[&OF_CONNECTIONS[..], &OF_THE_DAEMON].concat(),
         1,
     );
-    assert_walls("the listener", listener, &OF_CONNECTIONS, 2);
-    assert_walls("a connection", connection, &OF_CONNECTIONS, 2);
-    assert_walls("pid 1", first, &[], 2);
+    assert_privileges("the listener", listener, &OF_CONNECTIONS, 2);
+    assert_privileges("a connection", connection, &OF_CONNECTIONS, 2);
+    assert_privileges("pid 1", first, &[], 2);
     let agent = children(first)[0];
-    assert_walls("the agent", agent, &[], 2);
+    assert_privileges("the agent", agent, &[], 2);
 
     // A connection may ignore modes, but not what its descriptors are of: these mounts are read-only, and have no parent.
     let configuration = test.host.root.join(protocol::config::CONFIG_PATH);

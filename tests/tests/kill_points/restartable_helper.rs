@@ -40,7 +40,7 @@ pub enum Operation {
     Delete,
 }
 
-pub struct Bench {
+pub struct RestartableHelper {
     /// Before the host, whose directory it is mounted in: the fields go in this order.
     _disk: SmallDisk,
     pub host: TestHost,
@@ -48,30 +48,30 @@ pub struct Bench {
     pub before: WorkerSnapshot,
 }
 
-impl Bench {
-    pub fn new() -> Bench {
+impl RestartableHelper {
+    pub fn new() -> RestartableHelper {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, SLOTS);
         // What is written to it is written at once: thousands of workers are made.
         let disk = SmallDisk::in_memory(&host);
         disk.limit("nr_inodes=0,size=1g");
         let helper = Service::new(&mut host.helper_command());
-        let mut bench = Bench {
+        let mut test = RestartableHelper {
             _disk: disk,
             before: WorkerSnapshot::take(&host),
             host,
             helper,
         };
-        bench.start();
-        bench.before = WorkerSnapshot::take(&bench.host);
-        bench
+        test.start();
+        test.before = WorkerSnapshot::take(&test.host);
+        test
     }
 
     /// Do it under the tracer. None: the helper's process hung up.
     pub fn under_the_tracer(&self, request: &Request, plan: Option<Plan>) -> (Option<Reply>, Seen) {
         let watcher = watch(self.helper.pid(), Span::OneConnection, plan);
         let reply = ask(&self.host, request);
-        (reply, watcher.join().expect("the tracer has no trouble"))
+        (reply, watcher.join().expect("the tracer does not fail"))
     }
 
     /// Start the helper under the tracer, and see it serve, or die.
@@ -79,7 +79,7 @@ impl Bench {
         let pid = self.helper.start_stopped();
         wait_until_stopped(pid);
         let watcher = watch(pid, Span::Start, plan);
-        watcher.join().expect("the tracer has no trouble")
+        watcher.join().expect("the tracer does not fail")
     }
 
     /// Start the helper, and wait until it serves.
@@ -160,10 +160,10 @@ pub fn is_success(reply: &Reply) -> bool {
 
 /// A new worker, as far as it must be before `operation`; the console's reader waits until the job has done its
 /// worst.
-pub fn prepare(bench: &Bench, operation: Operation, name: &str) -> WorkerId {
+pub fn prepare(test: &RestartableHelper, operation: Operation, name: &str) -> WorkerId {
     let worker = worker_id();
     let must = |operation| {
-        let reply = ask_with(&bench.host, &request(operation, worker, name));
+        let reply = ask_with(&test.host, &request(operation, worker, name));
         let (reply, descriptors) = reply.expect("the helper answers");
         assert!(is_success(&reply), "{operation:?}: {reply:?}");
         descriptors
@@ -179,8 +179,8 @@ pub fn prepare(bench: &Bench, operation: Operation, name: &str) -> WorkerId {
 }
 
 /// How far the worker is; none, if there is none.
-pub fn state_of(bench: &Bench, worker: WorkerId) -> Option<State> {
-    let all = list(&Client::new(&bench.host));
+pub fn state_of(test: &RestartableHelper, worker: WorkerId) -> Option<State> {
+    let all = list(&Client::new(&test.host));
     assert!(
         all.len() <= 1 && all.iter().all(|info| info.worker == worker),
         "{all:?}"
