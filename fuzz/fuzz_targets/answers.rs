@@ -1,5 +1,5 @@
 //! What the buildomat server answers, or whoever stands where it should be: each call of the factory, and the
-//! download of the agent, over a carrier that brings these bytes instead of a network.
+//! download of the agent, over a transport that returns these bytes instead of a network.
 //!
 //! An input is a letter for the call, a status of three digits, and the body. For a download there are headers before
 //! the body, as lines, and an empty line.
@@ -88,13 +88,13 @@ fn said<T>(answer: Result<T, Error>, server: &Always) -> Option<T> {
     None
 }
 
-async fn call(which: u8, server: &BuildomatClient, carrier: &Always) {
+async fn call(which: u8, server: &BuildomatClient, transport: &Always) {
     let worker: WorkerId = ULID.parse().unwrap();
     let job = JobId::try_from(ULID.to_owned()).unwrap();
     match which {
-        b'p' => drop(said(server.ping().await, carrier)),
+        b'p' => drop(said(server.ping().await, transport)),
         b'w' => {
-            for worker in said(server.workers().await, carrier).unwrap_or_default() {
+            for worker in said(server.workers().await, transport).unwrap_or_default() {
                 // What goes into the agent's command line.
                 if let Some(token) = worker.bootstrap {
                     assert!(token.as_str().bytes().all(|b| b.is_ascii_alphanumeric()));
@@ -106,39 +106,39 @@ async fn call(which: u8, server: &BuildomatClient, carrier: &Always) {
                 server
                     .lease(["01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap()])
                     .await,
-                carrier,
+                transport,
             );
             if let Some(lease) = lease.flatten() {
-                // It becomes part of a path: the carrier looks.
+                // It becomes part of a path: the transport checks it.
                 let _ = server.renew(&lease.job).await;
             }
         }
-        b'r' => drop(said(server.renew(&job).await, carrier)),
+        b'r' => drop(said(server.renew(&job).await, transport)),
         b'm' => drop(said(
             server
                 .make_worker("01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap(), &job)
                 .await,
-            carrier,
+            transport,
         )),
         b's' => drop(said(
             server
                 .associate(worker, "a@host/00000000", &Scripts::default())
                 .await,
-            carrier,
+            transport,
         )),
-        b'd' => drop(said(server.delete(worker).await, carrier)),
-        b'a' => drop(said(server.append(worker, "a line").await, carrier)),
-        _ => drop(said(server.fail(worker, "a reason").await, carrier)),
+        b'd' => drop(said(server.delete(worker).await, transport)),
+        b'a' => drop(said(server.append(worker, "a line").await, transport)),
+        _ => drop(said(server.fail(worker, "a reason").await, transport)),
     }
 }
 
-async fn download(server: &BuildomatClient, carrier: &Always) {
+async fn download(server: &BuildomatClient, transport: &Always) {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let first = AgentCache::new(dir.path().into(), Vec::new()).get(server).await;
     match &first {
         Ok(agent) => {
             let size = agent.size().unwrap();
-            assert!(carrier.code == 200 && (1..=protocol::MAX_AGENT_BYTES).contains(&size));
+            assert!(transport.code == 200 && (1..=protocol::MAX_AGENT_BYTES).contains(&size));
             assert_eq!(fs::metadata(dir.path().join("agent")).unwrap().len(), size);
         }
         Err(why) => {
@@ -179,13 +179,13 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     let body = body.to_vec();
-    let carrier = Arc::new(Always { code, headers, body });
-    let server = BuildomatClient::over(carrier.clone());
+    let transport = Arc::new(Always { code, headers, body });
+    let server = BuildomatClient::over(transport.clone());
     RUNTIME.with_borrow(|runtime| {
         runtime.block_on(async {
             match which {
-                b'g' => download(&server, &carrier).await,
-                which => call(which, &server, &carrier).await,
+                b'g' => download(&server, &transport).await,
+                which => call(which, &server, &transport).await,
             }
         });
     });

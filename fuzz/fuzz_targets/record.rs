@@ -1,5 +1,5 @@
 //! What the helper reads of its own writing: a worker's record and its agent's end from the disk, which may be
-//! spoiled, and the orders and words among its processes. Each is whole, or it is none.
+//! spoiled, and the requests and handshake messages among its processes. Each is whole, or it is none.
 
 #![no_main]
 
@@ -14,8 +14,8 @@ thread_local! {
     static PAIR: OnceCell<(Seqpacket, Seqpacket)> = const { OnceCell::new() };
 }
 
-/// What the other end makes of it.
-fn heard(word: &HandshakeMessage) -> Option<HandshakeMessage> {
+/// The message as the other end receives it.
+fn received(message: &HandshakeMessage) -> Option<HandshakeMessage> {
     PAIR.with(|pair| {
         let (from, to) = pair.get_or_init(|| {
             let (a, b) = socketpair(
@@ -27,7 +27,7 @@ fn heard(word: &HandshakeMessage) -> Option<HandshakeMessage> {
             .unwrap();
             (a.into(), b.into())
         });
-        word.send_to(from).unwrap();
+        message.send_to(from).unwrap();
         match to.recv(HandshakeMessage::MAX).unwrap() {
             Received::Packet { bytes, .. } => HandshakeMessage::decode(&bytes),
             _ => None,
@@ -47,20 +47,20 @@ fuzz_target!(|data: &[u8]| {
             assert_eq!(print_exit(exit), line, "an end with another spelling");
         }
     }
-    if let Some(order) = MonitorRequest::decode(data) {
-        assert_eq!(order.encode(), data, "an order with another spelling");
+    if let Some(request) = MonitorRequest::decode(data) {
+        assert_eq!(request.encode(), data, "a request with another spelling");
         assert!(data.len() <= MonitorRequest::MAX);
     }
-    if let Some(word) = HandshakeMessage::decode(data) {
-        match (heard(&word), &word) {
+    if let Some(message) = HandshakeMessage::decode(data) {
+        match (received(&message), &message) {
             // A sentence is cut where the packet ends.
-            (Some(HandshakeMessage::Failed(heard)), HandshakeMessage::Failed(said))
-            | (Some(HandshakeMessage::Busy(heard)), HandshakeMessage::Busy(said))
-                if said.len() >= HandshakeMessage::MAX =>
+            (Some(HandshakeMessage::Failed(received)), HandshakeMessage::Failed(sent))
+            | (Some(HandshakeMessage::Busy(received)), HandshakeMessage::Busy(sent))
+                if sent.len() >= HandshakeMessage::MAX =>
             {
-                assert!(!heard.is_empty());
+                assert!(!received.is_empty());
             }
-            (heard, _) => assert_eq!(heard.as_ref(), Some(&word)),
+            (received, _) => assert_eq!(received.as_ref(), Some(&message)),
         }
     }
 });
