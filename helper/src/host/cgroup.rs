@@ -80,7 +80,7 @@ pub fn prepare(wanted: Option<&Path>, apart: bool) -> Result<PathBuf> {
         std::fs::write(daemon.join("cgroup.procs"), "0")
             .with_context(|| format!("cannot move into {}", daemon.display()))?;
     }
-    // Limits take their controllers; which of them there are, `limits` sees in the end.
+    // Limits take their controllers; which of them there are, `abilities` sees.
     for controller in ["+memory", "+cpu", "+pids"] {
         for level in [&base, &workers] {
             let _ = std::fs::write(level.join("cgroup.subtree_control"), controller);

@@ -302,7 +302,9 @@ fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[O
             let proxy_descriptors = proxy.iter().flat_map(ProxyListener::descriptors);
             let keep: Vec<i32> = proxy_descriptors.chain([there.as_raw_fd()]).collect();
             sys::close_all_but(&keep)?;
-            proxy.map(forward_connections).transpose()?;
+            proxy
+                .map(|proxy| forward_connections(&proof, proxy))
+                .transpose()?;
             first_process(&proof, &there, command, &variables, ours)
         });
         ended.unwrap_or_else(|error| {
@@ -354,7 +356,7 @@ impl Started {
 }
 
 /// In a process of its own, which ends with the namespace: forward connections to the supervisor.
-fn forward_connections(proxy: ProxyListener) -> Result<()> {
+fn forward_connections(proof: &Unprivileged, proxy: ProxyListener) -> Result<()> {
     sys::fork(|| {
         if sys::close_all_but(&proxy.descriptors()).is_err() {
             return 1;
@@ -362,7 +364,7 @@ fn forward_connections(proxy: ProxyListener) -> Result<()> {
         loop {
             let mut events = proxy.poll_fds();
             let _ = poll(&mut events, PollTimeout::NONE);
-            proxy.forward();
+            proxy.forward(proof);
         }
     })
     .context("cannot start the process that forwards connections to the supervisor")?;

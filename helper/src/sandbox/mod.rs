@@ -197,7 +197,12 @@ impl Job {
                 }
                 init::run(&self.proof, agent, &self.files, &self.init)
             }
-            Err(error) => not_started(&self.files, session, &error),
+            Err(error) => {
+                let sentence = format!("cannot start the agent: {error}");
+                init::not_started(&self.proof, &self.files, &sentence);
+                let _ = HandshakeMessage::Failed(sentence).send_to(session);
+                1
+            }
         }
     }
 }
@@ -207,13 +212,6 @@ fn is_told_to_go(session: &Seqpacket) -> bool {
         Ok(Received::Packet { bytes, .. }) => HandshakeMessage::decode(&bytes) == Some(HandshakeMessage::Go),
         _ => false,
     }
-}
-
-fn not_started(files: &init::Files, session: &Seqpacket, error: &io::Error) -> i32 {
-    let sentence = format!("cannot start the agent: {error}");
-    init::not_started(files, &sentence);
-    let _ = HandshakeMessage::Failed(sentence).send_to(session);
-    1
 }
 
 fn plan(host: &Host, config: &Config, worker: WorkerId) -> Result<Plan> {

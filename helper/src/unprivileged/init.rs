@@ -110,7 +110,7 @@ impl Console<'_> {
 /// Reap children, copy output and enforce the run time until the agent has ended. Returns the status for pid 1 itself.
 ///
 /// `install` starts the real agent and exits, so the agent is the child that is there when it does.
-pub fn run(_proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConfig) -> i32 {
+pub fn run(proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConfig) -> i32 {
     let mut console = Console {
         file: &files.console,
         left: config.console,
@@ -142,7 +142,7 @@ pub fn run(_proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConf
         let _ = poll(&mut events, wait);
         while let Ok(Some(_)) = agent.children_ended.read_signal() {}
         if let Some(proxy) = &config.proxy {
-            proxy.forward();
+            proxy.forward(proof);
         }
         open = open && console.pump(&agent.output);
         unreaped = true;
@@ -183,7 +183,7 @@ pub fn run(_proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConf
 }
 
 /// The agent's program could not be started: say so where a person and the supervisor will look.
-pub fn not_started(files: &Files, sentence: &str) {
+pub fn not_started(_proof: &Unprivileged, files: &Files, sentence: &str) {
     let _ = writeln!(&files.console, "{sentence}");
     let _ = (&files.exit).write_all(print_exit(Exit::NotStarted).as_bytes());
 }

@@ -2,19 +2,22 @@
 //! that a job could write (`remove`). Their entry points take an [`Unprivileged`], which only [`become_user`] makes.
 
 pub mod init;
+mod proof;
 pub mod proxy;
 pub mod remove;
+
+pub use proof::{Unprivileged, become_user};
 
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitPidFlag;
-use nix::unistd::{Gid, Pid, setgroups, setresgid, setresuid};
+use nix::unistd::Pid;
 use protocol::Uid;
 
 use crate::sys;
@@ -22,34 +25,6 @@ use crate::sys;
 /// The most children that are reaped, or connections that are forwarded, in one turn: a flood of one kind must not keep
 /// pid 1 from all else.
 pub const TURN: usize = 64;
-
-/// The proof that this process has become a job's user and has no capability. It cannot be copied to a process that has
-/// some: nothing gives a process a uid or a capability again.
-#[derive(Debug)]
-pub struct Unprivileged(());
-
-/// Become the user, for good: no group but its own and `groups`, and with the uid go all capabilities
-/// (`capabilities(7)`). Only for a process that has been forked for this.
-pub fn become_user(uid: Uid, groups: &[Gid]) -> Result<Unprivileged> {
-    let (user, group) = (nix::unistd::Uid::from_raw(uid.get()), Gid::from_raw(uid.get()));
-    setgroups(groups).context("cannot set the groups")?;
-    setresgid(group, group, group).context("cannot set the gid")?;
-    setresuid(user, user, user).context("cannot set the uid")?;
-    // With the permitted set the ambient one is empty, too (capabilities(7)).
-    for set in [
-        caps::CapSet::Effective,
-        caps::CapSet::Permitted,
-        caps::CapSet::Inheritable,
-    ] {
-        let left = caps::read(None, set).map_err(|e| anyhow::anyhow!("cannot read the capabilities: {e}"))?;
-        ensure!(
-            left.is_empty(),
-            "capabilities are left after becoming uid {uid}: {left:?}"
-        );
-    }
-    sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
-    Ok(Unprivileged(()))
-}
 
 /// Do this in a process that has become the user, and has these descriptors alone.
 pub fn as_user(uid: Uid, keep: &[RawFd], work: impl FnOnce(&Unprivileged) -> Result<()>) -> Result<()> {

@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::Seqpacket;
 use protocol::config::PROXY_SOCKET;
 
-use crate::unprivileged::TURN;
+use crate::unprivileged::{TURN, Unprivileged};
 
 /// Where connections come in, and where they go.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl ProxyListener {
 
     /// Hand on the connections that are waiting. Where the supervisor is away, or busy, they are closed: the
     /// agent comes again.
-    pub fn forward(&self) {
+    pub fn forward(&self, _proof: &Unprivileged) {
         let socket: PathBuf = format!("/proc/self/fd/{}/{PROXY_SOCKET}", self.proxy_dir.as_raw_fd()).into();
         let mut events = self.poll_fds();
         let _ = poll(&mut events, PollTimeout::ZERO);
