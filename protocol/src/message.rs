@@ -18,11 +18,10 @@ pub const MAX_LIST: usize = 256;
 pub enum Request {
     /// First packet of every connection, and only the first. Its encoding never changes. `version` is [`VERSION`].
     ///
-    /// Answer: [`Reply::Welcome`]. Errors: `Version`, after which the helper hangs up.
+    /// Answer: [`Reply::Welcome`]. Errors: `Version`, or `Busy` (too many connections); the helper closes it then.
     Hello { version: u16 },
 
-    /// Take the slot for the worker, pick an unused uid = gid, make the user known, make the worker's
-    /// directories.
+    /// Take the slot for the worker, pick an unused uid = gid, make the user known, and the directory that says so.
     ///
     /// * Before: the slot is in the configuration and has nothing in it that the host lacks (else `NoSuchSlot` or `Busy`,
     ///   until an operator has corrected it); neither it nor a slot that conflicts with it (in
@@ -32,7 +31,7 @@ pub enum Request {
     ///   one is deleted); `Refused` (the worker has another slot); `Limit` (no uid is free); `Failed`.
     CreateUser { worker: WorkerId, slot: SlotName },
 
-    /// Build the worker's sandbox and start `agent install` in it. With one descriptor: the agent's
+    /// Make the worker's directories and its sandbox, and start `agent install` in it. With one descriptor: the agent's
     /// program in a memfd of 1 to [`MAX_AGENT_BYTES`](crate::MAX_AGENT_BYTES) bytes, sealed against
     /// writing, growing and shrinking (`F_SEAL_WRITE|GROW|SHRINK`, `fcntl(2)`). It is read from its
     /// beginning, whatever the file offset, and never parsed.
@@ -42,6 +41,8 @@ pub enum Request {
     ///   Said again after the agent was started, it starts nothing and gives the same answer: an agent
     ///   is never started twice in one worker.
     /// * Errors: `NoSuchWorker`, `NoSuchSlot`, `Refused` (the descriptor is not what is asked for),
+    ///   `Busy` (the configuration has a mistake, the host took too long, or the helper was restarted or
+    ///   lost a process meanwhile),
     ///   `Failed` (the host could not, or the program is none: the sentence has the kernel's reason,
     ///   and so has the console).
     InstallAgent {
@@ -65,7 +66,8 @@ pub enum Request {
     /// all the slot is free.
     ///
     /// * Answer: [`Reply::Deleted`], when nothing is left; also for a worker that never was.
-    /// * Errors: `Failed`: something is left, the slot stays taken, saying it again goes on.
+    /// * Errors: `Failed`, or `Busy` where the helper was restarted meanwhile: something is left, the slot stays
+    ///   taken, saying it again goes on.
     Delete { worker: WorkerId },
 
     /// Everything that exists on this host, in the order of ids, beginning after `after`: at most

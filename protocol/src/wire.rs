@@ -9,6 +9,7 @@
 //! | a worker's id | 16 bytes, the highest first |
 //! | a text, a list | its length as a number, and what is in it |
 //! | an `Option` | 0, or 1 and what is in it |
+//! | a message, a `struct`, a variant | its fields in the order in which they are declared, with nothing between or after |
 //!
 //! ```
 //! use protocol::{Request, WorkerId, wire};
