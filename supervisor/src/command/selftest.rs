@@ -84,7 +84,7 @@ fn test(root: &Path, slot: Option<SlotName>) -> Option<Vec<SlotReport>> {
     };
     let programs = Programs::beside(manual::program());
     let tested = Listeners::open().and_then(|listeners| {
-        let test = |slot: &SlotName| run::slot(&config, slot, root, &programs, &listeners.outside);
+        let test = |slot: &SlotName| run::slot(&config, slot, root, &programs, &listeners);
         slots.iter().map(test).collect::<Result<Vec<SlotReport>, _>>()
     });
     tested

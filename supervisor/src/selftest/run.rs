@@ -49,9 +49,8 @@ impl Programs {
 #[derive(Debug)]
 pub struct Listeners {
     _tcp: TcpListener,
-    _abstract: UnixListener,
-    /// Where they listen.
-    pub outside: Outside,
+    at_abstract_name: UnixListener,
+    outside: Outside,
 }
 
 impl Listeners {
@@ -60,15 +59,23 @@ impl Listeners {
     pub fn open() -> io::Result<Listeners> {
         let tcp = TcpListener::bind("127.0.0.1:0")?;
         let abstract_name = format!("user-factory-selftest-{}", std::process::id());
-        let address = SocketAddr::from_abstract_name(&abstract_name)?;
+        let at_abstract_name = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&abstract_name)?)?;
+        at_abstract_name.set_nonblocking(true)?;
         Ok(Listeners {
             outside: Outside {
                 port: tcp.local_addr()?.port(),
                 abstract_name,
             },
             _tcp: tcp,
-            _abstract: UnixListener::bind_addr(&address)?,
+            at_abstract_name,
         })
+    }
+
+    /// Close what jobs have connected. Such a connection keeps its job's credentials (`SO_PEERCRED`, `unix(7)`), and these
+    /// keep the directories that Landlock's rules name, also when they are removed (`security/landlock/fs.c`): until then
+    /// they are in the user's quota.
+    fn close_connections(&self) {
+        while self.at_abstract_name.accept().is_ok() {}
     }
 }
 
@@ -81,9 +88,9 @@ pub fn slot(
     slot: &SlotName,
     root: &Path,
     programs: &Programs,
-    outside: &Outside,
+    listeners: &Listeners,
 ) -> io::Result<SlotReport> {
-    let expected = Expected::of(config, slot, root, outside);
+    let expected = Expected::of(config, slot, root, &listeners.outside);
     let mut report = SlotReport {
         slot: slot.to_string(),
         busy: None,
@@ -136,6 +143,7 @@ pub fn slot(
             Outcome::NotTried,
         ));
     }
+    listeners.close_connections();
     report.attempts.push(nothing_is_left(config, root)?);
     Ok(report)
 }
@@ -263,7 +271,22 @@ fn nothing_is_left(config: &Config, root: &Path) -> io::Result<Attempt> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
     use super::*;
+
+    #[test]
+    fn what_a_job_has_connected_is_closed() {
+        let listeners = Listeners::open().unwrap();
+        let address = SocketAddr::from_abstract_name(&listeners.outside.abstract_name).unwrap();
+        let jobs = [(); 3].map(|()| UnixStream::connect_addr(&address).unwrap());
+        listeners.close_connections();
+        for mut job in jobs {
+            job.set_nonblocking(true).unwrap();
+            assert_eq!(job.read(&mut [0]).unwrap(), 0);
+        }
+    }
 
     #[test]
     fn a_line_of_a_log_is_read_as_its_sentence() {
