@@ -96,12 +96,15 @@ fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }
 
-/// A detached copy of the mount at what is open, with all below it if `recursive` (`open_tree(2)`).
-pub fn clone_mount(open: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
+/// A detached copy of the mount at `path` from `at`, which is `at` itself where the path is empty, with all below it if
+/// `recursive` (`open_tree(2)`). A link is not followed.
+pub fn clone_mount(at: BorrowedFd<'_>, path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
     let deep = if recursive { libc::AT_RECURSIVE as u32 } else { 0 };
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | deep | libc::AT_EMPTY_PATH as u32;
-    // SAFETY: the path is the empty C string; a result that is not -1 is a new descriptor.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, open.as_raw_fd(), c"".as_ptr(), flags) };
+    let last = (libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW) as u32;
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | deep | last;
+    // SAFETY: path is a C string that outlives the call; a result that is not -1 is a new descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, at.as_raw_fd(), path.as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

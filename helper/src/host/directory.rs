@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2, renameat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat2, renameat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstatat, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -57,19 +57,14 @@ pub const DIRECTORY: OFlag = OFlag::O_RDONLY
 /// descriptors, and may ignore modes.
 pub fn open_detached(path: &Path, attributes: u64) -> Result<OwnedFd> {
     let describe = || format!("cannot open {} by itself", path.display());
-    let mount = sys::clone_mount(name(path).with_context(describe)?.as_fd(), false).with_context(describe)?;
+    let mount = sys::clone_mount(AT_FDCWD, path, false).with_context(describe)?;
     sys::set_mount_attributes(mount.as_fd(), attributes, 0).with_context(describe)?;
     // The first only names it: what is synced must be open.
     open_dir(mount, ".").with_context(describe)
 }
 
-/// What is at a path, to be mounted elsewhere and not to be read: a link itself, if it is one (`O_PATH`, `open(2)`).
-pub fn name(path: &Path) -> nix::Result<OwnedFd> {
-    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    open(path, flags, Mode::empty())
-}
-
-/// The same, if no part of the path is a link: whoever may rename a directory may put a link to another's in its place.
+/// What is at a path, to be mounted elsewhere and not to be read (`O_PATH`, open(2)), if no part of the path is a link:
+/// whoever may rename a directory may put a link to another's in its place.
 pub fn name_without_links(path: &Path) -> nix::Result<OwnedFd> {
     let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC);
     openat2(AT_FDCWD, path, how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS))
@@ -181,7 +176,7 @@ pub mod tests {
     use super::*;
 
     pub fn open_path(path: &Path) -> nix::Result<OwnedFd> {
-        open(path, DIRECTORY, Mode::empty())
+        nix::fcntl::open(path, DIRECTORY, Mode::empty())
     }
 
     #[test]

@@ -22,14 +22,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Gid;
 use protocol::config::{Config, Network, Slot};
 use protocol::{BootstrapToken, Received, Seqpacket, Uid, UserName, WorkerId};
 
-use crate::host::directory::{name, open_dir, open_file};
+use crate::host::directory::{open_dir, open_file};
 use crate::host::record::read_record_of;
 use crate::host::{self, Host, quota, record, users};
 use crate::monitor_ipc::HandshakeMessage;
@@ -411,8 +411,7 @@ fn take_off(place: &JobPath) -> Result<()> {
 /// Returns the mount.
 fn bind(source: &JobPath, place: &JobPath, attributes: u64) -> Result<OwnedFd> {
     let describe = || format!("cannot mount {} at {}", source.display(), place.display());
-    let open = name(source.entered()).with_context(describe)?;
-    let copy = sys::clone_mount(open.as_fd(), true).with_context(describe)?;
+    let copy = sys::clone_mount(AT_FDCWD, source.entered(), true).with_context(describe)?;
     sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
     sys::attach_mount(copy.as_fd(), place.entered()).with_context(describe)?;
     Ok(copy)

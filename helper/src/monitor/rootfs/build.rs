@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
+use nix::fcntl::AT_FDCWD;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::inotify::{AddWatchFlags, Inotify};
 use nix::sys::stat::{Mode, SFlag, mknod};
@@ -109,8 +110,7 @@ impl<'a> Builder<'a> {
     fn build(host: &Host, config: &Config, directories: &'a Inotify) -> Result<()> {
         make_private()?;
         let new_root = NewRootPath::new(host.root.join(config::RUN_DIR));
-        let devices = directory::name(new_root.join("devices").as_ref())?;
-        let devices = sys::clone_mount(devices.as_fd(), false)?;
+        let devices = sys::clone_mount(AT_FDCWD, new_root.join("devices").as_ref(), false)?;
         let hidden = hidden_by_operator(config)?;
         let own = own_of_the_factory(host, config)?;
         let sockets = reachable_sockets(config)?;
@@ -192,7 +192,7 @@ impl<'a> Builder<'a> {
     fn bind(&self, source: &SourcePath, place: &JobPath, attributes: u64, recursive: bool) -> Result<()> {
         let describe = || format!("cannot show {} to jobs", source.display());
         let open = directory::name_without_links(source.as_ref()).with_context(describe)?;
-        let copy = sys::clone_mount(open.as_fd(), recursive).with_context(describe)?;
+        let copy = sys::clone_mount(open.as_fd(), Path::new(""), recursive).with_context(describe)?;
         sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
         let real = place.in_new_root(&self.new_root);
         sys::attach_mount(copy.as_fd(), real.as_ref()).with_context(describe)
