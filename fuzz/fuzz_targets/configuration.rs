@@ -72,7 +72,7 @@ fn sound(slot: &Slot, lines: usize) {
             .cpus
             .is_none_or(|cpus| (10..=4_096_000).contains(&cpus.thousandths()))
     );
-    assert!((1 << 10..=protocol::MAX_CONSOLE_BYTES).contains(&limits.console));
+    assert!((1 << 10..=protocol::config::MAX_CONSOLE_BYTES).contains(&limits.console));
 }
 
 fuzz_target!(|text: &str| {

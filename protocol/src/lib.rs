@@ -58,7 +58,3 @@ pub use socket::{Received, Seqpacket};
 
 /// The largest agent that the helper copies, in bytes: 256 MiB. The real one has some tens of MiB.
 pub const MAX_AGENT_BYTES: u64 = 256 << 20;
-
-/// The most that a slot may let the helper keep of what its agents print, in bytes: 8 MiB. What comes after a
-/// slot's own `limits.console` is dropped.
-pub const MAX_CONSOLE_BYTES: u64 = 8 << 20;

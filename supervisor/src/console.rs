@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use protocol::MAX_CONSOLE_BYTES;
+use protocol::config::MAX_CONSOLE_BYTES;
 
 /// The most lines that go into a job's log.
 pub const MAX_LINES: usize = 200;

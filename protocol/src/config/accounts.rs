@@ -1,7 +1,7 @@
 //! What a configuration wants of the host's accounts: pure, over the text of `/etc/passwd` and its like, so that the
 //! helper and `user-factory check` refuse the same in the same words. Name services such as LDAP are not asked.
 
-use super::{GroupName, UidRange, User};
+use super::value::{GroupName, UidRange, User};
 
 /// Uid and gid of the supervisor (`passwd(5)`): of a number that is nobody's, the same number.
 ///

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Deserializer, de};
 
-use crate::MAX_CONSOLE_BYTES;
+/// The most that a slot may let the helper keep of what its agents print, in bytes: 8 MiB. What comes after a
+/// slot's own `limits.console` is dropped.
+pub const MAX_CONSOLE_BYTES: u64 = 8 << 20;
 
 /// The limits of a slot's jobs; what is not written has no limit, or the default that is said here.
 ///

@@ -35,14 +35,14 @@ use toml::Spanned;
 use crate::{SlotName, Target};
 
 pub use devices::DevicePattern;
-pub use limits::{Cpus, Limits, MinFree, core_goes_to_a_socket};
+pub use limits::{Cpus, Limits, MAX_CONSOLE_BYTES, MinFree, core_goes_to_a_socket};
 pub use network::{
     Destination, Egress, HTTP_PROXY, Host, MAX_CONNECTION_NAME, MAX_DESTINATIONS, Network, TO_HTTP_PROXY,
     TO_SERVER,
 };
 pub use value::{
-    AgentEnvName, BaseUrl, EnvName, EnvValue, GroupName, HELPER_VARIABLES, HostName, HostPath, ProxyUrl,
-    Script, SocketFamily, UidRange, User,
+    AgentEnvName, BaseUrl, EnvName, EnvValue, GroupName, HELPER_VARIABLES, HostName, HostPath, PRIVATE_DIRS,
+    ProxyUrl, Script, SocketFamily, UidRange, User,
 };
 
 /// The configuration's place below the root directory.
@@ -69,9 +69,6 @@ pub const CONTROL_SOCKET: &str = "control.sock";
 pub const USERDB_SLOT: &str = "buildomatSlot";
 /// The directory of all lasting state, below the root directory.
 pub const STATE_DIR: &str = "var/lib/buildomat-user-factory";
-
-/// The directories that every job may write, besides its home; each begins empty and ends with the job.
-pub const PRIVATE_DIRS: [&str; 5] = ["/input", "/work", "/tmp", "/var/tmp", "/opt/buildomat"];
 
 /// A configuration without mistakes.
 #[derive(Clone, Debug, PartialEq, Eq)]

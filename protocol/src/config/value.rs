@@ -6,8 +6,10 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, de};
 
-use super::PRIVATE_DIRS;
 use crate::Uid;
+
+/// The directories that every job may write, besides its home; each begins empty and ends with the job.
+pub const PRIVATE_DIRS: [&str; 5] = ["/input", "/work", "/tmp", "/var/tmp", "/opt/buildomat"];
 
 /// A text that `rule` takes or refuses. It does so within the file's deserializer, which knows the place of what it reads:
 /// in a list the item's, not the list's.
