@@ -363,13 +363,18 @@ impl TestHost {
 
     /// With the factory's directories and no configuration; see [`TestHost::configure`].
     pub fn new() -> TestHost {
+        TestHost::below(&std::env::temp_dir())
+    }
+
+    /// The same in a directory below this one.
+    pub fn below(directory: &Path) -> TestHost {
         binaries();
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
         let directory = tempfile::Builder::new()
             .prefix(TestHost::PREFIX)
-            .tempdir()
+            .tempdir_in(directory)
             .expect("a directory");
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
         // Dropped, it would be removed by calls of a function within itself: too many for a hostile job's trees.

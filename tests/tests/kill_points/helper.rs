@@ -213,7 +213,8 @@ fn report(
     let always = runs.iter().map(all_calls).reduce(|one, other| &one & &other);
     let left: Vec<String> = (&always.expect("there are runs") - covered)
         .iter()
-        .filter(|(_, number)| !MEMORY.contains(number))
+        // How often one process waits for another is the machine's affair.
+        .filter(|(_, number)| !MEMORY.contains(number) && *number != libc::SYS_clock_nanosleep)
         .map(|(kind, number)| format!("{kind:?} {}", name(*number)))
         .collect();
     assert!(left.is_empty(), "{what}: never killed at {left:?}");

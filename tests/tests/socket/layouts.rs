@@ -83,7 +83,7 @@ fn replaced_during_a_job(more: &str) -> String {
         look() {{
             id -un; id -gn; getent hosts buildomat.example.com
             cat a-file a-directory/* deep/in/it/* /etc/app/key /etc/closed/*
-            python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect("service"); print("SECRET")'
+            python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect("service"); print("SEC" + "RET")'
             touch gets/this/file exists/file /var/is/here/file /var/tmp/file /opt/buildomat/file && echo written
             cat live/file /etc/app/seen /etc/looked-for
         }} 2>&1
@@ -193,7 +193,8 @@ fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
         cd root; mkdir old; pivot_root . old; umount -l /old; cd /"#,
         place.path().display()
     );
-    let host = TestHost::new();
+    // Not in /var/tmp, which booted hosts have for it.
+    let host = TestHost::below(Path::new("/srv"));
     host.configure("http://127.0.0.1:9", 0, &format!("[slots.a]\n{SLOT}"));
     let _helper = helper_after(&host, &script);
     let client = Client::new(&host);

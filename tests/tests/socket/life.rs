@@ -193,7 +193,7 @@ fn a_job_sees_what_the_design_says_and_no_more() {
         for place in / /usr /etc /opt /home /run /dev /sys /root /opt/shown; do
             touch "$place/new" 2>/dev/null && echo "WRITABLE $place"
         done
-        for hidden in {secret} /root/.cargo /run/systemd /run/dbus /.buildomat-factory/workers; do
+        for hidden in {secret} /root/.cargo /run/systemd/private /run/dbus /.buildomat-factory/workers; do
             [ -e "$hidden" ] && echo "SEEN $hidden"
         done
         [ -d /opt/shown/doc ] && echo "shown"
