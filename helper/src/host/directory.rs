@@ -64,9 +64,10 @@ pub fn open_detached(path: &Path, attributes: u64) -> Result<OwnedFd> {
 }
 
 /// What is at a path, to be mounted elsewhere and not to be read (`O_PATH`, open(2)), if no part of the path is a link:
-/// whoever may rename a directory may put a link to another's in its place.
-pub fn name_without_links(path: &Path) -> nix::Result<OwnedFd> {
-    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC);
+/// whoever may rename a directory may put a link to another's in its place. With `O_DIRECTORY`, what is to be mounted there
+/// when somebody enters it is mounted (`follow_automount` in the kernel's `fs/namei.c`).
+pub fn name_without_links(path: &Path, kind: OFlag) -> nix::Result<OwnedFd> {
+    let how = OpenHow::new().flags(kind | OFlag::O_PATH | OFlag::O_CLOEXEC);
     openat2(AT_FDCWD, path, how.resolve(ResolveFlag::RESOLVE_NO_SYMLINKS))
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use protocol::SlotName;
 use supervisor::control::api::{self, SlotState, Status};
 use supervisor::control::client::Error;
-use supervisor::selftest::run::{Listeners, Programs};
+use supervisor::selftest::run::Programs;
 use supervisor::selftest::{self, SlotReport, run};
 
 use super::{DONE, FAILED, OutputFormat, ask, manual, print, print_error, residue, say};
@@ -83,10 +83,8 @@ fn test(root: &Path, slot: Option<SlotName>) -> Option<Vec<SlotReport>> {
         None => config.slots.keys().cloned().collect(),
     };
     let programs = Programs::beside(manual::program());
-    let tested = Listeners::open().and_then(|listeners| {
-        let test = |slot: &SlotName| run::slot(&config, slot, root, &programs, &listeners);
-        slots.iter().map(test).collect::<Result<Vec<SlotReport>, _>>()
-    });
+    let test = |slot: &SlotName| run::slot(&config, slot, root, &programs);
+    let tested: Result<Vec<SlotReport>, _> = slots.iter().map(test).collect();
     tested
         .map_err(|error| {
             print_error(&format!(

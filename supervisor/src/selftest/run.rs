@@ -47,35 +47,25 @@ impl Programs {
 
 /// Listeners of this process that no job of a slot without a network may reach.
 #[derive(Debug)]
-pub struct Listeners {
+struct Listeners {
     _tcp: TcpListener,
-    at_abstract_name: UnixListener,
+    _abstract: UnixListener,
     outside: Outside,
 }
 
 impl Listeners {
-    /// # Errors
-    /// The kernel's.
-    pub fn open() -> io::Result<Listeners> {
+    fn open() -> io::Result<Listeners> {
         let tcp = TcpListener::bind("127.0.0.1:0")?;
         let abstract_name = format!("user-factory-selftest-{}", std::process::id());
-        let at_abstract_name = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&abstract_name)?)?;
-        at_abstract_name.set_nonblocking(true)?;
+        let address = SocketAddr::from_abstract_name(&abstract_name)?;
         Ok(Listeners {
             outside: Outside {
                 port: tcp.local_addr()?.port(),
                 abstract_name,
             },
             _tcp: tcp,
-            at_abstract_name,
+            _abstract: UnixListener::bind_addr(&address)?,
         })
-    }
-
-    /// Close what jobs have connected. Such a connection keeps its job's credentials (`SO_PEERCRED`, `unix(7)`), and these
-    /// keep the directories that Landlock's rules name, also when they are removed (`security/landlock/fs.c`): until then
-    /// they are in the user's quota.
-    fn close_connections(&self) {
-        while self.at_abstract_name.accept().is_ok() {}
     }
 }
 
@@ -83,13 +73,8 @@ impl Listeners {
 ///
 /// # Errors
 /// The programs cannot be run.
-pub fn slot(
-    config: &Config,
-    slot: &SlotName,
-    root: &Path,
-    programs: &Programs,
-    listeners: &Listeners,
-) -> io::Result<SlotReport> {
+pub fn slot(config: &Config, slot: &SlotName, root: &Path, programs: &Programs) -> io::Result<SlotReport> {
+    let listeners = Listeners::open()?;
     let expected = Expected::of(config, slot, root, &listeners.outside);
     let mut report = SlotReport {
         slot: slot.to_string(),
@@ -143,7 +128,9 @@ pub fn slot(
             Outcome::NotTried,
         ));
     }
-    listeners.close_connections();
+    // A connection that the job has made keeps its credentials (`SO_PEERCRED`, `unix(7)`), and these keep the directories
+    // that Landlock's rules name, also when they are removed (`security/landlock/fs.c`): they stay in the user's quota.
+    drop(listeners);
     report.attempts.push(nothing_is_left(config, root)?);
     Ok(report)
 }
@@ -271,22 +258,7 @@ fn nothing_is_left(config: &Config, root: &Path) -> io::Result<Attempt> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-    use std::os::unix::net::UnixStream;
-
     use super::*;
-
-    #[test]
-    fn what_a_job_has_connected_is_closed() {
-        let listeners = Listeners::open().unwrap();
-        let address = SocketAddr::from_abstract_name(&listeners.outside.abstract_name).unwrap();
-        let jobs = [(); 3].map(|()| UnixStream::connect_addr(&address).unwrap());
-        listeners.close_connections();
-        for mut job in jobs {
-            job.set_nonblocking(true).unwrap();
-            assert_eq!(job.read(&mut [0]).unwrap(), 0);
-        }
-    }
 
     #[test]
     fn a_line_of_a_log_is_read_as_its_sentence() {

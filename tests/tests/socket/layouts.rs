@@ -163,6 +163,46 @@ fn the_same_holds_where_etc_cannot_be_an_overlay() {
     replaced_during_a_job("mount --bind /etc/hostname /etc/hostname");
 }
 
+/// Mounts a file system at `auto` when somebody enters it, until a byte comes from `end` (the kernel's
+/// Documentation/filesystems/autofs.rst).
+const AUTOMOUNTER: &str = r#"import fcntl, os, select, struct, subprocess
+os.setpgid(0, 0)
+requests, to_us = os.pipe()
+options = f"fd={to_us},pgrp={os.getpgrp()},minproto=5,maxproto=5,direct"
+subprocess.run(["mount", "-t", "autofs", "-o", options, "none", "auto"], pass_fds=[to_us], check=True)
+top, end = os.open("auto", os.O_RDONLY), os.open("end", os.O_RDWR)
+open("started", "w")
+while end not in select.select([requests, end], [], [])[0]:
+    token = struct.unpack_from("I", os.read(requests, 4096), 8)[0]
+    subprocess.run(["mount", "-t", "tmpfs", "none", "auto"], check=True)
+    open("auto/file", "w").write("mounted\n")
+    fcntl.ioctl(top, 0x9360, token)"#;
+
+#[test]
+fn what_is_mounted_when_somebody_enters_it_is_shown() {
+    let place = place();
+    let at = |name: &str| place.path().join(name);
+    fs::create_dir(at("auto")).unwrap();
+    write(at("hidden"), "SECRET");
+    mkfifo(&at("end"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let host = TestHost::new();
+    let hide = format!("hide = [{:?}]\n[slots.a]\n{SLOT}", at("hidden"));
+    host.configure("http://127.0.0.1:9", 0, &hide);
+    let script = format!(
+        "cd {0}; timeout {1} python3 -c '{AUTOMOUNTER}' & while ! [ -e {0}/started ]; do sleep 0.05; done",
+        place.path().display(),
+        PATIENCE.as_secs(),
+    );
+    let _helper = helper_after(&host, &script);
+    let client = Client::new(&host);
+    let worker = created(&client, "a");
+    let script = format!("cat {}/auto/file; exit 1", place.path().display());
+    let (_, console) = run(&client, worker, &script);
+    assert_eq!(console, "mounted\n");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+    fs::write(at("end"), "over").unwrap();
+}
+
 #[test]
 fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
     let place = place();

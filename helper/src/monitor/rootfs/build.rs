@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
-use nix::fcntl::AT_FDCWD;
+use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::inotify::{AddWatchFlags, Inotify};
 use nix::sys::stat::{Mode, SFlag, mknod};
@@ -188,10 +188,15 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Attach a copy of the host's `source`, with what is mounted below it.
+    /// Attach a copy of the host's `source`; if `recursive`, it is a directory, with what is mounted below it.
     fn bind(&self, source: &SourcePath, place: &JobPath, attributes: u64, recursive: bool) -> Result<()> {
         let describe = || format!("cannot show {} to jobs", source.display());
-        let open = directory::name_without_links(source.as_ref()).with_context(describe)?;
+        let kind = if recursive {
+            OFlag::O_DIRECTORY
+        } else {
+            OFlag::empty()
+        };
+        let open = directory::name_without_links(source.as_ref(), kind).with_context(describe)?;
         let copy = sys::clone_mount(open.as_fd(), Path::new(""), recursive).with_context(describe)?;
         sys::set_mount_attributes(copy.as_fd(), attributes, 0).with_context(describe)?;
         let real = place.in_new_root(&self.new_root);
@@ -206,7 +211,7 @@ impl<'a> Builder<'a> {
             return self.bind(source, place, READ_ONLY, true);
         }
         // The directory may be somebody's who puts a link in its place at any moment.
-        let open = directory::name_without_links(source.as_ref())?;
+        let open = directory::name_without_links(source.as_ref(), OFlag::O_DIRECTORY)?;
         let opened = PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()));
         self.watch(&opened)
             .with_context(|| format!("cannot show {}", source.display()))?;
