@@ -2,10 +2,13 @@
 //! and the few messages that are exchanged while a worker's first process starts. All of it stays among processes
 //! of root's own making; even so a request names a worker, and its rest is read from the disk again.
 
-use protocol::{BootstrapToken, Error, ErrorKind, Seqpacket, WorkerId};
+use std::os::fd::BorrowedFd;
+
+use protocol::{BootstrapToken, Error, ErrorKind, Seqpacket, WorkerId, wire};
+use serde::{Deserialize, Serialize};
 
 /// What a session may ask of the monitor. The socket that comes with it takes the answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MonitorRequest {
     /// Make the worker's first process. Answer: `Filter` and `Ready`; then, after `Go`, `Done`.
     Launch {
@@ -20,31 +23,8 @@ pub enum MonitorRequest {
 }
 
 impl MonitorRequest {
-    /// The longest request, in bytes.
-    pub const MAX: usize = 512;
-
-    /// A letter, the worker's id and, for `Launch`, the token: at most 155 bytes.
-    pub fn encode(&self) -> Vec<u8> {
-        let (kind, worker, rest) = match self {
-            MonitorRequest::Launch { worker, bootstrap } => (b'L', worker, bootstrap.as_str()),
-            MonitorRequest::ClearQuota { worker } => (b'U', worker, ""),
-        };
-        format!("{}{worker}{rest}", char::from(kind)).into_bytes()
-    }
-
-    /// None where it is not exactly what [`MonitorRequest::encode`] makes.
-    pub fn decode(bytes: &[u8]) -> Option<MonitorRequest> {
-        let text = std::str::from_utf8(bytes).ok()?;
-        let worker = text.get(1..27)?.parse().ok()?;
-        match (text.get(..1)?, text.get(27..)?) {
-            ("L", bootstrap) => Some(MonitorRequest::Launch {
-                worker,
-                bootstrap: bootstrap.parse().ok()?,
-            }),
-            ("U", "") => Some(MonitorRequest::ClearQuota { worker }),
-            _ => None,
-        }
-    }
+    /// The longest request, in bytes: its number, the worker's id, and a token of 128 bytes with its length.
+    pub const MAX: usize = 1 + 16 + 1 + 128;
 }
 
 /// Why a request was not carried out: one to the monitor, or one of the supervisor's that takes nothing but the host.
@@ -71,6 +51,16 @@ pub(crate) use from;
 
 from!(Failure { Failed(anyhow::Error) });
 
+/// The reason of another process.
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        match error.kind {
+            ErrorKind::Busy => Failure::Busy(error.to_string()),
+            _ => Failure::Failed(error.into()),
+        }
+    }
+}
+
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Error {
         match failure {
@@ -81,7 +71,7 @@ impl From<Failure> for Error {
 }
 
 /// A message between a session and the process that carries out its request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HandshakeMessage {
     /// All is prepared but the filter of system calls, which is installed next.
     Filter,
@@ -92,45 +82,27 @@ pub enum HandshakeMessage {
     /// The kernel has accepted the agent's program, or the request is carried out.
     Done,
     /// It could not be, for this reason.
-    Failed(String),
-    /// It could not be now, for this reason; the same again may succeed.
-    Busy(String),
+    Failed(Error),
 }
 
 impl HandshakeMessage {
-    /// The longest message, in bytes.
-    pub const MAX: usize = 1100;
+    /// The longest message, in bytes: its number, the kind of the error, and a sentence with its length.
+    pub const MAX: usize = 1 + 1 + 3 + Error::MAX_MESSAGE;
 
-    /// A reason is cut at [`HandshakeMessage::MAX`] bytes. The error is of `sendmsg(2)`.
-    pub fn send_to(&self, to: &Seqpacket) -> nix::Result<()> {
-        let mut bytes = match self {
-            HandshakeMessage::Filter => "S".to_owned(),
-            HandshakeMessage::Ready => "R".to_owned(),
-            HandshakeMessage::Go => "G".to_owned(),
-            HandshakeMessage::Done => "D".to_owned(),
-            HandshakeMessage::Failed(sentence) => format!("F{sentence}"),
-            HandshakeMessage::Busy(sentence) => format!("B{sentence}"),
-        }
-        .into_bytes();
-        bytes.truncate(Self::MAX);
-        to.send(&bytes, None)
+    /// For this reason.
+    pub fn failed(reason: impl Into<Failure>) -> HandshakeMessage {
+        HandshakeMessage::Failed(reason.into().into())
     }
 
-    /// None where no message begins so. What a reason has that is not UTF-8 is replaced.
-    pub fn decode(bytes: &[u8]) -> Option<HandshakeMessage> {
-        match bytes {
-            b"S" => Some(HandshakeMessage::Filter),
-            b"R" => Some(HandshakeMessage::Ready),
-            b"G" => Some(HandshakeMessage::Go),
-            b"D" => Some(HandshakeMessage::Done),
-            [b'F', sentence @ ..] => Some(HandshakeMessage::Failed(
-                String::from_utf8_lossy(sentence).into_owned(),
-            )),
-            [b'B', sentence @ ..] => Some(HandshakeMessage::Busy(
-                String::from_utf8_lossy(sentence).into_owned(),
-            )),
-            _ => None,
-        }
+    /// It waits for nobody: who receives has room for the few messages that there are, or is not what it should be.
+    ///
+    /// # Errors
+    /// Those of `sendmsg(2)`.
+    pub fn send_to(&self, to: &Seqpacket, descriptor: Option<BorrowedFd<'_>>) -> nix::Result<()> {
+        to.try_send(
+            &wire::encode(self).expect("it is shorter than a reply"),
+            descriptor,
+        )
     }
 }
 
@@ -139,28 +111,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_survive_being_sent_and_nothing_else_is_one() {
-        let worker = WorkerId::from_bits(7);
-        let launch = MonitorRequest::Launch {
-            worker,
-            bootstrap: "abcdefgh01234567".parse().unwrap(),
-        };
-        for request in [launch, MonitorRequest::ClearQuota { worker }] {
-            let bytes = request.encode();
-            assert!(bytes.len() <= MonitorRequest::MAX);
-            assert_eq!(MonitorRequest::decode(&bytes), Some(request));
-            for cut in 0..27 {
-                assert_eq!(MonitorRequest::decode(&bytes[..cut]), None);
-            }
-        }
-        for bad in [
-            "",
-            "L",
-            "X00000000000000000000000007",
-            "U00000000000000000000000007x",
-            "Lé",
-        ] {
-            assert_eq!(MonitorRequest::decode(bad.as_bytes()), None, "{bad}");
-        }
+    fn the_longest_messages_fit() {
+        let bootstrap = "a".repeat(128).parse().unwrap();
+        let worker = WorkerId::from_bits(u128::MAX);
+        let request = wire::encode(&MonitorRequest::Launch { worker, bootstrap }).unwrap();
+        assert_eq!(request.len(), MonitorRequest::MAX);
+        let reason = Failure::Busy("x".repeat(2 * Error::MAX_MESSAGE));
+        let message = wire::encode(&HandshakeMessage::failed(reason)).unwrap();
+        assert_eq!(message.len(), HandshakeMessage::MAX);
+    }
+
+    #[test]
+    fn a_receiver_that_takes_nothing_keeps_nobody_waiting() {
+        let (from, _to) = Seqpacket::pair().unwrap();
+        let refused = (0..1_000_000).find_map(|_| HandshakeMessage::Done.send_to(&from, None).err());
+        assert_eq!(refused, Some(nix::errno::Errno::EAGAIN));
     }
 }

@@ -65,12 +65,27 @@ impl Seqpacket {
 
     /// Send one packet. A closed peer is EPIPE, never a signal.
     pub fn send(&self, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> nix::Result<()> {
+        self.send_with(MsgFlags::empty(), bytes, descriptor)
+    }
+
+    /// The same, and EAGAIN where the other end has no room for it now, whether calls block or not.
+    pub fn try_send(&self, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> nix::Result<()> {
+        self.send_with(MsgFlags::MSG_DONTWAIT, bytes, descriptor)
+    }
+
+    fn send_with(
+        &self,
+        flags: MsgFlags,
+        bytes: &[u8],
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> nix::Result<()> {
+        let flags = flags | MsgFlags::MSG_NOSIGNAL;
         let raw: Vec<RawFd> = descriptor.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
         let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
         let iov = [IoSlice::new(bytes)];
         loop {
-            match sendmsg::<()>(self.0.as_raw_fd(), &iov, control, MsgFlags::MSG_NOSIGNAL, None) {
+            match sendmsg::<()>(self.0.as_raw_fd(), &iov, control, flags, None) {
                 Err(Errno::EINTR) => {}
                 Ok(_) => return Ok(()),
                 Err(errno) => return Err(errno),

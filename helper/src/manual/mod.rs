@@ -28,7 +28,7 @@ use nix::sys::signal::SigSet;
 use nix::sys::wait::WaitPidFlag;
 use nix::unistd::Pid;
 use protocol::config;
-use protocol::{Error, Received, Seqpacket, SlotName, Uid, WorkerId};
+use protocol::{Error, Received, Seqpacket, SlotName, Uid, WorkerId, wire};
 
 use crate::host::check::check_host;
 use crate::host::record::Worker;
@@ -308,7 +308,7 @@ fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[O
             first_process(&proof, &there, command, &variables, ours)
         });
         ended.unwrap_or_else(|error| {
-            let _ = HandshakeMessage::Failed(format!("{error:#}")).send_to(&there);
+            let _ = HandshakeMessage::failed(error).send_to(&there, None);
             1
         })
     })
@@ -329,12 +329,12 @@ impl Started {
             Received::Packet {
                 bytes,
                 mut descriptors,
-            } => match HandshakeMessage::decode(&bytes) {
-                Some(HandshakeMessage::Ready) => descriptors.pop(),
-                Some(HandshakeMessage::Failed(sentence)) => {
+            } => match wire::decode(&bytes) {
+                Ok(HandshakeMessage::Ready) => descriptors.pop(),
+                Ok(HandshakeMessage::Failed(error)) => {
                     let _ = sys::wait(Some(self.first), WaitPidFlag::empty());
                     self.streams.finish();
-                    bail!("{sentence}");
+                    bail!(error);
                 }
                 other => bail!("the first process said {other:?}"),
             },
@@ -347,9 +347,9 @@ impl Started {
         self.streams.finish();
         // Did it get as far as to start the command?
         if let Ok(Received::Packet { bytes, .. }) = self.socket.recv(HandshakeMessage::MAX)
-            && let Some(HandshakeMessage::Failed(sentence)) = HandshakeMessage::decode(&bytes)
+            && let Ok(HandshakeMessage::Failed(error)) = wire::decode(&bytes)
         {
-            bail!("{sentence}");
+            bail!(error);
         }
         Ok(status)
     }
@@ -395,8 +395,8 @@ fn first_process(
         }
         false => None,
     };
-    parent
-        .send(b"R", master.as_ref().map(AsFd::as_fd))
+    HandshakeMessage::Ready
+        .send_to(parent, master.as_ref().map(AsFd::as_fd))
         .context("nobody is left who waits for the command")?;
     drop(master);
     let child = start

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
-use protocol::{BootstrapToken, Received, Seqpacket, WorkerId};
+use protocol::{BootstrapToken, Received, Seqpacket, WorkerId, wire};
 
 use crate::host::directory::open_dir;
 use crate::host::record::read_record_of;
@@ -46,8 +46,8 @@ pub fn take_request(host: &Host, waiting: &mut Waiting, requests: &Seqpacket) {
         },
         _ => return,
     };
-    let begun = match MonitorRequest::decode(&bytes) {
-        Some(MonitorRequest::Launch { worker, bootstrap }) => {
+    let begun = match wire::decode(&bytes) {
+        Ok(MonitorRequest::Launch { worker, bootstrap }) => {
             return waiting.push(Launch {
                 worker,
                 bootstrap,
@@ -55,8 +55,8 @@ pub fn take_request(host: &Host, waiting: &mut Waiting, requests: &Seqpacket) {
                 asked: Instant::now(),
             });
         }
-        Some(MonitorRequest::ClearQuota { worker }) => clear_quota(host, worker, &answer),
-        None => Err(anyhow!("{} bytes are no request", bytes.len())),
+        Ok(MonitorRequest::ClearQuota { worker }) => clear_quota(host, worker, &answer),
+        Err(error) => Err(anyhow!("{} bytes are no request: {error}", bytes.len())),
     };
     if let Err(error) = begun {
         refuse(&answer, error.into());
@@ -104,15 +104,10 @@ impl Waiting {
 }
 
 fn refuse(session: &Seqpacket, failure: Failure) {
-    let answer = match failure {
-        Failure::Failed(error) => HandshakeMessage::Failed(format!("{error:#}")),
-        Failure::Busy(sentence) => HandshakeMessage::Busy(sentence),
-    };
-    if let HandshakeMessage::Failed(sentence) | HandshakeMessage::Busy(sentence) = &answer {
-        warn!("a request was not carried out: {sentence}");
-    }
+    let reason = protocol::Error::from(failure);
+    warn!("a request was not carried out: {reason}");
     // Who asked may be gone.
-    let _ = answer.send_to(session);
+    let _ = HandshakeMessage::Failed(reason).send_to(session, None);
 }
 
 /// Does who asked still wait? It holds the worker's lock for as long as it lives. Once it is dead, the worker may be
@@ -140,7 +135,7 @@ fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
             forget_all_but(host, session).and_then(|()| sandbox::enter(host, *worker, bootstrap, session));
         match prepared {
             Ok(job) => job.start(session),
-            Err(error) => failed(session, &error),
+            Err(error) => failed(session, error),
         }
     };
     rootfs
@@ -159,8 +154,8 @@ fn clear_quota(host: &Host, worker: WorkerId, connection: &Seqpacket) -> Result<
             quota::set(host, record.uid, None, None)
         };
         match work() {
-            Ok(()) => i32::from(HandshakeMessage::Done.send_to(connection).is_err()),
-            Err(error) => failed(connection, &error),
+            Ok(()) => i32::from(HandshakeMessage::Done.send_to(connection, None).is_err()),
+            Err(error) => failed(connection, error),
         }
     })
     .context("cannot fork")?;
@@ -173,7 +168,7 @@ fn forget_all_but(host: &Host, connection: &Seqpacket) -> Result<()> {
     Ok(SigSet::empty().thread_set_mask()?)
 }
 
-fn failed(connection: &Seqpacket, error: &anyhow::Error) -> i32 {
-    let _ = HandshakeMessage::Failed(format!("{error:#}")).send_to(connection);
+fn failed(connection: &Seqpacket, error: anyhow::Error) -> i32 {
+    let _ = HandshakeMessage::failed(error).send_to(connection, None);
     1
 }

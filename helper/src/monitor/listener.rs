@@ -207,8 +207,8 @@ impl Listener {
             && let Ok(Some((connection, _))) = accept(&self.socket, self.client)
         {
             let reply = Reply::Error(Error::new(ErrorKind::Busy, outage.sentence(now)));
-            // A new connection has room for it, so this does not wait. Who is gone needs no answer.
-            let _ = wire::encode(&reply).map(|bytes| Seqpacket::from(connection).send(&bytes, None));
+            // A new connection has room for it. Who is gone needs no answer.
+            let _ = wire::encode(&reply).map(|bytes| Seqpacket::from(connection).try_send(&bytes, None));
         }
         false
     }

@@ -20,14 +20,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Gid;
 use protocol::config::{Config, Network, Slot};
-use protocol::{BootstrapToken, Received, Seqpacket, Uid, UserName, WorkerId};
+use protocol::{BootstrapToken, Received, Seqpacket, Uid, UserName, WorkerId, wire};
 
 use crate::host::directory::{open_dir, open_file};
 use crate::host::record::read_record_of;
@@ -157,7 +157,7 @@ fn apply_sandbox(
     if let Purpose::Agent(session) = purpose {
         // It says what hangs, if this does.
         HandshakeMessage::Filter
-            .send_to(session)
+            .send_to(session, None)
             .context("the session is gone")?;
     }
     // Last: it refuses most of the above.
@@ -184,23 +184,23 @@ impl Job {
             .collect();
         // If the session dies before it has done that, this process ends, too.
         if sys::close_all_but(&keep).is_err()
-            || HandshakeMessage::Ready.send_to(session).is_err()
+            || HandshakeMessage::Ready.send_to(session, None).is_err()
             || !is_told_to_go(session)
         {
             return 1;
         }
         match init::spawn_agent(&self.proof, self.agent) {
             Ok(agent) => {
-                let _ = HandshakeMessage::Done.send_to(session);
+                let _ = HandshakeMessage::Done.send_to(session, None);
                 if sys::close_all_but(&[&keep[1..], &agent.descriptors()].concat()).is_err() {
                     return 1;
                 }
                 init::run(&self.proof, agent, &self.files, &self.init)
             }
             Err(error) => {
-                let sentence = format!("cannot start the agent: {error}");
-                init::not_started(&self.proof, &self.files, &sentence);
-                let _ = HandshakeMessage::Failed(sentence).send_to(session);
+                let error = anyhow!("cannot start the agent: {error}");
+                init::not_started(&self.proof, &self.files, &error.to_string());
+                let _ = HandshakeMessage::failed(error).send_to(session, None);
                 1
             }
         }
@@ -209,7 +209,7 @@ impl Job {
 
 fn is_told_to_go(session: &Seqpacket) -> bool {
     match session.recv(HandshakeMessage::MAX) {
-        Ok(Received::Packet { bytes, .. }) => HandshakeMessage::decode(&bytes) == Some(HandshakeMessage::Go),
+        Ok(Received::Packet { bytes, .. }) => wire::decode(&bytes) == Ok(HandshakeMessage::Go),
         _ => false,
     }
 }

@@ -33,7 +33,7 @@ use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::sendfile::sendfile;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
-use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket, SlotName};
+use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket, SlotName, wire};
 
 use crate::host::directory::{open_dir, open_file};
 use crate::host::record::{Record, Worker, WorkerError};
@@ -119,7 +119,7 @@ pub fn install(
     }
     worker.mark_started()?;
     HandshakeMessage::Go
-        .send_to(&child)
+        .send_to(&child, None)
         .context("the worker's pid 1 is gone")?;
     Ok(expect(&child, HandshakeMessage::Done)?)
 }
@@ -140,7 +140,10 @@ fn set_patience(answers: &impl AsFd, seconds: i64) -> Result<()> {
 pub fn request(monitor: &Seqpacket, request: &MonitorRequest) -> Result<Seqpacket, Failure> {
     let (here, there) = Seqpacket::pair().context("cannot make a pair of sockets")?;
     set_patience(&here, PATIENCE)?;
-    let sent = monitor.send(&request.encode(), Some(there.as_fd()));
+    let sent = monitor.send(
+        &wire::encode(request).context("cannot encode a request")?,
+        Some(there.as_fd()),
+    );
     let restarted = "the helper was restarted: repeat the request on a new connection";
     sent.map_err(|_| Failure::Busy(restarted.into()))?;
     Ok(here)
@@ -167,10 +170,9 @@ pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failur
             return Err(Failure::Busy(killed.into()));
         }
     };
-    Err(match HandshakeMessage::decode(&packet) {
-        Some(said) if said == expected => return Ok(()),
-        Some(HandshakeMessage::Failed(sentence)) => Failure::Failed(anyhow!(sentence)),
-        Some(HandshakeMessage::Busy(sentence)) => Failure::Busy(sentence),
+    Err(match wire::decode(&packet) {
+        Ok(said) if said == expected => return Ok(()),
+        Ok(HandshakeMessage::Failed(error)) => error.into(),
         other => Failure::Failed(anyhow!(
             "the process that was to do it said {other:?} instead of {expected:?}"
         )),
@@ -344,9 +346,9 @@ mod tests {
         else {
             panic!("no request came");
         };
-        assert_eq!(MonitorRequest::decode(&bytes), Some(clear_quota.clone()));
+        assert_eq!(wire::decode(&bytes), Ok(clear_quota.clone()));
         let back = Seqpacket::from(descriptors.pop().unwrap());
-        HandshakeMessage::Done.send_to(&back).unwrap();
+        HandshakeMessage::Done.send_to(&back, None).unwrap();
         expect(&answer, HandshakeMessage::Done).unwrap();
         drop(monitor);
         assert_eq!(refusal(request(&connection, &clear_quota)).0, ErrorKind::Busy);
@@ -361,21 +363,21 @@ mod tests {
             HandshakeMessage::Go,
             HandshakeMessage::Done,
         ] {
-            message.send_to(&there).unwrap();
+            message.send_to(&there, None).unwrap();
             expect(&here, message).unwrap();
         }
-        HandshakeMessage::Ready.send_to(&there).unwrap();
+        HandshakeMessage::Ready.send_to(&there, None).unwrap();
         let refusal = |expected| refusal(expect(&here, expected));
         let (kind, said) = refusal(HandshakeMessage::Done);
         assert_eq!(kind, ErrorKind::Failed);
-        assert!(said.contains("said Some(Ready) instead of Done"), "{said}");
-        let send = |message: HandshakeMessage| message.send_to(&there).unwrap();
-        send(HandshakeMessage::Failed("no space".into()));
+        assert!(said.contains("said Ok(Ready) instead of Done"), "{said}");
+        let send = |message: HandshakeMessage| message.send_to(&there, None).unwrap();
+        send(HandshakeMessage::failed(anyhow!("no space")));
         assert_eq!(
             refusal(HandshakeMessage::Done),
             (ErrorKind::Failed, "no space".into())
         );
-        send(HandshakeMessage::Busy("later".into()));
+        send(HandshakeMessage::failed(Failure::Busy("later".into())));
         assert_eq!(refusal(HandshakeMessage::Done), (ErrorKind::Busy, "later".into()));
         let soon = TimeVal::new(0, 1);
         setsockopt(&here, sockopt::ReceiveTimeout, &soon).unwrap();

@@ -19,7 +19,7 @@ use nix::sys::inotify::{InitFlags, Inotify};
 use nix::sys::signal::SigSet;
 use nix::unistd::alarm;
 use protocol::config::{self, Config};
-use protocol::{Received, Seqpacket};
+use protocol::{Received, Seqpacket, wire};
 
 use crate::host::{FileIdentity, Host};
 use crate::log::warn;
@@ -189,12 +189,12 @@ impl RootFs {
             Ok(Received::Packet {
                 bytes,
                 mut descriptors,
-            }) => match (HandshakeMessage::decode(&bytes), descriptors.pop()) {
-                (Some(HandshakeMessage::Done), Some(namespace)) => {
+            }) => match (wire::decode(&bytes), descriptors.pop()) {
+                (Ok(HandshakeMessage::Done), Some(namespace)) => {
                     self.state = State::Ready(Ready { namespace, source });
                     Event::Built
                 }
-                (Some(HandshakeMessage::Failed(sentence)), _) => Event::Failed(sentence),
+                (Ok(HandshakeMessage::Failed(error)), _) => Event::Failed(error.to_string()),
                 (other, _) => Event::Lost(lost(&format!("its builder said {other:?}"))),
             },
             _ if source.begun.elapsed() >= LIMIT => Event::Lost(too_late()),
@@ -259,8 +259,8 @@ impl RootFs {
                 .map_err(anyhow::Error::from)
                 .and_then(|()| self.build(host, config, &directories));
             let told = match built {
-                Ok(namespace) => monitor.send(b"D", Some(namespace.as_fd())),
-                Err(error) => HandshakeMessage::Failed(format!("{error:#}")).send_to(&monitor),
+                Ok(namespace) => HandshakeMessage::Done.send_to(&monitor, Some(namespace.as_fd())),
+                Err(error) => HandshakeMessage::failed(error).send_to(&monitor, None),
             };
             i32::from(told.is_err())
         })
