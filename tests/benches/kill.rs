@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::{Reply, Request, WorkerId};
 use testbed::bench::{Group, Options, Report, c_program, time};
-use testbed::harness::{Client, TestHost, sealed, worker_id};
+use testbed::harness::{Client, PAUSE, TestHost, sealed, worker_id};
 
 fn main() {
     let options = Options::from_args();
@@ -80,7 +80,7 @@ impl Ways {
         let mut text = String::new();
         while !text.contains('\n') {
             console.read_to_string(&mut text).expect("a file of root's");
-            std::thread::yield_now();
+            std::thread::sleep(PAUSE);
         }
         assert_eq!(text, "ready\n");
         worker

@@ -33,6 +33,36 @@ pub const PATIENCE: Duration = Duration::from_secs(match option_env!("TESTBED_EM
     None => 300,
 });
 
+/// Between two questions of [`until`].
+pub const PAUSE: Duration = Duration::from_millis(5);
+
+/// Ask until there is what is wanted: not all that another process does can be waited for. Between two questions the
+/// processor is that process's.
+///
+/// # Panics
+///
+/// With what is there instead, after [`PATIENCE`].
+#[track_caller]
+pub fn until<T>(mut ask: impl FnMut() -> Result<T, String>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match ask() {
+            Ok(found) => return found,
+            Err(instead) => assert!(Instant::now() < end, "{instead}"),
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// The same for what is true or not.
+#[track_caller]
+pub fn until_is(wanted: &str, mut is: impl FnMut() -> bool) {
+    until(|| {
+        is().then_some(())
+            .ok_or_else(|| format!("it does not come: {wanted}"))
+    });
+}
+
 /// The uid of the supervisor in tests: nobody's, outside every range in use.
 pub const SUPERVISOR_UID: u32 = 0x6fff_fff0;
 
@@ -308,14 +338,10 @@ impl Running {
 
     /// Wait for its end, and fail where it does not come: a test must not hang on what it is there to find.
     pub fn wait(&mut self) -> std::process::ExitStatus {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().expect("it is our child") {
-                return status;
-            }
-            assert!(Instant::now() < end, "process {} does not end", self.child.id());
-            std::thread::yield_now();
-        }
+        until(|| {
+            let ended = self.child.try_wait().expect("it is our child");
+            ended.ok_or_else(|| format!("process {} does not end", self.child.id()))
+        })
     }
 }
 
@@ -428,21 +454,16 @@ impl TestHost {
 
     /// Wait until a helper that is being started answers.
     pub fn wait_for_helper(&self) {
-        let end = Instant::now() + PATIENCE;
         let hello = Request::Hello {
             version: protocol::VERSION,
         };
         let hello = wire::encode(&hello).expect("a request can be encoded");
-        loop {
-            if let Ok(socket) = Seqpacket::connect(&self.socket(), false)
-                && socket.send(&hello, None).is_ok()
-                && matches!(socket.recv(wire::MAX_REPLY), Ok(Received::Packet { .. }))
-            {
-                return;
-            }
-            assert!(Instant::now() < end, "no helper answers");
-            std::thread::yield_now();
-        }
+        until_is("a helper that answers", || {
+            Seqpacket::connect(&self.socket(), false).is_ok_and(|socket| {
+                socket.send(&hello, None).is_ok()
+                    && matches!(socket.recv(wire::MAX_REPLY), Ok(Received::Packet { .. }))
+            })
+        });
     }
 
     /// What starts the helper.
@@ -535,7 +556,7 @@ impl Drop for TestHost {
                 .contains("populated 1")
         };
         while populated() && Instant::now() < end {
-            std::thread::yield_now();
+            std::thread::sleep(PAUSE);
         }
         let workers = fs::read_dir(top.join("workers")).into_iter().flatten().flatten();
         let workers = workers
@@ -544,7 +565,7 @@ impl Drop for TestHost {
         for dir in workers.chain([top.join("workers"), top.join("daemon"), top.clone()]) {
             // A process that has just ended may keep its cgroup busy for an instant.
             while fs::remove_dir(&dir).is_err() && dir.exists() && Instant::now() < end {
-                std::thread::yield_now();
+                std::thread::sleep(PAUSE);
             }
         }
         let mut remove = Command::new("rm");

@@ -4,12 +4,11 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use supervisor::residue::files::Pace;
 use supervisor::residue::{Uids, files, host};
 
-use crate::harness::{PATIENCE, TestHost, install_tools};
+use crate::harness::{TestHost, install_tools, until};
 
 /// A snapshot of the host, as far as a factory's jobs could change it.
 #[derive(Debug, PartialEq, Eq)]
@@ -130,18 +129,13 @@ pub fn ipc_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
 /// is the host's first process' to reap, which takes a moment: until then this waits.
 pub fn processes_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
     let of_first_process = format!("{}1", host::NOT_REAPED);
-    let end = Instant::now() + PATIENCE;
-    loop {
+    until(|| {
         let found = host::processes(&uids.clone().into());
-        if !found.iter().any(|line| line.ends_with(&of_first_process)) {
-            return found;
+        match found.iter().any(|line| line.ends_with(&of_first_process)) {
+            true => Err(format!("the host's first process reaps nobody: {found:?}")),
+            false => Ok(found),
         }
-        assert!(
-            Instant::now() < end,
-            "the host's first process reaps nobody: {found:?}"
-        );
-        std::thread::yield_now();
-    }
+    })
 }
 
 /// Files of the uids on any file system that is mounted: a walk over all of the host, of seconds.

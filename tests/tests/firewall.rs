@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use protocol::config::UidRange;
-use testbed::harness::{PATIENCE, cgroup2_mount, tool};
+use testbed::harness::{PATIENCE, PAUSE, cgroup2_mount, tool};
 
 /// The range of packaging/firewall.nft, which is the configuration's default.
 static RANGE: LazyLock<RangeInclusive<u32>> = LazyLock::new(|| {
@@ -138,7 +138,7 @@ impl Drop for Cgroups {
             self.0.clone(),
         ] {
             while fs::remove_dir(&dir).is_err() && dir.exists() && Instant::now() < end {
-                std::thread::yield_now();
+                std::thread::sleep(PAUSE);
             }
         }
     }

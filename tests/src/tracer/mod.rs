@@ -22,6 +22,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
+use crate::harness::until;
+
 /// A system call, as it is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Call {
@@ -200,18 +202,13 @@ fn threads(pid: Pid) -> Vec<Pid> {
 
 /// Wait until a process has stopped itself, to be traced from its first instruction on.
 pub fn wait_until_stopped(pid: u32) {
-    let end = std::time::Instant::now() + crate::harness::PATIENCE;
-    loop {
+    until(|| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        if stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')) {
-            return;
-        }
-        assert!(
-            std::time::Instant::now() < end,
-            "process {pid} does not stop: {stat}"
-        );
-        std::thread::yield_now();
-    }
+        let is_stopped = stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'));
+        is_stopped
+            .then_some(())
+            .ok_or(format!("process {pid} does not stop: {stat}"))
+    });
 }
 
 #[cfg(test)]

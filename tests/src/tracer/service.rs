@@ -5,14 +5,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::calls::{WAITS, name};
 use super::{Call, Event, Then, trace};
-use crate::harness::PATIENCE;
+use crate::harness::until;
 
 /// The kinds of processes that the helper is made of: see its `main`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -168,14 +167,10 @@ pub fn listener(daemon: u32) -> u32 {
             && open.iter().any(|link| link == "anon_inode:[signalfd]")
             && !open.iter().any(|link| link.starts_with("mnt:["))
     };
-    let end = Instant::now() + PATIENCE;
-    loop {
-        if let Some(pid) = children(daemon).into_iter().find(is_listener) {
-            return pid;
-        }
-        assert!(Instant::now() < end, "process {daemon} has no listener");
-        std::thread::yield_now();
-    }
+    until(|| {
+        let listener = children(daemon).into_iter().find(is_listener);
+        listener.ok_or_else(|| format!("process {daemon} has no listener"))
+    })
 }
 
 /// A process's children (`proc_pid_task_children(5)`), of one with a single thread.

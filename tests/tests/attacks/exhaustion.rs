@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Exit, Reply, Request, State, WorkerId};
 use testbed::disk::{SmallDisk, small};
-use testbed::harness::{PATIENCE, Running, TestHost, binaries, has_controller};
+use testbed::harness::{Running, TestHost, binaries, has_controller, until_is};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{
     TestHelper, attack, created, read, start_attack, state, wait_for_line, wait_until, watch,
@@ -158,11 +158,7 @@ fn row_56_a_job_that_does_not_end_is_ended_with_all_its_processes_however_much_i
         let ended = wait_until(&client, worker, |state| state != State::Running);
         assert_eq!(ended, State::Exited(Exit::TimedOut));
     }
-    let begin = Instant::now();
-    while !processes_of(&test.host.uids).is_empty() {
-        assert!(begin.elapsed() < PATIENCE, "{:?}", processes_of(&test.host.uids));
-        std::thread::yield_now();
-    }
+    until_is("the end of all", || processes_of(&test.host.uids).is_empty());
     let text = read(&console);
     assert!(
         text.contains("[the agent has run as long as the slot lets it]"),
@@ -300,11 +296,7 @@ fn row_91_a_timer_takes_little_memory_and_ends_with_its_worker() {
     let own = fs::read_to_string(format!("/proc/{timer}/status")).unwrap();
     assert!(own.contains("CapPrm:\t0000000000000000"), "{own}");
     test.delete(&[timed]);
-    let begin = Instant::now();
-    while !timers(&test.host).is_empty() {
-        assert!(begin.elapsed() < PATIENCE, "{:?}", timers(&test.host));
-        std::thread::yield_now();
-    }
+    until_is("the timers' end", || timers(&test.host).is_empty());
     test.finish(&[other]);
 }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use protocol::{ErrorKind, Exit, Reply, Request, State, UserName, config};
-use testbed::harness::{has_scopes, not_kept, sealed, worker_id};
+use testbed::harness::{PAUSE, has_scopes, not_kept, sealed, until, worker_id};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{
     SLOTS, TestHelper, attack, create, created, install, kind, list, start_attack, wait_for_line, wait_until,
@@ -202,15 +202,13 @@ fn neighbour(test: &TestHelper) -> (protocol::WorkerId, u32) {
     let (reply, console) = install(&client, worker, sealed(script));
     assert_eq!(reply, Reply::AgentStarted);
     wait_for_line(&console.unwrap(), "ready");
-    let begin = std::time::Instant::now();
-    loop {
+    let pid = until(|| {
         let all = processes_of(&test.host.uids);
-        if let Some(line) = all.iter().find(|line| line.ends_with("sleep")) {
-            return (worker, line.split(' ').next().unwrap().parse().unwrap());
-        }
-        assert!(begin.elapsed() < testbed::harness::PATIENCE, "{all:?}");
-        std::thread::yield_now();
-    }
+        let line = all.iter().find(|line| line.ends_with("sleep"));
+        line.map(|line| line.split(' ').next().unwrap().parse().unwrap())
+            .ok_or(format!("{all:?}"))
+    });
+    (worker, pid)
 }
 
 fn lives(pid: u32, name: &str) {
@@ -439,7 +437,7 @@ fn conflicting(mine: &str, other: &str) {
         // All of them have been refused before it goes.
         while refusals.load(Ordering::SeqCst) < 60 {
             assert!(!over.load(Ordering::SeqCst), "it got the slot at once");
-            std::thread::yield_now();
+            std::thread::sleep(PAUSE);
         }
         assert!(!processes_of(&test.host.uids).is_empty(), "the job is none");
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use nix::fcntl::{Flock, FlockArg};
 use protocol::{Exit, Reply, Request, State, WorkerId};
-use testbed::harness::{Client, PATIENCE, binaries, booted_machine, place};
+use testbed::harness::{Client, PATIENCE, PAUSE, binaries, booted_machine, place};
 use testbed::test_helper::{TestHelper, attack, created, list, read, run, start_attack, state};
 
 use crate::attacks::controllers::{LIMIT, SLACK, number};
@@ -121,7 +121,7 @@ fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
                 break "is at its limit";
             }
             assert!(begin.elapsed() < PATIENCE, "{kind}: {}", read(&console));
-            std::thread::yield_now();
+            std::thread::sleep(PAUSE);
         };
         let neighbour = created(&client, "c");
         attack(&client, neighbour, "take-a-little", &[]);

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Reply, Request, WorkerId};
-use testbed::harness::{PATIENCE, Running, TestHost, binaries};
+use testbed::harness::{PATIENCE, Running, TestHost, binaries, until_is};
 use testbed::sample::Sample;
 use testbed::test_helper::{TestHelper, created, start_attack, wait_for_line};
 use testbed::tracer::service::{Span, listener, watch_with};
@@ -364,9 +364,7 @@ fn row_65_a_shell_that_ends_late_ends_no_other_shell_of_its_worker() {
     for pid in in_the_shell(&test.host, worker) {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
-    while !in_the_shell(&test.host, worker).is_empty() {
-        std::thread::yield_now();
-    }
+    until_is("the shell's end", || in_the_shell(&test.host, worker).is_empty());
     drop(typed);
     let (mut second, mut typed) = open();
     first.signal(Signal::SIGCONT);

@@ -8,11 +8,10 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
 
 use nix::sys::signal::Signal;
 use testbed::certificates::{Certificates, EXPIRED, VALID};
-use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, sealed, tool};
+use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, sealed, tool, until};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions};
 use testbed::test_factory::{ONE, TestFactory};
@@ -326,13 +325,12 @@ fn row_107_a_proxy_in_the_environment_is_not_used_and_one_in_the_configuration_i
     let text = text.replacen("[factory]", &format!("proxy = \"{address}\"\n[factory]"), 1);
     fs::write(&config, &text).unwrap();
     let _check = Running::printing(&mut check());
-    let end = Instant::now() + PATIENCE;
-    let stream = loop {
-        match proxy.accept() {
-            Ok((stream, _)) => break stream,
-            Err(error) => assert!(Instant::now() < end, "the proxy is not asked: {error}"),
-        }
+    let accept = || {
+        proxy
+            .accept()
+            .map_err(|error| format!("the proxy is not asked: {error}"))
     };
+    let (stream, _) = until(accept);
     stream.set_nonblocking(false).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut head = BufReader::new(stream).lines().map_while(Result::ok);

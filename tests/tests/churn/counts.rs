@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use testbed::harness::PATIENCE;
+use testbed::harness::{PATIENCE, PAUSE, until};
 use testbed::test_helper::TestHelper;
 use testbed::tracer::service::listener;
 
@@ -75,21 +75,16 @@ impl Counts {
         let own = format!("/proc/{}", test.helper.pid());
         let host = &test.host;
         // A connection's process, with its share of the daemon's memory, ends a moment after its peer.
-        let end = Instant::now() + PATIENCE;
         let processes = || {
             text(host.cgroup_dir().join("daemon/cgroup.procs"))
                 .lines()
                 .count()
         };
         // The daemon and its listener.
-        while processes() > 2 {
-            assert!(
-                Instant::now() < end,
-                "{} processes of the daemon are left",
-                processes()
-            );
-            std::thread::yield_now();
-        }
+        until(|| match processes() {
+            0..=2 => Ok(()),
+            left => Err(format!("{left} processes of the daemon are left")),
+        });
         count("daemon: descriptors", entries(format!("{own}/fd")), Exact);
         let listener = format!("/proc/{}", listener(test.helper.pid()));
         count("listener: descriptors", entries(format!("{listener}/fd")), Exact);
@@ -202,7 +197,7 @@ impl Counts {
                 "after {more} workers more:\n{}",
                 grown.join("\n")
             );
-            std::thread::yield_now();
+            std::thread::sleep(PAUSE);
         }
     }
 }

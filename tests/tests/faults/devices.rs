@@ -130,17 +130,10 @@ async fn row_84_a_file_system_that_no_job_uses_any_more_is_free_after_it_is_unmo
     factory.completed(job).await;
     run(&["umount".as_ref(), place.as_ref()]);
     // The kernel lets go of the loop device with the last mount of it, in whichever namespace that is.
-    let end = std::time::Instant::now() + testbed::harness::PATIENCE;
     let used = || {
         let output = Command::new("losetup").arg("-j").arg(&image).output().unwrap();
         !output.stdout.is_empty()
     };
-    while used() {
-        assert!(
-            std::time::Instant::now() < end,
-            "the file system is still mounted somewhere"
-        );
-        std::thread::yield_now();
-    }
+    until_is("that the file system is mounted nowhere", || !used());
     factory.finish().await;
 }

@@ -51,13 +51,10 @@ async fn row_77_a_workers_pid_1_that_is_killed_fails_its_job_with_the_reason() {
     let job = factory.running().await;
     // Pid 1 copies the console: what it has not copied yet is lost with it.
     let worker = worker_of(&factory, job).to_string();
-    let end = std::time::Instant::now() + testbed::harness::PATIENCE;
-    while !command(&factory.host, &["logs", &worker])
-        .1
-        .contains("bootstrapped as worker")
-    {
-        assert!(std::time::Instant::now() < end, "the console stays empty");
-    }
+    until_is("a line on the console", || {
+        let (_, console) = command(&factory.host, &["logs", &worker]);
+        console.contains("bootstrapped as worker")
+    });
     kill(pid_1(&factory, job), Signal::SIGKILL).unwrap();
     is_failed_and_held(factory, job, "the agent was killed, or lost in a reboot").await;
 }
@@ -118,9 +115,9 @@ async fn row_75_a_reboot_fails_the_jobs_that_ran_and_blocks_no_slot() {
     factory.end_helper(Signal::SIGKILL);
     let cgroup = factory.host.cgroup_dir().join("workers").join(worker.to_string());
     fs::write(cgroup.join("cgroup.kill"), "1").unwrap();
-    while fs::remove_dir(&cgroup).is_err() {
-        std::thread::yield_now();
-    }
+    until_is("that the cgroup can be removed", || {
+        fs::remove_dir(&cgroup).is_ok()
+    });
     fs::remove_dir_all(factory.host.root.join("run")).unwrap();
     factory.helper = factory.host.helper();
     factory.supervisor = factory.host.supervisor();

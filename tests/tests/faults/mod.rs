@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::harness::{Log, Running, SUPERVISOR_UID, TestHost, binaries};
+use testbed::harness::{Log, Running, SUPERVISOR_UID, TestHost, binaries, until_is};
 use testbed::server::Ulid;
 use testbed::test_factory::{ONE, TWO, TestFactory, lines};
 

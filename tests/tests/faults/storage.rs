@@ -5,7 +5,7 @@ use std::os::unix::fs::chown;
 use std::process::Command;
 
 use testbed::disk::SmallDisk;
-use testbed::harness::PATIENCE;
+use testbed::harness::until;
 
 use super::*;
 
@@ -20,18 +20,16 @@ pub fn small(host: &TestHost) -> Option<SmallDisk> {
 
 /// Wait until `status` says this, as an operator sees it, and return what it prints.
 fn status(factory: &TestFactory, exit: i32, parts: &[&str]) -> String {
-    let end = std::time::Instant::now() + PATIENCE;
-    loop {
+    until(|| {
         let (code, text) = command(&factory.host, &["status"]);
         if code == exit && parts.iter().all(|part| text.contains(part)) {
-            return text;
+            return Ok(text);
         }
-        assert!(
-            std::time::Instant::now() < end,
-            "status never ended with {exit} and {parts:?}:\n{text}\n{}",
-            factory.supervisor.log.text()
-        );
-    }
+        let log = factory.supervisor.log.text();
+        Err(format!(
+            "status never ended with {exit} and {parts:?}:\n{text}\n{log}"
+        ))
+    })
 }
 
 const NO_JOBS: &str = "not taken: the supervisor's state cannot be saved";

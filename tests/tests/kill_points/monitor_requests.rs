@@ -8,22 +8,15 @@ use std::time::Instant;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{ErrorKind, Reply, Request, WorkerId, wire};
-use testbed::harness::{Client, PATIENCE, sealed};
+use testbed::harness::{Client, sealed, until};
 use testbed::test_helper::{read, wait_for_line};
 use testbed::tracer::service::{Connections, Kind, Plan, When, children, listener};
 
 use crate::kill_points::restartable_helper::{Operation, RestartableHelper, ask, prepare, request};
 
 /// Wait for what another process does.
-fn until<T>(what: &str, look: impl Fn() -> Option<T>) -> T {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < end, "{what}: it does not come");
-        std::thread::yield_now();
-    }
+fn wait_for<T>(what: &str, find: impl Fn() -> Option<T>) -> T {
+    until(|| find().ok_or_else(|| format!("{what}: it does not come")))
 }
 
 fn is(pid: u32, state: char) -> bool {
@@ -48,11 +41,11 @@ fn a_request_of_a_killed_session_is_not_carried_out() {
     let worker = prepare(&test, Operation::Install, "rich");
     let listener = listener(test.helper.pid());
     // The connection that made the worker is on its way out.
-    until("its end", || children(listener).is_empty().then_some(()));
+    wait_for("its end", || children(listener).is_empty().then_some(()));
     let connected = |others: &[u32]| {
         let client = Client::new(&test.host);
         let new = |pid: &u32| !others.contains(pid);
-        let pid = until("the connection", || children(listener).into_iter().find(new));
+        let pid = wait_for("the connection", || children(listener).into_iter().find(new));
         (client, pid)
     };
     let (first, first_pid) = connected(&[]);
@@ -62,15 +55,15 @@ fn a_request_of_a_killed_session_is_not_carried_out() {
     let agent = sealed(AGENT);
     // Each has made a cgroup, and waits for the monitor, when its request is in the monitor's queue.
     first.socket.send(&install, Some(agent.as_fd())).unwrap();
-    let one = until("the first cgroup", || cgroup(&test, worker, None));
-    until("the first request", || is(first_pid, 'S').then_some(()));
+    let one = wait_for("the first cgroup", || cgroup(&test, worker, None));
+    wait_for("the first request", || is(first_pid, 'S').then_some(()));
     kill(Pid::from_raw(first_pid as i32), Signal::SIGKILL).unwrap();
-    until("its end", || {
+    wait_for("its end", || {
         (!children(listener).contains(&first_pid) || is(first_pid, 'Z')).then_some(())
     });
     second.socket.send(&install, Some(agent.as_fd())).unwrap();
-    until("the second cgroup", || cgroup(&test, worker, Some(one)));
-    until("the second request", || is(second_pid, 'S').then_some(()));
+    wait_for("the second cgroup", || cgroup(&test, worker, Some(one)));
+    wait_for("the second request", || is(second_pid, 'S').then_some(()));
     test.helper.signal(Signal::SIGCONT);
     let (reply, mut descriptors) = second.reply().expect("the helper answers");
     assert_eq!(reply, Reply::AgentStarted);

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use protocol::{Received, Reply, Request, Seqpacket, State, WorkerId, wire};
 use testbed::disk::SmallDisk;
-use testbed::harness::{Client, PATIENCE, TestHost, worker_id};
+use testbed::harness::{Client, PATIENCE, PAUSE, TestHost, worker_id};
 use testbed::service::Service;
 use testbed::test_helper::{attack_program, list, slot, token};
 use testbed::tracer::service::{Plan, Seen, Span, watch};
@@ -105,7 +105,7 @@ impl RestartableHelper {
                 assert_eq!(now, self.before, "after {after}: something is left");
                 return;
             }
-            std::thread::yield_now();
+            std::thread::sleep(PAUSE);
         }
     }
 }

@@ -21,7 +21,7 @@ use std::time::{Instant, SystemTime};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 use protocol::{ErrorKind, Exit, MAX_LIST, Reply, Request, State, Uid, WorkerId, WorkerInfo};
-use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, sealed, worker_id};
+use testbed::harness::{Client, PATIENCE, PAUSE, Running, TestHost, memory, sealed, worker_id};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::model::{Agent, Configuration, Model};
 use testbed::test_helper::{slot, token};
@@ -285,7 +285,7 @@ impl World {
                 return real;
             }
             assert!(begin.elapsed() < PATIENCE, "an agent does not end: {real:?}");
-            std::thread::yield_now();
+            std::thread::sleep(PAUSE);
         }
     }
 }

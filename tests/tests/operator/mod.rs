@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
-use testbed::harness::{PATIENCE, Running, binaries};
+use testbed::harness::{PATIENCE, PAUSE, Running, binaries};
 use testbed::test_factory::TestFactory;
 
 mod checks;
@@ -114,7 +114,8 @@ async fn see<T>(factory: &TestFactory, mut wanted: impl FnMut(&Value) -> Option<
             said.err,
             factory.supervisor.log.text()
         );
-        tokio::task::yield_now().await;
+        // Each question is a program that is started.
+        tokio::time::sleep(10 * PAUSE).await;
     }
 }
 

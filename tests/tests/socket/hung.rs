@@ -132,14 +132,7 @@ impl Apart {
 
     /// The same, once there is one: a session may be answered before the helper has begun to build.
     fn wait_for_builder(&self) -> i32 {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            if let Some(builder) = self.builder() {
-                return builder;
-            }
-            assert!(Instant::now() < end, "nothing is built");
-            std::thread::yield_now();
-        }
+        until(|| self.builder().ok_or_else(|| "nothing is built".to_owned()))
     }
 }
 
@@ -219,7 +212,6 @@ fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
     let server = apart.hang();
     let waiting = apart.client();
     begin_install(&waiting, worker);
-    let end_of_patience = Instant::now() + PATIENCE;
     let builder = Pid::from_raw(apart.wait_for_builder());
     // While it is traced, the signal that ends it does not, whatever it waits for (`ptrace(2)`): as if it were in state D.
     ptrace::seize(builder, ptrace::Options::empty()).unwrap();
@@ -234,10 +226,7 @@ fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
     kill(builder, Signal::SIGKILL).unwrap();
     // Its parent is told after its tracer.
     waitpid(builder, None).unwrap();
-    while apart.builder().is_some() {
-        assert!(Instant::now() < end_of_patience, "it does not end");
-        std::thread::yield_now();
-    }
+    until_is("the builder's end", || apart.builder().is_none());
     apart.mend();
     assert_launches(&apart, worker);
     end(&apart, &[worker]);

@@ -420,7 +420,7 @@ fn a_slot_is_given_back_at_once_with_the_last_of_its_worker() {
                 !deletion.is_finished(),
                 "the slot was given back without the lock"
             );
-            std::thread::yield_now();
+            std::thread::sleep(PAUSE);
         }
         let left: BTreeSet<_> = fs::read_dir(&dir)
             .unwrap()

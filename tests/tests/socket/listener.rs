@@ -24,11 +24,7 @@ fn is_gone(pid: u32) -> bool {
 }
 
 fn wait_until_gone(pid: u32) {
-    let end = Instant::now() + PATIENCE;
-    while !is_gone(pid) {
-        assert!(Instant::now() < end, "process {pid} stays");
-        std::thread::yield_now();
-    }
+    until_is(&format!("the end of process {pid}"), || is_gone(pid));
 }
 
 #[test]

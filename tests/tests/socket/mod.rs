@@ -10,7 +10,9 @@ use std::time::Instant;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use protocol::{ErrorKind, Exit, Reply, Request, State, WorkerId, wire};
-use testbed::harness::{Client, PATIENCE, Running, TestHost, memory, place, sealed, worker_id};
+use testbed::harness::{
+    Client, PATIENCE, PAUSE, Running, TestHost, memory, place, sealed, until, until_is, worker_id,
+};
 use testbed::host_snapshot::{HostSnapshot, processes_of};
 use testbed::test_helper::{
     SLOTS, TestHelper, create, created, install, kind, list, read, run, state, token, wait_for_console,

@@ -233,7 +233,7 @@ async fn a_new_socket_replaces_the_old_one_without_a_gap() {
         let older = inode();
         let newer = open(test.directory.path(), port, 0);
         while inode() == older {
-            tokio::task::yield_now().await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
         std::mem::replace(&mut test.proxy, newer).abort();
         (test.port, _) = (port, test.works().await);
