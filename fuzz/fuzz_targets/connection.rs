@@ -1,6 +1,6 @@
 //! A connection to the helper: packets and descriptors, well formed and not, over a real socket to the real
 //! dispatcher, with the contract's model in place of a host. Exact answers up to the packet at which the helper must
-//! hang up, none before the greeting, and no descriptor left.
+//! close the connection, none before the greeting, and no descriptor left.
 
 #![no_main]
 

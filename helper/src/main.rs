@@ -1,4 +1,4 @@
-//! The program; its story is the library's.
+//! The program `user-factory-helper`: see the library's page.
 
 fn main() -> std::process::ExitCode {
     helper::main()

@@ -7,10 +7,10 @@
 //! as `SCM_RIGHTS` exactly where a message below says so; any other ends the connection, closed.
 //!
 //! # Life of a connection
-//! 1. The client connects. The helper asks the kernel who it is (`SO_PEERCRED`) and hangs up on
-//!    anyone but the supervisor's uid.
+//! 1. The client connects. The helper asks the kernel who it is (`SO_PEERCRED`) and closes
+//!    the connection of every uid but the supervisor's.
 //! 2. The client says [`Request::Hello`] with its [`VERSION`]; the helper answers
-//!    [`Reply::Welcome`], or an [`ErrorKind::Version`] that names both versions, and hangs up.
+//!    [`Reply::Welcome`], or an [`ErrorKind::Version`] that names both versions, and closes the connection.
 //! 3. Then any number of requests, one at a time, each answered by exactly one reply.
 //!
 //! ```

@@ -49,10 +49,10 @@ impl Executor {
             Action::InstallAgent { bootstrap, agent } => self.install(worker, bootstrap, agent).await,
             Action::HostKill => match self.helper.kill(worker).await {
                 Ok(()) => Event::Killed,
-                Err(helper_client::Error::Said(error)) if error.kind == ErrorKind::NoSuchWorker => {
+                Err(helper_client::Error::Refused(error)) if error.kind == ErrorKind::NoSuchWorker => {
                     Event::Killed
                 }
-                Err(error @ helper_client::Error::Said(_)) => Event::KillFailed(error.call_error()),
+                Err(error @ helper_client::Error::Refused(_)) => Event::KillFailed(error.call_error()),
                 Err(error) => Event::CallFailed(error.call_error()),
             },
             Action::ReportFailure { reason, lines_sent } => {
@@ -139,7 +139,7 @@ impl Executor {
         };
         match self.helper.attach(worker).await {
             Ok(console) => Ok(console::read(&console).unwrap_or(none)),
-            Err(helper_client::Error::Said(error))
+            Err(helper_client::Error::Refused(error))
                 if !matches!(error.kind, ErrorKind::Busy | ErrorKind::Version) =>
             {
                 Ok(none)
@@ -152,14 +152,14 @@ impl Executor {
 /// What a step of a worker's start met with.
 fn start_failed(error: helper_client::Error) -> Event {
     match error {
-        helper_client::Error::Said(error) => match error.kind {
+        helper_client::Error::Refused(error) => match error.kind {
             ErrorKind::NoSuchWorker => Event::HostLost,
             ErrorKind::Refused | ErrorKind::Limit | ErrorKind::Failed => {
                 Event::StartFailed(error.message().to_owned())
             }
             // Come back later. The file in which the helper finds no such slot has changed since the worker was leased.
             ErrorKind::Busy | ErrorKind::NoSuchSlot | ErrorKind::SlotTaken | ErrorKind::Version => {
-                Event::CallFailed(helper_client::Error::Said(error).call_error())
+                Event::CallFailed(helper_client::Error::Refused(error).call_error())
             }
         },
         error => Event::CallFailed(error.call_error()),

@@ -333,7 +333,6 @@ impl Storage for Store {
     }
 }
 
-/// Open, or make, a file that is the supervisor's alone.
 /// Why the supervisor has no directory, and who makes it.
 fn cannot_make(dir: &Path) -> String {
     let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
@@ -344,6 +343,7 @@ fn cannot_make(dir: &Path) -> String {
     )
 }
 
+/// Open, or make, a file that is the supervisor's alone.
 fn open_file(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600);

@@ -1,5 +1,5 @@
 //! Deleting what a job has left, by `Delete` over the helper's socket: against `rm -rf` and the best loop of two
-//! threads. It is deleted as the job's user, by processes that trust no name and keep three descriptors.
+//! threads. It is deleted as the job's user, by processes that trust no name and keep a bounded number of descriptors.
 //!
 //!     cargo bench -p testbed --bench deletion
 

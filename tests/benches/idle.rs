@@ -104,12 +104,12 @@ fn main() {
         factory.polls(3).await;
         factory
     });
-    let halves = [
+    let processes = [
         ("helper", factory.helper.pid()),
         ("supervisor", factory.supervisor.pid()),
         ("listener", listener(factory.helper.pid())),
     ];
-    let before = halves.map(|(_, pid)| counted(pid));
+    let before = processes.map(|(_, pid)| counted(pid));
     let requests = factory.server.all_requests().values().sum::<u64>();
     let begin = Instant::now();
     let mounts = mounts_changed_within(length);
@@ -121,7 +121,7 @@ fn main() {
         "", "resident", "share", "threads", "processor", "wake-ups", "preempted", "children"
     );
     let mut all = Vec::new();
-    for ((name, pid), before) in halves.into_iter().zip(before) {
+    for ((name, pid), before) in processes.into_iter().zip(before) {
         let (after, (resident, share)) = (counted(pid), memory(pid));
         let (woken, preempted) = (after.sleeps - before.sleeps, after.preempted - before.preempted);
         let part = (after.ran - before.ran) as f64 / 1e7 / seconds;

@@ -213,7 +213,7 @@ fn stand(way: &str, arguments: &[String]) {
     let lives: Box<dyn FnMut() -> Duration> = match way {
         "helper" => {
             let connect = arguments.iter().any(|argument| argument == "--connect");
-            let mut factory = TestFactory::new(&place, &started, number("--alive").unwrap_or(0));
+            let mut factory = BenchHelper::new(&place, &started, number("--alive").unwrap_or(0));
             Box::new(move || factory.life(&started, connect))
         }
         "bare" => return bare(&place, own.path(), &started),
@@ -331,7 +331,7 @@ impl Drop for FirstOpen {
 }
 
 /// The helper on a host of its own, and a client.
-struct TestFactory {
+struct BenchHelper {
     client: Client,
     helper: testbed::harness::Running,
     agent: std::os::fd::OwnedFd,
@@ -339,8 +339,8 @@ struct TestFactory {
     host: TestHost,
 }
 
-impl TestFactory {
-    fn new(place: &Path, started: &FirstOpen, alive: usize) -> TestFactory {
+impl BenchHelper {
+    fn new(place: &Path, started: &FirstOpen, alive: usize) -> BenchHelper {
         let mut host = TestHost::new();
         // More than a test has, and not among theirs.
         let first = 0x7010_0000 + std::process::id() % 1000 * 256;
@@ -358,7 +358,7 @@ impl TestFactory {
         host.configure("http://127.0.0.1:1", 0, &(0..SLOTS).map(slot).collect::<String>());
         let helper = host.helper();
         let agent = sealed(&fs::read(place.join("agent")).expect("it was built"));
-        let mut factory = TestFactory {
+        let mut factory = BenchHelper {
             client: Client::new(&host),
             helper,
             agent,
@@ -421,7 +421,7 @@ impl TestFactory {
     }
 }
 
-impl Drop for TestFactory {
+impl Drop for BenchHelper {
     fn drop(&mut self) {
         for worker in std::mem::take(&mut self.others) {
             self.client.ask(&Request::Delete { worker });

@@ -1,4 +1,4 @@
-//! What a look at all slots and all workers costs, as both grow: the pure part in processor time, which is its time on
+//! What a pass over all slots and all workers costs, as both grow: the pure part in processor time, which is its time on
 //! a quiet machine and little more on a busy one, and a poll of the real two processes in calls.
 //!
 //! `cargo bench -p testbed --bench scheduling`; needs root for the part `calls`.

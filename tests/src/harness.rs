@@ -664,7 +664,7 @@ pub fn cgroup2_mount() -> PathBuf {
         .into()
 }
 
-/// A client at the helper's socket, polite or not.
+/// A client at the helper's socket, well-behaved or hostile.
 #[derive(Debug)]
 pub struct Client {
     /// For packets that the client itself would not send.
@@ -709,10 +709,10 @@ impl Client {
             .send(&wire::encode(request).unwrap(), descriptor)
             .expect("the helper takes a packet");
         self.reply()
-            .unwrap_or_else(|| panic!("the helper hung up on {request:?}"))
+            .unwrap_or_else(|| panic!("the helper closed the connection at {request:?}"))
     }
 
-    /// The next reply; none if the helper has hung up.
+    /// The next reply; none if the helper has closed the connection.
     pub fn reply(&self) -> Option<(Reply, Vec<OwnedFd>)> {
         match self.socket.recv(wire::MAX_REPLY) {
             Ok(Received::Packet { bytes, descriptors }) => {

@@ -22,7 +22,7 @@ pub enum Fault {
     /// Nobody listens.
     Refuse,
     /// The connection is taken, and closed without a byte.
-    HangUp,
+    Close,
     /// The connection is taken, and nothing is ever said.
     Hang,
     /// The server never sees it: these bytes are the answer.
@@ -175,7 +175,7 @@ async fn serve(shared: Arc<Shared>, mut client: TcpStream) -> Result<()> {
     }
     match fault {
         Fault::None => client.write_all(&forward(&shared, &request).await?).await?,
-        Fault::Refuse | Fault::HangUp => {}
+        Fault::Refuse | Fault::Close => {}
         Fault::Hang => {
             // Until the client gives up.
             let _ = client.read(&mut [0; 1]).await;

@@ -90,8 +90,8 @@ fn name(kind: Kind) -> &'static str {
         Kind::Session => "session",
         Kind::AsUser => "as the user",
         Kind::MonitorRequest => "monitor request",
-        Kind::RootFs => "root file system",
-        Kind::First => "first process",
+        Kind::Builder => "root file system",
+        Kind::FirstProcess => "first process",
         Kind::Agent => "agent",
     }
 }

@@ -92,7 +92,7 @@ pub fn prepare(wanted: Option<&Path>, apart: bool) -> Result<PathBuf> {
 /// The cgroup, beside the worker's own, of what a person starts in a worker with the manual program: the worker's
 /// state does not depend on it.
 pub fn manual_name(worker: WorkerId) -> String {
-    format!("{worker}-by-hand")
+    format!("{worker}-manual")
 }
 
 /// A new cgroup for a worker that has no process. A used one is not used again: since Linux 6.18 a
@@ -120,22 +120,22 @@ fn populated(cgroup: &OwnedFd) -> std::io::Result<bool> {
 }
 
 /// End every process in the worker's cgroups, wait until they are gone, and remove them.
-pub fn kill(cgroups: impl AsFd, worker: WorkerId) -> Result<()> {
-    kill_one(cgroups.as_fd(), &manual_name(worker))?;
-    kill_one(cgroups, &worker.to_string())
+pub fn kill_and_remove(cgroups: impl AsFd, worker: WorkerId) -> Result<()> {
+    kill_and_remove_one(cgroups.as_fd(), &manual_name(worker))?;
+    kill_and_remove_one(cgroups, &worker.to_string())
 }
 
 /// The same of one cgroup.
-pub fn kill_one(cgroups: impl AsFd, name: &str) -> Result<()> {
+pub fn kill_and_remove_one(cgroups: impl AsFd, name: &str) -> Result<()> {
     let cgroup = match open_dir(cgroups.as_fd(), name) {
         Err(Errno::ENOENT) => return Ok(()),
         cgroup => cgroup?,
     };
     let until = Instant::now() + PATIENCE;
     loop {
-        end(&cgroup, name)?;
+        kill_processes(&cgroup, name)?;
         match remove_dir(cgroups.as_fd(), name) {
-            // A first process that the monitor was just making, for a connection that has died.
+            // A first process that the monitor was just making, for a session that has died.
             Err(Errno::EBUSY) if Instant::now() < until => {}
             removed => {
                 return removed.with_context(|| format!("cannot remove the cgroup {name}"));
@@ -148,7 +148,7 @@ pub fn kill_one(cgroups: impl AsFd, name: &str) -> Result<()> {
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// End every process in this cgroup, and wait until they are gone. One that has been removed has none.
-pub fn end(cgroup: &OwnedFd, name: &str) -> Result<()> {
+pub fn kill_processes(cgroup: &OwnedFd, name: &str) -> Result<()> {
     let events = match open_file(cgroup, "cgroup.events", OFlag::O_RDONLY) {
         Err(Errno::ENOENT) => return Ok(()),
         events => events?,
@@ -208,11 +208,11 @@ mod tests {
             scope.spawn(|| {
                 while !over.load(std::sync::atomic::Ordering::Relaxed) {
                     create(&cgroups, &worker.to_string()).unwrap();
-                    kill(&cgroups, worker).unwrap();
+                    kill_and_remove(&cgroups, worker).unwrap();
                 }
             });
-            let mut looks = (0..50_000).map(|_| is_populated(&cgroups, worker));
-            let other = looks.find(|look| !matches!(look, Ok(false)));
+            let mut answers = (0..50_000).map(|_| is_populated(&cgroups, worker));
+            let other = answers.find(|answer| !matches!(answer, Ok(false)));
             over.store(true, std::sync::atomic::Ordering::Relaxed);
             other
         });

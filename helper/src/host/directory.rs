@@ -16,11 +16,11 @@ use crate::sys;
 
 /// Refuse a directory that somebody but root could write or replace: itself and all above it. A sticky
 /// directory (`/tmp`) above is fine, what root has in it is root's. What is not there is nobody's.
-pub fn only_root_writes(path: &Path) -> Result<()> {
+pub fn check_only_root_writes(path: &Path) -> Result<()> {
     for directory in path.ancestors() {
         let meta = match std::fs::symlink_metadata(directory) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            meta => meta.with_context(|| format!("cannot look at {}", directory.display()))?,
+            meta => meta.with_context(|| format!("cannot stat {}", directory.display()))?,
         };
         let open_to_others = meta.mode() & 0o022 != 0 && (meta.mode() & 0o1000 == 0 || directory == path);
         if !meta.is_dir() || meta.uid() != 0 || open_to_others {
@@ -38,13 +38,13 @@ pub fn make_directories(path: &Path, mode: u32) -> Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     // Before, so that nothing is made or opened where somebody has put a link; and after, because in a
     // sticky directory somebody may have been quicker.
-    only_root_writes(path)?;
+    check_only_root_writes(path)?;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(mode)
         .create(path)
         .with_context(|| format!("cannot make the directory {}", path.display()))?;
-    only_root_writes(path)
+    check_only_root_writes(path)
 }
 
 pub const DIRECTORY: OFlag = OFlag::O_RDONLY
@@ -53,7 +53,7 @@ pub const DIRECTORY: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_CLOEXEC);
 
 /// Open a directory as the root of a mount that is attached nowhere (`open_tree(2)`): by this descriptor nothing above
-/// it can be reached, `..` ends there; and nothing is written where the mount is read-only. Connections have these
+/// it can be reached, `..` ends there; and nothing is written where the mount is read-only. Sessions have these
 /// descriptors, and may ignore modes.
 pub fn open_detached(path: &Path, attributes: u64) -> Result<OwnedFd> {
     let describe = || format!("cannot open {} by itself", path.display());
@@ -186,7 +186,7 @@ pub mod tests {
         let at = |name: &str| root.path().join(name);
         fs::create_dir_all(at("a/b/c")).unwrap();
         let (a, b) = (at("a"), at("a/b"));
-        let accepts = |name: &str| only_root_writes(&at(name)).is_ok();
+        let accepts = |name: &str| check_only_root_writes(&at(name)).is_ok();
         assert!(accepts("a/b") && accepts("a/b/c") && accepts("a/b/not/yet/there"));
         for mode in [0o775, 0o757, 0o777] {
             set_mode(&b, mode);

@@ -29,7 +29,7 @@ use protocol::{Error, ErrorKind, SlotName};
 use crate::sys::{READ_ONLY, WRITABLE};
 use abilities::Abilities;
 use accounts::Accounts;
-use directory::{make_directories, only_root_writes, open_detached, open_file};
+use directory::{check_only_root_writes, make_directories, open_detached, open_file};
 use network::Settings;
 
 #[derive(Debug)]
@@ -48,7 +48,7 @@ pub struct Host {
     pub dev: OwnedFd,
     /// Below it, each worker with its agent started has the `/dev` of its job.
     pub devices: OwnedFd,
-    /// Where the supervisor listens for jobs that can reach nobody else (the egress proxy).
+    /// Where the supervisor listens for jobs without the host's network (the egress proxy).
     pub proxy_dir: OwnedFd,
     /// The cgroup directory below which each worker has its own.
     pub cgroups: OwnedFd,
@@ -110,7 +110,7 @@ impl Host {
             .with_context(|| format!("cannot close {} to others", workers.display()))?;
         let userdb = root.join("run/userdb");
         make_directories(&userdb, 0o755)?;
-        only_root_writes(config_dir)?;
+        check_only_root_writes(config_dir)?;
         let workers = open_detached(&workers, WRITABLE)?;
         let cgroups = open_detached(cgroups, WRITABLE)?;
         Ok(Host {
@@ -258,7 +258,7 @@ pub mod tests {
             etc: make("etc"),
             dev: make("dev"),
             devices: make("devices"),
-            proxy_dir: make("gate"),
+            proxy_dir: make("egress"),
             cgroups,
             config_read: RefCell::default(),
             accounts_read: RefCell::default(),

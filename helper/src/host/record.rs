@@ -120,7 +120,7 @@ impl Worker {
         match worker.written.clone() {
             RecordState::Record(record) => Ok((worker, record)),
             RecordState::Nothing => Err(WorkerError::NoSuchWorker(id)),
-            RecordState::Damaged => Err(is_damaged(id).into()),
+            RecordState::Damaged => Err(damaged_record_error(id).into()),
         }
     }
 
@@ -229,7 +229,7 @@ impl From<WorkerError> for Error {
     }
 }
 
-pub fn is_damaged(id: WorkerId) -> anyhow::Error {
+pub fn damaged_record_error(id: WorkerId) -> anyhow::Error {
     anyhow!("the record of worker {id} is damaged: delete the worker")
 }
 

@@ -54,7 +54,7 @@ pub fn check_no_process(host: &Host, range: UidRange) -> Result<()> {
     for uid in range.first.get()..=range.last.get() {
         if sys::has_process_of(uid)? && !is_workers(uid) {
             let how = format!("a process of this host runs as uid {uid} of it (ps -u {uid} shows it)");
-            bail!("{}", accounts::range_is_taken(range, &how));
+            bail!("{}", accounts::describe_taken_range(range, &how));
         }
     }
     Ok(())

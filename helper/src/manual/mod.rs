@@ -8,7 +8,7 @@
 //!
 //! A worker that `shell` enters is locked from the check that it exists until the shell's first process is in its
 //! cgroup. A deletion comes before that, and then there is no worker to enter; or after it, and then it kills that
-//! cgroup (`cgroup::kill`) before it removes anything. Everything that a shell makes outside its own namespaces (a
+//! cgroup (`cgroup::kill_and_remove`) before it removes anything. Everything that a shell makes outside its own namespaces (a
 //! `/dev`, a quota) is made by a process in that cgroup, so the deletion removes it after the process is dead.
 
 mod streams;
@@ -204,7 +204,7 @@ pub fn shell(arguments: &[OsString]) -> Result<u8> {
     let status = started.and_then(|shell| shell.attend(&signals));
     // By its descriptor: another worker, or another shell, may have a cgroup of that name by now. The empty directory
     // is for the next shell, or the deletion, to remove: only they know under the lock that nobody enters it.
-    cgroup::end(&cgroup, &name)?;
+    cgroup::kill_processes(&cgroup, &name)?;
     status
 }
 
@@ -336,7 +336,7 @@ impl Started {
                     self.streams.finish();
                     bail!(error);
                 }
-                other => bail!("the first process said {other:?}"),
+                other => bail!("the first process sent {other:?}"),
             },
             _ => bail!(
                 "the first process was killed: its worker was deleted meanwhile, or the kernel's log has the reason"

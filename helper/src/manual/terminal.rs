@@ -1,5 +1,5 @@
-//! A person's terminal, passed through to a command in a sandbox: the command gets a terminal of the sandbox's
-//! own, and the bytes go both ways. The person's terminal itself is never in the hands of a job.
+//! The operator's terminal, passed through to a command in a sandbox: the command gets a terminal of the sandbox's
+//! own, and the bytes go both ways. The operator's terminal itself is kept from jobs.
 
 use std::fs::File;
 use std::io::{IsTerminal, Read, Write};

@@ -112,8 +112,8 @@ fn refuse(session: &Seqpacket, failure: Failure) {
 
 /// Does who asked still wait? It holds the worker's lock for as long as it lives. Once it is dead, the worker may be
 /// another's.
-fn is_waited_for(asker: &Seqpacket) -> Result<()> {
-    let mut events = [PollFd::new(asker.as_fd(), PollFlags::empty())];
+fn is_waited_for(session: &Seqpacket) -> Result<()> {
+    let mut events = [PollFd::new(session.as_fd(), PollFlags::empty())];
     poll(&mut events, PollTimeout::ZERO)?;
     ensure!(events[0].any() == Some(false), "who asked for it is gone");
     Ok(())
@@ -135,7 +135,7 @@ fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
             forget_all_but(host, session).and_then(|()| sandbox::enter(host, *worker, bootstrap, session));
         match prepared {
             Ok(job) => job.start(session),
-            Err(error) => failed(session, error),
+            Err(error) => send_failure(session, error),
         }
     };
     rootfs
@@ -145,17 +145,17 @@ fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
 }
 
 /// Forget the quota of a worker that has nothing on disk any more.
-fn clear_quota(host: &Host, worker: WorkerId, connection: &Seqpacket) -> Result<()> {
-    is_waited_for(connection)?;
+fn clear_quota(host: &Host, worker: WorkerId, session: &Seqpacket) -> Result<()> {
+    is_waited_for(session)?;
     sys::fork(|| {
         let work = || -> Result<()> {
-            forget_all_but(host, connection)?;
+            forget_all_but(host, session)?;
             let record = read_record_of(host, worker)?;
             quota::set(host, record.uid, None, None)
         };
         match work() {
-            Ok(()) => i32::from(HandshakeMessage::Done.send_to(connection, None).is_err()),
-            Err(error) => failed(connection, error),
+            Ok(()) => i32::from(HandshakeMessage::Done.send_to(session, None).is_err()),
+            Err(error) => send_failure(session, error),
         }
     })
     .context("cannot fork")?;
@@ -163,12 +163,12 @@ fn clear_quota(host: &Host, worker: WorkerId, connection: &Seqpacket) -> Result<
 }
 
 /// The listening socket, the lock, and the ways to mount namespaces are the monitor's alone.
-fn forget_all_but(host: &Host, connection: &Seqpacket) -> Result<()> {
-    sys::close_all_but(&[&host.descriptors()[..], &[connection.as_raw_fd()]].concat())?;
+fn forget_all_but(host: &Host, session: &Seqpacket) -> Result<()> {
+    sys::close_all_but(&[&host.descriptors()[..], &[session.as_raw_fd()]].concat())?;
     Ok(SigSet::empty().thread_set_mask()?)
 }
 
-fn failed(connection: &Seqpacket, error: anyhow::Error) -> i32 {
-    let _ = HandshakeMessage::failed(error).send_to(connection, None);
+fn send_failure(session: &Seqpacket, error: anyhow::Error) -> i32 {
+    let _ = HandshakeMessage::failed(error).send_to(session, None);
     1
 }

@@ -50,7 +50,7 @@ const RESTART_AFTER: Duration = Duration::from_secs(1);
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// A session's exit status when the configuration or the host's accounts were not as the listener had read them.
-const HAS_READ: i32 = 1;
+const EXIT_AFTER_READ: i32 = 1;
 
 /// What the monitor knows of its listener.
 #[derive(Debug)]
@@ -109,7 +109,7 @@ impl Outage {
             Next::Wait(Child { pid, .. }, _) => format!(
                 "the helper has accepted no connection for {seconds} s: its process {pid} waits for the kernel to install \
                  a filter of system calls (seccomp). {}",
-                seccomp::IS_LATE
+                seccomp::LATE_FILTER_HINT
             ),
             Next::Start(_) => format!(
                 "the helper has accepted no connection for {seconds} s: its process that accepts them ends whenever it is \
@@ -304,7 +304,7 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
         match accept(socket, *client) {
             Ok(Some((connection, peer))) => match serve(host, monitor_socket, connection, peer, is_busy) {
                 Ok(pid) => drop(sessions.insert(pid)),
-                Err(error) => warn!("hung up: cannot fork a session: {error}"),
+                Err(error) => warn!("closed the connection: cannot fork a session: {error}"),
             },
             Ok(None) => {}
             Err(error) => {
@@ -330,7 +330,7 @@ fn accept(socket: &UnixListener, client: u32) -> io::Result<Option<(OwnedFd, Pee
     };
     if peer.uid != client {
         let Peer { uid, pid } = peer;
-        warn!("hung up: the helper serves uid {client} alone uid={uid} pid={pid}");
+        warn!("closed the connection: the helper serves uid {client} alone uid={uid} pid={pid}");
         return Ok(None);
     }
     Ok(Some((connection, peer)))
@@ -359,9 +359,13 @@ fn serve(
                 is_busy,
                 connection.into(),
             );
-            return if host.reads() == before { 0 } else { HAS_READ };
+            return if host.reads() == before {
+                0
+            } else {
+                EXIT_AFTER_READ
+            };
         }
-        warn!("hung up: cannot close what is not a session's");
+        warn!("closed the connection: cannot close what is not a session's");
         0
     })
 }
@@ -370,7 +374,7 @@ fn serve(
 fn reap(sessions: &mut BTreeSet<Pid>) -> bool {
     let mut has_read = false;
     while let Ok(Some((child, ended))) = sys::wait(None, WaitPidFlag::WNOHANG) {
-        has_read |= ended.code() == Some(HAS_READ);
+        has_read |= ended.code() == Some(EXIT_AFTER_READ);
         if sessions.remove(&child) && ended.signal().is_some() {
             warn!("a session has ended ({ended}): its request is lost, repeat it");
         }

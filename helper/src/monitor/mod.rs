@@ -32,7 +32,7 @@ use protocol::Seqpacket;
 use protocol::config::{self, Config, UidRange, accounts};
 
 use crate::host::check::check_host;
-use crate::host::directory::{make_directories, only_root_writes};
+use crate::host::directory::{check_only_root_writes, make_directories};
 use crate::host::{Host, abilities, cgroup, users};
 use crate::log::{error, info, warn};
 use crate::sandbox::landlock;
@@ -245,7 +245,7 @@ fn reserve(root: &Path, range: UidRange) -> Result<Vec<File>> {
                 "systemd-nspawn has given ids of it to a container ({})",
                 path.display()
             );
-            accounts::range_is_taken(range, &how)
+            accounts::describe_taken_range(range, &how)
         })?);
     }
     Ok(locks)
@@ -288,7 +288,7 @@ fn check_socket(socket: &OwnedFd) -> Result<()> {
         "{} is open to everybody: set SocketMode=0660",
         path.display()
     );
-    only_root_writes(path.parent().context("it is in no directory")?)
+    check_only_root_writes(path.parent().context("it is in no directory")?)
 }
 
 /// Keep a listener running, carry out requests, follow devices. Nothing that the supervisor sends is ever read in this

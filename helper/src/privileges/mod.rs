@@ -59,13 +59,21 @@ impl Kind {
         kept.map(|(capability, ..)| *capability).collect()
     }
 
-    /// The filters that are before such a process, in the order in which they were installed.
-    pub fn filters(self) -> &'static [Filter] {
+    /// The filter that it installs, and the kind that has forked it, whose filters stay before it.
+    const fn filter_and_parent(self) -> (Option<Filter>, Option<Kind>) {
         match self {
-            Kind::Monitor => &[Filter::Monitor],
-            Kind::Session | Kind::Child => &[Filter::Monitor, Filter::Session],
-            Kind::Job => &[Filter::Monitor, Filter::Job],
+            Kind::Monitor => (Some(Filter::Monitor), None),
+            Kind::Session => (Some(Filter::Session), Some(Kind::Monitor)),
+            Kind::Child => (None, Some(Kind::Session)),
+            Kind::Job => (Some(Filter::Job), Some(Kind::Monitor)),
         }
+    }
+
+    /// The filters that are before such a process, in the order in which they were installed.
+    pub fn filters(self) -> Vec<Filter> {
+        let (own, parent) = self.filter_and_parent();
+        let inherited = parent.map_or_else(Vec::new, Kind::filters);
+        inherited.into_iter().chain(own).collect()
     }
 
     /// Give up all that this kind does not keep, for good, and check that it is gone.
@@ -92,10 +100,11 @@ impl Kind {
             ensure!(now == *keep, "capabilities are left that should not be: {now:?}");
         }
         sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
-        let filter = match self {
-            Kind::Monitor => seccomp::monitor(),
-            Kind::Session => seccomp::session(),
-            Kind::Child | Kind::Job => return Ok(()),
+        let filter = match self.filter_and_parent().0 {
+            Some(Filter::Monitor) => seccomp::monitor(),
+            Some(Filter::Session) => seccomp::session(),
+            // That of a job depends on its slot, and is the last step of the sandbox.
+            Some(Filter::Job) | None => return Ok(()),
         };
         sys::filter_system_calls(&filter).context("cannot filter system calls")
     }

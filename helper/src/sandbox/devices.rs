@@ -126,7 +126,7 @@ fn follow(host: &Host, dir: &OwnedFd, name: &Path, directory: &Path) -> Option<(
     }
 }
 
-/// Has the slot a disk of its own? Then writing it is no play.
+/// Has the slot a disk of its own? Then what is written to it outlives the job.
 pub fn has_block_device(host: &Host, slot: &Slot) -> Result<bool> {
     let (nodes, _) = find(host, &slot.devices)?;
     Ok(nodes.values().any(|(node, _)| *node == SFlag::S_IFBLK))
@@ -162,7 +162,7 @@ pub fn make(host: &Host, worker: WorkerId, uid: Uid, slot: &Slot) -> Result<()> 
             "{pattern} is no device node: name one in devices"
         );
     }
-    // A device that goes between the look and the making would stay: the monitor, which is told of it, may have been
+    // A device that goes between the listing and the making of its node would stay: the monitor, which is told of it, may have been
     // here before. Where they come and go without end, it is told again.
     for _ in 0..ROUNDS {
         let (wanted, _) = find(host, &slot.devices)?;

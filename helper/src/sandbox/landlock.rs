@@ -2,7 +2,7 @@
 //! and writing to what is not the job's own.
 //!
 //! A read-only mount keeps nobody from writing to a FIFO or a device node (`open(2)`), and there is no list of FIFOs to
-//! cover. So no file opens for writing but beneath the places that are the job's.
+//! mask. So no file opens for writing but beneath the places that are the job's.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 

@@ -57,7 +57,7 @@ struct Plan {
 }
 
 /// A process that is all prepared to be a job's pid 1.
-pub struct Job {
+pub struct PreparedJob {
     proof: Unprivileged,
     agent: Command,
     files: init::Files,
@@ -65,7 +65,12 @@ pub struct Job {
 }
 
 /// For the first process of a worker: everything, up to the agent's start.
-pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session: &Seqpacket) -> Result<Job> {
+pub fn enter(
+    host: &Host,
+    worker: WorkerId,
+    bootstrap: &BootstrapToken,
+    session: &Seqpacket,
+) -> Result<PreparedJob> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
     let files = files(host, worker)?;
@@ -74,7 +79,7 @@ pub fn enter(host: &Host, worker: WorkerId, bootstrap: &BootstrapToken, session:
     agent
         .args(arguments(&config, plan.uid, &plan.slot, bootstrap))
         .envs(environment::agent_variables(&config, &plan.slot));
-    Ok(Job {
+    Ok(PreparedJob {
         proof,
         agent,
         files,
@@ -162,17 +167,17 @@ fn apply_sandbox(
     }
     // Last: it refuses most of the above.
     let socket_families: Vec<_> = plan.slot.socket_families.iter().copied().collect();
-    let allowed = seccomp::job(seccomp::Job {
+    let allowed = seccomp::job(seccomp::JobFilter {
         socket_families: &socket_families,
         allow_user_namespaces: plan.slot.allow_user_namespaces,
-        devices: !plan.slot.devices.is_empty(),
+        has_devices: !plan.slot.devices.is_empty(),
         ignore_sync,
     });
     sys::filter_system_calls(&allowed).context("cannot filter system calls")?;
     Ok((proxy, proof))
 }
 
-impl Job {
+impl PreparedJob {
     /// Start the agent once the session has marked the worker as started, and be pid 1 until the agent has ended. Returns
     /// the status for pid 1 itself.
     pub fn start(self, session: &Seqpacket) -> i32 {
@@ -185,7 +190,7 @@ impl Job {
         // If the session dies before it has done that, this process ends, too.
         if sys::close_all_but(&keep).is_err()
             || HandshakeMessage::Ready.send_to(session, None).is_err()
-            || !is_told_to_go(session)
+            || !receive_go(session)
         {
             return 1;
         }
@@ -207,7 +212,7 @@ impl Job {
     }
 }
 
-fn is_told_to_go(session: &Seqpacket) -> bool {
+fn receive_go(session: &Seqpacket) -> bool {
     match session.recv(HandshakeMessage::MAX) {
         Ok(Received::Packet { bytes, .. }) => wire::decode(&bytes) == Ok(HandshakeMessage::Go),
         _ => false,

@@ -82,7 +82,7 @@ pub fn create_user(
             let (worker, asked) = (id, slot.clone());
             return Err(CreateUserError::HasOtherSlot { worker, has, asked });
         }
-        RecordState::Damaged => return Err(record::is_damaged(id).into()),
+        RecordState::Damaged => return Err(record::damaged_record_error(id).into()),
         RecordState::Nothing => match take_slot(host, clear_quota, &config, &mut worker, slot) {
             Ok(record) => record,
             Err(error) => {
@@ -167,7 +167,7 @@ pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<
             users::remove_userdb(host.userdb.as_fd(), &worker.user(), uid)
         })
     };
-    cgroup::kill(&host.cgroups, worker.id)?;
+    cgroup::kill_and_remove(&host.cgroups, worker.id)?;
     uid.map_or(Ok(()), kill_all)?;
     if !is_recorded {
         forget()?;

@@ -96,7 +96,7 @@ pub fn install(
         &writable_dirs::of(&worker.user(), record.uid, slot),
     )?;
     // A first attempt that was cut off may have left its pid 1, waiting for a message that will not come.
-    cgroup::kill(&host.cgroups, worker.id)?;
+    cgroup::kill_and_remove(&host.cgroups, worker.id)?;
     let cgroup =
         cgroup::create(&host.cgroups, &worker.id.to_string()).context("cannot make the worker's cgroup")?;
     limits::limit_cgroup(&cgroup, slot, host.abilities)?;
@@ -158,7 +158,7 @@ pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failur
             return Err(Failure::Busy(match expected {
                 HandshakeMessage::Ready => format!(
                     "the kernel has not installed the job's filter of system calls (seccomp) within {FILTER_PATIENCE} s. {}",
-                    seccomp::IS_LATE
+                    seccomp::LATE_FILTER_HINT
                 ),
                 _ => format!(
                     "the helper has not done it within {PATIENCE} s: look for its processes in state D in ps, and repeat"
@@ -174,7 +174,7 @@ pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failur
         Ok(said) if said == expected => return Ok(()),
         Ok(HandshakeMessage::Failed(error)) => error.into(),
         other => Failure::Failed(anyhow!(
-            "the process that was to do it said {other:?} instead of {expected:?}"
+            "the process that was to do it sent {other:?} instead of {expected:?}"
         )),
     })
 }
@@ -370,7 +370,7 @@ mod tests {
         let refusal = |expected| refusal(expect(&here, expected));
         let (kind, said) = refusal(HandshakeMessage::Done);
         assert_eq!(kind, ErrorKind::Failed);
-        assert!(said.contains("said Ok(Ready) instead of Done"), "{said}");
+        assert!(said.contains("sent Ok(Ready) instead of Done"), "{said}");
         let send = |message: HandshakeMessage| message.send_to(&there, None).unwrap();
         send(HandshakeMessage::failed(anyhow!("no space")));
         assert_eq!(

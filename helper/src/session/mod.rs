@@ -61,7 +61,7 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
     let limited = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(10))
         .and_then(|()| setsockopt(&socket, sockopt::SendTimeout, &patience(10)));
     if let Err(errno) = limited {
-        return warn!("hung up: cannot limit how long it is waited for: {errno}");
+        return warn!("closed the connection: cannot limit how long it is waited for: {errno}");
     }
     let mut is_greeted = false;
     loop {
@@ -69,23 +69,25 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
             Ok(Received::Closed) => return,
             Ok(Received::Packet { bytes, descriptors }) => (bytes, descriptors),
             Ok(Received::Oversize) => {
-                return warn!("hung up: a packet is larger than any request, or has several descriptors");
+                return warn!(
+                    "closed the connection: a packet is larger than any request, or has several descriptors"
+                );
             }
             Err(Errno::ECONNRESET) => return,
-            Err(errno) => return warn!("hung up: cannot receive: {errno}"),
+            Err(errno) => return warn!("closed the connection: cannot receive: {errno}"),
         };
         let request: Request = match wire::decode(&bytes) {
             Ok(request) => request,
             Err(error) => {
                 return warn!(
-                    "hung up: a packet of {} bytes is no request: {error}",
+                    "closed the connection: a packet of {} bytes is no request: {error}",
                     bytes.len()
                 );
             }
         };
         if descriptors.len() != usize::from(request.carries_descriptor()) {
             return warn!(
-                "hung up: {} came with {} descriptors",
+                "closed the connection: {} came with {} descriptors",
                 name(&request),
                 descriptors.len()
             );
@@ -103,7 +105,7 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
             }
             (Request::Hello { version }, false) => {
                 let message = format!(
-                    "the helper speaks version {VERSION} of the protocol, you speak {version}: install both halves from one release"
+                    "the helper has version {VERSION} of the protocol, the supervisor version {version}: install both from one release"
                 );
                 (Reply::Error(Error::new(ErrorKind::Version, message)), None)
             }
@@ -124,7 +126,7 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
         match sent {
             Ok(()) if is_greeted => {}
             Ok(()) => return,
-            Err(errno) => return warn!("hung up: cannot answer: {errno}"),
+            Err(errno) => return warn!("closed the connection: cannot answer: {errno}"),
         }
     }
 }
@@ -136,7 +138,7 @@ fn answer(
 ) -> Result<Answer, Error> {
     let refused = |message: &str| Error::new(ErrorKind::Refused, message);
     Ok(match request {
-        Request::Hello { .. } => return Err(refused("Hello was said before")),
+        Request::Hello { .. } => return Err(refused("Hello was sent before")),
         Request::CreateUser { worker, slot } => {
             let (uid, name) = operations.create_user(*worker, slot)?;
             (Reply::UserCreated { uid, name }, None)
@@ -200,7 +202,7 @@ impl Operations for OnHost<'_> {
 
     fn kill(&self, worker: WorkerId) -> Result<(), WorkerError> {
         let (worker, record) = Worker::existing(self.host, worker)?;
-        cgroup::kill(&self.host.cgroups, worker.id)?;
+        cgroup::kill_and_remove(&self.host.cgroups, worker.id)?;
         Ok(kill_all(record.uid)?)
     }
 

@@ -21,7 +21,7 @@ use protocol::Exit;
 use crate::host::record::{TIMED_OUT, print_exit};
 use crate::sys;
 use crate::unprivileged::proxy::ProxyListener;
-use crate::unprivileged::{TURN, Unprivileged};
+use crate::unprivileged::{MAX_PER_ITERATION, Unprivileged};
 
 /// Files of root's that pid 1 was given open for writing.
 pub struct Files {
@@ -146,7 +146,7 @@ pub fn run(proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConfi
         }
         open = open && console.pump(&agent.output);
         unreaped = true;
-        for _ in 0..TURN {
+        for _ in 0..MAX_PER_ITERATION {
             let (pid, ended) = match sys::wait(None, WaitPidFlag::WNOHANG) {
                 Ok(Some(ended)) => ended,
                 Ok(None) => {

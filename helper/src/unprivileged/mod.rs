@@ -22,9 +22,9 @@ use protocol::Uid;
 
 use crate::sys;
 
-/// The most children that are reaped, or connections that are forwarded, in one turn: a flood of one kind must not keep
+/// The most children that are reaped, or connections that are forwarded, in one iteration: a flood of one kind must not keep
 /// pid 1 from all else.
-pub const TURN: usize = 64;
+pub const MAX_PER_ITERATION: usize = 64;
 
 /// Do this in a process that has become the user, and has these descriptors alone.
 pub fn as_user(uid: Uid, keep: &[RawFd], work: impl FnOnce(&Unprivileged) -> Result<()>) -> Result<()> {

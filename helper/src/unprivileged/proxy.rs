@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::Seqpacket;
 use protocol::config::PROXY_SOCKET;
 
-use crate::unprivileged::{TURN, Unprivileged};
+use crate::unprivileged::{MAX_PER_ITERATION, Unprivileged};
 
 /// Where connections come in, and where they go.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ impl ProxyListener {
         let _ = poll(&mut events, PollTimeout::ZERO);
         let ready = events.iter().map(|event| event.any() == Some(true));
         for (_, (listener, name)) in ready.zip(&self.listeners).filter(|(ready, _)| *ready) {
-            for _ in 0..TURN {
+            for _ in 0..MAX_PER_ITERATION {
                 let Ok((connection, _)) = listener.accept() else {
                     break;
                 };

@@ -244,7 +244,7 @@ impl Operations for Beneath {
     }
 }
 
-/// What must be answered, packet by packet, until the helper hangs up: the page of the `protocol` crate.
+/// What must be answered, packet by packet, until the helper closes the connection: the page of the `protocol` crate.
 fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, ErrorKind>> {
     let mut answers = Vec::new();
     let mut is_greeted = false;
@@ -313,7 +313,7 @@ fn open_descriptors() -> usize {
 }
 
 /// Serve the conversation by the real dispatcher, with a model beneath it. Panics where anything is not as it must
-/// be: the answers, up to the packet at which the helper has to hang up; what comes with them; and that no
+/// be: the answers, up to the packet at which the helper has to close the connection; what comes with them; and that no
 /// descriptor is left. One at a time in a process, which has nothing else to do.
 pub fn hold(conversation: &Conversation) {
     let before = open_descriptors();

@@ -215,7 +215,7 @@ fn the_log_says_who_asked_for_what_and_how_it_ended_but_not_of_each_poll() {
         }
     }
     assert!(
-        log[6].contains("hung up: InstallAgent came with 0 descriptors"),
+        log[6].contains("closed the connection: InstallAgent came with 0 descriptors"),
         "{}",
         log[6]
     );

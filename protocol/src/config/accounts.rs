@@ -82,7 +82,7 @@ pub fn check_range(name: &str, file: &str, range: UidRange) -> Result<(), String
         _ => false,
     };
     match file.lines().find(is_taken) {
-        Some(line) => Err(range_is_taken(
+        Some(line) => Err(describe_taken_range(
             range,
             &format!("/etc/{name} gives away ids of it ({line:?})"),
         )),
@@ -95,7 +95,7 @@ fn is_within(id: u64, range: UidRange) -> bool {
 }
 
 /// Why a range cannot be used, and what can.
-pub fn range_is_taken(range: UidRange, how: &str) -> String {
+pub fn describe_taken_range(range: UidRange, how: &str) -> String {
     let other = match range.last.get() < 1 << 21 {
         true => {
             "or set factory.uid_range = \"1879048192-1879113727\", whose ids do not fit into archives of the formats ustar and cpio"
@@ -202,13 +202,13 @@ mod tests {
 
     #[test]
     fn a_range_for_every_archive_has_an_alternative_with_its_price() {
-        let sentence = range_is_taken(UidRange::default(), "x");
+        let sentence = describe_taken_range(UidRange::default(), "x");
         assert!(
             sentence.contains("2031616-2097151 cannot") && sentence.contains("1879048192-1879113727"),
             "{sentence}"
         );
         assert!(sentence.contains("ustar"), "{sentence}");
-        let sentence = range_is_taken(range(1_879_048_192, 1_879_113_727), "x");
+        let sentence = describe_taken_range(range(1_879_048_192, 1_879_113_727), "x");
         assert!(!sentence.contains("ustar"), "{sentence}");
     }
 }

@@ -53,10 +53,10 @@ pub const RUN_DIR: &str = "run/buildomat-user-factory";
 pub const CGROUP_FILE: &str = "run/buildomat-user-factory/helper.cgroup";
 /// The helper's socket, below the root directory.
 pub const HELPER_SOCKET: &str = "run/buildomat-user-factory/helper.sock";
-/// The directory, below the root directory, in which the supervisor listens for jobs that can reach nobody but
-/// the server: the helper makes it and gives it to the supervisor. Jobs' first processes have it by descriptor. To all
+/// The directory, below the root directory, in which the supervisor listens for jobs without the
+/// host's network: the helper makes it and gives it to the supervisor. Jobs' first processes have it by descriptor. To all
 /// others but the supervisor's group it is closed, by the mode of the directory that it is in.
-pub const PROXY_DIR: &str = "run/buildomat-user-factory/gate/jobs";
+pub const PROXY_DIR: &str = "run/buildomat-user-factory/egress/jobs";
 /// The name of that socket, of type `SOCK_SEQPACKET`. One packet brings one descriptor, a TCP connection that a job has
 /// opened, and the connection's name: [`TO_SERVER`], [`TO_HTTP_PROXY`] or a [`Destination`].
 pub const PROXY_SOCKET: &str = "server.sock";
@@ -108,7 +108,7 @@ pub struct Factory {
     /// The uids (and gids) that workers get.
     #[serde(default)]
     pub uid_range: UidRange,
-    /// Seconds between two looks at the server, 1 to 60.
+    /// Seconds between two polls of the server, 1 to 60.
     #[serde(default = "one", deserialize_with = "limits::between::<_, 1, 60>")]
     pub poll_seconds: u64,
     /// Seconds after which a worker whose agent has not come online is failed, 5 to 86400.
@@ -274,7 +274,7 @@ impl Config {
             let mut places: Vec<&HostPath> = Vec::new();
             let writable = slot.writable.iter().map(|place| (place, false));
             for (place, is_read_only) in writable.chain(slot.read_only.keys().map(|place| (place, true))) {
-                if let Err(why) = place.get_ref().may_be_a_place_in_the_job(is_read_only) {
+                if let Err(why) = place.get_ref().check_place_in_job(is_read_only) {
                     note(place.span().start, format!("{} {why}", place.get_ref()));
                 }
                 if places

@@ -93,7 +93,7 @@ checked!(
 );
 
 impl BaseUrl {
-    /// The server's host and port for a job that can reach nobody else: a name, or an address that every
+    /// The server's host and port for a job without the host's network: a name, or an address that every
     /// network namespace has for itself (127.0.0.0/8). None for other addresses, and where the port is no port.
     pub fn name_and_port(&self) -> Option<(&str, u16)> {
         let (rest, default) = match self.0.strip_prefix("https://") {
@@ -248,7 +248,7 @@ impl HostPath {
 
     /// May something be mounted here for a job? Something of the host's, read-only, may be in its `/run`, beside
     /// what the job has there of its own.
-    pub(super) fn may_be_a_place_in_the_job(&self, is_read_only: bool) -> Result<(), String> {
+    pub(super) fn check_place_in_job(&self, is_read_only: bool) -> Result<(), String> {
         let in_run = ["buildomat", "buildomat-agent", "lock", "screen", "user"]
             .map(|name| PathBuf::from("/run").join(name));
         let is_beside = is_read_only

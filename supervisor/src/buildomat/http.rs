@@ -138,7 +138,6 @@ async fn bounded(mut response: Response) -> Result<Vec<u8>> {
     Ok(body)
 }
 
-/// The whole chain of an error: reqwest's own text leaves out the cause.
 /// What a `Retry-After` means: seconds, or the time until a date (RFC 9110, 10.2.3).
 fn wait_of(value: &str, now: Timestamp) -> Option<Duration> {
     if let Ok(seconds) = value.parse() {
@@ -150,6 +149,7 @@ fn wait_of(value: &str, now: Timestamp) -> Option<Duration> {
     Some(Duration::try_from(date.duration_since(now)).unwrap_or_default())
 }
 
+/// The whole chain of an error: reqwest's own text leaves out the cause.
 pub(crate) fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

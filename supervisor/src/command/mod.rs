@@ -58,7 +58,7 @@ pub struct Location {
     pub root: PathBuf,
 }
 
-/// OutputFormat to print.
+/// How the command prints its answer.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct OutputFormat {
     /// Print JSON, as the control socket says it, instead of a table.

@@ -14,7 +14,7 @@ const BAD: Style = AnsiColor::Red.on_default().bold();
 const GOOD: Style = AnsiColor::Green.on_default();
 const BUSY: Style = AnsiColor::Blue.on_default();
 const DIMMED: Style = Style::new().dimmed();
-const RESTING: Style = AnsiColor::Yellow.on_default();
+const NOTICE: Style = AnsiColor::Yellow.on_default();
 const HEAD: Style = Style::new().bold();
 
 fn styled(style: Style, text: &str) -> String {
@@ -98,7 +98,7 @@ fn state(state: SlotState) -> Cell {
         SlotState::Free => GOOD,
         SlotState::Busy => BUSY,
         SlotState::Broken | SlotState::Held => BAD,
-        SlotState::Resting | SlotState::Closed => RESTING,
+        SlotState::CoolingDown | SlotState::Closed => NOTICE,
         SlotState::Blocked | SlotState::Draining | SlotState::Removed => DIMMED,
     };
     (style, state.name().to_owned())
@@ -144,7 +144,7 @@ pub fn status(s: &Status) -> String {
             let all = s.drains.iter().find(|drain| drain.slot.is_none());
             let details = all.map(Drain::details).unwrap_or_default();
             styled(
-                RESTING,
+                NOTICE,
                 &format!("draining{details}: no new ones are taken; `user-factory resume` takes them again"),
             )
         }
@@ -235,7 +235,7 @@ pub fn selftest(slots: &[SlotReport], holds: bool) -> String {
             let style = match attempt.outcome {
                 Outcome::Ok => GOOD,
                 Outcome::Failed => BAD,
-                Outcome::NotEnforced | Outcome::NotTried => RESTING,
+                Outcome::NotEnforced | Outcome::NotTried => NOTICE,
             };
             [
                 (style, attempt.outcome.name().to_owned()),

@@ -143,8 +143,9 @@ pub enum SlotState {
     Broken,
     /// Its worker is held on the server.
     Held,
-    /// It failed workers by itself, and rests before it takes another.
-    Resting,
+    /// It failed workers by itself, and is cooling down.
+    #[serde(rename = "resting")]
+    CoolingDown,
     /// It takes no jobs, as the operator ordered.
     Draining,
     /// It is no longer in the configuration, and goes with its worker.
@@ -160,7 +161,7 @@ impl SlotState {
         SlotState::Blocked,
         SlotState::Broken,
         SlotState::Held,
-        SlotState::Resting,
+        SlotState::CoolingDown,
         SlotState::Draining,
         SlotState::Removed,
     ];
@@ -174,7 +175,7 @@ impl SlotState {
             SlotState::Blocked => "blocked",
             SlotState::Broken => "broken",
             SlotState::Held => "held",
-            SlotState::Resting => "resting",
+            SlotState::CoolingDown => "resting",
             SlotState::Draining => "draining",
             SlotState::Removed => "removed",
         }

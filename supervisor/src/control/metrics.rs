@@ -246,7 +246,7 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
     draining.set(i64::from(status.draining));
     registry.register(
         "draining",
-        "Are no new jobs taken, by the operator's word?",
+        "Are no new jobs taken, by the operator's command?",
         draining,
     );
 

@@ -7,6 +7,7 @@
 //! | `GET /v1/workers/{id}/console?follow=true` | the console's bytes; with `follow`, as they come |
 //! | `POST /v1/drain`, `POST /v1/resume` | 204: take no new jobs; take them again |
 //! | `POST /v1/slots/{slot}/drain`, `…/resume` | the same of one slot |
+//! | `POST /v1/workers/{id}/kill` | 204: its processes are ended, and its files stay |
 //! | `POST /v1/workers/{id}/destroy` | 204: the worker will be deleted, whatever it does, held or not |
 //! | `POST /v1/reload` | 204, or 422 with every mistake of the configuration, and nothing has changed |
 //! | `GET /metrics` | Prometheus' text |

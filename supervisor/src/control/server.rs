@@ -26,7 +26,7 @@ use super::api::{self, Details, EgressReport, Process, Refusal, Status, Step};
 use super::listener::{Names, StatusPage, serve_operators};
 use super::metrics::Metrics;
 use super::procs;
-use super::state::{Answer, Command, CommandQueue, Operator};
+use super::state::{Command, CommandQueue, Operator, ReplySender};
 use super::status::time;
 use crate::console;
 use crate::egress_records::EgressRecords;
@@ -160,7 +160,7 @@ impl ControlServer {
     async fn command(
         &self,
         refusal: StatusCode,
-        command: impl FnOnce(Answer) -> Command,
+        command: impl FnOnce(ReplySender) -> Command,
     ) -> ApiResult<StatusCode> {
         match self.ask(command).await? {
             Ok(()) => Ok(StatusCode::NO_CONTENT),
@@ -311,7 +311,7 @@ async fn read_console(
 ) -> ApiResult<Response> {
     let console = match server.helper.attach(worker).await {
         Ok(console) => console,
-        Err(helper_client::Error::Said(error)) => {
+        Err(helper_client::Error::Refused(error)) => {
             return Err(ApiError(StatusCode::NOT_FOUND, error.to_string()));
         }
         Err(error) => return Err(ApiError(StatusCode::BAD_GATEWAY, error.to_string())),
@@ -491,7 +491,7 @@ async fn order_drain(
 /// is away says nothing: it is asked again by the first worker that it is to make.
 pub async fn refused_by(helper: &HelperClient) -> Option<String> {
     match timeout(HELPER_TIMEOUT, helper.check()).await {
-        Ok(Err(helper_client::Error::Said(error))) if error.kind == ErrorKind::Refused => {
+        Ok(Err(helper_client::Error::Refused(error))) if error.kind == ErrorKind::Refused => {
             Some(error.to_string())
         }
         _ => None,

@@ -39,7 +39,7 @@ pub enum Command {
         /// Logged with the drain.
         by: Operator,
         /// Ok once the drain is on the disk.
-        answer: Answer,
+        answer: ReplySender,
     },
     /// Delete a worker, held or not; its job fails.
     Destroy {
@@ -48,7 +48,7 @@ pub enum Command {
         /// Logged with the deletion.
         by: Operator,
         /// Ok once the deletion has begun, not when it is done.
-        answer: Answer,
+        answer: ReplySender,
     },
     /// End a worker's processes, and keep its files.
     Kill {
@@ -57,14 +57,14 @@ pub enum Command {
         /// Logged with the order.
         by: Operator,
         /// Ok once the order is taken.
-        answer: Answer,
+        answer: ReplySender,
     },
     /// The host is being shut down.
     HostStops {
         /// Who says so.
         by: Operator,
         /// Answered at once.
-        answer: Answer,
+        answer: ReplySender,
     },
     /// A self-test of all slots has come to its end: what did not hold.
     SelfTested {
@@ -73,7 +73,7 @@ pub enum Command {
         /// Logged with the result.
         by: Operator,
         /// Always ok, whatever the result.
-        answer: Answer,
+        answer: ReplySender,
     },
     /// Read the configuration again. `refused`: why the helper would not start with it.
     Reload {
@@ -82,7 +82,7 @@ pub enum Command {
         /// In a sentence of the helper's; then the old configuration stays in use.
         refused: Option<String>,
         /// Ok once the new configuration is in use.
-        answer: Answer,
+        answer: ReplySender,
     },
 }
 
@@ -108,7 +108,7 @@ impl fmt::Display for Operator {
 pub type CommandQueue = mpsc::UnboundedSender<Command>;
 
 /// Where an answer goes.
-pub type Answer = oneshot::Sender<Result<(), String>>;
+pub type ReplySender = oneshot::Sender<Result<(), String>>;
 
 /// What the status shows besides the core.
 #[derive(Debug)]

@@ -140,7 +140,7 @@ impl View<'_> {
             (SlotState::Blocked, Some(because))
         } else if let Some(until) = self.factory.cooldown(name).filter(|until| *until > self.now) {
             let because = format!("until {}", self.rounded(until));
-            (SlotState::Resting, Some(because))
+            (SlotState::CoolingDown, Some(because))
         } else if let Some(why) = self.not_taken() {
             let draining = self.factory.is_draining();
             let state = if draining {
@@ -248,7 +248,7 @@ fn api_drain(slot: Option<SlotName>, drain: &Drain) -> api::Drain {
 /// What happens next, or what a person has to do: the sentence under `show`.
 fn next_step(worker: &Worker, error: Option<&str>) -> String {
     if error.is_some() && worker.next_action().is_some() {
-        return "it is tried again by itself, more and more seldom; the trouble above says what to mend"
+        return "it is tried again by itself, more and more seldom; the problem above says what to correct"
             .into();
     }
     match worker.phase {

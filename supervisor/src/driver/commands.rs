@@ -5,7 +5,7 @@ use tokio::sync::oneshot;
 
 use super::Driver;
 use crate::control::api::Status;
-use crate::control::state::{Answer, Command};
+use crate::control::state::{Command, ReplySender};
 use crate::control::status::{View, time};
 use crate::factory::Input;
 use crate::factory::drain::Drain;
@@ -146,12 +146,12 @@ impl<S: Storage> Driver<S> {
     }
 }
 
-fn done(answer: Answer, input: Input) -> Input {
+fn done(answer: ReplySender, input: Input) -> Input {
     let _ = answer.send(Ok(()));
     input
 }
 
-fn refused(answer: Answer, why: String) -> Input {
+fn refused(answer: ReplySender, why: String) -> Input {
     let _ = answer.send(Err(why));
     Input::Tick
 }

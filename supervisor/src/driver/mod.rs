@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use crate::call_error::{CallError, Peer};
 use crate::config_check::ConfigFile;
 use crate::control::metrics::{self, Metrics};
-use crate::control::state::{Answer, Command, Operator, StatusState};
+use crate::control::state::{Command, Operator, ReplySender, StatusState};
 use crate::executor::Executor;
 use crate::factory::{Factory, Input, Output, drain};
 use crate::free_resources::ResourceCheck;
@@ -103,10 +103,10 @@ pub struct Driver<S> {
     pub file: Box<dyn ConfigFile>,
     /// What is free on the host.
     pub resources: ResourceCheck,
-    /// Told once a turn that the loop goes round.
+    /// Notified at each iteration of the loop.
     pub watchdog: Watchdog,
     /// Whose command to drain or resume is being saved, and where its answer goes.
-    pub drain_command: Option<(Operator, Answer)>,
+    pub drain_command: Option<(Operator, ReplySender)>,
 }
 
 impl<S: Storage> Driver<S> {

@@ -88,7 +88,7 @@ pub(super) async fn serve(
             tracing::debug!(uid, "a connection to the HTTP proxy has broken: {error}");
             watch.break_off();
         },
-        () = is_left(&watch, idle) => tracing::debug!(uid, "a job has left its connection to the HTTP proxy"),
+        () = wait_until_left(&watch, idle) => tracing::debug!(uid, "a job has left its connection to the HTTP proxy"),
         () = gone.wait() => tracing::debug!(uid, "a connection to the HTTP proxy has ended with its worker"),
     }
     // Its server may take no more of it, and then nothing else ends it.
@@ -98,8 +98,8 @@ pub(super) async fn serve(
 }
 
 /// Until the job has ended its side for so long: hyper does not see that while a server keeps it from reading. One that is
-/// gone without a word is found by probes, see [`keep_alive`](super::untrusted::keep_alive).
-async fn is_left(watch: &Watch, idle: Duration) {
+/// gone without a FIN is found by probes, see [`keep_alive`](super::untrusted::keep_alive).
+async fn wait_until_left(watch: &Watch, idle: Duration) {
     let mut before = false;
     loop {
         sleep(idle).await;

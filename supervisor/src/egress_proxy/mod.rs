@@ -73,7 +73,7 @@ const DESTINATIONS_OF_A_WORKER: usize = 48;
 const ELSEWHERE_OF_A_WORKER: usize = 56;
 /// Of them, those whose packet is being received at the same time, and as many whose name is being looked up: each takes a
 /// thread, and could take long.
-const TURNS: usize = 4;
+const MAX_SLOW_CALLS: usize = 4;
 /// Callers that the kernel keeps until they are accepted.
 const BACKLOG: i32 = 4096;
 
@@ -116,8 +116,8 @@ pub struct EgressProxy {
     limiter: ConnectionLimiter<WorkerId>,
     elsewhere: ConnectionLimiter<WorkerId>,
     destinations: ConnectionLimiter<WorkerId>,
-    receiving: Turns,
-    looking_up: Turns,
+    receiving: PerUidLimit,
+    looking_up: PerUidLimit,
     half_closed: Duration,
     closer: Closer,
     log: RateLimitedLog,
@@ -201,8 +201,8 @@ impl EgressProxy {
             limiter: ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, 16 * CONNECTIONS_OF_A_WORKER, 1),
             elsewhere: ConnectionLimiter::new(ELSEWHERE_OF_A_WORKER, usize::MAX, 1),
             destinations: ConnectionLimiter::new(DESTINATIONS_OF_A_WORKER, usize::MAX, 1),
-            receiving: Turns::default(),
-            looking_up: Turns::default(),
+            receiving: PerUidLimit::default(),
+            looking_up: PerUidLimit::default(),
             half_closed: HALF_CLOSED,
             closer: Closer::start()?,
             log: RateLimitedLog::default(),
@@ -246,7 +246,7 @@ impl EgressProxy {
         }
     }
 
-    /// Let callers in until the socket is gone. One that was replaced is the affair of who replaced it: a
+    /// Accept connections until the socket is gone. One that was replaced is the affair of who replaced it: a
     /// newer supervisor; to take it back would only set the two against each other.
     async fn accept_from(self: &Arc<Self>, listener: &UnixListener) {
         let path = self.directory.join(PROXY_SOCKET);
@@ -281,25 +281,25 @@ impl EgressProxy {
     fn admit(self: &Arc<Self>, caller: UnixStream) {
         let uid = match caller.peer_cred() {
             Ok(peer) => peer.uid(),
-            Err(_) => return self.hang_up(caller, u32::MAX, "the kernel does not name it"),
+            Err(_) => return self.close(caller, u32::MAX, "the kernel does not name it"),
         };
         let worker = match (self.worker_of)(uid) {
             Ok(Some(worker)) => worker,
-            Ok(None) => return self.hang_up(caller, uid, "this uid is no worker's"),
+            Ok(None) => return self.close(caller, uid, "this uid is no worker's"),
             Err(error) => {
                 let why = format!("whose uid this is cannot be read: {error}");
-                return self.hang_up(caller, uid, &why);
+                return self.close(caller, uid, &why);
             }
         };
         let Some(permit) = self.limiter.take(worker.0) else {
-            return self.hang_up(caller, uid, "it has too many connections");
+            return self.close(caller, uid, "it has too many connections");
         };
         let proxy = self.clone();
         tokio::spawn(async move { proxy.serve_caller(caller, uid, worker, permit).await });
     }
 
     /// What the caller may have sent already is closed with its socket.
-    fn hang_up(&self, caller: UnixStream, uid: u32, why: &str) {
+    fn close(&self, caller: UnixStream, uid: u32, why: &str) {
         self.log.warn(format_args!(
             "the egress proxy has closed a connection of uid {uid}: {why}"
         ));
@@ -319,16 +319,16 @@ impl EgressProxy {
     ) {
         let gone = self.workers.connection_of(worker, uid);
         // Where it has said nothing, nothing is found.
-        let _ = timeout(PATIENCE, untrusted::has_spoken(&caller)).await;
-        let turn = self.receiving.of(uid).acquire_owned().await;
+        let _ = timeout(PATIENCE, untrusted::wait_readable(&caller)).await;
+        let slow_call = self.receiving.of(uid).acquire_owned().await;
         // Closing what else it has sent can take long. The thread has the permit, for as long as it takes.
         let closer = self.closer.clone();
-        let received = spawn_blocking(move || (untrusted::receive(caller, closer), permit, turn)).await;
-        let (received, permit, turn) = match received {
+        let received = spawn_blocking(move || (untrusted::receive(caller, closer), permit, slow_call)).await;
+        let (received, permit, slow_call) = match received {
             Ok(received) => received,
             Err(error) => return tracing::error!("the egress proxy could not receive: {error}"),
         };
-        drop(turn);
+        drop(slow_call);
         let closed = |why: &str| {
             self.log.warn(format_args!(
                 "the egress proxy has closed a connection of uid {uid}: {why}"
@@ -444,20 +444,20 @@ impl EgressProxy {
     }
 }
 
-/// Whose turn it is, of each uid.
+/// How many of the calls of `MAX_SLOW_CALLS` each uid may have at once.
 #[derive(Debug, Default)]
-struct Turns(Mutex<HashMap<u32, Weak<Semaphore>>>);
+struct PerUidLimit(Mutex<HashMap<u32, Weak<Semaphore>>>);
 
-impl Turns {
+impl PerUidLimit {
     fn of(&self, uid: u32) -> Arc<Semaphore> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(turns) = all.get(&uid).and_then(Weak::upgrade) {
-            return turns;
+        if let Some(calls) = all.get(&uid).and_then(Weak::upgrade) {
+            return calls;
         }
-        all.retain(|_, turns| turns.strong_count() > 0);
-        let turns = Arc::new(Semaphore::new(TURNS));
-        all.insert(uid, Arc::downgrade(&turns));
-        turns
+        all.retain(|_, calls| calls.strong_count() > 0);
+        let calls = Arc::new(Semaphore::new(MAX_SLOW_CALLS));
+        all.insert(uid, Arc::downgrade(&calls));
+        calls
     }
 }
 

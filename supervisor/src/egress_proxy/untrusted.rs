@@ -89,7 +89,7 @@ impl Drop for Socket {
 
 /// Wait until there is something to receive, or nothing will ever come. That a socket is called readable is
 /// no proof: tokio takes it for granted of one that was just accepted.
-pub(super) async fn has_spoken(caller: &UnixStream) {
+pub(super) async fn wait_readable(caller: &UnixStream) {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     while caller.readable().await.is_ok() {
         let seen = caller.try_io(Interest::READABLE, || {
@@ -116,16 +116,16 @@ pub(super) fn receive(caller: UnixStream, closer: Closer) -> Result<(UntrustedTc
             return Err(format!("it brought {} descriptors, not one", descriptors.len()));
         }
         Ok(Received::Oversize) => {
-            return Err("it said more than a name, or brought many descriptors".into());
+            return Err("it sent more than a name, or brought many descriptors".into());
         }
         Ok(Received::Closed) => return Err("it closed without sending anything".into()),
-        Err(Errno::EAGAIN) => return Err("it said nothing in time".into()),
+        Err(Errno::EAGAIN) => return Err("it sent nothing in time".into()),
         Err(errno) => return Err(format!("nothing can be received from it: {errno}")),
     };
     let brought = brought.ok_or("it brought no descriptor")?;
     check(&brought)?;
     let stream = adopt(brought, closer).map_err(|error| format!("its connection cannot be used: {error}"))?;
-    Ok((stream, name.map_err(|_| "it said no name")?))
+    Ok((stream, name.map_err(|_| "it sent no name")?))
 }
 
 /// Is this what was asked for: a TCP connection, with another end?

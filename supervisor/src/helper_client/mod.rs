@@ -32,20 +32,20 @@ const MAX_PAGES: usize = 8192;
 pub enum Error {
     /// It is not there, not for us, or has stopped in the middle: come back later.
     Away(String),
-    /// It answered, and said no.
-    Said(protocol::Error),
+    /// It answered with an error.
+    Refused(protocol::Error),
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Away(why) => f.write_str(why),
-            Error::Said(error) if error.kind == ErrorKind::Version => write!(
+            Error::Refused(error) if error.kind == ErrorKind::Version => write!(
                 f,
                 "the helper speaks another version of the protocol than this supervisor's {VERSION} ({error}): \
                  install both from the same release and restart them"
             ),
-            Error::Said(error) => write!(f, "the helper says: {error}"),
+            Error::Refused(error) => write!(f, "the helper says: {error}"),
         }
     }
 }
@@ -253,7 +253,7 @@ fn decode_reply(bytes: &[u8], mut descriptors: Vec<OwnedFd>) -> Result<(Reply, O
         return Err(unexpected(&reply));
     }
     match reply {
-        Reply::Error(error) => Err(Error::Said(error)),
+        Reply::Error(error) => Err(Error::Refused(error)),
         reply => Ok((reply, descriptors.pop())),
     }
 }

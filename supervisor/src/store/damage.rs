@@ -1,4 +1,4 @@
-//! A database that cannot be used: one that is damaged is set aside, and a new one is begun; all else is the
+//! A database that cannot be used: one that is damaged is set aside, and a new one is begun; all else is
 //! a problem of the host, which the operator has to end: the error says how.
 //!
 //! Setting aside is safe because the database is not the only source: the server has every worker with its token, mark

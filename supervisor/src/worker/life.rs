@@ -279,7 +279,7 @@ impl Worker {
             let trouble = self
                 .trouble
                 .as_ref()
-                .map(|t| format!("; the last trouble was: {t}"))
+                .map(|t| format!("; the last problem was: {t}"))
                 .unwrap_or_default();
             self.fail(
                 format!(

@@ -417,7 +417,7 @@ fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
     assert_eq!(late.phase, BROKEN);
     assert_eq!(
         late.failure.as_deref(),
-        Some("the agent did not come online within 300 s; the last trouble was: no disk")
+        Some("the agent did not come online within 300 s; the last problem was: no disk")
     );
 
     let held = w

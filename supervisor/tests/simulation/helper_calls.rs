@@ -60,13 +60,13 @@ impl World {
         let half = self.dies_at(kind, Point::HalfDone);
         let extent = match fate {
             _ if half => Extent::Half,
-            Fate::HangUp(extent) => extent,
+            Fate::Closed(extent) => extent,
             _ => Extent::All,
         };
         let (reply, lines) = self.operate(id, extent);
         self.dies_at(kind, Point::CarriedOut);
         match fate {
-            Fate::HangUp(_) | Fate::LostAnswer => self.hang_up(id),
+            Fate::Closed(_) | Fate::LostAnswer => self.close_connection(id),
             Fate::Garbage => {
                 let bytes = vec![0xff, 0xff, 3];
                 let garbage = Received::Packet {
@@ -89,7 +89,7 @@ impl World {
         self.settle(id, Answer::Packet(Ok(reply_of(reply, 0))));
     }
 
-    pub fn hang_up(&mut self, id: u64) {
+    pub fn close_connection(&mut self, id: u64) {
         self.settle(id, Answer::Packet(Ok(Received::Closed)));
     }
 
@@ -140,7 +140,7 @@ impl World {
             if let Some(call) = self.calls.get_mut(id) {
                 call.begun = false;
             }
-            self.hang_up(*id);
+            self.close_connection(*id);
         }
         self.locks.clear();
         !begun.is_empty()

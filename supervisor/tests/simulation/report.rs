@@ -11,7 +11,7 @@ const FAULTS: &str = "Cancel, Clock, Crash, CrashAfterSaves, Damage, DiskFull, D
     agent: JobHangs, agent: NeverOnline, agent: TimesOut, configuration: Add, configuration: Conflicts, configuration: Remove, \
     configuration: Rename, configuration: Target, crash at a call: Answered, crash at a call: CarriedOut, \
     crash at a call: HalfDone, crash at a call: Sent, every call of a kind, helper call: Busy, helper call: CouldNot, helper call: Garbage, \
-    helper call: HangUp, helper call: Late, helper call: LostAnswer, helper call: Slow, helper: Broken, \
+    helper call: Closed, helper call: Late, helper call: LostAnswer, helper call: Slow, helper: Broken, \
     helper: Down, helper: Errors, helper: Hung, helper: Slow, server call: Html, server call: Late, \
     server call: LostAnswer, server call: LostRequest, server call: OtherIds, server call: Slow, \
     server call: Status, server call: Truncated, server call: Twice, server: Broken, server: Down, \

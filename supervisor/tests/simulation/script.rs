@@ -87,8 +87,8 @@ pub enum Fate {
     /// A whole answer about others.
     OtherIds,
     Slow(u64),
-    /// The helper hangs up in the middle.
-    HangUp(Extent),
+    /// The helper closes the connection in the middle.
+    Closed(Extent),
     Busy,
     /// The helper could not do it.
     CouldNot,

@@ -52,7 +52,7 @@ fn fate_of_server(rng: &mut Rng) -> Fate {
 
 fn fate_of_helper(rng: &mut Rng) -> Fate {
     match below(rng, 9) {
-        0..3 => Fate::HangUp(pick(rng, &[Extent::Nothing, Extent::Half, Extent::All])),
+        0..3 => Fate::Closed(pick(rng, &[Extent::Nothing, Extent::Half, Extent::All])),
         3 => Fate::Busy,
         4 => Fate::CouldNot,
         5 => Fate::Garbage,

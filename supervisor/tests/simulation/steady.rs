@@ -71,13 +71,13 @@ fn faults() -> Vec<(&'static str, Vec<Item>)> {
         ("users cannot be made", every(Kind::CreateUser, Fate::Busy)),
         (
             "the helper dies of users",
-            every(Kind::CreateUser, Fate::HangUp(crate::script::Extent::Half)),
+            every(Kind::CreateUser, Fate::Closed(crate::script::Extent::Half)),
         ),
         ("agents cannot be started", every(Kind::Install, Fate::Busy)),
         ("nothing can be deleted", every(Kind::HostDelete, Fate::CouldNot)),
         (
             "the helper dies of deletions",
-            every(Kind::HostDelete, Fate::HangUp(crate::script::Extent::Nothing)),
+            every(Kind::HostDelete, Fate::Closed(crate::script::Extent::Nothing)),
         ),
         ("the server is old", old_server),
         ("agents die", agents(Misdeed::DiesEarly)),

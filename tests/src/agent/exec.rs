@@ -30,13 +30,13 @@ pub fn bash(script: &str) -> Result<(Command, tempfile::NamedTempFile)> {
 
 /// What the lines belong to: the task, and the stream for what the agent itself says of it.
 #[derive(Clone, Copy, Debug)]
-pub struct Voice {
+pub struct LineSource {
     pub task: Option<u32>,
     pub own: &'static str,
 }
 
 /// Runs to the end; true = it failed.
-pub fn run(mut command: Command, events: &Events, voice: Voice) -> Result<bool> {
+pub fn run(mut command: Command, events: &Events, source: LineSource) -> Result<bool> {
     let start = Instant::now();
     let child = command
         .stdin(Stdio::null())
@@ -49,23 +49,23 @@ pub fn run(mut command: Command, events: &Events, voice: Voice) -> Result<bool> 
     read(
         child.stdout.take(),
         "stdout",
-        voice,
+        source,
         events.clone(),
         ended.clone(),
     );
-    read(child.stderr.take(), "stderr", voice, events.clone(), ended);
+    read(child.stderr.take(), "stderr", source, events.clone(), ended);
 
     let status = child.wait().context("cannot wait for the task")?;
     // Only so that the last lines come before the exit status.
-    let warn = |text: &str| events.say(voice.task, "worker", format!("exec warning: {text}"));
+    let warn = |text: &str| events.say(source.task, "worker", format!("exec warning: {text}"));
     drain(&ends, &mut open, GRACE);
     if let Some(signal) = status.signal() {
         warn(&format!("child terminated by signal {signal}"));
     }
     let (ms, code) = (start.elapsed().as_millis(), status.code().unwrap_or(i32::MAX));
     events.say(
-        voice.task,
-        voice.own,
+        source.task,
+        source.own,
         format!("process exited: duration {ms} ms, exit code {code}"),
     );
     if open > 0 {
@@ -87,7 +87,7 @@ fn place(command: &Command) -> String {
 fn read(
     stream: Option<impl Read + Send + 'static>,
     name: &'static str,
-    voice: Voice,
+    source: LineSource,
     events: Events,
     ended: Sender<()>,
 ) {
@@ -96,8 +96,8 @@ fn read(
         // What a job prints need not be UTF-8.
         for line in BufReader::new(stream).split(b'\n') {
             match line {
-                Ok(line) => events.say(voice.task, name, String::from_utf8_lossy(&line).trim_end()),
-                Err(e) => return events.say(voice.task, "error", format!("failed to read {name}: {e}")),
+                Ok(line) => events.say(source.task, name, String::from_utf8_lossy(&line).trim_end()),
+                Err(e) => return events.say(source.task, "error", format!("failed to read {name}: {e}")),
             }
         }
         ended.send(()).ok();

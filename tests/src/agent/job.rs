@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use super::client::Client;
 use super::events::Events;
-use super::exec::{self, Voice};
+use super::exec::{self, LineSource};
 use super::install::Passwd;
 use super::{Config, ROOT, at, home, output};
 use crate::server::wire::{PingJob, PingTask};
@@ -77,7 +77,7 @@ fn run_task(config: &Config, user: &Passwd, job: &PingJob, task: &PingTask, even
     exec::run(
         command,
         events,
-        Voice {
+        LineSource {
             task: Some(task.id),
             own: "task",
         },

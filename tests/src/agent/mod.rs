@@ -19,7 +19,7 @@ use clap::{Parser, Subcommand};
 use serde::{Deserialize, Serialize};
 
 /// Moves every path of the agent below another root, to try it without a sandbox.
-const ROOT: &str = "REFERENCE_AGENT_ROOT";
+const ROOT: &str = "FAKE_AGENT_ROOT";
 
 fn at(path: &str) -> PathBuf {
     let root = std::env::var_os(ROOT).unwrap_or_else(|| "/".into());

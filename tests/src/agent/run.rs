@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::client::Client;
 use super::events::Events;
-use super::exec::{self, Voice};
+use super::exec::{self, LineSource};
 use super::install::{Passwd, job_marked, mark_job};
 use super::{Config, job};
 use crate::server::wire::{Ping, PingJob};
@@ -105,7 +105,7 @@ fn diagnose(client: &Client, own: &'static str, script: &str) -> bool {
         command
             .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
             .current_dir("/");
-        exec::run(command, &events, Voice { task: None, own })
+        exec::run(command, &events, LineSource { task: None, own })
     });
     let fault = ran.unwrap_or_else(|e| {
         events.say(None, own, format!("ERROR: {e:#}"));

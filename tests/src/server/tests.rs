@@ -1,4 +1,4 @@
-//! The fake server's own promises: the rules, with the clock in hand.
+//! The fake server's own rules, with the clock in hand.
 
 use std::time::Duration;
 

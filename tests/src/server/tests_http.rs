@@ -1,4 +1,4 @@
-//! The fake server's promises over HTTP: a whole job, the form of refusals, and how it goes down.
+//! The fake server's rules over HTTP: a whole job, the form of refusals, and how it goes down.
 
 use std::time::Duration;
 

@@ -19,14 +19,14 @@ pub enum Change {
         /// Of the new file.
         path: PathBuf,
         /// What it was made with.
-        look: Look,
+        attributes: Attributes,
     },
     /// A directory.
     MakeDir {
         /// Of the new directory.
         path: PathBuf,
         /// What it was made with.
-        look: Look,
+        attributes: Attributes,
     },
     /// A symbolic link.
     Symlink {
@@ -75,7 +75,7 @@ pub enum Change {
         /// What has changed.
         path: PathBuf,
         /// As it is afterwards.
-        look: Look,
+        attributes: Attributes,
     },
     /// What is at this path is on the disk from now on.
     Sync {
@@ -86,7 +86,7 @@ pub enum Change {
 
 /// A node's mode and owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Look {
+pub struct Attributes {
     /// Without the node's type.
     pub mode: u32,
     /// Of the owner.
@@ -95,9 +95,9 @@ pub struct Look {
     pub gid: u32,
 }
 
-impl Look {
-    pub(crate) fn of(meta: &fs::Metadata) -> Look {
-        Look {
+impl Attributes {
+    pub(crate) fn of(meta: &fs::Metadata) -> Attributes {
+        Attributes {
             mode: meta.mode() & 0o7777,
             uid: meta.uid(),
             gid: meta.gid(),
@@ -304,11 +304,14 @@ fn begin(below: &Path, pid: Pid, call: &Call) -> Option<Begun> {
 
 /// The call has been done. Who made it is stopped still, so the disk shows what it did.
 fn finish(begun: Begun, result: u64) -> Vec<Change> {
-    let look = |path: &Path| fs::symlink_metadata(path).ok().map(|meta| Look::of(&meta));
+    let attributes = |path: &Path| fs::symlink_metadata(path).ok().map(|meta| Attributes::of(&meta));
     match begun {
         Begun::Open { path, was: None, .. } => {
-            let look = look(&path);
-            look.map(|look| Change::Make { path, look }).into_iter().collect()
+            let attributes = attributes(&path);
+            attributes
+                .map(|attributes| Change::Make { path, attributes })
+                .into_iter()
+                .collect()
         }
         Begun::Open {
             path,
@@ -326,14 +329,16 @@ fn finish(begun: Begun, result: u64) -> Vec<Change> {
                 .collect()
         }
         Begun::Attributes { path } => {
-            let look = look(&path);
-            look.map(|look| Change::Attributes { path, look })
+            let attributes = attributes(&path);
+            attributes
+                .map(|attributes| Change::Attributes { path, attributes })
                 .into_iter()
                 .collect()
         }
         Begun::MakeDir { path } => {
-            let look = look(&path);
-            look.map(|look| Change::MakeDir { path, look })
+            let attributes = attributes(&path);
+            attributes
+                .map(|attributes| Change::MakeDir { path, attributes })
                 .into_iter()
                 .collect()
         }

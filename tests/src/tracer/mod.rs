@@ -96,9 +96,9 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
     let mut early: HashSet<Pid> = HashSet::new();
     loop {
         let wait = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
-        // A look first: the root must not be reaped here.
-        let look = wait | WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOWAIT;
-        let status = match waitid(Id::All, look) {
+        // The root must not be reaped here.
+        let unreaped = wait | WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOWAIT;
+        let status = match waitid(Id::All, unreaped) {
             Err(Errno::EINTR) => continue,
             Err(errno) => panic!("cannot wait for the traced: {errno}"),
             Ok(status) => status,

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
-use super::disk::{Change, Look};
+use super::disk::{Attributes, Change};
 
 /// A directory tree in memory, by inodes.
 #[derive(Clone, Debug)]
@@ -16,7 +16,7 @@ pub struct Disk {
 
 #[derive(Clone, Debug)]
 struct Node {
-    look: Look,
+    attributes: Attributes,
     content: Content,
 }
 
@@ -34,7 +34,7 @@ enum Step {
     Names(Vec<(usize, OsString, Option<usize>)>),
     Write(usize, u64, Vec<u8>),
     Cut(usize, u64),
-    Attributes(usize, Look),
+    Attributes(usize, Attributes),
     Sync(usize),
 }
 
@@ -54,7 +54,7 @@ impl Step {
 }
 
 /// What is on the disk after a power loss: every path below its root, with all that it says.
-pub type Files = BTreeMap<PathBuf, (Look, Option<Vec<u8>>, Option<PathBuf>)>;
+pub type Files = BTreeMap<PathBuf, (Attributes, Option<Vec<u8>>, Option<PathBuf>)>;
 
 impl Disk {
     /// A copy of what is at `root` now.
@@ -70,11 +70,11 @@ impl Disk {
         if let Some(known) = hard.get(&meta.ino()) {
             return *known;
         }
-        let look = Look::of(&meta);
+        let attributes = Attributes::of(&meta);
         let number = self.nodes.len();
         hard.insert(meta.ino(), number);
         let content = Content::Dir(BTreeMap::new());
-        self.nodes.push(Node { look, content });
+        self.nodes.push(Node { attributes, content });
         let content = if meta.is_dir() {
             let entries = fs::read_dir(path).expect("root reads it").flatten();
             let names = entries.map(|entry| (entry.file_name(), self.copy_node(&entry.path(), hard)));
@@ -133,7 +133,7 @@ impl Disk {
                     data.resize(*length as usize, 0);
                 }
             }
-            Step::Attributes(node, look) => self.nodes[*node].look = *look,
+            Step::Attributes(node, attributes) => self.nodes[*node].attributes = *attributes,
             Step::Sync(_) => {}
         }
     }
@@ -143,7 +143,7 @@ impl Disk {
         let mut all = BTreeMap::new();
         let mut waiting = vec![(PathBuf::new(), 0)];
         while let Some((path, node)) = waiting.pop() {
-            let Node { look, content } = &self.nodes[node];
+            let Node { attributes, content } = &self.nodes[node];
             let (file, link) = match content {
                 Content::Dir(entries) => {
                     waiting.extend(entries.iter().map(|(name, node)| (path.join(name), *node)));
@@ -152,7 +152,7 @@ impl Disk {
                 Content::File(data) => (Some(data.clone()), None),
                 Content::Link(target) => (None, Some(target.clone())),
             };
-            all.insert(path, (*look, file, link));
+            all.insert(path, (*attributes, file, link));
         }
         all
     }
@@ -160,9 +160,10 @@ impl Disk {
 
 /// Put this below `root`, which is there and empty.
 pub fn put(content: &Files, root: &Path) {
-    for (path, (look, file, link)) in content.iter().filter(|(path, _)| !path.as_os_str().is_empty()) {
+    for (path, (attributes, file, link)) in content.iter().filter(|(path, _)| !path.as_os_str().is_empty()) {
         let place = root.join(path);
-        let owner = |place: &Path| chown(place, Some(look.uid), Some(look.gid)).expect("root may");
+        let owner =
+            |place: &Path| chown(place, Some(attributes.uid), Some(attributes.gid)).expect("root may");
         match (file, link) {
             (Some(data), _) => fs::write(&place, data).expect("the test's directory is writable"),
             (_, Some(target)) => {
@@ -172,7 +173,7 @@ pub fn put(content: &Files, root: &Path) {
             _ => fs::create_dir(&place).expect("the test's directory is writable"),
         }
         owner(&place);
-        fs::set_permissions(&place, fs::Permissions::from_mode(look.mode)).expect("root may");
+        fs::set_permissions(&place, fs::Permissions::from_mode(attributes.mode)).expect("root may");
     }
 }
 
@@ -264,29 +265,29 @@ impl Replay {
 
 /// `all` gets the inodes; `now` is how the names are at this moment.
 fn step(all: &mut Disk, now: &mut Disk, root: &Path, change: &Change) -> Option<Step> {
-    let mut make = |now: &mut Disk, look: Look, content: Content| {
+    let mut make = |now: &mut Disk, attributes: Attributes, content: Content| {
         for disk in [&mut *all, now] {
             disk.nodes.push(Node {
-                look,
+                attributes,
                 content: content.clone(),
             });
         }
         all.nodes.len() - 1
     };
-    let nobodys = Look {
+    let nobodys = Attributes {
         mode: 0o777,
         uid: 0,
         gid: 0,
     };
     Some(match change {
-        Change::Make { path, look } => {
+        Change::Make { path, attributes } => {
             let (dir, name) = now.parent(root, path)?;
-            let node = make(now, *look, Content::File(Vec::new()));
+            let node = make(now, *attributes, Content::File(Vec::new()));
             Step::Names(vec![(dir, name, Some(node))])
         }
-        Change::MakeDir { path, look } => {
+        Change::MakeDir { path, attributes } => {
             let (dir, name) = now.parent(root, path)?;
-            let node = make(now, *look, Content::Dir(BTreeMap::new()));
+            let node = make(now, *attributes, Content::Dir(BTreeMap::new()));
             Step::Names(vec![(dir, name, Some(node))])
         }
         Change::Symlink { path, target } => {
@@ -310,7 +311,7 @@ fn step(all: &mut Disk, now: &mut Disk, root: &Path, change: &Change) -> Option<
         }
         Change::Write { path, at, bytes } => Step::Write(now.find(root, path)?, *at, bytes.clone()),
         Change::Cut { path, length } => Step::Cut(now.find(root, path)?, *length),
-        Change::Attributes { path, look } => Step::Attributes(now.find(root, path)?, *look),
+        Change::Attributes { path, attributes } => Step::Attributes(now.find(root, path)?, *attributes),
         Change::Sync { path } => Step::Sync(now.find(root, path)?),
     })
 }

@@ -13,7 +13,7 @@ use super::calls::{WAITS, name};
 use super::{Call, Event, Then, trace};
 use crate::harness::until;
 
-/// The kinds of processes that the helper is made of: see its `main`.
+/// The kinds of processes that the helper is made of: see the page of the `helper` crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// The helper's main process.
@@ -22,14 +22,14 @@ pub enum Kind {
     Listener,
     /// One for each connection.
     Session,
-    /// A connection's child: it has become, or is about to become, the job's user.
+    /// A session's child: it has become, or is about to become, the job's user.
     AsUser,
     /// Carries out a request of a session that takes no worker's namespaces.
     MonitorRequest,
     /// Builds the root file system that jobs see, or unmounts the last one.
-    RootFs,
+    Builder,
     /// A worker's first process, until it runs as init.
-    First,
+    FirstProcess,
     /// The first process's child, until it is the agent.
     Agent,
 }
@@ -41,8 +41,8 @@ pub const KINDS: [Kind; 8] = [
     Kind::Session,
     Kind::AsUser,
     Kind::MonitorRequest,
-    Kind::RootFs,
-    Kind::First,
+    Kind::Builder,
+    Kind::FirstProcess,
     Kind::Agent,
 ];
 
@@ -93,7 +93,7 @@ pub struct Killed {
     pub kind: Kind,
     /// Of the call that was not made.
     pub number: i64,
-    /// It was the daemon, or all: nobody serves now.
+    /// It was the monitor, or all: nobody serves now.
     pub service: bool,
 }
 
@@ -104,7 +104,7 @@ impl std::fmt::Display for Killed {
     }
 }
 
-/// From when to when the daemon is watched.
+/// From when to when the monitor is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Span {
     /// It runs; until the next connection has ended, and the listener waits for others.
@@ -113,27 +113,27 @@ pub enum Span {
     Start,
 }
 
-/// Watch the daemon in a thread of its own, which returns at the span's end, or when it has killed. On return
+/// Watch the monitor in a thread of its own, which returns at the span's end, or when it has killed. On return
 /// of this, nothing is missed any more.
-pub fn watch(daemon: u32, span: Span, plan: Option<Plan>) -> JoinHandle<Seen> {
-    watch_with(daemon, span, plan, |_, _| {})
+pub fn watch(monitor: u32, span: Span, plan: Option<Plan>) -> JoinHandle<Seen> {
+    watch_with(monitor, span, plan, |_, _| {})
 }
 
 /// The same; `also` sees every event before it is weighed.
 pub fn watch_with(
-    daemon: u32,
+    monitor: u32,
     span: Span,
     plan: Option<Plan>,
     mut also: impl FnMut(Pid, &Event) + Send + 'static,
 ) -> JoinHandle<Seen> {
     let (ready, attached) = mpsc::channel();
-    let daemon = Pid::from_raw(daemon as i32);
+    let monitor = Pid::from_raw(monitor as i32);
     let thread = std::thread::spawn(move || {
-        let listener = (span == Span::OneConnection).then(|| listener(daemon.as_raw() as u32));
+        let listener = (span == Span::OneConnection).then(|| listener(monitor.as_raw() as u32));
         let listener = listener.map(|pid| Pid::from_raw(pid as i32));
-        let mut watcher = Watcher::new(daemon, listener, span, plan);
+        let mut watcher = Watcher::new(monitor, listener, span, plan);
         trace(
-            daemon,
+            monitor,
             listener.as_slice(),
             || {
                 let _ = ready.send(());
@@ -150,10 +150,10 @@ pub fn watch_with(
     thread
 }
 
-/// The helper's process that accepts connections: of the daemon's children the one that has its cgroup, waits for
-/// signals by a descriptor, and has none of a mount namespace. Any other child has all of the daemon's descriptors
+/// The helper's process that accepts connections: of the monitor's children the one that has its cgroup, waits for
+/// signals by a descriptor, and has none of a mount namespace. Any other child has all of the monitor's descriptors
 /// until it closes them.
-pub fn listener(daemon: u32) -> u32 {
+pub fn listener(monitor: u32) -> u32 {
     let cgroup = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cgroup")).ok();
     let is_listener = |pid: &u32| {
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd"));
@@ -163,13 +163,13 @@ pub fn listener(daemon: u32) -> u32 {
             .flatten()
             .filter_map(|entry| Some(fs::read_link(entry.path()).ok()?.display().to_string()))
             .collect();
-        cgroup(*pid) == cgroup(daemon)
+        cgroup(*pid) == cgroup(monitor)
             && open.iter().any(|link| link == "anon_inode:[signalfd]")
             && !open.iter().any(|link| link.starts_with("mnt:["))
     };
     until(|| {
-        let listener = children(daemon).into_iter().find(is_listener);
-        listener.ok_or_else(|| format!("process {daemon} has no listener"))
+        let listener = children(monitor).into_iter().find(is_listener);
+        listener.ok_or_else(|| format!("process {monitor} has no listener"))
     })
 }
 
@@ -182,31 +182,31 @@ pub fn children(pid: u32) -> Vec<u32> {
 }
 
 struct Watcher {
-    daemon: Pid,
+    monitor: Pid,
     span: Span,
     plan: Option<Plan>,
     seen: Seen,
     alive: BTreeMap<Pid, Kind>,
-    /// Of the daemon: what it called last that tells what its next child is for.
+    /// Of the monitor: what it called last that tells what its next child is for.
     last: i64,
     counting: bool,
     connection_gone: bool,
     reaped: bool,
-    /// How often the daemon has begun to wait.
+    /// How often the monitor has begun to wait.
     waits: usize,
     /// The listener waits for connections.
     listens: bool,
 }
 
 impl Watcher {
-    fn new(daemon: Pid, listener: Option<Pid>, span: Span, plan: Option<Plan>) -> Watcher {
+    fn new(monitor: Pid, listener: Option<Pid>, span: Span, plan: Option<Plan>) -> Watcher {
         let listener = listener.map(|pid| (pid, Kind::Listener));
         Watcher {
-            daemon,
+            monitor,
             span,
             plan,
             seen: Seen::default(),
-            alive: [(daemon, Kind::Monitor)].into_iter().chain(listener).collect(),
+            alive: [(monitor, Kind::Monitor)].into_iter().chain(listener).collect(),
             last: 0,
             counting: span == Span::OneConnection,
             connection_gone: false,
@@ -220,14 +220,14 @@ impl Watcher {
         match event {
             Event::Born { parent, by } => {
                 let kind = match self.alive.get(&parent) {
-                    Some(Kind::Monitor) if by.number == libc::SYS_clone3 => Kind::First,
+                    Some(Kind::Monitor) if by.number == libc::SYS_clone3 => Kind::FirstProcess,
                     Some(Kind::Monitor) if self.last == libc::SYS_recvmsg => Kind::MonitorRequest,
-                    // It tells the daemon by a socket when it has done its work, or waits for the daemon.
-                    Some(Kind::Monitor) if self.last == libc::SYS_socketpair => Kind::RootFs,
+                    // It tells the monitor by a socket when it has done its work, or waits for the monitor.
+                    Some(Kind::Monitor) if self.last == libc::SYS_socketpair => Kind::Builder,
                     Some(Kind::Monitor) => Kind::Listener,
                     Some(Kind::Listener) => Kind::Session,
                     Some(Kind::Session | Kind::AsUser) => Kind::AsUser,
-                    Some(Kind::First) => Kind::Agent,
+                    Some(Kind::FirstProcess) => Kind::Agent,
                     Some(other) => *other,
                     None => return Then::GoOn,
                 };
@@ -259,7 +259,7 @@ impl Watcher {
         let Some(kind) = self.alive.get(&pid).copied() else {
             return Then::GoOn;
         };
-        // The daemon's own wait has four descriptors and more; that of Rust's start has three, other looks one.
+        // The monitor's own wait has four descriptors and more; that of Rust's start has three, other looks one.
         if kind == Kind::Monitor {
             if call.is(&[libc::SYS_pipe2, libc::SYS_recvmsg, libc::SYS_socketpair]) {
                 self.last = call.number;
@@ -268,7 +268,7 @@ impl Watcher {
         } else if kind == Kind::Listener {
             self.reaped |= self.connection_gone && call.number == libc::SYS_wait4;
             self.listens = call.is(WAITS);
-        } else if kind == Kind::First && call.is(WAITS) {
+        } else if kind == Kind::FirstProcess && call.is(WAITS) {
             // It runs as init from here on.
             self.alive.remove(&pid);
             return Then::Forget;
@@ -303,7 +303,7 @@ impl Watcher {
             service: plan.all || kind == Kind::Monitor,
         });
         for (other, kind) in &self.alive {
-            let jobs = matches!(kind, Kind::First | Kind::Agent);
+            let jobs = matches!(kind, Kind::FirstProcess | Kind::Agent);
             let connection = *kind == Kind::Session;
             if *other == pid && plan.hangs.is_some() {
                 let _ = kill(*other, Signal::SIGSTOP);
@@ -314,7 +314,7 @@ impl Watcher {
                 let _ = kill(*other, Signal::SIGKILL);
             }
         }
-        debug_assert!(self.alive.contains_key(&self.daemon) || !plan.all);
+        debug_assert!(self.alive.contains_key(&self.monitor) || !plan.all);
         Then::End
     }
 }

@@ -77,7 +77,7 @@ fn row_46_variables_of_a_job_reach_no_process_of_roots() {
     let words = files.each_ref().map(String::as_str);
     ongoing(&client, worker, "environment", &words, "everything is in place");
     let all = family(test.helper.pid());
-    // The helper, the connection's process and the worker's pid 1 at least; the last is not root's any more.
+    // The monitor, a session and the worker's pid 1 at least; the last is not root's any more.
     assert!(all.len() >= 3, "{all:?}");
     let job = processes_of(&test.host.uids);
     assert!(

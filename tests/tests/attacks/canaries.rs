@@ -72,7 +72,7 @@ impl Canaries {
     }
 
     /// All that there is in both.
-    pub fn look(&self) -> Seen {
+    pub fn state(&self) -> Seen {
         let mut seen = Seen::new();
         collect(&self.top, &mut seen);
         seen

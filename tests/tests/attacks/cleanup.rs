@@ -40,7 +40,7 @@ fn once(name: &str, words: &[&str]) -> String {
 #[test]
 fn row_17_directories_swapped_for_links_in_a_loop_lead_nowhere() {
     let canaries = Canaries::new();
-    let before = canaries.look();
+    let before = canaries.state();
     for _ in 0..3 {
         let test = TestHelper::new();
         let client = test.client();
@@ -52,19 +52,19 @@ fn row_17_directories_swapped_for_links_in_a_loop_lead_nowhere() {
         }
         test.finish(&[worker]);
     }
-    assert_eq!(canaries.look(), before);
+    assert_eq!(canaries.state(), before);
 }
 
 #[test]
 fn row_18_links_at_every_level_are_removed_and_what_they_lead_to_is_not() {
     let canaries = Canaries::new();
-    let before = canaries.look();
+    let before = canaries.state();
     let file = canaries.open.join("file");
     once(
         "links",
         &[canaries.open.to_str().unwrap(), file.to_str().unwrap()],
     );
-    assert_eq!(canaries.look(), before);
+    assert_eq!(canaries.state(), before);
 }
 
 #[test]
@@ -114,7 +114,7 @@ fn row_24_files_that_grow_are_removed() {
 #[test]
 fn row_25_mounts_inside_a_tree_are_refused_or_the_jobs_own_and_nothing_below_them_is_touched() {
     let (test, canaries) = (TestHelper::with(&with_user_namespaces()), Canaries::new());
-    let before = canaries.look();
+    let before = canaries.state();
     let client = test.client();
     let (refused, allowed) = (created(&client, "a"), created(&client, "c"));
     let open = canaries.words()[1];
@@ -124,13 +124,13 @@ fn row_25_mounts_inside_a_tree_are_refused_or_the_jobs_own_and_nothing_below_the
     let names = count();
     test.finish(&[refused, allowed]);
     assert_eq!(count(), names);
-    assert_eq!(canaries.look(), before);
+    assert_eq!(canaries.state(), before);
 }
 
 #[test]
 fn row_25_what_root_has_mounted_inside_a_tree_is_left_as_it_is() {
     let (test, canaries) = (TestHelper::new(), Canaries::new());
-    let before = canaries.look();
+    let before = canaries.state();
     let client = test.client();
     let worker = created(&client, "a");
     run(
@@ -155,7 +155,7 @@ fn row_25_what_root_has_mounted_inside_a_tree_is_left_as_it_is() {
         .unwrap();
     }
     test.finish(&[worker]);
-    assert_eq!(canaries.look(), before);
+    assert_eq!(canaries.state(), before);
 }
 
 #[test]

@@ -51,7 +51,7 @@ fn row_61_ten_thousand_connections_leave_the_helper_as_it_was() {
 }
 
 fn half_close(client: &Client, how: Shutdown) {
-    // The helper may have hung up already.
+    // The helper may have closed the connection already.
     let _ = client.socket.send(&wire::encode(&HELLO).unwrap(), None);
     let _ = shutdown(client.socket.as_raw_fd(), how);
 }
@@ -67,7 +67,7 @@ fn row_61_a_half_closed_connection_is_answered_and_ended() {
 }
 
 #[test]
-fn row_61_a_peer_that_reads_nothing_is_hung_up_on() {
+fn row_61_a_peer_that_reads_nothing_has_its_connection_closed() {
     let test = TestHelper::new();
     let deaf = test.client();
     let question = wire::encode(&Request::List { after: None }).unwrap();
@@ -79,7 +79,7 @@ fn row_61_a_peer_that_reads_nothing_is_hung_up_on() {
         }
     };
     assert!(matches!(end, Errno::EPIPE | Errno::ECONNRESET), "{end}");
-    test.helper.log.wait(&["hung up", "cannot answer"]);
+    test.helper.log.wait(&["closed the connection", "cannot answer"]);
     test.finish(&[]);
 }
 
@@ -93,7 +93,7 @@ fn waits_of_sessions(test: &TestHelper) -> Vec<(i64, i64)> {
             .flatten();
         let numbers = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         for number in numbers.filter(|number| *number > 2) {
-            // What is no socket has neither, and so has the way to the daemon.
+            // What is no socket has neither, and so has the way to the monitor.
             let copy = descriptor_of(session, number).ok();
             let wait = |fd: &OwnedFd| -> nix::Result<_> {
                 let receive = getsockopt(fd, sockopt::ReceiveTimeout)?.tv_sec();
@@ -119,7 +119,9 @@ fn row_61_a_peer_that_says_nothing_has_ten_seconds_to_greet_and_then_an_hour() {
     });
     assert!(silent.reply().is_none(), "it was answered");
     assert!(begin.elapsed().as_secs() >= 9, "{:?}", begin.elapsed());
-    test.helper.log.wait(&["hung up", "cannot receive", "EAGAIN"]);
+    test.helper
+        .log
+        .wait(&["closed the connection", "cannot receive", "EAGAIN"]);
     assert_eq!(waits_of_sessions(&test), [(3600, 10)]);
     assert_eq!(list(&greeted), []);
     drop(greeted);

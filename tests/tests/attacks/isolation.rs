@@ -156,18 +156,18 @@ fn sockets() {
             made.0.display()
         );
     }
-    let heard = datagram.recv(&mut [0; 8]).expect_err("nobody may send");
-    assert_eq!(heard.kind(), std::io::ErrorKind::WouldBlock);
+    let received = datagram.recv(&mut [0; 8]).expect_err("nobody may send");
+    assert_eq!(received.kind(), std::io::ErrorKind::WouldBlock);
     for made in &abstracts {
-        let heard = nix::unistd::read(made, &mut [0; 8]).expect_err("nobody may send");
+        let received = nix::unistd::read(made, &mut [0; 8]).expect_err("nobody may send");
         assert!(
             [
                 nix::errno::Errno::EAGAIN,
                 nix::errno::Errno::EINVAL,
                 nix::errno::Errno::ENOTCONN
             ]
-            .contains(&heard),
-            "{heard}"
+            .contains(&received),
+            "{received}"
         );
     }
     drop((listeners, datagrams));

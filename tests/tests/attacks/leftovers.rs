@@ -177,7 +177,7 @@ fn row_05_no_file_of_the_host_is_changed_though_everybody_may_write_it() {
         .chain([memory.path()])
         .map(Canaries::below)
         .collect();
-    let before: Vec<_> = canaries.iter().map(Canaries::look).collect();
+    let before: Vec<_> = canaries.iter().map(Canaries::state).collect();
     // One of them is what the slots show elsewhere.
     let shown = canaries[0].open.display();
     let slots = with_user_namespaces().replace("\"/usr/share\"", &format!("\"{shown}\""));
@@ -193,7 +193,7 @@ fn row_05_no_file_of_the_host_is_changed_though_everybody_may_write_it() {
         attack(&client, worker, "host-files", &words);
         test.delete(&[worker]);
     }
-    let after: Vec<_> = canaries.iter().map(Canaries::look).collect();
+    let after: Vec<_> = canaries.iter().map(Canaries::state).collect();
     assert_eq!(after, before);
     test.finish(&[]);
 }
@@ -441,7 +441,7 @@ fn row_16_no_record_of_a_login_is_written() {
         fs::set_permissions(copy(name), fs::Permissions::from_mode(0o666)).unwrap();
     }
     script += &format!("; mount --bind {} /var/log; exec \"$@\"", place.path().display());
-    let look = || {
+    let stat = || {
         RECORDS.map(|name| {
             let meta = fs::metadata(copy(name)).unwrap();
             (
@@ -454,7 +454,7 @@ fn row_16_no_record_of_a_login_is_written() {
             )
         })
     };
-    let before = look();
+    let before = stat();
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
     let snapshot = HostSnapshot::take(&host);
@@ -474,9 +474,9 @@ fn row_16_no_record_of_a_login_is_written() {
             "{console}"
         );
     }
-    assert_eq!(look(), before, "{console}");
+    assert_eq!(stat(), before, "{console}");
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
-    assert_eq!(look(), before);
+    assert_eq!(stat(), before);
     snapshot.assert_unchanged(&host);
 }
 

@@ -423,7 +423,7 @@ async fn row_120_a_name_that_moves_to_an_address_of_the_host_leads_there_for_nob
     let wait = |name: &str| {
         let file = step(name);
         format!(
-            "echo before {name}; until [ -e {} ]; do read -t 0.2 < <(sleep 1); done",
+            "echo before {name}; until [ -e {} ]; do sleep 0.2; done",
             file.display()
         )
     };

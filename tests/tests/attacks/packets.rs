@@ -137,7 +137,7 @@ fn no_workers() -> Reply {
 }
 
 #[test]
-fn row_60_every_request_with_one_bit_flipped_is_answered_or_hung_up_on() {
+fn row_60_every_request_with_one_bit_flipped_is_answered_or_its_connection_is_closed() {
     let test = TestHelper::new();
     let witness = test.client();
     let worker = created(&witness, "a");
@@ -204,14 +204,14 @@ fn memory_of_next_session(test: &TestHelper, packet: &[u8]) -> (u64, u64) {
         let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
         line.trim().trim_end_matches(" kB").parse().ok()
     };
-    let (daemon, listener) = (test.helper.pid(), listener(test.helper.pid()));
+    let (monitor, listener) = (test.helper.pid(), listener(test.helper.pid()));
     let most = Arc::new(AtomicU64::new(0));
     let seen = most.clone();
-    let watcher = watch_with(daemon, Span::OneConnection, None, move |pid, event| {
+    let watcher = watch_with(monitor, Span::OneConnection, None, move |pid, event| {
         let pid = pid.as_raw() as u32;
         if let Event::Enter(call) = event
             && call.is(&[libc::SYS_exit_group])
-            && ![daemon, listener].contains(&pid)
+            && ![monitor, listener].contains(&pid)
         {
             seen.fetch_max(peak(pid).expect("it is stopped"), Ordering::Relaxed);
         }
@@ -239,7 +239,7 @@ fn row_60_the_session_that_decodes_needs_no_memory_for_what_a_length_claims() {
 }
 
 #[test]
-fn row_60_random_bytes_and_lengths_of_gigabytes_are_hung_up_on() {
+fn row_60_random_bytes_and_lengths_of_gigabytes_close_their_connection() {
     let test = TestHelper::new();
     let mut seed = 0x2545_f491_4f6c_dd1d_u64;
     let mut random = move || {
@@ -358,7 +358,7 @@ fn row_67_nothing_that_is_sent_makes_a_line_of_the_log() {
         );
     }
     assert!(
-        log.matches("hung up").count() >= 3 * strings.len(),
+        log.matches("closed the connection").count() >= 3 * strings.len(),
         "the attempts are not in the log:\n{log}"
     );
     test.finish(&[worker]);

@@ -131,7 +131,7 @@ fn row_92_sockets_of_a_job_are_never_resolved_and_the_monitor_stats_no_mount() {
     wait_for_line(&console.expect("a console comes with the reply"), "mounted");
 
     let calls = |kind| seen.calls.get(&kind).map_or(&[][..], Vec::as_slice);
-    let (monitor, builder) = (calls(Kind::Monitor), calls(Kind::RootFs));
+    let (monitor, builder) = (calls(Kind::Monitor), calls(Kind::Builder));
     println!(
         "the monitor: {} calls, its builder: {}",
         monitor.len(),

@@ -183,24 +183,29 @@ fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) ->
     let (go, gone_on) = channel();
     let (seen, calls) = channel();
     let mut stopper = Stopper::new(point, tell, gone_on);
-    let daemon = test.helper.pid();
-    let listener = Pid::from_raw(listener(daemon) as i32);
+    let monitor = test.helper.pid();
+    let listener = Pid::from_raw(listener(monitor) as i32);
     let mut session = None;
     // The tracer's own thread ends with this span; what was seen comes by the channel.
-    let watcher = watch_with(daemon, Span::OneConnection, None, move |pid, event| match event {
-        Event::Born { parent, .. } if *parent == listener => session = Some(pid),
-        Event::Enter(call)
-            if session.is_some() && ![listener, Pid::from_raw(daemon as i32)].contains(&pid) =>
-        {
-            let kind = if session == Some(pid) { "session" } else { "user" };
-            stopper.enter(kind, *call);
-        }
-        Event::Gone if session == Some(pid) => {
-            let _ = seen.send(std::mem::take(&mut stopper.seen));
-            let _ = stopper.tell.send(Told::Over);
-        }
-        _ => {}
-    });
+    let watcher = watch_with(
+        monitor,
+        Span::OneConnection,
+        None,
+        move |pid, event| match event {
+            Event::Born { parent, .. } if *parent == listener => session = Some(pid),
+            Event::Enter(call)
+                if session.is_some() && ![listener, Pid::from_raw(monitor as i32)].contains(&pid) =>
+            {
+                let kind = if session == Some(pid) { "session" } else { "user" };
+                stopper.enter(kind, *call);
+            }
+            Event::Gone if session == Some(pid) => {
+                let _ = seen.send(std::mem::take(&mut stopper.seen));
+                let _ = stopper.tell.send(Told::Over);
+            }
+            _ => {}
+        },
+    );
     let watcher = std::thread::spawn(move || {
         watcher.join().expect("the tracer does not fail");
         calls.recv().unwrap_or_default()
@@ -334,7 +339,7 @@ fn row_65_a_shell_that_is_made_while_its_worker_is_deleted_does_not_outlive_it()
 fn in_the_shell(host: &TestHost, worker: WorkerId) -> Vec<i32> {
     let procs = host
         .cgroup_dir()
-        .join(format!("workers/{worker}-by-hand/cgroup.procs"));
+        .join(format!("workers/{worker}-manual/cgroup.procs"));
     let text = fs::read_to_string(procs).unwrap_or_default();
     text.lines().filter_map(|pid| pid.parse().ok()).collect()
 }

@@ -77,7 +77,7 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
         half_sent.extend((0..200).map(|_| half()));
     }
     assert!(begun.elapsed() < PATIENCE / 2);
-    // One that says nothing at all is hung up on.
+    // The connection of one that says nothing at all is closed.
     let mut silent = TcpStream::connect(&address).unwrap();
     silent.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     assert_eq!(silent.read(&mut [0]).unwrap_or(0), 0);

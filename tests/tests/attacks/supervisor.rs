@@ -43,7 +43,7 @@ fn other_uid() {
     };
     setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0)).unwrap();
     become_uid(second.parse().unwrap());
-    println!("\nOUTCOME {}", if greet(&socket) { "served" } else { "hung up" });
+    println!("\nOUTCOME {}", if greet(&socket) { "served" } else { "closed" });
 }
 
 fn outcome(host: &TestHost, connects_as: u32, goes_on_as: u32) -> String {
@@ -74,17 +74,19 @@ fn row_57_a_peer_with_another_uid_than_the_supervisors_is_not_served() {
     for uid in [job, 1, 65534, SUPERVISOR_UID + 1] {
         assert_eq!(outcome(&host, uid, uid), "not connected", "uid {uid}");
     }
-    assert_eq!(outcome(&host, 0, 0), "hung up");
+    assert_eq!(outcome(&host, 0, 0), "closed");
     // Suppose the socket is open to all: the mode is not the only protection.
     std::fs::set_permissions(host.socket(), std::fs::Permissions::from_mode(0o666)).unwrap();
     for uid in [job, 0, 1, 65534, SUPERVISOR_UID + 1] {
-        assert_eq!(outcome(&host, uid, uid), "hung up", "uid {uid}");
+        assert_eq!(outcome(&host, uid, uid), "closed", "uid {uid}");
         assert_eq!(
             outcome(&host, uid, SUPERVISOR_UID),
-            "hung up",
+            "closed",
             "uid {uid} turned supervisor"
         );
-        helper.log.wait(&["hung up", &format!("uid={uid} ")]);
+        helper
+            .log
+            .wait(&["closed the connection", &format!("uid={uid} ")]);
     }
     assert_eq!(outcome(&host, SUPERVISOR_UID, SUPERVISOR_UID), "served");
     assert_eq!(
@@ -116,7 +118,11 @@ fn row_57_a_job_whose_slot_shows_the_sockets_directory_does_not_reach_the_socket
     // Nothing is in it.
     assert!(console.contains("/opt/run:\nlooked\n"), "{console}");
     assert!(!console.contains("helper.sock"), "{console}");
-    assert!(!helper.log.text().contains("hung up"), "{}", helper.log.text());
+    assert!(
+        !helper.log.text().contains("closed the connection"),
+        "{}",
+        helper.log.text()
+    );
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     before.assert_unchanged(&host);
 }

@@ -182,7 +182,7 @@ fn delete(Scene { test, canaries }: &Scene, (files, depth): (usize, usize), when
     let pairs = grow(&work, files, depth);
     give(&work, uid);
     set_mode(&work.join("closed"), 0o000);
-    let before = canaries.look();
+    let before = canaries.state();
     let calls = Arc::new(AtomicUsize::new(0));
     let seen = calls.clone();
     let mut users = Users::default();
@@ -209,14 +209,14 @@ fn delete(Scene { test, canaries }: &Scene, (files, depth): (usize, usize), when
     let reply = traced.ask(&Request::Delete { worker }).0;
     drop(traced);
     watcher.join().expect("the tracer saw the end");
-    assert_eq!(canaries.look(), before, "{when:?}: {reply:?}");
+    assert_eq!(canaries.state(), before, "{when:?}: {reply:?}");
     match reply {
         Reply::Deleted => {}
         // A directory has become a link: it says so, and is repeated.
         Reply::Error(error) if error.kind == ErrorKind::Failed => test.delete(&[worker]),
         other => panic!("{when:?}: {other:?}"),
     }
-    assert_eq!(canaries.look(), before, "{when:?}, repeated");
+    assert_eq!(canaries.state(), before, "{when:?}, repeated");
     calls.load(Ordering::Relaxed)
 }
 

@@ -16,7 +16,7 @@ use testbed::tracer::service::listener;
 enum Tolerance {
     /// It is this test's own.
     Exact,
-    /// KiB of the daemon's memory: what its allocator and its stack may take more by chance. A leak of a few bytes
+    /// KiB of the monitor's memory: what its allocator and its stack may take more by chance. A leak of a few bytes
     /// for each of 2,000 workers is more.
     Memory,
     /// It is the whole machine's, on which others live, so it may be off by this and one for every two workers: less
@@ -74,31 +74,31 @@ impl Counts {
         };
         let own = format!("/proc/{}", test.helper.pid());
         let host = &test.host;
-        // A connection's process, with its share of the daemon's memory, ends a moment after its peer.
+        // A session, with its share of the monitor's memory, ends a moment after its peer.
         let processes = || {
             text(host.cgroup_dir().join("daemon/cgroup.procs"))
                 .lines()
                 .count()
         };
-        // The daemon and its listener.
+        // The monitor and its listener.
         until(|| match processes() {
             0..=2 => Ok(()),
-            left => Err(format!("{left} processes of the daemon are left")),
+            left => Err(format!("{left} processes of the monitor are left")),
         });
-        count("daemon: descriptors", entries(format!("{own}/fd")), Exact);
+        count("monitor: descriptors", entries(format!("{own}/fd")), Exact);
         let listener = format!("/proc/{}", listener(test.helper.pid()));
         count("listener: descriptors", entries(format!("{listener}/fd")), Exact);
         let memory = text(format!("{listener}/smaps_rollup"));
         count("listener: KiB of its own", field(&memory, "Anonymous:"), Memory);
         count(
-            "daemon: mounts",
+            "monitor: mounts",
             text(format!("{own}/mountinfo")).lines().count() as u64,
             Exact,
         );
         let memory = text(format!("{own}/smaps_rollup"));
-        count("daemon: KiB resident", field(&memory, "Rss:"), Memory);
+        count("monitor: KiB resident", field(&memory, "Rss:"), Memory);
         // Not Pss: that grows when a process that shares a page ends.
-        count("daemon: KiB of its own", field(&memory, "Anonymous:"), Memory);
+        count("monitor: KiB of its own", field(&memory, "Anonymous:"), Memory);
         let cgroup = host.cgroup_dir();
         let stat = text(cgroup.join("cgroup.stat"));
         count("cgroups", field(&stat, "nr_descendants "), Exact);

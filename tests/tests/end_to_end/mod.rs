@@ -39,7 +39,7 @@ async fn two_slots_run_two_jobs_at_once_and_a_third_waits() {
     let factory = TestFactory::new(TWO).await;
     // Each waits for a word that only this test gives, by ending it.
     let jobs: Vec<Ulid> = (0..3)
-        .map(|_| factory.submit("echo running; while ! [ -e /work/stop ]; do read -t 1 < <(sleep 2); done"))
+        .map(|_| factory.submit("echo running; while ! [ -e /work/stop ]; do sleep 1; done"))
         .collect();
     factory.printed(jobs[0], "running").await;
     factory.printed(jobs[1], "running").await;
@@ -86,7 +86,7 @@ async fn a_held_worker_stays_as_it_is_until_it_is_released() {
     let worker = factory.server.job(job).worker.unwrap();
     factory.server.hold(worker).unwrap();
     factory.server.recycle(worker).unwrap();
-    // Two looks of the factory later, it is all still there.
+    // Two polls later, it is all still there.
     let polls = factory.server.requests("GET /0/factory/workers");
     factory
         .server
@@ -200,7 +200,7 @@ async fn what_a_job_leaves_behind_goes_with_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_supervisor_told_to_stop_leaves_the_running_job_alone() {
     let mut factory = TestFactory::new(ONE).await;
-    let job = factory.submit("echo running; read -t 3 < <(sleep 4); echo done");
+    let job = factory.submit("echo running; sleep 3; echo done");
     factory.printed(job, "running").await;
     factory.supervisor.signal(Signal::SIGTERM);
     assert!(factory.supervisor.wait().success());

@@ -146,7 +146,7 @@ async fn running_until(factory: &TestFactory, file: &str) -> Ulid {
     let path = factory.shared().join(file);
     let path = path.display();
     let job = factory.submit(&format!(
-        "echo running; while ! [ -e {path} ]; do read -t 0.2 < <(sleep 1); done; echo done"
+        "echo running; while ! [ -e {path} ]; do sleep 0.2; done; echo done"
     ));
     factory.printed(job, "running").await;
     job

@@ -6,16 +6,16 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use super::*;
 
-/// A job that says what `LOOK` prints, each time that this changes, until it is let go.
-const WATCHING: &str = "last=; while ! [ -e RELEASE ]; do now=$(LOOK); \
-    [ \"$now\" = \"$last\" ] || echo \"sees: $now\"; last=$now; read -t 0.1 < <(sleep 1); done; true";
+/// A job that says what `COMMAND` prints, each time that this changes, until it is let go.
+const WATCHING: &str = "last=; while ! [ -e RELEASE ]; do now=$(COMMAND); \
+    [ \"$now\" = \"$last\" ] || echo \"sees: $now\"; last=$now; sleep 0.1; done; true";
 
-fn watching(factory: &TestFactory, look: &str) -> Ulid {
+fn watching(factory: &TestFactory, command: &str) -> Ulid {
     let release = factory.shared().join("release");
     factory.submit(
         &WATCHING
             .replace("RELEASE", &release.display().to_string())
-            .replace("LOOK", look),
+            .replace("COMMAND", command),
     )
 }
 
@@ -80,12 +80,12 @@ async fn row_84_a_file_system_mounted_while_a_job_runs_is_the_next_jobs_and_unmo
             .unwrap();
         assert!(output.status.success(), "{words:?}: {output:?}");
     };
-    let look = format!("cat {}/file 2>/dev/null || echo none", place.display());
-    let first = watching(&factory, &look);
+    let command = format!("cat {}/file 2>/dev/null || echo none", place.display());
+    let first = watching(&factory, &command);
     factory.printed(first, "sees: none").await;
     run(&["mount", "-t", "tmpfs", "user-factory-test"]);
     fs::write(place.join("file"), "mounted\n").unwrap();
-    let second = watching(&factory, &look);
+    let second = watching(&factory, &command);
     factory.printed(second, "sees: mounted").await;
     // The host lets go of it, though a job has it open.
     run(&["umount"]);
@@ -100,7 +100,7 @@ async fn row_84_a_file_system_mounted_while_a_job_runs_is_the_next_jobs_and_unmo
         );
     }
     factory.block_again();
-    let third = watching(&factory, &look);
+    let third = watching(&factory, &command);
     factory.printed(third, "sees: none").await;
     factory.release();
     factory.completed(third).await;

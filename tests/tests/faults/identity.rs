@@ -51,7 +51,7 @@ fn submit_until(factory: &TestFactory, file: &str) -> Ulid {
     let path = factory.shared().join(file);
     let path = path.display();
     factory.submit(&format!(
-        "echo running; while ! [ -e {path} ]; do read -t 0.2 < <(sleep 1); done; echo done"
+        "echo running; while ! [ -e {path} ]; do sleep 0.2; done; echo done"
     ))
 }
 

@@ -83,10 +83,10 @@ async fn row_77_a_killed_helper_is_away_for_the_supervisor_and_the_job_goes_on()
 async fn row_77_a_session_that_is_killed_fails_its_request_and_no_job() {
     let mut factory = TestFactory::new(ONE).await;
     let job = factory.running().await;
-    // Every process of the helper's cgroup serves a connection, but the daemon and its listener.
+    // Every process of the helper's cgroup serves a connection, but the monitor and its listener.
     let cgroup = factory.host.cgroup_dir().join("daemon/cgroup.procs");
-    let daemon = factory.helper.pid();
-    let service = [daemon, listener(daemon)].map(|pid| pid.to_string());
+    let monitor = factory.helper.pid();
+    let service = [monitor, listener(monitor)].map(|pid| pid.to_string());
     let mut killed = 0;
     while killed < 3 {
         for pid in fs::read_to_string(&cgroup)

@@ -117,10 +117,10 @@ async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_o
     factory.polls(3).await;
     once(&factory.supervisor.log, seen, &parts);
     let said = format!(
-        "speaks version {version} of the protocol, you speak {}",
+        "has version {version} of the protocol, the supervisor version {}",
         version + 1
     );
-    let told = ["WARN", "Hello", &said, "install both halves from one release"];
+    let told = ["WARN", "Hello", &said, "install both from one release"];
     tokio::task::block_in_place(|| factory.helper.log.wait(&told));
     // The job does not need them to end, and is not touched before they understand each other.
     factory.release();
@@ -141,7 +141,7 @@ async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_o
 async fn row_82_a_helper_that_is_replaced_under_load_loses_no_request_and_no_job() {
     let mut factory = TestFactory::new(TWO).await;
     let jobs: Vec<Ulid> = (0..6)
-        .map(|_| factory.submit("echo one; read -t 0.2 < <(sleep 1); echo two"))
+        .map(|_| factory.submit("echo one; sleep 0.2; echo two"))
         .collect();
     // As a package's upgrade does: told to stop, and started again.
     while jobs.iter().any(|job| !factory.server.job(*job).complete()) {

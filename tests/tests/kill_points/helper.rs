@@ -136,7 +136,8 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
 fn repeat(test: &RestartableHelper, operation: Operation, worker: WorkerId, slot: &str, what: &str) {
     let before = state_of(test, worker);
     let reply = ask_with(&test.host, &request(operation, worker, slot));
-    let (reply, mut descriptors) = reply.unwrap_or_else(|| panic!("after {what}: the helper hung up"));
+    let (reply, mut descriptors) =
+        reply.unwrap_or_else(|| panic!("after {what}: the helper closed the connection"));
     assert!(is_success(&reply), "after {what}: {reply:?}");
     if operation == Operation::Install {
         let console = descriptors.pop().expect("a console comes").into();
@@ -161,7 +162,7 @@ fn end(test: &RestartableHelper, worker: WorkerId, what: &str) {
     test.assert_clean(was_one, what);
 }
 
-/// What happens on the host meanwhile, a mount above all, makes the daemon do more: none of it is in the shortest run.
+/// What happens on the host meanwhile, a mount above all, makes the monitor do more: none of it is in the shortest run.
 fn shortest(runs: &[Seen]) -> &Seen {
     let calls = |seen: &&Seen| seen.calls.values().map(Vec::len).sum::<usize>();
     runs.iter().min_by_key(calls).expect("there are runs")
@@ -185,7 +186,7 @@ fn is_of_a_build((kind, number): &(Kind, i64)) -> bool {
         libc::SYS_getdents64,
         libc::SYS_inotify_add_watch,
     ];
-    *kind == Kind::RootFs || *kind == Kind::Monitor && OF_THE_MONITOR.contains(number)
+    *kind == Kind::Builder || *kind == Kind::Monitor && OF_THE_MONITOR.contains(number)
 }
 
 /// Say at how many points was killed, and fail if it was not as it should be.
@@ -241,7 +242,7 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
     let sample = Sample::of(61);
     let (mut killed, mut missed) = (0, 0);
     let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
-    // There is nobody but the daemon and its listener yet, and nothing to repeat but the start: the other forms are the same.
+    // There is nobody but the monitor and its listener yet, and nothing to repeat but the start: the other forms are the same.
     let mut plans = plans(shortest(&runs), &sample);
     plans.dedup_by(|one, other| one.0.when == other.0.when && one.0.kind == other.0.kind);
     for (plan, _) in plans {
@@ -256,7 +257,7 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
         if at.service {
             test.restart();
         } else {
-            // The daemon starts another listener.
+            // The monitor starts another listener.
             test.host.wait_for_helper();
         }
         let now = list(&Client::new(&test.host));

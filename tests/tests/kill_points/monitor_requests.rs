@@ -1,4 +1,4 @@
-//! A connection that dies between its request to the monitor and the answer.
+//! A session that dies between its request to the monitor and the answer.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -40,7 +40,7 @@ fn a_request_of_a_killed_session_is_not_carried_out() {
     let test = RestartableHelper::new();
     let worker = prepare(&test, Operation::Install, "rich");
     let listener = listener(test.helper.pid());
-    // The connection that made the worker is on its way out.
+    // The session that made the worker is about to end.
     wait_for("its end", || children(listener).is_empty().then_some(()));
     let connected = |others: &[u32]| {
         let client = Client::new(&test.host);
@@ -83,7 +83,7 @@ fn a_first_process_that_hangs_is_ended_by_a_repetition_of_the_start() {
     for call in [libc::SYS_setsid, libc::SYS_umount2] {
         let worker = prepare(&test, Operation::Install, "rich");
         let plan = Plan {
-            kind: Kind::First,
+            kind: Kind::FirstProcess,
             when: When::First(call),
             all: false,
             hangs: Some(Connections::Die),
@@ -102,7 +102,7 @@ fn a_job_whose_filter_cannot_be_installed_says_so_in_time_and_a_repetition_ends_
     let test = RestartableHelper::new();
     let worker = prepare(&test, Operation::Install, "rich");
     let plan = Plan {
-        kind: Kind::First,
+        kind: Kind::FirstProcess,
         when: When::First(libc::SYS_seccomp),
         all: false,
         hangs: Some(Connections::GoOn),

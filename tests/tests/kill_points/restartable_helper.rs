@@ -67,7 +67,7 @@ impl RestartableHelper {
         test
     }
 
-    /// Do it under the tracer. None: the helper's process hung up.
+    /// Do it under the tracer. None: the helper's process closed the connection.
     pub fn under_the_tracer(&self, request: &Request, plan: Option<Plan>) -> (Option<Reply>, Seen) {
         let watcher = watch(self.helper.pid(), Span::OneConnection, plan);
         let reply = ask(&self.host, request);

@@ -28,7 +28,7 @@ enum Life {
 }
 
 /// A server, a helper, and a supervisor that may be gone at any time.
-struct TestFactory {
+struct RestartableFactory {
     life: Life,
     server: Server,
     _helper: Service,
@@ -38,8 +38,8 @@ struct TestFactory {
     _agent: tempfile::TempDir,
 }
 
-impl TestFactory {
-    async fn new(life: Life) -> TestFactory {
+impl RestartableFactory {
+    async fn new(life: Life) -> RestartableFactory {
         let directory = tempfile::tempdir().unwrap();
         let agent = match life {
             Life::NoStart => {
@@ -63,7 +63,7 @@ impl TestFactory {
         let mut helper = Service::new(&mut host.helper_command());
         helper.start();
         helper.log.wait(&["serving"]);
-        TestFactory {
+        RestartableFactory {
             life,
             server,
             _helper: helper,
@@ -94,7 +94,7 @@ impl TestFactory {
         let watcher = watch(pid, &state, end_before);
         let (end, mut ended) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || end.send(watcher.join()));
-        let TestFactory {
+        let RestartableFactory {
             server, supervisor, ..
         } = self;
         let life = to_its_end(server, self.life, job);
@@ -186,7 +186,7 @@ async fn to_its_end(server: &Server, life: Life, job: Ulid) {
 const AT_A_TIME: usize = 6;
 
 async fn kill_before_each(life: Life) {
-    let mut factory = TestFactory::new(life).await;
+    let mut factory = RestartableFactory::new(life).await;
     let seen = factory.live(None).await;
     assert!(!seen.killed);
     let sample = Sample::of(seen.calls.len().div_ceil(16));
@@ -197,7 +197,7 @@ async fn kill_before_each(life: Life) {
     for _ in 0..AT_A_TIME {
         let points = points.clone();
         factories.spawn(async move {
-            let (mut factory, mut killed) = (TestFactory::new(life).await, Vec::new());
+            let (mut factory, mut killed) = (RestartableFactory::new(life).await, Vec::new());
             while let Some(n) = { points.lock().unwrap().pop() } {
                 let seen = factory.live(Some(n)).await;
                 killed.extend(seen.killed.then(|| seen.calls.last().cloned()).flatten());

@@ -73,7 +73,7 @@ async fn status_shows_the_helpers_state_though_an_idle_helper_is_not_polled() {
     answering(&factory).await;
     factory.polls(3).await;
     factory.end_helper(Signal::SIGKILL);
-    // Nobody needs it, so nobody has noticed; the first look does.
+    // Nobody needs it, so nobody has noticed; the first status request does.
     factory.polls(3).await;
     assert_eq!(factory.supervisor.log.count(&["helper away"]), 0);
     let status = json(&factory, &["status"]);

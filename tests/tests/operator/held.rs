@@ -7,7 +7,7 @@ use super::*;
 /// An agent that fails before it comes online.
 const BROKEN: &str = "#!/bin/bash\necho the last words; exit 9\n";
 
-async fn broken_house(slots: &str) -> (TestFactory, testbed::server::Ulid) {
+async fn factory_with_broken_worker(slots: &str) -> (TestFactory, testbed::server::Ulid) {
     let place = tempfile::tempdir().unwrap();
     let agent = place.path().join("agent");
     std::fs::write(&agent, BROKEN).unwrap();
@@ -20,7 +20,7 @@ async fn broken_house(slots: &str) -> (TestFactory, testbed::server::Ulid) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_worker_is_seen_at_a_glance_understood_and_released() {
-    let (factory, job) = broken_house(ONE).await;
+    let (factory, job) = factory_with_broken_worker(ONE).await;
     factory.held(job).await;
     see(&factory, |status| {
         (status["workers"][0]["phase"] == "held").then_some(())
@@ -77,7 +77,8 @@ async fn destroy_asks_for_confirmation_and_takes_held_workers() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_that_holds_nothing_is_free_again_by_itself_and_the_log_has_the_reason() {
-    let (factory, job) = broken_house("[slots.a]\ntarget = \"TARGET\"\nhold_on_failure = false\n").await;
+    let (factory, job) =
+        factory_with_broken_worker("[slots.a]\ntarget = \"TARGET\"\nhold_on_failure = false\n").await;
     let ended = factory.ended(job).await;
     assert_eq!(ended.state(), "failed");
     assert!(

@@ -54,7 +54,7 @@ async fn row_104_a_file_that_changes_between_lease_and_start_fails_no_job() {
     let other = ONE.replace("slots.a", "slots.other");
     let proxy = factory.proxy.as_ref().expect("the factory was built behind one");
     // The start waits for the agent's program, while the slot gets another name.
-    proxy.set("/file/agent", Fault::HangUp);
+    proxy.set("/file/agent", Fault::Close);
     let first = factory.submit("echo first");
     see(&factory, |status| {
         (status["workers"][0]["phase"] == "created").then_some(())

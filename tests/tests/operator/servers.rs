@@ -127,7 +127,7 @@ async fn a_name_is_looked_up_once_the_server_is_there_and_no_job_is_taken_before
     let job = factory.submit("true");
     factory.completed(job).await;
     let other = NAMED.replace("slots.a", "slots.b");
-    proxy.set("/0/factory/targets", Fault::HangUp);
+    proxy.set("/0/factory/targets", Fault::Close);
     factory.configure(&format!("{NAMED}{}", other.replace("linux", "arm")));
     done(&factory, &["reload"]);
     // The slot that was there keeps its target, the new one waits.

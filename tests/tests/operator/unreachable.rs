@@ -15,15 +15,15 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
     factory.polls(3).await;
     assert_eq!(say(&factory, &["status"]).status, 0);
     // The next listener stops where it would install its filter, as one does that the kernel keeps there.
-    let daemon = factory.helper.pid();
+    let monitor = factory.helper.pid();
     let plan = Plan {
         kind: Kind::Listener,
         when: When::First(libc::SYS_seccomp),
         all: false,
         hangs: Some(Connections::GoOn),
     };
-    let watcher = watch(daemon, Span::OneConnection, Some(plan));
-    kill(Pid::from_raw(listener(daemon) as i32), Signal::SIGKILL).unwrap();
+    let watcher = watch(monitor, Span::OneConnection, Some(plan));
+    kill(Pid::from_raw(listener(monitor) as i32), Signal::SIGKILL).unwrap();
     watcher.join().expect("the tracer does not fail");
     let trouble = see(&factory, |status| {
         let helper = &status["helper"];
@@ -45,7 +45,7 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
     for part in parts {
         assert!(said.out.contains(part), "{part} is not in {}", said.out);
     }
-    let stopped = listener(daemon);
+    let stopped = listener(monitor);
     kill(Pid::from_raw(stopped as i32), Signal::SIGCONT).unwrap();
     see(&factory, |status| {
         (status["helper"]["reachable"] == true).then_some(())

@@ -85,7 +85,7 @@ impl Plant {
                 Event::Born { by, .. } if by.number == libc::SYS_clone3 && first.is_none() => {
                     first = Some(pid)
                 }
-                // The connection's next word after it was made is `Go`.
+                // The session's next message after it was made is `Go`.
                 Event::Enter(call)
                     if call.number == libc::SYS_sendmsg && first.is_some_and(|first| first != pid) =>
                 {

@@ -113,10 +113,10 @@ impl Apart {
 
     /// The helper's child that is in other mounts than the helper, if there is one, and not a worker's.
     fn builder(&self) -> Option<i32> {
-        let daemon = self.helper.pid();
-        let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children")).unwrap();
+        let monitor = self.helper.pid();
+        let children = fs::read_to_string(format!("/proc/{monitor}/task/{monitor}/children")).unwrap();
         let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-        let own = mounts(&daemon.to_string());
+        let own = mounts(&monitor.to_string());
         let is_one = |pid: &&str| {
             let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
             mounts(pid).is_some() && mounts(pid) != own && !cgroup.contains("/workers/")

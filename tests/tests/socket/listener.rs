@@ -1,4 +1,4 @@
-//! The process that accepts connections: it lives as long as the daemon, and no longer; and while it does not accept,
+//! The process that accepts connections: it lives as long as the monitor, and no longer; and while it does not accept,
 //! clients are told why.
 
 use std::time::Duration;
@@ -32,15 +32,15 @@ fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_
     let test = TestHelper::new();
     let client = test.client();
     let worker = created(&client, "a");
-    let daemon = test.helper.pid();
+    let monitor = test.helper.pid();
     let killed = |pid: u32| {
         signal(pid, Signal::SIGKILL);
         wait_until_gone(pid);
-        let next = listener(daemon);
+        let next = listener(monitor);
         assert_ne!(next, pid);
         (next, Instant::now())
     };
-    let (second, seen) = killed(listener(daemon));
+    let (second, seen) = killed(listener(monitor));
     // This one has hardly begun.
     let (_, seen_again) = killed(second);
     let passed = seen_again - seen;
@@ -54,7 +54,7 @@ fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_
         "the process that accepts connections has ended (signal: 9 (SIGKILL))",
     ];
     test.helper.log.exactly(2, 0, &told);
-    // The session of the first asks the daemon all the same.
+    // The session of the first asks the monitor all the same.
     let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
     assert_eq!(reply, Reply::AgentStarted);
     test.finish(&[worker]);
@@ -75,7 +75,7 @@ fn a_listener_ends_with_its_monitor_and_sessions_go_on() {
         wait_until_gone(old);
         assert_eq!(list(&client).len(), 1, "after {how}");
         assert!(!is_gone(session), "after {how}");
-        // What takes the daemon is to be asked on a new connection.
+        // What takes the monitor is to be asked on a new connection.
         let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
         assert_eq!(kind(reply), ErrorKind::Busy, "after {how}");
         test.helper = test.host.helper();
@@ -88,20 +88,20 @@ fn a_listener_ends_with_its_monitor_and_sessions_go_on() {
 /// A helper whose listener stops where it would install its filter, as one does that the kernel keeps there. Returns
 /// the listener.
 fn stopped_before_its_filter(helper: &mut Service) -> u32 {
-    let daemon = helper.start_stopped();
-    wait_until_stopped(daemon);
+    let monitor = helper.start_stopped();
+    wait_until_stopped(monitor);
     let plan = Plan {
         kind: Kind::Listener,
         when: When::First(libc::SYS_seccomp),
         all: false,
         hangs: Some(Connections::GoOn),
     };
-    let seen = watch(daemon, Span::Start, Some(plan))
+    let seen = watch(monitor, Span::Start, Some(plan))
         .join()
         .expect("the tracer does not fail");
     assert!(seen.killed.is_some(), "no listener installs a filter");
     // What has built the first root file system may still be a child, too.
-    listener(daemon)
+    listener(monitor)
 }
 
 #[test]

@@ -87,7 +87,7 @@ fn descriptors_travel_only_where_a_message_calls_for_one() {
     );
     test.helper
         .log
-        .wait(&["hung up", "InstallAgent came with 0 descriptors"]);
+        .wait(&["closed the connection", "InstallAgent came with 0 descriptors"]);
     for count in [2, 3, 200] {
         use std::os::fd::AsRawFd;
         let client = test.client();
@@ -182,7 +182,7 @@ fn only_the_supervisors_uid_is_served() {
         None,
     );
     assert!(client.reply().is_none(), "another uid was served");
-    helper.log.wait(&["hung up", "uid=0"]);
+    helper.log.wait(&["closed the connection", "uid=0"]);
     assert_eq!(
         fs::metadata(host.socket()).unwrap().permissions().mode() & 0o777,
         0o600

@@ -8,9 +8,9 @@ use testbed::tracer::service::{children, listener};
 use super::*;
 
 /// `capability.h`'s numbers: CHOWN, DAC_OVERRIDE, FOWNER, SETGID, SETUID.
-const OF_CONNECTIONS: [u32; 5] = [0, 1, 3, 6, 7];
+const OF_SESSIONS: [u32; 5] = [0, 1, 3, 6, 7];
 /// SETPCAP, NET_BIND_SERVICE, NET_ADMIN, SYS_CHROOT, SYS_ADMIN, MKNOD.
-const OF_THE_DAEMON: [u32; 6] = [8, 10, 12, 18, 21, 27];
+const OF_THE_MONITOR: [u32; 6] = [8, 10, 12, 18, 21, 27];
 
 /// A line of `proc_pid_status(5)`.
 fn status(pid: u32, name: &str) -> String {
@@ -51,32 +51,29 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
     assert_eq!(reply, Reply::AgentStarted);
     wait_for_line(&console.unwrap(), "here");
 
-    let daemon = test.helper.pid();
-    let listener = listener(daemon);
-    let (first, connections) = (children(daemon), children(listener));
+    let monitor = test.helper.pid();
+    let listener = listener(monitor);
+    let (first, sessions) = (children(monitor), children(listener));
     // The builder of what jobs see is a child, too, for a moment.
     let cgroup = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     let is_workers = |pid: &u32| cgroup(pid).contains(&worker.to_string());
     let first: Vec<u32> = first.into_iter().filter(is_workers).collect();
-    assert!(
-        first.len() == 1 && connections.len() == 1,
-        "{first:?} {connections:?}"
-    );
-    let (first, connection) = (first[0], connections[0]);
+    assert!(first.len() == 1 && sessions.len() == 1, "{first:?} {sessions:?}");
+    let (first, session) = (first[0], sessions[0]);
 
     assert_privileges(
-        "the daemon",
-        daemon,
-        &[&OF_CONNECTIONS[..], &OF_THE_DAEMON].concat(),
+        "the monitor",
+        monitor,
+        &[&OF_SESSIONS[..], &OF_THE_MONITOR].concat(),
         1,
     );
-    assert_privileges("the listener", listener, &OF_CONNECTIONS, 2);
-    assert_privileges("a connection", connection, &OF_CONNECTIONS, 2);
+    assert_privileges("the listener", listener, &OF_SESSIONS, 2);
+    assert_privileges("a session", session, &OF_SESSIONS, 2);
     assert_privileges("pid 1", first, &[], 2);
     let agent = children(first)[0];
     assert_privileges("the agent", agent, &[], 2);
 
-    // A connection may ignore modes, but not what its descriptors are of: these mounts are read-only, and have no parent.
+    // A session may ignore modes, but not what its descriptors are of: these mounts are read-only, and have no parent.
     let configuration = test.host.root.join(protocol::config::CONFIG_PATH);
     for place in [
         Path::new("/etc"),
@@ -85,7 +82,7 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
     ] {
         let wanted = fs::metadata(place).unwrap();
         let is_it = |meta: fs::Metadata| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino());
-        let held = fs::read_dir(format!("/proc/{connection}/fd")).unwrap().flatten();
+        let held = fs::read_dir(format!("/proc/{session}/fd")).unwrap().flatten();
         let held: Vec<_> = held
             .map(|entry| entry.path())
             .filter(|path| fs::metadata(path).is_ok_and(is_it))
@@ -95,7 +92,7 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
         };
         let written = fs::write(held.join("user-factory-test"), "");
         let _ = fs::remove_file(place.join("user-factory-test"));
-        let error = written.expect_err("through a connection's descriptor");
+        let error = written.expect_err("through a session's descriptor");
         assert_eq!(
             error.raw_os_error(),
             Some(libc::EROFS),
@@ -104,7 +101,7 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
         );
     }
 
-    let all = fs::read_dir(format!("/proc/{connection}/fd")).unwrap().flatten();
+    let all = fs::read_dir(format!("/proc/{session}/fd")).unwrap().flatten();
     let directories: Vec<_> = all
         .map(|entry| entry.path())
         .filter(|path| path.is_dir())
@@ -134,21 +131,18 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
         all.sort();
         all
     };
-    let (of_listener, of_connection) = (sockets(listener), sockets(connection));
+    let (of_listener, of_session) = (sockets(listener), sockets(session));
     assert_eq!(
         of_listener.len(),
         3,
-        "the socket, the way to the daemon, signals: {of_listener:?}"
+        "the socket, the way to the monitor, signals: {of_listener:?}"
     );
     assert_eq!(
-        of_connection.len(),
+        of_session.len(),
         2,
-        "its peer, the way to the daemon: {of_connection:?}"
+        "its peer, the way to the monitor: {of_session:?}"
     );
-    assert_eq!(
-        of_connection.iter().filter(|to| of_listener.contains(to)).count(),
-        1
-    );
+    assert_eq!(of_session.iter().filter(|to| of_listener.contains(to)).count(), 1);
 
     // Nothing of the helper's own is held by a job's first process.
     for number in 0..3 {

@@ -63,7 +63,7 @@ P
 "#;
 
 /// Not a test of anything: it prints what ignoring is worth on this machine. `cargo test -p testbed --test
-/// socket -- --ignored --nocapture what_ignoring_syncs_is_worth`
+/// host -- --ignored --nocapture what_ignoring_syncs_is_worth`
 #[test]
 #[ignore = "a measurement, which takes a quiet machine"]
 fn what_ignoring_syncs_is_worth() {

@@ -178,12 +178,12 @@ impl RootFs {
         }
     }
 
-    /// The builder has said something, or is gone.
+    /// The builder has sent a message, or is gone.
     fn receive(&mut self) -> Event {
         let State::Building(Building { builder, source, .. }) =
             std::mem::replace(&mut self.state, State::Absent)
         else {
-            unreachable!("only a builder says anything");
+            unreachable!("only a builder sends anything");
         };
         match builder.recv(HandshakeMessage::MAX) {
             Ok(Received::Packet {
@@ -195,7 +195,7 @@ impl RootFs {
                     Event::Built
                 }
                 (Ok(HandshakeMessage::Failed(error)), _) => Event::Failed(error.to_string()),
-                (other, _) => Event::Lost(lost(&format!("its builder said {other:?}"))),
+                (other, _) => Event::Lost(lost(&format!("its builder sent {other:?}"))),
             },
             _ if source.begun.elapsed() >= LIMIT => Event::Lost(too_late()),
             _ => Event::Lost(lost(

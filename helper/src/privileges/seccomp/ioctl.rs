@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-use super::program::{ALLOW, Job, REFUSED, Steps, answer, argument, decide, errno};
+use super::program::{ALLOW, JobFilter, REFUSED, Steps, answer, argument, decide, errno};
 
 /// `ioctl(2)`: the operation does not apply to this kind of object. It is what the kernel says of a file, socket or
 /// terminal that has no such request, and what programs fall back on.
@@ -171,7 +171,7 @@ fn all_but(refused: &[u32]) -> Steps {
 }
 
 /// The rule for `ioctl(2)`.
-pub(super) fn rule(slot: Job<'_>) -> Steps {
+pub(super) fn rule(slot: JobFilter<'_>) -> Steps {
     let mut classes: BTreeMap<u32, Steps> = BTreeMap::new();
     for (byte, listed) in OF_FILES {
         let set = SET_ATTRIBUTES.iter().filter(|(of, _)| *of == byte);
@@ -184,7 +184,7 @@ pub(super) fn rule(slot: Job<'_>) -> Steps {
         classes.insert(class(byte), steps);
     }
     classes.insert(class(0x89), only(OF_SOCKETS));
-    let otherwise = if slot.devices {
+    let otherwise = if slot.has_devices {
         for byte in OF_SINGLE_FILE_SYSTEMS {
             classes.insert(class(byte), answer(NOT_THERE));
         }

@@ -14,14 +14,14 @@ use std::collections::BTreeMap;
 use libc::c_long;
 
 use crate::sys;
-pub use program::Job;
+pub use program::JobFilter;
 use program::{
     ABSENT, ALLOW, DONE, LAST, REFUSED, Rules, Steps, answer, argument, decide, errno, if_bits, if_null,
     if_process,
 };
 
 /// What a person does where the kernel has not installed a filter in time (row 86 of `docs/evidence/attacks.md`).
-pub const IS_LATE: &str = "Look for kernel workers in bpf_prog_free_deferred, in /proc/PID/stack; if there are any, \
+pub const LATE_FILTER_HINT: &str = "Look for kernel workers in bpf_prog_free_deferred, in /proc/PID/stack; if there are any, \
                            reboot the host";
 
 /// The last system call that was weighed for the lists below: `file_setattr` of Linux 6.17. A later one does
@@ -238,7 +238,7 @@ pub fn session() -> Steps {
 }
 
 /// For a job.
-pub fn job(slot: Job<'_>) -> Steps {
+pub fn job(slot: JobFilter<'_>) -> Steps {
     let mut rules = never();
     rules.each(&[libc::SYS_quotactl_fd], REFUSED);
     rules.each(ATTRIBUTES, errno(libc::EOPNOTSUPP));
@@ -369,32 +369,32 @@ mod tests {
         }
     }
 
-    const USUAL: Job<'_> = Job {
+    const USUAL: JobFilter<'_> = JobFilter {
         allow_user_namespaces: false,
         socket_families: &[],
-        devices: false,
+        has_devices: false,
         ignore_sync: true,
     };
-    const WITH_DEVICES: Job<'_> = Job {
-        devices: true,
+    const WITH_DEVICES: JobFilter<'_> = JobFilter {
+        has_devices: true,
         ..USUAL
     };
-    const WITH_NAMESPACES: Job<'_> = Job {
+    const WITH_NAMESPACES: JobFilter<'_> = JobFilter {
         allow_user_namespaces: true,
         ..USUAL
     };
-    const EVERYTHING: Job<'_> = Job {
+    const EVERYTHING: JobFilter<'_> = JobFilter {
         allow_user_namespaces: true,
         socket_families: &[],
-        devices: true,
+        has_devices: true,
         ignore_sync: false,
     };
     /// With each family that a slot may have.
-    const WITH_FAMILIES: Job<'_> = Job {
+    const WITH_FAMILIES: JobFilter<'_> = JobFilter {
         socket_families: &[SocketFamily::Bluetooth, SocketFamily::Can, SocketFamily::Vsock],
         ..USUAL
     };
-    const SLOTS: [Job<'_>; 5] = [USUAL, WITH_DEVICES, WITH_NAMESPACES, EVERYTHING, WITH_FAMILIES];
+    const SLOTS: [JobFilter<'_>; 5] = [USUAL, WITH_DEVICES, WITH_NAMESPACES, EVERYTHING, WITH_FAMILIES];
 
     const NOT_THERE: u32 = errno(libc::ENOTTY);
     const NOT_SUPPORTED: u32 = errno(libc::EOPNOTSUPP);
@@ -406,7 +406,7 @@ mod tests {
     /// Of `int` arguments, the kernel takes no part of this.
     const UPPER: u64 = 1 << 40;
 
-    fn ask(slot: Job<'_>, call: c_long, arguments: [u64; 6]) -> u32 {
+    fn ask(slot: JobFilter<'_>, call: c_long, arguments: [u64; 6]) -> u32 {
         static PROGRAMS: LazyLock<[Steps; 5]> = LazyLock::new(|| SLOTS.map(job));
         let of_slot = SLOTS.iter().position(|other| *other == slot);
         let program = &PROGRAMS[of_slot.expect("it is one of the slots")];
@@ -414,7 +414,7 @@ mod tests {
     }
 
     /// What is answered to these first arguments, each with and without an upper half.
-    fn ask_both(slot: Job<'_>, call: c_long, first: &[u64]) -> u32 {
+    fn ask_both(slot: JobFilter<'_>, call: c_long, first: &[u64]) -> u32 {
         let mut arguments = [0; 6];
         arguments[..first.len()].copy_from_slice(first);
         let answer = ask(slot, call, arguments);
@@ -463,7 +463,7 @@ mod tests {
     #[test]
     fn a_slot_has_the_families_that_it_names_and_their_reviewed_protocols() {
         let one = [SocketFamily::Can];
-        let can = job(Job {
+        let can = job(JobFilter {
             socket_families: &one,
             ..USUAL
         });
@@ -607,7 +607,7 @@ mod tests {
         let (stream, datagram, raw) = (libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_RAW);
         let protocols = [0, 1, 2, 6, 17, 33, 58, 115, 132, 136, 255, 256, 262];
         // Those of a slot's own have a test of their own.
-        let is_named = |slot: Job<'_>, family| {
+        let is_named = |slot: JobFilter<'_>, family| {
             !slot.socket_families.is_empty()
                 && [libc::AF_BLUETOOTH, libc::AF_CAN, libc::AF_VSOCK].contains(&family)
         };
@@ -686,7 +686,7 @@ mod tests {
         }
     }
 
-    fn ioctl(slot: Job<'_>, request: u64) -> u32 {
+    fn ioctl(slot: JobFilter<'_>, request: u64) -> u32 {
         ask_both(slot, libc::SYS_ioctl, &[3, request])
     }
 
@@ -791,7 +791,7 @@ mod tests {
             (0x7437, NOT_THERE, "a request of point-to-point links"),
         ] {
             for slot in SLOTS {
-                let expected = if slot.devices { ALLOW } else { without };
+                let expected = if slot.has_devices { ALLOW } else { without };
                 assert_eq!(ioctl(slot, request), expected, "{name} {slot:?}");
             }
         }
@@ -805,7 +805,7 @@ mod tests {
             (0x4010_7447, "PPPIOCSPASS"),
         ] {
             for slot in SLOTS {
-                let expected = if slot.devices { REFUSED } else { NOT_THERE };
+                let expected = if slot.has_devices { REFUSED } else { NOT_THERE };
                 assert_eq!(ioctl(slot, request), expected, "{name} {slot:?}");
             }
         }
@@ -814,7 +814,7 @@ mod tests {
     /// Each class, by what it lets through without and with devices.
     #[test]
     fn no_class_is_open_but_those_that_are_listed() {
-        let open = |slot: Job<'_>, byte: u64| {
+        let open = |slot: JobFilter<'_>, byte: u64| {
             // Numbers that nobody has listed.
             let all = [0x7d, 0xee].map(|number| ioctl(slot, byte << 8 | number));
             all == [ALLOW; 2]
@@ -906,7 +906,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_can_neither_mount_nor_start_programs_nor_reach_the_network() {
+    fn a_session_can_neither_mount_nor_start_programs_nor_reach_the_network() {
         for call in [
             libc::SYS_execve,
             libc::SYS_execveat,
@@ -942,7 +942,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_may_make_one_request_of_ioctl() {
+    fn a_session_may_make_one_request_of_ioctl() {
         let ask = |request: u64| {
             run(
                 &session(),

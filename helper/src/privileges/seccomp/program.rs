@@ -13,12 +13,12 @@ pub const NATIVE: u32 = 0xc000_00b7;
 
 /// What the slot decides about a job's filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Job<'a> {
+pub struct JobFilter<'a> {
     pub allow_user_namespaces: bool,
     /// Beyond those of every job.
     pub socket_families: &'a [SocketFamily],
     /// It has devices of the host, whose drivers it may ask anything.
-    pub devices: bool,
+    pub has_devices: bool,
     pub ignore_sync: bool,
 }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use protocol::config::SocketFamily;
 
-use super::program::{ALLOW, DONE, Job, Steps, answer, argument, decide, errno};
+use super::program::{ALLOW, DONE, JobFilter, Steps, answer, argument, decide, errno};
 
 /// What `socket(2)` says of a family that the kernel does not have; programs go on without it.
 const NO_FAMILY: u32 = errno(libc::EAFNOSUPPORT);
@@ -60,7 +60,7 @@ fn internet(echo: i32) -> Steps {
 }
 
 /// The rule for `socket(2)` and `socketpair(2)`.
-pub(super) fn rule(slot: Job<'_>) -> Steps {
+pub(super) fn rule(slot: JobFilter<'_>) -> Steps {
     let netlink = if slot.allow_user_namespaces {
         [&NETLINK[..], &NETLINK_OF_NAMESPACES].concat()
     } else {

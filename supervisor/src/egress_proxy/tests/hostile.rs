@@ -14,7 +14,7 @@ async fn a_connection_of_a_uid_that_is_no_workers_is_closed() {
     let (job, worker) = tcp();
     let caller = test.bring(worker.as_fd());
     drop(worker);
-    assert!(hung_up(&caller) && ended(&job));
+    assert!(is_closed(&caller) && ended(&job));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -36,12 +36,12 @@ async fn a_caller_that_sends_anything_but_a_name_and_one_connection_is_refused()
         pipe.as_fd(),
         file.as_fd(),
     ] {
-        assert!(hung_up(&test.bring(fd)));
+        assert!(is_closed(&test.bring(fd)));
     }
 
     let caller = test.call();
     caller.send(TO_SERVER.as_bytes(), None).unwrap();
-    assert!(hung_up(&caller), "no descriptor");
+    assert!(is_closed(&caller), "no descriptor");
     for name in [
         "",
         "x",
@@ -53,7 +53,7 @@ async fn a_caller_that_sends_anything_but_a_name_and_one_connection_is_refused()
         let caller = test.call();
         caller.send(name.as_bytes(), Some(worker.as_fd())).unwrap();
         drop(worker);
-        assert!(hung_up(&caller) && ended(&job), "{name:.100}");
+        assert!(is_closed(&caller) && ended(&job), "{name:.100}");
     }
     for count in [2, 3, 200] {
         let caller = test.call();
@@ -66,7 +66,7 @@ async fn a_caller_that_sends_anything_but_a_name_and_one_connection_is_refused()
             None,
         )
         .unwrap();
-        assert!(hung_up(&caller), "{count} descriptors");
+        assert!(is_closed(&caller), "{count} descriptors");
     }
     test.works().await;
 }
@@ -76,7 +76,7 @@ async fn silent_callers_delay_no_other_and_time_out() {
     let test = test_proxy(0).await;
     let silent: Vec<Seqpacket> = (0..CONNECTIONS_OF_A_WORKER - 1).map(|_| test.call()).collect();
     test.works().await;
-    assert!(silent.iter().all(hung_up));
+    assert!(silent.iter().all(is_closed));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -92,7 +92,7 @@ async fn a_worker_has_so_many_connections_and_gets_them_back() {
     let (job, worker) = tcp();
     let caller = test.bring(worker.as_fd());
     drop(worker);
-    assert!(hung_up(&caller) && ended(&job));
+    assert!(is_closed(&caller) && ended(&job));
     drop(kept);
     // The egress proxy sees their ends a little later.
     let end = std::time::Instant::now() + Duration::from_secs(20);
@@ -192,7 +192,7 @@ async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_
     }
     drop(go_on);
     test.works().await;
-    assert!(untrusted.iter().all(|(_, caller)| hung_up(caller)));
+    assert!(untrusted.iter().all(|(_, caller)| is_closed(caller)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -208,7 +208,7 @@ async fn a_connection_that_one_side_has_ended_and_the_other_does_not_gives_its_p
         let (job, worker) = tcp();
         let caller = test.bring(worker.as_fd());
         drop(worker);
-        assert!(hung_up(&caller));
+        assert!(is_closed(&caller));
         job.shutdown(std::net::Shutdown::Write).unwrap();
         assert!(ended(&job));
     }

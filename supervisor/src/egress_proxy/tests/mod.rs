@@ -132,7 +132,7 @@ fn tcp() -> (StdStream, StdStream) {
     (job, listener.accept().unwrap().0)
 }
 
-fn hung_up(caller: &Seqpacket) -> bool {
+fn is_closed(caller: &Seqpacket) -> bool {
     matches!(
         caller.recv(1),
         Ok(Received::Closed) | Err(nix::errno::Errno::ECONNRESET)
@@ -224,7 +224,7 @@ async fn a_new_socket_replaces_the_old_one_without_a_gap() {
             let caller = Seqpacket::connect(&path, false).expect("there is always somebody");
             // Each until it is closed: many at a time would take all of this uid's connections.
             let _ = caller.send(TO_SERVER.as_bytes(), None);
-            assert!(hung_up(&caller));
+            assert!(is_closed(&caller));
         }
     });
     for _ in 0..2 {
@@ -233,7 +233,7 @@ async fn a_new_socket_replaces_the_old_one_without_a_gap() {
         let older = inode();
         let newer = open(test.directory.path(), port, 0);
         while inode() == older {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            sleep(Duration::from_millis(1)).await;
         }
         std::mem::replace(&mut test.proxy, newer).abort();
         (test.port, _) = (port, test.works().await);

@@ -487,7 +487,7 @@ fn a_failed_start_is_reported_and_the_slot_cools_down() {
     world.run(World::is_empty);
     assert!(
         world.done().contains(&job(2)) && world.now - before >= 10_000,
-        "it did not rest"
+        "it did not cool down"
     );
 }
 
