@@ -1,10 +1,10 @@
 //! What tests read of the workspace's own files: sources, the tests in them, and the crates of the helper.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use syn::{Attribute, Item, ItemFn};
 
@@ -91,10 +91,21 @@ fn is_in_a_story(reason: &str) -> bool {
 
 /// The tests of a source that are run, by the names of their functions. None where there is no such file.
 pub fn tests_in(path: impl AsRef<Path>) -> BTreeSet<String> {
-    let Ok(text) = fs::read_to_string(root().join(&path)) else {
+    // Pages name hundreds of tests of the same files.
+    static KNOWN: Mutex<BTreeMap<PathBuf, BTreeSet<String>>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = path.as_ref();
+    known
+        .entry(path.to_owned())
+        .or_insert_with(|| parse_tests(path))
+        .clone()
+}
+
+fn parse_tests(path: &Path) -> BTreeSet<String> {
+    let Ok(text) = fs::read_to_string(root().join(path)) else {
         return BTreeSet::new();
     };
-    let file = syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", path.as_ref().display()));
+    let file = syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let mut found = BTreeSet::new();
     let mut items: Vec<&Item> = file.items.iter().collect();
     while let Some(item) = items.pop() {

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -143,10 +144,10 @@ pub fn run(client: &Client, worker: WorkerId, script: &str) -> (State, String) {
 
 /// The hostile job's program, which makes the attempt `name` with these words.
 pub fn attack_program(name: &str, words: &[&str]) -> OwnedFd {
-    let mut program =
-        std::fs::read(binaries().join("hostile-job")).expect("the hostile job's program was built");
-    program.extend(format!("\nATTACK {}", [&[name], words].concat().join("\t")).bytes());
-    sealed(&program)
+    static PROGRAM: OnceLock<Vec<u8>> = OnceLock::new();
+    let read = || std::fs::read(binaries().join("hostile-job")).expect("the hostile job's program was built");
+    let attempt = format!("\nATTACK {}", [&[name], words].concat().join("\t"));
+    sealed(&[PROGRAM.get_or_init(read), attempt.as_bytes()].concat())
 }
 
 /// Let the hostile job make its attempt to the end, and fail unless the sandbox held. Returns the console.

@@ -223,7 +223,7 @@ fn the_log_says_who_asked_for_what_and_how_it_ended_but_not_of_each_poll() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_connection_keeps_to_the_contract(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {

@@ -250,7 +250,7 @@ fn row_65_a_worker_killed_and_deleted_while_it_is_made_leaves_nothing() {
         let _over = Over(&over);
         let (mut started, begin) = (0, Instant::now());
         for round in 0.. {
-            if round >= 200 && (started > 0 || begin.elapsed() > PATIENCE) {
+            if round >= 60 && (started > 0 || begin.elapsed() > PATIENCE) {
                 break;
             }
             assert!(matches!(create(&client, worker, "a"), Reply::UserCreated { .. }));

@@ -86,6 +86,9 @@ fn another_user() {
         };
         setsockopt(&slow, sockopt::Linger, &long).unwrap();
         slow.set_nonblocking(true).unwrap();
+        // Small, so that a thousand of them leave the tests beside this one the host's memory for TCP.
+        setsockopt(&slow, sockopt::SndBuf, &4096).unwrap();
+        setsockopt(&other, sockopt::RcvBuf, &4096).unwrap();
         while (&slow).write(&[7; 1 << 16]).is_ok() {}
         let _ = caller.send(&[0], Some(slow.as_fd()));
         // The last that has it waits.

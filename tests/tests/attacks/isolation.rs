@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use protocol::{ErrorKind, Exit, Reply, Request, State, UserName, config};
-use testbed::harness::{PAUSE, has_scopes, not_kept, sealed, until, worker_id};
+use testbed::harness::{PAUSE, binaries, has_scopes, not_kept, sealed, until, worker_id};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{
     SLOTS, TestHelper, attack, create, created, install, kind, list, start_attack, wait_for_line, wait_until,
@@ -29,7 +29,8 @@ fn where_jobs_look(part: &str) {
         "--ignored",
         "--nocapture",
     ]);
-    let output = command.env("TMPDIR", "/srv").output().unwrap();
+    command.env("TMPDIR", "/srv").env("TESTBED_BINARIES", binaries());
+    let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(
         output.status.success() && text.contains("1 passed"),

@@ -327,7 +327,7 @@ fn row_65_a_shell_that_is_made_while_its_worker_is_deleted_does_not_outlive_it()
         points("session", &of_session[..=until_all_are_dead], 1),
         16,
     );
-    let sample = Sample::of(4);
+    let sample = Sample::of(12);
     let numbered = before_the_clone.iter().chain(&after_it).enumerate();
     for (_, at) in numbered.filter(|(n, _)| sample.has(*n)) {
         meet(&test, &before, *at);

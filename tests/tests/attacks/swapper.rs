@@ -226,7 +226,7 @@ fn row_17_no_exchange_of_a_directory_for_a_link_before_any_call_leads_the_deleti
     let tree = (0, 1);
     let calls = delete(&scene, tree, When::Never);
     assert!(calls > 50, "the deletion was not traced: {calls} calls");
-    let sample = Sample::of(5);
+    let sample = Sample::of(10);
     for call in (0..calls).filter(|call| sample.has(*call)) {
         delete(&scene, tree, When::During(call));
         delete(&scene, tree, When::From(call));

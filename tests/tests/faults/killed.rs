@@ -97,6 +97,7 @@ async fn row_77_a_session_that_is_killed_fails_its_request_and_no_job() {
             // It may have ended by itself.
             killed += usize::from(kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).is_ok());
         }
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
     factory.release();
     factory.completed(job).await;

@@ -5,7 +5,7 @@ use std::os::unix::fs::chown;
 use std::process::Command;
 
 use testbed::disk::SmallDisk;
-use testbed::harness::until;
+use testbed::harness::{PAUSE, until};
 
 use super::*;
 
@@ -21,6 +21,8 @@ pub fn small(host: &TestHost) -> Option<SmallDisk> {
 /// Wait until `status` says this, as an operator sees it, and return what it prints.
 fn status(factory: &TestFactory, exit: i32, parts: &[&str]) -> String {
     until(|| {
+        // Each question is a program that is started.
+        std::thread::sleep(50 * PAUSE);
         let (code, text) = command(&factory.host, &["status"]);
         if code == exit && parts.iter().all(|part| text.contains(part)) {
             return Ok(text);
@@ -38,7 +40,8 @@ const NO_JOBS: &str = "not taken: the supervisor's state cannot be saved";
 async fn row_102_a_job_that_fills_the_disk_is_deleted_when_the_server_says_so() {
     let factory = TestFactory::on(TWO, small).await;
     // It takes all that is given up, for as long as it lives.
-    let hog = factory.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; done");
+    let hog =
+        factory.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; sleep 0.01; done");
     factory.printed(hog, "filling").await;
     let text = status(&factory, 4, &[NO_JOBS, "make room on the disk"]);
     let slot = if slot_of(&factory, hog) == "a" { "b " } else { "a " };
@@ -69,7 +72,8 @@ async fn row_102_a_job_that_fills_the_disk_is_deleted_when_the_server_says_so() 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_102_destroy_is_answered_and_done_while_the_disk_is_full() {
     let factory = TestFactory::on(ONE, small).await;
-    let hog = factory.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; done");
+    let hog =
+        factory.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; sleep 0.01; done");
     factory.printed(hog, "filling").await;
     status(&factory, 4, &[NO_JOBS]);
     let worker = worker_of(&factory, hog);

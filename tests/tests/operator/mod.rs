@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
-use testbed::harness::{PATIENCE, PAUSE, Running, binaries};
+use testbed::harness::{PATIENCE, PAUSE, Running, binaries, until};
 use testbed::test_factory::TestFactory;
 
 mod checks;
@@ -100,23 +100,23 @@ fn json(factory: &TestFactory, words: &[&str]) -> Value {
 
 /// Wait until the status shows what is wanted.
 async fn see<T>(factory: &TestFactory, mut wanted: impl FnMut(&Value) -> Option<T>) -> T {
-    let end = std::time::Instant::now() + PATIENCE;
-    loop {
-        let said = say(factory, &["status", "--json"]);
-        let status: Option<Value> = serde_json::from_str(&said.out).ok();
-        if let Some(found) = status.as_ref().and_then(&mut wanted) {
-            return found;
-        }
-        assert!(
-            std::time::Instant::now() < end,
-            "it never came: {}{}\n{}",
-            said.out,
-            said.err,
-            factory.supervisor.log.text()
-        );
-        // Each question is a program that is started.
-        tokio::time::sleep(10 * PAUSE).await;
-    }
+    let ask = || {
+        let status = ask_control_socket(factory, "/v1/status").unwrap_or_default();
+        let parsed: Option<Value> = serde_json::from_str(&status).ok();
+        let found = parsed.as_ref().and_then(&mut wanted);
+        found.ok_or_else(|| format!("it never came: {status}\n{}", factory.supervisor.log.text()))
+    };
+    tokio::task::block_in_place(|| until(ask))
+}
+
+/// What the supervisor answers to a `GET`, as its commands ask.
+fn ask_control_socket(factory: &TestFactory, path: &str) -> std::io::Result<String> {
+    let mut stream = UnixStream::connect(socket(factory))?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    let body = text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned());
+    Ok(body.unwrap_or_default())
 }
 
 /// The worker on this slot, once there is one.
@@ -156,12 +156,7 @@ fn state_of(status: &Value, slot: &str) -> String {
 
 /// The value of a metric that has no labels.
 fn metric(factory: &TestFactory, name: &str) -> Option<String> {
-    let mut text = String::new();
-    let mut stream = UnixStream::connect(socket(factory)).expect("the supervisor listens");
-    stream
-        .write_all(b"GET /metrics HTTP/1.0\r\n\r\n")
-        .and_then(|()| stream.read_to_string(&mut text))
-        .expect("the supervisor answers");
+    let text = ask_control_socket(factory, "/metrics").expect("the supervisor answers");
     let name = format!("buildomat_user_factory_{name} ");
     text.lines()
         .find_map(|line| line.strip_prefix(&name))

@@ -65,7 +65,7 @@ async fn record(host: &TestHost) -> Vec<Change> {
 
 /// What a new supervisor would find on this disk.
 fn workers_on(files: &Files) -> Result<Vec<Worker>, String> {
-    let dir = tempfile::tempdir().expect("a directory");
+    let dir = tempfile::tempdir_in("/dev/shm").expect("a directory");
     let mut database = files.clone();
     // The index of the log is shared memory of the living (SQLite's documentation of its write-ahead log): what a
     // disk keeps of it by chance is a matter of pages, and no write.

@@ -357,14 +357,18 @@ fn chatter(_: &mut Report, words: &[String]) {
     std::process::exit(7);
 }
 
-/// With the word `noisy`, all of them print as fast as they can.
-/// The word: `quiet`, `noisy`, or `threads`: two thousand that spin, beside the noise.
+/// The words: `quiet`, `noisy` (all of them print as fast as they can), or `threads` (two thousand that spin, beside the
+/// noise); and the seconds after which they begin with that, none unless said.
 fn never_end(report: &mut Report, words: &[String]) {
     const THREADS: usize = 500;
     let word = words.first().map(String::as_str);
+    let pause = words
+        .get(1)
+        .map_or(0, |seconds| seconds.parse().expect("the test gives a number"));
     for _ in 0..4 {
         daemon(|| {
             ignore_every_signal();
+            std::thread::sleep(std::time::Duration::from_secs(pause));
             if word == Some("threads") {
                 for _ in 0..THREADS {
                     let spin = || {

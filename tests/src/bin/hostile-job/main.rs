@@ -19,6 +19,7 @@ mod programs;
 mod sys;
 
 use std::fmt::Display;
+use std::io::{Read, Seek, SeekFrom};
 use std::process::ExitCode;
 
 /// An attempt: its name and what it does.
@@ -52,9 +53,14 @@ impl Report {
 }
 
 fn main() -> ExitCode {
-    let own = std::fs::read("/proc/self/exe").expect("a job can read its own program");
-    let tail = own.len().saturating_sub(4096);
-    let tail = String::from_utf8_lossy(&own[tail..]).into_owned();
+    let mut tail = Vec::new();
+    std::fs::File::open("/proc/self/exe")
+        .and_then(|mut own| {
+            own.seek(SeekFrom::End(-4096))?;
+            own.read_to_end(&mut tail)
+        })
+        .expect("a job can read its own program");
+    let tail = String::from_utf8_lossy(&tail).into_owned();
     let mut words = tail
         .rsplit("\nATTACK ")
         .next()
