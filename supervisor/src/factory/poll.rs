@@ -291,9 +291,9 @@ impl Factory {
                     let believed = !lived || now.saturating_sub(since) >= FORGOTTEN_MS;
                     believed.then_some(OnServer::Gone)
                 }
-                view => {
+                found => {
                     owned.missing_since = None;
-                    view.cloned()
+                    found.cloned()
                 }
             });
             let on_host = host

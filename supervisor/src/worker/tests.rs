@@ -37,7 +37,7 @@ fn worker(phase: Phase) -> Worker {
     }
 }
 
-fn view(hold: bool, recycle: bool, online: bool) -> OnServer {
+fn on_server(hold: bool, recycle: bool, online: bool) -> OnServer {
     OnServer::Has {
         hold,
         recycle,
@@ -72,7 +72,7 @@ fn a_job_that_takes_longer_than_the_slot_lets_it_fails_its_worker() {
         job_timeout: Some(1000),
         ..RULES
     };
-    let look = seen(view(false, false, true), RUNNING);
+    let poll = seen(on_server(false, false, true), RUNNING);
     // Where answers were lost, its agent is online before anything was heard of its start.
     for before in [
         STARTED,
@@ -80,24 +80,24 @@ fn a_job_that_takes_longer_than_the_slot_lets_it_fails_its_worker() {
         Phase::Created,
         Phase::Resetting { confirmed: false },
     ] {
-        let online = worker(before).step(look.clone(), 500, &rules);
+        let online = worker(before).step(poll.clone(), 500, &rules);
         assert_eq!(online.phase, ONLINE, "{before:?}");
         assert_eq!(
-            online.step(look.clone(), 1499, &rules).phase,
+            online.step(poll.clone(), 1499, &rules).phase,
             ONLINE,
             "{before:?}"
         );
     }
-    let online = worker(STARTED).step(look.clone(), 500, &rules);
-    let late = online.clone().step(look.clone(), 1500, &rules);
+    let online = worker(STARTED).step(poll.clone(), 500, &rules);
+    let late = online.clone().step(poll.clone(), 1500, &rules);
     assert_eq!(late.phase, BROKEN);
     assert!(late.failure.unwrap().contains("job_timeout_seconds"));
     // Who holds it has time; what is to be recycled has ended.
     let held = online
         .clone()
-        .step(seen(view(true, false, true), RUNNING), 9000, &rules);
+        .step(seen(on_server(true, false, true), RUNNING), 9000, &rules);
     assert_eq!(held.phase, ONLINE);
-    let recycled = online.step(seen(view(false, true, true), RUNNING), 9000, &rules);
+    let recycled = online.step(seen(on_server(false, true, true), RUNNING), 9000, &rules);
     assert_eq!(recycled.phase, Phase::Destroying);
 }
 
@@ -108,8 +108,8 @@ fn the_processes_of_a_failed_worker_are_ended_before_the_failure_is_reported() {
         job_timeout: limit,
         ..RULES
     };
-    let look = seen(view(false, false, true), RUNNING);
-    let late = worker(ONLINE).step(look.clone(), 1500, &rules);
+    let poll = seen(on_server(false, false, true), RUNNING);
+    let late = worker(ONLINE).step(poll.clone(), 1500, &rules);
     assert_eq!((late.phase, late.next_action()), (BROKEN, Some(Action::HostKill)));
     let tells = |w: &Worker| matches!(w.next_action(), Some(Action::ReportFailure { .. }));
     assert!(tells(&late.clone().step(Event::Killed, 1501, &rules)));
@@ -118,14 +118,14 @@ fn the_processes_of_a_failed_worker_are_ended_before_the_failure_is_reported() {
     assert!(tells(&failed));
     let held = failed.step(Event::FailureReported, 1502, &rules);
     assert_eq!(held.next_action(), Some(Action::HostKill));
-    let look = |host| seen(view(true, false, true), host);
+    let poll = |host| seen(on_server(true, false, true), host);
     assert_eq!(
-        held.clone().step(look(RUNNING), 1503, &rules).next_action(),
+        held.clone().step(poll(RUNNING), 1503, &rules).next_action(),
         Some(Action::HostKill)
     );
-    assert_eq!(held.step(look(LOST), 1503, &rules).next_action(), None);
+    assert_eq!(held.step(poll(LOST), 1503, &rules).next_action(), None);
     // After a restart the list tells again what is to be done.
-    let found = worker(BROKEN).step(look(RUNNING), 5, &rules);
+    let found = worker(BROKEN).step(poll(RUNNING), 5, &rules);
     assert_eq!(found.next_action(), Some(Action::HostKill));
 }
 
@@ -136,16 +136,16 @@ fn a_slot_may_keep_the_processes_of_a_failed_worker_and_an_operator_may_end_them
         keep_processes: true,
         ..RULES
     };
-    let look = seen(view(true, false, true), RUNNING);
-    let late = worker(ONLINE).step(seen(view(false, false, true), RUNNING), 1500, &rules);
+    let poll = seen(on_server(true, false, true), RUNNING);
+    let late = worker(ONLINE).step(seen(on_server(false, false, true), RUNNING), 1500, &rules);
     assert!(matches!(late.next_action(), Some(Action::ReportFailure { .. })));
     let held = late
         .step(Event::FailureReported, 1501, &rules)
-        .step(look.clone(), 1502, &rules);
+        .step(poll.clone(), 1502, &rules);
     assert_eq!(held.next_action(), None);
     let asked = held.step(Event::Kill("they asked".into()), 1503, &rules);
     assert_eq!(
-        asked.clone().step(look, 1504, &rules).next_action(),
+        asked.clone().step(poll, 1504, &rules).next_action(),
         Some(Action::HostKill)
     );
     assert!(
@@ -172,7 +172,7 @@ fn a_job_that_stands_still_at_its_memory_limit_is_failed_and_ended() {
     assert!(matches!(kept.next_action(), Some(Action::ReportFailure { .. })));
     // It has failed already, or is held.
     assert_eq!(failed.clone().step(Event::MemoryStalled, 8, &RULES), failed);
-    let held = worker(ONLINE).step(seen(view(true, false, true), RUNNING), 5, &RULES);
+    let held = worker(ONLINE).step(seen(on_server(true, false, true), RUNNING), 5, &RULES);
     assert_eq!(held.clone().step(Event::MemoryStalled, 6, &RULES), held);
     for phase in [
         Phase::Reserved,
@@ -227,7 +227,7 @@ fn the_operator_may_destroy_a_held_worker() {
         BROKEN,
         Phase::Destroying,
     ] {
-        let held = worker(phase).step(seen(view(true, false, false), RUNNING), 5, &RULES);
+        let held = worker(phase).step(seen(on_server(true, false, false), RUNNING), 5, &RULES);
         assert_eq!(held.step(Event::Destroy, 6, &RULES).phase, Phase::Destroying);
     }
     assert_eq!(
@@ -238,12 +238,12 @@ fn the_operator_may_destroy_a_held_worker() {
 
 #[test]
 fn since_when_it_waits_for_a_person_is_remembered() {
-    let look = |hold| seen(view(hold, false, true), RUNNING);
+    let poll = |hold| seen(on_server(hold, false, true), RUNNING);
     let held = worker(ONLINE)
-        .step(look(true), 7, &RULES)
-        .step(look(true), 9, &RULES);
+        .step(poll(true), 7, &RULES)
+        .step(poll(true), 9, &RULES);
     assert_eq!(held.waits_since(), Some(7));
-    assert_eq!(held.step(look(false), 11, &RULES).waits_since(), None);
+    assert_eq!(held.step(poll(false), 11, &RULES).waits_since(), None);
     assert_eq!(
         worker(BROKEN)
             .step(Event::FailureReported, 5, &RULES)
@@ -262,8 +262,8 @@ fn the_usual_life() {
         (Event::Associated, "associate"),
         (Event::UserCreated, "create user"),
         (Event::AgentStarted, "install agent"),
-        (seen(view(false, false, true), RUNNING), ""),
-        (seen(view(false, true, true), RUNNING), ""),
+        (seen(on_server(false, false, true), RUNNING), ""),
+        (seen(on_server(false, true, true), RUNNING), ""),
         (Event::HostClean, "delete on the host"),
     ];
     for (event, action) in story {
@@ -280,7 +280,7 @@ fn the_usual_life() {
 #[test]
 fn what_a_poll_does_to_each_phase() {
     let gone = OnServer::Gone;
-    let v = |(hold, recycle, online)| view(hold, recycle, online);
+    let v = |(hold, recycle, online)| on_server(hold, recycle, online);
     let (online, recycle, held) = ((false, false, true), (false, true, false), (true, false, true));
     for (phase, server, host, after) in [
         (Phase::Reserved, v(recycle), OnHost::Absent, Phase::Destroying),
@@ -316,13 +316,13 @@ fn what_a_poll_does_to_each_phase() {
 
 #[test]
 fn a_server_that_has_forgotten_the_agent_gets_another_after_a_while() {
-    let idle = || seen(view(false, false, false), RUNNING);
+    let idle = || seen(on_server(false, false, false), RUNNING);
     let doubted = worker(ONLINE).step(idle(), 1_000, &RULES);
     assert_eq!((doubted.phase, doubted.next_action()), (RESETTING, None));
     // It was only a list of yesterday's: the job goes on.
     let remembered = doubted
         .clone()
-        .step(seen(view(false, false, true), RUNNING), 2_000, &RULES);
+        .step(seen(on_server(false, false, true), RUNNING), 2_000, &RULES);
     assert_eq!(remembered.phase, ONLINE);
     let waiting = doubted.step(idle(), FORGOTTEN_MS, &RULES);
     assert_eq!(waiting.next_action(), None);
@@ -330,7 +330,7 @@ fn a_server_that_has_forgotten_the_agent_gets_another_after_a_while() {
     assert_eq!(again.next_action(), Some(Action::HostDelete));
     let again = again.step(Event::HostClean, 2 * TIMEOUT, &RULES);
     let again = again.step(
-        seen(view(false, false, false), OnHost::Absent),
+        seen(on_server(false, false, false), OnHost::Absent),
         2 * TIMEOUT,
         &RULES,
     );
@@ -340,10 +340,14 @@ fn a_server_that_has_forgotten_the_agent_gets_another_after_a_while() {
 #[test]
 fn a_failure_that_the_server_has_forgotten_is_reported_again_after_a_while() {
     let told = worker(BROKEN).step(Event::FailureReported, 1_000, &RULES);
-    let forgotten = || seen(view(false, false, false), DIED);
+    let forgotten = || seen(on_server(false, false, false), DIED);
     let soon = told.clone().step(forgotten(), FORGOTTEN_MS, &RULES);
     assert_eq!(soon.next_action(), None);
-    let held = told.step(seen(view(true, false, false), DIED), 9 * FORGOTTEN_MS, &RULES);
+    let held = told.step(
+        seen(on_server(true, false, false), DIED),
+        9 * FORGOTTEN_MS,
+        &RULES,
+    );
     assert_eq!(held.next_action(), None);
     let again = held.step(forgotten(), 9 * FORGOTTEN_MS, &RULES);
     assert_eq!(again.phase, BROKEN);
@@ -378,14 +382,14 @@ fn an_agent_that_has_used_up_its_time_is_failed_with_the_limits_name() {
         ),
     ] {
         let online = phase == ONLINE;
-        let held = worker(phase).step(seen(view(true, false, online), timed_out), 5, &RULES);
+        let held = worker(phase).step(seen(on_server(true, false, online), timed_out), 5, &RULES);
         assert_eq!(held.phase, phase);
-        let failed = held.step(seen(view(false, false, online), timed_out), 5, &RULES);
+        let failed = held.step(seen(on_server(false, false, online), timed_out), 5, &RULES);
         assert_eq!(failed.phase, BROKEN);
         assert_eq!(failed.failure.as_deref(), Some(sentence));
     }
     // Its job was done before: there is nothing to fail.
-    let done = worker(ONLINE).step(seen(view(false, true, true), timed_out), 5, &RULES);
+    let done = worker(ONLINE).step(seen(on_server(false, true, true), timed_out), 5, &RULES);
     assert_eq!((done.phase, done.failure), (Phase::Destroying, None));
 }
 
@@ -398,7 +402,7 @@ fn a_worker_of_which_one_list_is_missing_does_not_change() {
         };
         assert_eq!(worker(phase).step(event, TIMEOUT * 9, &RULES), worker(phase));
         let event = Event::Seen {
-            server: Some(view(false, false, phase == ONLINE)),
+            server: Some(on_server(false, false, phase == ONLINE)),
             host: None,
         };
         assert_eq!(worker(phase).step(event, 5, &RULES), worker(phase));
@@ -407,7 +411,7 @@ fn a_worker_of_which_one_list_is_missing_does_not_change() {
 
 #[test]
 fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
-    let poll = |hold| seen(view(hold, false, false), RUNNING);
+    let poll = |hold| seen(on_server(hold, false, false), RUNNING);
     let w = worker(STARTED).step(poll(false), TIMEOUT - 1, &RULES);
     assert_eq!(w.phase, STARTED);
     let late = w
@@ -443,9 +447,9 @@ fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
 fn a_lost_worker_is_made_again_three_times() {
     let mut w = worker(STARTED);
     for n in 1..=MAX_REMAKES {
-        w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
+        w = w.step(seen(on_server(false, false, false), LOST), 5, &RULES);
         assert_eq!((w.phase, w.next_action(), w.remakes), (RESETTING, None, n));
-        w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
+        w = w.step(seen(on_server(false, false, false), LOST), 5, &RULES);
         assert_eq!(w.next_action(), Some(Action::HostDelete));
         w = w.step(Event::HostClean, 5, &RULES);
         assert_eq!(w.next_action().unwrap().name(), "create user");
@@ -453,7 +457,7 @@ fn a_lost_worker_is_made_again_three_times() {
             .step(Event::UserCreated, 5, &RULES)
             .step(Event::AgentStarted, 5, &RULES);
     }
-    w = w.step(seen(view(false, false, false), LOST), 5, &RULES);
+    w = w.step(seen(on_server(false, false, false), LOST), 5, &RULES);
     assert_eq!(w.phase, BROKEN);
 }
 
@@ -468,7 +472,7 @@ fn a_failure_is_reported_even_when_held_and_goes_on_where_it_stopped() {
         5,
         &RULES,
     );
-    let w = w.step(seen(view(true, false, false), DIED), 5, &RULES);
+    let w = w.step(seen(on_server(true, false, false), DIED), 5, &RULES);
     assert_eq!(
         w.next_action(),
         Some(Action::ReportFailure {
@@ -504,7 +508,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     ];
     let server = prop_oneof![
         Just(OnServer::Gone),
-        any::<(bool, bool, bool)>().prop_map(|(h, r, o)| view(h, r && !h, o))
+        any::<(bool, bool, bool)>().prop_map(|(h, r, o)| on_server(h, r && !h, o))
     ];
     let poll = (proptest::option::of(server), proptest::option::of(host));
     prop_oneof![
@@ -545,7 +549,7 @@ proptest! {
             if old.phase == w.phase { prop_assert_eq!(old.since, w.since); }
         }
         // From everywhere: recycled, cleaned, forgotten.
-        let ended = w.step(seen(view(false, true, false), OnHost::Absent), now, &RULES).step(Event::HostClean, now, &RULES);
+        let ended = w.step(seen(on_server(false, true, false), OnHost::Absent), now, &RULES).step(Event::HostClean, now, &RULES);
         prop_assert_eq!(ended.phase, Phase::Destroyed);
     }
 }
