@@ -12,7 +12,7 @@ use testbed::server::{JobSpec, Server, ServerOptions, State, Ulid};
 use testbed::test_factory::{TWO, lines};
 
 const HOSTS: usize = 3;
-const JOBS: usize = 30;
+const JOBS: usize = 60;
 /// The server's, in the network that all share.
 const SERVER: [u8; 4] = [10, 98, 0, 1];
 
@@ -23,7 +23,7 @@ fn ip(words: &str) {
 }
 
 #[test]
-fn thirty_jobs_end_once_each_on_three_hosts_of_which_one_is_cut_off_for_a_while() {
+fn sixty_jobs_end_once_each_on_three_hosts_of_which_one_is_cut_off_for_a_while() {
     let place = binaries();
     tool("ip");
     tool("setpriv");
