@@ -156,18 +156,27 @@ pub fn is_a_test(name: &str) -> bool {
     })
 }
 
-/// The crates that cargo builds the helper of, the workspace's own among them.
-pub fn crates_of_the_helper() -> BTreeSet<String> {
+/// What cargo prints for each crate that it builds these packages of, without repetitions.
+///
+/// `format` and `edges` are those of `cargo tree`.
+pub fn crates_of(packages: &[&str], edges: &str, format: &str) -> BTreeSet<String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let tree = Command::new(cargo)
-        .args(["tree", "--locked", "--offline", "--package", "helper"])
-        .args(["--edges", "normal,build", "--prefix", "none", "--no-dedupe"])
-        .args(["--format", "{p}"])
+        .args(["tree", "--locked", "--offline", "--no-dedupe", "--prefix", "none"])
+        .args(["--edges", edges, "--format", format])
+        .args(packages)
         .current_dir(root())
         .output()
         .expect("cargo can be started");
     assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
     let tree = String::from_utf8(tree.stdout).expect("names are plain");
-    let names = tree.lines().filter_map(|line| line.split(' ').next());
-    names.filter(|name| !name.is_empty()).map(str::to_owned).collect()
+    let lines = tree.lines().filter(|line| !line.is_empty());
+    lines.map(str::to_owned).collect()
+}
+
+/// The names of the crates that the helper is built of, the workspace's own among them.
+pub fn crates_of_the_helper() -> BTreeSet<String> {
+    let crates = crates_of(&["--package=helper"], "normal,build", "{p}");
+    let names = crates.iter().filter_map(|line| line.split(' ').next());
+    names.map(str::to_owned).collect()
 }

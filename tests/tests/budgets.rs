@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde::Deserialize;
 use syn::Item;
-use testbed::sources::{code, crates_of_the_helper, files, read};
+use testbed::sources::{code, crates_of, crates_of_the_helper, files, read};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -129,6 +129,25 @@ fn the_helper_is_made_of_few_crates_each_with_its_reason() {
         "helper/deny.toml lists other crates than the helper is made of"
     );
     allow("crates", crates.len());
+}
+
+/// Otherwise most crates would be built once more for each of the other commands.
+#[test]
+fn all_tests_one_crates_tests_and_the_demo_are_built_of_the_same() {
+    let built_of = |packages, edges| crates_of(&[packages], edges, "{p} {f}");
+    let all = built_of("--workspace", "normal,dev,build");
+    for (packages, edges) in [
+        ("--package=testbed", "normal,dev,build"),
+        ("--package=testbed", "normal,build"),
+        ("--workspace", "normal,build"),
+    ] {
+        let some = built_of(packages, edges);
+        let others = some.difference(&all).collect::<Vec<_>>();
+        assert!(
+            others.is_empty(),
+            "{packages} has crates with other features: add these to tests/Cargo.toml: {others:#?}"
+        );
+    }
 }
 
 /// A sentence that only the program of the manual commands has, and one that only the helper has.
