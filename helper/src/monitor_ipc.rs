@@ -94,7 +94,7 @@ impl HandshakeMessage {
         HandshakeMessage::Failed(reason.into().into())
     }
 
-    /// It waits for nobody: who receives has room for the few messages that there are, or is not what it should be.
+    /// It does not block: a receiver that is what it should be has room for the few messages of a start.
     ///
     /// # Errors
     /// Those of `sendmsg(2)`.
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_receiver_that_takes_nothing_keeps_nobody_waiting() {
+    fn a_receiver_that_takes_nothing_does_not_block_the_sender() {
         let (from, _to) = Seqpacket::pair().unwrap();
         let refused = (0..1_000_000).find_map(|_| HandshakeMessage::Done.send_to(&from, None).err());
         assert_eq!(refused, Some(nix::errno::Errno::EAGAIN));

@@ -43,18 +43,24 @@ pub const PAUSE: Duration = Duration::from_millis(5);
 ///
 /// With what is there instead, after [`PATIENCE`].
 #[track_caller]
-pub fn until<T>(mut ask: impl FnMut() -> Result<T, String>) -> T {
+pub fn until<T>(ask: impl FnMut() -> Result<T, String>) -> T {
+    until_every(PAUSE, ask)
+}
+
+/// The same with a longer pause, where a question costs something.
+#[track_caller]
+pub fn until_every<T>(pause: Duration, mut ask: impl FnMut() -> Result<T, String>) -> T {
     let end = Instant::now() + PATIENCE;
     loop {
         match ask() {
             Ok(found) => return found,
             Err(instead) => assert!(Instant::now() < end, "{instead}"),
         }
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(pause);
     }
 }
 
-/// The same for what is true or not.
+/// The same as [`until`] for what is true or not.
 #[track_caller]
 pub fn until_is(wanted: &str, mut is: impl FnMut() -> bool) {
     until(|| {
@@ -86,10 +92,7 @@ pub fn binaries() -> &'static Path {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.args(["build", "--quiet", "--workspace", "--bins"]);
-        if cfg!(debug_assertions) {
-            // With a test of each crate's features for tests: `cargo test --workspace` has built the same programs then.
-            build.args(["--test", "layers"]);
-        } else {
+        if !cfg!(debug_assertions) {
             // Benchmarks are built as what is released, and measure that.
             build.arg("--release");
         }

@@ -22,8 +22,8 @@ use protocol::Uid;
 
 use crate::sys;
 
-/// The most children that are reaped, or connections that are forwarded, in one iteration: a flood of one kind must not keep
-/// pid 1 from all else.
+/// The most children that are reaped, or connections that are forwarded, in one iteration: a flood of one kind must not
+/// keep pid 1 from all else.
 pub const MAX_PER_ITERATION: usize = 64;
 
 /// Do this in a process that has become the user, and has these descriptors alone.

@@ -62,7 +62,7 @@ async fn load(app: &App, wanted: bool) -> Answer<Bytes> {
 }
 
 fn pack(agent: &[u8]) -> Answer<Bytes> {
-    // Tests unpack it a hundred times: it is in the format, and as large as it was.
+    // Stored, and not compressed: the tests of a whole factory pack and unpack it hundreds of times.
     let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
     let packed = packer.write_all(agent).and_then(|()| packer.finish());
     packed.map(Bytes::from).map_err(|_| Refused(Refusal::Internal))

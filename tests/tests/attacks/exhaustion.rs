@@ -152,7 +152,7 @@ fn row_56_a_job_that_does_not_end_is_ended_with_all_its_processes_however_much_i
     let client = test.client();
     let (quiet, noisy) = (created(&client, "a"), created(&client, "c"));
     let console = start_attack(&client, quiet, "never-end", &["quiet"]);
-    // Not from the beginning: the tests beside this one get no less than they need.
+    // It begins shortly before its limit, so that the tests beside this one get their share of the processors.
     start_attack(&client, noisy, "never-end", &["noisy", "7"]);
     wait_for_line(&console, "ready");
     for worker in [quiet, noisy] {
@@ -160,6 +160,7 @@ fn row_56_a_job_that_does_not_end_is_ended_with_all_its_processes_however_much_i
         assert_eq!(ended, State::Exited(Exit::TimedOut));
     }
     until_is("the end of all", || processes_of(&test.host.uids).is_empty());
+    assert_begun(&test, noisy);
     let text = read(&console);
     assert!(
         text.contains("[the agent has run as long as the slot lets it]"),
@@ -256,7 +257,15 @@ fn row_91_the_run_time_limit_holds_beside_thousands_of_threads_and_endless_outpu
     // The limit, the five seconds that the timer leaves to pid 1, and what two thousand threads hold the test up.
     assert!(took < Duration::from_secs(10 + 5 + 30), "{took:?}");
     assert_eq!(state(&test.client(), worker), State::Exited(Exit::TimedOut));
+    assert_begun(&test, worker);
     test.finish(&[worker]);
+}
+
+/// All four processes of `never-end` were at it before the worker was ended.
+fn assert_begun(test: &TestHelper, worker: WorkerId) {
+    let work = test.host.worker_dir(worker).join("fs/work");
+    let begun = (0..4).filter(|process| work.join(format!("begun-{process}")).exists());
+    assert_eq!(begun.count(), 4, "the limit came before the load");
 }
 
 /// The timers of all workers: who has a `cgroup.kill` open among the helper's processes.

@@ -5,7 +5,7 @@ use std::os::unix::fs::chown;
 use std::process::Command;
 
 use testbed::disk::SmallDisk;
-use testbed::harness::{PAUSE, until};
+use testbed::harness::{PAUSE, until_every};
 
 use super::*;
 
@@ -20,9 +20,8 @@ pub fn small(host: &TestHost) -> Option<SmallDisk> {
 
 /// Wait until `status` says this, as an operator sees it, and return what it prints.
 fn status(factory: &TestFactory, exit: i32, parts: &[&str]) -> String {
-    until(|| {
-        // Each question is a program that is started.
-        std::thread::sleep(50 * PAUSE);
+    // Each question is a program that is started.
+    until_every(50 * PAUSE, || {
         let (code, text) = command(&factory.host, &["status"]);
         if code == exit && parts.iter().all(|part| text.contains(part)) {
             return Ok(text);

@@ -362,16 +362,15 @@ fn chatter(_: &mut Report, words: &[String]) {
 fn never_end(report: &mut Report, words: &[String]) {
     const THREADS: usize = 500;
     let word = words.first().map(String::as_str);
-    let pause = words
-        .get(1)
-        .map_or(0, |seconds| seconds.parse().expect("the test gives a number"));
-    for _ in 0..4 {
+    let pause = words.get(1).map_or(0, |seconds| number(seconds));
+    let pause = std::time::Duration::from_secs(pause);
+    for process in 0..4 {
         daemon(|| {
             ignore_every_signal();
-            std::thread::sleep(std::time::Duration::from_secs(pause));
             if word == Some("threads") {
                 for _ in 0..THREADS {
-                    let spin = || {
+                    let spin = move || {
+                        std::thread::sleep(pause);
                         loop {
                             std::hint::spin_loop();
                         }
@@ -380,6 +379,9 @@ fn never_end(report: &mut Report, words: &[String]) {
                     thread.spawn(spin).expect("the slot has room for threads");
                 }
             }
+            std::thread::sleep(pause);
+            // The console may have nobody who copies it.
+            fs::write(format!("/work/begun-{process}"), "").expect("/work is writable");
             if word != Some("quiet") {
                 loop {
                     let _ = nix::unistd::write(io::stdout(), &[b'y'; 4096]);
