@@ -178,7 +178,7 @@ the_ssh() {
     return $status
 }
 
-# On a terminal of their own, as a person has them.
+# On a terminal of their own, as an operator has them.
 on_a_terminal() {
     TERM=vt100 timeout 120 script --quiet --return --command "$1" /dev/null
 }

@@ -1,5 +1,5 @@
 //! A configuration: whatever is written there, it is one without contradictions, or a list of mistakes that a
-//! person can find.
+//! human can find.
 
 #![no_main]
 

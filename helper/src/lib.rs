@@ -15,7 +15,7 @@
 //! | [`unprivileged`] | the job's user, with nothing: pid 1 of a worker, and the deletion of what the job wrote |
 //! | [`host`] | shared by those with privileges: directories by descriptor, users, cgroups, records, abilities of the kernel |
 //! | [`privileges`] | the capabilities and system calls that each kind of process keeps |
-//! | [`manual`] | a program of its own, which no packet reaches: what a person does as root |
+//! | [`manual`] | a program of its own, which no packet reaches: what an operator does as root |
 //!
 //! A folder imports from those below it in the order monitor, session, sandbox, unprivileged, host; `manual` is above
 //! all, and `privileges`, `monitor_ipc`, `log` and `sys` are below. All `unsafe` is in [`sys`]. A test of the test bed

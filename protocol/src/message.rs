@@ -179,7 +179,7 @@ impl fmt::Display for Exit {
 pub struct Error {
     /// Tells a program what to do about it.
     pub kind: ErrorKind,
-    /// One sentence for a person; see [`Error::new`].
+    /// One sentence for the operator; see [`Error::new`].
     message: String,
 }
 

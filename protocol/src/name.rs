@@ -17,7 +17,7 @@ impl fmt::Display for BadName {
 
 impl std::error::Error for BadName {}
 
-/// `text` for a message to a person: what could disturb a terminal or a log is escaped.
+/// `text` for a message to an operator: what could disturb a terminal or a log is escaped.
 fn quoted(text: &str) -> String {
     let short: String = text.chars().take(64).collect();
     format!("{short:?}")

@@ -1,4 +1,4 @@
-//! The agent's program: downloaded, unpacked within bounds, kept on the disk for when the server is away,
+//! The agent's program: downloaded, unpacked within bounds, kept on the disk for when the server is unreachable,
 //! and handed to the helper as a sealed memfd. It is never run, and never looked into, here.
 
 use std::fs::{self, File};
@@ -21,11 +21,11 @@ use crate::buildomat::{BuildomatClient, causes};
 
 /// The server is asked for a newer agent no more often than this.
 const FRESH: Duration = Duration::from_secs(600);
-/// A download that stands still for this long has failed.
+/// A download that stalls for this long has failed.
 const IDLE: Duration = Duration::from_secs(30);
 /// One that takes this long in all, too.
 const WHOLE: Duration = Duration::from_secs(600);
-/// A start waits for so long, counted from the question, to learn whether there is a newer agent than the one that is there.
+/// A start waits for so long, counted from the request, to learn whether there is a newer agent than the one that is there.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// What was downloaded, and what it was unpacked to, before that takes the place of the last agent.

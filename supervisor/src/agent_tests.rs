@@ -142,7 +142,7 @@ async fn what_is_no_agent_is_refused_and_leaves_none() {
     }
 }
 
-/// A server whose answer to one question comes piece by piece, as the test sends it.
+/// A server whose answer to one request comes piece by piece, as the test sends it.
 async fn serve_slowly() -> (BuildomatClient, mpsc::UnboundedSender<Vec<u8>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -183,7 +183,7 @@ async fn a_slow_answer_holds_up_no_start_and_is_there_for_the_next() {
 }
 
 #[tokio::test]
-async fn a_download_that_never_stands_still_and_never_ends_is_given_up() {
+async fn a_download_that_never_stalls_and_never_ends_is_given_up() {
     let dir = tempfile::tempdir().unwrap();
     let (server, pieces) = serve_slowly().await;
     pieces

@@ -30,7 +30,7 @@ pub struct CallError {
     pub unauthorised: bool,
     /// What the server asks to wait before the next call, in milliseconds (`Retry-After`, RFC 9110).
     pub retry_after: Option<u64>,
-    /// One sentence for a person.
+    /// One sentence for the operator.
     pub sentence: String,
 }
 

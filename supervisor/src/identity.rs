@@ -1,6 +1,6 @@
 //! Which host a worker belongs to. Several hosts may use one factory's token by mistake, and the server then lists the
 //! workers of all of them to each. So every host has an *instance id*, made once, and associates its workers with
-//! `SLOT@HOST/INSTANCE`: the host's name for people, the instance id for the comparison.
+//! `SLOT@HOST/INSTANCE`: the host's name for readers, the instance id for the comparison.
 //!
 //! The id lies in the state directory, with the machine that it was made on: a directory that was copied to another
 //! machine does not make that machine the owner of the first one's workers.
@@ -71,7 +71,7 @@ pub enum Owner {
 }
 
 impl Identity {
-    /// `host` is shown to people; what is not a letter, digit, `.`, `-` or `_` in it is replaced by `-`.
+    /// `host` is shown to operators; what is not a letter, digit, `.`, `-` or `_` in it is replaced by `-`.
     pub fn new(host: &str, instance: InstanceId) -> Self {
         let plain = |c: char| if is_plain(c) { c } else { '-' };
         let host: String = host.chars().take(MAX_HOST).map(plain).collect();

@@ -1,4 +1,4 @@
-//! Jobs that stand still at their memory limit.
+//! Jobs that stall at their memory limit.
 //!
 //! Between `memory.high` and `memory.max` the kernel frees a job's page cache, and makes its processes wait. A process
 //! whose program is in that page cache then reads its next instructions from the disk again and again: it takes no more
@@ -18,14 +18,14 @@ use crate::factory::Input;
 use crate::worker::MAX_STALL_SECONDS;
 
 const INTERVAL: Duration = Duration::from_secs(5);
-/// The least `full avg10` of a job that stands still, in percent, as systemd-oomd's (`DefaultMemoryPressureLimit=` in
+/// The least `full avg10` of a job that stalls, in percent, as systemd-oomd's (`DefaultMemoryPressureLimit=` in
 /// oomd.conf(5)). On an emulated host it rose to 60 within 15 s, and to 92 within a minute. A job in which every second
 /// process can go on is below it.
 const MIN_PRESSURE: f64 = 60.0;
 /// A job with less free swap than this, in bytes, counts as one without any.
 const SWAP_SLACK: u64 = 4 << 20;
 
-/// Tell the core of every job that stands still at its limit, until the queue is closed. `noted` is the file in which the
+/// Tell the core of every job that stalls at its limit, until the queue is closed. `noted` is the file in which the
 /// helper says where the workers' cgroups are.
 pub async fn watch(noted: PathBuf, queue: CommandQueue) {
     let mut stalls = Stalls::default();
@@ -46,16 +46,16 @@ pub async fn watch(noted: PathBuf, queue: CommandQueue) {
 struct Waiting {
     /// What the kernel cannot free, in bytes.
     held: u64,
-    /// If it takes so many bytes more, it does not stand still.
+    /// If it takes so many bytes more, it does not stall.
     progress: u64,
 }
 
-/// Since when each worker has stood still without a break, and what it held then.
+/// Since when each worker has stalled without a break, and what it held then.
 #[derive(Debug, Default)]
 struct Stalls(BTreeMap<WorkerId, (Instant, u64)>);
 
 impl Stalls {
-    /// These wait now. Returns those that have stood still for too long.
+    /// These wait now. Returns those that have stalled for too long.
     fn update(&mut self, now: Instant, waiting: BTreeMap<WorkerId, Waiting>) -> Vec<WorkerId> {
         let stall = |(worker, is): (WorkerId, Waiting)| {
             let before = self
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_core_is_told_of_a_job_that_stands_still_without_a_break() {
+    async fn the_core_is_told_of_a_job_that_stalls_without_a_break() {
         let dir = tempfile::tempdir().unwrap();
         let noted = dir.path().join("helper.cgroup");
         let cgroups = dir.path().join("workers");

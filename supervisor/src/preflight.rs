@@ -13,9 +13,9 @@ use crate::config_check::NOT_IN_A_JOB;
 pub struct Finding {
     /// A few words: `cgroup controllers`.
     pub what: &'static str,
-    /// How it is, for a person.
+    /// How it is, for an operator.
     pub how: String,
-    /// What its lack costs, and what would mend it. None where nothing is missing.
+    /// What its lack costs, and what would fix it. None where nothing is missing.
     pub cost: Option<String>,
     /// Without it, this configuration does not start.
     pub needed: bool,
@@ -142,7 +142,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
         &facts.release,
         kernel >= (5, 14),
         true,
-        "cgroup.kill takes Linux 5.14: without it no job's processes can be ended for sure; install a newer kernel",
+        "cgroup.kill needs Linux 5.14: without it no job's processes can be ended for sure; install a newer kernel",
     )];
     let mount = cgroup2(&facts.mounts);
     found.push(finding(
@@ -183,7 +183,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
             if is_counted { "counted" } else { "not counted" },
             is_counted,
             false,
-            "a job that stands still at its limits.memory is not failed for that; boot with psi=1",
+            "a job that stalls at its limits.memory is not failed for that; boot with psi=1",
         ));
     }
     let landlock = facts.modules.split([',', '\n']).any(|name| name == "landlock");
@@ -193,7 +193,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
         if scopes { "there" } else if facts.modules.is_empty() { "unknown: /sys/kernel/security cannot be read" } else { "not there" },
         scopes || facts.modules.is_empty(),
         false,
-        "a job of a slot with network = \"host\" can reach abstract sockets of the host; it takes Linux 6.12 with lsm=…,landlock",
+        "a job of a slot with network = \"host\" can reach abstract sockets of the host; to prevent it needs Linux 6.12 with lsm=…,landlock",
     ));
     let is_socket = core_goes_to_a_socket(&facts.core_pattern);
     let how = match facts.core_pattern.as_str() {

@@ -73,7 +73,7 @@ pub enum Decision {
         /// [`Action::HostDelete`], or [`Action::ServerDelete`] where the host is clean.
         action: Action,
     },
-    /// It may be another host's: it is left alone, and a person is told.
+    /// It may be another host's: it is left alone, and an operator is told.
     Report {
         /// On the server.
         worker: WorkerId,

@@ -101,7 +101,7 @@ pub fn print(path: &Path, mistakes: &[Mistake]) -> String {
         .collect()
 }
 
-/// The slots, for a person who has just written them.
+/// The slots, for an operator who has just written them.
 pub fn summary(config: &Config) -> String {
     let slots = config.slots.iter().map(|(name, slot)| {
         let list = |what: &str, items: Vec<String>| {
@@ -190,7 +190,7 @@ fn limits(limits: &Limits) -> Vec<String> {
         .collect()
 }
 
-/// A number of bytes as a person would write it: with the largest unit that leaves it whole.
+/// A number of bytes as an operator would write it: with the largest unit that leaves it whole.
 pub fn size(bytes: u64) -> String {
     [(40, 'T'), (30, 'G'), (20, 'M'), (10, 'K')]
         .into_iter()

@@ -73,7 +73,7 @@ impl TokenPlaces {
         }
     }
 
-    /// Those of the running unit, for a person's command that systemd has passed nothing to.
+    /// Those of the running unit, for an operator's command that systemd has passed nothing to.
     pub fn of_the_unit(config: &Config, root: &Path) -> TokenPlaces {
         let mut places = TokenPlaces::of_this_process(config);
         places.credential.get_or_insert_with(|| root.join(OF_THE_UNIT));

@@ -33,10 +33,10 @@ pub const PATIENCE: Duration = Duration::from_secs(match option_env!("TESTBED_EM
     None => 300,
 });
 
-/// Between two questions of [`until`].
+/// Between two attempts of [`until`].
 pub const PAUSE: Duration = Duration::from_millis(5);
 
-/// Ask until there is what is wanted: not all that another process does can be waited for. Between two questions the
+/// Ask until there is what is wanted: not all that another process does can be waited for. Between two attempts the
 /// processor is that process's.
 ///
 /// # Panics
@@ -47,7 +47,7 @@ pub fn until<T>(ask: impl FnMut() -> Result<T, String>) -> T {
     until_every(PAUSE, ask)
 }
 
-/// The same with a longer pause, where a question costs something.
+/// The same with a longer pause, where an attempt costs something.
 #[track_caller]
 pub fn until_every<T>(pause: Duration, mut ask: impl FnMut() -> Result<T, String>) -> T {
     let end = Instant::now() + PATIENCE;

@@ -1,4 +1,4 @@
-//! SECURITY.md, docs/review.md and docs/architecture.md are for people who trust none of them, so what can be checked
+//! SECURITY.md, docs/review.md and docs/architecture.md are for readers who trust none of them, so what can be checked
 //! in them is: each reference leads to a file that has what it names, each test that is named exists, and the tables have
 //! everything that the code has, and nothing else. (That files and headings are there, `docs.rs` checks.) It reads files, and needs no root.
 
@@ -115,7 +115,7 @@ fn every_item_that_is_referred_to_is_in_its_file() {
 
 #[test]
 fn the_guide_names_every_file_of_the_helper() {
-    let guide = Page::read(REVIEW).section("A request's life");
+    let guide = Page::read(REVIEW).section("A request, step by step");
     let led: BTreeSet<&str> = guide
         .links()
         .filter_map(|link| link.target.strip_prefix("../")?.split('#').next())

@@ -25,7 +25,7 @@ const NOBODY: u32 = 65534;
 pub struct Accounts {
     /// All uids and gids, in order.
     ids: Vec<u32>,
-    /// The lines of the system's own accounts. Those of people are not for jobs.
+    /// The lines of the system's own accounts. Those of human users are not for jobs.
     pub passwd: String,
     pub group: String,
 }

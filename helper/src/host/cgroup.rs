@@ -89,7 +89,7 @@ pub fn prepare(wanted: Option<&Path>, apart: bool) -> Result<PathBuf> {
     Ok(workers)
 }
 
-/// The cgroup, beside the worker's own, of what a person starts in a worker with the manual program: the worker's
+/// The cgroup, beside the worker's own, of what an operator starts in a worker with the manual program: the worker's
 /// state does not depend on it.
 pub fn manual_name(worker: WorkerId) -> String {
     format!("{worker}-manual")

@@ -1,4 +1,4 @@
-//! The program `user-factory-manual`: what a person does as root, without the socket and without a server. A command in
+//! The program `user-factory-manual`: what an operator does as root, without the socket and without a server. A command in
 //! a worker of its own (`run`), a shell in a worker that is there (`shell`), and whether the helper would start with a
 //! configuration (`check`). The sandbox is that of a job. The helper's own program has nothing of this.
 //!
@@ -133,7 +133,7 @@ fn cgroups(root: &Path) -> Result<PathBuf> {
 
 fn open_host(root: &Path) -> Result<Host> {
     let cgroups = cgroups(root)?;
-    // What is made must not be closed to its job by the umask of a person.
+    // What is made must not be closed to its job by the operator's umask.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     Host::open(root, &cgroups)
 }
@@ -146,7 +146,7 @@ pub fn run(arguments: &[OsString]) -> Result<u8> {
         "there is no command: write it behind --"
     );
     let host = open_host(&arguments.root)?;
-    // A person who leaves must not leave a worker.
+    // An operator who leaves must not leave a worker.
     let signals = terminal::signals()?;
     let clear_quota = |_, uid: Uid| Ok(quota::set(&host, uid, None, None)?);
     let id = new_id();
@@ -199,7 +199,7 @@ pub fn shell(arguments: &[OsString]) -> Result<u8> {
         cgroup => cgroup.with_context(|| format!("cannot make the cgroup {name}"))?,
     };
     let started = start(&host, id, record.uid, &cgroup, &["/bin/bash".into()]);
-    // From here on a deletion finds the shell by its cgroup: it must not wait for a person.
+    // From here on a deletion finds the shell by its cgroup: it must not wait for an operator.
     drop(worker);
     let status = started.and_then(|shell| shell.attend(&signals));
     // By its descriptor: another worker, or another shell, may have a cgroup of that name by now. The empty directory
@@ -397,7 +397,7 @@ fn first_process(
     };
     HandshakeMessage::Ready
         .send_to(parent, master.as_ref().map(AsFd::as_fd))
-        .context("nobody is left who waits for the command")?;
+        .context("the calling process has exited")?;
     drop(master);
     let child = start
         .spawn()

@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 
 use crate::sys;
 
-/// What may interrupt a person's command.
+/// What may interrupt the operator's command.
 pub type Signals = SignalFd;
 
 /// From now on these signals are read, and end nothing by themselves.
@@ -38,7 +38,7 @@ pub fn signals() -> Result<Signals> {
         .context("cannot watch for signals")
 }
 
-/// Which of the standard streams are a person's terminal. A job gets none of these, but one of its own instead.
+/// Which of the standard streams are the operator's terminal. A job gets none of these, but one of its own instead.
 #[derive(Clone, Copy, Debug)]
 pub struct TerminalStreams {
     input: bool,
@@ -74,7 +74,7 @@ pub fn open_pty() -> Result<(OwnedFd, OwnedFd)> {
     Ok((master.into(), terminal))
 }
 
-/// Put the job's terminal in the place of each stream that is a person's; from now on this process has none of them.
+/// Put the job's terminal in the place of each stream that is the operator's; from now on this process has none of them.
 pub fn use_terminal(ours: TerminalStreams, terminal: &OwnedFd, command: &mut Command) -> Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
     if ours.input {
@@ -109,7 +109,7 @@ pub fn set_foreground(leader: Pid) -> Result<()> {
     Ok(())
 }
 
-/// The sandbox's terminal, from outside, and the person's as it was.
+/// The sandbox's terminal, from outside, and the operator's as it was.
 pub struct Terminal {
     job: File,
     ours: TerminalStreams,
@@ -135,13 +135,13 @@ impl Terminal {
 
     fn resize(&self) {
         let (input, output, errors) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-        let person = match self.ours {
+        let operator = match self.ours {
             TerminalStreams { input: true, .. } => input.as_fd(),
             TerminalStreams { output: true, .. } => output.as_fd(),
             _ => errors.as_fd(),
         };
         // A terminal without a size has none to pass on.
-        let _ = sys::copy_window_size(person, self.job.as_fd());
+        let _ = sys::copy_window_size(operator, self.job.as_fd());
     }
 
     /// Some of what the job has printed. False at its end: nobody has the other side open any more.

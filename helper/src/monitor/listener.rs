@@ -102,7 +102,7 @@ impl Outage {
         }
     }
 
-    /// The reason, and what a person can do.
+    /// The reason, and what an operator can do.
     fn sentence(&self, now: Instant) -> String {
         let seconds = now.duration_since(self.since).as_secs();
         match &self.next {

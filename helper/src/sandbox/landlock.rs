@@ -49,12 +49,12 @@ fn warnings_for(version: i64) -> Vec<&'static str> {
     let mut warnings = Vec::new();
     if version < WITH_SCOPES {
         warnings.push(
-            "abstract sockets and signals are not kept within jobs: that takes Linux 6.12 with Landlock",
+            "abstract sockets and signals are not kept within jobs: that needs Linux 6.12 with Landlock",
         );
     }
     if version < WITH_REFER {
         warnings.push(
-            "jobs can write to FIFOs of the host that everybody may write to: that takes Linux 5.19 with Landlock",
+            "jobs can write to FIFOs of the host that everybody may write to: that needs Linux 5.19 with Landlock",
         );
     }
     warnings

@@ -95,7 +95,7 @@ pub fn enter(
 /// the host's network.
 pub type ManualStart = (Unprivileged, Vec<(String, String)>, Option<ProxyListener>);
 
-/// For what a person does in a worker with the manual program: the same sandbox, with the standard streams that the process has.
+/// For what an operator does in a worker with the manual program: the same sandbox, with the standard streams that the process has.
 pub fn enter_manual(host: &Host, worker: WorkerId) -> Result<ManualStart> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
@@ -125,7 +125,7 @@ fn apply_sandbox(
     umask(Mode::empty());
     // Named devices may be block devices, and what goes to a disk of the slot's outlives the job.
     let ignore_sync = plan.slot.ignore_sync && !devices::has_block_device(host, &plan.slot)?;
-    // A person finds the /dev of an agent that was started: it may be using it.
+    // An operator finds the /dev of an agent that was started: it may be using it.
     if matches!(purpose, Purpose::Agent(_)) || open_dir(&host.devices, plan.worker.to_string()).is_err() {
         devices::make(host, plan.worker, plan.uid, &plan.slot)?;
     }
@@ -163,7 +163,7 @@ fn apply_sandbox(
         // It says what hangs, if this does.
         HandshakeMessage::Filter
             .send_to(session, None)
-            .context("the session is gone")?;
+            .context("the session has exited")?;
     }
     // Last: it refuses most of the above.
     let socket_families: Vec<_> = plan.slot.socket_families.iter().copied().collect();

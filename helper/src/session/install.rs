@@ -120,7 +120,7 @@ pub fn install(
     worker.mark_started()?;
     HandshakeMessage::Go
         .send_to(&child, None)
-        .context("the worker's pid 1 is gone")?;
+        .context("the worker's pid 1 has exited")?;
     Ok(expect(&child, HandshakeMessage::Done)?)
 }
 
@@ -157,16 +157,16 @@ pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failur
         Err(Errno::EAGAIN) => {
             return Err(Failure::Busy(match expected {
                 HandshakeMessage::Ready => format!(
-                    "the kernel has not installed the job's filter of system calls (seccomp) within {FILTER_PATIENCE} s. {}",
+                    "the kernel did not install the job's filter of system calls (seccomp) within {FILTER_PATIENCE} s. {}",
                     seccomp::LATE_FILTER_HINT
                 ),
                 _ => format!(
-                    "the helper has not done it within {PATIENCE} s: look for its processes in state D in ps, and repeat"
+                    "the helper did not finish this step within {PATIENCE} s: look for its processes in state D in ps, and repeat"
                 ),
             }));
         }
         _ => {
-            let killed = "the process that was to do it was killed: look for the reason in the kernel's log, and repeat";
+            let killed = "the process for this step was killed: look for the reason in the kernel's log, and repeat";
             return Err(Failure::Busy(killed.into()));
         }
     };
@@ -174,7 +174,7 @@ pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failur
         Ok(said) if said == expected => return Ok(()),
         Ok(HandshakeMessage::Failed(error)) => error.into(),
         other => Failure::Failed(anyhow!(
-            "the process that was to do it sent {other:?} instead of {expected:?}"
+            "the process for this step sent {other:?} instead of {expected:?}"
         )),
     })
 }

@@ -52,7 +52,7 @@ pub fn may_take(
     // Only workers whose slots have left the configuration can bring the count here.
     if allocations.len() >= config.slots.len() {
         let message = format!(
-            "{} workers are alive, as many as there are slots: delete those of removed slots first",
+            "{} workers exist, as many as there are slots: delete those of removed slots first",
             allocations.len()
         );
         return Err(SlotError::SlotTaken(message));

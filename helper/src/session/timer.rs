@@ -3,7 +3,7 @@
 //! Pid 1 of a sandbox has the job's uid: the job can starve it among thousands of threads, so it cannot be what enforces
 //! `limits.run_time_seconds`. A worker with that limit has a *timer* process beside it, in the helper's cgroup, which the
 //! job can neither see nor signal. It is no state of the monitor's and no task of the supervisor's, so the limit holds
-//! while either is away: the package's units end no such process (`KillMode=process`).
+//! also while they do not run: the package's units end no such process (`KillMode=process`).
 //!
 //! Pid 1 still ends a job in time, and then knows best how its agent ended. The timer waits [`GRACE`] longer.
 //!

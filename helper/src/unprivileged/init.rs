@@ -182,7 +182,7 @@ pub fn run(proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConfi
     0
 }
 
-/// The agent's program could not be started: say so where a person and the supervisor will look.
+/// The agent's program could not be started: say so where an operator and the supervisor will look.
 pub fn not_started(_proof: &Unprivileged, files: &Files, sentence: &str) {
     let _ = writeln!(&files.console, "{sentence}");
     let _ = (&files.exit).write_all(print_exit(Exit::NotStarted).as_bytes());

@@ -193,7 +193,7 @@ pub struct Slot {
     /// Seconds from when the agent is online until its worker is failed, if it is not done by then: 10 to 31536000.
     #[serde(default, deserialize_with = "limits::maybe_between::<_, 10, 31_536_000>")]
     pub job_timeout_seconds: Option<u64>,
-    /// Is a worker that the factory has failed kept until a person releases it? Otherwise its console goes to the
+    /// Is a worker that the factory has failed kept until an operator releases it? Otherwise its console goes to the
     /// job's log, and it is deleted.
     #[serde(default = "yes")]
     pub hold_on_failure: bool,

@@ -177,7 +177,7 @@ pub trait Transport: fmt::Debug + Send + Sync {
 #[derive(Clone, Debug)]
 pub struct BuildomatClient {
     transport: Arc<dyn Transport>,
-    /// For a person who is told that the token was refused.
+    /// For an operator who is told that the token was refused.
     tokens: Option<TokenStore>,
     pending: Arc<PendingCalls>,
 }
@@ -211,7 +211,7 @@ impl BuildomatClient {
     }
 
     /// # Errors
-    /// Where the server is away or the token is not its.
+    /// Where the server is unreachable or the token is not its.
     pub async fn ping(&self) -> Result<bool> {
         #[derive(Deserialize)]
         struct Pong {
@@ -313,7 +313,7 @@ impl BuildomatClient {
         .map(|a| a.retry)
     }
 
-    /// Fail the worker's job, and hold the worker for a person.
+    /// Fail the worker's job, and hold the worker for an operator.
     ///
     /// # Errors
     /// No answer, or a refusal: 404 where the server has no such call.

@@ -72,7 +72,7 @@ pub struct ServerWorker {
     pub bootstrap: Option<BootstrapToken>,
     /// Its agent has introduced itself; that never goes back.
     pub online: bool,
-    /// A person, or a failure, has frozen it.
+    /// An operator, or a failure, has frozen it.
     pub hold: bool,
     /// To be torn down.
     pub recycle: bool,

@@ -38,7 +38,7 @@ pub fn with_client(at: &Location, asking: impl AsyncFnOnce(Client) -> CommandRes
         Ok(status) => status,
         Err(error) => {
             print_error(&format!("user-factory: {error}"));
-            if matches!(error, Error::Away(_)) {
+            if matches!(error, Error::Unreachable(_)) {
                 NO_ANSWER
             } else {
                 FAILED
@@ -58,7 +58,7 @@ pub async fn status(client: Client, output: OutputFormat, watch: bool) -> Comman
         let status = match client.status().await {
             Ok(status) => status,
             // What is watched may be restarted.
-            Err(error @ Error::Away(_)) if watch => {
+            Err(error @ Error::Unreachable(_)) if watch => {
                 say(&format!("\x1b[H\x1b[2J{error}\n"));
                 tokio::time::sleep(INTERVAL).await;
                 continue;
@@ -145,7 +145,7 @@ pub async fn logs(client: Client, worker: WorkerId, follow: bool) -> CommandResu
                 continue;
             }
         };
-        let Some(bytes) = chunk.map_err(|e| Error::Away(format!("the console was cut off: {e}")))? else {
+        let Some(bytes) = chunk.map_err(|e| Error::Unreachable(format!("the console was cut off: {e}")))? else {
             return Ok(DONE);
         };
         let written = match &mut visible {
@@ -308,8 +308,8 @@ mod tests {
             (None, None, Some("drained"), true, false),
             (yes, None, Some("the helper has not answered"), false, false),
             (None, yes, Some("the server has not answered"), false, false),
-            (no, yes, Some("away"), false, false),
-            (yes, no, Some("away"), true, false),
+            (no, yes, Some("unreachable"), false, false),
+            (yes, no, Some("unreachable"), true, false),
         ] {
             let status = status(server, helper, not_taken, draining);
             assert_eq!(!needs_operator(&status), well, "{status:?}");

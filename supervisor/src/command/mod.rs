@@ -24,7 +24,7 @@ pub const DONE: u8 = 0;
 pub const FAILED: u8 = 1;
 /// The factory does not answer at its control socket.
 pub const NO_ANSWER: u8 = 3;
-/// `status` alone: all answers, and something waits for a person.
+/// `status` alone: all answers, and something waits for an operator.
 pub const ATTENTION: u8 = 4;
 /// `serve` alone: the configuration or the token cannot be used, and the next start would end in the same way. The unit does
 /// not restart it then (EX_CONFIG of sysexits.h).
@@ -36,7 +36,7 @@ Exit status:
   1  it could not be done: standard error has the reason
   2  the command line makes no sense
   3  the factory does not answer at its control socket
-  4  `status`: something waits for a person (a worker is held or broken, the server or the helper is away or does
+  4  `status`: something waits for an operator (a worker is held or broken, the server or the helper is unreachable or does
      not answer, or has not answered since the start, a changed configuration was not taken, the supervisor's disk is full or cannot be written, another
      host may use the same token, the last self-test has failed, or no jobs are taken for another reason than `drain`)
   78 `serve`: the configuration or the token cannot be used; starting it again does not help
@@ -116,7 +116,7 @@ pub enum Command {
         #[command(flatten)]
         at: Location,
     },
-    /// The factory at a glance: server, helper, slots, and what waits for a person.
+    /// The factory at a glance: server, helper, slots, and what waits for an operator.
     Status {
         #[command(flatten)]
         at: Location,

@@ -21,7 +21,7 @@ fn styled(style: Style, text: &str) -> String {
     format!("{style}{text}{style:#}")
 }
 
-/// How long ago, in the largest two units that a person needs.
+/// How long ago, in the largest two units that an operator needs.
 pub fn ago(then: Timestamp, now: Timestamp) -> String {
     let s = now.duration_since(then).as_secs().max(0);
     match s {
@@ -114,7 +114,7 @@ fn peer(name: &str, peer: &PeerStatus, now: Timestamp) -> String {
         Some(true) => styled(GOOD, &format!("reachable for {since}")),
         Some(false) => {
             let why = peer.trouble.as_deref().unwrap_or("no reason is known");
-            format!("{}: {why}", styled(BAD, &format!("away for {since}")))
+            format!("{}: {why}", styled(BAD, &format!("unreachable for {since}")))
         }
         None => "not asked yet".into(),
     };
@@ -187,7 +187,7 @@ pub fn status(s: &Status) -> String {
     text += &table(["SLOT", "STATE", "SINCE", "JOB", "WHY"], rows);
     let waiting: Vec<_> = s.workers.iter().filter(|worker| worker.hold.is_some()).collect();
     if !waiting.is_empty() {
-        text += &format!("\n{}\n", styled(BAD, "waiting for a person"));
+        text += &format!("\n{}\n", styled(BAD, "waiting for an operator"));
         for worker in waiting {
             let held = worker.hold.map(|since| ago(since, s.now)).unwrap_or_default();
             let why = worker.failure.as_deref().unwrap_or("held on the server");
@@ -263,9 +263,9 @@ pub fn selftest(slots: &[SlotReport], holds: bool) -> String {
     .map(|outcome| format!("{} {}", count(outcome), outcome.name()))
     .join(", ");
     let (style, word) = match holds {
-        true => (GOOD, "all that was tried holds"),
+        true => (GOOD, "all checks passed"),
         false if slots.iter().all(|slot| slot.busy.is_some()) => (BAD, "nothing was tried: no slot is free"),
-        false => (BAD, "not all holds"),
+        false => (BAD, "some checks failed"),
     };
     text + &styled(style, &format!("{word}: {counted}")) + "\n"
 }

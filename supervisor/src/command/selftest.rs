@@ -24,9 +24,9 @@ pub fn selftest(root: &Path, slot: Option<SlotName>, output: OutputFormat) -> u8
     if is_whole && reports.iter().any(|report| report.busy.is_none()) {
         match tell(root, &reports) {
             // At its start it waits for a new one.
-            Ok(()) | Err(Error::Away(_)) => {}
+            Ok(()) | Err(Error::Unreachable(_)) => {}
             Err(error) => print_error(&format!(
-                "user-factory: the supervisor does not take the result: {error}"
+                "user-factory: the supervisor did not accept the result: {error}"
             )),
         }
     }

@@ -29,13 +29,13 @@ use supervisor::token::{TokenPlaces, TokenStore};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
-/// Starting again would not help: a person has to change the configuration or the token.
+/// Starting again would not help: an operator has to change the configuration or the token.
 #[derive(Debug)]
 pub struct NotConfigured;
 
 impl std::fmt::Display for NotConfigured {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("cannot serve until this is mended")
+        f.write_str("cannot serve until this is fixed")
     }
 }
 

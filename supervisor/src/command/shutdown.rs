@@ -56,7 +56,7 @@ async fn wait_for_jobs(client: Client, seconds: u64) -> CommandResult {
     }
 }
 
-/// The slots with jobs that come to an end by themselves: what is held or broken waits for a person.
+/// The slots with jobs that come to an end by themselves: what is held or broken waits for an operator.
 fn running(status: &Status) -> String {
     let runs = |slot: &&Slot| (slot.worker.is_some() || slot.job.is_some()) && !slot.state.needs_operator();
     let slots = status.slots.iter().filter(runs);

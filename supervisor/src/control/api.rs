@@ -139,7 +139,7 @@ pub enum SlotState {
     /// A slot that conflicts with it is not free, a worker that was lost waits for it, or workers of removed slots leave no
     /// room for one more.
     Blocked,
-    /// Its worker has failed, and is kept for a person.
+    /// Its worker has failed, and is kept for an operator.
     Broken,
     /// Its worker is held on the server.
     Held,
@@ -181,7 +181,7 @@ impl SlotState {
         }
     }
 
-    /// Does it wait for a person?
+    /// Does it wait for an operator?
     pub fn needs_operator(self) -> bool {
         matches!(self, SlotState::Broken | SlotState::Held)
     }
@@ -233,7 +233,7 @@ pub struct Worker {
     pub user: String,
     /// None where the helper does not list it: not made yet, or deleted.
     pub uid: Option<u32>,
-    /// Bytes that it has on this host's disk, where the helper counts them: it takes user quotas.
+    /// Bytes that it has on this host's disk, where the helper counts them: this needs user quotas.
     pub disk: Option<u64>,
     /// Held on the server, and since when.
     pub hold: Option<Timestamp>,
@@ -241,7 +241,7 @@ pub struct Worker {
     pub failure: Option<String>,
     /// What stands in its way just now.
     pub trouble: Option<String>,
-    /// What happens next, or what a person has to do.
+    /// What happens next, or what an operator has to do.
     pub next: String,
 }
 
@@ -254,7 +254,7 @@ pub struct ForeignWorker {
     pub private: Option<String>,
     /// When this supervisor first saw it.
     pub since: Timestamp,
-    /// What is known of it, and what a person has to do.
+    /// What is known of it, and what an operator has to do.
     pub text: String,
 }
 
@@ -320,7 +320,7 @@ pub struct Process {
     pub memory: u64,
 }
 
-/// A line of the log that a person should know of.
+/// A line of the log that an operator should know of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// By the host's clock at that time.
@@ -336,6 +336,6 @@ pub struct Problem {
 /// Why something was not done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
-    /// One sentence for a person, or a line for each mistake of a configuration.
+    /// One sentence for the operator, or a line for each mistake of a configuration.
     pub message: String,
 }

@@ -12,14 +12,14 @@ use tokio::time::timeout;
 use super::api::{Details, Drain, EgressReport, Refusal, SelfTest, Status};
 use crate::buildomat::causes;
 
-/// A call has been answered in full by then, or the factory is away. (A deletion is answered before it is done.)
+/// A call has been answered in full by then, or the factory is unreachable. (A deletion is answered before it is done.)
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Why the factory did not do it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
     /// The factory does not answer.
-    Away(String),
+    Unreachable(String),
     /// It answered, and said no: one sentence, or a line for each mistake.
     Refused(String),
 }
@@ -27,7 +27,7 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Away(text) | Error::Refused(text) => f.write_str(text),
+            Error::Unreachable(text) | Error::Refused(text) => f.write_str(text),
         }
     }
 }
@@ -49,7 +49,7 @@ impl Client {
             .unix_socket(socket)
             .no_proxy()
             .connect_timeout(Duration::from_secs(5));
-        let http = http.build().map_err(|e| Error::Away(causes(&e)))?;
+        let http = http.build().map_err(|e| Error::Unreachable(causes(&e)))?;
         Ok(Self {
             http,
             socket: socket.to_owned(),
@@ -59,7 +59,7 @@ impl Client {
     /// `GET /v1/status`.
     ///
     /// # Errors
-    /// [`Error::Away`] after 5 s without an answer.
+    /// [`Error::Unreachable`] after 5 s without an answer.
     pub async fn status(&self) -> Result<Status, Error> {
         self.json("/v1/status").await
     }
@@ -157,7 +157,7 @@ impl Client {
     }
 
     fn late(&self) -> Error {
-        Error::Away(format!(
+        Error::Unreachable(format!(
             "the factory at {} did not answer within {} s, and may still do what was asked: is `user-factory serve` \
              stopped or hung? Its log may say why",
             self.socket.display(),
@@ -177,7 +177,7 @@ impl Client {
     async fn send(&self, request: RequestBuilder) -> Result<Response, Error> {
         let answer = timeout(TIMEOUT, request.send()).await.map_err(|_| self.late())?;
         let answer = answer.map_err(|e| {
-            Error::Away(format!(
+            Error::Unreachable(format!(
                 "the factory cannot be asked at {}: {}; is `user-factory serve` running, and may you open the socket?",
                 self.socket.display(),
                 causes(&e)

@@ -348,7 +348,7 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
     }
     registry.register_with_unit(
         "held",
-        "How long each worker that waits for a person has been held",
+        "How long each worker that waits for an operator has been held",
         Unit::Seconds,
         held,
     );

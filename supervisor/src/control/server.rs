@@ -488,7 +488,7 @@ async fn order_drain(
 }
 
 /// Why the helper, which reads the same file and sees more of the host, would not start with the configuration. One that
-/// is away says nothing: it is asked again by the first worker that it is to make.
+/// is unreachable says nothing: it is asked again by the first worker that it is to make.
 pub async fn refused_by(helper: &HelperClient) -> Option<String> {
     match timeout(HELPER_TIMEOUT, helper.check()).await {
         Ok(Err(helper_client::Error::Refused(error))) if error.kind == ErrorKind::Refused => {

@@ -13,7 +13,7 @@ use crate::factory::unknown::SHOWN_MS;
 use crate::factory::{Entry, Factory, PeerState, PendingWorker};
 use crate::worker::{Phase, Worker};
 
-/// Milliseconds since 1970, for people.
+/// Milliseconds since 1970, for display.
 pub fn time(ms: u64) -> Timestamp {
     let ms = i64::try_from(ms).unwrap_or(i64::MAX);
     Timestamp::from_millisecond(ms).unwrap_or(Timestamp::MAX)
@@ -44,7 +44,7 @@ struct Taken<'a> {
 }
 
 impl View<'_> {
-    /// Milliseconds of the core's time, for people.
+    /// Milliseconds of the core's time, for display.
     pub fn time(&self, ms: u64) -> Timestamp {
         time(ms.saturating_add_signed(self.ahead))
     }
@@ -65,13 +65,13 @@ impl View<'_> {
     }
 
     fn peer(&self, peer: Peer, state: &PeerState, address: String) -> api::PeerStatus {
-        let asked = state.away || state.answered_at.is_some();
+        let asked = state.unreachable || state.answered_at.is_some();
         let unanswered_since = self.factory.unanswered_since(peer);
         api::PeerStatus {
             address,
-            reachable: asked.then_some(!state.away),
+            reachable: asked.then_some(!state.unreachable),
             since: self.time(state.since),
-            trouble: state.away.then(|| state.error.clone()),
+            trouble: state.unreachable.then(|| state.error.clone()),
             unanswered_since: unanswered_since.map(|since| self.time(since)),
         }
     }
@@ -119,7 +119,7 @@ impl View<'_> {
         } else if pending.is_some() {
             (SlotState::Busy, Some("leased".into()))
         } else if let Some(id) = orphan {
-            let because = format!("nobody's worker {id} is being deleted");
+            let because = format!("orphaned worker {id} is being deleted");
             (SlotState::Busy, Some(because))
         } else if let Some(drain) = self.factory.drains().get(&Some(name.clone())) {
             let details = api_drain(None, drain).details();
@@ -216,7 +216,7 @@ impl View<'_> {
         }
         let (sentence, at) = self.factory.lease_failure()?;
         Some(format!(
-            "{sentence}; the next question is at {}",
+            "{sentence}; the next lease request is at {}",
             self.rounded(at)
         ))
     }
@@ -245,7 +245,7 @@ fn api_drain(slot: Option<SlotName>, drain: &Drain) -> api::Drain {
     }
 }
 
-/// What happens next, or what a person has to do: the sentence under `show`.
+/// What happens next, or what an operator has to do: the sentence under `show`.
 fn next_step(worker: &Worker, error: Option<&str>) -> String {
     if error.is_some() && worker.next_action().is_some() {
         return "it is tried again by itself, more and more seldom; the problem above says what to correct"

@@ -332,7 +332,7 @@ impl<S: Storage> Driver<S> {
 fn log_file_difference(difference: Option<&str>) {
     match difference {
         Some(difference) => tracing::warn!("no jobs are taken: {difference}; running jobs go on"),
-        None => tracing::info!("the configuration file says what is in use"),
+        None => tracing::info!("the configuration file again matches the loaded configuration"),
     }
 }
 

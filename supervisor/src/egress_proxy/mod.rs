@@ -62,7 +62,7 @@ use workers::{Gone, Workers};
 const SOCKET_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a caller may take to bring its descriptor, and a job to send its first TLS message.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a connection of which one side has ended may stand still.
+/// How long a connection of which one side has ended may stall.
 const HALF_CLOSED: Duration = Duration::from_secs(60);
 /// Connections of one worker at the same time: an agent and its job's uploads need a few.
 const CONNECTIONS_OF_A_WORKER: usize = 64;

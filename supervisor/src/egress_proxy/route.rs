@@ -32,7 +32,7 @@ pub(super) fn stays_here(address: IpAddr) -> io::Result<bool> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let protocol = SockProtocol::NetlinkRoute;
     let kernel = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
-    send(kernel.as_raw_fd(), &question(address), MsgFlags::empty())?;
+    send(kernel.as_raw_fd(), &request(address), MsgFlags::empty())?;
     // The kernel has answered before `send` returns.
     let mut answer = [0; 4096];
     let length = recv(kernel.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
@@ -43,25 +43,25 @@ pub(super) fn stays_here(address: IpAddr) -> io::Result<bool> {
     }
 }
 
-fn question(address: IpAddr) -> Vec<u8> {
+fn request(address: IpAddr) -> Vec<u8> {
     // A socket of IPv6 connects to ::ffff:192.0.2.1 by IPv4 (RFC 4291, 2.5.5.2), whose table has it.
     let (family, bytes) = match address.to_canonical() {
         IpAddr::V4(ip) => (AF_INET, ip.octets().to_vec()),
         IpAddr::V6(ip) => (AF_INET6, ip.octets().to_vec()),
     };
     let attribute = 4 + bytes.len();
-    let mut question = Vec::with_capacity(HEADERS + attribute);
-    question.extend(((HEADERS + attribute) as u32).to_ne_bytes());
-    question.extend(RTM_GETROUTE.to_ne_bytes());
-    question.extend((NLM_F_REQUEST as u16).to_ne_bytes());
+    let mut request = Vec::with_capacity(HEADERS + attribute);
+    request.extend(((HEADERS + attribute) as u32).to_ne_bytes());
+    request.extend(RTM_GETROUTE.to_ne_bytes());
+    request.extend((NLM_F_REQUEST as u16).to_ne_bytes());
     // The number of the message, and whose it is.
-    question.extend([0; 8]);
-    question.extend([family as u8, (bytes.len() * 8) as u8]);
-    question.extend([0; 10]);
-    question.extend((attribute as u16).to_ne_bytes());
-    question.extend(RTA_DST.to_ne_bytes());
-    question.extend(bytes);
-    question
+    request.extend([0; 8]);
+    request.extend([family as u8, (bytes.len() * 8) as u8]);
+    request.extend([0; 10]);
+    request.extend((attribute as u16).to_ne_bytes());
+    request.extend(RTA_DST.to_ne_bytes());
+    request.extend(bytes);
+    request
 }
 
 /// `rtm_type` of an answer.

@@ -106,7 +106,7 @@ impl Factory {
             return;
         }
         if self.is_idle(now) && !self.poll.helper_answered() && !self.stopped {
-            // The helper may have gone away since it was last asked, or a person may use the slot by hand.
+            // The helper may have become unreachable since it was last asked, or an operator may use the slot by hand.
             self.pending_lease = Some((lease, now));
             return self.ask_helper();
         }
@@ -135,7 +135,7 @@ impl Factory {
             let why = if helper_answered {
                 "no slot for it is free"
             } else {
-                "the helper is away"
+                "the helper is unreachable"
             };
             let text = format!("the lease of job {} will expire: {why}", lease.job);
             self.log(Level::Warn, None, text);

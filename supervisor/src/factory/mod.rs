@@ -70,7 +70,7 @@ pub enum Input {
     Destroy(WorkerId),
     /// End this worker's processes and keep its files; the reason is why its job fails.
     Kill(WorkerId, String),
-    /// This worker's job stands still at its memory limit, and has for long enough to be failed.
+    /// This worker's job stalls at its memory limit, and has for long enough to be failed.
     MemoryStalled(WorkerId),
     /// Why the state cannot be saved, or may soon not be; None once it can.
     Storage(Option<String>),
@@ -158,14 +158,14 @@ pub enum Level {
 #[derive(Clone, Debug, Default)]
 pub struct PeerState {
     /// It did not answer the last time that it was asked, or refused.
-    pub away: bool,
+    pub unreachable: bool,
     backoff: Backoff,
     retry_at: u64,
     /// When it last answered.
     pub answered_at: Option<u64>,
     /// Since when it is as it is now.
     pub since: u64,
-    /// Why it is away.
+    /// Why it is unreachable.
     pub error: String,
 }
 
@@ -187,7 +187,7 @@ pub struct SelfTest {
     pub failure: Option<String>,
 }
 
-/// Questions for a job that were answered with an error, in a row.
+/// Consecutive lease requests that were answered with an error.
 #[derive(Clone, Debug, Default)]
 struct LeaseFailure {
     backoff: Backoff,
@@ -610,7 +610,7 @@ impl Factory {
             .map(|(_, difference)| difference.as_str())
     }
 
-    /// Why the last question for a job failed, and when the next is asked.
+    /// Why the last lease request failed, and when the next is sent.
     pub(crate) fn lease_failure(&self) -> Option<(&str, u64)> {
         let failure = self.lease_failed.as_ref()?;
         Some((&failure.sentence, failure.retry_at))
@@ -633,10 +633,10 @@ impl Factory {
                 }
                 Some(_) => "the self-test has failed: `user-factory selftest`, as root, does it again",
             }
-        } else if self.server.away {
-            "the server is away"
-        } else if self.helper.away {
-            "the helper is away"
+        } else if self.server.unreachable {
+            "the server is unreachable"
+        } else if self.helper.unreachable {
+            "the helper is unreachable"
         } else if self.unanswered_since(Peer::Helper).is_some() {
             "the helper is not answering"
         } else if self.unanswered_since(Peer::Server).is_some() {

@@ -4,8 +4,8 @@
 //! The helper is not asked while the factory is idle: the supervisor is its only client and it makes nothing on its own.
 //! So where neither the database nor the server nor the helper's last list has a worker, and nothing is pending that
 //! could make one, its next list is empty too, and an idle host is not woken once a second. It is asked again
-//! before a job gets a slot, when the server lists a worker, for a status request, and now and then: then what a person
-//! does by hand on the host, and a helper that has gone away, are seen.
+//! before a job gets a slot, when the server lists a worker, for a status request, and now and then: then what an operator
+//! does by hand on the host, and a helper that has stopped, are seen.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -80,7 +80,7 @@ impl Factory {
     pub(super) fn is_idle(&self, now: u64) -> bool {
         let answered_at = self.helper.answered_at;
         self.reconciled
-            && !self.helper.away
+            && !self.helper.unreachable
             && answered_at.is_some_and(|at| now.saturating_sub(at) < AT_LEAST_MS)
             && !self.entries.values().any(|entry| entry.is_present())
             && self.pending_workers.is_empty()
@@ -176,26 +176,26 @@ impl Factory {
         };
         match result {
             Ok(list) => {
-                let first = state.answered_at.is_none() || state.away;
+                let first = state.answered_at.is_none() || state.unreachable;
                 let fresh = PeerState {
                     answered_at: Some(now),
                     ..PeerState::since(if first { now } else { state.since })
                 };
                 let was = std::mem::replace(state, fresh);
-                if was.away {
+                if was.unreachable {
                     self.came_back(now, peer, was.answered_at);
                 }
                 Some(list)
             }
             Err(error) => {
-                let first = !std::mem::replace(&mut state.away, true);
+                let first = !std::mem::replace(&mut state.unreachable, true);
                 if first {
                     state.since = now;
                 }
                 state.error = error.sentence.clone();
                 state.retry_at = now + state.backoff.fail_with(&error, &mut self.rng);
                 if first {
-                    self.log(Level::Error, None, format!("{peer} away: {}", error.sentence));
+                    self.log(Level::Error, None, format!("{peer} unreachable: {}", error.sentence));
                 }
                 None
             }
@@ -219,7 +219,7 @@ impl Factory {
             return;
         };
         let ms = now.saturating_sub(answered_at);
-        // Those that wait for a slot have not waited while the server was away, either.
+        // Those that wait for a slot have not waited while the server was unreachable, either.
         for unknown in self.entries.values_mut().filter_map(|entry| entry.unknown_mut()) {
             if let Some(listed) = &mut unknown.listed {
                 listed.since = now.min(listed.since + ms);
@@ -360,7 +360,7 @@ impl Factory {
                 Decision::Adopt(worker) => self.adopt(worker),
                 Decision::Delete { worker, slot, action } => {
                     before.remove(&worker);
-                    let text = format!("nobody's worker: {}", action.name());
+                    let text = format!("orphaned worker: {}", action.name());
                     if self.entries.entry(worker).or_default().mark_orphan(slot, action) {
                         self.log(Level::Warn, Some(worker), text);
                     }
@@ -386,7 +386,7 @@ impl Factory {
     /// A worker that exists becomes this factory's.
     pub(super) fn adopt(&mut self, worker: Worker) {
         let id = worker.id;
-        let text = format!("worker taken on as {}", worker.phase.name());
+        let text = format!("worker adopted as {}", worker.phase.name());
         let renew_at = (worker.phase.is_starting() && worker.job.is_some()).then_some(worker.since);
         self.out.push(Output::Save(worker.clone()));
         let entry = self.entries.entry(id).or_default();

@@ -35,7 +35,7 @@ impl Factory {
                 since: now,
             };
             let mut listed = before.remove(&w.id).unwrap_or(new);
-            // It waits for a person, not for a slot.
+            // It waits for an operator, not for a slot.
             if w.hold {
                 listed.since = now;
             }
@@ -107,7 +107,7 @@ impl Factory {
         }
     }
 
-    /// What a person should know of it, and do.
+    /// What an operator should know of it, and do.
     pub fn other_host_text(&self, id: WorkerId, other: &OtherHost) -> String {
         let (mark, here) = (other.private.as_deref(), &self.identity);
         let marked = match mark {

@@ -31,7 +31,7 @@ const MAX_PAGES: usize = 8192;
 #[derive(Debug)]
 pub enum Error {
     /// It is not there, not for us, or has stopped in the middle: come back later.
-    Away(String),
+    Unreachable(String),
     /// It answered with an error.
     Refused(protocol::Error),
 }
@@ -39,7 +39,7 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Away(why) => f.write_str(why),
+            Error::Unreachable(why) => f.write_str(why),
             Error::Refused(error) if error.kind == ErrorKind::Version => write!(
                 f,
                 "the helper speaks another version of the protocol than this supervisor's {VERSION} ({error}): \
@@ -64,7 +64,7 @@ type Result<T> = std::result::Result<T, Error>;
 /// A way to the helper: its socket, or a simulated host.
 pub trait Connector: fmt::Debug + Send + Sync {
     /// # Errors
-    /// [`Error::Away`].
+    /// [`Error::Unreachable`].
     fn connect(&self) -> Result<Box<dyn Connection>>;
 }
 
@@ -73,7 +73,7 @@ pub type Pending<'a> = Pin<Box<dyn Future<Output = Result<Received>> + Send + 'a
 
 /// One connection: a packet there, and the one that comes back.
 pub trait Connection: Send + Sync {
-    /// `fd` goes with the packet. The error is [`Error::Away`]; a connection that had one is not used again.
+    /// `fd` goes with the packet. The error is [`Error::Unreachable`]; a connection that had one is not used again.
     fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> Pending<'a>;
 }
 
@@ -187,7 +187,7 @@ impl HelperClient {
             };
             let goes_on = |last: &WorkerInfo| after.is_none_or(|after| last.worker > after);
             if more && !workers.last().is_some_and(goes_on) {
-                return Err(Error::Away(
+                return Err(Error::Unreachable(
                     "the helper's list of workers does not go on: see its log".into(),
                 ));
             }
@@ -196,7 +196,7 @@ impl HelperClient {
                 return Ok(all);
             }
         }
-        Err(Error::Away(
+        Err(Error::Unreachable(
             "the helper's list of workers has no end: see its log".into(),
         ))
     }
@@ -233,19 +233,19 @@ async fn exchange(
     request: &Request,
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<(Reply, Option<OwnedFd>)> {
-    let packet = wire::encode(request).map_err(|e| Error::Away(format!("cannot encode a request: {e}")))?;
+    let packet = wire::encode(request).map_err(|e| Error::Unreachable(format!("cannot encode a request: {e}")))?;
     match connection.exchange(&packet, fd).await? {
-        Received::Closed => Err(Error::Away(
+        Received::Closed => Err(Error::Unreachable(
             "the helper closed the connection without an answer: see its log".into(),
         )),
-        Received::Oversize => Err(Error::Away("the helper's answer is too long: see its log".into())),
+        Received::Oversize => Err(Error::Unreachable("the helper's answer is too long: see its log".into())),
         Received::Packet { bytes, descriptors } => decode_reply(&bytes, descriptors),
     }
 }
 
 fn decode_reply(bytes: &[u8], mut descriptors: Vec<OwnedFd>) -> Result<(Reply, Option<OwnedFd>)> {
     let reply: Reply = wire::decode(bytes).map_err(|e| {
-        Error::Away(format!(
+        Error::Unreachable(format!(
             "the helper's answer does not decode ({e}): install both from the same release"
         ))
     })?;
@@ -259,13 +259,13 @@ fn decode_reply(bytes: &[u8], mut descriptors: Vec<OwnedFd>) -> Result<(Reply, O
 }
 
 fn unexpected(reply: &Reply) -> Error {
-    Error::Away(format!(
+    Error::Unreachable(format!(
         "the helper answered something else than was asked ({reply:?}): see its log"
     ))
 }
 
 fn late(limit: Duration) -> Error {
-    Error::Away(format!(
+    Error::Unreachable(format!(
         "the helper did not answer within {} s: see its log",
         limit.as_secs()
     ))
@@ -283,7 +283,7 @@ mod tests {
             .await
             .unwrap_err();
         assert!(
-            matches!(&error, Error::Away(text) if text.contains("start the helper")),
+            matches!(&error, Error::Unreachable(text) if text.contains("start the helper")),
             "{error}"
         );
     }

@@ -18,7 +18,7 @@ impl Connector for Socket {
     fn connect(&self) -> Result<Box<dyn Connection>> {
         let socket = Seqpacket::connect(&self.0, true).map_err(|errno| self.absent(errno))?;
         let socket = watched(socket).map_err(|e| {
-            Error::Away(format!(
+            Error::Unreachable(format!(
                 "cannot wait for the helper's socket: {e}; restart the supervisor"
             ))
         })?;
@@ -34,8 +34,8 @@ impl Socket {
             Errno::EAGAIN => "it has too many callers; wait",
             _ => "see the helper's log",
         };
-        Error::Away(format!(
-            "the helper is away from {}: {errno}; {hint}",
+        Error::Unreachable(format!(
+            "the helper cannot be reached at {}: {errno}; {hint}",
             self.0.display()
         ))
     }
@@ -55,24 +55,24 @@ impl Connection for AsyncFd<Seqpacket> {
     fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> Pending<'a> {
         Box::pin(async move {
             loop {
-                let mut ready = self.writable().await.map_err(|e| Error::Away(e.to_string()))?;
+                let mut ready = self.writable().await.map_err(|e| Error::Unreachable(e.to_string()))?;
                 match self.get_ref().send(packet, fd.as_ref().map(AsFd::as_fd)) {
                     Ok(()) => break,
                     Err(Errno::EAGAIN) => ready.clear_ready(),
                     // It has closed the connection, but may have answered why.
                     Err(Errno::EPIPE | Errno::ECONNRESET) => break,
-                    Err(errno) => return Err(Error::Away(format!("cannot send to the helper: {errno}"))),
+                    Err(errno) => return Err(Error::Unreachable(format!("cannot send to the helper: {errno}"))),
                 }
             }
             let mut was_reset = false;
             loop {
-                let mut ready = self.readable().await.map_err(|e| Error::Away(e.to_string()))?;
+                let mut ready = self.readable().await.map_err(|e| Error::Unreachable(e.to_string()))?;
                 match self.get_ref().recv(MAX_REPLY) {
                     Err(Errno::EAGAIN) => ready.clear_ready(),
                     // It has closed without reading what was sent. The kernel reports that once, before its answer.
                     Err(Errno::ECONNRESET) if !was_reset => was_reset = true,
                     Err(errno) => {
-                        return Err(Error::Away(format!("cannot receive from the helper: {errno}")));
+                        return Err(Error::Unreachable(format!("cannot receive from the helper: {errno}")));
                     }
                     Ok(received) => return Ok(received),
                 }

@@ -209,7 +209,7 @@ fn memory(
     let tried = format!("a job that takes {wanted} bytes");
     let outcome = match output.status.code() {
         Some(KILLED) => Outcome::Ok,
-        // It may have stood still at its limit, which the supervisor ends for its jobs; or the host is slow.
+        // It may have stalled at its limit, which the supervisor ends for its jobs; or the host is slow.
         Some(TIMED_OUT) => Outcome::NotTried,
         _ => Outcome::Failed,
     };

@@ -3,7 +3,7 @@
 //!
 //! Setting aside is safe because the database is not the only source: the server has every worker with its token, mark
 //! and holds, the host has every worker with its slot and state, and `reconcile` takes on what both have, ends what
-//! is over, and shows the rest to a person. What is lost is which job a worker was made for (a lease that is not renewed any more: the
+//! is over, and shows the rest to an operator. What is lost is which job a worker was made for (a lease that is not renewed any more: the
 //! job is tied to its worker by then), how often it was remade (it may be remade three times more), and how much
 //! of a failure was reported (it is found again on the host, and reported from the first line).
 
@@ -67,7 +67,7 @@ fn is_the_hosts(error: &rusqlite::Error) -> bool {
     )
 }
 
-/// What a person can do about it.
+/// What an operator can do about it.
 fn remedy(error: &rusqlite::Error) -> &'static str {
     match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => "make room on the disk",

@@ -45,7 +45,7 @@ impl Worker {
             (Phase::Running { online: true }, Event::MemoryStalled) if !self.hold => {
                 self.fail(
                     format!(
-                        "the job stood still for {MAX_STALL_SECONDS} s because it needs more than the slot's \
+                        "the job stalled for {MAX_STALL_SECONDS} s because it needs more than the slot's \
                          limits.memory: reduce its memory, or raise the limit"
                     ),
                     now,
@@ -205,13 +205,13 @@ impl Worker {
             }
             (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit)))) => {
                 self.fail(
-                    format!("the agent {exit} while the server still counted on it"),
+                    format!("the agent {exit} before its job was done"),
                     now,
                 );
             }
             (Phase::Running { online: true }, Some(OnHost::Absent)) => {
                 self.fail(
-                    "the worker is gone from the host while the server still counted on it".into(),
+                    "the worker disappeared from the host before its job was done".into(),
                     now,
                 );
             }
@@ -292,7 +292,7 @@ impl Worker {
         self
     }
 
-    /// A worker that has failed keeps no processes beside a slot that waits for a person, unless the slot says so.
+    /// A worker that has failed keeps no processes beside a slot that waits for an operator, unless the slot says so.
     fn see_processes(&mut self, host: Option<OnHost>, rules: &Rules) {
         match (self.phase, host) {
             (_, None) => {}

@@ -19,7 +19,7 @@ use crate::call_error::CallError;
 /// A worker that was lost before its job began is made again this often.
 pub const MAX_REMAKES: u32 = 3;
 
-/// A job that stands still at its memory limit is failed after so many seconds: twice systemd-oomd's default
+/// A job that stalls at its memory limit is failed after so many seconds: twice systemd-oomd's default
 /// (`DefaultMemoryPressureDurationSec=` in oomd.conf(5)), for a job that is only slow should come to its end.
 pub const MAX_STALL_SECONDS: u64 = 60;
 
@@ -149,7 +149,7 @@ pub struct Rules {
     pub online_timeout: u64,
     /// For its job, from when the agent is online.
     pub job_timeout: Option<u64>,
-    /// Is it kept for a person when it has failed?
+    /// Is it kept for an operator when it has failed?
     pub hold_on_failure: bool,
     /// Do its processes go on when it has failed?
     pub keep_processes: bool,
@@ -162,7 +162,7 @@ pub enum OnServer {
     Gone,
     /// The list has it, and says this.
     Has {
-        /// A person, or a failure, has frozen it.
+        /// An operator, or a failure, has frozen it.
         hold: bool,
         /// It is to be torn down.
         recycle: bool,
@@ -253,7 +253,7 @@ pub enum Event {
     KillFailed(CallError),
     /// An operator wants its processes ended, for this reason.
     Kill(String),
-    /// Its job stands still at the slot's memory limit ([`crate::memory_stall`]).
+    /// Its job stalls at the slot's memory limit ([`crate::memory_stall`]).
     MemoryStalled,
     /// The operator wants it deleted, held or not.
     Destroy,
@@ -346,7 +346,7 @@ impl Action {
 }
 
 impl Worker {
-    /// Since when it waits for a person, in milliseconds since 1970: held on the server, or failed and reported.
+    /// Since when it waits for an operator, in milliseconds since 1970: held on the server, or failed and reported.
     pub fn waits_since(&self) -> Option<u64> {
         match self.phase {
             Phase::Broken { reported: true, .. } => Some(self.since),

@@ -155,7 +155,7 @@ fn a_slot_may_keep_the_processes_of_a_failed_worker_and_an_operator_may_end_them
 }
 
 #[test]
-fn a_job_that_stands_still_at_its_memory_limit_is_failed_and_ended() {
+fn a_job_that_stalls_at_its_memory_limit_is_failed_and_ended() {
     let failed = worker(ONLINE).step(Event::MemoryStalled, 6, &RULES);
     assert_eq!(failed.phase, BROKEN);
     assert!(
@@ -435,12 +435,12 @@ fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
     assert_eq!(released.phase, STARTED);
     assert_eq!(released.step(poll(false), 6 * TIMEOUT, &RULES).phase, BROKEN);
 
-    let away = w.step(Event::Waited { ms: 1000 }, TIMEOUT + 500, &RULES);
+    let waited = w.step(Event::Waited { ms: 1000 }, TIMEOUT + 500, &RULES);
     assert_eq!(
-        away.clone().step(poll(false), TIMEOUT + 999, &RULES).phase,
+        waited.clone().step(poll(false), TIMEOUT + 999, &RULES).phase,
         STARTED
     );
-    assert_eq!(away.step(poll(false), TIMEOUT + 1000, &RULES).phase, BROKEN);
+    assert_eq!(waited.step(poll(false), TIMEOUT + 1000, &RULES).phase, BROKEN);
 }
 
 #[test]

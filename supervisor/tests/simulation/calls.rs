@@ -349,7 +349,7 @@ fn show(answer: &Answer) -> String {
             Err(_) => "garbage".to_owned(),
         },
         Answer::Packet(Ok(other)) => format!("{other:?}"),
-        Answer::Packet(Err(helper_client::Error::Away(why))) => why.clone(),
+        Answer::Packet(Err(helper_client::Error::Unreachable(why))) => why.clone(),
         Answer::Packet(Err(other)) => other.to_string(),
     }
 }

@@ -220,7 +220,7 @@ impl World {
             Period::Invalid => {
                 self.file = Some(self.plan.config());
                 self.checks.config_changed(self.now);
-                // Who mends it says so: what was changed meanwhile, the supervisor could not read.
+                // Who fixes it says so: what was changed meanwhile, the supervisor could not read.
                 self.reload();
             }
         }

@@ -156,7 +156,7 @@ fn a_lasting_fault_is_logged_once_and_adds_no_calls() {
 
 /// Not a test: what fails in so many worlds, by kind.
 #[test]
-#[ignore = "for mending a failure: SEEDS=300 cargo test --package supervisor --test simulation survey -- --ignored"]
+#[ignore = "to reproduce a failure: SEEDS=300 cargo test --package supervisor --test simulation survey -- --ignored"]
 fn survey() {
     let mut classes: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let first = number("FIRST").unwrap_or(1);

@@ -153,8 +153,8 @@ impl Transport for Wire {
 impl Connector for Wire {
     fn connect(&self) -> Result<Box<dyn Connection>, helper_client::Error> {
         if self.shared.world().helper_mode_of(self.life) == Mode::Down {
-            return Err(helper_client::Error::Away(
-                "the helper is away: start the helper".into(),
+            return Err(helper_client::Error::Unreachable(
+                "the helper is unreachable: start the helper".into(),
             ));
         }
         Ok(Box::new(self.clone()))

@@ -179,8 +179,8 @@ impl World {
             return self.after(PATIENCE_MS, Event::GiveUp(id));
         }
         if !self.agents_reach_server() {
-            let away = Error::Unreachable("connection refused".into());
-            return self.settle(id, Answer::Page(Err(away)));
+            let error = Error::Unreachable("connection refused".into());
+            return self.settle(id, Answer::Page(Err(error)));
         }
         let (code, value) = self.serve(&ask, waits, true);
         let bytes = if value.is_null() {

@@ -18,7 +18,7 @@ fn span(rng: &mut Rng) -> u64 {
     1 + below(rng, most)
 }
 
-/// How long the supervisor is away after its end.
+/// How long the supervisor stays down after its end.
 fn down(rng: &mut Rng) -> u64 {
     pick(rng, &[0, 100, 100, 1_000, 1_000, 10_000, 10_000, 60_000, 600_000])
 }

@@ -9,7 +9,7 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-/// The supervisor dies here, and is away for so long.
+/// The supervisor dies here, and stays down for so long.
 #[derive(Clone, Copy, Debug)]
 pub struct Crash(pub u64);
 

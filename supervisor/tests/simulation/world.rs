@@ -125,7 +125,7 @@ pub struct World {
     pub full_after: Option<(u64, u64)>,
     /// How far the host's clock is from the truth.
     pub clock_error: i64,
-    /// A supervisor that was told to stop stays away for so long.
+    /// A supervisor that was told to stop stays down for so long.
     pub stop_for: u64,
     pub requests: Requests,
     pub checks: Checks,
@@ -428,7 +428,7 @@ impl World {
         self.after(VISIT_MS, Event::Visit);
     }
 
-    /// What the person sees: workers of which the supervisor does not know whose they are, and which nobody has. They
+    /// What the operator sees: workers of which the supervisor does not know whose they are, and which nobody has. They
     /// are deleted when the operator says so.
     pub fn status_answered(&mut self, status: &Status) {
         self.jobs_get_slots(status);

@@ -373,7 +373,7 @@ struct Server {
     patience: Duration,
 }
 
-/// Between two questions.
+/// Between two requests.
 const PAUSE: Duration = Duration::from_millis(500);
 /// The server takes no larger part of a file.
 const CHUNK: usize = 4 << 20;

@@ -66,7 +66,7 @@ impl State {
                 job,
                 &format!("job duration exceeds {} seconds; aborting", limit.as_secs()),
             );
-            // Even of a held worker: the job is over, the worker stays for the person who holds it.
+            // Even of a held worker: the job is over, the worker stays for the operator who holds it.
             self.finish(job, true);
             if let Some(w) = self.workers.get_mut(&worker) {
                 w.recycle_asked = true;

@@ -40,7 +40,7 @@ pub struct FactoryWorker {
 pub struct Associate {
     /// The mark: it comes back in the factory's list of workers.
     pub private: String,
-    /// For people who look at the server.
+    /// For operators of the server.
     pub ip: Option<String>,
     /// For the agent (`FactoryMetadata`).
     pub metadata: Option<Value>,
@@ -212,7 +212,7 @@ pub struct TaskSubmit {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 /// A job as a user submits it.
 pub struct JobSubmit {
-    /// For people who look at the server.
+    /// For operators of the server.
     pub name: String,
     /// A target's name or id.
     pub target: String,

@@ -1,4 +1,4 @@
-//! Names of system calls, for people.
+//! Human-readable names of system calls.
 
 use std::borrow::Cow;
 

@@ -183,7 +183,7 @@ pub struct Replay {
     /// With all inodes that are ever made, as they are made.
     base: Disk,
     steps: Vec<Step>,
-    /// For each step, its change, for people.
+    /// For each step, its change, human-readable.
     pub changes: Vec<Change>,
 }
 

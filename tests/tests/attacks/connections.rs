@@ -70,10 +70,10 @@ fn row_61_a_half_closed_connection_is_answered_and_ended() {
 fn row_61_a_peer_that_reads_nothing_has_its_connection_closed() {
     let test = TestHelper::new();
     let deaf = test.client();
-    let question = wire::encode(&Request::List { after: None }).unwrap();
-    // Until there is room neither for an answer nor for a question: then the helper gives up.
+    let request = wire::encode(&Request::List { after: None }).unwrap();
+    // Until there is room neither for an answer nor for a request: then the helper gives up.
     let end = loop {
-        match send(deaf.socket.as_raw_fd(), &question, MsgFlags::MSG_NOSIGNAL) {
+        match send(deaf.socket.as_raw_fd(), &request, MsgFlags::MSG_NOSIGNAL) {
             Ok(_) => {}
             Err(errno) => break errno,
         }

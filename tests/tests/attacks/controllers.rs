@@ -133,14 +133,14 @@ async fn row_51_a_program_that_the_job_has_written_is_ended_or_its_job_is_failed
     let program = factory.shared().join("hostile-job");
     let attempt = attack_program("memory-bomb", &["anonymous", &LIMIT.to_string()]);
     fs::copy(format!("/proc/self/fd/{}", attempt.as_raw_fd()), &program).unwrap();
-    // The kernel frees the program's pages, too, so that the job may stand still.
+    // The kernel frees the program's pages, too, so that the job may stall.
     let job = factory.submit(&format!("cp {} own && chmod 700 own && ./own", program.display()));
     factory.held_or_ended(job).await;
     let worker = factory.server.job(job).worker.expect("it had a worker");
     match factory.server.worker(worker).hold {
         Some(hold) => {
             println!("{}", hold.reason);
-            assert!(hold.reason.contains("stood still for 60 s"), "{}", hold.reason);
+            assert!(hold.reason.contains("stalled for 60 s"), "{}", hold.reason);
             assert_eq!(factory.ended(job).await.state(), "failed");
             factory.server.release(worker).unwrap();
         }

@@ -225,7 +225,7 @@ fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
         kill(first_process(&test.host, worker), Signal::SIGSTOP).unwrap();
     }
     drop(client);
-    // The helper is away when the time is over.
+    // The helper is not running when the time is over.
     test.helper.signal(Signal::SIGKILL);
     test.helper.wait();
     for worker in [one, other] {

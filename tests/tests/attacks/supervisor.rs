@@ -1,4 +1,4 @@
-//! Group E, a supervisor in an attacker's hands: its uid, its requests, their order and number.
+//! Group E, a compromised supervisor: its uid, its requests, their order and number.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;

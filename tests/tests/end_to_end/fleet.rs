@@ -182,7 +182,7 @@ async fn fleet() {
     .await;
     let cut = &members[1];
     cut.network.plug("down");
-    cut.supervisor.log.wait(&["server away"]);
+    cut.supervisor.log.wait(&["server unreachable"]);
     wait_for("two thirds, by the others", &mut |state| {
         complete(state) >= 2 * JOBS / 3
     })

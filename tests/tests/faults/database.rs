@@ -14,7 +14,7 @@ fn database(factory: &TestFactory) -> PathBuf {
 async fn find_again(factory: &mut TestFactory, job: Ulid) {
     factory.supervisor = factory.host.supervisor();
     let worker = worker_of(factory, job).to_string();
-    factory.logged(&["worker taken on as online", &worker]);
+    factory.logged(&["worker adopted as online", &worker]);
     factory.polls(2).await;
 }
 

@@ -206,7 +206,7 @@ async fn row_115_a_database_of_yesterday_loses_no_job() {
     // Its content, not its owner.
     fs::write(&path, fs::read(&backup).unwrap()).unwrap();
     factory.supervisor = factory.host.supervisor();
-    factory.logged(&["worker taken on as online", &worker]);
+    factory.logged(&["worker adopted as online", &worker]);
     let next = factory.submit("echo next");
     factory.completed(next).await;
     factory.release();

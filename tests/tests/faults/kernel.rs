@@ -24,14 +24,14 @@ async fn refused_beside_a_job(factory: &mut TestFactory, script: &str, parts: &[
     let seen = factory.supervisor.log.len();
     factory.end_helper(Signal::SIGKILL);
     refused(&mut helper_after(factory, script), &[&["ERROR"], parts].concat());
-    factory.logged_from(seen, &["helper away", "start the helper"]);
+    factory.logged_from(seen, &["helper unreachable", "start the helper"]);
     assert!(
         processes(factory, job).len() >= before.min(3),
         "the job was harmed"
     );
     factory.helper = factory.host.helper();
     factory.logged_from(seen, &["helper back"]);
-    once(&factory.supervisor.log, seen, &["helper away"]);
+    once(&factory.supervisor.log, seen, &["helper unreachable"]);
     factory.release();
     factory.completed(job).await;
     factory.block_again();

@@ -64,8 +64,8 @@ async fn row_77_a_killed_helper_is_away_for_the_supervisor_and_the_job_goes_on()
     let mut factory = TestFactory::new(TWO).await;
     let job = factory.running().await;
     factory.end_helper(Signal::SIGKILL);
-    let away = ["ERROR helper away"];
-    let line = factory.logged(&away);
+    let unreachable = ["ERROR helper unreachable"];
+    let line = factory.logged(&unreachable);
     // A call that it was about to answer has ended otherwise.
     let is_explained = [
         "start the helper",
@@ -76,7 +76,7 @@ async fn row_77_a_killed_helper_is_away_for_the_supervisor_and_the_job_goes_on()
     let next = factory.submit("echo next");
     factory.polls(3).await;
     assert!(factory.server.job(next).queued());
-    once(&factory.supervisor.log, 0, &away);
+    once(&factory.supervisor.log, 0, &unreachable);
     factory.helper = factory.host.helper();
     factory.logged(&["helper back"]);
     factory.completed(next).await;
@@ -133,7 +133,7 @@ async fn row_75_a_reboot_fails_the_jobs_that_ran_and_blocks_no_slot() {
     let held = factory.held(job).await;
     let reason = held.hold.as_ref().unwrap().reason.clone();
     assert!(
-        reason.contains("while the server still counted on it"),
+        reason.contains("before its job was done"),
         "{reason}"
     );
     // The other slot goes on, and this one after the release.

@@ -1,4 +1,4 @@
-//! Row 79: the server away, slow, lying, or of yesterday.
+//! Row 79: the server unreachable, slow, lying, or of yesterday.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ async fn survived(factory: &TestFactory, fault: Fault, parts: &[&str]) {
     let seen = factory.supervisor.log.len();
     proxy(factory).set("/0/factory/", fault.clone());
     let parts = [
-        &["ERROR server away: ", "the buildomat server", "if this goes on, "],
+        &["ERROR server unreachable: ", "the buildomat server", "if this goes on, "],
         parts,
     ]
     .concat();
@@ -86,10 +86,10 @@ async fn row_79_a_server_that_takes_connections_and_never_answers_is_given_up_in
     factory.release();
     // The job's own connections pass: it ends, and the factory is still waiting.
     factory.completed(job).await;
-    factory.logged(&["ERROR server away", "cannot be reached", "timed out"]);
+    factory.logged(&["ERROR server unreachable", "cannot be reached", "timed out"]);
     proxy(&factory).heal();
     factory.logged(&["server back"]);
-    once(&factory.supervisor.log, 0, &["server away"]);
+    once(&factory.supervisor.log, 0, &["server unreachable"]);
     factory.finish().await;
 }
 
@@ -162,7 +162,7 @@ async fn row_79_a_worker_made_under_another_id_is_found_under_its_own() {
         "POST /0/factory/worker ",
         Fault::answer("201 Created", "application/json", &body),
     );
-    factory.logged(&["worker taken on as reserved", NOBODY]);
+    factory.logged(&["worker adopted as reserved", NOBODY]);
     proxy(&factory).heal();
     factory.logged(&["the server no longer has the worker", NOBODY]);
     factory.logged(&["worker forgotten", NOBODY]);
@@ -184,7 +184,7 @@ async fn row_79_a_token_that_is_replaced_is_named_and_works_again_when_it_is_rig
     };
     let old = set("another-token");
     let parts = [
-        "ERROR server away",
+        "ERROR server unreachable",
         "refused with 401",
         "check the factory's token",
     ];
@@ -203,7 +203,7 @@ async fn row_79_a_token_that_is_replaced_is_named_and_works_again_when_it_is_rig
     factory.logged_from(
         seen,
         &[
-            "ERROR server away",
+            "ERROR server unreachable",
             &factory.host.root.join("token").display().to_string(),
         ],
     );
@@ -223,13 +223,13 @@ async fn row_79_a_server_that_is_away_for_a_day_gets_its_jobs_done_when_it_is_ba
     factory.printed(next, "running").await;
     let seen = factory.supervisor.log.len();
     factory.server.set_down(Down::Closed);
-    factory.logged_from(seen, &["server away"]);
+    factory.logged_from(seen, &["server unreachable"]);
     // Both are over their time by the server's own rule when it is back, and it wants their workers torn down.
     factory.server.advance(Duration::from_secs(24 * 3600));
     let later = factory.submit("echo later");
     factory.server.set_down(Down::No);
     factory.logged_from(seen, &["server back"]);
-    once(&factory.supervisor.log, seen, &["server away"]);
+    once(&factory.supervisor.log, seen, &["server unreachable"]);
     for old in [job, next] {
         let done = factory.ended(old).await;
         assert_eq!(done.state(), "failed");

@@ -31,7 +31,7 @@ async fn row_80_a_slot_that_is_renamed_keeps_its_worker_until_the_job_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_80_a_configuration_made_invalid_fails_no_job_and_works_again_when_it_is_mended() {
+async fn row_80_a_configuration_made_invalid_fails_no_job_and_works_again_when_it_is_fixed() {
     let mut factory = TestFactory::new(TWO).await;
     let job = factory.running().await;
     factory.configure(&format!("{TWO}colour = \"blue\"\n"));

@@ -20,7 +20,7 @@ pub fn small(host: &TestHost) -> Option<SmallDisk> {
 
 /// Wait until `status` says this, as an operator sees it, and return what it prints.
 fn status(factory: &TestFactory, exit: i32, parts: &[&str]) -> String {
-    // Each question is a program that is started.
+    // Each query is a program that is started.
     until_every(50 * PAUSE, || {
         let (code, text) = command(&factory.host, &["status"]);
         if code == exit && parts.iter().all(|part| text.contains(part)) {
@@ -110,7 +110,7 @@ async fn row_102_a_file_system_that_becomes_read_only_is_reported_and_no_job_is_
     assert_eq!(factory.server.job(job).worker, None, "a job was taken");
     let (code, text) = command(&factory.host, &["drain"]);
     assert!(code == 1 && text.contains("it cannot be remembered"), "{text}");
-    // It is mended, and mounted again.
+    // It is fixed, and mounted again.
     factory.end_supervisor(Signal::SIGTERM);
     factory.end_helper(Signal::SIGTERM);
     mount(&["umount"]);

@@ -77,7 +77,7 @@ async fn row_81_a_slot_that_the_helper_does_not_know_is_refused_with_the_reason(
         .await;
     factory.polls(3).await;
     once(&factory.supervisor.log, 0, &parts);
-    // The operator mends it: the worker gets a slot that there is.
+    // The operator corrects it: the worker gets a slot that there is.
     factory.end_supervisor(Signal::SIGTERM);
     factory.supervisor = factory.host.supervisor();
     for job in jobs {
@@ -95,7 +95,7 @@ async fn row_81_a_supervisor_of_another_user_is_refused_with_the_reason() {
     factory.end_helper(Signal::SIGTERM);
     factory.helper = factory.host.helper();
     factory.supervisor = factory.host.supervisor();
-    let parts = ["ERROR helper away", "run the supervisor as the user"];
+    let parts = ["ERROR helper unreachable", "run the supervisor as the user"];
     factory.logged(&parts);
     factory.polls(3).await;
     once(&factory.supervisor.log, 0, &parts);

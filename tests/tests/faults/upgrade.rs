@@ -109,7 +109,7 @@ async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_o
     let version = protocol::VERSION;
     let ours = format!("another version of the protocol than this supervisor's {version} (");
     let parts = [
-        "ERROR helper away",
+        "ERROR helper unreachable",
         &ours,
         "install both from the same release and restart them",
     ];

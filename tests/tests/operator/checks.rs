@@ -46,7 +46,7 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
     assert!(said.out.contains("it serves, with 0 workers"), "{}", said.out);
     let said = say(&factory, &["check", &path, "--all", "--no-files"]);
     assert_eq!(said.status, 0, "{}{}", said.out, said.err);
-    for part in ["takes the token", "all that was tried holds", "nothing is left"] {
+    for part in ["takes the token", "all checks passed", "nothing is left"] {
         assert!(said.out.contains(part), "{part}: {}", said.out);
     }
     let status = json(&factory, &["status"]);
@@ -75,10 +75,10 @@ async fn status_shows_the_helpers_state_though_an_idle_helper_is_not_polled() {
     factory.end_helper(Signal::SIGKILL);
     // Nobody needs it, so nobody has noticed; the first status request does.
     factory.polls(3).await;
-    assert_eq!(factory.supervisor.log.count(&["helper away"]), 0);
+    assert_eq!(factory.supervisor.log.count(&["helper unreachable"]), 0);
     let status = json(&factory, &["status"]);
     assert_eq!(status["helper"]["reachable"], false, "{status:#}");
-    factory.logged(&["ERROR helper away", "start the helper"]);
+    factory.logged(&["ERROR helper unreachable", "start the helper"]);
     factory.helper = factory.host.helper();
     answering(&factory).await;
     factory.finish().await;

@@ -145,7 +145,7 @@ async fn a_job_reaches_by_name_what_its_slot_allows_and_nobody_else() {
         list.contains(&format!("#    \"{not_used}\", # refused: 2 connections")),
         "{list}"
     );
-    // What a person runs in the slot reaches the same.
+    // What an operator runs in the slot reaches the same.
     see(&factory, |status| {
         (status["slots"][0]["state"] == "free").then_some(())
     })

@@ -31,7 +31,7 @@ async fn a_broken_worker_is_seen_at_a_glance_understood_and_released() {
     let worker = worker_on(&factory, "a").await;
     for part in [
         "broken",
-        "waiting for a person",
+        "waiting for an operator",
         &*worker,
         "exited with status 9",
         "last problems",

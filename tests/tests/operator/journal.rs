@@ -77,7 +77,7 @@ async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
             .find(|lines| wanted.iter().all(|line| lines.contains(line)))
     });
     let said = found.unwrap();
-    // What `journalctl` shows a person.
+    // What `journalctl` shows an operator.
     let message = said.iter().find_map(|line| line.strip_prefix("MESSAGE="));
     for part in [
         format!("worker={worker}"),

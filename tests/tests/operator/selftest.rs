@@ -135,7 +135,7 @@ async fn a_slot_with_a_worker_is_left_alone_and_another_is_tried() {
     for part in [
         "slot a: nothing was tried",
         "slot b\nRESULT",
-        "all that was tried holds",
+        "all checks passed",
     ] {
         assert!(said.out.contains(part), "{part}: {}", said.out);
     }
@@ -176,7 +176,7 @@ async fn no_job_is_taken_after_a_start_before_the_self_test_has_passed() {
     assert_eq!(factory.server.job(job).state(), "queued");
     // As the unit does it.
     let table = done(&factory, &["selftest", "--at-start"]);
-    assert!(table.contains("all that was tried holds"), "{table}");
+    assert!(table.contains("all checks passed"), "{table}");
     assert_eq!(metric(&factory, "selftest_failed"), Some("0".into()));
     online(&factory).await;
     assert_eq!(

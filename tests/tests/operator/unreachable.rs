@@ -109,9 +109,9 @@ async fn row_108_a_server_that_fails_every_call_about_a_job_is_called_seldom_and
         proxy.set("/0/factory/lease", fault);
         let why = not_taken(&factory).await;
         assert!(why.contains(part) && why.contains("not now"), "{why}");
-        assert!(why.contains("the next question is at"), "{why}");
+        assert!(why.contains("the next lease request is at"), "{why}");
         factory.logged_from(seen, &["cannot ask for jobs", part]);
-        assert_eq!(factory.supervisor.log.count_from(seen, &["server away"]), 0);
+        assert_eq!(factory.supervisor.log.count_from(seen, &["server unreachable"]), 0);
         let job = factory.submit("echo later");
         proxy.heal();
         factory.completed(job).await;

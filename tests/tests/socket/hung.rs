@@ -107,7 +107,7 @@ impl Apart {
         })
     }
 
-    fn mend(&self) {
+    fn release(&self) {
         self.inside(|| umount2(&self.shown(), MntFlags::MNT_DETACH).unwrap());
     }
 
@@ -197,7 +197,7 @@ fn a_mount_that_hangs_delays_launches_only_and_they_fail_in_time() {
     assert!(!waiting.iter().any(is_answered), "a launch did not wait");
     waiting.iter().for_each(assert_told);
     // The kernel has ended the builder; the next is another.
-    apart.mend();
+    apart.release();
     assert_launches(&apart, first);
     assert_launches(&apart, second);
     end(&apart, &[first, second]);
@@ -227,7 +227,7 @@ fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
     // Its parent is told after its tracer.
     waitpid(builder, None).unwrap();
     until_is("the builder's end", || apart.builder().is_none());
-    apart.mend();
+    apart.release();
     assert_launches(&apart, worker);
     end(&apart, &[worker]);
     drop(server);
@@ -244,7 +244,7 @@ fn a_mount_that_hangs_when_the_helper_starts_keeps_no_worker_from_being_deleted(
         .wait(&["WARN", "no job can be started", SENTENCE]);
     let worker = created(&apart.client(), "a");
     end(&apart, &[worker]);
-    apart.mend();
+    apart.release();
     let worker = created(&apart.client(), "a");
     assert_launches(&apart, worker);
     end(&apart, &[worker]);

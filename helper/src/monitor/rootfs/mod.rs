@@ -319,7 +319,7 @@ fn watch() -> nix::Result<Inotify> {
 
 fn too_late() -> String {
     format!(
-        "the host's mounts have not answered for {} s: look for one that hangs (df hangs on it), mend or unmount it, and repeat",
+        "the host's mounts have not answered for {} s: look for one that hangs (df hangs on it), fix or unmount it, and repeat",
         LIMIT.as_secs()
     )
 }

@@ -40,7 +40,7 @@ const OF_FILES: [(u8, Requests); 5] = [
         &[
             one(0x8008_6601), // FS_IOC_GETFLAGS
             one(0xc020_660b), // FS_IOC_FIEMAP
-            // Questions about one's own memory, in /proc: PAGEMAP_SCAN, PROCMAP_QUERY.
+            // Queries about the caller's own memory, in /proc: PAGEMAP_SCAN, PROCMAP_QUERY.
             one(0xc060_6610),
             one(0xc068_6611),
         ],

@@ -20,7 +20,7 @@ use program::{
     if_process,
 };
 
-/// What a person does where the kernel has not installed a filter in time (row 86 of `docs/evidence/attacks.md`).
+/// What an operator does where the kernel has not installed a filter in time (row 86 of `docs/evidence/attacks.md`).
 pub const LATE_FILTER_HINT: &str = "Look for kernel workers in bpf_prog_free_deferred, in /proc/PID/stack; if there are any, \
                            reboot the host";
 
@@ -183,7 +183,7 @@ const SESSION: &[c_long] = &[
     libc::SYS_capset,
     libc::SYS_prctl,
     libc::SYS_exit_group,
-    // How much a job's user has on disk: without CAP_SYS_ADMIN it is a question that one may ask about oneself.
+    // How much a job's user has on disk: without CAP_SYS_ADMIN any process may query that about itself.
     libc::SYS_quotactl_fd,
     // The C library and Rust's.
     libc::SYS_brk,
@@ -228,7 +228,7 @@ pub fn session() -> Steps {
         libc::SYS_ioctl,
         decide(argument(1), u32::MAX, request, answer(REFUSED)),
     );
-    // The listener's one question: who is at the other end of a new connection.
+    // The listener's one query: who is at the other end of a new connection.
     let option = BTreeMap::from([(libc::SO_PEERCRED as u32, answer(ALLOW))]);
     rules.rule(
         libc::SYS_getsockopt,

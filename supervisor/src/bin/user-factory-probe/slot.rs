@@ -262,7 +262,7 @@ fn reached(table: &Table, promise: &str, tried: &str, result: io::Result<()>) {
 }
 
 /// Take so many bytes of memory, and touch each page: for two minutes, and then SIGALRM ends this process. A job that
-/// stands still at its limit would never end: the supervisor fails the jobs of the factory alone.
+/// stalls at its limit would never end: the supervisor fails the jobs of the factory alone.
 pub fn take_memory(bytes: u64) {
     nix::unistd::alarm::set(120);
     let mut taken: Vec<Vec<u8>> = Vec::new();

@@ -102,7 +102,7 @@ fn nothing_is_leased_before_both_have_answered_and_nothing_is_made_while_the_hel
         (world.queued(), world.server.leases.len(), world.counts["make"]),
         (2, 0, 1)
     );
-    for part in ["helper away", "will expire: the helper is away"] {
+    for part in ["helper unreachable", "will expire: the helper is unreachable"] {
         assert_eq!(
             world.said.iter().filter(|s| s.contains(part)).count(),
             1,
@@ -120,7 +120,7 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_with_an_orphan() {
     world.run(|w| w.counts.get("lease") == Some(&10));
     world.helper_up = false;
     world.submit(1, '3');
-    world.run(|w| w.said.iter().any(|s| s.starts_with("helper away")));
+    world.run(|w| w.said.iter().any(|s| s.starts_with("helper unreachable")));
     world.helper_up = true;
     world.run(World::is_empty);
     assert_eq!(world.done().len(), 1);
@@ -130,7 +130,7 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_with_an_orphan() {
     world.on_host(orphan, "c", Agent::Stays);
     world.submit(2, '3');
     world.run(|w| w.done().len() == 2 && w.is_empty());
-    let deleted = world.said.iter().position(|s| s.contains("nobody's worker"));
+    let deleted = world.said.iter().position(|s| s.contains("orphaned worker"));
     assert!(deleted.is_some(), "{:?}", world.said);
     assert!(
         !world.said.iter().any(|s| s.contains("slot taken")),
@@ -390,7 +390,7 @@ fn a_status_request_has_the_helper_asked_once_a_poll_interval() {
     while world.core.is_waiting_for_helper() {
         world.step(0);
     }
-    assert!(world.said.iter().any(|s| s.starts_with("helper away")));
+    assert!(world.said.iter().any(|s| s.starts_with("helper unreachable")));
 }
 
 #[test]
@@ -421,7 +421,7 @@ fn a_held_worker_is_left_as_it_is_until_released() {
     world.submit(1, '2');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
     for id in world.listed().into_keys() {
-        world.server.hold(id, "a person looks").unwrap();
+        world.server.hold(id, "an operator looks").unwrap();
     }
     world.reboot();
     for n in 0..3000 {
@@ -436,7 +436,7 @@ fn a_held_worker_is_left_as_it_is_until_released() {
 }
 
 #[test]
-fn a_job_that_stands_still_at_its_memory_limit_fails_and_its_slot_works_again() {
+fn a_job_that_stalls_at_its_memory_limit_fails_and_its_slot_works_again() {
     let mut world = World::new();
     world.submit(1, '2');
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
@@ -541,9 +541,9 @@ fn a_forgotten_database_is_rebuilt_from_the_server_and_the_host() {
     world.on_host(orphan, "b", Agent::Ends(Exit::Unknown));
     world.disk.clear();
     world.crash(false);
-    // What is lost on the host as well may be a copy's of this host: only a person can know.
+    // What is lost on the host as well may be a copy's of this host: only the operator can know.
     world.run(|w| w.host.workers().next().is_none() && w.disk.is_empty());
-    assert!(world.said.iter().any(|s| s.contains("nobody's worker")));
+    assert!(world.said.iter().any(|s| s.contains("orphaned worker")));
     let lost = world.view().other_hosts_workers();
     assert!(lost.len() == 1 && lost[0].text.contains("neither the database nor the host has it"));
     world.tell(Input::Destroy(lost[0].id));
@@ -710,7 +710,7 @@ fn a_list_of_another_server_ends_no_job() {
 }
 
 #[test]
-fn a_question_for_a_job_that_fails_is_asked_ever_more_seldom_and_no_sooner_than_the_server_says() {
+fn a_lease_request_that_fails_is_repeated_ever_more_slowly_and_no_sooner_than_the_server_says() {
     let mut world = World::new();
     world.run(|w| w.counts.contains_key("lease"));
     assert_eq!(world.view().not_taken(), None);
@@ -719,7 +719,7 @@ fn a_question_for_a_job_that_fails_is_asked_ever_more_seldom_and_no_sooner_than_
     world.run(|w| w.now >= begun.0 + 3_600_000);
     let asked = world.counts["lease"] - begun.1;
     // Between half a minute and a minute each, after the first few.
-    assert!((60..=140).contains(&asked), "{asked} questions in an hour");
+    assert!((60..=140).contains(&asked), "{asked} lease requests in an hour");
     let shown = world.view().not_taken().unwrap();
     assert!(shown.contains("it answered 500"), "{shown}");
     let slots = world.view().slots();
@@ -949,7 +949,7 @@ fn no_job_is_asked_for_while_too_little_is_free_and_a_leased_one_begins() {
     world.submit(1, '2');
     world.run(|w| !w.core.pending_workers().is_empty());
     world.tell(Input::Shortage(Some("too little is free: 1M".into())));
-    // The question that is under way is answered.
+    // The lease request that is under way is answered.
     let begun = world.now;
     world.run(|w| w.now >= begun + 5_000);
     world.submit(2, '3');

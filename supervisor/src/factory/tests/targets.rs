@@ -129,7 +129,7 @@ fn a_server_that_is_away_at_the_start_is_asked_again_and_no_job_is_taken_before(
     assert_eq!(world.queued(), 1);
     world.targets_fail = false;
     world.run(|w| w.done().len() == 1);
-    // Away altogether: it is asked as soon as it is back.
+    // Unreachable: it is asked as soon as it is back.
     let mut world = named(&[target('3', "hubris")]);
     world.server_up = false;
     pass(&mut world, 3_600_000);
@@ -171,13 +171,13 @@ fn a_name_that_moves_to_another_target_is_followed_by_a_reload_alone() {
 }
 
 #[test]
-fn an_answer_to_a_question_from_before_the_reload_is_asked_for_again() {
+fn an_answer_to_a_request_from_before_the_reload_is_requested_again() {
     let mut world = named(&[target('3', "hubris")]);
     world.tell(Input::Tick);
     reload(&mut world, &config("hubris"));
     world.pending.retain(|output| *output != Output::ListTargets);
     world.tell(Input::TargetsListed(Ok(Some(vec![target('3', "hubris")]))));
-    // That was the answer to the first question; the name has moved since.
+    // That was the answer to the first request; the name has moved since.
     world.targets = Some(vec![target('4', "hubris")]);
     world.run(|w| slot(w).target == Some(id('4')));
 }

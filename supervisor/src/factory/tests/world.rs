@@ -1,5 +1,5 @@
 //! A world in memory for the core: the test bed's server and helper, a clock and a disk. Answers come in any order,
-//! get lost, and everything can go away.
+//! get lost, and everything can stop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -37,12 +37,12 @@ pub struct World {
     /// The next answer of this kind is lost after it was carried out.
     pub lose: Option<&'static str>,
     pub start_fails: Option<&'static str>,
-    /// Questions for a job are answered so.
+    /// Lease requests are answered so.
     pub lease_fails: Option<CallError>,
     pub refuses_workers: bool,
     /// What the server has with a name; none where it has no call for that.
     pub targets: Option<Vec<ServerTarget>>,
-    /// The question for them is answered with an error.
+    /// Requests for them are answered with an error.
     pub targets_fail: bool,
     pub said: Vec<String>,
     pub counts: BTreeMap<&'static str, usize>,
@@ -466,7 +466,7 @@ impl World {
         done
     }
 
-    /// A person lifts every hold, and has the workers recycled.
+    /// An operator lifts every hold, and has the workers recycled.
     pub fn release(&mut self) {
         for id in self.listed().into_values().filter(|w| w.hold).map(|w| w.id) {
             self.server.release(id).unwrap();
@@ -486,7 +486,7 @@ fn answered(worker: &server::Worker) -> ServerWorker {
 }
 
 fn error(output: &Output) -> Input {
-    let t = |peer| CallError::passing(peer, "away");
+    let t = |peer| CallError::passing(peer, "unreachable");
     match output.clone() {
         Output::ListServer => Input::ServerListed(Err(t(Peer::Server))),
         Output::ListHost => Input::HostListed(Err(t(Peer::Helper))),

@@ -395,7 +395,7 @@ fn state_of_pid_1() -> Vec<String> {
     let mut words = [0u64; 16];
     let address = words.as_mut_ptr() as usize;
     let files = libc::RLIMIT_NOFILE as usize;
-    let questions = [
+    let queries = [
         ("priority", libc::SYS_getpriority, [0, 1, 0, 0, 0, 0]),
         ("scheduler", libc::SYS_sched_getscheduler, [1, 0, 0, 0, 0, 0]),
         ("disk", libc::SYS_ioprio_get, [1, 1, 0, 0, 0, 0]),
@@ -406,7 +406,7 @@ fn state_of_pid_1() -> Vec<String> {
         ),
         ("files", libc::SYS_prlimit64, [1, files, 0, address, 0, 0]),
     ];
-    let answers = questions.map(|(name, number, arguments)| {
+    let answers = queries.map(|(name, number, arguments)| {
         let answer = call(number, arguments);
         format!("{name}: {answer:?} {words:x?}")
     });
