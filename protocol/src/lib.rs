@@ -6,7 +6,7 @@
 //! than its limit, does not decode, or has bytes left over ends the connection. Descriptors travel
 //! as `SCM_RIGHTS` exactly where a message below says so; any other ends the connection, closed.
 //!
-//! # Life of a connection
+//! # Course of a connection
 //! 1. The client connects. The helper asks the kernel who it is (`SO_PEERCRED`) and closes
 //!    the connection of every uid but the supervisor's.
 //! 2. The client says [`Request::Hello`] with its [`VERSION`]; the helper answers

@@ -141,9 +141,9 @@ pub struct WorkerInfo {
 pub enum State {
     /// Its agent has not been started.
     Created,
-    /// Its agent has been started, and processes of it live.
+    /// Its agent has been started, and processes of it run.
     Running,
-    /// Its agent has been started, and no process of it lives.
+    /// Its agent has been started, and no process of it runs.
     Exited(Exit),
 }
 

@@ -86,7 +86,7 @@ async fn an_agent_is_unpacked_sealed_and_kept_for_when_the_server_is_away() {
     );
     // Fresh: nobody is asked.
     assert_eq!(content(&first.get(&server).await.unwrap()), b"program");
-    // A new life asks whether it has changed, and lives without an answer.
+    // A new run asks whether it has changed, and does without an answer.
     for _ in 0..2 {
         assert_eq!(
             content(&cache(dir.path()).get(&server).await.unwrap()),

@@ -242,7 +242,7 @@ impl Store {
         Ok(removed.map_err(anyhow::Error::from)?)
     }
 
-    /// What was drained when the last life ended.
+    /// What was drained when the previous run ended.
     ///
     /// # Errors
     /// Where the database cannot be read.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use testbed::bench::{Group, Options, Report, Way};
-use testbed::harness::PATIENCE;
+use testbed::harness::TEST_TIMEOUT;
 use testbed::server::{State, Ulid};
 use testbed::test_factory::TestFactory;
 
@@ -39,7 +39,7 @@ async fn follow(factory: &TestFactory, job: Ulid) -> [Timestamp; STEPS.len() + 1
         let line = job.events.iter().find(|event| event.payload == "first")?;
         Some((job.submitted, job.assigned, line.time))
     };
-    let seen_by_server = factory.server.wait_for(PATIENCE, see).await;
+    let seen_by_server = factory.server.wait_for(TEST_TIMEOUT, see).await;
     let (submitted, assigned, line) = seen_by_server.unwrap_or_else(|e| panic!("{e:#}"));
     factory.logged_from(seen, &["worker phase", "phase=\"running\""]);
     let log = factory.supervisor.log.text_from(seen);

@@ -3,15 +3,15 @@
 # shellcheck disable=SC2154 # $target, $run, $here: of tests/machine/run; $suite, $filesystem: of hosts/
 # shellcheck disable=SC2034 # $append, $rootflags: lib.sh uses them
 
-# What the tests and stories use on every host.
+# What the tests and scenarios use on every host.
 packages=(
     systemd-sysv udev dbus libnss-systemd kmod procps iproute2 util-linux e2fsprogs xfsprogs btrfs-progs nftables
     python3 ca-certificates sudo cron at git npm python3-pip
     initramfs-tools zstd
 )
 
-# The host of that name, for this story: the suites of its system and of its kernel, its file system, more of the kernel's
-# command line, and what stories must know of it.
+# The host of that name, for this scenario: the suites of its system and of its kernel, its file system, more of the kernel's
+# command line, and what scenarios must know of it.
 load_host() {
     local more
     append=
@@ -22,7 +22,7 @@ load_host() {
     kernel=${MACHINE_KERNEL:-$kernel}
     packages+=("linux-image-amd64/$kernel")
     image=$target/image-$1-$kernel
-    # A story that needs more packages than the others has an image of its own.
+    # A scenario that needs more packages than the others has an image of its own.
     more=$(sed -n 's/^# Packages: //p' "$here/../$2.sh" 2>/dev/null || true)
     if [ -n "$more" ]; then
         # shellcheck disable=SC2206 # words

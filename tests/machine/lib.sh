@@ -23,7 +23,7 @@ start_machine() {
         ext4) rootflags=rootflags=usrquota ;;
         xfs) rootflags=rootflags=uquota ;;
     esac
-    # All that a saved machine was saved with must be here again: nothing of this depends on the story. One thread
+    # All that a saved machine was saved with must be here again: nothing of this depends on the scenario. One thread
     # for both processors: with two, QEMU 7.2 may run an instruction that the kernel has patched away (a static key
     # that the first cpu.max turns), and the kernel stops with "Oops: int3". A service has as long to start as it takes
     # (0: no time-out). The 90 s that systemd gives it may be too short while this machine has other work.
@@ -78,7 +78,7 @@ stop_machine() {
     fi
 }
 
-# Boot the image once and save the machine as it is when it waits for a story.
+# Boot the image once and save the machine as it is when it waits for a scenario.
 boot_once() {
     note "booting for the first time (some minutes, under emulation)"
     "$qemu_img" create -q -f qcow2 -b "$image/root.img" -F raw "$run/disk.qcow2"
@@ -98,9 +98,9 @@ boot_once() {
     rm -f "$run"/{control,monitor}.{in,out}
 }
 
-# Have the story run, with these words, until it has ended: its exit status is then in $status. It may say `rebooting`,
+# Have the scenario run, with these words, until it has ended: its exit status is then in $status. It may say `rebooting`,
 # and do so: it is then run again, with the word `rebooted`.
-run_story() {
+run_scenario() {
     local rebooting=
     status=
     # The machine's clock stood still while it was asleep.
@@ -119,7 +119,7 @@ run_story() {
     done
 }
 
-# The package, and a newer one, for the story of the deployment.
+# The package, and a newer one, for the scenario of the deployment.
 pack_packages() {
     note "building the packages"
     local revision
@@ -130,11 +130,11 @@ pack_packages() {
     done
 }
 
-# What the story needs from outside, on a disk of its own: always of the same size, as the saved machine knows it.
-# A story says which of the tests it runs, or none; the story `tests` by its first word. That of the deployment has packages.
+# What the scenario needs from outside, on a disk of its own: always of the same size, as the saved machine knows it.
+# A scenario says which of the tests it runs, or none; the scenario `tests` by its first word. That of the deployment has packages.
 pack_bundle() {
     local bundle=$run/bundle executable name names wanted=()
-    names=$(sed -n 's/^# Tests: //p' "$here/stories/$1")
+    names=$(sed -n 's/^# Tests: //p' "$here/scenarios/$1")
     [ "$1" != tests ] || names=${2:-}
     for name in $names; do wanted+=(--test "$name"); done
     mkdir -p "$bundle"/{bin,tests}
@@ -154,7 +154,7 @@ pack_bundle() {
     done < <(sed -nE 's/.*"kind":\["test"\].*"executable":"([^"]*)".*/\1/p' "$run/tests.json")
     [ -x "$bundle/bin/user-factory-helper" ] || fail "cargo made no helper"
     [ "$names" = none ] || [ -n "$(ls "$bundle/tests")" ] || fail "cargo made no tests"
-    cp -r "$here/stories" "$bundle/stories"
+    cp -r "$here/scenarios" "$bundle/scenarios"
     # With the certificates that this machine trusts: its mirrors may have one of their own.
     cp "$here/guest/delegated" "$here/../software.sh" /etc/ssl/certs/ca-certificates.crt "$bundle/"
     # Tests read pages and sources.
@@ -165,9 +165,9 @@ pack_bundle() {
     rm -rf "$bundle"
 }
 
-# Every host, or those named, with every story of docs/hosts.md: a table, and 0 if all have passed.
+# Every host, or those named, with every scenario of docs/hosts.md: a table, and 0 if all have passed.
 run_all() {
-    local name story begin status failed=0 table='host story result minutes'
+    local name scenario begin status failed=0 table='host scenario result minutes'
     if [ $# -eq 0 ]; then
         # shellcheck disable=SC2046 # words
         set -- $(cd "$here/hosts" && echo *)
@@ -177,17 +177,17 @@ run_all() {
     done
     mkdir -p "$target"
     for name; do
-        for story in deployment attacks cases software; do
+        for scenario in deployment attacks cases software; do
             begin=$SECONDS
             status=0
-            "$here/run" "$name" "$story" >"$target/$name-$story.log" 2>&1 </dev/null || status=$?
+            "$here/run" "$name" "$scenario" >"$target/$name-$scenario.log" 2>&1 </dev/null || status=$?
             case $status in
-                0) table+=$'\n'"$name $story passed" ;;
-                124) table+=$'\n'"$name $story time-out" ;;
-                *) table+=$'\n'"$name $story failed" ;;
+                0) table+=$'\n'"$name $scenario passed" ;;
+                124) table+=$'\n'"$name $scenario time-out" ;;
+                *) table+=$'\n'"$name $scenario failed" ;;
             esac
             table+=" $(((SECONDS - begin + 59) / 60))"
-            note "$story on $name ended with $status; its output: $target/$name-$story.log"
+            note "$scenario on $name ended with $status; its output: $target/$name-$scenario.log"
             [ "$status" = 0 ] || failed=1
         done
         rm -rf --one-file-system "$target/image-$name"-*

@@ -28,7 +28,7 @@ use crate::tracer::sys::landlock_version;
 /// A machine may be busy, and ext4 makes files slowly for minutes after many were removed (`recently_deleted` in
 /// `fs/ext4/ialloc.c`), which hostile jobs and their deletion do. What `tests/machine` builds, for machines that are
 /// emulated, waits longer.
-pub const PATIENCE: Duration = Duration::from_secs(match option_env!("TESTBED_EMULATED") {
+pub const TEST_TIMEOUT: Duration = Duration::from_secs(match option_env!("TESTBED_EMULATED") {
     Some(_) => 900,
     None => 300,
 });
@@ -41,7 +41,7 @@ pub const PAUSE: Duration = Duration::from_millis(5);
 ///
 /// # Panics
 ///
-/// With what is there instead, after [`PATIENCE`].
+/// With what is there instead, after [`TEST_TIMEOUT`].
 #[track_caller]
 pub fn until<T>(ask: impl FnMut() -> Result<T, String>) -> T {
     until_every(PAUSE, ask)
@@ -50,7 +50,7 @@ pub fn until<T>(ask: impl FnMut() -> Result<T, String>) -> T {
 /// The same with a longer pause, where an attempt costs something.
 #[track_caller]
 pub fn until_every<T>(pause: Duration, mut ask: impl FnMut() -> Result<T, String>) -> T {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TEST_TIMEOUT;
     loop {
         match ask() {
             Ok(found) => return found,
@@ -242,7 +242,7 @@ impl Log {
     /// Wait for so many lines, at least one; the last of them.
     fn wait_for(&self, count: usize, from: usize, parts: &[&str]) -> String {
         let matches = |line: &&String| parts.iter().all(|part| line.contains(part));
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TEST_TIMEOUT;
         let mut log = self.0.0.lock().unwrap();
         loop {
             if let Some(line) = log.lines.iter().skip(from).filter(matches).nth(count - 1) {
@@ -552,7 +552,7 @@ impl Drop for TestHost {
     fn drop(&mut self) {
         let top = self.cgroup_dir();
         let _ = fs::write(top.join("cgroup.kill"), "1");
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TEST_TIMEOUT;
         let populated = || {
             fs::read_to_string(top.join("cgroup.events"))
                 .unwrap_or_default()
@@ -695,8 +695,8 @@ impl Client {
     pub fn silent(host: &TestHost) -> Client {
         let socket = Seqpacket::connect(&host.socket(), false).expect("the helper listens");
         // A helper that does not answer fails the test, and does not hang it.
-        let patience = TimeVal::new(PATIENCE.as_secs() as i64, 0);
-        setsockopt(&socket, sockopt::ReceiveTimeout, &patience).expect("a socket can have a time-out");
+        let time = TimeVal::new(TEST_TIMEOUT.as_secs() as i64, 0);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &time).expect("a socket can have a time-out");
         let cgroups = host.cgroup_dir().join("workers");
         Client { socket, cgroups }
     }

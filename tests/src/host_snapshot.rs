@@ -125,7 +125,7 @@ pub fn ipc_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
     host::ipc(&uids.clone().into())
 }
 
-/// Processes of the range, dead ones included whose parent lives and has not waited for them. Whose parent has ended
+/// Processes of the range, dead ones included whose parent runs and has not waited for them. Whose parent has ended
 /// is the host's first process' to reap, which takes a moment: until then this waits.
 pub fn processes_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
     let of_first_process = format!("{}1", host::NOT_REAPED);

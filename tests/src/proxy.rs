@@ -11,7 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::harness::PATIENCE;
+use crate::harness::TEST_TIMEOUT;
 
 /// What happens to a request.
 #[derive(Clone, Debug, Default)]
@@ -117,7 +117,7 @@ impl Proxy {
     /// Wait until so many requests have met the present fault.
     pub async fn met(&self, requests: u64) {
         let mut met = self.shared.met.subscribe();
-        let met = tokio::time::timeout(PATIENCE, met.wait_for(|met| *met >= requests)).await;
+        let met = tokio::time::timeout(TEST_TIMEOUT, met.wait_for(|met| *met >= requests)).await;
         let met = met.unwrap_or_else(|_| panic!("no {requests} requests met the fault"));
         met.expect("the sender is ours");
     }

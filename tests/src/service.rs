@@ -15,7 +15,7 @@ pub struct Service {
     words: ChildStdin,
     said: Lines<BufReader<ChildStdout>>,
     pid: Option<u32>,
-    /// The program's standard error, of all its lives, and the manager's.
+    /// The program's standard error, of all its runs, and the manager's.
     pub log: Log,
 }
 
@@ -73,7 +73,7 @@ impl Service {
         let line = self
             .said
             .next()
-            .expect("the manager lives")
+            .expect("the manager is running")
             .expect("it says lines");
         let pid = line.strip_prefix(word).and_then(|pid| pid.parse().ok());
         pid.unwrap_or_else(|| panic!("the manager said {line:?}, not {word}…\n{}", self.log.text()))

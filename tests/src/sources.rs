@@ -59,7 +59,7 @@ pub fn is_for_tests(attributes: &[Attribute]) -> bool {
         .any(|it| it.path().is_ident("cfg") && it.parse_args::<syn::Ident>().is_ok_and(|word| word == "test"))
 }
 
-/// Is this function a test that is run somewhere: by itself, or in a machine that a story of `tests/machine` boots?
+/// Is this function a test that is run somewhere: by itself, or in a machine that a scenario of `tests/machine` boots?
 fn is_run(function: &ItemFn) -> bool {
     let last = |it: &Attribute, name: &str| it.path().segments.last().is_some_and(|part| part.ident == name);
     let ignored = function.attrs.iter().find(|it| last(it, "ignore"));
@@ -68,7 +68,7 @@ fn is_run(function: &ItemFn) -> bool {
             syn::Expr::Lit(syn::ExprLit {
                 lit: syn::Lit::Str(reason),
                 ..
-            }) => is_in_a_story(&reason.value()),
+            }) => is_in_a_scenario(&reason.value()),
             _ => false,
         },
         _ => false,
@@ -76,15 +76,15 @@ fn is_run(function: &ItemFn) -> bool {
     is_run && function.attrs.iter().any(|it| last(it, "test"))
 }
 
-/// Does this reason name a story of `tests/machine` that runs tests which are left out elsewhere?
-fn is_in_a_story(reason: &str) -> bool {
-    let Some((_, story)) = reason.split_once("tests/machine/run ") else {
+/// Does this reason name a scenario of `tests/machine` that runs tests which are left out elsewhere?
+fn is_in_a_scenario(reason: &str) -> bool {
+    let Some((_, scenario)) = reason.split_once("tests/machine/run ") else {
         return false;
     };
-    let story = story.split(' ').next().unwrap_or_default();
+    let scenario = scenario.split(' ').next().unwrap_or_default();
     assert!(
-        read(Path::new("tests/machine/stories").join(story)).contains("-ignored"),
-        "the story {story} runs no test that is ignored"
+        read(Path::new("tests/machine/scenarios").join(scenario)).contains("-ignored"),
+        "the scenario {scenario} runs no test that is ignored"
     );
     true
 }

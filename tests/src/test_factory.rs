@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::Signal;
 
 use crate::disk::SmallDisk;
-use crate::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, place};
+use crate::harness::{TEST_TIMEOUT, Running, SUPERVISOR_UID, TestHost, binaries, place};
 use crate::host_snapshot::HostSnapshot;
 use crate::proxy::Proxy;
 use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
@@ -160,7 +160,7 @@ impl TestFactory {
 
     /// Wait for a job's end; panics with the supervisor's log where it does not come.
     pub async fn ended(&self, job: Ulid) -> Job {
-        let ended = self.server.wait_job(job, PATIENCE).await;
+        let ended = self.server.wait_job(job, TEST_TIMEOUT).await;
         ended.unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()))
     }
 
@@ -178,7 +178,7 @@ impl TestFactory {
 
     /// Wait until the server's state shows what is wanted.
     pub async fn see<T>(&self, see: impl FnMut(&State) -> Option<T>) -> T {
-        let seen = self.server.wait_for(PATIENCE, see).await;
+        let seen = self.server.wait_for(TEST_TIMEOUT, see).await;
         seen.unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()))
     }
 

@@ -13,7 +13,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::{BootstrapToken, ErrorKind, Reply, Request, SlotName, State, WorkerId};
 
 use crate::disk::SmallDisk;
-use crate::harness::{Client, PATIENCE, Running, TestHost, binaries, sealed, worker_id};
+use crate::harness::{Client, TEST_TIMEOUT, Running, TestHost, binaries, sealed, worker_id};
 use crate::host_snapshot::HostSnapshot;
 
 /// Three slots, the first two in conflict, the first with something of everything.
@@ -188,7 +188,7 @@ pub fn state(client: &Client, worker: WorkerId) -> State {
 
 /// Wait for a worker with an agent until `good`; returns its state then.
 pub fn wait_until(client: &Client, worker: WorkerId, good: impl Fn(State) -> bool) -> State {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TEST_TIMEOUT;
     // The kernel says when the last process has left (`cgroups(7)`): that is when the agent has ended.
     let events = File::open(client.cgroups.join(format!("{worker}/cgroup.events"))).expect("it has an agent");
     loop {
@@ -206,7 +206,7 @@ pub fn wait_until(client: &Client, worker: WorkerId, good: impl Fn(State) -> boo
 
 /// Wait until this happens at `path`, and there is what is looked for.
 pub fn watch(path: &Path, what: AddWatchFlags, mut found: impl FnMut() -> bool) -> bool {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TEST_TIMEOUT;
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).expect("inotify");
     inotify.add_watch(path, what).expect("it can be watched");
     loop {

@@ -2,7 +2,7 @@
 //! instruction. A count does not depend on how busy the machine is, so this is what fails where the helper gets
 //! slower; times are for `cargo bench`. Needs root.
 //!
-//! A number here may be raised, with a reason: it is what docs/performance.md says that a life costs.
+//! A number here may be raised, with a reason: it is what docs/performance.md says that a worker costs.
 
 use std::os::fd::AsFd;
 

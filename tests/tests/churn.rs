@@ -23,7 +23,7 @@ const AT_ONCE: usize = 8;
 /// The slot whose jobs may make namespaces, and leave mounts in them.
 const NAMESPACES: &str = "s7";
 
-/// One slot for each that lives at the same time. Two have more namespaces than the others.
+/// One slot for each that exists at the same time. Two have more namespaces than the others.
 fn slots() -> String {
     let slot = |number: usize| {
         let more = match number {

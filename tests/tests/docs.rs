@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use protocol::config::{CONFIG_PATH, Config};
 use supervisor::settings::needs_restart;
-use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries, tool};
+use testbed::harness::{TEST_TIMEOUT, SUPERVISOR_UID, TestHost, binaries, tool};
 use testbed::pages::Page;
 use testbed::sources::{read, root};
 use testbed::test_factory::TestFactory;
@@ -275,7 +275,7 @@ fn every_command_in_the_pages_is_one_that_the_program_understands() {
 }
 
 #[test]
-fn every_unit_test_program_and_story_that_the_pages_name_is_there() {
+fn every_unit_test_program_and_scenario_that_the_pages_name_is_there() {
     let mut mistakes = Vec::new();
     let exists = |places: &[String]| places.iter().any(|place| root().join(place).exists());
     for page in Page::all() {
@@ -306,7 +306,7 @@ fn every_unit_test_program_and_story_that_the_pages_name_is_there() {
                         .collect(),
                     "--bench" => program("tests/benches").into(),
                     "--bin" => program("tests/src/bin").into(),
-                    "tests/machine/run" if name != "all" => ["hosts", "stories"]
+                    "tests/machine/run" if name != "all" => ["hosts", "scenarios"]
                         .map(|dir| format!("tests/machine/{dir}/{name}"))
                         .into(),
                     _ => continue,
@@ -435,7 +435,7 @@ async fn the_quickstart_begins_as_the_readme_does_and_the_rest_of_it_ends_in_a_j
     .concat()
     {
         if line == "systemctl start buildomat-user-factory.service" {
-            // The factory runs already; the story `deployment` starts it so.
+            // The factory runs already; the scenario `deployment` starts it so.
             continue;
         }
         if let Some(command) = line.strip_prefix("install ") {
@@ -461,7 +461,7 @@ async fn the_quickstart_begins_as_the_readme_does_and_the_rest_of_it_ends_in_a_j
             let command = line.strip_prefix("user-factory ");
             let command = command.unwrap_or_else(|| panic!("nothing here types {line}"));
             let command = command.replace(&format!("/{CONFIG_PATH}"), &config) + &root;
-            let end = Instant::now() + PATIENCE;
+            let end = Instant::now() + TEST_TIMEOUT;
             loop {
                 let mut typed = Command::new(binaries().join("user-factory"));
                 typed.args(command.split(' '));

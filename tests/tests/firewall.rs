@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use protocol::config::UidRange;
-use testbed::harness::{PATIENCE, PAUSE, cgroup2_mount, tool};
+use testbed::harness::{TEST_TIMEOUT, PAUSE, cgroup2_mount, tool};
 
 /// The range of packaging/firewall.nft, which is the configuration's default.
 static RANGE: LazyLock<RangeInclusive<u32>> = LazyLock::new(|| {
@@ -129,7 +129,7 @@ impl Drop for Cgroups {
     fn drop(&mut self) {
         let workers = self.0.join("a.service/workers");
         let _ = fs::write(self.0.join("cgroup.kill"), "1");
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TEST_TIMEOUT;
         for dir in [
             self.worker("a"),
             self.worker("b"),

@@ -103,7 +103,7 @@ pub fn create(cgroups: impl AsFd, name: &str) -> nix::Result<OwnedFd> {
     open_dir(cgroups, name)
 }
 
-/// Does any process of the worker live?
+/// Does any process of the worker exist?
 pub fn is_populated(cgroups: impl AsFd, worker: WorkerId) -> std::io::Result<bool> {
     match open_dir(cgroups, worker.to_string()) {
         Err(Errno::ENOENT) => Ok(false),
@@ -131,7 +131,7 @@ pub fn kill_and_remove_one(cgroups: impl AsFd, name: &str) -> Result<()> {
         Err(Errno::ENOENT) => return Ok(()),
         cgroup => cgroup?,
     };
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + KILL_TIMEOUT;
     loop {
         kill_processes(&cgroup, name)?;
         match remove_dir(cgroups.as_fd(), name) {
@@ -145,7 +145,7 @@ pub fn kill_and_remove_one(cgroups: impl AsFd, name: &str) -> Result<()> {
 }
 
 /// How long processes may take to end once they have the signal.
-const PATIENCE: Duration = Duration::from_secs(60);
+const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// End every process in this cgroup, and wait until they are gone. One that has been removed has none.
 pub fn kill_processes(cgroup: &OwnedFd, name: &str) -> Result<()> {
@@ -153,12 +153,12 @@ pub fn kill_processes(cgroup: &OwnedFd, name: &str) -> Result<()> {
         Err(Errno::ENOENT) => return Ok(()),
         events => events?,
     };
-    let until = Instant::now() + PATIENCE;
-    let mut patience = Duration::from_micros(100);
+    let until = Instant::now() + KILL_TIMEOUT;
+    let mut pause = Duration::from_micros(100);
     while populated(cgroup)? {
         ensure!(
             Instant::now() < until,
-            "processes of {name} live a minute after SIGKILL: look for state D in ps, and repeat"
+            "processes of {name} still run a minute after SIGKILL: look for state D in ps, and repeat"
         );
         let kill = match open_file(cgroup, "cgroup.kill", OFlag::O_WRONLY) {
             Err(Errno::ENOENT) => return Ok(()),
@@ -171,8 +171,8 @@ pub fn kill_processes(cgroup: &OwnedFd, name: &str) -> Result<()> {
         // The kernel wakes us when `populated` changes, but tells of a cgroup at most every 10 ms
         // (CGROUP_FILE_NOTIFY_MIN_INTV of kernel/cgroup/cgroup.c): so we ask again, ever more seldom.
         let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-        let waited = ppoll(&mut wait, Some(TimeSpec::from_duration(patience)), None);
-        patience = (patience * 2).min(Duration::from_secs(1));
+        let waited = ppoll(&mut wait, Some(TimeSpec::from_duration(pause)), None);
+        pause = (pause * 2).min(Duration::from_secs(1));
         match waited {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),

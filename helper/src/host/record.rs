@@ -133,7 +133,7 @@ impl Worker {
     }
 
     pub fn write_record(&mut self, record: Record) -> Result<()> {
-        // Of an earlier life that was all but deleted.
+        // Of an earlier worker that was all but deleted.
         remove_file(self.dir(), "started")?;
         symlinkat(record.print().as_str(), self.dir(), "record")
             .with_context(|| format!("cannot write the record of worker {}", self.id))?;

@@ -43,7 +43,7 @@ pub fn check_id_overlap(host: &Host, range: UidRange) -> Result<()> {
 /// Refuse a range of which a process has a uid that is no worker's. The kernel finds a user's processes by a table, so
 /// the number of processes costs nothing.
 pub fn check_no_process(host: &Host, range: UidRange) -> Result<()> {
-    // The user records in /run may be lost while workers live.
+    // The user records in /run may be lost while workers exist.
     let recorded: BTreeSet<u32> = record::list(host)?
         .workers
         .iter()

@@ -110,7 +110,7 @@ fn refuse(session: &Seqpacket, failure: Failure) {
     let _ = HandshakeMessage::Failed(reason).send_to(session, None);
 }
 
-/// Does who asked still wait? It holds the worker's lock for as long as it lives. Once it is dead, the worker may be
+/// Does who asked still wait? It holds the worker's lock for as long as it runs. Once it has exited, the worker may be
 /// another's.
 fn is_waited_for(session: &Seqpacket) -> Result<()> {
     let mut events = [PollFd::new(session.as_fd(), PollFlags::empty())];

@@ -251,7 +251,7 @@ fn start(host: &Host, listener: &Listener) -> Result<(Pid, File)> {
     Ok((pid, ready.into()))
 }
 
-/// The listener's whole life.
+/// All that the listener does.
 fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> Result<()> {
     let Listener {
         socket,

@@ -3,7 +3,7 @@
 //!
 //! Three processes take part. The session holds the worker's lock (`flock(2)` on its directory) from the first step to the
 //! last, and one end of a socket pair. The first process has the other end, and keeps it open until the agent runs: if the
-//! session dies, the first process reads the end of the socket and exits. Who waits has a time limit ([`PATIENCE`]).
+//! session dies, the first process reads the end of the socket and exits. Who waits has a time limit ([`STEP_TIMEOUT_SECONDS`]).
 //!
 //! | step | process | what it does | cut off after it |
 //! | --- | --- | --- | --- |
@@ -111,9 +111,9 @@ pub fn install(
     let run = open_dir(worker.dir(), "fs/run").context("cannot open the worker's fs/run")?;
     copy_agent(&agent, &run)?;
     expect(&child, HandshakeMessage::Filter)?;
-    set_patience(&child, FILTER_PATIENCE)?;
+    set_receive_timeout(&child, FILTER_TIMEOUT_SECONDS)?;
     expect(&child, HandshakeMessage::Ready)?;
-    set_patience(&child, PATIENCE)?;
+    set_receive_timeout(&child, STEP_TIMEOUT_SECONDS)?;
     if let Some(seconds) = slot.limits.run_time_seconds {
         timer::start(worker, &cgroup, Duration::from_secs(seconds))?;
     }
@@ -127,11 +127,11 @@ pub fn install(
 /// How long the monitor, or a process of its making, may take for a step, in seconds. One that hangs in a mount must not
 /// keep the worker's lock: its deletion would wait for ever. With the filter it is less than the supervisor waits for an
 /// answer, a minute: so the supervisor gets the reason.
-const PATIENCE: i64 = 45;
+const STEP_TIMEOUT_SECONDS: i64 = 45;
 /// The same for a job's filter of system calls, which takes a millisecond or does not end.
-const FILTER_PATIENCE: i64 = 10;
+const FILTER_TIMEOUT_SECONDS: i64 = 10;
 
-fn set_patience(answers: &impl AsFd, seconds: i64) -> Result<()> {
+fn set_receive_timeout(answers: &impl AsFd, seconds: i64) -> Result<()> {
     setsockopt(answers, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))
         .context("cannot limit how long an answer is waited for")
 }
@@ -139,7 +139,7 @@ fn set_patience(answers: &impl AsFd, seconds: i64) -> Result<()> {
 /// Ask the monitor: the other end of the socket that it gets answers.
 pub fn request(monitor: &Seqpacket, request: &MonitorRequest) -> Result<Seqpacket, Failure> {
     let (here, there) = Seqpacket::pair().context("cannot make a pair of sockets")?;
-    set_patience(&here, PATIENCE)?;
+    set_receive_timeout(&here, STEP_TIMEOUT_SECONDS)?;
     let sent = monitor.send(
         &wire::encode(request).context("cannot encode a request")?,
         Some(there.as_fd()),
@@ -157,11 +157,11 @@ pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failur
         Err(Errno::EAGAIN) => {
             return Err(Failure::Busy(match expected {
                 HandshakeMessage::Ready => format!(
-                    "the kernel did not install the job's filter of system calls (seccomp) within {FILTER_PATIENCE} s. {}",
+                    "the kernel did not install the job's filter of system calls (seccomp) within {FILTER_TIMEOUT_SECONDS} s. {}",
                     seccomp::LATE_FILTER_HINT
                 ),
                 _ => format!(
-                    "the helper did not finish this step within {PATIENCE} s: look for its processes in state D in ps, and repeat"
+                    "the helper did not finish this step within {STEP_TIMEOUT_SECONDS} s: look for its processes in state D in ps, and repeat"
                 ),
             }));
         }

@@ -57,9 +57,9 @@ pub trait Operations {
 /// Serve this connection to its end.
 pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpacket) {
     // A peer that says nothing, or does not read, must not keep a process for ever.
-    let patience = |seconds| TimeVal::new(seconds, 0);
-    let limited = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(10))
-        .and_then(|()| setsockopt(&socket, sockopt::SendTimeout, &patience(10)));
+    let time = |seconds| TimeVal::new(seconds, 0);
+    let limited = setsockopt(&socket, sockopt::ReceiveTimeout, &time(10))
+        .and_then(|()| setsockopt(&socket, sockopt::SendTimeout, &time(10)));
     if let Err(errno) = limited {
         return warn!("closed the connection: cannot limit how long it is waited for: {errno}");
     }
@@ -100,7 +100,7 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
             }
             (Request::Hello { version: VERSION }, false) => {
                 is_greeted = true;
-                let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &patience(3600));
+                let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &time(3600));
                 (Reply::Welcome, None)
             }
             (Request::Hello { version }, false) => {

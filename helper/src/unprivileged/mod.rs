@@ -53,16 +53,16 @@ pub fn as_user(uid: Uid, keep: &[RawFd], work: impl FnOnce(&Unprivileged) -> Res
 /// End every process of the user, those included that no cgroup of ours knows, and wait until the last is reaped.
 pub fn kill_all(uid: Uid) -> Result<()> {
     let end = Instant::now() + Duration::from_secs(60);
-    let mut patience = Duration::from_micros(20);
+    let mut pause = Duration::from_micros(20);
     while sys::has_process_of(uid.get())? {
         ensure!(
             Instant::now() < end,
-            "processes of uid {uid} live a minute after SIGKILL: look for them in ps, and repeat"
+            "processes of uid {uid} still run a minute after SIGKILL: look for them in ps, and repeat"
         );
         // Most often those of its cgroup, dead, and about to be reaped by a parent who cannot tell us.
-        std::thread::sleep(patience);
-        patience = (patience * 2).min(Duration::from_millis(10));
-        if patience > Duration::from_millis(1) {
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(10));
+        if pause > Duration::from_millis(1) {
             // It reaches all of the user's but the process itself (kill(2)); whom it found, it does not tell.
             as_user(uid, &[], |_| {
                 let _ = nix::sys::signal::kill(Pid::from_raw(-1), Signal::SIGKILL);

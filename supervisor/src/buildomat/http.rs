@@ -16,13 +16,13 @@ use crate::token::{Token, TokenStore};
 /// The longest answer that is read, in bytes.
 const MAX_BODY: usize = 8 << 20;
 /// How long an answer may take, its body included.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) struct Http {
     client: Client,
     base: String,
     tokens: TokenStore,
-    patience: Duration,
+    timeout: Duration,
     log: RateLimitedLog,
 }
 
@@ -45,7 +45,7 @@ impl Http {
             client,
             base: general.baseurl.as_str().to_owned(),
             tokens,
-            patience: PATIENCE,
+            timeout: CALL_TIMEOUT,
             log: RateLimitedLog::default(),
         })
     }
@@ -55,7 +55,7 @@ impl Http {
             .client
             .request(call.method.clone(), format!("{}{}", self.base, call.path))
             .bearer_auth(token.text())
-            .timeout(self.patience);
+            .timeout(self.timeout);
         if let Some(body) = &call.body {
             request = request.json(body);
         }
@@ -278,8 +278,8 @@ mod tests {
             ("", b""),
         ] {
             let mut http = endless(first, more, Duration::from_millis(20)).await;
-            assert_eq!(http.patience, Duration::from_secs(30));
-            http.patience = Duration::from_millis(500);
+            assert_eq!(http.timeout, Duration::from_secs(30));
+            http.timeout = Duration::from_millis(500);
             let answer = timeout(Duration::from_secs(20), http.call(call())).await;
             let answer = answer.unwrap_or_else(|_| panic!("{first}: it is not given up"));
             assert!(answer.is_err(), "{first}: {answer:?}");
@@ -301,7 +301,7 @@ mod tests {
                 stream.write_all(answer.as_bytes()).await.unwrap();
             });
             let mut http = Http::new(&config.general, TokenStore::fixed("secret")).unwrap();
-            http.patience = Duration::from_secs(2);
+            http.timeout = Duration::from_secs(2);
             assert_eq!(http.call(call()).await, Ok(Answer::new(code, "")));
         }
         let came = timeout(Duration::ZERO, elsewhere.accept()).await;

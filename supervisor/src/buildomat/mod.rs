@@ -19,7 +19,7 @@ use crate::call_error::{CallError, Peer};
 use crate::pending_calls::PendingCalls;
 use crate::token::TokenStore;
 
-pub use http::PATIENCE;
+pub use http::CALL_TIMEOUT;
 pub(crate) use http::causes;
 pub use types::{JobId, LEASE_MS, Lease, Scripts, ServerTarget, ServerWorker};
 
@@ -87,7 +87,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
-    /// Will the same call never work? 401 may be a token that is being replaced; 408 and 429 ask for patience.
+    /// Will the same call never work? 401 may be a token that is being replaced; 408 and 429 ask to wait.
     pub fn is_refusal(&self) -> bool {
         matches!(self, Error::Status { code: 400..=499, .. })
             && !matches!(

@@ -36,7 +36,7 @@ const UNANSWERED: Duration = Duration::from_secs(5);
 /// A status request waits no longer than this for a helper that must be asked first.
 const STATUS_WAIT: Duration = Duration::from_secs(1);
 
-/// Milliseconds since 1970 that never go back, and do not jump, within one life: waits and limits are counted in them. The
+/// Milliseconds since 1970 that never go back, and do not jump, within one run of the supervisor: waits and limits are counted in them. The
 /// host's clock may jump, as when it is set after the start: what is shown is in its time, see [`Clock::ahead`].
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
@@ -296,7 +296,7 @@ impl<S: Storage> Driver<S> {
         let because = self.persistence.problem().cloned().unwrap_or_default();
         let problem = CallError::passing(Peer::Database, because);
         match output {
-            // The server still learns that the factory lives.
+            // The server still learns that the factory is running.
             Output::Lease(_) => Ok(Output::Lease(Default::default())),
             Output::MakeWorker { job, .. } => Err(Input::WorkerMade(job, Err(problem)).into()),
             Output::CarryOut(_, Action::HostDelete | Action::ServerDelete { .. }) => Ok(output),

@@ -147,7 +147,7 @@ impl<S: Storage> Persistence<S> {
     /// The last chance to write.
     ///
     /// # Errors
-    /// Where something is lost for the next life: it is found again on the server and on the host.
+    /// Where something is lost for the next run: it is found again on the server and on the host.
     pub(super) fn finish(&mut self) -> Result<()> {
         self.write_all()
             .context("stopped while the database could not be written")

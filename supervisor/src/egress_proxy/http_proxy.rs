@@ -26,7 +26,7 @@ use tokio::time::{sleep, timeout};
 use super::destination::NotConnected;
 use super::untrusted::{UntrustedTcpStream, Watch};
 use super::workers::Gone;
-use super::{EgressProxy, PATIENCE};
+use super::{EgressProxy, PEER_TIMEOUT};
 use crate::egress_records::JobEgress;
 use crate::limiter::Permit;
 
@@ -77,7 +77,7 @@ pub(super) async fn serve(
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .keep_alive(false)
-        .header_read_timeout(PATIENCE)
+        .header_read_timeout(PEER_TIMEOUT)
         .max_buf_size(MAX_HEAD)
         .preserve_header_case(true)
         .serve_connection(TokioIo::new(stream), service)
@@ -202,7 +202,7 @@ fn discard(request: Request<Incoming>) {
         return;
     }
     let mut rest = Body::new(request.into_body()).into_data_stream();
-    tokio::spawn(timeout(PATIENCE, async move {
+    tokio::spawn(timeout(PEER_TIMEOUT, async move {
         while rest.next().await.is_some_and(|piece| piece.is_ok()) {}
     }));
 }

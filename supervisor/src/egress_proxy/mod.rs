@@ -61,7 +61,7 @@ use workers::{Gone, Workers};
 /// How often the socket is looked for, and tried to be made where it is not there.
 const SOCKET_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a caller may take to bring its descriptor, and a job to send its first TLS message.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PEER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection of which one side has ended may stall.
 const HALF_CLOSED: Duration = Duration::from_secs(60);
 /// Connections of one worker at the same time: an agent and its job's uploads need a few.
@@ -319,7 +319,7 @@ impl EgressProxy {
     ) {
         let gone = self.workers.connection_of(worker, uid);
         // Where it has said nothing, nothing is found.
-        let _ = timeout(PATIENCE, untrusted::wait_readable(&caller)).await;
+        let _ = timeout(PEER_TIMEOUT, untrusted::wait_readable(&caller)).await;
         let slow_call = self.receiving.of(uid).acquire_owned().await;
         // Closing what else it has sent can take long. The thread has the permit, for as long as it takes.
         let closer = self.closer.clone();
@@ -381,13 +381,13 @@ impl EgressProxy {
                 sleep(Duration::from_millis(20)).await;
             }
         };
-        timeout(PATIENCE, permit).await.ok()
+        timeout(PEER_TIMEOUT, permit).await.ok()
     }
 
     async fn carry(&self, mut job: UntrustedTcpStream, uid: u32, gone: Gone) {
         let first = match &self.tls_name {
             None => Vec::new(),
-            Some(name) => match timeout(PATIENCE, client_hello_for(name.as_deref(), &mut job)).await {
+            Some(name) => match timeout(PEER_TIMEOUT, client_hello_for(name.as_deref(), &mut job)).await {
                 Ok(Ok(first)) => first,
                 refused => {
                     let why = match refused {

@@ -114,7 +114,7 @@ impl Factory {
             let Some(mut action) = next.filter(|_| calls.action.is_none() && calls.retry.is_none()) else {
                 continue;
             };
-            // What the last life has saved may be old: before both lists have been compared, nothing is begun but
+            // What the previous run has saved may be old: before both lists have been compared, nothing is begun but
             // deletions.
             let deletes = matches!(action, Action::HostDelete | Action::ServerDelete { .. });
             if !(reconciled || deletes) || (action.needs_the_slot() && !may_start) {

@@ -57,7 +57,7 @@ impl Factory {
         used
     }
 
-    /// Ask for a job. With no slot free this still shows the server that the factory lives.
+    /// Ask for a job. With no slot free this still shows the server that the factory is running.
     pub(super) fn ask_for_jobs(&mut self, now: u64) {
         let failed = self.lease_failed.as_ref();
         let waits = failed.is_some_and(|failure| failure.retry_at > now);

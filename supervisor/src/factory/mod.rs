@@ -224,7 +224,7 @@ pub struct Factory {
     reserved_slots: BTreeSet<SlotName>,
     /// The server's last list had a worker that may be another host's.
     other_host_listed: bool,
-    /// Another host has been seen, since this life began.
+    /// Another host has been seen, since this run began.
     other_host_seen: bool,
     cooldowns: BTreeMap<SlotName, SlotCooldown>,
     server: PeerState,
@@ -260,7 +260,7 @@ pub struct Factory {
 }
 
 impl Factory {
-    /// A factory with the workers of its last life. The same `seed` and inputs give the same outputs.
+    /// A factory with the workers of its previous run. The same `seed` and inputs give the same outputs.
     pub fn new(identity: Identity, config: Config, workers: Vec<Worker>, seed: u64, now: u64) -> Self {
         let mut factory = Self {
             identity,
@@ -311,7 +311,7 @@ impl Factory {
         factory
     }
 
-    /// The same, with what the operator had drained in the last life: slots, or all.
+    /// The same, with what the operator had drained in the previous run: slots, or all.
     #[must_use]
     pub fn drained(mut self, drains: Drains) -> Self {
         self.drains = drains;
@@ -432,7 +432,7 @@ impl Factory {
         }
     }
 
-    /// What has come to its end is over at once, saved or not: the next life compares the time again.
+    /// What has come to its end is over at once, saved or not: the next run compares the time again.
     fn end_drains(&mut self, wall: u64) {
         for slot in drain::ended(&self.drains, wall) {
             self.drains.remove(&slot);

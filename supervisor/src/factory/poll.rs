@@ -283,12 +283,12 @@ impl Factory {
             };
             // A worker that is newer than the list is not gone; one that is being changed is not absent.
             let (listed, settled) = (owned.known < open.turn, owned.calls.is_settled(open.turn));
-            let lived = !owned.worker.phase.is_ending();
+            let existed = !owned.worker.phase.is_ending();
             let on_server = server.as_ref().and_then(|list| match list.get(&id) {
                 None if !listed => None,
                 None => {
                     let since = *owned.missing_since.get_or_insert(now);
-                    let believed = !lived || now.saturating_sub(since) >= FORGOTTEN_MS;
+                    let believed = !existed || now.saturating_sub(since) >= FORGOTTEN_MS;
                     believed.then_some(OnServer::Gone)
                 }
                 found => {
@@ -309,7 +309,7 @@ impl Factory {
                     host: on_host,
                 },
             );
-            if gone && lived {
+            if gone && existed {
                 let text = "the server no longer has the worker".to_owned();
                 self.log(Level::Info, Some(id), text);
             }

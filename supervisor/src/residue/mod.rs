@@ -112,7 +112,7 @@ pub struct Residue {
 pub struct Report {
     /// The first and the last uid of the range.
     pub uid_range: (u32, u32),
-    /// Workers that live, with the uid of each: what is theirs is not residue.
+    /// Workers that exist, with the uid of each: what is theirs is not residue.
     pub workers: BTreeMap<String, Option<u32>>,
     /// All that is left.
     pub found: BTreeSet<Residue>,
@@ -129,7 +129,7 @@ impl Report {
     }
 }
 
-/// The workers that live, by their directories, each with the uid that its user record says.
+/// The workers that exist, by their directories, each with the uid that its user record says.
 ///
 /// # Errors
 /// The state directory cannot be read.
@@ -249,7 +249,7 @@ fn in_tables(
     Ok(found)
 }
 
-/// Does this text have the user name of a worker, and of none that lives?
+/// Does this text have the user name of a worker, and of none that exists?
 fn is_of_no_worker(text: &str, living: &BTreeMap<WorkerId, Option<u32>>) -> bool {
     let names = text
         .match_indices("bmat-")
@@ -280,7 +280,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_of_a_worker_that_lives_is_not_left_and_another_is() {
+    fn a_name_of_a_worker_that_exists_is_not_left_and_another_is() {
         let id: WorkerId = "01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap();
         let living = BTreeMap::from([(id, Some(7))]);
         for (text, is_left) in [

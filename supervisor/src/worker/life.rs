@@ -239,7 +239,7 @@ impl Worker {
             (Phase::Running { online: false }, Some(OnHost::Has(State::Created))) => {
                 self.enter(Phase::Created, now)
             }
-            // Started by a life that could not note it.
+            // Started by a run that could not note it.
             (Phase::Reserved | Phase::Created, Some(OnHost::Has(State::Running))) if online => {
                 self.enter(Phase::Running { online: true }, now);
             }

@@ -245,7 +245,7 @@ pub enum Event {
     ServerDeleted,
     /// It gets this slot.
     SlotChanged(SlotName),
-    /// A new life of the supervisor has begun.
+    /// A new run of the supervisor has begun.
     SupervisorStarted,
     /// No process of it is left on the host.
     Killed,

@@ -258,7 +258,7 @@ fn the_usual_life() {
         associated: false,
         ..worker(Phase::Reserved)
     };
-    let story = [
+    let events = [
         (Event::Associated, "associate"),
         (Event::UserCreated, "create user"),
         (Event::AgentStarted, "install agent"),
@@ -266,7 +266,7 @@ fn the_usual_life() {
         (seen(on_server(false, true, true), RUNNING), ""),
         (Event::HostClean, "delete on the host"),
     ];
-    for (event, action) in story {
+    for (event, action) in events {
         assert_eq!(
             w.next_action().map_or("", |action| action.name()),
             action,

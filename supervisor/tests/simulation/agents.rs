@@ -46,7 +46,7 @@ impl World {
         }
     }
 
-    /// Is this agent alive, on one of the hosts?
+    /// Is this agent running, on one of the hosts?
     pub fn runs(&self, id: WorkerId, agent: u64) -> bool {
         self.host.runs(id, agent) || self.second.host.runs(id, agent)
     }

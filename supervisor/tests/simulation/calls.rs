@@ -12,7 +12,7 @@ use crate::second::SECOND;
 use crate::world::{Event, World};
 
 /// How long the supervisor's HTTP client waits.
-pub const PATIENCE_MS: u64 = supervisor::buildomat::PATIENCE.as_millis() as u64;
+pub const CALL_TIMEOUT_MS: u64 = supervisor::buildomat::CALL_TIMEOUT.as_millis() as u64;
 
 #[derive(Debug)]
 pub struct InFlight {
@@ -39,11 +39,11 @@ impl InFlight {
 
 impl World {
     /// The supervisor asks something.
-    pub fn send(&mut self, life: u64, ask: Ask, caller: oneshot::Sender<Answer>) {
-        if life & SECOND != 0 {
-            return self.send_second(life, ask, caller);
+    pub fn send(&mut self, run: u64, ask: Ask, caller: oneshot::Sender<Answer>) {
+        if run & SECOND != 0 {
+            return self.send_second(run, ask, caller);
         }
-        if life != self.life || !self.alive {
+        if run != self.run || !self.is_running {
             return;
         }
         let (kind, about) = (ask.kind(), ask.about());
@@ -107,8 +107,8 @@ impl World {
         };
         self.calls.insert(id, call);
         self.after(there, Event::Arrive(id));
-        if kind.is_of_server() && (there + back > PATIENCE_MS || self.server_mode == Mode::Hung) {
-            self.after(PATIENCE_MS, Event::GiveUp(id));
+        if kind.is_of_server() && (there + back > CALL_TIMEOUT_MS || self.server_mode == Mode::Hung) {
+            self.after(CALL_TIMEOUT_MS, Event::GiveUp(id));
         }
         self.dies_at(kind, Point::Sent);
     }
@@ -244,7 +244,7 @@ impl World {
                         self.calls.remove(&id);
                     }
                 }
-                return self.after(PATIENCE_MS, Event::GiveUp(id));
+                return self.after(CALL_TIMEOUT_MS, Event::GiveUp(id));
             }
             Mode::Errors => return self.settle(id, page(502, false)),
             Mode::Broken => return self.settle(id, page(500, true)),
@@ -277,7 +277,7 @@ impl World {
             }
             Fate::Twice { gap, second } => {
                 self.after(gap, Event::Again(id));
-                if second && gap < PATIENCE_MS {
+                if second && gap < CALL_TIMEOUT_MS {
                     return;
                 }
                 // The repetition is nobody's.

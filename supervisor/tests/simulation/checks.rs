@@ -74,7 +74,7 @@ pub struct Checks {
     pub storm: Storm,
     pub draining_since: Option<u64>,
     pub drained_slot: Option<(SlotName, u64)>,
-    /// How many lists of the server this life has asked for.
+    /// How many lists of the server this run of the supervisor has asked for.
     pub lists: u64,
     pub lied_since: Option<u64>,
     /// When a job was last leased, as far as the supervisor knows.
@@ -192,7 +192,7 @@ impl Checks {
     pub fn removed(&mut self, id: WorkerId, live: bool) {
         let track = self.track(id);
         track.had_ms = 0;
-        // Deleted by a request of an earlier life, that arrived late.
+        // Deleted by a request of an earlier run, that arrived late.
         track.lied_about |= !live;
     }
 
@@ -223,7 +223,7 @@ impl Checks {
             if track.seen_held.is_some_and(|seen| seen >= lists) {
                 track.seen_held = None;
             } else if track.seen_held.is_some() {
-                // Saved: the next life knows.
+                // Saved: the next run knows.
                 track.seen_held = Some(0);
             }
         }
@@ -239,8 +239,8 @@ impl Checks {
         self.changed_at = self.changed_at.max(now + RELOAD_MS);
     }
 
-    pub fn drained(&mut self, now: u64, alive: bool) {
-        if alive {
+    pub fn drained(&mut self, now: u64, is_running: bool) {
+        if is_running {
             self.draining_since.get_or_insert(now);
         }
     }
@@ -249,8 +249,8 @@ impl Checks {
         self.draining_since = None;
     }
 
-    pub fn slot_drained(&mut self, now: u64, slot: SlotName, alive: bool) {
-        self.drained_slot = alive.then_some((slot, now));
+    pub fn slot_drained(&mut self, now: u64, slot: SlotName, is_running: bool) {
+        self.drained_slot = is_running.then_some((slot, now));
     }
 
     pub fn slot_undrained(&mut self) {
@@ -309,13 +309,13 @@ impl Checks {
         }
     }
 
-    /// A second has passed. `patient`: the supervisor runs, and can ask the server.
-    pub fn a_second_passes(&mut self, server: &Server, patient: bool) {
+    /// A second has passed. `can_ask`: the supervisor runs, and can ask the server.
+    pub fn a_second_passes(&mut self, server: &Server, can_ask: bool) {
         for (id, w) in server.workers.iter().filter(|(_, w)| !w.deleted) {
             let track = self.tracks.entry(*id).or_default();
             if w.hold.is_none() {
                 track.held_since = None;
-                if patient && !w.online() {
+                if can_ask && !w.online() {
                     track.had_ms += 1_000;
                 }
             }

@@ -71,7 +71,7 @@ impl World {
             Item::HelperRestart(extent) => return self.cut_off_helper(extent),
             Item::Crash(down) => {
                 self.requests.crash = Some(down);
-                return self.alive;
+                return self.is_running;
             }
             Item::CrashAfterSaves(n, down) => {
                 self.trace.crash_after_saves(Some((n, down)));
@@ -80,7 +80,7 @@ impl World {
             Item::Stop(down) => {
                 self.stop_for = down;
                 self.requests.inputs.push(Input::Stop);
-                return self.alive;
+                return self.is_running;
             }
             Item::LoseDatabase(down) => {
                 self.requests.crash = Some(down);
@@ -94,13 +94,13 @@ impl World {
                 self.start_second();
             }
             Item::SecondCrashes(down) => {
-                self.second.requests.crash = self.second.alive.then_some(down);
-                return self.second.alive;
+                self.second.requests.crash = self.second.is_running.then_some(down);
+                return self.second.is_running;
             }
             Item::SecondCut(ms) => {
                 self.second.cut = true;
                 self.lasts(Period::SecondCut, ms);
-                return self.second.alive;
+                return self.second.is_running;
             }
             Item::SecondIsLost => return self.second_is_lost(),
             Item::DiskFull(ms) => self.disk_is(Disk::Full, ms),
@@ -160,7 +160,7 @@ impl World {
             }
             Item::Drain(ms) => {
                 self.say(Input::Drain(None, Some(Drain::default())));
-                self.checks.drained(self.now, self.alive);
+                self.checks.drained(self.now, self.is_running);
                 self.lasts(Period::Drain, ms);
             }
             Item::DrainSlot(n, ms) => {
@@ -169,7 +169,7 @@ impl World {
                     self.say(Input::Drain(Some(before), None));
                 }
                 self.say(Input::Drain(Some(slot.clone()), Some(Drain::default())));
-                self.checks.slot_drained(self.now, slot.clone(), self.alive);
+                self.checks.slot_drained(self.now, slot.clone(), self.is_running);
                 self.drained = Some(slot);
                 self.lasts(Period::DrainSlot, ms);
             }
@@ -248,7 +248,7 @@ impl World {
             Period::SecondCut,
             Period::Undeletable,
         ];
-        if self.second.alive {
+        if self.second.is_running {
             self.second
                 .requests
                 .inputs
@@ -267,7 +267,7 @@ impl World {
     }
 
     pub fn say(&mut self, input: Input) {
-        if self.alive {
+        if self.is_running {
             self.requests.inputs.push(input);
         }
     }

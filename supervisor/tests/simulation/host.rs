@@ -156,7 +156,7 @@ impl Host {
         })
     }
 
-    /// Is this agent of this worker alive?
+    /// Is this agent of this worker running?
     pub fn runs(&self, id: WorkerId, agent: u64) -> bool {
         let is_running = self.get(id).is_some_and(|w| w.state == State::Running);
         is_running && self.started.get(&id) == Some(&agent)

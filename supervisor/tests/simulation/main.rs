@@ -3,7 +3,7 @@
 //! Everything of the supervisor is the product's own: the loop (`Driver`), the core, the store (SQLite, in memory-backed
 //! files), the actions, and the reading of every answer. What it talks to is not: `net` stands where HTTP and the
 //! helper's socket are, and behind it are a `server`, a `host`, `agents` and a clock that runs as fast as it can. A
-//! `script` of jobs and faults is made from a `seed`, `world` lets it happen, `life` runs the supervisor through it,
+//! `script` of jobs and faults is made from a `seed`, `world` lets it happen, `runner` runs the supervisor through it,
 //! and ends it anywhere, and `invariants` looks at each call.
 //!
 //! ```text
@@ -22,7 +22,7 @@ mod faults;
 mod helper_calls;
 mod host;
 mod invariants;
-mod life;
+mod runner;
 mod net;
 mod plan;
 mod report;
@@ -49,10 +49,10 @@ fn number(name: &str) -> Option<u64> {
         .map(|text| text.parse().expect("a number"))
 }
 
-/// The shortest story of a failure, with all that happened in it.
+/// The shortest script of a failure, with all that happened in it.
 fn explain(script: &Script, failure: &str) -> String {
     let short = shrink::shrink(script, failure);
-    let outcome = life::simulate(&short, true);
+    let outcome = runner::simulate(&short, true);
     let steps: Vec<String> = short
         .steps
         .iter()
@@ -91,7 +91,7 @@ fn simulate_until(wanted: u64, progress: &Mutex<Progress>) {
             progress.seed += 1;
             progress.seed - 1
         };
-        let outcome = life::simulate(&seed::script(seed), false);
+        let outcome = runner::simulate(&seed::script(seed), false);
         let mut progress = lock();
         progress.report.add(&outcome.report);
         if let Some(failure) = outcome.failure {
@@ -127,7 +127,7 @@ fn every_simulated_fault_keeps_the_invariants() {
     let missing = progress.report.missing();
     assert!(
         missing.is_empty(),
-        "{missing:?} never happened: let more of them live"
+        "{missing:?} never happened: let more of them run"
     );
 }
 
@@ -135,7 +135,7 @@ fn every_simulated_fault_keeps_the_invariants() {
 fn the_same_seed_gives_the_same_trace() {
     for seed in 1..=12 {
         let script = seed::script(seed);
-        let [first, second] = [(); 2].map(|()| life::simulate(&script, true));
+        let [first, second] = [(); 2].map(|()| runner::simulate(&script, true));
         assert!(first.trace.lines().len() > 100, "seed {seed} tells nothing");
         let (first, second) = (first.trace.lines(), second.trace.lines());
         if let Some(at) = (0..first.len().max(second.len())).find(|n| first.get(*n) != second.get(*n)) {
@@ -161,7 +161,7 @@ fn survey() {
     let mut classes: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let first = number("FIRST").unwrap_or(1);
     for seed in first..first + number("SEEDS").unwrap_or(300) {
-        if let Some(failure) = life::simulate(&seed::script(seed), false).failure {
+        if let Some(failure) = runner::simulate(&seed::script(seed), false).failure {
             classes.entry(shrink::class(&failure)).or_default().push(seed);
         }
     }

@@ -101,21 +101,21 @@ impl Shared {
     }
 }
 
-/// One life's way out.
+/// One run's way out.
 #[derive(Clone, Debug)]
 pub struct Wire {
     pub shared: Shared,
-    pub life: u64,
+    pub run: u64,
 }
 
 impl Wire {
     async fn ask(&self, ask: Ask) -> Answer {
         let (sender, answer) = oneshot::channel();
-        self.shared.world().send(self.life, ask, sender);
+        self.shared.world().send(self.run, ask, sender);
         self.shared.changed.notify_one();
         match answer.await {
             Ok(answer) => answer,
-            // Nobody will ever answer: the caller's patience ends it.
+            // Nobody will ever answer: the caller's time limit ends it.
             Err(_) => std::future::pending().await,
         }
     }
@@ -152,7 +152,7 @@ impl Transport for Wire {
 
 impl Connector for Wire {
     fn connect(&self) -> Result<Box<dyn Connection>, helper_client::Error> {
-        if self.shared.world().helper_mode_of(self.life) == Mode::Down {
+        if self.shared.world().helper_mode_of(self.run) == Mode::Down {
             return Err(helper_client::Error::Unreachable(
                 "the helper is unreachable: start the helper".into(),
             ));
@@ -168,7 +168,7 @@ impl Connection for Wire {
             assert_eq!(fd.is_some(), request.carries_descriptor(), "{request:?}");
             if let Request::Hello { version } = request {
                 assert_eq!(version, VERSION);
-                let mode = self.shared.world().helper_mode_of(self.life);
+                let mode = self.shared.world().helper_mode_of(self.run);
                 return match mode {
                     Mode::Hung => std::future::pending().await,
                     Mode::Errors => Ok(packet_of(&error(ErrorKind::Busy, "try again later"), vec![])),

@@ -243,7 +243,7 @@ pub struct Step {
     pub item: Item,
 }
 
-/// A whole world's story.
+/// A whole simulation's script.
 #[derive(Clone, Debug)]
 pub struct Script {
     pub seed: u64,

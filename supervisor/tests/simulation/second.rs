@@ -9,7 +9,7 @@ use supervisor::buildomat::Error;
 use supervisor::factory::Input;
 use tokio::sync::oneshot;
 
-use crate::calls::{InFlight, PATIENCE_MS};
+use crate::calls::{InFlight, CALL_TIMEOUT_MS};
 use crate::host::{Effect, Host};
 use crate::net::{Answer, Ask, reply_of};
 use crate::script::{Extent, Fate, Kind};
@@ -24,8 +24,8 @@ pub const MARK: &str = "/11111111";
 pub struct Second {
     pub host: Host,
     pub config: Config,
-    pub alive: bool,
-    pub life: u64,
+    pub is_running: bool,
+    pub run: u64,
     pub requests: Requests,
     /// It was started once.
     pub begun: bool,
@@ -43,8 +43,8 @@ impl Second {
         Self {
             host: Host::numbered_from(1 << 32),
             config,
-            alive: false,
-            life: 0,
+            is_running: false,
+            run: 0,
             requests: Requests::default(),
             begun: false,
             over: false,
@@ -64,11 +64,11 @@ impl World {
     pub fn start_second(&mut self) {
         let finished = self.finished;
         let second = &mut self.second;
-        if second.alive || second.over || finished {
+        if second.is_running || second.over || finished {
             return;
         }
-        second.life += 1;
-        (second.alive, second.begun, second.requests.start) = (true, true, true);
+        second.run += 1;
+        (second.is_running, second.begun, second.requests.start) = (true, true, true);
         self.note(|| "* the second supervisor starts".into());
         if self.is_calm() {
             self.second
@@ -81,7 +81,7 @@ impl World {
     /// Its supervisor is no more; it is started again later.
     pub fn second_ended(&mut self, down: u64) {
         self.note(|| format!("* the second supervisor is gone, for {down} ms"));
-        self.second.alive = false;
+        self.second.is_running = false;
         self.second.requests.inputs.clear();
         let ids: Vec<u64> = self
             .calls
@@ -105,14 +105,14 @@ impl World {
             return false;
         }
         (self.second.over, self.second.host) = (true, Host::numbered_from(1 << 33));
-        self.second.requests.crash = self.second.alive.then_some(0);
+        self.second.requests.crash = self.second.is_running.then_some(0);
         true
     }
 
     /// Once nothing bad happens any more, the operator who set it up by mistake takes it away: drained first.
     pub fn retire_second(&mut self) {
         let second = &self.second;
-        if !self.is_calm() || !second.is_there() || !second.alive {
+        if !self.is_calm() || !second.is_there() || !second.is_running {
             return;
         }
         let live = |id: &WorkerId| self.server.workers.get(id).is_some_and(|w| !w.deleted);
@@ -123,8 +123,8 @@ impl World {
         }
     }
 
-    pub fn send_second(&mut self, life: u64, ask: Ask, caller: oneshot::Sender<Answer>) {
-        if life != self.second.life | SECOND || !self.second.alive {
+    pub fn send_second(&mut self, run: u64, ask: Ask, caller: oneshot::Sender<Answer>) {
+        if run != self.second.run | SECOND || !self.second.is_running {
             return;
         }
         let (kind, about) = (ask.kind(), ask.about());
@@ -152,7 +152,7 @@ impl World {
         self.calls.insert(id, call);
         self.after(there, Event::Arrive(id));
         if of_server && self.second.cut {
-            self.after(PATIENCE_MS, Event::GiveUp(id));
+            self.after(CALL_TIMEOUT_MS, Event::GiveUp(id));
         }
     }
 
@@ -176,7 +176,7 @@ impl World {
             if !waits {
                 self.calls.remove(&id);
             }
-            return self.after(PATIENCE_MS, Event::GiveUp(id));
+            return self.after(CALL_TIMEOUT_MS, Event::GiveUp(id));
         }
         if !self.agents_reach_server() {
             let error = Error::Unreachable("connection refused".into());

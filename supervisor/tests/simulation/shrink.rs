@@ -1,6 +1,6 @@
 //! Making a failing script shorter: parts of it are left out for as long as the same thing still goes wrong.
 
-use crate::life::simulate;
+use crate::runner::simulate;
 use crate::script::Script;
 
 /// The most worlds that are tried.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::life::simulate;
+use crate::runner::simulate;
 use crate::script::{Fate, Item, Kind, Misdeed, Mode, Script, Step};
 
 const MINUTE: u64 = 60_000;

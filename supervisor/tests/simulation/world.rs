@@ -117,8 +117,8 @@ pub struct World {
     pub calls: BTreeMap<u64, InFlight>,
     /// The last answer to each poll, in the trace.
     pub polled: BTreeMap<Kind, String>,
-    pub life: u64,
-    pub alive: bool,
+    pub run: u64,
+    pub is_running: bool,
     pub second: Second,
     pub disk: Disk,
     /// It is full after so many writes, for so long.
@@ -168,8 +168,8 @@ impl World {
             crash_at: Vec::new(),
             calls: BTreeMap::new(),
             polled: BTreeMap::new(),
-            life: 0,
-            alive: false,
+            run: 0,
+            is_running: false,
             second: Second::new(config.clone()),
             disk: Disk::Fine,
             full_after: None,
@@ -221,9 +221,9 @@ impl World {
         }
     }
 
-    /// The helper, as the supervisor of this life meets it.
-    pub fn helper_mode_of(&self, life: u64) -> Mode {
-        if life & SECOND == 0 {
+    /// The helper, as the supervisor of this run meets it.
+    pub fn helper_mode_of(&self, run: u64) -> Mode {
+        if run & SECOND == 0 {
             self.helper_mode()
         } else {
             Mode::Up
@@ -291,11 +291,11 @@ impl World {
             // systemd tries again.
             return self.after(5_000, Event::Start);
         }
-        if self.alive || self.finished {
+        if self.is_running || self.finished {
             return;
         }
-        self.life += 1;
-        self.alive = true;
+        self.run += 1;
+        self.is_running = true;
         let config = self.file.clone().expect("looked at above");
         self.config = config.clone();
         self.checks.started(self.now, config);
@@ -328,7 +328,7 @@ impl World {
     /// The supervisor is no more; it is started again later.
     pub fn ended(&mut self, down: u64) {
         self.note(|| format!("* the supervisor is gone, for {down} ms"));
-        self.alive = false;
+        self.is_running = false;
         self.requests.inputs.clear();
         self.abandon_calls();
         self.checks.supervisor_ended();
@@ -348,7 +348,7 @@ impl World {
         let missed = self
             .server
             .tick(|id, agent| !reachable || host.runs(id, agent) || second.runs(id, agent));
-        let fair = self.alive
+        let fair = self.is_running
             && self.every.is_empty()
             && !self.calls.values().any(|call| matches!(call.fate, Fate::Late(_)))
             && self.locks.values().all(|until| *until <= self.now + 1_000)
@@ -377,8 +377,8 @@ impl World {
         }
         self.checks
             .recycled(self.now, self.fair_since, &self.server, &self.host);
-        let patient = self.alive && self.agents_reach_server();
-        self.checks.a_second_passes(&self.server, patient);
+        let can_ask = self.is_running && self.agents_reach_server();
+        self.checks.a_second_passes(&self.server, can_ask);
         self.retire_second();
         // At whole seconds, or what is once a minute would drift away from it.
         self.at((self.now / 1_000 + 1) * 1_000, Event::Tick);
@@ -409,7 +409,7 @@ impl World {
     pub fn is_empty(&self) -> bool {
         self.host.is_empty()
             && self.second.host.is_empty()
-            && !self.second.alive
+            && !self.second.is_running
             && self.server.live().next().is_none()
             && self.server.open_jobs().next().is_none()
     }
@@ -424,7 +424,7 @@ impl World {
                 self.note(|| format!("an operator releases {id}"));
             }
         }
-        self.requests.status = self.alive;
+        self.requests.status = self.is_running;
         self.after(VISIT_MS, Event::Visit);
     }
 

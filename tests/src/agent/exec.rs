@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use super::events::Events;
 
 const GRACE: Duration = Duration::from_secs(5);
-const PATIENCE: Duration = Duration::from_secs(60);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A script in a file that goes when it has run.
 pub fn bash(script: &str) -> Result<(Command, tempfile::NamedTempFile)> {
@@ -70,7 +70,7 @@ pub fn run(mut command: Command, events: &Events, source: LineSource) -> Result<
     );
     if open > 0 {
         warn("stdio descriptors remain open after task exit; waiting 60 seconds for them to close");
-        drain(&ends, &mut open, PATIENCE);
+        drain(&ends, &mut open, DRAIN_TIMEOUT);
     }
     if open > 0 {
         warn("a descriptor may be held open by a background process; giving up!");

@@ -370,7 +370,7 @@ struct Server {
     url: String,
     token: String,
     target: String,
-    patience: Duration,
+    timeout: Duration,
 }
 
 /// Between two requests.
@@ -388,7 +388,7 @@ impl Server {
             url: url.as_str().trim_end_matches('/').to_owned(),
             token: arguments.user_token.clone(),
             target: arguments.target.clone(),
-            patience: Duration::from_secs(arguments.timeout_seconds),
+            timeout: Duration::from_secs(arguments.timeout_seconds),
         })
     }
 
@@ -460,7 +460,7 @@ impl Server {
         let add = json!({
             "name": name, "size": bytes.len(), "chunks": chunks, "commit_id": fresh_id().to_string(),
         });
-        let end = Instant::now() + self.patience;
+        let end = Instant::now() + self.timeout;
         loop {
             let path = format!("/1/jobs/{job}/input");
             let added: AddFileResult = self.post(&path, &add).await?.context("an input has no answer")?;
@@ -480,7 +480,7 @@ impl Server {
 
     /// The job, once it has ended.
     async fn ended(&self, job: &str) -> Result<Value> {
-        let end = Instant::now() + self.patience;
+        let end = Instant::now() + self.timeout;
         loop {
             let shown: Value = self.get(&format!("/0/job/{job}")).await?;
             if shown["state"] == "completed" || shown["state"] == "failed" {
@@ -493,7 +493,7 @@ impl Server {
 
     /// Wait until the job has printed this line.
     async fn printed(&self, job: &str, line: &str) -> Result<()> {
-        let end = Instant::now() + self.patience;
+        let end = Instant::now() + self.timeout;
         while !stdout(&self.events(job).await?).iter().any(|other| other == line) {
             ensure!(Instant::now() < end, "job {job} has not printed {line:?}");
             tokio::time::sleep(PAUSE).await;

@@ -39,7 +39,7 @@ cp target/release/greeting /work/greeting.bin
 ";
 
 /// Longer than any sane default job; a script of the user's own may take its time.
-const PATIENCE: Duration = Duration::from_secs(24 * 3600);
+const JOB_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -172,7 +172,7 @@ async fn watch(server: &Server, job: testbed::server::Ulid, has_output: bool) ->
     let (mut phases, mut printed) = (0, 0);
     loop {
         let (names, events) = server
-            .wait_for(PATIENCE, |state| {
+            .wait_for(JOB_TIMEOUT, |state| {
                 let job = &state.jobs[&job];
                 let worker = state
                     .workers

@@ -218,7 +218,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::harness::{PATIENCE, binaries};
+    use crate::harness::{TEST_TIMEOUT, binaries};
 
     /// It is killed at many an instant, so also between the look at a stop and its taking. Needs root.
     #[test]
@@ -254,7 +254,7 @@ mod tests {
                         if parent == root && !std::mem::replace(&mut is_made, true) {
                             std::thread::spawn(move || {
                                 std::thread::sleep(Duration::from_micros(20_000 + life * 241));
-                                kill(pid, Signal::SIGKILL).expect("it lives");
+                                kill(pid, Signal::SIGKILL).expect("it is running");
                             });
                         }
                         Then::GoOn
@@ -264,7 +264,7 @@ mod tests {
                 assert!(is_made, "this needs root: {status}");
                 let _ = tell.send(());
             });
-            ended.recv_timeout(PATIENCE).expect("it ends");
+            ended.recv_timeout(TEST_TIMEOUT).expect("it ends");
         }
     }
 }

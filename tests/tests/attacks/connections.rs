@@ -8,7 +8,7 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
 use protocol::{ErrorKind, Reply, Request, wire};
-use testbed::harness::{Client, PATIENCE, sealed, until, worker_id};
+use testbed::harness::{Client, TEST_TIMEOUT, sealed, until, worker_id};
 use testbed::test_helper::{TestHelper, create, created, install, kind, list, token};
 use testbed::tracer::descriptor_of;
 use testbed::tracer::service::{children, listener};
@@ -250,7 +250,7 @@ fn row_65_a_worker_killed_and_deleted_while_it_is_made_leaves_nothing() {
         let _over = Over(&over);
         let (mut started, begin) = (0, Instant::now());
         for round in 0.. {
-            if round >= 60 && (started > 0 || begin.elapsed() > PATIENCE) {
+            if round >= 60 && (started > 0 || begin.elapsed() > TEST_TIMEOUT) {
                 break;
             }
             assert!(matches!(create(&client, worker, "a"), Reply::UserCreated { .. }));

@@ -26,7 +26,7 @@ fn all_but_write() -> SealFlag {
     SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK
 }
 
-/// A writable shared mapping of the first page, which lives as long as this process.
+/// A writable shared mapping of the first page, which exists as long as this process.
 fn map(fd: impl AsFd) -> nix::Result<*mut u8> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a new mapping at a place of the kernel's choice touches no memory of Rust's.

@@ -212,7 +212,7 @@ fn neighbour(test: &TestHelper) -> (protocol::WorkerId, u32) {
     (worker, pid)
 }
 
-fn lives(pid: u32, name: &str) {
+fn assert_is_running(pid: u32, name: &str) {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = |start: &str| {
         status
@@ -234,8 +234,8 @@ fn row_41_processes_outside_of_the_job_get_no_signal() {
     let worker = created(&client, "a");
     let pids = [std::process::id(), sleeper, test.helper.pid()].map(|pid| pid.to_string());
     attack(&client, worker, "signals", &[&pids[0], &pids[1], &pids[2]]);
-    lives(sleeper, "sleep");
-    lives(test.helper.pid(), "user-factory");
+    assert_is_running(sleeper, "sleep");
+    assert_is_running(test.helper.pid(), "user-factory");
     test.finish(&[worker, other]);
 }
 
@@ -249,8 +249,8 @@ fn row_41_a_signal_to_all_ends_nothing_but_the_job_itself() {
     // It ends the job's own agent, and with that the job, itself included.
     let end = wait_until(&client, worker, |state| state != State::Running);
     assert_eq!(end, State::Exited(Exit::Signal(9)));
-    lives(sleeper, "sleep");
-    lives(test.helper.pid(), "user-factory");
+    assert_is_running(sleeper, "sleep");
+    assert_is_running(test.helper.pid(), "user-factory");
     test.finish(&[worker, other]);
 }
 

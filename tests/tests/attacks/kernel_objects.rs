@@ -1,5 +1,5 @@
 //! Rows 97 to 99: a job takes as much as it gets of what the kernel counts for the whole host, for each user, or for
-//! nobody. What is bounded is tested here; what is not is measured by the story `held`, and written down in
+//! nobody. What is bounded is tested here; what is not is measured by the scenario `held`, and written down in
 //! docs/limits.md. What is attempted is in `hostile-job`'s `hold`.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use nix::fcntl::{Flock, FlockArg};
 use protocol::{Exit, Reply, Request, State, WorkerId};
-use testbed::harness::{Client, PATIENCE, PAUSE, binaries, booted_machine, place};
+use testbed::harness::{Client, TEST_TIMEOUT, PAUSE, binaries, booted_machine, place};
 use testbed::test_helper::{TestHelper, attack, created, list, read, run, start_attack, state};
 
 use crate::attacks::controllers::{LIMIT, SLACK, number};
@@ -120,7 +120,7 @@ fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
             if number(&test, worker, "memory.current") + SLACK >= number(&test, worker, "memory.high") {
                 break "is at its limit";
             }
-            assert!(begin.elapsed() < PATIENCE, "{kind}: {}", read(&console));
+            assert!(begin.elapsed() < TEST_TIMEOUT, "{kind}: {}", read(&console));
             std::thread::sleep(PAUSE);
         };
         let neighbour = created(&client, "c");
@@ -268,7 +268,7 @@ fn counts() -> BTreeMap<&'static str, String> {
 
 /// What one job can have of what nothing of ours bounds, and what is then left: printed, for docs/limits.md.
 #[test]
-#[ignore = "it takes what the whole host has, which the story `held` measures"]
+#[ignore = "it takes what the whole host has, which the scenario `held` measures"]
 fn what_one_job_leaves_to_the_host() {
     assert!(
         booted_machine(),

@@ -59,7 +59,7 @@ fn row_01_a_daemon_that_ignores_every_signal_is_gone() {
     let worker = created(&client, "a");
     let console = start_attack(&client, worker, "daemons", &[]);
     for number in 0..5 {
-        wait_for_line(&console, &format!("daemon {number} lives"));
+        wait_for_line(&console, &format!("daemon {number} is running"));
     }
     wait_for_line(&console, "attempt over");
     // The program has ended; what it left behind has not, and nothing but SIGKILL ends it.

@@ -111,7 +111,7 @@ fn row_68_a_foreign_file_in_place_of_the_socket_is_replaced_or_refused() {
     assert!(refuses(&host).contains("cannot listen at"));
 }
 
-/// A process that lives as this user, until it is dropped.
+/// A process that runs as this user, until it is dropped.
 struct Squatter(std::process::Child);
 
 impl Squatter {

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::thread;
 
-use testbed::harness::PATIENCE;
+use testbed::harness::TEST_TIMEOUT;
 use testbed::server::{State, Ulid};
 use testbed::test_factory::{TestFactory, lines};
 use tokio::time::timeout;
@@ -192,7 +192,7 @@ async fn two_slots(port: u16) -> TestFactory {
 /// A job starts, asks its destination in both ways and ends, in no more time than that should take.
 async fn a_job_works(factory: &TestFactory, port: u16, how: &str) {
     let script = format!("connect web.test:{port}; url http://web.test:{port}/small; get web.test {port}");
-    let printed = timeout(PATIENCE / 5, run(factory, &script)).await;
+    let printed = timeout(TEST_TIMEOUT / 5, run(factory, &script)).await;
     let printed = printed.unwrap_or_else(|_| panic!("a job is held up {how}"));
     assert_eq!(printed[..2], ["200", "200"], "{how}: {printed:?}");
     assert!(printed[2].starts_with("from"), "{how}: {printed:?}");

@@ -220,7 +220,7 @@ fn memory_of_next_session(test: &TestHelper, packet: &[u8]) -> (u64, u64) {
     watcher.join().expect("the tracer does not fail");
     let most = most.load(Ordering::Relaxed);
     assert!(most > 0, "no session has ended");
-    (most, peak(listener).expect("it lives"))
+    (most, peak(listener).expect("it is running"))
 }
 
 #[test]

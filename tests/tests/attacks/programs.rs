@@ -114,7 +114,7 @@ fn row_86_filters_of_a_slot_with_user_namespaces_freed_at_once() {
 /// Outside of a job nothing is refused: what this kernel does with so many. Nothing is promised of it, and after this
 /// the machine is good for nothing.
 #[test]
-#[ignore = "it can stop a kernel, which the story `programs` measures"]
+#[ignore = "it can stop a kernel, which the scenario `programs` measures"]
 fn what_the_kernel_does_outside_of_a_job() {
     only_in_the_booted_machine();
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();

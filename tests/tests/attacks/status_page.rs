@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use protocol::config::{CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET};
-use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, binaries, raise_open_files};
+use testbed::harness::{TEST_TIMEOUT, Running, SUPERVISOR_UID, binaries, raise_open_files};
 use testbed::test_factory::{ONE, TestFactory};
 
 use super::SOCKET;
@@ -76,7 +76,7 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
         assert!(open < 300, "the supervisor has {open} open files");
         half_sent.extend((0..200).map(|_| half()));
     }
-    assert!(begun.elapsed() < PATIENCE / 2);
+    assert!(begun.elapsed() < TEST_TIMEOUT / 2);
     // The connection of one that says nothing at all is closed.
     let mut silent = TcpStream::connect(&address).unwrap();
     silent.set_read_timeout(Some(Duration::from_secs(60))).unwrap();

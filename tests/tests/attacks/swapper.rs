@@ -1,6 +1,6 @@
 //! Group B: the tree is changed while it is deleted, with the rights of the job's user.
 //!
-//! No process of the job's lives then, so the test makes the changes. It traces the deletion, stops it before each of its
+//! No process of the job runs then, so the test makes the changes. It traces the deletion, stops it before each of its
 //! system calls, and exchanges directories for links to directories that everybody may write. What else would keep the
 //! deletion from these is out of the way: they lie beside the worker's directory, on the mount that the deletion works
 //! on, which is writable, and no mode above them is closed.

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 use testbed::certificates::{Certificates, EXPIRED, VALID};
-use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, sealed, tool, until};
+use testbed::harness::{TEST_TIMEOUT, Running, SUPERVISOR_UID, TestHost, binaries, sealed, tool, until};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions};
 use testbed::test_factory::{ONE, TestFactory};
@@ -85,7 +85,7 @@ async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
             .then_some(())
     };
     server
-        .wait_for(PATIENCE, looked)
+        .wait_for(TEST_TIMEOUT, looked)
         .await
         .unwrap_or_else(|e| panic!("{e:#}\n{}", supervisor.log.text()));
 
@@ -149,7 +149,7 @@ async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
     let gone =
         |state: &testbed::server::State| state.workers.values().all(|worker| worker.deleted).then_some(());
     server
-        .wait_for(PATIENCE, gone)
+        .wait_for(TEST_TIMEOUT, gone)
         .await
         .unwrap_or_else(|e| panic!("{e:#}\n{}", supervisor.log.text()));
     drop((supervisor, helper));
@@ -332,7 +332,7 @@ fn row_107_a_proxy_in_the_environment_is_not_used_and_one_in_the_configuration_i
     };
     let (stream, _) = until(accept);
     stream.set_nonblocking(false).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
     let mut head = BufReader::new(stream).lines().map_while(Result::ok);
     let first = head.next().unwrap();
     assert!(first.starts_with("GET http://127.0.0.1:9/"), "{first}");

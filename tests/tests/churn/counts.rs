@@ -1,4 +1,4 @@
-//! What the helper and the kernel keep, counted when no worker lives.
+//! What the helper and the kernel keep, counted when no worker exists.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use testbed::harness::{PATIENCE, PAUSE, until};
+use testbed::harness::{TEST_TIMEOUT, PAUSE, until};
 use testbed::test_helper::TestHelper;
 use testbed::tracer::service::listener;
 
@@ -19,7 +19,7 @@ enum Tolerance {
     /// KiB of the monitor's memory: what its allocator and its stack may take more by chance. A leak of a few bytes
     /// for each of 2,000 workers is more.
     Memory,
-    /// It is the whole machine's, on which others live, so it may be off by this and one for every two workers: less
+    /// It is the whole machine's, on which others run, so it may be off by this and one for every two workers: less
     /// than any leak of one for each.
     Machine(u64),
 }
@@ -182,7 +182,7 @@ impl Counts {
     /// Wait until nothing is more than it was, as far as it may be: the kernel forgets some things a little later, and
     /// others come and go on the machine. What has leaked stays.
     pub fn wait_until_flat(&self, test: &TestHelper, more: usize) -> Counts {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TEST_TIMEOUT;
         loop {
             let now = Counts::take(test);
             let grown = self.grown(&now, more);

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
-use testbed::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, tool};
+use testbed::harness::{TEST_TIMEOUT, Running, SUPERVISOR_UID, TestHost, binaries, tool};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions, State, Ulid};
 use testbed::test_factory::{TWO, lines};
@@ -48,7 +48,7 @@ struct Member {
     network: Network,
 }
 
-/// A network namespace that lives as long as a process in it, and its end of the cable.
+/// A network namespace that exists as long as a process in it, and its end of the cable.
 struct Network {
     process: std::process::Child,
     cable: String,
@@ -168,7 +168,7 @@ async fn fleet() {
     };
     let wait_for = async |what: &str, seen: &mut dyn FnMut(&State) -> bool| {
         let seen = server
-            .wait_for(3 * PATIENCE, |state| seen(state).then_some(()))
+            .wait_for(3 * TEST_TIMEOUT, |state| seen(state).then_some(()))
             .await;
         seen.unwrap_or_else(|e| {
             let logs: Vec<String> = members.iter().map(|m| m.supervisor.log.text()).collect();

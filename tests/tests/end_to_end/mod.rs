@@ -9,7 +9,7 @@ mod proxied;
 mod steady;
 
 use nix::sys::signal::Signal;
-use testbed::harness::{PATIENCE, SUPERVISOR_UID};
+use testbed::harness::{TEST_TIMEOUT, SUPERVISOR_UID};
 use testbed::host_snapshot::processes_of;
 use testbed::server::{JobSpec, Ulid};
 use testbed::test_factory::{ONE, TWO, TestFactory, lines};
@@ -70,7 +70,7 @@ async fn conflicting_slots_take_turns() {
         );
         jobs.iter().all(|job| state.jobs[job].complete()).then_some(())
     };
-    factory.server.wait_for(PATIENCE, never_two).await.unwrap();
+    factory.server.wait_for(TEST_TIMEOUT, never_two).await.unwrap();
     assert!(
         jobs.iter()
             .all(|job| factory.server.job(*job).state() == "completed")
@@ -90,7 +90,7 @@ async fn a_held_worker_stays_as_it_is_until_it_is_released() {
     let polls = factory.server.requests("GET /0/factory/workers");
     factory
         .server
-        .wait_for(PATIENCE, |_| {
+        .wait_for(TEST_TIMEOUT, |_| {
             (factory.server.requests("GET /0/factory/workers") > polls + 2).then_some(())
         })
         .await

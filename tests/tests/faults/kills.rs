@@ -113,7 +113,7 @@ async fn row_73_supervisor_and_helper_killed_at_random_moments_lose_no_job_and_l
         logs.iter()
             .map(Log::text)
             .collect::<Vec<_>>()
-            .join("\n--- the next life\n")
+            .join("\n--- the next run\n")
     };
     assert!(failed.is_empty(), "seed {seed}: {failed:#?}\n{}", text());
     // A worker that was remade has printed nothing twice: one that began was never begun again.

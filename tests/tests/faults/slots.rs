@@ -1,4 +1,4 @@
-//! Row 80: the configuration changes, for the worse too, while workers live.
+//! Row 80: the configuration changes, for the worse too, while workers exist.
 
 use super::*;
 

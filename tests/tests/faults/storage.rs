@@ -38,7 +38,7 @@ const NO_JOBS: &str = "not taken: the supervisor's state cannot be saved";
 #[tokio::test(flavor = "multi_thread")]
 async fn row_102_a_job_that_fills_the_disk_is_deleted_when_the_server_says_so() {
     let factory = TestFactory::on(TWO, small).await;
-    // It takes all that is given up, for as long as it lives.
+    // It takes all that is given up, for as long as it runs.
     let hog =
         factory.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; sleep 0.01; done");
     factory.printed(hog, "filling").await;

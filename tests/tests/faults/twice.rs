@@ -47,7 +47,7 @@ async fn row_81_a_second_helper_is_refused_and_the_first_does_not_notice() {
     }));
     mount(&["umount".as_ref(), &to]);
     second.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    // The lock is the monitor's alone: whatever else of it lives does not keep the next one away.
+    // The lock is the monitor's alone: whatever else of it runs does not keep the next one away.
     factory.end_helper(Signal::SIGKILL);
     factory.helper = factory.host.helper();
     factory.release();

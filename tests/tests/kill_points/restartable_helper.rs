@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use protocol::{Received, Reply, Request, Seqpacket, State, WorkerId, wire};
 use testbed::disk::SmallDisk;
-use testbed::harness::{Client, PATIENCE, PAUSE, TestHost, worker_id};
+use testbed::harness::{Client, TEST_TIMEOUT, PAUSE, TestHost, worker_id};
 use testbed::service::Service;
 use testbed::test_helper::{attack_program, list, slot, token};
 use testbed::tracer::service::{Plan, Seen, Span, watch};
@@ -98,7 +98,7 @@ impl RestartableHelper {
     ///
     /// Where there was no worker by its record, a process that asked whether its uid is free may be on its way out.
     pub fn assert_clean(&self, was_one: bool, after: &str) {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TEST_TIMEOUT;
         loop {
             let now = WorkerSnapshot::take(&self.host);
             if was_one || now == self.before || Instant::now() > end {

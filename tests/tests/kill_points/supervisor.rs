@@ -1,4 +1,4 @@
-//! The supervisor, killed before each of its writes and requests, in the life of one job; then started again.
+//! The supervisor, killed before each of its writes and requests, in the course of one job; then started again.
 
 use std::fs;
 use std::os::unix::fs::chown;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use protocol::config::STATE_DIR;
-use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
+use testbed::harness::{TEST_TIMEOUT, SUPERVISOR_UID, TestHost, binaries};
 use testbed::sample::Sample;
 use testbed::server::{JobSpec, LEASE, Server, ServerOptions, State, Ulid};
 use testbed::service::Service;
@@ -16,9 +16,9 @@ use testbed::tracer::outward::{Seen, watch};
 use testbed::tracer::wait_until_stopped;
 use testbed::worker_snapshot::WorkerSnapshot;
 
-/// How a job's life goes.
+/// How a job goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Life {
+enum JobCourse {
     /// To its end.
     Done,
     /// Its agent is no program: the worker is held, and an operator releases it.
@@ -29,7 +29,7 @@ enum Life {
 
 /// A server, a helper, and a supervisor that may be gone at any time.
 struct RestartableFactory {
-    life: Life,
+    course: JobCourse,
     server: Server,
     _helper: Service,
     supervisor: Service,
@@ -39,10 +39,10 @@ struct RestartableFactory {
 }
 
 impl RestartableFactory {
-    async fn new(life: Life) -> RestartableFactory {
+    async fn new(course: JobCourse) -> RestartableFactory {
         let directory = tempfile::tempdir().unwrap();
-        let agent = match life {
-            Life::NoStart => {
+        let agent = match course {
+            JobCourse::NoStart => {
                 let path = directory.path().join("agent");
                 fs::write(&path, b"\x7fthis is no program").unwrap();
                 path
@@ -64,7 +64,7 @@ impl RestartableFactory {
         helper.start();
         helper.log.wait(&["serving"]);
         RestartableFactory {
-            life,
+            course,
             server,
             _helper: helper,
             supervisor: Service::of_user(SUPERVISOR_UID, &mut host.supervisor_command()),
@@ -78,14 +78,14 @@ impl RestartableFactory {
         self.host.root.join(STATE_DIR).join("supervisor")
     }
 
-    /// One life, with a supervisor that begins with nothing, and is killed before this call.
-    async fn live(&mut self, end_before: Option<usize>) -> Seen {
+    /// One job, with a supervisor that begins with nothing, and is killed before this call.
+    async fn run_job(&mut self, end_before: Option<usize>) -> Seen {
         let state = self.state_dir();
         fs::remove_dir_all(&state).unwrap();
         fs::create_dir(&state).unwrap();
         chown(&state, Some(SUPERVISOR_UID), Some(SUPERVISOR_UID)).unwrap();
-        let script = match self.life {
-            Life::Cancelled => "echo once; sleep 1000",
+        let script = match self.course {
+            JobCourse::Cancelled => "echo once; sleep 1000",
             _ => "echo once",
         };
         let job = self.server.submit_job(JobSpec::script("linux", script)).unwrap();
@@ -97,10 +97,10 @@ impl RestartableFactory {
         let RestartableFactory {
             server, supervisor, ..
         } = self;
-        let life = to_its_end(server, self.life, job);
-        let mut life = std::pin::pin!(life);
+        let ended_job = to_its_end(server, self.course, job);
+        let mut ended_job = std::pin::pin!(ended_job);
         let seen = tokio::select! {
-            () = &mut life => {
+            () = &mut ended_job => {
                 supervisor.signal(Signal::SIGKILL);
                 ended.await
             }
@@ -109,7 +109,7 @@ impl RestartableFactory {
                 // A lease that nobody knows of any more ends by itself.
                 server.advance(LEASE + Duration::from_secs(1));
                 supervisor.start();
-                life.await;
+                ended_job.await;
                 supervisor.signal(Signal::SIGKILL);
                 seen
             }
@@ -118,13 +118,13 @@ impl RestartableFactory {
         supervisor.ended();
         let what = format!(
             "{:?}, killed before {:?}",
-            self.life,
+            self.course,
             seen.killed.then(|| seen.calls.last())
         );
         let job = server.job(job);
-        let wanted = match self.life {
-            Life::Done => "completed",
-            Life::NoStart | Life::Cancelled => "failed",
+        let wanted = match self.course {
+            JobCourse::Done => "completed",
+            JobCourse::NoStart | JobCourse::Cancelled => "failed",
         };
         assert_eq!(job.state(), wanted, "{what}: {:#?}", job.events);
         let count = |text: &str| {
@@ -134,8 +134,8 @@ impl RestartableFactory {
                 .count()
         };
         let (ran, said) = (count("once"), count("Exec format error"));
-        match self.life {
-            Life::NoStart => assert!(said >= 1 && ran == 0, "{what}: {:#?}", job.events),
+        match self.course {
+            JobCourse::NoStart => assert!(said >= 1 && ran == 0, "{what}: {:#?}", job.events),
             _ => assert_eq!(ran, 1, "{what}: {:#?}", job.events),
         }
         assert_eq!(
@@ -154,15 +154,15 @@ enum Next {
     Nothing,
 }
 
-/// Let the job live, and wait until the server knows no worker any more.
-async fn to_its_end(server: &Server, life: Life, job: Ulid) {
+/// Let the job run, and wait until the server knows no worker any more.
+async fn to_its_end(server: &Server, course: JobCourse, job: Ulid) {
     let mut cancelled = false;
     loop {
         let next = |state: &State| {
             let alive = || state.workers.values().filter(|worker| !worker.deleted);
-            let (it, cancel) = (&state.jobs[&job], life == Life::Cancelled && !cancelled);
+            let (it, cancel) = (&state.jobs[&job], course == JobCourse::Cancelled && !cancelled);
             if let Some(held) = alive().find(|worker| worker.hold.is_some()) {
-                assert_eq!(life, Life::NoStart, "{held:?} is held");
+                assert_eq!(course, JobCourse::NoStart, "{held:?} is held");
                 return Some(Next::Release(held.id));
             }
             if cancel && it.events.iter().any(|event| event.payload == "once") {
@@ -170,8 +170,8 @@ async fn to_its_end(server: &Server, life: Life, job: Ulid) {
             }
             (it.complete() && alive().count() == 0).then_some(Next::Nothing)
         };
-        // A whole life, of several at once.
-        match server.wait_for(3 * PATIENCE, next).await.unwrap() {
+        // A whole job, of several at once.
+        match server.wait_for(3 * TEST_TIMEOUT, next).await.unwrap() {
             Next::Release(worker) => server.release(worker).unwrap(),
             Next::Cancel => {
                 server.cancel(job).unwrap();
@@ -182,12 +182,12 @@ async fn to_its_end(server: &Server, life: Life, job: Ulid) {
     }
 }
 
-/// So many factories at a time: nearly all of a life is waiting.
+/// So many factories at a time: nearly all of a job is waiting.
 const AT_A_TIME: usize = 6;
 
-async fn kill_before_each(life: Life) {
-    let mut factory = RestartableFactory::new(life).await;
-    let seen = factory.live(None).await;
+async fn kill_before_each(course: JobCourse) {
+    let mut factory = RestartableFactory::new(course).await;
+    let seen = factory.run_job(None).await;
     assert!(!seen.killed);
     let sample = Sample::of(seen.calls.len().div_ceil(16));
     let points: Vec<usize> = (0..seen.calls.len()).filter(|n| sample.has(*n)).collect();
@@ -197,9 +197,9 @@ async fn kill_before_each(life: Life) {
     for _ in 0..AT_A_TIME {
         let points = points.clone();
         factories.spawn(async move {
-            let (mut factory, mut killed) = (RestartableFactory::new(life).await, Vec::new());
+            let (mut factory, mut killed) = (RestartableFactory::new(course).await, Vec::new());
             while let Some(n) = { points.lock().unwrap().pop() } {
-                let seen = factory.live(Some(n)).await;
+                let seen = factory.run_job(Some(n)).await;
                 killed.extend(seen.killed.then(|| seen.calls.last().cloned()).flatten());
             }
             killed
@@ -208,7 +208,7 @@ async fn kill_before_each(life: Life) {
     let killed: Vec<String> = factories.join_all().await.concat();
     let names: std::collections::BTreeSet<&String> = killed.iter().collect();
     println!(
-        "{life:?}: killed {} times of {total}; {} writes and requests; before {names:?}",
+        "{course:?}: killed {} times of {total}; {} writes and requests; before {names:?}",
         killed.len(),
         seen.calls.len()
     );
@@ -218,15 +218,15 @@ async fn kill_before_each(life: Life) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_supervisor_killed_at_any_write_or_request_brings_its_job_to_one_end() {
-    kill_before_each(Life::Done).await;
+    kill_before_each(JobCourse::Done).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_supervisor_killed_at_any_write_or_request_fails_a_job_that_cannot_start() {
-    kill_before_each(Life::NoStart).await;
+    kill_before_each(JobCourse::NoStart).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_supervisor_killed_at_any_write_or_request_cleans_up_a_cancelled_job() {
-    kill_before_each(Life::Cancelled).await;
+    kill_before_each(JobCourse::Cancelled).await;
 }

@@ -5,9 +5,9 @@
 //!
 //! ```text
 //! USER_FACTORY_TEST_MODEL=5000 cargo test -p testbed --test host model::    a night
-//! SEED=17 cargo test -p testbed --test host model::                         the same stories again
+//! SEED=17 cargo test -p testbed --test host model::                         the same scripts again
 //! ```
-//! A failure prints the shortest story found that still fails, and its seed.
+//! A failure prints the shortest script found that still fails, and its seed.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -21,7 +21,7 @@ use std::time::{Instant, SystemTime};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 use protocol::{ErrorKind, Exit, MAX_LIST, Reply, Request, State, Uid, WorkerId, WorkerInfo};
-use testbed::harness::{Client, PATIENCE, PAUSE, Running, TestHost, memory, sealed, worker_id};
+use testbed::harness::{Client, TEST_TIMEOUT, PAUSE, Running, TestHost, memory, sealed, worker_id};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::model::{Agent, Configuration, Model};
 use testbed::test_helper::{slot, token};
@@ -212,7 +212,7 @@ struct World {
     /// Each with whether the helper has been restarted since it connected.
     clients: Vec<(Client, bool)>,
     workers: Vec<WorkerId>,
-    /// From before the helper's first worker. It takes a second, which is not spent once a story has failed.
+    /// From before the helper's first worker. It takes a second, which is not spent once a script has failed.
     before: Option<HostSnapshot>,
 }
 
@@ -284,7 +284,7 @@ impl World {
             if !real.iter().any(is_ending) {
                 return real;
             }
-            assert!(begin.elapsed() < PATIENCE, "an agent does not end: {real:?}");
+            assert!(begin.elapsed() < TEST_TIMEOUT, "an agent does not end: {real:?}");
             std::thread::sleep(PAUSE);
         }
     }
@@ -471,7 +471,7 @@ fn the_helper_does_what_its_model_does() {
         failure_persistence: None,
         ..Config::default()
     });
-    // One for all stories, until one fails in it.
+    // One for all scripts, until one fails in it.
     let (world, has_failed) = (Cell::new(None), Cell::new(false));
     let result = runner.run(&proptest::collection::vec(steps(), 1..60), |steps| {
         let mut here = world.take().unwrap_or_else(|| World::new(has_failed.get()));
@@ -484,6 +484,6 @@ fn the_helper_does_what_its_model_does() {
     if let Err(failure) = result {
         panic!("SEED={seed}: {failure}");
     }
-    let world = world.take().expect("no story failed");
+    let world = world.take().expect("no script failed");
     world.before.expect("it was taken").assert_unchanged(&world.host);
 }

@@ -251,7 +251,7 @@ fn systemd_is_told_that_the_helper_is_ready_when_a_command_can_be_run_and_not_be
     let slots = ONE.replace("TARGET", "01HZX3N8Q4J5K6M7P8R9S0T1V2");
     let place = host.root.join("notify");
     let systemd = UnixDatagram::bind(&place).unwrap();
-    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+    systemd.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
     let start = || Running::start(host.helper_command().env("NOTIFY_SOCKET", &place));
     host.configure("http://127.0.0.1:1", SUPERVISOR_UID, &slots);
     let config = host.root.join(protocol::config::CONFIG_PATH);

@@ -48,7 +48,7 @@ async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
     let socket = place.path().join("socket");
     let journal = UnixDatagram::bind(&socket).unwrap();
     fs::set_permissions(&socket, Permissions::from_mode(0o666)).unwrap();
-    journal.set_read_timeout(Some(PATIENCE)).unwrap();
+    journal.set_read_timeout(Some(TEST_TIMEOUT)).unwrap();
     let stderr = place.path().join("stderr");
     let meta = File::create(&stderr).unwrap().metadata().unwrap();
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
-use testbed::harness::{PATIENCE, PAUSE, Running, binaries, until};
+use testbed::harness::{TEST_TIMEOUT, PAUSE, Running, binaries, until};
 use testbed::test_factory::TestFactory;
 
 mod checks;

@@ -185,7 +185,7 @@ async fn no_job_is_taken_after_a_start_before_the_self_test_has_passed() {
         "it was asked for once"
     );
 
-    // The next life asks again, and no slot is free before the job has ended.
+    // The next run asks again, and no slot is free before the job has ended.
     factory.end_supervisor(Signal::SIGTERM);
     factory.supervisor = factory.host.supervisor();
     see(&factory, not_taken("the self-test has not been done")).await;

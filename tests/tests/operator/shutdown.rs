@@ -1,7 +1,7 @@
 //! What the package's unit does while the host is being shut down: `drain --at-shutdown`.
 
 use nix::sys::signal::Signal;
-use testbed::harness::PATIENCE;
+use testbed::harness::TEST_TIMEOUT;
 use testbed::test_factory::ONE;
 
 use super::*;
@@ -51,7 +51,7 @@ async fn a_shutdown_waits_no_longer_than_it_may_and_says_whom_it_ends() {
     let said = say(&factory, &["drain", "--at-shutdown"]);
     let line = format!("2 s are over: the shutdown of the host ends a (job {job})");
     assert!(said.status == 0 && said.err.contains(&line), "{}", said.err);
-    assert!(began.elapsed().as_secs() >= 2 && began.elapsed() < PATIENCE);
+    assert!(began.elapsed().as_secs() >= 2 && began.elapsed() < TEST_TIMEOUT);
     assert_eq!(factory.server.job(job).state(), "running");
     factory.release();
     factory.completed(job).await;

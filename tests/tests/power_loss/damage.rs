@@ -71,7 +71,7 @@ fn no_slot_is_reused_until_a_worker_with_a_damaged_record_is_gone() {
         assert!(matches!(create(&client, next, slot), Reply::UserCreated { .. }));
         assert!(
             processes_of(&plant.host.uids).is_empty(),
-            "two workers were alive"
+            "two workers existed"
         );
         plant.end(next, "it took the place of a damaged one");
     }

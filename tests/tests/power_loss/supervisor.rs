@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use protocol::config::STATE_DIR;
 use supervisor::store::Store;
 use supervisor::worker::Worker;
-use testbed::harness::{PATIENCE, SUPERVISOR_UID, TestHost, binaries};
+use testbed::harness::{TEST_TIMEOUT, SUPERVISOR_UID, TestHost, binaries};
 use testbed::server::{JobSpec, Server, ServerOptions, State};
 use testbed::service::Service;
 use testbed::tracer::disk::{Change, Recorder};
@@ -55,7 +55,7 @@ async fn record(host: &TestHost) -> Vec<Change> {
         let gone = state.workers.values().all(|worker| worker.deleted);
         (state.jobs[&job].complete() && gone).then_some(())
     };
-    server.wait_for(PATIENCE, over).await.unwrap();
+    server.wait_for(TEST_TIMEOUT, over).await.unwrap();
     supervisor.log.wait(&["worker forgotten"]);
     supervisor.signal(Signal::SIGKILL);
     tracer.join().expect("the tracer does not fail");

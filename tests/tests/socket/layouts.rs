@@ -191,7 +191,7 @@ fn what_is_mounted_when_somebody_enters_it_is_shown() {
     let script = format!(
         "cd {0}; timeout {1} python3 -c '{AUTOMOUNTER}' & while ! [ -e {0}/started ]; do sleep 0.05; done",
         place.path().display(),
-        PATIENCE.as_secs(),
+        TEST_TIMEOUT.as_secs(),
     );
     let _helper = helper_after(&host, &script);
     let client = Client::new(&host);
@@ -295,7 +295,7 @@ open("../end").read()"#;
         "mount --bind {etc} /etc; mount --rbind {run} /run; cd {run}
         timeout {} python3 -c '{service}' &
         while ! [ -e /run/started ]; do sleep 0.05; done",
-        PATIENCE.as_secs(),
+        TEST_TIMEOUT.as_secs(),
         run = at("run").display()
     );
     let _helper = helper_after(&host, &script);

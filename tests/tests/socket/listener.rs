@@ -1,4 +1,4 @@
-//! The process that accepts connections: it lives as long as the monitor, and no longer; and while it does not accept,
+//! The process that accepts connections: it runs as long as the monitor, and no longer; and while it does not accept,
 //! clients are told why.
 
 use std::time::Duration;
@@ -12,7 +12,7 @@ use testbed::tracer::wait_until_stopped;
 use super::*;
 
 fn signal(pid: u32, signal: Signal) {
-    kill(Pid::from_raw(pid as i32), signal).expect("it lives");
+    kill(Pid::from_raw(pid as i32), signal).expect("it is running");
 }
 
 /// Is there no such process, or only what is left of it until it is waited for?

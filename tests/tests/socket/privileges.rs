@@ -14,7 +14,7 @@ const OF_THE_MONITOR: [u32; 6] = [8, 10, 12, 18, 21, 27];
 
 /// A line of `proc_pid_status(5)`.
 fn status(pid: u32, name: &str) -> String {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is running");
     let line = text
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));

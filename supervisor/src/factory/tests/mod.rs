@@ -681,7 +681,7 @@ fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
 }
 
 #[test]
-fn a_new_life_gives_every_agent_its_whole_time() {
+fn a_restart_gives_every_agent_its_whole_time() {
     let mut world = World::new();
     world.submit(1, '2');
     while phase(&world) != Some(Phase::Created) {
@@ -987,7 +987,7 @@ fn no_job_is_asked_for_after_a_start_before_a_self_test_has_passed_where_that_is
     assert!(why.starts_with("the self-test has failed"), "{why}");
     world.tell(Input::SelfTested(None));
     world.run(|w| w.done().len() == 2);
-    // The next life knows nothing of it.
+    // The next run knows nothing of it.
     let next = Factory::new(world.core.identity().clone(), config, Vec::new(), 1, 0);
     assert!(next.waits_for_selftest());
     let why = next.not_asked_for().unwrap();

@@ -183,7 +183,7 @@ fn an_answer_to_a_request_from_before_the_reload_is_requested_again() {
 }
 
 #[test]
-fn a_worker_of_the_last_life_does_not_lose_its_slot_before_the_target_is_looked_up() {
+fn a_worker_of_the_previous_run_does_not_lose_its_slot_before_the_target_is_looked_up() {
     let mut world = named(&[target('3', "hubris")]);
     world.submit(1, '3');
     while phase(&world) != Some(Phase::Reserved) {

@@ -22,7 +22,7 @@ pub const CONFIG: &str = "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_fi
 
 pub struct World {
     pub core: Factory,
-    /// That of the next life.
+    /// That of the next run.
     pub config: Config,
     pub now: u64,
     pub disk: BTreeMap<WorkerId, Worker>,
@@ -233,12 +233,12 @@ impl World {
             }
         }
         let workers = self.disk.values().cloned().collect();
-        // What a new life counts anew is not saved before something else changes.
+        // What a new run counts anew is not saved before something else changes.
         self.disk
             .values_mut()
             .for_each(|worker| worker.waiting_since = self.now);
         self.core = Factory::new(here(), self.config.clone(), workers, 8, self.now);
-        // What a new life begins with is new: the waits.
+        // What a new run begins with is new: the waits.
         self.disk = self.core.workers().map(|w| (w.id, w.clone())).collect();
         self.tell(Input::Tick);
     }

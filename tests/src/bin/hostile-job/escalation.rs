@@ -622,7 +622,7 @@ const OWN_FILES: [&str; 19] = [
 ];
 
 /// Files of the kernel that everybody may open for writing, because it looks at the writer when he writes:
-/// the last process id of the namespace wants a capability, and a trigger for pressure lives as long as its
+/// the last process id of the namespace wants a capability, and a trigger for pressure exists as long as its
 /// descriptor, and only tells its owner something.
 const HARMLESS: [&str; 4] = [
     "/proc/sys/kernel/ns_last_pid",

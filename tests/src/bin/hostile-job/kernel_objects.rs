@@ -22,7 +22,7 @@ use crate::{Attempt, Report};
 
 pub const ATTEMPTS: &[Attempt] = &[("hold", hold)];
 
-/// What is held for as long as the process lives.
+/// What is held for as long as the process runs.
 type Kept = Vec<OwnedFd>;
 
 /// Take one, the `number`th of this process, and say how much it is.

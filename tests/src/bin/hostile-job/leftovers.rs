@@ -86,7 +86,7 @@ fn daemons(report: &mut Report, _: &[String]) {
     for number in 0..5 {
         daemon(|| {
             ignore_every_signal();
-            report.say(format!("daemon {number} lives"));
+            report.say(format!("daemon {number} is running"));
             wait_for_ever();
         });
     }
@@ -117,7 +117,7 @@ fn fork_bomb(report: &mut Report, words: &[String]) {
                 }
             }
         }
-        // None lives for long: a killer that reads the list of processes first kills what has ended.
+        // None runs for long: a killer that reads the list of processes first kills what has ended.
         "relay" => {
             for number in 0..20 {
                 fork(|| {

@@ -1,4 +1,4 @@
-//! Running the real supervisor in a world: each life is a `Driver` from the store, and its death is the end of
+//! Running the real supervisor in a world: each run of the supervisor is a `Driver` from the store, and its crash is the end of
 //! its future, wherever that is.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -75,8 +75,8 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
     };
     let _guard = tracing::subscriber::set_default(log);
     let shared = Shared::new(World::new(script, trace.clone()));
-    let mut life: Option<Life> = None;
-    let mut second: Option<Life> = None;
+    let mut run: Option<SupervisorRun> = None;
+    let mut second: Option<SupervisorRun> = None;
     let mut spins = (began, 0);
     // Time passes before each event, and tokio's paused clock stands still while a blocking task runs: so what the
     // supervisors do in threads is done before the next event, whatever the threads' turn.
@@ -103,7 +103,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         }
         let end = tokio::select! {
             biased;
-            end = ended(&mut life) => Some(end),
+            end = ended(&mut run) => Some(end),
             end = ended(&mut second) => {
                 second = None;
                 let mut world = shared.world();
@@ -126,7 +126,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
             }
         };
         if let Some(end) = end {
-            life = None;
+            run = None;
             let mut world = shared.world();
             match end {
                 End::Stopped => {
@@ -143,18 +143,18 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
             }
         }
         let requests = std::mem::take(&mut shared.world().requests);
-        if let Some(life) = &life {
+        if let Some(run) = &run {
             for input in requests.inputs {
-                let _ = life.operator.send(Command::Input(input));
+                let _ = run.operator.send(Command::Input(input));
             }
             if requests.status {
                 let (answer, answered) = oneshot::channel();
-                let _ = life.operator.send(Command::Status(answer));
+                let _ = run.operator.send(Command::Status(answer));
                 asked = Some(answered);
             }
         }
         if let Some(down) = requests.crash
-            && life.take().is_some()
+            && run.take().is_some()
         {
             shared.world().ended(down);
         }
@@ -164,11 +164,11 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
             }
         }
         if requests.start {
-            life = Some(Life::begin(&shared, dir.path(), script.seed, false));
+            run = Some(SupervisorRun::begin(&shared, dir.path(), script.seed, false));
         }
         let requests = std::mem::take(&mut shared.world().second.requests);
         if requests.start {
-            second = Some(Life::begin(&shared, dir.path(), script.seed, true));
+            second = Some(SupervisorRun::begin(&shared, dir.path(), script.seed, true));
         }
         if let Some(second) = &second {
             for input in requests.inputs {
@@ -184,7 +184,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
             break;
         }
     }
-    drop((life, second));
+    drop((run, second));
     let mut world = shared.world();
     if world.checks.failure().is_none() && script.settles {
         // The last poll may be missing.
@@ -196,7 +196,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
     }
     let mut report = std::mem::take(&mut world.report);
     report.worlds = 1;
-    report.starts = world.life;
+    report.starts = world.run;
     report.simulated_ms = world.now;
     report.lives = world.server.workers.values().filter(|w| w.deleted).count() as u64;
     report.done = world
@@ -218,21 +218,21 @@ enum End {
     Failed(String),
 }
 
-struct Life {
+struct SupervisorRun {
     driver: Pin<Box<dyn Future<Output = anyhow::Result<()>>>>,
     operator: mpsc::UnboundedSender<Command>,
 }
 
-impl Life {
+impl SupervisorRun {
     fn begin(shared: &Shared, dir: &Path, seed: u64, second: bool) -> Self {
         let world = shared.world();
         let wall = world.wall();
         let (config, number, place, instance) = if second {
-            let life = world.second.life | SECOND;
-            (world.second.config.clone(), life, "second", "11111111")
+            let run = world.second.run | SECOND;
+            (world.second.config.clone(), run, "second", "11111111")
         } else {
             let config = world.file.clone().expect("it was there just now");
-            (config, world.life, "store", "00000000")
+            (config, world.run, "store", "00000000")
         };
         drop(world);
         let store = Store::open(&dir.join(place)).expect("the store opens");
@@ -241,7 +241,7 @@ impl Life {
         let clock = Clock::at(wall);
         let wire = Arc::new(Wire {
             shared: shared.clone(),
-            life: number,
+            run: number,
         });
         let executor = Executor {
             server: BuildomatClient::over(wire.clone()),
@@ -292,12 +292,12 @@ async fn answer(asked: &mut Option<oneshot::Receiver<Status>>) -> Result<Status,
     status
 }
 
-/// When, and how, this life ends.
-async fn ended(life: &mut Option<Life>) -> End {
-    let Some(life) = life else {
+/// When, and how, this run ends.
+async fn ended(run: &mut Option<SupervisorRun>) -> End {
+    let Some(run) = run else {
         return std::future::pending().await;
     };
-    std::future::poll_fn(|context| poll(&mut life.driver, context)).await
+    std::future::poll_fn(|context| poll(&mut run.driver, context)).await
 }
 
 fn poll(
