@@ -21,13 +21,13 @@ const APPEND_TRIES: u32 = 3;
 /// What actions need.
 #[derive(Debug)]
 pub struct Executor {
-    /// For marks, failures, lines of the console and the deletion there.
+    /// For owner tags, failures, lines of the console and the deletion there.
     pub server: BuildomatClient,
     /// For all that is done on the host.
     pub helper: HelperClient,
     /// The program for `InstallAgent`.
     pub agent: AgentCache,
-    /// What this host marks its workers with.
+    /// What this host tags its workers with.
     pub identity: Identity,
 }
 
@@ -36,8 +36,8 @@ impl Executor {
     pub async fn carry_out(&self, worker: WorkerId, action: Action) -> Event {
         match action {
             Action::Associate { slot, scripts } => {
-                let mark = self.identity.mark(&slot);
-                match self.server.associate(worker, &mark, &scripts).await {
+                let owner_tag = self.identity.owner_tag(&slot);
+                match self.server.associate(worker, &owner_tag, &scripts).await {
                     Ok(()) => Event::Associated,
                     Err(error) => Event::CallFailed(error.call_error()),
                 }
@@ -182,9 +182,9 @@ mod tests {
     struct NoJob(Arc<Mutex<Vec<String>>>);
 
     impl Transport for NoJob {
-        fn call(&self, call: Call) -> buildomat::Pending<'_, buildomat::Answer> {
+        fn call(&self, call: Call) -> buildomat::Pending<'_, buildomat::HttpResponse> {
             self.0.lock().unwrap().push(call.path);
-            Box::pin(async { Ok(buildomat::Answer::new(200, r#"{"retry":true}"#)) })
+            Box::pin(async { Ok(buildomat::HttpResponse::new(200, r#"{"retry":true}"#)) })
         }
 
         fn file<'a>(

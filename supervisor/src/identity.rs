@@ -1,6 +1,6 @@
 //! Which host a worker belongs to. Several hosts may use one factory's token by mistake, and the server then lists the
-//! workers of all of them to each. So every host has an *instance id*, made once, and associates its workers with
-//! `SLOT@HOST/INSTANCE`: the host's name for readers, the instance id for the comparison.
+//! workers of all of them to each. So every host has an *instance id*, made once, and associates its workers with the
+//! *owner tag* `SLOT@HOST/INSTANCE`: the host's name for readers, the instance id for the comparison.
 //!
 //! The id lies in the state directory, with the machine that it was made on: a directory that was copied to another
 //! machine does not make that machine the owner of the first one's workers.
@@ -50,7 +50,7 @@ impl fmt::Display for InstanceId {
     }
 }
 
-/// This host, as it marks its workers.
+/// This host, as it tags its workers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     host: String,
@@ -64,9 +64,9 @@ pub enum Owner {
     Nobody,
     /// This host, in this slot.
     Own(SlotName),
-    /// A host that does not mark its workers: a release before the marks. It may be this one.
-    Unmarked(SlotName),
-    /// Another host, or what is no mark at all: the text as it is.
+    /// Only a slot, from a release before owner tags. The host may be this one.
+    SlotOnly(SlotName),
+    /// Another host, or what is no owner tag at all: the text as it is.
     Other(String),
 }
 
@@ -79,19 +79,19 @@ impl Identity {
         Self { host, instance }
     }
 
-    /// The mark of a worker in this slot. The server lets it be set once.
-    pub fn mark(&self, slot: &SlotName) -> String {
+    /// The owner tag of a worker in this slot, `SLOT@HOST/INSTANCE`. The server lets it be set once.
+    pub fn owner_tag(&self, slot: &SlotName) -> String {
         format!("{slot}@{self}")
     }
 
-    /// `private` is what the server has as the worker's mark, which another factory may have written.
+    /// `private` is what the server has as the worker's owner tag, which another factory may have written.
     pub fn owner(&self, private: Option<&str>) -> Owner {
         let Some(text) = private else {
             return Owner::Nobody;
         };
         let other = || Owner::Other(text.to_owned());
         let Some((slot, place)) = text.split_once('@') else {
-            return text.parse().map_or_else(|_| other(), Owner::Unmarked);
+            return text.parse().map_or_else(|_| other(), Owner::SlotOnly);
         };
         let parsed = place.split_once('/').and_then(|(host, instance)| {
             let fits = (1..=MAX_HOST).contains(&host.len()) && host.chars().all(is_plain);
@@ -242,13 +242,13 @@ mod tests {
     fn a_mark_is_read_back_and_nothing_else_is_taken_for_one() {
         let here = identity("lab-3.example", "7q2mz4kd");
         let slot: SlotName = "bench-1".parse().unwrap();
-        assert_eq!(here.mark(&slot), "bench-1@lab-3.example/7q2mz4kd");
+        assert_eq!(here.owner_tag(&slot), "bench-1@lab-3.example/7q2mz4kd");
         let own = Owner::Own(slot.clone());
-        assert_eq!(here.owner(Some(&here.mark(&slot))), own);
+        assert_eq!(here.owner(Some(&here.owner_tag(&slot))), own);
         // The host may have been renamed since.
         assert_eq!(here.owner(Some("bench-1@old_name/7q2mz4kd")), own);
         assert_eq!(here.owner(None), Owner::Nobody);
-        assert_eq!(here.owner(Some("bench-1")), Owner::Unmarked(slot));
+        assert_eq!(here.owner(Some("bench-1")), Owner::SlotOnly(slot));
         let long = format!("bench-1@{}/7q2mz4kd", "a".repeat(64));
         for other in [
             "bench-1@lab-3.example/7q2mz4ke",
@@ -278,8 +278,8 @@ mod tests {
         let slot: SlotName = "a".parse().unwrap();
         for host in ["", "a b/c@d\n", &"ä".repeat(99), "localhost"] {
             let here = identity(host, "00000000");
-            let mark = here.mark(&slot);
-            assert_eq!(here.owner(Some(&mark)), Owner::Own(slot.clone()), "{mark}");
+            let tag = here.owner_tag(&slot);
+            assert_eq!(here.owner(Some(&tag)), Owner::Own(slot.clone()), "{tag}");
         }
     }
 

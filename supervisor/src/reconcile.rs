@@ -15,7 +15,7 @@ use crate::worker::{Action, Kill, Phase, Worker};
 
 /// A host that has just made a worker associates it at once. One that has been without an owner for so long, or for as
 /// long as an agent may take, has lost the one that made it. (Should it return, it is too late: the server takes the
-/// first owner's mark and no other.)
+/// first owner tag and no other.)
 const UNCLAIMED_MS: u64 = 60_000;
 /// A worker of this host that its database does not know is made again this long after its agent should have been
 /// online: a copy of this host, with its instance id, would have started it by then.
@@ -23,7 +23,7 @@ const RECLAIM_MS: u64 = 60_000;
 
 /// All that a decision depends on.
 #[derive(Debug)]
-pub struct Question<'a> {
+pub struct ReconcileInput<'a> {
     /// The slots of the configuration in use.
     pub plan: &'a Plan,
     /// This host's.
@@ -45,7 +45,7 @@ pub struct Question<'a> {
     /// Workers that are not this host's, and that the operator wants deleted all the same.
     pub to_delete: &'a BTreeSet<WorkerId>,
     /// Another host has been seen to use the same token.
-    pub others_seen: bool,
+    pub foreign_seen: bool,
     /// A worker is being made: one without an owner may be it.
     pub making: bool,
     /// In milliseconds of the core's time.
@@ -78,23 +78,23 @@ pub enum Decision {
         /// On the server.
         worker: WorkerId,
         /// For the log and the status.
-        why: NotOurs,
+        why: ForeignReason,
     },
 }
 
 /// Why a worker on the server is left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NotOurs {
-    /// It has another host's mark.
-    OtherHost,
-    /// It has no mark of any host, and nothing shows that it is this one's.
-    NoMark,
-    /// It has this host's mark, and neither the database nor the host has it.
+pub enum ForeignReason {
+    /// It has another host's owner tag.
+    OtherOwner,
+    /// It has no host's owner tag, and nothing shows that it is this one's.
+    Untagged,
+    /// It has this host's owner tag, and neither the database nor the host has it.
     Lost,
 }
 
 /// What to do about those that the store does not know. The order is that of the lists.
-pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
+pub fn reconcile(q: &ReconcileInput<'_>) -> Vec<Decision> {
     let on_host: BTreeMap<WorkerId, &WorkerInfo> = q.host.iter().map(|info| (info.worker, info)).collect();
     let on_server: BTreeSet<WorkerId> = q.server.iter().map(|w| w.id).collect();
     let strange = |id: WorkerId| !q.known.contains_key(&id) && !q.ended.contains(&id);
@@ -131,23 +131,23 @@ pub fn reconcile(q: &Question<'_>) -> Vec<Decision> {
 }
 
 /// A worker of the server that this host has something of.
-fn present(q: &Question<'_>, w: &ServerWorker, info: &WorkerInfo) -> Decision {
+fn present(q: &ReconcileInput<'_>, w: &ServerWorker, info: &WorkerInfo) -> Decision {
     let slot = info.slot.clone();
     if q.to_delete.contains(&w.id) {
         return Decision::Adopt(adopted(w, slot, Phase::Destroying, q.now));
     }
     match q.identity.owner(w.private.as_deref()) {
-        // Its files can have been copied with a disk. What runs here was started here, whatever the mark says.
+        // Its files can have been copied with a disk. What runs here was started here, whatever its owner tag says.
         Owner::Other(_) if info.state != State::Running => Decision::Report {
             worker: w.id,
-            why: NotOurs::OtherHost,
+            why: ForeignReason::OtherOwner,
         },
         _ => Decision::Adopt(adopted(w, slot, phase_of(w, info.state), q.now)),
     }
 }
 
 /// A worker of the server that this host has nothing of.
-fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -> Option<Decision> {
+fn absent(q: &ReconcileInput<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -> Option<Decision> {
     let worker = w.id;
     let report = |why| Some(Decision::Report { worker, why });
     let end = Some(Decision::Delete {
@@ -160,14 +160,14 @@ fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -
     }
     let owner = q.identity.owner(w.private.as_deref());
     let waits = match owner {
-        Owner::Other(_) => return report(NotOurs::OtherHost),
+        Owner::Other(_) => return report(ForeignReason::OtherOwner),
         // It is kept for inspection.
         _ if w.hold => return None,
-        Owner::Unmarked(_) => return report(NotOurs::NoMark),
+        Owner::SlotOnly(_) => return report(ForeignReason::Untagged),
         // Its job is over, and this host is clean of it.
         _ if w.recycle => return end,
-        Owner::Nobody if w.online => return report(NotOurs::NoMark),
-        Owner::Own(_) if w.online => return report(NotOurs::Lost),
+        Owner::Nobody if w.online => return report(ForeignReason::Untagged),
+        Owner::Own(_) if w.online => return report(ForeignReason::Lost),
         // Perhaps the one that is just being made: a later list will tell.
         Owner::Nobody if q.making => return None,
         Owner::Nobody => UNCLAIMED_MS.min(q.online_timeout),
@@ -195,8 +195,8 @@ fn absent(q: &Question<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -
             target: w.target,
             slot,
         })
-    } else if owner == Owner::Nobody && q.others_seen {
-        report(NotOurs::NoMark)
+    } else if owner == Owner::Nobody && q.foreign_seen {
+        report(ForeignReason::Untagged)
     } else {
         end
     }
@@ -207,7 +207,7 @@ fn slot_for(w: &ServerWorker, owner: &Owner, free: &Free<'_>) -> Option<SlotName
     let slot = match owner {
         Owner::Nobody => free.pick(w.target),
         // The server lets a slot be set once, so it is this one or none.
-        Owner::Own(slot) | Owner::Unmarked(slot) => free.has(slot.as_str(), w.target),
+        Owner::Own(slot) | Owner::SlotOnly(slot) => free.has(slot.as_str(), w.target),
         Owner::Other(_) => None,
     };
     slot.cloned()
@@ -292,7 +292,7 @@ mod tests {
         making: bool,
         unknown_for: u64,
         to_delete: bool,
-        others_seen: bool,
+        foreign_seen: bool,
     }
 
     const TIMEOUT: u64 = 300_000;
@@ -301,7 +301,7 @@ mod tests {
         making: false,
         unknown_for: TIMEOUT + RECLAIM_MS,
         to_delete: false,
-        others_seen: false,
+        foreign_seen: false,
     };
 
     fn decide(server: &[ServerWorker], host: &[WorkerInfo], around: &Around) -> Vec<String> {
@@ -313,7 +313,7 @@ mod tests {
         let plan = Plan::of(&config, &BTreeMap::new());
         let unknown_for = server.iter().map(|w| (w.id, around.unknown_for)).collect();
         let to_delete = server.iter().filter(|_| around.to_delete).map(|w| w.id);
-        let q = Question {
+        let q = ReconcileInput {
             plan: &plan,
             identity: &Identity::new("here", InstanceId::parse("00000000").unwrap()),
             known: &known,
@@ -324,7 +324,7 @@ mod tests {
             unknown_for: &unknown_for,
             online_timeout: TIMEOUT,
             to_delete: &to_delete.collect(),
-            others_seen: around.others_seen,
+            foreign_seen: around.foreign_seen,
             making: around.making,
             now: 5,
         };
@@ -352,7 +352,7 @@ mod tests {
             ..LONG
         };
         let others = Around {
-            others_seen: true,
+            foreign_seen: true,
             ..LONG
         };
         let to_delete = Around {
@@ -369,7 +369,7 @@ mod tests {
             (None, [false; 3], &others, "adopt a reserved"),
             (None, [false, true, false], &LONG, ""),
             (None, [false, false, true], &new, end),
-            (None, [true, false, false], &LONG, "NoMark"),
+            (None, [true, false, false], &LONG, "Untagged"),
             (OWN, [false; 3], &new, ""),
             (OWN, [false; 3], &long(TIMEOUT + RECLAIM_MS - 1), ""),
             (OWN, [false; 3], &LONG, "adopt a reserved"),
@@ -387,14 +387,14 @@ mod tests {
             (OWN, [true, false, false], &LONG, "Lost"),
             (OWN, [true, true, false], &LONG, ""),
             (OWN, [true, false, true], &new, end),
-            (Some("a"), [false; 3], &LONG, "NoMark"),
-            (Some("a"), [true, false, false], &LONG, "NoMark"),
-            (Some("a"), [true, false, true], &LONG, "NoMark"),
-            (OTHER, [false; 3], &LONG, "OtherHost"),
-            (OTHER, [true, false, false], &LONG, "OtherHost"),
-            (OTHER, [true, true, false], &LONG, "OtherHost"),
-            (OTHER, [true, false, true], &LONG, "OtherHost"),
-            (Some("no mark at all"), [true, false, true], &LONG, "OtherHost"),
+            (Some("a"), [false; 3], &LONG, "Untagged"),
+            (Some("a"), [true, false, false], &LONG, "Untagged"),
+            (Some("a"), [true, false, true], &LONG, "Untagged"),
+            (OTHER, [false; 3], &LONG, "OtherOwner"),
+            (OTHER, [true, false, false], &LONG, "OtherOwner"),
+            (OTHER, [true, true, false], &LONG, "OtherOwner"),
+            (OTHER, [true, false, true], &LONG, "OtherOwner"),
+            (Some("no tag at all"), [true, false, true], &LONG, "OtherOwner"),
             (OTHER, [true, false, false], &to_delete, end),
             (OTHER, [true, true, false], &to_delete, end),
             (OWN, [true, false, false], &to_delete, end),
@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_host_has_is_this_hosts_unless_another_marked_it_and_nothing_of_it_runs() {
+    fn what_the_host_has_is_this_hosts_unless_another_tagged_it_and_nothing_of_it_runs() {
         let new = Around::default();
         for (private, [online, hold, recycle], state, expected) in [
             (OWN, [true, false, false], State::Running, "adopt a online"),
@@ -420,9 +420,9 @@ mod tests {
             (Some("a"), [true, false, false], State::Running, "adopt a online"),
             (Some("a"), [true, false, false], EXITED, "adopt a online"),
             (OTHER, [true, false, false], State::Running, "adopt a online"),
-            (OTHER, [true, false, false], EXITED, "OtherHost"),
-            (OTHER, [false; 3], State::Created, "OtherHost"),
-            (OTHER, [true, false, true], EXITED, "OtherHost"),
+            (OTHER, [true, false, false], EXITED, "OtherOwner"),
+            (OTHER, [false; 3], State::Created, "OtherOwner"),
+            (OTHER, [true, false, true], EXITED, "OtherOwner"),
         ] {
             let worker = server(1, private, online, hold, recycle);
             let decided = decide(std::slice::from_ref(&worker), &[host(1, "a", state)], &new);
@@ -455,9 +455,9 @@ mod tests {
     #[test]
     fn a_worker_whose_slot_is_busy_waits_for_it_and_not_for_ever() {
         let busy = [host(2, "b", State::Running)];
-        let decide = |private, others_seen, unknown_for| {
+        let decide = |private, foreign_seen, unknown_for| {
             let around = Around {
-                others_seen,
+                foreign_seen,
                 unknown_for,
                 ..LONG
             };
@@ -473,7 +473,7 @@ mod tests {
             assert_eq!(decide(false, TIMEOUT), "delete on the server");
             // It may be the other's: then nothing says that it has no owner.
             let left = if private.is_none() {
-                "NoMark"
+                "Untagged"
             } else {
                 "delete on the server"
             };
@@ -488,7 +488,7 @@ mod tests {
             on_host in proptest::collection::vec((0u128..8, any::<bool>()), 0..3),
             making: bool,
             long: bool,
-            others_seen: bool,
+            foreign_seen: bool,
         ) {
             let privates = [None, OWN, Some("b@here/00000000"), Some("a"), OTHER];
             let mut list: Vec<ServerWorker> =
@@ -501,7 +501,7 @@ mod tests {
                 .collect();
             here.sort_by_key(|w| w.worker);
             here.dedup_by_key(|w| w.worker);
-            let around = Around { making, others_seen, ..if long { LONG } else { Around::default() } };
+            let around = Around { making, foreign_seen, ..if long { LONG } else { Around::default() } };
             let decided = decide(&list, &here, &around);
             let reserved = decided.iter().filter(|d| *d == "adopt a reserved" || *d == "adopt b reserved").count();
             prop_assert!(reserved <= 1, "a and b exclude each other");
@@ -510,7 +510,7 @@ mod tests {
                 let alone = decide(std::slice::from_ref(w), &here, &around);
                 let runs = here.iter().any(|i| i.worker == w.id && i.state == State::Running);
                 let here_alone = here.iter().filter(|i| i.worker != w.id).count();
-                prop_assert_eq!(alone[0] == "OtherHost", !runs, "{:?}", alone);
+                prop_assert_eq!(alone[0] == "OtherOwner", !runs, "{:?}", alone);
                 prop_assert_eq!(alone.len(), 1 + here_alone);
             }
         }

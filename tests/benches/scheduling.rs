@@ -12,7 +12,7 @@ use protocol::{SlotName, State, TargetId, Uid, WorkerId, WorkerInfo};
 use supervisor::buildomat::ServerWorker;
 use supervisor::factory::{Factory, Input, Output};
 use supervisor::identity::{Identity, InstanceId};
-use supervisor::reconcile::{Question, adopted, reconcile};
+use supervisor::reconcile::{ReconcileInput, adopted, reconcile};
 use supervisor::schedule::Plan;
 use supervisor::worker::{Phase, Worker};
 use testbed::bench::{Go, Group, Options, Report};
@@ -58,7 +58,7 @@ fn listed(n: usize) -> ServerWorker {
     ServerWorker {
         id: WorkerId::from_bits(n as u128 + 1),
         target: target(n),
-        private: Some(here().mark(&slot(n))),
+        private: Some(here().owner_tag(&slot(n))),
         bootstrap: None,
         online: true,
         hold: false,
@@ -196,7 +196,7 @@ fn reconciling(options: &Options, report: &mut Report) {
     ];
     for (title, is_known, server, is_here) in kinds {
         let ways = growing(&sizes, "workers", |size| {
-            let question = Question {
+            let input = ReconcileInput {
                 plan: &plan,
                 known: if is_known { &known[&size] } else { &nobody },
                 server: &server[..size],
@@ -207,11 +207,11 @@ fn reconciling(options: &Options, report: &mut Report) {
                 unknown_for: &unknown_for,
                 online_timeout: 300_000,
                 to_delete: &none.2,
-                others_seen: false,
+                foreign_seen: false,
                 making: false,
                 now: 0,
             };
-            Box::new(move || drop(std::hint::black_box(reconcile(&question))))
+            Box::new(move || drop(std::hint::black_box(reconcile(&input))))
         });
         let group = Group::measure(&format!("Reconcile: {title}"), options.size(50, 5), ways);
         report.add(group);

@@ -28,7 +28,7 @@ use allocation::CreateUserError;
 use install::InstallError;
 
 /// Answers and the descriptor that goes with them.
-type Answer = (Reply, Option<File>);
+type ReplyWithFile = (Reply, Option<File>);
 
 /// What is beneath a connection: the host, or a model of one where connections are tested. Each does what the
 /// request of its name says in the `protocol` crate, and has the errors that may be answered to it.
@@ -135,7 +135,7 @@ fn answer(
     operations: &dyn Operations,
     request: &Request,
     mut descriptors: Vec<OwnedFd>,
-) -> Result<Answer, Error> {
+) -> Result<ReplyWithFile, Error> {
     let refused = |message: &str| Error::new(ErrorKind::Refused, message);
     Ok(match request {
         Request::Hello { .. } => return Err(refused("Hello was sent before")),

@@ -9,7 +9,7 @@ use protocol::config::General;
 use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Proxy, Response};
 
-use super::{Answer, Call, Error, Pending, Result, Transport};
+use super::{HttpResponse, Call, Error, Pending, Result, Transport};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::token::{Token, TokenStore};
 
@@ -50,7 +50,7 @@ impl Http {
         })
     }
 
-    async fn send(&self, call: &Call, token: &Token) -> Result<Answer> {
+    async fn send(&self, call: &Call, token: &Token) -> Result<HttpResponse> {
         let mut request = self
             .client
             .request(call.method.clone(), format!("{}{}", self.base, call.path))
@@ -72,7 +72,7 @@ impl Http {
         } else {
             body.unwrap_or_default()
         };
-        Ok(Answer {
+        Ok(HttpResponse {
             code: status.as_u16(),
             body,
             retry_after,
@@ -97,7 +97,7 @@ impl Http {
 }
 
 impl Transport for Http {
-    fn call(&self, call: Call) -> Pending<'_, Answer> {
+    fn call(&self, call: Call) -> Pending<'_, HttpResponse> {
         Box::pin(async move {
             let answer = self.send(&call, &self.tokens.token()).await?;
             if answer.code == 401 && self.has_new_token().await {
@@ -236,7 +236,7 @@ mod tests {
         }
         // What an error says is of no use then, and its code is.
         let http = endless("HTTP/1.1 503 Busy\r\n\r\n", &SOME, Duration::ZERO).await;
-        assert_eq!(http.call(call()).await, Ok(Answer::new(503, "")));
+        assert_eq!(http.call(call()).await, Ok(HttpResponse::new(503, "")));
     }
 
     #[test]
@@ -302,7 +302,7 @@ mod tests {
             });
             let mut http = Http::new(&config.general, TokenStore::fixed("secret")).unwrap();
             http.timeout = Duration::from_secs(2);
-            assert_eq!(http.call(call()).await, Ok(Answer::new(code, "")));
+            assert_eq!(http.call(call()).await, Ok(HttpResponse::new(code, "")));
         }
         let came = timeout(Duration::ZERO, elsewhere.accept()).await;
         assert!(came.is_err(), "somebody went to {to}");

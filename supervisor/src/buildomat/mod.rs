@@ -136,7 +136,7 @@ pub struct Call {
 
 /// What came back.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct HttpResponse {
     /// The status code.
     pub code: u16,
     /// At most 8 MiB.
@@ -145,7 +145,7 @@ pub struct Answer {
     pub retry_after: Option<Duration>,
 }
 
-impl Answer {
+impl HttpResponse {
     /// Without `Retry-After`.
     pub fn new(code: u16, body: impl Into<Vec<u8>>) -> Self {
         Self {
@@ -162,7 +162,7 @@ pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 /// What brings calls to the server and answers back: HTTP, or a simulated network.
 pub trait Transport: fmt::Debug + Send + Sync {
     /// With the token. The error is [`Error::Unreachable`] where no answer came; an answer of any status is none.
-    fn call(&self, call: Call) -> Pending<'_, Answer>;
+    fn call(&self, call: Call) -> Pending<'_, HttpResponse>;
 
     /// A file that anybody may have, asked for without the token.
     fn file<'a>(
@@ -271,8 +271,8 @@ impl BuildomatClient {
             .await
     }
 
-    /// The worker's mark, set once, and what the agent is to run before and after the job.
-    pub async fn associate(&self, worker: WorkerId, mark: &str, scripts: &Scripts) -> Result<()> {
+    /// The worker's owner tag, set once, and what the agent is to run before and after the job.
+    pub async fn associate(&self, worker: WorkerId, owner_tag: &str, scripts: &Scripts) -> Result<()> {
         let metadata = (*scripts != Scripts::default()).then(|| {
             json!({
                 "v": "1",
@@ -280,7 +280,7 @@ impl BuildomatClient {
                 "post_job_diagnostic_script": scripts.post_job_diagnostic_script,
             })
         });
-        let body = json!({ "private": mark, "ip": null, "metadata": metadata });
+        let body = json!({ "private": owner_tag, "ip": null, "metadata": metadata });
         self.answer(Method::PATCH, format!("/0/factory/worker/{worker}"), Some(body))
             .await
             .map(drop)
@@ -342,7 +342,7 @@ impl BuildomatClient {
     /// The body of an answer to a call that went well.
     async fn answer(&self, method: Method, path: String, body: Option<Value>) -> Result<Vec<u8>> {
         let _pending = self.pending.begin();
-        let Answer {
+        let HttpResponse {
             code,
             body,
             retry_after,
@@ -427,8 +427,8 @@ mod tests {
     struct Always(u16, &'static str);
 
     impl Transport for Always {
-        fn call(&self, _: Call) -> Pending<'_, Answer> {
-            Box::pin(async { Ok(Answer::new(self.0, self.1)) })
+        fn call(&self, _: Call) -> Pending<'_, HttpResponse> {
+            Box::pin(async { Ok(HttpResponse::new(self.0, self.1)) })
         }
 
         fn file<'a>(

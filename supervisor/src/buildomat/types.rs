@@ -64,7 +64,7 @@ pub struct ServerWorker {
     pub id: WorkerId,
     /// Of the job that it was made for.
     pub target: TargetId,
-    /// Its mark, once it is associated: see `identity`.
+    /// Its owner tag, once it is associated: see `identity`.
     #[serde(default)]
     pub private: Option<String>,
     /// None for a token that could not be handed to an agent anyway.

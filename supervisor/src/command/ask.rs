@@ -183,9 +183,9 @@ pub fn end_from_now(text: &str) -> Result<Timestamp, String> {
     drain_end(text, &now.round(jiff::Unit::Second).unwrap_or(now))
 }
 
-pub async fn drain(client: Client, order: Drain, wait: bool) -> CommandResult {
-    client.drain(&order).await?;
-    let slot = order.slot;
+pub async fn drain(client: Client, drain: Drain, wait: bool) -> CommandResult {
+    client.drain(&drain).await?;
+    let slot = drain.slot;
     if !wait {
         return Ok(DONE);
     }

@@ -26,7 +26,7 @@ pub struct Status {
     /// What listens at `factory.status_address`, where that is written; `reachable` says that it does.
     #[serde(default)]
     pub status_page: Option<PeerStatus>,
-    /// No new jobs are taken, as the operator ordered.
+    /// No new jobs are taken: all slots are drained.
     pub draining: bool,
     /// What the operator has drained.
     #[serde(default)]
@@ -50,7 +50,7 @@ pub struct Status {
     /// Why no jobs are taken, whatever slot is free.
     #[serde(default)]
     pub not_taken: Option<String>,
-    /// With what this host marks its workers on the server, besides the slot: `HOST/INSTANCE`.
+    /// The part of its owner tags that names this host: `HOST/INSTANCE`.
     #[serde(default)]
     pub identity: String,
     /// Workers on the server that may be another host's. While the server lists one, no jobs are taken.
@@ -70,7 +70,7 @@ pub struct SelfTest {
     pub failure: Option<String>,
 }
 
-/// An operator's order to take no jobs.
+/// An operator's drain: no jobs are taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
     /// None: on all slots. In a request, the path says it.
@@ -146,7 +146,7 @@ pub enum SlotState {
     /// It failed workers by itself, and is cooling down.
     #[serde(rename = "resting")]
     CoolingDown,
-    /// It takes no jobs, as the operator ordered.
+    /// It takes no jobs: it is drained.
     Draining,
     /// It is no longer in the configuration, and goes with its worker.
     Removed,
@@ -250,7 +250,7 @@ pub struct Worker {
 pub struct ForeignWorker {
     /// As the server lists it.
     pub id: WorkerId,
-    /// Its mark, or whatever the server has instead.
+    /// Its owner tag, or whatever the server has instead.
     pub private: Option<String>,
     /// When this supervisor first saw it.
     pub since: Timestamp,

@@ -90,9 +90,9 @@ impl Client {
     }
 
     /// Take no jobs, on one slot or on all.
-    pub async fn drain(&self, order: &Drain) -> Result<(), Error> {
-        let path = of_slot(order.slot.as_ref(), "drain");
-        self.send(self.request(Method::POST, &path).json(order))
+    pub async fn drain(&self, drain: &Drain) -> Result<(), Error> {
+        let path = of_slot(drain.slot.as_ref(), "drain");
+        self.send(self.request(Method::POST, &path).json(drain))
             .await
             .map(drop)
     }

@@ -106,12 +106,12 @@ impl ControlServer {
             .route("/v1/workers/{worker}/kill", post(kill))
             .route(
                 "/v1/drain",
-                post(|state, by, order| drain(state, by, None, order)),
+                post(|state, by, body| drain(state, by, None, body)),
             )
             .route("/v1/resume", post(|state, by| resume(state, by, None)))
             .route(
                 "/v1/slots/{slot}/drain",
-                post(|state, by, PathPart(slot), order| drain(state, by, Some(slot), order)),
+                post(|state, by, PathPart(slot), body| drain(state, by, Some(slot), body)),
             )
             .route(
                 "/v1/slots/{slot}/resume",
@@ -445,15 +445,15 @@ async fn drain(
     state: State<ControlServer>,
     peer: ConnectInfo<PeerUid>,
     slot: Option<SlotName>,
-    order: Option<Json<api::Drain>>,
+    body: Option<Json<api::Drain>>,
 ) -> ApiResult<StatusCode> {
-    let Json(order) = order.unwrap_or_default();
-    check_line("the reason of a drain", order.reason.as_deref(), MAX_REASON)?;
-    let until = order
+    let Json(body) = body.unwrap_or_default();
+    check_line("the reason of a drain", body.reason.as_deref(), MAX_REASON)?;
+    let until = body
         .until
         .map(|end| u64::try_from(end.as_millisecond()).unwrap_or(0));
     let drain = Drain {
-        reason: order.reason,
+        reason: body.reason,
         until,
     };
     order_drain(state, peer, slot, Some(drain)).await

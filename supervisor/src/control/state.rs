@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::api::{self, Status};
 use super::listener::StatusPage;
 use super::metrics::Metrics;
-use super::status::{View, time};
+use super::status::{StatusInput, time};
 use crate::egress_records::EgressRecords;
 use crate::factory::drain::Drain;
 use crate::factory::{Input, Level, LogLine};
@@ -185,40 +185,40 @@ impl StatusState {
     }
 
     /// All of the status.
-    pub fn status(&self, view: &View<'_>) -> Status {
+    pub fn status(&self, input: &StatusInput<'_>) -> Status {
         let problems = self.problems.iter().map(|(at, problem)| api::Problem {
-            at: view.time(*at),
+            at: input.time(*at),
             ..problem.clone()
         });
-        let now = view.time(view.now);
+        let now = input.time(input.now);
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             protocol: protocol::VERSION,
             now,
-            started: view.time(self.started),
+            started: input.time(self.started),
             configuration: api::Configuration {
                 path: self.config.display().to_string(),
-                loaded: view.time(self.loaded),
+                loaded: input.time(self.loaded),
                 refused: self.refused.clone(),
                 token: self.tokens.as_ref().map(|tokens| tokens.source().to_string()),
             },
-            server: view.server(self.server.clone()),
-            helper: view.helper(self.helper.clone()),
+            server: input.server(self.server.clone()),
+            helper: input.helper(self.helper.clone()),
             status_page: self.page.as_ref().map(|page| page.shown(now)),
-            draining: view.factory.is_draining(),
-            drains: view.drains(),
-            slots: view.slots(),
-            workers: view.workers(),
-            storage: view.factory.storage_problem().cloned(),
-            shortage: view.factory.shortage().map(str::to_owned),
-            selftest: view.factory.selftest().map(|last| api::SelfTest {
-                at: view.time(last.at),
+            draining: input.factory.is_draining(),
+            drains: input.drains(),
+            slots: input.slots(),
+            workers: input.workers(),
+            storage: input.factory.storage_problem().cloned(),
+            shortage: input.factory.shortage().map(str::to_owned),
+            selftest: input.factory.selftest().map(|last| api::SelfTest {
+                at: input.time(last.at),
                 failure: last.failure.clone(),
             }),
-            waits_for_selftest: view.factory.waits_for_selftest(),
-            not_taken: view.not_taken(),
-            identity: view.factory.identity().to_string(),
-            foreign: view.other_hosts_workers(),
+            waits_for_selftest: input.factory.waits_for_selftest(),
+            not_taken: input.not_taken(),
+            identity: input.factory.identity().to_string(),
+            foreign: input.foreign_workers(),
             troubles: problems.collect(),
         }
     }

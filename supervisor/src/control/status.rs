@@ -1,4 +1,4 @@
-//! The status: a view of the core and of what the supervisor knows beside it, at one instant. It changes nothing.
+//! The status: what is known of the core and of what the supervisor knows beside it, at one instant. It changes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,7 +21,7 @@ pub fn time(ms: u64) -> Timestamp {
 
 /// The core, as it is shown.
 #[derive(Clone, Copy, Debug)]
-pub struct View<'a> {
+pub struct StatusInput<'a> {
     /// Read only: nothing is decided here.
     pub factory: &'a Factory,
     /// The core's time.
@@ -43,7 +43,7 @@ struct Taken<'a> {
     removed: Option<&'a SlotName>,
 }
 
-impl View<'_> {
+impl StatusInput<'_> {
     /// Milliseconds of the core's time, for display.
     pub fn time(&self, ms: u64) -> Timestamp {
         time(ms.saturating_add_signed(self.ahead))
@@ -222,16 +222,16 @@ impl View<'_> {
     }
 
     /// The workers that may be another host's.
-    pub fn other_hosts_workers(&self) -> Vec<api::ForeignWorker> {
+    pub fn foreign_workers(&self) -> Vec<api::ForeignWorker> {
         let entries = self.factory.entries().iter();
-        let others = entries.filter_map(|(id, entry)| Some((*id, entry.other_host()?)));
-        others
-            .filter(|(_, other)| self.now.saturating_sub(other.seen) < SHOWN_MS)
-            .map(|(id, other)| api::ForeignWorker {
+        let foreign = entries.filter_map(|(id, entry)| Some((*id, entry.foreign()?)));
+        foreign
+            .filter(|(_, foreign)| self.now.saturating_sub(foreign.seen) < SHOWN_MS)
+            .map(|(id, foreign)| api::ForeignWorker {
                 id,
-                private: other.private.clone(),
-                since: self.time(other.since),
-                text: self.factory.other_host_text(id, other),
+                private: foreign.private.clone(),
+                since: self.time(foreign.since),
+                text: self.factory.foreign_text(id, foreign),
             })
             .collect()
     }

@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 use super::Driver;
 use crate::control::api::Status;
 use crate::control::state::{Command, ReplySender};
-use crate::control::status::{View, time};
+use crate::control::status::{StatusInput, time};
 use crate::factory::Input;
 use crate::factory::drain::Drain;
 use crate::store::Storage;
@@ -14,13 +14,13 @@ use crate::store::Storage;
 impl<S: Storage> Driver<S> {
     /// How things are.
     pub(super) fn send_status(&mut self, reply: oneshot::Sender<Status>) {
-        let view = View {
+        let input = StatusInput {
             factory: &self.factory,
             now: self.clock.now(),
             ahead: self.clock.ahead(),
         };
         // The client may have gone.
-        let _ = reply.send(self.status.status(&view));
+        let _ = reply.send(self.status.status(&input));
     }
 
     pub(super) fn handle_command(&mut self, command: Command) -> Input {
@@ -57,7 +57,7 @@ impl<S: Storage> Driver<S> {
                 Input::Drain(slot, drain)
             }
             Command::Destroy { worker, by, answer } => {
-                if !self.factory.owns(worker) && !self.factory.may_be_another_hosts(worker) {
+                if !self.factory.owns(worker) && !self.factory.may_be_foreign(worker) {
                     return refused(
                         answer,
                         format!("there is no worker {worker}: see `user-factory workers`"),

@@ -36,7 +36,7 @@ impl Factory {
         let Some(action) = calls.action.take() else {
             return;
         };
-        calls.touched = self.turn;
+        calls.touched = self.input_number;
         if event.is_success() {
             (calls.backoff, calls.retry) = (Backoff::default(), None);
             calls.last_error.clear();
@@ -62,7 +62,7 @@ impl Factory {
             return;
         };
         let slot = entry.owned().map(|owned| owned.worker.slot.clone());
-        entry.end(self.turn);
+        entry.end(self.input_number);
         if let Some(slot) = slot {
             self.out.push(Output::Remove(id));
             if let Some(cooldown) = self.cooldowns.get_mut(&slot) {
@@ -95,7 +95,7 @@ impl Factory {
     }
 
     pub(super) fn start_actions(&mut self, now: u64) {
-        let (turn, reconciled) = (self.turn, self.reconciled);
+        let (input_number, reconciled) = (self.input_number, self.reconciled);
         for (id, entry) in &mut self.entries {
             let mut may_start = true;
             let next = if let Some(owned) = entry.owned() {
@@ -128,7 +128,7 @@ impl Factory {
                 *agent = named.map(|path| path.as_path().to_owned());
             }
             calls.action = Some(action.clone());
-            calls.touched = turn;
+            calls.touched = input_number;
             self.out.push(Output::CarryOut(*id, action));
         }
     }

@@ -7,7 +7,7 @@ use protocol::SlotName;
 /// Of one slot, or of all (none).
 pub type Drains = BTreeMap<Option<SlotName>, Drain>;
 
-/// An operator's order to take no jobs.
+/// An operator's drain: no jobs are taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Drain {
     /// The operator's text, for whoever looks at the status.

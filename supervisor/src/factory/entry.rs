@@ -4,7 +4,7 @@ use protocol::{SlotName, WorkerId, WorkerInfo};
 
 use crate::backoff::Backoff;
 use crate::call_error::Peer;
-use crate::reconcile::NotOurs;
+use crate::reconcile::ForeignReason;
 use crate::worker::{Action, Worker};
 
 /// One worker's id.
@@ -61,29 +61,29 @@ pub struct Unknown {
     /// None where the server's last list lacks it.
     pub listed: Option<Listed>,
     /// None where nothing points to another host.
-    pub other_host: Option<OtherHost>,
+    pub foreign: Option<Foreign>,
     /// The operator wants it deleted.
     pub to_delete: bool,
-    /// The turn in which it came to its end here: a list asked for before still shows it.
+    /// The number of the input at which it came to its end here: a list asked for before still shows it.
     pub ended: Option<u64>,
 }
 
 /// The server's last list has it.
 #[derive(Clone, Copy, Debug)]
 pub struct Listed {
-    /// The turn in which a list first showed it.
-    pub turn: u64,
+    /// The number of the input at which a list first showed it.
+    pub input_number: u64,
     /// From when on it waits for a slot.
     pub since: u64,
 }
 
 /// It may be another host's worker.
 #[derive(Clone, Debug)]
-pub struct OtherHost {
-    /// Its mark on the server.
+pub struct Foreign {
+    /// Its owner tag on the server; none where it has not been associated.
     pub private: Option<String>,
     /// What makes it another host's, or may.
-    pub why: NotOurs,
+    pub why: ForeignReason,
     /// When that was first seen, in milliseconds of the core's time.
     pub since: u64,
     /// When it was last listed.
@@ -99,16 +99,16 @@ pub struct Calls {
     pub backoff: Backoff,
     /// Not before this time, and because of this peer.
     pub retry: Option<(u64, Peer)>,
-    /// The turn in which the last one began or ended: a host list asked for before is stale.
+    /// The number of the input at which the last one began or ended: a host list asked for before is stale.
     pub touched: u64,
     /// One sentence; empty after a success.
     pub last_error: String,
 }
 
 impl Calls {
-    /// Does a host list that was asked for in this turn show what the last call has done?
-    pub fn is_settled(&self, turn: u64) -> bool {
-        self.action.is_none() && self.touched < turn
+    /// Does a host list that was requested at this input show what the last call has done?
+    pub fn is_settled(&self, input_number: u64) -> bool {
+        self.action.is_none() && self.touched < input_number
     }
 }
 
@@ -165,8 +165,8 @@ impl Entry {
     }
 
     /// None where it is owned, or nothing points to another host.
-    pub fn other_host(&self) -> Option<&OtherHost> {
-        self.unknown()?.other_host.as_ref()
+    pub fn foreign(&self) -> Option<&Foreign> {
+        self.unknown()?.foreign.as_ref()
     }
 
     /// None where nothing is done about it.
@@ -215,20 +215,20 @@ impl Entry {
         self.is_present()
             || self
                 .unknown()
-                .is_some_and(|unknown| unknown.other_host.is_some() || unknown.ended.is_some())
+                .is_some_and(|unknown| unknown.foreign.is_some() || unknown.ended.is_some())
     }
 
     /// The id is this factory's from now on. What is under way for it is seen to its end.
-    pub fn adopt(&mut self, worker: Worker, turn: u64, renew_at: Option<u64>) {
+    pub fn adopt(&mut self, worker: Worker, input_number: u64, renew_at: Option<u64>) {
         let calls = Calls {
             action: self.take_call(),
-            touched: turn,
+            touched: input_number,
             ..Calls::default()
         };
         self.state = State::Owned(Box::new(Owned {
             worker,
             calls,
-            known: turn,
+            known: input_number,
             missing_since: None,
             renew_at,
         }));
@@ -262,13 +262,13 @@ impl Entry {
         self.state = State::Unknown(self.unknown().cloned().unwrap_or_default());
     }
 
-    /// It has come to its end in this turn: on the host, and on the server if it was there.
-    pub fn end(&mut self, turn: u64) {
+    /// It has come to its end at this input: on the host, and on the server if it was there.
+    pub fn end(&mut self, input_number: u64) {
         let listed = self.unknown().and_then(|unknown| unknown.listed);
         self.on_host = None;
         self.state = State::Unknown(Unknown {
             listed,
-            ended: Some(turn),
+            ended: Some(input_number),
             ..Unknown::default()
         });
     }
@@ -285,13 +285,13 @@ pub struct PendingWorker {
     pub target: protocol::TargetId,
     /// In milliseconds of the core's time.
     pub leased_at: u64,
-    /// The turn in which its worker was first asked for.
+    /// The number of the input at which its worker was first asked for.
     pub began: u64,
-    /// The request is under way; otherwise, its answer was lost in this turn, and a list must show
+    /// The request is under way; otherwise, its answer was lost at `input_number`, and a list must show
     /// whether the worker was made.
     pub making: bool,
-    /// The turn of the last request or answer.
-    pub turn: u64,
+    /// The number of the input of the last request or answer.
+    pub input_number: u64,
     /// Failed requests in a row.
     pub backoff: Backoff,
     /// Not before this time, in milliseconds of the core's.

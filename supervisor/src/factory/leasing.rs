@@ -169,9 +169,9 @@ impl Factory {
             slot,
             target: lease.target,
             leased_at,
-            began: self.turn,
+            began: self.input_number,
             making: true,
-            turn: self.turn,
+            input_number: self.input_number,
             backoff: Backoff::default(),
             retry_at: now,
         };
@@ -211,7 +211,7 @@ impl Factory {
                     self.take_no_jobs_for_a_while(now);
                 } else {
                     let pending = &mut self.pending_workers[at];
-                    (pending.making, pending.turn) = (false, self.turn);
+                    (pending.making, pending.input_number) = (false, self.input_number);
                     pending.retry_at = now + pending.backoff.fail_with(&error, &mut self.rng);
                 }
             }
@@ -247,12 +247,12 @@ impl Factory {
     }
 
     /// A worker that has not started its agent, and whose slot is no longer in the configuration, gets another slot of
-    /// its target, or waits for one. `host` was asked for in this turn: what was done since is not in it.
-    pub(super) fn move_from_removed_slots(&mut self, now: u64, turn: u64, host: &[WorkerInfo]) {
+    /// its target, or waits for one. `host` was requested at this input: what was done since is not in it.
+    pub(super) fn move_from_removed_slots(&mut self, now: u64, input_number: u64, host: &[WorkerInfo]) {
         let gone = self.entries.values().filter_map(|entry| entry.owned());
         let gone = gone.filter(|owned| {
             let w = &owned.worker;
-            owned.calls.is_settled(turn)
+            owned.calls.is_settled(input_number)
                 && w.phase.is_unstarted()
                 && !w.hold
                 && !self.has_slot_for(&w.slot, w.target)
@@ -279,16 +279,16 @@ impl Factory {
 
     /// Was the worker of a lost answer made? Found in a newer list, it is kept; otherwise it is made
     /// again while the lease lasts.
-    pub(super) fn settle_pending_workers(&mut self, now: u64, turn: u64, list: &[ServerWorker]) {
+    pub(super) fn settle_pending_workers(&mut self, now: u64, input_number: u64, list: &[ServerWorker]) {
         for pending in std::mem::take(&mut self.pending_workers) {
-            if pending.making || pending.turn >= turn {
+            if pending.making || pending.input_number >= input_number {
                 self.pending_workers.push(pending);
                 continue;
             }
             // One that was listed before it was asked for is another, however similar.
             let found = list.iter().filter_map(|w| {
                 let unknown = self.entries.get(&w.id)?.unknown()?;
-                let listed = unknown.listed.filter(|listed| listed.turn > pending.began)?;
+                let listed = unknown.listed.filter(|listed| listed.input_number > pending.began)?;
                 let fits = w.target == pending.target
                     && w.private.is_none()
                     && !(w.online || w.recycle)
@@ -308,7 +308,7 @@ impl Factory {
                 let (target, job) = (pending.target, pending.job.clone());
                 self.pending_workers.push(PendingWorker {
                     making: true,
-                    turn: self.turn,
+                    input_number: self.input_number,
                     ..pending
                 });
                 self.out.push(Output::MakeWorker { target, job });

@@ -49,7 +49,7 @@ pub enum Input {
     /// The answer to [`Output::ListHost`]: all workers that exist on this host.
     HostListed(Result<Vec<WorkerInfo>, CallError>),
     /// The answer to [`Output::ListTargets`].
-    TargetsListed(targets::Answer),
+    TargetsListed(targets::TargetList),
     /// The answer to [`Output::Lease`]: none where no job of these targets is queued.
     Leased(Result<Option<Lease>, CallError>),
     /// The answer to [`Output::MakeWorker`] for this job.
@@ -223,9 +223,9 @@ pub struct Factory {
     /// Slots for which one waits.
     reserved_slots: BTreeSet<SlotName>,
     /// The server's last list had a worker that may be another host's.
-    other_host_listed: bool,
+    foreign_listed: bool,
     /// Another host has been seen, since this run began.
-    other_host_seen: bool,
+    foreign_seen: bool,
     cooldowns: BTreeMap<SlotName, SlotCooldown>,
     server: PeerState,
     helper: PeerState,
@@ -251,7 +251,7 @@ pub struct Factory {
     host_stops: bool,
     stopped: bool,
     /// Counts inputs: the order of things, where the clock is too coarse.
-    turn: u64,
+    input_number: u64,
     /// So that the same error is not in the log once a second.
     last_lease_error: String,
     last_make_error: String,
@@ -272,8 +272,8 @@ impl Factory {
             pending_workers: Vec::new(),
             reserved_targets: BTreeSet::new(),
             reserved_slots: BTreeSet::new(),
-            other_host_listed: false,
-            other_host_seen: false,
+            foreign_listed: false,
+            foreign_seen: false,
             cooldowns: BTreeMap::new(),
             server: PeerState::since(now),
             helper: PeerState::since(now),
@@ -291,7 +291,7 @@ impl Factory {
             selftest: None,
             host_stops: false,
             stopped: false,
-            turn: 0,
+            input_number: 0,
             last_lease_error: String::new(),
             last_make_error: String::new(),
             rng: Rng::new(seed),
@@ -320,7 +320,7 @@ impl Factory {
 
     /// Take in what happened; what is to be done now, in this order.
     pub fn handle(&mut self, now: u64, input: Input) -> Vec<Output> {
-        self.turn += 1;
+        self.input_number += 1;
         match input {
             Input::Tick => {}
             Input::Drain(slot, drain) => self.out.push(Output::SaveDrain(slot, drain)),
@@ -482,7 +482,7 @@ impl Factory {
     fn destroy(&mut self, now: u64, id: WorkerId) {
         let unknown = self.entries.get_mut(&id).and_then(|entry| entry.unknown_mut());
         match unknown {
-            Some(unknown) => unknown.to_delete |= unknown.other_host.is_some(),
+            Some(unknown) => unknown.to_delete |= unknown.foreign.is_some(),
             None => self.step(now, id, Event::Destroy),
         }
     }
@@ -624,7 +624,7 @@ impl Factory {
             "all slots are drained: `user-factory resume` takes jobs again"
         } else if self.storage.is_some() {
             "the supervisor's state cannot be saved"
-        } else if self.other_host_listed {
+        } else if self.foreign_listed {
             "another host may use this factory's token"
         } else if self.waits_for_selftest() {
             match self.selftest {

@@ -15,7 +15,7 @@ use super::entry::{Entry, slots_of};
 use super::{Factory, Level, Output, PeerState};
 use crate::buildomat::ServerWorker;
 use crate::call_error::{CallError, Peer};
-use crate::reconcile::{Decision, Question, reconcile};
+use crate::reconcile::{Decision, ReconcileInput, reconcile};
 use crate::worker::{Event, FORGOTTEN_MS, OnHost, OnServer, Worker};
 
 /// An idle helper is asked this often, for changes that no event announces.
@@ -33,7 +33,7 @@ pub(super) struct Poll {
 #[derive(Debug)]
 struct OpenPoll {
     /// When the lists were asked for.
-    turn: u64,
+    input_number: u64,
     server_due: bool,
     host_due: bool,
     server: Option<Vec<ServerWorker>>,
@@ -59,9 +59,9 @@ impl Poll {
 
     /// The poll is not over before the helper has answered; if none is open, one is for the helper alone. False where
     /// it is being asked already.
-    pub(super) fn ask_helper(&mut self, turn: u64) -> bool {
+    pub(super) fn ask_helper(&mut self, input_number: u64) -> bool {
         let open = self.open.get_or_insert(OpenPoll {
-            turn,
+            input_number,
             server_due: false,
             host_due: false,
             server: None,
@@ -99,7 +99,7 @@ impl Factory {
 
     /// The helper is to be asked, whatever the poll.
     pub(super) fn ask_helper(&mut self) {
-        if self.poll.ask_helper(self.turn) {
+        if self.poll.ask_helper(self.input_number) {
             self.out.push(Output::ListHost);
         }
     }
@@ -126,7 +126,7 @@ impl Factory {
         }
         if server_due || host_due {
             self.poll.open = Some(OpenPoll {
-                turn: self.turn,
+                input_number: self.input_number,
                 server_due,
                 host_due,
                 server: None,
@@ -240,16 +240,16 @@ impl Factory {
         self.update_workers(now, &open);
         if let Some(list) = &open.server {
             self.note_unknown(now, list);
-            self.settle_pending_workers(now, open.turn, list);
+            self.settle_pending_workers(now, open.input_number, list);
         }
         if let (Some(server), Some(host)) = (&open.server, &open.host) {
-            self.compare(now, open.turn, server, host);
-            self.move_from_removed_slots(now, open.turn, host);
+            self.compare(now, open.input_number, server, host);
+            self.move_from_removed_slots(now, open.input_number, host);
             self.reconciled = true;
         }
         self.entries.retain(|_, entry| {
             if let Some(unknown) = entry.unknown_mut() {
-                unknown.ended.take_if(|turn| *turn < open.turn);
+                unknown.ended.take_if(|input_number| *input_number < open.input_number);
             }
             entry.is_known()
         });
@@ -275,14 +275,14 @@ impl Factory {
         let ids: Vec<WorkerId> = self.workers().map(|w| w.id).collect();
         for id in ids {
             if others.contains(&id) && !self.runs_here(id, host.as_ref()) {
-                self.leave_to_other_host(id, host.is_some(), open.turn);
+                self.leave_to_owner(id, host.is_some(), open.input_number);
                 continue;
             }
             let Some(owned) = self.entries.get_mut(&id).and_then(|entry| entry.owned_mut()) else {
                 continue;
             };
             // A worker that is newer than the list is not gone; one that is being changed is not absent.
-            let (listed, settled) = (owned.known < open.turn, owned.calls.is_settled(open.turn));
+            let (listed, settled) = (owned.known < open.input_number, owned.calls.is_settled(open.input_number));
             let existed = !owned.worker.phase.is_ending();
             let on_server = server.as_ref().and_then(|list| match list.get(&id) {
                 None if !listed => None,
@@ -317,8 +317,8 @@ impl Factory {
     }
 
     /// Adopt or delete what the database does not have.
-    fn compare(&mut self, now: u64, turn: u64, server: &[ServerWorker], host: &[WorkerInfo]) {
-        self.expire_other_hosts(now);
+    fn compare(&mut self, now: u64, input_number: u64, server: &[ServerWorker], host: &[WorkerInfo]) {
+        self.expire_foreign(now);
         let pending_slots: BTreeSet<_> = self.pending_workers.iter().map(|p| p.slot.clone()).collect();
         let (mut ended, mut to_delete, mut unknown_for) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
         let unknown = self
@@ -326,7 +326,7 @@ impl Factory {
             .iter()
             .filter_map(|(id, entry)| Some((*id, entry.unknown()?)));
         for (id, unknown) in unknown {
-            ended.extend(unknown.ended.filter(|end| *end >= turn).map(|_| id));
+            ended.extend(unknown.ended.filter(|end| *end >= input_number).map(|_| id));
             to_delete.extend(unknown.to_delete.then_some(id));
             unknown_for.extend(
                 unknown
@@ -334,7 +334,7 @@ impl Factory {
                     .map(|listed| (id, now.saturating_sub(listed.since))),
             );
         }
-        let decisions = reconcile(&Question {
+        let decisions = reconcile(&ReconcileInput {
             plan: &self.plan,
             identity: &self.identity,
             known: &slots_of(self.entries.iter()).collect(),
@@ -345,8 +345,8 @@ impl Factory {
             unknown_for: &unknown_for,
             online_timeout: self.config.factory.online_timeout_seconds * 1000,
             to_delete: &to_delete,
-            others_seen: self.other_host_seen,
-            making: self.pending_workers.iter().any(|p| p.making || p.turn >= turn),
+            foreign_seen: self.foreign_seen,
+            making: self.pending_workers.iter().any(|p| p.making || p.input_number >= input_number),
             now,
         });
         let orphans = self.entries.iter().filter(|(_, entry)| entry.orphan().is_some());
@@ -390,7 +390,7 @@ impl Factory {
         let renew_at = (worker.phase.is_starting() && worker.job.is_some()).then_some(worker.since);
         self.out.push(Output::Save(worker.clone()));
         let entry = self.entries.entry(id).or_default();
-        entry.adopt(worker, self.turn, renew_at);
+        entry.adopt(worker, self.input_number, renew_at);
         self.log(Level::Info, Some(id), text);
     }
 }

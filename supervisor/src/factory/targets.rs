@@ -16,7 +16,7 @@ use crate::schedule::Plan;
 const MAX_NAMES: usize = 10;
 
 /// What the server has said of its targets: none where it has no call for that.
-pub type Answer = Result<Option<Vec<ServerTarget>>, CallError>;
+pub type TargetList = Result<Option<Vec<ServerTarget>>, CallError>;
 
 /// What the names of the configuration stand for.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ pub struct Targets {
     /// The next answer is for all names, also those that have an id.
     anew: bool,
     backoff: Backoff,
-    answer: Answer,
+    answer: TargetList,
     has_answer: bool,
 }
 
@@ -96,7 +96,7 @@ impl Targets {
     }
 
     /// What the server has answered. A reload since it was asked has it asked again.
-    pub fn answered(&mut self, config: &Config, now: u64, rng: &mut Rng, answer: Answer) {
+    pub fn answered(&mut self, config: &Config, now: u64, rng: &mut Rng, answer: TargetList) {
         self.asking = false;
         if let Ok(Some(list)) = &answer {
             let replaces = std::mem::take(&mut self.anew);
@@ -196,7 +196,7 @@ impl Factory {
         }
     }
 
-    pub(super) fn targets_listed(&mut self, now: u64, answer: Answer) {
+    pub(super) fn targets_listed(&mut self, now: u64, answer: TargetList) {
         let (had, missed) = (self.targets.ids.clone(), self.targets.unresolved(&self.config));
         self.targets.answered(&self.config, now, &mut self.rng, answer);
         if self.targets.ids != had {

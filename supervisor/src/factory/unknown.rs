@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 
 use protocol::{State as HostState, WorkerId};
 
-use super::entry::{Listed, OtherHost};
+use super::entry::{Listed, Foreign};
 use super::{Factory, Level, Output};
 use crate::buildomat::ServerWorker;
 use crate::identity::Owner;
-use crate::reconcile::NotOurs;
+use crate::reconcile::ForeignReason;
 use crate::worker::OnHost;
 
 /// One that is no longer listed is shown for so long: two hosts that share a token take turns otherwise, and each looks
@@ -31,7 +31,7 @@ impl Factory {
                 continue;
             };
             let new = Listed {
-                turn: self.turn,
+                input_number: self.input_number,
                 since: now,
             };
             let mut listed = before.remove(&w.id).unwrap_or(new);
@@ -44,17 +44,17 @@ impl Factory {
     }
 
     /// A new list is compared: what it does not have is forgotten in time.
-    pub(super) fn expire_other_hosts(&mut self, now: u64) {
-        self.other_host_listed = false;
+    pub(super) fn expire_foreign(&mut self, now: u64) {
+        self.foreign_listed = false;
         for unknown in self.entries.values_mut().filter_map(|entry| entry.unknown_mut()) {
             unknown.to_delete &= unknown.listed.is_some();
             unknown
-                .other_host
-                .take_if(|other| now.saturating_sub(other.seen) >= SHOWN_MS);
+                .foreign
+                .take_if(|foreign| now.saturating_sub(foreign.seen) >= SHOWN_MS);
         }
     }
 
-    /// Does the server's list show this worker of the database with another host's mark? One whose end has begun does not
+    /// Does the server's list show this worker of the database with another host's owner tag? One whose end has begun does not
     /// count: that is this host's doing, or the operator's.
     pub(super) fn has_another_owner(&self, w: &ServerWorker) -> bool {
         let owned = self.owned(w.id);
@@ -68,12 +68,12 @@ impl Factory {
 
     /// A worker of the database turns out to be another host's. It is forgotten here, once a list of the host shows that
     /// it does not run here; what is left of it here goes when the server no longer has it.
-    pub(super) fn leave_to_other_host(&mut self, id: WorkerId, host_is_listed: bool, turn: u64) {
-        let is_settled = self.owned(id).is_some_and(|owned| owned.calls.is_settled(turn));
+    pub(super) fn leave_to_owner(&mut self, id: WorkerId, host_is_listed: bool, input_number: u64) {
+        let is_settled = self.owned(id).is_some_and(|owned| owned.calls.is_settled(input_number));
         if !(host_is_listed && is_settled) {
             return;
         }
-        let text = "another host has the worker, by its mark on the server: it is left to that one";
+        let text = "another host has the worker, by its owner tag on the server: it is left to that one";
         self.log(Level::Warn, Some(id), text.to_owned());
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.release();
@@ -82,48 +82,48 @@ impl Factory {
     }
 
     /// A worker may be another host's. The log has it once, for as long as there is any.
-    pub(super) fn report(&mut self, now: u64, id: WorkerId, private: Option<String>, why: NotOurs) {
-        let shown = self.entries.values().filter(|entry| entry.other_host().is_some());
+    pub(super) fn report(&mut self, now: u64, id: WorkerId, private: Option<String>, why: ForeignReason) {
+        let shown = self.entries.values().filter(|entry| entry.foreign().is_some());
         let shown = shown.count();
-        self.other_host_listed = true;
-        self.other_host_seen |= why == NotOurs::OtherHost;
+        self.foreign_listed = true;
+        self.foreign_seen |= why == ForeignReason::OtherOwner;
         let Some(unknown) = self.entries.entry(id).or_default().unknown_mut() else {
             return;
         };
-        if shown >= MAX_SHOWN && unknown.other_host.is_none() {
+        if shown >= MAX_SHOWN && unknown.foreign.is_none() {
             return;
         }
-        let since = unknown.other_host.as_ref().map_or(now, |other| other.since);
-        let other = OtherHost {
+        let since = unknown.foreign.as_ref().map_or(now, |foreign| foreign.since);
+        let foreign = Foreign {
             private,
             why,
             since,
             seen: now,
         };
-        unknown.other_host = Some(other.clone());
+        unknown.foreign = Some(foreign.clone());
         if shown == 0 {
-            let text = self.other_host_text(id, &other);
+            let text = self.foreign_text(id, &foreign);
             self.log(Level::Error, Some(id), text);
         }
     }
 
     /// What an operator should know of it, and do.
-    pub fn other_host_text(&self, id: WorkerId, other: &OtherHost) -> String {
-        let (mark, here) = (other.private.as_deref(), &self.identity);
-        let marked = match mark {
-            Some(mark) => format!("is marked {}", mark.escape_debug()),
-            None => "is online without a mark".to_owned(),
+    pub fn foreign_text(&self, id: WorkerId, foreign: &Foreign) -> String {
+        let (tag, here) = (foreign.private.as_deref(), &self.identity);
+        let tagged = match tag {
+            Some(tag) => format!("has the owner tag {}", tag.escape_debug()),
+            None => "is online without an owner tag".to_owned(),
         };
-        let what = match other.why {
-            NotOurs::OtherHost => format!(
-                "worker {id} {marked}, and this host marks its own SLOT@{here}: another host uses this factory's token"
+        let what = match foreign.why {
+            ForeignReason::OtherOwner => format!(
+                "worker {id} {tagged}, and this host tags its own SLOT@{here}: another host uses this factory's token"
             ),
-            NotOurs::NoMark => format!(
-                "worker {id} {marked}, is not known here, and this host marks its own SLOT@{here}: another host may \
+            ForeignReason::Untagged => format!(
+                "worker {id} {tagged}, is not known here, and this host tags its own SLOT@{here}: another host may \
                  use this factory's token"
             ),
-            NotOurs::Lost => format!(
-                "worker {id} {marked}, as this host marks its own, and neither the database nor the host has it: it \
+            ForeignReason::Lost => format!(
+                "worker {id} {tagged}, as this host tags its own, and neither the database nor the host has it: it \
                  was lost with an older database, or another host is a copy of this one ({here})"
             ),
         };
@@ -134,8 +134,8 @@ impl Factory {
     }
 
     /// Is this a worker that may be another host's?
-    pub fn may_be_another_hosts(&self, worker: WorkerId) -> bool {
+    pub fn may_be_foreign(&self, worker: WorkerId) -> bool {
         let entry = self.entries.get(&worker);
-        entry.is_some_and(|entry| entry.other_host().is_some())
+        entry.is_some_and(|entry| entry.foreign().is_some())
     }
 }

@@ -1,7 +1,7 @@
 //! A database that cannot be used: one that is damaged is set aside, and a new one is begun; all else is
 //! a problem of the host, which the operator has to end: the error says how.
 //!
-//! Setting aside is safe because the database is not the only source: the server has every worker with its token, mark
+//! Setting aside is safe because the database is not the only source: the server has every worker with its token, owner tag
 //! and holds, the host has every worker with its slot and state, and `reconcile` takes on what both have, ends what
 //! is over, and shows the rest to an operator. What is lost is which job a worker was made for (a lease that is not renewed any more: the
 //! job is tied to its worker by then), how often it was remade (it may be remade three times more), and how much

@@ -290,7 +290,7 @@ impl Event {
 pub enum Action {
     /// Tell the server the slot: before this it refuses the agent.
     Associate {
-        /// What its mark on the server names.
+        /// The one that its owner tag on the server names.
         slot: SlotName,
         /// What the agent runs around the job.
         scripts: Scripts,

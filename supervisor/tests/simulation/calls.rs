@@ -6,7 +6,7 @@ use supervisor::buildomat::Error;
 use supervisor::helper_client;
 use tokio::sync::oneshot;
 
-use crate::net::{Answer, Ask};
+use crate::net::{SimulatedResponse, Ask};
 use crate::script::{Fate, Item, Kind, Mode, Point};
 use crate::second::SECOND;
 use crate::world::{Event, World};
@@ -21,8 +21,8 @@ pub struct InFlight {
     pub fate: Fate,
     pub back: u64,
     /// The caller; none once it has its answer, or has died.
-    pub caller: Option<oneshot::Sender<Answer>>,
-    pub answer: Option<Answer>,
+    pub caller: Option<oneshot::Sender<SimulatedResponse>>,
+    pub answer: Option<SimulatedResponse>,
     /// Lost on the way.
     pub lost: bool,
     /// An operation of the helper that has begun.
@@ -39,7 +39,7 @@ impl InFlight {
 
 impl World {
     /// The supervisor asks something.
-    pub fn send(&mut self, run: u64, ask: Ask, caller: oneshot::Sender<Answer>) {
+    pub fn send(&mut self, run: u64, ask: Ask, caller: oneshot::Sender<SimulatedResponse>) {
         if run & SECOND != 0 {
             return self.send_second(run, ask, caller);
         }
@@ -149,11 +149,11 @@ impl World {
         }
     }
 
-    pub fn settle(&mut self, id: u64, answer: Answer) {
+    pub fn settle(&mut self, id: u64, answer: SimulatedResponse) {
         if let Some(call) = self.calls.get_mut(&id) {
             let back = call.back;
             call.answer = Some(answer);
-            self.after(back, Event::Answer(id));
+            self.after(back, Event::SimulatedResponse(id));
         }
     }
 
@@ -162,7 +162,7 @@ impl World {
         let waiting = self.calls.get_mut(&id).filter(|call| call.answer.is_none());
         if let Some(caller) = waiting.and_then(|call| call.caller.take()) {
             self.trace.note(self.now, || format!("< #{id} gave up"));
-            let _ = caller.send(Answer::Page(Err(late)));
+            let _ = caller.send(SimulatedResponse::Page(Err(late)));
         }
     }
 
@@ -178,17 +178,17 @@ impl World {
             return;
         }
         self.show(id, call.kind, &answer);
-        if let (Ask::Server(_), Answer::Page(Ok((200, body)))) = (&call.ask, &answer) {
+        if let (Ask::Server(_), SimulatedResponse::Page(Ok((200, body)))) = (&call.ask, &answer) {
             self.checks
                 .answered(self.now, call.kind, body, call.fate == Fate::OtherIds);
         }
-        if let (Kind::Fail, Some(worker), Answer::Page(Ok((400..=499, body)))) =
+        if let (Kind::Fail, Some(worker), SimulatedResponse::Page(Ok((400..=499, body)))) =
             (call.kind, call.ask.about(), &answer)
             && body.starts_with(b"{")
         {
             self.checks.cannot_tell(worker);
         }
-        if let (Kind::Delete, Some(worker), Answer::Page(Ok((200, body)))) =
+        if let (Kind::Delete, Some(worker), SimulatedResponse::Page(Ok((200, body)))) =
             (call.kind, call.ask.about(), &answer)
             && body == b"true"
         {
@@ -199,7 +199,7 @@ impl World {
     }
 
     /// Polls are shown where their answer is another than the last time.
-    pub fn show(&mut self, id: u64, kind: Kind, answer: &Answer) {
+    pub fn show(&mut self, id: u64, kind: Kind, answer: &SimulatedResponse) {
         if !self.trace.is_kept() {
             return;
         }
@@ -233,7 +233,7 @@ impl World {
             return;
         };
         let (fate, kind, ask, waits) = (call.fate, call.kind, call.ask.clone(), call.waits());
-        let unreachable = |why: &str| Answer::Page(Err(Error::Unreachable(why.into())));
+        let unreachable = |why: &str| SimulatedResponse::Page(Err(Error::Unreachable(why.into())));
         match self.server_mode {
             Mode::Down => return self.settle(id, unreachable("connection refused")),
             Mode::Hung => {
@@ -270,10 +270,10 @@ impl World {
             Fate::LostAnswer => unreachable("connection reset"),
             Fate::Status { code, json, .. } => page(code, json),
             Fate::Html => page(200, false),
-            Fate::Truncated => Answer::Page(Ok((code, bytes[..bytes.len() / 2].to_vec()))),
+            Fate::Truncated => SimulatedResponse::Page(Ok((code, bytes[..bytes.len() / 2].to_vec()))),
             Fate::OtherIds => {
                 let other = self.other(kind, value);
-                Answer::Page(Ok((code, other.to_string().into_bytes())))
+                SimulatedResponse::Page(Ok((code, other.to_string().into_bytes())))
             }
             Fate::Twice { gap, second } => {
                 self.after(gap, Event::Again(id));
@@ -295,9 +295,9 @@ impl World {
                     ..call
                 };
                 self.calls.insert(first, call);
-                return self.settle(first, Answer::Page(Ok((code, bytes))));
+                return self.settle(first, SimulatedResponse::Page(Ok((code, bytes))));
             }
-            _ => Answer::Page(Ok((code, bytes))),
+            _ => SimulatedResponse::Page(Ok((code, bytes))),
         };
         self.settle(id, answer);
     }
@@ -314,7 +314,7 @@ impl World {
         } else {
             value.to_string().into_bytes()
         };
-        self.settle(id, Answer::Page(Ok((code, bytes))));
+        self.settle(id, SimulatedResponse::Page(Ok((code, bytes))));
     }
 
     pub fn look_at_request(&mut self, ask: &Ask) {
@@ -331,25 +331,25 @@ impl World {
     }
 }
 
-pub fn page(code: u16, json: bool) -> Answer {
+pub fn page(code: u16, json: bool) -> SimulatedResponse {
     let body = if json {
         json!({ "request_id": "r", "message": "not now" }).to_string()
     } else {
         "<html><body>Something is wrong</body></html>".to_owned()
     };
-    Answer::Page(Ok((code, body.into_bytes())))
+    SimulatedResponse::Page(Ok((code, body.into_bytes())))
 }
 
-fn show(answer: &Answer) -> String {
+fn show(answer: &SimulatedResponse) -> String {
     match answer {
-        Answer::Page(Ok((code, body))) => format!("{code} {}", String::from_utf8_lossy(body)),
-        Answer::Page(Err(error)) => error.to_string(),
-        Answer::Packet(Ok(Received::Packet { bytes, .. })) => match protocol::wire::decode::<Reply>(bytes) {
+        SimulatedResponse::Page(Ok((code, body))) => format!("{code} {}", String::from_utf8_lossy(body)),
+        SimulatedResponse::Page(Err(error)) => error.to_string(),
+        SimulatedResponse::Packet(Ok(Received::Packet { bytes, .. })) => match protocol::wire::decode::<Reply>(bytes) {
             Ok(reply) => format!("{reply:?}"),
             Err(_) => "garbage".to_owned(),
         },
-        Answer::Packet(Ok(other)) => format!("{other:?}"),
-        Answer::Packet(Err(helper_client::Error::Unreachable(why))) => why.clone(),
-        Answer::Packet(Err(other)) => other.to_string(),
+        SimulatedResponse::Packet(Ok(other)) => format!("{other:?}"),
+        SimulatedResponse::Packet(Err(helper_client::Error::Unreachable(why))) => why.clone(),
+        SimulatedResponse::Packet(Err(other)) => other.to_string(),
     }
 }

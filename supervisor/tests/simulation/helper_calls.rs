@@ -3,7 +3,7 @@
 use protocol::{ErrorKind, Received, Reply, Request, WorkerId};
 
 use crate::host::Effect;
-use crate::net::{Answer, Ask, error, reply_of};
+use crate::net::{SimulatedResponse, Ask, error, reply_of};
 use crate::script::{Extent, Fate, Kind, Mode, Point};
 use crate::world::{Event, World};
 
@@ -73,9 +73,9 @@ impl World {
                     bytes,
                     descriptors: Vec::new(),
                 };
-                self.settle(id, Answer::Packet(Ok(garbage)));
+                self.settle(id, SimulatedResponse::Packet(Ok(garbage)));
             }
-            _ => self.settle(id, Answer::Packet(Ok(reply_of(&reply, lines)))),
+            _ => self.settle(id, SimulatedResponse::Packet(Ok(reply_of(&reply, lines)))),
         }
     }
 
@@ -86,11 +86,11 @@ impl World {
     }
 
     pub fn reply(&mut self, id: u64, reply: &Reply) {
-        self.settle(id, Answer::Packet(Ok(reply_of(reply, 0))));
+        self.settle(id, SimulatedResponse::Packet(Ok(reply_of(reply, 0))));
     }
 
     pub fn close_connection(&mut self, id: u64) {
-        self.settle(id, Answer::Packet(Ok(Received::Closed)));
+        self.settle(id, SimulatedResponse::Packet(Ok(Received::Closed)));
     }
 
     /// Carry an operation of the helper out, so far. The reply, and how many lines its console has.

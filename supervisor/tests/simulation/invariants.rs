@@ -171,7 +171,7 @@ impl Checks {
                 continue;
             };
             let left_alone = self.tracks.get(other).is_none_or(|t| t.lied_about || t.forgotten);
-            // The mark is set once: a worker whose slot was removed, or has another target now, moves to another.
+            // The owner tag is set once: a worker whose slot was removed, or has another target now, moves to another.
             let is_elsewhere = host.get(*other).is_some_and(|h| h.slot != private);
             let slot_now = self.config.slots.get(&private);
             let is_moved =
@@ -363,7 +363,7 @@ impl Checks {
     }
 }
 
-/// The slot in a worker's mark.
+/// The slot in a worker's owner tag.
 pub fn slot_of(private: &str) -> Option<SlotName> {
     private.split('@').next()?.parse().ok()
 }

@@ -27,7 +27,7 @@ pub enum Ask {
 pub type Page = Result<(u16, Vec<u8>), buildomat::Error>;
 
 #[derive(Debug)]
-pub enum Answer {
+pub enum SimulatedResponse {
     Page(Page),
     Packet(Result<Received, helper_client::Error>),
 }
@@ -109,7 +109,7 @@ pub struct Wire {
 }
 
 impl Wire {
-    async fn ask(&self, ask: Ask) -> Answer {
+    async fn ask(&self, ask: Ask) -> SimulatedResponse {
         let (sender, answer) = oneshot::channel();
         self.shared.world().send(self.run, ask, sender);
         self.shared.changed.notify_one();
@@ -122,17 +122,17 @@ impl Wire {
 
     async fn page(&self, ask: Ask) -> Page {
         match self.ask(ask).await {
-            Answer::Page(page) => page,
-            Answer::Packet(_) => panic!("a packet for a page"),
+            SimulatedResponse::Page(page) => page,
+            SimulatedResponse::Packet(_) => panic!("a packet for a page"),
         }
     }
 }
 
 impl Transport for Wire {
-    fn call(&self, call: Call) -> buildomat::Pending<'_, buildomat::Answer> {
+    fn call(&self, call: Call) -> buildomat::Pending<'_, buildomat::SimulatedResponse> {
         Box::pin(async {
             let (code, body) = self.page(Ask::Server(call)).await?;
-            Ok(buildomat::Answer::new(code, body))
+            Ok(buildomat::SimulatedResponse::new(code, body))
         })
     }
 
@@ -176,8 +176,8 @@ impl Connection for Wire {
                 };
             }
             match self.ask(Ask::Helper(request)).await {
-                Answer::Packet(packet) => packet,
-                Answer::Page(_) => panic!("a page for a packet"),
+                SimulatedResponse::Packet(packet) => packet,
+                SimulatedResponse::Page(_) => panic!("a page for a packet"),
             }
         })
     }

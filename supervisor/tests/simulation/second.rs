@@ -11,13 +11,13 @@ use tokio::sync::oneshot;
 
 use crate::calls::{InFlight, CALL_TIMEOUT_MS};
 use crate::host::{Effect, Host};
-use crate::net::{Answer, Ask, reply_of};
+use crate::net::{SimulatedResponse, Ask, reply_of};
 use crate::script::{Extent, Fate, Kind};
 use crate::world::{Event, Requests, World};
 
 /// Set in the numbers of its supervisor's lives.
 pub const SECOND: u64 = 1 << 63;
-/// The end of its workers' marks.
+/// The end of its workers' owner tags.
 pub const MARK: &str = "/11111111";
 
 #[derive(Debug)]
@@ -123,7 +123,7 @@ impl World {
         }
     }
 
-    pub fn send_second(&mut self, run: u64, ask: Ask, caller: oneshot::Sender<Answer>) {
+    pub fn send_second(&mut self, run: u64, ask: Ask, caller: oneshot::Sender<SimulatedResponse>) {
         if run != self.second.run | SECOND || !self.second.is_running {
             return;
         }
@@ -180,7 +180,7 @@ impl World {
         }
         if !self.agents_reach_server() {
             let error = Error::Unreachable("connection refused".into());
-            return self.settle(id, Answer::Page(Err(error)));
+            return self.settle(id, SimulatedResponse::Page(Err(error)));
         }
         let (code, value) = self.serve(&ask, waits, true);
         let bytes = if value.is_null() {
@@ -188,7 +188,7 @@ impl World {
         } else {
             value.to_string().into_bytes()
         };
-        self.settle(id, Answer::Page(Ok((code, bytes))));
+        self.settle(id, SimulatedResponse::Page(Ok((code, bytes))));
     }
 
     pub fn effect_of_second(&mut self, id: u64) {
@@ -203,7 +203,7 @@ impl World {
             self.checks.agent_started(worker, &self.server);
             self.after(usual, Event::Online(worker, agent));
         }
-        self.settle(id, Answer::Packet(Ok(reply_of(&reply, 0))));
+        self.settle(id, SimulatedResponse::Packet(Ok(reply_of(&reply, 0))));
     }
 
     /// One of the two hosts says something about a worker to the server: is it its own?

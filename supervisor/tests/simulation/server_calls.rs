@@ -56,9 +56,9 @@ impl World {
             Kind::Associate if code == 204 && second => drop(self.second.own.insert(worker())),
             Kind::Associate if code == 204 => drop(self.second.own.remove(&worker())),
             Kind::Fail if code == 204 && !second => {
-                let marked = self.server.workers[&worker()].private.as_deref();
+                let tagged = self.server.workers[&worker()].private.as_deref();
                 let on_host = self.host.get(worker()).map(|w| w.slot.clone());
-                let slot = on_host.or_else(|| marked.and_then(slot_of));
+                let slot = on_host.or_else(|| tagged.and_then(slot_of));
                 self.checks.told(self.now, worker(), slot.as_ref());
             }
             _ => {}

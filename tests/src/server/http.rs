@@ -60,7 +60,7 @@ impl IntoResponse for Refused {
     }
 }
 
-pub type Answer<T> = Result<T, Refused>;
+pub type ApiResult<T> = Result<T, Refused>;
 
 /// A JSON body, refused in the server's own form.
 pub struct Body<T>(pub T);
@@ -68,7 +68,7 @@ pub struct Body<T>(pub T);
 impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
     type Rejection = Refused;
 
-    async fn from_request(request: Request, app: &App) -> Answer<Body<T>> {
+    async fn from_request(request: Request, app: &App) -> ApiResult<Body<T>> {
         let Raw(bytes) = Raw::from_request(request, app).await?;
         let parsed = serde_json::from_slice(&bytes);
         parsed
@@ -83,7 +83,7 @@ pub struct Raw(pub Bytes);
 impl FromRequest<App> for Raw {
     type Rejection = Refused;
 
-    async fn from_request(request: Request, app: &App) -> Answer<Raw> {
+    async fn from_request(request: Request, app: &App) -> ApiResult<Raw> {
         let bytes = Bytes::from_request(request, app).await;
         bytes.map(Raw).map_err(|e| Refusal::Invalid(e.body_text()).into())
     }
@@ -114,7 +114,7 @@ pub struct AsFactory(pub Ulid);
 impl FromRequestParts<App> for AsFactory {
     type Rejection = Refused;
 
-    async fn from_request_parts(parts: &mut Parts, app: &App) -> Answer<AsFactory> {
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> ApiResult<AsFactory> {
         caller(parts, app, |s, token| s.factory_by_token(token)).map(AsFactory)
     }
 }
@@ -125,7 +125,7 @@ pub struct AsWorker(pub Ulid);
 impl FromRequestParts<App> for AsWorker {
     type Rejection = Refused;
 
-    async fn from_request_parts(parts: &mut Parts, app: &App) -> Answer<AsWorker> {
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> ApiResult<AsWorker> {
         caller(parts, app, |s, token| s.worker_by_token(token)).map(AsWorker)
     }
 }
@@ -136,7 +136,7 @@ pub struct AsUser;
 impl FromRequestParts<App> for AsUser {
     type Rejection = Refused;
 
-    async fn from_request_parts(parts: &mut Parts, app: &App) -> Answer<AsUser> {
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> ApiResult<AsUser> {
         caller(parts, app, |s, token| (s.user_token == token).then_some(AsUser))
     }
 }

@@ -9,7 +9,7 @@ use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::http::{Answer, AsFactory, Raw};
+use super::http::{ApiResult, AsFactory, Raw};
 use super::model::{Refusal, Worker};
 use super::shared::App;
 use super::state::{State, id};
@@ -36,7 +36,7 @@ async fn call(
     method: Method,
     uri: Uri,
     Raw(body): Raw,
-) -> Answer<Response> {
+) -> ApiResult<Response> {
     let body = match body.is_empty() {
         true => Ok(Value::Null),
         false => serde_json::from_slice(&body),

@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures_util::{StreamExt, stream};
 
-use super::http::{Answer, Refused};
+use super::http::{ApiResult, Refused};
 use super::model::Refusal;
 use super::shared::{App, Behaviour};
 
@@ -25,7 +25,7 @@ pub fn routes() -> Router<App> {
 
 type Hints = Query<HashMap<String, String>>;
 
-async fn gzip(State(app): State<App>, Query(hints): Hints, headers: HeaderMap) -> Answer<Response> {
+async fn gzip(State(app): State<App>, Query(hints): Hints, headers: HeaderMap) -> ApiResult<Response> {
     let behaviour = app.behaviour();
     let wanted = !behaviour.no_gzip && is_linux(&hints);
     let agent = load(&app, wanted).await?;
@@ -37,7 +37,7 @@ async fn gzip(State(app): State<App>, Query(hints): Hints, headers: HeaderMap) -
     Ok(send(packed.await?, &headers, &behaviour))
 }
 
-async fn plain(State(app): State<App>, Query(hints): Hints, headers: HeaderMap) -> Answer<Response> {
+async fn plain(State(app): State<App>, Query(hints): Hints, headers: HeaderMap) -> ApiResult<Response> {
     let behaviour = app.behaviour();
     let wanted = !behaviour.no_plain && is_linux(&hints);
     Ok(send(&load(&app, wanted).await?, &headers, &behaviour))
@@ -49,7 +49,7 @@ fn is_linux(hints: &HashMap<String, String>) -> bool {
 }
 
 /// Reads the agent once; it stays the same for the life of the server.
-async fn load(app: &App, wanted: bool) -> Answer<Bytes> {
+async fn load(app: &App, wanted: bool) -> ApiResult<Bytes> {
     let Some(path) = app.agent.as_ref().filter(|_| wanted) else {
         return Err(Refusal::NotFound.into());
     };
@@ -61,7 +61,7 @@ async fn load(app: &App, wanted: bool) -> Answer<Bytes> {
     Ok(bytes.clone())
 }
 
-fn pack(agent: &[u8]) -> Answer<Bytes> {
+fn pack(agent: &[u8]) -> ApiResult<Bytes> {
     // Stored, and not compressed: the tests of a whole factory pack and unpack it hundreds of times.
     let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
     let packed = packer.write_all(agent).and_then(|()| packer.finish());

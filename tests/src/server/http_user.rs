@@ -10,7 +10,7 @@ use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::http::{Answer, AsUser, Body, Raw};
+use super::http::{ApiResult, AsUser, Body, Raw};
 use super::jobs::FileKind;
 use super::model::{Job, Progress, Refusal, Worker};
 use super::shared::App;
@@ -43,7 +43,7 @@ pub fn routes() -> Router<App> {
         .route("/0/control/resume", post(resume))
 }
 
-type Done = Answer<StatusCode>;
+type Done = ApiResult<StatusCode>;
 
 /// Changes the state under an id from the path; 204 when it went well.
 fn change<T>(app: &App, text: &str, how: impl FnOnce(&mut state::State, Ulid) -> Result<T, Refusal>) -> Done {
@@ -53,7 +53,7 @@ fn change<T>(app: &App, text: &str, how: impl FnOnce(&mut state::State, Ulid) ->
 }
 
 /// Reads something of a job.
-fn of_job<T>(app: &App, text: &str, see: impl FnOnce(&Job) -> T) -> Answer<T> {
+fn of_job<T>(app: &App, text: &str, see: impl FnOnce(&Job) -> T) -> ApiResult<T> {
     let id = id(text)?;
     Ok(app.read(|s| s.job(id).map(see))?)
 }
@@ -62,12 +62,12 @@ async fn submit(
     State(app): State<App>,
     _: AsUser,
     Body(body): Body<JobSubmit>,
-) -> Answer<(StatusCode, Json<Id>)> {
+) -> ApiResult<(StatusCode, Json<Id>)> {
     let job = app.with(|s| s.submit_http(body))?;
     Ok((StatusCode::CREATED, Json(Id { id: job.to_string() })))
 }
 
-async fn job(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> Answer<Json<Value>> {
+async fn job(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> ApiResult<Json<Value>> {
     let job = id(&job)?;
     Ok(Json(app.read(|s| s.job(job).map(|j| show_job(s, j)))?))
 }
@@ -107,7 +107,7 @@ async fn chunk(
     _: AsUser,
     Path(job): Path<String>,
     Raw(bytes): Raw,
-) -> Answer<(StatusCode, Json<Id>)> {
+) -> ApiResult<(StatusCode, Json<Id>)> {
     let job = id(&job)?;
     let chunk = app.with(|s| {
         let chunk = s.new_id();
@@ -127,7 +127,7 @@ async fn input(
     _: AsUser,
     Path(job): Path<String>,
     Body(add): Body<AddFile>,
-) -> Answer<Json<AddFileResult>> {
+) -> ApiResult<Json<AddFileResult>> {
     let job = id(&job)?;
     Ok(Json(app.with(|s| s.add_file(job, FileKind::Input, &add))?))
 }
@@ -143,14 +143,14 @@ async fn events(
     _: AsUser,
     Path(job): Path<String>,
     Query(from): Query<From>,
-) -> Answer<Json<Vec<JobEvent>>> {
+) -> ApiResult<Json<Vec<JobEvent>>> {
     of_job(&app, &job, |j| {
         j.events.iter().skip(from.minseq).cloned().collect()
     })
     .map(Json)
 }
 
-async fn outputs(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> Answer<Json<Vec<JobOutput>>> {
+async fn outputs(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> ApiResult<Json<Vec<JobOutput>>> {
     of_job(&app, &job, |j| j.outputs.clone()).map(Json)
 }
 
@@ -158,7 +158,7 @@ async fn output(
     State(app): State<App>,
     _: AsUser,
     Path((job, output)): Path<(String, String)>,
-) -> Answer<Bytes> {
+) -> ApiResult<Bytes> {
     let output = id(&output)?;
     let listed = |j: &Job| {
         j.outputs
@@ -169,7 +169,7 @@ async fn output(
     Ok(of_job(&app, &job, listed)?.ok_or(Refusal::Internal)?)
 }
 
-async fn store(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> Answer<Json<Value>> {
+async fn store(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> ApiResult<Json<Value>> {
     of_job(&app, &job, |j| {
         let show = |(name, s): (&String, &super::model::Stored)| {
             let value = (!s.value.secret).then_some(&s.value.value);
@@ -250,7 +250,7 @@ async fn resume(State(app): State<App>, _: AsUser) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
-async fn worker(State(app): State<App>, _: AsUser, Path(worker): Path<String>) -> Answer<Json<Value>> {
+async fn worker(State(app): State<App>, _: AsUser, Path(worker): Path<String>) -> ApiResult<Json<Value>> {
     let worker = id(&worker)?;
     let shown = app.read(|s| s.workers.get(&worker).map(|w| show_worker(s, w)));
     Ok(Json(shown.ok_or(Refusal::Internal)?))
@@ -273,7 +273,7 @@ async fn worker_events(
     _: AsUser,
     Path(worker): Path<String>,
     Query(from): Query<From>,
-) -> Answer<Json<Vec<JobEvent>>> {
+) -> ApiResult<Json<Vec<JobEvent>>> {
     let worker = id(&worker)?;
     let events = app.read(|s| s.workers.get(&worker).map(|w| w.events.clone()));
     Ok(Json(

@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 
-use super::http::{Answer, AsWorker, Body, Raw};
+use super::http::{ApiResult, AsWorker, Body, Raw};
 use super::jobs::{FileKind, MAX_FILE};
 use super::model::Refusal;
 use super::shared::App;
@@ -35,7 +35,7 @@ pub fn routes() -> Router<App> {
         .route("/0/worker/job/{job}/store/{name}", get(store_get).put(store_put))
 }
 
-async fn bootstrap(State(app): State<App>, Body(body): Body<Bootstrap>) -> Answer<(StatusCode, Json<Id>)> {
+async fn bootstrap(State(app): State<App>, Body(body): Body<Bootstrap>) -> ApiResult<(StatusCode, Json<Id>)> {
     let worker = app.with(|s| s.bootstrap(&body.bootstrap, &body.token))?;
     Ok((
         StatusCode::CREATED,
@@ -72,7 +72,7 @@ async fn diagnostics_complete(
     State(app): State<App>,
     AsWorker(me): AsWorker,
     Body(body): Body<CompleteDiagnostics>,
-) -> Answer<StatusCode> {
+) -> ApiResult<StatusCode> {
     app.with(|s| s.diagnostics_complete(me, body.hold))?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -82,7 +82,7 @@ async fn job_append(
     AsWorker(me): AsWorker,
     Path(job): Path<String>,
     Body(lines): Body<Vec<Append>>,
-) -> Answer<StatusCode> {
+) -> ApiResult<StatusCode> {
     let job = id(&job)?;
     app.with(|s| {
         if s.workers_job(me, job)?.complete() {
@@ -106,7 +106,7 @@ async fn task_append(
     me: AsWorker,
     Path((job, task)): Path<(String, u32)>,
     Body(line): Body<Append>,
-) -> Answer<StatusCode> {
+) -> ApiResult<StatusCode> {
     job_append(
         state,
         me,
@@ -124,7 +124,7 @@ async fn task_complete(
     AsWorker(me): AsWorker,
     Path((job, task)): Path<(String, u32)>,
     Body(body): Body<Complete>,
-) -> Answer<StatusCode> {
+) -> ApiResult<StatusCode> {
     let job = id(&job)?;
     app.with(|s| s.workers_job(me, job)?.complete_task(task, body.failed))?;
     Ok(StatusCode::NO_CONTENT)
@@ -135,7 +135,7 @@ async fn job_complete(
     AsWorker(me): AsWorker,
     Path(job): Path<String>,
     Body(body): Body<Complete>,
-) -> Answer<StatusCode> {
+) -> ApiResult<StatusCode> {
     let job = id(&job)?;
     app.with(|s| {
         if s.workers_job(me, job)?.complete() {
@@ -151,7 +151,7 @@ async fn input(
     State(app): State<App>,
     AsWorker(me): AsWorker,
     Path((job, input)): Path<(String, String)>,
-) -> Answer<Bytes> {
+) -> ApiResult<Bytes> {
     let (job, input) = (id(&job)?, id(&input)?);
     let bytes = app.read(|s| {
         let j = s.workers_job(me, job)?;
@@ -166,7 +166,7 @@ async fn chunk(
     AsWorker(me): AsWorker,
     Path(job): Path<String>,
     Raw(bytes): Raw,
-) -> Answer<(StatusCode, Json<Id>)> {
+) -> ApiResult<(StatusCode, Json<Id>)> {
     let job = id(&job)?;
     let chunk = app.with(|s| {
         let chunk = s.new_id();
@@ -186,7 +186,7 @@ async fn output(
     AsWorker(me): AsWorker,
     Path(job): Path<String>,
     Body(add): Body<AddFile>,
-) -> Answer<Json<AddFileResult>> {
+) -> ApiResult<Json<AddFileResult>> {
     let job = id(&job)?;
     let result = app.with(|s| {
         s.workers_job(me, job)?;
@@ -199,7 +199,7 @@ async fn quota(
     State(app): State<App>,
     AsWorker(me): AsWorker,
     Path(job): Path<String>,
-) -> Answer<Json<Quota>> {
+) -> ApiResult<Json<Quota>> {
     let job = id(&job)?;
     app.read(|s| s.workers_job(me, job).map(|_| ()))?;
     Ok(Json(Quota {
@@ -211,7 +211,7 @@ async fn store_get(
     State(app): State<App>,
     AsWorker(me): AsWorker,
     Path((job, name)): Path<(String, String)>,
-) -> Answer<Json<StoreGet>> {
+) -> ApiResult<Json<StoreGet>> {
     let job = id(&job)?;
     let value = app.read(|s| {
         s.workers_job(me, job)
@@ -225,7 +225,7 @@ async fn store_put(
     AsWorker(me): AsWorker,
     Path((job, name)): Path<(String, String)>,
     Body(value): Body<StoreValue>,
-) -> Answer<StatusCode> {
+) -> ApiResult<StatusCode> {
     let job = id(&job)?;
     app.with(|s| {
         let now = s.now;

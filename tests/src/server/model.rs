@@ -51,7 +51,7 @@ pub struct Worker {
     pub bootstrap: String,
     /// The agent's own token, from its bootstrap on.
     pub token: Option<String>,
-    /// The factory's mark, from when it is associated.
+    /// The factory's owner tag, from when it is associated.
     pub private: Option<String>,
     /// What the factory has told, if anything.
     pub ip: Option<String>,

@@ -233,7 +233,7 @@ impl State {
         }
     }
 
-    /// May be repeated with the same mark; another one is refused (401), and so is a deleted worker (buildomat,
+    /// May be repeated with the same owner tag; another one is refused (401), and so is a deleted worker (buildomat,
     /// `server/src/db/mod.rs`, `worker_associate`).
     pub fn associate(&mut self, factory: Ulid, worker: Ulid, body: Associate) -> Result<(), Refusal> {
         let w = self.owned(factory, worker)?;

@@ -36,9 +36,9 @@ pub struct FactoryWorker {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-/// A factory tells the server its mark for a worker.
+/// A factory tells the server its owner tag for a worker.
 pub struct Associate {
-    /// The mark: it comes back in the factory's list of workers.
+    /// The owner tag: it comes back in the factory's list of workers.
     pub private: String,
     /// For operators of the server.
     pub ip: Option<String>,

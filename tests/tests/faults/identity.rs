@@ -67,11 +67,11 @@ const SHARED: [&str; 3] = [
 
 /// This host says of that worker that it is another's, in every output.
 async fn is_shown(factory: &TestFactory, host: &TestHost, supervisor: &Running, worker: Ulid) {
-    let mark = factory.server.worker(worker).private.expect("it is associated");
+    let tag = factory.server.worker(worker).private.expect("it is associated");
     logged(supervisor, &SHARED);
     let (status, text) = command(host, &["status"]);
     assert_eq!(status, 4, "{text}");
-    for part in [&mark, &worker.to_string(), "SLOT@", "user-factory destroy"] {
+    for part in [&tag, &worker.to_string(), "SLOT@", "user-factory destroy"] {
         assert!(text.contains(part), "no {part}:\n{text}");
     }
     once(&supervisor.log, 0, &SHARED);
@@ -105,11 +105,11 @@ async fn row_100_two_hosts_with_one_token_end_no_job_of_each_other_and_both_say_
     assert_eq!(command(&factory.host, &["resume"]).0, 0);
     let worker = worker_of(&factory, next);
     is_shown(&factory, &factory.host, &factory.supervisor, worker).await;
-    let marks = [first, next].map(|job| factory.server.worker(worker_of(&factory, job)).private.unwrap());
-    let ids = marks
+    let tags = [first, next].map(|job| factory.server.worker(worker_of(&factory, job)).private.unwrap());
+    let ids = tags
         .each_ref()
-        .map(|mark| mark.split_once('/').expect("an instance id").1);
-    assert_ne!(ids[0], ids[1], "{marks:?}");
+        .map(|tag| tag.split_once('/').expect("an instance id").1);
+    assert_ne!(ids[0], ids[1], "{tags:?}");
     let last = factory.submit("echo last");
     factory.polls(6).await;
     assert_eq!(factory.server.job(last).worker, None, "a job was taken");

@@ -54,7 +54,7 @@ fn command(host: &TestHost, words: &[&str]) -> (i32, String) {
 fn slot_of(factory: &TestFactory, job: Ulid) -> String {
     let private = factory.server.worker(worker_of(factory, job)).private;
     let private = private.expect("it is associated");
-    let (slot, _) = private.split_once('@').expect("it has the host's mark");
+    let (slot, _) = private.split_once('@').expect("it has the host's owner tag");
     slot.to_owned()
 }
 

@@ -281,7 +281,7 @@ async fn row_79_a_server_rolled_back_to_when_a_job_ran_is_told_that_its_worker_i
     factory.logged(&["worker forgotten", &worker.to_string()]);
     factory.server.with(|state| *state = yesterday);
     // There is no such worker on this host; it may be on one whose disk is a copy of this one's. An operator knows.
-    let parts = ["as this host marks its own", &worker.to_string()];
+    let parts = ["as this host tags its own", &worker.to_string()];
     factory.logged(&parts);
     factory.polls(3).await;
     once(&factory.supervisor.log, 0, &parts);

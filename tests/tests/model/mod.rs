@@ -44,9 +44,9 @@ const BROKEN: usize = CONFIGURATIONS.len();
 #[derive(Clone, Debug)]
 enum Step {
     /// This client asks.
-    Ask(usize, Question),
+    Ask(usize, ModelRequest),
     /// Each is asked on a connection of its own, all at the same instant.
-    Burst(Vec<Question>),
+    Burst(Vec<ModelRequest>),
     /// The helper is killed and started again.
     Restart,
     Configure(usize),
@@ -55,7 +55,7 @@ enum Step {
 
 /// A request, with the numbers of a worker and a slot.
 #[derive(Clone, Copy, Debug)]
-enum Question {
+enum ModelRequest {
     Create(usize, usize),
     Install(usize, Agent),
     Attach(usize),
@@ -66,7 +66,7 @@ enum Question {
 
 /// A reply, without what the contract leaves open: sentences, and the disk in use.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Answer {
+enum ModelReply {
     UserCreated(Uid),
     AgentStarted,
     Attached(State),
@@ -76,15 +76,15 @@ enum Answer {
     Error(ErrorKind),
 }
 
-fn questions(agents: &'static [Agent]) -> impl Strategy<Value = Question> + Clone {
+fn requests(agents: &'static [Agent]) -> impl Strategy<Value = ModelRequest> + Clone {
     let worker = 0..WORKERS;
     prop_oneof![
-        6 => (worker.clone(), 0..SLOTS.len()).prop_map(|(worker, slot)| Question::Create(worker, slot)),
+        6 => (worker.clone(), 0..SLOTS.len()).prop_map(|(worker, slot)| ModelRequest::Create(worker, slot)),
         4 => (worker.clone(), proptest::sample::select(agents))
-            .prop_map(|(worker, agent)| Question::Install(worker, agent)),
-        1 => worker.clone().prop_map(Question::Attach),
-        2 => worker.clone().prop_map(Question::Kill),
-        3 => worker.clone().prop_map(Question::Delete),
+            .prop_map(|(worker, agent)| ModelRequest::Install(worker, agent)),
+        1 => worker.clone().prop_map(ModelRequest::Attach),
+        2 => worker.clone().prop_map(ModelRequest::Kill),
+        3 => worker.clone().prop_map(ModelRequest::Delete),
     ]
 }
 
@@ -97,14 +97,14 @@ fn steps() -> impl Strategy<Value = Step> {
         Agent::Unsealed,
     ];
     let any = prop_oneof![
-        16 => questions(ALL),
-        1 => proptest::option::of(0..WORKERS).prop_map(Question::List),
+        16 => requests(ALL),
+        1 => proptest::option::of(0..WORKERS).prop_map(ModelRequest::List),
     ];
     // In a burst nothing may change but by its requests, or no order of these explains it: no agent ends by itself,
     // and `List`, which takes no lock, is not asked.
-    let burst = proptest::collection::vec(questions(&[Agent::Stays, Agent::Unsealed]), 2..=4);
+    let burst = proptest::collection::vec(requests(&[Agent::Stays, Agent::Unsealed]), 2..=4);
     prop_oneof![
-        40 => (0..CLIENTS, any).prop_map(|(client, question)| Step::Ask(client, question)),
+        40 => (0..CLIENTS, any).prop_map(|(client, request)| Step::Ask(client, request)),
         8 => burst.prop_map(Step::Burst),
         2 => Just(Step::Restart),
         4 => (0..=BROKEN).prop_map(Step::Configure),
@@ -112,80 +112,80 @@ fn steps() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What the question does to the model, and what it should be answered.
-fn ask_model(model: &mut Model, workers: &[WorkerId], question: Question) -> Answer {
-    let answer = match question {
-        Question::Create(worker, number) => model
+/// What the request does to the model, and what it should be answered.
+fn ask_model(model: &mut Model, workers: &[WorkerId], request: ModelRequest) -> ModelReply {
+    let answer = match request {
+        ModelRequest::Create(worker, number) => model
             .create_user(workers[worker], &slot(SLOTS[number]))
-            .map(Answer::UserCreated),
-        Question::Install(worker, agent) => model
+            .map(ModelReply::UserCreated),
+        ModelRequest::Install(worker, agent) => model
             .install_agent(workers[worker], agent)
-            .map(|()| Answer::AgentStarted),
-        Question::Attach(worker) => model.attach(workers[worker]).map(Answer::Attached),
-        Question::Kill(worker) => model.kill(workers[worker]).map(|()| Answer::Killed),
-        Question::Delete(worker) => {
+            .map(|()| ModelReply::AgentStarted),
+        ModelRequest::Attach(worker) => model.attach(workers[worker]).map(ModelReply::Attached),
+        ModelRequest::Kill(worker) => model.kill(workers[worker]).map(|()| ModelReply::Killed),
+        ModelRequest::Delete(worker) => {
             model.delete(workers[worker]);
-            Ok(Answer::Deleted)
+            Ok(ModelReply::Deleted)
         }
-        Question::List(after) => Ok(Answer::Listed(
+        ModelRequest::List(after) => Ok(ModelReply::Listed(
             model.list(after.map(|after| workers[after]), MAX_LIST).0,
         )),
     };
-    answer.unwrap_or_else(Answer::Error)
+    answer.unwrap_or_else(ModelReply::Error)
 }
 
 /// Ask the helper.
-fn ask_helper(client: &Client, workers: &[WorkerId], question: Question) -> Answer {
-    let request = match question {
-        Question::Create(worker, number) => Request::CreateUser {
+fn ask_helper(client: &Client, workers: &[WorkerId], request: ModelRequest) -> ModelReply {
+    let message = match request {
+        ModelRequest::Create(worker, number) => Request::CreateUser {
             worker: workers[worker],
             slot: slot(SLOTS[number]),
         },
-        Question::Install(worker, _) => Request::InstallAgent {
+        ModelRequest::Install(worker, _) => Request::InstallAgent {
             worker: workers[worker],
             bootstrap: token(),
         },
-        Question::Attach(worker) => Request::Attach {
+        ModelRequest::Attach(worker) => Request::Attach {
             worker: workers[worker],
         },
-        Question::Kill(worker) => Request::Kill {
+        ModelRequest::Kill(worker) => Request::Kill {
             worker: workers[worker],
         },
-        Question::Delete(worker) => Request::Delete {
+        ModelRequest::Delete(worker) => Request::Delete {
             worker: workers[worker],
         },
-        Question::List(after) => Request::List {
+        ModelRequest::List(after) => Request::List {
             after: after.map(|after| workers[after]),
         },
     };
-    let agent = match question {
-        Question::Install(_, Agent::Stays) => Some(sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n")),
-        Question::Install(_, Agent::Ends(Exit::Status(status))) => {
+    let agent = match request {
+        ModelRequest::Install(_, Agent::Stays) => Some(sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n")),
+        ModelRequest::Install(_, Agent::Ends(Exit::Status(status))) => {
             Some(sealed(format!("#!/bin/bash\nexit {status}\n").as_bytes()))
         }
-        Question::Install(_, Agent::Ends(exit)) => panic!("no agent here ends so: {exit:?}"),
-        Question::Install(_, Agent::NoProgram) => Some(sealed(b"\x7fNO PROGRAM")),
-        Question::Install(_, Agent::Unsealed) => Some(memory(b"#!/bin/true\n")),
+        ModelRequest::Install(_, Agent::Ends(exit)) => panic!("no agent here ends so: {exit:?}"),
+        ModelRequest::Install(_, Agent::NoProgram) => Some(sealed(b"\x7fNO PROGRAM")),
+        ModelRequest::Install(_, Agent::Unsealed) => Some(memory(b"#!/bin/true\n")),
         _ => None,
     };
-    let (reply, descriptors) = client.ask_with(&request, agent.as_ref().map(AsFd::as_fd));
+    let (reply, descriptors) = client.ask_with(&message, agent.as_ref().map(AsFd::as_fd));
     assert_eq!(
         descriptors.len(),
         usize::from(reply.carries_descriptor()),
         "{reply:?}"
     );
     match reply {
-        Reply::UserCreated { uid, .. } => Answer::UserCreated(uid),
-        Reply::AgentStarted => Answer::AgentStarted,
-        Reply::Attached { state } => Answer::Attached(state),
-        Reply::Killed => Answer::Killed,
-        Reply::Deleted => Answer::Deleted,
+        Reply::UserCreated { uid, .. } => ModelReply::UserCreated(uid),
+        Reply::AgentStarted => ModelReply::AgentStarted,
+        Reply::Attached { state } => ModelReply::Attached(state),
+        Reply::Killed => ModelReply::Killed,
+        Reply::Deleted => ModelReply::Deleted,
         Reply::Listed { workers, more: false } => {
             let workers = workers.into_iter();
-            Answer::Listed(workers.map(|it| WorkerInfo { disk: None, ..it }).collect())
+            ModelReply::Listed(workers.map(|it| WorkerInfo { disk: None, ..it }).collect())
         }
-        Reply::Error(error) => Answer::Error(error.kind),
-        other => panic!("{question:?} was answered {other:?}"),
+        Reply::Error(error) => ModelReply::Error(error.kind),
+        other => panic!("{request:?} was answered {other:?}"),
     }
 }
 
@@ -193,12 +193,12 @@ fn ask_helper(client: &Client, workers: &[WorkerId], question: Question) -> Answ
 fn agree(
     model: &mut Model,
     workers: &[WorkerId],
-    question: Question,
-    real: &Answer,
-    should: &Answer,
+    request: ModelRequest,
+    real: &ModelReply,
+    should: &ModelReply,
 ) -> bool {
-    match (question, real, should) {
-        (Question::Create(worker, _), Answer::UserCreated(uid), Answer::UserCreated(_)) => {
+    match (request, real, should) {
+        (ModelRequest::Create(worker, _), ModelReply::UserCreated(uid), ModelReply::UserCreated(_)) => {
             model.settle_for(workers[worker], *uid)
         }
         _ => real == should,
@@ -241,29 +241,29 @@ impl World {
     }
 
     /// What a client does: where its connection is of a helper that is no more, and that is said, ask on a new one.
-    fn ask(&mut self, client: usize, question: Question) -> Answer {
+    fn ask(&mut self, client: usize, request: ModelRequest) -> ModelReply {
         let (connection, is_old) = &mut self.clients[client];
-        let answer = ask_helper(connection, &self.workers, question);
-        if !*is_old || answer != Answer::Error(ErrorKind::Busy) {
+        let answer = ask_helper(connection, &self.workers, request);
+        if !*is_old || answer != ModelReply::Error(ErrorKind::Busy) {
             return answer;
         }
         (*connection, *is_old) = (Client::new(&self.host), false);
-        ask_helper(connection, &self.workers, question)
+        ask_helper(connection, &self.workers, request)
     }
 
     /// All at the same instant.
-    fn burst(&self, questions: &[Question]) -> Vec<Answer> {
-        let clients: Vec<Client> = questions.iter().map(|_| Client::new(&self.host)).collect();
-        let barrier = Barrier::new(questions.len());
+    fn burst(&self, requests: &[ModelRequest]) -> Vec<ModelReply> {
+        let clients: Vec<Client> = requests.iter().map(|_| Client::new(&self.host)).collect();
+        let barrier = Barrier::new(requests.len());
         std::thread::scope(|scope| {
-            let ask = |(question, client)| {
+            let ask = |(request, client)| {
                 let barrier = &barrier;
                 scope.spawn(move || {
                     barrier.wait();
-                    ask_helper(client, &self.workers, question)
+                    ask_helper(client, &self.workers, request)
                 })
             };
-            let asked: Vec<_> = questions.iter().copied().zip(&clients).map(ask).collect();
+            let asked: Vec<_> = requests.iter().copied().zip(&clients).map(ask).collect();
             let joined = asked.into_iter().map(|thread| thread.join());
             joined.map(|answer| answer.expect("it was answered")).collect()
         })
@@ -273,7 +273,7 @@ impl World {
     fn list(&mut self, model: &Model) -> Vec<WorkerInfo> {
         let begin = Instant::now();
         loop {
-            let Answer::Listed(real) = self.ask(0, Question::List(None)) else {
+            let ModelReply::Listed(real) = self.ask(0, ModelRequest::List(None)) else {
                 panic!("List is always answered");
             };
             let ends = |it: &WorkerInfo| {
@@ -339,39 +339,39 @@ fn orders(of: usize) -> Vec<Vec<usize>> {
 /// One step in the real world and in the model, and where they differ.
 fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String> {
     match step {
-        Step::Ask(client, question) => {
-            let real = world.ask(*client, *question);
-            let should = ask_model(model, &world.workers, *question);
-            if !agree(model, &world.workers, *question, &real, &should) {
+        Step::Ask(client, request) => {
+            let real = world.ask(*client, *request);
+            let should = ask_model(model, &world.workers, *request);
+            if !agree(model, &world.workers, *request, &real, &should) {
                 return Err(format!("the helper answers {real:?}, the model {should:?}"));
             }
             Ok(())
         }
-        Step::Burst(questions) => {
-            let real = world.burst(questions);
+        Step::Burst(requests) => {
+            let real = world.burst(requests);
             let listed = world.list(model);
-            let all_there = orders(questions.len());
+            let all_there = orders(requests.len());
             // As one more, in its place: what a request for a slot does before it takes one, or finds that none is
             // to be had.
-            let looks_for_slot = |(question, answer): (&Question, &Answer)| {
-                matches!(question, Question::Create(..))
+            let looks_for_slot = |(request, answer): (&ModelRequest, &ModelReply)| {
+                matches!(request, ModelRequest::Create(..))
                     && matches!(
                         answer,
-                        Answer::UserCreated(_) | Answer::Error(ErrorKind::SlotTaken | ErrorKind::Limit)
+                        ModelReply::UserCreated(_) | ModelReply::Error(ErrorKind::SlotTaken | ErrorKind::Limit)
                     )
             };
-            let deletes_damaged = questions.iter().zip(&real).any(looks_for_slot);
-            let with_deletion = deletes_damaged.then(|| orders(questions.len() + 1));
+            let deletes_damaged = requests.iter().zip(&real).any(looks_for_slot);
+            let with_deletion = deletes_damaged.then(|| orders(requests.len() + 1));
             let all = all_there.into_iter().chain(with_deletion.into_iter().flatten());
             let mut explained = all.filter_map(|order| {
                 let mut model = model.clone();
                 let agrees = order.iter().all(|at| {
-                    let Some(question) = questions.get(*at) else {
+                    let Some(request) = requests.get(*at) else {
                         model.delete_damaged();
                         return true;
                     };
-                    let should = ask_model(&mut model, &world.workers, *question);
-                    agree(&mut model, &world.workers, *question, &real[*at], &should)
+                    let should = ask_model(&mut model, &world.workers, *request);
+                    agree(&mut model, &world.workers, *request, &real[*at], &should)
                 });
                 (agrees && model.list(None, MAX_LIST).0 == listed).then_some(model)
             });
@@ -433,8 +433,8 @@ fn play(world: &mut World, steps: &[Step]) -> Result<(), String> {
     // Whatever happened, each can be deleted, and nothing is left.
     for worker in 0..WORKERS {
         model.delete(world.workers[worker]);
-        let answer = world.ask(0, Question::Delete(worker));
-        if answer != Answer::Deleted {
+        let answer = world.ask(0, ModelRequest::Delete(worker));
+        if answer != ModelReply::Deleted {
             return Err(format!(
                 "worker {worker} cannot be deleted in the end: {answer:?}"
             ));

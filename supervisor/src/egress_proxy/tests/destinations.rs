@@ -5,20 +5,20 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 
 use super::*;
-use crate::buildomat::{self, Answer, Call, Pending, Transport};
+use crate::buildomat::{self, HttpResponse, Call, Pending, Transport};
 
 /// A buildomat server that takes lines for jobs' logs, and keeps them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lines(Arc<Mutex<Vec<String>>>);
 
 impl Transport for Lines {
-    fn call(&self, call: Call) -> Pending<'_, Answer> {
+    fn call(&self, call: Call) -> Pending<'_, HttpResponse> {
         let line = call
             .body
             .as_ref()
             .and_then(|body| body["payload"].as_str().map(str::to_owned));
         self.0.lock().unwrap().extend(line);
-        Box::pin(async { Ok(Answer::new(200, r#"{"retry":false}"#)) })
+        Box::pin(async { Ok(HttpResponse::new(200, r#"{"retry":false}"#)) })
     }
 
     fn file<'a>(

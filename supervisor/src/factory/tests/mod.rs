@@ -221,7 +221,7 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
     // Its own job goes on, to its end.
     world.agents_sleep = false;
     world.run(|w| w.done().contains(&job(1)) && w.disk.is_empty());
-    let shown = &world.view().other_hosts_workers()[0];
+    let shown = &world.status_input().foreign_workers()[0];
     for part in [
         "c@here/11111111",
         "SLOT@here/00000000",
@@ -234,9 +234,9 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
     world.server.workers.remove(&others.id);
     world.run(World::is_empty);
     assert!(world.done().contains(&job(2)));
-    assert_eq!(world.view().other_hosts_workers().len(), 1, "it was a moment ago");
+    assert_eq!(world.status_input().foreign_workers().len(), 1, "it was a moment ago");
     steps(&mut world, 700_000);
-    assert!(world.view().other_hosts_workers().is_empty());
+    assert!(world.status_input().foreign_workers().is_empty());
 }
 
 #[test]
@@ -248,15 +248,15 @@ fn workers_of_others_that_a_server_lists_without_end_take_no_more_memory() {
         world.server.workers.clear();
         others.for_each(|w| world.insert(&w));
         steps(&mut world, 2_000);
-        assert!(world.view().not_taken().unwrap().contains("another host"));
+        assert!(world.status_input().not_taken().unwrap().contains("another host"));
     }
-    assert_eq!(world.view().other_hosts_workers().len(), 100);
+    assert_eq!(world.status_input().foreign_workers().len(), 100);
     // When they are gone, jobs are taken, and others are shown once these have had their time.
     world.server.workers.clear();
     world.submit(1, '2');
     world.run(|w| w.done().len() == 1);
     steps(&mut world, 700_000);
-    assert!(world.view().other_hosts_workers().is_empty());
+    assert!(world.status_input().foreign_workers().is_empty());
 }
 
 #[test]
@@ -268,10 +268,10 @@ fn the_operator_deletes_another_hosts_worker_by_its_name() {
     world.tell(Input::Destroy(others.id));
     steps(&mut world, 5_000);
     assert!(world.listed().contains_key(&others.id), "it was not known yet");
-    assert!(world.core.may_be_another_hosts(others.id));
+    assert!(world.core.may_be_foreign(others.id));
     world.tell(Input::Destroy(others.id));
     world.run(|w| w.listed().is_empty());
-    assert!(world.view().other_hosts_workers().is_empty());
+    assert!(world.status_input().foreign_workers().is_empty());
     // The same of one of which this host has a copy.
     world.insert(&others);
     world.on_host(others.id, "c", Agent::Ends(Exit::Unknown));
@@ -544,7 +544,7 @@ fn a_forgotten_database_is_rebuilt_from_the_server_and_the_host() {
     // What is lost on the host as well may be a copy's of this host: only the operator can know.
     world.run(|w| w.host.workers().next().is_none() && w.disk.is_empty());
     assert!(world.said.iter().any(|s| s.contains("orphaned worker")));
-    let lost = world.view().other_hosts_workers();
+    let lost = world.status_input().foreign_workers();
     assert!(lost.len() == 1 && lost[0].text.contains("neither the database nor the host has it"));
     world.tell(Input::Destroy(lost[0].id));
     world.run(World::is_empty);
@@ -660,7 +660,7 @@ fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
     }
     world.submit(5, '3');
     world.run(|w| w.core.workers().count() == 2);
-    let slots = world.view().slots();
+    let slots = world.status_input().slots();
     let [blocked] = &slots
         .iter()
         .filter(|slot| slot.state == SlotState::Blocked)
@@ -713,16 +713,16 @@ fn a_list_of_another_server_ends_no_job() {
 fn a_lease_request_that_fails_is_repeated_ever_more_slowly_and_no_sooner_than_the_server_says() {
     let mut world = World::new();
     world.run(|w| w.counts.contains_key("lease"));
-    assert_eq!(world.view().not_taken(), None);
+    assert_eq!(world.status_input().not_taken(), None);
     world.lease_fails = Some(CallError::passing(Peer::Server, "it answered 500"));
     let begun = (world.now, world.counts["lease"]);
     world.run(|w| w.now >= begun.0 + 3_600_000);
     let asked = world.counts["lease"] - begun.1;
     // Between half a minute and a minute each, after the first few.
     assert!((60..=140).contains(&asked), "{asked} lease requests in an hour");
-    let shown = world.view().not_taken().unwrap();
+    let shown = world.status_input().not_taken().unwrap();
     assert!(shown.contains("it answered 500"), "{shown}");
-    let slots = world.view().slots();
+    let slots = world.status_input().slots();
     assert!(
         slots.iter().all(|slot| slot.state == SlotState::Closed),
         "{slots:?}"
@@ -743,7 +743,7 @@ fn a_lease_request_that_fails_is_repeated_ever_more_slowly_and_no_sooner_than_th
     world.lease_fails = None;
     world.submit(1, '2');
     world.run(|w| w.done().len() == 1);
-    assert_eq!(world.view().not_taken(), None);
+    assert_eq!(world.status_input().not_taken(), None);
     assert!(world.now < answered + 1_400_000);
 }
 
@@ -755,7 +755,7 @@ fn a_server_cannot_have_the_factory_wait_for_days() {
         ..CallError::passing(Peer::Server, "it answered 503")
     });
     world.run(|w| w.counts.contains_key("lease"));
-    world.run(|w| w.view().not_taken().is_some());
+    world.run(|w| w.status_input().not_taken().is_some());
     let begun = world.now;
     world.lease_fails = None;
     world.submit(1, '2');
@@ -771,11 +771,11 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         world.run(|w| phase(w) == Some(Phase::Running { online: true }));
         world.run(|w| w.core.has_no_pending_calls());
         let shown = |world: &World| match peer {
-            Peer::Server => world.view().server(String::new()),
-            _ => world.view().helper(String::new()),
+            Peer::Server => world.status_input().server(String::new()),
+            _ => world.status_input().helper(String::new()),
         };
         assert_eq!(
-            (shown(&world).unanswered_since, world.view().not_taken()),
+            (shown(&world).unanswered_since, world.status_input().not_taken()),
             (None, None)
         );
         world.agents_sleep = true;
@@ -783,10 +783,10 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         assert_eq!(shown(&world).unanswered_since, Some(time(world.now)));
         assert_eq!(shown(&world).reachable, Some(true));
         assert_eq!(
-            world.view().not_taken(),
+            world.status_input().not_taken(),
             Some(format!("the {peer} is not answering"))
         );
-        let slots = world.view().slots();
+        let slots = world.status_input().slots();
         let is_free = |slot: &crate::control::api::Slot| slot.state == SlotState::Free;
         assert!(!slots.iter().any(is_free), "{slots:?}");
         world.submit(2, '3');
@@ -795,7 +795,7 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         assert_eq!(world.queued(), 1);
         world.tell(Input::Unanswered(peer, None));
         assert_eq!(
-            (shown(&world).unanswered_since, world.view().not_taken()),
+            (shown(&world).unanswered_since, world.status_input().not_taken()),
             (None, None)
         );
         world.agents_sleep = false;
@@ -823,7 +823,7 @@ fn while_the_configuration_file_differs_no_job_is_taken_and_none_is_started_or_f
         world.submit(2, '3');
         let begun = world.now;
         world.run(|w| w.now >= begun + 3_600_000);
-        assert!(world.view().not_taken().unwrap().contains("reload"));
+        assert!(world.status_input().not_taken().unwrap().contains("reload"));
         assert_eq!(world.queued() + world.server.leases.len(), 1);
         assert_eq!(phase(&world), Some(phase_then));
         world.tell(Input::FileDiffers(None));
@@ -919,7 +919,7 @@ fn a_drain_with_an_end_ends_by_the_hosts_clock_and_says_why_until_then() {
     };
     world.tell(Input::Drain(None, until(1_800_000_000_000)));
     world.tell(Input::Drain(slot.clone(), until(1_800_000_000_001)));
-    let why = world.view().not_taken().unwrap();
+    let why = world.status_input().not_taken().unwrap();
     assert!(
         why.contains("drained (a new kernel, until 2027-01-15T08:00:00Z)"),
         "{why}"
@@ -931,7 +931,7 @@ fn a_drain_with_an_end_ends_by_the_hosts_clock_and_says_why_until_then() {
     assert!(outputs.contains(&Output::SaveDrain(None, None)), "{outputs:?}");
     // It is over, whether that can be saved or not.
     assert!(!world.core.is_draining());
-    let slots = world.view().slots();
+    let slots = world.status_input().slots();
     let c = slots.iter().find(|s| s.name.as_str() == "c").unwrap();
     assert_eq!(
         c.because.as_deref(),
@@ -955,7 +955,7 @@ fn no_job_is_asked_for_while_too_little_is_free_and_a_leased_one_begins() {
     world.submit(2, '3');
     world.run(|w| w.now >= begun + 60_000);
     assert_eq!(
-        world.view().not_taken().as_deref(),
+        world.status_input().not_taken().as_deref(),
         Some("too little is free: 1M")
     );
     assert!(!world.done().contains(&job(2)), "{:?}", world.said);
@@ -983,7 +983,7 @@ fn no_job_is_asked_for_after_a_start_before_a_self_test_has_passed_where_that_is
     let begun = world.now;
     world.run(|w| w.now >= begun + 60_000);
     assert!(!world.done().contains(&job(2)), "{:?}", world.said);
-    let why = world.view().not_taken().unwrap();
+    let why = world.status_input().not_taken().unwrap();
     assert!(why.starts_with("the self-test has failed"), "{why}");
     world.tell(Input::SelfTested(None));
     world.run(|w| w.done().len() == 2);

@@ -31,7 +31,7 @@ fn named(targets: &[ServerTarget]) -> World {
 }
 
 fn slot(world: &World) -> api::Slot {
-    let slots = world.view().slots();
+    let slots = world.status_input().slots();
     slots.into_iter().find(|slot| slot.name.as_str() == "c").unwrap()
 }
 

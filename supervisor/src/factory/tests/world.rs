@@ -11,7 +11,7 @@ use testbed::server::{self, Job, JobSpec, Progress};
 
 use super::super::*;
 use crate::buildomat::ServerTarget;
-use crate::control::status::View;
+use crate::control::status::StatusInput;
 use crate::identity::{InstanceId, Owner};
 use crate::worker::Worker;
 
@@ -117,8 +117,8 @@ impl World {
         }
     }
 
-    pub fn view(&self) -> View<'_> {
-        View {
+    pub fn status_input(&self) -> StatusInput<'_> {
+        StatusInput {
             factory: &self.core,
             now: self.now,
             ahead: 0,
@@ -249,7 +249,7 @@ impl World {
         }
     }
 
-    /// Answer the pending output number `which` (of any), or let the time pass to the next deadline.
+    /// TargetList the pending output number `which` (of any), or let the time pass to the next deadline.
     pub fn step(&mut self, which: usize) {
         if self.pending.is_empty() {
             self.now = self
@@ -412,7 +412,7 @@ impl World {
         match action {
             Action::Associate { slot, .. } => {
                 let body = server::Associate {
-                    private: here().mark(&slot),
+                    private: here().owner_tag(&slot),
                     ip: None,
                     metadata: None,
                 };
