@@ -267,7 +267,7 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
             None
         } else if let Some(top) = hidden.find(|top| path.starts_with(top)) {
             Some(format!(
-                "is below {}, which no job sees: choose another place",
+                "is below {}, which no job sees: choose another path",
                 top.display()
             ))
         } else {

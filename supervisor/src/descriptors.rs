@@ -1,4 +1,4 @@
-//! Who may have how many of this process's file descriptors. What jobs and other callers can make many has a bound of
+//! Who may have how many of this process's file descriptors. What jobs and other clients can make many has a bound of
 //! its own, so that leasing, the helper's socket and the database always have theirs.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -12,7 +12,7 @@ const OF_CONTROL: u64 = 3 * CONTROL_CONNECTIONS as u64;
 pub const STATUS_CONNECTIONS: usize = 64;
 /// What the egress proxy has refused or is done with, and has not closed yet.
 pub const MAX_PENDING_CLOSES: usize = 256;
-/// Each connection through the egress proxy has the caller's, the job's and the server's socket.
+/// Each connection through the egress proxy has the client's, the job's and the server's socket.
 const OF_PROXIED: u64 = 3;
 /// More connections through the egress proxy are of no use: it raises the limit for no more.
 const MAX_PROXIED: u64 = 64 << 10;

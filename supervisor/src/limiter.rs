@@ -1,4 +1,4 @@
-//! How many connections there may be: of one caller, and of all callers together.
+//! How many connections there may be: of one client, and of all clients together.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -12,8 +12,8 @@ type Counts<K> = Arc<Mutex<HashMap<K, usize>>>;
 pub struct ConnectionLimiter<K: Copy + Eq + Hash + Debug> {
     of_one: usize,
     of_all: usize,
-    /// How many callers each have their share of all, whatever the others do.
-    callers: usize,
+    /// How many clients each have their share of all, whatever the others do.
+    clients: usize,
     counts: Counts<K>,
 }
 
@@ -25,22 +25,22 @@ pub struct Permit<K: Copy + Eq + Hash + Debug> {
 }
 
 impl<K: Copy + Eq + Hash + Debug> ConnectionLimiter<K> {
-    /// At most `of_one` connections of one caller and `of_all` of all, where so many `callers` are expected: each has at
+    /// At most `of_one` connections of one client and `of_all` of all, where so many `clients` are expected: each has at
     /// least its share of all.
-    pub fn new(of_one: usize, of_all: usize, callers: usize) -> Self {
+    pub fn new(of_one: usize, of_all: usize, clients: usize) -> Self {
         Self {
             of_one,
             of_all,
-            callers,
+            clients,
             counts: Arc::default(),
         }
     }
 
-    /// None where this caller, or all together, have as many as they may.
+    /// None where this client, or all together, have as many as they may.
     pub fn take(&self, key: K) -> Option<Permit<K>> {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let others = counts.keys().filter(|other| **other != key).count();
-        let share = self.of_all / self.callers.max(others + 1);
+        let share = self.of_all / self.clients.max(others + 1);
         let own = counts.get(&key).copied().unwrap_or(0);
         if own >= self.of_one.min(share.max(1)) || counts.values().sum::<usize>() >= self.of_all {
             return None;
@@ -88,10 +88,10 @@ mod tests {
     fn a_caller_has_its_share_whatever_the_others_take() {
         let limiter = ConnectionLimiter::new(64, 40, 4);
         let mut permits = Vec::new();
-        for caller in 0..4 {
+        for client in 0..4 {
             let before = permits.len();
-            permits.extend(std::iter::from_fn(|| limiter.take(caller)));
-            assert_eq!(permits.len() - before, 10, "caller {caller}");
+            permits.extend(std::iter::from_fn(|| limiter.take(client)));
+            assert_eq!(permits.len() - before, 10, "client {client}");
         }
     }
 }

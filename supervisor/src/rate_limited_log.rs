@@ -1,4 +1,4 @@
-//! Warnings that a caller can cause: one a minute, so that no caller fills the log.
+//! Warnings that a client can cause: one a minute, so that no client fills the log.
 
 use std::fmt;
 use std::sync::{Mutex, PoisonError};

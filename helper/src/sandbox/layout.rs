@@ -13,13 +13,13 @@ pub const PRIVATE: &str = "/.buildomat-factory";
 /// Of these overlayfs puts jobs' `/etc` together: what hides some of the host's, and the host's.
 pub const ETC_LAYERS: [&str; 2] = ["/.buildomat-factory/etc/own", "/.buildomat-factory/etc/host"];
 
-/// The directory of links whose texts are facts of the host in `/run`.
-pub const FACTS: &str = "/.buildomat-factory/facts";
+/// The directory of links whose texts are the directories of the host's `/run` that jobs see.
+pub const RUN_DIRS: &str = "/.buildomat-factory/run-dirs";
 
-/// The directory of the links of the host's `/run` that lead to facts. Jobs have them as they are.
+/// The directory of the links of the host's `/run` that lead to these. Jobs have them as they are.
 pub const LINKS: &str = "/.buildomat-factory/links";
 
-/// What udev knows of devices: a fact for slots that have some.
+/// What udev knows of devices: shown in slots that have some.
 pub const UDEV_DATA: &str = "/run/udev/data";
 
 /// By this file programs see that udev runs, and only then do they listen to its events.
@@ -36,10 +36,10 @@ pub fn source_path(source: &SourcePath) -> JobPath {
 }
 
 /// The directories of the host's `/run` that ordinary programs read, for a job.
-pub fn facts() -> Result<Vec<SourcePath>> {
-    let links = std::fs::read_dir(FACTS).context("cannot list the facts of the host")?;
-    let facts = links.map(|link| std::fs::read_link(link?.path()).map(SourcePath::new));
-    Ok(facts.collect::<std::io::Result<_>>()?)
+pub fn run_dirs() -> Result<Vec<SourcePath>> {
+    let links = std::fs::read_dir(RUN_DIRS).context("cannot list the directories of the host's /run")?;
+    let run_dirs = links.map(|link| std::fs::read_link(link?.path()).map(SourcePath::new));
+    Ok(run_dirs.collect::<std::io::Result<_>>()?)
 }
 
 /// For a job: let the overlay of `/etc`, if it is one, forget what names there led to, or did not. It would not see that the

@@ -120,8 +120,8 @@ fn apply_sandbox(
     plan: &Plan,
     purpose: Purpose<'_>,
 ) -> Result<(Option<ProxyListener>, Unprivileged)> {
-    // A session of its own: no terminal of the helper's is reachable.
-    nix::unistd::setsid().context("cannot make a session")?;
+    // A new terminal session (`setsid(2)`), so that no terminal of the helper's is reachable.
+    nix::unistd::setsid().context("cannot start a new terminal session (setsid)")?;
     umask(Mode::empty());
     // Named devices may be block devices, and what goes to a disk of the slot's outlives the job.
     let ignore_sync = plan.slot.ignore_sync && !devices::has_block_device(host, &plan.slot)?;
@@ -309,23 +309,23 @@ fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
     Ok(())
 }
 
-/// What the job sees of the host at another place, by that place; and facts of the host at their own.
+/// What the job sees of the host at another place, by that place; and directories of the host's `/run` at their own.
 fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
     let shown = plan.slot.read_only.iter();
     let mut shown: Vec<_> = shown
         .map(|(place, source)| (JobPath::new(place.as_path()), SourcePath::new(source.as_path())))
         .collect();
-    for fact in layout::facts()? {
-        let is_for_it = match fact == SourcePath::new(layout::UDEV_DATA) {
+    for run_dir in layout::run_dirs()? {
+        let is_for_it = match run_dir == SourcePath::new(layout::UDEV_DATA) {
             true => !plan.slot.devices.is_empty(),
             false => plan.slot.network.is_host(),
         };
-        let place = fact.same_for_job();
+        let place = run_dir.same_for_job();
         // What the operator shows there goes before.
         let mut taken =
             (shown.iter().map(|(place, _)| place)).chain(plan.writable_dirs.iter().map(|dir| &dir.place));
         if is_for_it && !taken.any(|other| place.is_within(other) || other.is_within(&place)) {
-            shown.push((place, fact));
+            shown.push((place, run_dir));
         }
     }
     let run = JobPath::new("/run");
@@ -340,7 +340,7 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
         }
     }
     if plan.slot.network.is_host() {
-        for link in std::fs::read_dir(layout::LINKS).context("cannot list the links to facts of the host")? {
+        for link in std::fs::read_dir(layout::LINKS).context("cannot list the links into the host's /run")? {
             let link = link?;
             let target = std::fs::read_link(link.path())?;
             match symlink(target, run.join(link.file_name()).entered()) {

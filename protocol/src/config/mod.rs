@@ -284,7 +284,7 @@ impl Config {
                     note(
                         place.span().start,
                         format!(
-                            "{} is within, or holds, another place of writable or read_only: choose places apart",
+                            "{} is within, or contains, another path of writable or read_only: choose paths apart",
                             place.get_ref()
                         ),
                     );

@@ -264,7 +264,7 @@ impl HostPath {
             .find(|top| self.0.starts_with(top) && !is_beside)
         {
             Some(top) => Err(format!(
-                "is below {top}, which the job has of its own: choose another place"
+                "is below {top}, which the job has of its own: choose another path"
             )),
             None => Ok(()),
         }

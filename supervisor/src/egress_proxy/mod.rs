@@ -8,8 +8,8 @@
 //! same address.
 //!
 //! Nothing that comes is believed. A name is looked up in the configuration of the worker's slot, and the job has no say in
-//! how long it takes to accept the next caller. What one caller can make many or slow is its own: a worker has so many
-//! connections whatever the others do, and a caller that is no worker is refused before anything is received.
+//! how long it takes to accept the next client. What one client can make many or slow is its own: a worker has so many
+//! connections whatever the others do, and a client that is no worker is refused before anything is received.
 
 mod client_hello;
 mod closer;
@@ -60,7 +60,7 @@ use workers::{Gone, Workers};
 
 /// How often the socket is looked for, and tried to be made where it is not there.
 const SOCKET_CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a caller may take to bring its descriptor, and a job to send its first TLS message.
+/// How long a client may take to bring its descriptor, and a job to send its first TLS message.
 const PEER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection of which one side has ended may stall.
 const HALF_CLOSED: Duration = Duration::from_secs(60);
@@ -78,9 +78,9 @@ const MAX_SLOW_CALLS: usize = 4;
 const BACKLOG: i32 = 4096;
 
 /// A worker, and its slot where that is known.
-type Caller = (WorkerId, Option<SlotName>);
+type WorkerAndSlot = (WorkerId, Option<SlotName>);
 /// Whose uid it is, if it is a worker's. The error says that this cannot be known now.
-type WorkerOf = Box<dyn Fn(u32) -> io::Result<Option<Caller>> + Send + Sync>;
+type WorkerOf = Box<dyn Fn(u32) -> io::Result<Option<WorkerAndSlot>> + Send + Sync>;
 
 /// The addresses of a name, with this port.
 type Resolve = Arc<dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync>;
@@ -252,13 +252,13 @@ impl EgressProxy {
         let path = self.directory.join(PROXY_SOCKET);
         let mut check = interval(SOCKET_CHECK_INTERVAL);
         loop {
-            // Only for as long as the closer needs, which waits for no caller.
+            // Only for as long as the closer needs, which waits for no client.
             while self.closer.pending() >= descriptors::MAX_PENDING_CLOSES {
                 sleep(Duration::from_millis(1)).await;
             }
             tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((caller, _)) => self.admit(caller),
+                    Ok((client, _)) => self.admit(client),
                     Err(error) => {
                         self.log.warn(format_args!("the egress proxy cannot accept: {error}; see the supervisor's limit of open files"));
                         sleep(SOCKET_CHECK_INTERVAL).await;
@@ -278,52 +278,52 @@ impl EgressProxy {
         }
     }
 
-    fn admit(self: &Arc<Self>, caller: UnixStream) {
-        let uid = match caller.peer_cred() {
+    fn admit(self: &Arc<Self>, client: UnixStream) {
+        let uid = match client.peer_cred() {
             Ok(peer) => peer.uid(),
-            Err(_) => return self.close(caller, u32::MAX, "the kernel does not name it"),
+            Err(_) => return self.close(client, u32::MAX, "the kernel does not name it"),
         };
         let worker = match (self.worker_of)(uid) {
             Ok(Some(worker)) => worker,
-            Ok(None) => return self.close(caller, uid, "this uid is no worker's"),
+            Ok(None) => return self.close(client, uid, "this uid is no worker's"),
             Err(error) => {
                 let why = format!("whose uid this is cannot be read: {error}");
-                return self.close(caller, uid, &why);
+                return self.close(client, uid, &why);
             }
         };
         let Some(permit) = self.limiter.take(worker.0) else {
-            return self.close(caller, uid, "it has too many connections");
+            return self.close(client, uid, "it has too many connections");
         };
         let proxy = self.clone();
-        tokio::spawn(async move { proxy.serve_caller(caller, uid, worker, permit).await });
+        tokio::spawn(async move { proxy.serve_client(client, uid, worker, permit).await });
     }
 
-    /// What the caller may have sent already is closed with its socket.
-    fn close(&self, caller: UnixStream, uid: u32, why: &str) {
+    /// What the client may have sent already is closed with its socket.
+    fn close(&self, client: UnixStream, uid: u32, why: &str) {
         self.log.warn(format_args!(
             "the egress proxy has closed a connection of uid {uid}: {why}"
         ));
         // Otherwise it is closed by now.
-        if let Ok(caller) = caller.into_std() {
-            self.closer.close(caller.into());
+        if let Ok(client) = client.into_std() {
+            self.closer.close(client.into());
         }
     }
 
     /// One connection from its beginning to its end.
-    async fn serve_caller(
+    async fn serve_client(
         self: Arc<Self>,
-        caller: UnixStream,
+        client: UnixStream,
         uid: u32,
-        (worker, slot): Caller,
+        (worker, slot): WorkerAndSlot,
         permit: Permit<WorkerId>,
     ) {
         let gone = self.workers.connection_of(worker, uid);
         // Where it has said nothing, nothing is found.
-        let _ = timeout(PEER_TIMEOUT, untrusted::wait_readable(&caller)).await;
+        let _ = timeout(PEER_TIMEOUT, untrusted::wait_readable(&client)).await;
         let slow_call = self.receiving.of(uid).acquire_owned().await;
         // Closing what else it has sent can take long. The thread has the permit, for as long as it takes.
         let closer = self.closer.clone();
-        let received = spawn_blocking(move || (untrusted::receive(caller, closer), permit, slow_call)).await;
+        let received = spawn_blocking(move || (untrusted::receive(client, closer), permit, slow_call)).await;
         let (received, permit, slow_call) = match received {
             Ok(received) => received,
             Err(error) => return tracing::error!("the egress proxy could not receive: {error}"),
@@ -463,7 +463,7 @@ impl PerUidLimit {
 
 /// The worker that a user record of the helper's is for, and its slot. A helper that made it before an upgrade may have
 /// written down no slot.
-fn worker_in(record: &[u8]) -> Option<Caller> {
+fn worker_in(record: &[u8]) -> Option<WorkerAndSlot> {
     let record: serde_json::Value = serde_json::from_slice(record).ok()?;
     let field = |name: &str| record[name].as_str().map(str::to_owned);
     let user = UserName::try_from(field("userName")?).ok()?;

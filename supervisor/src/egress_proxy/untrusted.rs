@@ -89,11 +89,11 @@ impl Drop for Socket {
 
 /// Wait until there is something to receive, or nothing will ever come. That a socket is called readable is
 /// no proof: tokio takes it for granted of one that was just accepted.
-pub(super) async fn wait_readable(caller: &UnixStream) {
+pub(super) async fn wait_readable(client: &UnixStream) {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    while caller.readable().await.is_ok() {
-        let seen = caller.try_io(Interest::READABLE, || {
-            Ok(recv(caller.as_raw_fd(), &mut [0], flags)?)
+    while client.readable().await.is_ok() {
+        let seen = client.try_io(Interest::READABLE, || {
+            Ok(recv(client.as_raw_fd(), &mut [0], flags)?)
         });
         if !seen.is_err_and(|error| again(&error)) {
             return;
@@ -101,13 +101,13 @@ pub(super) async fn wait_readable(caller: &UnixStream) {
     }
 }
 
-/// Take the one descriptor of the one packet that the caller should have sent by now, and the connection's name. This may
+/// Take the one descriptor of the one packet that the client should have sent by now, and the connection's name. This may
 /// block, for whatever else it has sent is closed here.
-pub(super) fn receive(caller: UnixStream, closer: Closer) -> Result<(UntrustedTcpStream, String), String> {
-    let caller = caller
+pub(super) fn receive(client: UnixStream, closer: Closer) -> Result<(UntrustedTcpStream, String), String> {
+    let client = client
         .into_std()
         .map_err(|error| format!("its socket cannot be used: {error}"))?;
-    let (name, brought) = match Seqpacket::from(OwnedFd::from(caller)).recv(MAX_CONNECTION_NAME) {
+    let (name, brought) = match Seqpacket::from(OwnedFd::from(client)).recv(MAX_CONNECTION_NAME) {
         Ok(Received::Packet {
             bytes,
             mut descriptors,

@@ -31,7 +31,7 @@ impl Socket {
         let hint = match errno {
             Errno::ENOENT | Errno::ECONNREFUSED => "start the helper",
             Errno::EACCES => "run the supervisor as the user, and in the group, that the helper serves",
-            Errno::EAGAIN => "it has too many callers; wait",
+            Errno::EAGAIN => "it has too many clients; wait",
             _ => "see the helper's log",
         };
         Error::Unreachable(format!(

@@ -1,6 +1,6 @@
 //! Group D where the host has the controllers of cgroup v2, as hosts have that run systemd: memory, swap, processors
 //! and processes are held to the slot's limits, and nobody else notices. What is attempted is in `hostile-job`'s
-//! `memory` and `starve`. `tests/machine/run limits` boots a machine that has all that these tests need.
+//! `memory` and `exhaustion`. `tests/machine/run limits` boots a machine that has all that these tests need.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,6 +1,6 @@
 //! Rows 97 to 99: a job takes as much as it gets of what the kernel counts for the whole host, for each user, or for
 //! nobody. What is bounded is tested here; what is not is measured by the scenario `held`, and written down in
-//! docs/limits.md. What is attempted is in `hostile-job`'s `hold`.
+//! docs/limits.md. What is attempted is in `hostile-job`'s `kernel_objects`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -1,4 +1,4 @@
-//! Row 54: a job fills the disk as far as it may. What is attempted is in `hostile-job`'s `starve`.
+//! Row 54: a job fills the disk as far as it may. What is attempted is in `hostile-job`'s `exhaustion`.
 //! `tests/machine/run limits` boots a machine whose kernel has the quotas that these tests need.
 
 use protocol::{Reply, Request, State};

@@ -23,7 +23,7 @@ use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
 use super::namespace::{become_root, make_private};
 use super::sockets;
 use crate::host::{Host, directory};
-use crate::sandbox::layout::{ETC_LAYERS, FACTS, LINKS, PRIVATE, UDEV_DATA, source_path};
+use crate::sandbox::layout::{ETC_LAYERS, RUN_DIRS, LINKS, PRIVATE, UDEV_DATA, source_path};
 use crate::sandbox::paths::{JobPath, NewRootPath, SourcePath};
 use crate::sys::{self, DEVICES, READ_ONLY, WRITABLE};
 
@@ -97,7 +97,7 @@ struct Builder<'a> {
     /// Without links, and shown nowhere.
     hidden: BTreeSet<SourcePath>,
     /// So many entries may still be mounted one by one, of directories in which something is hidden, and of those
-    /// that have places: the first may be any user's, whose entries take nothing from the others.
+    /// that have mount points: the first may be any user's, whose entries take nothing from the others.
     entries_left: [usize; 2],
     /// Watches the directories of the host that the result depends on.
     directories: &'a Inotify,
@@ -157,8 +157,8 @@ impl<'a> Builder<'a> {
         self.show_directory(&SourcePath::new("/"), &JobPath::new("/"))?;
         self.hidden = hidden;
         for place in &places {
-            self.make_place(place)
-                .with_context(|| format!("cannot make a place for {}", place.display()))?;
+            self.make_mount_point(place)
+                .with_context(|| format!("cannot make a mount point for {}", place.display()))?;
         }
         for file in files.iter().map(|file| file.in_new_root(&self.new_root)) {
             if !file.as_ref().exists() {
@@ -204,10 +204,10 @@ impl<'a> Builder<'a> {
     }
 
     /// Show the host's directory `source`, a path without links, at `place`, an empty directory of the tmpfs: in one
-    /// mount, unless a place or something hidden is below it; then each entry by itself.
+    /// mount, unless a mount point or something hidden is below it; then each entry by itself.
     fn show_directory(&mut self, source: &SourcePath, place: &JobPath) -> Result<()> {
-        let has_places = place.has_below(&self.places);
-        if !has_places && !source.has_below(&self.hidden) {
+        let has_mount_points = place.has_below(&self.places);
+        if !has_mount_points && !source.has_below(&self.hidden) {
             return self.bind(source, place, READ_ONLY, true);
         }
         // The directory may be somebody's who puts a link in its place at any moment.
@@ -217,12 +217,12 @@ impl<'a> Builder<'a> {
             .with_context(|| format!("cannot show {}", source.display()))?;
         let real = place.in_new_root(&self.new_root);
         copy_owner_and_mode(&opened, &real)?;
-        let left = &mut self.entries_left[usize::from(has_places)];
+        let left = &mut self.entries_left[usize::from(has_mount_points)];
         let entries: Vec<_> = std::fs::read_dir(&opened)?.take(*left + 1).collect();
         if entries.len() > *left {
             ensure!(
-                !has_places,
-                "{} has too many entries, more than {MAX_ENTRIES} with those of others that have places: no place can be made in it",
+                !has_mount_points,
+                "{} has too many entries: together with the other directories that contain paths of writable or read_only, more than {MAX_ENTRIES} would be mounted one by one; choose another path",
                 source.display()
             );
             // All of it is hidden.
@@ -286,7 +286,7 @@ impl<'a> Builder<'a> {
     }
 
     /// See to it that something can be mounted at `place`.
-    fn make_place(&self, place: &JobPath) -> Result<()> {
+    fn make_mount_point(&self, place: &JobPath) -> Result<()> {
         let mut real = self.new_root.clone();
         for part in place.entered().iter().skip(1) {
             real = real.join(part);
@@ -294,7 +294,7 @@ impl<'a> Builder<'a> {
                 Err(error) if error.kind() == ErrorKind::NotFound => std::fs::create_dir(&real)?,
                 meta => ensure!(
                     meta?.is_dir(),
-                    "{} is not a directory on this host: choose another place",
+                    "{} is not a directory on this host: choose another path",
                     place.display()
                 ),
             }
@@ -332,7 +332,7 @@ impl<'a> Builder<'a> {
         // Also what a job finds there when the mount is off.
         std::fs::set_permissions(&real, std::fs::Permissions::from_mode(0o700))?;
         mount_tmpfs(&real, "mode=700,size=64m")?;
-        for name in ["workers", "devices", "sources", "facts", "links"] {
+        for name in ["workers", "devices", "sources", "run-dirs", "links"] {
             std::fs::create_dir(real.join(name))?;
         }
         let workers = SourcePath::new(host.root.join(config::STATE_DIR).join("workers"));
@@ -409,7 +409,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// What slots show at other places, and the facts of the host.
+    /// What slots show at other places, and the directories of the host's `/run` that jobs see.
     fn sources(&mut self, config: &Config, own: &[SourcePath]) -> Result<()> {
         let mut sources = BTreeSet::new();
         for source in config.slots.values().flat_map(|slot| slot.read_only.values()) {
@@ -424,10 +424,10 @@ impl<'a> Builder<'a> {
             }
             sources.insert(SourcePath::new(source.as_path()));
         }
-        let facts = JobPath::new(FACTS).in_new_root(&self.new_root);
-        for (number, fact) in self.facts(config)?.into_iter().enumerate() {
-            symlink(&fact, facts.join(number.to_string()))?;
-            sources.insert(SourcePath::new(fact));
+        let run_dirs = JobPath::new(RUN_DIRS).in_new_root(&self.new_root);
+        for (number, run_dir) in self.run_dirs(config)?.into_iter().enumerate() {
+            symlink(&run_dir, run_dirs.join(number.to_string()))?;
+            sources.insert(SourcePath::new(run_dir));
         }
         for source in sources {
             let place = source_path(&source);
@@ -444,23 +444,23 @@ impl<'a> Builder<'a> {
 
     /// Directories of the host's `/run` that ordinary programs read: where the names of servers are found, and what
     /// udev knows of devices.
-    fn facts(&self, config: &Config) -> Result<BTreeSet<PathBuf>> {
-        let mut facts = BTreeSet::new();
+    fn run_dirs(&self, config: &Config) -> Result<BTreeSet<PathBuf>> {
+        let mut run_dirs = BTreeSet::new();
         let slots = || config.slots.values();
         if slots().any(|slot| slot.network.is_host()) {
             for file in ["/etc/resolv.conf", "/etc/hosts"] {
-                self.facts_on_the_way_to(Path::new(file), &mut facts)?;
+                self.run_dirs_on_path_to(Path::new(file), &mut run_dirs)?;
             }
         }
         if slots().any(|slot| !slot.devices.is_empty()) && Path::new(UDEV_DATA).is_dir() {
-            facts.insert(UDEV_DATA.into());
+            run_dirs.insert(UDEV_DATA.into());
         }
-        Ok(facts)
+        Ok(run_dirs)
     }
 
-    /// Follow the path as the kernel would (`path_resolution(7)`). The directories in `/run` that it leads through are facts,
+    /// Follow the path as the kernel would (`path_resolution(7)`). The directories in `/run` that it leads through are shown,
     /// and its links that are in `/run` itself are made for jobs. A change of any of these is seen.
-    fn facts_on_the_way_to(&self, file: &Path, facts: &mut BTreeSet<PathBuf>) -> Result<()> {
+    fn run_dirs_on_path_to(&self, file: &Path, run_dirs: &mut BTreeSet<PathBuf>) -> Result<()> {
         let names = |path: &Path| -> Vec<OsString> { path.iter().rev().map(OsStr::to_owned).collect() };
         let (run, links) = (Path::new("/run"), JobPath::new(LINKS).in_new_root(&self.new_root));
         let (mut at, mut rest) = (PathBuf::new(), names(file));
@@ -484,7 +484,7 @@ impl<'a> Builder<'a> {
             links_left -= 1;
             // What is above a directory that is missing is more than programs read.
             if (target.is_some() || rest.is_empty()) && at.starts_with(run) && at != run {
-                facts.insert(at.clone());
+                run_dirs.insert(at.clone());
             }
             let Some(target) = target else { break };
             if at == run {

@@ -77,9 +77,9 @@ impl Slot {
     /// A connection that pid 1 has accepted, with this name.
     fn connection(&self, name: &str) -> TcpStream {
         let (job, worker) = tcp();
-        let caller = self.test.call();
+        let client = self.test.call();
         // The connection may be closed already.
-        let _ = caller.send(name.as_bytes(), Some(worker.as_fd()));
+        let _ = client.send(name.as_bytes(), Some(worker.as_fd()));
         job.set_nonblocking(true).unwrap();
         TcpStream::from_std(job).unwrap()
     }

@@ -1,4 +1,4 @@
-//! What a hostile caller could do at the egress proxy: none of it reaches the server, or holds up the others.
+//! What a hostile client could do at the egress proxy: none of it reaches the server, or holds up the others.
 
 use std::os::fd::AsRawFd;
 
@@ -12,9 +12,9 @@ use super::*;
 async fn a_connection_of_a_uid_that_is_no_workers_is_closed() {
     let test = test_proxy(1).await;
     let (job, worker) = tcp();
-    let caller = test.bring(worker.as_fd());
+    let client = test.bring(worker.as_fd());
     drop(worker);
-    assert!(is_closed(&caller) && ended(&job));
+    assert!(is_closed(&client) && ended(&job));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -39,9 +39,9 @@ async fn a_caller_that_sends_anything_but_a_name_and_one_connection_is_refused()
         assert!(is_closed(&test.bring(fd)));
     }
 
-    let caller = test.call();
-    caller.send(TO_SERVER.as_bytes(), None).unwrap();
-    assert!(is_closed(&caller), "no descriptor");
+    let client = test.call();
+    client.send(TO_SERVER.as_bytes(), None).unwrap();
+    assert!(is_closed(&client), "no descriptor");
     for name in [
         "",
         "x",
@@ -50,23 +50,23 @@ async fn a_caller_that_sends_anything_but_a_name_and_one_connection_is_refused()
         &"x".repeat(MAX_CONNECTION_NAME + 1),
     ] {
         let (job, worker) = tcp();
-        let caller = test.call();
-        caller.send(name.as_bytes(), Some(worker.as_fd())).unwrap();
+        let client = test.call();
+        client.send(name.as_bytes(), Some(worker.as_fd())).unwrap();
         drop(worker);
-        assert!(is_closed(&caller) && ended(&job), "{name:.100}");
+        assert!(is_closed(&client) && ended(&job), "{name:.100}");
     }
     for count in [2, 3, 200] {
-        let caller = test.call();
+        let client = test.call();
         let raw = vec![worker.as_raw_fd(); count];
         sendmsg::<()>(
-            caller.as_raw_fd(),
+            client.as_raw_fd(),
             &[io::IoSlice::new(TO_SERVER.as_bytes())],
             &[ControlMessage::ScmRights(&raw)],
             MsgFlags::empty(),
             None,
         )
         .unwrap();
-        assert!(is_closed(&caller), "{count} descriptors");
+        assert!(is_closed(&client), "{count} descriptors");
     }
     test.works().await;
 }
@@ -90,9 +90,9 @@ async fn a_worker_has_so_many_connections_and_gets_them_back() {
         kept.push(job);
     }
     let (job, worker) = tcp();
-    let caller = test.bring(worker.as_fd());
+    let client = test.bring(worker.as_fd());
     drop(worker);
-    assert!(is_closed(&caller) && ended(&job));
+    assert!(is_closed(&client) && ended(&job));
     drop(kept);
     // The egress proxy sees their ends a little later.
     let end = std::time::Instant::now() + Duration::from_secs(20);
@@ -146,10 +146,10 @@ async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
     let mut jobs = Vec::new();
     // One that is taken and closed at its end, one that is refused, and one that is not even received.
     for (name, count) in [(TO_SERVER, 1), ("x", 1), (TO_SERVER, 3)] {
-        let caller = test.call();
+        let client = test.call();
         for _ in 0..count {
             let (job, worker) = slow_to_close();
-            let _ = caller.send(name.as_bytes(), Some(worker.as_fd()));
+            let _ = client.send(name.as_bytes(), Some(worker.as_fd()));
             // The last one to close it has to wait: that must not be this test.
             std::thread::spawn(move || drop(worker));
             job.shutdown(std::net::Shutdown::Write).unwrap();
@@ -164,8 +164,8 @@ async fn a_socket_that_takes_long_to_close_holds_up_nothing() {
 const MANY: usize = 600;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_worker() {
-    // Whether a caller is a worker is asked once for each: the untrusted ones come first.
+async fn many_untrusted_clients_with_sockets_that_take_long_to_close_hold_up_no_worker() {
+    // Whether a client is a worker is asked once for each: the untrusted ones come first.
     let asked = std::sync::atomic::AtomicUsize::new(0);
     let test = test_proxy_with(0, |proxy| {
         let order = std::sync::atomic::Ordering::Relaxed;
@@ -183,16 +183,16 @@ async fn many_untrusted_callers_with_sockets_that_take_long_to_close_hold_up_no_
     is_held.recv().unwrap();
     let mut untrusted = Vec::new();
     for _ in 0..MANY {
-        let caller = test.call();
+        let client = test.call();
         let (job, worker) = slow_to_close();
-        caller.send(TO_SERVER.as_bytes(), Some(worker.as_fd())).unwrap();
+        client.send(TO_SERVER.as_bytes(), Some(worker.as_fd())).unwrap();
         // The packet has it still, and closing that one has to wait.
         drop(worker);
-        untrusted.push((job, caller));
+        untrusted.push((job, client));
     }
     drop(go_on);
     test.works().await;
-    assert!(untrusted.iter().all(|(_, caller)| is_closed(caller)));
+    assert!(untrusted.iter().all(|(_, client)| is_closed(client)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -206,9 +206,9 @@ async fn a_connection_that_one_side_has_ended_and_the_other_does_not_gives_its_p
     .await;
     for _ in 0..5 {
         let (job, worker) = tcp();
-        let caller = test.bring(worker.as_fd());
+        let client = test.bring(worker.as_fd());
         drop(worker);
-        assert!(is_closed(&caller));
+        assert!(is_closed(&client));
         job.shutdown(std::net::Shutdown::Write).unwrap();
         assert!(ended(&job));
     }

@@ -53,7 +53,7 @@ fn open(directory: &Path, port: u16, uid: u32) -> JoinHandle<()> {
 
 /// Before a server at this port, for the worker [`WORKER`] with this uid. Nobody hears what is told to the buildomat server.
 fn proxy(directory: &Path, port: u16, uid: u32) -> EgressProxy {
-    let worker_of = Box::new(move |caller| Ok((caller == uid).then(|| (WORKER, "a".parse().ok()))));
+    let worker_of = Box::new(move |client| Ok((client == uid).then(|| (WORKER, "a".parse().ok()))));
     let reports = Reports {
         records: Arc::default(),
         metrics: Arc::default(),
@@ -89,17 +89,17 @@ impl TestProxy {
     }
 
     fn call(&self) -> Seqpacket {
-        let caller = Seqpacket::connect(&self.socket(), false).unwrap();
+        let client = Seqpacket::connect(&self.socket(), false).unwrap();
         let limit = Some(Duration::from_secs(20));
-        SockRef::from(&caller).set_read_timeout(limit).unwrap();
-        caller
+        SockRef::from(&client).set_read_timeout(limit).unwrap();
+        client
     }
 
     fn bring(&self, fd: BorrowedFd<'_>) -> Seqpacket {
-        let caller = self.call();
+        let client = self.call();
         // The connection may be closed already.
-        let _ = caller.send(TO_SERVER.as_bytes(), Some(fd));
-        caller
+        let _ = client.send(TO_SERVER.as_bytes(), Some(fd));
+        client
     }
 
     /// A connection of a job that is through the egress proxy.
@@ -132,9 +132,9 @@ fn tcp() -> (StdStream, StdStream) {
     (job, listener.accept().unwrap().0)
 }
 
-fn is_closed(caller: &Seqpacket) -> bool {
+fn is_closed(client: &Seqpacket) -> bool {
     matches!(
-        caller.recv(1),
+        client.recv(1),
         Ok(Received::Closed) | Err(nix::errno::Errno::ECONNRESET)
     )
 }
@@ -221,10 +221,10 @@ async fn a_new_socket_replaces_the_old_one_without_a_gap() {
     let until = over.clone();
     let watch = std::thread::spawn(move || {
         while !until.load(std::sync::atomic::Ordering::Relaxed) {
-            let caller = Seqpacket::connect(&path, false).expect("there is always somebody");
+            let client = Seqpacket::connect(&path, false).expect("there is always somebody");
             // Each until it is closed: many at a time would take all of this uid's connections.
-            let _ = caller.send(TO_SERVER.as_bytes(), None);
-            assert!(is_closed(&caller));
+            let _ = client.send(TO_SERVER.as_bytes(), None);
+            assert!(is_closed(&client));
         }
     });
     for _ in 0..2 {
