@@ -30,7 +30,7 @@ struct Always {
 
 impl Transport for Always {
     fn call(&self, call: Call) -> Pending<'_, Answer> {
-        // Nothing that the server has ever said may have made another path of it.
+        // No answer of the server may have made another path of it.
         assert!(
             call.path.starts_with("/0/factory/") && !call.path.contains(".."),
             "{}",
@@ -71,7 +71,7 @@ fn plain(sentence: &str) {
     );
 }
 
-fn said<T>(answer: Result<T, Error>, server: &Always) -> Option<T> {
+fn check_answer<T>(answer: Result<T, Error>, server: &Always) -> Option<T> {
     let error = match answer {
         Ok(value) => {
             assert!((200..300).contains(&server.code));
@@ -92,9 +92,9 @@ async fn call(which: u8, server: &BuildomatClient, transport: &Always) {
     let worker: WorkerId = ULID.parse().unwrap();
     let job = JobId::try_from(ULID.to_owned()).unwrap();
     match which {
-        b'p' => drop(said(server.ping().await, transport)),
+        b'p' => drop(check_answer(server.ping().await, transport)),
         b'w' => {
-            for worker in said(server.workers().await, transport).unwrap_or_default() {
+            for worker in check_answer(server.workers().await, transport).unwrap_or_default() {
                 // What goes into the agent's command line.
                 if let Some(token) = worker.bootstrap {
                     assert!(token.as_str().bytes().all(|b| b.is_ascii_alphanumeric()));
@@ -102,7 +102,7 @@ async fn call(which: u8, server: &BuildomatClient, transport: &Always) {
             }
         }
         b'l' => {
-            let lease = said(
+            let lease = check_answer(
                 server
                     .lease(["01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap()])
                     .await,
@@ -113,22 +113,22 @@ async fn call(which: u8, server: &BuildomatClient, transport: &Always) {
                 let _ = server.renew(&lease.job).await;
             }
         }
-        b'r' => drop(said(server.renew(&job).await, transport)),
-        b'm' => drop(said(
+        b'r' => drop(check_answer(server.renew(&job).await, transport)),
+        b'm' => drop(check_answer(
             server
                 .make_worker("01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap(), &job)
                 .await,
             transport,
         )),
-        b's' => drop(said(
+        b's' => drop(check_answer(
             server
                 .associate(worker, "a@host/00000000", &Scripts::default())
                 .await,
             transport,
         )),
-        b'd' => drop(said(server.delete(worker).await, transport)),
-        b'a' => drop(said(server.append(worker, "a line").await, transport)),
-        _ => drop(said(server.fail(worker, "a reason").await, transport)),
+        b'd' => drop(check_answer(server.delete(worker).await, transport)),
+        b'a' => drop(check_answer(server.append(worker, "a line").await, transport)),
+        _ => drop(check_answer(server.fail(worker, "a reason").await, transport)),
     }
 }
 

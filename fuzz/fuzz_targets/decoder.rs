@@ -1,4 +1,4 @@
-//! A packet from the other end, whichever end that is: it is one message in its one spelling, or none.
+//! A packet from the other end, whichever end that is: it is one message in its canonical encoding, or none.
 
 #![no_main]
 
@@ -24,7 +24,7 @@ fn read<T: Debug + PartialEq + Serialize + DeserializeOwned>(packet: &[u8], limi
     assert_eq!(
         encode(&message).unwrap(),
         packet,
-        "{message:?} has another spelling"
+        "{message:?} has another encoding"
     );
     assert!(packet.len() <= limit, "{message:?} is longer than any packet");
     Some(message)

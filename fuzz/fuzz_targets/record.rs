@@ -10,20 +10,20 @@ use protocol::{Error, Exit, wire};
 fuzz_target!(|data: &[u8]| {
     if let Ok(text) = str::from_utf8(data) {
         if let Some(record) = Record::parse(text) {
-            assert_eq!(record.print(), text, "a record with another spelling");
+            assert_eq!(record.print(), text, "a record with another encoding");
         }
         let exit = parse_exit(text);
         if exit != Exit::Unknown {
             // The first line counts.
             let line = text.split_inclusive('\n').next().unwrap_or_default();
-            assert_eq!(print_exit(exit), line, "an end with another spelling");
+            assert_eq!(print_exit(exit), line, "an end with another encoding");
         }
     }
     if let Ok(request) = wire::decode::<MonitorRequest>(data) {
         assert_eq!(
             wire::encode(&request).unwrap(),
             data,
-            "a request with another spelling"
+            "a request with another encoding"
         );
         assert!(data.len() <= MonitorRequest::MAX);
     }

@@ -37,7 +37,7 @@
 //!
 //! # Rules that hold for every request
 //! * It names things, it never describes them: no path, uid, pid, command or environment crosses.
-//! * It is idempotent. Cut off anywhere and said again, it gets to the same end; and
+//! * It is idempotent. Cut off anywhere and repeated, it gets to the same end; and
 //!   [`Request::Delete`] gets to the end from every state whatever.
 //! * Requests about one worker take turns (`flock(2)` on its directory); those about different
 //!   workers never wait for each other, apart from the instant in which a slot is taken.

@@ -26,7 +26,7 @@ pub enum Request {
     /// * Before: the slot is in the configuration and has nothing in it that the host lacks (else `NoSuchSlot` or `Busy`,
     ///   until an operator has corrected it); neither it nor a slot that conflicts with it (in
     ///   either direction) has a worker.
-    /// * Answer: [`Reply::UserCreated`]; said again for the same worker and slot, the same answer.
+    /// * Answer: [`Reply::UserCreated`]; repeated for the same worker and slot, the same answer.
     /// * Errors: `NoSuchSlot`; `SlotTaken` (by another worker, or through a conflict; try again once that
     ///   one is deleted); `Refused` (the worker has another slot); `Limit` (no uid is free); `Failed`.
     CreateUser { worker: WorkerId, slot: SlotName },
@@ -38,7 +38,7 @@ pub enum Request {
     ///
     /// * Before: the worker exists, and its slot is still in the configuration.
     /// * Answer: [`Reply::AgentStarted`] with the console, when the kernel has accepted the program.
-    ///   Said again after the agent was started, it starts nothing and gives the same answer: an agent
+    ///   Repeated after the agent was started, it starts nothing and gives the same answer: an agent
     ///   is never started twice in one worker.
     /// * Errors: `NoSuchWorker`, `NoSuchSlot`, `Refused` (the descriptor is not what is asked for),
     ///   `Busy` (the configuration has a mistake, the host took too long, or the helper was restarted or

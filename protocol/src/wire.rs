@@ -70,7 +70,7 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, BadPacket> {
     Ok(bytes)
 }
 
-/// The message that `packet` is, all of it, in its one spelling: a number that takes more bytes than it needs is
+/// The message that `packet` is, all of it, in its canonical encoding: a number that takes more bytes than it needs is
 /// refused, like a packet that goes on after the message.
 pub fn decode<T: Serialize + DeserializeOwned>(packet: &[u8]) -> Result<T, BadPacket> {
     let (message, used) =
@@ -83,7 +83,7 @@ pub fn decode<T: Serialize + DeserializeOwned>(packet: &[u8]) -> Result<T, BadPa
     }
     if encode(&message)? != packet {
         return Err(BadPacket(
-            "the message has another spelling: its numbers are longer than need be".into(),
+            "the message is not in its canonical encoding: its numbers are longer than need be".into(),
         ));
     }
     Ok(message)
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_has_one_spelling() {
+    fn a_message_has_one_encoding() {
         // 125 fits into a byte; 251 says that two bytes follow.
         assert!(decode::<Request>(&[0, 125]).is_ok());
         assert!(decode::<Request>(&[0, 251, 125, 0]).is_err());

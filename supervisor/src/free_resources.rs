@@ -141,9 +141,9 @@ fn free_disk(place: &Path, above: &Path) -> Result<FreeDisk, String> {
 
 fn available_memory() -> Result<u64, String> {
     let read = fs::read_to_string("/proc/meminfo");
-    let said = read
+    let parsed = read
         .and_then(|text| mem_available(&text).ok_or_else(|| io::Error::other("it has no line MemAvailable")));
-    said.map_err(|error| {
+    parsed.map_err(|error| {
         format!("/proc/meminfo: {error}: the supervisor's unit must not have ProcSubset=pid")
     })
 }

@@ -26,7 +26,7 @@ pub enum Fault {
     /// The connection is taken, and nothing is ever said.
     Hang,
     /// The server never sees it: these bytes are the answer.
-    Say(Vec<u8>),
+    Respond(Vec<u8>),
     /// The server has done it, but half of the answer is lost on the way.
     Half,
     /// The server has done it; then the connection is closed without a byte.
@@ -47,7 +47,7 @@ impl Fault {
         let text = format!(
             "HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
         );
-        Fault::Say(text.into_bytes())
+        Fault::Respond(text.into_bytes())
     }
 }
 
@@ -180,7 +180,7 @@ async fn serve(shared: Arc<Shared>, mut client: TcpStream) -> Result<()> {
             // Until the client gives up.
             let _ = client.read(&mut [0; 1]).await;
         }
-        Fault::Say(bytes) => client.write_all(&bytes).await?,
+        Fault::Respond(bytes) => client.write_all(&bytes).await?,
         Fault::Half => {
             let answer = forward(&shared, &request).await?;
             let body = head_length(&answer).unwrap_or(0);

@@ -13,7 +13,7 @@ use crate::harness::{Log, binaries};
 pub struct Service {
     manager: Child,
     words: ChildStdin,
-    said: Lines<BufReader<ChildStdout>>,
+    replies: Lines<BufReader<ChildStdout>>,
     pid: Option<u32>,
     /// The program's standard error, of all its runs, and the manager's.
     pub log: Log,
@@ -44,7 +44,7 @@ impl Service {
         log.follow(manager.stderr.take().expect("it was piped"));
         Service {
             words: manager.stdin.take().expect("it was piped"),
-            said: BufReader::new(manager.stdout.take().expect("it was piped")).lines(),
+            replies: BufReader::new(manager.stdout.take().expect("it was piped")).lines(),
             manager,
             pid: None,
             log,
@@ -53,15 +53,15 @@ impl Service {
 
     /// Start it, and return at once.
     pub fn start(&mut self) -> u32 {
-        self.say("start")
+        self.send_command("start")
     }
 
     /// Start it, but so that it waits to be continued before its first instruction.
     pub fn start_stopped(&mut self) -> u32 {
-        self.say("stopped")
+        self.send_command("stopped")
     }
 
-    fn say(&mut self, word: &str) -> u32 {
+    fn send_command(&mut self, word: &str) -> u32 {
         assert_eq!(self.pid, None, "it runs already");
         writeln!(self.words, "{word}").expect("the manager listens");
         let pid = self.next("started ");
@@ -71,12 +71,12 @@ impl Service {
 
     fn next(&mut self, word: &str) -> u32 {
         let line = self
-            .said
+            .replies
             .next()
             .expect("the manager is running")
-            .expect("it says lines");
+            .expect("it prints lines");
         let pid = line.strip_prefix(word).and_then(|pid| pid.parse().ok());
-        pid.unwrap_or_else(|| panic!("the manager said {line:?}, not {word}…\n{}", self.log.text()))
+        pid.unwrap_or_else(|| panic!("the manager printed {line:?}, not {word}…\n{}", self.log.text()))
     }
 
     /// Panics where it does not run.

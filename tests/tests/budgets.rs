@@ -167,15 +167,15 @@ fn the_helpers_program_has_no_code_of_the_manual_commands() {
 #[test]
 fn the_helper_links_the_c_library_and_no_other() {
     let program = testbed::harness::binaries().join("user-factory-helper");
-    let told = Command::new("readelf")
+    let output = Command::new("readelf")
         .arg("--dynamic")
         .arg(&program)
         .output()
         .expect("readelf can be started");
-    assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
-    let told = String::from_utf8_lossy(&told.stdout);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = String::from_utf8_lossy(&output.stdout);
     let mut libraries = BTreeSet::new();
-    for line in told.lines().filter(|line| line.contains("(NEEDED)")) {
+    for line in output.lines().filter(|line| line.contains("(NEEDED)")) {
         libraries.insert(line.split(['[', ']']).nth(1).expect("a name in brackets"));
     }
     // The second unwinds the stack after a panic; the third loads the others.

@@ -38,11 +38,11 @@ fn check(slots: &str) -> (bool, String) {
 
 #[test]
 fn check_accepts_a_good_configuration_and_names_its_slots() {
-    let (good, said) = check(SLOT);
-    assert!(good, "{said}");
+    let (good, printed) = check(SLOT);
+    assert!(good, "{printed}");
     assert!(
-        said.contains("\nslot a: target 01HZX3N8Q4J5K6M7P8R9S0T1V2"),
-        "{said}"
+        printed.contains("\nslot a: target 01HZX3N8Q4J5K6M7P8R9S0T1V2"),
+        "{printed}"
     );
 }
 
@@ -55,24 +55,24 @@ fn check_names_file_and_line_of_each_mistake() {
         (SLOT.replace("01HZ", "xxxx"), 9, "ULID"),
         (format!("{SLOT}writable = [\"relative\"]\n"), 10, "absolute"),
     ] {
-        let (good, said) = check(&slots);
+        let (good, printed) = check(&slots);
         assert!(!good, "{slots} was accepted");
         assert!(
-            said.contains(&format!("FILE:{line}: ")) && said.contains(part),
-            "{slots}: {said}"
+            printed.contains(&format!("FILE:{line}: ")) && printed.contains(part),
+            "{slots}: {printed}"
         );
     }
-    let (good, said) = check(&format!("{SLOT}add_to_groups = [\"no-such-group\"]\n"));
+    let (good, printed) = check(&format!("{SLOT}add_to_groups = [\"no-such-group\"]\n"));
     assert!(
-        !good && said.contains("FILE:") && said.contains("no-such-group"),
-        "{said}"
+        !good && printed.contains("FILE:") && printed.contains("no-such-group"),
+        "{printed}"
     );
-    let (good, said) = check(&format!(
+    let (good, printed) = check(&format!(
         "{SLOT}read_only = {{ \"/opt/x\" = \"/no/such/directory\" }}\n"
     ));
     assert!(
-        !good && said.contains("FILE:") && said.contains("/no/such/directory"),
-        "{said}"
+        !good && printed.contains("FILE:") && printed.contains("/no/such/directory"),
+        "{printed}"
     );
 }
 
@@ -138,10 +138,10 @@ fn a_missing_group_stops_the_helper_with_file_and_line() {
         .output()
         .unwrap();
     assert!(!output.status.success());
-    let said = text(&output);
+    let printed = text(&output);
     assert!(
-        said.contains("config.toml:8: slot a: the group no-such-group is not in /etc/group"),
-        "{said}"
+        printed.contains("config.toml:8: slot a: the group no-such-group is not in /etc/group"),
+        "{printed}"
     );
 }
 
@@ -180,13 +180,13 @@ fn serve_without_a_token_or_a_good_configuration_ends_with_78_which_the_unit_doe
     let serve = |part: &str| {
         let root = host.root.to_str().unwrap();
         let output = user_factory(&["serve", "--allow-root", "--root", root]);
-        let said = text(&output);
-        assert_eq!(output.status.code(), Some(78), "{said}");
+        let printed = text(&output);
+        assert_eq!(output.status.code(), Some(78), "{printed}");
         assert!(
-            said.starts_with("user-factory: ") && said.contains(part),
-            "{said}"
+            printed.starts_with("user-factory: ") && printed.contains(part),
+            "{printed}"
         );
-        said
+        printed
     };
     host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOT);
     assert_eq!(serve("there is no token file ").lines().count(), 1);

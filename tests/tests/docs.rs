@@ -264,8 +264,8 @@ fn every_command_in_the_pages_is_one_that_the_program_understands() {
             let output = Command::new(&program).args(&words).output().unwrap();
             count += 1;
             if !output.status.success() {
-                let said = String::from_utf8_lossy(&output.stderr);
-                let first = said.lines().next().unwrap_or_default();
+                let printed = String::from_utf8_lossy(&output.stderr);
+                let first = printed.lines().next().unwrap_or_default();
                 mistakes.push(format!("{}: {line}: {first}", page.path.display()));
             }
         }
@@ -375,20 +375,20 @@ fn the_quick_start_is_run_and_each_command_does_what_the_readme_says() {
             .env("PATH", path)
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         (
             output.status.success(),
-            said + &String::from_utf8_lossy(&output.stderr),
+            printed + &String::from_utf8_lossy(&output.stderr),
         )
     };
-    let (good, said) = run(id);
-    assert!(good && said.contains("(bmat-"), "{id}: {said}");
+    let (good, printed) = run(id);
+    assert!(good && printed.contains("(bmat-"), "{id}: {printed}");
     tool("ps");
-    let (good, said) = run(last);
-    let processes = said.lines().filter(|line| line.contains(':')).count();
+    let (good, printed) = run(last);
+    let processes = printed.lines().filter(|line| line.contains(':')).count();
     assert!(
-        !good && said.contains("ps ax") && processes < 8 && said.contains("/etc/passwd"),
-        "{last}: {said}"
+        !good && printed.contains("ps ax") && processes < 8 && printed.contains("/etc/passwd"),
+        "{last}: {printed}"
     );
 }
 
@@ -471,10 +471,10 @@ async fn the_quickstart_begins_as_the_readme_does_and_the_rest_of_it_ends_in_a_j
                 if output.status.success() {
                     break;
                 }
-                let said = String::from_utf8_lossy(&output.stdout);
+                let printed = String::from_utf8_lossy(&output.stdout);
                 assert!(
                     matches!(output.status.code(), Some(3 | 4)) && Instant::now() < end,
-                    "{line}: {said}"
+                    "{line}: {printed}"
                 );
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }

@@ -1,5 +1,5 @@
 //! Taking a slot for a worker, and giving it back: what is written down first when a user is made, and what goes
-//! last when it is deleted. Each can be cut off anywhere, and said again.
+//! last when it is deleted. Each can be cut off anywhere, and repeated.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};

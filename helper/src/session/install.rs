@@ -171,7 +171,7 @@ pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failur
         }
     };
     Err(match wire::decode(&packet) {
-        Ok(said) if said == expected => return Ok(()),
+        Ok(message) if message == expected => return Ok(()),
         Ok(HandshakeMessage::Failed(error)) => error.into(),
         other => Failure::Failed(anyhow!(
             "the process for this step sent {other:?} instead of {expected:?}"
@@ -368,9 +368,9 @@ mod tests {
         }
         HandshakeMessage::Ready.send_to(&there, None).unwrap();
         let refusal = |expected| refusal(expect(&here, expected));
-        let (kind, said) = refusal(HandshakeMessage::Done);
+        let (kind, text) = refusal(HandshakeMessage::Done);
         assert_eq!(kind, ErrorKind::Failed);
-        assert!(said.contains("sent Ok(Ready) instead of Done"), "{said}");
+        assert!(text.contains("sent Ok(Ready) instead of Done"), "{text}");
         let send = |message: HandshakeMessage| message.send_to(&there, None).unwrap();
         send(HandshakeMessage::failed(anyhow!("no space")));
         assert_eq!(

@@ -351,12 +351,12 @@ impl BuildomatClient {
             return Ok(body);
         }
         #[derive(Deserialize)]
-        struct Said {
+        struct ErrorBody {
             message: String,
         }
-        let said = serde_json::from_slice::<Said>(&body);
-        let text = match &said {
-            Ok(said) => said.message.as_str().into(),
+        let parsed = serde_json::from_slice::<ErrorBody>(&body);
+        let text = match &parsed {
+            Ok(parsed) => parsed.message.as_str().into(),
             Err(_) => String::from_utf8_lossy(&body),
         };
         let mut message = shortened(&text);
@@ -366,7 +366,7 @@ impl BuildomatClient {
         if let (401, Some(tokens)) = (code, &self.tokens) {
             message += &format!("; the token is of {}", tokens.source());
         }
-        Err(match said {
+        Err(match parsed {
             Ok(_) => Error::Status {
                 code,
                 message,

@@ -13,7 +13,7 @@ use supervisor::control::procs;
 use supervisor::settings::Places;
 
 use super::print::{self, Visible};
-use super::{ATTENTION, DONE, FAILED, Location, NO_ANSWER, OutputFormat, print_error, say};
+use super::{ATTENTION, DONE, FAILED, Location, NO_ANSWER, OutputFormat, print_error, print_line};
 
 /// How often `status --watch` draws, and `drain --wait` asks.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -59,20 +59,20 @@ pub async fn status(client: Client, output: OutputFormat, watch: bool) -> Comman
             Ok(status) => status,
             // What is watched may be restarted.
             Err(error @ Error::Unreachable(_)) if watch => {
-                say(&format!("\x1b[H\x1b[2J{error}\n"));
+                print_line(&format!("\x1b[H\x1b[2J{error}\n"));
                 tokio::time::sleep(INTERVAL).await;
                 continue;
             }
             Err(error) => return Err(error),
         };
         if output.json {
-            say(&json(&status));
+            print_line(&json(&status));
         } else if watch {
-            say(&format!("\x1b[H\x1b[2J{}", print::status(&status)));
+            print_line(&format!("\x1b[H\x1b[2J{}", print::status(&status)));
             tokio::time::sleep(INTERVAL).await;
             continue;
         } else {
-            say(&print::status(&status));
+            print_line(&print::status(&status));
         }
         return Ok(if needs_operator(&status) { ATTENTION } else { DONE });
     }
@@ -101,7 +101,7 @@ fn needs_operator(status: &Status) -> bool {
 
 pub async fn workers(client: Client, output: OutputFormat) -> CommandResult {
     let status = client.status().await?;
-    say(&if output.json {
+    print_line(&if output.json {
         json(&status.workers)
     } else {
         print::workers(&status)
@@ -113,7 +113,7 @@ pub async fn show(client: Client, worker: WorkerId, output: OutputFormat) -> Com
     let mut details = client.details(worker).await?;
     procs::complete(&mut details);
     let now = client.status().await?.now;
-    say(&if output.json {
+    print_line(&if output.json {
         json(&details)
     } else {
         print::details(&details, now)
@@ -123,7 +123,7 @@ pub async fn show(client: Client, worker: WorkerId, output: OutputFormat) -> Com
 
 pub async fn egress(client: Client, slot: SlotName, output: OutputFormat) -> CommandResult {
     let report = client.egress(&slot).await?;
-    say(&if output.json {
+    print_line(&if output.json {
         json(&report)
     } else {
         print::egress(&slot, &report)
@@ -189,7 +189,7 @@ pub async fn drain(client: Client, drain: Drain, wait: bool) -> CommandResult {
     if !wait {
         return Ok(DONE);
     }
-    let mut said = String::new();
+    let mut printed = String::new();
     loop {
         let status = client.status().await?;
         let left: Vec<_> = status
@@ -206,9 +206,9 @@ pub async fn drain(client: Client, drain: Drain, wait: bool) -> CommandResult {
             .map(|slot| print::waiting_for(slot, &status))
             .collect::<Vec<_>>()
             .join("; ");
-        if said != names {
+        if printed != names {
             print_error(&format!("waiting for {names}"));
-            said = names;
+            printed = names;
         }
         tokio::time::sleep(INTERVAL).await;
     }

@@ -16,7 +16,7 @@ use supervisor::preflight::{self, HostFacts};
 use supervisor::settings::{self, Places};
 use supervisor::token::{TokenPlaces, TokenStore};
 
-use super::{DONE, FAILED, manual, say};
+use super::{DONE, FAILED, manual, print_line};
 
 /// Print every mistake, or a summary of the slots and of the host; with `online`, ask the server and the helper.
 pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
@@ -33,7 +33,7 @@ pub fn check(path: &Path, online: bool, root: &Path) -> u8 {
     match loaded {
         Ok((config, tokens)) => report(&config, &tokens, path, online, root),
         Err(mistakes) => {
-            say(&settings::print(path, &mistakes));
+            print_line(&settings::print(path, &mistakes));
             FAILED
         }
     }
@@ -49,11 +49,11 @@ fn token_of(config: &Config, path: &Path, root: &Path) -> anyhow::Result<TokenSt
 
 fn report(config: &Config, tokens: &TokenStore, path: &Path, online: bool, root: &Path) -> u8 {
     let findings = preflight::findings(&HostFacts::read(), config, root);
-    say(&settings::summary(config));
-    say(&format!("token of {}\n", tokens.source()));
-    say(&preflight::print(&findings));
+    print_line(&settings::summary(config));
+    print_line(&format!("token of {}\n", tokens.source()));
+    print_line(&preflight::print(&findings));
     let (answer, refused) = manual::check(path, root);
-    say(&format!("helper: {answer}\n"));
+    print_line(&format!("helper: {answer}\n"));
     let fine = !refused && !findings.iter().any(|finding| finding.needed);
     let answered = !online || ask(config, tokens, root);
     if fine && answered { DONE } else { FAILED }
@@ -68,15 +68,15 @@ fn ask(config: &Config, tokens: &TokenStore, root: &Path) -> bool {
     {
         Ok(runtime) => runtime,
         Err(error) => {
-            say(&format!("online: cannot start the runtime: {error}\n"));
+            print_line(&format!("online: cannot start the runtime: {error}\n"));
             return false;
         }
     };
     let answers = runtime.block_on(answers(config, tokens, root));
     for (what, answer) in &answers {
         match answer {
-            Ok(how) => say(&format!("online {what}: {how}\n")),
-            Err(why) => say(&format!("online {what}: FAILED: {why}\n")),
+            Ok(how) => print_line(&format!("online {what}: {how}\n")),
+            Err(why) => print_line(&format!("online {what}: FAILED: {why}\n")),
         }
     }
     answers.iter().all(|(_, answer)| answer.is_ok())

@@ -6,7 +6,7 @@ use clap::{Command, CommandFactory, ValueEnum};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::{Arguments, say};
+use super::{Arguments, print_line};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum What {
@@ -24,10 +24,10 @@ pub fn generate(what: What) -> io::Result<()> {
         What::Bash => Shell::Bash,
         What::Zsh => Shell::Zsh,
         What::Fish => Shell::Fish,
-        What::Man => return man(command, &mut out).map(|()| say(&String::from_utf8_lossy(&out))),
+        What::Man => return man(command, &mut out).map(|()| print_line(&String::from_utf8_lossy(&out))),
     };
     clap_complete::generate(shell, &mut command, "user-factory", &mut out);
-    say(&String::from_utf8_lossy(&out));
+    print_line(&String::from_utf8_lossy(&out));
     Ok(())
 }
 

@@ -62,9 +62,9 @@ pub fn check(config: &Path, root: &Path) -> (String, bool) {
         ])
         .output();
     match asked {
-        Ok(said) if said.status.success() => (String::from_utf8_lossy(&said.stdout).trim().to_owned(), false),
-        Ok(said) => {
-            let both = [said.stdout, said.stderr].concat();
+        Ok(output) if output.status.success() => (String::from_utf8_lossy(&output.stdout).trim().to_owned(), false),
+        Ok(output) => {
+            let both = [output.stdout, output.stderr].concat();
             (format!("FAILED: {}", String::from_utf8_lossy(&both).trim()), true)
         }
         Err(error) => (

@@ -251,7 +251,7 @@ pub enum Command {
 }
 
 /// Print this. A reader that has gone (`| head`) is no failure.
-pub fn say(text: &str) {
+pub fn print_line(text: &str) {
     let mut out = anstream::stdout().lock();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

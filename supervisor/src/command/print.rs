@@ -473,9 +473,9 @@ mod tests {
     #[test]
     fn durations_and_sizes_are_short() {
         let at = |s: i64| Timestamp::from_second(1_800_000_000 + s).unwrap();
-        let say = |s| ago(at(0), at(s));
+        let time_ago = |s| ago(at(0), at(s));
         assert_eq!(
-            [say(-5), say(59), say(3599), say(7260), say(90_000)],
+            [time_ago(-5), time_ago(59), time_ago(3599), time_ago(7260), time_ago(90_000)],
             ["0 s", "59 s", "59 min", "2 h 1 min", "1 d 1 h"]
         );
         assert_eq!(

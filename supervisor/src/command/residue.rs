@@ -8,7 +8,7 @@ use supervisor::residue::files::Pace;
 use supervisor::residue::{self, Report};
 use supervisor::settings::{self, Places};
 
-use super::{DONE, FAILED, OutputFormat, print, print_error, say};
+use super::{DONE, FAILED, OutputFormat, print, print_error, print_line};
 
 /// Look for it, with `pace` on all file systems too, and print what was found.
 pub fn residue(root: &Path, pace: Option<Pace>, output: OutputFormat) -> u8 {
@@ -30,7 +30,7 @@ pub fn residue(root: &Path, pace: Option<Pace>, output: OutputFormat) -> u8 {
     });
     match found {
         Ok(report) => {
-            say(&if output.json {
+            print_line(&if output.json {
                 json(&report)
             } else {
                 print::residue(&report, pace.is_some())

@@ -9,7 +9,7 @@ use supervisor::control::client::Error;
 use supervisor::selftest::run::Programs;
 use supervisor::selftest::{self, SlotReport, run};
 
-use super::{DONE, FAILED, OutputFormat, ask, manual, print, print_error, residue, say};
+use super::{DONE, FAILED, OutputFormat, ask, manual, print, print_error, residue, print_line};
 
 /// How often the supervisor is asked whether it waits, and whether a slot is free.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -22,7 +22,7 @@ pub fn selftest(root: &Path, slot: Option<SlotName>, output: OutputFormat) -> u8
         return FAILED;
     };
     if is_whole && reports.iter().any(|report| report.busy.is_none()) {
-        match tell(root, &reports) {
+        match report_to_supervisor(root, &reports) {
             // At its start it waits for a new one.
             Ok(()) | Err(Error::Unreachable(_)) => {}
             Err(error) => print_error(&format!(
@@ -45,7 +45,7 @@ pub fn at_start(root: &Path, output: OutputFormat) -> u8 {
                 };
                 if reports.iter().any(|report| report.busy.is_none()) {
                     let shown = show(&reports, output);
-                    return match tell(root, &reports) {
+                    return match report_to_supervisor(root, &reports) {
                         Ok(()) => shown,
                         Err(error) => {
                             print_error(&format!("user-factory: {error}"));
@@ -96,7 +96,7 @@ fn test(root: &Path, slot: Option<SlotName>) -> Option<Vec<SlotReport>> {
         .ok()
 }
 
-fn tell(root: &Path, reports: &[SlotReport]) -> Result<(), Error> {
+fn report_to_supervisor(root: &Path, reports: &[SlotReport]) -> Result<(), Error> {
     let found = api::SelfTest {
         failure: selftest::failure(reports),
         ..api::SelfTest::default()
@@ -106,7 +106,7 @@ fn tell(root: &Path, reports: &[SlotReport]) -> Result<(), Error> {
 
 fn show(reports: &[SlotReport], output: OutputFormat) -> u8 {
     let holds = selftest::holds(reports);
-    say(&match output.json {
+    print_line(&match output.json {
         true => format!("{}\n", serde_json::json!({ "ok": holds, "slots": reports })),
         false => print::selftest(reports, holds),
     });

@@ -33,7 +33,7 @@ pub fn wait(at: &Location) -> u8 {
 async fn wait_for_jobs(client: Client, seconds: u64) -> CommandResult {
     let end = Instant::now() + Duration::from_secs(seconds);
     client.host_stops().await?;
-    let mut said = String::new();
+    let mut printed = String::new();
     loop {
         let jobs = running(&client.status().await?);
         if jobs.is_empty() {
@@ -46,11 +46,11 @@ async fn wait_for_jobs(client: Client, seconds: u64) -> CommandResult {
             ));
             return Ok(DONE);
         }
-        if said != jobs {
+        if printed != jobs {
             print_error(&format!(
                 "the shutdown of the host waits up to {seconds} s for {jobs}"
             ));
-            said = jobs;
+            printed = jobs;
         }
         sleep(INTERVAL.min(left)).await;
     }

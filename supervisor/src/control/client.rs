@@ -187,10 +187,10 @@ impl Client {
         if status.is_success() {
             return Ok(answer);
         }
-        let said = timeout(TIMEOUT, answer.json::<Refusal>()).await;
-        let said = said.map_err(|_| self.late())?.map(|refusal| refusal.message);
+        let message = timeout(TIMEOUT, answer.json::<Refusal>()).await;
+        let message = message.map_err(|_| self.late())?.map(|refusal| refusal.message);
         Err(Error::Refused(
-            said.unwrap_or_else(|_| format!("the factory answered {status}")),
+            message.unwrap_or_else(|_| format!("the factory answered {status}")),
         ))
     }
 }

@@ -53,7 +53,7 @@ impl EgressProxy {
                 if self.records.refused(job, to) {
                     let at = at.map(tracing::field::display);
                     tracing::info!(worker = %job.worker, slot = %job.slot, at, "egress refused: {why}");
-                    self.job_log.tell(job.worker, format!("egress refused: {why}"));
+                    self.job_log.queue(job.worker, format!("egress refused: {why}"));
                 }
                 "refused"
             }

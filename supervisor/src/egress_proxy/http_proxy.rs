@@ -131,9 +131,9 @@ impl Client {
             return Ok(Response::new(Body::empty()));
         }
         let broken =
-            |error: hyper::Error| say(StatusCode::BAD_GATEWAY, &format!("{to} has broken off: {error}"));
+            |error: hyper::Error| error_response(StatusCode::BAD_GATEWAY, &format!("{to} has broken off: {error}"));
         let request = for_the_server(request)
-            .map_err(|_| say(StatusCode::BAD_REQUEST, "the host of that URL is no host"))?;
+            .map_err(|_| error_response(StatusCode::BAD_REQUEST, "the host of that URL is no host"))?;
         let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
             .max_buf_size(MAX_HEAD)
             .preserve_header_case(true)
@@ -158,10 +158,10 @@ impl Client {
         request: &Request<Incoming>,
     ) -> Result<(Destination, TcpStream), Response<Body>> {
         let to =
-            destination(request.method(), request.uri()).map_err(|why| say(StatusCode::BAD_REQUEST, &why))?;
+            destination(request.method(), request.uri()).map_err(|why| error_response(StatusCode::BAD_REQUEST, &why))?;
         let Some(permit) = self.proxy.destination_of(self.job.worker).await else {
             self.proxy.metrics.egress(&self.job.slot, "refused");
-            return Err(say(
+            return Err(error_response(
                 StatusCode::SERVICE_UNAVAILABLE,
                 &format!(
                     "no connection to {to}: this job has too many to other hosts than the buildomat server"
@@ -172,9 +172,9 @@ impl Client {
         let server = self.proxy.connect(self.uid, &self.job, &to).await;
         let server = server.map_err(|error| match error {
             NotConnected::Refused { why, .. } => {
-                say(StatusCode::FORBIDDEN, &format!("egress refused: {why}"))
+                error_response(StatusCode::FORBIDDEN, &format!("egress refused: {why}"))
             }
-            NotConnected::Failed(error) => say(
+            NotConnected::Failed(error) => error_response(
                 StatusCode::BAD_GATEWAY,
                 &format!("cannot connect to {to}: {error}"),
             ),
@@ -281,7 +281,7 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
 }
 
 /// An answer of the proxy's own.
-fn say(status: StatusCode, sentence: &str) -> Response<Body> {
+fn error_response(status: StatusCode, sentence: &str) -> Response<Body> {
     let mut answer = Response::new(Body::from(format!("{sentence}\n")));
     *answer.status_mut() = status;
     answer.headers_mut().insert(

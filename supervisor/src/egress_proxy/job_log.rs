@@ -1,4 +1,4 @@
-//! Lines for jobs' logs, which are told to the server one after the other.
+//! Lines for jobs' logs, which are sent to the server one after the other.
 
 use protocol::WorkerId;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
@@ -17,14 +17,14 @@ impl JobLog {
         (JobLog(lines), pending)
     }
 
-    /// It waits for nothing.
-    pub(super) fn tell(&self, worker: WorkerId, line: String) {
+    /// Queue a line for the job's log. It waits for nothing.
+    pub(super) fn queue(&self, worker: WorkerId, line: String) {
         let _ = self.0.try_send((worker, line));
     }
 }
 
-/// Tell the server of each line. One that it does not take is lost: it is in the supervisor's log, too.
-pub(super) async fn tell(server: BuildomatClient, mut lines: Receiver<(WorkerId, String)>) {
+/// Send each line to the server. One that it does not take is lost: it is in the supervisor's log, too.
+pub(super) async fn send_lines(server: BuildomatClient, mut lines: Receiver<(WorkerId, String)>) {
     while let Some((worker, line)) = lines.recv().await {
         if let Err(error) = server.append(worker, &line).await {
             tracing::debug!(%worker, "a line is not in the job's log: {error}");

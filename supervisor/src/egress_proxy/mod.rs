@@ -7,7 +7,7 @@
 //! change nothing. Where the buildomat server speaks TLS, only connections that name it are carried: others may be at the
 //! same address.
 //!
-//! Nothing that comes is believed. A name is looked up in the configuration of the worker's slot, and the job has no say in
+//! Nothing that comes is believed. A name is looked up in the configuration of the worker's slot, and the job has no shown in
 //! how long it takes to accept the next client. What one client can make many or slow is its own: a worker has so many
 //! connections whatever the others do, and a client that is no worker is refused before anything is received.
 
@@ -212,7 +212,7 @@ impl EgressProxy {
     /// Serve without end. Dropped with the runtime, it cuts every connection: agents make new ones.
     pub async fn serve(mut self) {
         if let Some((server, lines)) = self.lines.take() {
-            tokio::spawn(job_log::tell(server, lines));
+            tokio::spawn(job_log::send_lines(server, lines));
         }
         let proxy = Arc::new(self);
         loop {
@@ -223,7 +223,7 @@ impl EgressProxy {
 
     /// The helper makes the directory: until then there is nothing to do but to try again.
     async fn open(&self) -> UnixListener {
-        let mut said = false;
+        let mut logged = false;
         loop {
             let directory = self.directory.clone();
             let made = spawn_blocking(move || listen_in(&directory)).await;
@@ -233,8 +233,8 @@ impl EgressProxy {
                     tracing::info!(directory = %self.directory.display(), "egress proxy open");
                     return open;
                 }
-                Err(error) if !said => {
-                    said = true;
+                Err(error) if !logged => {
+                    logged = true;
                     tracing::warn!(
                         directory = %self.directory.display(),
                         "the egress proxy cannot be opened yet: {error}; start the helper, which makes its directory"
@@ -485,9 +485,9 @@ async fn client_hello_for(name: Option<&str>, job: &mut UntrustedTcpStream) -> R
             ClientHello::Incomplete => {}
             ClientHello::For(named) if named.as_deref() == name => return Ok(bytes),
             ClientHello::For(named) => {
-                let say =
+                let shown =
                     |name: Option<&str>| name.map_or("no server".to_owned(), |name| format!("{name:?}"));
-                let (named, name) = (say(named.as_deref()), say(name));
+                let (named, name) = (shown(named.as_deref()), shown(name));
                 return Err(format!("its ClientHello names {named:.100}, not {name}"));
             }
         }

@@ -123,7 +123,7 @@ mod tests {
             });
             let error = HelperClient::new(path.clone()).list().await.unwrap_err();
             assert!(
-                matches!(&error, Error::Refused(said) if said.message() == "the reason"),
+                matches!(&error, Error::Refused(error) if error.message() == "the reason"),
                 "{waits}: {error:?}"
             );
             answer.join().unwrap();

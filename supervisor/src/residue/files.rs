@@ -189,7 +189,7 @@ pub fn is_owned(path: &Path, uids: &Uids) -> bool {
 struct Walk {
     pace: Pace,
     begun: Instant,
-    told: Instant,
+    last_printed: Instant,
     seen: u64,
     /// What could not be read, and why.
     unread: BTreeMap<PathBuf, String>,
@@ -201,7 +201,7 @@ impl Walk {
         Walk {
             pace,
             begun,
-            told: begun,
+            last_printed: begun,
             seen: 0,
             unread: BTreeMap::new(),
         }
@@ -218,8 +218,8 @@ impl Walk {
         let mut found = BTreeSet::new();
         let mut directories = vec![top.to_owned()];
         while let Some(directory) = directories.pop() {
-            if self.told.elapsed() >= Duration::from_secs(1) {
-                self.told = Instant::now();
+            if self.last_printed.elapsed() >= Duration::from_secs(1) {
+                self.last_printed = Instant::now();
                 progress(Progress {
                     seen: self.seen,
                     place: &directory,
@@ -263,7 +263,7 @@ impl Walk {
         found
     }
 
-    /// One that has gone has nothing left, and is not told.
+    /// One that has gone has nothing left, and is not last_printed.
     fn not_read(&mut self, path: PathBuf, error: &io::Error) {
         if error.kind() != io::ErrorKind::NotFound {
             self.unread.insert(path, error.to_string());

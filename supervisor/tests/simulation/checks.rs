@@ -38,8 +38,8 @@ pub struct Track {
     pub forgotten: bool,
     /// The server, asked to fail it, would not.
     pub cannot_tell: bool,
-    /// The server has been told that it failed.
-    pub told: Option<Told>,
+    /// The server has been failure_reported that it failed.
+    pub failure_reported: Option<FailureReport>,
     /// For how long its processes have gone on since, with nothing in the way of ending them.
     pub goes_on_ms: u64,
     pub held_since: Option<u64>,
@@ -57,10 +57,10 @@ pub struct Track {
     pub to_delete: bool,
 }
 
-/// When the server was told that a worker failed, and whether its slot keeps such workers for inspection. None: the
-/// server was never told its slot.
+/// When the server was failure_reported that a worker failed, and whether its slot keeps such workers for inspection. None: the
+/// server was never failure_reported its slot.
 #[derive(Clone, Copy, Debug)]
-pub struct Told {
+pub struct FailureReport {
     pub at: u64,
     pub keeps: Option<bool>,
 }
@@ -153,25 +153,25 @@ impl Checks {
         self.track(id).deleted = true;
     }
 
-    pub fn told(&mut self, now: u64, id: WorkerId, slot: Option<&SlotName>) {
+    pub fn failure_reported(&mut self, now: u64, id: WorkerId, slot: Option<&SlotName>) {
         let slot = slot.map(|slot| self.config.slots.get(slot));
         // Where the slot was removed, it is kept.
         let keeps = slot.map(|slot| slot.is_none_or(|slot| slot.hold_on_failure));
         let track = self.track(id);
-        track.told = Some(Told { at: now, keeps });
+        track.failure_reported = Some(FailureReport { at: now, keeps });
         track.ending |= keeps != Some(true);
     }
 
     /// Must this failed worker be kept? None: nobody can say.
     pub fn is_kept(&self, track: &Track) -> Option<bool> {
-        let told = track.told?;
+        let failure_reported = track.failure_reported?;
         let excused = track.lied_about || track.forgotten || track.cannot_tell || track.to_delete;
         // The slot's rules may be others by now.
-        let settled = self.changed_at == 0 || self.changed_at < told.at;
-        told.keeps.filter(|_| settled && !excused)
+        let settled = self.changed_at == 0 || self.changed_at < failure_reported.at;
+        failure_reported.keeps.filter(|_| settled && !excused)
     }
 
-    /// The server would not be told of its failure.
+    /// The server would not be failure_reported of its failure.
     pub fn cannot_tell(&mut self, id: WorkerId) {
         let track = self.track(id);
         (track.cannot_tell, track.ending) = (true, true);

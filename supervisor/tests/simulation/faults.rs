@@ -159,16 +159,16 @@ impl World {
                 self.server.cancel(*job).expect("it is open");
             }
             Item::Drain(ms) => {
-                self.say(Input::Drain(None, Some(Drain::default())));
+                self.send_input(Input::Drain(None, Some(Drain::default())));
                 self.checks.drained(self.now, self.is_running);
                 self.lasts(Period::Drain, ms);
             }
             Item::DrainSlot(n, ms) => {
                 let slot = self.plan.name(n);
                 if let Some(before) = self.drained.take() {
-                    self.say(Input::Drain(Some(before), None));
+                    self.send_input(Input::Drain(Some(before), None));
                 }
-                self.say(Input::Drain(Some(slot.clone()), Some(Drain::default())));
+                self.send_input(Input::Drain(Some(slot.clone()), Some(Drain::default())));
                 self.checks.slot_drained(self.now, slot.clone(), self.is_running);
                 self.drained = Some(slot);
                 self.lasts(Period::DrainSlot, ms);
@@ -202,12 +202,12 @@ impl World {
             Period::HoldNew => self.server.hold_new_workers = false,
             Period::Old => self.server.no_fail = false,
             Period::Drain => {
-                self.say(Input::Drain(None, None));
+                self.send_input(Input::Drain(None, None));
                 self.checks.undrained();
             }
             Period::DrainSlot => {
                 if let Some(slot) = self.drained.take() {
-                    self.say(Input::Drain(Some(slot), None));
+                    self.send_input(Input::Drain(Some(slot), None));
                     self.checks.slot_undrained();
                 }
             }
@@ -266,7 +266,7 @@ impl World {
         self.server.cancel_all_but(10);
     }
 
-    pub fn say(&mut self, input: Input) {
+    pub fn send_input(&mut self, input: Input) {
         if self.is_running {
             self.requests.inputs.push(input);
         }

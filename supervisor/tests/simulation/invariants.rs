@@ -313,7 +313,7 @@ impl Checks {
                     && slot.is_none_or(|slot| !slot.keep_processes)
             });
             let excused = track.lied_about || track.forgotten;
-            if !(fair && track.told.is_some() && is_held && goes_on) || excused {
+            if !(fair && track.failure_reported.is_some() && is_held && goes_on) || excused {
                 track.goes_on_ms = 0;
                 continue;
             }

@@ -59,7 +59,7 @@ impl World {
                 let tagged = self.server.workers[&worker()].private.as_deref();
                 let on_host = self.host.get(worker()).map(|w| w.slot.clone());
                 let slot = on_host.or_else(|| tagged.and_then(slot_of));
-                self.checks.told(self.now, worker(), slot.as_ref());
+                self.checks.failure_reported(self.now, worker(), slot.as_ref());
             }
             _ => {}
         }

@@ -280,7 +280,7 @@ impl World {
         if let Some(config) = self.file.clone() {
             self.config = config.clone();
             self.checks.reloaded(self.now, config.clone());
-            self.say(Input::Configure(Box::new(config)));
+            self.send_input(Input::Configure(Box::new(config)));
         }
     }
 
@@ -440,7 +440,7 @@ impl World {
             if listed && nobodys && since + HELD_MS <= self.now {
                 self.note(|| format!("an operator destroys {}", foreign.id));
                 self.checks.deletion_ordered(foreign.id);
-                self.say(Input::Destroy(foreign.id));
+                self.send_input(Input::Destroy(foreign.id));
             }
         }
     }

@@ -31,7 +31,7 @@ impl Events {
         )
     }
 
-    pub fn say(&self, task: Option<u32>, stream: &str, payload: impl Into<String>) {
+    pub fn log(&self, task: Option<u32>, stream: &str, payload: impl Into<String>) {
         let (stream, payload) = (stream.to_string(), payload.into());
         self.queue
             .send(Item::Line(Append {
@@ -43,7 +43,7 @@ impl Events {
             .ok();
     }
 
-    /// Returns when everything said so far is with the server.
+    /// Returns when everything logged so far is with the server.
     pub fn flush(&self) {
         let (done, flushed) = channel();
         if self.queue.send(Item::Flush(done)).is_ok() {

@@ -57,13 +57,13 @@ pub fn run(mut command: Command, events: &Events, source: LineSource) -> Result<
 
     let status = child.wait().context("cannot wait for the task")?;
     // Only so that the last lines come before the exit status.
-    let warn = |text: &str| events.say(source.task, "worker", format!("exec warning: {text}"));
+    let warn = |text: &str| events.log(source.task, "worker", format!("exec warning: {text}"));
     drain(&ends, &mut open, GRACE);
     if let Some(signal) = status.signal() {
         warn(&format!("child terminated by signal {signal}"));
     }
     let (ms, code) = (start.elapsed().as_millis(), status.code().unwrap_or(i32::MAX));
-    events.say(
+    events.log(
         source.task,
         source.own,
         format!("process exited: duration {ms} ms, exit code {code}"),
@@ -96,8 +96,8 @@ fn read(
         // What a job prints need not be UTF-8.
         for line in BufReader::new(stream).split(b'\n') {
             match line {
-                Ok(line) => events.say(source.task, name, String::from_utf8_lossy(&line).trim_end()),
-                Err(e) => return events.say(source.task, "error", format!("failed to read {name}: {e}")),
+                Ok(line) => events.log(source.task, name, String::from_utf8_lossy(&line).trim_end()),
+                Err(e) => return events.log(source.task, "error", format!("failed to read {name}: {e}")),
             }
         }
         ended.send(()).ok();

@@ -15,7 +15,7 @@ use crate::server::wire::{PingJob, PingTask};
 pub fn run(client: &Client, config: &Config, user: &Passwd, job: &PingJob) {
     let (events, thread) = Events::start(client.clone(), Some(job.id.clone()));
     let failed = work(client, config, user, job, &events).unwrap_or_else(|e| {
-        events.say(None, "agent", format!("ERROR: {e:#}"));
+        events.log(None, "agent", format!("ERROR: {e:#}"));
         true
     });
     events.flush();
@@ -30,15 +30,15 @@ pub fn run(client: &Client, config: &Config, user: &Passwd, job: &PingJob) {
 fn work(client: &Client, config: &Config, user: &Passwd, job: &PingJob, events: &Events) -> Result<bool> {
     for input in &job.inputs {
         let path = at("/input").join(&input.name);
-        events.say(None, "worker", format!("downloading input: {}", path.display()));
+        events.log(None, "worker", format!("downloading input: {}", path.display()));
         let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
         client.input(&job.id, &input.id, file)?;
-        events.say(None, "worker", format!("downloaded input: {}", path.display()));
+        events.log(None, "worker", format!("downloaded input: {}", path.display()));
     }
     let mut failed = false;
     for task in &job.tasks {
         failed = run_task(config, user, job, task, events).unwrap_or_else(|e| {
-            events.say(Some(task.id), "agent", format!("ERROR: exec: {e:#}"));
+            events.log(Some(task.id), "agent", format!("ERROR: exec: {e:#}"));
             true
         });
         events.flush();
@@ -51,7 +51,7 @@ fn work(client: &Client, config: &Config, user: &Passwd, job: &PingJob, events: 
 }
 
 fn run_task(config: &Config, user: &Passwd, job: &PingJob, task: &PingTask, events: &Events) -> Result<bool> {
-    events.say(
+    events.log(
         Some(task.id),
         "task",
         format!("starting task {}: {:?}", task.id, task.name),

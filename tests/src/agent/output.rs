@@ -31,7 +31,7 @@ pub fn upload(client: &Client, job: &PingJob, events: &Events) -> Result<bool> {
             .filter(|p| !ignored.contains(p))
             .collect();
         if files.is_empty() && rule.require_match {
-            events.say(
+            events.log(
                 None,
                 "worker",
                 format!("rule {:?} required a match but found none", rule.rule),
@@ -44,7 +44,7 @@ pub fn upload(client: &Client, job: &PingJob, events: &Events) -> Result<bool> {
             .collect::<Vec<_>>()
         {
             if let Err(e) = upload_one(client, job, rule, &file, quota, events) {
-                events.say(None, "worker", format!("upload error: {}: {e:#}", file.display()));
+                events.log(None, "worker", format!("upload error: {}: {e:#}", file.display()));
                 good = false;
             }
             found.insert(file);
@@ -77,7 +77,7 @@ fn upload_one(
     if promised > quota {
         bail!("{promised} bytes are more than the {quota} that one output may have");
     }
-    events.say(None, "worker", format!("uploading: {shown} ({promised} bytes)"));
+    events.log(None, "worker", format!("uploading: {shown} ({promised} bytes)"));
     let (mut chunks, mut size) = (Vec::new(), 0);
     loop {
         let mut chunk = Vec::new();
@@ -104,6 +104,6 @@ fn upload_one(
             commit_id,
         },
     )?;
-    events.say(None, "worker", format!("uploaded: {shown}"));
+    events.log(None, "worker", format!("uploaded: {shown}"));
     Ok(())
 }

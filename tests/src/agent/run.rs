@@ -108,7 +108,7 @@ fn diagnose(client: &Client, own: &'static str, script: &str) -> bool {
         exec::run(command, &events, LineSource { task: None, own })
     });
     let fault = ran.unwrap_or_else(|e| {
-        events.say(None, own, format!("ERROR: {e:#}"));
+        events.log(None, own, format!("ERROR: {e:#}"));
         true
     });
     events.flush();

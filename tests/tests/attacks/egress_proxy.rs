@@ -41,16 +41,16 @@ impl OtherUser {
         command.uid(uid).gid(uid).current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut other = OtherUser(command.spawn().unwrap());
-        let mut said = String::new();
+        let mut printed = String::new();
         let output = other.0.stdout.as_mut().expect("it was piped");
-        while !said.ends_with(".\n") {
+        while !printed.ends_with(".\n") {
             let mut byte = [0];
             output
                 .read_exact(&mut byte)
                 .expect("the other user says how it went");
-            said.push(byte[0].into());
+            printed.push(byte[0].into());
         }
-        (other, said)
+        (other, printed)
     }
 }
 
@@ -115,8 +115,8 @@ async fn a_job_works(factory: &TestFactory, how: &str) {
 async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_server() {
     let factory = TestFactory::new(NO_NETWORK).await;
     a_job_works(&factory, "alone").await;
-    let (other, said) = tokio::task::block_in_place(|| OtherUser::call(&factory.host, SOMEBODY));
-    assert!(said.contains("refused."), "another user can call: {said}");
+    let (other, printed) = tokio::task::block_in_place(|| OtherUser::call(&factory.host, SOMEBODY));
+    assert!(printed.contains("refused."), "another user can call: {printed}");
     a_job_works(&factory, "refused").await;
     drop(other);
 
@@ -125,8 +125,8 @@ async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_se
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o755)).unwrap();
     // One who is nobody here, one in the range of uids without being a worker, and the supervisor's own user.
     let others = [SOMEBODY, factory.host.uid_of_no_worker(), SUPERVISOR_UID].map(|uid| {
-        let (other, said) = tokio::task::block_in_place(|| OtherUser::call(&factory.host, uid));
-        assert!(said.contains("called."), "{said}");
+        let (other, printed) = tokio::task::block_in_place(|| OtherUser::call(&factory.host, uid));
+        assert!(printed.contains("called."), "{printed}");
         other
     });
     a_job_works(&factory, "called").await;

@@ -495,13 +495,13 @@ fn row_93_a_socket_that_gets_whole_cores_is_warned_about_at_the_start() {
         command.arg(&setting).arg(own.get_program()).args(own.get_args());
         let helper = Running::start(&mut command);
         helper.log.wait(&["serving"]);
-        let told = [
+        let logged = [
             "WARN",
             "NOT ENFORCED",
             "core_pattern",
             pattern,
             "set it to a file",
         ];
-        assert_eq!(helper.log.count(&told), warnings, "{}", helper.log.text());
+        assert_eq!(helper.log.count(&logged), warnings, "{}", helper.log.text());
     }
 }

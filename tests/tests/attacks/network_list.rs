@@ -307,15 +307,15 @@ async fn row_118_a_port_that_the_list_does_not_have_is_refused_however_it_is_wri
             factory.until_release()
     ));
     // The list has been compared, and not only the address.
-    let mut told = refused(&factory, job, 3).await;
-    told.sort();
+    let mut logged = refused(&factory, job, 3).await;
+    logged.sort();
     let mut expected = [
         not_in_the_list(&format!("127.0.0.1:{port}")),
         not_in_the_list(&format!("web.test:{port}")),
         not_in_the_list("web.test:80"),
     ];
     expected.sort();
-    assert_eq!(told, expected);
+    assert_eq!(logged, expected);
     factory.release();
     factory.completed(job).await;
     let printed = lines(&factory.server.job(job), "stdout");
@@ -566,9 +566,9 @@ async fn row_124_what_a_job_changes_of_its_own_network_leads_to_no_other_destina
     ] {
         assert_eq!(as_worker(&destination), "\"none\".", "{destination}");
     }
-    let told = refused(&factory, job, 4).await;
+    let logged = refused(&factory, job, 4).await;
     assert_eq!(
-        told[..3],
+        logged[..3],
         [
             not_in_the_list(&format!("evil.test:{other}")),
             not_in_the_list(&format!("web.test:{other}")),

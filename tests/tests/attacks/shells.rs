@@ -23,7 +23,7 @@ type Point = (&'static str, usize);
 
 /// What a traced process tells the test.
 #[derive(Debug, PartialEq, Eq)]
-enum Told {
+enum TracerEvent {
     /// It has stopped at its point, and waits for a word. It has the worker's lock.
     Stopped { locked: bool },
     /// It asks for the worker's lock, and goes on once it has it.
@@ -38,7 +38,7 @@ enum Told {
 struct Stopper {
     point: Option<Point>,
     seen: BTreeMap<&'static str, Vec<i64>>,
-    tell: Sender<Told>,
+    events: Sender<TracerEvent>,
     go: Receiver<()>,
     /// Points begin with the first call for the worker's lock.
     begun: bool,
@@ -46,11 +46,11 @@ struct Stopper {
 }
 
 impl Stopper {
-    fn new(point: Option<Point>, tell: Sender<Told>, go: Receiver<()>) -> Stopper {
+    fn new(point: Option<Point>, events: Sender<TracerEvent>, go: Receiver<()>) -> Stopper {
         Stopper {
             point,
             seen: BTreeMap::new(),
-            tell,
+            events,
             go,
             begun: false,
             locked: false,
@@ -66,11 +66,11 @@ impl Stopper {
         calls.push(call.number);
         if self.point == Some((kind, calls.len() - 1)) {
             let locked = self.locked;
-            let _ = self.tell.send(Told::Stopped { locked });
+            let _ = self.events.send(TracerEvent::Stopped { locked });
             let _ = self.go.recv();
         }
         if call.number == libc::SYS_flock && call.arguments[1] == libc::LOCK_EX as u64 {
-            let _ = self.tell.send(Told::AsksForTheLock);
+            let _ = self.events.send(TracerEvent::AsksForTheLock);
         }
     }
 
@@ -87,14 +87,14 @@ impl Stopper {
 
 /// One that is traced, from outside.
 struct Traced {
-    told: Receiver<Told>,
+    events: Receiver<TracerEvent>,
     go: Sender<()>,
     watcher: JoinHandle<BTreeMap<&'static str, Vec<i64>>>,
 }
 
 impl Traced {
-    fn next(&self) -> Told {
-        self.told.recv_timeout(TEST_TIMEOUT).expect("it comes to something")
+    fn next(&self) -> TracerEvent {
+        self.events.recv_timeout(TEST_TIMEOUT).expect("it comes to something")
     }
 
     fn let_go(&self) {
@@ -134,11 +134,11 @@ fn traced_shell(host: &TestHost, worker: WorkerId, point: Option<Point>) -> Shel
         .spawn()
         .expect("the shell can be started");
     wait_until_stopped(child.id());
-    let (tell, told) = channel();
+    let (events, logged) = channel();
     let (go, gone_on) = channel();
     let root = Pid::from_raw(child.id() as i32);
     let watcher = std::thread::spawn(move || {
-        let mut stopper = Stopper::new(point, tell, gone_on);
+        let mut stopper = Stopper::new(point, events, gone_on);
         // Until its first exec it is another program.
         let mut is_helper = false;
         trace(
@@ -154,14 +154,14 @@ fn traced_shell(host: &TestHost, worker: WorkerId, point: Option<Point>) -> Shel
                     Event::Exec => {
                         // It is made: no point is behind this.
                         is_helper = false;
-                        let _ = stopper.tell.send(Told::Inside);
+                        let _ = stopper.events.send(TracerEvent::Inside);
                         return Then::Forget;
                     }
                     Event::Enter(call) if is_helper => {
                         stopper.enter(if pid == root { "shell" } else { "first" }, call);
                     }
                     Event::Gone if pid == root => {
-                        let _ = stopper.tell.send(Told::Over);
+                        let _ = stopper.events.send(TracerEvent::Over);
                     }
                     _ => {}
                 }
@@ -173,16 +173,16 @@ fn traced_shell(host: &TestHost, worker: WorkerId, point: Option<Point>) -> Shel
     Shell {
         _typed: child.stdin.take().expect("it was piped"),
         child,
-        traced: Traced { told, go, watcher },
+        traced: Traced { events, go, watcher },
     }
 }
 
 /// The deletion of a worker, traced in the helper's processes that do it.
 fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) -> (Traced, JoinHandle<Reply>) {
-    let (tell, told) = channel();
+    let (events, logged) = channel();
     let (go, gone_on) = channel();
     let (seen, calls) = channel();
-    let mut stopper = Stopper::new(point, tell, gone_on);
+    let mut stopper = Stopper::new(point, events, gone_on);
     let monitor = test.helper.pid();
     let listener = Pid::from_raw(listener(monitor) as i32);
     let mut session = None;
@@ -201,7 +201,7 @@ fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) ->
             }
             Event::Gone if session == Some(pid) => {
                 let _ = seen.send(std::mem::take(&mut stopper.seen));
-                let _ = stopper.tell.send(Told::Over);
+                let _ = stopper.events.send(TracerEvent::Over);
             }
             _ => {}
         },
@@ -212,7 +212,7 @@ fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) ->
     });
     let client = test.client();
     let request = std::thread::spawn(move || client.ask(&Request::Delete { worker }).0);
-    (Traced { told, go, watcher }, request)
+    (Traced { events, go, watcher }, request)
 }
 
 /// A worker with a job that goes on.
@@ -238,10 +238,10 @@ fn meet(test: &TestHelper, before: &WorkerSnapshot, at: (Point, Point)) {
     let shell = traced_shell(&test.host, worker, Some(at.0));
     let locked = loop {
         match shell.traced.next() {
-            Told::Stopped { locked } => break Some(locked),
+            TracerEvent::Stopped { locked } => break Some(locked),
             // No two runs are quite the same: it had fewer calls.
-            Told::Inside | Told::Over => break None,
-            Told::AsksForTheLock => {}
+            TracerEvent::Inside | TracerEvent::Over => break None,
+            TracerEvent::AsksForTheLock => {}
         }
     };
     // Who holds the lock lets nobody else get to a point behind it.
@@ -249,15 +249,15 @@ fn meet(test: &TestHelper, before: &WorkerSnapshot, at: (Point, Point)) {
     let (deletion, request) = traced_deletion(test, worker, point);
     loop {
         match deletion.next() {
-            Told::Stopped { .. } | Told::Over => break,
-            Told::AsksForTheLock if point.is_none() => break,
+            TracerEvent::Stopped { .. } | TracerEvent::Over => break,
+            TracerEvent::AsksForTheLock if point.is_none() => break,
             _ => {}
         }
     }
     if locked.is_some() {
         shell.traced.let_go();
         // As far as it comes: where the deletion has the lock, that is not far.
-        while let Told::Stopped { .. } = shell.traced.next() {}
+        while let TracerEvent::Stopped { .. } = shell.traced.next() {}
     }
     deletion.let_go();
     assert_eq!(request.join().expect("the helper answers"), Reply::Deleted);
@@ -286,7 +286,7 @@ fn row_65_a_shell_that_is_made_while_its_worker_is_deleted_does_not_outlive_it()
     // What each does where nobody disturbs it.
     let worker = running(&test);
     let shell = traced_shell(&test.host, worker, None);
-    while shell.traced.next() != Told::Inside {}
+    while shell.traced.next() != TracerEvent::Inside {}
     let Shell {
         mut child,
         traced,

@@ -81,9 +81,9 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
     let mut silent = TcpStream::connect(&address).unwrap();
     silent.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     assert_eq!(silent.read(&mut [0]).unwrap_or(0), 0);
-    let told = ["WARN", "closed its oldest connection"];
-    factory.logged(&told);
-    let cut = factory.supervisor.log.count(&told);
+    let logged = ["WARN", "closed its oldest connection"];
+    factory.logged(&logged);
+    let cut = factory.supervisor.log.count(&logged);
     assert!((1..5).contains(&cut), "{cut} lines tell of it");
     factory.finish().await;
 }

@@ -215,8 +215,8 @@ fn command(host: &TestHost, words: &[&str]) -> (bool, String) {
         .arg(&host.root)
         .output()
         .unwrap();
-    let said = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8(said).unwrap())
+    let printed = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(printed).unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -230,16 +230,16 @@ async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_
         .display()
         .to_string();
     let shown = |place: &str| {
-        let (_, said) = command(host, &["status"]);
-        assert!(said.contains(&format!("token    of {place}")), "{said}");
+        let (_, printed) = command(host, &["status"]);
+        assert!(printed.contains(&format!("token    of {place}")), "{printed}");
     };
     factory.logged(&["INFO supervisor started", "token=the file "]);
     factory.logged(&["INFO control socket open"]);
     shown("the file ");
-    let (_, said) = command(host, &["check", &config]);
+    let (_, printed) = command(host, &["check", &config]);
     assert!(
-        said.contains(&format!("token of the file {}", file.display())),
-        "{said}"
+        printed.contains(&format!("token of the file {}", file.display())),
+        "{printed}"
     );
 
     // The same in both: the credential, and it is said.
@@ -249,14 +249,14 @@ async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_
     factory.completed(factory.submit("echo with a credential")).await;
     let host = &factory.host;
     let shown = |place: &str| {
-        let (_, said) = command(host, &["status"]);
-        assert!(said.contains(&format!("token    of {place}")), "{said}");
+        let (_, printed) = command(host, &["status"]);
+        assert!(printed.contains(&format!("token    of {place}")), "{printed}");
     };
     shown("the credential ");
     // A new one in the file alone is not silently left aside.
     host.write_token("another-token");
-    let (done, said) = command(host, &["reload"]);
-    assert!(!done && said.contains("hold different tokens"), "{said}");
+    let (done, printed) = command(host, &["reload"]);
+    assert!(!done && printed.contains("hold different tokens"), "{printed}");
     factory.completed(factory.submit("echo as before")).await;
 
     // What systemd has passed to the unit is what `check` looks at.
@@ -264,10 +264,10 @@ async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_
     fs::create_dir_all(&of_the_unit).unwrap();
     fs::write(of_the_unit.join("token"), &token).unwrap();
     fs::set_permissions(of_the_unit.join("token"), fs::Permissions::from_mode(0o400)).unwrap();
-    let (done, said) = command(host, &["check", &config]);
+    let (done, printed) = command(host, &["check", &config]);
     assert!(
-        !done && said.contains("config.toml:5: ") && said.contains("hold different tokens"),
-        "{said}"
+        !done && printed.contains("config.toml:5: ") && printed.contains("hold different tokens"),
+        "{printed}"
     );
     fs::remove_dir_all(host.root.join("run/credentials")).unwrap();
 
@@ -287,8 +287,8 @@ async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_
     factory.supervisor = factory.host.supervisor();
     factory.logged(&["refused with 401"]);
     factory.host.write_token(&token);
-    let (done, said) = command(&factory.host, &["reload"]);
-    assert!(done, "{said}");
+    let (done, printed) = command(&factory.host, &["reload"]);
+    assert!(done, "{printed}");
     factory.logged(&["a new token is in use, of the file "]);
     factory.logged(&["server back"]);
     factory.completed(factory.submit("echo with the new one")).await;
@@ -339,10 +339,10 @@ fn row_107_a_proxy_in_the_environment_is_not_used_and_one_in_the_configuration_i
     // Unencrypted, it takes a key to let it see the token.
     fs::write(&config, text.replace("allow_http = true", "allow_http = false")).unwrap();
     let output = check().output().unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
     assert!(
-        !output.status.success() && said.contains("would see the factory's token"),
-        "{said}"
+        !output.status.success() && printed.contains("would see the factory's token"),
+        "{printed}"
     );
 }
 
@@ -402,10 +402,10 @@ fn row_113_only_a_server_with_a_certificate_that_is_trusted_and_names_it_gets_th
     ] {
         let (server, url) = tls_server(&certificates, name, time);
         let output = check(&url, authority).output().unwrap();
-        let said = String::from_utf8(output.stdout).unwrap();
+        let printed = String::from_utf8(output.stdout).unwrap();
         assert!(
-            !output.status.success() && said.contains("invalid peer certificate") && said.contains(why),
-            "{what}: {said}"
+            !output.status.success() && printed.contains("invalid peer certificate") && printed.contains(why),
+            "{what}: {printed}"
         );
         assert!(!server.log.text().contains("the-token"), "{what}");
     }

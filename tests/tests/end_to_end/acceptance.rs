@@ -27,11 +27,11 @@ fn text(output: &Output) -> String {
 async fn jobs_of_all_kinds_end_as_they_should() {
     let factory = TestFactory::new(TWO).await;
     let output = acceptance(&factory, &[]);
-    let said = text(&output);
-    assert_eq!(output.status.code(), Some(0), "{said}");
+    let printed = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{printed}");
     assert!(
-        said.lines().filter(|line| line.starts_with("ok ")).count() >= 29,
-        "{said}"
+        printed.lines().filter(|line| line.starts_with("ok ")).count() >= 29,
+        "{printed}"
     );
     factory.finish().await;
 }
@@ -41,15 +41,15 @@ async fn jobs_of_all_kinds_end_as_they_should() {
 async fn jobs_that_do_not_end_are_told() {
     let factory = TestFactory::new("[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n").await;
     let output = acceptance(&factory, &["--only", "a job that", "--timeout-seconds", "1"]);
-    let said = text(&output);
-    assert_eq!(output.status.code(), Some(1), "{said}");
+    let printed = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{printed}");
     for part in [
         "FAILED",
         "a job that passes: job ",
         "is still \"queued\"",
         "5 kinds of jobs, 5 not as expected",
     ] {
-        assert!(said.contains(part), "{part}: {said}");
+        assert!(printed.contains(part), "{part}: {printed}");
     }
     factory.finish().await;
 }

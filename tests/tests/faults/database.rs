@@ -95,7 +95,7 @@ async fn row_78_a_database_that_cannot_be_written_is_refused_and_used_again_when
     let job = factory.running().await;
     factory.end_supervisor(Signal::SIGKILL);
     let state = factory.state_dir();
-    let say = [
+    let parts = [
         "factory.db",
         "let the supervisor's user write the directory and the files in it",
     ];
@@ -109,16 +109,16 @@ async fn row_78_a_database_that_cannot_be_written_is_refused_and_used_again_when
     };
     // The files alone; the lock is the first of them.
     modes(0o755, 0o444);
-    refused(&mut factory.host.supervisor_command(), &["lock", say[1]]);
+    refused(&mut factory.host.supervisor_command(), &["lock", parts[1]]);
     fs::set_permissions(state.join("lock"), fs::Permissions::from_mode(0o600)).unwrap();
-    refused(&mut factory.host.supervisor_command(), &say);
+    refused(&mut factory.host.supervisor_command(), &parts);
     // The directory alone, in which SQLite needs to make files.
     modes(0o755, 0o600);
     factory.supervisor = factory.host.supervisor();
     factory.polls(1).await;
     assert!(factory.end_supervisor(Signal::SIGTERM).success());
     modes(0o555, 0o600);
-    refused(&mut factory.host.supervisor_command(), &say);
+    refused(&mut factory.host.supervisor_command(), &parts);
     // What the line says is what helps.
     modes(0o755, 0o600);
     factory.supervisor = factory.host.supervisor();
@@ -250,12 +250,12 @@ async fn row_78_a_database_of_a_newer_release_is_left_alone() {
         before
     };
     let ours = set(99);
-    let say = [
+    let parts = [
         "factory.db",
         "it has version 99",
         "install the newer release again",
     ];
-    refused(&mut factory.host.supervisor_command(), &say);
+    refused(&mut factory.host.supervisor_command(), &parts);
     assert_eq!(set(ours), 99, "it was changed");
     factory.supervisor = factory.host.supervisor();
     factory.polls(1).await;
@@ -269,12 +269,12 @@ async fn row_78_a_file_system_that_is_read_only_is_refused_and_used_again_when_i
     factory.end_supervisor(Signal::SIGKILL);
     let disk = factory.disk.take().unwrap();
     disk.limit("ro");
-    let say = [
+    let parts = [
         "cannot open",
         "Read-only file system",
         "let the supervisor's user write",
     ];
-    refused(&mut factory.host.supervisor_command(), &say);
+    refused(&mut factory.host.supervisor_command(), &parts);
     disk.limit("rw");
     factory.disk = Some(disk);
     factory.supervisor = factory.host.supervisor();

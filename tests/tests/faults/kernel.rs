@@ -40,23 +40,23 @@ async fn refused_beside_a_job(factory: &mut TestFactory, script: &str, parts: &[
 #[tokio::test(flavor = "multi_thread")]
 async fn row_83_without_cgroup_v2_the_helper_refuses_and_running_jobs_go_on() {
     let mut factory = TestFactory::new(ONE).await;
-    let say = [
+    let parts = [
         "no cgroup v2 hierarchy is mounted",
         "mount -t cgroup2 none /sys/fs/cgroup",
     ];
-    refused_beside_a_job(&mut factory, "umount -l \"$CGROUP\"", &say).await;
+    refused_beside_a_job(&mut factory, "umount -l \"$CGROUP\"", &parts).await;
     // There, but not to be written.
-    let say = ["Read-only file system", "cgroup"];
-    refused_beside_a_job(&mut factory, "mount -o remount,bind,ro \"$CGROUP\"", &say).await;
+    let parts = ["Read-only file system", "cgroup"];
+    refused_beside_a_job(&mut factory, "mount -o remount,bind,ro \"$CGROUP\"", &parts).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_83_without_proc_the_helper_refuses_and_running_jobs_go_on() {
     let mut factory = TestFactory::new(ONE).await;
-    let say = ["/proc/self/mountinfo", "mount /proc"];
-    refused_beside_a_job(&mut factory, "mount -t tmpfs none /proc", &say).await;
-    refused_beside_a_job(&mut factory, "umount -l /proc", &say).await;
+    let parts = ["/proc/self/mountinfo", "mount /proc"];
+    refused_beside_a_job(&mut factory, "mount -t tmpfs none /proc", &parts).await;
+    refused_beside_a_job(&mut factory, "umount -l /proc", &parts).await;
     factory.finish().await;
 }
 

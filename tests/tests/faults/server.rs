@@ -40,7 +40,7 @@ async fn row_79_invalid_answers_are_logged_once_each_and_harm_no_job() {
         (Fault::Refuse, ["cannot be reached", "Connection refused"]),
         (Fault::Close, ["cannot be reached", ""]),
         (
-            Fault::Say(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec()),
+            Fault::Respond(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec()),
             ["cannot be reached", ""],
         ),
         (

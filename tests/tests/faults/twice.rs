@@ -10,8 +10,8 @@ async fn row_81_a_second_supervisor_is_refused_and_the_first_does_not_notice() {
     let job = factory.running().await;
     let asked = |factory: &TestFactory| factory.server.requests("POST /0/factory/worker");
     let before = asked(&factory);
-    let say = ["another supervisor works in", "stop it before you start this one"];
-    refused(&mut factory.host.supervisor_command(), &say);
+    let parts = ["another supervisor works in", "stop it before you start this one"];
+    refused(&mut factory.host.supervisor_command(), &parts);
     assert_eq!(asked(&factory), before);
     factory.release();
     factory.completed(job).await;
@@ -22,8 +22,8 @@ async fn row_81_a_second_supervisor_is_refused_and_the_first_does_not_notice() {
 async fn row_81_a_second_helper_is_refused_and_the_first_does_not_notice() {
     let mut factory = TestFactory::new(ONE).await;
     let job = factory.running().await;
-    let say = ["another helper serves", "stop that one first"];
-    refused(&mut factory.host.helper_command(), &say);
+    let parts = ["another helper serves", "stop that one first"];
+    refused(&mut factory.host.helper_command(), &parts);
     // With sockets and cgroups of its own it would take the first one's workers for dead.
     let mut elsewhere = TestHost::new();
     elsewhere.uids = factory.host.uids.clone();

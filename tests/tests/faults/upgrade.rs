@@ -116,12 +116,12 @@ async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_o
     factory.logged_from(seen, &parts);
     factory.polls(3).await;
     once(&factory.supervisor.log, seen, &parts);
-    let said = format!(
+    let printed = format!(
         "has version {version} of the protocol, the supervisor version {}",
         version + 1
     );
-    let told = ["WARN", "Hello", &said, "install both from one release"];
-    tokio::task::block_in_place(|| factory.helper.log.wait(&told));
+    let logged = ["WARN", "Hello", &printed, "install both from one release"];
+    tokio::task::block_in_place(|| factory.helper.log.wait(&logged));
     // The job does not need them to end, and is not touched before they understand each other.
     factory.release();
     factory.completed(job).await;
@@ -143,7 +143,7 @@ async fn row_82_a_helper_that_is_replaced_under_load_loses_no_request_and_no_job
     let jobs: Vec<Ulid> = (0..6)
         .map(|_| factory.submit("echo one; sleep 0.2; echo two"))
         .collect();
-    // As a package's upgrade does: told to stop, and started again.
+    // As a package's upgrade does: logged to stop, and started again.
     while jobs.iter().any(|job| !factory.server.job(*job).complete()) {
         factory.polls(1).await;
         factory.end_helper(Signal::SIGTERM);

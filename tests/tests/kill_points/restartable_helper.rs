@@ -135,12 +135,12 @@ pub fn ask_with(host: &TestHost, request: &Request) -> Option<(Reply, Vec<OwnedF
     let hello = Request::Hello {
         version: protocol::VERSION,
     };
-    say(&socket, &hello, None)?;
+    exchange(&socket, &hello, None)?;
     let agent = request.carries_descriptor().then(|| attack_program("mess", &[]));
-    say(&socket, request, agent)
+    exchange(&socket, request, agent)
 }
 
-fn say(socket: &Seqpacket, request: &Request, fd: Option<OwnedFd>) -> Option<(Reply, Vec<OwnedFd>)> {
+fn exchange(socket: &Seqpacket, request: &Request, fd: Option<OwnedFd>) -> Option<(Reply, Vec<OwnedFd>)> {
     let bytes = wire::encode(request).expect("a request can be encoded");
     socket.send(&bytes, fd.as_ref().map(AsFd::as_fd)).ok()?;
     match socket.recv(wire::MAX_REPLY) {

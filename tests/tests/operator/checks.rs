@@ -18,7 +18,7 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
     let mut factory = TestFactory::new(ONE).await;
     answering(&factory).await;
     let path = config_of(&factory);
-    let said = say(&factory, &["check", &path, "--online"]);
+    let result = run_command(&factory, &["check", &path, "--online"]);
     for part in [
         "slot a",
         "host kernel",
@@ -29,12 +29,12 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
         "downloaded and unpacked",
         "it serves the supervisor that runs",
     ] {
-        assert!(said.out.contains(part), "{part}: {}", said.out);
+        assert!(result.out.contains(part), "{part}: {}", result.out);
     }
-    assert_eq!(said.status, 0, "{}", said.err);
+    assert_eq!(result.status, 0, "{}", result.err);
     // The supervisor's user asks the helper itself.
     let mut command = command(&factory, &["check", &path, "--online"]);
-    let said: Said = tokio::task::block_in_place(|| {
+    let result: CommandOutput = tokio::task::block_in_place(|| {
         command
             .uid(SUPERVISOR_UID)
             .gid(SUPERVISOR_UID)
@@ -42,12 +42,12 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
             .unwrap()
             .into()
     });
-    assert_eq!(said.status, 0, "{}{}", said.out, said.err);
-    assert!(said.out.contains("it serves, with 0 workers"), "{}", said.out);
-    let said = say(&factory, &["check", &path, "--all", "--no-files"]);
-    assert_eq!(said.status, 0, "{}{}", said.out, said.err);
+    assert_eq!(result.status, 0, "{}{}", result.out, result.err);
+    assert!(result.out.contains("it serves, with 0 workers"), "{}", result.out);
+    let result = run_command(&factory, &["check", &path, "--all", "--no-files"]);
+    assert_eq!(result.status, 0, "{}{}", result.out, result.err);
     for part in ["takes the token", "all checks passed", "nothing is left"] {
-        assert!(said.out.contains(part), "{part}: {}", said.out);
+        assert!(result.out.contains(part), "{part}: {}", result.out);
     }
     let status = json(&factory, &["status"]);
     assert!(
@@ -57,11 +57,11 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
     // A wrong token is named.
     factory.host.write_token("not-the-token");
     factory.end_helper(Signal::SIGTERM);
-    let said = say(&factory, &["check", &path, "--online"]);
+    let result = run_command(&factory, &["check", &path, "--online"]);
     assert!(
-        said.status == 1 && said.out.contains("online server: FAILED") && said.out.contains("401"),
+        result.status == 1 && result.out.contains("online server: FAILED") && result.out.contains("401"),
         "{}",
-        said.out
+        result.out
     );
     factory.helper = factory.host.helper();
     factory.finish().await;
@@ -93,27 +93,27 @@ fn configure(host: &TestHost, line: &str, other: &str, slots: &str) {
     std::fs::write(&path, text.replace(line, other)).unwrap();
 }
 
-/// The helper starts with the configuration and `check` says so; or both say this.
+/// The helper starts with the configuration and `check` says so; or both run_command this.
 fn both_say(host: &TestHost, expected: Option<&str>) {
     let path = host.root.join(protocol::config::CONFIG_PATH);
     let slots = std::fs::read_to_string(&path).unwrap();
     let mut check = Command::new(binaries().join("user-factory"));
     check.arg("check").arg("--root").arg(&host.root).arg(&path);
-    let said: Said = check.output().unwrap().into();
+    let result: CommandOutput = check.output().unwrap().into();
     let mut helper = Running::start(&mut host.helper_command());
     match expected {
         None => {
             helper.log.wait(&["serving"]);
             helper.signal(Signal::SIGTERM);
             helper.wait();
-            assert_eq!(said.status, 0, "{slots}: {}", said.out);
-            assert!(said.out.contains("helper: it would start"), "{}", said.out);
+            assert_eq!(result.status, 0, "{slots}: {}", result.out);
+            assert!(result.out.contains("helper: it would start"), "{}", result.out);
         }
         Some(part) => {
             helper.log.wait(&["ERROR", part]);
             assert_eq!(helper.wait().code(), Some(1));
-            assert_eq!(said.status, 1, "{slots}: {}", said.out);
-            assert!(said.out.contains(part), "{part}: {}", said.out);
+            assert_eq!(result.status, 1, "{slots}: {}", result.out);
+            assert!(result.out.contains(part), "{part}: {}", result.out);
         }
     }
 }
@@ -163,7 +163,7 @@ fn a_supervisor_that_cannot_make_its_directory_says_who_makes_it_and_how() {
     host.configure("http://127.0.0.1:1", SUPERVISOR_UID, &slots);
     let state = host.root.join(protocol::config::STATE_DIR).join("supervisor");
     std::fs::remove_dir(&state).unwrap();
-    let refused: Said = host.supervisor_command().output().unwrap().into();
+    let refused: CommandOutput = host.supervisor_command().output().unwrap().into();
     let command = format!(
         "install -d -o {SUPERVISOR_UID} -g {SUPERVISOR_UID} -m 0700 {}",
         state.display()
@@ -217,12 +217,12 @@ fn a_supervisor_whose_uid_a_job_could_get_is_refused() {
         .arg(&config)
         .output()
         .unwrap();
-    let said: Said = output.into();
+    let result: CommandOutput = output.into();
     assert!(
-        said.status == 1 && said.out.contains("factory.user is root"),
+        result.status == 1 && result.out.contains("factory.user is root"),
         "{}{}",
-        said.out,
-        said.err
+        result.out,
+        result.err
     );
 }
 
@@ -268,8 +268,8 @@ fn systemd_is_told_that_the_helper_is_ready_when_a_command_can_be_run_and_not_be
     assert_eq!(&message[..length], b"READY=1");
     let mut run = Command::new(binaries().join("user-factory"));
     run.arg("run").arg("--root").arg(&host.root).args(["--", "true"]);
-    let said: Said = run.output().unwrap().into();
-    assert_eq!(said.status, 0, "{}", said.err);
+    let result: CommandOutput = run.output().unwrap().into();
+    assert_eq!(result.status, 0, "{}", result.err);
     drop(helper);
 }
 

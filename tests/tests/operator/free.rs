@@ -44,13 +44,13 @@ async fn no_job_is_taken_while_the_disk_is_short_and_the_running_one_goes_on() {
     let big = factory.host.root.join(&workers).join("image");
     std::fs::write(&big, vec![1; size_of_agents(1) as usize + (100 << 20)]).unwrap();
     short_of(&factory, "on the file system of").await;
-    let said = say(&factory, &["status"]);
+    let result = run_command(&factory, &["status"]);
     assert!(
-        said.status == 4
-            && said.out.contains("not taken: too little is free: ")
-            && said.out.contains("(factory.min_free.disk is 100M)"),
+        result.status == 4
+            && result.out.contains("not taken: too little is free: ")
+            && result.out.contains("(factory.min_free.disk is 100M)"),
         "{}",
-        said.out
+        result.out
     );
     assert_eq!(state_of(&json(&factory, &["status"]), "b"), "closed");
     for name in ["enough_free", "jobs_taken"] {

@@ -26,8 +26,8 @@ async fn a_broken_worker_is_seen_at_a_glance_understood_and_released() {
         (status["workers"][0]["phase"] == "held").then_some(())
     })
     .await;
-    let said = say(&factory, &["status"]);
-    assert_eq!(said.status, 4, "it waits for an operator");
+    let result = run_command(&factory, &["status"]);
+    assert_eq!(result.status, 4, "it waits for an operator");
     let worker = worker_on(&factory, "a").await;
     for part in [
         "broken",
@@ -36,7 +36,7 @@ async fn a_broken_worker_is_seen_at_a_glance_understood_and_released() {
         "exited with status 9",
         "last problems",
     ] {
-        assert!(said.out.contains(part), "{part}: {}", said.out);
+        assert!(result.out.contains(part), "{part}: {}", result.out);
     }
     let shown = done(&factory, &["show", &worker]);
     for part in [
@@ -56,7 +56,7 @@ async fn a_broken_worker_is_seen_at_a_glance_understood_and_released() {
         status["workers"].as_array()?.is_empty().then_some(())
     })
     .await;
-    assert_eq!(say(&factory, &["show", &worker]).status, 1);
+    assert_eq!(run_command(&factory, &["show", &worker]).status, 1);
     factory.finish().await;
 }
 
@@ -65,8 +65,8 @@ async fn destroy_asks_for_confirmation_and_takes_held_workers() {
     let factory = TestFactory::new(ONE).await;
     let job = factory.running().await;
     let worker = worker_on(&factory, "a").await;
-    let said = say(&factory, &["destroy", &worker]);
-    said.failed(1, &["--yes", &job.to_string()]);
+    let result = run_command(&factory, &["destroy", &worker]);
+    result.failed(1, &["--yes", &job.to_string()]);
     factory.polls(2).await;
     assert!(done(&factory, &["workers"]).contains(&worker));
     done(&factory, &["destroy", &worker, "--yes"]);
@@ -112,7 +112,7 @@ async fn the_slots_scripts_examine_the_host_and_a_fault_keeps_the_worker() {
     );
     assert_eq!(lines(&ended, "stdout"), ["the job"]);
     see(&factory, |status| (state_of(status, "a") == "held").then_some(())).await;
-    assert_eq!(say(&factory, &["status"]).status, 4);
+    assert_eq!(run_command(&factory, &["status"]).status, 4);
     factory.server.release(ended.worker.unwrap()).unwrap();
     factory.finish().await;
 }
@@ -184,7 +184,7 @@ async fn a_worker_that_an_operator_kills_keeps_its_files_and_the_jobs_log_says_w
         .join("fs/work");
     assert!(files.is_dir(), "its files stay");
     assert_eq!(factory.ended(job).await.state(), "failed");
-    let unknown = say(&factory, &["kill", "01HZX3N8Q4J5W56M9W8969S0XP"]);
+    let unknown = run_command(&factory, &["kill", "01HZX3N8Q4J5W56M9W8969S0XP"]);
     assert!(
         unknown.status == 1 && unknown.err.contains("there is no worker"),
         "{}",

@@ -140,7 +140,7 @@ async fn draining_waits_for_what_runs_takes_nothing_new_and_is_undone() {
     // The kernel update: supervisor and helper end, and come back.
     factory.end_helper(Signal::SIGTERM);
     factory.end_supervisor(Signal::SIGTERM);
-    assert_eq!(say(&factory, &["status"]).status, 3);
+    assert_eq!(run_command(&factory, &["status"]).status, 3);
     factory.helper = factory.host.helper();
     factory.supervisor = factory.host.supervisor();
     see(&factory, |status| (status["draining"] == true).then_some(())).await;
@@ -211,8 +211,8 @@ async fn a_drain_says_why_outlives_a_restart_and_ends_by_itself() {
         ),
         (["drain", "--reason", "two\nlines"], 1, "in one line"),
     ] {
-        let said = say(&factory, &words);
-        said.failed(status, &[part]);
+        let result = run_command(&factory, &words);
+        result.failed(status, &[part]);
     }
     assert_eq!(json(&factory, &["status"])["draining"], false);
     factory.finish().await;
@@ -241,8 +241,8 @@ async fn one_slot_is_drained_and_the_other_goes_on() {
     for job in jobs {
         factory.completed(job).await;
     }
-    let said = say(&factory, &["drain", "zz"]);
-    said.failed(1, &["no slot zz"]);
+    let result = run_command(&factory, &["drain", "zz"]);
+    result.failed(1, &["no slot zz"]);
     factory.finish().await;
 }
 
@@ -258,20 +258,20 @@ async fn a_command_without_a_supervisor_names_the_socket_and_exits_with_3() {
         &["reload"],
         &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"],
     ] {
-        let said = say(&factory, words);
-        assert_eq!(said.status, 3, "{words:?}");
+        let result = run_command(&factory, words);
+        assert_eq!(result.status, 3, "{words:?}");
         assert!(
-            said.err.contains("control.sock") && said.err.contains("user-factory serve"),
+            result.err.contains("control.sock") && result.err.contains("user-factory serve"),
             "{}",
-            said.err
+            result.err
         );
     }
-    assert_eq!(say(&factory, &["show", "nonsense"]).status, 2);
-    assert_eq!(say(&factory, &["colour"]).status, 2);
+    assert_eq!(run_command(&factory, &["show", "nonsense"]).status, 2);
+    assert_eq!(run_command(&factory, &["colour"]).status, 2);
     factory.supervisor = factory.host.supervisor();
     answering(&factory).await;
-    let said = say(&factory, &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
-    said.failed(1, &["no worker 01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
+    let result = run_command(&factory, &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
+    result.failed(1, &["no worker 01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
     factory.finish().await;
 }
 
@@ -285,7 +285,7 @@ async fn the_control_socket_is_for_its_user_its_group_and_root_alone() {
         (meta.uid(), meta.permissions().mode() & 0o777),
         (testbed::harness::SUPERVISOR_UID, 0o660)
     );
-    let said = say_as_nobody(&factory, &["status"]);
-    said.failed(3, &["ermission denied"]);
+    let result = run_command_as_nobody(&factory, &["status"]);
+    result.failed(3, &["ermission denied"]);
     factory.finish().await;
 }

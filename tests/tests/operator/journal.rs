@@ -76,16 +76,16 @@ async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
         std::iter::repeat_with(|| entry(&journal))
             .find(|lines| wanted.iter().all(|line| lines.contains(line)))
     });
-    let said = found.unwrap();
+    let result = found.unwrap();
     // What `journalctl` shows an operator.
-    let message = said.iter().find_map(|line| line.strip_prefix("MESSAGE="));
+    let message = result.iter().find_map(|line| line.strip_prefix("MESSAGE="));
     for part in [
         format!("worker={worker}"),
         format!("job={job}"),
         "phase=".to_owned(),
     ] {
-        assert!(message.is_some_and(|text| text.contains(&part)), "{said:?}");
+        assert!(message.is_some_and(|text| text.contains(&part)), "{result:?}");
     }
-    assert_eq!(fs::read_to_string(&stderr).unwrap(), "", "it is said twice");
+    assert_eq!(fs::read_to_string(&stderr).unwrap(), "", "it is printed twice");
     factory.finish().await;
 }

@@ -30,21 +30,21 @@ async fn a_command_runs_as_a_job_would_and_leaves_nothing() {
     let factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nlimits.open_files = 100\n").await;
     answering(&factory).await;
     let probe = "whoami; pwd; ulimit -Hn; ls /home | wc -l; ls /proc | grep -c '^[0-9]'; touch /work/x /tmp/y; (setsid sleep 1000 &) ; exit 7";
-    let said = say(&factory, &["run", "--", "bash", "-c", probe]);
-    assert_eq!(said.status, 7, "{}", said.err);
-    let lines: Vec<&str> = said.out.lines().collect();
+    let result = run_command(&factory, &["run", "--", "bash", "-c", probe]);
+    assert_eq!(result.status, 7, "{}", result.err);
+    let lines: Vec<&str> = result.out.lines().collect();
     assert!(
         lines[0].starts_with("bmat-01") && lines[0].len() == 31,
         "{lines:?}"
     );
     assert_eq!(&lines[1..4], ["/work", "100", "1"], "{lines:?}");
     assert!(lines[4].parse::<u32>().unwrap() < 8, "{lines:?}");
-    let said = say(&factory, &["run", "--slot", "zz", "--", "true"]);
-    said.failed(1, &["slot zz is not in the configuration"]);
-    let said = say(&factory, &["run", "--", "/no/such/command"]);
-    said.failed(1, &["/no/such/command"]);
-    let said = say_as_nobody(&factory, &["run", "--", "true"]);
-    said.failed(1, &["needs root"]);
+    let result = run_command(&factory, &["run", "--slot", "zz", "--", "true"]);
+    result.failed(1, &["slot zz is not in the configuration"]);
+    let result = run_command(&factory, &["run", "--", "/no/such/command"]);
+    result.failed(1, &["/no/such/command"]);
+    let result = run_command_as_nobody(&factory, &["run", "--", "true"]);
+    result.failed(1, &["needs root"]);
     factory.finish().await;
 }
 
@@ -72,8 +72,8 @@ async fn a_terminal_has_the_owner_and_group_that_programs_expect() {
     let factory = TestFactory::new(ONE).await;
     answering(&factory).await;
     let probe = "import os, pty\n_, terminal = pty.openpty()\nf = os.fstat(terminal)\nprint(f.st_uid == os.getuid(), f.st_gid, oct(f.st_mode & 0o777))";
-    let said = say(&factory, &["run", "--", "/usr/bin/python3", "-c", probe]);
-    assert_eq!(said.out.trim(), "True 5 0o620", "{}", said.err);
+    let result = run_command(&factory, &["run", "--", "/usr/bin/python3", "-c", probe]);
+    assert_eq!(result.out.trim(), "True 5 0o620", "{}", result.err);
     factory.finish().await;
 }
 
@@ -143,7 +143,7 @@ async fn a_held_worker_is_entered_though_its_processes_are_gone() {
     let worker = worker_on(&factory, "a").await;
     let script = place.path().join("script");
     std::fs::write(&script, "whoami; cat left; echo mine > mark; exit 4\n").unwrap();
-    let said: Said = tokio::task::block_in_place(|| {
+    let result: CommandOutput = tokio::task::block_in_place(|| {
         let mut shell = command(&factory, &["shell", &worker]);
         shell
             .stdin(std::fs::File::open(&script).unwrap())
@@ -152,10 +152,10 @@ async fn a_held_worker_is_entered_though_its_processes_are_gone() {
             .into()
     });
     assert_eq!(
-        (said.status, said.out.lines().collect::<Vec<_>>()),
+        (result.status, result.out.lines().collect::<Vec<_>>()),
         (4, vec![&*format!("bmat-{}", worker.to_lowercase()), "evidence"]),
         "{}",
-        said.err
+        result.err
     );
     // It is as it was: held, and as its agent left it.
     assert!(
@@ -170,8 +170,8 @@ async fn a_held_worker_is_entered_though_its_processes_are_gone() {
         "cat /work/mark; tty; exit\n",
     );
     assert!(seen.contains("mine") && seen.contains("/dev/pts/0"), "{seen}");
-    let said = say(&factory, &["shell", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
-    said.failed(1, &["does not exist"]);
+    let result = run_command(&factory, &["shell", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
+    result.failed(1, &["does not exist"]);
     factory
         .server
         .release(factory.server.job(job).worker.unwrap())
@@ -201,13 +201,13 @@ async fn a_shell_ends_with_its_worker() {
 /// What a task prints and what a manual command prints, of the same script.
 async fn task_and_command(factory: &TestFactory, script: &str) -> (String, String) {
     // The manual command first: the slot is free then.
-    let said = say(factory, &["run", "--", "bash", "-c", script]);
-    assert_eq!(said.status, 0, "{}", said.err);
+    let result = run_command(factory, &["run", "--", "bash", "-c", script]);
+    assert_eq!(result.status, 0, "{}", result.err);
     let job = factory.submit(script);
     let ended = factory.ended(job).await;
     let mut task = testbed::test_factory::lines(&ended, "stdout").join("\n");
     task.push('\n');
-    (task, said.out)
+    (task, result.out)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -246,9 +246,9 @@ async fn a_manual_command_can_reopen_its_streams() {
     let script = "cat /dev/stdin >/dev/stdout && echo to errors >/dev/stderr";
     let mut piped = command(&factory, &["run", "--", "bash", "-c", script]);
     piped.stdin(std::fs::File::open(&input).unwrap());
-    let said: Said = tokio::task::block_in_place(|| piped.output().unwrap().into());
+    let result: CommandOutput = tokio::task::block_in_place(|| piped.output().unwrap().into());
     assert_eq!(
-        (said.status, &*said.out, &*said.err),
+        (result.status, &*result.out, &*result.err),
         (0, "typed\n", "to errors\n")
     );
     // Two streams that are one file keep their order.
@@ -284,10 +284,10 @@ async fn a_network_of_its_own_knows_its_name_and_has_the_hosts_settings() {
         .arg(run.get_program())
         .args(run.get_args())
         .stdin(Stdio::null());
-    let said: Said = tokio::task::block_in_place(|| unshare.output().unwrap().into());
-    assert_eq!(said.status, 0, "{}{}", said.out, said.err);
+    let result: CommandOutput = tokio::task::block_in_place(|| unshare.output().unwrap().into());
+    assert_eq!(result.status, 0, "{}{}", result.out, result.err);
     let own = nix::unistd::gethostname().unwrap().into_string().unwrap();
-    let lines: Vec<Vec<&str>> = said
+    let lines: Vec<Vec<&str>> = result
         .out
         .lines()
         .map(|line| line.split_whitespace().collect())
@@ -302,7 +302,7 @@ async fn a_network_of_its_own_knows_its_name_and_has_the_hosts_settings() {
         &["100"],
         &["200"],
     ];
-    assert_eq!(lines, expected, "{}", said.err);
+    assert_eq!(lines, expected, "{}", result.err);
     factory.finish().await;
 }
 
@@ -314,14 +314,14 @@ async fn shared_memory_is_executable_and_the_root_says_how_much_room_there_is() 
                   touch /x 2>/dev/null && echo writable; \
                   findmnt -no OPTIONS / | tr , '\\n' | grep -x 'ro\\|nosuid\\|nodev'";
     let (task, command) = task_and_command(&factory, script).await;
-    for said in [task, command] {
-        let lines: Vec<&str> = said.lines().collect();
+    for result in [task, command] {
+        let lines: Vec<&str> = result.lines().collect();
         let room: Vec<i64> = lines[..2]
             .iter()
             .map(|line| line.trim().parse().unwrap())
             .collect();
-        assert!((room[0] - room[1]).abs() < 1024, "{said}");
-        assert_eq!(lines[2..], ["ro", "nosuid", "nodev"], "{said}");
+        assert!((room[0] - room[1]).abs() < 1024, "{result}");
+        assert_eq!(lines[2..], ["ro", "nosuid", "nodev"], "{result}");
     }
     factory.finish().await;
 }
@@ -335,11 +335,11 @@ async fn a_slot_has_the_families_of_sockets_that_it_names() {
     answering(&factory).await;
     let open = "import socket\nfor family in socket.AF_VSOCK, socket.AF_PACKET:\n try: socket.socket(family, socket.SOCK_STREAM); print('open')\n except OSError as error: print(error.errno)";
     for (slot, expected) in [("a", "97\n97\n"), ("b", "open\n97\n")] {
-        let said = say(
+        let result = run_command(
             &factory,
             &["run", "--slot", slot, "--", "/usr/bin/python3", "-c", open],
         );
-        assert_eq!((said.status, &*said.out), (0, expected), "{slot}: {}", said.err);
+        assert_eq!((result.status, &*result.out), (0, expected), "{slot}: {}", result.err);
     }
     factory.finish().await;
 }
@@ -359,8 +359,8 @@ except OSError as error:
     let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let elsewhere = format!("http://{}/", elsewhere.local_addr().unwrap());
     for (url, part) in [(server, "answered"), (elsewhere, "not reached")] {
-        let said = say(&factory, &["run", "--", "/usr/bin/python3", "-c", ask, &url]);
-        assert!(said.out.contains(part), "{url}: {}{}", said.out, said.err);
+        let result = run_command(&factory, &["run", "--", "/usr/bin/python3", "-c", ask, &url]);
+        assert!(result.out.contains(part), "{url}: {}{}", result.out, result.err);
     }
     factory.finish().await;
 }

@@ -104,7 +104,7 @@ async fn a_refused_token_and_a_server_that_is_away_can_be_told_apart() {
         assert!(std::time::Instant::now() < end, "{text}");
         tokio::time::sleep(PAUSE).await;
     }
-    assert_eq!(say(&factory, &["status"]).status, 4);
+    assert_eq!(run_command(&factory, &["status"]).status, 4);
     set(&right);
     answering(&factory).await;
     factory.finish().await;

@@ -29,15 +29,15 @@ mod stopped;
 mod unreachable;
 
 /// What a command has printed, and how it ended.
-struct Said {
+struct CommandOutput {
     status: i32,
     out: String,
     err: String,
 }
 
-impl From<Output> for Said {
-    fn from(output: Output) -> Said {
-        Said {
+impl From<Output> for CommandOutput {
+    fn from(output: Output) -> CommandOutput {
+        CommandOutput {
             status: output.status.code().expect("it exited"),
             out: String::from_utf8_lossy(&output.stdout).into_owned(),
             err: String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -45,7 +45,7 @@ impl From<Output> for Said {
     }
 }
 
-impl Said {
+impl CommandOutput {
     /// It has failed with this status, and has said why: in a text with these parts.
     #[track_caller]
     fn failed(&self, status: i32, parts: &[&str]) {
@@ -71,7 +71,7 @@ fn command(factory: &TestFactory, words: &[&str]) -> Command {
 }
 
 /// Type a command, and let it come to its end. The server that it may wait for runs on other threads.
-fn say(factory: &TestFactory, words: &[&str]) -> Said {
+fn run_command(factory: &TestFactory, words: &[&str]) -> CommandOutput {
     tokio::task::block_in_place(|| {
         command(factory, words)
             .output()
@@ -81,21 +81,21 @@ fn say(factory: &TestFactory, words: &[&str]) -> Said {
 }
 
 /// The same, as a user to whom nobody has given anything.
-fn say_as_nobody(factory: &TestFactory, words: &[&str]) -> Said {
+fn run_command_as_nobody(factory: &TestFactory, words: &[&str]) -> CommandOutput {
     let mut command = command(factory, words);
     command.uid(65_534).gid(65_534);
     tokio::task::block_in_place(|| command.output().expect("the command is there").into())
 }
 
 fn done(factory: &TestFactory, words: &[&str]) -> String {
-    let said = say(factory, words);
-    assert_eq!(said.status, 0, "{words:?}: {}{}", said.out, said.err);
-    said.out
+    let result = run_command(factory, words);
+    assert_eq!(result.status, 0, "{words:?}: {}{}", result.out, result.err);
+    result.out
 }
 
 fn json(factory: &TestFactory, words: &[&str]) -> Value {
-    let said = say(factory, &[words, &["--json"]].concat());
-    serde_json::from_str(&said.out).unwrap_or_else(|e| panic!("{words:?}: {e}: {}{}", said.out, said.err))
+    let result = run_command(factory, &[words, &["--json"]].concat());
+    serde_json::from_str(&result.out).unwrap_or_else(|e| panic!("{words:?}: {e}: {}{}", result.out, result.err))
 }
 
 /// Wait until the status shows what is wanted.

@@ -12,9 +12,9 @@ async fn a_reload_is_for_new_workers_and_one_with_mistakes_changes_nothing_and_s
     let job = factory.running().await;
     // A mistake: nothing changes, the line is named, and the status says that file and factory differ.
     factory.configure(&format!("{ONE}colour = \"red\"\n"));
-    let said = say(&factory, &["reload"]);
-    said.failed(1, &["config.toml:", "colour"]);
-    let status = say(&factory, &["status"]);
+    let result = run_command(&factory, &["reload"]);
+    result.failed(1, &["config.toml:", "colour"]);
+    let status = run_command(&factory, &["status"]);
     assert!(
         status.status == 4 && status.out.contains("not in use") && status.out.contains("colour"),
         "{}",
@@ -28,7 +28,7 @@ async fn a_reload_is_for_new_workers_and_one_with_mistakes_changes_nothing_and_s
         (status["slots"].as_array()?.len() == 2).then_some(())
     })
     .await;
-    assert_eq!(say(&factory, &["status"]).status, 0);
+    assert_eq!(run_command(&factory, &["status"]).status, 0);
     let second = factory.running().await;
     // The slot of the running job goes: its worker stays to its end.
     factory.configure("[slots.b]\ntarget = \"TARGET\"\n");
@@ -71,7 +71,7 @@ async fn row_104_a_file_that_changes_between_lease_and_start_fails_no_job() {
         parts.iter().all(|part| why.contains(part)).then_some(())
     })
     .await;
-    assert_eq!(say(&factory, &["status"]).status, 4);
+    assert_eq!(run_command(&factory, &["status"]).status, 4);
     proxy.heal();
     let second = factory.submit("echo second");
     // A mistake, an empty file: the worker waits, whatever the file is meanwhile. (With the one in use it would not.)
@@ -83,7 +83,7 @@ async fn row_104_a_file_that_changes_between_lease_and_start_fails_no_job() {
     done(&factory, &["reload"]);
     factory.completed(first).await;
     factory.completed(second).await;
-    assert_eq!(say(&factory, &["status"]).status, 0);
+    assert_eq!(run_command(&factory, &["status"]).status, 0);
     factory.finish().await;
 }
 
@@ -95,7 +95,7 @@ async fn what_only_a_restart_can_change_is_named() {
     factory
         .host
         .configure("http://127.0.0.1:9", testbed::harness::SUPERVISOR_UID, &slots);
-    let said = say(&factory, &["reload"]);
-    said.failed(1, &["general.baseurl", "restart"]);
+    let result = run_command(&factory, &["reload"]);
+    result.failed(1, &["general.baseurl", "restart"]);
     factory.finish().await;
 }

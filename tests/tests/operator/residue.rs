@@ -14,9 +14,9 @@ fn residue(factory: &TestFactory, files: bool) -> (i32, Value) {
     } else {
         &["--no-files"]
     };
-    let said = say(factory, &[&["residue", "--json"], how].concat());
-    let report = serde_json::from_str(&said.out).unwrap_or_else(|e| panic!("{e}: {} {}", said.out, said.err));
-    (said.status, report)
+    let result = run_command(factory, &[&["residue", "--json"], how].concat());
+    let report = serde_json::from_str(&result.out).unwrap_or_else(|e| panic!("{e}: {} {}", result.out, result.err));
+    (result.status, report)
 }
 
 fn has(report: &Value, kind: &str, part: &str) -> bool {
@@ -107,21 +107,21 @@ sys.stdin.read()";
         .arg(&place)
         .arg(plain.get_program())
         .args(plain.get_args());
-    let said: Said = tokio::task::block_in_place(|| mounted.output().unwrap()).into();
+    let result: CommandOutput = tokio::task::block_in_place(|| mounted.output().unwrap()).into();
     assert!(
-        said.status == 1 && said.out.contains(NOBODYS),
+        result.status == 1 && result.out.contains(NOBODYS),
         "{}{}",
-        said.out,
-        said.err
+        result.out,
+        result.err
     );
     std::fs::remove_dir(&place).unwrap();
 
-    let said = say(&factory, &["residue", "--no-files"]);
+    let result = run_command(&factory, &["residue", "--no-files"]);
     assert!(
-        said.status == 0 && said.out.ends_with("nothing is left\n"),
+        result.status == 0 && result.out.ends_with("nothing is left\n"),
         "{}{}",
-        said.out,
-        said.err
+        result.out,
+        result.err
     );
     factory.release();
     factory.completed(job).await;
@@ -132,7 +132,7 @@ sys.stdin.read()";
 async fn only_root_is_told_what_is_left() {
     let factory = TestFactory::new(ONE).await;
     let mut command = command(&factory, &["residue"]);
-    let said: Said = tokio::task::block_in_place(|| command.uid(65534).gid(65534).output().unwrap()).into();
-    said.failed(1, &["needs root"]);
+    let result: CommandOutput = tokio::task::block_in_place(|| command.uid(65534).gid(65534).output().unwrap()).into();
+    result.failed(1, &["needs root"]);
     factory.finish().await;
 }

@@ -22,9 +22,9 @@ fn with_outcome(report: &Value, outcome: &str) -> Vec<String> {
 }
 
 fn selftest(factory: &TestFactory) -> (i32, Value) {
-    let said = say(factory, &["selftest", "--json"]);
-    let report = serde_json::from_str(&said.out).unwrap_or_else(|e| panic!("{e}: {}{}", said.out, said.err));
-    (said.status, report)
+    let result = run_command(factory, &["selftest", "--json"]);
+    let report = serde_json::from_str(&result.out).unwrap_or_else(|e| panic!("{e}: {}{}", result.out, result.err));
+    (result.status, report)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -73,7 +73,7 @@ printf '%s\n' "$told" | setpriv --reuid=UID --regid=UID --clear-groups "${0%/*}/
 "#;
 
 /// `user-factory selftest`, with that in place of the sandbox.
-fn without_sandbox(factory: &TestFactory) -> Said {
+fn without_sandbox(factory: &TestFactory) -> CommandOutput {
     use std::os::unix::fs::PermissionsExt;
     let place = tempfile::tempdir().unwrap();
     std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -97,9 +97,9 @@ fn without_sandbox(factory: &TestFactory) -> Said {
 async fn a_sandbox_that_is_not_there_is_seen() {
     let factory = TestFactory::new(&format!("{ONE}network = \"none\"\n")).await;
     answering(&factory).await;
-    let said = without_sandbox(&factory);
-    assert_eq!(said.status, 1, "{}{}", said.out, said.err);
-    let report: Value = serde_json::from_str(&said.out).unwrap();
+    let result = without_sandbox(&factory);
+    assert_eq!(result.status, 1, "{}{}", result.out, result.err);
+    let report: Value = serde_json::from_str(&result.out).unwrap();
     let failed = with_outcome(&report, "failed").join("\n");
     for part in [
         "no_new_privs",
@@ -125,19 +125,19 @@ async fn a_slot_with_a_worker_is_left_alone_and_another_is_tried() {
     let two = format!("{ONE}[slots.b]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n");
     let factory = TestFactory::new(&two).await;
     let job = factory.running().await;
-    let said = say(&factory, &["selftest", "--slot", "a"]);
-    assert_eq!(said.status, 1);
+    let result = run_command(&factory, &["selftest", "--slot", "a"]);
+    assert_eq!(result.status, 1);
     for part in ["slot a: nothing was tried", "has worker", "no slot is free"] {
-        assert!(said.out.contains(part), "{part}: {}{}", said.out, said.err);
+        assert!(result.out.contains(part), "{part}: {}{}", result.out, result.err);
     }
-    let said = say(&factory, &["selftest"]);
-    assert_eq!(said.status, 0, "{}{}", said.out, said.err);
+    let result = run_command(&factory, &["selftest"]);
+    assert_eq!(result.status, 0, "{}{}", result.out, result.err);
     for part in [
         "slot a: nothing was tried",
         "slot b\nRESULT",
         "all checks passed",
     ] {
-        assert!(said.out.contains(part), "{part}: {}", said.out);
+        assert!(result.out.contains(part), "{part}: {}", result.out);
     }
     factory.release();
     factory.completed(job).await;
@@ -159,17 +159,17 @@ async fn no_job_is_taken_after_a_start_before_the_self_test_has_passed() {
     // One slot's says nothing of the others.
     done(&factory, &["selftest", "--slot", "a"]);
     see(&factory, not_taken("the self-test has not been done")).await;
-    let said = without_sandbox(&factory);
-    assert_eq!(said.status, 1, "{}{}", said.out, said.err);
+    let result = without_sandbox(&factory);
+    assert_eq!(result.status, 1, "{}{}", result.out, result.err);
     see(&factory, not_taken("the self-test has failed")).await;
-    let said = say(&factory, &["status"]);
+    let result = run_command(&factory, &["status"]);
     assert!(
-        said.status == 4
-            && said.out.contains("selftest failed")
-            && said.out.contains("in slot a it does not hold that"),
+        result.status == 4
+            && result.out.contains("selftest failed")
+            && result.out.contains("in slot a it does not hold that"),
         "{}{}",
-        said.out,
-        said.err
+        result.out,
+        result.err
     );
     assert_eq!(metric(&factory, "selftest_failed"), Some("1".into()));
     factory.polls(2).await;

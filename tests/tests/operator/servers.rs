@@ -61,8 +61,8 @@ async fn an_agent_that_does_not_know_the_options_is_replaced_by_one_of_the_host(
     let named = |path: &std::path::Path| factory.configure(&format!("agent = {path:?}\n{ONE}"));
     let agent = factory.shared().join("agent");
     named(&agent);
-    let said = say(&factory, &["reload"]);
-    said.failed(1, &["No such file"]);
+    let result = run_command(&factory, &["reload"]);
+    result.failed(1, &["No such file"]);
     std::fs::copy(binaries().join("fake-agent"), &agent).unwrap();
     std::fs::set_permissions(&agent, std::fs::Permissions::from_mode(0o755)).unwrap();
     done(&factory, &["reload"]);
@@ -91,19 +91,19 @@ async fn a_target_is_named_where_the_server_lists_its_targets_and_a_wrong_name_i
     let slot = &status["slots"][0];
     assert_eq!(slot["target"], factory.target.to_string());
     assert_eq!(slot["target_name"], "linux");
-    let said = say(&factory, &["check", &config_of(&factory), "--online"]);
-    assert_eq!(said.status, 0, "{}{}", said.out, said.err);
+    let result = run_command(&factory, &["check", &config_of(&factory), "--online"]);
+    assert_eq!(result.status, 0, "{}{}", result.out, result.err);
     let found = format!("online targets: \"linux\" is {}", factory.target);
-    assert!(said.out.contains(&found), "{}", said.out);
+    assert!(result.out.contains(&found), "{}", result.out);
     // A name that the server does not have.
     factory.configure(&NAMED.replace("linux", "linus"));
-    let said = say(&factory, &["check", &config_of(&factory), "--online"]);
+    let result = run_command(&factory, &["check", &config_of(&factory), "--online"]);
     let wrong = "slots.a.target = \"linus\" is no target of the server, which has \"linux\"";
-    assert!(said.status == 1 && said.out.contains(wrong), "{}", said.out);
+    assert!(result.status == 1 && result.out.contains(wrong), "{}", result.out);
     done(&factory, &["reload"]);
     because(&factory, wrong).await;
     factory.logged(&["WARN", "no jobs are taken in this slot", "linus"]);
-    let status = say(&factory, &["status"]);
+    let status = run_command(&factory, &["status"]);
     assert!(status.status == 4 && status.out.contains(wrong), "{}", status.out);
     let job = factory.submit("echo corrected");
     factory.configure(NAMED);
@@ -115,8 +115,8 @@ async fn a_target_is_named_where_the_server_lists_its_targets_and_a_wrong_name_i
     factory.supervisor = factory.host.supervisor();
     let sentence = because(&factory, "write the target's id").await;
     assert!(sentence.contains("slots.a.target = \"linux\""), "{sentence}");
-    let said = say(&factory, &["check", &config_of(&factory), "--online"]);
-    assert!(said.status == 1 && said.out.contains(&sentence), "{}", said.out);
+    let result = run_command(&factory, &["check", &config_of(&factory), "--online"]);
+    assert!(result.status == 1 && result.out.contains(&sentence), "{}", result.out);
     factory.finish().await;
 }
 

@@ -25,10 +25,10 @@ async fn a_shutdown_waits_for_the_job_that_runs_and_takes_no_other_before_the_ne
     factory.release();
     factory.completed(job).await;
     let ended = tokio::task::block_in_place(|| waiting.wait_with_output().unwrap());
-    let said: Said = ended.into();
-    assert_eq!(said.status, 0, "{}", said.err);
+    let result: CommandOutput = ended.into();
+    assert_eq!(result.status, 0, "{}", result.err);
     let line = format!("the shutdown of the host waits up to 900 s for a (job {job})");
-    assert!(said.err.contains(&line), "{}", said.err);
+    assert!(result.err.contains(&line), "{}", result.err);
     assert_eq!(factory.server.job(next).state(), "queued");
     assert_eq!(json(&factory, &["status"])["drains"], serde_json::json!([]));
     // After the reboot.
@@ -43,14 +43,14 @@ async fn a_shutdown_waits_no_longer_than_it_may_and_says_whom_it_ends() {
     let factory = TestFactory::new(ONE).await;
     let job = factory.running().await;
     // Unless the key is set, it waits for nobody, and nothing changes.
-    let said = say(&factory, &["drain", "--at-shutdown"]);
-    assert_eq!((said.status, said.err.as_str()), (0, ""));
+    let result = run_command(&factory, &["drain", "--at-shutdown"]);
+    assert_eq!((result.status, result.err.as_str()), (0, ""));
     assert!(json(&factory, &["status"])["not_taken"].is_null());
     factory.configure(&format!("shutdown_wait_seconds = 2\n{ONE}"));
     let began = std::time::Instant::now();
-    let said = say(&factory, &["drain", "--at-shutdown"]);
+    let result = run_command(&factory, &["drain", "--at-shutdown"]);
     let line = format!("2 s are over: the shutdown of the host ends a (job {job})");
-    assert!(said.status == 0 && said.err.contains(&line), "{}", said.err);
+    assert!(result.status == 0 && result.err.contains(&line), "{}", result.err);
     assert!(began.elapsed().as_secs() >= 2 && began.elapsed() < TEST_TIMEOUT);
     assert_eq!(factory.server.job(job).state(), "running");
     factory.release();
@@ -65,8 +65,8 @@ async fn a_shutdown_does_not_wait_for_a_worker_that_is_kept_for_a_person() {
     let worker = worker_on(&factory, "a").await;
     done(&factory, &["kill", &worker]);
     factory.held(job).await;
-    let said = say(&factory, &["drain", "--at-shutdown"]);
-    assert_eq!((said.status, said.err.as_str()), (0, ""));
+    let result = run_command(&factory, &["drain", "--at-shutdown"]);
+    assert_eq!((result.status, result.err.as_str()), (0, ""));
     done(&factory, &["destroy", &worker, "--yes"]);
     factory.finish().await;
 }

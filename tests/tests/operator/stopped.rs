@@ -7,7 +7,7 @@ use testbed::test_factory::ONE;
 
 use super::*;
 
-/// No command takes longer than this to say that nobody answers.
+/// No command takes longer than this to run_command that nobody answers.
 const AT_MOST: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -41,22 +41,22 @@ async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
     ];
     started.extend(all.iter().map(|words| start(words)));
     for (words, child) in started {
-        let said = Said::from(tokio::task::block_in_place(|| child.wait_with_output()).unwrap());
-        assert_eq!(said.status, 3, "{words}: {}{}", said.out, said.err);
+        let result = CommandOutput::from(tokio::task::block_in_place(|| child.wait_with_output()).unwrap());
+        assert_eq!(result.status, 3, "{words}: {}{}", result.out, result.err);
         assert!(
-            said.err.contains("did not answer within"),
+            result.err.contains("did not answer within"),
             "{words}: {}",
-            said.err
+            result.err
         );
         assert!(began.elapsed() < AT_MOST, "{words}: {:?}", began.elapsed());
     }
     factory.supervisor.signal(Signal::SIGCONT);
     // What was asked for may be done when it goes on, or not: who asked has gone. It serves again.
-    assert_eq!(say(&factory, &["kill", &worker]).status, 0);
+    assert_eq!(run_command(&factory, &["kill", &worker]).status, 0);
     let held = see(&factory, |status| status["workers"][0]["hold"].as_str().map(drop));
     held.await;
-    assert_eq!(say(&factory, &["destroy", &worker, "--yes"]).status, 0);
-    assert_eq!(say(&factory, &["resume", "a"]).status, 0);
+    assert_eq!(run_command(&factory, &["destroy", &worker, "--yes"]).status, 0);
+    assert_eq!(run_command(&factory, &["resume", "a"]).status, 0);
     let job = factory.submit("echo next");
     factory.completed(job).await;
     factory.finish().await;

@@ -13,7 +13,7 @@ use super::*;
 async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do() {
     let factory = TestFactory::new(ONE).await;
     factory.polls(3).await;
-    assert_eq!(say(&factory, &["status"]).status, 0);
+    assert_eq!(run_command(&factory, &["status"]).status, 0);
     // The next listener stops where it would install its filter, as one does that the kernel keeps there.
     let monitor = factory.helper.pid();
     let plan = Plan {
@@ -40,10 +40,10 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
     for part in parts {
         assert!(trouble.contains(part), "{part} is not in {trouble}");
     }
-    let said = say(&factory, &["status"]);
-    assert_eq!(said.status, 4, "{}{}", said.out, said.err);
+    let result = run_command(&factory, &["status"]);
+    assert_eq!(result.status, 4, "{}{}", result.out, result.err);
     for part in parts {
-        assert!(said.out.contains(part), "{part} is not in {}", said.out);
+        assert!(result.out.contains(part), "{part} is not in {}", result.out);
     }
     let stopped = listener(monitor);
     kill(Pid::from_raw(stopped as i32), Signal::SIGCONT).unwrap();
@@ -51,7 +51,7 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
         (status["helper"]["reachable"] == true).then_some(())
     })
     .await;
-    assert_eq!(say(&factory, &["status"]).status, 0);
+    assert_eq!(run_command(&factory, &["status"]).status, 0);
     let job = factory.submit("echo served");
     factory.completed(job).await;
     factory.finish().await;
@@ -60,16 +60,16 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
 /// Why no jobs are taken, once that is shown; the command then ends with 4, and no slot is shown as free.
 async fn not_taken(factory: &TestFactory) -> String {
     let why = see(factory, |status| status["not_taken"].as_str().map(str::to_owned)).await;
-    let said = say(factory, &["status"]);
-    assert_eq!(said.status, 4, "{}{}", said.out, said.err);
-    assert!(said.out.contains("not taken: "), "{}", said.out);
-    assert!(!said.out.contains(" free "), "{}", said.out);
+    let result = run_command(factory, &["status"]);
+    assert_eq!(result.status, 4, "{}{}", result.out, result.err);
+    assert!(result.out.contains("not taken: "), "{}", result.out);
+    assert!(!result.out.contains(" free "), "{}", result.out);
     why
 }
 
 async fn taken(factory: &TestFactory) {
     see(factory, |status| status["not_taken"].is_null().then_some(())).await;
-    assert_eq!(say(factory, &["status"]).status, 0);
+    assert_eq!(run_command(factory, &["status"]).status, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -83,8 +83,8 @@ async fn a_helper_that_does_not_answer_is_shown_and_no_job_is_leased_meanwhile()
     let status = json(&factory, &["status"]);
     assert!(status["helper"]["unanswered_since"].is_string(), "{status}");
     assert_eq!(status["helper"]["reachable"], true, "{status}");
-    let said = say(&factory, &["status"]);
-    assert!(said.out.contains("has not answered for"), "{}", said.out);
+    let result = run_command(&factory, &["status"]);
+    assert!(result.out.contains("has not answered for"), "{}", result.out);
     let second = factory.submit("echo second");
     factory.polls(2).await;
     assert_eq!(factory.server.job(second).state(), "queued");
@@ -126,17 +126,17 @@ async fn resuming_one_slot_while_all_are_drained_says_that_it_changes_nothing_ye
     answering(&factory).await;
     done(&factory, &["drain"]);
     done(&factory, &["drain", "a"]);
-    let said = say(&factory, &["resume", "a"]);
-    assert_eq!(said.status, 0, "{}", said.err);
+    let result = run_command(&factory, &["resume", "a"]);
+    assert_eq!(result.status, 0, "{}", result.err);
     assert!(
-        said.err
+        result.err
             .contains("slot a takes no jobs before `user-factory resume`"),
         "{}",
-        said.err
+        result.err
     );
     done(&factory, &["resume"]);
     done(&factory, &["drain", "a"]);
-    assert_eq!(say(&factory, &["resume", "a"]).err, "");
+    assert_eq!(run_command(&factory, &["resume", "a"]).err, "");
     factory.finish().await;
 }
 
@@ -171,9 +171,9 @@ async fn row_114_a_hundred_commands_at_once_from_several_users_are_each_answered
         })
         .collect();
     for (words, wanted, child) in started {
-        let said = Said::from(tokio::task::block_in_place(|| child.wait_with_output()).unwrap());
+        let result = CommandOutput::from(tokio::task::block_in_place(|| child.wait_with_output()).unwrap());
         // A status may find the factory drained, but none of it waits for an operator.
-        assert_eq!(said.status, wanted, "{words:?}: {}{}", said.out, said.err);
+        assert_eq!(result.status, wanted, "{words:?}: {}{}", result.out, result.err);
     }
     let log = &factory.supervisor.log;
     let loaded = "configuration loaded again";

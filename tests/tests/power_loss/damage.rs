@@ -88,10 +88,10 @@ fn a_worker_with_a_damaged_record_that_cannot_be_deleted_keeps_every_slot_with_t
     let Reply::Error(error) = create(&client, worker_id(), "b") else {
         panic!("a slot was given")
     };
-    let said = error.message();
+    let printed = error.message();
     assert!(
-        said.contains("damaged") && said.contains(&worker.to_string()),
-        "{said}"
+        printed.contains("damaged") && printed.contains(&worker.to_string()),
+        "{printed}"
     );
     assert_eq!(list(&client), []);
     fs::remove_dir(odd).unwrap();

@@ -73,13 +73,13 @@ impl Plant {
     }
 
     /// What the helper writes while it serves one connection; and how much of it, when a worker's first process was
-    /// told to start the agent.
+    /// started_at to start the agent.
     fn record(&self, ask: impl FnOnce(&Client)) -> (Vec<Change>, Option<usize>) {
         let recorder = Arc::new(Mutex::new((Recorder::new(&self.state_dir()), None)));
         let tap = recorder.clone();
         let mut first = None;
         let watcher = watch_with(self.helper.pid(), Span::OneConnection, None, move |pid, event| {
-            let (recorder, told) = &mut *tap.lock().unwrap();
+            let (recorder, started_at) = &mut *tap.lock().unwrap();
             recorder.on(pid, event);
             match event {
                 Event::Born { by, .. } if by.number == libc::SYS_clone3 && first.is_none() => {
@@ -89,15 +89,15 @@ impl Plant {
                 Event::Enter(call)
                     if call.number == libc::SYS_sendmsg && first.is_some_and(|first| first != pid) =>
                 {
-                    told.get_or_insert(recorder.changes.len());
+                    started_at.get_or_insert(recorder.changes.len());
                 }
                 _ => {}
             }
         });
         ask(&Client::new(&self.host));
         watcher.join().expect("the tracer does not fail");
-        let (recorder, told) = &mut *recorder.lock().unwrap();
-        (std::mem::take(&mut recorder.changes), *told)
+        let (recorder, started_at) = &mut *recorder.lock().unwrap();
+        (std::mem::take(&mut recorder.changes), *started_at)
     }
 
     /// The power is back: no process, no cgroup, nothing below `/run`, and on the disk this.
@@ -232,12 +232,12 @@ fn power_loss_while_a_worker_is_made_and_started_leaves_one_that_delete_removes(
         assert!(matches!(create(client, worker, "a"), Reply::UserCreated { .. }));
     });
     let mut console = None;
-    let (installing, told) = plant.record(|client| {
+    let (installing, started_at) = plant.record(|client| {
         let (reply, file) = install(client, worker, agent());
         assert_eq!(reply, Reply::AgentStarted);
         console = file;
     });
-    let started = changes.len() + told.expect("the agent was started");
+    let started = changes.len() + started_at.expect("the agent was started");
     changes.extend(installing);
     wait_for_line(&console.expect("it came with the reply"), "ready");
     plant.end(worker, "nothing was cut off");

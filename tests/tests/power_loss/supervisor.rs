@@ -99,7 +99,7 @@ async fn power_loss_at_any_write_of_the_supervisor_leaves_its_workers_as_they_we
     let mut opened = 0;
     for cut in 0..replay.cuts() {
         let before = cut.checked_sub(1).map(|last| &replay.changes[last]);
-        let what = || format!("the power goes after step {cut}, {}", say(before));
+        let what = || format!("the power goes after step {cut}, {}", describe(before));
         let now = workers_on(&replay.in_order(cut)).unwrap_or_else(|e| panic!("{}: {e}", what()));
         if moments.last() != Some(&now) {
             // What was saved is synced before anything else is begun.
@@ -134,7 +134,7 @@ async fn power_loss_at_any_write_of_the_supervisor_leaves_its_workers_as_they_we
     assert!(changes.len() > 50 && moments.len() > 5, "that is too few");
 }
 
-fn say(change: Option<&Change>) -> String {
+fn describe(change: Option<&Change>) -> String {
     match change {
         Some(Change::Write { path, at, bytes }) => {
             format!("{} bytes at {at} of {}", bytes.len(), path.display())

@@ -1,5 +1,5 @@
 //! The process that accepts connections: it runs as long as the monitor, and no longer; and while it does not accept,
-//! clients are told why.
+//! clients are logged why.
 
 use std::time::Duration;
 
@@ -49,11 +49,11 @@ fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_
         "the next came after {passed:?}"
     );
     assert_eq!(list(&test.client()).len(), 1);
-    let told = [
+    let logged = [
         "WARN",
         "the process that accepts connections has ended (signal: 9 (SIGKILL))",
     ];
-    test.helper.log.exactly(2, 0, &told);
+    test.helper.log.exactly(2, 0, &logged);
     // The session of the first asks the monitor all the same.
     let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
     assert_eq!(reply, Reply::AgentStarted);

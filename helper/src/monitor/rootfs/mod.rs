@@ -164,9 +164,9 @@ impl RootFs {
                 None
             }
             State::Building(building) => {
-                let (said, changed) = ready.split_first()?;
+                let (answered, changed) = ready.split_first()?;
                 building.source.is_stale |= changed.contains(&true);
-                if *said {
+                if *answered {
                     return Some(self.receive());
                 }
                 if !building.is_stuck && building.source.begun.elapsed() >= LIMIT + GRACE {
@@ -258,11 +258,11 @@ impl RootFs {
             let built = sys::close_all_but(&[&host.descriptors()[..], &own].concat())
                 .map_err(anyhow::Error::from)
                 .and_then(|()| self.build(host, config, &directories));
-            let told = match built {
+            let sent = match built {
                 Ok(namespace) => HandshakeMessage::Done.send_to(&monitor, Some(namespace.as_fd())),
                 Err(error) => HandshakeMessage::failed(error).send_to(&monitor, None),
             };
-            i32::from(told.is_err())
+            i32::from(sent.is_err())
         })
         .context("cannot fork")?;
         self.state = State::Building(Building {
@@ -337,7 +337,7 @@ fn release(namespace: OwnedFd) {
             sys::fork(|| {
                 let keep = [namespace.as_raw_fd(), child.as_raw_fd()];
                 if sys::close_all_but(&keep).is_ok() {
-                    // Nothing is said: the monitor has closed its descriptors.
+                    // Nothing is sent: the monitor has closed its descriptors.
                     let _ = child.recv(1);
                 }
                 0

@@ -514,10 +514,10 @@ mod tests {
     fn the_monitors_filter_and_a_jobs_have_the_same_error_for_a_call() {
         let monitor = monitor();
         for call in 0..=LAST_REVIEWED {
-            let said = run(&monitor, NATIVE, call as u32, [0; 6]);
-            if said != ALLOW {
+            let action = run(&monitor, NATIVE, call as u32, [0; 6]);
+            if action != ALLOW {
                 for slot in SLOTS {
-                    assert_eq!(ask(slot, call, [0; 6]), said, "{call} {slot:?}");
+                    assert_eq!(ask(slot, call, [0; 6]), action, "{call} {slot:?}");
                 }
             }
         }
@@ -563,8 +563,8 @@ mod tests {
                 } else {
                     REFUSED
                 };
-                let said = run(&program, NATIVE, 0, [u64::from(value), 0, 0, 0, 0, 0]);
-                assert_eq!(said, expected, "{value:#x} of {few}");
+                let action = run(&program, NATIVE, 0, [u64::from(value), 0, 0, 0, 0, 0]);
+                assert_eq!(action, expected, "{value:#x} of {few}");
             }
         }
     }
@@ -658,10 +658,10 @@ mod tests {
                 (libc::SO_RCVBUF, ALLOW),
             ] {
                 let of = |level: i32| [3, level as u64, option as u64];
-                let said = ask_both(slot, libc::SYS_setsockopt, &of(libc::SOL_SOCKET));
-                assert_eq!(said, expected, "{option}");
-                let said = ask_both(slot, libc::SYS_setsockopt, &of(libc::IPPROTO_IPV6));
-                assert_eq!(said, ALLOW, "{option}");
+                let action = ask_both(slot, libc::SYS_setsockopt, &of(libc::SOL_SOCKET));
+                assert_eq!(action, expected, "{option}");
+                let action = ask_both(slot, libc::SYS_setsockopt, &of(libc::IPPROTO_IPV6));
+                assert_eq!(action, ALLOW, "{option}");
             }
         }
     }
@@ -680,9 +680,9 @@ mod tests {
             let prctl = |option: i32, mode| ask_both(slot, libc::SYS_prctl, &[option as u64, mode]);
             // SECCOMP_MODE_STRICT and SECCOMP_MODE_FILTER.
             let (get, set) = (libc::PR_GET_SECCOMP, libc::PR_SET_SECCOMP);
-            let said = [(get, 2), (set, 1), (set, 2), (set, 3), (libc::PR_SET_NAME, 2)];
-            let said = said.map(|(option, mode)| prctl(option, mode));
-            assert_eq!(said, [ALLOW, ALLOW, filter, ALLOW, ALLOW]);
+            let action = [(get, 2), (set, 1), (set, 2), (set, 3), (libc::PR_SET_NAME, 2)];
+            let action = action.map(|(option, mode)| prctl(option, mode));
+            assert_eq!(action, [ALLOW, ALLOW, filter, ALLOW, ALLOW]);
         }
     }
 
@@ -864,17 +864,17 @@ mod tests {
                 libc::SYS_sched_setattr,
                 libc::SYS_sched_setaffinity,
             ] {
-                let said = [0, 1, 2].map(|pid| ask_both(slot, call, &[pid]));
-                assert_eq!(said, [ALLOW, REFUSED, ALLOW], "{call}");
+                let action = [0, 1, 2].map(|pid| ask_both(slot, call, &[pid]));
+                assert_eq!(action, [ALLOW, REFUSED, ALLOW], "{call}");
             }
             for (call, first) in [(libc::SYS_setpriority, 0), (libc::SYS_ioprio_set, 1)] {
-                let said = |which, who| ask_both(slot, call, &[which, who]);
-                assert_eq!([0, 1, 2].map(|who| said(first, who)), [ALLOW, REFUSED, ALLOW]);
+                let action = |which, who| ask_both(slot, call, &[which, who]);
+                assert_eq!([0, 1, 2].map(|who| action(first, who)), [ALLOW, REFUSED, ALLOW]);
                 assert_eq!(
-                    [0, 1, 2].map(|who| said(first + 1, who)),
+                    [0, 1, 2].map(|who| action(first + 1, who)),
                     [REFUSED, REFUSED, ALLOW]
                 );
-                assert_eq!([0, 1, 2].map(|who| said(first + 2, who)), [REFUSED; 3]);
+                assert_eq!([0, 1, 2].map(|who| action(first + 2, who)), [REFUSED; 3]);
             }
             let prlimit = |pid, new| ask(slot, libc::SYS_prlimit64, [pid, files, new, 0, 0, 0]);
             assert_eq!([0, 1, 2].map(|pid| prlimit(pid, 0x1000)), [ALLOW, REFUSED, ALLOW]);
@@ -899,8 +899,8 @@ mod tests {
                 assert_eq!(ask_both(slot, call, &[0x1000, 1, 1]), ALLOW);
             }
             for call in [libc::SYS_move_pages, libc::SYS_migrate_pages] {
-                let said = [0, 1, 2].map(|pid| ask_both(slot, call, &[pid]));
-                assert_eq!(said, [ALLOW, REFUSED, REFUSED]);
+                let action = [0, 1, 2].map(|pid| ask_both(slot, call, &[pid]));
+                assert_eq!(action, [ALLOW, REFUSED, REFUSED]);
             }
         }
     }

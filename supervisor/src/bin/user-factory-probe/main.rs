@@ -15,7 +15,7 @@ use supervisor::selftest::{Attempt, Outcome};
 pub struct Table;
 
 impl Table {
-    pub fn say(&self, promise: &str, tried: &str, seen: impl Into<String>, outcome: Outcome) {
+    pub fn report(&self, promise: &str, tried: &str, seen: impl Into<String>, outcome: Outcome) {
         let attempt = Attempt::new(promise, tried, seen, outcome);
         println!("{}", serde_json::to_string(&attempt).expect("it has text alone"));
     }
@@ -23,22 +23,22 @@ impl Table {
     /// This must be so.
     pub fn must_be(&self, promise: &str, tried: &str, seen: impl Into<String>, is_so: bool) {
         let outcome = if is_so { Outcome::Ok } else { Outcome::Failed };
-        self.say(promise, tried, seen, outcome);
+        self.report(promise, tried, seen, outcome);
     }
 
     /// This must not work.
     pub fn must_fail<T, E: std::fmt::Display>(&self, promise: &str, tried: &str, result: Result<T, E>) {
         match result {
-            Ok(_) => self.say(promise, tried, "it worked", Outcome::Failed),
-            Err(error) => self.say(promise, tried, error.to_string(), Outcome::Ok),
+            Ok(_) => self.report(promise, tried, "it worked", Outcome::Failed),
+            Err(error) => self.report(promise, tried, error.to_string(), Outcome::Ok),
         }
     }
 
     /// This must work.
     pub fn must_work<T, E: std::fmt::Display>(&self, promise: &str, tried: &str, result: Result<T, E>) {
         match result {
-            Ok(_) => self.say(promise, tried, "it worked", Outcome::Ok),
-            Err(error) => self.say(promise, tried, error.to_string(), Outcome::Failed),
+            Ok(_) => self.report(promise, tried, "it worked", Outcome::Ok),
+            Err(error) => self.report(promise, tried, error.to_string(), Outcome::Failed),
         }
     }
 }

@@ -262,7 +262,7 @@ fn services(table: &Table, expected: &Expected) {
                 kernel().0,
                 kernel().1
             );
-            table.say(SERVICES, tried, seen, Outcome::NotEnforced);
+            table.report(SERVICES, tried, seen, Outcome::NotEnforced);
         }
         result => table.must_fail(SERVICES, tried, result),
     }

@@ -43,7 +43,7 @@ fn identity(table: &Table, expected: &Expected) {
     let user = std::env::var("USER").unwrap_or_default();
     let asked = Command::new("id").args(["--user", "--name"]).output();
     let name = asked
-        .map(|said| String::from_utf8_lossy(&said.stdout).trim().to_owned())
+        .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
         .unwrap_or_default();
     table.must_be(
         "the job's user has a name",
@@ -175,7 +175,7 @@ fn processes(table: &Table, expected: &Expected) {
         is_within,
     );
     if expected.processes > MANY {
-        return table.say(
+        return table.report(
             promise,
             "nothing",
             format!("more than {MANY} are not started"),
@@ -216,7 +216,7 @@ fn disk(table: &Table, expected: &Expected) {
     let free = nix::sys::statvfs::statvfs("/work").map_or(0, |fs| fs.blocks_available() * fs.fragment_size());
     if free < limit + (64 << 20) {
         let seen = format!("the file system has {free} bytes free, the limit is {limit}");
-        return table.say(promise, "nothing", seen, Outcome::NotTried);
+        return table.report(promise, "nothing", seen, Outcome::NotTried);
     }
     let path = Path::new("/work/.user-factory-selftest");
     let filled = || -> io::Result<()> {
@@ -243,7 +243,7 @@ fn inodes(table: &Table, expected: &Expected) {
     let promise = "limits.inodes";
     if limit > MANY_FILES {
         let seen = format!("the limit is {limit}: more than {MANY_FILES} files are not made");
-        return table.say(promise, "nothing", seen, Outcome::NotTried);
+        return table.report(promise, "nothing", seen, Outcome::NotTried);
     }
     let directory = Path::new("/work/.user-factory-selftest");
     let made = fs::create_dir(directory).and_then(|()| {

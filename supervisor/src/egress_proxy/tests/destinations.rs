@@ -112,7 +112,7 @@ impl Slot {
         used.into_iter().map(|each| each.destination).collect()
     }
 
-    async fn told(&self, count: usize) -> Vec<String> {
+    async fn logged_lines(&self, count: usize) -> Vec<String> {
         let waited = timeout(Duration::from_secs(20), async {
             while self.lines.0.lock().unwrap().len() < count {
                 sleep(Duration::from_millis(5)).await;
@@ -138,7 +138,7 @@ async fn a_connection_leads_to_the_destination_that_it_names_if_the_slot_has_it(
     ] {
         assert_eq!(slot.answer(&other, b"x").await, "");
         let line = format!("egress refused: {other} is not in the slot's network.allow");
-        assert_eq!(slot.told(1).await.last(), Some(&line));
+        assert_eq!(slot.logged_lines(1).await.last(), Some(&line));
         slot.lines.0.lock().unwrap().clear();
     }
     // The list of a configuration that was loaded again counts for jobs that run.
@@ -189,7 +189,7 @@ async fn the_http_proxy_tunnels_to_what_the_slot_allows_and_tells_once_what_it_r
     let answer = slot.connect("other.test:443").await;
     assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
     let sentence = |host| format!("egress refused: {host}:443 is not in the slot's network.allow");
-    assert_eq!(slot.told(2).await, ["evil.test", "other.test"].map(sentence));
+    assert_eq!(slot.logged_lines(2).await, ["evil.test", "other.test"].map(sentence));
     let report = slot.records.of_worker(WORKER).unwrap();
     let refused: Vec<_> = report
         .refused
@@ -376,7 +376,7 @@ async fn a_request_for_a_url_reaches_the_server_as_it_was_understood() {
     let got = got.to_ascii_lowercase();
     assert!(got.contains(&format!("host: a.example:{port}\r\n")), "{got}");
     assert!(!got.contains("evil") && !got.contains("proxy"), "{got}");
-    // A length of nothing is told as well: some servers want one.
+    // A length of nothing is logged_lines as well: some servers want one.
     let (_, got) = ask(&format!("POST {url}"), "Content-Length: 0\r\n\r\n").await;
     assert!(
         got.to_ascii_lowercase().contains("content-length: 0\r\n"),
@@ -495,7 +495,7 @@ async fn one_connection_more_than_a_job_may_have_waits_for_the_end_of_another() 
     let answered = timeout(Duration::from_secs(20), second.read_exact(&mut answer)).await;
     answered.expect("it has its turn").unwrap();
     assert_eq!(&answer, b"HTTP/1.1 200");
-    // One that waits for too long is told why.
+    // One that waits for too long is logged_lines why.
     let refused = slot.connect(&to).await;
     assert!(
         refused.starts_with("HTTP/1.1 503 ") && refused.contains("too many"),
@@ -503,7 +503,7 @@ async fn one_connection_more_than_a_job_may_have_waits_for_the_end_of_another() 
     );
 }
 
-/// A server that waits for a byte, sends a part of an answer, and breaks off when it is told to.
+/// A server that waits for a byte, sends a part of an answer, and breaks off when it is logged_lines to.
 fn breaking(go_on: Receiver<()>) -> u16 {
     let listener = StdListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -612,7 +612,7 @@ async fn names_that_take_long_to_look_up_keep_no_agent_from_the_server() {
     drop((go_on, waiting));
 }
 
-/// A server that answers at once if it is told to, and reads nothing until it may. It tells when a connection has ended.
+/// A server that answers at once if it is logged_lines to, and reads nothing until it may. It tells when a connection has ended.
 fn deaf(answers: bool, may_read: Arc<AtomicBool>) -> (u16, Receiver<()>) {
     let listener = StdListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();

@@ -88,7 +88,7 @@ fn nothing_is_leased_before_both_have_answered_and_nothing_is_made_while_the_hel
     world.run(World::is_empty);
     // It is not noticed before the next job comes: that one's lease is lost, and no other.
     world.helper_up = false;
-    world.said.clear();
+    world.logged.clear();
     for n in 0..10 {
         world.step(n);
     }
@@ -104,10 +104,10 @@ fn nothing_is_leased_before_both_have_answered_and_nothing_is_made_while_the_hel
     );
     for part in ["helper unreachable", "will expire: the helper is unreachable"] {
         assert_eq!(
-            world.said.iter().filter(|s| s.contains(part)).count(),
+            world.logged.iter().filter(|s| s.contains(part)).count(),
             1,
             "{part}: {:?}",
-            world.said
+            world.logged
         );
     }
     world.helper_up = true;
@@ -120,7 +120,7 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_with_an_orphan() {
     world.run(|w| w.counts.get("lease") == Some(&10));
     world.helper_up = false;
     world.submit(1, '3');
-    world.run(|w| w.said.iter().any(|s| s.starts_with("helper unreachable")));
+    world.run(|w| w.logged.iter().any(|s| s.starts_with("helper unreachable")));
     world.helper_up = true;
     world.run(World::is_empty);
     assert_eq!(world.done().len(), 1);
@@ -130,12 +130,12 @@ fn a_job_outlives_a_moment_without_a_helper_and_a_slot_with_an_orphan() {
     world.on_host(orphan, "c", Agent::Stays);
     world.submit(2, '3');
     world.run(|w| w.done().len() == 2 && w.is_empty());
-    let deleted = world.said.iter().position(|s| s.contains("orphaned worker"));
-    assert!(deleted.is_some(), "{:?}", world.said);
+    let deleted = world.logged.iter().position(|s| s.contains("orphaned worker"));
+    assert!(deleted.is_some(), "{:?}", world.logged);
     assert!(
-        !world.said.iter().any(|s| s.contains("slot taken")),
+        !world.logged.iter().any(|s| s.contains("slot taken")),
         "{:?}",
-        world.said
+        world.logged
     );
 }
 
@@ -213,11 +213,11 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
     steps(&mut world, 700_000);
     assert_eq!(world.listed()[&others.id], others, "it was touched");
     assert_eq!((world.queued(), world.disk.len()), (1, 1));
-    let said = world
-        .said
+    let logged = world
+        .logged
         .iter()
         .filter(|s| s.contains("another host uses this factory's token"));
-    assert_eq!(said.count(), 1, "{:?}", world.said);
+    assert_eq!(logged.count(), 1, "{:?}", world.logged);
     // Its own job goes on, to its end.
     world.agents_sleep = false;
     world.run(|w| w.done().contains(&job(1)) && w.disk.is_empty());
@@ -265,11 +265,11 @@ fn the_operator_deletes_another_hosts_worker_by_its_name() {
     let others = worker_of_others(5, '3', OTHER);
     world.insert(&others);
     world.agents_sleep = true;
-    world.tell(Input::Destroy(others.id));
+    world.send_input(Input::Destroy(others.id));
     steps(&mut world, 5_000);
     assert!(world.listed().contains_key(&others.id), "it was not known yet");
     assert!(world.core.may_be_foreign(others.id));
-    world.tell(Input::Destroy(others.id));
+    world.send_input(Input::Destroy(others.id));
     world.run(|w| w.listed().is_empty());
     assert!(world.status_input().foreign_workers().is_empty());
     // The same of one of which this host has a copy.
@@ -277,7 +277,7 @@ fn the_operator_deletes_another_hosts_worker_by_its_name() {
     world.on_host(others.id, "c", Agent::Ends(Exit::Unknown));
     steps(&mut world, 5_000);
     assert!(world.host.get(others.id).is_some() && world.disk.is_empty());
-    world.tell(Input::Destroy(others.id));
+    world.send_input(Input::Destroy(others.id));
     world.run(World::is_empty);
 }
 
@@ -374,23 +374,23 @@ fn a_status_request_has_the_helper_asked_once_a_poll_interval() {
     for _ in 0..5 {
         world.now += 2_000;
         assert!(world.core.must_ask_helper(world.now));
-        world.tell(Input::StatusRequested);
+        world.send_input(Input::StatusRequested);
         assert!(world.core.is_waiting_for_helper());
-        world.tell(Input::StatusRequested);
+        world.send_input(Input::StatusRequested);
         while world.core.is_waiting_for_helper() {
             world.step(0);
         }
         assert!(!world.core.must_ask_helper(world.now));
-        world.tell(Input::StatusRequested);
+        world.send_input(Input::StatusRequested);
     }
     assert_eq!(world.counts["list"], lists + 5);
     world.helper_up = false;
     world.now += 2_000;
-    world.tell(Input::StatusRequested);
+    world.send_input(Input::StatusRequested);
     while world.core.is_waiting_for_helper() {
         world.step(0);
     }
-    assert!(world.said.iter().any(|s| s.starts_with("helper unreachable")));
+    assert!(world.logged.iter().any(|s| s.starts_with("helper unreachable")));
 }
 
 #[test]
@@ -443,8 +443,8 @@ fn a_job_that_stalls_at_its_memory_limit_fails_and_its_slot_works_again() {
     world.agents_sleep = true;
     let worker = *world.listed().keys().next().unwrap();
     // One of `user-factory run`, which the core does not know.
-    world.tell(Input::MemoryStalled(WorkerId::from_bits(7)));
-    world.tell(Input::MemoryStalled(worker));
+    world.send_input(Input::MemoryStalled(WorkerId::from_bits(7)));
+    world.send_input(Input::MemoryStalled(worker));
     world.run(|w| matches!(phase(w), Some(Phase::Broken { reported: true, .. })));
     assert!(world.failed().contains(&job(1)));
     world.agents_sleep = false;
@@ -497,7 +497,7 @@ fn an_older_server_learns_of_a_failure_by_the_deletion() {
     (world.server.no_fail, world.start_fails) = (true, Some("no"));
     world.submit(1, '3');
     world.run(World::is_empty);
-    assert!(world.failed().contains(&job(1)) && world.said.iter().any(|s| s.contains("too old")));
+    assert!(world.failed().contains(&job(1)) && world.logged.iter().any(|s| s.contains("too old")));
 }
 
 #[test]
@@ -543,10 +543,10 @@ fn a_forgotten_database_is_rebuilt_from_the_server_and_the_host() {
     world.crash(false);
     // What is lost on the host as well may be a copy's of this host: only the operator can know.
     world.run(|w| w.host.workers().next().is_none() && w.disk.is_empty());
-    assert!(world.said.iter().any(|s| s.contains("orphaned worker")));
+    assert!(world.logged.iter().any(|s| s.contains("orphaned worker")));
     let lost = world.status_input().foreign_workers();
     assert!(lost.len() == 1 && lost[0].text.contains("neither the database nor the host has it"));
-    world.tell(Input::Destroy(lost[0].id));
+    world.send_input(Input::Destroy(lost[0].id));
     world.run(World::is_empty);
     assert_eq!(world.done().len() + world.failed().len(), 2);
 }
@@ -554,15 +554,15 @@ fn a_forgotten_database_is_rebuilt_from_the_server_and_the_host() {
 #[test]
 fn a_draining_or_stopped_factory_takes_nothing() {
     let mut world = World::new();
-    world.tell(Input::Drain(None, Some(Drain::default())));
+    world.send_input(Input::Drain(None, Some(Drain::default())));
     world.submit(1, '2');
     for n in 0..100 {
         world.step(n);
     }
     assert!(world.queued() == 1 && world.counts["lease"] > 10);
-    world.tell(Input::Drain(None, None));
+    world.send_input(Input::Drain(None, None));
     world.run(|w| !w.disk.is_empty());
-    world.tell(Input::Stop);
+    world.send_input(Input::Stop);
     while !world.pending.is_empty() {
         world.step(0);
     }
@@ -610,8 +610,8 @@ fn jobs_that_can_have_no_worker_are_not_all_asked_for() {
         world.step(0);
     }
     assert!(world.counts["make"] <= 10, "{:?}", world.counts);
-    let said = world.said.iter().filter(|s| s.contains("no worker for job"));
-    assert_eq!(said.count(), 1);
+    let logged = world.logged.iter().filter(|s| s.contains("no worker for job"));
+    assert_eq!(logged.count(), 1);
 }
 
 #[test]
@@ -627,7 +627,7 @@ fn jobs_that_come_unasked_get_no_worker_while_the_server_refuses_to_make_one() {
         // Whatever is asked for, there is a job in the answer.
         n += 1;
         let lease = Lease { target, job: job(n) };
-        world.tell(Input::Leased(Ok(Some(lease))));
+        world.send_input(Input::Leased(Ok(Some(lease))));
         world.step(0);
     }
     assert!(world.counts["make"] <= 10, "{n} jobs: {:?}", world.counts);
@@ -637,12 +637,12 @@ fn jobs_that_come_unasked_get_no_worker_while_the_server_refuses_to_make_one() {
 fn a_drained_slot_takes_nothing_and_the_others_do() {
     let mut world = World::new();
     let slot: SlotName = "c".parse().unwrap();
-    world.tell(Input::Drain(Some(slot.clone()), Some(Drain::default())));
+    world.send_input(Input::Drain(Some(slot.clone()), Some(Drain::default())));
     world.submit(1, '2');
     world.submit(2, '3');
     world.run(|w| w.done().contains(&job(1)));
     assert_eq!(world.queued(), 1);
-    world.tell(Input::Drain(Some(slot), None));
+    world.send_input(Input::Drain(Some(slot), None));
     world.run(World::is_empty);
 }
 
@@ -653,7 +653,7 @@ fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
     world.run(|w| phase(w) == Some(Phase::Running { online: true }));
     let (rest, _) = world::CONFIG.split_once("[slots.c]").unwrap();
     let rest = rest.replace("conflicts_with_slots = [\"b\"]", "");
-    world.tell(Input::Configure(Box::new(Config::parse(&rest).unwrap())));
+    world.send_input(Input::Configure(Box::new(Config::parse(&rest).unwrap())));
     // Three slots were, two are: with the worker of the third, only one more may come.
     for n in 2..5 {
         world.submit(n, '2');
@@ -676,7 +676,7 @@ fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
     world.run(|w| w.done().len() == 4);
     assert!(world.done().contains(&job(1)) && world.failed().is_empty());
     assert_eq!(world.queued(), 1);
-    world.tell(Input::Configure(Box::new(Config::parse(world::CONFIG).unwrap())));
+    world.send_input(Input::Configure(Box::new(Config::parse(world::CONFIG).unwrap())));
     world.run(World::is_empty);
 }
 
@@ -727,8 +727,8 @@ fn a_lease_request_that_fails_is_repeated_ever_more_slowly_and_no_sooner_than_th
         slots.iter().all(|slot| slot.state == SlotState::Closed),
         "{slots:?}"
     );
-    let told = world.said.iter().filter(|line| line.contains("it answered 500"));
-    assert_eq!(told.count(), 1);
+    let logged = world.logged.iter().filter(|line| line.contains("it answered 500"));
+    assert_eq!(logged.count(), 1);
 
     world.lease_fails = Some(CallError {
         retry_after: Some(300_000),
@@ -779,7 +779,7 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
             (None, None)
         );
         world.agents_sleep = true;
-        world.tell(Input::Unanswered(peer, Some(world.now)));
+        world.send_input(Input::Unanswered(peer, Some(world.now)));
         assert_eq!(shown(&world).unanswered_since, Some(time(world.now)));
         assert_eq!(shown(&world).reachable, Some(true));
         assert_eq!(
@@ -793,7 +793,7 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         let begun = world.now;
         world.run(|w| w.now >= begun + 600_000);
         assert_eq!(world.queued(), 1);
-        world.tell(Input::Unanswered(peer, None));
+        world.send_input(Input::Unanswered(peer, None));
         assert_eq!(
             (shown(&world).unanswered_since, world.status_input().not_taken()),
             (None, None)
@@ -811,7 +811,7 @@ fn while_the_configuration_file_differs_no_job_is_taken_and_none_is_started_or_f
         while phase(&world) != Some(phase_then) {
             world.step(0);
         }
-        world.tell(Input::FileDiffers(Some("the file: reload".into())));
+        world.send_input(Input::FileDiffers(Some("the file: reload".into())));
         // What was begun before comes to nothing, and is not begun again.
         world.helper_up = false;
         let begins =
@@ -826,7 +826,7 @@ fn while_the_configuration_file_differs_no_job_is_taken_and_none_is_started_or_f
         assert!(world.status_input().not_taken().unwrap().contains("reload"));
         assert_eq!(world.queued() + world.server.leases.len(), 1);
         assert_eq!(phase(&world), Some(phase_then));
-        world.tell(Input::FileDiffers(None));
+        world.send_input(Input::FileDiffers(None));
         world.run(|w| w.done().len() == 2);
         assert!(world.failed().is_empty());
     }
@@ -850,9 +850,9 @@ fn a_worker_whose_slot_is_removed_before_its_agent_is_started_gets_another_slot(
             let mut left = Config::parse(world::CONFIG).unwrap();
             left.slots.remove(&slot);
             left.slots.retain(|name, _| !one_is_left || name.as_str() != "c");
-            world.tell(Input::Configure(Box::new(left)));
+            world.send_input(Input::Configure(Box::new(left)));
             world.run(|w| w.done().len() == 1);
-            assert!(world.failed().is_empty(), "{phase_then:?} {:?}", world.said);
+            assert!(world.failed().is_empty(), "{phase_then:?} {:?}", world.logged);
             world.run(World::is_empty);
         }
     }
@@ -872,19 +872,19 @@ fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_
         // For another target from now on, or removed.
         slot.unwrap().1.target = Target::Id(TargetId::from_bits(9));
         left.slots.retain(|name, _| !is_removed || name.as_str() != "c");
-        world.tell(Input::Configure(Box::new(left)));
+        world.send_input(Input::Configure(Box::new(left)));
         let begun = world.now;
         world.run(|w| w.now >= begun + 60_000);
         assert_eq!(phase(&world), Some(Phase::Reserved));
         if comes_back {
-            world.tell(Input::Configure(Box::new(all)));
+            world.send_input(Input::Configure(Box::new(all)));
             world.run(|w| w.done().len() == 1);
         } else {
             world.run(|w| w.failed().len() == 1);
-            let told = world.disk.values().next().unwrap().failure.clone().unwrap();
+            let logged = world.disk.values().next().unwrap().failure.clone().unwrap();
             assert!(
-                told.contains("slot c is no longer in the configuration"),
-                "{told}"
+                logged.contains("slot c is no longer in the configuration"),
+                "{logged}"
             );
         }
     }
@@ -917,14 +917,14 @@ fn a_drain_with_an_end_ends_by_the_hosts_clock_and_says_why_until_then() {
             until: Some(at),
         })
     };
-    world.tell(Input::Drain(None, until(1_800_000_000_000)));
-    world.tell(Input::Drain(slot.clone(), until(1_800_000_000_001)));
+    world.send_input(Input::Drain(None, until(1_800_000_000_000)));
+    world.send_input(Input::Drain(slot.clone(), until(1_800_000_000_001)));
     let why = world.status_input().not_taken().unwrap();
     assert!(
         why.contains("drained (a new kernel, until 2027-01-15T08:00:00Z)"),
         "{why}"
     );
-    world.tell(Input::WallClock(1_799_999_999_999));
+    world.send_input(Input::WallClock(1_799_999_999_999));
     assert!(world.core.is_draining());
     // The core's own time is another.
     let outputs = world.core.handle(world.now, Input::WallClock(1_800_000_000_000));
@@ -937,7 +937,7 @@ fn a_drain_with_an_end_ends_by_the_hosts_clock_and_says_why_until_then() {
         c.because.as_deref(),
         Some("a new kernel, until 2027-01-15T08:00:00.001Z")
     );
-    world.tell(Input::WallClock(u64::MAX));
+    world.send_input(Input::WallClock(u64::MAX));
     assert!(world.core.drains().is_empty());
     world.submit(1, '3');
     world.run(|w| w.done().len() == 1);
@@ -948,7 +948,7 @@ fn no_job_is_asked_for_while_too_little_is_free_and_a_leased_one_begins() {
     let mut world = World::new();
     world.submit(1, '2');
     world.run(|w| !w.core.pending_workers().is_empty());
-    world.tell(Input::Shortage(Some("too little is free: 1M".into())));
+    world.send_input(Input::Shortage(Some("too little is free: 1M".into())));
     // The lease request that is under way is answered.
     let begun = world.now;
     world.run(|w| w.now >= begun + 5_000);
@@ -958,15 +958,15 @@ fn no_job_is_asked_for_while_too_little_is_free_and_a_leased_one_begins() {
         world.status_input().not_taken().as_deref(),
         Some("too little is free: 1M")
     );
-    assert!(!world.done().contains(&job(2)), "{:?}", world.said);
-    assert!(world.done().contains(&job(1)), "{:?}", world.said);
+    assert!(!world.done().contains(&job(2)), "{:?}", world.logged);
+    assert!(world.done().contains(&job(1)), "{:?}", world.logged);
     // Another number is no other news.
-    world.tell(Input::Shortage(Some("too little is free: 2M".into())));
-    world.tell(Input::Shortage(None));
+    world.send_input(Input::Shortage(Some("too little is free: 2M".into())));
+    world.send_input(Input::Shortage(None));
     world.run(|w| w.done().len() == 2);
-    assert!(world.done().contains(&job(2)), "{:?}", world.said);
-    let said = world.said.iter().filter(|line| line.contains("free"));
-    assert_eq!(said.count(), 2, "{:?}", world.said);
+    assert!(world.done().contains(&job(2)), "{:?}", world.logged);
+    let logged = world.logged.iter().filter(|line| line.contains("free"));
+    assert_eq!(logged.count(), 2, "{:?}", world.logged);
 }
 
 #[test]
@@ -974,18 +974,18 @@ fn no_job_is_asked_for_after_a_start_before_a_self_test_has_passed_where_that_is
     let mut world = World::new();
     world.submit(1, '2');
     // One that is not asked for changes nothing, whatever it has found.
-    world.tell(Input::SelfTested(Some("x".into())));
+    world.send_input(Input::SelfTested(Some("x".into())));
     world.run(|w| w.done().len() == 1);
     let mut config = world.core.config().clone();
     config.factory.selftest_at_start = true;
-    world.tell(Input::Configure(Box::new(config.clone())));
+    world.send_input(Input::Configure(Box::new(config.clone())));
     world.submit(2, '2');
     let begun = world.now;
     world.run(|w| w.now >= begun + 60_000);
-    assert!(!world.done().contains(&job(2)), "{:?}", world.said);
+    assert!(!world.done().contains(&job(2)), "{:?}", world.logged);
     let why = world.status_input().not_taken().unwrap();
     assert!(why.starts_with("the self-test has failed"), "{why}");
-    world.tell(Input::SelfTested(None));
+    world.send_input(Input::SelfTested(None));
     world.run(|w| w.done().len() == 2);
     // The next run knows nothing of it.
     let next = Factory::new(world.core.identity().clone(), config, Vec::new(), 1, 0);

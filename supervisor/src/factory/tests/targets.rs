@@ -45,7 +45,7 @@ fn pass(world: &mut World, ms: u64) {
 }
 
 fn reload(world: &mut World, config: &str) {
-    world.tell(Input::Configure(Box::new(Config::parse(config).unwrap())));
+    world.send_input(Input::Configure(Box::new(Config::parse(config).unwrap())));
 }
 
 #[test]
@@ -92,11 +92,11 @@ fn a_server_that_has_no_call_for_it_keeps_that_slot_closed_and_the_sentence_says
     }
     assert_eq!(slot(&world).state, SlotState::Closed);
     assert!((10..200).contains(&asked(&world)), "{}", asked(&world));
-    let said = world
-        .said
+    let logged = world
+        .logged
         .iter()
         .filter(|line| line.contains("write the target's id"));
-    assert_eq!(said.count(), 1, "{:#?}", world.said);
+    assert_eq!(logged.count(), 1, "{:#?}", world.logged);
     // The server is updated.
     world.targets = Some(vec![target('3', "hubris")]);
     world.run(|w| w.done().len() == 2);
@@ -113,8 +113,8 @@ fn an_unknown_name_is_told_with_those_that_there_are_and_taken_once_the_server_h
         assert!(because.contains(part), "{because}");
     }
     assert!(!because.contains("t10"), "{because}");
-    let said = world.said.iter().filter(|line| line.contains("correct the name"));
-    assert_eq!(said.count(), 1, "{:#?}", world.said);
+    let logged = world.logged.iter().filter(|line| line.contains("correct the name"));
+    assert_eq!(logged.count(), 1, "{:#?}", world.logged);
     world.targets = Some(vec![target('3', "hubris")]);
     world.run(|w| w.done().len() == 1);
 }
@@ -134,7 +134,7 @@ fn a_server_that_is_away_at_the_start_is_asked_again_and_no_job_is_taken_before(
     world.server_up = false;
     pass(&mut world, 3_600_000);
     world.server_up = true;
-    world.run(|w| w.said.iter().any(|line| line.contains("server back")));
+    world.run(|w| w.logged.iter().any(|line| line.contains("server back")));
     let back = world.now;
     world.run(|w| slot(w).state == SlotState::Free);
     assert!(world.now < back + 2_000, "{} {back}", world.now);
@@ -173,10 +173,10 @@ fn a_name_that_moves_to_another_target_is_followed_by_a_reload_alone() {
 #[test]
 fn an_answer_to_a_request_from_before_the_reload_is_requested_again() {
     let mut world = named(&[target('3', "hubris")]);
-    world.tell(Input::Tick);
+    world.send_input(Input::Tick);
     reload(&mut world, &config("hubris"));
     world.pending.retain(|output| *output != Output::ListTargets);
-    world.tell(Input::TargetsListed(Ok(Some(vec![target('3', "hubris")]))));
+    world.send_input(Input::TargetsListed(Ok(Some(vec![target('3', "hubris")]))));
     // That was the answer to the first request; the name has moved since.
     world.targets = Some(vec![target('4', "hubris")]);
     world.run(|w| slot(w).target == Some(id('4')));
@@ -195,7 +195,7 @@ fn a_worker_of_the_previous_run_does_not_lose_its_slot_before_the_target_is_look
     assert!(
         world.failed().is_empty() && slot(&world).target.is_none(),
         "{:?}",
-        world.said
+        world.logged
     );
     let name: SlotName = "c".parse().unwrap();
     assert!(!world.core.available(world.now).contains(&name));

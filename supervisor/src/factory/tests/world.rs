@@ -44,7 +44,7 @@ pub struct World {
     pub targets: Option<Vec<ServerTarget>>,
     /// Requests for them are answered with an error.
     pub targets_fail: bool,
-    pub said: Vec<String>,
+    pub logged: Vec<String>,
     pub counts: BTreeMap<&'static str, usize>,
 }
 
@@ -112,7 +112,7 @@ impl World {
             refuses_workers: false,
             targets: None,
             targets_fail: false,
-            said: Vec::new(),
+            logged: Vec::new(),
             counts: BTreeMap::new(),
         }
     }
@@ -203,19 +203,19 @@ impl World {
         self.host.install_agent(id, agent).unwrap();
     }
 
-    pub fn tell(&mut self, input: Input) {
+    pub fn send_input(&mut self, input: Input) {
         let mut saved = Vec::new();
         for output in self.core.handle(self.now, input) {
             match output {
                 Output::Save(worker) => drop(self.disk.insert(worker.id, worker)),
                 Output::Remove(worker) => drop(self.disk.remove(&worker)),
                 Output::SaveDrain(slot, drained) => saved.push(Input::DrainSaved(slot, drained)),
-                Output::Log(say) => self.said.push(say.text),
+                Output::Log(line) => self.logged.push(line.text),
                 output => self.pending.push(output),
             }
         }
         for input in saved {
-            self.tell(input);
+            self.send_input(input);
         }
         let kept: Vec<&Worker> = self.core.workers().collect();
         assert_eq!(
@@ -240,7 +240,7 @@ impl World {
         self.core = Factory::new(here(), self.config.clone(), workers, 8, self.now);
         // What a new run begins with is new: the waits.
         self.disk = self.core.workers().map(|w| (w.id, w.clone())).collect();
-        self.tell(Input::Tick);
+        self.send_input(Input::Tick);
     }
 
     pub fn reboot(&mut self) {
@@ -258,7 +258,7 @@ impl World {
                 .expect("nothing pending, so a deadline")
                 .max(self.now);
             self.server_ticks();
-            return self.tell(Input::Tick);
+            return self.send_input(Input::Tick);
         }
         let output = self.pending.swap_remove(which % self.pending.len());
         self.now += 1;
@@ -270,7 +270,7 @@ impl World {
             input = error(&output);
         }
         self.check();
-        self.tell(input);
+        self.send_input(input);
     }
 
     /// Until `end` holds; at most so many steps.
@@ -284,7 +284,7 @@ impl World {
                 self.agents_work();
             }
         }
-        panic!("no end: {:#?} {:#?} {:?}", self.disk, self.server, self.said);
+        panic!("no end: {:#?} {:#?} {:?}", self.disk, self.server, self.logged);
     }
 
     pub fn is_empty(&self) -> bool {
@@ -322,7 +322,7 @@ impl World {
                 }
                 self.server.recycle(w.id).unwrap();
             }
-            // One that is told to go, or another's, is not let in.
+            // One that is logged to go, or another's, is not let in.
             let bootstrap = self.server.workers[&w.id].bootstrap.clone();
             let _ = self.server.bootstrap(&bootstrap, &"t".repeat(32));
         }

@@ -182,7 +182,7 @@ fn environment(report: &mut Report, words: &[String]) {
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         fs::set_permissions(path, mode).expect("the file is the job's own");
     }
-    report.say("everything is in place");
+    report.print("everything is in place");
     wait_for_ever()
 }
 

@@ -35,7 +35,7 @@ fn rename(from: &Path, to: &Path, flags: u32) -> io::Result<()> {
 }
 
 fn ready(report: &mut Report) -> ! {
-    report.say("ready");
+    report.print("ready");
     wait_for_ever()
 }
 
@@ -151,8 +151,8 @@ fn modes(report: &mut Report, _: &[String]) {
             for kind in ["access", "default"] {
                 let result = set_attribute(&dir.join(path), &format!("system.posix_acl_{kind}"), &list);
                 match result {
-                    Ok(()) => report.say(format!("done: {kind} list")),
-                    Err(error) => report.say(format!("no {kind} list: {path} in {}: {error}", dir.display())),
+                    Ok(()) => report.print(format!("done: {kind} list")),
+                    Err(error) => report.print(format!("no {kind} list: {path} in {}: {error}", dir.display())),
                 }
             }
         }
@@ -436,9 +436,9 @@ fn set_id(report: &mut Report, words: &[String]) {
         fs::set_permissions(&copy, Permissions::from_mode(0o6755)).expect("it is its own");
         match Command::new(&copy).arg("-g").output() {
             // Where nothing can be started at all, nothing is gained either.
-            Err(error) => report.say(format!("held: {}: {error}", copy.display())),
+            Err(error) => report.print(format!("held: {}: {error}", copy.display())),
             Ok(output) if output.stdout == format!("{gid}\n").into_bytes() => {
-                report.say(format!("held: {} is inert", copy.display()))
+                report.print(format!("held: {} is inert", copy.display()))
             }
             Ok(output) => report.broken(format!("{}: {output:?}", copy.display())),
         }

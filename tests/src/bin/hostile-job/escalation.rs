@@ -50,7 +50,7 @@ const NAMESPACES: [(&str, libc::c_int); 8] = [
 /// It must not work, and for this reason: any other would mean that the call got further than it should.
 fn refused<T>(report: &mut Report, what: &str, result: io::Result<T>, errno: i32) {
     match result {
-        Err(error) if error.raw_os_error() == Some(errno) => report.say(format!("held: {what}: {error}")),
+        Err(error) if error.raw_os_error() == Some(errno) => report.print(format!("held: {what}: {error}")),
         Err(error) => report.broken(format!("{what}: refused, but differently: {error}")),
         Ok(_) => report.broken(format!("{what}: it worked")),
     }
@@ -98,7 +98,7 @@ fn set_id_programs(report: &mut Report, words: &[String]) {
         ("Gid", &[gid.to_string().as_str(); 4].join("\t")),
     ] {
         match status(name) {
-            value if value == expected => report.say(format!("held: {name} is {value}")),
+            value if value == expected => report.print(format!("held: {name} is {value}")),
             value => report.broken(format!("{name} is {value}")),
         }
     }
@@ -135,7 +135,7 @@ fn set_id_programs(report: &mut Report, words: &[String]) {
         let output = match output {
             Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
             Err(error) => {
-                report.say(format!("held: {}: {error}", program.display()));
+                report.print(format!("held: {}: {error}", program.display()));
                 continue;
             }
         };
@@ -147,7 +147,7 @@ fn set_id_programs(report: &mut Report, words: &[String]) {
         };
         let ids = ["AT_EUID", "AT_EGID", "AT_SECURE"].map(value);
         if ids == [Some(uid), Some(gid), Some(0)] {
-            report.say(format!("started {} with mode {mode:o}", program.display()));
+            report.print(format!("started {} with mode {mode:o}", program.display()));
         } else {
             report.broken(format!("{} got {ids:?}", program.display()));
         }
@@ -156,7 +156,7 @@ fn set_id_programs(report: &mut Report, words: &[String]) {
         for (option, own) in [("-u", uid), ("-g", gid)] {
             match Command::new(program).arg(option).output() {
                 Ok(output) if output.stdout == format!("{own}\n").into_bytes() => {
-                    report.say(format!("ran {program} {option}"));
+                    report.print(format!("ran {program} {option}"));
                 }
                 other => report.broken(format!("{program} {option}: {other:?}")),
             }
@@ -387,7 +387,7 @@ const ASKS_LATER: [&str; 8] = [
 
 fn init(report: &mut Report, words: &[String]) {
     let name = fs::read_to_string("/proc/1/comm").unwrap_or_default();
-    report.say(format!("pid 1 is {}", name.trim()));
+    report.print(format!("pid 1 is {}", name.trim()));
     never_trace(report, 1, libc::EPERM);
     never_files(report, 1, "");
     if words[0] == "as-root-too" {
@@ -460,8 +460,8 @@ fn own_child(report: &mut Report, _: &[String]) {
             .stdin(Stdio::null())
             .output();
         match outcome {
-            Err(error) => report.say(format!("absent: {}: {error}", words[0])),
-            Ok(output) if output.status.success() => report.say(format!("ran {}", words[0])),
+            Err(error) => report.print(format!("absent: {}: {error}", words[0])),
+            Ok(output) if output.status.success() => report.print(format!("ran {}", words[0])),
             Ok(output) => report.broken(format!("{words:?} should work: {output:?}")),
         }
     }
@@ -576,7 +576,7 @@ fn inheritance(report: &mut Report, _: &[String]) {
     report.must_fail("a terminal", OpenOptions::new().read(true).open("/dev/tty"));
     for (name, path) in [("cwd", "/proc/self/cwd"), ("root", "/proc/self/root")] {
         match fs::read_link(path) {
-            Ok(dir) if dir == Path::new("/") => report.say(format!("held: {name} is /")),
+            Ok(dir) if dir == Path::new("/") => report.print(format!("held: {name} is /")),
             other => report.broken(format!("{name} is {other:?}")),
         }
     }
@@ -656,9 +656,9 @@ fn try_to_open(report: &mut Report, dir: &Path, depth: u32, tried: &mut u64) {
                     .is_ok_and(|part| ASKS_LATER.iter().any(|other| part == Path::new(other)))
             });
             if of_pid_1 {
-                report.say(format!("opened {}, which takes nothing", path.display()));
+                report.print(format!("opened {}, which takes nothing", path.display()));
             } else if HARMLESS.iter().any(|other| path == Path::new(other)) {
-                report.say(format!("opened {}, which is harmless", path.display()));
+                report.print(format!("opened {}, which is harmless", path.display()));
             } else {
                 report.broken(format!("{} can be opened for writing", path.display()));
             }
@@ -691,7 +691,7 @@ fn kernel_files(report: &mut Report, _: &[String]) {
         ];
         let place = before.split(' ').nth(4).unwrap_or_default();
         if kernels.iter().any(|kind| after.split(' ').next() == Some(kind)) {
-            report.say(format!("a file system of the kernel's at {place}"));
+            report.print(format!("a file system of the kernel's at {place}"));
             if !places.iter().any(|other| Path::new(place).starts_with(other)) {
                 places.push(place.into());
             }
@@ -701,7 +701,7 @@ fn kernel_files(report: &mut Report, _: &[String]) {
     for place in &places {
         let before = tried;
         try_to_open(report, place, 24, &mut tried);
-        report.say(format!(
+        report.print(format!(
             "tried {} files below {}",
             tried - before,
             place.display()
@@ -1051,7 +1051,7 @@ fn fresh_mounts(report: &mut Report, words: &[String]) {
                 }
             }
             match mount("none", "/work/sys", "sysfs", 0) {
-                Err(error) => report.say(format!("held: sysfs: {error}")),
+                Err(error) => report.print(format!("held: sysfs: {error}")),
                 Ok(()) => report.broken("a sysfs that can be written"),
             }
             for (kind, place) in [("sysfs", "/work/sys"), ("cgroup2", "/work/cgroup")] {
@@ -1061,11 +1061,11 @@ fn fresh_mounts(report: &mut Report, words: &[String]) {
                     kind,
                     libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
                 ) {
-                    Err(error) => report.say(format!("held: {kind}: {error}")),
+                    Err(error) => report.print(format!("held: {kind}: {error}")),
                     Ok(()) => {
                         let mut tried = 0;
                         try_to_open(report, Path::new(place), 24, &mut tried);
-                        report.say(format!("tried {tried} files of a new {kind}"));
+                        report.print(format!("tried {tried} files of a new {kind}"));
                     }
                 }
             }
@@ -1137,7 +1137,7 @@ fn travelling_mount(report: &mut Report, words: &[String]) {
     if own.matches(words[0].as_str()).count() < 5 {
         report.broken("the mounts are not there");
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 

@@ -55,7 +55,7 @@ fn bounded(
     let why = error.as_ref().and_then(io::Error::raw_os_error);
     let line = format!("{what}: {count}, then {error:?}");
     if (least..=most).contains(&count) && why.is_some_and(|why| reasons.contains(&why)) {
-        report.say(format!("held: {line}"));
+        report.print(format!("held: {line}"));
     } else {
         report.broken(line);
     }
@@ -220,7 +220,7 @@ fn take_everything(report: &mut Report, words: &[String]) {
     let (all, error) = take(20 * processes, |_| child(|| ()));
     // Some are there already: the terminals' holders, this one, pid 1.
     bounded(report, "processes", all.len() as u64 + 18, range, &error, again);
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -229,7 +229,7 @@ fn take_a_little(report: &mut Report, _: &[String]) {
     let (children, error) = take(100, |_| child(|| ()));
     let mut missing = |what: &str, error: Option<io::Error>| match error {
         Some(error) => report.broken(format!("{what} should work: {error}")),
-        None => report.say(format!("done: {what}")),
+        None => report.print(format!("done: {what}")),
     };
     missing("processes", error);
     missing("files", take(400, |_| File::open("/dev/null")).1);
@@ -322,9 +322,9 @@ fn fill_quota(report: &mut Report, words: &[String]) {
     ];
     report.must_fail("another quota", call(libc::SYS_quotactl_fd, arguments));
     for count in 0..1000 {
-        report.say(format!("line {count} with a full quota"));
+        report.print(format!("line {count} with a full quota"));
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -391,7 +391,7 @@ fn never_end(report: &mut Report, words: &[String]) {
         });
     }
     ignore_every_signal();
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -413,6 +413,6 @@ fn bind_sockets(report: &mut Report, words: &[String]) {
         here.read_exact(&mut [0])
             .expect("the child says that it has bound them");
     }
-    report.say("bound");
+    report.print("bound");
     wait_for_ever();
 }

@@ -64,7 +64,7 @@ fn socket_programs(report: &mut Report, _: &[String]) {
     to.set_read_timeout(Some(Duration::from_secs(5)))
         .expect("it takes a time");
     match to.recv(&mut [0; 8]) {
-        Ok(1) => report.say("held: the program was not attached"),
+        Ok(1) => report.print("held: the program was not attached"),
         other => report.broken(format!("a program of the job's drops packets: {other:?}")),
     }
     detach(report);

@@ -365,7 +365,7 @@ fn keep_secret(report: &mut Report, words: &[String]) {
             let _ = fs::set_permissions(path, all);
         }
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -427,7 +427,7 @@ fn seek(report: &mut Report, words: &[String]) {
             look_into(report, &entry.path().join(file), &secret, u64::MAX);
         }
     }
-    report.say(format!("{seen} files were read"));
+    report.print(format!("{seen} files were read"));
 }
 
 /// Small files: those that the test has written are.

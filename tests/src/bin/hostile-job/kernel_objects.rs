@@ -95,11 +95,11 @@ fn hold(report: &mut Report, words: &[String]) {
         0 => format!("{count} took all that they wanted"),
         why => format!("{count}: {}", io::Error::from_raw_os_error(*why)),
     });
-    report.say(format!(
+    report.print(format!(
         "held {total} {kind}; {}",
         reasons.collect::<Vec<_>>().join("; ")
     ));
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -432,17 +432,17 @@ fn lock_files_of_the_host(report: &mut Report, files: &[String]) -> ! {
     let mut kept = Vec::new();
     for path in files {
         let Ok(file) = File::open(path) else {
-            report.say(format!("not seen: {path}"));
+            report.print(format!("not seen: {path}"));
             continue;
         };
         let fd = file.as_raw_fd() as usize;
         let operation = (libc::LOCK_EX | libc::LOCK_NB) as usize;
         let lock = call(libc::SYS_flock, [fd, operation, 0, 0, 0, 0]);
-        report.say(format!("lock of {path}: {lock:?}"));
+        report.print(format!("lock of {path}: {lock:?}"));
         // A process that opens a file with a lease waits for its holder, as long as fs.lease-break-time says.
         report.must_fail(format!("a lease of {path}"), set_lease(&file, libc::F_RDLCK));
         kept.push(file);
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever()
 }

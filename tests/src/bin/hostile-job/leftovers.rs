@@ -86,7 +86,7 @@ fn daemons(report: &mut Report, _: &[String]) {
     for number in 0..5 {
         daemon(|| {
             ignore_every_signal();
-            report.say(format!("daemon {number} is running"));
+            report.print(format!("daemon {number} is running"));
             wait_for_ever();
         });
     }
@@ -110,7 +110,7 @@ fn fork_bomb(report: &mut Report, words: &[String]) {
                     Ok(0) => first = false,
                     Ok(_) => {}
                     Err(_) if first => {
-                        report.say("ready");
+                        report.print("ready");
                         first = false;
                     }
                     Err(_) => {}
@@ -179,7 +179,7 @@ fn hard_to_kill(report: &mut Report, _: &[String]) {
         ],
     )
     .expect("it is stopped");
-    report.say("ready");
+    report.print("ready");
     ignore_every_signal();
     wait_for_ever();
 }
@@ -241,7 +241,7 @@ fn other_cgroups(report: &mut Report, mount: &str, clone3_works: bool) {
     let top = Path::new(mount);
     visit(top, &top.metadata().expect("it is mounted"));
     walk(top, &mut visit);
-    report.say(format!("tried {tried} in {mount}"));
+    report.print(format!("tried {tried} in {mount}"));
     if cloned == 0 {
         report.broken(format!("no cgroup could be opened in {mount}"));
     }
@@ -267,10 +267,10 @@ fn cgroups(report: &mut Report, words: &[String]) {
         other_cgroups(report, "/sys/fs/cgroup", clone3_works);
         match mount("none", "/tmp", "cgroup2", 0) {
             Ok(()) => other_cgroups(report, "/tmp", clone3_works),
-            Err(error) => report.say(format!("held: cgroup2 in a namespace: {error}")),
+            Err(error) => report.print(format!("held: cgroup2 in a namespace: {error}")),
         }
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -279,13 +279,13 @@ fn files_everywhere(report: &mut Report, words: &[String]) {
     let leave = |report: &mut Report, dir: &Path| {
         let file = dir.join(name);
         match OpenOptions::new().write(true).create_new(true).open(&file) {
-            Ok(_) => report.say(format!("wrote {}", file.display())),
+            Ok(_) => report.print(format!("wrote {}", file.display())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error)
                 if [libc::EACCES, libc::EROFS, libc::EPERM]
                     .map(Some)
                     .contains(&error.raw_os_error()) => {}
-            Err(error) => report.say(format!("refused {}: {error}", file.display())),
+            Err(error) => report.print(format!("refused {}: {error}", file.display())),
         }
     };
     let mut directories = 0;
@@ -312,8 +312,8 @@ fn files_everywhere(report: &mut Report, words: &[String]) {
             leave(report, path);
         }
     });
-    report.say(format!("tried {directories} directories"));
-    report.say("ready");
+    report.print(format!("tried {directories} directories"));
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -321,8 +321,8 @@ impl Report {
     /// One place where any user of a usual host may write.
     fn must_fail_unless_private(&mut self, place: &str, name: &str) {
         match fs::write(Path::new(place).join(name), "") {
-            Ok(()) => self.say(format!("wrote {place}/{name}")),
-            Err(error) => self.say(format!("held: {place}: {error}")),
+            Ok(()) => self.print(format!("wrote {place}/{name}")),
+            Err(error) => self.print(format!("held: {place}: {error}")),
         }
     }
 
@@ -330,7 +330,7 @@ impl Report {
     pub fn must_work<T>(&mut self, what: &str, result: io::Result<T>) -> Option<T> {
         match result {
             Ok(value) => {
-                self.say(format!("done: {what}"));
+                self.print(format!("done: {what}"));
                 Some(value)
             }
             Err(error) => {
@@ -359,7 +359,7 @@ fn system_v(report: &mut Report, _: &[String]) {
             report.must_work("message", call(libc::SYS_msgsnd, arguments));
         }
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -374,7 +374,7 @@ fn posix_ipc(report: &mut Report, words: &[String]) {
         fs::write(format!("/dev/shm/sem.{}", words[0]), [0; 32]),
     );
     report.must_work("memory", fs::write(format!("/dev/shm/{}", words[0]), [1; 4096]));
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -437,7 +437,7 @@ fn services(report: &mut Report, commands: &[String]) {
             Ok(output) if output.status.success() => report.broken(format!("{command:?} worked")),
             Ok(output) => {
                 let why = String::from_utf8_lossy(&output.stderr);
-                report.say(format!("held: {command:?}: {}: {}", output.status, why.trim()));
+                report.print(format!("held: {command:?}: {}: {}", output.status, why.trim()));
             }
         }
     }
@@ -484,7 +484,7 @@ fn nodes(report: &mut Report, _: &[String]) {
             report.must_fail(what, device(&at("node"), kind, major, minor));
         }
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -503,7 +503,7 @@ fn listener(report: &mut Report, words: &[String]) {
         "own listener",
         UnixStream::connect_addr(&abstract_name(&words[0])),
     );
-    report.say("ready");
+    report.print("ready");
     std::mem::forget((listener, datagrams));
     wait_for_ever();
 }
@@ -575,10 +575,10 @@ fn user_namespace(report: &mut Report, words: &[String]) {
     );
     report.must_work("the file, seen there", fs::read("/work/bound/file"));
     match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-        Err(error) => report.say(format!("held: /dev/fuse: {error}")),
+        Err(error) => report.print(format!("held: /dev/fuse: {error}")),
         Ok(_) => report.broken("/dev/fuse is not the slot's"),
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -612,7 +612,7 @@ fn watches_and_locks(report: &mut Report, words: &[String]) {
         0,
     ];
     report.must_fail("lease", call(libc::SYS_fcntl, lease));
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 
@@ -666,7 +666,7 @@ fn crash(report: &mut Report, _: &[String]) {
                 }
             });
             match waitpid(Pid::from_raw(pid), None) {
-                Ok(WaitStatus::Signaled(_, by, false)) if by == signal => report.say("held: no core"),
+                Ok(WaitStatus::Signaled(_, by, false)) if by == signal => report.print("held: no core"),
                 other => report.broken(format!("{attempt:?} {signal}: {other:?}")),
             }
         }
@@ -689,7 +689,7 @@ fn listen(report: &mut Report, _: &[String]) {
             println!("listens {}", listener.local_addr().expect("it is bound"));
             std::mem::forget(listener);
         }
-        report.say("ready");
+        report.print("ready");
         wait_for_ever();
     });
 }
@@ -719,8 +719,8 @@ fn accounting(report: &mut Report, _: &[String]) {
             .stdin(Stdio::null())
             .output();
         match outcome {
-            Err(error) => report.say(format!("absent: {}: {error}", words[0])),
-            Ok(output) => report.say(format!("{words:?}: {}", output.status)),
+            Err(error) => report.print(format!("absent: {}: {error}", words[0])),
+            Ok(output) => report.print(format!("{words:?}: {}", output.status)),
         }
     }
 }

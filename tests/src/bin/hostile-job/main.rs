@@ -47,7 +47,7 @@ impl Report {
     }
 
     /// A word for the test, which waits for it.
-    pub fn say(&mut self, what: impl Display) {
+    pub fn print(&mut self, what: impl Display) {
         println!("{what}");
     }
 }

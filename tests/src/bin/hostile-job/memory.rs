@@ -113,8 +113,8 @@ fn memory_bomb(report: &mut Report, words: &[String]) {
         }
     });
     match waitpid(Pid::from_raw(bomb), None).expect("it is our child") {
-        WaitStatus::Signaled(_, signal, _) => report.say(format!("held: {kind}: ended by {signal}")),
-        other => report.say(format!("{other:?}")),
+        WaitStatus::Signaled(_, signal, _) => report.print(format!("held: {kind}: ended by {signal}")),
+        other => report.print(format!("{other:?}")),
     }
 }
 
@@ -140,7 +140,7 @@ fn memory_hold(report: &mut Report, words: &[String]) {
     let (kind, bytes) = words_of(words);
     let (_all, total, error) = hold(kind, bytes);
     match error {
-        None => report.say(format!("done: {kind}: {total} bytes")),
+        None => report.print(format!("done: {kind}: {total} bytes")),
         Some(error) => report.broken(format!("{kind}: {total} bytes should be there: {error}")),
     }
 }
@@ -169,7 +169,7 @@ fn page_cache(report: &mut Report, words: &[String]) {
         }
     };
     match work() {
-        Ok(seen) if seen == 4 * limit => report.say(format!("done: {seen} bytes")),
+        Ok(seen) if seen == 4 * limit => report.print(format!("done: {seen} bytes")),
         other => report.broken(format!("a large file should work: {other:?}")),
     }
 }
@@ -183,6 +183,6 @@ fn spin(report: &mut Report, words: &[String]) {
             }
         });
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }

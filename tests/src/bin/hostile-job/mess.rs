@@ -37,7 +37,7 @@ fn mess(report: &mut Report, _: &[String]) {
         // Not all can be closed: what is mounted here itself is root's in places.
         let _ = fs::set_permissions(place, Permissions::from_mode(0o0));
     }
-    report.say("ready");
+    report.print("ready");
     wait_for_ever();
 }
 

@@ -124,13 +124,13 @@ fn programs(report: &mut Report, words: &[String]) {
         total += u64::from(count);
         *reasons.entry(why as i32).or_default() += 1;
         if why as i32 == ENOTSUPP {
-            report.say(format!(
+            report.print(format!(
                 "process {number} met the end of the kernel's memory for programs"
             ));
             break;
         }
     }
-    report.say(format!("had {total} programs; ended by {reasons:?}"));
-    report.say("ready");
+    report.print(format!("had {total} programs; ended by {reasons:?}"));
+    report.print("ready");
     wait_for_ever();
 }
