@@ -221,10 +221,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_failure_without_a_job_is_reported_at_once_and_not_after_every_line() {
-        let world = NoJob::default();
+        let server_and_helper = NoJob::default();
         let executor = Executor {
-            server: BuildomatClient::over(Arc::new(world.clone())),
-            helper: HelperClient::over(Arc::new(world.clone())),
+            server: BuildomatClient::over(Arc::new(server_and_helper.clone())),
+            helper: HelperClient::over(Arc::new(server_and_helper.clone())),
             agent: AgentCache::new("/nowhere".into(), Vec::new()),
             identity: Identity::new("here", InstanceId::parse("00000000").unwrap()),
         };
@@ -236,7 +236,7 @@ mod tests {
             executor.carry_out(WorkerId::from_bits(1), action).await,
             Event::FailureReported
         );
-        let calls = world.0.lock().unwrap();
+        let calls = server_and_helper.0.lock().unwrap();
         assert_eq!(calls.len(), APPEND_TRIES as usize + 1, "{calls:?}");
         assert!(calls.last().unwrap().ends_with("/fail"));
     }

@@ -2,43 +2,43 @@
 
 use protocol::{Exit, WorkerId};
 
-use crate::script::{Item, Misdeed, Mode};
-use crate::world::{Event, World};
+use crate::script::{Item, AgentFault, Mode};
+use crate::simulation::{Event, Simulation};
 
-impl World {
+impl Simulation {
     /// An agent was started: what will it do?
     pub fn started(&mut self, id: WorkerId, agent: u64) {
-        let misdeed = self.misdeeds.pop_front();
-        if let Some(misdeed) = misdeed {
-            self.note(|| format!("  its agent will misbehave: {misdeed:?}"));
-            self.report.count(&Item::Agent(misdeed));
+        let fault = self.agent_faults.pop_front();
+        if let Some(fault) = fault {
+            self.note(|| format!("  its agent will misbehave: {fault:?}"));
+            self.report.count(&Item::Agent(fault));
         }
         let usual = 500 + self.chance(2_500);
         let takes = self.server.takes(id);
-        match misdeed {
-            Some(Misdeed::NeverOnline) => self.checks.misbehaves(id),
-            Some(Misdeed::LateOnline(ms)) => {
+        match fault {
+            Some(AgentFault::NeverOnline) => self.checks.misbehaves(id),
+            Some(AgentFault::LateOnline(ms)) => {
                 self.checks.misbehaves(id);
                 self.after(usual + ms, Event::Online(id, agent));
             }
-            Some(Misdeed::DiesEarly) => self.after(usual / 2, Event::Ends(id, agent, Exit::Status(1))),
-            Some(Misdeed::KilledEarly) => self.after(usual / 2, Event::Ends(id, agent, Exit::Unknown)),
-            Some(Misdeed::DiesLate) => {
+            Some(AgentFault::DiesEarly) => self.after(usual / 2, Event::Ends(id, agent, Exit::Status(1))),
+            Some(AgentFault::KilledEarly) => self.after(usual / 2, Event::Ends(id, agent, Exit::Unknown)),
+            Some(AgentFault::DiesLate) => {
                 self.after(usual, Event::Online(id, agent));
                 self.after(usual + takes / 2, Event::Ends(id, agent, Exit::Signal(11)));
             }
-            Some(Misdeed::KilledAtOnce) => {
-                self.ambushes.push((id, agent));
+            Some(AgentFault::KilledAtOnce) => {
+                self.to_kill_online.push((id, agent));
             }
-            Some(Misdeed::KilledLate) => {
+            Some(AgentFault::KilledLate) => {
                 self.after(usual, Event::Online(id, agent));
                 self.after(usual + takes / 2, Event::Ends(id, agent, Exit::Unknown));
             }
-            Some(Misdeed::TimesOut) => {
+            Some(AgentFault::TimesOut) => {
                 self.after(usual, Event::Online(id, agent));
                 self.after(usual + takes / 2, Event::Ends(id, agent, Exit::TimedOut));
             }
-            Some(Misdeed::JobHangs) => {
+            Some(AgentFault::JobHangs) => {
                 self.checks.hangs(id);
                 self.after(usual, Event::Online(id, agent));
             }
@@ -56,8 +56,8 @@ impl World {
     }
 
     /// The server has just said that these agents are not online: they are, and are killed.
-    pub fn spring_ambushes(&mut self) {
-        for (id, agent) in std::mem::take(&mut self.ambushes) {
+    pub fn kill_delayed_agents(&mut self) {
+        for (id, agent) in std::mem::take(&mut self.to_kill_online) {
             self.online(id, agent);
             self.ends(id, agent, Exit::Unknown);
         }

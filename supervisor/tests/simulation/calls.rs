@@ -1,4 +1,4 @@
-//! The supervisor's calls in this world: what becomes of each, and what it does.
+//! The supervisor's calls in this simulation: what becomes of each, and what it does.
 
 use protocol::{Received, Reply};
 use serde_json::json;
@@ -7,9 +7,9 @@ use supervisor::helper_client;
 use tokio::sync::oneshot;
 
 use crate::net::{SimulatedResponse, Ask};
-use crate::script::{Fate, Item, Kind, Mode, Point};
+use crate::script::{CallFault, Item, CallKind, Mode, Point};
 use crate::second::SECOND;
-use crate::world::{Event, World};
+use crate::simulation::{Event, Simulation};
 
 /// How long the supervisor's HTTP client waits.
 pub const CALL_TIMEOUT_MS: u64 = supervisor::buildomat::CALL_TIMEOUT.as_millis() as u64;
@@ -17,8 +17,8 @@ pub const CALL_TIMEOUT_MS: u64 = supervisor::buildomat::CALL_TIMEOUT.as_millis()
 #[derive(Debug)]
 pub struct InFlight {
     pub ask: Ask,
-    pub kind: Kind,
-    pub fate: Fate,
+    pub kind: CallKind,
+    pub fault: CallFault,
     pub back: u64,
     /// The caller; none once it has its answer, or has died.
     pub caller: Option<oneshot::Sender<SimulatedResponse>>,
@@ -37,7 +37,7 @@ impl InFlight {
     }
 }
 
-impl World {
+impl Simulation {
     /// The supervisor asks something.
     pub fn send(&mut self, run: u64, ask: Ask, caller: oneshot::Sender<SimulatedResponse>) {
         if run & SECOND != 0 {
@@ -56,23 +56,23 @@ impl World {
         self.checks.called(self.now, kind, about);
         self.look_at_request(&ask);
         let armed = self.armed.iter().position(|(armed, _)| *armed == kind);
-        let fate = match armed.map(|at| self.armed.remove(at).1) {
-            Some(fate) => {
-                self.report.count(&Item::Call(kind, fate));
-                fate
+        let fault = match armed.map(|at| self.armed.remove(at).1) {
+            Some(fault) => {
+                self.report.count(&Item::Call(kind, fault));
+                fault
             }
             None => self.always(kind),
         };
         let id = self.new_call();
-        if !kind.is_poll() || fate != Fate::Fine {
+        if !kind.is_poll() || fault != CallFault::Fine {
             self.note(|| {
                 let about = about.map(|about| format!(" {about}")).unwrap_or_default();
-                let fate = if fate == Fate::Fine {
+                let fault = if fault == CallFault::Fine {
                     String::new()
                 } else {
-                    format!(" ({fate:?})")
+                    format!(" ({fault:?})")
                 };
-                format!("> {kind:?}{about} #{id}{fate}")
+                format!("> {kind:?}{about} #{id}{fault}")
             });
         }
         let long = if self.chance(100) == 0 { 2_000 } else { 0 };
@@ -86,18 +86,18 @@ impl World {
         } else {
             0
         };
-        match (fate, self.server_mode) {
-            (Fate::Slow(ms), _) | (_, Mode::Slow(ms)) if kind.is_of_server() => {
+        match (fault, self.server_mode) {
+            (CallFault::Slow(ms), _) | (_, Mode::Slow(ms)) if kind.is_of_server() => {
                 // Both ways: an answer may be old when it comes.
                 (there, back) = (there + ms / 2, back + ms / 2);
             }
-            (Fate::Late(ms), _) => there += ms,
+            (CallFault::Late(ms), _) => there += ms,
             _ => {}
         }
         let call = InFlight {
             ask,
             kind,
-            fate,
+            fault,
             back,
             caller: Some(caller),
             answer: None,
@@ -114,15 +114,15 @@ impl World {
     }
 
     /// What becomes of every call of this kind, these days.
-    pub fn always(&self, kind: Kind) -> Fate {
+    pub fn always(&self, kind: CallKind) -> CallFault {
         let now = self.now;
         let found = self.every.iter().find(|(k, _, until)| *k == kind && *until > now);
-        found.map_or(Fate::Fine, |(_, fate, _)| *fate)
+        found.map_or(CallFault::Fine, |(_, fault, _)| *fault)
     }
 
     /// Does the supervisor die here? Then all that is under way is without a caller.
-    pub fn dies_at(&mut self, kind: Kind, point: Point) -> bool {
-        let here = |(k, p, _): &(Kind, Point, u64)| (*k, *p) == (kind, point);
+    pub fn dies_at(&mut self, kind: CallKind, point: Point) -> bool {
+        let here = |(k, p, _): &(CallKind, Point, u64)| (*k, *p) == (kind, point);
         let Some(at) = self.crash_at.iter().position(here) else {
             return false;
         };
@@ -180,15 +180,15 @@ impl World {
         self.show(id, call.kind, &answer);
         if let (Ask::Server(_), SimulatedResponse::Page(Ok((200, body)))) = (&call.ask, &answer) {
             self.checks
-                .answered(self.now, call.kind, body, call.fate == Fate::OtherIds);
+                .answered(self.now, call.kind, body, call.fault == CallFault::OtherIds);
         }
-        if let (Kind::Fail, Some(worker), SimulatedResponse::Page(Ok((400..=499, body)))) =
+        if let (CallKind::Fail, Some(worker), SimulatedResponse::Page(Ok((400..=499, body)))) =
             (call.kind, call.ask.about(), &answer)
             && body.starts_with(b"{")
         {
             self.checks.cannot_tell(worker);
         }
-        if let (Kind::Delete, Some(worker), SimulatedResponse::Page(Ok((200, body)))) =
+        if let (CallKind::Delete, Some(worker), SimulatedResponse::Page(Ok((200, body)))) =
             (call.kind, call.ask.about(), &answer)
             && body == b"true"
         {
@@ -199,7 +199,7 @@ impl World {
     }
 
     /// Polls are shown where their answer is another than the last time.
-    pub fn show(&mut self, id: u64, kind: Kind, answer: &SimulatedResponse) {
+    pub fn show(&mut self, id: u64, kind: CallKind, answer: &SimulatedResponse) {
         if !self.trace.is_kept() {
             return;
         }
@@ -232,7 +232,7 @@ impl World {
         let Some(call) = self.calls.get(&id) else {
             return;
         };
-        let (fate, kind, ask, waits) = (call.fate, call.kind, call.ask.clone(), call.waits());
+        let (fault, kind, ask, waits) = (call.fault, call.kind, call.ask.clone(), call.waits());
         let unreachable = |why: &str| SimulatedResponse::Page(Err(Error::Unreachable(why.into())));
         match self.server_mode {
             Mode::Down => return self.settle(id, unreachable("connection refused")),
@@ -250,9 +250,9 @@ impl World {
             Mode::Broken => return self.settle(id, page(500, true)),
             Mode::Up | Mode::Slow(_) => {}
         }
-        match fate {
-            Fate::LostRequest => return self.settle(id, unreachable("connection reset")),
-            Fate::Status {
+        match fault {
+            CallFault::LostRequest => return self.settle(id, unreachable("connection reset")),
+            CallFault::Status {
                 code,
                 json,
                 done: false,
@@ -266,16 +266,16 @@ impl World {
         } else {
             value.to_string().into_bytes()
         };
-        let answer = match fate {
-            Fate::LostAnswer => unreachable("connection reset"),
-            Fate::Status { code, json, .. } => page(code, json),
-            Fate::Html => page(200, false),
-            Fate::Truncated => SimulatedResponse::Page(Ok((code, bytes[..bytes.len() / 2].to_vec()))),
-            Fate::OtherIds => {
+        let answer = match fault {
+            CallFault::LostAnswer => unreachable("connection reset"),
+            CallFault::Status { code, json, .. } => page(code, json),
+            CallFault::Html => page(200, false),
+            CallFault::Truncated => SimulatedResponse::Page(Ok((code, bytes[..bytes.len() / 2].to_vec()))),
+            CallFault::OtherIds => {
                 let other = self.other(kind, value);
                 SimulatedResponse::Page(Ok((code, other.to_string().into_bytes())))
             }
-            Fate::Twice { gap, second } => {
+            CallFault::Twice { gap, second } => {
                 self.after(gap, Event::Again(id));
                 if second && gap < CALL_TIMEOUT_MS {
                     return;
@@ -291,7 +291,7 @@ impl World {
                 self.calls.insert(id, copy);
                 let first = self.new_call();
                 let call = InFlight {
-                    fate: Fate::Fine,
+                    fault: CallFault::Fine,
                     ..call
                 };
                 self.calls.insert(first, call);
@@ -319,7 +319,7 @@ impl World {
 
     pub fn look_at_request(&mut self, ask: &Ask) {
         match ask {
-            Ask::Server(call) if ask.kind() == Kind::Lease => {
+            Ask::Server(call) if ask.kind() == CallKind::Lease => {
                 let body = call.body.as_ref().expect("a lease has a body");
                 let some = body["supported_targets"]
                     .as_array()

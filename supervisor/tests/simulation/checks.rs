@@ -1,4 +1,4 @@
-//! What is remembered of each worker, and of the supervisor, to judge by. The judging is in `invariants`.
+//! What is remembered of each worker, and of the supervisor, to check by. The checks are in `invariants`.
 
 use std::collections::BTreeMap;
 
@@ -7,14 +7,14 @@ use protocol::{Exit, SlotName, WorkerId};
 
 use crate::host::Host;
 use crate::server::Server;
-use crate::storm::Storm;
+use crate::call_rates::CallRates;
 
 /// A new configuration is everybody's after this.
 const RELOAD_MS: u64 = 15_000;
-/// In so much fair weather a worker is deleted on the host.
+/// Within this time, while no fault is active, a worker is deleted on the host.
 const DELETED_MS: u64 = 120_000;
 
-/// What the world knows of a worker.
+/// What the simulation knows of a worker.
 #[derive(Clone, Debug, Default)]
 pub struct Track {
     pub made_at: u64,
@@ -33,7 +33,7 @@ pub struct Track {
     /// For how long its job has gone on, in a slot that limits that, with nothing in the way of ending it.
     pub job_ms: u64,
     /// The server has lied about it, or forgotten something of it: any end is right.
-    pub lied_about: bool,
+    pub got_wrong_answer: bool,
     /// Its state was in a database that was lost.
     pub forgotten: bool,
     /// The server, asked to fail it, would not.
@@ -71,7 +71,7 @@ pub struct Checks {
     /// The configuration that the supervisor has, and the time since which it is everybody's.
     pub config: Config,
     pub changed_at: u64,
-    pub storm: Storm,
+    pub call_rates: CallRates,
     pub draining_since: Option<u64>,
     pub drained_slot: Option<(SlotName, u64)>,
     /// How many lists of the server this run of the supervisor has asked for.
@@ -97,7 +97,7 @@ impl Checks {
             tracks: BTreeMap::new(),
             config,
             changed_at: 0,
-            storm: Storm::default(),
+            call_rates: CallRates::default(),
             draining_since: None,
             drained_slot: None,
             lists: 0,
@@ -130,7 +130,7 @@ impl Checks {
     }
 
     pub fn foreign(&mut self, id: WorkerId) {
-        self.track(id).lied_about = true;
+        self.track(id).got_wrong_answer = true;
     }
 
     pub fn online(&mut self, now: u64, id: WorkerId) {
@@ -165,7 +165,7 @@ impl Checks {
     /// Must this failed worker be kept? None: nobody can say.
     pub fn is_kept(&self, track: &Track) -> Option<bool> {
         let failure_reported = track.failure_reported?;
-        let excused = track.lied_about || track.forgotten || track.cannot_tell || track.to_delete;
+        let excused = track.got_wrong_answer || track.forgotten || track.cannot_tell || track.to_delete;
         // The slot's rules may be others by now.
         let settled = self.changed_at == 0 || self.changed_at < failure_reported.at;
         failure_reported.keeps.filter(|_| settled && !excused)
@@ -193,7 +193,7 @@ impl Checks {
         let track = self.track(id);
         track.had_ms = 0;
         // Deleted by a request of an earlier run, that arrived late.
-        track.lied_about |= !live;
+        track.got_wrong_answer |= !live;
     }
 
     pub fn database_lost(&mut self) {
@@ -204,12 +204,12 @@ impl Checks {
 
     pub fn rolled_back(&mut self) {
         for track in self.tracks.values_mut() {
-            track.lied_about = true;
+            track.got_wrong_answer = true;
         }
     }
 
     pub fn started(&mut self, now: u64, config: Config) {
-        self.storm.started(now);
+        self.call_rates.started(now);
         self.config = config;
         self.lists = 0;
         (self.draining_since, self.drained_slot) = (None, None);
@@ -287,8 +287,8 @@ impl Checks {
         }
     }
 
-    /// In fair weather a worker that the server wants gone is gone, whatever the supervisor can save.
-    pub fn recycled(&mut self, now: u64, fair_since: Option<u64>, server: &Server, host: &Host) {
+    /// While no fault is active a worker that the server wants gone is gone, whatever the supervisor can save.
+    pub fn recycled(&mut self, now: u64, undisturbed_since: Option<u64>, server: &Server, host: &Host) {
         for (id, w) in server.workers.iter().filter(|(_, w)| !w.deleted) {
             let track = self.tracks.get(id).cloned().unwrap_or_default();
             let is_let_go = self.is_kept(&track) == Some(false);
@@ -298,8 +298,8 @@ impl Checks {
                 continue;
             }
             let since = *track.recycled_since.get_or_insert(now);
-            let fair = fair_since.is_some_and(|fair| fair.max(since) + DELETED_MS <= now);
-            if fair && host.get(*id).is_some() && !track.lied_about {
+            let undisturbed = undisturbed_since.is_some_and(|undisturbed| undisturbed.max(since) + DELETED_MS <= now);
+            if undisturbed && host.get(*id).is_some() && !track.got_wrong_answer {
                 let text = format!(
                     "{id} is to be deleted for {} s, and the host has it",
                     (now - since) / 1_000

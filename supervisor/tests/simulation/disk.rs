@@ -8,27 +8,27 @@ use supervisor::store::{Storage, Store, Unsaved};
 use supervisor::worker::Worker;
 
 use crate::net::Shared;
-use crate::world::Disk;
+use crate::simulation::Disk;
 
 #[derive(Debug)]
-pub struct WorldStore {
+pub struct SimulatedStore {
     pub store: Store,
     /// None for one whose disk is always fine.
     pub shared: Option<Shared>,
 }
 
-impl WorldStore {
+impl SimulatedStore {
     fn may_write(&self) -> Result<(), Unsaved> {
         let may = self
             .shared
             .as_ref()
-            .is_none_or(|shared| shared.world().may_write());
+            .is_none_or(|shared| shared.simulation().may_write());
         may.then_some(())
             .ok_or_else(|| Unsaved::passing("database or disk is full: make room".into()))
     }
 }
 
-impl Storage for WorldStore {
+impl Storage for SimulatedStore {
     fn save(&mut self, worker: &Worker) -> Result<(), Unsaved> {
         self.may_write()?;
         self.store.save(worker)
@@ -44,7 +44,7 @@ impl Storage for WorldStore {
     }
 
     fn check(&mut self) -> Result<(), Unsaved> {
-        match self.shared.as_ref().map(|shared| shared.world().disk) {
+        match self.shared.as_ref().map(|shared| shared.simulation().disk) {
             None | Some(Disk::Fine) => Ok(()),
             Some(Disk::Low | Disk::Full) => Err(Unsaved::passing("little room is left: make room".into())),
         }
@@ -57,13 +57,13 @@ impl Storage for WorldStore {
 
 /// The configuration file of the first host; that of the second never changes.
 #[derive(Debug)]
-pub struct WorldFile {
+pub struct SimulatedFile {
     pub shared: Option<Shared>,
 }
 
-impl ConfigFile for WorldFile {
+impl ConfigFile for SimulatedFile {
     fn difference(&mut self, in_use: &Config) -> Option<String> {
-        let differs = |shared: &Shared| shared.world().file.as_ref() != Some(in_use);
+        let differs = |shared: &Shared| shared.simulation().file.as_ref() != Some(in_use);
         self.shared
             .as_ref()
             .is_some_and(differs)

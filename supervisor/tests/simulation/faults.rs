@@ -7,9 +7,9 @@ use supervisor::factory::drain::Drain;
 use crate::plan::Plan;
 use crate::script::{Change, Extent, Item, Mode};
 use crate::server::Server;
-use crate::world::{Disk, Event, Period, World};
+use crate::simulation::{Disk, Event, Period, Simulation};
 
-impl World {
+impl Simulation {
     pub fn happen(&mut self, item: Item) {
         let injected = self.inject(item);
         if injected {
@@ -21,16 +21,16 @@ impl World {
     pub fn inject(&mut self, item: Item) -> bool {
         match item {
             Item::Submit { target, takes } => self.submit(target, takes),
-            Item::Call(kind, fate) => {
-                self.armed.push((kind, fate));
+            Item::Call(kind, fault) => {
+                self.armed.push((kind, fault));
                 return false;
             }
-            Item::Every(kind, fate, ms) => {
+            Item::Every(kind, fault, ms) => {
                 self.every.retain(|(_, _, until)| *until > self.now);
-                self.every.push((kind, fate, self.now + ms));
+                self.every.push((kind, fault, self.now + ms));
             }
-            Item::Agent(misdeed) => {
-                self.misdeeds.push_back(misdeed);
+            Item::Agent(fault) => {
+                self.agent_faults.push_back(fault);
                 return false;
             }
             Item::CrashAt(kind, point, down) => {
@@ -190,7 +190,7 @@ impl World {
     }
 
     pub fn back(&mut self, period: Period) {
-        if self.until.get(&period).is_none_or(|until| *until > self.now) && !self.is_calm() {
+        if self.until.get(&period).is_none_or(|until| *until > self.now) && !self.faults_are_over() {
             return;
         }
         self.until.remove(&period);
@@ -227,11 +227,11 @@ impl World {
     }
 
     /// All that is bad comes to its end, and stays away.
-    pub fn calm_down(&mut self) {
+    pub fn end_faults(&mut self) {
         self.note(|| "* from here on nothing bad happens".into());
         self.armed.clear();
         self.every.clear();
-        self.misdeeds.clear();
+        self.agent_faults.clear();
         self.crash_at.clear();
         self.trace.crash_after_saves(None);
         let periods = [
@@ -317,7 +317,7 @@ impl World {
         };
         self.server.roll_back(old);
         self.checks.rolled_back();
-        self.checks.storm.rolled_back(self.now);
+        self.checks.call_rates.rolled_back(self.now);
         true
     }
 

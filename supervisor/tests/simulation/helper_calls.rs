@@ -4,19 +4,19 @@ use protocol::{ErrorKind, Received, Reply, Request, WorkerId};
 
 use crate::host::Effect;
 use crate::net::{SimulatedResponse, Ask, error, reply_of};
-use crate::script::{Extent, Fate, Kind, Mode, Point};
-use crate::world::{Event, World};
+use crate::script::{Extent, CallFault, CallKind, Mode, Point};
+use crate::simulation::{Event, Simulation};
 
-impl World {
+impl Simulation {
     pub fn arrive_at_helper(&mut self, id: u64) {
         let Some(call) = self.calls.get_mut(&id) else {
             return;
         };
         call.begun = true;
-        let (fate, about) = (call.fate, call.ask.about());
+        let (fault, about) = (call.fault, call.ask.about());
         let usual = 1 + self.chance(30);
-        let takes = match (fate, self.helper_mode()) {
-            (Fate::Slow(ms), _) | (_, Mode::Slow(ms)) => usual + ms,
+        let takes = match (fault, self.helper_mode()) {
+            (CallFault::Slow(ms), _) | (_, Mode::Slow(ms)) => usual + ms,
             (_, Mode::Hung) => return,
             _ => usual,
         };
@@ -38,12 +38,12 @@ impl World {
         if call.second {
             return self.effect_of_second(id);
         }
-        let (fate, kind) = (call.fate, call.kind);
-        match (fate, self.helper_mode()) {
-            (Fate::Busy, _) | (_, Mode::Errors) => {
+        let (fault, kind) = (call.fault, call.kind);
+        match (fault, self.helper_mode()) {
+            (CallFault::Busy, _) | (_, Mode::Errors) => {
                 return self.reply(id, &error(ErrorKind::Busy, "as many connections as can be"));
             }
-            (Fate::CouldNot, _) => {
+            (CallFault::CouldNot, _) => {
                 self.could_not(id);
                 return self.reply(id, &error(ErrorKind::Failed, "no space left on device"));
             }
@@ -54,20 +54,20 @@ impl World {
             _ => {}
         }
         let about = self.calls[&id].ask.about();
-        if kind == Kind::HostDelete && about.is_some() && about == self.undeletable {
+        if kind == CallKind::HostDelete && about.is_some() && about == self.undeletable {
             return self.reply(id, &error(ErrorKind::Failed, "device or resource busy"));
         }
         let half = self.dies_at(kind, Point::HalfDone);
-        let extent = match fate {
+        let extent = match fault {
             _ if half => Extent::Half,
-            Fate::Closed(extent) => extent,
+            CallFault::Closed(extent) => extent,
             _ => Extent::All,
         };
         let (reply, lines) = self.operate(id, extent);
         self.dies_at(kind, Point::CarriedOut);
-        match fate {
-            Fate::Closed(_) | Fate::LostAnswer => self.close_connection(id),
-            Fate::Garbage => {
+        match fault {
+            CallFault::Closed(_) | CallFault::LostAnswer => self.close_connection(id),
+            CallFault::Garbage => {
                 let bytes = vec![0xff, 0xff, 3];
                 let garbage = Received::Packet {
                     bytes,
@@ -114,7 +114,7 @@ impl World {
             Effect::Nothing => {}
             Effect::Made => {
                 if !live {
-                    self.host.ghost(worker);
+                    self.host.untrack(worker);
                 }
             }
             Effect::Started(agent) => {

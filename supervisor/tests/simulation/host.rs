@@ -20,7 +20,7 @@ pub struct Host {
     /// Their users were made, or removed, only in part.
     half: BTreeSet<WorkerId>,
     /// Made by requests whose senders were gone by then: nobody can know of them before a list shows them.
-    ghosts: BTreeSet<WorkerId>,
+    untracked: BTreeSet<WorkerId>,
     started: BTreeMap<WorkerId, u64>,
     agents: u64,
 }
@@ -42,7 +42,7 @@ impl Host {
         Self {
             model: Model::new(Configuration::default(), uids.first.get()..=uids.last.get()),
             half: BTreeSet::new(),
-            ghosts: BTreeSet::new(),
+            untracked: BTreeSet::new(),
             started: BTreeMap::new(),
             agents,
         }
@@ -60,17 +60,17 @@ impl Host {
         self.workers().next().is_none()
     }
 
-    pub fn is_ghost(&self, id: WorkerId) -> bool {
-        self.ghosts.contains(&id)
+    pub fn is_untracked(&self, id: WorkerId) -> bool {
+        self.untracked.contains(&id)
     }
 
-    pub fn ghost(&mut self, id: WorkerId) {
-        self.ghosts.insert(id);
+    pub fn untrack(&mut self, id: WorkerId) {
+        self.untracked.insert(id);
     }
 
     /// Does the host have a worker that somebody can know of?
     pub fn is_known(&self, id: WorkerId) -> bool {
-        self.get(id).is_some() && !self.is_ghost(id)
+        self.get(id).is_some() && !self.is_untracked(id)
     }
 
     /// Carry out as much of a request as is said. `config`: the file as it is now; None for one that does
@@ -140,7 +140,7 @@ impl Host {
                 let is_there = self.get(*worker).is_some();
                 self.model.delete(*worker);
                 self.half.remove(worker);
-                self.ghosts.remove(worker);
+                self.untracked.remove(worker);
                 let effect = if is_there {
                     Effect::Removed
                 } else {

@@ -1,4 +1,4 @@
-//! What must hold, whatever happens. Everything is judged from outside: by the calls that arrive, and by what
+//! What must hold, whatever happens. Everything is checked from outside: by the calls that arrive, and by what
 //! the server and the host are then.
 
 use protocol::{Error, ErrorKind, Request, SlotName, State, WorkerId};
@@ -10,65 +10,65 @@ use testbed::server::Worker;
 use crate::checks::Checks;
 use crate::host::{HALF_MADE, Host};
 use crate::plan::JOB_TIMEOUT_MS;
-use crate::script::Kind;
+use crate::script::CallKind;
 use crate::second::MARK;
 use crate::server::{LEASE_MS, Server};
-use crate::world::ONLINE_TIMEOUT_MS;
+use crate::simulation::ONLINE_TIMEOUT_MS;
 
 /// A supervisor that has nothing to write notices a full disk after this.
 const DISK_CHECK_MS: u64 = 15_000;
 /// The two lists of a poll may be so far apart.
 const POLL_MS: u64 = 3_000;
-/// In so much fair weather the factory has noticed that a time is over.
+/// Within this time, while no fault is active, the factory has noticed that a time is over.
 const NOTICED_MS: u64 = 60_000;
 
 impl Checks {
     /// A call is made: is it one too many, or about a worker that must be left alone?
-    pub fn called(&mut self, now: u64, kind: Kind, about: Option<WorkerId>) {
-        if let Err(storm) = self.storm.called(now, kind, about) {
-            self.fail(storm);
+    pub fn called(&mut self, now: u64, kind: CallKind, about: Option<WorkerId>) {
+        if let Err(excess) = self.call_rates.called(now, kind, about) {
+            self.fail(excess);
         }
-        if kind == Kind::Workers {
+        if kind == CallKind::Workers {
             self.lists += 1;
         }
         // In the same instant, it had been begun before.
         let begins = matches!(
             kind,
-            Kind::Make | Kind::Associate | Kind::CreateUser | Kind::File | Kind::Attach
+            CallKind::Make | CallKind::Associate | CallKind::CreateUser | CallKind::File | CallKind::Attach
         );
         if begins && self.unsaved_since.is_some_and(|since| since < now) {
             self.fail(format!("{kind:?} is begun while something is not saved"));
         }
-        if kind == Kind::File {
+        if kind == CallKind::File {
             (self.file_in_list, self.file_at) = (self.lists, now);
         }
         let Some(id) = about else {
             return;
         };
-        let leased_at = self.leased_at.get(&id).filter(|_| kind == Kind::Make);
+        let leased_at = self.leased_at.get(&id).filter(|_| kind == CallKind::Make);
         if leased_at.is_some_and(|at| *at + LEASE_MS < now) {
             self.fail(format!("a worker is asked for job {id}, whose lease has ended"));
         }
         let lists = self.lists;
         let acts = matches!(
             kind,
-            Kind::CreateUser | Kind::Install | Kind::HostDelete | Kind::Delete
+            CallKind::CreateUser | CallKind::Install | CallKind::HostDelete | CallKind::Delete
         );
         let Some(track) = self.tracks.get(&id).filter(|_| acts) else {
             return;
         };
-        if kind == Kind::CreateUser && track.deleted && !track.lied_about {
+        if kind == CallKind::CreateUser && track.deleted && !track.got_wrong_answer {
             self.fail(format!("{id} is made again after its end"));
             return;
         }
         // An installation that had begun before, and waited for the agent's file, goes on.
         let began =
-            kind == Kind::Install && track.seen_held.is_some_and(|seen| self.file_in_list <= seen + 1);
-        if kind == Kind::HostDelete && !track.ending && self.is_kept(track) == Some(true) {
+            kind == CallKind::Install && track.seen_held.is_some_and(|seen| self.file_in_list <= seen + 1);
+        if kind == CallKind::HostDelete && !track.ending && self.is_kept(track) == Some(true) {
             self.fail(format!("{id} has failed and is to be kept, and is deleted"));
             return;
         }
-        let excused = track.ending || track.lied_about || began && now < self.file_at + 40_000;
+        let excused = track.ending || track.got_wrong_answer || began && now < self.file_at + 40_000;
         // The poll in which it was seen is over: the next has begun.
         if track.seen_held.is_some_and(|seen| seen < lists) && !excused {
             self.fail(format!("{id} is held, and not left as it is: {kind:?}"));
@@ -90,15 +90,15 @@ impl Checks {
     }
 
     /// An answer has come back whole.
-    pub fn answered(&mut self, now: u64, kind: Kind, body: &[u8], lie: bool) {
-        if kind == Kind::Lease {
+    pub fn answered(&mut self, now: u64, kind: CallKind, body: &[u8], lie: bool) {
+        if kind == CallKind::Lease {
             let answer: Value = serde_json::from_slice(body).unwrap_or_default();
             if let Some(job) = answer["lease"]["job"].as_str().and_then(|job| job.parse().ok()) {
-                self.storm.leased(now);
+                self.call_rates.leased(now);
                 self.leased_at.insert(job, now);
             }
         }
-        if kind != Kind::Workers {
+        if kind != CallKind::Workers {
             return;
         }
         if !lie {
@@ -146,13 +146,13 @@ impl Checks {
 
     /// A worker gets a slot: nobody else may have anything in it, or in one that conflicts with it.
     pub fn associates(&mut self, id: WorkerId, slot: &str, live: bool, server: &Server, host: &Host) {
-        if !live || self.track(id).lied_about {
+        if !live || self.track(id).got_wrong_answer {
             return;
         }
         let slot = slot_of(slot).expect("a slot's name");
         for (other, w) in host
             .workers()
-            .filter(|(other, _)| *other != id && !host.is_ghost(*other))
+            .filter(|(other, _)| *other != id && !host.is_untracked(*other))
         {
             if self.exclude((id, &slot), (other, &w.slot)) {
                 self.failure.get_or_insert(format!(
@@ -170,7 +170,7 @@ impl Checks {
             let Some(private) = private.and_then(|p| slot_of(p)) else {
                 continue;
             };
-            let left_alone = self.tracks.get(other).is_none_or(|t| t.lied_about || t.forgotten);
+            let left_alone = self.tracks.get(other).is_none_or(|t| t.got_wrong_answer || t.forgotten);
             // The owner tag is set once: a worker whose slot was removed, or has another target now, moves to another.
             let is_elsewhere = host.get(*other).is_some_and(|h| h.slot != private);
             let slot_now = self.config.slots.get(&private);
@@ -201,15 +201,15 @@ impl Checks {
         };
         match (error.kind, request) {
             (ErrorKind::SlotTaken, Request::CreateUser { slot, .. }) => {
-                let ghosts = host.workers().any(|(id, _)| host.is_ghost(id));
+                let untracked = host.workers().any(|(id, _)| host.is_untracked(id));
                 let track = self.track(id).clone();
                 let settled = track.made_at > self.changed_at || self.changed_at == 0;
-                if settled && !ghosts && !track.lied_about && !track.forgotten {
+                if settled && !untracked && !track.got_wrong_answer && !track.forgotten {
                     self.fail(format!("{id} is to get slot {slot}, but: {error}"));
                 }
                 self.track(id).start_failed = true;
             }
-            (ErrorKind::Failed, _) if error.message() == HALF_MADE && !self.track(id).lied_about => {
+            (ErrorKind::Failed, _) if error.message() == HALF_MADE && !self.track(id).got_wrong_answer => {
                 self.fail(format!("{id} is half made, and its agent is started"));
             }
             (ErrorKind::Failed, _) => self.start_failed(id),
@@ -253,7 +253,7 @@ impl Checks {
         let without_slot = track.forgotten || w.private.is_none();
         let expired = without_slot && Self::had_its_time(track.had_ms);
         let excused = track.to_delete
-            || track.lied_about
+            || track.got_wrong_answer
             || track.cannot_tell
             || began_and_lost
             || slot_gone
@@ -272,7 +272,7 @@ impl Checks {
             return;
         }
         let track = self.track(id).clone();
-        if track.lied_about || track.start_failed || track.misbehaved {
+        if track.got_wrong_answer || track.start_failed || track.misbehaved {
             return;
         }
         if reason.contains("job_timeout_seconds") {
@@ -297,8 +297,8 @@ impl Checks {
     }
 
     /// A second has passed. No process of a failed worker goes on beside a slot that waits for an operator, unless the slot
-    /// keeps them. `fair`: the supervisor runs, and all that it calls answer.
-    pub fn processes_end(&mut self, fair: bool, server: &Server, host: &Host) {
+    /// keeps them. `undisturbed`: the supervisor runs, and all that it calls answer.
+    pub fn processes_end(&mut self, undisturbed: bool, server: &Server, host: &Host) {
         let limit = 60_000 + 2_000 * self.config.factory.poll_seconds;
         let mut found = None;
         for (id, track) in &mut self.tracks {
@@ -312,8 +312,8 @@ impl Checks {
                     && host.is_known(*id)
                     && slot.is_none_or(|slot| !slot.keep_processes)
             });
-            let excused = track.lied_about || track.forgotten;
-            if !(fair && track.failure_reported.is_some() && is_held && goes_on) || excused {
+            let excused = track.got_wrong_answer || track.forgotten;
+            if !(undisturbed && track.failure_reported.is_some() && is_held && goes_on) || excused {
                 track.goes_on_ms = 0;
                 continue;
             }
@@ -328,7 +328,7 @@ impl Checks {
     }
 
     /// A second has passed. No job goes on for longer than its slot allows.
-    pub fn jobs_end(&mut self, fair: bool, server: &Server, host: &Host) {
+    pub fn jobs_end(&mut self, undisturbed: bool, server: &Server, host: &Host) {
         let settled = self.changed_at == 0;
         let mut found = None;
         for (id, track) in &mut self.tracks {
@@ -340,8 +340,8 @@ impl Checks {
                 let slot = self.config.slots.get(&w.slot);
                 w.state == State::Running && slot.is_some_and(|slot| slot.job_timeout_seconds.is_some())
             });
-            let excused = track.lied_about || track.forgotten || track.cannot_tell;
-            if !(fair && settled && goes_on && is_limited) || excused {
+            let excused = track.got_wrong_answer || track.forgotten || track.cannot_tell;
+            if !(undisturbed && settled && goes_on && is_limited) || excused {
                 track.job_ms = 0;
                 continue;
             }

@@ -1,16 +1,16 @@
-//! The real supervisor in a simulated world, driven by a seed.
+//! The real supervisor in a simulation, driven by a seed.
 //!
 //! Everything of the supervisor is the product's own: the loop (`Driver`), the core, the store (SQLite, in memory-backed
 //! files), the actions, and the reading of every answer. What it talks to is not: `net` stands where HTTP and the
 //! helper's socket are, and behind it are a `server`, a `host`, `agents` and a clock that runs as fast as it can. A
-//! `script` of jobs and faults is made from a `seed`, `world` lets it happen, `runner` runs the supervisor through it,
+//! `script` of jobs and faults is made from a `seed`, `simulation` lets it happen, `runner` runs the supervisor through it,
 //! and ends it anywhere, and `invariants` looks at each call.
 //!
 //! ```text
 //! cargo test --package supervisor --test simulation                     100,000 worker lives
 //! LIVES=20000000 cargo test --package supervisor --test simulation      a night of them
 //! FIRST=1000000 LIVES=… cargo test …                                    others: seeds from this one on
-//! SEED=17 cargo test --package supervisor --test simulation             one world; with its trace where it fails
+//! SEED=17 cargo test --package supervisor --test simulation             one simulation; with its trace where it fails
 //! ```
 //!
 //! A seed that fails is made as short as it can be, and its trace printed; the same seed always gives the same trace.
@@ -33,9 +33,9 @@ mod server;
 mod server_calls;
 mod shrink;
 mod steady;
-mod storm;
+mod call_rates;
 mod trace;
-mod world;
+mod simulation;
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -154,7 +154,7 @@ fn a_lasting_fault_is_logged_once_and_adds_no_calls() {
     steady::each();
 }
 
-/// Not a test: what fails in so many worlds, by kind.
+/// Not a test: what fails in so many simulations, by kind.
 #[test]
 #[ignore = "to reproduce a failure: SEEDS=300 cargo test --package supervisor --test simulation survey -- --ignored"]
 fn survey() {

@@ -1,5 +1,5 @@
 //! What stands where HTTP and the helper's socket are: every call of the supervisor becomes an event of the
-//! world, and its answer another.
+//! simulation, and its answer another.
 
 use std::fs::File;
 use std::io::Write;
@@ -12,8 +12,8 @@ use supervisor::buildomat::{self, Call, Transport};
 use supervisor::helper_client::{self, Connection, Connector};
 use tokio::sync::{Notify, oneshot};
 
-use crate::script::{Kind, Mode};
-use crate::world::World;
+use crate::script::{CallKind, Mode};
+use crate::simulation::Simulation;
 
 /// What the supervisor asks.
 #[derive(Clone, Debug)]
@@ -33,28 +33,28 @@ pub enum SimulatedResponse {
 }
 
 impl Ask {
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> CallKind {
         match self {
-            Ask::File => Kind::File,
+            Ask::File => CallKind::File,
             Ask::Helper(request) => match request {
-                Request::CreateUser { .. } => Kind::CreateUser,
-                Request::InstallAgent { .. } => Kind::Install,
-                Request::Attach { .. } | Request::Kill { .. } => Kind::Attach,
-                Request::Delete { .. } => Kind::HostDelete,
-                Request::List { after: Some(_) } => Kind::ListMore,
-                Request::Hello { .. } | Request::List { .. } | Request::Check => Kind::List,
+                Request::CreateUser { .. } => CallKind::CreateUser,
+                Request::InstallAgent { .. } => CallKind::Install,
+                Request::Attach { .. } | Request::Kill { .. } => CallKind::Attach,
+                Request::Delete { .. } => CallKind::HostDelete,
+                Request::List { after: Some(_) } => CallKind::ListMore,
+                Request::Hello { .. } | Request::List { .. } | Request::Check => CallKind::List,
             },
             Ask::Server(call) => {
                 let parts: Vec<&str> = call.path.split('/').skip(3).collect();
                 match (call.method.as_str(), &parts[..]) {
-                    ("GET", ["workers"]) => Kind::Workers,
-                    ("POST", ["lease"]) => Kind::Lease,
-                    ("POST", ["lease", _]) => Kind::Renew,
-                    ("POST", ["worker"]) => Kind::Make,
-                    ("PATCH", ["worker", _]) => Kind::Associate,
-                    ("DELETE", ["worker", _]) => Kind::Delete,
-                    ("POST", ["worker", _, "append"]) => Kind::Append,
-                    ("POST", ["worker", _, "fail"]) => Kind::Fail,
+                    ("GET", ["workers"]) => CallKind::Workers,
+                    ("POST", ["lease"]) => CallKind::Lease,
+                    ("POST", ["lease", _]) => CallKind::Renew,
+                    ("POST", ["worker"]) => CallKind::Make,
+                    ("PATCH", ["worker", _]) => CallKind::Associate,
+                    ("DELETE", ["worker", _]) => CallKind::Delete,
+                    ("POST", ["worker", _, "append"]) => CallKind::Append,
+                    ("POST", ["worker", _, "fail"]) => CallKind::Fail,
                     _ => panic!("the simulated server has no {call:?}"),
                 }
             }
@@ -81,23 +81,23 @@ impl Ask {
     }
 }
 
-/// The world, and the word that something in it has changed.
+/// The simulation, and the word that something in it has changed.
 #[derive(Clone, Debug)]
 pub struct Shared {
-    world: Arc<Mutex<World>>,
+    simulation: Arc<Mutex<Simulation>>,
     pub changed: Arc<Notify>,
 }
 
 impl Shared {
-    pub fn new(world: World) -> Self {
+    pub fn new(simulation: Simulation) -> Self {
         Self {
-            world: Arc::new(Mutex::new(world)),
+            simulation: Arc::new(Mutex::new(simulation)),
             changed: Arc::default(),
         }
     }
 
-    pub fn world(&self) -> MutexGuard<'_, World> {
-        self.world.lock().expect("no panic holds the world")
+    pub fn simulation(&self) -> MutexGuard<'_, Simulation> {
+        self.simulation.lock().expect("no panic holds the simulation")
     }
 }
 
@@ -111,7 +111,7 @@ pub struct Wire {
 impl Wire {
     async fn ask(&self, ask: Ask) -> SimulatedResponse {
         let (sender, answer) = oneshot::channel();
-        self.shared.world().send(self.run, ask, sender);
+        self.shared.simulation().send(self.run, ask, sender);
         self.shared.changed.notify_one();
         match answer.await {
             Ok(answer) => answer,
@@ -152,7 +152,7 @@ impl Transport for Wire {
 
 impl Connector for Wire {
     fn connect(&self) -> Result<Box<dyn Connection>, helper_client::Error> {
-        if self.shared.world().helper_mode_of(self.run) == Mode::Down {
+        if self.shared.simulation().helper_mode_of(self.run) == Mode::Down {
             return Err(helper_client::Error::Unreachable(
                 "the helper is unreachable: start the helper".into(),
             ));
@@ -168,7 +168,7 @@ impl Connection for Wire {
             assert_eq!(fd.is_some(), request.carries_descriptor(), "{request:?}");
             if let Request::Hello { version } = request {
                 assert_eq!(version, VERSION);
-                let mode = self.shared.world().helper_mode_of(self.run);
+                let mode = self.shared.simulation().helper_mode_of(self.run);
                 return match mode {
                     Mode::Hung => std::future::pending().await,
                     Mode::Errors => Ok(packet_of(&error(ErrorKind::Busy, "try again later"), vec![])),

@@ -6,7 +6,7 @@ use supervisor::backoff::Rng;
 
 use crate::script::Change;
 use crate::seed::below;
-use crate::world::ONLINE_TIMEOUT_MS;
+use crate::simulation::ONLINE_TIMEOUT_MS;
 
 /// What some slots limit a job to.
 pub const JOB_TIMEOUT_MS: u64 = 60_000;

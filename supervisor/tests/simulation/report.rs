@@ -1,10 +1,10 @@
-//! What has happened in all worlds together.
+//! What has happened in all simulations together.
 
 use std::collections::BTreeMap;
 
 use crate::script::Item;
 
-/// All that can go wrong here. A world in which it never did shows nothing about it.
+/// All that can go wrong here. A simulation in which it never did shows nothing about it.
 const FAULTS: &str = "Cancel, Clock, Crash, CrashAfterSaves, Damage, DiskFull, DiskFullAfter, DiskLow, Drain, DrainSlot, ExpireLeases, HelperRestart, Hold, \
     HoldNew, InvalidConfig, Kill, LoseDatabase, NoLeases, OldServer, Reboot, Recycle, Release, Rollback, SecondCrashes, SecondCut, SecondIsLost, SecondStarts, Stop, Suspend, Undeletable, \
     agent: DiesEarly, agent: DiesLate, agent: KilledAtOnce, agent: KilledEarly, agent: KilledLate, agent: LateOnline, \
@@ -19,7 +19,7 @@ const FAULTS: &str = "Cancel, Clock, Crash, CrashAfterSaves, Damage, DiskFull, D
 
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    pub worlds: u64,
+    pub simulations: u64,
     /// Workers that came to their end on the server.
     pub lives: u64,
     pub jobs: u64,
@@ -44,7 +44,7 @@ impl Report {
     }
 
     pub fn add(&mut self, other: &Report) {
-        self.worlds += other.worlds;
+        self.simulations += other.simulations;
         self.lives += other.lives;
         self.jobs += other.jobs;
         self.done += other.done;
@@ -65,9 +65,9 @@ impl Report {
 
     pub fn print(&self) {
         println!(
-            "{} worlds, {} simulated hours, {} worker lives, {} jobs ({} done), {} calls, {} starts of the \
+            "{} simulations, {} simulated hours, {} worker lives, {} jobs ({} done), {} calls, {} starts of the \
              supervisor; the longest settling took {} s",
-            self.worlds,
+            self.simulations,
             self.simulated_ms / 3_600_000,
             self.lives,
             self.jobs,

@@ -1,4 +1,4 @@
-//! Running the real supervisor in a world: each run of the supervisor is a `Driver` from the store, and its crash is the end of
+//! Running the real supervisor in a simulation: each run of the supervisor is a `Driver` from the store, and its crash is the end of
 //! its future, wherever that is.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,15 +22,15 @@ use supervisor::store::Store;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use crate::disk::{WorldFile, WorldStore};
+use crate::disk::{SimulatedFile, SimulatedStore};
 use crate::net::{Shared, Wire};
 use crate::report::Report;
 use crate::script::{Item, Script};
 use crate::second::SECOND;
 use crate::trace::{Crash, Log, Trace};
-use crate::world::World;
+use crate::simulation::Simulation;
 
-/// How a world has ended.
+/// How a simulation has ended.
 #[derive(Debug)]
 pub struct Outcome {
     pub failure: Option<String>,
@@ -74,7 +74,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         began,
     };
     let _guard = tracing::subscriber::set_default(log);
-    let shared = Shared::new(World::new(script, trace.clone()));
+    let shared = Shared::new(Simulation::new(script, trace.clone()));
     let mut run: Option<SupervisorRun> = None;
     let mut second: Option<SupervisorRun> = None;
     let mut spins = (began, 0);
@@ -83,10 +83,10 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
     let mut last = began;
     let mut asked: Option<oneshot::Receiver<Status>> = None;
     loop {
-        if shared.world().checks.failure().is_some() {
+        if shared.simulation().checks.failure().is_some() {
             break;
         }
-        let at = began + Duration::from_millis(shared.world().next_at().min(1 << 50));
+        let at = began + Duration::from_millis(shared.simulation().next_at().min(1 << 50));
         let at = at.max(last + Duration::from_millis(1));
         // A task that runs on while no time passes is caught.
         let now = Instant::now();
@@ -97,7 +97,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         };
         if spins.1 > 100_000 {
             shared
-                .world()
+                .simulation()
                 .checks
                 .fail("the supervisor is busy without end".into());
         }
@@ -106,43 +106,43 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
             end = ended(&mut run) => Some(end),
             end = ended(&mut second) => {
                 second = None;
-                let mut world = shared.world();
+                let mut simulation = shared.simulation();
                 match end {
-                    End::Stopped => world.second_ended(1_000),
-                    End::Crashed(down) => world.second_ended(down),
-                    End::Failed(why) => world.checks.fail(format!("the second supervisor ended by itself: {why}")),
+                    End::Stopped => simulation.second_ended(1_000),
+                    End::Crashed(down) => simulation.second_ended(down),
+                    End::Failed(why) => simulation.checks.fail(format!("the second supervisor ended by itself: {why}")),
                 }
                 None
             }
             Ok(status) = answer(&mut asked) => {
-                shared.world().status_answered(&status);
+                shared.simulation().status_answered(&status);
                 None
             }
             () = shared.changed.notified() => None,
             () = tokio::time::sleep_until(at) => {
                 last = Instant::now();
-                shared.world().step(began.elapsed().as_millis() as u64);
+                shared.simulation().step(began.elapsed().as_millis() as u64);
                 None
             }
         };
         if let Some(end) = end {
             run = None;
-            let mut world = shared.world();
+            let mut simulation = shared.simulation();
             match end {
                 End::Stopped => {
-                    let down = world.stop_for;
-                    world.ended(down);
+                    let down = simulation.stop_for;
+                    simulation.ended(down);
                 }
                 End::Crashed(down) => {
-                    world.report.count(&Item::CrashAfterSaves(0, down));
-                    world.ended(down);
+                    simulation.report.count(&Item::CrashAfterSaves(0, down));
+                    simulation.ended(down);
                 }
-                End::Failed(why) => world
+                End::Failed(why) => simulation
                     .checks
                     .fail(format!("the supervisor ended by itself: {why}")),
             }
         }
-        let requests = std::mem::take(&mut shared.world().requests);
+        let requests = std::mem::take(&mut shared.simulation().requests);
         if let Some(run) = &run {
             for input in requests.inputs {
                 let _ = run.operator.send(Command::Input(input));
@@ -156,7 +156,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         if let Some(down) = requests.crash
             && run.take().is_some()
         {
-            shared.world().ended(down);
+            shared.simulation().ended(down);
         }
         if requests.lose_database {
             for name in ["factory.db", "factory.db-wal", "factory.db-shm"] {
@@ -166,7 +166,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         if requests.start {
             run = Some(SupervisorRun::begin(&shared, dir.path(), script.seed, false));
         }
-        let requests = std::mem::take(&mut shared.world().second.requests);
+        let requests = std::mem::take(&mut shared.simulation().second.requests);
         if requests.start {
             second = Some(SupervisorRun::begin(&shared, dir.path(), script.seed, true));
         }
@@ -178,35 +178,35 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         if let Some(down) = requests.crash
             && second.take().is_some()
         {
-            shared.world().second_ended(down);
+            shared.simulation().second_ended(down);
         }
-        if shared.world().finished {
+        if shared.simulation().finished {
             break;
         }
     }
     drop((run, second));
-    let mut world = shared.world();
-    if world.checks.failure().is_none() && script.settles {
+    let mut simulation = shared.simulation();
+    if simulation.checks.failure().is_none() && script.settles {
         // The last poll may be missing.
         let left = Store::open(&dir.path().join("store")).and_then(|store| store.workers());
         match left {
             Ok(left) if left.is_empty() => {}
-            left => world.checks.fail(format!("the store is not empty: {left:?}")),
+            left => simulation.checks.fail(format!("the store is not empty: {left:?}")),
         }
     }
-    let mut report = std::mem::take(&mut world.report);
-    report.worlds = 1;
-    report.starts = world.run;
-    report.simulated_ms = world.now;
-    report.lives = world.server.workers.values().filter(|w| w.deleted).count() as u64;
-    report.done = world
+    let mut report = std::mem::take(&mut simulation.report);
+    report.simulations = 1;
+    report.starts = simulation.run;
+    report.simulated_ms = simulation.now;
+    report.lives = simulation.server.workers.values().filter(|w| w.deleted).count() as u64;
+    report.done = simulation
         .server
         .jobs
         .values()
         .filter(|job| job.progress == testbed::server::Progress::Completed)
         .count() as u64;
     Outcome {
-        failure: world.checks.failure().cloned(),
+        failure: simulation.checks.failure().cloned(),
         trace,
         report,
     }
@@ -225,16 +225,16 @@ struct SupervisorRun {
 
 impl SupervisorRun {
     fn begin(shared: &Shared, dir: &Path, seed: u64, second: bool) -> Self {
-        let world = shared.world();
-        let wall = world.wall();
+        let simulation = shared.simulation();
+        let wall = simulation.wall();
         let (config, number, place, instance) = if second {
-            let run = world.second.run | SECOND;
-            (world.second.config.clone(), run, "second", "11111111")
+            let run = simulation.second.run | SECOND;
+            (simulation.second.config.clone(), run, "second", "11111111")
         } else {
-            let config = world.file.clone().expect("it was there just now");
-            (config, world.run, "store", "00000000")
+            let config = simulation.file.clone().expect("it was there just now");
+            (config, simulation.run, "store", "00000000")
         };
-        drop(world);
+        drop(simulation);
         let store = Store::open(&dir.join(place)).expect("the store opens");
         let workers = store.workers().expect("the store reads");
         let identity = Identity::new("here", InstanceId::parse(instance).expect("eight digits"));
@@ -260,14 +260,14 @@ impl SupervisorRun {
         );
         let driver = Driver {
             factory,
-            persistence: Persistence::new(WorldStore {
+            persistence: Persistence::new(SimulatedStore {
                 store,
                 shared: (!second).then(|| shared.clone()),
             }),
             executor: Arc::new(executor),
             clock,
             status,
-            file: Box::new(WorldFile {
+            file: Box::new(SimulatedFile {
                 shared: (!second).then(|| shared.clone()),
             }),
             resources: ResourceCheck::new(Path::new("/")),

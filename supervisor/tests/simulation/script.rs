@@ -1,8 +1,8 @@
-//! What can happen in a world. A script is nothing but a list, so that a failing one can be made shorter.
+//! What can happen in a simulation. A script is nothing but a list, so that a failing one can be made shorter.
 
 /// What is asked of the server and the helper, one name a kind of call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+pub enum CallKind {
     Workers,
     Lease,
     Renew,
@@ -21,33 +21,33 @@ pub enum Kind {
     ListMore,
 }
 
-pub const OF_SERVER: [Kind; 8] = [
-    Kind::Workers,
-    Kind::Lease,
-    Kind::Renew,
-    Kind::Make,
-    Kind::Associate,
-    Kind::Delete,
-    Kind::Append,
-    Kind::Fail,
+pub const OF_SERVER: [CallKind; 8] = [
+    CallKind::Workers,
+    CallKind::Lease,
+    CallKind::Renew,
+    CallKind::Make,
+    CallKind::Associate,
+    CallKind::Delete,
+    CallKind::Append,
+    CallKind::Fail,
 ];
-pub const OF_HELPER: [Kind; 6] = [
-    Kind::List,
-    Kind::CreateUser,
-    Kind::Install,
-    Kind::Attach,
-    Kind::HostDelete,
-    Kind::ListMore,
+pub const OF_HELPER: [CallKind; 6] = [
+    CallKind::List,
+    CallKind::CreateUser,
+    CallKind::Install,
+    CallKind::Attach,
+    CallKind::HostDelete,
+    CallKind::ListMore,
 ];
 
-impl Kind {
+impl CallKind {
     pub fn is_of_server(self) -> bool {
-        self < Kind::List
+        self < CallKind::List
     }
 
     /// Asked once a poll, whatever happens.
     pub fn is_poll(self) -> bool {
-        matches!(self, Kind::Workers | Kind::List | Kind::Lease)
+        matches!(self, CallKind::Workers | CallKind::List | CallKind::Lease)
     }
 }
 
@@ -61,7 +61,7 @@ pub enum Extent {
 
 /// What becomes of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum CallFault {
     Fine,
     /// The request is lost, and the caller is told at once.
     LostRequest,
@@ -112,7 +112,7 @@ pub enum Mode {
 
 /// What the next agent does instead of its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Misdeed {
+pub enum AgentFault {
     NeverOnline,
     /// It comes online so many milliseconds late.
     LateOnline(u64),
@@ -154,9 +154,9 @@ pub enum Item {
         target: u64,
         takes: u64,
     },
-    Call(Kind, Fate),
+    Call(CallKind, CallFault),
     /// The same for every call of this kind, for so long.
-    Every(Kind, Fate, u64),
+    Every(CallKind, CallFault, u64),
     Server(Mode, u64),
     Helper(Mode, u64),
     /// The server leases nothing: held, or this factory is disabled.
@@ -168,14 +168,14 @@ pub enum Item {
     ExpireLeases,
     /// The server's database is again what it was so many minutes ago.
     Rollback(u64),
-    Agent(Misdeed),
+    Agent(AgentFault),
     /// The kernel's OOM killer, or root, ends the nth running agent.
     Kill(u64),
     Reboot(u64),
     HelperRestart(Extent),
     Crash(u64),
     CrashAfterSaves(u64, u64),
-    CrashAt(Kind, Point, u64),
+    CrashAt(CallKind, Point, u64),
     Stop(u64),
     LoseDatabase(u64),
     /// The supervisor's disk is full, or read-only, for so long: no write is carried out.
@@ -222,14 +222,14 @@ impl Item {
                 .to_owned()
         };
         match self {
-            Item::Call(kind, fate) => {
+            Item::Call(kind, fault) => {
                 let side = if kind.is_of_server() { "server" } else { "helper" };
-                format!("{side} call: {}", word(&format!("{fate:?}")))
+                format!("{side} call: {}", word(&format!("{fault:?}")))
             }
             Item::Every(..) => "every call of a kind".to_owned(),
             Item::Server(mode, _) => format!("server: {}", word(&format!("{mode:?}"))),
             Item::Helper(mode, _) => format!("helper: {}", word(&format!("{mode:?}"))),
-            Item::Agent(misdeed) => format!("agent: {}", word(&format!("{misdeed:?}"))),
+            Item::Agent(fault) => format!("agent: {}", word(&format!("{fault:?}"))),
             Item::Config(change, _) => format!("configuration: {}", word(&format!("{change:?}"))),
             Item::CrashAt(_, point, _) => format!("crash at a call: {point:?}"),
             _ => word(&text),
@@ -251,7 +251,7 @@ pub struct Script {
     pub poll_seconds: u64,
     pub steps: Vec<Step>,
     /// From here on nothing bad happens any more.
-    pub calm_at: u64,
-    /// Everything must come to its end then; otherwise the world just stops.
+    pub faults_end_at: u64,
+    /// Everything must come to its end then; otherwise the simulation just stops.
     pub settles: bool,
 }

@@ -1,5 +1,5 @@
 //! A second host with the same token: another real supervisor, with a helper and a network of its own. Nothing goes wrong
-//! with its calls but that it is cut off or dies; what it does to the first host, and the first to it, is judged.
+//! with its calls but that it is cut off or dies; what it does to the first host, and the first to it, is checked.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,8 +12,8 @@ use tokio::sync::oneshot;
 use crate::calls::{InFlight, CALL_TIMEOUT_MS};
 use crate::host::{Effect, Host};
 use crate::net::{SimulatedResponse, Ask, reply_of};
-use crate::script::{Extent, Fate, Kind};
-use crate::world::{Event, Requests, World};
+use crate::script::{Extent, CallFault, CallKind};
+use crate::simulation::{Event, Requests, Simulation};
 
 /// Set in the numbers of its supervisor's lives.
 pub const SECOND: u64 = 1 << 63;
@@ -60,7 +60,7 @@ impl Second {
     }
 }
 
-impl World {
+impl Simulation {
     pub fn start_second(&mut self) {
         let finished = self.finished;
         let second = &mut self.second;
@@ -70,7 +70,7 @@ impl World {
         second.run += 1;
         (second.is_running, second.begun, second.requests.start) = (true, true, true);
         self.note(|| "* the second supervisor starts".into());
-        if self.is_calm() {
+        if self.faults_are_over() {
             self.second
                 .requests
                 .inputs
@@ -112,7 +112,7 @@ impl World {
     /// Once nothing bad happens any more, the operator who set it up by mistake takes it away: drained first.
     pub fn retire_second(&mut self) {
         let second = &self.second;
-        if !self.is_calm() || !second.is_there() || !second.is_running {
+        if !self.faults_are_over() || !second.is_there() || !second.is_running {
             return;
         }
         let live = |id: &WorkerId| self.server.workers.get(id).is_some_and(|w| !w.deleted);
@@ -141,7 +141,7 @@ impl World {
         let call = InFlight {
             ask,
             kind,
-            fate: Fate::Fine,
+            fault: CallFault::Fine,
             back,
             caller: Some(caller),
             answer: None,
@@ -207,8 +207,8 @@ impl World {
     }
 
     /// One of the two hosts says something about a worker to the server: is it its own?
-    pub fn judge_owner(&mut self, kind: Kind, id: WorkerId, second: bool) {
-        if !matches!(kind, Kind::Delete | Kind::Fail) {
+    pub fn check_owner(&mut self, kind: CallKind, id: WorkerId, second: bool) {
+        if !matches!(kind, CallKind::Delete | CallKind::Fail) {
             return;
         }
         let Some(w) = self.server.workers.get(&id).filter(|w| !w.deleted) else {
@@ -218,7 +218,7 @@ impl World {
             return;
         };
         let track = self.checks.track(id);
-        if of_second != second && !track.to_delete && !track.lied_about {
+        if of_second != second && !track.to_delete && !track.got_wrong_answer {
             let who = if second {
                 "the second host"
             } else {
@@ -230,10 +230,10 @@ impl World {
     }
 
     /// No worker is on both hosts.
-    pub fn judge_hosts(&mut self) {
+    pub fn check_hosts(&mut self) {
         let mut second = self.second.host.workers();
         let both = second.find(|(id, _)| {
-            self.host.is_known(*id) && !self.checks.tracks.get(id).is_some_and(|t| t.lied_about)
+            self.host.is_known(*id) && !self.checks.tracks.get(id).is_some_and(|t| t.got_wrong_answer)
         });
         if let Some((id, _)) = both {
             self.checks.fail(format!("{id} is on both hosts"));

@@ -2,7 +2,7 @@
 
 use supervisor::backoff::Rng;
 
-use crate::script::{Change, Extent, Fate, Item, Misdeed, Mode, OF_HELPER, OF_SERVER, Point, Script, Step};
+use crate::script::{Change, Extent, CallFault, Item, AgentFault, Mode, OF_HELPER, OF_SERVER, Point, Script, Step};
 
 pub fn below(rng: &mut Rng, n: u64) -> u64 {
     rng.draw() % n.max(1)
@@ -23,7 +23,7 @@ fn down(rng: &mut Rng) -> u64 {
     pick(rng, &[0, 100, 100, 1_000, 1_000, 10_000, 10_000, 60_000, 600_000])
 }
 
-fn fate_of_server(rng: &mut Rng) -> Fate {
+fn fault_of_server(rng: &mut Rng) -> CallFault {
     let json = below(rng, 2) == 0;
     let code = if json {
         pick(rng, &[401, 403, 408, 429, 500, 500, 503])
@@ -31,34 +31,34 @@ fn fate_of_server(rng: &mut Rng) -> Fate {
         pick(rng, &[400, 403, 404, 404, 413, 500, 502, 502, 503, 504])
     };
     match below(rng, 11) {
-        0 => Fate::LostRequest,
-        1 | 2 => Fate::LostAnswer,
-        3 => Fate::Late(30_000 + below(rng, 120_000)),
-        4 => Fate::Twice {
+        0 => CallFault::LostRequest,
+        1 | 2 => CallFault::LostAnswer,
+        3 => CallFault::Late(30_000 + below(rng, 120_000)),
+        4 => CallFault::Twice {
             gap: below(rng, 20_000),
             second: json,
         },
-        5 | 6 => Fate::Status {
+        5 | 6 => CallFault::Status {
             code,
             json,
             done: below(rng, 2) == 0,
         },
-        7 => Fate::Html,
-        8 => Fate::Truncated,
-        9 => Fate::OtherIds,
-        _ => Fate::Slow(span(rng).min(29_000)),
+        7 => CallFault::Html,
+        8 => CallFault::Truncated,
+        9 => CallFault::OtherIds,
+        _ => CallFault::Slow(span(rng).min(29_000)),
     }
 }
 
-fn fate_of_helper(rng: &mut Rng) -> Fate {
+fn fault_of_helper(rng: &mut Rng) -> CallFault {
     match below(rng, 9) {
-        0..3 => Fate::Closed(pick(rng, &[Extent::Nothing, Extent::Half, Extent::All])),
-        3 => Fate::Busy,
-        4 => Fate::CouldNot,
-        5 => Fate::Garbage,
-        6 => Fate::LostAnswer,
-        7 => Fate::Late(60_000 + below(rng, 60_000)),
-        _ => Fate::Slow(span(rng)),
+        0..3 => CallFault::Closed(pick(rng, &[Extent::Nothing, Extent::Half, Extent::All])),
+        3 => CallFault::Busy,
+        4 => CallFault::CouldNot,
+        5 => CallFault::Garbage,
+        6 => CallFault::LostAnswer,
+        7 => CallFault::Late(60_000 + below(rng, 60_000)),
+        _ => CallFault::Slow(span(rng)),
     }
 }
 
@@ -72,17 +72,17 @@ fn mode(rng: &mut Rng) -> Mode {
     }
 }
 
-/// The families of faults; a seed has some of them, so that each gets worlds of its own.
+/// The families of faults; a seed has some of them, so that each gets simulations of its own.
 const FAMILIES: u64 = 20;
 
 fn fault(rng: &mut Rng, family: u64) -> Item {
     let which = rng.draw() % 64;
     match family {
-        0 => Item::Call(pick(rng, &OF_SERVER), fate_of_server(rng)),
-        1 => Item::Call(pick(rng, &OF_HELPER), fate_of_helper(rng)),
+        0 => Item::Call(pick(rng, &OF_SERVER), fault_of_server(rng)),
+        1 => Item::Call(pick(rng, &OF_HELPER), fault_of_helper(rng)),
         2 => match below(rng, 2) {
-            0 => Item::Every(pick(rng, &OF_SERVER), fate_of_server(rng), span(rng)),
-            _ => Item::Every(pick(rng, &OF_HELPER), fate_of_helper(rng), span(rng)),
+            0 => Item::Every(pick(rng, &OF_SERVER), fault_of_server(rng), span(rng)),
+            _ => Item::Every(pick(rng, &OF_HELPER), fault_of_helper(rng), span(rng)),
         },
         3 => Item::Server(mode(rng), span(rng)),
         4 => match below(rng, 3) {
@@ -130,15 +130,15 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
             }
         },
         7 => match below(rng, 10) {
-            0 => Item::Agent(Misdeed::NeverOnline),
-            1 => Item::Agent(Misdeed::LateOnline(span(rng))),
-            2 => Item::Agent(Misdeed::DiesEarly),
-            3 => Item::Agent(Misdeed::KilledEarly),
-            4 => Item::Agent(Misdeed::DiesLate),
-            5 => Item::Agent(Misdeed::KilledLate),
-            6 => Item::Agent(Misdeed::TimesOut),
-            7 => Item::Agent(Misdeed::KilledAtOnce),
-            8 => Item::Agent(Misdeed::JobHangs),
+            0 => Item::Agent(AgentFault::NeverOnline),
+            1 => Item::Agent(AgentFault::LateOnline(span(rng))),
+            2 => Item::Agent(AgentFault::DiesEarly),
+            3 => Item::Agent(AgentFault::KilledEarly),
+            4 => Item::Agent(AgentFault::DiesLate),
+            5 => Item::Agent(AgentFault::KilledLate),
+            6 => Item::Agent(AgentFault::TimesOut),
+            7 => Item::Agent(AgentFault::KilledAtOnce),
+            8 => Item::Agent(AgentFault::JobHangs),
             _ => Item::Kill(which),
         },
         8 => match below(rng, 4) {
@@ -170,7 +170,7 @@ fn fault(rng: &mut Rng, family: u64) -> Item {
     }
 }
 
-/// The world of a seed.
+/// The simulation of a seed.
 pub fn script(seed: u64) -> Script {
     let rng = &mut Rng::new(seed);
     let slots = 3 + below(rng, 6);
@@ -203,7 +203,7 @@ pub fn script(seed: u64) -> Script {
         slots,
         poll_seconds: 1 + below(rng, 3),
         steps,
-        calm_at: at + 30_000,
+        faults_end_at: at + 30_000,
         settles: true,
     }
 }

@@ -1,4 +1,4 @@
-//! The test bed's server, with the clock of this world. Its rules are the test bed's; here is what the simulation
+//! The test bed's server, with the clock of this simulation. Its rules are the test bed's; here is what the simulation
 //! makes of it: jobs that say how long they take, agents that are numbers, and a database that is rolled back.
 
 use std::collections::BTreeMap;
@@ -17,7 +17,7 @@ pub const LEASE_MS: u64 = testbed::server::LEASE.as_millis() as u64;
 /// the factory here, which is never helped out of it.
 const MAX_RUNTIME: Duration = Duration::from_secs(900);
 const NO_LIMIT: Duration = Duration::from_secs(86_400 * 365);
-/// What the time of a world begins with.
+/// What the time of a simulation begins with.
 const EPOCH_MS: u64 = 1_800_000_000_000;
 
 /// A copy is a backup of its database.
@@ -25,7 +25,7 @@ const EPOCH_MS: u64 = 1_800_000_000_000;
 pub struct Server {
     state: State,
     factory: WorkerId,
-    /// How much longer the server's time is than this world's, in which hosts have slept.
+    /// How much longer the server's time is than this simulation's, in which hosts have slept.
     slept: u64,
     /// When each job was leased last.
     pub leased_at: BTreeMap<WorkerId, u64>,
@@ -46,7 +46,7 @@ impl DerefMut for Server {
 }
 
 fn time(now: u64) -> Timestamp {
-    Timestamp::from_millisecond((EPOCH_MS + now) as i64).expect("a time of this world")
+    Timestamp::from_millisecond((EPOCH_MS + now) as i64).expect("a time of this simulation")
 }
 
 /// The token of an agent, which is a number here.

@@ -6,10 +6,10 @@ use supervisor::buildomat::Call;
 
 use crate::invariants::slot_of;
 use crate::net::Ask;
-use crate::script::{Fate, Kind};
-use crate::world::World;
+use crate::script::{CallFault, CallKind};
+use crate::simulation::Simulation;
 
-impl World {
+impl Simulation {
     /// `live`: the supervisor still waits for the answer.
     pub fn serve(&mut self, ask: &Ask, live: bool, second: bool) -> (u16, Value) {
         let call = match ask {
@@ -23,18 +23,18 @@ impl World {
         let last = path.split('/').nth(4).unwrap_or_default();
         let worker = || -> WorkerId { last.parse().expect("a worker's id in a path") };
         if let Some(id) = ask.about().filter(|_| live) {
-            self.judge_owner(ask.kind(), id, second);
+            self.check_owner(ask.kind(), id, second);
         }
         let kind = ask.kind();
         match kind {
-            Kind::Associate if !second => {
+            CallKind::Associate if !second => {
                 let slot = field("private");
                 let slot = slot.as_str().expect("a slot");
                 self.checks
                     .associates(worker(), slot, live, &self.server, &self.host);
             }
-            Kind::Delete if !second => self.checks.deletes(worker(), live, &self.server, &self.host),
-            Kind::Fail if !second => {
+            CallKind::Delete if !second => self.checks.deletes(worker(), live, &self.server, &self.host),
+            CallKind::Fail if !second => {
                 let reason = field("reason");
                 let reason = reason.as_str().expect("a reason");
                 self.checks.fails(self.now, worker(), reason, &self.server);
@@ -43,8 +43,8 @@ impl World {
         }
         let (code, value) = self.server.call(self.now, call);
         match kind {
-            Kind::Workers if !second => self.spring_ambushes(),
-            Kind::Make if code == 201 => {
+            CallKind::Workers if !second => self.kill_delayed_agents(),
+            CallKind::Make if code == 201 => {
                 let id = value["id"].as_str().and_then(|id| id.parse().ok());
                 let id: WorkerId = id.expect("a worker's id");
                 self.checks.made(self.now, id);
@@ -53,9 +53,9 @@ impl World {
                 }
                 self.note(|| format!("  made {id}"));
             }
-            Kind::Associate if code == 204 && second => drop(self.second.own.insert(worker())),
-            Kind::Associate if code == 204 => drop(self.second.own.remove(&worker())),
-            Kind::Fail if code == 204 && !second => {
+            CallKind::Associate if code == 204 && second => drop(self.second.own.insert(worker())),
+            CallKind::Associate if code == 204 => drop(self.second.own.remove(&worker())),
+            CallKind::Fail if code == 204 && !second => {
                 let tagged = self.server.workers[&worker()].private.as_deref();
                 let on_host = self.host.get(worker()).map(|w| w.slot.clone());
                 let slot = on_host.or_else(|| tagged.and_then(slot_of));
@@ -67,9 +67,9 @@ impl World {
     }
 
     /// An answer that is whole, and about another worker.
-    pub fn other(&mut self, kind: Kind, value: Value) -> Value {
+    pub fn other(&mut self, kind: CallKind, value: Value) -> Value {
         // A server that is another for long is the same one for long.
-        let always = self.always(kind) == Fate::OtherIds;
+        let always = self.always(kind) == CallFault::OtherIds;
         let n = if always {
             self.script.seed % 8
         } else {
@@ -83,9 +83,9 @@ impl World {
             "online": n == 3, "hold": n == 5, "recycle": n == 7,
         });
         match kind {
-            Kind::Workers => json!([worker]),
-            Kind::Make => worker,
-            Kind::Lease => json!({ "lease": { "job": id, "target": target } }),
+            CallKind::Workers => json!([worker]),
+            CallKind::Make => worker,
+            CallKind::Lease => json!({ "lease": { "job": id, "target": target } }),
             _ => value,
         }
     }

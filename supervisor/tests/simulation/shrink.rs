@@ -3,7 +3,7 @@
 use crate::runner::simulate;
 use crate::script::Script;
 
-/// The most worlds that are tried.
+/// The most simulations that are tried.
 const TRIES: usize = 400;
 
 /// What went wrong, without the names and numbers in it.
@@ -54,7 +54,7 @@ fn sooner(script: Script, wanted: &str) -> Script {
     for step in &mut sooner.steps {
         step.at -= idle;
     }
-    sooner.calm_at -= idle;
+    sooner.faults_end_at -= idle;
     let outcome = simulate(&sooner, false);
     if outcome.failure.as_deref().map(class).as_deref() == Some(wanted) {
         sooner

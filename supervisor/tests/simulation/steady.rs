@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::runner::simulate;
-use crate::script::{Fate, Item, Kind, Misdeed, Mode, Script, Step};
+use crate::script::{CallFault, Item, CallKind, AgentFault, Mode, Script, Step};
 
 const MINUTE: u64 = 60_000;
 /// The simulation counts calls by it.
@@ -17,8 +17,8 @@ const MAX_LINES_A_WORKER: usize = 5;
 /// what the helper cannot do for one of four workers it is asked again every 2.5 s at the most.
 const MAX_CALLS: u64 = 4 * 1_803 + 4 * 720;
 
-fn refusal(code: u16, json: bool) -> Fate {
-    Fate::Status {
+fn refusal(code: u16, json: bool) -> CallFault {
+    CallFault::Status {
         code,
         json,
         done: false,
@@ -28,10 +28,10 @@ fn refusal(code: u16, json: bool) -> Fate {
 /// Each of these, from the first minute on, for an hour.
 fn faults() -> Vec<(&'static str, Vec<Item>)> {
     let long = 2 * HALF_HOUR;
-    let every = |kind, fate| vec![Item::Every(kind, fate, long)];
-    let agents = |misdeed| vec![Item::Agent(misdeed); 1_000];
-    let old_server = [vec![Item::OldServer(long)], agents(Misdeed::DiesEarly)].concat();
-    let untold = |fate| [every(Kind::Fail, fate), agents(Misdeed::DiesEarly)].concat();
+    let every = |kind, fault| vec![Item::Every(kind, fault, long)];
+    let agents = |fault| vec![Item::Agent(fault); 1_000];
+    let old_server = [vec![Item::OldServer(long)], agents(AgentFault::DiesEarly)].concat();
+    let untold = |fault| [every(CallKind::Fail, fault), agents(AgentFault::DiesEarly)].concat();
     vec![
         ("nothing", vec![]),
         ("the server is down", vec![Item::Server(Mode::Down, long)]),
@@ -44,45 +44,45 @@ fn faults() -> Vec<(&'static str, Vec<Item>)> {
         ("the helper is slow", vec![Item::Helper(Mode::Slow(20_000), long)]),
         ("the helper is busy", vec![Item::Helper(Mode::Errors, long)]),
         ("the server is held", vec![Item::NoLeases(long)]),
-        ("lists make no sense", every(Kind::Workers, Fate::Truncated)),
-        ("lists are pages", every(Kind::Workers, Fate::Html)),
-        ("lists come from elsewhere", every(Kind::Workers, Fate::OtherIds)),
-        ("leases are refused", every(Kind::Lease, refusal(403, true))),
-        ("leases are lost", every(Kind::Lease, Fate::LostAnswer)),
-        ("leases come from elsewhere", every(Kind::Lease, Fate::OtherIds)),
-        ("workers are refused", every(Kind::Make, refusal(403, true))),
+        ("lists make no sense", every(CallKind::Workers, CallFault::Truncated)),
+        ("lists are pages", every(CallKind::Workers, CallFault::Html)),
+        ("lists come from elsewhere", every(CallKind::Workers, CallFault::OtherIds)),
+        ("leases are refused", every(CallKind::Lease, refusal(403, true))),
+        ("leases are lost", every(CallKind::Lease, CallFault::LostAnswer)),
+        ("leases come from elsewhere", every(CallKind::Lease, CallFault::OtherIds)),
+        ("workers are refused", every(CallKind::Make, refusal(403, true))),
         (
             "workers are refused by a proxy",
-            every(Kind::Make, refusal(403, false)),
+            every(CallKind::Make, refusal(403, false)),
         ),
-        ("no worker can be made", every(Kind::Make, refusal(500, true))),
-        ("slots cannot be told", every(Kind::Associate, refusal(500, true))),
-        ("slots are refused", every(Kind::Associate, refusal(401, true))),
-        ("deletions are refused", every(Kind::Delete, refusal(403, true))),
-        ("deletions are lost", every(Kind::Delete, Fate::LostAnswer)),
+        ("no worker can be made", every(CallKind::Make, refusal(500, true))),
+        ("slots cannot be told", every(CallKind::Associate, refusal(500, true))),
+        ("slots are refused", every(CallKind::Associate, refusal(401, true))),
+        ("deletions are refused", every(CallKind::Delete, refusal(403, true))),
+        ("deletions are lost", every(CallKind::Delete, CallFault::LostAnswer)),
         ("failures cannot be told", untold(refusal(500, true))),
         ("failures are stopped by a proxy", untold(refusal(404, false))),
         (
             "console lines are lost",
-            [every(Kind::Append, Fate::LostAnswer), agents(Misdeed::DiesEarly)].concat(),
+            [every(CallKind::Append, CallFault::LostAnswer), agents(AgentFault::DiesEarly)].concat(),
         ),
-        ("the host cannot be listed", every(Kind::List, Fate::CouldNot)),
-        ("the host answers garbage", every(Kind::List, Fate::Garbage)),
-        ("users cannot be made", every(Kind::CreateUser, Fate::Busy)),
+        ("the host cannot be listed", every(CallKind::List, CallFault::CouldNot)),
+        ("the host answers garbage", every(CallKind::List, CallFault::Garbage)),
+        ("users cannot be made", every(CallKind::CreateUser, CallFault::Busy)),
         (
             "the helper dies of users",
-            every(Kind::CreateUser, Fate::Closed(crate::script::Extent::Half)),
+            every(CallKind::CreateUser, CallFault::Closed(crate::script::Extent::Half)),
         ),
-        ("agents cannot be started", every(Kind::Install, Fate::Busy)),
-        ("nothing can be deleted", every(Kind::HostDelete, Fate::CouldNot)),
+        ("agents cannot be started", every(CallKind::Install, CallFault::Busy)),
+        ("nothing can be deleted", every(CallKind::HostDelete, CallFault::CouldNot)),
         (
             "the helper dies of deletions",
-            every(Kind::HostDelete, Fate::Closed(crate::script::Extent::Nothing)),
+            every(CallKind::HostDelete, CallFault::Closed(crate::script::Extent::Nothing)),
         ),
         ("the server is old", old_server),
-        ("agents die", agents(Misdeed::DiesEarly)),
-        ("agents are killed", agents(Misdeed::KilledEarly)),
-        ("agents stay away", agents(Misdeed::NeverOnline)),
+        ("agents die", agents(AgentFault::DiesEarly)),
+        ("agents are killed", agents(AgentFault::KilledEarly)),
+        ("agents stay away", agents(AgentFault::NeverOnline)),
         ("drained", vec![Item::Drain(long)]),
     ]
 }
@@ -107,7 +107,7 @@ fn script(items: &[Item]) -> Script {
         slots: 4,
         poll_seconds: 1,
         steps,
-        calm_at: 2 * HALF_HOUR,
+        faults_end_at: 2 * HALF_HOUR,
         settles: false,
     }
 }

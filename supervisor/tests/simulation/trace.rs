@@ -1,4 +1,4 @@
-//! The trace of a world, with the supervisor's own log lines in it.
+//! The trace of a simulation, with the supervisor's own log lines in it.
 
 use std::fmt::{Debug, Write};
 use std::panic::resume_unwind;

@@ -206,7 +206,7 @@ fn agree(
 }
 
 /// The real thing.
-struct World {
+struct ModelTest {
     host: TestHost,
     helper: Option<Running>,
     /// Each with whether the helper has been restarted since it connected.
@@ -216,14 +216,14 @@ struct World {
     before: Option<HostSnapshot>,
 }
 
-impl World {
-    fn new(has_failed: bool) -> World {
+impl ModelTest {
+    fn new(has_failed: bool) -> ModelTest {
         let mut host = TestHost::new();
         host.uids = *host.uids.start()..=*host.uids.start() + UIDS - 1;
         configure(&host, 0);
         let before = (!has_failed).then(|| HostSnapshot::take(&host));
         let helper = Some(host.helper());
-        World {
+        ModelTest {
             clients: (0..CLIENTS).map(|_| (Client::new(&host), false)).collect(),
             workers: (0..WORKERS).map(|_| worker_id()).collect(),
             host,
@@ -336,20 +336,20 @@ fn orders(of: usize) -> Vec<Vec<usize>> {
     all
 }
 
-/// One step in the real world and in the model, and where they differ.
-fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String> {
+/// One step in the real test and in the model, and where they differ.
+fn take(test: &mut ModelTest, model: &mut Model, step: &Step) -> Result<(), String> {
     match step {
         Step::Ask(client, request) => {
-            let real = world.ask(*client, *request);
-            let should = ask_model(model, &world.workers, *request);
-            if !agree(model, &world.workers, *request, &real, &should) {
+            let real = test.ask(*client, *request);
+            let should = ask_model(model, &test.workers, *request);
+            if !agree(model, &test.workers, *request, &real, &should) {
                 return Err(format!("the helper answers {real:?}, the model {should:?}"));
             }
             Ok(())
         }
         Step::Burst(requests) => {
-            let real = world.burst(requests);
-            let listed = world.list(model);
+            let real = test.burst(requests);
+            let listed = test.list(model);
             let all_there = orders(requests.len());
             // As one more, in its place: what a request for a slot does before it takes one, or finds that none is
             // to be had.
@@ -370,8 +370,8 @@ fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String>
                         model.delete_damaged();
                         return true;
                     };
-                    let should = ask_model(&mut model, &world.workers, *request);
-                    agree(&mut model, &world.workers, *request, &real[*at], &should)
+                    let should = ask_model(&mut model, &test.workers, *request);
+                    agree(&mut model, &test.workers, *request, &real[*at], &should)
                 });
                 (agrees && model.list(None, MAX_LIST).0 == listed).then_some(model)
             });
@@ -385,20 +385,20 @@ fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String>
         Step::Restart => {
             // With a broken one it does not start.
             if model.configuration.is_none() {
-                configure(&world.host, 0);
+                configure(&test.host, 0);
                 model.configuration = configuration(0);
             }
-            world.restart();
+            test.restart();
             Ok(())
         }
         Step::Configure(number) => {
-            configure(&world.host, *number);
+            configure(&test.host, *number);
             model.configuration = configuration(*number);
             Ok(())
         }
         Step::Damage(worker) => {
-            let worker = world.workers[*worker];
-            let record = world.host.worker_dir(worker).join("record");
+            let worker = test.workers[*worker];
+            let record = test.host.worker_dir(worker).join("record");
             if record.is_symlink() {
                 fs::remove_file(&record).unwrap();
                 symlink("a 187", record).unwrap();
@@ -409,16 +409,16 @@ fn take(world: &mut World, model: &mut Model, step: &Step) -> Result<(), String>
     }
 }
 
-/// The steps, and after each the same list in both, in which nobody shares what is for one. In the end the world is
+/// The steps, and after each the same list in both, in which nobody shares what is for one. In the end the test is
 /// as it was.
-fn play(world: &mut World, steps: &[Step]) -> Result<(), String> {
-    world.workers.fill_with(worker_id);
-    configure(&world.host, 0);
-    let mut model = Model::new(configuration(0).unwrap(), world.host.uids.clone());
+fn play(test: &mut ModelTest, steps: &[Step]) -> Result<(), String> {
+    test.workers.fill_with(worker_id);
+    configure(&test.host, 0);
+    let mut model = Model::new(configuration(0).unwrap(), test.host.uids.clone());
     for (number, step) in steps.iter().enumerate() {
         let describe = |what: String| format!("step {number}, {step:?}: {what}");
-        take(world, &mut model, step).map_err(describe)?;
-        let (real, should) = (world.list(&model), model.list(None, MAX_LIST).0);
+        take(test, &mut model, step).map_err(describe)?;
+        let (real, should) = (test.list(&model), model.list(None, MAX_LIST).0);
         if real != should {
             return Err(describe(format!(
                 "the helper lists {real:?}, the model {should:?}"
@@ -432,19 +432,19 @@ fn play(world: &mut World, steps: &[Step]) -> Result<(), String> {
     }
     // Whatever happened, each can be deleted, and nothing is left.
     for worker in 0..WORKERS {
-        model.delete(world.workers[worker]);
-        let answer = world.ask(0, ModelRequest::Delete(worker));
+        model.delete(test.workers[worker]);
+        let answer = test.ask(0, ModelRequest::Delete(worker));
         if answer != ModelReply::Deleted {
             return Err(format!(
                 "worker {worker} cannot be deleted in the end: {answer:?}"
             ));
         }
     }
-    let left = world.list(&model);
+    let left = test.list(&model);
     if !left.is_empty() {
         return Err(format!("deleted workers are listed: {left:?}"));
     }
-    let known = fs::read_dir(world.host.userdb()).expect("the helper has made it");
+    let known = fs::read_dir(test.host.userdb()).expect("the helper has made it");
     match known.flatten().next() {
         None => Ok(()),
         Some(left) => Err(format!("the host still knows {:?}", left.file_name())),
@@ -472,18 +472,18 @@ fn the_helper_does_what_its_model_does() {
         ..Config::default()
     });
     // One for all scripts, until one fails in it.
-    let (world, has_failed) = (Cell::new(None), Cell::new(false));
+    let (test, has_failed) = (Cell::new(None), Cell::new(false));
     let result = runner.run(&proptest::collection::vec(steps(), 1..60), |steps| {
-        let mut here = world.take().unwrap_or_else(|| World::new(has_failed.get()));
+        let mut here = test.take().unwrap_or_else(|| ModelTest::new(has_failed.get()));
         has_failed.set(true);
         play(&mut here, &steps).map_err(TestCaseError::fail)?;
         has_failed.set(false);
-        world.set(Some(here));
+        test.set(Some(here));
         Ok(())
     });
     if let Err(failure) = result {
         panic!("SEED={seed}: {failure}");
     }
-    let world = world.take().expect("no script failed");
-    world.before.expect("it was taken").assert_unchanged(&world.host);
+    let test = test.take().expect("no script failed");
+    test.before.expect("it was taken").assert_unchanged(&test.host);
 }

@@ -1,4 +1,4 @@
-//! The world: a server, a host, a network and a clock, and the order in which things happen in it.
+//! The simulation: a server, a host, a network and a clock, and the order in which things happen in it.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -13,7 +13,7 @@ use crate::checks::Checks;
 use crate::host::Host;
 use crate::plan::Plan;
 use crate::report::Report;
-use crate::script::{Fate, Item, Kind, Misdeed, Mode, Point, Script};
+use crate::script::{CallFault, Item, CallKind, AgentFault, Mode, Point, Script};
 use crate::second::{SECOND, Second};
 use crate::seed::below;
 use crate::server::Server;
@@ -22,8 +22,8 @@ use crate::trace::Trace;
 /// From the last fault until everything has come to its end, at most: a slot may rest for ten minutes, and as
 /// long does the server wait for an agent that has gone silent; then an operator comes, and some jobs are left.
 pub const SETTLE_MS: u64 = 1_500_000;
-/// In so much fair weather the factory has told what it knows.
-const FAIR_MS: u64 = 300_000;
+/// Within this time, while no fault is active, the factory has told what it knows.
+const UNDISTURBED_MS: u64 = 300_000;
 /// An operator looks after held workers this often, and releases those held for so long.
 const VISIT_MS: u64 = 60_000;
 const HELD_MS: u64 = 180_000;
@@ -73,7 +73,7 @@ pub enum Disk {
     Full,
 }
 
-/// What the world asks of the code that runs the supervisor.
+/// What the simulation asks of the code that runs the supervisor.
 #[derive(Debug, Default)]
 pub struct Requests {
     pub crash: Option<u64>,
@@ -85,7 +85,7 @@ pub struct Requests {
 }
 
 #[derive(Debug)]
-pub struct World {
+pub struct Simulation {
     pub now: u64,
     pub script: Script,
     pub queue: BTreeMap<(u64, u64), Event>,
@@ -107,16 +107,16 @@ pub struct World {
     pub undeletable: Option<WorkerId>,
     /// Slots that an operator has seen free, with a job queued for each.
     unused: BTreeMap<SlotName, (WorkerId, u64)>,
-    pub armed: Vec<(Kind, Fate)>,
-    pub every: Vec<(Kind, Fate, u64)>,
+    pub armed: Vec<(CallKind, CallFault)>,
+    pub every: Vec<(CallKind, CallFault, u64)>,
     /// Since when nothing stands in the way.
-    pub fair_since: Option<u64>,
-    pub misdeeds: VecDeque<Misdeed>,
-    pub ambushes: Vec<(WorkerId, u64)>,
-    pub crash_at: Vec<(Kind, Point, u64)>,
+    pub undisturbed_since: Option<u64>,
+    pub agent_faults: VecDeque<AgentFault>,
+    pub to_kill_online: Vec<(WorkerId, u64)>,
+    pub crash_at: Vec<(CallKind, Point, u64)>,
     pub calls: BTreeMap<u64, InFlight>,
     /// The last answer to each poll, in the trace.
-    pub polled: BTreeMap<Kind, String>,
+    pub polled: BTreeMap<CallKind, String>,
     pub run: u64,
     pub is_running: bool,
     pub second: Second,
@@ -135,11 +135,11 @@ pub struct World {
     pub finished: bool,
 }
 
-impl World {
+impl Simulation {
     pub fn new(script: &Script, trace: Trace) -> Self {
         let plan = Plan::new(script.slots, script.poll_seconds, script.seed);
         let config = plan.config();
-        let mut world = Self {
+        let mut simulation = Self {
             now: 0,
             script: script.clone(),
             queue: BTreeMap::new(),
@@ -162,9 +162,9 @@ impl World {
             unused: BTreeMap::new(),
             armed: Vec::new(),
             every: Vec::new(),
-            fair_since: None,
-            misdeeds: VecDeque::new(),
-            ambushes: Vec::new(),
+            undisturbed_since: None,
+            agent_faults: VecDeque::new(),
+            to_kill_online: Vec::new(),
             crash_at: Vec::new(),
             calls: BTreeMap::new(),
             polled: BTreeMap::new(),
@@ -182,12 +182,12 @@ impl World {
             finished: false,
         };
         for n in 0..script.steps.len() {
-            world.at(script.steps[n].at, Event::Step(n));
+            simulation.at(script.steps[n].at, Event::Step(n));
         }
-        world.at(0, Event::Start);
-        world.at(1_000, Event::Tick);
-        world.at(VISIT_MS, Event::Visit);
-        world
+        simulation.at(0, Event::Start);
+        simulation.at(1_000, Event::Tick);
+        simulation.at(VISIT_MS, Event::Visit);
+        simulation
     }
 
     pub fn at(&mut self, at: u64, event: Event) {
@@ -230,8 +230,8 @@ impl World {
         }
     }
 
-    pub fn is_calm(&self) -> bool {
-        self.now >= self.script.calm_at
+    pub fn faults_are_over(&self) -> bool {
+        self.now >= self.script.faults_end_at
     }
 
     pub fn note(&self, line: impl FnOnce() -> String) {
@@ -252,7 +252,7 @@ impl World {
                 self.happen(item);
             }
             Event::Tick => self.tick(),
-            Event::Visit => self.visit(),
+            Event::Visit => self.operator_visit(),
             Event::Arrive(call) => self.arrive(call),
             Event::Effect(call) => self.effect(call),
             Event::Again(call) => self.again(call),
@@ -267,7 +267,7 @@ impl World {
             Event::SecondStart => self.start_second(),
         }
         self.checks.after_step(&self.host);
-        self.judge_hosts();
+        self.check_hosts();
     }
 
     pub fn new_call(&mut self) -> u64 {
@@ -336,33 +336,33 @@ impl World {
     }
 
     pub fn tick(&mut self) {
-        if self.is_calm() && !self.script.settles {
+        if self.faults_are_over() && !self.script.settles {
             self.finished = true;
             return;
         }
-        if self.now >= self.script.calm_at && self.now < self.script.calm_at + 1_000 {
-            self.calm_down();
+        if self.now >= self.script.faults_end_at && self.now < self.script.faults_end_at + 1_000 {
+            self.end_faults();
         }
         let (host, second) = (&self.host, &self.second.host);
         let reachable = self.agents_reach_server();
         let missed = self
             .server
             .tick(|id, agent| !reachable || host.runs(id, agent) || second.runs(id, agent));
-        let fair = self.is_running
+        let undisturbed = self.is_running
             && self.every.is_empty()
-            && !self.calls.values().any(|call| matches!(call.fate, Fate::Late(_)))
+            && !self.calls.values().any(|call| matches!(call.fault, CallFault::Late(_)))
             && self.locks.values().all(|until| *until <= self.now + 1_000)
             && matches!((self.server_mode, self.helper_mode()), (Mode::Up, Mode::Up));
-        self.fair_since = fair.then_some(self.fair_since.unwrap_or(self.now));
-        self.checks.processes_end(fair, &self.server, &self.host);
-        self.checks.jobs_end(fair, &self.server, &self.host);
+        self.undisturbed_since = undisturbed.then_some(self.undisturbed_since.unwrap_or(self.now));
+        self.checks.processes_end(undisturbed, &self.server, &self.host);
+        self.checks.jobs_end(undisturbed, &self.server, &self.host);
         for (id, heard) in missed {
-            // In fair weather the factory sees long before what became of its agent; or it shows that it does not know.
+            // While no fault is active the factory sees long before what became of its agent; or it shows that it does not know.
             let shown = self.checks.track(id).foreign_since.is_some() || self.second.own.contains(&id);
             if !shown
                 && self
-                    .fair_since
-                    .is_some_and(|since| since.max(heard) + FAIR_MS <= self.now)
+                    .undisturbed_since
+                    .is_some_and(|since| since.max(heard) + UNDISTURBED_MS <= self.now)
             {
                 self.checks.fail(format!(
                     "the server had to miss the agent of {id}, of which the factory says nothing"
@@ -376,7 +376,7 @@ impl World {
             }
         }
         self.checks
-            .recycled(self.now, self.fair_since, &self.server, &self.host);
+            .recycled(self.now, self.undisturbed_since, &self.server, &self.host);
         let can_ask = self.is_running && self.agents_reach_server();
         self.checks.a_second_passes(&self.server, can_ask);
         self.retire_second();
@@ -385,12 +385,12 @@ impl World {
         if !self.is_empty() {
             self.empty_since = None;
         }
-        if self.is_calm() && self.is_empty() {
+        if self.faults_are_over() && self.is_empty() {
             let since = *self.empty_since.get_or_insert(self.now);
-            self.report.settled(since - self.script.calm_at);
+            self.report.settled(since - self.script.faults_end_at);
             // The supervisor may have to learn of it.
             self.finished = self.now > since + 70_000;
-        } else if self.now > self.script.calm_at + SETTLE_MS {
+        } else if self.now > self.script.faults_end_at + SETTLE_MS {
             let live = self.server.live();
             let hosts = self.host.workers();
             let left: Vec<String> = live
@@ -415,7 +415,7 @@ impl World {
     }
 
     /// An operator looks after what is held.
-    pub fn visit(&mut self) {
+    pub fn operator_visit(&mut self) {
         let now = self.now;
         let held = self.server.live().filter(|w| w.hold.is_some());
         for id in held.map(|w| w.id).collect::<Vec<_>>() {
@@ -445,13 +445,13 @@ impl World {
         }
     }
 
-    /// In fair weather no slot is free from one visit to the next while a job is queued for it.
+    /// While no fault is active no slot is free from one visit to the next while a job is queued for it.
     fn jobs_get_slots(&mut self, status: &Status) {
         let seen = std::mem::take(&mut self.unused);
-        let fair = self
-            .fair_since
+        let undisturbed = self
+            .undisturbed_since
             .is_some_and(|since| since + MAX_SERVER_WAIT <= self.now);
-        if !fair || self.server.held {
+        if !undisturbed || self.server.held {
             return;
         }
         for slot in status.slots.iter().filter(|slot| slot.state == SlotState::Free) {

@@ -1,4 +1,4 @@
-//! A world in memory for the core: the test bed's server and helper, a clock and a disk. Answers come in any order,
+//! A test bed in memory for the core: the test bed's server and helper, a clock and a disk. Answers come in any order,
 //! get lost, and everything can stop.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +20,7 @@ pub const CONFIG: &str = "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_fi
     [slots.b]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n\
     [slots.c]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V3\"\n";
 
-pub struct World {
+pub struct CoreTestBed {
     pub core: Factory,
     /// That of the next run.
     pub config: Config,
@@ -78,7 +78,7 @@ fn kind(output: &Output) -> &'static str {
     }
 }
 
-impl World {
+impl CoreTestBed {
     pub fn new() -> Self {
         Self::with(CONFIG)
     }
@@ -274,7 +274,7 @@ impl World {
     }
 
     /// Until `end` holds; at most so many steps.
-    pub fn run(&mut self, end: impl Fn(&World) -> bool) {
+    pub fn run(&mut self, end: impl Fn(&CoreTestBed) -> bool) {
         for n in 0..20_000 {
             if end(self) {
                 return;
