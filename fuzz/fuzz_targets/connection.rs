@@ -4,10 +4,10 @@
 
 #![no_main]
 
-use conversation::{Conversation, hold};
+use conversation::{Conversation, check_conversation};
 use libfuzzer_sys::fuzz_target;
 
 #[path = "../../helper/tests/dispatcher/conversation.rs"]
 mod conversation;
 
-fuzz_target!(|bytes: &[u8]| hold(&Conversation::from(bytes)));
+fuzz_target!(|bytes: &[u8]| check_conversation(&Conversation::from(bytes)));

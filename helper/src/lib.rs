@@ -46,7 +46,7 @@ pub use host::no_such_slot;
 pub use host::record::{Allocation, Record, WorkerError, parse_exit, print_exit};
 pub use log::start as start_log;
 pub use monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
-pub use privileges::{CAPABILITIES, Filter, Kind};
+pub use privileges::{CAPABILITIES, Filter, ProcessKind};
 pub use session::allocation::CreateUserError;
 pub use session::install::InstallError;
 pub use session::policy::{SlotError, may_take};

@@ -239,7 +239,7 @@ pub fn mistakes_on_host(text: &str, config: &Config, accounts: &Accounts) -> Vec
     for path in &config.factory.hide {
         // A directory that this user may not enter is looked at by the helper.
         if let Err(error) = path.as_path().canonicalize()
-            && !is_out_of_sight(&error)
+            && !is_permission_denied(&error)
         {
             note(
                 &["factory", "hide"],
@@ -320,7 +320,7 @@ fn missing(path: &Path, is_right: impl FnOnce(&Metadata) -> bool, wrong: &str) -
     match fs::metadata(path) {
         Ok(meta) if is_right(&meta) => None,
         Ok(_) => Some(wrong.to_owned()),
-        Err(error) if is_out_of_sight(&error) => None,
+        Err(error) if is_permission_denied(&error) => None,
         Err(error) => Some(format!("cannot be used ({error})")),
     }
 }
@@ -334,7 +334,7 @@ fn unfit_agent(path: &Path) -> Option<String> {
         return Some(why);
     }
     match (elf_machine(path), elf_machine(Path::new("/proc/self/exe"))) {
-        (Err(error), _) if is_out_of_sight(&error) => None,
+        (Err(error), _) if is_permission_denied(&error) => None,
         (Err(error), _) => Some(format!("cannot be read ({error})")),
         (Ok(None), _) => Some("is not an ELF program".into()),
         (Ok(Some(its)), Ok(Some(ours))) if its != ours => Some("is a program for another machine".into()),
@@ -351,7 +351,7 @@ fn elf_machine(path: &Path) -> io::Result<Option<[u8; 4]>> {
 }
 
 /// What this user may not read may well be there.
-fn is_out_of_sight(error: &io::Error) -> bool {
+fn is_permission_denied(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::PermissionDenied
 }
 

@@ -39,7 +39,7 @@ impl Watchdog {
     }
 
     /// Notify that the loop runs, unless that was done a moment ago. Returns when it wants to be called again.
-    pub fn alive(&mut self) -> Option<Duration> {
+    pub fn notify_watchdog(&mut self) -> Option<Duration> {
         let every = self.every?;
         let left = self
             .last
@@ -71,14 +71,14 @@ mod tests {
     fn it_notifies_at_once_and_then_twice_in_the_time_allowed() {
         let mut watchdog = Watchdog::within(Some(Duration::from_secs(3600)));
         let half = Duration::from_secs(1800);
-        assert_eq!(watchdog.alive(), Some(half));
-        let again = watchdog.alive().unwrap();
+        assert_eq!(watchdog.notify_watchdog(), Some(half));
+        let again = watchdog.notify_watchdog().unwrap();
         assert!(again <= half && again > half / 2, "{again:?}");
     }
 
     #[test]
     fn without_a_watchdog_nothing_is_sent() {
-        assert_eq!(Watchdog::within(None).alive(), None);
-        assert_eq!(Watchdog::within(Some(Duration::ZERO)).alive(), None);
+        assert_eq!(Watchdog::within(None).notify_watchdog(), None);
+        assert_eq!(Watchdog::within(Some(Duration::ZERO)).notify_watchdog(), None);
     }
 }

@@ -145,7 +145,7 @@ impl Store {
                 open_db(&path)?
             }
             // Without room nothing can be deleted, not even what has taken it.
-            Err(Unusable::Not(_)) if reserve.give_up_if_needed() => open_db(&path)?,
+            Err(Unusable::Not(_)) if reserve.release_if_needed() => open_db(&path)?,
             opened => opened,
         };
         let db = db.map_err(|unusable| {
@@ -273,7 +273,7 @@ impl Store {
             Err(unsaved) if unsaved.lacks_room => unsaved,
             written => return written,
         };
-        if !self.reserve.give_up() {
+        if !self.reserve.release() {
             return Err(unsaved);
         }
         self.given_up = true;

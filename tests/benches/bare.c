@@ -61,7 +61,7 @@ static void attach(int fd, const char *to) {
 }
 
 // The root of every worker, once: the host's directories, read-only, on a small tmpfs.
-static void template(const char *state_path) {
+static void make_rootfs(const char *state_path) {
     DO(unshare(CLONE_NEWNS));
     DO(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
     int own = tree_copy(state_path, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV);
@@ -247,7 +247,7 @@ int main(int count, char **arguments) {
     opens = inotify_init1(IN_CLOEXEC);
     DO(state), DO(userdb), DO(cgroups), DO(agent), DO(opens);
     DO(inotify_add_watch(opens, started, IN_OPEN));
-    template(arguments[1]);
+    make_rootfs(arguments[1]);
     char byte;
     for (unsigned number = 0; read(0, &byte, 1) == 1; number++) {
         struct timespec begin, end;

@@ -19,7 +19,7 @@ fn main() {
     host.configure("http://127.0.0.1:1", 0, slot);
     let _helper = host.helper();
     let tools = tempfile::tempdir().expect("a directory");
-    let trees = c_program(tools.path(), "trees", &["-O2", "-pthread"]);
+    let directories = c_program(tools.path(), "directories", &["-O2", "-pthread"]);
     // On the same file system.
     let beside = host.root.join("beside");
     let mut report = Report::new("deletion");
@@ -33,7 +33,7 @@ fn main() {
         }
         let size = options.size(large, small);
         let grow = |place: &Path, uid: u32| {
-            let mut make = Command::new(&trees);
+            let mut make = Command::new(&directories);
             make.args(["make", kind]).arg(place);
             make.args([size.to_string(), uid.to_string()]);
             assert!(make.status().expect("it was built").success());
@@ -58,7 +58,7 @@ fn main() {
                 ),
                 (
                     "two threads",
-                    Box::new(|| other(Command::new(&trees).arg("delete").arg(&beside))),
+                    Box::new(|| other(Command::new(&directories).arg("delete").arg(&beside))),
                 ),
             ],
         ));

@@ -28,7 +28,7 @@ const STAYS: Duration = Duration::from_secs(1);
 /// How far an attempt may get before its first round counts as begun.
 const BEGINS: Duration = Duration::from_secs(20);
 
-/// The attempts of a slot with few processes and files: what `scheduling` and `take-everything` are told.
+/// The attempts of a slot with few processes and files: what `scheduling` and `exhaust-limits` are told.
 const PROCESSES: &str = "512";
 const OPEN_FILES: &str = "1024";
 
@@ -295,7 +295,7 @@ impl AttackedHost {
         add(plain, "services", &[], over);
         add(plain, "nodes", &[], ready);
         add(plain, "listener", &[&nobody], ready);
-        add(plain, "knock", &[&nobody], over);
+        add(plain, "connect-to-other-job", &[&nobody], over);
         add(plain, "user-namespace", &["refused"], over);
         add(namespaces, "user-namespace", &["allowed"], ready);
         add(plain, "watches-and-locks", &[&file], ready);
@@ -303,7 +303,7 @@ impl AttackedHost {
         add(plain, "listen", &[], over);
         add(plain, "accounting", &[], over);
 
-        add(plain, "mess", &[], ready);
+        add(plain, "mixed-leftovers", &[], ready);
 
         add(plain, "swap", &[&canary, "/etc"], "swaps 1");
         add(plain, "links", &[&canary, &file], ready);
@@ -380,7 +380,7 @@ impl AttackedHost {
         add("memory", "shared-memory", &[&(64 << 20).to_string()], over);
         add(
             plain,
-            "take-everything",
+            "exhaust-limits",
             &[PROCESSES, OPEN_FILES, watches.trim()],
             ready,
         );
@@ -390,7 +390,7 @@ impl AttackedHost {
         }
         add(plain, "write-much", &["64", "1000"], over);
         for output in ["no-newline", "escapes", "nuls"] {
-            add(plain, "chatter", &[output], over);
+            add(plain, "print-much", &[output], over);
         }
         for output in ["quiet", "noisy"] {
             add(plain, "never-end", &[output], ready);

@@ -26,7 +26,7 @@ const SLOTS: usize = 66;
 fn main() {
     let words: Vec<String> = std::env::args().collect();
     match words.get(1).map(String::as_str) {
-        Some("stand") => stand(&words[2], &words[3..]),
+        Some("process") => process(&words[2], &words[3..]),
         _ => compare(&Options::from_args()),
     }
 }
@@ -99,22 +99,22 @@ fn compare(options: &Options) {
     report.end(options);
 }
 
-fn go(name: &str, mut stand: Stand) -> Go<'_> {
-    (name, Box::new(move || stand.life()))
+fn go(name: &str, mut process: MeasuredProcess) -> Go<'_> {
+    (name, Box::new(move || process.life()))
 }
 
 /// A way of making a life, waiting to be told to.
-struct Stand {
+struct MeasuredProcess {
     child: Child,
     input: ChildStdin,
     answers: BufReader<ChildStdout>,
 }
 
-impl Stand {
-    fn new(command: &mut Command) -> Stand {
+impl MeasuredProcess {
+    fn new(command: &mut Command) -> MeasuredProcess {
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("the way can be started");
-        Stand {
+        MeasuredProcess {
             input: child.stdin.take().expect("it was piped"),
             answers: BufReader::new(child.stdout.take().expect("it was piped")),
             child,
@@ -130,7 +130,7 @@ impl Stand {
     }
 }
 
-impl Drop for Stand {
+impl Drop for MeasuredProcess {
     fn drop(&mut self) {
         // At the end of its input it cleans up.
         let (reading, writing) = std::io::pipe().expect("a pipe");
@@ -159,8 +159,8 @@ impl Tools {
         Tools { place }
     }
 
-    fn start(&self, way: &str, arguments: &[&str]) -> Stand {
-        Stand::new(&mut self.command(way, arguments))
+    fn start(&self, way: &str, arguments: &[&str]) -> MeasuredProcess {
+        MeasuredProcess::new(&mut self.command(way, arguments))
     }
 
     fn command(&self, way: &str, arguments: &[&str]) -> Command {
@@ -168,7 +168,7 @@ impl Tools {
         command.args(["--mount", "--propagation", "private"]);
         command.arg(std::env::current_exe().expect("a benchmark has a path"));
         command
-            .arg("stand")
+            .arg("process")
             .arg(way)
             .arg(self.place.path())
             .args(arguments);
@@ -184,9 +184,9 @@ impl Tools {
         if !tried.is_ok_and(|status| status.success()) {
             return false;
         }
-        let mut stand = Stand::new(self.command(engine, &["--try"]).stderr(Stdio::null()));
+        let mut process = MeasuredProcess::new(self.command(engine, &["--try"]).stderr(Stdio::null()));
         let mut line = String::new();
-        stand
+        process
             .answers
             .read_line(&mut line)
             .is_ok_and(|_| line.trim() == "works")
@@ -194,7 +194,7 @@ impl Tools {
 }
 
 /// One way, on a host of its own: the mount namespace that it was started in.
-fn stand(way: &str, arguments: &[String]) {
+fn process(way: &str, arguments: &[String]) {
     let place = PathBuf::from(&arguments[0]);
     let number = |key: &str| {
         let at = arguments.iter().position(|argument| argument == key)?;

@@ -14,7 +14,7 @@ pub mod harness;
 pub mod host_snapshot;
 pub mod model;
 pub mod pages;
-pub mod proxy;
+pub mod faulty_proxy;
 pub mod sample;
 pub mod server;
 pub mod service;

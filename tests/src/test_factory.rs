@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use crate::disk::SmallDisk;
 use crate::harness::{TEST_TIMEOUT, Running, SUPERVISOR_UID, TestHost, binaries, place};
 use crate::host_snapshot::HostSnapshot;
-use crate::proxy::Proxy;
+use crate::faulty_proxy::Proxy;
 use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
 
 /// A slot `a` with a variable.

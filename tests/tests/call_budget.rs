@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 
 use protocol::{Reply, Request, WorkerId};
 use testbed::harness::{Client, TestHost, sealed, worker_id};
-use testbed::tracer::service::{KINDS, Kind, Span, watch};
+use testbed::tracer::service::{KINDS, TracedKind, Span, watch};
 
 /// At most so many, for each operation on a connection of its own, which takes some 40 of them.
 const BUDGET: [(&str, usize); 5] = [
@@ -83,15 +83,15 @@ fn an_operation_takes_no_more_system_calls_than_its_budget() {
     assert!(over.is_empty(), "{}: see docs/performance.md", over.join("; "));
 }
 
-fn name(kind: Kind) -> &'static str {
+fn name(kind: TracedKind) -> &'static str {
     match kind {
-        Kind::Monitor => "monitor",
-        Kind::Listener => "listener",
-        Kind::Session => "session",
-        Kind::AsUser => "as the user",
-        Kind::MonitorRequest => "monitor request",
-        Kind::Builder => "root file system",
-        Kind::FirstProcess => "first process",
-        Kind::Agent => "agent",
+        TracedKind::Monitor => "monitor",
+        TracedKind::Listener => "listener",
+        TracedKind::Session => "session",
+        TracedKind::AsUser => "as the user",
+        TracedKind::MonitorRequest => "monitor request",
+        TracedKind::Builder => "root file system",
+        TracedKind::FirstProcess => "first process",
+        TracedKind::Agent => "agent",
     }
 }

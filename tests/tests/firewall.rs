@@ -145,10 +145,10 @@ impl Drop for Cgroups {
 }
 
 /// A process of one of the users. Its end is that of its standard input.
-struct Player(Child);
+struct FirewallProcess(Child);
 
-impl Player {
-    fn start(uid: u32, cgroup: &str, what: &str) -> Player {
+impl FirewallProcess {
+    fn start(uid: u32, cgroup: &str, what: &str) -> FirewallProcess {
         let action = format!("{uid}\n{cgroup}\n{what}");
         let mut command = again("player", &action);
         if what == "container" {
@@ -158,7 +158,7 @@ impl Player {
             command = unshare;
         }
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
-        Player(child.expect("this program can be started"))
+        FirewallProcess(child.expect("this program can be started"))
     }
 
     /// What it reports, up to the last word.
@@ -173,7 +173,7 @@ impl Player {
     }
 }
 
-impl Drop for Player {
+impl Drop for FirewallProcess {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
         let _ = self.0.wait();
@@ -323,9 +323,9 @@ fn outcomes(cgroups: &Cgroups) -> BTreeMap<(&'static str, String, SocketAddr), S
         ("the host", 0, String::new()),
     ];
     // All ask at the same time: silence takes its time.
-    let mut players = who.map(|(name, uid, cgroup)| (name, Player::start(uid, &cgroup, "ask")));
+    let mut processes = who.map(|(name, uid, cgroup)| (name, FirewallProcess::start(uid, &cgroup, "ask")));
     let mut outcomes = BTreeMap::new();
-    for (name, player) in &mut players {
+    for (name, player) in &mut processes {
         for line in player.report() {
             let [protocol, address, outcome] = line.split(' ').collect::<Vec<_>>()[..] else {
                 panic!("{line:?}")
@@ -336,7 +336,7 @@ fn outcomes(cgroups: &Cgroups) -> BTreeMap<(&'static str, String, SocketAddr), S
             );
         }
     }
-    assert_eq!(outcomes.len(), players.len() * 18, "one of them did not report");
+    assert_eq!(outcomes.len(), processes.len() * 18, "one of them did not report");
     outcomes
 }
 
@@ -355,7 +355,7 @@ fn the_host() {
     ] {
         ip(words);
     }
-    let mut container = Player::start(0, "", "container");
+    let mut container = FirewallProcess::start(0, "", "container");
     assert_eq!(container.report(), [""; 0], "the container serves");
     let mut publish = tempfile::NamedTempFile::new().unwrap();
     publish.write_all(PUBLISH.as_bytes()).unwrap();
@@ -363,7 +363,7 @@ fn the_host() {
     let cgroups = Cgroups::new();
     let stub = "127.0.0.53:53".parse().unwrap();
     serve(&[addresses(OF_THE_HOST), vec![stub]].concat());
-    let mut job_a = Player::start(
+    let mut job_a = FirewallProcess::start(
         *RANGE.start(),
         &cgroups.worker("a").display().to_string(),
         "serve",

@@ -303,14 +303,14 @@ fn texts(heading: &str) -> Vec<Vec<String>> {
 
 #[test]
 fn the_tables_of_privileges_are_those_of_the_code() {
-    use helper::{CAPABILITIES, Kind};
+    use helper::{CAPABILITIES, ProcessKind};
     let lower = |name: &dyn std::fmt::Debug| format!("{name:?}").to_lowercase();
 
     const HEADING: &str = "Every capability";
     let page = texts(HEADING);
     let mut code = Vec::new();
     for (capability, _, why) in &CAPABILITIES {
-        let keep = Kind::ALL
+        let keep = ProcessKind::ALL
             .iter()
             .filter(|kind| kind.capabilities().contains(capability));
         let keep: Vec<String> = keep.map(|kind| lower(kind)).collect();
@@ -324,7 +324,7 @@ fn the_tables_of_privileges_are_those_of_the_code() {
 
     const KINDS: &str = "Every kind of process";
     let page = texts(KINDS);
-    let code = Kind::ALL.map(|kind| {
+    let code = ProcessKind::ALL.map(|kind| {
         let filters: Vec<String> = kind.filters().iter().map(|filter| lower(filter)).collect();
         [
             lower(&kind),

@@ -134,7 +134,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_limit_is_enforced_or_refused_or_its_lack_is_loud() {
+    fn a_limit_is_enforced_or_refused_or_warned_about() {
         let slot = "a".parse().unwrap();
         for key in [
             "memory = \"1G\"",

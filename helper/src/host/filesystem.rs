@@ -26,10 +26,10 @@ const REFUSED: [(u32, &str, &str); 7] = [
 /// Refuse a file system that is known to be unfit. Returns a warning for one that is not known.
 pub fn check(state: impl AsFd) -> Result<Option<String>> {
     let kind = fstatfs(state).context("cannot ask which file system the state directory is on")?;
-    judge(kind.filesystem_type().0 as u32)
+    check_type(kind.filesystem_type().0 as u32)
 }
 
-fn judge(kind: u32) -> Result<Option<String>> {
+fn check_type(kind: u32) -> Result<Option<String>> {
     if let Some((_, name, reason)) = REFUSED.iter().find(|(other, ..)| *other == kind) {
         bail!("the state directory is on {name}: {reason}: mount ext4, XFS or btrfs there");
     }
@@ -48,15 +48,15 @@ mod tests {
     #[test]
     fn a_file_system_is_tested_or_refused_or_warned_of() {
         for kind in TESTED {
-            assert_eq!(judge(kind).unwrap(), None, "{kind:#x}");
+            assert_eq!(check_type(kind).unwrap(), None, "{kind:#x}");
         }
         for (kind, name, reason) in REFUSED {
-            let error = judge(kind).unwrap_err().to_string();
+            let error = check_type(kind).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains(reason), "{error}");
         }
         // ZFS, NILFS, F2FS, ramfs.
         for kind in [0x2fc1_2fc1, 0x3434, 0xf2f5_2010, 0x8584_58f6] {
-            let warning = judge(kind).unwrap().unwrap();
+            let warning = check_type(kind).unwrap().unwrap();
             assert!(warning.contains(&format!("{kind:#x}")), "{warning}");
         }
     }

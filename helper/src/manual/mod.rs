@@ -150,7 +150,7 @@ pub fn run(arguments: &[OsString]) -> Result<u8> {
     let signals = terminal::signals()?;
     let clear_quota = |_, uid: Uid| Ok(quota::set(&host, uid, None, None)?);
     let id = new_id();
-    take(&host, &clear_quota, id, arguments.slot)?;
+    take_slot(&host, &clear_quota, id, arguments.slot)?;
     let ran = || -> Result<u8> {
         let (worker, record) = Worker::existing(&host, id).map_err(Error::from)?;
         worker.keep()?;
@@ -167,7 +167,7 @@ pub fn run(arguments: &[OsString]) -> Result<u8> {
         let cgroup = cgroup::create(&host.cgroups, &id.to_string()).context("cannot make the cgroup")?;
         limits::limit_cgroup(&cgroup, slot, host.abilities)?;
         rootfs::enter_new(&host, &config)?;
-        start(&host, id, record.uid, &cgroup, &arguments.rest)?.attend(&signals)
+        start(&host, id, record.uid, &cgroup, &arguments.rest)?.wait_for_command(&signals)
     };
     let status = ran();
     let deleted = allocation::delete(&host, &clear_quota, id);
@@ -201,7 +201,7 @@ pub fn shell(arguments: &[OsString]) -> Result<u8> {
     let started = start(&host, id, record.uid, &cgroup, &["/bin/bash".into()]);
     // From here on a deletion finds the shell by its cgroup: it must not wait for an operator.
     drop(worker);
-    let status = started.and_then(|shell| shell.attend(&signals));
+    let status = started.and_then(|shell| shell.wait_for_command(&signals));
     // By its descriptor: another worker, or another shell, may have a cgroup of that name by now. The empty directory
     // is for the next shell, or the deletion, to remove: only they know under the lock that nobody enters it.
     cgroup::kill_processes(&cgroup, &name)?;
@@ -254,7 +254,7 @@ fn new_id() -> WorkerId {
 }
 
 /// Take this slot, or the first that is free.
-fn take(
+fn take_slot(
     host: &Host,
     clear_quota: allocation::ClearQuota<'_>,
     id: WorkerId,
@@ -324,7 +324,7 @@ fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[O
 
 impl Started {
     /// Until the command has ended. Returns its status.
-    fn attend(self, signals: &terminal::Signals) -> Result<u8> {
+    fn wait_for_command(self, signals: &terminal::Signals) -> Result<u8> {
         let terminal = match self.socket.recv(HandshakeMessage::MAX)? {
             Received::Packet {
                 bytes,
@@ -343,7 +343,7 @@ impl Started {
             ),
         };
         let terminal = terminal.map(|job| Terminal::new(job, self.ours)).transpose()?;
-        let status = terminal::attend(self.first, terminal, signals)?;
+        let status = terminal::relay_until_exit(self.first, terminal, signals)?;
         self.streams.finish();
         // Did it get as far as to start the command?
         if let Ok(Received::Packet { bytes, .. }) = self.socket.recv(HandshakeMessage::MAX)

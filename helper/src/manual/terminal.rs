@@ -180,7 +180,7 @@ impl Drop for Terminal {
 }
 
 /// Pass bytes both ways until the sandbox's first process has ended; its status. A signal that would end us ends it.
-pub fn attend(first: Pid, mut terminal: Option<Terminal>, signals: &Signals) -> Result<u8> {
+pub fn relay_until_exit(first: Pid, mut terminal: Option<Terminal>, signals: &Signals) -> Result<u8> {
     let mut typed = terminal.as_ref().is_some_and(|terminal| terminal.ours.input);
     loop {
         let keyboard = std::io::stdin();

@@ -273,7 +273,7 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
     // accepted has a session by then. It is set before the filter, whose installation may hang.
     prctl::set_pdeathsig(Signal::SIGTERM).context("cannot ask to be told of the monitor's end")?;
     ensure!(getppid() == monitor, "the monitor has ended");
-    privileges::Kind::Session.drop_others()?;
+    privileges::ProcessKind::Session.drop_others()?;
     accepts.write_all(b"1")?;
     drop(accepts);
     let mut sessions = BTreeSet::new();

@@ -178,7 +178,7 @@ fn start(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
         sent.context("cannot tell systemd that the helper is ready")?;
     }
     let rootfs = RootFs::new(&host)?;
-    privileges::Kind::Monitor.drop_others()?;
+    privileges::ProcessKind::Monitor.drop_others()?;
     serve(&host, &config, rootfs, socket, client)
 }
 

@@ -11,7 +11,7 @@ use crate::sys;
 
 /// The kinds of processes, from the most privileged. None ever becomes one that is above it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+pub enum ProcessKind {
     /// The monitor; and what it forks until that is of another kind: builders, listeners, workers' first processes.
     Monitor,
     /// The listener, and its sessions. Sessions alone read what the supervisor sends.
@@ -35,23 +35,23 @@ pub enum Filter {
 
 /// Every capability that any of them has: who is the last to keep it, and for what.
 #[rustfmt::skip]
-pub const CAPABILITIES: [(Capability, Kind, &str); 11] = [
-    (Capability::CAP_SETUID, Kind::Session, "becoming the job's user"),
-    (Capability::CAP_SETGID, Kind::Session, "its group, and the slot's"),
-    (Capability::CAP_CHOWN, Kind::Session, "giving writable directories and device nodes to the job's user"),
-    (Capability::CAP_FOWNER, Kind::Session, "setting the mode of a directory that has been given away, when a start is repeated"),
-    (Capability::CAP_DAC_OVERRIDE, Kind::Session, "removing what root has in a directory whose owner has closed it"),
-    (Capability::CAP_SYS_ADMIN, Kind::Monitor, "mounts, namespaces, quotas; in a builder, entering the host's mounts"),
-    (Capability::CAP_SYS_CHROOT, Kind::Monitor, "`setns(2)` to a mount namespace, and `pivot_root(2)`"),
-    (Capability::CAP_SETPCAP, Kind::Monitor, "emptying the bounding set of the listener and of jobs"),
-    (Capability::CAP_MKNOD, Kind::Monitor, "the nodes of a job's `/dev`"),
-    (Capability::CAP_NET_ADMIN, Kind::Monitor, "bringing up `lo` in a job's own network namespace, and giving it addresses"),
-    (Capability::CAP_NET_BIND_SERVICE, Kind::Monitor, "the server's port, 80 or 443, in it"),
+pub const CAPABILITIES: [(Capability, ProcessKind, &str); 11] = [
+    (Capability::CAP_SETUID, ProcessKind::Session, "becoming the job's user"),
+    (Capability::CAP_SETGID, ProcessKind::Session, "its group, and the slot's"),
+    (Capability::CAP_CHOWN, ProcessKind::Session, "giving writable directories and device nodes to the job's user"),
+    (Capability::CAP_FOWNER, ProcessKind::Session, "setting the mode of a directory that has been given away, when a start is repeated"),
+    (Capability::CAP_DAC_OVERRIDE, ProcessKind::Session, "removing what root has in a directory whose owner has closed it"),
+    (Capability::CAP_SYS_ADMIN, ProcessKind::Monitor, "mounts, namespaces, quotas; in a builder, entering the host's mounts"),
+    (Capability::CAP_SYS_CHROOT, ProcessKind::Monitor, "`setns(2)` to a mount namespace, and `pivot_root(2)`"),
+    (Capability::CAP_SETPCAP, ProcessKind::Monitor, "emptying the bounding set of the listener and of jobs"),
+    (Capability::CAP_MKNOD, ProcessKind::Monitor, "the nodes of a job's `/dev`"),
+    (Capability::CAP_NET_ADMIN, ProcessKind::Monitor, "bringing up `lo` in a job's own network namespace, and giving it addresses"),
+    (Capability::CAP_NET_BIND_SERVICE, ProcessKind::Monitor, "the server's port, 80 or 443, in it"),
 ];
 
-impl Kind {
+impl ProcessKind {
     /// In their order.
-    pub const ALL: [Kind; 4] = [Kind::Monitor, Kind::Session, Kind::Child, Kind::Job];
+    pub const ALL: [ProcessKind; 4] = [Self::Monitor, Self::Session, Self::Child, Self::Job];
 
     /// What such a process has in its permitted and effective sets; the others are empty.
     pub fn capabilities(self) -> HashSet<Capability> {
@@ -60,19 +60,19 @@ impl Kind {
     }
 
     /// The filter that it installs, and the kind that has forked it, whose filters stay before it.
-    const fn filter_and_parent(self) -> (Option<Filter>, Option<Kind>) {
+    const fn filter_and_parent(self) -> (Option<Filter>, Option<ProcessKind>) {
         match self {
-            Kind::Monitor => (Some(Filter::Monitor), None),
-            Kind::Session => (Some(Filter::Session), Some(Kind::Monitor)),
-            Kind::Child => (None, Some(Kind::Session)),
-            Kind::Job => (Some(Filter::Job), Some(Kind::Monitor)),
+            ProcessKind::Monitor => (Some(Filter::Monitor), None),
+            ProcessKind::Session => (Some(Filter::Session), Some(ProcessKind::Monitor)),
+            ProcessKind::Child => (None, Some(ProcessKind::Session)),
+            ProcessKind::Job => (Some(Filter::Job), Some(ProcessKind::Monitor)),
         }
     }
 
     /// The filters that are before such a process, in the order in which they were installed.
     pub fn filters(self) -> Vec<Filter> {
         let (own, parent) = self.filter_and_parent();
-        let inherited = parent.map_or_else(Vec::new, Kind::filters);
+        let inherited = parent.map_or_else(Vec::new, ProcessKind::filters);
         inherited.into_iter().chain(own).collect()
     }
 

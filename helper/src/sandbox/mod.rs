@@ -156,7 +156,7 @@ fn apply_sandbox(
     // kernel without auditing has no such file, and one that was set by a login stays.
     let _ = std::fs::write("/proc/self/loginuid", plan.uid.to_string());
     limits::limit_process(&plan.slot)?;
-    privileges::Kind::Job.limit_bounding_set()?;
+    privileges::ProcessKind::Job.limit_bounding_set()?;
     let proof = become_user(plan.uid, &plan.groups)?;
     rules.restrict_self()?;
     if let Purpose::Agent(session) = purpose {

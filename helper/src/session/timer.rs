@@ -62,7 +62,7 @@ pub fn start(worker: &Worker, cgroup: &OwnedFd, limit: Duration) -> Result<()> {
         // What fails here must be seen, and must not take the limit away.
         let closed = sys::close_all_but(&keep).map_err(Into::into);
         // Each whatever has become of the other.
-        if let Err(error) = closed.and(privileges::Kind::Child.drop_others()) {
+        if let Err(error) = closed.and(privileges::ProcessKind::Child.drop_others()) {
             warn!(
                 "the timer of the run time keeps more than it needs: {error:#} worker={}",
                 worker.id

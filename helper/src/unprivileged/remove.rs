@@ -115,14 +115,14 @@ fn name_of(name: &CStr) -> OsString {
 }
 
 /// Directories within a directory that are still to do.
-struct Level {
+struct PendingDir {
     /// The next one last.
     names: Vec<OsString>,
     /// Are they all that is left in it?
     is_all: bool,
 }
 
-impl Level {
+impl PendingDir {
     /// So many are remembered at once.
     const MOST: usize = 1024;
     /// So many bytes of names of what is no directory, until they are removed; and so many for each name.
@@ -130,8 +130,8 @@ impl Level {
     const FILE: usize = 48;
 
     /// Remove what is no directory.
-    fn begin(own: &OwnedFd, count: &mut dyn FnMut()) -> Result<Level> {
-        let mut level = Level {
+    fn begin(own: &OwnedFd, count: &mut dyn FnMut()) -> Result<PendingDir> {
+        let mut pending = PendingDir {
             names: Vec::new(),
             is_all: true,
         };
@@ -143,23 +143,23 @@ impl Level {
                 continue;
             }
             if entry.file_type() == Some(Type::Directory) {
-                level.names.push(name_of(name));
+                pending.names.push(name_of(name));
             } else {
                 files.push((entry.ino(), name.to_owned()));
                 bytes += name.count_bytes() + Self::FILE;
             }
             if bytes >= Self::FILES {
-                level.remove(own, &mut files, count)?;
+                pending.remove(own, &mut files, count)?;
                 bytes = 0;
             }
-            if level.names.len() >= Self::MOST {
-                level.is_all = false;
+            if pending.names.len() >= Self::MOST {
+                pending.is_all = false;
                 break;
             }
         }
-        level.remove(own, &mut files, count)?;
-        level.names.reverse();
-        Ok(level)
+        pending.remove(own, &mut files, count)?;
+        pending.names.reverse();
+        Ok(pending)
     }
 
     /// In the order of inodes: in that of a listing, the kernel would visit each block of inodes many times.
@@ -183,14 +183,14 @@ impl Level {
 }
 
 /// Nothing is left to do in it.
-const DONE: Level = Level {
+const DONE: PendingDir = PendingDir {
     names: Vec::new(),
     is_all: true,
 };
 
 /// A directory above the one that is being emptied: what of it is still to do, and the name of the next one below.
-struct Above {
-    level: Level,
+struct ParentDir {
+    pending: PendingDir,
     next: OsString,
 }
 
@@ -244,11 +244,11 @@ impl<D> DirStack<D> {
 /// disk, or at the end of a quota, there is none.
 fn empty(fs: BorrowedFd<'_>, dir: &Path, count: &mut dyn FnMut()) -> Result<()> {
     let mut own = open_own(fs, dir)?;
-    let mut level = Level::begin(&own, count)?;
-    let mut above: Vec<Above> = Vec::new();
+    let mut pending = PendingDir::begin(&own, count)?;
+    let mut parents: Vec<ParentDir> = Vec::new();
     let mut stack = DirStack(Vec::new());
     loop {
-        if let Some(next) = level.names.pop() {
+        if let Some(next) = pending.names.pop() {
             let inner = match open_own(&own, Path::new(&next)) {
                 Err(Errno::ENOENT) => continue,
                 // No job can make one: it takes requests of ioctl(2) that are refused to it.
@@ -258,23 +258,23 @@ fn empty(fs: BorrowedFd<'_>, dir: &Path, count: &mut dyn FnMut()) -> Result<()> 
                 ),
                 inner => inner.with_context(|| format!("cannot open {next:?}"))?,
             };
-            let content = Level::begin(&inner, count)?;
-            stack.leave(above.len(), own);
-            above.push(Above { level, next });
-            (own, level) = (inner, content);
-        } else if !level.is_all {
+            let content = PendingDir::begin(&inner, count)?;
+            stack.leave(parents.len(), own);
+            parents.push(ParentDir { pending, next });
+            (own, pending) = (inner, content);
+        } else if !pending.is_all {
             // Anew: its listing goes on where it was left.
             own = open_own(&own, Path::new("."))?;
-            level = Level::begin(&own, count)?;
+            pending = PendingDir::begin(&own, count)?;
         } else {
-            let Some(mut back) = above.pop() else {
+            let Some(mut back) = parents.pop() else {
                 return Ok(());
             };
-            let step = |dir: &OwnedFd, at: usize| open_own(dir, Path::new(&above[at].next));
-            own = match stack.back_to(above.len(), step) {
+            let step = |dir: &OwnedFd, at: usize| open_own(dir, Path::new(&parents[at].next));
+            own = match stack.back_to(parents.len(), step) {
                 // The other process has removed what is above, and so all of it.
                 Err(Errno::ENOENT) => {
-                    level = DONE;
+                    pending = DONE;
                     continue;
                 }
                 own => own.context("cannot go back up")?,
@@ -282,10 +282,10 @@ fn empty(fs: BorrowedFd<'_>, dir: &Path, count: &mut dyn FnMut()) -> Result<()> 
             match unlinkat(&own, back.next.as_os_str(), UnlinkatFlags::RemoveDir) {
                 Ok(()) | Err(Errno::ENOENT) => count(),
                 // Not everything in it was listed.
-                Err(Errno::ENOTEMPTY | Errno::EEXIST) => back.level.names.push(back.next),
+                Err(Errno::ENOTEMPTY | Errno::EEXIST) => back.pending.names.push(back.next),
                 Err(errno) => bail!("cannot remove {:?}: {errno}", back.next),
             }
-            level = back.level;
+            pending = back.pending;
         }
     }
 }

@@ -33,7 +33,7 @@ const UIDS: std::ops::RangeInclusive<u32> = 2_000_000..=2_000_000;
 
 /// A descriptor that travels with a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Carried {
+pub enum SentDescriptor {
     Program,
     NoProgram,
     Unsealed,
@@ -43,7 +43,7 @@ pub enum Carried {
 #[derive(Clone, Debug)]
 pub struct Packet {
     pub bytes: Vec<u8>,
-    pub descriptors: Vec<Carried>,
+    pub descriptors: Vec<SentDescriptor>,
 }
 
 /// What a client sends, and whether the helper has too many of them.
@@ -82,12 +82,12 @@ impl From<&[u8]> for Conversation {
                 // Anything: this many bytes as they come.
                 _ => {
                     let bytes = (0..u16::from(which) * 3).map(|_| next()).collect();
-                    let descriptors = carried(how, 0);
+                    let descriptors = sent_descriptors(how, 0);
                     packets.push(Packet { bytes, descriptors });
                     continue;
                 }
             };
-            let descriptors = carried(how, usize::from(request.carries_descriptor()));
+            let descriptors = sent_descriptors(how, usize::from(request.carries_descriptor()));
             let mut bytes = wire::encode(&request).expect("a request can be encoded");
             match how / 16 {
                 12 => bytes.truncate(usize::from(next()) % (bytes.len() + 1)),
@@ -106,8 +106,8 @@ impl From<&[u8]> for Conversation {
 }
 
 /// What `how` makes of the number of descriptors that is called for.
-fn carried(how: u8, called_for: usize) -> Vec<Carried> {
-    use Carried::*;
+fn sent_descriptors(how: u8, called_for: usize) -> Vec<SentDescriptor> {
+    use SentDescriptor::*;
     let kind = [Program, NoProgram, Unsealed, Socket][usize::from(how / 4 % 4)];
     let number = match how {
         0xb0 => 0,
@@ -119,7 +119,7 @@ fn carried(how: u8, called_for: usize) -> Vec<Carried> {
     vec![kind; number]
 }
 
-impl Carried {
+impl SentDescriptor {
     fn open(self) -> OwnedFd {
         let memory = |program: &[u8], seals| {
             let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
@@ -129,19 +129,19 @@ impl Carried {
             file.into()
         };
         match self {
-            Carried::Program => memory(b"#!", SealFlag::F_SEAL_WRITE),
-            Carried::NoProgram => memory(b"?", SealFlag::F_SEAL_WRITE),
-            Carried::Unsealed => memory(b"#!", SealFlag::empty()),
-            Carried::Socket => pair().0,
+            SentDescriptor::Program => memory(b"#!", SealFlag::F_SEAL_WRITE),
+            SentDescriptor::NoProgram => memory(b"?", SealFlag::F_SEAL_WRITE),
+            SentDescriptor::Unsealed => memory(b"#!", SealFlag::empty()),
+            SentDescriptor::Socket => pair().0,
         }
     }
 
     /// What it is to the model.
     fn agent(self) -> Agent {
         match self {
-            Carried::Program => Agent::Stays,
-            Carried::NoProgram => Agent::NoProgram,
-            Carried::Unsealed | Carried::Socket => Agent::Unsealed,
+            SentDescriptor::Program => Agent::Stays,
+            SentDescriptor::NoProgram => Agent::NoProgram,
+            SentDescriptor::Unsealed | SentDescriptor::Socket => Agent::Unsealed,
         }
     }
 }
@@ -152,7 +152,7 @@ fn pair() -> (OwnedFd, OwnedFd) {
 }
 
 /// A host in which everything happens as the contract says.
-struct Beneath(RefCell<Model>);
+struct ModelOperations(RefCell<Model>);
 
 /// The error of `CreateUser` that becomes this kind.
 fn cannot_create(kind: ErrorKind, worker: WorkerId, slot: &SlotName) -> CreateUserError {
@@ -194,7 +194,7 @@ fn console() -> File {
     File::open("/dev/null").expect("/dev/null can be opened")
 }
 
-impl Operations for Beneath {
+impl Operations for ModelOperations {
     fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName), CreateUserError> {
         let made = self.0.borrow_mut().create_user(worker, slot);
         let uid = made.map_err(|kind| cannot_create(kind, worker, slot))?;
@@ -315,7 +315,7 @@ fn open_descriptors() -> usize {
 /// Serve the conversation by the real dispatcher, with a model beneath it. Panics where anything is not as it must
 /// be: the answers, up to the packet at which the helper has to close the connection; what comes with them; and that no
 /// descriptor is left. One at a time in a process, which has nothing else to do.
-pub fn hold(conversation: &Conversation) {
+pub fn check_conversation(conversation: &Conversation) {
     let before = open_descriptors();
     let slots = SLOTS[..3].iter().map(|name| name.parse().expect("a name"));
     let configuration = Configuration {
@@ -331,9 +331,9 @@ pub fn hold(conversation: &Conversation) {
     }
     shutdown(client.as_raw_fd(), Shutdown::Write).expect("a socket can be shut down");
     let client = Seqpacket::from(client);
-    let beneath = Beneath(RefCell::new(model.clone()));
+    let operations = ModelOperations(RefCell::new(model.clone()));
     let peer = Peer { uid: 0, pid: 1 };
-    helper::serve_connection(&beneath, peer, conversation.busy, server.into());
+    helper::serve_connection(&operations, peer, conversation.busy, server.into());
 
     let mut answered = Vec::new();
     loop {

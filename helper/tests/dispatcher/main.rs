@@ -6,7 +6,7 @@ mod conversation;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard};
 
-use conversation::{Carried, Conversation, Packet, hold};
+use conversation::{SentDescriptor, Conversation, Packet, check_conversation};
 use proptest::prelude::*;
 use protocol::{Request, VERSION, WorkerId, wire};
 
@@ -19,12 +19,12 @@ fn turn() -> MutexGuard<'static, ()> {
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-fn hold_alone(conversation: &Conversation) {
+fn check_serially(conversation: &Conversation) {
     let _turn = turn();
-    hold(conversation);
+    check_conversation(conversation);
 }
 
-fn packet(request: &Request, descriptors: &[Carried]) -> Packet {
+fn packet(request: &Request, descriptors: &[SentDescriptor]) -> Packet {
     Packet {
         bytes: wire::encode(request).unwrap(),
         descriptors: descriptors.to_vec(),
@@ -45,7 +45,7 @@ fn create(worker: WorkerId, slot: &str) -> Packet {
     )
 }
 
-fn install(worker: WorkerId, descriptors: &[Carried]) -> Packet {
+fn install(worker: WorkerId, descriptors: &[SentDescriptor]) -> Packet {
     packet(
         &Request::InstallAgent {
             worker,
@@ -71,10 +71,10 @@ fn each_request_is_answered_as_the_contract_says() {
                 create(other, "b"),
                 create(other, "c"),
                 list(None),
-                install(worker, &[Carried::Unsealed]),
-                install(worker, &[Carried::Socket]),
-                install(worker, &[Carried::Program]),
-                install(other, &[Carried::Program]),
+                install(worker, &[SentDescriptor::Unsealed]),
+                install(worker, &[SentDescriptor::Socket]),
+                install(worker, &[SentDescriptor::Program]),
+                install(other, &[SentDescriptor::Program]),
                 packet(&Request::Attach { worker }, &[]),
                 packet(&Request::Attach { worker: other }, &[]),
                 packet(&Request::Kill { worker }, &[]),
@@ -85,10 +85,10 @@ fn each_request_is_answered_as_the_contract_says() {
                 packet(&Request::Delete { worker }, &[]),
                 packet(&Request::Delete { worker: other }, &[]),
                 create(other, "b"),
-                install(other, &[Carried::NoProgram]),
+                install(other, &[SentDescriptor::NoProgram]),
                 list(None),
             ];
-            hold_alone(&Conversation { busy, packets });
+            check_serially(&Conversation { busy, packets });
         }
     }
 }
@@ -98,20 +98,20 @@ fn nothing_is_answered_before_the_greeting() {
     let worker = WorkerId::from_bits(1);
     for first in [
         create(worker, "a"),
-        install(worker, &[Carried::Program]),
+        install(worker, &[SentDescriptor::Program]),
         packet(&Request::Attach { worker }, &[]),
         packet(&Request::Delete { worker }, &[]),
         packet(&Request::List { after: None }, &[]),
     ] {
         let packets = vec![first, hello(VERSION), create(worker, "a")];
-        hold_alone(&Conversation { busy: false, packets });
+        check_serially(&Conversation { busy: false, packets });
     }
 }
 
 #[test]
 fn descriptors_that_no_message_calls_for_end_the_connection() {
     let worker = WorkerId::from_bits(1);
-    let many = [Carried::Program; 4];
+    let many = [SentDescriptor::Program; 4];
     for number in 0..=many.len() {
         for wrong in [
             install(worker, &many[..number]),
@@ -123,10 +123,10 @@ fn descriptors_that_no_message_calls_for_end_the_connection() {
         ] {
             let mut greeting = hello(VERSION);
             let packets = vec![greeting.clone(), create(worker, "a"), wrong, create(worker, "a")];
-            hold_alone(&Conversation { busy: false, packets });
+            check_serially(&Conversation { busy: false, packets });
             greeting.descriptors = many[..number].to_vec();
             let packets = vec![greeting, create(worker, "a")];
-            hold_alone(&Conversation { busy: false, packets });
+            check_serially(&Conversation { busy: false, packets });
         }
     }
 }
@@ -143,7 +143,7 @@ fn what_is_no_request_ends_the_connection() {
         let mut broken = good.clone();
         broken.bytes.resize(length, 0);
         let packets = vec![hello(VERSION), good.clone(), broken, good.clone()];
-        hold_alone(&Conversation { busy: false, packets });
+        check_serially(&Conversation { busy: false, packets });
     }
 }
 
@@ -153,7 +153,7 @@ fn logged(test: &str, conversations: &[Conversation]) -> Option<Vec<String>> {
     const IS_CHILD: &str = "DISPATCHER_LOG";
     if std::env::var_os(IS_CHILD).is_some() {
         helper::start_log();
-        conversations.iter().for_each(hold_alone);
+        conversations.iter().for_each(check_serially);
         return None;
     }
     let _turn = turn();
@@ -182,7 +182,7 @@ fn the_log_says_who_asked_for_what_and_how_it_ended_but_not_of_each_poll() {
             hello(VERSION),
             packet(&Request::List { after: None }, &[]),
             create(worker, "a"),
-            install(worker, &[Carried::Program]),
+            install(worker, &[SentDescriptor::Program]),
             packet(&Request::Attach { worker }, &[]),
             packet(&Request::Kill { worker }, &[]),
             packet(&Request::Delete { worker }, &[]),
@@ -227,9 +227,9 @@ proptest! {
 
     #[test]
     fn any_connection_keeps_to_the_contract(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        hold_alone(&Conversation::from(&bytes[..]));
+        check_serially(&Conversation::from(&bytes[..]));
         // The same behind a greeting: few random bytes are one.
         let greeted = [&[0, 0, VERSION as u8, 0], &bytes[..]].concat();
-        hold_alone(&Conversation::from(&greeted[..]));
+        check_serially(&Conversation::from(&greeted[..]));
     }
 }

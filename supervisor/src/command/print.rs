@@ -445,7 +445,7 @@ mod tests {
     #[test]
     fn a_name_with_a_terminals_commands_in_it_is_shown_and_not_obeyed() {
         let left = residue::Residue {
-            kind: residue::Kind::File,
+            kind: residue::ResidueKind::File,
             what: "/tmp/a\u{1b}[2Jb\nnothing is left".into(),
         };
         let report = Report {

@@ -217,7 +217,7 @@ impl<S: Storage> Driver<S> {
             }
             // The core then gets one tick more than it needs.
             if stopping.is_none()
-                && let Some(again) = self.watchdog.alive()
+                && let Some(again) = self.watchdog.notify_watchdog()
             {
                 wait = wait.min(again);
             }

@@ -9,7 +9,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::EgressProxy;
-use super::route::stays_here;
+use super::route::is_local_address;
 use super::upstream::{LOOKUP, Upstream, connect_within};
 use crate::egress_records::JobEgress;
 
@@ -149,7 +149,7 @@ fn reachable(
             reachable.push(at);
             continue;
         }
-        match is_public(ip).then(|| stays_here(ip)) {
+        match is_public(ip).then(|| is_local_address(ip)) {
             Some(Ok(false)) => reachable.push(at),
             Some(Err(error)) => failed = Some(error),
             Some(Ok(true)) | None => not_public = not_public.or(Some(at)),
@@ -236,7 +236,7 @@ const NOT_PUBLIC_IPV6: [(Ipv6Addr, u32); 4] = [
     (Ipv6Addr::new(0x3fff, 0, 0, 0, 0, 0, 0, 0), 20),
 ];
 
-/// Is it an address of the Internet? This host may have one, too: see [`stays_here`].
+/// Is it an address of the Internet? This host may have one, too: see [`is_local_address`].
 fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(ip) => {

@@ -28,7 +28,7 @@ const HEADERS: usize = 16 + 12;
 ///
 /// # Errors
 /// Where the kernel does not say.
-pub(super) fn stays_here(address: IpAddr) -> io::Result<bool> {
+pub(super) fn is_local_address(address: IpAddr) -> io::Result<bool> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let protocol = SockProtocol::NetlinkRoute;
     let kernel = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
@@ -89,9 +89,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_loopback_interface_has_stays_here() {
+    fn what_the_loopback_interface_has_is_local() {
         for address in ["127.0.0.1", "127.9.9.9", "::ffff:127.0.0.1"] {
-            assert!(stays_here(address.parse().unwrap()).unwrap(), "{address}");
+            assert!(is_local_address(address.parse().unwrap()).unwrap(), "{address}");
         }
     }
 

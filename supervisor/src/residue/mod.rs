@@ -54,7 +54,7 @@ impl From<RangeInclusive<u32>> for Uids {
 /// What kind of thing is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum ResidueKind {
     /// One of which any uid, gid or supplementary group is of the range.
     Process,
     /// Anything with a name in a file system whose owner or group is of the range: directories and devices, too.
@@ -79,21 +79,21 @@ pub enum Kind {
     Worker,
 }
 
-impl Kind {
+impl ResidueKind {
     /// As the table has it; in JSON the words are joined by `_`.
     pub fn name(self) -> &'static str {
         match self {
-            Kind::Process => "process",
-            Kind::File => "file",
-            Kind::Ipc => "ipc",
-            Kind::Key => "key",
-            Kind::Cgroup => "cgroup",
-            Kind::Mount => "mount",
-            Kind::User => "user",
-            Kind::ServiceRequest => "service request",
-            Kind::Socket => "socket",
-            Kind::Quota => "quota",
-            Kind::Worker => "worker",
+            ResidueKind::Process => "process",
+            ResidueKind::File => "file",
+            ResidueKind::Ipc => "ipc",
+            ResidueKind::Key => "key",
+            ResidueKind::Cgroup => "cgroup",
+            ResidueKind::Mount => "mount",
+            ResidueKind::User => "user",
+            ResidueKind::ServiceRequest => "service request",
+            ResidueKind::Socket => "socket",
+            ResidueKind::Quota => "quota",
+            ResidueKind::Worker => "worker",
         }
     }
 }
@@ -102,7 +102,7 @@ impl Kind {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Residue {
     /// Residues are in the order of kinds.
-    pub kind: Kind,
+    pub kind: ResidueKind,
     /// What names it: a path, a pid with its command, an id.
     pub what: String,
 }
@@ -192,7 +192,7 @@ pub fn find(
         .into_iter()
         .filter(|path| files::is_owned(path, &uids));
     found.extend(files.map(|path| Residue {
-        kind: Kind::File,
+        kind: ResidueKind::File,
         what: path.display().to_string(),
     }));
     Ok(Report {
@@ -226,26 +226,26 @@ fn in_tables(
         found.extend(all.into_iter().map(|what| Residue { kind, what }));
     };
     let is_left = |text: &str| is_of_no_worker(text, workers);
-    note(Kind::Process, host::processes(uids));
-    note(Kind::Ipc, host::ipc(uids));
-    note(Kind::Key, host::keys(uids));
-    note(Kind::Socket, host::sockets(uids));
-    note(Kind::Quota, host::quotas(uids));
-    note(Kind::User, host::accounts(&root.join("etc"), uids));
-    note(Kind::User, names_in(&root.join("run/userdb"), is_left)?);
-    note(Kind::ServiceRequest, host::service_requests(uids, is_left));
-    note(Kind::Mount, host::mounts(is_left));
+    note(ResidueKind::Process, host::processes(uids));
+    note(ResidueKind::Ipc, host::ipc(uids));
+    note(ResidueKind::Key, host::keys(uids));
+    note(ResidueKind::Socket, host::sockets(uids));
+    note(ResidueKind::Quota, host::quotas(uids));
+    note(ResidueKind::User, host::accounts(&root.join("etc"), uids));
+    note(ResidueKind::User, names_in(&root.join("run/userdb"), is_left)?);
+    note(ResidueKind::ServiceRequest, host::service_requests(uids, is_left));
+    note(ResidueKind::Mount, host::mounts(is_left));
     if let Ok(cgroups) = fs::read_to_string(root.join(CGROUP_FILE)) {
         let is_left = |name: &str| {
             let id = name.get(..26).and_then(|id| id.parse::<WorkerId>().ok());
             id.is_some_and(|id| !workers.contains_key(&id))
         };
-        note(Kind::Cgroup, names_in(cgroups.as_ref(), is_left)?);
+        note(ResidueKind::Cgroup, names_in(cgroups.as_ref(), is_left)?);
     }
     let without_user = workers.iter().filter(|(_, uid)| uid.is_none());
     let directories =
         without_user.map(|(id, _)| format!("{id}: its directory is there, its user record is not"));
-    note(Kind::Worker, directories.collect());
+    note(ResidueKind::Worker, directories.collect());
     Ok(found)
 }
 

@@ -92,12 +92,12 @@ impl Reserve {
     }
 
     /// Give the room up where there is none besides. False where that would not help.
-    pub fn give_up_if_needed(&self) -> bool {
-        self.free().is_ok_and(|free| free < RESERVE_BYTES) && self.give_up()
+    pub fn release_if_needed(&self) -> bool {
+        self.free().is_ok_and(|free| free < RESERVE_BYTES) && self.release()
     }
 
     /// Give the room up. False where there was none.
-    pub fn give_up(&self) -> bool {
+    pub fn release(&self) -> bool {
         let _ = fs::remove_file(self.inode());
         fs::remove_file(&self.path).is_ok()
     }
@@ -112,14 +112,14 @@ mod tests {
     fn it_takes_real_room_and_gives_it_up_once() {
         let dir = tempfile::tempdir().unwrap();
         let reserve = Reserve::new(dir.path());
-        assert!(!reserve.give_up());
+        assert!(!reserve.release());
         for _ in 0..2 {
             reserve.keep().unwrap();
             let file = fs::metadata(dir.path().join("reserve")).unwrap();
             assert!(file.blocks() * 512 >= RESERVE_BYTES, "{file:?}");
             assert_eq!(file.mode() & 0o777, 0o600);
         }
-        assert!(reserve.give_up() && !reserve.give_up());
+        assert!(reserve.release() && !reserve.release());
         let gone = Reserve::new(&dir.path().join("gone"));
         assert!(gone.keep().unwrap_err().contains("cannot be made"));
     }

@@ -6,20 +6,20 @@ use super::state::LEASE;
 use super::wire::{Append, Associate};
 use super::*;
 
-struct Bed {
+struct ServerTest {
     s: State,
     target: Ulid,
     factory: Ulid,
 }
 
-fn bed() -> Bed {
+fn server_test() -> ServerTest {
     let mut s = State::new(jiff::Timestamp::now());
     let target = s.add_target("lab");
     let factory = s.add_factory("f").0;
-    Bed { s, target, factory }
+    ServerTest { s, target, factory }
 }
 
-impl Bed {
+impl ServerTest {
     fn job(&mut self) -> Ulid {
         self.s.submit_spec(JobSpec::script("lab", "true")).unwrap()
     }
@@ -61,7 +61,7 @@ const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
 fn a_leased_job_is_leased_to_no_other_until_the_lease_runs_out() {
-    let mut b = bed();
+    let mut b = server_test();
     let job = b.job();
     let other = b.s.add_factory("g").0;
     assert_eq!(b.s.lease(b.factory, &[b.target]), Some((job, b.target)));
@@ -77,7 +77,7 @@ fn a_leased_job_is_leased_to_no_other_until_the_lease_runs_out() {
 
 #[test]
 fn a_tied_job_is_neither_leased_nor_renewed_nor_tied_again() {
-    let mut b = bed();
+    let mut b = server_test();
     let job = b.job();
     b.s.lease(b.factory, &[b.target]).unwrap();
     b.worker(Some(job));
@@ -89,7 +89,7 @@ fn a_tied_job_is_neither_leased_nor_renewed_nor_tied_again() {
 
 #[test]
 fn nothing_is_leased_when_disabled_held_or_of_another_target() {
-    let mut b = bed();
+    let mut b = server_test();
     b.job();
     assert_eq!(b.s.lease(b.factory, &[]), None);
     b.s.held = true;
@@ -102,7 +102,7 @@ fn nothing_is_leased_when_disabled_held_or_of_another_target() {
 
 #[test]
 fn a_worker_is_associated_once() {
-    let mut b = bed();
+    let mut b = server_test();
     let w = b.worker(None);
     assert_eq!(b.associate(w, "one"), Ok(()));
     assert_eq!(b.associate(w, "one"), Ok(()));
@@ -111,7 +111,7 @@ fn a_worker_is_associated_once() {
 
 #[test]
 fn bootstrap_waits_for_association_and_knows_one_token() {
-    let mut b = bed();
+    let mut b = server_test();
     let w = b.worker(None);
     assert_eq!(b.bootstrap(w, "a"), Err(Refusal::Unauthorised));
     b.associate(w, "slot").unwrap();
@@ -122,7 +122,7 @@ fn bootstrap_waits_for_association_and_knows_one_token() {
 
 #[test]
 fn an_untied_job_goes_to_a_free_online_worker_and_survives_one_that_is_lost() {
-    let mut b = bed();
+    let mut b = server_test();
     let job = b.job();
     let lost = b.worker(None);
     b.s.destroy(b.factory, lost).unwrap();
@@ -138,7 +138,7 @@ fn an_untied_job_goes_to_a_free_online_worker_and_survives_one_that_is_lost() {
 
 #[test]
 fn a_tied_job_fails_with_its_worker_before_it_starts() {
-    let mut b = bed();
+    let mut b = server_test();
     let job = b.job();
     let w = b.worker(Some(job));
     assert_eq!(b.s.destroy(b.factory, w), Ok(true));
@@ -148,7 +148,7 @@ fn a_tied_job_fails_with_its_worker_before_it_starts() {
 
 #[test]
 fn a_job_is_held_back_until_the_flush() {
-    let mut b = bed();
+    let mut b = server_test();
     let job = b.job();
     let w = b.s.create_worker(b.factory, b.target, Some(job), true).unwrap();
     b.associate(w, "slot").unwrap();
@@ -160,7 +160,7 @@ fn a_job_is_held_back_until_the_flush() {
 
 #[test]
 fn a_failed_worker_is_held_then_recycled_upon_release() {
-    let mut b = bed();
+    let mut b = server_test();
     let job = b.job();
     let w = b.online(Some(job));
     b.s.factory_fail(b.factory, w, "no disk").unwrap();
@@ -179,7 +179,7 @@ fn a_failed_worker_is_held_then_recycled_upon_release() {
 
 #[test]
 fn a_completed_job_recycles_its_worker_but_not_while_held() {
-    let mut b = bed();
+    let mut b = server_test();
     let job = b.job();
     let w = b.online(Some(job));
     b.s.hold(w, "look").unwrap();
@@ -193,7 +193,7 @@ fn a_completed_job_recycles_its_worker_but_not_while_held() {
 
 #[test]
 fn idle_silent_and_overlong_workers_are_dealt_with() {
-    let mut b = bed();
+    let mut b = server_test();
     let (never, idle) = (b.worker(None), b.online(None));
     for _ in 0..31 {
         b.s.worker_ping(idle);
@@ -219,7 +219,7 @@ fn idle_silent_and_overlong_workers_are_dealt_with() {
 
 #[test]
 fn a_cancelled_job_fails_and_its_worker_is_recycled() {
-    let mut b = bed();
+    let mut b = server_test();
     let (queued, running) = (b.job(), b.job());
     let w = b.online(Some(running));
     b.s.cancel(queued).unwrap();
@@ -234,7 +234,7 @@ fn a_cancelled_job_fails_and_its_worker_is_recycled() {
 
 #[test]
 fn a_factorys_line_is_kept_for_later_until_there_is_a_job() {
-    let mut b = bed();
+    let mut b = server_test();
     let line = || Append {
         stream: "console".to_string(),
         time: jiff::Timestamp::UNIX_EPOCH,

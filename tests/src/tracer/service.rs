@@ -15,7 +15,7 @@ use crate::harness::until;
 
 /// The kinds of processes that the helper is made of: see the page of the `helper` crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
+pub enum TracedKind {
     /// The helper's main process.
     Monitor,
     /// It accepts, and forks a process for each connection.
@@ -34,16 +34,16 @@ pub enum Kind {
     Agent,
 }
 
-/// In the order of [`Kind`].
-pub const KINDS: [Kind; 8] = [
-    Kind::Monitor,
-    Kind::Listener,
-    Kind::Session,
-    Kind::AsUser,
-    Kind::MonitorRequest,
-    Kind::Builder,
-    Kind::FirstProcess,
-    Kind::Agent,
+/// In the order of [`TracedKind`].
+pub const KINDS: [TracedKind; 8] = [
+    TracedKind::Monitor,
+    TracedKind::Listener,
+    TracedKind::Session,
+    TracedKind::AsUser,
+    TracedKind::MonitorRequest,
+    TracedKind::Builder,
+    TracedKind::FirstProcess,
+    TracedKind::Agent,
 ];
 
 /// Before which call of a kind of process.
@@ -59,7 +59,7 @@ pub enum When {
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     /// Which of the helper's processes.
-    pub kind: Kind,
+    pub kind: TracedKind,
     /// Before it makes this call.
     pub when: When,
     /// Everything that is the service's dies with it: all but the jobs.
@@ -81,7 +81,7 @@ pub enum Connections {
 #[derive(Debug, Default)]
 pub struct Seen {
     /// The numbers of all calls of each kind of process, in order.
-    pub calls: BTreeMap<Kind, Vec<i64>>,
+    pub calls: BTreeMap<TracedKind, Vec<i64>>,
     /// None where the plan's call never came.
     pub killed: Option<Killed>,
 }
@@ -90,7 +90,7 @@ pub struct Seen {
 /// A process that was killed just before a call.
 pub struct Killed {
     /// Which of the helper's processes.
-    pub kind: Kind,
+    pub kind: TracedKind,
     /// Of the call that was not made.
     pub number: i64,
     /// It was the monitor, or all: nobody serves now.
@@ -186,7 +186,7 @@ struct Watcher {
     span: Span,
     plan: Option<Plan>,
     seen: Seen,
-    alive: BTreeMap<Pid, Kind>,
+    alive: BTreeMap<Pid, TracedKind>,
     /// Of the monitor: what it called last that tells what its next child is for.
     last: i64,
     counting: bool,
@@ -200,13 +200,13 @@ struct Watcher {
 
 impl Watcher {
     fn new(monitor: Pid, listener: Option<Pid>, span: Span, plan: Option<Plan>) -> Watcher {
-        let listener = listener.map(|pid| (pid, Kind::Listener));
+        let listener = listener.map(|pid| (pid, TracedKind::Listener));
         Watcher {
             monitor,
             span,
             plan,
             seen: Seen::default(),
-            alive: [(monitor, Kind::Monitor)].into_iter().chain(listener).collect(),
+            alive: [(monitor, TracedKind::Monitor)].into_iter().chain(listener).collect(),
             last: 0,
             counting: span == Span::OneConnection,
             connection_gone: false,
@@ -220,14 +220,14 @@ impl Watcher {
         match event {
             Event::Born { parent, by } => {
                 let kind = match self.alive.get(&parent) {
-                    Some(Kind::Monitor) if by.number == libc::SYS_clone3 => Kind::FirstProcess,
-                    Some(Kind::Monitor) if self.last == libc::SYS_recvmsg => Kind::MonitorRequest,
+                    Some(TracedKind::Monitor) if by.number == libc::SYS_clone3 => TracedKind::FirstProcess,
+                    Some(TracedKind::Monitor) if self.last == libc::SYS_recvmsg => TracedKind::MonitorRequest,
                     // It tells the monitor by a socket when it has done its work, or waits for the monitor.
-                    Some(Kind::Monitor) if self.last == libc::SYS_socketpair => Kind::Builder,
-                    Some(Kind::Monitor) => Kind::Listener,
-                    Some(Kind::Listener) => Kind::Session,
-                    Some(Kind::Session | Kind::AsUser) => Kind::AsUser,
-                    Some(Kind::FirstProcess) => Kind::Agent,
+                    Some(TracedKind::Monitor) if self.last == libc::SYS_socketpair => TracedKind::Builder,
+                    Some(TracedKind::Monitor) => TracedKind::Listener,
+                    Some(TracedKind::Listener) => TracedKind::Session,
+                    Some(TracedKind::Session | TracedKind::AsUser) => TracedKind::AsUser,
+                    Some(TracedKind::FirstProcess) => TracedKind::Agent,
                     Some(other) => *other,
                     None => return Then::GoOn,
                 };
@@ -237,7 +237,7 @@ impl Watcher {
             Event::Enter(call) => self.enter(pid, call),
             Event::Leave(..) => Then::GoOn,
             Event::Exec => match self.alive.get(&pid) {
-                Some(Kind::Monitor) => {
+                Some(TracedKind::Monitor) => {
                     self.counting = true;
                     Then::GoOn
                 }
@@ -247,7 +247,7 @@ impl Watcher {
                 }
             },
             Event::Gone => {
-                if self.alive.remove(&pid) == Some(Kind::Session) {
+                if self.alive.remove(&pid) == Some(TracedKind::Session) {
                     self.connection_gone = true;
                 }
                 Then::GoOn
@@ -260,15 +260,15 @@ impl Watcher {
             return Then::GoOn;
         };
         // The monitor's own wait has four descriptors and more; that of Rust's start has three, other looks one.
-        if kind == Kind::Monitor {
+        if kind == TracedKind::Monitor {
             if call.is(&[libc::SYS_pipe2, libc::SYS_recvmsg, libc::SYS_socketpair]) {
                 self.last = call.number;
             }
             self.waits += usize::from(call.is(WAITS) && call.arguments[1] > 3);
-        } else if kind == Kind::Listener {
+        } else if kind == TracedKind::Listener {
             self.reaped |= self.connection_gone && call.number == libc::SYS_wait4;
             self.listens = call.is(WAITS);
-        } else if kind == Kind::FirstProcess && call.is(WAITS) {
+        } else if kind == TracedKind::FirstProcess && call.is(WAITS) {
             // It runs as init from here on.
             self.alive.remove(&pid);
             return Then::Forget;
@@ -300,11 +300,11 @@ impl Watcher {
         self.seen.killed = Some(Killed {
             kind,
             number: call.number,
-            service: plan.all || kind == Kind::Monitor,
+            service: plan.all || kind == TracedKind::Monitor,
         });
         for (other, kind) in &self.alive {
-            let jobs = matches!(kind, Kind::FirstProcess | Kind::Agent);
-            let connection = *kind == Kind::Session;
+            let jobs = matches!(kind, TracedKind::FirstProcess | TracedKind::Agent);
+            let connection = *kind == TracedKind::Session;
             if *other == pid && plan.hangs.is_some() {
                 let _ = kill(*other, Signal::SIGSTOP);
             } else if *other == pid

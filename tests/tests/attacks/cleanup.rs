@@ -81,7 +81,7 @@ fn row_19_no_mode_and_no_access_control_list_stops_the_deletion() {
 }
 
 #[test]
-fn row_20_trees_far_deeper_than_a_path_can_say_are_removed() {
+fn row_20_directories_far_deeper_than_a_path_can_be_are_removed() {
     once("deep", &["3000"]);
 }
 
@@ -122,7 +122,7 @@ fn row_24_files_that_grow_are_removed() {
 }
 
 #[test]
-fn row_25_mounts_inside_a_tree_are_refused_or_the_jobs_own_and_nothing_below_them_is_touched() {
+fn row_25_mounts_inside_a_directory_are_refused_or_the_jobs_own_and_nothing_below_them_is_touched() {
     let (test, canaries) = (TestHelper::with(&with_user_namespaces()), Canaries::new());
     let before = canaries.state();
     let client = test.client();
@@ -138,7 +138,7 @@ fn row_25_mounts_inside_a_tree_are_refused_or_the_jobs_own_and_nothing_below_the
 }
 
 #[test]
-fn row_25_what_root_has_mounted_inside_a_tree_is_left_as_it_is() {
+fn row_25_what_root_has_mounted_inside_a_directory_is_left_as_it_is() {
     let (test, canaries) = (TestHelper::new(), Canaries::new());
     let before = canaries.state();
     let client = test.client();
@@ -376,7 +376,7 @@ fn row_89_the_file_systems_that_the_helper_takes_are_those_on_which_all_is_delet
         );
         let client = test.client();
         let worker = created(&client, "a");
-        ongoing(&client, worker, "mess", &[], "ready");
+        ongoing(&client, worker, "mixed-leftovers", &[], "ready");
         test.finish(&[worker]);
     }
     let unknown = on_disk(SmallDisk::ramfs);

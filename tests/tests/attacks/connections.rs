@@ -69,11 +69,11 @@ fn row_61_a_half_closed_connection_is_answered_and_ended() {
 #[test]
 fn row_61_a_peer_that_reads_nothing_has_its_connection_closed() {
     let test = TestHelper::new();
-    let deaf = test.client();
+    let client_that_reads_nothing = test.client();
     let request = wire::encode(&Request::List { after: None }).unwrap();
     // Until there is room neither for an answer nor for a request: then the helper gives up.
     let end = loop {
-        match send(deaf.socket.as_raw_fd(), &request, MsgFlags::MSG_NOSIGNAL) {
+        match send(client_that_reads_nothing.socket.as_raw_fd(), &request, MsgFlags::MSG_NOSIGNAL) {
             Ok(_) => {}
             Err(errno) => break errno,
         }

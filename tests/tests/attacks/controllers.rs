@@ -230,7 +230,7 @@ fn row_53_processes_and_threads_are_counted_by_the_cgroup_too() {
     ongoing(
         &client,
         greedy,
-        "take-everything",
+        "exhaust-limits",
         &["64", "256", watches.trim()],
         "ready",
     );

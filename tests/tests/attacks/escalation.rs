@@ -79,7 +79,7 @@ fn row_31_where_user_namespaces_are_allowed_their_root_gets_no_dangerous_call() 
 }
 
 #[test]
-fn row_32_pid_1_of_its_own_namespace_cannot_be_traced_read_or_robbed() {
+fn row_32_pid_1_of_its_own_namespace_cannot_be_traced_or_read_and_no_descriptor_of_it_copied() {
     try_once(TestHelper::new(), "a", "init", &["as-it-is"]);
     try_once(
         TestHelper::with(&with_user_namespaces()),

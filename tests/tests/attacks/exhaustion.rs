@@ -44,8 +44,8 @@ pub fn refused(host: &TestHost) -> String {
 }
 
 /// The helper refuses a limit that this machine cannot enforce, and where the operator settles for less it
-/// says so loudly and serves.
-fn refused_or_loud(controller: &str, key: &str, line: &str) -> TestHelper {
+/// warns and serves.
+fn refused_or_warned(controller: &str, key: &str, line: &str) -> TestHelper {
     if !has_controller(controller) {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, &slots(&[("a", line)]));
@@ -74,7 +74,7 @@ fn refused_or_loud(controller: &str, key: &str, line: &str) -> TestHelper {
 fn row_51_memory_is_limited_or_the_helper_does_not_start_and_shared_memory_ends_at_the_limit() {
     // A job takes a hundred processes, and their kernel's memory counts.
     for (key, line) in [("memory", "memory = \"64M\""), ("swap", "swap = \"1G\"")] {
-        let test = refused_or_loud("memory", key, line);
+        let test = refused_or_warned("memory", key, line);
         let client = test.client();
         let worker = created(&client, "a");
         // Where there is a controller, the page cache of this much shared memory would be over the limit first.
@@ -89,7 +89,7 @@ fn row_51_memory_is_limited_or_the_helper_does_not_start_and_shared_memory_ends_
 
 #[test]
 fn row_52_processors_are_limited_or_the_helper_does_not_start() {
-    let test = refused_or_loud("cpu", "cpus", "cpus = 1");
+    let test = refused_or_warned("cpu", "cpus", "cpus = 1");
     let client = test.client();
     let worker = created(&client, "a");
     attack(&client, worker, "take-a-little", &[]);
@@ -103,7 +103,7 @@ fn row_53_a_job_that_takes_all_it_gets_finds_its_limits_and_its_neighbour_finds_
     let (greedy, modest) = (created(&client, "a"), created(&client, "c"));
     let watches = fs::read_to_string("/proc/sys/fs/inotify/max_user_instances").unwrap();
     let words = ["64", "256", watches.trim()];
-    let console = ongoing(&client, greedy, "take-everything", &words, "ready");
+    let console = ongoing(&client, greedy, "exhaust-limits", &words, "ready");
     for what in [
         "threads",
         "open files",
@@ -127,7 +127,7 @@ fn row_55_endless_output_is_cut_and_the_job_goes_on_to_its_own_end() {
     let client = test.client();
     for output in ["no-newline", "escapes", "nuls"] {
         let worker = created(&client, "a");
-        let console = start_attack(&client, worker, "chatter", &[output]);
+        let console = start_attack(&client, worker, "print-much", &[output]);
         let ended = wait_until(&client, worker, |state| state != State::Running);
         assert_eq!(ended, State::Exited(Exit::Status(7)), "{output}");
         let length = console.metadata().unwrap().len();

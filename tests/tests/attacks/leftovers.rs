@@ -352,7 +352,7 @@ fn row_11_no_descriptor_can_be_handed_to_another_job() {
         // The snapshot knows a Unix socket's owner by this name alone.
         let name = format!("uid-{uid}-listener");
         ongoing(&client, holder, "listener", &[&name], "ready");
-        attack(&client, other, "knock", &[&name]);
+        attack(&client, other, "connect-to-other-job", &[&name]);
         workers.extend([holder, other]);
     }
     test.finish(&workers);

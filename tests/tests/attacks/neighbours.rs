@@ -112,16 +112,16 @@ fn row_68_a_foreign_file_in_place_of_the_socket_is_replaced_or_refused() {
 }
 
 /// A process that runs as this user, until it is dropped.
-struct Squatter(std::process::Child);
+struct UidHolder(std::process::Child);
 
-impl Squatter {
-    fn new(uid: u32) -> Squatter {
+impl UidHolder {
+    fn new(uid: u32) -> UidHolder {
         let mut command = Command::new("sleep");
-        Squatter(command.arg("1000").uid(uid).gid(uid).spawn().unwrap())
+        UidHolder(command.arg("1000").uid(uid).gid(uid).spawn().unwrap())
     }
 }
 
-impl Drop for Squatter {
+impl Drop for UidHolder {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -136,7 +136,7 @@ fn row_69_a_uid_in_use_on_the_host_is_not_given_to_a_job() {
     host.configure("http://127.0.0.1:9", 0, SLOTS);
     let _helper = host.helper();
     let client = Client::new(&host);
-    let squatters = [Squatter::new(first), Squatter::new(first + 1)];
+    let holders = [UidHolder::new(first), UidHolder::new(first + 1)];
     let record = host.userdb().join(format!("{}.user", first + 2));
     fs::write(&record, "{}").unwrap();
     for _ in 0..8 {
@@ -148,7 +148,7 @@ fn row_69_a_uid_in_use_on_the_host_is_not_given_to_a_job() {
         assert_eq!(kind(create(&client, worker_id(), "c")), ErrorKind::Limit);
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
-    drop(squatters);
+    drop(holders);
     fs::remove_file(&record).unwrap();
     assert_eq!(fs::read_dir(host.userdb()).unwrap().count(), 0);
 }

@@ -15,7 +15,7 @@ use protocol::Reply;
 use testbed::disk::SmallDisk;
 use testbed::harness::{has_file_rules, not_kept, place, sealed};
 use testbed::test_helper::{SLOTS, TestHelper, attack, created, install, run, start_attack, wait_for_line};
-use testbed::tracer::service::{Kind, Span, watch};
+use testbed::tracer::service::{TracedKind, Span, watch};
 
 /// Slots, and this file hidden, so that everything else in its directory is shown by itself.
 fn hiding(file: &Path) -> String {
@@ -131,7 +131,7 @@ fn row_92_sockets_of_a_job_are_never_resolved_and_the_monitor_stats_no_mount() {
     wait_for_line(&console.expect("a console comes with the reply"), "mounted");
 
     let calls = |kind| seen.calls.get(&kind).map_or(&[][..], Vec::as_slice);
-    let (monitor, builder) = (calls(Kind::Monitor), calls(Kind::Builder));
+    let (monitor, builder) = (calls(TracedKind::Monitor), calls(TracedKind::Builder));
     println!(
         "the monitor: {} calls, its builder: {}",
         monitor.len(),

@@ -56,13 +56,13 @@ impl When {
 struct Pair(OwnedFd, &'static str, &'static str);
 
 #[derive(Debug)]
-struct Swapper {
+struct LinkSwapper {
     pairs: Vec<Pair>,
     uid: u32,
     swapped: bool,
 }
 
-impl Swapper {
+impl LinkSwapper {
     /// As the user: these ids are those of the calling thread alone, and take root's privileges over files with them.
     fn set(&mut self, swapped: bool) {
         if self.swapped == swapped {
@@ -153,13 +153,13 @@ fn set_mode(path: &Path, mode: u32) {
 /// Beside the workers' directories.
 const CANARIES: &str = "canaries";
 
-struct Scene {
+struct SwapperTest {
     test: TestHelper,
     canaries: Canaries,
 }
 
-impl Scene {
-    fn new() -> Scene {
+impl SwapperTest {
+    fn new() -> SwapperTest {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, SLOTS);
         let workers = host.root.join(STATE_DIR).join("workers");
@@ -167,12 +167,12 @@ impl Scene {
         let canaries = Canaries::at(&workers.join(CANARIES));
         let test = TestHelper::on(host, None);
         set_mode(&workers, 0o711);
-        Scene { test, canaries }
+        SwapperTest { test, canaries }
     }
 }
 
 /// Delete a worker with such a tree while it is swapped. Returns how many calls its user's processes made.
-fn delete(Scene { test, canaries }: &Scene, (files, depth): (usize, usize), when: When) -> usize {
+fn delete(SwapperTest { test, canaries }: &SwapperTest, (files, depth): (usize, usize), when: When) -> usize {
     let client = test.client();
     let worker = created(&client, "a");
     run(&client, worker, "true");
@@ -186,7 +186,7 @@ fn delete(Scene { test, canaries }: &Scene, (files, depth): (usize, usize), when
     let calls = Arc::new(AtomicUsize::new(0));
     let seen = calls.clone();
     let mut users = Users::default();
-    let mut swapper = Swapper {
+    let mut swapper = LinkSwapper {
         pairs,
         uid,
         swapped: false,
@@ -221,29 +221,29 @@ fn delete(Scene { test, canaries }: &Scene, (files, depth): (usize, usize), when
 }
 
 #[test]
-fn row_17_no_exchange_of_a_directory_for_a_link_before_any_call_leads_the_deletion_astray() {
-    let scene = Scene::new();
+fn row_17_no_exchange_of_a_directory_for_a_link_before_any_call_redirects_the_deletion() {
+    let setup = SwapperTest::new();
     let tree = (0, 1);
-    let calls = delete(&scene, tree, When::Never);
+    let calls = delete(&setup, tree, When::Never);
     assert!(calls > 50, "the deletion was not traced: {calls} calls");
     let sample = Sample::of(10);
     for call in (0..calls).filter(|call| sample.has(*call)) {
-        delete(&scene, tree, When::During(call));
-        delete(&scene, tree, When::From(call));
+        delete(&setup, tree, When::During(call));
+        delete(&setup, tree, When::From(call));
     }
-    scene.test.finish(&[]);
+    setup.test.finish(&[]);
 }
 
 #[test]
-fn row_17_no_exchange_at_every_other_call_leads_two_processes_or_a_deep_deletion_astray() {
-    let scene = Scene::new();
+fn row_17_no_exchange_at_every_other_call_redirects_two_processes_or_a_deep_deletion() {
+    let setup = SwapperTest::new();
     for tree in [(1200, 1), (0, 100)] {
         for divisor in [1, 2, 3, 5] {
             let sample = Sample::of(divisor);
             for rest in (0..divisor).filter(|rest| sample.has(*rest)) {
-                delete(&scene, tree, When::Every { divisor, rest });
+                delete(&setup, tree, When::Every { divisor, rest });
             }
         }
     }
-    scene.test.finish(&[]);
+    setup.test.finish(&[]);
 }

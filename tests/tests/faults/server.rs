@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use testbed::proxy::{Fault, Proxy};
+use testbed::faulty_proxy::{Fault, Proxy};
 use testbed::server::{Down, LEASE};
 
 use super::*;
@@ -23,10 +23,10 @@ async fn survived(factory: &TestFactory, fault: Fault, parts: &[&str]) {
     .concat();
     factory.logged_from(seen, &parts);
     if !matches!(fault, Fault::Refuse) {
-        proxy(factory).met(3).await;
+        proxy(factory).wait_for_faults(3).await;
     }
     once(&factory.supervisor.log, seen, &["ERROR"]);
-    proxy(factory).heal();
+    proxy(factory).clear_fault();
     factory.logged_from(seen, &["server back"]);
 }
 
@@ -87,7 +87,7 @@ async fn row_79_a_server_that_takes_connections_and_never_answers_is_given_up_in
     // The job's own connections pass: it ends, and the factory is still waiting.
     factory.completed(job).await;
     factory.logged(&["ERROR server unreachable", "cannot be reached", "timed out"]);
-    proxy(&factory).heal();
+    proxy(&factory).clear_fault();
     factory.logged(&["server back"]);
     once(&factory.supervisor.log, 0, &["server unreachable"]);
     factory.finish().await;
@@ -136,7 +136,7 @@ async fn row_79_a_job_leased_in_an_answer_that_came_twice_is_leased_again_when_t
     factory
         .see(|state| state.leases.contains_key(&job).then_some(()))
         .await;
-    proxy(&factory).heal();
+    proxy(&factory).clear_fault();
     factory.polls(2).await;
     assert!(factory.server.job(job).queued());
     factory.server.advance(LEASE + Duration::from_secs(1));
@@ -163,7 +163,7 @@ async fn row_79_a_worker_made_under_another_id_is_found_under_its_own() {
         Fault::answer("201 Created", "application/json", &body),
     );
     factory.logged(&["worker adopted as reserved", NOBODY]);
-    proxy(&factory).heal();
+    proxy(&factory).clear_fault();
     factory.logged(&["the server no longer has the worker", NOBODY]);
     factory.logged(&["worker forgotten", NOBODY]);
     // The lease of the first attempt runs out.

@@ -12,15 +12,15 @@ use super::*;
 
 /// Stands between supervisor and helper, where the helper's socket was, and makes the helper believe that the supervisor
 /// speaks another version than it does.
-struct Between {
+struct VersionProxy {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
     place: PathBuf,
     behind: PathBuf,
 }
 
-impl Between {
-    fn new(host: &TestHost, version: fn(u16) -> u16) -> Between {
+impl VersionProxy {
+    fn new(host: &TestHost, version: fn(u16) -> u16) -> VersionProxy {
         let place = host.socket();
         let behind = place.with_extension("behind");
         fs::rename(&place, &behind).unwrap();
@@ -46,7 +46,7 @@ impl Between {
                 std::thread::spawn(move || relay(OwnedFd::from(client).into(), &helper, version));
             }
         });
-        Between {
+        VersionProxy {
             stop,
             thread: Some(thread),
             place,
@@ -55,7 +55,7 @@ impl Between {
     }
 }
 
-impl Drop for Between {
+impl Drop for VersionProxy {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         let _ = Seqpacket::connect(&self.place, false);
@@ -102,7 +102,7 @@ async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_o
     let slots = TWO.replace("TARGET", &factory.target.to_string());
     factory.host.configure(&factory.url(), 0, &slots);
     factory.helper = factory.host.helper();
-    let between = Between::new(&factory.host, |version| version + 1);
+    let proxy = VersionProxy::new(&factory.host, |version| version + 1);
     factory.end_supervisor(Signal::SIGTERM);
     factory.supervisor = factory.host.supervisor();
     let seen = 0;
@@ -127,7 +127,7 @@ async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_o
     factory.completed(job).await;
     factory.polls(2).await;
     assert!(!factory.server.worker(worker_of(&factory, job)).deleted);
-    drop(between);
+    drop(proxy);
     factory.end_helper(Signal::SIGTERM);
     factory.configure(TWO);
     factory.helper = factory.host.helper();

@@ -9,7 +9,7 @@ use testbed::host_snapshot::HostSnapshot;
 use testbed::sample::Sample;
 use testbed::test_helper::{list, wait_until};
 use testbed::tracer::calls::{MEMORY, name};
-use testbed::tracer::service::{KINDS, Kind, Plan, Seen, When};
+use testbed::tracer::service::{KINDS, TracedKind, Plan, Seen, When};
 
 use crate::kill_points::restartable_helper::{
     Operation, RestartableHelper, ask, ask_with, is_success, prepare, request, state_of,
@@ -77,7 +77,7 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
         assert!(reply.as_ref().is_some_and(is_success), "{reply:?}");
         end(test, worker, "an operation that nobody disturbed");
         // What differs with the slot's network; the others are killed in the other slot.
-        let differs = |kind: &Kind| matches!(kind, Kind::FirstProcess | Kind::Agent);
+        let differs = |kind: &TracedKind| matches!(kind, TracedKind::FirstProcess | TracedKind::Agent);
         if slot == "alone" && !sample.is_all() {
             seen.calls.retain(|kind, _| differs(kind));
         }
@@ -85,7 +85,7 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
     };
     let mut runs: Vec<Seen> = (0..3).map(|_| undisturbed(&test)).collect();
     let (mut killed, mut missed) = (0, 0);
-    let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
+    let mut covered: BTreeSet<(TracedKind, i64)> = BTreeSet::new();
     let mut plans = plans(shortest(&runs), &sample);
     let (mut next, tries) = (0, plans.len());
     while let Some((plan, after)) = plans.get(next).copied() {
@@ -174,15 +174,15 @@ fn shortest(runs: &[Seen]) -> &Seen {
 }
 
 /// Which calls each of the processes makes.
-fn all_calls(seen: &Seen) -> BTreeSet<(Kind, i64)> {
-    let of = |(kind, calls): (&Kind, &Vec<i64>)| calls.iter().map(|n| (*kind, *n)).collect::<Vec<_>>();
+fn all_calls(seen: &Seen) -> BTreeSet<(TracedKind, i64)> {
+    let of = |(kind, calls): (&TracedKind, &Vec<i64>)| calls.iter().map(|n| (*kind, *n)).collect::<Vec<_>>();
     seen.calls.iter().flat_map(of).collect()
 }
 
 /// The jobs' root file system is only built again where mounts of the host have changed since, as tests beside this one
 /// change them: an installation may make these calls in every run that is looked at, and not in the one that is to be
 /// killed. The start builds it in every run, and the other operations in none.
-fn is_of_a_build((kind, number): &(Kind, i64)) -> bool {
+fn is_of_a_build((kind, number): &(TracedKind, i64)) -> bool {
     const OF_THE_MONITOR: [i64; 6] = [
         libc::SYS_clone,
         libc::SYS_lseek,
@@ -191,14 +191,14 @@ fn is_of_a_build((kind, number): &(Kind, i64)) -> bool {
         libc::SYS_getdents64,
         libc::SYS_inotify_add_watch,
     ];
-    *kind == Kind::Builder || *kind == Kind::Monitor && OF_THE_MONITOR.contains(number)
+    *kind == TracedKind::Builder || *kind == TracedKind::Monitor && OF_THE_MONITOR.contains(number)
 }
 
 /// Say at how many points was killed, and fail if it was not as it should be.
 fn report(
     what: &str,
     runs: &[Seen],
-    covered: &BTreeSet<(Kind, i64)>,
+    covered: &BTreeSet<(TracedKind, i64)>,
     killed: usize,
     missed: usize,
     sample: &Sample,
@@ -246,7 +246,7 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
     let mut runs: Vec<Seen> = (0..3).map(|_| undisturbed()).collect();
     let sample = Sample::of(61);
     let (mut killed, mut missed) = (0, 0);
-    let mut covered: BTreeSet<(Kind, i64)> = BTreeSet::new();
+    let mut covered: BTreeSet<(TracedKind, i64)> = BTreeSet::new();
     // There is nobody but the monitor and its listener yet, and nothing to repeat but the start: the other forms are the same.
     let mut plans = plans(shortest(&runs), &sample);
     plans.dedup_by(|one, other| one.0.when == other.0.when && one.0.kind == other.0.kind);

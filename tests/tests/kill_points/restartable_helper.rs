@@ -136,7 +136,7 @@ pub fn ask_with(host: &TestHost, request: &Request) -> Option<(Reply, Vec<OwnedF
         version: protocol::VERSION,
     };
     exchange(&socket, &hello, None)?;
-    let agent = request.carries_descriptor().then(|| attack_program("mess", &[]));
+    let agent = request.carries_descriptor().then(|| attack_program("mixed-leftovers", &[]));
     exchange(&socket, request, agent)
 }
 

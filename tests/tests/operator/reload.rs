@@ -1,7 +1,7 @@
 //! A configuration that changes while jobs run.
 
 use nix::sys::signal::Signal;
-use testbed::proxy::Fault;
+use testbed::faulty_proxy::Fault;
 use testbed::test_factory::ONE;
 
 use super::*;
@@ -72,7 +72,7 @@ async fn row_104_a_file_that_changes_between_lease_and_start_fails_no_job() {
     })
     .await;
     assert_eq!(run_command(&factory, &["status"]).status, 4);
-    proxy.heal();
+    proxy.clear_fault();
     let second = factory.submit("echo second");
     // A mistake, an empty file: the worker waits, whatever the file is meanwhile. (With the one in use it would not.)
     for text in ["colour = 1\n", "", &other] {

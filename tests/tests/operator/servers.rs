@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use nix::sys::signal::Signal;
 use testbed::harness::place;
-use testbed::proxy::Fault;
+use testbed::faulty_proxy::Fault;
 use testbed::test_factory::ONE;
 
 use super::checks::config_of;
@@ -140,7 +140,7 @@ async fn a_name_is_looked_up_once_the_server_is_there_and_no_job_is_taken_before
     let job = factory.submit("true");
     factory.completed(job).await;
     factory.server.add_target("arm");
-    proxy.heal();
+    proxy.clear_fault();
     see(&factory, |status| (state_of(status, "b") == "free").then_some(())).await;
     factory.finish().await;
 }

@@ -3,9 +3,9 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testbed::harness::SUPERVISOR_UID;
-use testbed::proxy::Fault;
+use testbed::faulty_proxy::Fault;
 use testbed::test_factory::{ONE, TWO};
-use testbed::tracer::service::{Connections, Kind, Plan, Span, When, listener, watch};
+use testbed::tracer::service::{Connections, TracedKind, Plan, Span, When, listener, watch};
 
 use super::*;
 
@@ -17,7 +17,7 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
     // The next listener stops where it would install its filter, as one does that the kernel keeps there.
     let monitor = factory.helper.pid();
     let plan = Plan {
-        kind: Kind::Listener,
+        kind: TracedKind::Listener,
         when: When::First(libc::SYS_seccomp),
         all: false,
         hangs: Some(Connections::GoOn),
@@ -113,7 +113,7 @@ async fn row_108_a_server_that_fails_every_call_about_a_job_is_called_seldom_and
         factory.logged_from(seen, &["cannot ask for jobs", part]);
         assert_eq!(factory.supervisor.log.count_from(seen, &["server unreachable"]), 0);
         let job = factory.submit("echo later");
-        proxy.heal();
+        proxy.clear_fault();
         factory.completed(job).await;
         taken(&factory).await;
     }

@@ -11,7 +11,7 @@ use testbed::harness::{Client, sealed, worker_id};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{create, install, kind, list, wait_for_line};
 
-use crate::power_loss::helper::{Plant, worker_file};
+use crate::power_loss::helper::{PowerLossTest, worker_file};
 
 fn agent() -> OwnedFd {
     sealed(b"#!/bin/bash\nmkdir -p /work/dark; touch /work/dark/x; chmod 0 /work/dark; echo ready\nsleep 1000 & exit 0\n")
@@ -21,14 +21,14 @@ fn agent() -> OwnedFd {
 const DAMAGE: [Option<&[u8]>; 4] = [None, Some(b"a 18790"), Some(b"\xff\xfe"), Some(b"../x 0 1.")];
 
 /// A running worker in slot `a`, with its record spoiled.
-fn damaged(plant: &Plant, damage: Option<&[u8]>) -> protocol::WorkerId {
-    let client = Client::new(&plant.host);
+fn damaged(test: &PowerLossTest, damage: Option<&[u8]>) -> protocol::WorkerId {
+    let client = Client::new(&test.host);
     let worker = worker_id();
     assert!(matches!(create(&client, worker, "a"), Reply::UserCreated { .. }));
     let (reply, console) = install(&client, worker, agent());
     assert_eq!(reply, Reply::AgentStarted);
     wait_for_line(&console.expect("it came with the reply"), "ready");
-    let record = worker_file(plant, worker, "record");
+    let record = worker_file(test, worker, "record");
     fs::remove_file(&record).unwrap();
     match damage {
         Some(damage) => symlink(OsStr::from_bytes(damage), record).unwrap(),
@@ -39,13 +39,13 @@ fn damaged(plant: &Plant, damage: Option<&[u8]>) -> protocol::WorkerId {
 
 #[test]
 fn a_worker_with_a_damaged_record_is_listed_as_damaged_and_can_be_deleted() {
-    let plant = Plant::new();
+    let test = PowerLossTest::new();
     for damage in DAMAGE {
-        let worker = damaged(&plant, damage);
-        let client = Client::new(&plant.host);
-        let from = plant.helper.log.len();
+        let worker = damaged(&test, damage);
+        let client = Client::new(&test.host);
+        let from = test.helper.log.len();
         assert_eq!(list(&client), [], "nothing is known of it");
-        plant
+        test
             .helper
             .log
             .wait_from(from, &["the record is damaged", &worker.to_string()]);
@@ -54,37 +54,37 @@ fn a_worker_with_a_damaged_record_is_listed_as_damaged_and_can_be_deleted() {
         }
         assert_eq!(kind(create(&client, worker, "a")), ErrorKind::Failed);
         assert!(
-            !processes_of(&plant.host.uids).is_empty(),
+            !processes_of(&test.host.uids).is_empty(),
             "nobody has asked for its end"
         );
-        plant.end(worker, "its record was damaged");
+        test.end(worker, "its record was damaged");
     }
 }
 
 #[test]
 fn no_slot_is_reused_until_a_worker_with_a_damaged_record_is_gone() {
-    let plant = Plant::new();
+    let test = PowerLossTest::new();
     for (damage, slot) in DAMAGE.into_iter().zip(["a", "b", "a", "b"]) {
-        damaged(&plant, damage);
-        let client = Client::new(&plant.host);
+        damaged(&test, damage);
+        let client = Client::new(&test.host);
         let next = worker_id();
         assert!(matches!(create(&client, next, slot), Reply::UserCreated { .. }));
         assert!(
-            processes_of(&plant.host.uids).is_empty(),
+            processes_of(&test.host.uids).is_empty(),
             "two workers existed"
         );
-        plant.end(next, "it took the place of a damaged one");
+        test.end(next, "it took the place of a damaged one");
     }
 }
 
 #[test]
 fn a_worker_with_a_damaged_record_that_cannot_be_deleted_keeps_every_slot_with_the_reason() {
-    let plant = Plant::new();
-    let worker = damaged(&plant, None);
+    let test = PowerLossTest::new();
+    let worker = damaged(&test, None);
     // Something that no helper made, and none removes.
-    let odd = worker_file(&plant, worker, "odd");
+    let odd = worker_file(&test, worker, "odd");
     fs::create_dir(&odd).unwrap();
-    let client = Client::new(&plant.host);
+    let client = Client::new(&test.host);
     let Reply::Error(error) = create(&client, worker_id(), "b") else {
         panic!("a slot was given")
     };
@@ -95,6 +95,6 @@ fn a_worker_with_a_damaged_record_that_cannot_be_deleted_keeps_every_slot_with_t
     );
     assert_eq!(list(&client), []);
     fs::remove_dir(odd).unwrap();
-    plant.assert_other_slot_works("it can be deleted now");
-    plant.end(worker, "it is deleted already");
+    test.assert_other_slot_works("it can be deleted now");
+    test.end(worker, "it is deleted already");
 }

@@ -37,7 +37,7 @@ sleep 1000 &
 exit 0
 ";
 
-pub struct Plant {
+pub struct PowerLossTest {
     /// Before the host, whose directory it is mounted in: the fields go in this order.
     _disk: SmallDisk,
     pub host: TestHost,
@@ -45,22 +45,22 @@ pub struct Plant {
     clean: WorkerSnapshot,
 }
 
-impl Plant {
-    pub fn new() -> Plant {
+impl PowerLossTest {
+    pub fn new() -> PowerLossTest {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, SLOTS);
         let disk = SmallDisk::in_memory(&host);
         disk.limit("nr_inodes=0,size=1g");
         let helper = Service::new(&mut host.helper_command());
-        let mut plant = Plant {
+        let mut test = PowerLossTest {
             _disk: disk,
             clean: WorkerSnapshot::take(&host),
             host,
             helper,
         };
-        plant.start();
-        plant.clean = WorkerSnapshot::take(&plant.host);
-        plant
+        test.start();
+        test.clean = WorkerSnapshot::take(&test.host);
+        test
     }
 
     pub fn start(&mut self) {
@@ -160,7 +160,7 @@ fn is_the_jobs(change: &Change) -> bool {
 }
 
 /// Boot with each of these, and see the worker end. `started_from`: from this cut on, its agent may run.
-fn boot_with_each(plant: &mut Plant, replay: &Replay, worker: WorkerId, started_from: usize) {
+fn boot_with_each(test: &mut PowerLossTest, replay: &Replay, worker: WorkerId, started_from: usize) {
     let mut seen: BTreeSet<(Files, bool)> = BTreeSet::new();
     let (mut cuts, mut boots, mut listed) = (0, 0, 0);
     let sample = Sample::of(4);
@@ -182,11 +182,11 @@ fn boot_with_each(plant: &mut Plant, replay: &Replay, worker: WorkerId, started_
             }
             boots += 1;
             let what = format!("the power goes after {before:?}, step {cut}, {how}");
-            let from = plant.helper.log.len();
-            plant.boot(&files);
-            let workers = list(&Client::new(&plant.host));
+            let from = test.helper.log.len();
+            test.boot(&files);
+            let workers = list(&Client::new(&test.host));
             assert!(workers.len() <= 1, "{what}: {workers:?}");
-            let log = plant.helper.log.text_from(from);
+            let log = test.helper.log.text_from(from);
             assert!(!log.contains("damaged"), "{what}: a record is damaged");
             // A disk that reorders a deletion may keep files of a worker that nobody knows; they are nobody's.
             let has_files = files.keys().any(|path| path.iter().any(|part| part == "fs"));
@@ -197,7 +197,7 @@ fn boot_with_each(plant: &mut Plant, replay: &Replay, worker: WorkerId, started_
             for info in &workers {
                 listed += 1;
                 assert_eq!((info.worker, info.slot.as_str()), (worker, "a"), "{what}");
-                assert!(plant.host.uids.contains(&info.uid.get()), "{what}");
+                assert!(test.host.uids.contains(&info.uid.get()), "{what}");
                 let started = info.state != State::Created;
                 assert!(info.state != State::Running, "{what}");
                 // Deleting is not synced: a disk that reorders it may have lost the mark before the rest.
@@ -207,8 +207,8 @@ fn boot_with_each(plant: &mut Plant, replay: &Replay, worker: WorkerId, started_
                     "{what}: its agent would be started twice"
                 );
             }
-            plant.assert_other_slot_works(&what);
-            plant.end(worker, &what);
+            test.assert_other_slot_works(&what);
+            test.end(worker, &what);
         }
     }
     println!(
@@ -224,15 +224,15 @@ fn agent() -> std::os::fd::OwnedFd {
 
 #[test]
 fn power_loss_while_a_worker_is_made_and_started_leaves_one_that_delete_removes() {
-    let mut plant = Plant::new();
-    let root = plant.state_dir();
+    let mut test = PowerLossTest::new();
+    let root = test.state_dir();
     let base = Disk::copy(&root);
     let worker = worker_id();
-    let (mut changes, _) = plant.record(|client| {
+    let (mut changes, _) = test.record(|client| {
         assert!(matches!(create(client, worker, "a"), Reply::UserCreated { .. }));
     });
     let mut console = None;
-    let (installing, started_at) = plant.record(|client| {
+    let (installing, started_at) = test.record(|client| {
         let (reply, file) = install(client, worker, agent());
         assert_eq!(reply, Reply::AgentStarted);
         console = file;
@@ -240,53 +240,53 @@ fn power_loss_while_a_worker_is_made_and_started_leaves_one_that_delete_removes(
     let started = changes.len() + started_at.expect("the agent was started");
     changes.extend(installing);
     wait_for_line(&console.expect("it came with the reply"), "ready");
-    plant.end(worker, "nothing was cut off");
+    test.end(worker, "nothing was cut off");
     let replay = Replay::new(base, &root, &changes);
     assert_eq!(replay.changes, changes, "every recorded change makes sense");
-    boot_with_each(&mut plant, &replay, worker, started);
+    boot_with_each(&mut test, &replay, worker, started);
 }
 
 #[test]
 fn power_loss_while_a_worker_is_killed_and_deleted_leaves_one_that_delete_removes() {
-    let mut plant = Plant::new();
-    let root = plant.state_dir();
+    let mut test = PowerLossTest::new();
+    let root = test.state_dir();
     let worker = worker_id();
     {
-        let client = Client::new(&plant.host);
+        let client = Client::new(&test.host);
         assert!(matches!(create(&client, worker, "a"), Reply::UserCreated { .. }));
         let (reply, console) = install(&client, worker, agent());
         assert_eq!(reply, Reply::AgentStarted);
         wait_for_line(&console.expect("it came with the reply"), "ready");
     }
     let base = Disk::copy(&root);
-    let (mut changes, _) = plant.record(|client| {
+    let (mut changes, _) = test.record(|client| {
         assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
     });
-    let deleting = plant.record(|client| {
+    let deleting = test.record(|client| {
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     });
     changes.extend(deleting.0);
-    plant.end(worker, "nothing was cut off");
+    test.end(worker, "nothing was cut off");
     let replay = Replay::new(base, &root, &changes);
     assert_eq!(
         replay.changes.len(),
         changes.len(),
         "every recorded change makes sense"
     );
-    boot_with_each(&mut plant, &replay, worker, 0);
+    boot_with_each(&mut test, &replay, worker, 0);
 }
 
 #[test]
 fn power_loss_at_the_helpers_first_start_does_not_keep_it_from_the_next() {
-    let mut plant = Plant::new();
-    let root = plant.state_dir();
-    plant.helper.signal(Signal::SIGKILL);
-    plant.helper.ended();
+    let mut test = PowerLossTest::new();
+    let root = test.state_dir();
+    test.helper.signal(Signal::SIGKILL);
+    test.helper.ended();
     fs::remove_dir_all(root.join("workers")).unwrap();
     let base = Disk::copy(&root);
     let recorder = Arc::new(Mutex::new(Recorder::new(&root)));
     let tap = recorder.clone();
-    let pid = plant.helper.start_stopped();
+    let pid = test.helper.start_stopped();
     testbed::tracer::wait_until_stopped(pid);
     let watcher = watch_with(pid, Span::Start, None, move |pid, event| {
         tap.lock().unwrap().on(pid, event);
@@ -301,13 +301,13 @@ fn power_loss_at_the_helpers_first_start_does_not_keep_it_from_the_next() {
     for cut in 0..replay.cuts() {
         let all = replay.at_worst(cut, |_: &Change| true);
         for files in [replay.in_order(cut)].iter().chain(&all) {
-            plant.boot(files);
-            plant.assert_other_slot_works("after the first start");
+            test.boot(files);
+            test.assert_other_slot_works("after the first start");
         }
     }
 }
 
 /// For paths of a worker's.
-pub fn worker_file(plant: &Plant, worker: WorkerId, name: impl AsRef<Path>) -> std::path::PathBuf {
-    plant.host.worker_dir(worker).join(name)
+pub fn worker_file(test: &PowerLossTest, worker: WorkerId, name: impl AsRef<Path>) -> std::path::PathBuf {
+    test.host.worker_dir(worker).join(name)
 }

@@ -17,7 +17,7 @@ use testbed::tracer::wait_until_stopped;
 use super::*;
 
 /// A helper in a mount namespace of its own, with a slot that shows a directory in which everything may hang.
-struct Apart {
+struct HangingMountHelper {
     host: TestHost,
     helper: Running,
     namespace: File,
@@ -27,9 +27,9 @@ struct Apart {
 const SENTENCE: &str =
     "the host's mounts have not answered for 20 s: look for one that hangs (df hangs on it)";
 
-impl Apart {
+impl HangingMountHelper {
     /// In its namespace, but not yet begun.
-    fn stopped() -> Apart {
+    fn stopped() -> HangingMountHelper {
         let place = place();
         let shown = place.path().join("shown");
         fs::create_dir(&shown).unwrap();
@@ -48,7 +48,7 @@ impl Apart {
         let helper = Running::start(&mut command);
         wait_until_stopped(helper.pid());
         let namespace = File::open(format!("/proc/{}/ns/mnt", helper.pid())).unwrap();
-        Apart {
+        HangingMountHelper {
             host,
             helper,
             namespace,
@@ -61,10 +61,10 @@ impl Apart {
         self.helper.log.wait(&["serving"]);
     }
 
-    fn started() -> Apart {
-        let apart = Apart::stopped();
-        apart.go_on();
-        apart
+    fn started() -> HangingMountHelper {
+        let helper = HangingMountHelper::stopped();
+        helper.go_on();
+        helper
     }
 
     fn client(&self) -> Client {
@@ -166,87 +166,87 @@ fn is_answered(client: &Client) -> bool {
     nix::poll::poll(&mut events, nix::poll::PollTimeout::ZERO).unwrap() > 0
 }
 
-fn assert_launches(apart: &Apart, worker: WorkerId) {
-    let (reply, _) = install(&apart.client(), worker, sealed(b"#!/bin/bash\nexit 1\n"));
+fn assert_launches(helper: &HangingMountHelper, worker: WorkerId) {
+    let (reply, _) = install(&helper.client(), worker, sealed(b"#!/bin/bash\nexit 1\n"));
     assert_eq!(reply, Reply::AgentStarted);
 }
 
-fn end(apart: &Apart, workers: &[WorkerId]) {
+fn end(helper: &HangingMountHelper, workers: &[WorkerId]) {
     for worker in workers {
-        let deleted = apart.client().ask(&Request::Delete { worker: *worker }).0;
+        let deleted = helper.client().ask(&Request::Delete { worker: *worker }).0;
         assert_eq!(deleted, Reply::Deleted);
     }
 }
 
 #[test]
 fn a_mount_that_hangs_delays_launches_only_and_they_fail_in_time() {
-    let apart = Apart::started();
-    let client = apart.client();
+    let helper = HangingMountHelper::started();
+    let client = helper.client();
     let (first, second) = (created(&client, "a"), created(&client, "b"));
-    let server = apart.hang();
-    let waiting = [apart.client(), apart.client()];
+    let server = helper.hang();
+    let waiting = [helper.client(), helper.client()];
     begin_install(&waiting[0], first);
     begin_install(&waiting[1], second);
     // The monitor makes these their sessions, while a builder hangs.
-    let other = apart.client();
+    let other = helper.client();
     assert_eq!(list(&other).len(), 2);
     let third = created(&other, "c");
     assert_eq!(other.ask(&Request::Kill { worker: third }).0, Reply::Killed);
     assert_eq!(other.ask(&Request::Delete { worker: third }).0, Reply::Deleted);
-    apart.wait_for_builder();
+    helper.wait_for_builder();
     assert!(!waiting.iter().any(is_answered), "a launch did not wait");
     waiting.iter().for_each(assert_told);
     // The kernel has ended the builder; the next is another.
-    apart.release();
-    assert_launches(&apart, first);
-    assert_launches(&apart, second);
-    end(&apart, &[first, second]);
+    helper.release();
+    assert_launches(&helper, first);
+    assert_launches(&helper, second);
+    end(&helper, &[first, second]);
     drop(server);
 }
 
 #[test]
 fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
-    let apart = Apart::started();
-    let client = apart.client();
+    let helper = HangingMountHelper::started();
+    let client = helper.client();
     let worker = created(&client, "a");
-    let server = apart.hang();
-    let waiting = apart.client();
+    let server = helper.hang();
+    let waiting = helper.client();
     begin_install(&waiting, worker);
-    let builder = Pid::from_raw(apart.wait_for_builder());
+    let builder = Pid::from_raw(helper.wait_for_builder());
     // While it is traced, the signal that ends it does not, whatever it waits for (`ptrace(2)`): as if it were in state D.
     ptrace::seize(builder, ptrace::Options::empty()).unwrap();
     assert_told(&waiting);
-    assert_eq!(apart.builder(), Some(builder.as_raw()));
+    assert_eq!(helper.builder(), Some(builder.as_raw()));
     // No second one is begun, and nobody waits for the first.
     let asked = Instant::now();
     begin_install(&waiting, worker);
     assert_told(&waiting);
     assert!(asked.elapsed().as_secs() < 15, "it waited {:?}", asked.elapsed());
-    assert_eq!(apart.builder(), Some(builder.as_raw()));
+    assert_eq!(helper.builder(), Some(builder.as_raw()));
     kill(builder, Signal::SIGKILL).unwrap();
     // Its parent is logged after its tracer.
     waitpid(builder, None).unwrap();
-    until_is("the builder's end", || apart.builder().is_none());
-    apart.release();
-    assert_launches(&apart, worker);
-    end(&apart, &[worker]);
+    until_is("the builder's end", || helper.builder().is_none());
+    helper.release();
+    assert_launches(&helper, worker);
+    end(&helper, &[worker]);
     drop(server);
 }
 
 #[test]
 fn a_mount_that_hangs_when_the_helper_starts_keeps_no_worker_from_being_deleted() {
-    let apart = Apart::stopped();
-    let server = apart.hang();
-    apart.go_on();
-    apart
+    let helper = HangingMountHelper::stopped();
+    let server = helper.hang();
+    helper.go_on();
+    helper
         .helper
         .log
         .wait(&["WARN", "no job can be started", SENTENCE]);
-    let worker = created(&apart.client(), "a");
-    end(&apart, &[worker]);
-    apart.release();
-    let worker = created(&apart.client(), "a");
-    assert_launches(&apart, worker);
-    end(&apart, &[worker]);
+    let worker = created(&helper.client(), "a");
+    end(&helper, &[worker]);
+    helper.release();
+    let worker = created(&helper.client(), "a");
+    assert_launches(&helper, worker);
+    end(&helper, &[worker]);
     drop(server);
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use testbed::service::Service;
-use testbed::tracer::service::{Connections, Kind, Plan, Span, When, children, listener, watch};
+use testbed::tracer::service::{Connections, TracedKind, Plan, Span, When, children, listener, watch};
 use testbed::tracer::wait_until_stopped;
 
 use super::*;
@@ -91,7 +91,7 @@ fn stopped_before_its_filter(helper: &mut Service) -> u32 {
     let monitor = helper.start_stopped();
     wait_until_stopped(monitor);
     let plan = Plan {
-        kind: Kind::Listener,
+        kind: TracedKind::Listener,
         when: When::First(libc::SYS_seccomp),
         all: false,
         hangs: Some(Connections::GoOn),
@@ -178,7 +178,7 @@ fn a_changed_configuration_is_read_by_one_session_and_known_to_the_next() {
         workers.push(created(&client, name));
         drop(client);
         let seen = watcher.join().expect("the tracer does not fail");
-        let calls = seen.calls[&Kind::Session].iter();
+        let calls = seen.calls[&TracedKind::Session].iter();
         calls.filter(|call| **call == libc::SYS_read).count()
     };
     let known = reads("a");

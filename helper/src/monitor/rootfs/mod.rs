@@ -195,10 +195,10 @@ impl RootFs {
                     Event::Built
                 }
                 (Ok(HandshakeMessage::Failed(error)), _) => Event::Failed(error.to_string()),
-                (other, _) => Event::Lost(lost(&format!("its builder sent {other:?}"))),
+                (other, _) => Event::Lost(build_failed(&format!("its builder sent {other:?}"))),
             },
             _ if source.begun.elapsed() >= LIMIT => Event::Lost(too_late()),
-            _ => Event::Lost(lost(
+            _ => Event::Lost(build_failed(
                 "its builder was killed: look for the reason in the kernel's log",
             )),
         }
@@ -324,7 +324,7 @@ fn too_late() -> String {
     )
 }
 
-fn lost(reason: &str) -> String {
+fn build_failed(reason: &str) -> String {
     format!("the jobs' root file system was not built: {reason}")
 }
 

@@ -547,7 +547,7 @@ async fn what_its_server_breaks_off_does_not_end_in_good_order_for_a_job() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_workers_connections_end_with_it_whatever_their_servers_do() {
     let may_read = Arc::new(AtomicBool::new(false));
-    let (port, ended) = deaf(false, may_read.clone());
+    let (port, ended) = server_that_reads_nothing(false, may_read.clone());
     let to = format!("127.0.0.1:{port}");
     let is_gone = Arc::new(AtomicBool::new(false));
     let gone = is_gone.clone();
@@ -613,7 +613,7 @@ async fn names_that_take_long_to_look_up_keep_no_agent_from_the_server() {
 }
 
 /// A server that answers at once if it is logged_lines to, and reads nothing until it may. It tells when a connection has ended.
-fn deaf(answers: bool, may_read: Arc<AtomicBool>) -> (u16, Receiver<()>) {
+fn server_that_reads_nothing(answers: bool, may_read: Arc<AtomicBool>) -> (u16, Receiver<()>) {
     let listener = StdListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let (tell, ended) = channel();
@@ -639,7 +639,7 @@ fn deaf(answers: bool, may_read: Arc<AtomicBool>) -> (u16, Receiver<()>) {
 async fn a_request_ends_with_its_job_whatever_its_server_does() {
     for answers in [false, true] {
         let may_read = Arc::new(AtomicBool::new(false));
-        let (port, ended) = deaf(answers, may_read.clone());
+        let (port, ended) = server_that_reads_nothing(answers, may_read.clone());
         let network = format!("{{ allow = [\"127.0.0.1:{port}\"] }}");
         let slot = slot_of(
             &network,

@@ -18,11 +18,11 @@ use crate::{Attempt, Report};
 
 pub const ATTEMPTS: &[Attempt] = &[
     ("shared-memory", shared_memory),
-    ("take-everything", take_everything),
+    ("exhaust-limits", exhaust_limits),
     ("take-a-little", take_a_little),
     ("fill-quota", fill_quota),
     ("write-much", write_much),
-    ("chatter", chatter),
+    ("print-much", print_much),
     ("never-end", never_end),
     ("bind-sockets", bind_sockets),
 ];
@@ -116,7 +116,7 @@ fn queue(count: u64) -> io::Result<i64> {
 }
 
 /// The words: the slot's processes and open files, the watches that the host lets a user have.
-fn take_everything(report: &mut Report, words: &[String]) {
+fn exhaust_limits(report: &mut Report, words: &[String]) {
     let [processes, files, watches] = [0, 1, 2].map(|n| number(&words[n]));
 
     let raised = [files + 1; 2];
@@ -239,8 +239,8 @@ fn take_a_little(report: &mut Report, _: &[String]) {
     reap(children);
 }
 
-/// Where the job's files go to the disk: each a tree of its own.
-fn trees() -> [PathBuf; 3] {
+/// Where the job's files go to the disk: each directory a project of its own.
+fn project_dirs() -> [PathBuf; 3] {
     let home = std::env::var("HOME").expect("a job has a home");
     [PathBuf::from(home), "/work".into(), "/tmp".into()]
 }
@@ -258,9 +258,9 @@ fn other_project(file: &File) -> io::Result<libc::c_long> {
 fn fill_quota(report: &mut Report, words: &[String]) {
     let [bytes, inodes] = [0, 1].map(|n| number(&words[n]));
     let quota = &[libc::EDQUOT];
-    let trees = trees();
-    let tree = |count: u64| &trees[(count % 3) as usize];
-    let made = |count: u64| tree(count).join(format!("file-{count}"));
+    let dirs = project_dirs();
+    let dir = |count: u64| &dirs[(count % 3) as usize];
+    let made = |count: u64| dir(count).join(format!("file-{count}"));
 
     let (all, error) = take(4 * inodes, |count| File::create(made(count)).map(drop));
     bounded(
@@ -282,9 +282,9 @@ fn fill_quota(report: &mut Report, words: &[String]) {
         fs::remove_file(made(count)).expect("it was made");
     }
 
-    let mut files = trees
+    let mut files = dirs
         .each_ref()
-        .map(|tree| File::create(tree.join("blocks")).expect("there is room"));
+        .map(|dir| File::create(dir.join("blocks")).expect("there is room"));
     // The owner of a file may count it in another project, and so leave a quota of projects: not without the request.
     for file in &files {
         report.must_fail("a project of its own", other_project(file));
@@ -341,7 +341,7 @@ fn write_much(report: &mut Report, words: &[String]) {
 }
 
 /// 16 MiB of output of the kind that the word says, and an exit status of its own.
-fn chatter(_: &mut Report, words: &[String]) {
+fn print_much(_: &mut Report, words: &[String]) {
     let pattern: &[u8] = match words[0].as_str() {
         "no-newline" => b"x",
         "escapes" => b"\x1b[2J\x1b]0;title\x07\x1b[31m\x9b\xff",

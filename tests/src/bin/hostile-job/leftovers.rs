@@ -29,7 +29,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("services", services),
     ("nodes", nodes),
     ("listener", listener),
-    ("knock", knock),
+    ("connect-to-other-job", connect_to_other_job),
     ("user-namespace", user_namespace),
     ("watches-and-locks", watches_and_locks),
     ("crash", crash),
@@ -509,7 +509,7 @@ fn listener(report: &mut Report, words: &[String]) {
 }
 
 /// Connect to another job's listener. Over that connection, any descriptor could be handed over.
-fn knock(report: &mut Report, words: &[String]) {
+fn connect_to_other_job(report: &mut Report, words: &[String]) {
     report.must_fail("connecting", UnixStream::connect_addr(&abstract_name(&words[0])));
     let socket = UnixDatagram::unbound().expect("a socket can be made");
     let address = abstract_name(&format!("{}-datagrams", words[0]));

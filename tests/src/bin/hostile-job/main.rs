@@ -14,7 +14,7 @@ mod isolation;
 mod kernel_objects;
 mod leftovers;
 mod memory;
-mod mess;
+mod mixed_leftovers;
 mod programs;
 mod sys;
 
@@ -73,7 +73,7 @@ fn main() -> ExitCode {
         kernel_objects::ATTEMPTS,
         leftovers::ATTEMPTS,
         host_files::ATTEMPTS,
-        mess::ATTEMPTS,
+        mixed_leftovers::ATTEMPTS,
         cleanup::ATTEMPTS,
         calls::ATTEMPTS,
         filter::ATTEMPTS,

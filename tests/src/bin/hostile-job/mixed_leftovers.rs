@@ -17,9 +17,9 @@ use crate::leftovers::{daemon, ignore_every_signal, own_places, uid};
 use crate::sys::{c, call, fork, wait_for_ever};
 use crate::{Attempt, Report};
 
-pub const ATTEMPTS: &[Attempt] = &[("mess", mess)];
+pub const ATTEMPTS: &[Attempt] = &[("mixed-leftovers", mixed_leftovers)];
 
-fn mess(report: &mut Report, _: &[String]) {
+fn mixed_leftovers(report: &mut Report, _: &[String]) {
     let places = own_places();
     for place in &places {
         in_one_place(place).expect("its own places are writable");

@@ -56,7 +56,7 @@ struct Shared {
     upstream: SocketAddr,
     /// Which requests have it: those that have this in their first line. Then how many did.
     rule: Mutex<(String, Fault)>,
-    met: watch::Sender<u64>,
+    faulty_requests: watch::Sender<u64>,
 }
 
 impl Shared {
@@ -85,7 +85,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             upstream,
             rule: Mutex::default(),
-            met: watch::Sender::new(0),
+            faulty_requests: watch::Sender::new(0),
         });
         let changed = watch::Sender::new(());
         let task = tokio::spawn(listen(shared.clone(), address, listener, changed.subscribe()));
@@ -105,21 +105,21 @@ impl Proxy {
     /// Connections that are open stay as they are.
     pub fn set(&self, part: &str, fault: Fault) {
         *self.shared.rule.lock().unwrap_or_else(PoisonError::into_inner) = (part.to_owned(), fault);
-        self.shared.met.send_replace(0);
+        self.shared.faulty_requests.send_replace(0);
         self.changed.send_replace(());
     }
 
     /// All is well again.
-    pub fn heal(&self) {
+    pub fn clear_fault(&self) {
         self.set("", Fault::None);
     }
 
-    /// Wait until so many requests have met the present fault.
-    pub async fn met(&self, requests: u64) {
-        let mut met = self.shared.met.subscribe();
-        let met = tokio::time::timeout(TEST_TIMEOUT, met.wait_for(|met| *met >= requests)).await;
-        let met = met.unwrap_or_else(|_| panic!("no {requests} requests met the fault"));
-        met.expect("the sender is ours");
+    /// Wait until so many requests have had the present fault.
+    pub async fn wait_for_faults(&self, requests: u64) {
+        let mut counts = self.shared.faulty_requests.subscribe();
+        let count = tokio::time::timeout(TEST_TIMEOUT, counts.wait_for(|count| *count >= requests)).await;
+        let count = count.unwrap_or_else(|_| panic!("no {requests} requests had the fault"));
+        count.expect("the sender is ours");
     }
 }
 
@@ -171,7 +171,7 @@ async fn serve(shared: Arc<Shared>, mut client: TcpStream) -> Result<()> {
         false => Fault::None,
     };
     if !matches!(fault, Fault::None) {
-        shared.met.send_modify(|met| *met += 1);
+        shared.faulty_requests.send_modify(|count| *count += 1);
     }
     match fault {
         Fault::None => client.write_all(&forward(&shared, &request).await?).await?,

@@ -1,7 +1,7 @@
 // Trees for the deletion benchmark, and the best loop of two threads that deletes them.
 //
-//   trees make many|deep|flat DIRECTORY SIZE UID    as the user
-//   trees delete DIRECTORY                          everything in it
+//   directories make many|deep|flat DIRECTORY SIZE UID    as the user
+//   directories delete DIRECTORY                          everything in it
 //
 // The loop knows what it will find, trusts every name, and keeps a descriptor for each directory above: it is what
 // there is to reach, not what root may do with the tree of a job.
