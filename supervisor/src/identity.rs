@@ -117,7 +117,7 @@ impl fmt::Display for Identity {
 }
 
 /// What the file says.
-enum Kept {
+enum StoredIdentity {
     Nothing,
     This(InstanceId),
     OtherMachine(InstanceId),
@@ -135,9 +135,9 @@ enum Kept {
 pub fn establish(dir: &Path, machine: Option<&str>, host: &str, store: &mut Store) -> Result<Identity> {
     let path = dir.join(FILE);
     let instance = match read(&path, machine)? {
-        Kept::This(instance) => instance,
-        Kept::Nothing => begin(dir, machine)?,
-        Kept::Unreadable => {
+        StoredIdentity::This(instance) => instance,
+        StoredIdentity::Nothing => begin(dir, machine)?,
+        StoredIdentity::Unreadable => {
             let instance = begin(dir, machine)?;
             tracing::error!(
                 "{} has no instance id of this release: a new one, {instance}, was written. Workers of the server \
@@ -146,7 +146,7 @@ pub fn establish(dir: &Path, machine: Option<&str>, host: &str, store: &mut Stor
             );
             instance
         }
-        Kept::OtherMachine(before) => {
+        StoredIdentity::OtherMachine(before) => {
             // In this order: after a crash in between, the machine is still another one.
             let forgotten = store.forget_all().context("the database cannot be written")?;
             let instance = begin(dir, machine)?;
@@ -169,10 +169,10 @@ pub fn establish(dir: &Path, machine: Option<&str>, host: &str, store: &mut Stor
     Ok(Identity::new(host, instance))
 }
 
-fn read(path: &Path, machine: Option<&str>) -> Result<Kept> {
+fn read(path: &Path, machine: Option<&str>) -> Result<StoredIdentity> {
     let text = match fs::read(path) {
         Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Kept::Nothing),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(StoredIdentity::Nothing),
         Err(error) => {
             return Err(error).with_context(|| {
                 format!(
@@ -187,12 +187,12 @@ fn read(path: &Path, machine: Option<&str>) -> Result<Kept> {
         lines.find(|(key, _)| *key == name).map(|(_, value)| value.trim())
     };
     let Some(instance) = value("id").and_then(InstanceId::parse) else {
-        return Ok(Kept::Unreadable);
+        return Ok(StoredIdentity::Unreadable);
     };
     Ok(match (value("machine"), machine) {
         // Where one of the two is not known, nothing says that they differ.
-        (Some(before), Some(now)) if before != now => Kept::OtherMachine(instance),
-        _ => Kept::This(instance),
+        (Some(before), Some(now)) if before != now => StoredIdentity::OtherMachine(instance),
+        _ => StoredIdentity::This(instance),
     })
 }
 

@@ -138,16 +138,16 @@ mod tests {
 
     /// Keeps the entries.
     #[derive(Clone, Default)]
-    struct Kept(Arc<Mutex<Vec<Vec<u8>>>>);
+    struct CapturedEntries(Arc<Mutex<Vec<Vec<u8>>>>);
 
-    impl<S: Subscriber> Layer<S> for Kept {
+    impl<S: Subscriber> Layer<S> for CapturedEntries {
         fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
             self.0.lock().unwrap().push(entry(event));
         }
     }
 
     fn logged(log: impl FnOnce()) -> Vec<u8> {
-        let kept = Kept::default();
+        let kept = CapturedEntries::default();
         tracing::subscriber::with_default(tracing_subscriber::registry().with(kept.clone()), log);
         let entry = kept.0.lock().unwrap().pop();
         entry.expect("one event was logged")

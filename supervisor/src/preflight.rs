@@ -120,12 +120,12 @@ fn version(release: &str) -> (u32, u32) {
 }
 
 /// Does a slot limit this?
-type Wish = fn(&Limits) -> bool;
+type LimitPredicate = fn(&Limits) -> bool;
 
 /// What this host has for this configuration; the state directory is below `root`.
 pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding> {
     let kernel = version(&facts.release);
-    let strict = |wanted: Wish| {
+    let strict = |wanted: LimitPredicate| {
         config
             .slots
             .values()
@@ -153,7 +153,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
         "the helper finds and ends a job's processes by it; mount one (mount -t cgroup2 none /sys/fs/cgroup)",
     ));
     let has = |name: &str| facts.controllers.split_whitespace().any(|other| other == name);
-    let controllers: [(&str, &str, &str, Wish); 3] = [
+    let controllers: [(&str, &str, &str, LimitPredicate); 3] = [
         (
             "memory",
             "controller memory",

@@ -429,9 +429,9 @@ impl AttackedHost {
 const VARIABLES: [&str; 4] = ["LD_PRELOAD", "LD_AUDIT", "BASH_ENV", "PATH"];
 
 /// Sets it when it goes, also in a panic: what is measured has failed, and nothing beside it must go on for ever.
-struct SetAtTheEnd<'a>(&'a AtomicBool);
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for SetAtTheEnd<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -444,7 +444,7 @@ fn beside(test: &TestHelper, attempt: &Attempt, options: &Options) -> ([Way; 4],
     let (over, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
     let [list, life] = std::thread::scope(|scope| {
         let attacker = scope.spawn(|| attack_again_and_again(test, attempt, &over, &rounds));
-        let end = SetAtTheEnd(&over);
+        let end = StopOnDrop(&over);
         wait_for_first(&rounds, &attacker);
         let measured = measure(test, lives, options.size(4, 0));
         drop(end);
@@ -485,7 +485,7 @@ fn measure(test: &TestHelper, lives: usize, seconds: u64) -> [Vec<Duration>; 2] 
             }
             lists
         });
-        let end = SetAtTheEnd(&over);
+        let end = StopOnDrop(&over);
         let client = test.client();
         let agent = || sealed(b"#!/bin/sh\nexec sleep 1000000\n");
         let begin = Instant::now();

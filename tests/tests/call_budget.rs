@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 
 use protocol::{Reply, Request, WorkerId};
 use testbed::harness::{Client, TestHost, sealed, worker_id};
-use testbed::tracer::service::{KINDS, TracedKind, Span, watch};
+use testbed::tracer::service::{KINDS, TracedKind, WatchPeriod, watch};
 
 /// At most so many, for each operation on a connection of its own, which takes some 40 of them.
 const BUDGET: [(&str, usize); 5] = [
@@ -33,7 +33,7 @@ fn an_operation_takes_no_more_system_calls_than_its_budget() {
     let helper = host.helper();
     let agent = sealed(&std::fs::read("/bin/sleep").expect("every host has it"));
     let counted = |request: Request| {
-        let watcher = watch(helper.pid(), Span::OneConnection, None);
+        let watcher = watch(helper.pid(), WatchPeriod::OneConnection, None);
         let client = Client::new(&host);
         let descriptor = matches!(request, Request::InstallAgent { .. }).then(|| agent.as_fd());
         let (reply, _) = client.ask_with(&request, descriptor);

@@ -48,19 +48,19 @@ struct DrainOf {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfSlot {
+struct SlotLabels {
     slot: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Held {
+struct HeldLabels {
     worker: String,
     slot: String,
     phase: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct With {
+struct PeerLabels {
     partner: &'static str,
 }
 
@@ -228,9 +228,9 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         .set(1);
     registry.register("build", "The supervisor's version; always 1", version);
 
-    let reachable: Whole<With> = Family::default();
+    let reachable: Whole<PeerLabels> = Family::default();
     let with = |partner: &'static str, seen: &PeerStatus| {
-        reachable.get_or_create(&With { partner }).set(i64::from(
+        reachable.get_or_create(&PeerLabels { partner }).set(i64::from(
             seen.reachable == Some(true) && seen.unanswered_since.is_none(),
         ));
     };
@@ -334,10 +334,10 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
     }
     registry.register("workers", "Workers by phase", workers);
 
-    let held: Real<Held> = Family::default();
+    let held: Real<HeldLabels> = Family::default();
     for worker in &status.workers {
         if let Some(since) = worker.hold {
-            let labels = Held {
+            let labels = HeldLabels {
                 worker: worker.id.to_string(),
                 slot: worker.slot.to_string(),
                 phase: worker.phase.clone(),
@@ -384,12 +384,12 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
     registry
 }
 
-fn bytes_by_slot<'a>(all: impl Iterator<Item = (&'a SlotName, u64)>) -> Whole<OfSlot> {
-    let family: Whole<OfSlot> = Family::default();
+fn bytes_by_slot<'a>(all: impl Iterator<Item = (&'a SlotName, u64)>) -> Whole<SlotLabels> {
+    let family: Whole<SlotLabels> = Family::default();
     for (slot, bytes) in all {
         let slot = slot.to_string();
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        family.get_or_create(&OfSlot { slot }).set(bytes);
+        family.get_or_create(&SlotLabels { slot }).set(bytes);
     }
     family
 }

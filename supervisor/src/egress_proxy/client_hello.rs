@@ -26,7 +26,7 @@ pub(super) enum ClientHello {
 /// Why it is not taken: what is wrong with it.
 pub(super) type Refusal = &'static str;
 
-const CUT: Refusal = "its ClientHello contradicts itself";
+const TRUNCATED: Refusal = "its ClientHello contradicts itself";
 
 /// What these bytes begin with. Others may follow the message.
 ///
@@ -71,7 +71,7 @@ fn message(bytes: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
         match length.cmp(&wanted) {
             std::cmp::Ordering::Less => {}
             std::cmp::Ordering::Equal => return Ok(Some(fragments.concat().split_off(4))),
-            std::cmp::Ordering::Greater => return Err(CUT),
+            std::cmp::Ordering::Greater => return Err(TRUNCATED),
         }
     }
     // A beginning that can become no record is refused at once.
@@ -126,7 +126,7 @@ struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
     fn take(&mut self, length: usize) -> Result<&'a [u8], Refusal> {
-        let (taken, rest) = self.0.split_at_checked(length).ok_or(CUT)?;
+        let (taken, rest) = self.0.split_at_checked(length).ok_or(TRUNCATED)?;
         self.0 = rest;
         Ok(taken)
     }
@@ -149,7 +149,7 @@ impl<'a> Reader<'a> {
     }
 
     fn end(&self) -> Result<(), Refusal> {
-        if self.0.is_empty() { Ok(()) } else { Err(CUT) }
+        if self.0.is_empty() { Ok(()) } else { Err(TRUNCATED) }
     }
 }
 

@@ -25,7 +25,7 @@ use tokio::time::{sleep, timeout};
 
 use super::destination::NotConnected;
 use super::untrusted::{UntrustedTcpStream, Watch};
-use super::workers::Gone;
+use super::workers::WorkerGone;
 use super::{EgressProxy, PEER_TIMEOUT};
 use crate::egress_records::JobEgress;
 use crate::limiter::Permit;
@@ -44,7 +44,7 @@ struct Client {
     _permits: [Permit<WorkerId>; 2],
     /// The same, once it leads to a host.
     destination: Mutex<Option<Permit<WorkerId>>>,
-    gone: Gone,
+    gone: WorkerGone,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -58,7 +58,7 @@ pub(super) async fn serve(
     uid: u32,
     permits: [Permit<WorkerId>; 2],
     stream: UntrustedTcpStream,
-    mut gone: Gone,
+    mut gone: WorkerGone,
 ) {
     let (watch, idle) = (stream.watch(), proxy.half_closed);
     let client = Arc::new(Client {

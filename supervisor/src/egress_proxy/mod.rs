@@ -56,7 +56,7 @@ use forward::{Activity, forward, write_first};
 use job_log::JobLog;
 use untrusted::{UntrustedTcpStream, break_off};
 use upstream::Upstream;
-use workers::{Gone, Workers};
+use workers::{WorkerGone, Workers};
 
 /// How often the socket is looked for, and tried to be made where it is not there.
 const SOCKET_CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -384,7 +384,7 @@ impl EgressProxy {
         timeout(PEER_TIMEOUT, permit).await.ok()
     }
 
-    async fn carry(&self, mut job: UntrustedTcpStream, uid: u32, gone: Gone) {
+    async fn carry(&self, mut job: UntrustedTcpStream, uid: u32, gone: WorkerGone) {
         let first = match &self.tls_name {
             None => Vec::new(),
             Some(name) => match timeout(PEER_TIMEOUT, client_hello_for(name.as_deref(), &mut job)).await {
@@ -419,7 +419,7 @@ impl EgressProxy {
         mut job: UntrustedTcpStream,
         mut server: TcpStream,
         first: &[u8],
-        mut gone: Gone,
+        mut gone: WorkerGone,
     ) {
         let activity = Activity::default();
         let watch = job.watch();

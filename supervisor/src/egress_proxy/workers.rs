@@ -13,13 +13,13 @@ pub(super) struct Workers(Mutex<HashMap<WorkerId, (u32, watch::Sender<()>)>>);
 
 /// Tells one connection that its worker is gone.
 #[derive(Clone, Debug)]
-pub(super) struct Gone(watch::Receiver<()>);
+pub(super) struct WorkerGone(watch::Receiver<()>);
 
 impl Workers {
-    pub(super) fn connection_of(&self, worker: WorkerId, uid: u32) -> Gone {
+    pub(super) fn connection_of(&self, worker: WorkerId, uid: u32) -> WorkerGone {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (_, sender) = all.entry(worker).or_insert_with(|| (uid, watch::Sender::new(())));
-        Gone(sender.subscribe())
+        WorkerGone(sender.subscribe())
     }
 
     /// End the connections of workers that are gone: whose uid is nobody's, or another worker's. Where that cannot be known now,
@@ -32,7 +32,7 @@ impl Workers {
     }
 }
 
-impl Gone {
+impl WorkerGone {
     /// Returns when the worker is gone.
     pub(super) async fn wait(&mut self) {
         while self.0.changed().await.is_ok() {}

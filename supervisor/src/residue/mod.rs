@@ -25,7 +25,7 @@ use files::{Pace, Progress, Searched};
 pub struct Uids {
     /// `factory.uid_range`.
     pub range: RangeInclusive<u32>,
-    /// Those of living workers.
+    /// Those of existing workers.
     pub except: BTreeSet<u32>,
 }
 
@@ -133,7 +133,7 @@ impl Report {
 ///
 /// # Errors
 /// The state directory cannot be read.
-pub fn living(root: &Path) -> io::Result<BTreeMap<WorkerId, Option<u32>>> {
+pub fn existing_workers(root: &Path) -> io::Result<BTreeMap<WorkerId, Option<u32>>> {
     let entries = match fs::read_dir(root.join(STATE_DIR).join("workers")) {
         // The helper makes it at its first start.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
@@ -172,13 +172,13 @@ pub fn find(
         range: range.clone(),
     };
     let searched = match files {
-        Some(pace) => files::search(&uids_but(&living(root)?), pace, &mut progress)?,
+        Some(pace) => files::search(&uids_but(&existing_workers(root)?), pace, &mut progress)?,
         None => Searched::default(),
     };
     let mut reads = 0;
     // Workers come and go between two reads: what one read alone has found was on its way.
     let (workers, mut found) = loop {
-        let workers = living(root)?;
+        let workers = existing_workers(root)?;
         let found = in_tables(root, &uids_but(&workers), &workers)?;
         reads += 1;
         if found.is_empty() || reads == MAX_READS {
@@ -250,13 +250,13 @@ fn in_tables(
 }
 
 /// Does this text have the user name of a worker, and of none that exists?
-fn is_of_no_worker(text: &str, living: &BTreeMap<WorkerId, Option<u32>>) -> bool {
+fn is_of_no_worker(text: &str, existing_workers: &BTreeMap<WorkerId, Option<u32>>) -> bool {
     let names = text
         .match_indices("bmat-")
         .map(|(at, _)| &text[at + "bmat-".len()..]);
     names
         .filter_map(|rest| rest.get(..26)?.to_ascii_uppercase().parse::<WorkerId>().ok())
-        .any(|id| !living.contains_key(&id))
+        .any(|id| !existing_workers.contains_key(&id))
 }
 
 /// The paths of a directory's entries of which this is true. A directory that is not there has none.
@@ -282,7 +282,7 @@ mod tests {
     #[test]
     fn a_name_of_a_worker_that_exists_is_not_left_and_another_is() {
         let id: WorkerId = "01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap();
-        let living = BTreeMap::from([(id, Some(7))]);
+        let existing_workers = BTreeMap::from([(id, Some(7))]);
         for (text, is_left) in [
             ("/home/bmat-01hzx3n8q4j5k6m7p8r9s0t1v2", false),
             ("/home/bmat-01hzx3n8q4j5k6m7p8r9s0t1v3/work", true),
@@ -294,7 +294,7 @@ mod tests {
             ("bmat-ü1hzx3n8q4j5k6m7p8r9s0t1v3", false),
             ("bmat-operators-own-name-of-something", false),
         ] {
-            assert_eq!(is_of_no_worker(text, &living), is_left, "{text}");
+            assert_eq!(is_of_no_worker(text, &existing_workers), is_left, "{text}");
         }
     }
 

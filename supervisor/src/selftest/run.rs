@@ -250,7 +250,7 @@ fn nothing_is_left(config: &Config, root: &Path) -> io::Result<Attempt> {
     };
     Ok(Attempt::new(
         "nothing is left of a worker",
-        "a look for what is of no living worker, files apart",
+        "a look for what is of no existing worker, files apart",
         seen,
         outcome,
     ))

@@ -38,7 +38,7 @@ pub struct Track {
     pub forgotten: bool,
     /// The server, asked to fail it, would not.
     pub cannot_tell: bool,
-    /// The server has been failure_reported that it failed.
+    /// Its failure was reported to the server.
     pub failure_reported: Option<FailureReport>,
     /// For how long its processes have gone on since, with nothing in the way of ending them.
     pub goes_on_ms: u64,
@@ -57,8 +57,8 @@ pub struct Track {
     pub to_delete: bool,
 }
 
-/// When the server was failure_reported that a worker failed, and whether its slot keeps such workers for inspection. None: the
-/// server was never failure_reported its slot.
+/// When the failure of a worker was reported to the server, and whether its slot keeps such workers for inspection. None: the
+/// server never had its slot.
 #[derive(Clone, Copy, Debug)]
 pub struct FailureReport {
     pub at: u64,
@@ -171,7 +171,7 @@ impl Checks {
         failure_reported.keeps.filter(|_| settled && !excused)
     }
 
-    /// The server would not be failure_reported of its failure.
+    /// The server would not take its failure.
     pub fn cannot_tell(&mut self, id: WorkerId) {
         let track = self.track(id);
         (track.cannot_tell, track.ending) = (true, true);

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use protocol::{TargetId, WorkerId};
 use serde_json::Value;
 use supervisor::buildomat::Call;
-use testbed::server::{Chance, Job, JobSpec, Progress, State, Worker};
+use testbed::server::{IdGenerator, Job, JobSpec, Progress, State, Worker};
 
 /// How long the server leases a job.
 pub const LEASE_MS: u64 = testbed::server::LEASE.as_millis() as u64;
@@ -56,7 +56,7 @@ fn token(agent: u64) -> String {
 
 impl Server {
     pub fn new(seed: u64) -> Self {
-        let mut state = State::with(time(0), Chance::of_seed(seed));
+        let mut state = State::with(time(0), IdGenerator::of_seed(seed));
         for n in 1..=3 {
             let target = TargetId::from_bits(n).to_string();
             state.targets.insert(WorkerId::from_bits(n), target);

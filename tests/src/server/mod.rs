@@ -41,7 +41,7 @@ pub use model::{
 };
 pub use shared::{Behaviour, Down};
 pub use state::{LEASE, State};
-pub use ulid::{Chance, Ulid, fresh_id, secret};
+pub use ulid::{IdGenerator, Ulid, fresh_id, secret};
 pub use wire::{AddFileResult, Associate, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
 
 #[derive(Clone, Debug)]

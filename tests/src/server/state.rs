@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::model::{Factory, Hold, Job, Lease, Refusal, Worker};
-use super::ulid::{Chance, Ulid};
+use super::ulid::{IdGenerator, Ulid};
 use super::wire::{Append, Associate, JobEvent, Ping, PingInput, PingJob, PingTask};
 
 /// A malformed id is the real server's plain 500.
@@ -46,20 +46,20 @@ pub struct State {
     pub no_targets: bool,
     /// A server that refuses events in streams that it does not know (400), as it knows them: `is_known_stream`.
     pub checks_streams: bool,
-    chance: Chance,
+    ids: IdGenerator,
     last_id: u128,
 }
 
 impl State {
     pub(crate) fn new(now: Timestamp) -> State {
-        State::with(now, Chance::new())
+        State::with(now, IdGenerator::new())
     }
 
-    /// Its ids and secrets are drawn from `chance`.
-    pub fn with(now: Timestamp, mut chance: Chance) -> State {
+    /// Its ids and secrets are drawn from `ids`.
+    pub fn with(now: Timestamp, mut ids: IdGenerator) -> State {
         State {
             now,
-            user_token: chance.secret(),
+            user_token: ids.secret(),
             targets: BTreeMap::new(),
             factories: BTreeMap::new(),
             workers: BTreeMap::new(),
@@ -70,14 +70,14 @@ impl State {
             no_fail: false,
             no_targets: false,
             checks_streams: false,
-            chance,
+            ids,
             last_id: 0,
         }
     }
 
     /// A fresh id, above every earlier one, so that the maps keep the order of creation.
     pub fn new_id(&mut self) -> Ulid {
-        self.last_id = self.chance.id_bits(self.now).max(self.last_id + 1);
+        self.last_id = self.ids.id_bits(self.now).max(self.last_id + 1);
         Ulid::from_bits(self.last_id)
     }
 
@@ -102,7 +102,7 @@ impl State {
 
     /// Its id and its token.
     pub fn add_factory(&mut self, name: &str) -> (Ulid, String) {
-        let (id, token) = (self.new_id(), self.chance.secret());
+        let (id, token) = (self.new_id(), self.ids.secret());
         let factory = Factory {
             id,
             name: name.to_string(),
@@ -200,7 +200,7 @@ impl State {
             factory,
             target,
             created: self.now,
-            bootstrap: self.chance.secret(),
+            bootstrap: self.ids.secret(),
             token: None,
             private: None,
             ip: None,

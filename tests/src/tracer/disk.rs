@@ -109,14 +109,14 @@ impl Attributes {
 #[derive(Debug)]
 pub struct Recorder {
     below: PathBuf,
-    begun: HashMap<Pid, Begun>,
+    begun: HashMap<Pid, EnteredCall>,
     /// In the order in which they were done.
     pub changes: Vec<Change>,
 }
 
 /// A call that has been entered, with what only its beginning tells.
 #[derive(Debug)]
-enum Begun {
+enum EnteredCall {
     Open {
         path: PathBuf,
         was: Option<u64>,
@@ -236,7 +236,7 @@ const OLD: [libc::c_long; 6] = [
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: [libc::c_long; 6] = [-1, -2, -3, -4, -5, -6];
 
-fn begin(below: &Path, pid: Pid, call: &Call) -> Option<Begun> {
+fn begin(below: &Path, pid: Pid, call: &Call) -> Option<EnteredCall> {
     let a = call.arguments;
     let here = libc::AT_FDCWD as u64;
     let fd = || path_of(below, pid, a[0]);
@@ -246,29 +246,29 @@ fn begin(below: &Path, pid: Pid, call: &Call) -> Option<Begun> {
         }
         let was = fs::symlink_metadata(&path).ok().map(|meta| meta.len());
         let cuts = flags & libc::O_TRUNC != 0;
-        Some(Begun::Open { path, was, cuts })
+        Some(EnteredCall::Open { path, was, cuts })
     };
-    let attributes = |path| Some(Begun::Attributes { path });
-    let make_dir = |path| Some(Begun::MakeDir { path });
-    let remove = |path| Some(Begun::Other(Change::Remove { path }));
-    let rename = |from, to| Some(Begun::Other(Change::Rename { from, to }));
-    let link = |from, to| Some(Begun::Other(Change::Link { from, to }));
+    let attributes = |path| Some(EnteredCall::Attributes { path });
+    let make_dir = |path| Some(EnteredCall::MakeDir { path });
+    let remove = |path| Some(EnteredCall::Other(Change::Remove { path }));
+    let rename = |from, to| Some(EnteredCall::Other(Change::Rename { from, to }));
+    let link = |from, to| Some(EnteredCall::Other(Change::Link { from, to }));
     match call.number {
         libc::SYS_openat => open(path_at(below, pid, a[0], a[1])?, a[2] as i32),
         libc::SYS_openat2 => open(path_at(below, pid, a[0], a[1])?, number_at(pid, a[2])? as i32),
-        libc::SYS_write | libc::SYS_writev => Some(Begun::Write {
+        libc::SYS_write | libc::SYS_writev => Some(EnteredCall::Write {
             path: fd()?,
             at: position(pid, a[0])?,
         }),
-        libc::SYS_pwrite64 => Some(Begun::Write {
+        libc::SYS_pwrite64 => Some(EnteredCall::Write {
             path: fd()?,
             at: a[3],
         }),
-        libc::SYS_sendfile => Some(Begun::Write {
+        libc::SYS_sendfile => Some(EnteredCall::Write {
             path: fd()?,
             at: position(pid, a[0])?,
         }),
-        libc::SYS_copy_file_range => Some(Begun::Write {
+        libc::SYS_copy_file_range => Some(EnteredCall::Write {
             path: path_of(below, pid, a[2])?,
             at: if a[3] == 0 {
                 position(pid, a[2])?
@@ -276,11 +276,11 @@ fn begin(below: &Path, pid: Pid, call: &Call) -> Option<Begun> {
                 number_at(pid, a[3])?
             },
         }),
-        libc::SYS_ftruncate => Some(Begun::Other(Change::Cut {
+        libc::SYS_ftruncate => Some(EnteredCall::Other(Change::Cut {
             path: fd()?,
             length: a[1],
         })),
-        libc::SYS_fsync | libc::SYS_fdatasync => Some(Begun::Other(Change::Sync { path: fd()? })),
+        libc::SYS_fsync | libc::SYS_fdatasync => Some(EnteredCall::Other(Change::Sync { path: fd()? })),
         libc::SYS_fchmod | libc::SYS_fchown => attributes(fd()?),
         libc::SYS_fchmodat | libc::SYS_fchownat => attributes(path_at(below, pid, a[0], a[1])?),
         libc::SYS_mkdirat => make_dir(path_at(below, pid, a[0], a[1])?),
@@ -289,7 +289,7 @@ fn begin(below: &Path, pid: Pid, call: &Call) -> Option<Begun> {
             rename(path_at(below, pid, a[0], a[1])?, path_at(below, pid, a[2], a[3])?)
         }
         libc::SYS_linkat => link(path_at(below, pid, a[0], a[1])?, path_at(below, pid, a[2], a[3])?),
-        libc::SYS_symlinkat => Some(Begun::Other(Change::Symlink {
+        libc::SYS_symlinkat => Some(EnteredCall::Other(Change::Symlink {
             target: text_at(pid, a[0])?,
             path: path_at(below, pid, a[1], a[2])?,
         })),
@@ -303,23 +303,23 @@ fn begin(below: &Path, pid: Pid, call: &Call) -> Option<Begun> {
 }
 
 /// The call has been done. Who made it is stopped still, so the disk shows what it did.
-fn finish(begun: Begun, result: u64) -> Vec<Change> {
+fn finish(begun: EnteredCall, result: u64) -> Vec<Change> {
     let attributes = |path: &Path| fs::symlink_metadata(path).ok().map(|meta| Attributes::of(&meta));
     match begun {
-        Begun::Open { path, was: None, .. } => {
+        EnteredCall::Open { path, was: None, .. } => {
             let attributes = attributes(&path);
             attributes
                 .map(|attributes| Change::Make { path, attributes })
                 .into_iter()
                 .collect()
         }
-        Begun::Open {
+        EnteredCall::Open {
             path,
             was: Some(1..),
             cuts: true,
         } => vec![Change::Cut { path, length: 0 }],
-        Begun::Open { .. } => Vec::new(),
-        Begun::Write { path, at } => {
+        EnteredCall::Open { .. } => Vec::new(),
+        EnteredCall::Write { path, at } => {
             let mut bytes = vec![0; result as usize];
             let regular = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
             let read =
@@ -328,21 +328,21 @@ fn finish(begun: Begun, result: u64) -> Vec<Change> {
                 .into_iter()
                 .collect()
         }
-        Begun::Attributes { path } => {
+        EnteredCall::Attributes { path } => {
             let attributes = attributes(&path);
             attributes
                 .map(|attributes| Change::Attributes { path, attributes })
                 .into_iter()
                 .collect()
         }
-        Begun::MakeDir { path } => {
+        EnteredCall::MakeDir { path } => {
             let attributes = attributes(&path);
             attributes
                 .map(|attributes| Change::MakeDir { path, attributes })
                 .into_iter()
                 .collect()
         }
-        Begun::Other(change) => vec![change],
+        EnteredCall::Other(change) => vec![change],
     }
 }
 

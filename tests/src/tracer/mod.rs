@@ -44,7 +44,7 @@ impl Call {
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     /// It exists, by this call of its parent's, and has done nothing yet.
-    Born {
+    Forked {
         /// Which made it.
         parent: Pid,
         /// `clone` and its kin.
@@ -152,7 +152,7 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
                 if let (Ok(child), Some(Some(by))) = (ptrace::getevent(pid), inside.get(&pid).copied()) {
                     let child = Pid::from_raw(child as i32);
                     inside.insert(child, None);
-                    let first = watch(child, Event::Born { parent: pid, by });
+                    let first = watch(child, Event::Forked { parent: pid, by });
                     if first == Then::End {
                         return;
                     }
@@ -248,7 +248,7 @@ mod tests {
                     &[],
                     || (),
                     |pid, event| {
-                        let Event::Born { parent, .. } = event else {
+                        let Event::Forked { parent, .. } = event else {
                             return Then::GoOn;
                         };
                         if parent == root && !std::mem::replace(&mut is_made, true) {

@@ -48,7 +48,7 @@ pub const KINDS: [TracedKind; 8] = [
 
 /// Before which call of a kind of process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum When {
+pub enum KillPoint {
     /// The nth, from 0.
     Nth(usize),
     /// The first of this number.
@@ -61,7 +61,7 @@ pub struct Plan {
     /// Which of the helper's processes.
     pub kind: TracedKind,
     /// Before it makes this call.
-    pub when: When,
+    pub when: KillPoint,
     /// Everything that is the service's dies with it: all but the jobs.
     pub all: bool,
     /// It hangs there instead (`SIGSTOP`).
@@ -106,7 +106,7 @@ impl std::fmt::Display for Killed {
 
 /// From when to when the monitor is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Span {
+pub enum WatchPeriod {
     /// It runs; until the next connection has ended, and the listener waits for others.
     OneConnection,
     /// It has stopped itself before it becomes the helper; until it serves.
@@ -115,21 +115,21 @@ pub enum Span {
 
 /// Watch the monitor in a thread of its own, which returns at the span's end, or when it has killed. On return
 /// of this, nothing is missed any more.
-pub fn watch(monitor: u32, span: Span, plan: Option<Plan>) -> JoinHandle<Seen> {
+pub fn watch(monitor: u32, span: WatchPeriod, plan: Option<Plan>) -> JoinHandle<Seen> {
     watch_with(monitor, span, plan, |_, _| {})
 }
 
 /// The same; `also` sees every event before it is weighed.
 pub fn watch_with(
     monitor: u32,
-    span: Span,
+    span: WatchPeriod,
     plan: Option<Plan>,
     mut also: impl FnMut(Pid, &Event) + Send + 'static,
 ) -> JoinHandle<Seen> {
     let (ready, attached) = mpsc::channel();
     let monitor = Pid::from_raw(monitor as i32);
     let thread = std::thread::spawn(move || {
-        let listener = (span == Span::OneConnection).then(|| listener(monitor.as_raw() as u32));
+        let listener = (span == WatchPeriod::OneConnection).then(|| listener(monitor.as_raw() as u32));
         let listener = listener.map(|pid| Pid::from_raw(pid as i32));
         let mut watcher = Watcher::new(monitor, listener, span, plan);
         trace(
@@ -183,7 +183,7 @@ pub fn children(pid: u32) -> Vec<u32> {
 
 struct Watcher {
     monitor: Pid,
-    span: Span,
+    span: WatchPeriod,
     plan: Option<Plan>,
     seen: Seen,
     alive: BTreeMap<Pid, TracedKind>,
@@ -199,7 +199,7 @@ struct Watcher {
 }
 
 impl Watcher {
-    fn new(monitor: Pid, listener: Option<Pid>, span: Span, plan: Option<Plan>) -> Watcher {
+    fn new(monitor: Pid, listener: Option<Pid>, span: WatchPeriod, plan: Option<Plan>) -> Watcher {
         let listener = listener.map(|pid| (pid, TracedKind::Listener));
         Watcher {
             monitor,
@@ -208,7 +208,7 @@ impl Watcher {
             seen: Seen::default(),
             alive: [(monitor, TracedKind::Monitor)].into_iter().chain(listener).collect(),
             last: 0,
-            counting: span == Span::OneConnection,
+            counting: span == WatchPeriod::OneConnection,
             connection_gone: false,
             reaped: false,
             waits: 0,
@@ -218,7 +218,7 @@ impl Watcher {
 
     fn on(&mut self, pid: Pid, event: Event) -> Then {
         match event {
-            Event::Born { parent, by } => {
+            Event::Forked { parent, by } => {
                 let kind = match self.alive.get(&parent) {
                     Some(TracedKind::Monitor) if by.number == libc::SYS_clone3 => TracedKind::FirstProcess,
                     Some(TracedKind::Monitor) if self.last == libc::SYS_recvmsg => TracedKind::MonitorRequest,
@@ -274,9 +274,9 @@ impl Watcher {
             return Then::Forget;
         }
         let over = match self.span {
-            Span::OneConnection => self.listens && self.reaped,
+            WatchPeriod::OneConnection => self.listens && self.reaped,
             // Once before it knows that the listener accepts, and once after.
-            Span::Start => self.listens && self.waits > 1,
+            WatchPeriod::Start => self.listens && self.waits > 1,
         };
         if over {
             return Then::End;
@@ -290,8 +290,8 @@ impl Watcher {
         let now = self.plan.filter(|plan| {
             plan.kind == kind
                 && match plan.when {
-                    When::Nth(n) => calls.len() == n + 1,
-                    When::First(number) => number == call.number,
+                    KillPoint::Nth(n) => calls.len() == n + 1,
+                    KillPoint::First(number) => number == call.number,
                 }
         });
         let Some(plan) = now else {

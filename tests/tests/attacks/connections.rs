@@ -16,9 +16,9 @@ use testbed::tracer::service::{children, listener};
 use super::HELLO;
 
 /// Tells the other threads of a test that it is over, also when it fails.
-pub struct Over<'a>(pub &'a AtomicBool);
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
 
-impl Drop for Over<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -247,7 +247,7 @@ fn row_65_a_worker_killed_and_deleted_while_it_is_made_leaves_nothing() {
             });
         }
         let client = test.client();
-        let _over = Over(&over);
+        let _over = StopOnDrop(&over);
         let (mut started, begin) = (0, Instant::now());
         for round in 0.. {
             if round >= 60 && (started > 0 || begin.elapsed() > TEST_TIMEOUT) {

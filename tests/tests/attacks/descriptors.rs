@@ -16,7 +16,7 @@ use protocol::{ErrorKind, MAX_AGENT_BYTES, Reply, Request, State};
 use testbed::harness::{memory, sealed};
 use testbed::test_helper::{TestHelper, created, install, kind, read, state, wait_until};
 
-use crate::attacks::connections::Over;
+use crate::attacks::connections::StopOnDrop;
 
 fn seal(fd: impl AsFd, seals: SealFlag) -> nix::Result<i32> {
     fcntl(fd, FcntlArg::F_ADD_SEALS(seals))
@@ -177,7 +177,7 @@ fn row_62_a_program_changed_while_it_is_read_is_refused() {
                 let _ = copy.read(&mut [0; 4096]);
             }
         });
-        let written = Over(&over);
+        let written = StopOnDrop(&over);
         let (reply, console) = install(&client, worker, agent);
         drop(written);
         assert_eq!(reply, Reply::AgentStarted);

@@ -8,7 +8,7 @@ use protocol::{ErrorKind, Reply, Request, State, VERSION, WorkerId, wire};
 use testbed::harness::{Client, sealed, worker_id};
 use testbed::test_helper::{TestHelper, create, created, kind, list, state, token};
 use testbed::tracer::Event;
-use testbed::tracer::service::{Span, listener, watch_with};
+use testbed::tracer::service::{WatchPeriod, listener, watch_with};
 
 /// `CreateUser` with a slot's name that no honest client could write down.
 fn create_packet(worker: WorkerId, name: &[u8]) -> Vec<u8> {
@@ -207,7 +207,7 @@ fn memory_of_next_session(test: &TestHelper, packet: &[u8]) -> (u64, u64) {
     let (monitor, listener) = (test.helper.pid(), listener(test.helper.pid()));
     let most = Arc::new(AtomicU64::new(0));
     let seen = most.clone();
-    let watcher = watch_with(monitor, Span::OneConnection, None, move |pid, event| {
+    let watcher = watch_with(monitor, WatchPeriod::OneConnection, None, move |pid, event| {
         let pid = pid.as_raw() as u32;
         if let Event::Enter(call) = event
             && call.is(&[libc::SYS_exit_group])

@@ -15,7 +15,7 @@ use protocol::Reply;
 use testbed::disk::SmallDisk;
 use testbed::harness::{has_file_rules, not_kept, place, sealed};
 use testbed::test_helper::{SLOTS, TestHelper, attack, created, install, run, start_attack, wait_for_line};
-use testbed::tracer::service::{TracedKind, Span, watch};
+use testbed::tracer::service::{TracedKind, WatchPeriod, watch};
 
 /// Slots, and this file hidden, so that everything else in its directory is shown by itself.
 fn hiding(file: &Path) -> String {
@@ -120,7 +120,7 @@ fn row_92_sockets_of_a_job_are_never_resolved_and_the_monitor_stats_no_mount() {
     fs::create_dir(place.path().join("disk")).unwrap();
     let disk = SmallDisk::in_memory_at(place.path().join("disk"));
     fs::write(place.path().join("disk/file"), "mounted\n").unwrap();
-    let watcher = watch(test.helper.pid(), Span::OneConnection, None);
+    let watcher = watch(test.helper.pid(), WatchPeriod::OneConnection, None);
     let script = format!("#!/bin/bash\ncat {}/disk/file\n", place.path().display());
     let client = test.client();
     let (reply, console) = install(&client, neighbour, sealed(script.as_bytes()));

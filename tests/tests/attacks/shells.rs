@@ -14,7 +14,7 @@ use protocol::{Reply, Request, WorkerId};
 use testbed::harness::{TEST_TIMEOUT, Running, TestHost, binaries, until_is};
 use testbed::sample::Sample;
 use testbed::test_helper::{TestHelper, created, start_attack, wait_for_line};
-use testbed::tracer::service::{Span, listener, watch_with};
+use testbed::tracer::service::{WatchPeriod, listener, watch_with};
 use testbed::tracer::{Call, Event, Then, trace, wait_until_stopped};
 use testbed::worker_snapshot::WorkerSnapshot;
 
@@ -189,10 +189,10 @@ fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) ->
     // The tracer's own thread ends with this span; what was seen comes by the channel.
     let watcher = watch_with(
         monitor,
-        Span::OneConnection,
+        WatchPeriod::OneConnection,
         None,
         move |pid, event| match event {
-            Event::Born { parent, .. } if *parent == listener => session = Some(pid),
+            Event::Forked { parent, .. } if *parent == listener => session = Some(pid),
             Event::Enter(call)
                 if session.is_some() && ![listener, Pid::from_raw(monitor as i32)].contains(&pid) =>
             {

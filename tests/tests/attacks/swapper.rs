@@ -20,7 +20,7 @@ use protocol::{ErrorKind, Reply, Request};
 use testbed::harness::TestHost;
 use testbed::sample::Sample;
 use testbed::test_helper::{SLOTS, TestHelper, created, run};
-use testbed::tracer::service::{Span, watch_with};
+use testbed::tracer::service::{WatchPeriod, watch_with};
 use testbed::tracer::{Call, Event};
 
 use crate::attacks::canaries::Canaries;
@@ -87,7 +87,7 @@ struct Users(Vec<Pid>);
 impl Users {
     fn has(&mut self, pid: Pid, event: &Event) -> bool {
         match event {
-            Event::Born { parent, .. } if self.0.contains(parent) => self.0.push(pid),
+            Event::Forked { parent, .. } if self.0.contains(parent) => self.0.push(pid),
             Event::Leave(
                 Call {
                     number: libc::SYS_setresuid,
@@ -191,7 +191,7 @@ fn delete(SwapperTest { test, canaries }: &SwapperTest, (files, depth): (usize, 
         uid,
         swapped: false,
     };
-    let watcher = watch_with(test.helper.pid(), Span::OneConnection, None, move |pid, event| {
+    let watcher = watch_with(test.helper.pid(), WatchPeriod::OneConnection, None, move |pid, event| {
         if !users.has(pid, event) {
             return;
         }

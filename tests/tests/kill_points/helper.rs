@@ -9,7 +9,7 @@ use testbed::host_snapshot::HostSnapshot;
 use testbed::sample::Sample;
 use testbed::test_helper::{list, wait_until};
 use testbed::tracer::calls::{MEMORY, name};
-use testbed::tracer::service::{KINDS, TracedKind, Plan, Seen, When};
+use testbed::tracer::service::{KINDS, TracedKind, Plan, Seen, KillPoint};
 
 use crate::kill_points::restartable_helper::{
     Operation, RestartableHelper, ask, ask_with, is_success, prepare, request, state_of,
@@ -50,10 +50,10 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
             };
             // By its name: the nth is not the same in every run.
             if names.insert(*number) {
-                take(When::First(*number), some);
+                take(KillPoint::First(*number), some);
             }
             if sample.has(n) {
-                take(When::Nth(n), some);
+                take(KillPoint::Nth(n), some);
             }
         }
     }

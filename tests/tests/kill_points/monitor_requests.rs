@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use protocol::{ErrorKind, Reply, Request, WorkerId, wire};
 use testbed::harness::{Client, sealed, until};
 use testbed::test_helper::{read, wait_for_line};
-use testbed::tracer::service::{Connections, TracedKind, Plan, When, children, listener};
+use testbed::tracer::service::{Connections, TracedKind, Plan, KillPoint, children, listener};
 
 use crate::kill_points::restartable_helper::{Operation, RestartableHelper, ask, prepare, request};
 
@@ -84,7 +84,7 @@ fn a_first_process_that_hangs_is_ended_by_a_repetition_of_the_start() {
         let worker = prepare(&test, Operation::Install, "rich");
         let plan = Plan {
             kind: TracedKind::FirstProcess,
-            when: When::First(call),
+            when: KillPoint::First(call),
             all: false,
             hangs: Some(Connections::Die),
         };
@@ -103,7 +103,7 @@ fn a_job_whose_filter_cannot_be_installed_says_so_in_time_and_a_repetition_ends_
     let worker = prepare(&test, Operation::Install, "rich");
     let plan = Plan {
         kind: TracedKind::FirstProcess,
-        when: When::First(libc::SYS_seccomp),
+        when: KillPoint::First(libc::SYS_seccomp),
         all: false,
         hangs: Some(Connections::GoOn),
     };

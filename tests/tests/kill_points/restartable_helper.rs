@@ -8,7 +8,7 @@ use testbed::disk::SmallDisk;
 use testbed::harness::{Client, TEST_TIMEOUT, PAUSE, TestHost, worker_id};
 use testbed::service::Service;
 use testbed::test_helper::{attack_program, list, slot, token};
-use testbed::tracer::service::{Plan, Seen, Span, watch};
+use testbed::tracer::service::{Plan, Seen, WatchPeriod, watch};
 use testbed::tracer::wait_until_stopped;
 use testbed::worker_snapshot::WorkerSnapshot;
 
@@ -69,7 +69,7 @@ impl RestartableHelper {
 
     /// Do it under the tracer. None: the helper's process closed the connection.
     pub fn under_the_tracer(&self, request: &Request, plan: Option<Plan>) -> (Option<Reply>, Seen) {
-        let watcher = watch(self.helper.pid(), Span::OneConnection, plan);
+        let watcher = watch(self.helper.pid(), WatchPeriod::OneConnection, plan);
         let reply = ask(&self.host, request);
         (reply, watcher.join().expect("the tracer does not fail"))
     }
@@ -78,7 +78,7 @@ impl RestartableHelper {
     pub fn start_under_the_tracer(&mut self, plan: Option<Plan>) -> Seen {
         let pid = self.helper.start_stopped();
         wait_until_stopped(pid);
-        let watcher = watch(pid, Span::Start, plan);
+        let watcher = watch(pid, WatchPeriod::Start, plan);
         watcher.join().expect("the tracer does not fail")
     }
 

@@ -29,7 +29,7 @@ fn has(report: &Value, kind: &str, part: &str) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_of_a_uid_that_no_worker_has_is_found_and_of_one_that_has_is_not() {
     let factory = TestFactory::new(ONE).await;
-    // The job's processes and files are a living worker's.
+    // The job's processes and files are an existing worker's.
     let job = factory.running().await;
     let worker = worker_on(&factory, "a").await;
     let (status, report) = residue(&factory, true);

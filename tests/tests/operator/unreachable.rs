@@ -5,7 +5,7 @@ use nix::unistd::Pid;
 use testbed::harness::SUPERVISOR_UID;
 use testbed::faulty_proxy::Fault;
 use testbed::test_factory::{ONE, TWO};
-use testbed::tracer::service::{Connections, TracedKind, Plan, Span, When, listener, watch};
+use testbed::tracer::service::{Connections, TracedKind, Plan, WatchPeriod, KillPoint, listener, watch};
 
 use super::*;
 
@@ -18,11 +18,11 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
     let monitor = factory.helper.pid();
     let plan = Plan {
         kind: TracedKind::Listener,
-        when: When::First(libc::SYS_seccomp),
+        when: KillPoint::First(libc::SYS_seccomp),
         all: false,
         hangs: Some(Connections::GoOn),
     };
-    let watcher = watch(monitor, Span::OneConnection, Some(plan));
+    let watcher = watch(monitor, WatchPeriod::OneConnection, Some(plan));
     kill(Pid::from_raw(listener(monitor) as i32), Signal::SIGKILL).unwrap();
     watcher.join().expect("the tracer does not fail");
     let trouble = see(&factory, |status| {

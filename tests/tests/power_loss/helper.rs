@@ -16,7 +16,7 @@ use testbed::test_helper::{create, install, list, wait_for_line};
 use testbed::tracer::Event;
 use testbed::tracer::disk::{Change, Recorder};
 use testbed::tracer::replay::{Disk, Files, Replay, put};
-use testbed::tracer::service::{Span, watch_with};
+use testbed::tracer::service::{WatchPeriod, watch_with};
 use testbed::worker_snapshot::WorkerSnapshot;
 
 const SLOTS: &str = r#"
@@ -78,11 +78,11 @@ impl PowerLossTest {
         let recorder = Arc::new(Mutex::new((Recorder::new(&self.state_dir()), None)));
         let tap = recorder.clone();
         let mut first = None;
-        let watcher = watch_with(self.helper.pid(), Span::OneConnection, None, move |pid, event| {
+        let watcher = watch_with(self.helper.pid(), WatchPeriod::OneConnection, None, move |pid, event| {
             let (recorder, started_at) = &mut *tap.lock().unwrap();
             recorder.on(pid, event);
             match event {
-                Event::Born { by, .. } if by.number == libc::SYS_clone3 && first.is_none() => {
+                Event::Forked { by, .. } if by.number == libc::SYS_clone3 && first.is_none() => {
                     first = Some(pid)
                 }
                 // The session's next message after it was made is `Go`.
@@ -288,7 +288,7 @@ fn power_loss_at_the_helpers_first_start_does_not_keep_it_from_the_next() {
     let tap = recorder.clone();
     let pid = test.helper.start_stopped();
     testbed::tracer::wait_until_stopped(pid);
-    let watcher = watch_with(pid, Span::Start, None, move |pid, event| {
+    let watcher = watch_with(pid, WatchPeriod::Start, None, move |pid, event| {
         tap.lock().unwrap().on(pid, event);
     });
     watcher.join().expect("the tracer does not fail");

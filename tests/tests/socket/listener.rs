@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use testbed::service::Service;
-use testbed::tracer::service::{Connections, TracedKind, Plan, Span, When, children, listener, watch};
+use testbed::tracer::service::{Connections, TracedKind, Plan, WatchPeriod, KillPoint, children, listener, watch};
 use testbed::tracer::wait_until_stopped;
 
 use super::*;
@@ -92,11 +92,11 @@ fn stopped_before_its_filter(helper: &mut Service) -> u32 {
     wait_until_stopped(monitor);
     let plan = Plan {
         kind: TracedKind::Listener,
-        when: When::First(libc::SYS_seccomp),
+        when: KillPoint::First(libc::SYS_seccomp),
         all: false,
         hangs: Some(Connections::GoOn),
     };
-    let seen = watch(monitor, Span::Start, Some(plan))
+    let seen = watch(monitor, WatchPeriod::Start, Some(plan))
         .join()
         .expect("the tracer does not fail");
     assert!(seen.killed.is_some(), "no listener installs a filter");
@@ -173,7 +173,7 @@ fn a_changed_configuration_is_read_by_one_session_and_known_to_the_next() {
     let test = TestHelper::new();
     let mut workers = Vec::new();
     let mut reads = |name: &str| {
-        let watcher = watch(test.helper.pid(), Span::OneConnection, None);
+        let watcher = watch(test.helper.pid(), WatchPeriod::OneConnection, None);
         let client = test.client();
         workers.push(created(&client, name));
         drop(client);

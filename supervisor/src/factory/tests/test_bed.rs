@@ -86,7 +86,7 @@ impl CoreTestBed {
     /// With another configuration, which has the same slots.
     pub fn with(config: &str) -> Self {
         let config = Config::parse(config).unwrap();
-        let mut server = server::State::with(moment(1000), server::Chance::of_seed(7));
+        let mut server = server::State::with(moment(1000), server::IdGenerator::of_seed(7));
         for slot in Config::parse(CONFIG).unwrap().slots.values() {
             server.targets.insert(ulid(&slot.target), slot.target.to_string());
         }

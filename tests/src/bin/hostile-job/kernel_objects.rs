@@ -23,10 +23,10 @@ use crate::{Attempt, Report};
 pub const ATTEMPTS: &[Attempt] = &[("hold", hold)];
 
 /// What is held for as long as the process runs.
-type Kept = Vec<OwnedFd>;
+type HeldDescriptors = Vec<OwnedFd>;
 
 /// Take one, the `number`th of this process, and say how much it is.
-type Take = fn(&mut Kept, u64) -> io::Result<u64>;
+type Take = fn(&mut HeldDescriptors, u64) -> io::Result<u64>;
 
 const KINDS: &[(&str, Take)] = &[
     ("pipes", pipe),
@@ -103,7 +103,7 @@ fn hold(report: &mut Report, words: &[String]) {
     wait_for_ever();
 }
 
-fn take_all(take: Take, each: u64) -> (u64, Kept, i32) {
+fn take_all(take: Take, each: u64) -> (u64, HeldDescriptors, i32) {
     let (mut held, mut kept) = (0, Vec::new());
     for number in 0..each {
         match take(&mut kept, number) {
@@ -115,7 +115,7 @@ fn take_all(take: Take, each: u64) -> (u64, Kept, i32) {
 }
 
 /// Bytes. As large as a pipe may be, and as many as there may be of them.
-fn pipe(kept: &mut Kept, _: u64) -> io::Result<u64> {
+fn pipe(kept: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     let _ = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1 << 20));
     let size = fcntl(&writer, FcntlArg::F_GETPIPE_SZ)?;
@@ -124,7 +124,7 @@ fn pipe(kept: &mut Kept, _: u64) -> io::Result<u64> {
 }
 
 /// Bytes that nobody reads.
-fn socket_buffer(kept: &mut Kept, _: u64) -> io::Result<u64> {
+fn socket_buffer(kept: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     let (reader, writer) = UnixStream::pair()?;
     let size = filled(&writer)?;
     kept.extend([reader.into(), writer.into()]);
@@ -132,7 +132,7 @@ fn socket_buffer(kept: &mut Kept, _: u64) -> io::Result<u64> {
 }
 
 /// The same, as far as both ends of a connection over loopback take them.
-fn tcp_buffer(kept: &mut Kept, _: u64) -> io::Result<u64> {
+fn tcp_buffer(kept: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let writer = std::net::TcpStream::connect(listener.local_addr()?)?;
     let (reader, _) = listener.accept()?;
@@ -141,7 +141,7 @@ fn tcp_buffer(kept: &mut Kept, _: u64) -> io::Result<u64> {
     Ok(size as u64)
 }
 
-fn signal(_: &mut Kept, number: u64) -> io::Result<u64> {
+fn signal(_: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     if number == 0 {
         SigSet::all().thread_block().expect("a mask can be set");
     }
@@ -157,7 +157,7 @@ fn signal(_: &mut Kept, number: u64) -> io::Result<u64> {
     Ok(1)
 }
 
-fn timer(_: &mut Kept, _: u64) -> io::Result<u64> {
+fn timer(_: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     let mut id = 0i32;
     let arguments = [libc::CLOCK_MONOTONIC as usize, 0, &raw mut id as usize, 0, 0, 0];
     call(libc::SYS_timer_create, arguments)?;
@@ -165,7 +165,7 @@ fn timer(_: &mut Kept, _: u64) -> io::Result<u64> {
 }
 
 /// Bytes far from each other: neighbours would be one lock. Few in each file: the kernel walks all of a file's.
-fn lock(kept: &mut Kept, number: u64) -> io::Result<u64> {
+fn lock(kept: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     const EACH: u64 = 500;
     if number.is_multiple_of(EACH) {
         let path = format!("/work/locked-{}-{number}", std::process::id());
@@ -192,7 +192,7 @@ fn lock(kept: &mut Kept, number: u64) -> io::Result<u64> {
 }
 
 /// Each of a few files in each of many lists.
-fn epoll_watch(kept: &mut Kept, number: u64) -> io::Result<u64> {
+fn epoll_watch(kept: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     const FILES: u64 = 200;
     let create = || -> io::Result<OwnedFd> {
         let (fd, _) = UnixStream::pair()?;
@@ -218,14 +218,14 @@ fn epoll_watch(kept: &mut Kept, number: u64) -> io::Result<u64> {
     Ok(1)
 }
 
-fn inotify_instance(kept: &mut Kept, _: u64) -> io::Result<u64> {
+fn inotify_instance(kept: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     let instance = nix::sys::inotify::Inotify::init(nix::sys::inotify::InitFlags::empty())?;
     kept.push(instance.into());
     Ok(1)
 }
 
 /// POSIX's, of the usual size.
-fn queue(_: &mut Kept, number: u64) -> io::Result<u64> {
+fn queue(_: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     let name = c(format!("held-{}-{number}", std::process::id()));
     let flags = (libc::O_CREAT | libc::O_EXCL | libc::O_RDWR) as usize;
     call(libc::SYS_mq_open, [name.as_ptr() as usize, flags, 0o600, 0, 0, 0])?;
@@ -233,7 +233,7 @@ fn queue(_: &mut Kept, number: u64) -> io::Result<u64> {
 }
 
 /// Segments of System V's, of a page each, that are never attached: only a limit of their number counts them.
-fn shared_memory(_: &mut Kept, _: u64) -> io::Result<u64> {
+fn shared_memory(_: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     call(
         libc::SYS_shmget,
         [0, 4096, (libc::IPC_CREAT | 0o600) as usize, 0, 0, 0],
@@ -242,7 +242,7 @@ fn shared_memory(_: &mut Kept, _: u64) -> io::Result<u64> {
 }
 
 /// Sets of one semaphore.
-fn semaphores(_: &mut Kept, _: u64) -> io::Result<u64> {
+fn semaphores(_: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     call(
         libc::SYS_semget,
         [0, 1, (libc::IPC_CREAT | 0o600) as usize, 0, 0, 0],
@@ -251,7 +251,7 @@ fn semaphores(_: &mut Kept, _: u64) -> io::Result<u64> {
 }
 
 /// On files of its own.
-fn lease(kept: &mut Kept, number: u64) -> io::Result<u64> {
+fn lease(kept: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     let file = File::create(format!("/work/leased-{}-{number}", std::process::id()))?;
     set_lease(&file, libc::F_WRLCK)?;
     kept.push(file.into());
@@ -265,7 +265,7 @@ fn set_lease(file: &File, kind: libc::c_int) -> io::Result<()> {
 }
 
 /// Bytes, a page each.
-fn locked_memory(_: &mut Kept, _: u64) -> io::Result<u64> {
+fn locked_memory(_: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     const PAGE: usize = 4096;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
@@ -278,7 +278,7 @@ fn locked_memory(_: &mut Kept, _: u64) -> io::Result<u64> {
 }
 
 /// In a mount namespace of its own.
-fn mount(_: &mut Kept, number: u64) -> io::Result<u64> {
+fn mount(_: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     if number == 0 {
         let flags = libc::CLONE_NEWUSER | libc::CLONE_NEWNS;
         call(libc::SYS_unshare, [flags as usize, 0, 0, 0, 0, 0])?;
@@ -290,7 +290,7 @@ fn mount(_: &mut Kept, number: u64) -> io::Result<u64> {
 }
 
 /// One directory each: a second watch of the same is the first.
-fn inotify_watch(kept: &mut Kept, number: u64) -> io::Result<u64> {
+fn inotify_watch(kept: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     if number == 0 {
         kept.push(
             nix::sys::inotify::Inotify::init(nix::sys::inotify::InitFlags::empty()).map(OwnedFd::from)?,
@@ -311,7 +311,7 @@ fn inotify_watch(kept: &mut Kept, number: u64) -> io::Result<u64> {
     Ok(1)
 }
 
-fn terminal(kept: &mut Kept, _: u64) -> io::Result<u64> {
+fn terminal(kept: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     kept.push(
         OpenOptions::new()
             .read(true)
@@ -329,21 +329,21 @@ fn child_with(flags: libc::c_int) -> io::Result<u64> {
     }
 }
 
-fn namespace(_: &mut Kept, _: u64) -> io::Result<u64> {
+fn namespace(_: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     child_with(libc::CLONE_NEWUSER | libc::CLONE_NEWNET | libc::CLONE_NEWIPC)
 }
 
-fn process(_: &mut Kept, _: u64) -> io::Result<u64> {
+fn process(_: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     child_with(0)
 }
 
-fn file(kept: &mut Kept, _: u64) -> io::Result<u64> {
+fn file(kept: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     kept.push(File::open("/dev/null")?.into());
     Ok(1)
 }
 
 /// The kernel remembers that there is no such name.
-fn missing_name(_: &mut Kept, number: u64) -> io::Result<u64> {
+fn missing_name(_: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     let path = format!("/work/missing-{}-{number}", std::process::id());
     match Path::new(&path).symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(1),
@@ -351,7 +351,7 @@ fn missing_name(_: &mut Kept, number: u64) -> io::Result<u64> {
     }
 }
 
-fn huge_page(_: &mut Kept, _: u64) -> io::Result<u64> {
+fn huge_page(_: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_POPULATE;
     let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
     let nowhere = usize::MAX;
@@ -362,13 +362,13 @@ fn huge_page(_: &mut Kept, _: u64) -> io::Result<u64> {
     Ok(1)
 }
 
-fn tcp_port(kept: &mut Kept, number: u64) -> io::Result<u64> {
+fn tcp_port(kept: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     port(kept, number, |port| {
         TcpListener::bind(("0.0.0.0", port)).map(OwnedFd::from)
     })
 }
 
-fn udp_port(kept: &mut Kept, number: u64) -> io::Result<u64> {
+fn udp_port(kept: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     port(kept, number, |port| {
         UdpSocket::bind(("0.0.0.0", port)).map(OwnedFd::from)
     })
@@ -376,7 +376,7 @@ fn udp_port(kept: &mut Kept, number: u64) -> io::Result<u64> {
 
 /// Of those that the kernel gives to programs that name none, `ip_local_port_range`: each by its number, because the kernel
 /// tries port after port for port 0, which takes minutes for all of them. One that is taken already counts nothing.
-fn port(kept: &mut Kept, number: u64, bind: impl Fn(u16) -> io::Result<OwnedFd>) -> io::Result<u64> {
+fn port(kept: &mut HeldDescriptors, number: u64, bind: impl Fn(u16) -> io::Result<OwnedFd>) -> io::Result<u64> {
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
     let ends: Vec<u64> = range.split_whitespace().flat_map(str::parse).collect();
     let port = ends[0] + number;
@@ -392,14 +392,14 @@ fn port(kept: &mut Kept, number: u64, bind: impl Fn(u16) -> io::Result<OwnedFd>)
 }
 
 /// The same names in every job.
-fn abstract_name(kept: &mut Kept, number: u64) -> io::Result<u64> {
+fn abstract_name(kept: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     let name = SocketAddr::from_abstract_name(format!("user-factory-held-{number}"))?;
     kept.push(UnixListener::bind_addr(&name)?.into());
     Ok(1)
 }
 
 /// A line each in the kernel's table of connections, where it has one: each is to another port, and is not answered.
-fn connection(kept: &mut Kept, number: u64) -> io::Result<u64> {
+fn connection(kept: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
     if number == 0 {
         kept.push(UdpSocket::bind("127.0.0.1:0")?.into());
     }
@@ -413,7 +413,7 @@ fn connection(kept: &mut Kept, number: u64) -> io::Result<u64> {
     }
 }
 
-fn crash(_: &mut Kept, _: u64) -> io::Result<u64> {
+fn crash(_: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
     let pid = fork(|| {
         let action = [libc::SIG_DFL, 0, 0, 0];
         let segv = libc::SIGSEGV as usize;

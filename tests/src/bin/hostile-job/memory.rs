@@ -23,15 +23,15 @@ pub const ATTEMPTS: &[Attempt] = &[
 const PIECE: usize = 1 << 16;
 
 /// Something that holds memory as long as it is kept, and how much it is.
-type Held = (Box<dyn std::any::Any>, usize);
+type HeldMemory = (Box<dyn std::any::Any>, usize);
 
-fn anonymous() -> io::Result<Held> {
+fn anonymous() -> io::Result<HeldMemory> {
     // Not of one byte only, lest something find out that all pages are alike.
     let page: Vec<u8> = (0..PIECE).map(|n| (n / 4096 + n) as u8).collect();
     Ok((Box::new(page), PIECE))
 }
 
-fn in_shared_memory() -> io::Result<Held> {
+fn in_shared_memory() -> io::Result<HeldMemory> {
     let mut file = OpenOptions::new()
         .create(true)
         .append(true)
@@ -40,7 +40,7 @@ fn in_shared_memory() -> io::Result<Held> {
     Ok((Box::new(()), PIECE))
 }
 
-fn in_a_memfd() -> io::Result<Held> {
+fn in_a_memfd() -> io::Result<HeldMemory> {
     let fd = nix::sys::memfd::memfd_create("bomb", nix::sys::memfd::MFdFlags::empty())?;
     let mut file = File::from(fd);
     let piece = vec![1; 16 * PIECE];
@@ -61,21 +61,21 @@ pub fn filled(mut end: impl Write + AsFd) -> io::Result<usize> {
     }
 }
 
-fn in_a_pipe() -> io::Result<Held> {
+fn in_a_pipe() -> io::Result<HeldMemory> {
     let (out, into) = pipe2(OFlag::O_CLOEXEC)?;
     let into = File::from(into);
     let total = filled(&into)?;
     Ok((Box::new((out, into)), total))
 }
 
-fn in_a_socket() -> io::Result<Held> {
+fn in_a_socket() -> io::Result<HeldMemory> {
     let (out, into) = UnixStream::pair()?;
     let total = filled(&into)?;
     Ok((Box::new((out, into)), total))
 }
 
 /// Hold this much memory of the kind that the word says. The error is why there was no more.
-fn hold(kind: &str, bytes: u64) -> (Vec<Held>, u64, Option<io::Error>) {
+fn hold(kind: &str, bytes: u64) -> (Vec<HeldMemory>, u64, Option<io::Error>) {
     let one = match kind {
         "anonymous" => anonymous,
         "shared-memory" => in_shared_memory,
