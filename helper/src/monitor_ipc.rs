@@ -7,17 +7,17 @@ use std::os::fd::BorrowedFd;
 use protocol::{BootstrapToken, Error, ErrorKind, Seqpacket, WorkerId, wire};
 use serde::{Deserialize, Serialize};
 
-/// What a session may ask of the monitor. The socket that comes with it takes the answer.
+/// A request of a session to the monitor. The answer goes to the socket that comes with it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MonitorRequest {
     /// Make the worker's first process. Answer: `Filter` and `Ready`; then, after `Go`, `Done`.
     Launch {
-        /// It has a record, from which slot and uid are read.
+        /// The worker, whose record has its slot and uid.
         worker: WorkerId,
-        /// For the agent's command line.
+        /// The token for the agent's command line.
         bootstrap: BootstrapToken,
     },
-    /// Nothing of the worker is on the disk any more: forget its quota. Answer: `Done`.
+    /// Clear the quota of the worker, of which nothing is on the disk any more. Answer: `Done`.
     #[expect(missing_docs, reason = "there is one field")]
     ClearQuota { worker: WorkerId },
 }
@@ -27,16 +27,16 @@ impl MonitorRequest {
     pub const MAX: usize = 1 + 16 + 1 + 128;
 }
 
-/// Why a request was not carried out: one to the monitor, or one of the supervisor's that takes nothing but the host.
+/// Why a request was not carried out: a request to the monitor, or one of the supervisor that depends on the host alone.
 #[derive(Debug)]
 pub enum Failure {
-    /// The host could not: the whole chain of reasons is sent.
+    /// The host could not do it. The whole chain of reasons is sent.
     Failed(anyhow::Error),
-    /// The same again may succeed.
+    /// The same request may succeed if it is repeated.
     Busy(String),
 }
 
-/// Let `?` make an error of an operation from these.
+/// Implement `From` for the error of an operation, so that `?` converts these errors.
 macro_rules! from {
     ($error:ident { $($variant:ident($of:ty)),+ }) => {
         $(impl From<$of> for $error {
@@ -51,7 +51,7 @@ pub(crate) use from;
 
 from!(Failure { Failed(anyhow::Error) });
 
-/// The reason of another process.
+/// The error that another process has sent.
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
         match error.kind {
@@ -73,15 +73,15 @@ impl From<Failure> for Error {
 /// A message between a session and the process that carries out its request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HandshakeMessage {
-    /// All is prepared but the filter of system calls, which is installed next.
+    /// Everything is prepared except the filter of system calls, which is installed next.
     Filter,
-    /// All is prepared; write down that the agent is started, and say so.
+    /// Everything is prepared: the session must record the start of the agent, and then send `Go`.
     Ready,
-    /// It is written down.
+    /// The start of the agent is recorded.
     Go,
     /// The kernel has accepted the agent's program, or the request is carried out.
     Done,
-    /// It could not be, for this reason.
+    /// The request was not carried out, for this reason.
     Failed(Error),
 }
 
@@ -89,12 +89,12 @@ impl HandshakeMessage {
     /// The longest message, in bytes: its number, the kind of the error, and a sentence with its length.
     pub const MAX: usize = 1 + 1 + 3 + Error::MAX_MESSAGE;
 
-    /// For this reason.
+    /// A `Failed` message with this reason.
     pub fn failed(reason: impl Into<Failure>) -> HandshakeMessage {
         HandshakeMessage::Failed(reason.into().into())
     }
 
-    /// It does not block: a receiver that is what it should be has room for the few messages of a start.
+    /// Send the message. This does not block: a receiver that behaves as it should has room for the few messages of a start.
     ///
     /// # Errors
     /// Those of `sendmsg(2)`.

@@ -38,15 +38,15 @@ use crate::{privileges, sys};
 
 /// The most connections that are served at once; the supervisor makes one for each operation.
 const MAX_SESSIONS: usize = 256;
-/// The most that are told so beyond these. Others wait in the socket's queue.
+/// The most further connections that are answered with `Busy` at once. Others wait in the socket's queue.
 const MAX_BUSY: usize = 64;
 
-/// A listener that does not accept after this time is late, and the monitor says so.
+/// The time after which a listener that does not accept yet is late, and the monitor logs it.
 const LATE_AFTER: Duration = Duration::from_secs(10);
-/// From the start of one listener to the start of the next, at least: one that ends at once must not use the
+/// The least time from the start of one listener to the start of the next: one that ends at once must not use the
 /// processor up.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
-/// After a connection could not be accepted.
+/// The pause after a connection could not be accepted.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// A session's exit status when the configuration or the host's accounts were not as the listener had read them.
@@ -56,7 +56,7 @@ const EXIT_AFTER_READ: i32 = 1;
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
-    /// The one uid that is served.
+    /// The only uid that is served.
     client: u32,
     /// The sessions' end of the socket on which they ask the monitor.
     monitor_socket: Seqpacket,
@@ -80,7 +80,7 @@ struct Child {
 #[derive(Debug)]
 struct Outage {
     since: Instant,
-    /// It was logged that it lasts too long. From then on the monitor answers connections.
+    /// Was it logged that the outage lasts too long? From then on the monitor answers connections.
     is_logged: bool,
     next: Next,
 }
@@ -102,7 +102,7 @@ impl Outage {
         }
     }
 
-    /// The reason, and what an operator can do.
+    /// The reason of the outage, and what an operator can do.
     fn sentence(&self, now: Instant) -> String {
         let seconds = now.duration_since(self.since).as_secs();
         match &self.next {
@@ -120,7 +120,7 @@ impl Outage {
 }
 
 impl Listener {
-    /// For a socket that listens. [`Listener::tick`] starts the process.
+    /// A listener for this listening socket. [`Listener::tick`] starts its process.
     pub fn new(socket: OwnedFd, client: u32, monitor_socket: Seqpacket, now: Instant) -> Result<Listener> {
         // The standard library's listener does not mind that packets have borders.
         let socket = UnixListener::from(socket);
@@ -177,7 +177,7 @@ impl Listener {
         late.into_iter().chain(start).min()
     }
 
-    /// What the monitor waits for, while no listener accepts.
+    /// The descriptors that the monitor waits for while no listener accepts.
     pub fn events(&self) -> Vec<PollFd<'_>> {
         let State::Down(outage) = &self.state else {
             return Vec::new();
@@ -213,7 +213,7 @@ impl Listener {
         false
     }
 
-    /// A child of the monitor has ended: maybe this one.
+    /// Handle the end of a child of the monitor, which may be the listener.
     pub fn ended(&mut self, ended: Pid, status: ExitStatus, now: Instant) {
         let child = match &self.state {
             State::Accepting(child) => child,
@@ -251,7 +251,7 @@ fn start(host: &Host, listener: &Listener) -> Result<(Pid, File)> {
     Ok((pid, ready.into()))
 }
 
-/// All that the listener does.
+/// The listener's loop.
 fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> Result<()> {
     let Listener {
         socket,
@@ -316,7 +316,7 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
     }
 }
 
-/// The next connection of the client's. None where there is none, or it was another's.
+/// Accept the next connection. None where there is none, or it was another uid's.
 fn accept(socket: &UnixListener, client: u32) -> io::Result<Option<(OwnedFd, Peer)>> {
     let connection = match socket.accept() {
         Ok((connection, _)) => OwnedFd::from(connection),

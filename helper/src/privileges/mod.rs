@@ -9,7 +9,7 @@ use caps::{CapSet, Capability};
 
 use crate::sys;
 
-/// The kinds of processes, from the most privileged. None ever becomes one that is above it.
+/// The kinds of processes, from the most privileged on. No process ever becomes a more privileged one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ProcessKind {
     /// The monitor; and what it forks until that is of another kind: builders, listeners, workers' first processes.
@@ -33,7 +33,7 @@ pub enum Filter {
     Job,
 }
 
-/// Every capability that any of them has: who is the last to keep it, and for what.
+/// Every capability that any process has: the least privileged kind that keeps it, and what it is needed for.
 #[rustfmt::skip]
 pub const CAPABILITIES: [(Capability, ProcessKind, &str); 11] = [
     (Capability::CAP_SETUID, ProcessKind::Session, "becoming the job's user"),
@@ -50,16 +50,16 @@ pub const CAPABILITIES: [(Capability, ProcessKind, &str); 11] = [
 ];
 
 impl ProcessKind {
-    /// In their order.
+    /// All kinds, the most privileged first.
     pub const ALL: [ProcessKind; 4] = [Self::Monitor, Self::Session, Self::Child, Self::Job];
 
-    /// What such a process has in its permitted and effective sets; the others are empty.
+    /// The capabilities in the permitted and effective sets of such a process; its other sets are empty.
     pub fn capabilities(self) -> HashSet<Capability> {
         let kept = CAPABILITIES.iter().filter(|(_, last, _)| self <= *last);
         kept.map(|(capability, ..)| *capability).collect()
     }
 
-    /// The filter that it installs, and the kind that has forked it, whose filters stay before it.
+    /// The filter that such a process installs, and the kind that has forked it, whose filters still apply.
     const fn filter_and_parent(self) -> (Option<Filter>, Option<ProcessKind>) {
         match self {
             ProcessKind::Monitor => (Some(Filter::Monitor), None),
@@ -69,7 +69,7 @@ impl ProcessKind {
         }
     }
 
-    /// The filters that are before such a process, in the order in which they were installed.
+    /// The filters that apply to such a process, in the order in which they were installed.
     pub fn filters(self) -> Vec<Filter> {
         let (own, parent) = self.filter_and_parent();
         let inherited = parent.map_or_else(Vec::new, ProcessKind::filters);
@@ -109,7 +109,7 @@ impl ProcessKind {
         sys::filter_system_calls(&filter).context("cannot filter system calls")
     }
 
-    /// While it still may be changed: after that nothing can add a capability that this kind does not keep.
+    /// Remove the capabilities that this kind does not keep from the bounding set: nothing can add them afterwards.
     pub fn limit_bounding_set(self) -> Result<()> {
         for capability in caps::all().difference(&self.capabilities()) {
             // EINVAL: newer than this kernel.

@@ -41,15 +41,15 @@ fn open_own(parent: impl AsFd, name: &Path) -> nix::Result<OwnedFd> {
     Ok(dir)
 }
 
-/// Its entries, by a descriptor that shares its offset: nobody else reads by it.
+/// List the directory's entries, by a descriptor that shares its offset: nobody else reads by it.
 fn entries(dir: &OwnedFd) -> Result<OwningIter> {
     Ok(Dir::from_fd(dir.try_clone()?)?.into_iter())
 }
 
-/// From so many files on, a second process helps.
+/// The number of files from which on a second process helps.
 const MANY: usize = 1000;
 
-/// So many directories' names the second process remembers, whatever a job has left.
+/// The most names of directories that the second process remembers, whatever a job has left.
 const MOST_OF_SECOND: usize = 1 << 14;
 
 /// Empty the writable directories, as their owner. Each process of the two would do it alone: what one finds gone is no error.
@@ -114,22 +114,23 @@ fn name_of(name: &CStr) -> OsString {
     OsStr::from_bytes(name.to_bytes()).to_owned()
 }
 
-/// Directories within a directory that are still to do.
+/// The subdirectories of a directory that are still to be removed.
 struct PendingDir {
-    /// The next one last.
+    /// The names of the subdirectories, the next one last.
     names: Vec<OsString>,
-    /// Are they all that is left in it?
+    /// Are these all entries that are left in the directory?
     is_all: bool,
 }
 
 impl PendingDir {
-    /// So many are remembered at once.
+    /// The most names that are remembered at once.
     const MOST: usize = 1024;
-    /// So many bytes of names of what is no directory, until they are removed; and so many for each name.
+    /// The most bytes of names of non-directories that are collected before these are removed; and the bytes that each
+    /// name counts besides its length.
     const FILES: usize = 8 << 20;
     const FILE: usize = 48;
 
-    /// Remove what is no directory.
+    /// Remove everything but subdirectories, and collect the names of these.
     fn begin(own: &OwnedFd, count: &mut dyn FnMut()) -> Result<PendingDir> {
         let mut pending = PendingDir {
             names: Vec::new(),
@@ -162,7 +163,7 @@ impl PendingDir {
         Ok(pending)
     }
 
-    /// In the order of inodes: in that of a listing, the kernel would visit each block of inodes many times.
+    /// Remove these files in the order of their inodes: in that of a listing, the kernel would visit each block of inodes many times.
     fn remove(
         &mut self,
         own: &OwnedFd,
@@ -182,13 +183,13 @@ impl PendingDir {
     }
 }
 
-/// Nothing is left to do in it.
+/// A directory in which nothing is left to remove.
 const DONE: PendingDir = PendingDir {
     names: Vec::new(),
     is_all: true,
 };
 
-/// A directory above the one that is being emptied: what of it is still to do, and the name of the next one below.
+/// A directory above the one that is being emptied: its remaining subdirectories, and the name of the one that was entered.
 struct ParentDir {
     pending: PendingDir,
     next: OsString,
@@ -202,7 +203,7 @@ struct ParentDir {
 struct DirStack<D>(Vec<(usize, D)>);
 
 impl<D> DirStack<D> {
-    /// So many are left open on the way down, and so many at most.
+    /// The number of directories that are left open on the way down, and the most that are open at any time.
     const DOWN: usize = 64;
     const MOST: usize = 256;
 

@@ -9,15 +9,15 @@ use crate::buildomat::JobId;
 /// The factory at a glance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// Of the supervisor's package: `0.1.0`.
+    /// The version of the supervisor's package: `0.1.0`.
     pub version: String,
-    /// [`protocol::VERSION`], which the helper's must equal.
+    /// The version of the protocol ([`protocol::VERSION`]), which the helper's must equal.
     pub protocol: u16,
     /// When this was answered, by the host's clock: ages are counted from it.
     pub now: Timestamp,
     /// When the supervisor started.
     pub started: Timestamp,
-    /// What was loaded last.
+    /// The configuration that was loaded last.
     pub configuration: Configuration,
     /// The buildomat server.
     pub server: PeerStatus,
@@ -31,9 +31,9 @@ pub struct Status {
     /// What the operator has drained.
     #[serde(default)]
     pub drains: Vec<Drain>,
-    /// Of the configuration, by name, and those that it has lost and that still have a worker.
+    /// All slots of the configuration, by name, and removed slots that still have a worker.
     pub slots: Vec<Slot>,
-    /// All that are not yet forgotten.
+    /// All workers that the supervisor has not forgotten yet.
     pub workers: Vec<Worker>,
     /// Why the supervisor cannot save its state, or may soon not be able to.
     #[serde(default)]
@@ -63,29 +63,29 @@ pub struct Status {
 /// What a self-test of all slots has found (`user-factory selftest`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SelfTest {
-    /// When it came to its end. In a request, the supervisor says it.
+    /// When the self-test ended. In a request it is ignored: the supervisor sets it.
     #[serde(default)]
     pub at: Timestamp,
-    /// What did not hold, in one line of at most 1000 characters; none where all did.
+    /// Which check failed, in one line of at most 1000 characters; none where all passed.
     pub failure: Option<String>,
 }
 
 /// An operator's drain: no jobs are taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
-    /// None: on all slots. In a request, the path says it.
+    /// The drained slot; none where all slots are. In a request it is ignored: the path has it.
     #[serde(default)]
     pub slot: Option<SlotName>,
     /// The operator's text.
     #[serde(default)]
     pub reason: Option<String>,
-    /// When jobs are taken again by themselves.
+    /// When the drain ends by itself; none where it lasts until `resume`.
     #[serde(default)]
     pub until: Option<Timestamp>,
 }
 
 impl Drain {
-    /// Reason and end, as they follow a word; nothing where neither is said.
+    /// Reason and end, as text that follows a word; empty where neither is given.
     pub fn details(&self) -> String {
         let until = self.until.map(|end| format!("until {end}"));
         let all: Vec<String> = self.reason.clone().into_iter().chain(until).collect();
@@ -99,9 +99,9 @@ impl Drain {
 /// The configuration in use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Configuration {
-    /// Of the file.
+    /// The path of the configuration file.
     pub path: String,
-    /// When the supervisor read it with success.
+    /// When the supervisor last loaded it.
     pub loaded: Timestamp,
     /// Why the last reload changed nothing.
     pub refused: Option<String>,
@@ -113,11 +113,11 @@ pub struct Configuration {
 /// The buildomat server, or the helper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerStatus {
-    /// A URL, or the path of a socket.
+    /// The peer's URL, or the path of its socket.
     pub address: String,
-    /// None before the first answer.
+    /// Does it answer? None before the first answer.
     pub reachable: Option<bool>,
-    /// Since when it is so.
+    /// Since when `reachable` is as it is.
     pub since: Timestamp,
     /// Why it is not reachable.
     pub trouble: Option<String>,
@@ -132,7 +132,7 @@ pub struct PeerStatus {
 pub enum SlotState {
     /// It can take a job now.
     Free,
-    /// It could, but the factory takes no jobs.
+    /// The slot could take a job, but the factory takes none.
     Closed,
     /// A job is running on it, or its worker is being made or deleted.
     Busy,
@@ -153,7 +153,7 @@ pub enum SlotState {
 }
 
 impl SlotState {
-    /// For metrics, which have a series for each.
+    /// All states, for metrics, which have a series for each.
     pub const ALL: [SlotState; 9] = [
         SlotState::Free,
         SlotState::Closed,
@@ -166,7 +166,7 @@ impl SlotState {
         SlotState::Removed,
     ];
 
-    /// As in JSON and in labels of metrics.
+    /// The state's name in JSON and in labels of metrics.
     pub fn name(self) -> &'static str {
         match self {
             SlotState::Free => "free",
@@ -190,22 +190,22 @@ impl SlotState {
 /// One slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slot {
-    /// As the configuration has it.
+    /// The slot's name in the configuration.
     pub name: SlotName,
-    /// None for one that is no longer in the configuration, or whose target's name is not looked up yet.
+    /// The target's id; none for a slot that is no longer in the configuration, or whose target's name is not looked up yet.
     pub target: Option<TargetId>,
-    /// As the configuration names the target, where that is no id.
+    /// The target's name in the configuration; none where the configuration has its id.
     #[serde(default)]
     pub target_name: Option<TargetName>,
-    /// One of them, where several are true.
+    /// What the slot is doing; where several states apply, one of them.
     pub state: SlotState,
     /// What the state alone does not say: the conflict, the end of the cooldown.
     pub because: Option<String>,
-    /// The worker that has it.
+    /// The worker that occupies the slot.
     pub worker: Option<WorkerId>,
     /// The job of that worker, or the one that is leased for the slot.
     pub job: Option<JobId>,
-    /// Since when it has its worker.
+    /// Since when the slot has its worker.
     pub since: Option<Timestamp>,
 }
 
@@ -219,27 +219,27 @@ impl Slot {
 /// One worker, as the supervisor knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Worker {
-    /// The server's, and the helper's.
+    /// The worker's id, the same on the server and the helper.
     pub id: WorkerId,
-    /// The slot that it has, also after the configuration has lost it.
+    /// The slot that the worker occupies, also after the slot was removed from the configuration.
     pub slot: SlotName,
     /// reserved, created, running, online, clearing, broken, held, destroying or destroyed.
     pub phase: String,
-    /// Since when it is in this phase.
+    /// Since when the worker is in this phase.
     pub since: Timestamp,
-    /// None where it was found without one, on the server or on the host.
+    /// The worker's job; none where the worker was found without one, on the server or on the host.
     pub job: Option<JobId>,
-    /// Its user on this host.
+    /// The name of the worker's user on this host.
     pub user: String,
-    /// None where the helper does not list it: not made yet, or deleted.
+    /// The user's uid; none where the helper does not list the worker: it is not made yet, or deleted.
     pub uid: Option<u32>,
-    /// Bytes that it has on this host's disk, where the helper counts them: this needs user quotas.
+    /// Bytes that the worker has on this host's disk; none where the helper cannot count them, which needs user quotas.
     pub disk: Option<u64>,
-    /// Held on the server, and since when.
+    /// Since when the worker is held on the server; none where it is not.
     pub hold: Option<Timestamp>,
     /// Why it failed.
     pub failure: Option<String>,
-    /// What stands in its way just now.
+    /// Why its next action fails at present.
     pub trouble: Option<String>,
     /// What happens next, or what an operator has to do.
     pub next: String,
@@ -248,7 +248,7 @@ pub struct Worker {
 /// A worker of this factory on the server that may be another host's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForeignWorker {
-    /// As the server lists it.
+    /// The worker's id on the server.
     pub id: WorkerId,
     /// Its owner tag, or whatever the server has instead.
     pub private: Option<String>,
@@ -261,7 +261,7 @@ pub struct ForeignWorker {
 /// One worker, with what has to be read from the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Details {
-    /// As in [`Status::workers`].
+    /// The worker, as in [`Status::workers`].
     pub worker: Worker,
     /// Its phases so far, the oldest first.
     pub history: Vec<Step>,
@@ -271,7 +271,7 @@ pub struct Details {
     pub memory: u64,
     /// The last lines of its console, without control characters.
     pub console: Vec<String>,
-    /// What it has connected to or was refused, without the host's network. None where that is nothing.
+    /// Destinations that the job has connected to or was refused, without the host's network; none where there are none.
     #[serde(default)]
     pub egress: Option<EgressReport>,
 }
@@ -281,40 +281,40 @@ pub struct Details {
 pub struct EgressReport {
     /// Destinations to which there were connections, by name.
     pub used: Vec<DestinationUse>,
-    /// Those that were refused.
+    /// Destinations that were refused, by name.
     pub refused: Vec<DestinationUse>,
 }
 
 /// One destination.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DestinationUse {
-    /// `HOST:PORT`.
+    /// The destination, `HOST:PORT`.
     pub destination: String,
     /// How many connections there were, or were refused.
     pub connections: u64,
-    /// The time of the last.
+    /// When the last connection was made or refused.
     pub last: Timestamp,
 }
 
 /// The beginning of a phase.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// By the host's clock at that time.
+    /// When the phase began, by the host's clock at that time.
     pub at: Timestamp,
-    /// As in [`Worker::phase`].
+    /// The phase's name, as in [`Worker::phase`].
     pub phase: String,
-    /// Why, where the phase does not say it: a failure's reason.
+    /// Why the phase began, where its name does not say it: a failure's reason.
     pub note: Option<String>,
 }
 
 /// A process of a worker's user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
-    /// The host's, not that of the job's namespace.
+    /// The process id on the host, not in the job's namespace.
     pub pid: i32,
-    /// `comm` of `proc_pid_stat(5)`: at most 15 bytes, which the job may choose.
+    /// The process's name (`comm` of `proc_pid_stat(5)`): at most 15 bytes, which the job may choose.
     pub name: String,
-    /// As in `proc_pid_stat(5)`: R, S, D, T, Z …
+    /// The process's state, as in `proc_pid_stat(5)`: R, S, D, T, Z …
     pub state: char,
     /// Resident memory in bytes.
     pub memory: u64,
@@ -325,11 +325,11 @@ pub struct Process {
 pub struct Problem {
     /// By the host's clock at that time.
     pub at: Timestamp,
-    /// None where it is about no worker.
+    /// The worker that the line is about, if any.
     pub worker: Option<WorkerId>,
-    /// None where it is about no slot.
+    /// The slot that the line is about, if any.
     pub slot: Option<SlotName>,
-    /// One sentence.
+    /// The log line, one sentence.
     pub text: String,
 }
 

@@ -20,68 +20,68 @@ use crate::factory::{Input, Level, LogLine};
 use crate::token::TokenStore;
 use crate::{config_check, settings};
 
-/// So many warnings and errors are kept.
+/// The most warnings and errors that are kept.
 const MAX_PROBLEMS: usize = 50;
 
 /// What the loop is told or asked from outside, and where the answer goes. An error is one sentence.
 #[derive(Debug)]
 pub enum Command {
-    /// Straight to the core.
+    /// An input for the core, passed on unchanged.
     Input(Input),
     /// The whole status, which changes nothing.
     Status(oneshot::Sender<Status>),
     /// Take no new jobs, on this slot or on all; or take them again.
     Drain {
-        /// None: all slots.
+        /// The slot to drain; none for all slots.
         slot: Option<SlotName>,
-        /// None: take jobs again.
+        /// The new drain; none to take jobs again.
         drain: Option<Drain>,
-        /// Logged with the drain.
+        /// Who drains, for the log.
         by: Operator,
-        /// Ok once the drain is on the disk.
+        /// Gets Ok once the drain is on the disk.
         answer: ReplySender,
     },
     /// Delete a worker, held or not; its job fails.
     Destroy {
-        /// Refused where the factory knows no such worker.
+        /// The worker to delete. Refused where the factory knows no such worker.
         worker: WorkerId,
-        /// Logged with the deletion.
+        /// Who deletes it, for the log.
         by: Operator,
-        /// Ok once the deletion has begun, not when it is done.
+        /// Gets Ok once the deletion has begun, not when it is done.
         answer: ReplySender,
     },
     /// End a worker's processes, and keep its files.
     Kill {
-        /// Refused where the factory does not own it.
+        /// The worker. Refused where the factory does not own it.
         worker: WorkerId,
-        /// Logged with the order.
+        /// Who ends them, for the log.
         by: Operator,
-        /// Ok once the order is taken.
+        /// Gets Ok once the command is accepted.
         answer: ReplySender,
     },
     /// The host is being shut down.
     HostStops {
-        /// Who says so.
+        /// Who announces it, for the log.
         by: Operator,
-        /// Answered at once.
+        /// Gets its answer at once.
         answer: ReplySender,
     },
     /// A self-test of all slots has come to its end: what did not hold.
     SelfTested {
-        /// In a sentence; none where every slot passed.
+        /// Which check failed, in a sentence; none where every slot passed.
         failure: Option<String>,
-        /// Logged with the result.
+        /// Who ran it, for the log.
         by: Operator,
-        /// Always ok, whatever the result.
+        /// Always gets Ok, whatever the result.
         answer: ReplySender,
     },
     /// Read the configuration again. `refused`: why the helper would not start with it.
     Reload {
-        /// Logged with the reload.
+        /// Who reloads, for the log.
         by: Operator,
-        /// In a sentence of the helper's; then the old configuration stays in use.
+        /// Why the helper refuses it, in a sentence of the helper's; then the old configuration stays in use.
         refused: Option<String>,
-        /// Ok once the new configuration is in use.
+        /// Gets Ok once the new configuration is in use.
         answer: ReplySender,
     },
 }
@@ -121,15 +121,15 @@ pub struct StatusState {
     refused: Option<String>,
     server: String,
     helper: String,
-    /// With their times: those in them are made when they are shown.
+    /// The last problems with their times in milliseconds; their time stamps are made when they are shown.
     problems: VecDeque<(u64, api::Problem)>,
-    /// Shared with the server that prints them.
+    /// The metrics, shared with the server that prints them.
     pub metrics: Arc<Metrics>,
-    /// Shared with the egress proxy.
+    /// What jobs have connected to, shared with the egress proxy.
     pub egress: Arc<EgressRecords>,
-    /// None without `factory.status_address`.
+    /// The status page's listener; none without `factory.status_address`.
     pub page: Option<Arc<StatusPage>>,
-    /// For where the token in use was read. None in a simulation.
+    /// The tokens, for where the token in use was read; none in a simulation.
     pub tokens: Option<TokenStore>,
 }
 

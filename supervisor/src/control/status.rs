@@ -19,27 +19,27 @@ pub fn time(ms: u64) -> Timestamp {
     Timestamp::from_millisecond(ms).unwrap_or(Timestamp::MAX)
 }
 
-/// The core, as it is shown.
+/// What the status is made of: the core and the time at which it is shown.
 #[derive(Clone, Copy, Debug)]
 pub struct StatusInput<'a> {
-    /// Read only: nothing is decided here.
+    /// The core, which is only read: nothing is decided here.
     pub factory: &'a Factory,
-    /// The core's time.
+    /// The core's time, in milliseconds.
     pub now: u64,
-    /// By how many milliseconds the host's clock is ahead of it: all that is shown is in the host's time.
+    /// By how many milliseconds the host's clock is ahead of `now`: all that is shown is in the host's time.
     pub ahead: i64,
 }
 
-/// What all slots are looked up in.
+/// What the state of each slot is looked up in.
 struct Taken<'a> {
     owned: BTreeMap<&'a SlotName, &'a Worker>,
     orphans: BTreeMap<&'a SlotName, WorkerId>,
     pending: BTreeMap<&'a SlotName, &'a PendingWorker>,
-    /// By which used slot.
+    /// Slots that are excluded, each with the used slot that conflicts with it.
     excluded: BTreeMap<&'a SlotName, &'a SlotName>,
-    /// A worker waits for them.
+    /// Slots for which a lost worker waits.
     reserved: &'a BTreeSet<SlotName>,
-    /// Where there are as many workers as slots: a removed slot that still has one.
+    /// A removed slot that still has a worker, where there are as many workers as slots.
     removed: Option<&'a SlotName>,
 }
 

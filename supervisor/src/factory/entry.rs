@@ -10,9 +10,9 @@ use crate::worker::{Action, Worker};
 /// One worker's id.
 #[derive(Debug)]
 pub struct Entry {
-    /// What it is to this factory.
+    /// What the worker is to this factory.
     pub state: State,
-    /// The helper's last list has it.
+    /// The worker as the helper's last list shows it; none where that list lacks it.
     pub on_host: Option<WorkerInfo>,
 }
 
@@ -30,15 +30,15 @@ pub enum State {
 /// A worker of this factory.
 #[derive(Debug)]
 pub struct Owned {
-    /// As it is saved.
+    /// The worker as the database has it.
     pub worker: Worker,
-    /// To the server and the helper.
+    /// The calls to the server and the helper for it.
     pub calls: Calls,
-    /// When it became known: a server list asked for before does not show it.
+    /// The number of the input at which it became known: a server list requested before does not show it.
     pub known: u64,
-    /// Since when the server's lists do not show it.
+    /// Since when the server's lists do not show it, in milliseconds of the core's time; none while they do.
     pub missing_since: Option<u64>,
-    /// When to renew its lease; None when it needs no more.
+    /// When to renew its lease, in milliseconds of the core's time; none if it needs no renewal any more.
     pub renew_at: Option<u64>,
 }
 
@@ -47,20 +47,20 @@ pub struct Owned {
 pub struct Orphan {
     /// The slot that it occupies on the host.
     pub slot: Option<SlotName>,
-    /// How it is deleted.
+    /// The action that deletes it: on the host, or on the server.
     pub action: Action,
-    /// To the server and the helper.
+    /// The calls to the server and the helper for it.
     pub calls: Calls,
-    /// As before it was decided to delete it.
+    /// What was known of it before it was decided to delete it.
     pub unknown: Unknown,
 }
 
 /// What is known of a worker that the database does not have.
 #[derive(Clone, Debug, Default)]
 pub struct Unknown {
-    /// None where the server's last list lacks it.
+    /// What the server's last list says of it; none where that list lacks it.
     pub listed: Option<Listed>,
-    /// None where nothing points to another host.
+    /// Why it may belong to another host; none where nothing points to one.
     pub foreign: Option<Foreign>,
     /// The operator wants it deleted.
     pub to_delete: bool,
@@ -68,40 +68,40 @@ pub struct Unknown {
     pub ended: Option<u64>,
 }
 
-/// The server's last list has it.
+/// What the core notes of a worker that the server's last list has.
 #[derive(Clone, Copy, Debug)]
 pub struct Listed {
     /// The number of the input at which a list first showed it.
     pub input_number: u64,
-    /// From when on it waits for a slot.
+    /// Since when it waits for a slot, in milliseconds of the core's time.
     pub since: u64,
 }
 
-/// It may be another host's worker.
+/// A worker that may belong to another host.
 #[derive(Clone, Debug)]
 pub struct Foreign {
     /// Its owner tag on the server; none where it has not been associated.
     pub private: Option<String>,
-    /// What makes it another host's, or may.
+    /// Why it may belong to another host.
     pub why: ForeignReason,
     /// When that was first seen, in milliseconds of the core's time.
     pub since: u64,
-    /// When it was last listed.
+    /// When the server last listed it, in milliseconds of the core's time.
     pub seen: u64,
 }
 
 /// The calls for one worker, one at a time.
 #[derive(Debug, Default)]
 pub struct Calls {
-    /// The one that has no answer yet.
+    /// The action whose call has no answer yet; none while no call is under way.
     pub action: Option<Action>,
-    /// Failures in a row.
+    /// The pause after consecutive failures.
     pub backoff: Backoff,
-    /// Not before this time, and because of this peer.
+    /// No call is made before this time (milliseconds of the core's), because a call to this peer failed.
     pub retry: Option<(u64, Peer)>,
-    /// The number of the input at which the last one began or ended: a host list asked for before is stale.
+    /// The number of the input at which the last call began or ended: a host list requested before is stale.
     pub touched: u64,
-    /// One sentence; empty after a success.
+    /// Why the last call failed, in one sentence; empty after a success.
     pub last_error: String,
 }
 
@@ -122,7 +122,7 @@ impl Default for Entry {
 }
 
 impl Entry {
-    /// None where it is an orphan or unknown.
+    /// The worker that this factory owns; none where it is an orphan or unknown.
     pub fn owned(&self) -> Option<&Owned> {
         match &self.state {
             State::Owned(owned) => Some(owned),
@@ -130,7 +130,7 @@ impl Entry {
         }
     }
 
-    /// The same, to change it.
+    /// [`Entry::owned`], mutable.
     pub fn owned_mut(&mut self) -> Option<&mut Owned> {
         match &mut self.state {
             State::Owned(owned) => Some(owned),
@@ -138,7 +138,7 @@ impl Entry {
         }
     }
 
-    /// None where it has an owner, or is unknown.
+    /// The orphan that is being deleted; none where the worker has an owner, or is unknown.
     pub fn orphan(&self) -> Option<&Orphan> {
         match &self.state {
             State::Orphan(orphan) => Some(orphan),
@@ -155,7 +155,7 @@ impl Entry {
         }
     }
 
-    /// The same, to change it.
+    /// [`Entry::unknown`], mutable.
     pub fn unknown_mut(&mut self) -> Option<&mut Unknown> {
         match &mut self.state {
             State::Owned(_) => None,
@@ -164,12 +164,12 @@ impl Entry {
         }
     }
 
-    /// None where it is owned, or nothing points to another host.
+    /// Why it may belong to another host; none where it is owned, or nothing points to one.
     pub fn foreign(&self) -> Option<&Foreign> {
         self.unknown()?.foreign.as_ref()
     }
 
-    /// None where nothing is done about it.
+    /// The calls for it; none where nothing is done about it.
     pub fn calls(&self) -> Option<&Calls> {
         match &self.state {
             State::Owned(owned) => Some(&owned.calls),
@@ -178,7 +178,7 @@ impl Entry {
         }
     }
 
-    /// The same, to change it.
+    /// [`Entry::calls`], mutable.
     pub fn calls_mut(&mut self) -> Option<&mut Calls> {
         match &mut self.state {
             State::Owned(owned) => Some(&mut owned.calls),
@@ -187,7 +187,7 @@ impl Entry {
         }
     }
 
-    /// The call that has no answer yet, taken from it.
+    /// Take the action whose call has no answer yet.
     pub fn take_call(&mut self) -> Option<Action> {
         self.calls_mut()?.action.take()
     }
@@ -277,24 +277,24 @@ impl Entry {
 /// A job that was leased and has no worker yet.
 #[derive(Clone, Debug)]
 pub struct PendingWorker {
-    /// The leased one.
+    /// The leased job.
     pub job: crate::buildomat::JobId,
-    /// It is taken from the lease on.
+    /// The slot, which is occupied from the lease on.
     pub slot: SlotName,
-    /// The lease's, which is the slot's.
+    /// The target of the lease and of the slot.
     pub target: protocol::TargetId,
-    /// In milliseconds of the core's time.
+    /// When it was leased, in milliseconds of the core's time.
     pub leased_at: u64,
     /// The number of the input at which its worker was first asked for.
     pub began: u64,
-    /// The request is under way; otherwise, its answer was lost at `input_number`, and a list must show
+    /// Is the request to make the worker under way? Otherwise its answer was lost at `input_number`, and a list must show
     /// whether the worker was made.
     pub making: bool,
     /// The number of the input of the last request or answer.
     pub input_number: u64,
-    /// Failed requests in a row.
+    /// The pause after consecutive failed requests.
     pub backoff: Backoff,
-    /// Not before this time, in milliseconds of the core's.
+    /// No request is made before this time, in milliseconds of the core's.
     pub retry_at: u64,
 }
 

@@ -21,18 +21,18 @@ use tokio::time::timeout;
 use crate::call_error::{CallError, Peer};
 use crate::pending_calls::PendingCalls;
 
-/// Ending every process and removing every file of a job may take its time.
+/// The time limit of calls that end every process or remove every file of a job.
 const LONG: Duration = Duration::from_secs(30 * 60);
 const SHORT: Duration = Duration::from_secs(60);
-/// More pages than a helper with the widest uid range could fill.
+/// The most pages of a list: more than a helper with the widest uid range could fill.
 const MAX_PAGES: usize = 8192;
 
-/// Why the helper did not do it.
+/// Why the helper did not carry out a request.
 #[derive(Debug)]
 pub enum Error {
-    /// It is not there, not for us, or has stopped in the middle: come back later.
+    /// The helper does not run, does not serve this user, or stopped during the call: the call can be repeated later.
     Unreachable(String),
-    /// It answered with an error.
+    /// The helper answered with an error.
     Refused(protocol::Error),
 }
 
@@ -53,7 +53,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
-    /// As the core takes it: it is worth a repetition.
+    /// The error for the core. The call is worth repeating.
     pub fn call_error(&self) -> CallError {
         CallError::passing(Peer::Helper, self)
     }
@@ -63,6 +63,8 @@ type Result<T> = std::result::Result<T, Error>;
 
 /// A way to the helper: its socket, or a simulated host.
 pub trait Connector: fmt::Debug + Send + Sync {
+    /// Connect to the helper.
+    ///
     /// # Errors
     /// [`Error::Unreachable`].
     fn connect(&self) -> Result<Box<dyn Connection>>;
@@ -71,9 +73,9 @@ pub trait Connector: fmt::Debug + Send + Sync {
 /// A reply that is waited for.
 pub type Pending<'a> = Pin<Box<dyn Future<Output = Result<Received>> + Send + 'a>>;
 
-/// One connection: a packet there, and the one that comes back.
+/// One connection: each packet sent gets one packet back.
 pub trait Connection: Send + Sync {
-    /// `fd` goes with the packet. The error is [`Error::Unreachable`]; a connection that had one is not used again.
+    /// Send `packet` with the descriptor `fd`, and wait for the reply. The error is [`Error::Unreachable`]; a connection that had one is not used again.
     fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> Pending<'a>;
 }
 
@@ -85,12 +87,12 @@ pub struct HelperClient {
 }
 
 impl HelperClient {
-    /// By this Unix socket, which need not be there yet.
+    /// A client of the helper at this Unix socket, which need not exist yet.
     pub fn new(socket: PathBuf) -> Self {
         Self::over(Arc::new(socket::Socket(socket)))
     }
 
-    /// By another way, for a simulation.
+    /// A client over another connector, for a simulation.
     pub fn over(connector: Arc<dyn Connector>) -> Self {
         Self {
             connector,
@@ -98,15 +100,15 @@ impl HelperClient {
         }
     }
 
-    /// Calls without an answer, but for those that take as long as a job has files.
+    /// The calls that wait for an answer, except those whose time depends on the number of a job's files.
     pub fn pending(&self) -> &PendingCalls {
         &self.pending
     }
 
-    /// [`Request::CreateUser`].
+    /// Send [`Request::CreateUser`].
     ///
     /// # Errors
-    /// As there, or no answer within the time of a short call.
+    /// Those of the request, or no answer within the time of a short call.
     pub async fn create_user(&self, worker: WorkerId, slot: SlotName) -> Result<()> {
         match self
             .ask(&Request::CreateUser { worker, slot }, None, SHORT)
@@ -117,7 +119,7 @@ impl HelperClient {
         }
     }
 
-    /// The console of the agent that was started.
+    /// Start the agent. Returns its console.
     pub async fn install_agent(
         &self,
         worker: WorkerId,
@@ -133,7 +135,7 @@ impl HelperClient {
         }
     }
 
-    /// The console of a worker.
+    /// Returns the console of a worker.
     pub async fn attach(&self, worker: WorkerId) -> Result<File> {
         match self.ask(&Request::Attach { worker }, None, SHORT).await? {
             (Reply::Attached { .. }, Some(console)) => Ok(console.into()),
@@ -149,10 +151,10 @@ impl HelperClient {
         }
     }
 
-    /// [`Request::Delete`]: it takes as long as the job has files.
+    /// Send [`Request::Delete`]. Its time depends on the number of the job's files.
     ///
     /// # Errors
-    /// As there, or no answer.
+    /// Those of the request, or no answer.
     pub async fn delete(&self, worker: WorkerId) -> Result<()> {
         match self.ask(&Request::Delete { worker }, None, LONG).await? {
             (Reply::Deleted, _) => Ok(()),
@@ -168,7 +170,7 @@ impl HelperClient {
         }
     }
 
-    /// All workers of this host.
+    /// List all workers of this host.
     pub async fn list(&self) -> Result<Vec<WorkerInfo>> {
         let _pending = self.pending.begin();
         timeout(SHORT, self.list_pages())
@@ -227,7 +229,7 @@ impl HelperClient {
     }
 }
 
-/// One request, one reply, and the descriptor where the reply has one.
+/// Send one request. Returns the reply, and the descriptor that came with it, if any.
 async fn exchange(
     connection: &dyn Connection,
     request: &Request,

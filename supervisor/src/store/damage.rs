@@ -17,9 +17,9 @@ use rusqlite::ErrorCode;
 /// Why the database cannot be used.
 #[derive(Debug)]
 pub enum Unusable {
-    /// What is in it is not what was written.
+    /// The database is damaged: it does not contain what was written.
     Damaged(String),
-    /// It is whole, but not to be used now: why, and what to do.
+    /// The database is intact, but cannot be used now: why, and what to do.
     Not(String),
 }
 
@@ -34,7 +34,7 @@ impl From<rusqlite::Error> for Unusable {
 }
 
 impl Unusable {
-    /// Of what was read: an error that is not the disk's, or another program's, is one of the content.
+    /// The error of reading: one that is neither the disk's nor another program's is one of the content.
     pub fn content(error: anyhow::Error) -> Self {
         match error.downcast::<rusqlite::Error>() {
             Ok(error) if is_the_hosts(&error) => error.into(),
@@ -67,7 +67,7 @@ fn is_the_hosts(error: &rusqlite::Error) -> bool {
     )
 }
 
-/// What an operator can do about it.
+/// What an operator can do about the error.
 fn remedy(error: &rusqlite::Error) -> &'static str {
     match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => "make room on the disk",
@@ -89,15 +89,15 @@ fn remedy(error: &rusqlite::Error) -> &'static str {
 /// A change that was not written.
 #[derive(Debug)]
 pub struct Unsaved {
-    /// It may be written later, once the problem of the host is solved.
+    /// Can it be written later, once the problem of the host is solved?
     pub passing: bool,
-    /// Room on the disk may be what is missing.
+    /// May the disk be full?
     pub lacks_room: bool,
     sentence: String,
 }
 
 impl Unsaved {
-    /// One that ends once the operator does what the sentence says.
+    /// A problem that ends once the operator does what the sentence says.
     pub fn passing(sentence: String) -> Self {
         Unsaved {
             passing: true,
@@ -128,13 +128,13 @@ impl std::fmt::Display for Unsaved {
 
 impl std::error::Error for Unsaved {}
 
-/// So many damaged databases are kept; the next one replaces the last of them, so that the first stays.
+/// The most damaged databases that are kept; the next one replaces the last of them, so that the first stays.
 const MOST_ASIDE: u32 = 9;
 
-/// Move the database out of the way, so that it can be examined: to the first of `.damaged`,
+/// Rename the database so that it can be examined: to the first of `.damaged`,
 /// `.damaged-2` … `.damaged-9` that is not there.
 ///
-/// The database first: a crash here leaves a log without a database, which SQLite removes; the other way round it
+/// The database is renamed first: a crash then leaves a log without a database, which SQLite removes; the other way round it
 /// would leave a database without its log, which might be taken for a good old one.
 pub fn set_aside(path: &Path) -> Result<PathBuf> {
     let with = |path: &Path, end: &str| {

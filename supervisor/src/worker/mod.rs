@@ -16,10 +16,10 @@ use protocol::{BootstrapToken, SlotName, State, TargetId, WorkerId};
 use crate::buildomat::{JobId, Scripts, ServerWorker};
 use crate::call_error::CallError;
 
-/// A worker that was lost before its job began is made again this often.
+/// How often a worker that was lost before its job began is made again.
 pub const MAX_REMAKES: u32 = 3;
 
-/// A job that stalls at its memory limit is failed after so many seconds: twice systemd-oomd's default
+/// A job that stalls at its memory limit is failed after this time, in seconds: twice systemd-oomd's default
 /// (`DefaultMemoryPressureDurationSec=` in oomd.conf(5)), for a job that is only slow should come to its end.
 pub const MAX_STALL_SECONDS: u64 = 60;
 
@@ -46,11 +46,11 @@ pub enum Phase {
         /// Not saved: after a crash the server is asked once more.
         confirmed: bool,
     },
-    /// It failed.
+    /// The worker failed.
     Broken {
         /// The server knows, and so the console is in the job's log as far as it could be sent.
         reported: bool,
-        /// So many lines of the console, from its first on, are in the job's log.
+        /// How many lines of the console, from its first on, are in the job's log.
         lines_sent: u32,
     },
     /// The host is being cleaned.
@@ -60,7 +60,7 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// As the status and the log print it.
+    /// The phase's name, as the status and the log print it.
     pub fn name(self) -> &'static str {
         match self {
             Phase::Reserved => "reserved",
@@ -97,31 +97,31 @@ impl Phase {
 /// A worker: all that has to be remembered of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Worker {
-    /// Given by the server.
+    /// The worker's id, given by the server.
     pub id: WorkerId,
-    /// The one that it occupies until nothing of it is left on the host.
+    /// The slot that it occupies until nothing of the worker is left on the host.
     pub slot: SlotName,
-    /// The slot's when the worker was made.
+    /// The target of the slot when the worker was made.
     pub target: TargetId,
     /// The job that it was made for; unknown for one that was adopted.
     pub job: Option<JobId>,
-    /// None until the server has told it, or if it is not usable.
+    /// The agent's bootstrap token; none until the server has sent it, or if it is not usable.
     pub bootstrap: Option<BootstrapToken>,
-    /// What the database has, apart from `confirmed` of [`Phase::Resetting`].
+    /// How far the worker is. It is saved, apart from `confirmed` of [`Phase::Resetting`].
     pub phase: Phase,
     /// When the phase began, in milliseconds since 1970.
     pub since: u64,
-    /// From when on the agent's time to come online, or the job's to be done, counts.
+    /// Since when the agent's time to come online, or the job's time limit, counts; in milliseconds of the core's time.
     pub waiting_since: u64,
-    /// The server knows its slot.
+    /// Does the server know its slot?
     pub associated: bool,
-    /// The server has it on hold.
+    /// Is it held on the server?
     pub hold: bool,
-    /// Since when, in milliseconds since 1970.
+    /// Since when it is held, in milliseconds since 1970.
     pub hold_since: Option<u64>,
-    /// The server no longer lists it.
+    /// Does the server no longer list it?
     pub gone: bool,
-    /// So often it was lost before its job began; at most [`MAX_REMAKES`].
+    /// How often it was lost before its job began; at most [`MAX_REMAKES`].
     pub remakes: u32,
     /// Why it is broken.
     pub failure: Option<String>,
@@ -134,24 +134,24 @@ pub struct Worker {
 /// Are the processes of a worker that has failed to be ended?
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kill {
-    /// The host has shown some that are not to be kept, and they have not been ended since.
+    /// Has the host shown processes that are not to be kept, and that have not been ended since?
     pub wanted: bool,
-    /// It was tried in vain, so the failure is reported to the server first.
+    /// Was ending them tried in vain? Then the failure is reported to the server first.
     pub failed: bool,
-    /// An operator wants it, whatever the slot says.
+    /// Has an operator asked for it, whatever the slot says?
     pub asked: bool,
 }
 
-/// What the configuration says of a worker's life. Times are in milliseconds.
+/// What the configuration says of a worker: its times, in milliseconds, and what happens when it fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rules {
-    /// For its agent to come online.
+    /// How long its agent may take to come online.
     pub online_timeout: u64,
-    /// For its job, from when the agent is online.
+    /// How long its job may take from when the agent is online; none where it has no limit.
     pub job_timeout: Option<u64>,
-    /// Is it kept for an operator when it has failed?
+    /// Is a failed worker kept for an operator?
     pub hold_on_failure: bool,
-    /// Do its processes go on when it has failed?
+    /// Do the processes of a failed worker go on?
     pub keep_processes: bool,
 }
 
@@ -160,17 +160,17 @@ pub struct Rules {
 pub enum OnServer {
     /// The list does not have it.
     Gone,
-    /// The list has it, and says this.
+    /// The list has the worker, with these properties.
     Has {
-        /// An operator, or a failure, has frozen it.
+        /// Is it held, by an operator or because it failed?
         hold: bool,
-        /// It is to be torn down.
+        /// Is it to be deleted?
         recycle: bool,
-        /// Its agent has introduced itself.
+        /// Has its agent introduced itself?
         online: bool,
-        /// The server has stored its slot.
+        /// Has the server stored its slot?
         associated: bool,
-        /// None where the list has none that is usable.
+        /// The agent's bootstrap token; none where the list has none that is usable.
         bootstrap: Option<BootstrapToken>,
     },
 }
@@ -199,7 +199,7 @@ pub enum OnHost {
 /// What can happen to a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A poll has shown this; None where that side did not answer, or answered before the last change.
+    /// A poll has shown the worker; none for a side that did not answer, or answered before the last change.
     Seen {
         /// The server's list.
         server: Option<OnServer>,
@@ -209,7 +209,7 @@ pub enum Event {
     /// The start could not go on for so long, since the server could not be asked or the configuration file differed:
     /// that time does not count against the agent.
     Waited {
-        /// Milliseconds.
+        /// How long, in milliseconds.
         ms: u64,
     },
     /// The answer to [`Action::Associate`].
@@ -218,9 +218,9 @@ pub enum Event {
     UserCreated,
     /// The answer to [`Action::InstallAgent`].
     AgentStarted,
-    /// So many lines of the console are in the job's log, and this stood in the way of the others, or of the failure.
+    /// Some lines of the console are in the job's log, but the others, or the failure, could not be sent.
     LinesReported {
-        /// From the console's first line on.
+        /// How many lines are there, from the console's first on.
         lines: u32,
         /// Why the rest was not sent.
         error: CallError,
@@ -239,11 +239,11 @@ pub enum Event {
     StartFailed(String),
     /// An action did not work, and will be tried again.
     CallFailed(CallError),
-    /// Its start cannot go on now, for this reason.
+    /// Its start cannot continue now, for this reason.
     Blocked(String),
     /// The server has forgotten it, as it was asked to. Nothing is left of it.
     ServerDeleted,
-    /// It gets this slot.
+    /// The worker moves to this slot.
     SlotChanged(SlotName),
     /// A new run of the supervisor has begun.
     SupervisorStarted,
@@ -260,7 +260,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// Is it that an action was done?
+    /// Does the event say that an action was done?
     pub fn is_success(&self) -> bool {
         matches!(
             self,
@@ -290,37 +290,37 @@ impl Event {
 pub enum Action {
     /// Tell the server the slot: before this it refuses the agent.
     Associate {
-        /// The one that its owner tag on the server names.
+        /// The slot that its owner tag on the server names.
         slot: SlotName,
         /// What the agent runs around the job.
         scripts: Scripts,
     },
     /// Make its user and directories.
     CreateUser {
-        /// The one that it takes on the host.
+        /// The slot that it takes on the host.
         slot: SlotName,
     },
     /// Start the agent in the worker's sandbox.
     InstallAgent {
-        /// The agent's own, for its introduction to the server.
+        /// The token with which the agent introduces itself to the server.
         bootstrap: BootstrapToken,
-        /// The host's program, where the configuration names one; otherwise the server's.
+        /// The agent's program on the host, where the configuration names one; otherwise the server's is used.
         agent: Option<PathBuf>,
     },
     /// End its processes. What they wrote stays.
     HostKill,
-    /// The console from this line on into the job's log, then the failure.
+    /// Send the console from this line on to the job's log, then report the failure.
     ReportFailure {
-        /// For the job's log.
+        /// Why the worker failed, for the job's log.
         reason: String,
-        /// So many lines of the console were sent before.
+        /// How many lines of the console were sent before.
         lines_sent: u32,
     },
     /// Remove every trace from the host.
     HostDelete,
     /// Tell the server that the host is clean.
     ServerDelete {
-        /// The server has no such worker: any answer will do.
+        /// Does the server have no such worker? Then any answer is a success.
         gone: bool,
     },
 }
@@ -331,7 +331,7 @@ impl Action {
         matches!(self, Action::CreateUser { .. } | Action::InstallAgent { .. })
     }
 
-    /// As the log prints it, after "cannot".
+    /// The action as the log prints it, after "cannot".
     pub fn name(&self) -> &'static str {
         match self {
             Action::Associate { .. } => "associate",
@@ -355,7 +355,7 @@ impl Worker {
         }
     }
 
-    /// The one thing to do now, if any.
+    /// The next action for this worker, if any.
     pub fn next_action(&self) -> Option<Action> {
         match self.phase {
             // Before the console is sent, which is then complete; but a failure is reported also where nothing can be killed.

@@ -32,12 +32,12 @@ mod namespace;
 pub mod sockets;
 mod unix_diag;
 
-/// How long a builder may take: the kernel ends it then.
+/// The time after which the kernel ends a builder.
 const LIMIT: Duration = Duration::from_secs(20);
-/// So much later it has ended, if the kernel can end it at all.
+/// The time after [`LIMIT`] by which a builder has ended, if the kernel can end it at all.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// The root file system, and what tells that it is out of date.
+/// The jobs' root file system, and what shows that it is out of date.
 #[derive(Debug)]
 pub struct RootFs {
     host_namespace: File,
@@ -57,10 +57,10 @@ enum State {
 
 #[derive(Debug)]
 struct Building {
-    /// Closed at its other end once the builder is gone.
+    /// The socket to the builder, whose other end is closed once the builder has ended.
     builder: Seqpacket,
     source: Source,
-    /// It has not ended in time, and cannot be ended: it hangs in the kernel.
+    /// Has the builder not ended in time? Then it hangs in the kernel, and cannot be ended.
     is_stuck: bool,
 }
 
@@ -70,25 +70,25 @@ struct Ready {
     source: Source,
 }
 
-/// What it is made of.
+/// What a root file system was built of.
 #[derive(Debug)]
 struct Source {
     begun: Instant,
     configuration: FileIdentity,
-    /// Tells of changes in directories of the host whose entries were mounted one by one, or have something hidden.
+    /// Reports changes in directories of the host whose entries were mounted one by one, or have something hidden.
     directories: Inotify,
-    /// The host has changed since it was begun.
+    /// Has the host changed since the build began?
     is_stale: bool,
 }
 
 /// What has become of the root file system.
 #[derive(Debug)]
 pub enum Event {
-    /// It is there.
+    /// It is built.
     Built,
-    /// It cannot be made of this host and this configuration, for this reason.
+    /// It cannot be built from this host and this configuration, for this reason.
     Failed(String),
-    /// Its builder was late, or killed: the reason.
+    /// Its builder was late, or was killed, for this reason.
     Lost(String),
 }
 
@@ -122,7 +122,7 @@ impl RootFs {
         })
     }
 
-    /// What to wait for: [`RootFs::on_events`] wants to know which of these are ready.
+    /// The descriptors to wait for: [`RootFs::on_events`] must be told which of these are ready.
     ///
     /// Whoever waits for requests beside these puts these last: then no request is seen before a mount that came before
     /// it.
@@ -144,7 +144,7 @@ impl RootFs {
         events
     }
 
-    /// When a builder has had its time.
+    /// When the time of the present builder is over; none where there is no builder.
     pub fn due(&self) -> Option<Instant> {
         match &self.state {
             State::Building(building) if !building.is_stuck => Some(building.source.begun + LIMIT + GRACE),
@@ -152,7 +152,7 @@ impl RootFs {
         }
     }
 
-    /// Something has happened, or the time is over.
+    /// Handle ready descriptors, or the end of the builder's time.
     pub fn on_events(&mut self, ready: &[bool]) -> Option<Event> {
         match &mut self.state {
             State::Absent => None,
@@ -178,7 +178,7 @@ impl RootFs {
         }
     }
 
-    /// The builder has sent a message, or is gone.
+    /// Receive the builder's message, or notice its end.
     fn receive(&mut self) -> Event {
         let State::Building(Building { builder, source, .. }) =
             std::mem::replace(&mut self.state, State::Absent)
@@ -278,7 +278,7 @@ impl RootFs {
         Ok(())
     }
 
-    /// In the builder.
+    /// Build the root file system. Runs in the builder.
     fn build(&self, host: &Host, config: &Config, directories: &Inotify) -> Result<File> {
         SigSet::all().thread_unblock()?;
         // Nobody catches the signal: like SIGKILL it ends what waits for a file system that does not answer.
