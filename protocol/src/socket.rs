@@ -68,7 +68,7 @@ impl Seqpacket {
         self.send_with(MsgFlags::empty(), bytes, descriptor)
     }
 
-    /// The same, and EAGAIN where the other end has no room for it now, whether calls block or not.
+    /// [`Self::send`] without blocking: EAGAIN where the other end has no room for it now, whether calls block or not.
     pub fn try_send(&self, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> nix::Result<()> {
         self.send_with(MsgFlags::MSG_DONTWAIT, bytes, descriptor)
     }

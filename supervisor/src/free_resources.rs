@@ -20,9 +20,9 @@ const SHORT: Duration = Duration::from_secs(5);
 /// What is free. An error is why that cannot be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreeResources {
-    /// Of the file system of the jobs' directories.
+    /// What is free on the file system of the jobs' directories.
     pub disk: Result<FreeDisk, String>,
-    /// Bytes.
+    /// Free memory, in bytes.
     pub memory: Result<u64, String>,
 }
 

@@ -31,19 +31,19 @@ pub trait Storage {
     /// Remember a worker as it is now.
     ///
     /// # Errors
-    /// With what to do. The change is not there then, as a whole.
+    /// Why it cannot be saved, and what to do. Nothing of the change is saved then.
     fn save(&mut self, worker: &Worker) -> std::result::Result<(), Unsaved>;
 
     /// Forget a worker.
     ///
     /// # Errors
-    /// The same.
+    /// Those of [`Storage::save`].
     fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), Unsaved>;
 
     /// Remember that no jobs are taken, on this slot or on all; or that they are again.
     ///
     /// # Errors
-    /// The same.
+    /// Those of [`Storage::save`].
     fn save_drain(
         &mut self,
         slot: Option<&SlotName>,
@@ -53,7 +53,7 @@ pub trait Storage {
     /// Is there a file system that can be written, with room for what is to be saved next? Makes the room if it can.
     ///
     /// # Errors
-    /// With what to do.
+    /// Why there is none, and what to do.
     fn check(&mut self) -> std::result::Result<(), Unsaved>;
 
     /// Has room been given up since this was asked last?
@@ -103,7 +103,7 @@ const MIGRATIONS: [&str; 3] = [
 ",
 ];
 
-/// So many lines of history are kept.
+/// The most lines of history that are kept.
 const MAX_EVENTS: i64 = 10_000;
 
 /// The database, and the lock that keeps a second supervisor away.
@@ -233,10 +233,10 @@ impl Store {
         Ok(())
     }
 
-    /// Forget all workers; how many there were.
+    /// Forget all workers. Returns how many there were.
     ///
     /// # Errors
-    /// The same.
+    /// Those of [`Storage::save`].
     pub fn forget_all(&mut self) -> std::result::Result<usize, Unsaved> {
         let removed = self.db.execute("DELETE FROM workers", []);
         Ok(removed.map_err(anyhow::Error::from)?)

@@ -205,15 +205,15 @@ impl TokenStore {
     /// Read it again, at this configuration's places. True where it is another one than before.
     ///
     /// # Errors
-    /// As of [`TokenPlaces::read`]; then the one in use stays so.
+    /// Those of [`TokenPlaces::read`]; the token in use then stays.
     pub fn reload(&self, config: &Config) -> Result<bool> {
         self.read_at(TokenPlaces::of_this_process(config))
     }
 
-    /// The same at the places of the last time: this one has been refused.
+    /// Read the token again from where it was read last: the present one was refused.
     ///
     /// # Errors
-    /// The same.
+    /// Those of [`Self::reload`].
     pub fn read_again(&self) -> Result<bool> {
         let places = self.lock().places.clone();
         self.read_at(places)

@@ -103,7 +103,7 @@ impl Worker {
         }
     }
 
-    /// The same, making the directory if there is none.
+    /// [`Worker::find`], making the directory if there is none.
     pub fn find_or_make(host: &Host, id: WorkerId) -> Result<Worker> {
         loop {
             make_dir(&host.workers, id.to_string(), 0o700)

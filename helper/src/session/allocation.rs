@@ -29,11 +29,11 @@ pub enum CreateUserError {
     Slot(SlotError),
     /// The worker has another slot than the one that is asked for.
     HasOtherSlot {
-        /// Of the request.
+        /// The worker of the request.
         worker: WorkerId,
-        /// By its record.
+        /// The slot in the worker's record.
         has: SlotName,
-        /// Of the request.
+        /// The slot of the request.
         asked: SlotName,
     },
     /// Each uid of the range has a worker, a process or an account.

@@ -251,9 +251,9 @@ fn name(request: &Request) -> &'static str {
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer {
-    /// At the moment of connecting (`SO_PEERCRED`, `socket(7)`).
+    /// The uid at the moment of connecting (`SO_PEERCRED`, `socket(7)`).
     pub uid: u32,
-    /// Of the same moment: it may be another process's since. For the log alone.
+    /// The process id at that moment, for the log only: it may be another process's since.
     pub pid: i32,
 }
 

@@ -13,7 +13,7 @@ use crate::host::record::Allocation;
 pub enum SlotError {
     /// The configuration, as the file is now, has no such slot.
     NoSuchSlot(SlotName),
-    /// By which worker, and what to do.
+    /// The slot is not free: which worker has it, and what to do.
     SlotTaken(String),
 }
 

@@ -33,7 +33,7 @@ pub enum Error {
     Unreachable(String),
     /// The server says no.
     Status {
-        /// Of HTTP, 300 or more.
+        /// The HTTP status, 300 or more.
         code: u16,
         /// The body's `message` or its text, in at most 300 characters.
         message: String,
@@ -42,7 +42,7 @@ pub enum Error {
     },
     /// Something before the server, such as a proxy, refuses: the server's own answer is not known.
     NotBuildomat {
-        /// Of HTTP, 300 or more.
+        /// The HTTP status, 300 or more.
         code: u16,
         /// What the body says, in at most 300 characters.
         message: String,

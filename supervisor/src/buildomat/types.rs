@@ -51,30 +51,30 @@ pub struct Lease {
 /// `server/src/api/factory.rs`, `FactoryTarget`). Servers from before 2026 have no such call.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct ServerTarget {
-    /// By which jobs are leased.
+    /// The id by which jobs are leased.
     pub id: TargetId,
-    /// By which jobs ask for it.
+    /// The name by which jobs ask for the target.
     pub name: String,
 }
 
 /// A worker as the server sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct ServerWorker {
-    /// Given by the server, for good.
+    /// The worker's id, given by the server, which never changes.
     pub id: WorkerId,
-    /// Of the job that it was made for.
+    /// The target of the job that the worker was made for.
     pub target: TargetId,
     /// Its owner tag, once it is associated: see `identity`.
     #[serde(default)]
     pub private: Option<String>,
-    /// None for a token that could not be handed to an agent anyway.
+    /// The agent's bootstrap token; none where it is not valid.
     #[serde(default, deserialize_with = "usable")]
     pub bootstrap: Option<BootstrapToken>,
-    /// Its agent has introduced itself; that never goes back.
+    /// Has its agent introduced itself? Once true, it stays true.
     pub online: bool,
-    /// An operator, or a failure, has frozen it.
+    /// Is it held, by an operator or because it failed?
     pub hold: bool,
-    /// To be torn down.
+    /// Is it to be deleted?
     pub recycle: bool,
 }
 

@@ -177,7 +177,7 @@ fn drain_end(text: &str, now: &Zoned) -> Result<Timestamp, String> {
     Ok(end.timestamp())
 }
 
-/// The same, as the command line gives it.
+/// When a drain ends, from the text of `--until`.
 pub fn end_from_now(text: &str) -> Result<Timestamp, String> {
     let now = Zoned::now();
     drain_end(text, &now.round(jiff::Unit::Second).unwrap_or(now))

@@ -79,7 +79,7 @@ pub struct FileSearch {
 }
 
 impl FileSearch {
-    /// None: no files.
+    /// How fast files are searched; none where they are not.
     pub fn pace(self) -> Option<Pace> {
         (!self.no_files).then_some(Pace(self.files_per_second))
     }

@@ -80,7 +80,7 @@ impl<S: Storage> Persistence<S> {
     /// Forget a worker; at once, if nothing is in the way.
     ///
     /// # Errors
-    /// The same.
+    /// Those of [`Self::save`].
     pub(super) fn remove(&mut self, worker: WorkerId) -> Result<()> {
         self.change(worker, None)
     }
@@ -100,7 +100,7 @@ impl<S: Storage> Persistence<S> {
     /// If it is time to: write what is to be written, and see whether more could be.
     ///
     /// # Errors
-    /// The same.
+    /// Those of [`Self::save`].
     pub(super) fn retry(&mut self) -> Result<()> {
         if !self.due_in().is_zero() {
             return Ok(());

@@ -40,9 +40,9 @@ struct Client {
     uid: u32,
     /// Carries the one request of this connection to its server.
     request: Mutex<Option<AbortHandle>>,
-    /// It counts as one of its worker's until the last byte has gone.
+    /// The permits of this connection, which counts as one of its worker's until the last byte has gone.
     _permits: [Permit<WorkerId>; 2],
-    /// The same, once it leads to a host.
+    /// The permit for a destination, once the connection leads to a host.
     destination: Mutex<Option<Permit<WorkerId>>>,
     gone: WorkerGone,
 }

@@ -5,7 +5,7 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::buildomat::BuildomatClient;
 
-/// So many lines wait. What comes then is in the supervisor's log alone.
+/// The most lines that wait. Further ones are in the supervisor's log alone.
 const MAX_PENDING: usize = 1024;
 
 #[derive(Clone, Debug)]

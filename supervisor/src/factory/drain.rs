@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use protocol::SlotName;
 
-/// Of one slot, or of all (none).
+/// The drains, each with its slot; none is the key for a drain of all slots.
 pub type Drains = BTreeMap<Option<SlotName>, Drain>;
 
 /// An operator's drain: no jobs are taken.
@@ -12,11 +12,11 @@ pub type Drains = BTreeMap<Option<SlotName>, Drain>;
 pub struct Drain {
     /// The operator's text, for whoever looks at the status.
     pub reason: Option<String>,
-    /// In milliseconds since 1970, by the host's clock. None: until it is resumed.
+    /// When it ends, in milliseconds since 1970 by the host's clock; none where it lasts until it is resumed.
     pub until: Option<u64>,
 }
 
-/// When the next one ends.
+/// When the next drain ends.
 pub fn next_end(drains: &Drains) -> Option<u64> {
     drains.values().filter_map(|drain| drain.until).min()
 }

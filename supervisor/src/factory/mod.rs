@@ -311,7 +311,7 @@ impl Factory {
         factory
     }
 
-    /// The same, with what the operator had drained in the previous run: slots, or all.
+    /// Set what the operator had drained in the previous run: slots, or all.
     #[must_use]
     pub fn drained(mut self, drains: Drains) -> Self {
         self.drains = drains;

@@ -15,7 +15,7 @@ use crate::worker::OnHost;
 /// One that is no longer listed is shown for so long: two hosts that share a token take turns otherwise, and each looks
 /// well while the other has nothing.
 pub const SHOWN_MS: u64 = 600_000;
-/// So many are kept at most, whatever a server lists. More of them take no jobs away than one does.
+/// The most foreign workers that are kept, whatever a server lists. One is enough to take no jobs.
 const MAX_SHOWN: usize = 100;
 
 impl Factory {

@@ -62,18 +62,18 @@ pub struct Expected {
     pub disk: Option<u64>,
     /// `limits.inodes`.
     pub inodes: Option<u64>,
-    /// Of a process outside, which listens at this port of 127.0.0.1 and at this abstract name.
+    /// The process id of a process outside, which listens at `port` and at `abstract_name`.
     pub pid: u32,
-    /// Of a listener at 127.0.0.1 on the host.
+    /// The port of its listener at 127.0.0.1.
     pub port: u16,
     /// The network namespace of that process, as `/proc/PID/ns/net` leads to it (`namespaces(7)`).
     pub network_namespace: PathBuf,
-    /// Of a Unix listener on the host (`unix(7)`), without the leading NUL.
+    /// The abstract name of its Unix listener (`unix(7)`), without the leading NUL.
     pub abstract_name: String,
 }
 
 impl Expected {
-    /// Of this slot. `outside` is the process that listens.
+    /// What the probe must find in this slot. `outside` is the process that listens.
     pub fn of(config: &Config, slot: &SlotName, root: &Path, outside: &Outside) -> Expected {
         let its = &config.slots[slot];
         let groups = fs::read_to_string("/etc/group").unwrap_or_default();

@@ -92,11 +92,11 @@ struct Builder<'a> {
     devices: OwnedFd,
     /// The tmpfs that becomes the root.
     new_root: NewRootPath,
-    /// At which `sandbox` mounts something.
+    /// The paths at which `sandbox` mounts something.
     places: BTreeSet<JobPath>,
-    /// Without links, and shown nowhere.
+    /// Paths without links that are not shown anywhere.
     hidden: BTreeSet<SourcePath>,
-    /// So many entries may still be mounted one by one, of directories in which something is hidden, and of those
+    /// How many entries may still be mounted one by one: of directories in which something is hidden, and of those
     /// that have mount points: the first may be any user's, whose entries take nothing from the others.
     entries_left: [usize; 2],
     /// Watches the directories of the host that the result depends on.
