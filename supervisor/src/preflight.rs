@@ -252,7 +252,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
                 &path.display().to_string(),
                 false,
                 false,
-                "jobs do not find what it leads to; let it be a file, or lead to one outside of /run and of the places that are a job's own",
+                "jobs do not find what it leads to; let it be a file, or lead to one outside of /run and of the paths that are a job's own",
             ));
         }
     }

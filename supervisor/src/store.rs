@@ -57,7 +57,7 @@ pub trait Storage {
     fn check(&mut self) -> std::result::Result<(), Unsaved>;
 
     /// Has room been given up since this was asked last?
-    fn has_given_up_room(&mut self) -> bool;
+    fn has_released_reserve(&mut self) -> bool;
 }
 
 /// Each brings the schema from its number to the next. Never change one that was released.
@@ -113,7 +113,7 @@ pub struct Store {
     lock: Flock<File>,
     dir: PathBuf,
     reserve: Reserve,
-    given_up: bool,
+    reserve_released: bool,
 }
 
 impl Store {
@@ -157,7 +157,7 @@ impl Store {
             lock,
             dir: dir.to_owned(),
             reserve,
-            given_up: false,
+            reserve_released: false,
         })
     }
 
@@ -276,7 +276,7 @@ impl Store {
         if !self.reserve.release() {
             return Err(unsaved);
         }
-        self.given_up = true;
+        self.reserve_released = true;
         Ok(write(self)?)
     }
 }
@@ -328,8 +328,8 @@ impl Storage for Store {
         self.reserve.keep().map_err(Unsaved::passing)
     }
 
-    fn has_given_up_room(&mut self) -> bool {
-        std::mem::take(&mut self.given_up)
+    fn has_released_reserve(&mut self) -> bool {
+        std::mem::take(&mut self.reserve_released)
     }
 }
 

@@ -274,7 +274,7 @@ impl Config {
             let mut places: Vec<&HostPath> = Vec::new();
             let writable = slot.writable.iter().map(|place| (place, false));
             for (place, is_read_only) in writable.chain(slot.read_only.keys().map(|place| (place, true))) {
-                if let Err(why) = place.get_ref().check_place_in_job(is_read_only) {
+                if let Err(why) = place.get_ref().check_path_in_job(is_read_only) {
                     note(place.span().start, format!("{} {why}", place.get_ref()));
                 }
                 if places

@@ -248,7 +248,7 @@ impl HostPath {
 
     /// May something be mounted here for a job? Something of the host's, read-only, may be in its `/run`, beside
     /// what the job has there of its own.
-    pub(super) fn check_place_in_job(&self, is_read_only: bool) -> Result<(), String> {
+    pub(super) fn check_path_in_job(&self, is_read_only: bool) -> Result<(), String> {
         let in_run = ["buildomat", "buildomat-agent", "lock", "screen", "user"]
             .map(|name| PathBuf::from("/run").join(name));
         let is_beside = is_read_only

@@ -1,4 +1,4 @@
-//! The status: what is known of the core and of what the supervisor knows beside it, at one instant. It changes nothing.
+//! The status: what the core and the supervisor around it know at one instant. It changes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 

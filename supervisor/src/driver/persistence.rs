@@ -118,7 +118,7 @@ impl<S: Storage> Persistence<S> {
             Ok(()) => {
                 let was_behind = self.unwritten.take().is_some();
                 self.wait = FIRST_WAIT;
-                if was_behind || self.store.has_given_up_room() {
+                if was_behind || self.store.has_released_reserve() {
                     self.next = Instant::now();
                 }
                 Ok(())

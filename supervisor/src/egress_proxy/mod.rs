@@ -7,7 +7,7 @@
 //! change nothing. Where the buildomat server speaks TLS, only connections that name it are carried: others may be at the
 //! same address.
 //!
-//! Nothing that comes is believed. A name is looked up in the configuration of the worker's slot, and the job has no shown in
+//! Nothing that comes is believed. A name is looked up in the configuration of the worker's slot, and the job has no say in
 //! how long it takes to accept the next client. What one client can make many or slow is its own: a worker has so many
 //! connections whatever the others do, and a client that is no worker is refused before anything is received.
 

@@ -263,7 +263,7 @@ impl Walk {
         found
     }
 
-    /// One that has gone has nothing left, and is not last_printed.
+    /// One that has gone has nothing left, and is not reported.
     fn not_read(&mut self, path: PathBuf, error: &io::Error) {
         if error.kind() != io::ErrorKind::NotFound {
             self.unread.insert(path, error.to_string());

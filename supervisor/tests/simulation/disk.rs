@@ -50,7 +50,7 @@ impl Storage for SimulatedStore {
         }
     }
 
-    fn has_given_up_room(&mut self) -> bool {
+    fn has_released_reserve(&mut self) -> bool {
         false
     }
 }

@@ -30,7 +30,7 @@ fn row_54_quotas_that_are_not_enforced_are_refused_at_the_start() {
     for (key, line) in [("disk", "disk = \"8M\""), ("inodes", "inodes = 300")] {
         let host = TestHost::new();
         host.configure("http://127.0.0.1:9", 0, &slots(&[("a", line)]));
-        // Where the kernel has quotas: counted, but with no limits, as ext4 does it unless it is logged more.
+        // Where the kernel has quotas: counted, but with no limits, as ext4 does it unless it is told more.
         let _disk = SmallDisk::with_quotas(&host, false).unwrap_or_else(|| SmallDisk::ext4(&host, 1000));
         let words = refused(&host);
         for part in ["slot a", &format!("limits.{key}"), "quotas", "best_effort = true"] {

@@ -134,11 +134,11 @@ fn traced_shell(host: &TestHost, worker: WorkerId, point: Option<Point>) -> Shel
         .spawn()
         .expect("the shell can be started");
     wait_until_stopped(child.id());
-    let (events, logged) = channel();
+    let (sender, events) = channel();
     let (go, gone_on) = channel();
     let root = Pid::from_raw(child.id() as i32);
     let watcher = std::thread::spawn(move || {
-        let mut stopper = Stopper::new(point, events, gone_on);
+        let mut stopper = Stopper::new(point, sender, gone_on);
         // Until its first exec it is another program.
         let mut is_helper = false;
         trace(
@@ -179,10 +179,10 @@ fn traced_shell(host: &TestHost, worker: WorkerId, point: Option<Point>) -> Shel
 
 /// The deletion of a worker, traced in the helper's processes that do it.
 fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) -> (Traced, JoinHandle<Reply>) {
-    let (events, logged) = channel();
+    let (sender, events) = channel();
     let (go, gone_on) = channel();
     let (seen, calls) = channel();
-    let mut stopper = Stopper::new(point, events, gone_on);
+    let mut stopper = Stopper::new(point, sender, gone_on);
     let monitor = test.helper.pid();
     let listener = Pid::from_raw(listener(monitor) as i32);
     let mut session = None;

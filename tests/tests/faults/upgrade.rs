@@ -143,7 +143,7 @@ async fn row_82_a_helper_that_is_replaced_under_load_loses_no_request_and_no_job
     let jobs: Vec<Ulid> = (0..6)
         .map(|_| factory.submit("echo one; sleep 0.2; echo two"))
         .collect();
-    // As a package's upgrade does: logged to stop, and started again.
+    // As a package's upgrade does: told to stop, and started again.
     while jobs.iter().any(|job| !factory.server.job(*job).complete()) {
         factory.polls(1).await;
         factory.end_helper(Signal::SIGTERM);

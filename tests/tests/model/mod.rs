@@ -336,7 +336,7 @@ fn orders(of: usize) -> Vec<Vec<usize>> {
     all
 }
 
-/// One step in the real test and in the model, and where they differ.
+/// One step with the real helper and in the model, and where they differ.
 fn take(test: &mut ModelTest, model: &mut Model, step: &Step) -> Result<(), String> {
     match step {
         Step::Ask(client, request) => {
@@ -409,7 +409,7 @@ fn take(test: &mut ModelTest, model: &mut Model, step: &Step) -> Result<(), Stri
     }
 }
 
-/// The steps, and after each the same list in both, in which nobody shares what is for one. In the end the test is
+/// The steps, and after each the same list in both, in which nobody shares what is for one. In the end the host is
 /// as it was.
 fn play(test: &mut ModelTest, steps: &[Step]) -> Result<(), String> {
     test.workers.fill_with(worker_id);

@@ -93,7 +93,7 @@ fn configure(host: &TestHost, line: &str, other: &str, slots: &str) {
     std::fs::write(&path, text.replace(line, other)).unwrap();
 }
 
-/// The helper starts with the configuration and `check` says so; or both run_command this.
+/// The helper starts with the configuration and `check` says so; or both say this.
 fn both_say(host: &TestHost, expected: Option<&str>) {
     let path = host.root.join(protocol::config::CONFIG_PATH);
     let slots = std::fs::read_to_string(&path).unwrap();

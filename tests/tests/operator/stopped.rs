@@ -7,7 +7,7 @@ use testbed::test_factory::ONE;
 
 use super::*;
 
-/// No command takes longer than this to run_command that nobody answers.
+/// No command takes longer than this to say that nobody answers.
 const AT_MOST: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread")]

@@ -73,7 +73,7 @@ impl PowerLossTest {
     }
 
     /// What the helper writes while it serves one connection; and how much of it, when a worker's first process was
-    /// started_at to start the agent.
+    /// told to start the agent.
     fn record(&self, ask: impl FnOnce(&Client)) -> (Vec<Change>, Option<usize>) {
         let recorder = Arc::new(Mutex::new((Recorder::new(&self.state_dir()), None)));
         let tap = recorder.clone();

@@ -224,7 +224,7 @@ fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
     assert!(asked.elapsed().as_secs() < 15, "it waited {:?}", asked.elapsed());
     assert_eq!(helper.builder(), Some(builder.as_raw()));
     kill(builder, Signal::SIGKILL).unwrap();
-    // Its parent is logged after its tracer.
+    // Its parent is told after its tracer.
     waitpid(builder, None).unwrap();
     until_is("the builder's end", || helper.builder().is_none());
     helper.release();

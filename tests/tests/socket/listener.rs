@@ -1,5 +1,5 @@
 //! The process that accepts connections: it runs as long as the monitor, and no longer; and while it does not accept,
-//! clients are logged why.
+//! clients are told why.
 
 use std::time::Duration;
 

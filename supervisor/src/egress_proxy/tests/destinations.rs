@@ -376,7 +376,7 @@ async fn a_request_for_a_url_reaches_the_server_as_it_was_understood() {
     let got = got.to_ascii_lowercase();
     assert!(got.contains(&format!("host: a.example:{port}\r\n")), "{got}");
     assert!(!got.contains("evil") && !got.contains("proxy"), "{got}");
-    // A length of nothing is logged_lines as well: some servers want one.
+    // A length of nothing is sent as well: some servers want one.
     let (_, got) = ask(&format!("POST {url}"), "Content-Length: 0\r\n\r\n").await;
     assert!(
         got.to_ascii_lowercase().contains("content-length: 0\r\n"),
@@ -495,7 +495,7 @@ async fn one_connection_more_than_a_job_may_have_waits_for_the_end_of_another() 
     let answered = timeout(Duration::from_secs(20), second.read_exact(&mut answer)).await;
     answered.expect("it has its turn").unwrap();
     assert_eq!(&answer, b"HTTP/1.1 200");
-    // One that waits for too long is logged_lines why.
+    // One that waits for too long is told why.
     let refused = slot.connect(&to).await;
     assert!(
         refused.starts_with("HTTP/1.1 503 ") && refused.contains("too many"),
@@ -503,7 +503,7 @@ async fn one_connection_more_than_a_job_may_have_waits_for_the_end_of_another() 
     );
 }
 
-/// A server that waits for a byte, sends a part of an answer, and breaks off when it is logged_lines to.
+/// A server that waits for a byte, sends a part of an answer, and breaks off when it is told to.
 fn breaking(go_on: Receiver<()>) -> u16 {
     let listener = StdListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -612,7 +612,7 @@ async fn names_that_take_long_to_look_up_keep_no_agent_from_the_server() {
     drop((go_on, waiting));
 }
 
-/// A server that answers at once if it is logged_lines to, and reads nothing until it may. It tells when a connection has ended.
+/// A server that answers at once if it is told to, and reads nothing until it may. It tells when a connection has ended.
 fn server_that_reads_nothing(answers: bool, may_read: Arc<AtomicBool>) -> (u16, Receiver<()>) {
     let listener = StdListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();

@@ -249,7 +249,7 @@ impl CoreTestBed {
         }
     }
 
-    /// TargetList the pending output number `which` (of any), or let the time pass to the next deadline.
+    /// Answer the pending output number `which` (of any), or let the time pass to the next deadline.
     pub fn step(&mut self, which: usize) {
         if self.pending.is_empty() {
             self.now = self
@@ -322,7 +322,7 @@ impl CoreTestBed {
                 }
                 self.server.recycle(w.id).unwrap();
             }
-            // One that is logged to go, or another's, is not let in.
+            // One that is told to go, or another's, is not let in.
             let bootstrap = self.server.workers[&w.id].bootstrap.clone();
             let _ = self.server.bootstrap(&bootstrap, &"t".repeat(32));
         }
