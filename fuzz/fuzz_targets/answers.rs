@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 use protocol::WorkerId;
 use reqwest::Response;
 use supervisor::agent::AgentCache;
-use supervisor::buildomat::{Answer, BuildomatClient, Call, Error, Pending, Transport};
+use supervisor::buildomat::{HttpResponse, BuildomatClient, Call, Error, Pending, Transport};
 use supervisor::buildomat::{JobId, Scripts};
 use tokio::runtime::Runtime;
 
@@ -29,14 +29,14 @@ struct Always {
 }
 
 impl Transport for Always {
-    fn call(&self, call: Call) -> Pending<'_, Answer> {
+    fn call(&self, call: Call) -> Pending<'_, HttpResponse> {
         // No answer of the server may have made another path of it.
         assert!(
             call.path.starts_with("/0/factory/") && !call.path.contains(".."),
             "{}",
             call.path
         );
-        Box::pin(async { Ok(Answer::new(self.code, self.body.clone())) })
+        Box::pin(async { Ok(HttpResponse::new(self.code, self.body.clone())) })
     }
 
     fn file<'a>(
