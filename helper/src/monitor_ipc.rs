@@ -27,7 +27,8 @@ impl MonitorRequest {
     pub const MAX: usize = 1 + 16 + 1 + 128;
 }
 
-/// Why a request was not carried out: a request to the monitor, or one of the supervisor that depends on the host alone.
+/// Why a request was not carried out: a request to the monitor, or one of the supervisor that depends on the host
+/// alone.
 #[derive(Debug)]
 pub enum Failure {
     /// The host could not do it. The whole chain of reasons is sent.
@@ -94,7 +95,8 @@ impl HandshakeMessage {
         HandshakeMessage::Failed(reason.into().into())
     }
 
-    /// Send the message. This does not block: a receiver that behaves as it should has room for the few messages of a start.
+    /// Send the message. This does not block: a receiver that behaves as it should has room for the few messages of a
+    /// start.
     ///
     /// # Errors
     /// Those of `sendmsg(2)`.

@@ -25,7 +25,8 @@ const FRESH: Duration = Duration::from_secs(600);
 const IDLE: Duration = Duration::from_secs(30);
 /// One that takes this long in all, too.
 const WHOLE: Duration = Duration::from_secs(600);
-/// A start waits for so long, counted from the request, to learn whether there is a newer agent than the one that is there.
+/// A start waits for so long, counted from the request, to learn whether there is a newer agent than the one that is
+/// there.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// What was downloaded, and what it was unpacked to, before that takes the place of the last agent.

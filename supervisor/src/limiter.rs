@@ -25,8 +25,8 @@ pub struct Permit<K: Copy + Eq + Hash + Debug> {
 }
 
 impl<K: Copy + Eq + Hash + Debug> ConnectionLimiter<K> {
-    /// At most `of_one` connections of one client and `of_all` of all, where so many `clients` are expected: each has at
-    /// least its share of all.
+    /// At most `of_one` connections of one client and `of_all` of all, where so many `clients` are expected: each has
+    /// at least its share of all.
     pub fn new(of_one: usize, of_all: usize, clients: usize) -> Self {
         Self {
             of_one,

@@ -1,6 +1,6 @@
-//! The program `user-factory-manual`: what an operator does as root, without the socket and without a server. A command in
-//! a worker of its own (`run`), a shell in a worker that is there (`shell`), and whether the helper would start with a
-//! configuration (`check`). The sandbox is that of a job. The helper's own program has nothing of this.
+//! The program `user-factory-manual`: what an operator does as root, without the socket and without a server. A command
+//! in a worker of its own (`run`), a shell in a worker that is there (`shell`), and whether the helper would start with
+//! a configuration (`check`). The sandbox is that of a job. The helper's own program has nothing of this.
 //!
 //! The monitor knows nothing of it. A worker that was made for `run` is locked until its end, so whoever wants to
 //! delete it (a supervisor that finds it owned by nobody) waits, and has nothing to do in the end; if this

@@ -74,7 +74,8 @@ pub fn open_pty() -> Result<(OwnedFd, OwnedFd)> {
     Ok((master.into(), terminal))
 }
 
-/// Put the job's terminal in the place of each stream that is the operator's; from now on this process has none of them.
+/// Put the job's terminal in the place of each stream that is the operator's; from now on this process has none of
+/// them.
 pub fn use_terminal(ours: TerminalStreams, terminal: &OwnedFd, command: &mut Command) -> Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
     if ours.input {

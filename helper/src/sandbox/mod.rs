@@ -95,7 +95,8 @@ pub fn enter(
 /// the host's network.
 pub type ManualStart = (Unprivileged, Vec<(String, String)>, Option<ProxyListener>);
 
-/// For what an operator does in a worker with the manual program: the same sandbox, with the standard streams that the process has.
+/// For what an operator does in a worker with the manual program: the same sandbox, with the standard streams that the
+/// process has.
 pub fn enter_manual(host: &Host, worker: WorkerId) -> Result<ManualStart> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;

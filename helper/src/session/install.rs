@@ -3,7 +3,8 @@
 //!
 //! Three processes take part. The session holds the worker's lock (`flock(2)` on its directory) from the first step to the
 //! last, and one end of a socket pair. The first process has the other end, and keeps it open until the agent runs: if the
-//! session dies, the first process reads the end of the socket and exits. Who waits has a time limit ([`STEP_TIMEOUT_SECONDS`]).
+//! session dies, the first process reads the end of the socket and exits. Who waits has a time limit
+//! ([`STEP_TIMEOUT_SECONDS`]).
 //!
 //! | step | process | what it does | cut off after it |
 //! | --- | --- | --- | --- |

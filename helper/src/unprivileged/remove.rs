@@ -163,7 +163,8 @@ impl PendingDir {
         Ok(pending)
     }
 
-    /// Remove these files in the order of their inodes: in that of a listing, the kernel would visit each block of inodes many times.
+    /// Remove these files in the order of their inodes: in that of a listing, the kernel would visit each block of
+    /// inodes many times.
     fn remove(
         &mut self,
         own: &OwnedFd,
@@ -189,7 +190,8 @@ const DONE: PendingDir = PendingDir {
     is_all: true,
 };
 
-/// A directory above the one that is being emptied: its remaining subdirectories, and the name of the one that was entered.
+/// A directory above the one that is being emptied: its remaining subdirectories, and the name of the one that was
+/// entered.
 struct ParentDir {
     pending: PendingDir,
     next: OsString,

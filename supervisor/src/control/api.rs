@@ -192,7 +192,8 @@ impl SlotState {
 pub struct Slot {
     /// The slot's name in the configuration.
     pub name: SlotName,
-    /// The target's id; none for a slot that is no longer in the configuration, or whose target's name is not looked up yet.
+    /// The target's id; none for a slot that is no longer in the configuration, or whose target's name is not looked up
+    /// yet.
     pub target: Option<TargetId>,
     /// The target's name in the configuration; none where the configuration has its id.
     #[serde(default)]
@@ -271,7 +272,8 @@ pub struct Details {
     pub memory: u64,
     /// The last lines of its console, without control characters.
     pub console: Vec<String>,
-    /// Destinations that the job has connected to or was refused, without the host's network; none where there are none.
+    /// Destinations that the job has connected to or was refused, without the host's network; none where there are
+    /// none.
     #[serde(default)]
     pub egress: Option<EgressReport>,
 }

@@ -36,8 +36,9 @@ const UNANSWERED: Duration = Duration::from_secs(5);
 /// A status request waits no longer than this for a helper that must be asked first.
 const STATUS_WAIT: Duration = Duration::from_secs(1);
 
-/// Milliseconds since 1970 that never go back, and do not jump, within one run of the supervisor: waits and limits are counted in them. The
-/// host's clock may jump, as when it is set after the start: what is shown is in its time, see [`Clock::ahead`].
+/// Milliseconds since 1970 that never go back, and do not jump, within one run of the supervisor: waits and limits are
+/// counted in them. The host's clock may jump, as when it is set after the start: what is shown is in its time, see
+/// [`Clock::ahead`].
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     began: Instant,

@@ -66,13 +66,13 @@ const PEER_TIMEOUT: Duration = Duration::from_secs(10);
 const HALF_CLOSED: Duration = Duration::from_secs(60);
 /// Connections of one worker at the same time: an agent and its job's uploads need a few.
 const CONNECTIONS_OF_A_WORKER: usize = 64;
-/// How many of these may lead elsewhere than to the buildomat server: three quarters, so that what a job does elsewhere does
-/// not keep its agent from the server.
+/// How many of these may lead elsewhere than to the buildomat server: three quarters, so that what a job does elsewhere
+/// does not keep its agent from the server.
 const DESTINATIONS_OF_A_WORKER: usize = 48;
 /// How many of these may lead elsewhere, or wait for that.
 const ELSEWHERE_OF_A_WORKER: usize = 56;
-/// The most connections whose packet is being received at the same time, and the most whose name is being looked up: each
-/// takes a thread, and could take long.
+/// The most connections whose packet is being received at the same time, and the most whose name is being looked up:
+/// each takes a thread, and could take long.
 const MAX_SLOW_CALLS: usize = 4;
 /// The most clients that the kernel queues until they are accepted.
 const BACKLOG: i32 = 4096;

@@ -101,8 +101,8 @@ pub(super) async fn wait_readable(client: &UnixStream) {
     }
 }
 
-/// Take the one descriptor of the one packet that the client should have sent by now, and the connection's name. This may
-/// block, for whatever else it has sent is closed here.
+/// Take the one descriptor of the one packet that the client should have sent by now, and the connection's name. This
+/// may block, for whatever else it has sent is closed here.
 pub(super) fn receive(client: UnixStream, closer: Closer) -> Result<(UntrustedTcpStream, String), String> {
     let client = client
         .into_std()

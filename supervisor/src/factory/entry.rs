@@ -287,8 +287,8 @@ pub struct PendingWorker {
     pub leased_at: u64,
     /// The number of the input at which its worker was first asked for.
     pub began: u64,
-    /// Is the request to make the worker under way? Otherwise its answer was lost at `input_number`, and a list must show
-    /// whether the worker was made.
+    /// Is the request to make the worker under way? Otherwise its answer was lost at `input_number`, and a list must
+    /// show whether the worker was made.
     pub making: bool,
     /// The number of the input of the last request or answer.
     pub input_number: u64,

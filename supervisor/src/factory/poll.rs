@@ -4,8 +4,8 @@
 //! The helper is not asked while the factory is idle: the supervisor is its only client and it makes nothing on its own.
 //! So where neither the database nor the server nor the helper's last list has a worker, and nothing is pending that
 //! could make one, its next list is empty too, and an idle host is not woken once a second. It is asked again
-//! before a job gets a slot, when the server lists a worker, for a status request, and now and then: then what an operator
-//! does by hand on the host, and a helper that has stopped, are seen.
+//! before a job gets a slot, when the server lists a worker, for a status request, and now and then: then what an
+//! operator does by hand on the host, and a helper that has stopped, are seen.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -54,8 +54,8 @@ impl Factory {
         }
     }
 
-    /// Does the server's list show this worker of the database with another host's owner tag? One whose end has begun does not
-    /// count: that is this host's doing, or the operator's.
+    /// Does the server's list show this worker of the database with another host's owner tag? One whose end has begun
+    /// does not count: that is this host's doing, or the operator's.
     pub(super) fn has_another_owner(&self, w: &ServerWorker) -> bool {
         let owned = self.owned(w.id);
         owned.is_some_and(|owned| !owned.worker.phase.is_ending())

@@ -75,7 +75,8 @@ pub type Pending<'a> = Pin<Box<dyn Future<Output = Result<Received>> + Send + 'a
 
 /// One connection: each packet sent gets one packet back.
 pub trait Connection: Send + Sync {
-    /// Send `packet` with the descriptor `fd`, and wait for the reply. The error is [`Error::Unreachable`]; a connection that had one is not used again.
+    /// Send `packet` with the descriptor `fd`, and wait for the reply. The error is [`Error::Unreachable`]; a
+    /// connection that had one is not used again.
     fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> Pending<'a>;
 }
 

@@ -1,11 +1,11 @@
 //! A database that cannot be used: one that is damaged is set aside, and a new one is begun; all else is
 //! a problem of the host, which the operator has to end: the error says how.
 //!
-//! Setting aside is safe because the database is not the only source: the server has every worker with its token, owner tag
-//! and holds, the host has every worker with its slot and state, and `reconcile` takes on what both have, ends what
-//! is over, and shows the rest to an operator. What is lost is which job a worker was made for (a lease that is not renewed any more: the
-//! job is tied to its worker by then), how often it was remade (it may be remade three times more), and how much
-//! of a failure was reported (it is found again on the host, and reported from the first line).
+//! Setting aside is safe because the database is not the only source: the server has every worker with its token, owner
+//! tag and holds, the host has every worker with its slot and state, and `reconcile` adopts what both have, ends what
+//! is over, and shows the rest to an operator. What is lost is which job a worker was made for (a lease that is not
+//! renewed any more: the job is tied to its worker by then), how often it was remade (it may be remade three times
+//! more), and how much of a failure was reported (it is found again on the host, and reported from the first line).
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -134,8 +134,8 @@ const MOST_ASIDE: u32 = 9;
 /// Rename the database so that it can be examined: to the first of `.damaged`,
 /// `.damaged-2` … `.damaged-9` that is not there.
 ///
-/// The database is renamed first: a crash then leaves a log without a database, which SQLite removes; the other way round it
-/// would leave a database without its log, which might be taken for a good old one.
+/// The database is renamed first: a crash then leaves a log without a database, which SQLite removes; the other way
+/// round it would leave a database without its log, which might be taken for a good old one.
 pub fn set_aside(path: &Path) -> Result<PathBuf> {
     let with = |path: &Path, end: &str| {
         let mut name = path.as_os_str().to_owned();

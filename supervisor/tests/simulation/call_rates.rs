@@ -60,8 +60,9 @@ impl CallRates {
 }
 
 /// The most calls of a kind in any minute; for those about a worker or a job, about one and the same. `starts`,
-/// `leases` and `rollbacks`: how often in it the supervisor was started, a job was leased, and the server's database was
-/// rolled back. A new run knows nothing of the waits of the previous one; what a server has forgotten it is told again.
+/// `leases` and `rollbacks`: how often in it the supervisor was started, a job was leased, and the server's database
+/// was rolled back. A new run knows nothing of the waits of the previous one; what a server has forgotten it is told
+/// again.
 fn bound(kind: CallKind, starts: usize, leases: usize, rollbacks: usize) -> usize {
     match kind {
         // One a poll, and polls are a second apart; a new run begins with one.

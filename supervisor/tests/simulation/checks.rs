@@ -57,8 +57,8 @@ pub struct Track {
     pub to_delete: bool,
 }
 
-/// When the failure of a worker was reported to the server, and whether its slot keeps such workers for inspection. None: the
-/// server never had its slot.
+/// When the failure of a worker was reported to the server, and whether its slot keeps such workers for inspection.
+/// None: the server never had its slot.
 #[derive(Clone, Copy, Debug)]
 pub struct FailureReport {
     pub at: u64,

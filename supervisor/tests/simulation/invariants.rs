@@ -289,7 +289,8 @@ impl Checks {
         } else if track.online_at.is_none() && track.lost <= MAX_REMAKES {
             self.fail(format!("{id} is failed, though its job had not begun: {reason}"));
         } else if track.lost == 0 && !(track.hangs && track.forgotten) {
-            // A run of the supervisor may have ended the processes for the job's time, and its database, which said so, was lost.
+            // A run of the supervisor may have ended the processes for the job's time, and its database, which said so,
+            // was lost.
             self.fail(format!(
                 "{id} is failed, though nothing was wrong with it: {reason}"
             ));

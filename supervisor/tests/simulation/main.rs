@@ -3,8 +3,8 @@
 //! Everything of the supervisor is the product's own: the loop (`Driver`), the core, the store (SQLite, in memory-backed
 //! files), the actions, and the reading of every answer. What it talks to is not: `net` stands where HTTP and the
 //! helper's socket are, and behind it are a `server`, a `host`, `agents` and a clock that runs as fast as it can. A
-//! `script` of jobs and faults is made from a `seed`, `simulation` lets it happen, `runner` runs the supervisor through it,
-//! and ends it anywhere, and `invariants` looks at each call.
+//! `script` of jobs and faults is made from a `seed`, `simulation` lets it happen, `runner` runs the supervisor through
+//! it, and ends it anywhere, and `invariants` looks at each call.
 //!
 //! ```text
 //! cargo test --package supervisor --test simulation                     100,000 worker lives

@@ -1,5 +1,5 @@
-//! Running the real supervisor in a simulation: each run of the supervisor is a `Driver` from the store, and its crash is the end of
-//! its future, wherever that is.
+//! Running the real supervisor in a simulation: each run of the supervisor is a `Driver` from the store, and its crash
+//! is the end of its future, wherever that is.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;

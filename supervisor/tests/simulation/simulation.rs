@@ -357,7 +357,8 @@ impl Simulation {
         self.checks.processes_end(undisturbed, &self.server, &self.host);
         self.checks.jobs_end(undisturbed, &self.server, &self.host);
         for (id, heard) in missed {
-            // While no fault is active the factory sees long before what became of its agent; or it shows that it does not know.
+            // While no fault is active the factory sees long before what became of its agent; or it shows that it does
+            // not know.
             let shown = self.checks.track(id).foreign_since.is_some() || self.second.own.contains(&id);
             if !shown
                 && self

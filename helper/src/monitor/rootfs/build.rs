@@ -458,8 +458,8 @@ impl<'a> Builder<'a> {
         Ok(run_dirs)
     }
 
-    /// Follow the path as the kernel would (`path_resolution(7)`). The directories in `/run` that it leads through are shown,
-    /// and its links that are in `/run` itself are made for jobs. A change of any of these is seen.
+    /// Follow the path as the kernel would (`path_resolution(7)`). The directories in `/run` that it leads through are
+    /// shown, and its links that are in `/run` itself are made for jobs. A change of any of these is seen.
     fn run_dirs_on_path_to(&self, file: &Path, run_dirs: &mut BTreeSet<PathBuf>) -> Result<()> {
         let names = |path: &Path| -> Vec<OsString> { path.iter().rev().map(OsStr::to_owned).collect() };
         let (run, links) = (Path::new("/run"), JobPath::new(LINKS).in_new_root(&self.new_root));
