@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::Signal;
 
 use crate::disk::SmallDisk;
-use crate::harness::{TEST_TIMEOUT, Running, SUPERVISOR_UID, TestHost, binaries, place};
-use crate::host_snapshot::HostSnapshot;
 use crate::faulty_proxy::Proxy;
+use crate::harness::{Running, SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, place};
+use crate::host_snapshot::HostSnapshot;
 use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
 
 /// A slot `a` with a variable.

@@ -13,7 +13,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::{BootstrapToken, ErrorKind, Reply, Request, SlotName, State, WorkerId};
 
 use crate::disk::SmallDisk;
-use crate::harness::{Client, TEST_TIMEOUT, Running, TestHost, binaries, sealed, worker_id};
+use crate::harness::{Client, Running, TEST_TIMEOUT, TestHost, binaries, sealed, worker_id};
 use crate::host_snapshot::HostSnapshot;
 
 /// Three slots, the first two in conflict, the first with something of everything.

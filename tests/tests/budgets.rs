@@ -172,7 +172,11 @@ fn the_helper_links_the_c_library_and_no_other() {
         .arg(&program)
         .output()
         .expect("readelf can be started");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let output = String::from_utf8_lossy(&output.stdout);
     let mut libraries = BTreeSet::new();
     for line in output.lines().filter(|line| line.contains("(NEEDED)")) {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use protocol::config::{CONFIG_PATH, Config};
 use supervisor::settings::needs_restart;
-use testbed::harness::{TEST_TIMEOUT, SUPERVISOR_UID, TestHost, binaries, tool};
+use testbed::harness::{SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, tool};
 use testbed::pages::Page;
 use testbed::sources::{read, root};
 use testbed::test_factory::TestFactory;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use protocol::config::UidRange;
-use testbed::harness::{TEST_TIMEOUT, PAUSE, cgroup2_mount, tool};
+use testbed::harness::{PAUSE, TEST_TIMEOUT, cgroup2_mount, tool};
 
 /// The range of packaging/firewall.nft, which is the configuration's default.
 static RANGE: LazyLock<RangeInclusive<u32>> = LazyLock::new(|| {

@@ -115,7 +115,10 @@ fn refuse(session: &Seqpacket, failure: Failure) {
 fn is_waited_for(session: &Seqpacket) -> Result<()> {
     let mut events = [PollFd::new(session.as_fd(), PollFlags::empty())];
     poll(&mut events, PollTimeout::ZERO)?;
-    ensure!(events[0].any() == Some(false), "the session that sent it has exited");
+    ensure!(
+        events[0].any() == Some(false),
+        "the session that sent it has exited"
+    );
     Ok(())
 }
 

@@ -167,7 +167,8 @@ pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failur
             }));
         }
         _ => {
-            let killed = "the process for this step was killed: look for the reason in the kernel's log, and repeat";
+            let killed =
+                "the process for this step was killed: look for the reason in the kernel's log, and repeat";
             return Err(Failure::Busy(killed.into()));
         }
     };

@@ -6,7 +6,7 @@ mod conversation;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard};
 
-use conversation::{SentDescriptor, Conversation, Packet, check_conversation};
+use conversation::{Conversation, Packet, SentDescriptor, check_conversation};
 use proptest::prelude::*;
 use protocol::{Request, VERSION, WorkerId, wire};
 

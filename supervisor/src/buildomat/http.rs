@@ -9,7 +9,7 @@ use protocol::config::General;
 use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Proxy, Response};
 
-use super::{HttpResponse, Call, Error, Pending, Result, Transport};
+use super::{Call, Error, HttpResponse, Pending, Result, Transport};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::token::{Token, TokenStore};
 

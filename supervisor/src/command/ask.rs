@@ -145,7 +145,8 @@ pub async fn logs(client: Client, worker: WorkerId, follow: bool) -> CommandResu
                 continue;
             }
         };
-        let Some(bytes) = chunk.map_err(|e| Error::Unreachable(format!("the console was cut off: {e}")))? else {
+        let Some(bytes) = chunk.map_err(|e| Error::Unreachable(format!("the console was cut off: {e}")))?
+        else {
             return Ok(DONE);
         };
         let written = match &mut visible {

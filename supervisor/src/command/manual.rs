@@ -62,7 +62,9 @@ pub fn check(config: &Path, root: &Path) -> (String, bool) {
         ])
         .output();
     match asked {
-        Ok(output) if output.status.success() => (String::from_utf8_lossy(&output.stdout).trim().to_owned(), false),
+        Ok(output) if output.status.success() => {
+            (String::from_utf8_lossy(&output.stdout).trim().to_owned(), false)
+        }
         Ok(output) => {
             let both = [output.stdout, output.stderr].concat();
             (format!("FAILED: {}", String::from_utf8_lossy(&both).trim()), true)

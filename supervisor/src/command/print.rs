@@ -475,7 +475,13 @@ mod tests {
         let at = |s: i64| Timestamp::from_second(1_800_000_000 + s).unwrap();
         let time_ago = |s| ago(at(0), at(s));
         assert_eq!(
-            [time_ago(-5), time_ago(59), time_ago(3599), time_ago(7260), time_ago(90_000)],
+            [
+                time_ago(-5),
+                time_ago(59),
+                time_ago(3599),
+                time_ago(7260),
+                time_ago(90_000)
+            ],
             ["0 s", "59 s", "59 min", "2 h 1 min", "1 d 1 h"]
         );
         assert_eq!(

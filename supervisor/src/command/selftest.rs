@@ -9,7 +9,7 @@ use supervisor::control::client::Error;
 use supervisor::selftest::run::Programs;
 use supervisor::selftest::{self, SlotReport, run};
 
-use super::{DONE, FAILED, OutputFormat, ask, manual, print, print_error, residue, print_line};
+use super::{DONE, FAILED, OutputFormat, ask, manual, print, print_error, print_line, residue};
 
 /// How often the supervisor is asked whether it waits, and whether a slot is free.
 const INTERVAL: Duration = Duration::from_secs(2);

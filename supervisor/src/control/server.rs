@@ -104,10 +104,7 @@ impl ControlServer {
             .route("/v1/workers/{worker}/console", get(read_console))
             .route("/v1/workers/{worker}/destroy", post(destroy))
             .route("/v1/workers/{worker}/kill", post(kill))
-            .route(
-                "/v1/drain",
-                post(|state, by, body| drain(state, by, None, body)),
-            )
+            .route("/v1/drain", post(|state, by, body| drain(state, by, None, body)))
             .route("/v1/resume", post(|state, by| resume(state, by, None)))
             .route(
                 "/v1/slots/{slot}/drain",

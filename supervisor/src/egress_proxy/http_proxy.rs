@@ -130,8 +130,9 @@ impl Client {
             });
             return Ok(Response::new(Body::empty()));
         }
-        let broken =
-            |error: hyper::Error| error_response(StatusCode::BAD_GATEWAY, &format!("{to} has broken off: {error}"));
+        let broken = |error: hyper::Error| {
+            error_response(StatusCode::BAD_GATEWAY, &format!("{to} has broken off: {error}"))
+        };
         let request = for_the_server(request)
             .map_err(|_| error_response(StatusCode::BAD_REQUEST, "the host of that URL is no host"))?;
         let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
@@ -157,8 +158,8 @@ impl Client {
         &self,
         request: &Request<Incoming>,
     ) -> Result<(Destination, TcpStream), Response<Body>> {
-        let to =
-            destination(request.method(), request.uri()).map_err(|why| error_response(StatusCode::BAD_REQUEST, &why))?;
+        let to = destination(request.method(), request.uri())
+            .map_err(|why| error_response(StatusCode::BAD_REQUEST, &why))?;
         let Some(permit) = self.proxy.destination_of(self.job.worker).await else {
             self.proxy.metrics.egress(&self.job.slot, "refused");
             return Err(error_response(

@@ -288,7 +288,9 @@ impl Factory {
             // One that was listed before it was asked for is another, however similar.
             let found = list.iter().filter_map(|w| {
                 let unknown = self.entries.get(&w.id)?.unknown()?;
-                let listed = unknown.listed.filter(|listed| listed.input_number > pending.began)?;
+                let listed = unknown
+                    .listed
+                    .filter(|listed| listed.input_number > pending.began)?;
                 let fits = w.target == pending.target
                     && w.private.is_none()
                     && !(w.online || w.recycle)

@@ -195,7 +195,11 @@ impl Factory {
                 state.error = error.sentence.clone();
                 state.retry_at = now + state.backoff.fail_with(&error, &mut self.rng);
                 if first {
-                    self.log(Level::Error, None, format!("{peer} unreachable: {}", error.sentence));
+                    self.log(
+                        Level::Error,
+                        None,
+                        format!("{peer} unreachable: {}", error.sentence),
+                    );
                 }
                 None
             }
@@ -249,7 +253,9 @@ impl Factory {
         }
         self.entries.retain(|_, entry| {
             if let Some(unknown) = entry.unknown_mut() {
-                unknown.ended.take_if(|input_number| *input_number < open.input_number);
+                unknown
+                    .ended
+                    .take_if(|input_number| *input_number < open.input_number);
             }
             entry.is_known()
         });
@@ -282,7 +288,10 @@ impl Factory {
                 continue;
             };
             // A worker that is newer than the list is not gone; one that is being changed is not absent.
-            let (listed, settled) = (owned.known < open.input_number, owned.calls.is_settled(open.input_number));
+            let (listed, settled) = (
+                owned.known < open.input_number,
+                owned.calls.is_settled(open.input_number),
+            );
             let existed = !owned.worker.phase.is_ending();
             let on_server = server.as_ref().and_then(|list| match list.get(&id) {
                 None if !listed => None,
@@ -346,7 +355,10 @@ impl Factory {
             online_timeout: self.config.factory.online_timeout_seconds * 1000,
             to_delete: &to_delete,
             foreign_seen: self.foreign_seen,
-            making: self.pending_workers.iter().any(|p| p.making || p.input_number >= input_number),
+            making: self
+                .pending_workers
+                .iter()
+                .any(|p| p.making || p.input_number >= input_number),
             now,
         });
         let orphans = self.entries.iter().filter(|(_, entry)| entry.orphan().is_some());

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use protocol::{State as HostState, WorkerId};
 
-use super::entry::{Listed, Foreign};
+use super::entry::{Foreign, Listed};
 use super::{Factory, Level, Output};
 use crate::buildomat::ServerWorker;
 use crate::identity::Owner;
@@ -69,7 +69,9 @@ impl Factory {
     /// A worker of the database turns out to be another host's. It is forgotten here, once a list of the host shows that
     /// it does not run here; what is left of it here goes when the server no longer has it.
     pub(super) fn leave_to_owner(&mut self, id: WorkerId, host_is_listed: bool, input_number: u64) {
-        let is_settled = self.owned(id).is_some_and(|owned| owned.calls.is_settled(input_number));
+        let is_settled = self
+            .owned(id)
+            .is_some_and(|owned| owned.calls.is_settled(input_number));
         if !(host_is_listed && is_settled) {
             return;
         }

@@ -236,12 +236,15 @@ async fn exchange(
     request: &Request,
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<(Reply, Option<OwnedFd>)> {
-    let packet = wire::encode(request).map_err(|e| Error::Unreachable(format!("cannot encode a request: {e}")))?;
+    let packet =
+        wire::encode(request).map_err(|e| Error::Unreachable(format!("cannot encode a request: {e}")))?;
     match connection.exchange(&packet, fd).await? {
         Received::Closed => Err(Error::Unreachable(
             "the helper closed the connection without an answer: see its log".into(),
         )),
-        Received::Oversize => Err(Error::Unreachable("the helper's answer is too long: see its log".into())),
+        Received::Oversize => Err(Error::Unreachable(
+            "the helper's answer is too long: see its log".into(),
+        )),
         Received::Packet { bytes, descriptors } => decode_reply(&bytes, descriptors),
     }
 }

@@ -55,24 +55,34 @@ impl Connection for AsyncFd<Seqpacket> {
     fn exchange<'a>(&'a self, packet: &'a [u8], fd: Option<BorrowedFd<'a>>) -> Pending<'a> {
         Box::pin(async move {
             loop {
-                let mut ready = self.writable().await.map_err(|e| Error::Unreachable(e.to_string()))?;
+                let mut ready = self
+                    .writable()
+                    .await
+                    .map_err(|e| Error::Unreachable(e.to_string()))?;
                 match self.get_ref().send(packet, fd.as_ref().map(AsFd::as_fd)) {
                     Ok(()) => break,
                     Err(Errno::EAGAIN) => ready.clear_ready(),
                     // It has closed the connection, but may have answered why.
                     Err(Errno::EPIPE | Errno::ECONNRESET) => break,
-                    Err(errno) => return Err(Error::Unreachable(format!("cannot send to the helper: {errno}"))),
+                    Err(errno) => {
+                        return Err(Error::Unreachable(format!("cannot send to the helper: {errno}")));
+                    }
                 }
             }
             let mut was_reset = false;
             loop {
-                let mut ready = self.readable().await.map_err(|e| Error::Unreachable(e.to_string()))?;
+                let mut ready = self
+                    .readable()
+                    .await
+                    .map_err(|e| Error::Unreachable(e.to_string()))?;
                 match self.get_ref().recv(MAX_REPLY) {
                     Err(Errno::EAGAIN) => ready.clear_ready(),
                     // It has closed without reading what was sent. The kernel reports that once, before its answer.
                     Err(Errno::ECONNRESET) if !was_reset => was_reset = true,
                     Err(errno) => {
-                        return Err(Error::Unreachable(format!("cannot receive from the helper: {errno}")));
+                        return Err(Error::Unreachable(format!(
+                            "cannot receive from the helper: {errno}"
+                        )));
                     }
                     Ok(received) => return Ok(received),
                 }

@@ -204,10 +204,7 @@ impl Worker {
                 self.fail(format!("the agent {exit}"), now);
             }
             (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit)))) => {
-                self.fail(
-                    format!("the agent {exit} before its job was done"),
-                    now,
-                );
+                self.fail(format!("the agent {exit} before its job was done"), now);
             }
             (Phase::Running { online: true }, Some(OnHost::Absent)) => {
                 self.fail(

@@ -2,7 +2,7 @@
 
 use protocol::{Exit, WorkerId};
 
-use crate::script::{Item, AgentFault, Mode};
+use crate::script::{AgentFault, Item, Mode};
 use crate::simulation::{Event, Simulation};
 
 impl Simulation {

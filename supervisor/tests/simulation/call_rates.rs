@@ -72,13 +72,17 @@ fn bound(kind: CallKind, starts: usize, leases: usize, rollbacks: usize) -> usiz
         // The same; a leased job is a reason to ask for another. (One may have been leased just before.)
         CallKind::Lease => 62 + starts + leases,
         // Waits of 0.25, 0.5, 1 … 30 s at the least fill a minute with seven; two of a phase before.
-        CallKind::Make | CallKind::Associate | CallKind::Delete | CallKind::Fail => 9 * (1 + starts) + rollbacks,
+        CallKind::Make | CallKind::Associate | CallKind::Delete | CallKind::Fail => {
+            9 * (1 + starts) + rollbacks
+        }
         // One in twenty seconds; a server that was rolled back gives a job more than once.
         CallKind::Renew => 10 + starts,
         // A line three times, and the lines of a console of which the first could not be sent.
         CallKind::Append => 30 * (1 + starts),
         // Waits of 0.25 s at first and 2.5 s at the least later.
-        CallKind::CreateUser | CallKind::Install | CallKind::Attach | CallKind::HostDelete => 30 * (1 + starts),
+        CallKind::CreateUser | CallKind::Install | CallKind::Attach | CallKind::HostDelete => {
+            30 * (1 + starts)
+        }
         // Two workers a page, and at most nine of them.
         CallKind::ListMore => 5 * (63 + starts),
         CallKind::File => 4 * (1 + starts),

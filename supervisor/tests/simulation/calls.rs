@@ -6,8 +6,8 @@ use supervisor::buildomat::Error;
 use supervisor::helper_client;
 use tokio::sync::oneshot;
 
-use crate::net::{SimulatedResponse, Ask};
-use crate::script::{CallFault, Item, CallKind, Mode, Point};
+use crate::net::{Ask, SimulatedResponse};
+use crate::script::{CallFault, CallKind, Item, Mode, Point};
 use crate::second::SECOND;
 use crate::simulation::{Event, Simulation};
 
@@ -344,10 +344,12 @@ fn show(answer: &SimulatedResponse) -> String {
     match answer {
         SimulatedResponse::Page(Ok((code, body))) => format!("{code} {}", String::from_utf8_lossy(body)),
         SimulatedResponse::Page(Err(error)) => error.to_string(),
-        SimulatedResponse::Packet(Ok(Received::Packet { bytes, .. })) => match protocol::wire::decode::<Reply>(bytes) {
-            Ok(reply) => format!("{reply:?}"),
-            Err(_) => "garbage".to_owned(),
-        },
+        SimulatedResponse::Packet(Ok(Received::Packet { bytes, .. })) => {
+            match protocol::wire::decode::<Reply>(bytes) {
+                Ok(reply) => format!("{reply:?}"),
+                Err(_) => "garbage".to_owned(),
+            }
+        }
         SimulatedResponse::Packet(Ok(other)) => format!("{other:?}"),
         SimulatedResponse::Packet(Err(helper_client::Error::Unreachable(why))) => why.clone(),
         SimulatedResponse::Packet(Err(other)) => other.to_string(),

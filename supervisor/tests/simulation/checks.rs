@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use protocol::config::Config;
 use protocol::{Exit, SlotName, WorkerId};
 
+use crate::call_rates::CallRates;
 use crate::host::Host;
 use crate::server::Server;
-use crate::call_rates::CallRates;
 
 /// A new configuration is everybody's after this.
 const RELOAD_MS: u64 = 15_000;
@@ -298,7 +298,8 @@ impl Checks {
                 continue;
             }
             let since = *track.recycled_since.get_or_insert(now);
-            let undisturbed = undisturbed_since.is_some_and(|undisturbed| undisturbed.max(since) + DELETED_MS <= now);
+            let undisturbed =
+                undisturbed_since.is_some_and(|undisturbed| undisturbed.max(since) + DELETED_MS <= now);
             if undisturbed && host.get(*id).is_some() && !track.got_wrong_answer {
                 let text = format!(
                     "{id} is to be deleted for {} s, and the host has it",

@@ -3,8 +3,8 @@
 use protocol::{ErrorKind, Received, Reply, Request, WorkerId};
 
 use crate::host::Effect;
-use crate::net::{SimulatedResponse, Ask, error, reply_of};
-use crate::script::{Extent, CallFault, CallKind, Mode, Point};
+use crate::net::{Ask, SimulatedResponse, error, reply_of};
+use crate::script::{CallFault, CallKind, Extent, Mode, Point};
 use crate::simulation::{Event, Simulation};
 
 impl Simulation {

@@ -170,7 +170,10 @@ impl Checks {
             let Some(private) = private.and_then(|p| slot_of(p)) else {
                 continue;
             };
-            let left_alone = self.tracks.get(other).is_none_or(|t| t.got_wrong_answer || t.forgotten);
+            let left_alone = self
+                .tracks
+                .get(other)
+                .is_none_or(|t| t.got_wrong_answer || t.forgotten);
             // The owner tag is set once: a worker whose slot was removed, or has another target now, moves to another.
             let is_elsewhere = host.get(*other).is_some_and(|h| h.slot != private);
             let slot_now = self.config.slots.get(&private);

@@ -15,6 +15,7 @@
 //!
 //! A seed that fails is made as short as it can be, and its trace printed; the same seed always gives the same trace.
 mod agents;
+mod call_rates;
 mod calls;
 mod checks;
 mod disk;
@@ -22,20 +23,19 @@ mod faults;
 mod helper_calls;
 mod host;
 mod invariants;
-mod runner;
 mod net;
 mod plan;
 mod report;
+mod runner;
 mod script;
 mod second;
 mod seed;
 mod server;
 mod server_calls;
 mod shrink;
-mod steady;
-mod call_rates;
-mod trace;
 mod simulation;
+mod steady;
+mod trace;
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;

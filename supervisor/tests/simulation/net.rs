@@ -129,10 +129,10 @@ impl Wire {
 }
 
 impl Transport for Wire {
-    fn call(&self, call: Call) -> buildomat::Pending<'_, buildomat::SimulatedResponse> {
+    fn call(&self, call: Call) -> buildomat::Pending<'_, buildomat::HttpResponse> {
         Box::pin(async {
             let (code, body) = self.page(Ask::Server(call)).await?;
-            Ok(buildomat::SimulatedResponse::new(code, body))
+            Ok(buildomat::HttpResponse::new(code, body))
         })
     }
 

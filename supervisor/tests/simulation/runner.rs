@@ -27,8 +27,8 @@ use crate::net::{Shared, Wire};
 use crate::report::Report;
 use crate::script::{Item, Script};
 use crate::second::SECOND;
-use crate::trace::{Crash, Log, Trace};
 use crate::simulation::Simulation;
+use crate::trace::{Crash, Log, Trace};
 
 /// How a simulation has ended.
 #[derive(Debug)]
@@ -191,7 +191,9 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         let left = Store::open(&dir.path().join("store")).and_then(|store| store.workers());
         match left {
             Ok(left) if left.is_empty() => {}
-            left => simulation.checks.fail(format!("the store is not empty: {left:?}")),
+            left => simulation
+                .checks
+                .fail(format!("the store is not empty: {left:?}")),
         }
     }
     let mut report = std::mem::take(&mut simulation.report);

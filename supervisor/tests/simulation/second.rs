@@ -9,10 +9,10 @@ use supervisor::buildomat::Error;
 use supervisor::factory::Input;
 use tokio::sync::oneshot;
 
-use crate::calls::{InFlight, CALL_TIMEOUT_MS};
+use crate::calls::{CALL_TIMEOUT_MS, InFlight};
 use crate::host::{Effect, Host};
-use crate::net::{SimulatedResponse, Ask, reply_of};
-use crate::script::{Extent, CallFault, CallKind};
+use crate::net::{Ask, SimulatedResponse, reply_of};
+use crate::script::{CallFault, CallKind, Extent};
 use crate::simulation::{Event, Requests, Simulation};
 
 /// Set in the numbers of its supervisor's lives.

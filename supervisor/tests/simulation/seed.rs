@@ -2,7 +2,9 @@
 
 use supervisor::backoff::Rng;
 
-use crate::script::{Change, Extent, CallFault, Item, AgentFault, Mode, OF_HELPER, OF_SERVER, Point, Script, Step};
+use crate::script::{
+    AgentFault, CallFault, Change, Extent, Item, Mode, OF_HELPER, OF_SERVER, Point, Script, Step,
+};
 
 pub fn below(rng: &mut Rng, n: u64) -> u64 {
     rng.draw() % n.max(1)

@@ -13,7 +13,7 @@ use crate::checks::Checks;
 use crate::host::Host;
 use crate::plan::Plan;
 use crate::report::Report;
-use crate::script::{CallFault, Item, CallKind, AgentFault, Mode, Point, Script};
+use crate::script::{AgentFault, CallFault, CallKind, Item, Mode, Point, Script};
 use crate::second::{SECOND, Second};
 use crate::seed::below;
 use crate::server::Server;
@@ -350,7 +350,10 @@ impl Simulation {
             .tick(|id, agent| !reachable || host.runs(id, agent) || second.runs(id, agent));
         let undisturbed = self.is_running
             && self.every.is_empty()
-            && !self.calls.values().any(|call| matches!(call.fault, CallFault::Late(_)))
+            && !self
+                .calls
+                .values()
+                .any(|call| matches!(call.fault, CallFault::Late(_)))
             && self.locks.values().all(|until| *until <= self.now + 1_000)
             && matches!((self.server_mode, self.helper_mode()), (Mode::Up, Mode::Up));
         self.undisturbed_since = undisturbed.then_some(self.undisturbed_since.unwrap_or(self.now));

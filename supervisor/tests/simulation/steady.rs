@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::runner::simulate;
-use crate::script::{CallFault, Item, CallKind, AgentFault, Mode, Script, Step};
+use crate::script::{AgentFault, CallFault, CallKind, Item, Mode, Script, Step};
 
 const MINUTE: u64 = 60_000;
 /// The simulation counts calls by it.
@@ -44,40 +44,86 @@ fn faults() -> Vec<(&'static str, Vec<Item>)> {
         ("the helper is slow", vec![Item::Helper(Mode::Slow(20_000), long)]),
         ("the helper is busy", vec![Item::Helper(Mode::Errors, long)]),
         ("the server is held", vec![Item::NoLeases(long)]),
-        ("lists make no sense", every(CallKind::Workers, CallFault::Truncated)),
+        (
+            "lists make no sense",
+            every(CallKind::Workers, CallFault::Truncated),
+        ),
         ("lists are pages", every(CallKind::Workers, CallFault::Html)),
-        ("lists come from elsewhere", every(CallKind::Workers, CallFault::OtherIds)),
+        (
+            "lists come from elsewhere",
+            every(CallKind::Workers, CallFault::OtherIds),
+        ),
         ("leases are refused", every(CallKind::Lease, refusal(403, true))),
         ("leases are lost", every(CallKind::Lease, CallFault::LostAnswer)),
-        ("leases come from elsewhere", every(CallKind::Lease, CallFault::OtherIds)),
+        (
+            "leases come from elsewhere",
+            every(CallKind::Lease, CallFault::OtherIds),
+        ),
         ("workers are refused", every(CallKind::Make, refusal(403, true))),
         (
             "workers are refused by a proxy",
             every(CallKind::Make, refusal(403, false)),
         ),
         ("no worker can be made", every(CallKind::Make, refusal(500, true))),
-        ("slots cannot be told", every(CallKind::Associate, refusal(500, true))),
-        ("slots are refused", every(CallKind::Associate, refusal(401, true))),
-        ("deletions are refused", every(CallKind::Delete, refusal(403, true))),
-        ("deletions are lost", every(CallKind::Delete, CallFault::LostAnswer)),
+        (
+            "slots cannot be told",
+            every(CallKind::Associate, refusal(500, true)),
+        ),
+        (
+            "slots are refused",
+            every(CallKind::Associate, refusal(401, true)),
+        ),
+        (
+            "deletions are refused",
+            every(CallKind::Delete, refusal(403, true)),
+        ),
+        (
+            "deletions are lost",
+            every(CallKind::Delete, CallFault::LostAnswer),
+        ),
         ("failures cannot be told", untold(refusal(500, true))),
         ("failures are stopped by a proxy", untold(refusal(404, false))),
         (
             "console lines are lost",
-            [every(CallKind::Append, CallFault::LostAnswer), agents(AgentFault::DiesEarly)].concat(),
+            [
+                every(CallKind::Append, CallFault::LostAnswer),
+                agents(AgentFault::DiesEarly),
+            ]
+            .concat(),
         ),
-        ("the host cannot be listed", every(CallKind::List, CallFault::CouldNot)),
-        ("the host answers garbage", every(CallKind::List, CallFault::Garbage)),
-        ("users cannot be made", every(CallKind::CreateUser, CallFault::Busy)),
+        (
+            "the host cannot be listed",
+            every(CallKind::List, CallFault::CouldNot),
+        ),
+        (
+            "the host answers garbage",
+            every(CallKind::List, CallFault::Garbage),
+        ),
+        (
+            "users cannot be made",
+            every(CallKind::CreateUser, CallFault::Busy),
+        ),
         (
             "the helper dies of users",
-            every(CallKind::CreateUser, CallFault::Closed(crate::script::Extent::Half)),
+            every(
+                CallKind::CreateUser,
+                CallFault::Closed(crate::script::Extent::Half),
+            ),
         ),
-        ("agents cannot be started", every(CallKind::Install, CallFault::Busy)),
-        ("nothing can be deleted", every(CallKind::HostDelete, CallFault::CouldNot)),
+        (
+            "agents cannot be started",
+            every(CallKind::Install, CallFault::Busy),
+        ),
+        (
+            "nothing can be deleted",
+            every(CallKind::HostDelete, CallFault::CouldNot),
+        ),
         (
             "the helper dies of deletions",
-            every(CallKind::HostDelete, CallFault::Closed(crate::script::Extent::Nothing)),
+            every(
+                CallKind::HostDelete,
+                CallFault::Closed(crate::script::Extent::Nothing),
+            ),
         ),
         ("the server is old", old_server),
         ("agents die", agents(AgentFault::DiesEarly)),

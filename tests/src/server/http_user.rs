@@ -150,7 +150,11 @@ async fn events(
     .map(Json)
 }
 
-async fn outputs(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> ApiResult<Json<Vec<JobOutput>>> {
+async fn outputs(
+    State(app): State<App>,
+    _: AsUser,
+    Path(job): Path<String>,
+) -> ApiResult<Json<Vec<JobOutput>>> {
     of_job(&app, &job, |j| j.outputs.clone()).map(Json)
 }
 

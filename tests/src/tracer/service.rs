@@ -206,7 +206,10 @@ impl Watcher {
             span,
             plan,
             seen: Seen::default(),
-            alive: [(monitor, TracedKind::Monitor)].into_iter().chain(listener).collect(),
+            alive: [(monitor, TracedKind::Monitor)]
+                .into_iter()
+                .chain(listener)
+                .collect(),
             last: 0,
             counting: span == WatchPeriod::OneConnection,
             connection_gone: false,

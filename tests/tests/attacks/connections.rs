@@ -73,7 +73,11 @@ fn row_61_a_peer_that_reads_nothing_has_its_connection_closed() {
     let request = wire::encode(&Request::List { after: None }).unwrap();
     // Until there is room neither for an answer nor for a request: then the helper gives up.
     let end = loop {
-        match send(client_that_reads_nothing.socket.as_raw_fd(), &request, MsgFlags::MSG_NOSIGNAL) {
+        match send(
+            client_that_reads_nothing.socket.as_raw_fd(),
+            &request,
+            MsgFlags::MSG_NOSIGNAL,
+        ) {
             Ok(_) => {}
             Err(errno) => break errno,
         }

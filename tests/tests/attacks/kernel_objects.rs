@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use nix::fcntl::{Flock, FlockArg};
 use protocol::{Exit, Reply, Request, State, WorkerId};
-use testbed::harness::{Client, TEST_TIMEOUT, PAUSE, binaries, booted_machine, place};
+use testbed::harness::{Client, PAUSE, TEST_TIMEOUT, binaries, booted_machine, place};
 use testbed::test_helper::{TestHelper, attack, created, list, read, run, start_attack, state};
 
 use crate::attacks::controllers::{LIMIT, SLACK, number};

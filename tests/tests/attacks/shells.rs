@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Reply, Request, WorkerId};
-use testbed::harness::{TEST_TIMEOUT, Running, TestHost, binaries, until_is};
+use testbed::harness::{Running, TEST_TIMEOUT, TestHost, binaries, until_is};
 use testbed::sample::Sample;
 use testbed::test_helper::{TestHelper, created, start_attack, wait_for_line};
 use testbed::tracer::service::{WatchPeriod, listener, watch_with};
@@ -94,7 +94,9 @@ struct Traced {
 
 impl Traced {
     fn next(&self) -> TracerEvent {
-        self.events.recv_timeout(TEST_TIMEOUT).expect("it comes to something")
+        self.events
+            .recv_timeout(TEST_TIMEOUT)
+            .expect("it comes to something")
     }
 
     fn let_go(&self) {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use protocol::config::{CONFIG_PATH, CONTROL_DIR, CONTROL_SOCKET};
-use testbed::harness::{TEST_TIMEOUT, Running, SUPERVISOR_UID, binaries, raise_open_files};
+use testbed::harness::{Running, SUPERVISOR_UID, TEST_TIMEOUT, binaries, raise_open_files};
 use testbed::test_factory::{ONE, TestFactory};
 
 use super::SOCKET;

@@ -191,20 +191,25 @@ fn delete(SwapperTest { test, canaries }: &SwapperTest, (files, depth): (usize, 
         uid,
         swapped: false,
     };
-    let watcher = watch_with(test.helper.pid(), WatchPeriod::OneConnection, None, move |pid, event| {
-        if !users.has(pid, event) {
-            return;
-        }
-        match event {
-            Event::Enter(_) => swapper.set(when.is_swapped(seen.fetch_add(1, Ordering::Relaxed), true)),
-            Event::Leave(..) => {
-                // The call by which it became the user was not counted.
-                let last = seen.load(Ordering::Relaxed).checked_sub(1);
-                swapper.set(last.is_some_and(|call| when.is_swapped(call, false)));
+    let watcher = watch_with(
+        test.helper.pid(),
+        WatchPeriod::OneConnection,
+        None,
+        move |pid, event| {
+            if !users.has(pid, event) {
+                return;
             }
-            _ => {}
-        }
-    });
+            match event {
+                Event::Enter(_) => swapper.set(when.is_swapped(seen.fetch_add(1, Ordering::Relaxed), true)),
+                Event::Leave(..) => {
+                    // The call by which it became the user was not counted.
+                    let last = seen.load(Ordering::Relaxed).checked_sub(1);
+                    swapper.set(last.is_some_and(|call| when.is_swapped(call, false)));
+                }
+                _ => {}
+            }
+        },
+    );
     let traced = test.client();
     let reply = traced.ask(&Request::Delete { worker }).0;
     drop(traced);

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 use testbed::certificates::{Certificates, EXPIRED, VALID};
-use testbed::harness::{TEST_TIMEOUT, Running, SUPERVISOR_UID, TestHost, binaries, sealed, tool, until};
+use testbed::harness::{Running, SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, sealed, tool, until};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions};
 use testbed::test_factory::{ONE, TestFactory};

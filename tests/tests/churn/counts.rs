@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use testbed::harness::{TEST_TIMEOUT, PAUSE, until};
+use testbed::harness::{PAUSE, TEST_TIMEOUT, until};
 use testbed::test_helper::TestHelper;
 use testbed::tracer::service::listener;
 

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
-use testbed::harness::{TEST_TIMEOUT, Running, SUPERVISOR_UID, TestHost, binaries, tool};
+use testbed::harness::{Running, SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, tool};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::server::{JobSpec, Server, ServerOptions, State, Ulid};
 use testbed::test_factory::{TWO, lines};

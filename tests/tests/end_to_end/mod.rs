@@ -9,7 +9,7 @@ mod proxied;
 mod steady;
 
 use nix::sys::signal::Signal;
-use testbed::harness::{TEST_TIMEOUT, SUPERVISOR_UID};
+use testbed::harness::{SUPERVISOR_UID, TEST_TIMEOUT};
 use testbed::host_snapshot::processes_of;
 use testbed::server::{JobSpec, Ulid};
 use testbed::test_factory::{ONE, TWO, TestFactory, lines};

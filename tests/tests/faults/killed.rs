@@ -132,10 +132,7 @@ async fn row_75_a_reboot_fails_the_jobs_that_ran_and_blocks_no_slot() {
     assert_eq!(done.state(), "failed");
     let held = factory.held(job).await;
     let reason = held.hold.as_ref().unwrap().reason.clone();
-    assert!(
-        reason.contains("before its job was done"),
-        "{reason}"
-    );
+    assert!(reason.contains("before its job was done"), "{reason}");
     // The other slot goes on, and this one after the release.
     let next = factory.submit("echo next");
     factory.completed(next).await;

@@ -17,7 +17,11 @@ async fn survived(factory: &TestFactory, fault: Fault, parts: &[&str]) {
     let seen = factory.supervisor.log.len();
     proxy(factory).set("/0/factory/", fault.clone());
     let parts = [
-        &["ERROR server unreachable: ", "the buildomat server", "if this goes on, "],
+        &[
+            "ERROR server unreachable: ",
+            "the buildomat server",
+            "if this goes on, ",
+        ],
         parts,
     ]
     .concat();

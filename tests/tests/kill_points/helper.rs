@@ -9,7 +9,7 @@ use testbed::host_snapshot::HostSnapshot;
 use testbed::sample::Sample;
 use testbed::test_helper::{list, wait_until};
 use testbed::tracer::calls::{MEMORY, name};
-use testbed::tracer::service::{KINDS, TracedKind, Plan, Seen, KillPoint};
+use testbed::tracer::service::{KINDS, KillPoint, Plan, Seen, TracedKind};
 
 use crate::kill_points::restartable_helper::{
     Operation, RestartableHelper, ask, ask_with, is_success, prepare, request, state_of,

@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use protocol::{ErrorKind, Reply, Request, WorkerId, wire};
 use testbed::harness::{Client, sealed, until};
 use testbed::test_helper::{read, wait_for_line};
-use testbed::tracer::service::{Connections, TracedKind, Plan, KillPoint, children, listener};
+use testbed::tracer::service::{Connections, KillPoint, Plan, TracedKind, children, listener};
 
 use crate::kill_points::restartable_helper::{Operation, RestartableHelper, ask, prepare, request};
 

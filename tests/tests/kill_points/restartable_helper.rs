@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use protocol::{Received, Reply, Request, Seqpacket, State, WorkerId, wire};
 use testbed::disk::SmallDisk;
-use testbed::harness::{Client, TEST_TIMEOUT, PAUSE, TestHost, worker_id};
+use testbed::harness::{Client, PAUSE, TEST_TIMEOUT, TestHost, worker_id};
 use testbed::service::Service;
 use testbed::test_helper::{attack_program, list, slot, token};
 use testbed::tracer::service::{Plan, Seen, WatchPeriod, watch};
@@ -136,7 +136,9 @@ pub fn ask_with(host: &TestHost, request: &Request) -> Option<(Reply, Vec<OwnedF
         version: protocol::VERSION,
     };
     exchange(&socket, &hello, None)?;
-    let agent = request.carries_descriptor().then(|| attack_program("mixed-leftovers", &[]));
+    let agent = request
+        .carries_descriptor()
+        .then(|| attack_program("mixed-leftovers", &[]));
     exchange(&socket, request, agent)
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use protocol::config::STATE_DIR;
-use testbed::harness::{TEST_TIMEOUT, SUPERVISOR_UID, TestHost, binaries};
+use testbed::harness::{SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries};
 use testbed::sample::Sample;
 use testbed::server::{JobSpec, LEASE, Server, ServerOptions, State, Ulid};
 use testbed::service::Service;

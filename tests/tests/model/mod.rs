@@ -21,7 +21,7 @@ use std::time::{Instant, SystemTime};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 use protocol::{ErrorKind, Exit, MAX_LIST, Reply, Request, State, Uid, WorkerId, WorkerInfo};
-use testbed::harness::{Client, TEST_TIMEOUT, PAUSE, Running, TestHost, memory, sealed, worker_id};
+use testbed::harness::{Client, PAUSE, Running, TEST_TIMEOUT, TestHost, memory, sealed, worker_id};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::model::{Agent, Configuration, Model};
 use testbed::test_helper::{slot, token};
@@ -357,7 +357,8 @@ fn take(test: &mut ModelTest, model: &mut Model, step: &Step) -> Result<(), Stri
                 matches!(request, ModelRequest::Create(..))
                     && matches!(
                         answer,
-                        ModelReply::UserCreated(_) | ModelReply::Error(ErrorKind::SlotTaken | ErrorKind::Limit)
+                        ModelReply::UserCreated(_)
+                            | ModelReply::Error(ErrorKind::SlotTaken | ErrorKind::Limit)
                     )
             };
             let deletes_damaged = requests.iter().zip(&real).any(looks_for_slot);

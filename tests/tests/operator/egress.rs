@@ -280,7 +280,12 @@ async fn row_119_no_name_leads_to_an_address_of_the_host_itself() {
     let result: CommandOutput = tokio::task::block_in_place(|| inside.output().unwrap()).into();
     for name in &names[..4] {
         let refused = format!("{name}.test:9 is at an address that is not public");
-        assert!(result.out.contains(&refused), "{name}: {}{}", result.out, result.err);
+        assert!(
+            result.out.contains(&refused),
+            "{name}: {}{}",
+            result.out,
+            result.err
+        );
     }
     let failed = "cannot connect to elsewhere.test:9: Network is unreachable";
     assert!(result.out.contains(failed), "{}{}", result.out, result.err);

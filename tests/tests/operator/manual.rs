@@ -339,7 +339,12 @@ async fn a_slot_has_the_families_of_sockets_that_it_names() {
             &factory,
             &["run", "--slot", slot, "--", "/usr/bin/python3", "-c", open],
         );
-        assert_eq!((result.status, &*result.out), (0, expected), "{slot}: {}", result.err);
+        assert_eq!(
+            (result.status, &*result.out),
+            (0, expected),
+            "{slot}: {}",
+            result.err
+        );
     }
     factory.finish().await;
 }

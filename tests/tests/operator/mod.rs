@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
-use testbed::harness::{TEST_TIMEOUT, PAUSE, Running, binaries, until};
+use testbed::harness::{PAUSE, Running, TEST_TIMEOUT, binaries, until};
 use testbed::test_factory::TestFactory;
 
 mod checks;
@@ -95,7 +95,8 @@ fn done(factory: &TestFactory, words: &[&str]) -> String {
 
 fn json(factory: &TestFactory, words: &[&str]) -> Value {
     let result = run_command(factory, &[words, &["--json"]].concat());
-    serde_json::from_str(&result.out).unwrap_or_else(|e| panic!("{words:?}: {e}: {}{}", result.out, result.err))
+    serde_json::from_str(&result.out)
+        .unwrap_or_else(|e| panic!("{words:?}: {e}: {}{}", result.out, result.err))
 }
 
 /// Wait until the status shows what is wanted.

@@ -15,7 +15,8 @@ fn residue(factory: &TestFactory, files: bool) -> (i32, Value) {
         &["--no-files"]
     };
     let result = run_command(factory, &[&["residue", "--json"], how].concat());
-    let report = serde_json::from_str(&result.out).unwrap_or_else(|e| panic!("{e}: {} {}", result.out, result.err));
+    let report =
+        serde_json::from_str(&result.out).unwrap_or_else(|e| panic!("{e}: {} {}", result.out, result.err));
     (result.status, report)
 }
 
@@ -132,7 +133,8 @@ sys.stdin.read()";
 async fn only_root_is_told_what_is_left() {
     let factory = TestFactory::new(ONE).await;
     let mut command = command(&factory, &["residue"]);
-    let result: CommandOutput = tokio::task::block_in_place(|| command.uid(65534).gid(65534).output().unwrap()).into();
+    let result: CommandOutput =
+        tokio::task::block_in_place(|| command.uid(65534).gid(65534).output().unwrap()).into();
     result.failed(1, &["needs root"]);
     factory.finish().await;
 }

@@ -23,7 +23,8 @@ fn with_outcome(report: &Value, outcome: &str) -> Vec<String> {
 
 fn selftest(factory: &TestFactory) -> (i32, Value) {
     let result = run_command(factory, &["selftest", "--json"]);
-    let report = serde_json::from_str(&result.out).unwrap_or_else(|e| panic!("{e}: {}{}", result.out, result.err));
+    let report =
+        serde_json::from_str(&result.out).unwrap_or_else(|e| panic!("{e}: {}{}", result.out, result.err));
     (result.status, report)
 }
 
@@ -132,11 +133,7 @@ async fn a_slot_with_a_worker_is_left_alone_and_another_is_tried() {
     }
     let result = run_command(&factory, &["selftest"]);
     assert_eq!(result.status, 0, "{}{}", result.out, result.err);
-    for part in [
-        "slot a: nothing was tried",
-        "slot b\nRESULT",
-        "all checks passed",
-    ] {
+    for part in ["slot a: nothing was tried", "slot b\nRESULT", "all checks passed"] {
         assert!(result.out.contains(part), "{part}: {}", result.out);
     }
     factory.release();

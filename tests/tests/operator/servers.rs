@@ -3,8 +3,8 @@
 use std::os::unix::fs::PermissionsExt;
 
 use nix::sys::signal::Signal;
-use testbed::harness::place;
 use testbed::faulty_proxy::Fault;
+use testbed::harness::place;
 use testbed::test_factory::ONE;
 
 use super::checks::config_of;
@@ -116,7 +116,11 @@ async fn a_target_is_named_where_the_server_lists_its_targets_and_a_wrong_name_i
     let sentence = because(&factory, "write the target's id").await;
     assert!(sentence.contains("slots.a.target = \"linux\""), "{sentence}");
     let result = run_command(&factory, &["check", &config_of(&factory), "--online"]);
-    assert!(result.status == 1 && result.out.contains(&sentence), "{}", result.out);
+    assert!(
+        result.status == 1 && result.out.contains(&sentence),
+        "{}",
+        result.out
+    );
     factory.finish().await;
 }
 

@@ -2,10 +2,10 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testbed::harness::SUPERVISOR_UID;
 use testbed::faulty_proxy::Fault;
+use testbed::harness::SUPERVISOR_UID;
 use testbed::test_factory::{ONE, TWO};
-use testbed::tracer::service::{Connections, TracedKind, Plan, WatchPeriod, KillPoint, listener, watch};
+use testbed::tracer::service::{Connections, KillPoint, Plan, TracedKind, WatchPeriod, listener, watch};
 
 use super::*;
 
@@ -111,7 +111,10 @@ async fn row_108_a_server_that_fails_every_call_about_a_job_is_called_seldom_and
         assert!(why.contains(part) && why.contains("not now"), "{why}");
         assert!(why.contains("the next lease request is at"), "{why}");
         factory.logged_from(seen, &["cannot ask for jobs", part]);
-        assert_eq!(factory.supervisor.log.count_from(seen, &["server unreachable"]), 0);
+        assert_eq!(
+            factory.supervisor.log.count_from(seen, &["server unreachable"]),
+            0
+        );
         let job = factory.submit("echo later");
         proxy.clear_fault();
         factory.completed(job).await;
@@ -129,7 +132,8 @@ async fn resuming_one_slot_while_all_are_drained_says_that_it_changes_nothing_ye
     let result = run_command(&factory, &["resume", "a"]);
     assert_eq!(result.status, 0, "{}", result.err);
     assert!(
-        result.err
+        result
+            .err
             .contains("slot a takes no jobs before `user-factory resume`"),
         "{}",
         result.err

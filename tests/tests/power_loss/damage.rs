@@ -45,8 +45,7 @@ fn a_worker_with_a_damaged_record_is_listed_as_damaged_and_can_be_deleted() {
         let client = Client::new(&test.host);
         let from = test.helper.log.len();
         assert_eq!(list(&client), [], "nothing is known of it");
-        test
-            .helper
+        test.helper
             .log
             .wait_from(from, &["the record is damaged", &worker.to_string()]);
         for request in [Request::Kill { worker }, Request::Attach { worker }] {
@@ -69,10 +68,7 @@ fn no_slot_is_reused_until_a_worker_with_a_damaged_record_is_gone() {
         let client = Client::new(&test.host);
         let next = worker_id();
         assert!(matches!(create(&client, next, slot), Reply::UserCreated { .. }));
-        assert!(
-            processes_of(&test.host.uids).is_empty(),
-            "two workers existed"
-        );
+        assert!(processes_of(&test.host.uids).is_empty(), "two workers existed");
         test.end(next, "it took the place of a damaged one");
     }
 }

@@ -78,22 +78,27 @@ impl PowerLossTest {
         let recorder = Arc::new(Mutex::new((Recorder::new(&self.state_dir()), None)));
         let tap = recorder.clone();
         let mut first = None;
-        let watcher = watch_with(self.helper.pid(), WatchPeriod::OneConnection, None, move |pid, event| {
-            let (recorder, started_at) = &mut *tap.lock().unwrap();
-            recorder.on(pid, event);
-            match event {
-                Event::Forked { by, .. } if by.number == libc::SYS_clone3 && first.is_none() => {
-                    first = Some(pid)
+        let watcher = watch_with(
+            self.helper.pid(),
+            WatchPeriod::OneConnection,
+            None,
+            move |pid, event| {
+                let (recorder, started_at) = &mut *tap.lock().unwrap();
+                recorder.on(pid, event);
+                match event {
+                    Event::Forked { by, .. } if by.number == libc::SYS_clone3 && first.is_none() => {
+                        first = Some(pid)
+                    }
+                    // The session's next message after it was made is `Go`.
+                    Event::Enter(call)
+                        if call.number == libc::SYS_sendmsg && first.is_some_and(|first| first != pid) =>
+                    {
+                        started_at.get_or_insert(recorder.changes.len());
+                    }
+                    _ => {}
                 }
-                // The session's next message after it was made is `Go`.
-                Event::Enter(call)
-                    if call.number == libc::SYS_sendmsg && first.is_some_and(|first| first != pid) =>
-                {
-                    started_at.get_or_insert(recorder.changes.len());
-                }
-                _ => {}
-            }
-        });
+            },
+        );
         ask(&Client::new(&self.host));
         watcher.join().expect("the tracer does not fail");
         let (recorder, started_at) = &mut *recorder.lock().unwrap();

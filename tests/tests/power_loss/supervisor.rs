@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use protocol::config::STATE_DIR;
 use supervisor::store::Store;
 use supervisor::worker::Worker;
-use testbed::harness::{TEST_TIMEOUT, SUPERVISOR_UID, TestHost, binaries};
+use testbed::harness::{SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries};
 use testbed::server::{JobSpec, Server, ServerOptions, State};
 use testbed::service::Service;
 use testbed::tracer::disk::{Change, Recorder};

@@ -6,7 +6,9 @@ use std::time::Duration;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use testbed::service::Service;
-use testbed::tracer::service::{Connections, TracedKind, Plan, WatchPeriod, KillPoint, children, listener, watch};
+use testbed::tracer::service::{
+    Connections, KillPoint, Plan, TracedKind, WatchPeriod, children, listener, watch,
+};
 use testbed::tracer::wait_until_stopped;
 
 use super::*;

@@ -11,7 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use protocol::{ErrorKind, Exit, Reply, Request, State, WorkerId, wire};
 use testbed::harness::{
-    Client, TEST_TIMEOUT, PAUSE, Running, TestHost, memory, place, sealed, until, until_is, worker_id,
+    Client, PAUSE, Running, TEST_TIMEOUT, TestHost, memory, place, sealed, until, until_is, worker_id,
 };
 use testbed::host_snapshot::{HostSnapshot, processes_of};
 use testbed::test_helper::{

@@ -23,7 +23,7 @@ use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
 use super::namespace::{become_root, make_private};
 use super::sockets;
 use crate::host::{Host, directory};
-use crate::sandbox::layout::{ETC_LAYERS, RUN_DIRS, LINKS, PRIVATE, UDEV_DATA, source_path};
+use crate::sandbox::layout::{ETC_LAYERS, LINKS, PRIVATE, RUN_DIRS, UDEV_DATA, source_path};
 use crate::sandbox::paths::{JobPath, NewRootPath, SourcePath};
 use crate::sys::{self, DEVICES, READ_ONLY, WRITABLE};
 

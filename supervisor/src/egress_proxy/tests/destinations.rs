@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 
 use super::*;
-use crate::buildomat::{self, HttpResponse, Call, Pending, Transport};
+use crate::buildomat::{self, Call, HttpResponse, Pending, Transport};
 
 /// A buildomat server that takes lines for jobs' logs, and keeps them.
 #[derive(Clone, Debug, Default)]
@@ -189,7 +189,10 @@ async fn the_http_proxy_tunnels_to_what_the_slot_allows_and_tells_once_what_it_r
     let answer = slot.connect("other.test:443").await;
     assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
     let sentence = |host| format!("egress refused: {host}:443 is not in the slot's network.allow");
-    assert_eq!(slot.logged_lines(2).await, ["evil.test", "other.test"].map(sentence));
+    assert_eq!(
+        slot.logged_lines(2).await,
+        ["evil.test", "other.test"].map(sentence)
+    );
     let report = slot.records.of_worker(WORKER).unwrap();
     let refused: Vec<_> = report
         .refused
@@ -458,7 +461,7 @@ async fn a_job_with_all_its_connections_leaves_its_agent_some_to_the_server() {
         .map(|n| slot.connection(if n % 2 == 0 { TO_HTTP_PROXY } else { &to }))
         .collect();
     // Those that are closed count until they are, and those that wait for longer than this.
-    let served = timeout(PATIENCE / 5 * 4, async {
+    let served = timeout(PEER_TIMEOUT / 5 * 4, async {
         while slot.answer(TO_SERVER, b"agent").await != "agent" {}
     });
     served.await.expect("the agent has its connection");

@@ -156,10 +156,7 @@ fn a_worker_that_only_the_server_knows_comes_before_a_new_job_though_the_helper_
     bed.insert(&worker);
     let began = bed.now;
     bed.run(|w| !w.disk.is_empty());
-    assert!(
-        bed.now >= began + 60_000,
-        "another host may be about to take it"
-    );
+    assert!(bed.now >= began + 60_000, "another host may be about to take it");
     assert!(bed.disk.contains_key(&lost));
     bed.run(CoreTestBed::is_empty);
     // The next waits for its slot, and then it comes before a new job.
@@ -234,7 +231,11 @@ fn another_hosts_worker_is_left_alone_and_no_jobs_are_taken_while_it_is_there() 
     bed.server.workers.remove(&others.id);
     bed.run(CoreTestBed::is_empty);
     assert!(bed.done().contains(&job(2)));
-    assert_eq!(bed.status_input().foreign_workers().len(), 1, "it was a moment ago");
+    assert_eq!(
+        bed.status_input().foreign_workers().len(),
+        1,
+        "it was a moment ago"
+    );
     steps(&mut bed, 700_000);
     assert!(bed.status_input().foreign_workers().is_empty());
 }
@@ -292,14 +293,12 @@ fn a_worker_that_another_host_was_first_to_claim_is_let_go() {
         bed.run(|w| w.counts.get("make") == Some(&1));
         let id = *bed.listed().keys().next().unwrap();
         assert_eq!(bed.disk.contains_key(&id), known);
-        bed
-            .pending
+        bed.pending
             .retain(|output| !matches!(output, Output::CarryOut(..)));
         // It was without an owner for a moment, and it is the other's now.
         let w = bed.server.workers.get_mut(&id).unwrap();
         w.private = OTHER.map(str::to_owned);
-        bed
-            .core
+        bed.core
             .entries
             .values_mut()
             .for_each(|entry| drop(entry.take_call()));
@@ -407,11 +406,7 @@ fn a_lost_answer_makes_no_second_worker() {
         bed.submit(1, '2');
         bed.lose = Some(lose);
         bed.run(CoreTestBed::is_empty);
-        assert_eq!(
-            (bed.made(), bed.done().len(), bed.lose),
-            (1, 1, None),
-            "{lose}"
-        );
+        assert_eq!((bed.made(), bed.done().len(), bed.lose), (1, 1, None), "{lose}");
     }
 }
 
@@ -466,10 +461,7 @@ fn a_reboot_before_the_job_began_fails_nothing() {
         bed.step(0);
     }
     bed.run(CoreTestBed::is_empty);
-    assert_eq!(
-        (bed.done().len(), bed.failed().len(), bed.made()),
-        (1, 0, 1)
-    );
+    assert_eq!((bed.done().len(), bed.failed().len(), bed.made()), (1, 0, 1));
 }
 
 #[test]
@@ -676,7 +668,9 @@ fn a_removed_slot_keeps_its_worker_to_the_end_and_takes_no_other() {
     bed.run(|w| w.done().len() == 4);
     assert!(bed.done().contains(&job(1)) && bed.failed().is_empty());
     assert_eq!(bed.queued(), 1);
-    bed.send_input(Input::Configure(Box::new(Config::parse(test_bed::CONFIG).unwrap())));
+    bed.send_input(Input::Configure(Box::new(
+        Config::parse(test_bed::CONFIG).unwrap(),
+    )));
     bed.run(CoreTestBed::is_empty);
 }
 

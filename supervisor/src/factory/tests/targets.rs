@@ -51,10 +51,7 @@ fn reload(bed: &mut CoreTestBed, config: &str) {
 #[test]
 fn a_name_is_looked_up_once_and_its_jobs_are_done() {
     let mut bed = named(&[target('2', "linux"), target('3', "hubris")]);
-    assert_eq!(
-        (slot(&bed).state, slot(&bed).target),
-        (SlotState::Closed, None)
-    );
+    assert_eq!((slot(&bed).state, slot(&bed).target), (SlotState::Closed, None));
     assert!(slot(&bed).because.unwrap().contains("being looked up"));
     bed.submit(1, '3');
     bed.run(|w| w.done().len() == 1);

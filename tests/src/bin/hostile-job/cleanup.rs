@@ -152,7 +152,9 @@ fn modes(report: &mut Report, _: &[String]) {
                 let result = set_attribute(&dir.join(path), &format!("system.posix_acl_{kind}"), &list);
                 match result {
                     Ok(()) => report.print(format!("done: {kind} list")),
-                    Err(error) => report.print(format!("no {kind} list: {path} in {}: {error}", dir.display())),
+                    Err(error) => {
+                        report.print(format!("no {kind} list: {path} in {}: {error}", dir.display()))
+                    }
                 }
             }
         }

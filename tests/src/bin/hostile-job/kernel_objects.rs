@@ -376,7 +376,11 @@ fn udp_port(kept: &mut HeldDescriptors, number: u64) -> io::Result<u64> {
 
 /// Of those that the kernel gives to programs that name none, `ip_local_port_range`: each by its number, because the kernel
 /// tries port after port for port 0, which takes minutes for all of them. One that is taken already counts nothing.
-fn port(kept: &mut HeldDescriptors, number: u64, bind: impl Fn(u16) -> io::Result<OwnedFd>) -> io::Result<u64> {
+fn port(
+    kept: &mut HeldDescriptors,
+    number: u64,
+    bind: impl Fn(u16) -> io::Result<OwnedFd>,
+) -> io::Result<u64> {
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
     let ends: Vec<u64> = range.split_whitespace().flat_map(str::parse).collect();
     let port = ends[0] + number;
