@@ -298,17 +298,6 @@ pub fn parse_exit(text: &str) -> Exit {
     }
 }
 
-/// One worker that has a record on this host, for the decisions here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Allocation {
-    /// Who has slot and uid until it is deleted.
-    pub worker: WorkerId,
-    /// No other worker gets it, nor a slot that conflicts with it.
-    pub slot: SlotName,
-    /// No other worker gets it.
-    pub uid: Uid,
-}
-
 /// The record, from the disk.
 pub fn read_record_of(host: &Host, worker: WorkerId) -> Result<Record> {
     let dir = open_dir(&host.workers, worker.to_string())?;
@@ -342,17 +331,6 @@ pub fn list(host: &Host) -> Result<Listing> {
         }
     }
     Ok(found)
-}
-
-impl Listing {
-    pub fn allocations(&self) -> Vec<Allocation> {
-        let allocation = |(worker, record): &(WorkerId, Record)| Allocation {
-            worker: *worker,
-            slot: record.slot.clone(),
-            uid: record.uid,
-        };
-        self.workers.iter().map(allocation).collect()
-    }
 }
 
 /// None if it has been deleted meanwhile.
