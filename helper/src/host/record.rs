@@ -282,20 +282,10 @@ pub fn print_exit(exit: Exit) -> String {
 
 /// [`Exit::Unknown`] unless the first line is one of [`print_exit`]. Pid 1 and the timer may both have written one.
 pub fn parse_exit(text: &str) -> Exit {
-    let text = text.split_inclusive('\n').next().unwrap_or_default();
-    let line = text.trim_end();
-    let exit = match line.split_once(' ') {
-        Some(("status", n)) => n.parse().map_or(Exit::Unknown, Exit::Status),
-        Some(("signal", n)) => n.parse().map_or(Exit::Unknown, Exit::Signal),
-        _ if line == "not-started" => Exit::NotStarted,
-        _ if line == "timed-out" => Exit::TimedOut,
-        _ => Exit::Unknown,
-    };
-    if print_exit(exit) == text {
-        exit
-    } else {
-        Exit::Unknown
-    }
+    let numbers = (0..=255).flat_map(|n| [Exit::Status(n), Exit::Signal(n)]);
+    let mut exits = numbers.chain([Exit::NotStarted, Exit::TimedOut]);
+    let exit = exits.find(|exit| text.starts_with(&print_exit(*exit)));
+    exit.unwrap_or(Exit::Unknown)
 }
 
 /// The record, from the disk.
