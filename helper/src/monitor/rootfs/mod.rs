@@ -313,7 +313,8 @@ fn make(host: &Host, config: &Config, directories: &Inotify) -> Result<File> {
     Ok(namespace)
 }
 
-fn watch() -> nix::Result<Inotify> {
+/// An instance of `inotify(7)` that watches nothing yet.
+pub fn watch() -> nix::Result<Inotify> {
     Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
 }
 
