@@ -149,15 +149,6 @@ impl fmt::Display for Destination {
     }
 }
 
-impl From<SocketAddr> for Destination {
-    fn from(address: SocketAddr) -> Self {
-        Destination {
-            host: Host::Address(address.ip()),
-            port: address.port(),
-        }
-    }
-}
-
 impl std::str::FromStr for Destination {
     type Err = String;
 
