@@ -26,7 +26,7 @@ use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Gid;
-use protocol::config::{Config, HostPath, Network, Slot};
+use protocol::config::{Config, HostPath, Slot};
 use protocol::{BootstrapToken, Received, Seqpacket, Uid, UserName, WorkerId, wire};
 
 use crate::host::directory::{open_dir, open_file};
@@ -122,13 +122,8 @@ fn apply_sandbox(
     if session.is_some() || open_dir(&host.devices, plan.worker.to_string()).is_err() {
         devices::make(host, plan.worker, plan.uid, &plan.slot)?;
     }
-    let proxy = match &plan.slot.network {
-        Network::Host => None,
-        Network::Egress(egress) => {
-            let baseurl = &config.general.baseurl;
-            Some(network::enter(baseurl, egress, &host.proxy_dir)?)
-        }
-    };
+    let enter = |egress| network::enter(&config.general.baseurl, egress, &host.proxy_dir);
+    let proxy = plan.slot.egress.as_ref().map(enter).transpose()?;
     // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
     let rules = landlock::Rules::new(plan.slot.allow_user_namespaces)?;
     mounts(plan, &rules)?;
@@ -307,7 +302,7 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
     for fact in layout::facts()? {
         let is_for_it = match fact == SourcePath::new(layout::UDEV_DATA) {
             true => !plan.slot.devices.is_empty(),
-            false => plan.slot.network.is_host(),
+            false => plan.slot.egress.is_none(),
         };
         let place = fact.same_for_job();
         // What the operator shows there goes before.
@@ -328,7 +323,7 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
                 .with_context(|| format!("cannot make {}", place.display()))?;
         }
     }
-    if plan.slot.network.is_host() {
+    if plan.slot.egress.is_none() {
         for link in std::fs::read_dir(layout::LINKS).context("cannot list the links to facts of the host")? {
             let link = link?;
             let target = std::fs::read_link(link.path())?;

@@ -38,8 +38,7 @@ use crate::{SlotName, Target};
 pub use devices::DevicePattern;
 pub use limits::{Cpus, Limits, MAX_CONSOLE_BYTES, MinFree, core_goes_to_a_socket};
 pub use network::{
-    Destination, Egress, HTTP_PROXY, Host, MAX_CONNECTION_NAME, MAX_DESTINATIONS, Network, TO_HTTP_PROXY,
-    TO_SERVER,
+    Destination, Egress, HTTP_PROXY, Host, MAX_CONNECTION_NAME, MAX_DESTINATIONS, TO_HTTP_PROXY, TO_SERVER,
 };
 pub use value::{
     AgentEnvName, BaseUrl, EnvName, EnvValue, GroupName, HELPER_VARIABLES, HostName, HostPath, PRIVATE_DIRS,
@@ -168,9 +167,10 @@ pub struct Slot {
     /// More private writable places: empty at the start, gone at the end.
     #[serde(default)]
     pub writable: BTreeSet<HostPath>,
-    /// [`Network::Host`] unless written.
-    #[serde(default)]
-    pub network: Network,
+    /// `network`: what the job can reach without the host's network, which it has unless this is written. `"none"` names
+    /// nothing but the server.
+    #[serde(default, rename = "network", deserialize_with = "network::network")]
+    pub egress: Option<Egress>,
     /// Families of sockets that the job may make, besides Unix, IPv4, IPv6 and netlink.
     #[serde(default)]
     pub socket_families: BTreeSet<SocketFamily>,
@@ -291,7 +291,7 @@ impl Config {
                 }
                 places.push(place);
             }
-            if let Some(egress) = checked.network.egress() {
+            if let Some(egress) = &checked.egress {
                 let start = slot.network.as_ref().map_or(0, |network| network.span().start);
                 let server = &raw.general.baseurl;
                 if server.name_and_port().is_none() {

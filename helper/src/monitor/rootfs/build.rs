@@ -447,7 +447,7 @@ impl<'a> Builder<'a> {
     fn facts(&self, config: &Config) -> Result<BTreeSet<PathBuf>> {
         let mut facts = BTreeSet::new();
         let slots = || config.slots.values();
-        if slots().any(|slot| slot.network.is_host()) {
+        if slots().any(|slot| slot.egress.is_none()) {
             for file in ["/etc/resolv.conf", "/etc/hosts"] {
                 self.facts_on_the_way_to(Path::new(file), &mut facts)?;
             }
