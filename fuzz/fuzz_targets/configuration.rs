@@ -93,7 +93,7 @@ fuzz_target!(|text: &str| {
         for other in config.slots.keys() {
             assert_eq!(config.conflict(name, other), config.conflict(other, name));
         }
-        if let Some(egress) = slot.network.egress() {
+        if let Some(egress) = &slot.egress {
             for (address, name) in egress.listeners(&config.general.baseurl) {
                 let to = name.parse::<Destination>();
                 assert!(to.is_ok_and(|to| egress.allow.contains(&to)) || name == TO_HTTP_PROXY);

@@ -40,14 +40,13 @@ mod unprivileged;
 
 pub use manual::main as main_of_manual;
 pub use monitor::main;
-// For those who try the helper's parts by themselves: fuzzing, and the supervisor's simulation of a host; and for the
-// test of `docs/review.md`.
-pub use host::no_such_slot;
-pub use host::record::{Allocation, Record, WorkerError, parse_exit, print_exit};
+// For those who try the helper's parts by themselves, fuzzing and the test `dispatcher`; and for the test of
+// `docs/review.md`.
+pub use host::record::{Record, WorkerError, parse_exit, print_exit};
 pub use log::start as start_log;
 pub use monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
 pub use privileges::{CAPABILITIES, Filter, ProcessKind};
 pub use session::allocation::CreateUserError;
 pub use session::install::InstallError;
-pub use session::policy::{SlotError, may_take};
+pub use session::policy::SlotError;
 pub use session::{Operations, Peer, serve as serve_connection};

@@ -9,21 +9,11 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use nix::sys::stat::fstat;
 
-/// What begins a line. Nothing is logged before it is known.
-static PREFIX: OnceLock<Prefix> = OnceLock::new();
+/// Does a line begin with its priority? Nothing is logged before this is known.
+static IS_JOURNAL: OnceLock<bool> = OnceLock::new();
 
-#[derive(Clone, Copy, Debug)]
-enum Prefix {
-    Priority,
-    Time,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub enum Level {
-    Info,
-    Warn,
-    Error,
-}
+/// Its number (`sd-daemon(3)`), and its name as it is logged.
+pub type Level = (u8, &'static str);
 
 /// Begin to log.
 pub fn start() {
@@ -31,37 +21,24 @@ pub fn start() {
     let journal = std::env::var("JOURNAL_STREAM").unwrap_or_default();
     let is_journal = fstat(std::io::stderr().as_fd())
         .is_ok_and(|stat| journal == format!("{}:{}", stat.st_dev, stat.st_ino));
-    let _ = PREFIX.set(if is_journal {
-        Prefix::Priority
-    } else {
-        Prefix::Time
-    });
+    let _ = IS_JOURNAL.set(is_journal);
 }
 
 pub fn write(level: Level, event: fmt::Arguments<'_>) {
-    let Some(prefix) = PREFIX.get() else {
+    let Some(is_journal) = IS_JOURNAL.get() else {
         return;
     };
-    let line = line(
-        *prefix,
-        UNIX_EPOCH.elapsed().unwrap_or_default(),
-        level,
-        &event.to_string(),
-    );
+    let now = UNIX_EPOCH.elapsed().unwrap_or_default();
+    let line = line(*is_journal, now, level, &event.to_string());
     // In one call, so that processes do not mix their lines. A log that cannot be written stops nothing.
     let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 /// `now` is the time since 1970. An event with line breaks, or what a terminal would obey, is still one line.
-fn line(prefix: Prefix, now: Duration, level: Level, event: &str) -> String {
-    let (priority, level) = match level {
-        Level::Info => (6, " INFO"),
-        Level::Warn => (4, " WARN"),
-        Level::Error => (3, "ERROR"),
-    };
-    let mut line = match prefix {
-        Prefix::Priority => format!("<{priority}>"),
-        Prefix::Time => {
+fn line(is_journal: bool, now: Duration, (priority, level): Level, event: &str) -> String {
+    let mut line = match is_journal {
+        true => format!("<{priority}>"),
+        false => {
             let (date, seconds) = (date(now.as_secs() / 86400), now.as_secs() % 86400);
             let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
             format!(
@@ -94,15 +71,15 @@ fn date(day: u64) -> String {
 }
 
 macro_rules! info {
-    ($($event:tt)*) => { $crate::log::write($crate::log::Level::Info, format_args!($($event)*)) };
+    ($($event:tt)*) => { $crate::log::write((6, " INFO"), format_args!($($event)*)) };
 }
 
 macro_rules! warning {
-    ($($event:tt)*) => { $crate::log::write($crate::log::Level::Warn, format_args!($($event)*)) };
+    ($($event:tt)*) => { $crate::log::write((4, " WARN"), format_args!($($event)*)) };
 }
 
 macro_rules! error {
-    ($($event:tt)*) => { $crate::log::write($crate::log::Level::Error, format_args!($($event)*)) };
+    ($($event:tt)*) => { $crate::log::write((3, "ERROR"), format_args!($($event)*)) };
 }
 
 pub(crate) use {error, info, warning as warn};
@@ -115,22 +92,22 @@ mod tests {
     fn a_line_has_the_time_or_the_priority() {
         let now = Duration::from_micros(1_795_858_509_000_042);
         assert_eq!(
-            line(Prefix::Time, now, Level::Warn, "no slot"),
+            line(false, now, (4, " WARN"), "no slot"),
             "2026-11-28T09:35:09.000042Z  WARN no slot\n"
         );
         for (level, expected) in [
-            (Level::Info, "<6> INFO x\n"),
-            (Level::Warn, "<4> WARN x\n"),
-            (Level::Error, "<3>ERROR x\n"),
+            ((6, " INFO"), "<6> INFO x\n"),
+            ((4, " WARN"), "<4> WARN x\n"),
+            ((3, "ERROR"), "<3>ERROR x\n"),
         ] {
-            assert_eq!(line(Prefix::Priority, now, level, "x"), expected);
+            assert_eq!(line(true, now, level, "x"), expected);
         }
     }
 
     #[test]
     fn an_event_is_one_line() {
         let event = "a\n<0>b\u{1b}[2Jé";
-        let line = line(Prefix::Priority, Duration::ZERO, Level::Info, event);
+        let line = line(true, Duration::ZERO, (6, " INFO"), event);
         assert_eq!(line, "<6> INFO a\\n<0>b\\u{1b}[2Jé\n");
     }
 

@@ -53,7 +53,7 @@ mod sys;
 pub mod wire;
 
 pub use message::{Error, ErrorKind, Exit, MAX_LIST, Reply, Request, State, VERSION, WorkerInfo, one_line};
-pub use name::{BadName, BootstrapToken, SlotName, Target, TargetId, TargetName, Uid, UserName, WorkerId};
+pub use name::{BadValue, BootstrapToken, SlotName, Target, TargetId, TargetName, Uid, UserName, WorkerId};
 pub use socket::{Received, Seqpacket};
 
 /// The largest agent that the helper copies, in bytes: 256 MiB. The real one has some tens of MiB.

@@ -162,18 +162,6 @@ pub enum Exit {
     Unknown,
 }
 
-impl fmt::Display for Exit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Exit::Status(status) => write!(f, "exited with status {status}"),
-            Exit::Signal(signal) => write!(f, "was ended by signal {signal}"),
-            Exit::NotStarted => f.write_str("could not be started"),
-            Exit::TimedOut => f.write_str("was ended at the slot's limits.run_time_seconds"),
-            Exit::Unknown => f.write_str("was killed, or lost in a reboot"),
-        }
-    }
-}
-
 /// Why a request was not done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Error {
@@ -282,18 +270,5 @@ mod tests {
         assert_eq!(Error::new(ErrorKind::Failed, escape).message().len(), 1023);
         let odd = "x".to_owned() + &"é".repeat(2000);
         assert_eq!(Error::new(ErrorKind::Failed, odd).message().len(), 1023);
-    }
-
-    #[test]
-    fn ends_are_said_in_words() {
-        for (exit, words) in [
-            (Exit::Status(3), "status 3"),
-            (Exit::Signal(9), "signal 9"),
-            (Exit::NotStarted, "not be started"),
-            (Exit::TimedOut, "run_time_seconds"),
-            (Exit::Unknown, "killed"),
-        ] {
-            assert!(exit.to_string().contains(words), "{exit}");
-        }
     }
 }

@@ -5,17 +5,17 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Why a text is not a name of its kind: one sentence.
+/// Why a text is not a name of its kind, or a packet not a message: one sentence.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BadName(String);
+pub struct BadValue(pub(crate) String);
 
-impl fmt::Display for BadName {
+impl fmt::Display for BadValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for BadName {}
+impl std::error::Error for BadValue {}
 
 /// `text` for a message to an operator: what could disturb a terminal or a log is escaped.
 fn quoted(text: &str) -> String {
@@ -70,11 +70,11 @@ macro_rules! ulid_type {
         }
 
         impl FromStr for $name {
-            type Err = BadName;
+            type Err = BadValue;
 
-            fn from_str(text: &str) -> Result<Self, BadName> {
+            fn from_str(text: &str) -> Result<Self, BadValue> {
                 parse_ulid(text).map(Self).ok_or_else(|| {
-                    BadName(format!("{} is not {}: a ULID has 26 characters of 0-9 and A-Z without I, L, O, U", quoted(text), $what))
+                    BadValue(format!("{} is not {}: a ULID has 26 characters of 0-9 and A-Z without I, L, O, U", quoted(text), $what))
                 })
             }
         }
@@ -145,18 +145,18 @@ macro_rules! text_type {
         }
 
         impl TryFrom<String> for $name {
-            type Error = BadName;
+            type Error = BadValue;
 
-            fn try_from(text: String) -> Result<Self, BadName> {
+            fn try_from(text: String) -> Result<Self, BadValue> {
                 let rule: fn(&str) -> bool = $rule;
-                if rule(&text) { Ok(Self(text)) } else { Err(BadName(format!($sentence, quoted(&text)))) }
+                if rule(&text) { Ok(Self(text)) } else { Err(BadValue(format!($sentence, quoted(&text)))) }
             }
         }
 
         impl FromStr for $name {
-            type Err = BadName;
+            type Err = BadValue;
 
-            fn from_str(text: &str) -> Result<Self, BadName> {
+            fn from_str(text: &str) -> Result<Self, BadValue> {
                 Self::try_from(text.to_owned())
             }
         }
@@ -228,9 +228,9 @@ pub enum Target {
 }
 
 impl TryFrom<String> for Target {
-    type Error = BadName;
+    type Error = BadValue;
 
-    fn try_from(text: String) -> Result<Self, BadName> {
+    fn try_from(text: String) -> Result<Self, BadValue> {
         text.parse()
             .map(Self::Id)
             .or_else(|_| text.parse().map(Self::Name))
@@ -287,16 +287,16 @@ impl From<UserName> for String {
 }
 
 impl TryFrom<String> for UserName {
-    type Error = BadName;
+    type Error = BadValue;
 
-    fn try_from(text: String) -> Result<Self, BadName> {
+    fn try_from(text: String) -> Result<Self, BadValue> {
         let worker = text
             .strip_prefix("bmat-")
             .and_then(|id| id.to_ascii_uppercase().parse().ok());
         worker
             .map(Self)
             .filter(|name| name.to_string() == text)
-            .ok_or_else(|| BadName(format!("{} is not a worker's user", quoted(&text))))
+            .ok_or_else(|| BadValue(format!("{} is not a worker's user", quoted(&text))))
     }
 }
 
@@ -325,12 +325,12 @@ impl Uid {
 }
 
 impl TryFrom<u32> for Uid {
-    type Error = BadName;
+    type Error = BadValue;
 
-    fn try_from(uid: u32) -> Result<Self, BadName> {
+    fn try_from(uid: u32) -> Result<Self, BadValue> {
         // 65534 is nobody, 65535 and 2^32-1 mean "no id" to system calls; 2^31 and above trips signed code.
         if uid < 1000 || uid == 65534 || uid == 65535 || uid >= 1 << 31 {
-            return Err(BadName(format!(
+            return Err(BadValue(format!(
                 "{uid} cannot be a worker's uid: use 1000 to 2147483647 without 65534 and 65535"
             )));
         }

@@ -29,28 +29,16 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-use std::fmt;
-
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+use crate::BadValue;
 
 /// The longest request, in bytes.
 pub const MAX_REQUEST: usize = 512;
 
 /// The longest reply, in bytes: a full [`Reply::Listed`](crate::Reply::Listed) fits.
 pub const MAX_REPLY: usize = 32 << 10;
-
-/// Why a packet is not a message.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BadPacket(String);
-
-impl fmt::Display for BadPacket {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for BadPacket {}
 
 const CONFIG: bincode::config::Configuration<
     bincode::config::LittleEndian,
@@ -59,10 +47,10 @@ const CONFIG: bincode::config::Configuration<
 > = bincode::config::standard().with_limit::<MAX_REPLY>();
 
 /// A message's bytes.
-pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, BadPacket> {
-    let bytes = bincode::serde::encode_to_vec(message, CONFIG).map_err(|e| BadPacket(e.to_string()))?;
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, BadValue> {
+    let bytes = bincode::serde::encode_to_vec(message, CONFIG).map_err(|e| BadValue(e.to_string()))?;
     if bytes.len() > MAX_REPLY {
-        return Err(BadPacket(format!(
+        return Err(BadValue(format!(
             "a message of {} bytes is over the limit of {MAX_REPLY}",
             bytes.len()
         )));
@@ -72,17 +60,17 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, BadPacket> {
 
 /// The message that `packet` is, all of it, in its canonical encoding: a number that takes more bytes than it needs is
 /// refused, like a packet that goes on after the message.
-pub fn decode<T: Serialize + DeserializeOwned>(packet: &[u8]) -> Result<T, BadPacket> {
+pub fn decode<T: Serialize + DeserializeOwned>(packet: &[u8]) -> Result<T, BadValue> {
     let (message, used) =
-        bincode::serde::decode_from_slice(packet, CONFIG).map_err(|e| BadPacket(e.to_string()))?;
+        bincode::serde::decode_from_slice(packet, CONFIG).map_err(|e| BadValue(e.to_string()))?;
     if used != packet.len() {
-        return Err(BadPacket(format!(
+        return Err(BadValue(format!(
             "{} bytes are left over after the message",
             packet.len() - used
         )));
     }
     if encode(&message)? != packet {
-        return Err(BadPacket(
+        return Err(BadValue(
             "the message is not in its canonical encoding: its numbers are longer than need be".into(),
         ));
     }

@@ -73,7 +73,7 @@ impl EgressRecords {
     /// This configuration is in use from now on, also for jobs that run.
     pub fn configure(&self, config: &Config) {
         let slots = config.slots.iter().filter_map(|(name, slot)| {
-            let egress = slot.network.egress()?;
+            let egress = slot.egress.as_ref()?;
             Some((name.clone(), Arc::new(egress.clone())))
         });
         self.lock().slots = slots.collect();

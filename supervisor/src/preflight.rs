@@ -232,7 +232,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
         strict(|limits| limits.disk.is_some() || limits.inodes.is_some()),
         &format!("limits.disk and limits.inodes are not enforced, and a job can fill the disk; {remedy}"),
     ));
-    if config.slots.values().any(|slot| slot.network.is_host()) {
+    if config.slots.values().any(|slot| slot.egress.is_none()) {
         let seen_by_jobs = facts.resolver.as_deref().filter(|file| is_in_a_job(file, true));
         found.push(finding(
             "resolv.conf",
@@ -265,7 +265,7 @@ pub fn findings(facts: &HostFacts, config: &Config, root: &Path) -> Vec<Finding>
             "buildomat's agent uses it as /run, and cannot in a job; move what is in it to /run, and make it a link to /run",
         ));
     }
-    if config.slots.values().any(|slot| !slot.network.is_host()) {
+    if config.slots.values().any(|slot| slot.egress.is_some()) {
         found.push(finding(
             "slots without the host's network",
             "a network namespace for each of its jobs",

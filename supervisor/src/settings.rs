@@ -141,12 +141,7 @@ fn rights(slot: &Slot) -> Vec<String> {
     ];
     let rights = rights.into_iter().filter(|(differs, _)| *differs);
     let rights = rights.map(|(_, words)| words.to_owned());
-    slot.network
-        .egress()
-        .map(network)
-        .into_iter()
-        .chain(rights)
-        .collect()
+    slot.egress.iter().map(network).chain(rights).collect()
 }
 
 /// A network of the job's own.

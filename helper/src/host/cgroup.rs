@@ -1,7 +1,7 @@
 //! cgroup v2: each worker in one of its own, which is how all its processes are found and ended.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use protocol::WorkerId;
 
-use crate::host::directory::{make_dir, make_directories, open_dir, open_file, read_small, remove_dir};
+use crate::host::directory::{make_dir, make_directories, open_dir, open_file, remove_dir};
 
 /// The most bytes of the mount table that are read.
 const MAX_MOUNT_TABLE: u64 = 64 << 20;
@@ -104,18 +104,37 @@ pub fn create(cgroups: impl AsFd, name: &str) -> nix::Result<OwnedFd> {
 }
 
 /// Does any process of the worker exist?
-pub fn is_populated(cgroups: impl AsFd, worker: WorkerId) -> std::io::Result<bool> {
-    match open_dir(cgroups, worker.to_string()) {
-        Err(Errno::ENOENT) => Ok(false),
-        cgroup => populated(&cgroup?),
+pub fn is_populated(cgroups: impl AsFd, worker: WorkerId) -> io::Result<bool> {
+    let events = format!("{worker}/cgroup.events");
+    match open_file(cgroups, events, OFlag::O_RDONLY).map_err(io::Error::from) {
+        Err(error) if is_removed(&error) => Ok(false),
+        events => has_processes(&events?),
     }
 }
 
-fn populated(cgroup: &OwnedFd) -> std::io::Result<bool> {
-    match read_small(cgroup, "cgroup.events") {
-        // Removed since it was opened: an open file of it is no device any more (`fs/kernfs/file.c`).
-        Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(false),
-        events => Ok(events?.is_some_and(|events| events.lines().any(|line| line == "populated 1"))),
+/// Does any process live in the cgroup of this `cgroup.events`?
+pub fn has_processes(mut events: &File) -> io::Result<bool> {
+    let mut text = [0; 256];
+    match events.rewind().and_then(|()| events.read(&mut text)) {
+        Err(error) if is_removed(&error) => Ok(false),
+        length => Ok(text[..length?]
+            .split(|byte| *byte == b'\n')
+            .any(|line| line == b"populated 1")),
+    }
+}
+
+/// Does the error say that the cgroup has been removed? Files of it that are open then are no device any more
+/// (`fs/kernfs/file.c`).
+pub fn is_removed(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
+}
+
+/// Wait so long, or until this `cgroup.events` is another than [`has_processes`] has read.
+pub fn wait(events: &File, time: Duration) -> nix::Result<()> {
+    let mut events = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+    match ppoll(&mut events, Some(TimeSpec::from_duration(time)), None) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(errno) => Err(errno),
     }
 }
 
@@ -155,29 +174,20 @@ pub fn kill_processes(cgroup: &OwnedFd, name: &str) -> Result<()> {
     };
     let until = Instant::now() + KILL_TIMEOUT;
     let mut pause = Duration::from_micros(100);
-    while populated(cgroup)? {
+    while has_processes(&events)? {
         ensure!(
             Instant::now() < until,
             "processes of {name} still run a minute after SIGKILL: look for state D in ps, and repeat"
         );
-        let kill = match open_file(cgroup, "cgroup.kill", OFlag::O_WRONLY) {
-            Err(Errno::ENOENT) => return Ok(()),
-            kill => kill?,
-        };
-        match std::io::Write::write_all(&mut &kill, b"1") {
-            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => return Ok(()),
+        let kill = open_file(cgroup, "cgroup.kill", OFlag::O_WRONLY).map_err(io::Error::from);
+        match kill.and_then(|mut kill| kill.write_all(b"1")) {
+            Err(error) if is_removed(&error) => return Ok(()),
             written => written.context("cannot write cgroup.kill")?,
         }
         // The kernel wakes us when `populated` changes, but tells of a cgroup at most every 10 ms
         // (CGROUP_FILE_NOTIFY_MIN_INTV of kernel/cgroup/cgroup.c): so we ask again, ever more seldom.
-        let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-        let waited = ppoll(&mut wait, Some(TimeSpec::from_duration(pause)), None);
+        wait(&events, pause).context("cannot wait for cgroup.events")?;
         pause = (pause * 2).min(Duration::from_secs(1));
-        match waited {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno).context("cannot wait for cgroup.events"),
-        }
-        Read::read(&mut &events, &mut [0; 256]).ok();
     }
     Ok(())
 }

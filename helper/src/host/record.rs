@@ -282,31 +282,10 @@ pub fn print_exit(exit: Exit) -> String {
 
 /// [`Exit::Unknown`] unless the first line is one of [`print_exit`]. Pid 1 and the timer may both have written one.
 pub fn parse_exit(text: &str) -> Exit {
-    let text = text.split_inclusive('\n').next().unwrap_or_default();
-    let line = text.trim_end();
-    let exit = match line.split_once(' ') {
-        Some(("status", n)) => n.parse().map_or(Exit::Unknown, Exit::Status),
-        Some(("signal", n)) => n.parse().map_or(Exit::Unknown, Exit::Signal),
-        _ if line == "not-started" => Exit::NotStarted,
-        _ if line == "timed-out" => Exit::TimedOut,
-        _ => Exit::Unknown,
-    };
-    if print_exit(exit) == text {
-        exit
-    } else {
-        Exit::Unknown
-    }
-}
-
-/// One worker that has a record on this host, for the decisions here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Allocation {
-    /// Who has slot and uid until it is deleted.
-    pub worker: WorkerId,
-    /// No other worker gets it, nor a slot that conflicts with it.
-    pub slot: SlotName,
-    /// No other worker gets it.
-    pub uid: Uid,
+    let numbers = (0..=255).flat_map(|n| [Exit::Status(n), Exit::Signal(n)]);
+    let mut exits = numbers.chain([Exit::NotStarted, Exit::TimedOut]);
+    let exit = exits.find(|exit| text.starts_with(&print_exit(*exit)));
+    exit.unwrap_or(Exit::Unknown)
 }
 
 /// The record, from the disk.
@@ -342,17 +321,6 @@ pub fn list(host: &Host) -> Result<Listing> {
         }
     }
     Ok(found)
-}
-
-impl Listing {
-    pub fn allocations(&self) -> Vec<Allocation> {
-        let allocation = |(worker, record): &(WorkerId, Record)| Allocation {
-            worker: *worker,
-            slot: record.slot.clone(),
-            uid: record.uid,
-        };
-        self.workers.iter().map(allocation).collect()
-    }
 }
 
 /// None if it has been deleted meanwhile.

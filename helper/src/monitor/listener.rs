@@ -60,63 +60,14 @@ pub struct Listener {
     client: u32,
     /// The sessions' end of the socket on which they ask the monitor.
     monitor_socket: Seqpacket,
-    state: State,
-}
-
-#[derive(Debug)]
-enum State {
-    Accepting(Child),
-    /// No listener accepts.
-    Down(Outage),
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Child {
-    pid: Pid,
-    begun: Instant,
-}
-
-/// From the end of one listener until the next accepts.
-#[derive(Debug)]
-struct Outage {
-    since: Instant,
-    /// Was it logged that the outage lasts too long? From then on the monitor answers connections.
+    /// The process, and a pipe whose other end it writes to when it accepts.
+    child: Option<(Pid, File)>,
+    /// The next is not started before.
+    next_start: Instant,
+    /// Since this time no listener accepts.
+    down: Option<Instant>,
+    /// It was logged that this lasts too long. From then on the monitor answers connections.
     is_logged: bool,
-    next: Next,
-}
-
-#[derive(Debug)]
-enum Next {
-    /// A listener is started at this time.
-    Start(Instant),
-    /// One has been started. It writes to the other end of this pipe when it accepts.
-    Wait(Child, File),
-}
-
-impl Outage {
-    fn new(since: Instant, start: Instant) -> Outage {
-        Outage {
-            since,
-            is_logged: false,
-            next: Next::Start(start),
-        }
-    }
-
-    /// The reason of the outage, and what an operator can do.
-    fn sentence(&self, now: Instant) -> String {
-        let seconds = now.duration_since(self.since).as_secs();
-        match &self.next {
-            Next::Wait(Child { pid, .. }, _) => format!(
-                "the helper has accepted no connection for {seconds} s: its process {pid} waits for the kernel to install \
-                 a filter of system calls (seccomp). {}",
-                seccomp::LATE_FILTER_HINT
-            ),
-            Next::Start(_) => format!(
-                "the helper has accepted no connection for {seconds} s: its process that accepts them ends whenever it is \
-                 started. See the helper's log"
-            ),
-        }
-    }
 }
 
 impl Listener {
@@ -129,84 +80,75 @@ impl Listener {
             socket,
             client,
             monitor_socket,
-            state: State::Down(Outage::new(now, now)),
+            child: None,
+            next_start: now,
+            down: Some(now),
+            is_logged: false,
         })
     }
 
     /// Do what is due: start a listener, or log that none accepts.
     pub fn tick(&mut self, host: &Host, now: Instant) {
-        self.tick_with(now, |listener| start(host, listener));
+        if self.child.is_none() && self.next_start <= now {
+            self.next_start = now + RESTART_AFTER;
+            match start(host, self) {
+                Ok(child) => self.child = Some(child),
+                Err(error) => warn!("cannot start the process that accepts connections: {error:#}"),
+            }
+        }
+        if !self.is_logged && self.down.is_some_and(|since| now >= since + LATE_AFTER) {
+            self.is_logged = true;
+            error!("{}", self.sentence(now));
+        }
     }
 
-    fn tick_with(&mut self, now: Instant, start: impl FnOnce(&Listener) -> Result<(Pid, File)>) {
-        let next = match &self.state {
-            State::Down(Outage {
-                next: Next::Start(at),
-                ..
-            }) if *at <= now => Some(match start(self) {
-                Ok((pid, ready)) => Next::Wait(Child { pid, begun: now }, ready),
-                Err(error) => {
-                    warn!("cannot start the process that accepts connections: {error:#}");
-                    Next::Start(now + RESTART_AFTER)
-                }
-            }),
-            _ => None,
-        };
-        let State::Down(outage) = &mut self.state else {
-            return;
-        };
-        if let Some(next) = next {
-            outage.next = next;
-        }
-        if !outage.is_logged && now >= outage.since + LATE_AFTER {
-            outage.is_logged = true;
-            error!("{}", outage.sentence(now));
+    /// The reason why none accepts, and what a person can do.
+    fn sentence(&self, now: Instant) -> String {
+        let seconds = self.down.map_or(0, |since| now.duration_since(since).as_secs());
+        match &self.child {
+            Some((pid, _)) => format!(
+                "the helper has accepted no connection for {seconds} s: its process {pid} waits for the kernel to install \
+                 a filter of system calls (seccomp). {}",
+                seccomp::LATE_FILTER_HINT
+            ),
+            None => format!(
+                "the helper has accepted no connection for {seconds} s: its process that accepts them ends whenever it is \
+                 started. See the helper's log"
+            ),
         }
     }
 
     /// When [`Listener::tick`] has something to do next.
     pub fn due(&self) -> Option<Instant> {
-        let State::Down(outage) = &self.state else {
-            return None;
-        };
-        let late = (!outage.is_logged).then(|| outage.since + LATE_AFTER);
-        let start = match outage.next {
-            Next::Start(at) => Some(at),
-            Next::Wait(..) => None,
-        };
+        let late = self
+            .down
+            .filter(|_| !self.is_logged)
+            .map(|since| since + LATE_AFTER);
+        let start = self.child.is_none().then_some(self.next_start);
         late.into_iter().chain(start).min()
     }
 
     /// The descriptors that the monitor waits for while no listener accepts.
     pub fn events(&self) -> Vec<PollFd<'_>> {
-        let State::Down(outage) = &self.state else {
-            return Vec::new();
-        };
-        let mut events = Vec::new();
-        if let Next::Wait(_, ready) = &outage.next {
-            events.push(PollFd::new(ready.as_fd(), PollFlags::POLLIN));
-        }
-        if outage.is_logged {
-            events.push(PollFd::new(self.socket.as_fd(), PollFlags::POLLIN));
-        }
-        events
+        let child = self.child.iter().filter(|_| self.down.is_some());
+        let socket = self.is_logged.then(|| self.socket.as_fd());
+        let descriptors = child.map(|(_, ready)| ready.as_fd()).chain(socket);
+        descriptors.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect()
     }
 
     /// One of [`Listener::events`] has happened. True if a listener accepts from now on.
     pub fn on_event(&mut self, now: Instant) -> bool {
-        let State::Down(outage) = &mut self.state else {
-            return false;
-        };
-        if let Next::Wait(child, ready) = &mut outage.next
+        if let Some((_, ready)) = &mut self.child
             && ready.read(&mut [0]).is_ok_and(|n| n == 1)
         {
-            self.state = State::Accepting(*child);
+            self.down = None;
+            self.is_logged = false;
             return true;
         }
-        if outage.is_logged
+        if self.is_logged
             && let Ok(Some((connection, _))) = accept(&self.socket, self.client)
         {
-            let reply = Reply::Error(Error::new(ErrorKind::Busy, outage.sentence(now)));
+            let reply = Reply::Error(Error::new(ErrorKind::Busy, self.sentence(now)));
             // A new connection has room for it. Who is gone needs no answer.
             let _ = wire::encode(&reply).map(|bytes| Seqpacket::from(connection).try_send(&bytes, None));
         }
@@ -215,24 +157,11 @@ impl Listener {
 
     /// Handle the end of a child of the monitor, which may be the listener.
     pub fn ended(&mut self, ended: Pid, status: ExitStatus, now: Instant) {
-        let child = match &self.state {
-            State::Accepting(child) => child,
-            State::Down(Outage {
-                next: Next::Wait(child, _),
-                ..
-            }) => child,
-            State::Down(_) => return,
-        };
-        if ended != child.pid {
-            return;
-        }
-        warn!(
-            "the process that accepts connections has ended ({status}): another is started; sessions go on"
-        );
-        let start = now.max(child.begun + RESTART_AFTER);
-        match &mut self.state {
-            State::Down(outage) => outage.next = Next::Start(start),
-            State::Accepting(_) => self.state = State::Down(Outage::new(now, start)),
+        if self.child.take_if(|(pid, _)| *pid == ended).is_some() {
+            warn!(
+                "the process that accepts connections has ended ({status}): another is started; sessions go on"
+            );
+            self.down.get_or_insert(now);
         }
     }
 }

@@ -37,7 +37,6 @@ use crate::host::{Host, abilities, cgroup, users};
 use crate::log::{error, info, warn};
 use crate::sandbox::landlock;
 use crate::{log, privileges, sys};
-use hotplug::Hotplug;
 use launch::Waiting;
 use listener::Listener;
 use rootfs::{Event, RootFs};
@@ -300,8 +299,8 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
     build_first(host, &mut rootfs)?;
     let (requests, for_sessions) = Seqpacket::pair()?;
     let mut listener = Listener::new(socket, client, for_sessions, Instant::now())?;
-    let mut hotplug = Hotplug::new()?;
-    hotplug.refresh(host);
+    let dev_changes = rootfs::watch().context("cannot watch /dev")?;
+    hotplug::refresh(&dev_changes, host);
     let mut waiting = Waiting::default();
     loop {
         listener.tick(host, Instant::now());
@@ -309,7 +308,7 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
             let mut events = vec![
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(requests.as_fd(), PollFlags::POLLIN),
-                PollFd::new(hotplug.as_fd(), PollFlags::POLLIN),
+                PollFd::new(dev_changes.as_fd(), PollFlags::POLLIN),
             ];
             events.extend(listener.events());
             let listening = events.len();
@@ -343,7 +342,7 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
         waiting.launch(host, &mut rootfs);
         // The configuration of what was built may name other devices.
         if ready[2] || built {
-            hotplug.refresh(host);
+            hotplug::refresh(&dev_changes, host);
         }
         if ready[3..listening].contains(&true) && listener.on_event(Instant::now()) {
             info!("serving slots={} client={client}", config.slots.len());

@@ -1,7 +1,7 @@
 //! The files that a job sees in `/etc` in place of the host's.
 
 use nix::unistd::Gid;
-use protocol::config::{Config, GroupName, Network, Slot};
+use protocol::config::{Config, GroupName, Slot};
 use protocol::{Uid, UserName};
 
 use crate::host::accounts::{Accounts, LAST_OF_THE_SYSTEM};
@@ -44,7 +44,7 @@ pub fn files(
         group += &format!("{own}:x:{gid}:{name}\n");
     }
     let mut files = vec![("passwd", passwd), ("group", group)];
-    if let Network::Egress(egress) = &slot.network {
+    if let Some(egress) = &slot.egress {
         let own = nix::unistd::gethostname().unwrap_or_default();
         files.push(("hosts", network::hosts(&config.general.baseurl, egress, &own)));
     }

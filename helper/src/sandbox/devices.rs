@@ -13,11 +13,12 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, readlinkat};
 use nix::sys::stat::{Mode, SFlag, dev_t, fchmod, fstat, makedev, mknodat};
 use nix::unistd::{fchownat, symlinkat};
-use protocol::config::{DevicePattern, Slot};
+use protocol::config::{Config, DevicePattern, Slot};
 use protocol::{Uid, WorkerId};
 
 use crate::host::Host;
 use crate::host::directory::{kind, make_dir, names, open_dir, remove_dir, remove_file, stat};
+use crate::host::record::read_record_of;
 
 /// What every program may count on. Numbers: the kernel's admin-guide/devices.rst.
 const NODES: [(&str, u64, u64); 6] = [
@@ -243,13 +244,20 @@ fn collect(dev: BorrowedFd<'_>, below: &Path, found: &mut Nodes) -> Result<()> {
 }
 
 /// A device has come or gone: bring every worker's `/dev` up to date. One that fails does not stop the others.
-pub fn refresh(host: &Host, slot_of: impl Fn(WorkerId) -> Option<(Slot, Uid)>) -> Result<()> {
+pub fn refresh(host: &Host, config: &Config) -> Result<()> {
     let mut result = Ok(());
     for name in names(host.devices.as_fd())? {
         let Some(worker) = name.to_str().and_then(|name| name.parse::<WorkerId>().ok()) else {
             continue;
         };
-        let Some((slot, uid)) = slot_of(worker).filter(|(slot, _)| !slot.devices.is_empty()) else {
+        let Ok(record) = read_record_of(host, worker) else {
+            continue;
+        };
+        let Some(slot) = config
+            .slots
+            .get(&record.slot)
+            .filter(|slot| !slot.devices.is_empty())
+        else {
             continue;
         };
         let one = || -> Result<()> {
@@ -257,7 +265,7 @@ pub fn refresh(host: &Host, slot_of: impl Fn(WorkerId) -> Option<(Slot, Uid)>) -
                 Err(Errno::ENOENT) => return Ok(()),
                 dev => dev?,
             };
-            bring_up_to_date(dev.as_fd(), uid, &find(host, &slot.devices)?.0)
+            bring_up_to_date(dev.as_fd(), record.uid, &find(host, &slot.devices)?.0)
         };
         if let Err(error) = one() {
             result = Err(error.context(format!("the devices of worker {worker} are not up to date")));

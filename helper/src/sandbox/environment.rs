@@ -76,7 +76,7 @@ pub fn task_environment(server: &BaseUrl, user: &UserName, uid: Uid, slot: &Slot
 /// the slot has one, and the slot's own.
 pub fn slot_variables(server: &BaseUrl, uid: Uid, slot: &Slot) -> BTreeMap<String, String> {
     let runtime = ("XDG_RUNTIME_DIR".to_owned(), format!("/run/user/{uid}"));
-    let egress = slot.network.egress().filter(|egress| egress.has_http_proxy());
+    let egress = slot.egress.as_ref().filter(|egress| egress.has_http_proxy());
     let proxy = egress.map_or_else(BTreeMap::new, |egress| proxy_variables(server, egress));
     let text = |(name, value): (&EnvName, &EnvValue)| (name.as_str().to_owned(), value.as_str().to_owned());
     std::iter::once(runtime)
@@ -96,7 +96,7 @@ pub fn agent_variables(config: &Config, slot: &Slot) -> Vec<(String, String)> {
             variables.push((name.to_owned(), proxy.to_string()));
         }
     }
-    if !slot.network.is_host() {
+    if slot.egress.is_some() {
         variables.retain(|(name, _)| !name.to_ascii_lowercase().ends_with("_proxy"));
     }
     variables

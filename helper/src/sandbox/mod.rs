@@ -26,7 +26,7 @@ use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Gid;
-use protocol::config::{Config, Network, Slot};
+use protocol::config::{Config, HostPath, Slot};
 use protocol::{BootstrapToken, Received, Seqpacket, Uid, UserName, WorkerId, wire};
 
 use crate::host::directory::{open_dir, open_file};
@@ -74,7 +74,7 @@ pub fn enter(
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
     let files = files(host, worker)?;
-    let (proxy, proof) = apply_sandbox(host, &config, &plan, Purpose::Agent(session))?;
+    let (proxy, proof) = apply_sandbox(host, &config, &plan, Some(session))?;
     let mut agent = environment::command(Path::new(AGENT), &plan.user);
     agent
         .args(arguments(&config, plan.uid, &plan.slot, bootstrap))
@@ -100,26 +100,19 @@ pub type ManualStart = (Unprivileged, Vec<(String, String)>, Option<ProxyListene
 pub fn enter_manual(host: &Host, worker: WorkerId) -> Result<ManualStart> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
-    let (proxy, proof) = apply_sandbox(host, &config, &plan, Purpose::Manual)?;
+    let (proxy, proof) = apply_sandbox(host, &config, &plan, None)?;
     let server = &config.general.baseurl;
     let variables = environment::task_environment(server, &plan.user, plan.uid, &plan.slot);
     Ok((proof, variables, proxy))
 }
 
-/// For whom the sandbox is applied.
-#[derive(Clone, Copy)]
-enum Purpose<'a> {
-    /// With the session that waits for it.
-    Agent(&'a Seqpacket),
-    Manual,
-}
-
 /// From a copy of the monitor to the job's user in the job's root file system. The order of the steps matters.
+/// `session` waits for an agent; a command of the manual program has none.
 fn apply_sandbox(
     host: &Host,
     config: &Config,
     plan: &Plan,
-    purpose: Purpose<'_>,
+    session: Option<&Seqpacket>,
 ) -> Result<(Option<ProxyListener>, Unprivileged)> {
     // A new terminal session (`setsid(2)`), so that no terminal of the helper's is reachable.
     nix::unistd::setsid().context("cannot start a new terminal session (setsid)")?;
@@ -127,16 +120,11 @@ fn apply_sandbox(
     // Named devices may be block devices, and what goes to a disk of the slot's outlives the job.
     let ignore_sync = plan.slot.ignore_sync && !devices::has_block_device(host, &plan.slot)?;
     // An operator finds the /dev of an agent that was started: it may be using it.
-    if matches!(purpose, Purpose::Agent(_)) || open_dir(&host.devices, plan.worker.to_string()).is_err() {
+    if session.is_some() || open_dir(&host.devices, plan.worker.to_string()).is_err() {
         devices::make(host, plan.worker, plan.uid, &plan.slot)?;
     }
-    let proxy = match &plan.slot.network {
-        Network::Host => None,
-        Network::Egress(egress) => {
-            let baseurl = &config.general.baseurl;
-            Some(network::enter(baseurl, egress, &host.proxy_dir)?)
-        }
-    };
+    let enter = |egress| network::enter(&config.general.baseurl, egress, &host.proxy_dir);
+    let proxy = plan.slot.egress.as_ref().map(enter).transpose()?;
     // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
     let rules = landlock::Rules::new(plan.slot.allow_user_namespaces)?;
     mounts(plan, &rules)?;
@@ -145,7 +133,7 @@ fn apply_sandbox(
         // With the /proc of this network namespace, which jobs cannot write.
         host.network.write()?;
     }
-    if let Purpose::Agent(_) = purpose {
+    if session.is_some() {
         redirect_stdio()?;
     }
     quota::set(host, plan.uid, plan.slot.limits.disk, plan.slot.limits.inodes)?;
@@ -160,7 +148,7 @@ fn apply_sandbox(
     privileges::ProcessKind::Job.limit_bounding_set()?;
     let proof = become_user(plan.uid, &plan.groups)?;
     rules.restrict_self()?;
-    if let Purpose::Agent(session) = purpose {
+    if let Some(session) = session {
         // It says what hangs, if this does.
         HandshakeMessage::Filter
             .send_to(session, None)
@@ -269,12 +257,8 @@ fn arguments(config: &Config, uid: Uid, slot: &Slot, bootstrap: &BootstrapToken)
 fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
     let fs = private(plan, "workers").join("fs");
     for (below_fs, place) in writable_dirs::mounted(&plan.writable_dirs) {
-        let mut slots = plan
-            .slot
-            .writable
-            .iter()
-            .map(|place| JobPath::new(place.as_path()));
-        if slots.any(|other| other == place) {
+        let is_slots = |other: &HostPath| other.as_path() == place.entered();
+        if plan.slot.writable.iter().any(is_slots) {
             take_off(&place)?;
         }
         let mount = bind(&fs.join(below_fs), &place, sys::WRITABLE)?;
@@ -319,7 +303,7 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
     for run_dir in layout::run_dirs()? {
         let is_for_it = match run_dir == SourcePath::new(layout::UDEV_DATA) {
             true => !plan.slot.devices.is_empty(),
-            false => plan.slot.network.is_host(),
+            false => plan.slot.egress.is_none(),
         };
         let place = run_dir.same_for_job();
         // What the operator shows there goes before.
@@ -340,7 +324,7 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
                 .with_context(|| format!("cannot make {}", place.display()))?;
         }
     }
-    if plan.slot.network.is_host() {
+    if plan.slot.egress.is_none() {
         for link in std::fs::read_dir(layout::LINKS).context("cannot list the links into the host's /run")? {
             let link = link?;
             let target = std::fs::read_link(link.path())?;

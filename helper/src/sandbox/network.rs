@@ -112,7 +112,7 @@ mod tests {
                  target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nnetwork = {network}\n"
             ))
             .unwrap();
-            let egress = config.slots.values().next().unwrap().network.egress().unwrap();
+            let egress = config.slots.values().next().unwrap().egress.as_ref().unwrap();
             hosts(&config.general.baseurl, egress, OsStr::new(own))
         };
         let none = "\"none\"";

@@ -123,12 +123,8 @@ fn take_slot(
             warn!("deleted, because its record was damaged worker={id}");
         }
     };
-    let allocations = all.allocations();
-    policy::may_take(config, &allocations, worker.id, slot)?;
-    let used: BTreeSet<u32> = allocations
-        .iter()
-        .map(|allocation| allocation.uid.get())
-        .collect();
+    policy::may_take(config, &all.workers, worker.id, slot)?;
+    let used: BTreeSet<u32> = all.workers.iter().map(|(_, record)| record.uid.get()).collect();
     let accounts = host.accounts()?;
     for uid in policy::candidates(config.factory.uid_range, worker.id, &used) {
         let is_known = users::is_in_userdb(&host.userdb, uid) || accounts.has(uid);

@@ -6,7 +6,7 @@ use protocol::config::{Config, UidRange};
 use protocol::{Error, ErrorKind, SlotName, Uid, WorkerId};
 
 use crate::host::no_such_slot;
-use crate::host::record::Allocation;
+use crate::host::record::Record;
 
 /// Why a worker cannot have a slot.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,34 +26,33 @@ impl From<SlotError> for Error {
     }
 }
 
-/// May `worker`, which has no record yet, take `slot`?
+/// May `worker`, which has no record yet, take `slot`, where these workers have one?
 pub fn may_take(
     config: &Config,
-    allocations: &[Allocation],
+    workers: &[(WorkerId, Record)],
     worker: WorkerId,
     slot: &SlotName,
 ) -> Result<(), SlotError> {
     if !config.slots.contains_key(slot) {
         return Err(SlotError::NoSuchSlot(slot.clone()));
     }
-    for other in allocations.iter().filter(|other| other.worker != worker) {
-        if other.slot == *slot {
-            let message = format!("slot {slot} has worker {}: delete that one first", other.worker);
+    for (other, Record { slot: taken, .. }) in workers.iter().filter(|(other, _)| *other != worker) {
+        if taken == slot {
+            let message = format!("slot {slot} has worker {other}: delete that one first");
             return Err(SlotError::SlotTaken(message));
         }
-        if config.conflict(&other.slot, slot) {
+        if config.conflict(taken, slot) {
             let message = format!(
-                "slot {slot} conflicts with {}, which has worker {}: delete that one first",
-                other.slot, other.worker
+                "slot {slot} conflicts with {taken}, which has worker {other}: delete that one first"
             );
             return Err(SlotError::SlotTaken(message));
         }
     }
     // Only workers whose slots have left the configuration can bring the count here.
-    if allocations.len() >= config.slots.len() {
+    if workers.len() >= config.slots.len() {
         let message = format!(
             "{} workers exist, as many as there are slots: delete those of removed slots first",
-            allocations.len()
+            workers.len()
         );
         return Err(SlotError::SlotTaken(message));
     }
@@ -89,34 +88,26 @@ mod tests {
         .unwrap()
     }
 
-    fn allocation(worker: u128, slot: &str) -> Allocation {
+    fn of(worker: u128, slot: &str) -> (WorkerId, Record) {
         let uid = Uid::try_from(2_000_000 + worker as u32).unwrap();
-        Allocation {
-            worker: WorkerId::from_bits(worker),
-            slot: slot.parse().unwrap(),
-            uid,
-        }
+        let record = Record::new(slot.parse().unwrap(), uid);
+        (WorkerId::from_bits(worker), record)
     }
 
     #[test]
     fn a_slot_is_for_one_worker_and_conflicts_work_both_ways() {
         let config = config();
-        let take = |allocations: &[Allocation], worker: u128, slot: &str| {
-            may_take(
-                &config,
-                allocations,
-                WorkerId::from_bits(worker),
-                &slot.parse().unwrap(),
-            )
-            .map_err(|e| Error::from(e).kind)
+        let take = |workers: &[(WorkerId, Record)], worker: u128, slot: &str| {
+            let worker = WorkerId::from_bits(worker);
+            may_take(&config, workers, worker, &slot.parse().unwrap()).map_err(|e| Error::from(e).kind)
         };
         assert_eq!(take(&[], 1, "a"), Ok(()));
         assert_eq!(take(&[], 1, "zz"), Err(ErrorKind::NoSuchSlot));
-        assert_eq!(take(&[allocation(2, "a")], 1, "a"), Err(ErrorKind::SlotTaken));
-        assert_eq!(take(&[allocation(2, "b")], 1, "a"), Err(ErrorKind::SlotTaken));
-        assert_eq!(take(&[allocation(2, "a")], 1, "b"), Err(ErrorKind::SlotTaken));
-        assert_eq!(take(&[allocation(2, "a")], 1, "c"), Ok(()));
-        let gone = [allocation(2, "x"), allocation(3, "y"), allocation(4, "z")];
+        assert_eq!(take(&[of(2, "a")], 1, "a"), Err(ErrorKind::SlotTaken));
+        assert_eq!(take(&[of(2, "b")], 1, "a"), Err(ErrorKind::SlotTaken));
+        assert_eq!(take(&[of(2, "a")], 1, "b"), Err(ErrorKind::SlotTaken));
+        assert_eq!(take(&[of(2, "a")], 1, "c"), Ok(()));
+        let gone = [of(2, "x"), of(3, "y"), of(4, "z")];
         assert_eq!(take(&gone, 1, "c"), Err(ErrorKind::SlotTaken));
     }
 

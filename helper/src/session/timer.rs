@@ -14,17 +14,15 @@
 //! | the timer, by a signal of root's | pid 1 alone enforces the limit |
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::time::TimeSpec;
 use protocol::Exit;
 
+use crate::host::cgroup;
 use crate::host::directory::open_file;
 use crate::host::record::{self, Worker};
 use crate::log::warn;
@@ -69,8 +67,8 @@ pub fn start(worker: &Worker, cgroup: &OwnedFd, limit: Duration) -> Result<()> {
             );
         }
         match timer.run(end) {
-            // It has been removed, so nobody is left in it.
-            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => 0,
+            // Nobody is left in it.
+            Err(error) if cgroup::is_removed(&error) => 0,
             Err(error) => {
                 warn!(
                     "the run time is not limited any more: {error} worker={}",
@@ -88,12 +86,12 @@ pub fn start(worker: &Worker, cgroup: &OwnedFd, limit: Duration) -> Result<()> {
 impl Timer {
     /// Until the cgroup has no process: by itself, or killed at `end`.
     fn run(&self, end: Instant) -> std::io::Result<()> {
-        while self.is_populated()? {
+        while cgroup::has_processes(&self.events)? {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return self.kill_all();
             }
-            self.wait(left)?;
+            cgroup::wait(&self.events, left)?;
         }
         Ok(())
     }
@@ -107,28 +105,11 @@ impl Timer {
             let _ = (&self.console).write_all(record::TIMED_OUT.as_bytes());
         }
         let mut again = AGAIN;
-        while self.is_populated()? {
+        while cgroup::has_processes(&self.events)? {
             (&self.kill).write_all(b"1")?;
-            self.wait(again)?;
+            cgroup::wait(&self.events, again)?;
             again = (again * 2).min(AGAIN_MOST);
         }
         Ok(())
-    }
-
-    /// Wait so long, or until `cgroup.events` has changed.
-    fn wait(&self, time: Duration) -> std::io::Result<()> {
-        let mut events = [PollFd::new(self.events.as_fd(), PollFlags::POLLPRI)];
-        match ppoll(&mut events, Some(TimeSpec::from_duration(time)), None) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
-    }
-
-    /// An error (ENODEV) where the cgroup has been removed.
-    fn is_populated(&self) -> std::io::Result<bool> {
-        let mut text = String::new();
-        (&self.events).seek(SeekFrom::Start(0))?;
-        (&self.events).take(4096).read_to_string(&mut text)?;
-        Ok(text.lines().any(|line| line == "populated 1"))
     }
 }

@@ -30,6 +30,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use toml::Spanned;
 
 use crate::{SlotName, Target};
@@ -37,8 +38,7 @@ use crate::{SlotName, Target};
 pub use devices::DevicePattern;
 pub use limits::{Cpus, Limits, MAX_CONSOLE_BYTES, MinFree, core_goes_to_a_socket};
 pub use network::{
-    Destination, Egress, HTTP_PROXY, Host, MAX_CONNECTION_NAME, MAX_DESTINATIONS, Network, TO_HTTP_PROXY,
-    TO_SERVER,
+    Destination, Egress, HTTP_PROXY, Host, MAX_CONNECTION_NAME, MAX_DESTINATIONS, TO_HTTP_PROXY, TO_SERVER,
 };
 pub use value::{
     AgentEnvName, BaseUrl, EnvName, EnvValue, GroupName, HELPER_VARIABLES, HostName, HostPath, PRIVATE_DIRS,
@@ -167,9 +167,10 @@ pub struct Slot {
     /// More private writable places: empty at the start, gone at the end.
     #[serde(default)]
     pub writable: BTreeSet<HostPath>,
-    /// [`Network::Host`] unless written.
-    #[serde(default)]
-    pub network: Network,
+    /// `network`: what the job can reach without the host's network, which it has unless this is written. `"none"` names
+    /// nothing but the server.
+    #[serde(default, rename = "network", deserialize_with = "network::network")]
+    pub egress: Option<Egress>,
     /// Families of sockets that the job may make, besides Unix, IPv4, IPv6 and netlink.
     #[serde(default)]
     pub socket_families: BTreeSet<SocketFamily>,
@@ -237,10 +238,9 @@ impl Config {
             }]
         };
         let raw: RawConfig = toml::from_str(text).map_err(mistake)?;
-        let mut spans: Spans = toml::from_str(text).map_err(mistake)?;
+        let spans: Spans = toml::from_str(text).map_err(mistake)?;
         let mut mistakes = Vec::new();
-        let names: BTreeSet<SlotName> = raw.slots.keys().map(|name| name.get_ref().clone()).collect();
-        if names.is_empty() {
+        if raw.slots.is_empty() {
             mistakes.push(Mistake {
                 line: 1,
                 message: "there is no slot: add a table [slots.NAME]".into(),
@@ -248,7 +248,7 @@ impl Config {
         }
         let mut slots = BTreeMap::new();
         for (name, mut checked) in raw.slots {
-            let slot = spans.slots.remove(name.get_ref()).expect("it is in the text");
+            let slot = &spans.slots[name.get_ref()];
             let mut note = |offset: usize, message: String| {
                 mistakes.push(Mistake {
                     line: line_of(offset),
@@ -256,17 +256,17 @@ impl Config {
                 });
             };
             for other in &slot.conflicts_with_slots {
-                if other.get_ref() == name.get_ref() {
+                let (start, other) = (other.span().start, other.get_ref());
+                if other == name.get_ref() {
                     note(
-                        other.span().start,
+                        start,
                         "it conflicts with itself: remove it from conflicts_with_slots".into(),
                     );
-                } else if !names.contains(other.get_ref()) {
+                } else if !spans.slots.contains_key(other) {
                     note(
-                        other.span().start,
+                        start,
                         format!(
-                            "conflicts_with_slots names {}, which is no slot: define it or remove it",
-                            other.get_ref()
+                            "conflicts_with_slots names {other}, which is no slot: define it or remove it"
                         ),
                     );
                 }
@@ -274,64 +274,53 @@ impl Config {
             let mut places: Vec<&HostPath> = Vec::new();
             let writable = slot.writable.iter().map(|place| (place, false));
             for (place, is_read_only) in writable.chain(slot.read_only.keys().map(|place| (place, true))) {
-                if let Err(why) = place.get_ref().check_path_in_job(is_read_only) {
-                    note(place.span().start, format!("{} {why}", place.get_ref()));
+                let (start, place) = (place.span().start, place.get_ref());
+                if let Err(why) = place.check_path_in_job(is_read_only) {
+                    note(start, format!("{place} {why}"));
                 }
                 if places
                     .iter()
-                    .any(|p| p.0.starts_with(&place.get_ref().0) || place.get_ref().0.starts_with(&p.0))
+                    .any(|p| p.0.starts_with(&place.0) || place.0.starts_with(&p.0))
                 {
                     note(
-                        place.span().start,
+                        start,
                         format!(
-                            "{} is within, or contains, another path of writable or read_only: choose paths apart",
-                            place.get_ref()
+                            "{place} is within, or contains, another path of writable or read_only: choose paths apart"
                         ),
                     );
                 }
-                places.push(place.get_ref());
+                places.push(place);
             }
-            if let Some(network) = slot
-                .network
-                .as_ref()
-                .filter(|network| !network.get_ref().is_host())
-                && raw.general.baseurl.name_and_port().is_none()
-            {
-                note(
-                    network.span().start,
-                    format!(
-                        "a network of the job's own needs a server with a name: {} is an address, name the host in general.baseurl",
-                        raw.general.baseurl
-                    ),
-                );
-            }
-            if let Some(egress) = checked.network.egress() {
-                let server = raw.general.baseurl.address_in_job();
-                let server = server.map(|address| (address, "the buildomat server".to_owned()));
-                let mut taken: BTreeMap<SocketAddr, String> = server.into_iter().collect();
-                for (address, name) in egress.listeners(&raw.general.baseurl) {
+            if let Some(egress) = &checked.egress {
+                let start = slot.network.as_ref().map_or(0, |network| network.span().start);
+                let server = &raw.general.baseurl;
+                if server.name_and_port().is_none() {
+                    note(
+                        start,
+                        format!(
+                            "a network of the job's own needs a server with a name: {server} is an address, name the host in general.baseurl"
+                        ),
+                    );
+                }
+                let own = server.address_in_job();
+                let own = own.map(|address| (address, "the buildomat server".to_owned()));
+                let mut taken: BTreeMap<SocketAddr, String> = own.into_iter().collect();
+                for (address, name) in egress.listeners(server) {
                     if let Some(other) = taken.insert(address, name.clone()) {
-                        let start = slot.network.as_ref().map_or(0, |network| network.span().start);
                         note(
                             start,
                             format!("{other} and {name} are both at {address} in a job: remove one of them"),
                         );
                     }
                 }
-            }
-            if let Some(families) = slot
-                .socket_families
-                .as_ref()
-                .filter(|families| !families.get_ref().is_empty())
-                && slot
-                    .network
-                    .as_ref()
-                    .is_some_and(|network| !network.get_ref().is_host())
-            {
-                note(
-                    families.span().start,
-                    "socket_families needs network = \"host\": a network of the job's own has none of these devices, and a socket of AF_VSOCK would lead out of it".into(),
-                );
+                if let Some(families) = &slot.socket_families
+                    && !checked.socket_families.is_empty()
+                {
+                    note(
+                        families.span().start,
+                        "socket_families needs network = \"host\": a network of the job's own has none of these devices, and a socket of AF_VSOCK would lead out of it".into(),
+                    );
+                }
             }
             checked.line = line_of(name.span().start);
             slots.insert(name.into_inner(), checked);
@@ -373,8 +362,8 @@ struct SlotSpans {
     read_only: BTreeMap<Spanned<HostPath>, HostPath>,
     #[serde(default)]
     writable: Vec<Spanned<HostPath>>,
-    network: Option<Spanned<Network>>,
-    socket_families: Option<Spanned<BTreeSet<SocketFamily>>>,
+    network: Option<Spanned<IgnoredAny>>,
+    socket_families: Option<Spanned<IgnoredAny>>,
 }
 
 fn yes() -> bool {

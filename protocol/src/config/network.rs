@@ -20,18 +20,8 @@ pub const TO_HTTP_PROXY: &str = "proxy";
 /// The longest such name, in bytes: that of a host, `:` and a port.
 pub const MAX_CONNECTION_NAME: usize = 253 + 6;
 
-/// What a job can reach.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Network {
-    /// The host's network.
-    #[default]
-    Host,
-    /// The buildomat server, and what else is named here: the job has a network namespace of its own, in which its pid 1
-    /// passes connections to the supervisor's egress proxy. `"none"` names nothing else.
-    Egress(Egress),
-}
-
-/// The destinations of a job without the host's network.
+/// What a job without the host's network can reach: the buildomat server, and what is named here. It has a network
+/// namespace of its own, in which its pid 1 passes connections to the supervisor's egress proxy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Egress {
@@ -61,21 +51,6 @@ pub enum Host {
     Below(String),
     /// An address.
     Address(IpAddr),
-}
-
-impl Network {
-    /// Does a job have the host's network?
-    pub fn is_host(&self) -> bool {
-        matches!(self, Network::Host)
-    }
-
-    /// None where a job has the host's network.
-    pub fn egress(&self) -> Option<&Egress> {
-        match self {
-            Network::Host => None,
-            Network::Egress(egress) => Some(egress),
-        }
-    }
 }
 
 impl Egress {
@@ -145,15 +120,6 @@ impl fmt::Display for Destination {
             Host::Name(name) => write!(f, "{name}:{port}"),
             Host::Below(domain) => write!(f, "*.{domain}:{port}"),
             Host::Address(address) => SocketAddr::new(*address, port).fmt(f),
-        }
-    }
-}
-
-impl From<SocketAddr> for Destination {
-    fn from(address: SocketAddr) -> Self {
-        Destination {
-            host: Host::Address(address.ip()),
-            port: address.port(),
         }
     }
 }
@@ -250,32 +216,31 @@ fn destinations<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeSet<Destinati
     }
 }
 
-impl<'de> Deserialize<'de> for Network {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct Visitor;
+/// The key `network`.
+pub(super) fn network<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Egress>, D::Error> {
+    struct Visitor;
 
-        impl<'de> de::Visitor<'de> for Visitor {
-            type Value = Network;
+    impl<'de> de::Visitor<'de> for Visitor {
+        type Value = Option<Egress>;
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("\"host\", \"none\", or a table with allow or audit")
-            }
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("\"host\", \"none\", or a table with allow or audit")
+        }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Network, E> {
-                match text {
-                    "host" => Ok(Network::Host),
-                    "none" => Ok(Network::Egress(Egress::default())),
-                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
-                }
-            }
-
-            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Network, A::Error> {
-                Egress::deserialize(MapAccessDeserializer::new(map)).map(Network::Egress)
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            match text {
+                "host" => Ok(None),
+                "none" => Ok(Some(Egress::default())),
+                other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
             }
         }
 
-        from.deserialize_any(Visitor)
+        fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            Egress::deserialize(MapAccessDeserializer::new(map)).map(Some)
+        }
     }
+
+    from.deserialize_any(Visitor)
 }
 
 #[cfg(test)]

@@ -113,7 +113,7 @@ async fn destinations(config: &Config) -> Vec<(String, Result<String, String>)> 
     for (slot, egress) in config
         .slots
         .iter()
-        .filter_map(|(name, slot)| Some((name, slot.network.egress()?)))
+        .filter_map(|(name, slot)| Some((name, slot.egress.as_ref()?)))
     {
         let tries = egress.allow.iter().map(|to| try_destination(egress, to, proxy));
         let sentences = join_all(tries).await.into_iter().filter_map(Result::err);

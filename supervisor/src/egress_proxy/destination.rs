@@ -43,9 +43,9 @@ impl EgressProxy {
                 if let Ok(at) = server.peer_addr()
                     && matches!(to.host, Host::Name(_))
                     && !self.has_http_proxy
-                    && job.egress.allow.contains(&at.into())
+                    && job.egress.allow.contains(&of_address(at))
                 {
-                    self.records.used(job, &at.into());
+                    self.records.used(job, &of_address(at));
                 }
                 "connected"
             }
@@ -132,6 +132,11 @@ fn allows(egress: &Egress, to: &Destination) -> bool {
     egress.allow.contains(to) || egress.allow.iter().any(is_below)
 }
 
+fn of_address(at: SocketAddr) -> Destination {
+    let (host, port) = (Host::Address(at.ip()), at.port());
+    Destination { host, port }
+}
+
 /// Those of a destination's addresses to which a job may be connected.
 ///
 /// # Errors
@@ -145,7 +150,7 @@ fn reachable(
     let (mut not_public, mut failed) = (None, None);
     for at in addresses {
         let ip = at.ip();
-        if egress.allow.contains(&at.into()) {
+        if egress.allow.contains(&of_address(at)) {
             reachable.push(at);
             continue;
         }

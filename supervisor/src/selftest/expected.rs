@@ -98,7 +98,7 @@ impl Expected {
         Expected {
             baseurl: config.general.baseurl.to_string(),
             proxy: config.general.proxy.as_ref().map(ToString::to_string),
-            has_own_network: !its.network.is_host(),
+            has_own_network: its.egress.is_some(),
             groups: its
                 .add_to_groups
                 .iter()

@@ -201,10 +201,10 @@ impl Worker {
                 if now.saturating_sub(self.since) < FORGOTTEN_MS => {}
             // The operator's limit explains it: no hint to look further is needed.
             (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit @ Exit::TimedOut)))) => {
-                self.fail(format!("the agent {exit}"), now);
+                self.fail(describe_exit(exit), now);
             }
             (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit)))) => {
-                self.fail(format!("the agent {exit} before its job was done"), now);
+                self.fail(format!("{} before its job was done", describe_exit(exit)), now);
             }
             (Phase::Running { online: true }, Some(OnHost::Absent)) => {
                 self.fail(
@@ -227,7 +227,8 @@ impl Worker {
                     }
                     _ => "",
                 };
-                self.fail(format!("the agent {exit} before it came online{hint}"), now);
+                let how = describe_exit(exit);
+                self.fail(format!("{how} before it came online{hint}"), now);
             }
             (Phase::Running { online: false } | Phase::Created, Some(OnHost::Absent)) if !online => {
                 self.lose("its user is gone from the host", now);
@@ -331,5 +332,16 @@ impl Worker {
             self.waiting_since = now;
             self.enter(Phase::Resetting { confirmed: false }, now);
         }
+    }
+}
+
+/// How an agent ended, as the beginning of a sentence.
+pub(super) fn describe_exit(exit: Exit) -> String {
+    match exit {
+        Exit::Status(status) => format!("the agent exited with status {status}"),
+        Exit::Signal(signal) => format!("the agent was ended by signal {signal}"),
+        Exit::NotStarted => "the agent could not be started".into(),
+        Exit::TimedOut => "the agent was ended at the slot's limits.run_time_seconds".into(),
+        Exit::Unknown => "the agent was killed, or lost in a reboot".into(),
     }
 }

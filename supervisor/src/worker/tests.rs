@@ -394,6 +394,20 @@ fn an_agent_that_has_used_up_its_time_is_failed_with_the_limits_name() {
 }
 
 #[test]
+fn ends_are_said_in_words() {
+    for (exit, words) in [
+        (Exit::Status(3), "status 3"),
+        (Exit::Signal(9), "signal 9"),
+        (Exit::NotStarted, "not be started"),
+        (Exit::TimedOut, "run_time_seconds"),
+        (Exit::Unknown, "killed"),
+    ] {
+        let sentence = life::describe_exit(exit);
+        assert!(sentence.contains(words), "{sentence}");
+    }
+}
+
+#[test]
 fn a_worker_of_which_one_list_is_missing_does_not_change() {
     for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, BROKEN] {
         let event = Event::Seen {

@@ -94,7 +94,7 @@ impl Simulation {
         if self.second.host.runs(id, agent) {
             self.second.host.end(id, exit);
         } else if self.host.runs(id, agent) {
-            self.note(|| format!("agent {agent} of {id} ends: {exit}"));
+            self.note(|| format!("agent {agent} of {id} ends: {exit:?}"));
             self.host.end(id, exit);
             self.checks.ended(id, exit);
         }

@@ -447,7 +447,7 @@ impl<'a> Builder<'a> {
     fn run_dirs(&self, config: &Config) -> Result<BTreeSet<PathBuf>> {
         let mut run_dirs = BTreeSet::new();
         let slots = || config.slots.values();
-        if slots().any(|slot| slot.network.is_host()) {
+        if slots().any(|slot| slot.egress.is_none()) {
             for file in ["/etc/resolv.conf", "/etc/hosts"] {
                 self.run_dirs_on_path_to(Path::new(file), &mut run_dirs)?;
             }

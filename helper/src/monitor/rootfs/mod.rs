@@ -45,40 +45,24 @@ pub struct RootFs {
     host_mounts: File,
     /// The monitor's own mount namespace.
     empty_namespace: File,
-    state: State,
+    current: Option<Current>,
 }
 
+/// The one that there is, or that is being built.
 #[derive(Debug)]
-enum State {
-    Absent,
-    Building(Building),
-    Ready(Ready),
-}
-
-#[derive(Debug)]
-struct Building {
-    /// The socket to the builder, whose other end is closed once the builder has ended.
-    builder: Seqpacket,
-    source: Source,
-    /// Has the builder not ended in time? Then it hangs in the kernel, and cannot be ended.
-    is_stuck: bool,
-}
-
-#[derive(Debug)]
-struct Ready {
-    namespace: OwnedFd,
-    source: Source,
-}
-
-/// What a root file system was built of.
-#[derive(Debug)]
-struct Source {
+struct Current {
     begun: Instant,
     configuration: FileIdentity,
     /// Reports changes in directories of the host whose entries were mounted one by one, or have something hidden.
     directories: Inotify,
     /// Has the host changed since the build began?
     is_stale: bool,
+    /// The socket to the builder, whose other end is closed once the builder has ended.
+    builder: Seqpacket,
+    /// When the builder has had its time. None after that: it cannot be ended, and hangs in the kernel.
+    due: Option<Instant>,
+    /// None while it is being built.
+    namespace: Option<OwnedFd>,
 }
 
 /// What has become of the root file system.
@@ -118,7 +102,7 @@ impl RootFs {
             host_namespace,
             host_mounts,
             empty_namespace: empty().context("cannot leave the host's mounts")?,
-            state: State::Absent,
+            current: None,
         })
     }
 
@@ -127,81 +111,67 @@ impl RootFs {
     /// Whoever waits for requests beside these puts these last: then no request is seen before a mount that came before
     /// it.
     pub fn events(&self) -> Vec<PollFd<'_>> {
-        let source = match &self.state {
-            State::Building(building) => &building.source,
-            State::Ready(ready) => &ready.source,
-            State::Absent => return Vec::new(),
+        let Some(current) = &self.current else {
+            return Vec::new();
         };
         let mut events = Vec::new();
-        if let State::Building(building) = &self.state {
-            events.push(PollFd::new(building.builder.as_fd(), PollFlags::POLLIN));
+        if current.namespace.is_none() {
+            events.push(PollFd::new(current.builder.as_fd(), PollFlags::POLLIN));
         }
         // What is out of date does not get more so; and the mount table tells of an error at each change.
-        if !source.is_stale {
+        if !current.is_stale {
             events.push(PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI));
-            events.push(PollFd::new(source.directories.as_fd(), PollFlags::POLLIN));
+            events.push(PollFd::new(current.directories.as_fd(), PollFlags::POLLIN));
         }
         events
     }
 
     /// When the time of the present builder is over; none where there is no builder.
     pub fn due(&self) -> Option<Instant> {
-        match &self.state {
-            State::Building(building) if !building.is_stuck => Some(building.source.begun + LIMIT + GRACE),
-            _ => None,
-        }
+        self.current.as_ref()?.due
     }
 
     /// Handle ready descriptors, or the end of the builder's time.
     pub fn on_events(&mut self, ready: &[bool]) -> Option<Event> {
-        match &mut self.state {
-            State::Absent => None,
-            State::Ready(_) => {
-                if ready.contains(&true) {
-                    // A file system that the host has unmounted must not stay in use until the next launch.
-                    self.forget();
-                }
-                None
-            }
-            State::Building(building) => {
-                let (answered, changed) = ready.split_first()?;
-                building.source.is_stale |= changed.contains(&true);
-                if *answered {
-                    return Some(self.receive());
-                }
-                if !building.is_stuck && building.source.begun.elapsed() >= LIMIT + GRACE {
-                    building.is_stuck = true;
-                    return Some(Event::Lost(too_late()));
-                }
-                None
-            }
+        let current = self.current.as_mut()?;
+        if current.namespace.is_some() {
+            // A file system that the host has unmounted must not stay in use until the next launch.
+            self.forget_if(|_| ready.contains(&true));
+            return None;
         }
+        let (answered, changed) = ready.split_first()?;
+        current.is_stale |= changed.contains(&true);
+        if *answered {
+            return self.receive();
+        }
+        current.due.take_if(|due| *due <= Instant::now())?;
+        Some(Event::Lost(too_late()))
     }
 
     /// Receive the builder's message, or notice its end.
-    fn receive(&mut self) -> Event {
-        let State::Building(Building { builder, source, .. }) =
-            std::mem::replace(&mut self.state, State::Absent)
-        else {
-            unreachable!("only a builder sends anything");
-        };
-        match builder.recv(HandshakeMessage::MAX) {
+    fn receive(&mut self) -> Option<Event> {
+        let current = self.current.take()?;
+        Some(match current.builder.recv(HandshakeMessage::MAX) {
             Ok(Received::Packet {
                 bytes,
                 mut descriptors,
             }) => match (wire::decode(&bytes), descriptors.pop()) {
                 (Ok(HandshakeMessage::Done), Some(namespace)) => {
-                    self.state = State::Ready(Ready { namespace, source });
+                    self.current = Some(Current {
+                        namespace: Some(namespace),
+                        due: None,
+                        ..current
+                    });
                     Event::Built
                 }
                 (Ok(HandshakeMessage::Failed(error)), _) => Event::Failed(error.to_string()),
                 (other, _) => Event::Lost(build_failed(&format!("its builder sent {other:?}"))),
             },
-            _ if source.begun.elapsed() >= LIMIT => Event::Lost(too_late()),
+            _ if current.begun.elapsed() >= LIMIT => Event::Lost(too_late()),
             _ => Event::Lost(build_failed(
                 "its builder was killed: look for the reason in the kernel's log",
             )),
-        }
+        })
     }
 
     /// For a launch that was asked for at this time: is there a root file system of this configuration, and of the
@@ -213,16 +183,14 @@ impl RootFs {
         let (config, configuration) = host.configuration()?;
         // First processes begin with what is known here.
         host.accounts()?;
-        if let State::Ready(Ready { source, .. }) = &self.state
-            && (source.configuration != configuration || (source.is_stale && source.begun < asked))
-        {
-            self.forget();
-        }
-        match &self.state {
-            State::Ready(_) => Ok(true),
-            State::Building(building) if building.is_stuck => bail!(too_late()),
-            State::Building(_) => Ok(false),
-            State::Absent => {
+        self.forget_if(|current| {
+            current.configuration != configuration || (current.is_stale && current.begun < asked)
+        });
+        match &self.current {
+            Some(current) if current.namespace.is_some() => Ok(true),
+            Some(current) if current.due.is_none() => bail!(too_late()),
+            Some(_) => Ok(false),
+            None => {
                 self.start_building(host, &config, configuration)?;
                 Ok(false)
             }
@@ -231,14 +199,15 @@ impl RootFs {
 
     /// No launch waits any more: what was out of date when it was ready is not kept.
     pub fn forget_stale(&mut self) {
-        if matches!(&self.state, State::Ready(ready) if ready.source.is_stale) {
-            self.forget();
-        }
+        self.forget_if(|current| current.is_stale);
     }
 
-    fn forget(&mut self) {
-        if let State::Ready(ready) = std::mem::replace(&mut self.state, State::Absent) {
-            release(ready.namespace);
+    /// Let go of the one that there is, if this is so. One that is being built stays.
+    fn forget_if(&mut self, is_so: impl Fn(&Current) -> bool) {
+        let is_forgotten = |current: &mut Current| current.namespace.is_some() && is_so(current);
+        let forgotten = self.current.take_if(is_forgotten);
+        if let Some(namespace) = forgotten.and_then(|current| current.namespace) {
+            release(namespace);
         }
     }
 
@@ -265,15 +234,14 @@ impl RootFs {
             i32::from(sent.is_err())
         })
         .context("cannot fork")?;
-        self.state = State::Building(Building {
+        self.current = Some(Current {
+            begun,
+            configuration,
+            directories,
+            is_stale: false,
             builder,
-            source: Source {
-                begun,
-                configuration,
-                directories,
-                is_stale: false,
-            },
-            is_stuck: false,
+            due: Some(begun + LIMIT + GRACE),
+            namespace: None,
         });
         Ok(())
     }
@@ -289,10 +257,10 @@ impl RootFs {
 
     /// Do this with the root file system as this process's own, as what is cloned there begins with a copy of it.
     pub fn inside<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
-        let State::Ready(ready) = &self.state else {
-            bail!("there is no root file system");
-        };
-        setns(&ready.namespace, CloneFlags::CLONE_NEWNS).context("cannot enter the root file system")?;
+        let current = self.current.as_ref();
+        let namespace = current.and_then(|current| current.namespace.as_ref());
+        let namespace = namespace.context("there is no root file system")?;
+        setns(namespace, CloneFlags::CLONE_NEWNS).context("cannot enter the root file system")?;
         let done = work();
         // In a wrong namespace the monitor would serve on and keep the host's file systems in use. It is started again.
         setns(&self.empty_namespace, CloneFlags::CLONE_NEWNS).expect("the monitor returns to its own mounts");
@@ -313,7 +281,8 @@ fn make(host: &Host, config: &Config, directories: &Inotify) -> Result<File> {
     Ok(namespace)
 }
 
-fn watch() -> nix::Result<Inotify> {
+/// An instance of `inotify(7)` that watches nothing yet.
+pub fn watch() -> nix::Result<Inotify> {
     Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
 }
 

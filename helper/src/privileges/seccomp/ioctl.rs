@@ -34,7 +34,9 @@ const fn class(byte: u8) -> u32 {
 /// attributes that outlive a job or slow its deletion, encryption keys and policies (`f` 19 to 26, they belong to the
 /// whole file system), fs-verity, subvolumes and snapshots, `FIFREEZE`, `FITRIM`, `BTRFS_IOC_SYNC`, defragmentation,
 /// shutdown, labels and versions.
-const OF_FILES: [(u8, Requests); 5] = [
+///
+/// Third: those that set flags and attributes. `file_setattr(2)` is the same as a call.
+const OF_FILES: [(u8, Requests, &[u32]); 5] = [
     (
         b'f',
         &[
@@ -44,14 +46,16 @@ const OF_FILES: [(u8, Requests); 5] = [
             one(0xc060_6610),
             one(0xc068_6611),
         ],
+        &[0x4008_6602], // FS_IOC_SETFLAGS
     ),
-    (b'v', &[one(0x8008_7601)]), // FS_IOC_GETVERSION
+    (b'v', &[one(0x8008_7601)], &[]), // FS_IOC_GETVERSION
     (
         b'X',
         &[
             one(0x800c_581e), // XFS_IOC_DIOINFO: how direct input and output must be aligned
             one(0x801c_581f), // FS_IOC_FSGETXATTR
         ],
+        &[0x401c_5820], // FS_IOC_FSSETXATTR
     ),
     (
         0x94,
@@ -61,6 +65,7 @@ const OF_FILES: [(u8, Requests); 5] = [
             one(0xc018_9436), // FIDEDUPERANGE
             one(0x8100_9431), // FS_IOC_GETFSLABEL
         ],
+        &[],
     ),
     (
         0x15,
@@ -68,11 +73,9 @@ const OF_FILES: [(u8, Requests); 5] = [
             one(0x8011_1500), // FS_IOC_GETFSUUID
             one(0x8081_1501), // FS_IOC_GETFSSYSFSPATH
         ],
+        &[],
     ),
 ];
-
-/// Setting flags and attributes of files: FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR. `file_setattr(2)` is the same as a call.
-const SET_ATTRIBUTES: [(u8, u32); 2] = [(b'f', 0x4008_6602), (b'X', 0x401c_5820)];
 
 /// Classes of single file systems, of which a job needs nothing: FAT, ZFS (its device's and its files'), autofs, Ceph,
 /// bcachefs, reiserfs, SMB, F2FS.
@@ -152,36 +155,28 @@ const OF_RANDOM_NUMBERS: Requests = &[one(0x8004_5200)];
 /// FIGETBSZ: the size of a file's blocks.
 const WITHOUT_CLASS: Requests = &[one(2)];
 
-/// The steps for one request whose class is known: `listed` ones are answered with `then`, others with `otherwise`.
-fn requests<'a>(listed: impl IntoIterator<Item = (&'a RangeInclusive<u32>, u32)>, otherwise: u32) -> Steps {
-    let mut cases = BTreeMap::new();
-    for (range, what) in listed {
-        cases.extend(range.clone().map(|request| (request, answer(what))));
-    }
+/// The steps for one request whose class is known: to those of `refused`, `error` is said.
+fn requests(allowed: Requests, refused: &[u32], error: u32, otherwise: u32) -> Steps {
+    let allowed = allowed.iter().cloned().flatten();
+    let allowed = allowed.map(|request| (request, answer(ALLOW)));
+    let refused = refused.iter().map(|request| (*request, answer(error)));
+    let cases = allowed.chain(refused).collect();
     decide(argument(1), u32::MAX, cases, answer(otherwise))
 }
 
-fn only(listed: Requests) -> Steps {
-    requests(listed.iter().map(|range| (range, ALLOW)), NOT_THERE)
+fn only(allowed: Requests) -> Steps {
+    requests(allowed, &[], NOT_THERE, NOT_THERE)
 }
 
 fn all_but(refused: &[u32]) -> Steps {
-    let refused: Vec<_> = refused.iter().map(|request| one(*request)).collect();
-    requests(refused.iter().map(|range| (range, REFUSED)), ALLOW)
+    requests(&[], refused, REFUSED, ALLOW)
 }
 
 /// The rule for `ioctl(2)`.
 pub(super) fn rule(slot: JobFilter<'_>) -> Steps {
     let mut classes: BTreeMap<u32, Steps> = BTreeMap::new();
-    for (byte, listed) in OF_FILES {
-        let set = SET_ATTRIBUTES.iter().filter(|(of, _)| *of == byte);
-        let set: Vec<_> = set.map(|(_, request)| one(*request)).collect();
-        let allowed = listed.iter().map(|range| (range, ALLOW));
-        let steps = requests(
-            allowed.chain(set.iter().map(|range| (range, NOT_SUPPORTED))),
-            NOT_THERE,
-        );
-        classes.insert(class(byte), steps);
+    for (byte, allowed, setting) in OF_FILES {
+        classes.insert(class(byte), requests(allowed, setting, NOT_SUPPORTED, NOT_THERE));
     }
     classes.insert(class(0x89), only(OF_SOCKETS));
     let otherwise = if slot.has_devices {
@@ -191,19 +186,11 @@ pub(super) fn rule(slot: JobFilter<'_>) -> Steps {
         classes.insert(class(b'T'), all_but(&NEVER_OF_TERMINALS));
         classes.insert(class(b'V'), all_but(&NEVER_OF_CONSOLES));
         classes.insert(class(b't'), all_but(&NEVER_OF_LINKS));
-        classes.insert(
-            class(b'K'),
-            requests(OF_KEYBOARDS.iter().map(|range| (range, ALLOW)), REFUSED),
-        );
+        classes.insert(class(b'K'), requests(OF_KEYBOARDS, &[], REFUSED, REFUSED));
         ALLOW
     } else {
-        let allowed = OF_TERMINALS.iter().map(|range| (range, ALLOW));
-        let refused: Vec<_> = NEVER_OF_TERMINALS.iter().map(|request| one(*request)).collect();
-        let steps = requests(
-            allowed.chain(refused.iter().map(|range| (range, REFUSED))),
-            NOT_THERE,
-        );
-        classes.insert(class(b'T'), steps);
+        let of_terminals = requests(OF_TERMINALS, &NEVER_OF_TERMINALS, REFUSED, NOT_THERE);
+        classes.insert(class(b'T'), of_terminals);
         classes.insert(class(b'R'), only(OF_RANDOM_NUMBERS));
         classes.insert(class(0), only(WITHOUT_CLASS));
         // Namespaces and processes by descriptor: `ioctl_nsfs(2)`, linux/pidfd.h.

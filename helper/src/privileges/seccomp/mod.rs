@@ -16,8 +16,8 @@ use libc::c_long;
 use crate::sys;
 pub use program::JobFilter;
 use program::{
-    ABSENT, ALLOW, DONE, LAST, REFUSED, Rules, Steps, answer, argument, decide, errno, if_bits, if_null,
-    if_process,
+    ABSENT, ALLOW, DONE, LAST, REFUSED, Rules, Steps, answer, argument, decide, errno, if_any, if_bits,
+    if_null,
 };
 
 /// What an operator does where the kernel has not installed a filter in time (row 86 of `docs/evidence/attacks.md`).
@@ -223,17 +223,10 @@ pub fn session() -> Steps {
     let mut rules = Rules::default();
     rules.each(SESSION, ALLOW);
     // The deletion's one request: to make a btrfs subvolume of the job's writable.
-    let request = BTreeMap::from([(sys::SET_SUBVOLUME_FLAGS, answer(ALLOW))]);
-    rules.rule(
-        libc::SYS_ioctl,
-        decide(argument(1), u32::MAX, request, answer(REFUSED)),
-    );
+    let only = |n, value| if_any(n, &[value], answer(ALLOW), answer(REFUSED));
+    rules.rule(libc::SYS_ioctl, only(1, sys::SET_SUBVOLUME_FLAGS));
     // The listener's one query: who is at the other end of a new connection.
-    let option = BTreeMap::from([(libc::SO_PEERCRED as u32, answer(ALLOW))]);
-    rules.rule(
-        libc::SYS_getsockopt,
-        decide(argument(2), u32::MAX, option, answer(REFUSED)),
-    );
+    rules.rule(libc::SYS_getsockopt, only(2, libc::SO_PEERCRED as u32));
     rules.program(LAST, REFUSED)
 }
 
@@ -258,7 +251,7 @@ pub fn job(slot: JobFilter<'_>) -> Steps {
     rules.rule(libc::SYS_ioctl, ioctl::rule(slot));
     for call in [libc::SYS_move_pages, libc::SYS_migrate_pages] {
         // The caller's own memory is process 0's.
-        rules.rule(call, if_process(&[0], ALLOW, REFUSED));
+        rules.rule(call, if_any(0, &[0], answer(ALLOW), answer(REFUSED)));
     }
     keep_limits(&mut rules);
     keep_pid_1(&mut rules);
@@ -273,14 +266,10 @@ pub fn job(slot: JobFilter<'_>) -> Steps {
 /// A job's own filters are BPF programs in the kernel, and no limit counts them: those of many processes, freed at
 /// once, are what stops a kernel (see `socket::options`). It is told what a kernel without them says.
 fn refuse_filters(rules: &mut Rules) {
-    let without = answer(errno(libc::EINVAL));
-    let filter = BTreeMap::from([(libc::SECCOMP_SET_MODE_FILTER, without.clone())]);
-    let seccomp = decide(argument(0), u32::MAX, filter, answer(ALLOW));
-    rules.rule(libc::SYS_seccomp, seccomp);
-    let filter = BTreeMap::from([(libc::SECCOMP_MODE_FILTER, without)]);
-    let mode = decide(argument(1), u32::MAX, filter, answer(ALLOW));
-    let set = BTreeMap::from([(libc::PR_SET_SECCOMP as u32, mode)]);
-    let prctl = decide(argument(0), u32::MAX, set, answer(ALLOW));
+    let unless = |n, mode| if_any(n, &[mode], answer(errno(libc::EINVAL)), answer(ALLOW));
+    rules.rule(libc::SYS_seccomp, unless(0, libc::SECCOMP_SET_MODE_FILTER));
+    let mode = unless(1, libc::SECCOMP_MODE_FILTER);
+    let prctl = if_any(0, &[libc::PR_SET_SECCOMP as u32], mode, answer(ALLOW));
     rules.rule(libc::SYS_prctl, prctl);
 }
 
@@ -288,15 +277,11 @@ fn refuse_filters(rules: &mut Rules) {
 /// told that it did, for no core is what it gets; reading it works. A filter cannot fill in what the limit was: who
 /// sets the limit and asks for the old one in the same call is refused. So is setting any limit of pid 1.
 fn keep_limits(rules: &mut Rules) {
-    let core = libc::RLIMIT_CORE;
-    let set = BTreeMap::from([(core, answer(DONE))]);
-    rules.rule(
-        libc::SYS_setrlimit,
-        decide(argument(0), u32::MAX, set, answer(ALLOW)),
-    );
+    let core = [libc::RLIMIT_CORE];
+    let set = if_any(0, &core, answer(DONE), answer(ALLOW));
+    rules.rule(libc::SYS_setrlimit, set);
     let set_core = if_null(3, answer(DONE), answer(REFUSED));
-    let set = BTreeMap::from([(core, set_core)]);
-    let set = decide(argument(1), u32::MAX, set, if_process(&[1], REFUSED, ALLOW));
+    let set = if_any(1, &core, set_core, refuse_if_any(0, &[1]));
     rules.rule(libc::SYS_prlimit64, if_null(2, answer(ALLOW), set));
 }
 
@@ -310,26 +295,25 @@ fn keep_pid_1(rules: &mut Rules) {
         libc::SYS_sched_setattr,
         libc::SYS_sched_setaffinity,
     ] {
-        rules.rule(call, if_process(&[1], REFUSED, ALLOW));
+        rules.rule(call, refuse_if_any(0, &[1]));
     }
-    let of = |which: u32, whom: &[u32]| {
-        let cases = whom.iter().map(|who| (*who, answer(REFUSED)));
-        (
-            which,
-            decide(argument(1), u32::MAX, cases.collect(), answer(ALLOW)),
-        )
-    };
-    let priority = BTreeMap::from([
-        of(libc::PRIO_PROCESS, &[1]),
-        of(libc::PRIO_PGRP, &[0, 1]),
-        (libc::PRIO_USER, answer(REFUSED)),
-    ]);
-    let rule = decide(argument(0), u32::MAX, priority, answer(ALLOW));
-    rules.rule(libc::SYS_setpriority, rule);
-    let [process, group, user] = IOPRIO_WHO;
-    let priority = BTreeMap::from([of(process, &[1]), of(group, &[0, 1]), (user, answer(REFUSED))]);
-    let rule = decide(argument(0), u32::MAX, priority, answer(ALLOW));
-    rules.rule(libc::SYS_ioprio_set, rule);
+    let priorities = [libc::PRIO_PROCESS, libc::PRIO_PGRP, libc::PRIO_USER];
+    for (call, [process, group, user]) in [
+        (libc::SYS_setpriority, priorities),
+        (libc::SYS_ioprio_set, IOPRIO_WHO),
+    ] {
+        let priority = BTreeMap::from([
+            (process, refuse_if_any(1, &[1])),
+            (group, refuse_if_any(1, &[0, 1])),
+            (user, answer(REFUSED)),
+        ]);
+        rules.rule(call, decide(argument(0), u32::MAX, priority, answer(ALLOW)));
+    }
+}
+
+/// Others are allowed.
+fn refuse_if_any(n: u32, values: &[u32]) -> Steps {
+    if_any(n, values, answer(REFUSED), answer(ALLOW))
 }
 
 #[cfg(test)]

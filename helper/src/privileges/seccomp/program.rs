@@ -75,6 +75,12 @@ pub fn decide(offset: u32, mask: u32, cases: BTreeMap<u32, Steps>, otherwise: St
     steps
 }
 
+/// The same for argument `n`: `then` if it is any of the values.
+pub fn if_any(n: u32, values: &[u32], then: Steps, otherwise: Steps) -> Steps {
+    let cases = values.iter().map(|value| (*value, then.clone()));
+    decide(argument(n), u32::MAX, cases.collect(), otherwise)
+}
+
 /// The same for the pointer that is argument `n`, in either half of it.
 pub fn if_null(n: u32, null: Steps, otherwise: Steps) -> Steps {
     let upper = BTreeMap::from([(0, null)]);
@@ -166,9 +172,3 @@ fn search(ranges: &[(u32, Steps)]) -> Steps {
 
 /// x32's numbers, on x86-64, begin after this one, far above all others.
 pub const LAST: u32 = 0x3fff_ffff;
-
-/// One answer for calls whose first argument is any of these, another for the rest.
-pub fn if_process(pids: &[u32], what: u32, otherwise: u32) -> Steps {
-    let cases = pids.iter().map(|pid| (*pid, answer(what)));
-    decide(argument(0), u32::MAX, cases.collect(), answer(otherwise))
-}

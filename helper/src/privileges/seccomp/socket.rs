@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use protocol::config::SocketFamily;
 
-use super::program::{ALLOW, DONE, JobFilter, Steps, answer, argument, decide, errno};
+use super::program::{ALLOW, DONE, JobFilter, Steps, answer, argument, decide, errno, if_any};
 
 /// What `socket(2)` says of a family that the kernel does not have; programs go on without it.
 const NO_FAMILY: u32 = errno(libc::EAFNOSUPPORT);
@@ -36,22 +36,16 @@ const CAN: [i32; 4] = [libc::CAN_RAW, libc::CAN_BCM, libc::CAN_ISOTP, libc::CAN_
 /// `net/bluetooth/bluetooth.h`: L2CAP, HCI, SCO, RFCOMM, ISO.
 const BLUETOOTH: [i32; 5] = [0, 1, 2, 3, 8];
 
-fn any_of(word: u32, values: &[i32]) -> Steps {
-    let cases = values.iter().map(|value| (*value as u32, answer(ALLOW)));
-    decide(word, u32::MAX, cases.collect(), answer(NO_PROTOCOL))
+fn any_of(protocols: &[i32]) -> Steps {
+    let protocols: Vec<u32> = protocols.iter().map(|protocol| *protocol as u32).collect();
+    if_any(2, &protocols, answer(ALLOW), answer(NO_PROTOCOL))
 }
 
 /// Of IPv4 or IPv6, the protocols of datagrams besides 0 and UDP: `ping` without privileges.
 fn internet(echo: i32) -> Steps {
     let types = BTreeMap::from([
-        (
-            libc::SOCK_STREAM as u32,
-            any_of(argument(2), &[0, libc::IPPROTO_TCP]),
-        ),
-        (
-            libc::SOCK_DGRAM as u32,
-            any_of(argument(2), &[0, libc::IPPROTO_UDP, echo]),
-        ),
+        (libc::SOCK_STREAM as u32, any_of(&[0, libc::IPPROTO_TCP])),
+        (libc::SOCK_DGRAM as u32, any_of(&[0, libc::IPPROTO_UDP, echo])),
         // Any protocol is the same code, which asks for CAP_NET_RAW.
         (libc::SOCK_RAW as u32, answer(ALLOW)),
     ]);
@@ -70,7 +64,7 @@ pub(super) fn rule(slot: JobFilter<'_>) -> Steps {
         (libc::AF_UNIX as u32, answer(ALLOW)),
         (libc::AF_INET as u32, internet(libc::IPPROTO_ICMP)),
         (libc::AF_INET6 as u32, internet(libc::IPPROTO_ICMPV6)),
-        (libc::AF_NETLINK as u32, any_of(argument(2), &netlink)),
+        (libc::AF_NETLINK as u32, any_of(&netlink)),
     ]);
     for family in slot.socket_families {
         let (number, protocols) = match family {
@@ -78,7 +72,7 @@ pub(super) fn rule(slot: JobFilter<'_>) -> Steps {
             SocketFamily::Can => (libc::AF_CAN, &CAN[..]),
             SocketFamily::Vsock => (libc::AF_VSOCK, &[0][..]),
         };
-        families.insert(number as u32, any_of(argument(2), protocols));
+        families.insert(number as u32, any_of(protocols));
     }
     decide(argument(0), u32::MAX, families, answer(NO_FAMILY))
 }
@@ -97,6 +91,5 @@ pub(super) fn options() -> Steps {
         (libc::SO_ATTACH_REUSEPORT_EBPF as u32, answer(NO_OPTION)),
     ]);
     let of_sockets = decide(argument(2), u32::MAX, options, answer(ALLOW));
-    let levels = BTreeMap::from([(libc::SOL_SOCKET as u32, of_sockets)]);
-    decide(argument(1), u32::MAX, levels, answer(ALLOW))
+    if_any(1, &[libc::SOL_SOCKET as u32], of_sockets, answer(ALLOW))
 }
