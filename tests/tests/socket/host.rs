@@ -1,6 +1,7 @@
 //! What happens to the host, the configuration and the helper around its workers.
 
 use testbed::disk::SmallDisk;
+use testbed::worker_snapshot::WorkerSnapshot;
 
 use super::*;
 
@@ -104,6 +105,7 @@ fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
         .chain((1..12).map(|n| format!("nr_inodes=1000,size={}k", 16 * n)));
     for limit in limits {
         disk.limit(&limit);
+        let unused = WorkerSnapshot::take(&host);
         let worker = worker_id();
         let step = match create(&client, worker, "a") {
             Reply::Error(error) => {
@@ -131,8 +133,9 @@ fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
             Reply::Deleted,
             "with {limit}"
         );
-        before.assert_unchanged(&host);
+        assert_eq!(WorkerSnapshot::take(&host), unused, "with {limit}");
     }
+    before.assert_unchanged(&host);
     assert!(
         outcomes.iter().all(|count| *count > 0),
         "not every step failed once: {outcomes:?}"
