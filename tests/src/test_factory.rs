@@ -89,7 +89,7 @@ impl TestFactory {
         let slots = slots.replace("TARGET", &target.to_string());
         host.configure(&url, SUPERVISOR_UID, &slots);
         host.write_token(&token);
-        let before = HostSnapshot::take(&host);
+        let before = HostSnapshot::of_unused(&host);
         let helper = host.helper();
         let supervisor = host.supervisor();
         let shared = place();
