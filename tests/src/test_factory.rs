@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::Signal;
 
 use crate::disk::SmallDisk;
-use crate::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, place};
+use crate::harness::{PATIENCE, Running, SUPERVISOR_UID, TestHost, binaries, place_in};
 use crate::host_snapshot::HostSnapshot;
 use crate::proxy::Proxy;
 use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
@@ -92,7 +92,9 @@ impl TestFactory {
         let before = HostSnapshot::of_unused(&host);
         let helper = host.helper();
         let supervisor = host.supervisor();
-        let shared = place();
+        // A change in /srv, where slots have places, makes the helpers of all tests build their root file systems anew.
+        let local = Path::new("/var/local");
+        let shared = place_in(if local.is_dir() { local } else { Path::new("/srv") });
         TestFactory {
             supervisor,
             helper,
