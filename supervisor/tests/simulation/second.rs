@@ -9,7 +9,7 @@ use supervisor::buildomat::Error;
 use supervisor::factory::Input;
 use tokio::sync::oneshot;
 
-use crate::calls::{InFlight, PATIENCE_MS};
+use crate::calls::{InFlight, PATIENCE_MS, body_of};
 use crate::host::{Effect, Host};
 use crate::net::{Answer, Ask, reply_of};
 use crate::script::{Extent, Fate, Kind};
@@ -183,11 +183,7 @@ impl World {
             return self.settle(id, Answer::Page(Err(away)));
         }
         let (code, value) = self.serve(&ask, waits, true);
-        let bytes = if value.is_null() {
-            Vec::new()
-        } else {
-            value.to_string().into_bytes()
-        };
+        let bytes = body_of(&value);
         self.settle(id, Answer::Page(Ok((code, bytes))));
     }
 
