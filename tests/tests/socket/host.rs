@@ -50,21 +50,6 @@ fn a_slot_that_left_the_configuration_is_still_cleaned_up() {
 }
 
 #[test]
-fn a_second_helper_is_refused() {
-    let test = TestHelper::new();
-    let mut second = std::process::Command::new(testbed::harness::binaries().join("user-factory-helper"));
-    let mut second = Running::start(
-        second
-            .arg("--root")
-            .arg(&test.host.root)
-            .args(["--cgroup", &test.host.cgroup]),
-    );
-    assert!(!second.wait().success());
-    second.log.wait(&["another helper serves"]);
-    test.finish(&[]);
-}
-
-#[test]
 fn a_configuration_that_others_could_write_is_refused() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
