@@ -59,7 +59,8 @@ impl RestartableFactory {
         let target = server.add_target("linux");
         let (_, token) = server.add_factory("here");
         let host = TestHost::new();
-        let slots = format!("[slots.a]\ntarget = \"{target}\"\n");
+        // A worker without a mark is waited for no longer than an agent.
+        let slots = format!("online_timeout_seconds = 30\n[slots.a]\ntarget = \"{target}\"\n");
         host.configure(&server.url(), SUPERVISOR_UID, &slots);
         host.write_token(&token);
         let mut helper = Service::new(&mut host.helper_command());
