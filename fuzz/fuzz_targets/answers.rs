@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 use protocol::WorkerId;
 use reqwest::Response;
 use supervisor::agent::AgentCache;
-use supervisor::buildomat::{HttpResponse, BuildomatClient, Call, Error, Pending, Transport};
+use supervisor::buildomat::{BuildomatClient, Call, Error, HttpResponse, Pending, Transport};
 use supervisor::buildomat::{JobId, Scripts};
 use tokio::runtime::Runtime;
 

@@ -373,9 +373,12 @@ pub struct TestHost {
 /// The first uid of all tests.
 const FIRST_UID: u32 = 0x7000_0000;
 
+/// One file for each range of uids, which a test has locked.
+pub(crate) const LOCKS: &str = "/run/user-factory-test";
+
 /// A range of 64 uids, by its first, that no other test of this machine has for as long as the lock is held.
 fn take_range(start: u32) -> (Flock<fs::File>, u32) {
-    let locks = Path::new("/run/user-factory-test");
+    let locks = Path::new(LOCKS);
     fs::create_dir_all(locks).expect("root can write /run");
     let take = |number: u32| {
         let file = fs::File::create(locks.join(number.to_string())).expect("root can write /run");

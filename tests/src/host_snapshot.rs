@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use supervisor::residue::files::Pace;
 use supervisor::residue::{Uids, files, host};
 
-use crate::harness::{TestHost, install_tools, until};
+use crate::harness::{LOCKS, TestHost, install_tools, until};
 
 /// A snapshot of the host, as far as a factory's jobs could change it.
 #[derive(Debug, PartialEq, Eq)]
@@ -39,6 +40,21 @@ pub struct HostSnapshot {
 impl HostSnapshot {
     /// Panics where `/proc` cannot be read.
     pub fn take(host: &TestHost) -> HostSnapshot {
+        let unused = HostSnapshot::of_unused(host);
+        let uids = Uids::from(host.uids.clone());
+        HostSnapshot {
+            ipc: host::ipc(&uids),
+            keys: host::keys(&uids),
+            sockets: sockets_of(&uids),
+            files: files_of(host, &uids),
+            processes: processes_of(&host.uids),
+            ..unused
+        }
+    }
+
+    /// The same for a host on which nothing of its factory has run. Its uids are locked for this test and have done
+    /// nothing: their processes, files, sockets and keys need not be looked for.
+    pub fn of_unused(host: &TestHost) -> HostSnapshot {
         install_tools();
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let uids = Uids::from(host.uids.clone());
@@ -48,43 +64,21 @@ impl HostSnapshot {
                 .map(|entry| entry.path())
                 .collect()
         };
-        let mut files = BTreeSet::new();
-        // The places for everybody; `files_anywhere` looks further.
-        for place in [
-            "/tmp",
-            "/var/tmp",
-            "/dev/shm",
-            "/dev/mqueue",
-            "/run",
-            "/var/lock",
-            "/var/spool",
-            "/var/mail",
-            "/var/crash",
-            "/var/lib/systemd",
-            "/home",
-        ] {
-            // Hosts of tests at the same time have trees of a hundred thousand files, and uids of their own.
-            let is_another = |path: &Path| {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                name.starts_with(TestHost::PREFIX) && !host.root.starts_with(path)
-            };
-            files.extend(files::below(Path::new(place), &uids, is_another));
-        }
         HostSnapshot {
             mounts: host::mounts(|mount| {
                 mount.contains("bmat-") || mount.contains(&*host.root.to_string_lossy())
             }),
-            ipc: host::ipc(&uids),
-            keys: host::keys(&uids),
-            sockets: sockets_of(&uids),
+            ipc: BTreeSet::new(),
+            keys: BTreeSet::new(),
+            sockets: BTreeSet::new(),
             // The workers of every test are called so, but no test's may have left anything here.
             service_requests: host::service_requests(&uids, |name| name.contains("bmat-")),
             host: HOST_FILES.map(read).to_vec(),
             logins: LOGIN_FILES
                 .map(|path| fs::metadata(path).ok().map(|meta| meta.len()))
                 .to_vec(),
-            files,
-            processes: processes_of(&host.uids),
+            files: BTreeSet::new(),
+            processes: BTreeSet::new(),
             cgroups: entries(host.cgroup_dir().join("workers"))
                 .into_iter()
                 .filter(|path| path.is_dir())
@@ -99,6 +93,36 @@ impl HostSnapshot {
         let now = HostSnapshot::take(host);
         assert_eq!(*self, now, "the host is not as it was");
     }
+}
+
+/// Files of the uids in the places for everybody; [`files_anywhere`] looks further.
+fn files_of(host: &TestHost, uids: &Uids) -> BTreeSet<PathBuf> {
+    let is_skipped = |path: &Path| {
+        if path.starts_with(&host.root) || host.root.starts_with(path) {
+            return false;
+        }
+        // Hosts of tests at the same time have trees of a hundred thousand files, and uids of their own.
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let is_a_tests = name.starts_with(TestHost::PREFIX) || path == Path::new(LOCKS);
+        // Nobody but root gets inside.
+        let is_closed = |meta: fs::Metadata| meta.uid() == 0 && meta.gid() == 0 && meta.mode() & 0o001 == 0;
+        is_a_tests || path.symlink_metadata().is_ok_and(is_closed)
+    };
+    let places = [
+        "/tmp",
+        "/var/tmp",
+        "/dev/shm",
+        "/dev/mqueue",
+        "/run",
+        "/var/lock",
+        "/var/spool",
+        "/var/mail",
+        "/var/crash",
+        "/var/lib/systemd",
+        "/home",
+    ];
+    let below = |place| files::below(Path::new(place), uids, is_skipped);
+    places.into_iter().flat_map(below).collect()
 }
 
 const HOST_FILES: [&str; 8] = [

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::disk::SmallDisk;
 use crate::faulty_proxy::Proxy;
-use crate::harness::{Running, SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, place};
+use crate::harness::{Running, SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, place_in};
 use crate::host_snapshot::HostSnapshot;
 use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
 
@@ -89,10 +89,12 @@ impl TestFactory {
         let slots = slots.replace("TARGET", &target.to_string());
         host.configure(&url, SUPERVISOR_UID, &slots);
         host.write_token(&token);
-        let before = HostSnapshot::take(&host);
+        let before = HostSnapshot::of_unused(&host);
         let helper = host.helper();
         let supervisor = host.supervisor();
-        let shared = place();
+        // A change in /srv, where slots have places, makes the helpers of all tests build their root file systems anew.
+        let local = Path::new("/var/local");
+        let shared = place_in(if local.is_dir() { local } else { Path::new("/srv") });
         TestFactory {
             supervisor,
             helper,

@@ -58,7 +58,7 @@ impl TestHelper {
 
     /// On this host, which is configured; its state directory is on `disk`.
     pub fn on(host: TestHost, disk: Option<SmallDisk>) -> TestHelper {
-        let before = HostSnapshot::take(&host);
+        let before = HostSnapshot::of_unused(&host);
         let helper = host.helper();
         TestHelper {
             disk,

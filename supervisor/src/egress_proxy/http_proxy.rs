@@ -23,10 +23,10 @@ use tokio::net::TcpStream;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
+use super::EgressProxy;
 use super::destination::NotConnected;
 use super::untrusted::{UntrustedTcpStream, Watch};
 use super::workers::WorkerGone;
-use super::{EgressProxy, PEER_TIMEOUT};
 use crate::egress_records::JobEgress;
 use crate::limiter::Permit;
 
@@ -60,7 +60,7 @@ pub(super) async fn serve(
     stream: UntrustedTcpStream,
     mut gone: WorkerGone,
 ) {
-    let (watch, idle) = (stream.watch(), proxy.half_closed);
+    let (watch, idle, peer_timeout) = (stream.watch(), proxy.half_closed, proxy.peer_timeout);
     let client = Arc::new(Client {
         proxy,
         job,
@@ -77,7 +77,7 @@ pub(super) async fn serve(
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .keep_alive(false)
-        .header_read_timeout(PEER_TIMEOUT)
+        .header_read_timeout(peer_timeout)
         .max_buf_size(MAX_HEAD)
         .preserve_header_case(true)
         .serve_connection(TokioIo::new(stream), service)
@@ -117,7 +117,7 @@ impl Client {
         let (to, server) = match self.connect_for(&request).await {
             Ok(connected) => connected,
             Err(refusal) => {
-                discard(request);
+                discard(request, self.proxy.peer_timeout);
                 return Err(refusal);
             }
         };
@@ -198,12 +198,12 @@ impl Client {
 
 /// Read what else there is of a request that is refused, for so long: to close a connection of which something is unread
 /// breaks it off, and the job may lose the answer (RFC 9112, 9.6). Who waits for `100 Continue` sends nothing more.
-fn discard(request: Request<Incoming>) {
+fn discard(request: Request<Incoming>, limit: Duration) {
     if request.headers().contains_key(header::EXPECT) {
         return;
     }
     let mut rest = Body::new(request.into_body()).into_data_stream();
-    tokio::spawn(timeout(PEER_TIMEOUT, async move {
+    tokio::spawn(timeout(limit, async move {
         while rest.next().await.is_some_and(|piece| piece.is_ok()) {}
     }));
 }

@@ -118,6 +118,7 @@ pub struct EgressProxy {
     destinations: ConnectionLimiter<WorkerId>,
     receiving: PerUidLimit,
     looking_up: PerUidLimit,
+    peer_timeout: Duration,
     half_closed: Duration,
     closer: Closer,
     log: RateLimitedLog,
@@ -203,6 +204,7 @@ impl EgressProxy {
             destinations: ConnectionLimiter::new(DESTINATIONS_OF_A_WORKER, usize::MAX, 1),
             receiving: PerUidLimit::default(),
             looking_up: PerUidLimit::default(),
+            peer_timeout: PEER_TIMEOUT,
             half_closed: HALF_CLOSED,
             closer: Closer::start()?,
             log: RateLimitedLog::default(),
@@ -319,7 +321,7 @@ impl EgressProxy {
     ) {
         let gone = self.workers.connection_of(worker, uid);
         // Where it has said nothing, nothing is found.
-        let _ = timeout(PEER_TIMEOUT, untrusted::wait_readable(&client)).await;
+        let _ = timeout(self.peer_timeout, untrusted::wait_readable(&client)).await;
         let slow_call = self.receiving.of(uid).acquire_owned().await;
         // Closing what else it has sent can take long. The thread has the permit, for as long as it takes.
         let closer = self.closer.clone();
@@ -381,13 +383,14 @@ impl EgressProxy {
                 sleep(Duration::from_millis(20)).await;
             }
         };
-        timeout(PEER_TIMEOUT, permit).await.ok()
+        timeout(self.peer_timeout, permit).await.ok()
     }
 
     async fn carry(&self, mut job: UntrustedTcpStream, uid: u32, gone: WorkerGone) {
         let first = match &self.tls_name {
             None => Vec::new(),
-            Some(name) => match timeout(PEER_TIMEOUT, client_hello_for(name.as_deref(), &mut job)).await {
+            Some(name) => match timeout(self.peer_timeout, client_hello_for(name.as_deref(), &mut job)).await
+            {
                 Ok(Ok(first)) => first,
                 refused => {
                     let why = match refused {

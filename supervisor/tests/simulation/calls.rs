@@ -1,7 +1,7 @@
 //! The supervisor's calls in this simulation: what becomes of each, and what it does.
 
 use protocol::{Received, Reply};
-use serde_json::json;
+use serde_json::{Value, json};
 use supervisor::buildomat::Error;
 use supervisor::helper_client;
 use tokio::sync::oneshot;
@@ -261,11 +261,7 @@ impl Simulation {
         }
         let (code, value) = self.serve(&ask, waits, false);
         self.dies_at(kind, Point::CarriedOut);
-        let bytes = if value.is_null() {
-            Vec::new()
-        } else {
-            value.to_string().into_bytes()
-        };
+        let bytes = body_of(&value);
         let answer = match fault {
             CallFault::LostAnswer => unreachable("connection reset"),
             CallFault::Status { code, json, .. } => page(code, json),
@@ -273,7 +269,7 @@ impl Simulation {
             CallFault::Truncated => SimulatedResponse::Page(Ok((code, bytes[..bytes.len() / 2].to_vec()))),
             CallFault::OtherIds => {
                 let other = self.other(kind, value);
-                SimulatedResponse::Page(Ok((code, other.to_string().into_bytes())))
+                SimulatedResponse::Page(Ok((code, body_of(&other))))
             }
             CallFault::Twice { gap, second } => {
                 self.after(gap, Event::Again(id));
@@ -309,11 +305,7 @@ impl Simulation {
         };
         let (ask, waits) = (call.ask.clone(), call.waits());
         let (code, value) = self.serve(&ask, waits, false);
-        let bytes = if value.is_null() {
-            Vec::new()
-        } else {
-            value.to_string().into_bytes()
-        };
+        let bytes = body_of(&value);
         self.settle(id, SimulatedResponse::Page(Ok((code, bytes))));
     }
 
@@ -329,6 +321,14 @@ impl Simulation {
             _ => {}
         }
     }
+}
+
+/// Without a value it is empty.
+pub fn body_of(value: &Value) -> Vec<u8> {
+    if value.is_null() {
+        return Vec::new();
+    }
+    serde_json::to_vec(value).expect("a value is JSON")
 }
 
 pub fn page(code: u16, json: bool) -> SimulatedResponse {

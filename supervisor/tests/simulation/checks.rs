@@ -30,8 +30,6 @@ pub struct Track {
     pub lost: u32,
     /// Since when its agent is online.
     pub online_at: Option<u64>,
-    /// For how long its job has gone on, in a slot that limits that, with nothing in the way of ending it.
-    pub job_ms: u64,
     /// The server has lied about it, or forgotten something of it: any end is right.
     pub got_wrong_answer: bool,
     /// Its state was in a database that was lost.
@@ -40,8 +38,6 @@ pub struct Track {
     pub cannot_tell: bool,
     /// Its failure was reported to the server.
     pub failure_reported: Option<FailureReport>,
-    /// For how long its processes have gone on since, with nothing in the way of ending them.
-    pub goes_on_ms: u64,
     pub held_since: Option<u64>,
     /// The supervisor has seen that it is held, in this list of its.
     pub seen_held: Option<u64>,
@@ -68,6 +64,11 @@ pub struct FailureReport {
 #[derive(Debug)]
 pub struct Checks {
     pub tracks: BTreeMap<WorkerId, Track>,
+    /// For how long the processes of each worker have gone on since the server was told that it failed, with nothing in the
+    /// way of ending them.
+    pub goes_on_ms: BTreeMap<WorkerId, u64>,
+    /// For how long each job has gone on, in a slot that limits that, with nothing in the way of ending it.
+    pub job_ms: BTreeMap<WorkerId, u64>,
     /// The configuration that the supervisor has, and the time since which it is everybody's.
     pub config: Config,
     pub changed_at: u64,
@@ -95,6 +96,8 @@ impl Checks {
     pub fn new(config: Config) -> Self {
         Self {
             tracks: BTreeMap::new(),
+            goes_on_ms: BTreeMap::new(),
+            job_ms: BTreeMap::new(),
             config,
             changed_at: 0,
             call_rates: CallRates::default(),

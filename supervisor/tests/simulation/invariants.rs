@@ -304,28 +304,31 @@ impl Checks {
     /// keeps them. `undisturbed`: the supervisor runs, and all that it calls answer.
     pub fn processes_end(&mut self, undisturbed: bool, server: &Server, host: &Host) {
         let limit = 60_000 + 2_000 * self.config.factory.poll_seconds;
-        let mut found = None;
-        for (id, track) in &mut self.tracks {
+        // What does not go on now begins again at 0.
+        let before = std::mem::take(&mut self.goes_on_ms);
+        for (id, w) in host.workers() {
+            let Some(track) = self.tracks.get(&id) else {
+                continue;
+            };
             let is_held = server
                 .workers
-                .get(id)
+                .get(&id)
                 .is_some_and(|w| w.hold.is_some() && !w.deleted);
-            let goes_on = host.get(*id).is_some_and(|w| {
-                let slot = self.config.slots.get(&w.slot);
-                w.state == State::Running
-                    && host.is_known(*id)
-                    && slot.is_none_or(|slot| !slot.keep_processes)
-            });
+            let slot = self.config.slots.get(&w.slot);
+            let goes_on = w.state == State::Running
+                && host.is_known(id)
+                && slot.is_none_or(|slot| !slot.keep_processes);
             let excused = track.got_wrong_answer || track.forgotten;
-            if !(undisturbed && track.failure_reported.is_some() && is_held && goes_on) || excused {
-                track.goes_on_ms = 0;
-                continue;
-            }
-            track.goes_on_ms += 1_000;
-            if track.goes_on_ms > limit {
-                found.get_or_insert(*id);
+            if undisturbed && track.failure_reported.is_some() && is_held && goes_on && !excused {
+                let ms = before.get(&id).unwrap_or(&0) + 1_000;
+                self.goes_on_ms.insert(id, ms);
             }
         }
+        let found = self
+            .goes_on_ms
+            .iter()
+            .find(|(_, ms)| **ms > limit)
+            .map(|(id, _)| *id);
         if let Some(id) = found {
             self.fail(format!("{id} has failed, and its processes go on"));
         }
@@ -334,26 +337,29 @@ impl Checks {
     /// A second has passed. No job goes on for longer than its slot allows.
     pub fn jobs_end(&mut self, undisturbed: bool, server: &Server, host: &Host) {
         let settled = self.changed_at == 0;
-        let mut found = None;
-        for (id, track) in &mut self.tracks {
+        let before = std::mem::take(&mut self.job_ms);
+        for (id, w) in host.workers() {
+            let Some(track) = self.tracks.get(&id) else {
+                continue;
+            };
             let goes_on = server
                 .workers
-                .get(id)
+                .get(&id)
                 .is_some_and(|w| w.online() && w.hold.is_none() && !w.finished());
-            let is_limited = host.get(*id).is_some_and(|w| {
-                let slot = self.config.slots.get(&w.slot);
-                w.state == State::Running && slot.is_some_and(|slot| slot.job_timeout_seconds.is_some())
-            });
+            let slot = self.config.slots.get(&w.slot);
+            let is_limited =
+                w.state == State::Running && slot.is_some_and(|slot| slot.job_timeout_seconds.is_some());
             let excused = track.got_wrong_answer || track.forgotten || track.cannot_tell;
-            if !(undisturbed && settled && goes_on && is_limited) || excused {
-                track.job_ms = 0;
-                continue;
-            }
-            track.job_ms += 1_000;
-            if track.job_ms > JOB_TIMEOUT_MS + NOTICED_MS {
-                found.get_or_insert(*id);
+            if undisturbed && settled && goes_on && is_limited && !excused {
+                let ms = before.get(&id).unwrap_or(&0) + 1_000;
+                self.job_ms.insert(id, ms);
             }
         }
+        let found = self
+            .job_ms
+            .iter()
+            .find(|(_, ms)| **ms > JOB_TIMEOUT_MS + NOTICED_MS)
+            .map(|(id, _)| *id);
         if let Some(id) = found {
             self.fail(format!(
                 "the job of {id} goes on beyond its slot's job_timeout_seconds"

@@ -9,7 +9,7 @@ use supervisor::buildomat::Error;
 use supervisor::factory::Input;
 use tokio::sync::oneshot;
 
-use crate::calls::{CALL_TIMEOUT_MS, InFlight};
+use crate::calls::{CALL_TIMEOUT_MS, InFlight, body_of};
 use crate::host::{Effect, Host};
 use crate::net::{Ask, SimulatedResponse, reply_of};
 use crate::script::{CallFault, CallKind, Extent};
@@ -183,11 +183,7 @@ impl Simulation {
             return self.settle(id, SimulatedResponse::Page(Err(error)));
         }
         let (code, value) = self.serve(&ask, waits, true);
-        let bytes = if value.is_null() {
-            Vec::new()
-        } else {
-            value.to_string().into_bytes()
-        };
+        let bytes = body_of(&value);
         self.settle(id, SimulatedResponse::Page(Ok((code, bytes))));
     }
 

@@ -152,7 +152,7 @@ impl Server {
             agent.is_some_and(|agent| pings(w.id, agent.parse().expect("a number")))
         });
         for id in talks.map(|w| w.id).collect::<Vec<_>>() {
-            self.worker_ping(id);
+            self.record_ping(id);
         }
         let before = self.live().filter(|w| w.hold.is_none());
         let before: Vec<WorkerId> = before.map(|w| w.id).collect();

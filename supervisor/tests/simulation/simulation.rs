@@ -92,6 +92,8 @@ pub struct Simulation {
     pub sequence: u64,
     pub rng: Rng,
     pub server: Server,
+    /// The script restores a snapshot.
+    is_rolled_back: bool,
     pub snapshots: VecDeque<Server>,
     pub host: Host,
     pub locks: BTreeMap<WorkerId, u64>,
@@ -146,6 +148,10 @@ impl Simulation {
             sequence: 0,
             rng: Rng::new(script.seed ^ 0x5157),
             server: Server::new(script.seed),
+            is_rolled_back: script
+                .steps
+                .iter()
+                .any(|step| matches!(step.item, Item::Rollback(_))),
             snapshots: VecDeque::new(),
             host: Host::numbered_from(0),
             locks: BTreeMap::new(),
@@ -245,7 +251,10 @@ impl Simulation {
         let Some(entry) = self.queue.first_entry().filter(|entry| entry.key().0 <= now) else {
             return;
         };
-        match entry.remove() {
+        let event = entry.remove();
+        // Nothing else makes a worker on a host.
+        let changes_hosts = matches!(event, Event::Effect(_) | Event::Step(_));
+        match event {
             Event::Step(n) => {
                 let item = self.script.steps[n].item;
                 self.note(|| format!("* {item:?}"));
@@ -266,8 +275,10 @@ impl Simulation {
             Event::Back(period) => self.back(period),
             Event::SecondStart => self.start_second(),
         }
-        self.checks.after_step(&self.host);
-        self.check_hosts();
+        if changes_hosts {
+            self.checks.after_step(&self.host);
+            self.check_hosts();
+        }
     }
 
     pub fn new_call(&mut self) -> u64 {
@@ -373,7 +384,7 @@ impl Simulation {
                 ));
             }
         }
-        if (self.now / 1_000).is_multiple_of(60) {
+        if self.is_rolled_back && (self.now / 1_000).is_multiple_of(60) {
             self.snapshots.push_back(self.server.clone());
             if self.snapshots.len() > 10 {
                 self.snapshots.pop_front();

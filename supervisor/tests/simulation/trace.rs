@@ -95,9 +95,13 @@ impl Subscriber for Log {
     fn event(&self, event: &Event<'_>) {
         let level = *event.metadata().level();
         let warns = level <= Level::WARN;
-        let mut words = Words::default();
+        let is_shown = warns || self.trace.is_kept();
+        let mut words = Words {
+            has_fields: is_shown,
+            ..Words::default()
+        };
         let now = self.began.elapsed().as_millis() as u64;
-        if level == Level::DEBUG || warns || self.trace.inner().lines.is_some() {
+        if level == Level::DEBUG || is_shown {
             event.record(&mut words);
         }
         self.trace
@@ -118,6 +122,8 @@ impl Subscriber for Log {
 
 #[derive(Default)]
 struct Words {
+    /// Otherwise the message is all that is wanted.
+    has_fields: bool,
     message: String,
     fields: String,
 }
@@ -126,8 +132,10 @@ impl Visit for Words {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         let done = if field.name() == "message" {
             write!(self.message, "{value:?}")
-        } else {
+        } else if self.has_fields {
             write!(self.fields, " {}={value:?}", field.name())
+        } else {
+            Ok(())
         };
         done.expect("a text takes more text");
     }

@@ -2,11 +2,13 @@
 //! user's side of the API alone, so it can be asked of any server: after an upgrade of the server, of the agent or of the
 //! factory.
 //!
-//! A line is printed for each job. Exit status: 0 where each was as expected, 1 where one was not, 2 where the server cannot
+//! A line is printed for each kind of job. Exit status: 0 where each was as expected, 1 where one was not, 2 where the server cannot
 //! be asked.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -15,6 +17,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use testbed::server::fresh_id;
 use testbed::server::{AddFileResult, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 #[derive(Debug, Parser)]
 #[command(name = "acceptance", about = "Runs jobs of all kinds on a buildomat server")]
@@ -34,6 +38,9 @@ struct Arguments {
     /// Only jobs with this text in their names
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
+    /// Kinds of jobs that are tried at the same time; no more than the factory has slots
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+    at_once: u16,
 }
 
 #[tokio::main]
@@ -46,21 +53,47 @@ async fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let mut cases = cases();
+    cases.retain(|case| case.name.contains(&arguments.only));
+    let (cases, server) = (Arc::new(cases), Arc::new(server));
+    let next = Arc::new(AtomicUsize::new(0));
+    let (ended, mut results) = mpsc::unbounded_channel();
+    let mut runners = JoinSet::new();
+    for _ in 0..arguments.at_once {
+        let (cases, server, next, ended) = (cases.clone(), server.clone(), next.clone(), ended.clone());
+        runners.spawn(async move {
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let Some(case) = cases.get(number) else {
+                    return;
+                };
+                let begun = Instant::now();
+                let result = case.run(&server).await;
+                // Nobody hears it where another runner has panicked.
+                let _ = ended.send((number, begun.elapsed().as_secs_f64(), result));
+            }
+        });
+    }
+    drop(ended);
     let mut failed = 0;
     let mut tried = 0;
-    for case in cases().iter().filter(|case| case.name.contains(&arguments.only)) {
-        let begun = Instant::now();
-        let result = case.run(&server).await;
-        let seconds = begun.elapsed().as_secs_f64();
-        tried += 1;
-        match result {
-            Ok(()) => println!("ok      {seconds:6.1} s  {}", case.name),
-            Err(error) => {
-                failed += 1;
-                println!("FAILED  {seconds:6.1} s  {}: {error:#}", case.name);
+    // They are printed in the order of the cases.
+    let mut early = BTreeMap::new();
+    while let Some((number, seconds, result)) = results.recv().await {
+        early.insert(number, (seconds, result));
+        while let Some((seconds, result)) = early.remove(&tried) {
+            let name = cases[tried].name;
+            tried += 1;
+            match result {
+                Ok(()) => println!("ok      {seconds:6.1} s  {name}"),
+                Err(error) => {
+                    failed += 1;
+                    println!("FAILED  {seconds:6.1} s  {name}: {error:#}");
+                }
             }
         }
     }
+    runners.join_all().await;
     println!("{tried} kinds of jobs, {failed} not as expected");
     match (tried, failed) {
         (0, _) => ExitCode::from(2),

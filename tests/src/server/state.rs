@@ -363,12 +363,17 @@ impl State {
         Ok(w.id)
     }
 
-    /// What its agent is to do; panics on an id that this server never gave.
-    pub fn worker_ping(&mut self, worker: Ulid) -> Ping {
+    /// Its agent is there.
+    pub fn record_ping(&mut self, worker: Ulid) {
         let now = self.now;
         if let Some(w) = self.workers.get_mut(&worker) {
             w.last_ping = Some(now);
         }
+    }
+
+    /// What its agent is to do; panics on an id that this server never gave.
+    pub fn worker_ping(&mut self, worker: Ulid) -> Ping {
+        self.record_ping(worker);
         let w = &self.workers[&worker];
         let f = &self.factories[&w.factory];
         let job = w.job.filter(|_| !w.wait_for_flush).map(|job| &self.jobs[&job]);

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::model::Worker;
+use super::model::{Job, Worker};
 use super::state::State;
 use super::ulid::Ulid;
 
@@ -43,12 +43,12 @@ impl State {
     }
 
     fn recycle_finished(&mut self) {
-        let done = self.pick_workers(|w| match w.job {
+        let is_done = |w: &Worker| match w.job {
             Some(job) => self.jobs[&job].complete() && !w.diagnostics,
             None => w.online() && self.older(w.created, IDLE),
-        });
-        for id in done {
-            if let Some(w) = self.workers.get_mut(&id).filter(|w| !w.deleted) {
+        };
+        for id in self.pick_workers(|w| !w.deleted && is_done(w)) {
+            if let Some(w) = self.workers.get_mut(&id) {
                 w.recycle_asked = true;
             }
         }
@@ -56,9 +56,12 @@ impl State {
 
     fn abort_overlong(&mut self) {
         let overlong = |w: &Worker| {
+            if w.finished() {
+                return None;
+            }
             let j = w.job.map(|job| &self.jobs[&job]).filter(|j| !j.complete())?;
-            let over = !w.finished() && self.older(j.assigned?, j.max_runtime);
-            over.then_some((w.id, j.id, j.max_runtime))
+            self.older(j.assigned?, j.max_runtime)
+                .then_some((w.id, j.id, j.max_runtime))
         };
         let found: Vec<_> = self.workers.values().filter_map(overlong).collect();
         for (worker, job, limit) in found {
@@ -99,12 +102,14 @@ impl State {
 
     /// Jobs whose worker is gone or told to go, started or not.
     pub fn fail_orphans(&mut self) {
-        let orphan = |w: &Worker| w.finished() && w.job.is_some_and(|job| !self.jobs[&job].complete());
-        for id in self.pick_workers(orphan) {
-            if let Some(job) = self.workers[&id].job {
-                self.control(job, "worker failed without completing job");
-                self.finish(job, true);
-            }
+        let is_finished = |worker: &Ulid| self.workers.get(worker).is_some_and(Worker::finished);
+        let orphan = |j: &Job| Some((j.worker.filter(is_finished)?, j.id));
+        let mut orphans: Vec<(Ulid, Ulid)> = self.open_jobs().filter_map(orphan).collect();
+        // In the order of the workers.
+        orphans.sort_unstable();
+        for (_, job) in orphans {
+            self.control(job, "worker failed without completing job");
+            self.finish(job, true);
         }
     }
 

@@ -6,6 +6,9 @@ use testbed::harness::binaries;
 
 use super::*;
 
+/// Nearly all of a job is waiting.
+const SLOTS: usize = 6;
+
 fn acceptance(factory: &TestFactory, more: &[&str]) -> Output {
     let mut command = Command::new(binaries().join("acceptance"));
     command
@@ -25,8 +28,11 @@ fn text(output: &Output) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_of_all_kinds_end_as_they_should() {
-    let factory = TestFactory::new(TWO).await;
-    let output = acceptance(&factory, &[]);
+    let slots: String = (0..SLOTS)
+        .map(|number| format!("[slots.s{number}]\ntarget = \"TARGET\"\n"))
+        .collect();
+    let factory = TestFactory::new(&slots).await;
+    let output = acceptance(&factory, &["--at-once", &SLOTS.to_string()]);
     let printed = text(&output);
     assert_eq!(output.status.code(), Some(0), "{printed}");
     assert!(

@@ -118,7 +118,7 @@ impl Member {
         let slots = TWO.replace("TARGET", &target.to_string());
         host.configure(&server.url(), SUPERVISOR_UID, &slots);
         host.write_token(&token);
-        let before = HostSnapshot::take(&host);
+        let before = HostSnapshot::of_unused(&host);
         let helper = Running::start(&mut network.with(&host.helper_command()));
         helper.log.wait(&["serving"]);
         let plain = host.supervisor_command();

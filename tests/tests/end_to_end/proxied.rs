@@ -1,6 +1,7 @@
 //! A host that reaches the server through an HTTP proxy alone: the server's name is one that the host cannot look up.
 
 use testbed::forward_proxy::ForwardProxy;
+use testbed::harness::SUPERVISOR_UID;
 
 use super::*;
 

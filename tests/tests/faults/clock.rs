@@ -165,7 +165,13 @@ async fn row_76_a_worker_that_is_starting_is_not_failed_by_a_clock_that_jumps_ac
     // It is failed in the end: a clock that was set back holds nothing off for years.
     clock.set(-20);
     clock.supervisor(&mut factory);
-    assert_eq!(factory.ended(job).await.state(), "failed");
+    let ended = factory.ended(job).await;
+    assert_eq!(ended.state(), "failed");
+    let console = lines(&ended, "console");
+    assert!(
+        console.iter().any(|line| line == "waiting for ever"),
+        "{console:?}"
+    );
     let held = factory.held(job).await;
     let reason = held.hold.unwrap().reason;
     assert!(reason.contains("did not come online within 20 s"), "{reason}");

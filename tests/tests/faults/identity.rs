@@ -25,7 +25,7 @@ impl Second {
         host.configure(&factory.url(), SUPERVISOR_UID, &one(factory));
         let token = fs::read_to_string(factory.host.root.join("token")).unwrap();
         host.write_token(&token);
-        let before = HostSnapshot::take(&host);
+        let before = HostSnapshot::of_unused(&host);
         let helper = host.helper();
         prepare(&host);
         Second {

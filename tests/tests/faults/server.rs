@@ -110,7 +110,9 @@ async fn row_79_answers_a_byte_at_a_time_are_read_to_their_end() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_79_a_worker_whose_making_was_answered_with_silence_is_found() {
-    let factory = TestFactory::behind_a_proxy(ONE).await;
+    // A worker without a mark is waited for no longer than an agent.
+    let slots = format!("online_timeout_seconds = 20\n{ONE}");
+    let factory = TestFactory::behind_a_proxy(&slots).await;
     // The server makes it each time it is asked.
     proxy(&factory).set("POST /0/factory/worker ", Fault::Lose);
     let job = factory.submit("echo found");

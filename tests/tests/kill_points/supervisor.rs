@@ -1,5 +1,6 @@
 //! The supervisor, killed before each of its writes and requests, in the course of one job; then started again.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::chown;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use testbed::harness::{SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries};
 use testbed::sample::Sample;
 use testbed::server::{JobSpec, LEASE, Server, ServerOptions, State, Ulid};
 use testbed::service::Service;
+use testbed::test_factory::lines;
 use testbed::tracer::outward::{Seen, watch};
 use testbed::tracer::wait_until_stopped;
 use testbed::worker_snapshot::WorkerSnapshot;
@@ -57,7 +59,8 @@ impl RestartableFactory {
         let target = server.add_target("linux");
         let (_, token) = server.add_factory("here");
         let host = TestHost::new();
-        let slots = format!("[slots.a]\ntarget = \"{target}\"\n");
+        // A worker without a mark is waited for no longer than an agent.
+        let slots = format!("online_timeout_seconds = 30\n[slots.a]\ntarget = \"{target}\"\n");
         host.configure(&server.url(), SUPERVISOR_UID, &slots);
         host.write_token(&token);
         let mut helper = Service::new(&mut host.helper_command());
@@ -99,19 +102,19 @@ impl RestartableFactory {
         } = self;
         let ended_job = to_its_end(server, self.course, job);
         let mut ended_job = std::pin::pin!(ended_job);
-        let seen = tokio::select! {
-            () = &mut ended_job => {
+        let (seen, released) = tokio::select! {
+            released = &mut ended_job => {
                 supervisor.signal(Signal::SIGKILL);
-                ended.await
+                (ended.await, released)
             }
             seen = &mut ended => {
                 supervisor.ended();
                 // A lease that nobody knows of any more ends by itself.
                 server.advance(LEASE + Duration::from_secs(1));
                 supervisor.start();
-                ended_job.await;
+                let released = ended_job.await;
                 supervisor.signal(Signal::SIGKILL);
-                seen
+                (seen, released)
             }
         };
         let seen = seen.unwrap().expect("the tracer does not fail");
@@ -138,6 +141,14 @@ impl RestartableFactory {
             JobCourse::NoStart => assert!(said >= 1 && ran == 0, "{what}: {:#?}", job.events),
             _ => assert_eq!(ran, 1, "{what}: {:#?}", job.events),
         }
+        // A supervisor that was killed before it had the helper's answer knows less.
+        if self.course == JobCourse::NoStart && !seen.killed {
+            let has_reason = |text: &String| text.contains("Exec format error");
+            let console = lines(&job, "console");
+            assert!(console.iter().any(has_reason), "{what}: {console:?}");
+            assert_eq!(released.len(), 1, "{what}");
+            assert!(released.iter().all(has_reason), "{what}: {released:?}");
+        }
         assert_eq!(
             WorkerSnapshot::take(&self.host),
             self.before,
@@ -149,13 +160,14 @@ impl RestartableFactory {
 
 /// What is to be done next, from outside the factory.
 enum Next {
-    Release(Ulid),
+    Release(Ulid, String),
     Cancel,
     Nothing,
 }
 
-/// Let the job run, and wait until the server knows no worker any more.
-async fn to_its_end(server: &Server, course: JobCourse, job: Ulid) {
+/// Let the job run, and wait until the server knows no worker any more. Returns why workers were held.
+async fn to_its_end(server: &Server, course: JobCourse, job: Ulid) -> BTreeSet<String> {
+    let mut released = BTreeSet::new();
     let mut cancelled = false;
     loop {
         let next = |state: &State| {
@@ -163,7 +175,7 @@ async fn to_its_end(server: &Server, course: JobCourse, job: Ulid) {
             let (it, cancel) = (&state.jobs[&job], course == JobCourse::Cancelled && !cancelled);
             if let Some(held) = alive().find(|worker| worker.hold.is_some()) {
                 assert_eq!(course, JobCourse::NoStart, "{held:?} is held");
-                return Some(Next::Release(held.id));
+                return Some(Next::Release(held.id, held.hold.clone()?.reason));
             }
             if cancel && it.events.iter().any(|event| event.payload == "once") {
                 return Some(Next::Cancel);
@@ -172,12 +184,15 @@ async fn to_its_end(server: &Server, course: JobCourse, job: Ulid) {
         };
         // A whole job, of several at once.
         match server.wait_for(3 * TEST_TIMEOUT, next).await.unwrap() {
-            Next::Release(worker) => server.release(worker).unwrap(),
+            Next::Release(worker, reason) => {
+                server.release(worker).unwrap();
+                released.insert(reason);
+            }
             Next::Cancel => {
                 server.cancel(job).unwrap();
                 cancelled = true;
             }
-            Next::Nothing => return,
+            Next::Nothing => return released,
         }
     }
 }
@@ -206,7 +221,7 @@ async fn kill_before_each(course: JobCourse) {
         });
     }
     let killed: Vec<String> = factories.join_all().await.concat();
-    let names: std::collections::BTreeSet<&String> = killed.iter().collect();
+    let names: BTreeSet<&String> = killed.iter().collect();
     println!(
         "{course:?}: killed {} times of {total}; {} writes and requests; before {names:?}",
         killed.len(),

@@ -21,7 +21,8 @@ async fn factory_with_broken_worker(slots: &str) -> (TestFactory, testbed::serve
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_worker_is_seen_at_a_glance_understood_and_released() {
     let (factory, job) = factory_with_broken_worker(ONE).await;
-    factory.held(job).await;
+    let hold = factory.held(job).await.hold.unwrap();
+    assert!(hold.reason.contains("status 9"), "{}", hold.reason);
     see(&factory, |status| {
         (status["workers"][0]["phase"] == "held").then_some(())
     })

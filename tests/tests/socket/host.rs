@@ -1,6 +1,7 @@
 //! What happens to the host, the configuration and the helper around its workers.
 
 use testbed::disk::SmallDisk;
+use testbed::worker_snapshot::WorkerSnapshot;
 
 use super::*;
 
@@ -49,21 +50,6 @@ fn a_slot_that_left_the_configuration_is_still_cleaned_up() {
 }
 
 #[test]
-fn a_second_helper_is_refused() {
-    let test = TestHelper::new();
-    let mut second = std::process::Command::new(testbed::harness::binaries().join("user-factory-helper"));
-    let mut second = Running::start(
-        second
-            .arg("--root")
-            .arg(&test.host.root)
-            .args(["--cgroup", &test.host.cgroup]),
-    );
-    assert!(!second.wait().success());
-    second.log.wait(&["another helper serves"]);
-    test.finish(&[]);
-}
-
-#[test]
 fn a_configuration_that_others_could_write_is_refused() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
@@ -104,6 +90,7 @@ fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
         .chain((1..12).map(|n| format!("nr_inodes=1000,size={}k", 16 * n)));
     for limit in limits {
         disk.limit(&limit);
+        let unused = WorkerSnapshot::take(&host);
         let worker = worker_id();
         let step = match create(&client, worker, "a") {
             Reply::Error(error) => {
@@ -131,8 +118,9 @@ fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
             Reply::Deleted,
             "with {limit}"
         );
-        before.assert_unchanged(&host);
+        assert_eq!(WorkerSnapshot::take(&host), unused, "with {limit}");
     }
+    before.assert_unchanged(&host);
     assert!(
         outcomes.iter().all(|count| *count > 0),
         "not every step failed once: {outcomes:?}"

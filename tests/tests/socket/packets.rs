@@ -131,14 +131,6 @@ fn garbage_ends_its_connection_and_no_other() {
         assert!(client.reply().is_none(), "{packet:?} was answered");
     }
     assert_eq!(list(&witness), []);
-    for bit in 0..good.len() * 8 {
-        let mut flipped = good.clone();
-        flipped[bit / 8] ^= 1 << (bit % 8);
-        let client = test.client();
-        client.socket.send(&flipped, None).unwrap();
-        let _ = client.reply();
-    }
-    assert_eq!(list(&witness), []);
     test.finish(&[]);
 }
 

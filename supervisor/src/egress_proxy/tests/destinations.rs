@@ -448,7 +448,10 @@ async fn a_job_that_reads_nothing_and_one_that_sends_half_a_head_hold_up_no_othe
 async fn a_job_with_all_its_connections_leaves_its_agent_some_to_the_server() {
     let port = echo().await;
     let to = format!("127.0.0.1:{port}");
-    let slot = slot(&format!("{{ allow = [{to:?}] }}")).await;
+    let network = format!("{{ allow = [{to:?}] }}");
+    // Long enough for all these connections on a busy machine.
+    let limit = 2 * SHORT;
+    let slot = slot_of(&network, |_| "127.0.0.1", |proxy| proxy.peer_timeout = limit).await;
     let mut kept = Vec::new();
     for _ in 0..DESTINATIONS_OF_A_WORKER {
         let mut job = slot.connection(&to);
@@ -461,7 +464,7 @@ async fn a_job_with_all_its_connections_leaves_its_agent_some_to_the_server() {
         .map(|n| slot.connection(if n % 2 == 0 { TO_HTTP_PROXY } else { &to }))
         .collect();
     // Those that are closed count until they are, and those that wait for longer than this.
-    let served = timeout(PEER_TIMEOUT / 5 * 4, async {
+    let served = timeout(limit / 5 * 4, async {
         while slot.answer(TO_SERVER, b"agent").await != "agent" {}
     });
     served.await.expect("the agent has its connection");
@@ -483,7 +486,10 @@ async fn one_connection_more_than_a_job_may_have_waits_for_the_end_of_another() 
         format!("127.0.0.1:{port}"),
         format!("{{ allow = [\"127.0.0.1:{port}\"] }}"),
     );
-    let only_one = |proxy: &mut EgressProxy| proxy.destinations = ConnectionLimiter::new(1, 1, 1);
+    let only_one = |proxy: &mut EgressProxy| {
+        proxy.destinations = ConnectionLimiter::new(1, 1, 1);
+        proxy.peer_timeout = SHORT;
+    };
     let slot = slot_of(&network, |_| "127.0.0.1", only_one).await;
     let mut first = slot.connection(&to);
     first.write_all(b"x").await.unwrap();

@@ -73,7 +73,7 @@ async fn a_caller_that_sends_anything_but_a_name_and_one_connection_is_refused()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_callers_delay_no_other_and_time_out() {
-    let test = test_proxy(0).await;
+    let test = test_proxy_with(0, |proxy| proxy.peer_timeout = SHORT).await;
     let silent: Vec<Seqpacket> = (0..CONNECTIONS_OF_A_WORKER - 1).map(|_| test.call()).collect();
     test.works().await;
     assert!(silent.iter().all(is_closed));

@@ -18,6 +18,9 @@ use tokio::task::JoinHandle;
 
 const WORKER: WorkerId = WorkerId::from_bits(7);
 
+/// A time-out that a test can wait for.
+const SHORT: Duration = Duration::from_secs(2);
+
 /// More than all buffers on the way can hold.
 const MUCH: usize = 64 << 20;
 
@@ -146,6 +149,15 @@ fn ended(mut job: &StdStream) -> bool {
         Ok(length) => length == 0,
         Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
     }
+}
+
+#[tokio::test]
+async fn a_caller_has_ten_seconds() {
+    let directory = tempfile::tempdir().unwrap();
+    assert_eq!(
+        proxy(directory.path(), 1, 0).peer_timeout,
+        Duration::from_secs(10)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
