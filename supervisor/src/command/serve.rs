@@ -9,7 +9,7 @@ use supervisor::buildomat::BuildomatClient;
 use supervisor::config_check::FileOnDisk;
 use supervisor::control::listener::{Names, StatusPage};
 use supervisor::control::metrics::Metrics;
-use supervisor::control::server::{ControlServer, refused_by};
+use supervisor::control::server::{ControlServer, StatusTurn, refused_by};
 use supervisor::control::state::{Command, CommandQueue, Operator, StatusState};
 use supervisor::descriptors;
 use supervisor::driver::{Clock, Driver, Persistence};
@@ -134,6 +134,7 @@ pub fn serve(
             metrics,
             cgroups: places.cgroups.clone(),
             egress: reports.records.clone(),
+            status_turn: StatusTurn::default(),
         };
         if let Some(page) = page {
             tokio::spawn(server.clone().serve_page(page, names));

@@ -19,7 +19,7 @@ use protocol::config::CONTROL_SOCKET;
 use protocol::{ErrorKind, SlotName, WorkerId};
 use serde::Deserialize;
 use tokio::net::UnixListener;
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, oneshot};
 use tokio::time::timeout;
 
 use super::api::{self, Details, EgressReport, Process, Refusal, Status, Step};
@@ -65,6 +65,24 @@ pub struct ControlServer {
     pub cgroups: PathBuf,
     /// What jobs have connected to.
     pub egress: Arc<EgressRecords>,
+    /// Whose status request the loop has: one at a time.
+    pub status_turn: StatusTurn,
+}
+
+/// One request for the status at a time is in the queue of commands. A client that goes without its answer keeps its turn
+/// until the loop has answered: with many such clients, the loop would have nothing else to do.
+#[derive(Clone, Debug, Default)]
+pub struct StatusTurn(Arc<Mutex<()>>);
+
+impl StatusTurn {
+    async fn ask(&self, commands: CommandQueue) -> ApiResult<Status> {
+        let turn = self.0.clone().lock_owned().await;
+        let asked = tokio::spawn(async move {
+            let _turn = turn;
+            ask(&commands, Command::Status).await
+        });
+        asked.await.map_err(|_| is_stopping())?
+    }
 }
 
 /// Who connected to the control socket. None where the kernel does not say.
@@ -125,24 +143,14 @@ impl ControlServer {
     }
 
     /// Serve what everybody may read at an address, by these names, without end.
-    pub async fn serve_page(self, page: Arc<StatusPage>, names: Names) {
+    pub async fn serve_page(mut self, page: Arc<StatusPage>, names: Names) {
+        // The operator's own requests do not wait for everybody's.
+        self.status_turn = StatusTurn::default();
         page.serve(public().with_state(self), names).await;
     }
 
     async fn status(&self) -> ApiResult<Status> {
-        self.ask(Command::Status).await
-    }
-
-    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> ApiResult<T> {
-        let stopping = || {
-            ApiError(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "the supervisor is stopping".into(),
-            )
-        };
-        let (answer, answered) = oneshot::channel();
-        self.commands.send(command(answer)).map_err(|_| stopping())?;
-        answered.await.map_err(|_| stopping())
+        self.status_turn.ask(self.commands.clone()).await
     }
 
     /// What a worker's processes have resident; where they cannot be seen, what their cgroup is charged with.
@@ -159,11 +167,28 @@ impl ControlServer {
         refusal: StatusCode,
         command: impl FnOnce(ReplySender) -> Command,
     ) -> ApiResult<StatusCode> {
-        match self.ask(command).await? {
+        match ask(&self.commands, command).await? {
             Ok(()) => Ok(StatusCode::NO_CONTENT),
             Err(message) => Err(ApiError(refusal, message)),
         }
     }
+}
+
+fn is_stopping() -> ApiError {
+    ApiError(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "the supervisor is stopping".into(),
+    )
+}
+
+/// Pass a command to the loop, and wait for what it answers.
+async fn ask<T>(
+    commands: &CommandQueue,
+    command: impl FnOnce(oneshot::Sender<T>) -> Command,
+) -> ApiResult<T> {
+    let (answer, answered) = oneshot::channel();
+    commands.send(command(answer)).map_err(|_| is_stopping())?;
+    answered.await.map_err(|_| is_stopping())
 }
 
 fn public() -> Router<ControlServer> {
@@ -503,4 +528,35 @@ async fn reload(
     let refused = refused_by(&server.helper).await;
     let command = |answer| Command::Reload { by, refused, answer };
     server.command(StatusCode::UNPROCESSABLE_ENTITY, command).await
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn clients_that_do_not_wait_for_their_answer_leave_one_request_in_the_queue() {
+        let (queue, mut commands) = mpsc::unbounded_channel();
+        let turn = StatusTurn::default();
+        for _ in 0..100 {
+            let asked = tokio::spawn({
+                let (turn, queue) = (turn.clone(), queue.clone());
+                async move { turn.ask(queue).await.is_ok() }
+            });
+            tokio::task::yield_now().await;
+            asked.abort();
+            let _ = asked.await;
+        }
+        let Some(Command::Status(answer)) = commands.recv().await else {
+            panic!("the first was asked")
+        };
+        assert!(commands.is_empty());
+        // With its answer it is the next one's turn.
+        drop(answer);
+        let next = tokio::spawn(async move { turn.ask(queue).await.is_ok() });
+        assert!(matches!(commands.recv().await, Some(Command::Status(_))));
+        assert!(!next.await.unwrap());
+    }
 }

@@ -223,8 +223,10 @@ impl<S: Storage> Driver<S> {
                 wait = wait.min(again);
             }
             input = tokio::select! {
-                // In this order, so that a run does not depend on chance.
+                // In this order, so that a run does not depend on chance. Commands come as fast as others send them: calls,
+                // each of which the core has asked for, do not wait for them.
                 biased;
+                Some(answer) = calls.join_next() => answer.context("a call came to no end")?,
                 command = commands.recv(), if stopping.is_none() => match command.unwrap_or(Command::Input(Input::Stop)) {
                     Command::Status(reply) if self.factory.must_ask_helper(self.clock.now()) => {
                         status_requests.push(reply);
@@ -240,7 +242,6 @@ impl<S: Storage> Driver<S> {
                         input
                     }
                 },
-                Some(answer) = calls.join_next() => answer.context("a call came to no end")?,
                 () = tokio::time::sleep(wait) => {
                     if stopping.is_some_and(|since| since.elapsed() >= GRACE) {
                         tracing::warn!("stopping without waiting longer: pending calls will be repeated");
