@@ -41,7 +41,8 @@
 //!   [`Request::Delete`] gets to the end from every state whatever.
 //! * Requests about one worker take turns (`flock(2)` on its directory); those about different
 //!   workers never wait for each other, apart from the instant in which a slot is taken.
-//! * An [`Error`] reply has changed nothing that `Delete` would not remove, and the connection goes on.
+//! * An [`Error`] reply has changed nothing that `Delete` would not remove, and the connection goes on, unless
+//!   the descriptor was no memfd: it is closed at the end of the process that has received it.
 
 #![warn(missing_docs)]
 

@@ -24,12 +24,14 @@ pub enum Received {
     Packet {
         /// At most as long as `limit`.
         bytes: Vec<u8>,
-        /// None, one or two.
+        /// None, one or two; with [`Seqpacket::recv_all`] as many as one packet can have.
         descriptors: Vec<OwnedFd>,
     },
-    /// A packet longer than `limit`, or with more descriptors than one message can have. What came of
-    /// it is thrown away; no sense can be made of this peer.
-    Oversize,
+    /// A packet longer than `limit`, or with more descriptors than there was room for: no sense can be made of this peer.
+    Oversize {
+        /// Those that came with it, as far as there was room.
+        descriptors: Vec<OwnedFd>,
+    },
 }
 
 impl Seqpacket {
@@ -95,9 +97,20 @@ impl Seqpacket {
 
     /// Receive one packet of at most `limit` bytes.
     pub fn recv(&self, limit: usize) -> nix::Result<Received> {
-        let mut bytes = vec![0; limit];
         // Room for two, so that a surplus one is seen; those beyond are closed by the kernel (MSG_CTRUNC).
-        let mut control = nix::cmsg_space!([RawFd; 2]);
+        self.recv_into(limit, nix::cmsg_space!([RawFd; 2]))
+    }
+
+    /// The same, and nothing that came with the packet is closed by the kernel, which can take for ever (`SO_LINGER` in
+    /// `socket(7)`). For a process that ends with what it has received.
+    pub fn recv_all(&self, limit: usize) -> nix::Result<Received> {
+        /// `SCM_MAX_FD` of `unix(7)`.
+        const MOST: usize = 253;
+        self.recv_into(limit, nix::cmsg_space!([RawFd; MOST]))
+    }
+
+    fn recv_into(&self, limit: usize, mut control: Vec<u8>) -> nix::Result<Received> {
+        let mut bytes = vec![0; limit];
         let (length, flags) = loop {
             let mut iov = [IoSliceMut::new(&mut bytes)];
             match recvmsg::<()>(
@@ -113,7 +126,7 @@ impl Seqpacket {
         };
         let descriptors = crate::sys::adopt(rights(&control));
         if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
-            return Ok(Received::Oversize);
+            return Ok(Received::Oversize { descriptors });
         }
         // An empty packet looks like the end; no message is empty, so the connection ends either way.
         if length == 0 && descriptors.is_empty() {
@@ -187,7 +200,7 @@ mod tests {
             let rights = [ControlMessage::ScmRights(&raw[..number])];
             let iov = [IoSlice::new(b"x")];
             sendmsg::<()>(a.as_raw_fd(), &iov, &rights, MsgFlags::empty(), None).unwrap();
-            assert!(matches!(b.recv(16), Ok(Received::Oversize)));
+            assert!(matches!(b.recv(16), Ok(Received::Oversize { .. })));
         }
         let left = open().saturating_sub(before);
         assert!(left < 100, "{left} descriptors are left");
@@ -199,7 +212,7 @@ mod tests {
         nix::sys::socket::setsockopt(&b, nix::sys::socket::sockopt::PassCred, &true).unwrap();
         a.send(b"one", None).unwrap();
         match b.recv(16) {
-            Ok(Received::Oversize) => {}
+            Ok(Received::Oversize { .. }) => {}
             Ok(Received::Packet { descriptors, .. }) => assert!(descriptors.is_empty()),
             other => panic!("{other:?}"),
         }
@@ -233,7 +246,7 @@ mod tests {
     fn too_long_is_oversize_and_a_closed_peer_is_closed() {
         let (a, b) = Seqpacket::pair().unwrap();
         a.send(&[7; 17], None).unwrap();
-        assert!(matches!(b.recv(16).unwrap(), Received::Oversize));
+        assert!(matches!(b.recv(16).unwrap(), Received::Oversize { .. }));
         drop(a);
         assert!(matches!(b.recv(16).unwrap(), Received::Closed));
         assert_eq!(b.send(b"x", None), Err(Errno::EPIPE));

@@ -11,7 +11,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -102,7 +102,7 @@ impl Listener {
         }
     }
 
-    /// The reason why none accepts, and what a person can do.
+    /// The reason why none accepts, and what the operator can do.
     fn sentence(&self, now: Instant) -> String {
         let seconds = self.down.map_or(0, |since| now.duration_since(since).as_secs());
         match &self.child {
@@ -146,11 +146,17 @@ impl Listener {
             return true;
         }
         if self.is_logged
-            && let Ok(Some((connection, _))) = accept(&self.socket, self.client)
+            && let Ok(Some((connection, peer))) = accept(&self.socket)
         {
             let reply = Reply::Error(Error::new(ErrorKind::Busy, self.sentence(now)));
+            let client = self.client;
             // A new connection has room for it. Who is gone needs no answer.
-            let _ = wire::encode(&reply).map(|bytes| Seqpacket::from(connection).try_send(&bytes, None));
+            let _ = hand_over(connection, &[], |connection, _| {
+                if is_served(peer, client) {
+                    let _ = wire::encode(&reply).map(|bytes| connection.try_send(&bytes, None));
+                }
+                0
+            });
         }
         false
     }
@@ -230,11 +236,17 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
             continue;
         }
         let is_busy = sessions.len() >= MAX_SESSIONS;
-        match accept(socket, *client) {
-            Ok(Some((connection, peer))) => match serve(host, monitor_socket, connection, peer, is_busy) {
-                Ok(pid) => drop(sessions.insert(pid)),
-                Err(error) => warn!("closed the connection: cannot fork a session: {error}"),
-            },
+        match accept(socket) {
+            Ok(Some((connection, peer))) => {
+                let keep = [&host.descriptors()[..], &[monitor_socket.as_raw_fd()]].concat();
+                let serve = |connection: &Seqpacket, received: &mut Vec<OwnedFd>| {
+                    serve(host, monitor_socket, *client, peer, is_busy, connection, received)
+                };
+                match hand_over(connection, &keep, serve) {
+                    Ok(pid) => drop(sessions.insert(pid)),
+                    Err(error) => warn!("closed the connection: cannot fork a session: {error}"),
+                }
+            }
             Ok(None) => {}
             Err(error) => {
                 warn!("cannot accept a connection: {error}");
@@ -245,8 +257,8 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
     }
 }
 
-/// Accept the next connection. None where there is none, or it was another uid's.
-fn accept(socket: &UnixListener, client: u32) -> io::Result<Option<(OwnedFd, Peer)>> {
+/// Accept the next connection, and say whose it is.
+fn accept(socket: &UnixListener) -> io::Result<Option<(Seqpacket, Peer)>> {
     let connection = match socket.accept() {
         Ok((connection, _)) => OwnedFd::from(connection),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -257,46 +269,61 @@ fn accept(socket: &UnixListener, client: u32) -> io::Result<Option<(OwnedFd, Pee
         uid: peer.uid(),
         pid: peer.pid(),
     };
-    if peer.uid != client {
-        let Peer { uid, pid } = peer;
-        warn!("closed the connection: the helper serves uid {client} alone uid={uid} pid={pid}");
-        return Ok(None);
-    }
-    Ok(Some((connection, peer)))
+    Ok(Some((connection.into(), peer)))
 }
 
-/// Fork a session for this connection.
+fn is_served(Peer { uid, pid }: Peer, client: u32) -> bool {
+    if uid != client {
+        warn!("closed the connection: the helper serves uid {client} alone uid={uid} pid={pid}");
+    }
+    uid == client
+}
+
+/// Fork a process that has the connection, and these descriptors, to itself, and ends with it and what it has received.
+///
+/// Closing the last descriptor of a connection closes what is in packets that nobody has received, which can wait for ever
+/// (`SO_LINGER` in `socket(7)`), but not in a process that ends. So that process ends after this one has closed its copy.
+fn hand_over(
+    connection: Seqpacket,
+    keep: &[RawFd],
+    serve: impl FnOnce(&Seqpacket, &mut Vec<OwnedFd>) -> i32,
+) -> io::Result<Pid> {
+    let (closed, open) = pipe2(OFlag::O_CLOEXEC)?;
+    let keep = [keep, &[connection.as_raw_fd(), closed.as_raw_fd()]].concat();
+    let mut received = Vec::new();
+    let pid = sys::fork(|| {
+        if sys::close_all_but(&keep).is_err() || SigSet::empty().thread_set_mask().is_err() {
+            warn!("closed the connection: cannot close what is not a session's");
+            return 0;
+        }
+        let status = serve(&connection, &mut received);
+        let _ = nix::unistd::read(&closed, &mut [0]);
+        status
+    })?;
+    drop(connection);
+    drop(open);
+    Ok(pid)
+}
+
+/// Serve the connection, in a process of its own.
 fn serve(
     host: &Host,
-    monitor_socket: &Seqpacket,
-    connection: OwnedFd,
+    monitor: &Seqpacket,
+    client: u32,
     peer: Peer,
     is_busy: bool,
-) -> io::Result<Pid> {
-    let own = [connection.as_raw_fd(), monitor_socket.as_raw_fd()];
-    let keep = [&host.descriptors()[..], &own].concat();
-    sys::fork(|| {
-        // The listening socket is the listener's alone.
-        if sys::close_all_but(&keep).is_ok() && SigSet::empty().thread_set_mask().is_ok() {
-            let before = host.reads();
-            session::serve(
-                &OnHost {
-                    host,
-                    monitor: monitor_socket,
-                },
-                peer,
-                is_busy,
-                connection.into(),
-            );
-            return if host.reads() == before {
-                0
-            } else {
-                EXIT_AFTER_READ
-            };
-        }
-        warn!("closed the connection: cannot close what is not a session's");
-        0
-    })
+    connection: &Seqpacket,
+    received: &mut Vec<OwnedFd>,
+) -> i32 {
+    if !is_served(peer, client) {
+        return 0;
+    }
+    let before = host.reads();
+    session::serve(&OnHost { host, monitor }, peer, is_busy, connection, received);
+    match host.reads() == before {
+        true => 0,
+        false => EXIT_AFTER_READ,
+    }
 }
 
 /// Collect sessions that have ended. True if one had to read what the listener should know.

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use protocol::{
@@ -54,21 +55,34 @@ pub trait Operations {
     fn check(&self) -> Result<()>;
 }
 
-/// Serve this connection to its end.
-pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpacket) {
+/// Serve this connection to its end. What came with the last packet is in `received` then, open: closing a socket of a
+/// stranger's can wait for ever (`SO_LINGER` in `socket(7)`), but not in a process that ends.
+pub fn serve(
+    operations: &dyn Operations,
+    peer: Peer,
+    busy: bool,
+    socket: &Seqpacket,
+    received: &mut Vec<OwnedFd>,
+) {
     // A peer that says nothing, or does not read, must not keep a process for ever.
     let time = |seconds| TimeVal::new(seconds, 0);
-    let limited = setsockopt(&socket, sockopt::ReceiveTimeout, &time(10))
-        .and_then(|()| setsockopt(&socket, sockopt::SendTimeout, &time(10)));
+    let limited = setsockopt(socket, sockopt::ReceiveTimeout, &time(10))
+        .and_then(|()| setsockopt(socket, sockopt::SendTimeout, &time(10)));
     if let Err(errno) = limited {
         return warn!("closed the connection: cannot limit how long it is waited for: {errno}");
     }
     let mut is_greeted = false;
     loop {
-        let (bytes, descriptors) = match socket.recv(wire::MAX_REQUEST) {
+        // Nothing, or a memfd.
+        received.clear();
+        let bytes = match socket.recv_all(wire::MAX_REQUEST) {
             Ok(Received::Closed) => return,
-            Ok(Received::Packet { bytes, descriptors }) => (bytes, descriptors),
-            Ok(Received::Oversize) => {
+            Ok(Received::Packet { bytes, descriptors }) => {
+                *received = descriptors;
+                bytes
+            }
+            Ok(Received::Oversize { descriptors }) => {
+                *received = descriptors;
                 return warn!(
                     "closed the connection: a packet is larger than any request, or has several descriptors"
                 );
@@ -85,13 +99,17 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
                 );
             }
         };
-        if descriptors.len() != usize::from(request.carries_descriptor()) {
+        if received.len() != usize::from(request.carries_descriptor()) {
             return warn!(
                 "closed the connection: {} came with {} descriptors",
                 name(&request),
-                descriptors.len()
+                received.len()
             );
         }
+        // Nothing else has seals to ask for (fcntl(2)).
+        let is_no_memfd = received
+            .iter()
+            .any(|it| fcntl(it, FcntlArg::F_GET_SEALS).is_err());
         let begin = Instant::now();
         let (reply, descriptor) = match (&request, is_greeted) {
             (Request::Hello { version: VERSION }, false) if busy => {
@@ -100,7 +118,7 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
             }
             (Request::Hello { version: VERSION }, false) => {
                 is_greeted = true;
-                let _ = setsockopt(&socket, sockopt::ReceiveTimeout, &time(3600));
+                let _ = setsockopt(socket, sockopt::ReceiveTimeout, &time(3600));
                 (Reply::Welcome, None)
             }
             (Request::Hello { version }, false) => {
@@ -116,15 +134,19 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
                 )),
                 None,
             ),
+            (_, true) if is_no_memfd => {
+                let message = "the agent's descriptor is not a memfd: send one";
+                (Reply::Error(Error::new(ErrorKind::Refused, message)), None)
+            }
             (_, true) => {
-                answer(operations, &request, descriptors).unwrap_or_else(|error| (Reply::Error(error), None))
+                answer(operations, &request, received).unwrap_or_else(|error| (Reply::Error(error), None))
             }
         };
         audit(peer, &request, &reply, begin);
         let sent = wire::encode(&reply).map_err(|_| Errno::EMSGSIZE);
         let sent = sent.and_then(|bytes| socket.send(&bytes, descriptor.as_ref().map(AsFd::as_fd)));
         match sent {
-            Ok(()) if is_greeted => {}
+            Ok(()) if is_greeted && !is_no_memfd => {}
             Ok(()) => return,
             Err(errno) => return warn!("closed the connection: cannot answer: {errno}"),
         }
@@ -134,7 +156,7 @@ pub fn serve(operations: &dyn Operations, peer: Peer, busy: bool, socket: Seqpac
 fn answer(
     operations: &dyn Operations,
     request: &Request,
-    mut descriptors: Vec<OwnedFd>,
+    received: &mut Vec<OwnedFd>,
 ) -> Result<ReplyWithFile, Error> {
     let refused = |message: &str| Error::new(ErrorKind::Refused, message);
     Ok(match request {
@@ -144,7 +166,7 @@ fn answer(
             (Reply::UserCreated { uid, name }, None)
         }
         Request::InstallAgent { worker, bootstrap } => {
-            let agent = descriptors.pop().ok_or_else(|| refused("the agent is missing"))?;
+            let agent = received.pop().ok_or_else(|| refused("the agent is missing"))?;
             let console = operations.install_agent(*worker, agent, bootstrap)?;
             (Reply::AgentStarted, Some(console))
         }

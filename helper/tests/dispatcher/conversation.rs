@@ -270,6 +270,10 @@ fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, E
             }
             continue;
         }
+        if descriptors.contains(&SentDescriptor::Socket) {
+            answers.push(Err(ErrorKind::Refused));
+            break;
+        }
         answers.push(match request {
             Request::Hello { .. } => Err(ErrorKind::Refused),
             Request::CreateUser { worker, slot } => {
@@ -333,7 +337,13 @@ pub fn check_conversation(conversation: &Conversation) {
     let client = Seqpacket::from(client);
     let operations = ModelOperations(RefCell::new(model.clone()));
     let peer = Peer { uid: 0, pid: 1 };
-    helper::serve_connection(&operations, peer, conversation.busy, server.into());
+    helper::serve_connection(
+        &operations,
+        peer,
+        conversation.busy,
+        &server.into(),
+        &mut Vec::new(),
+    );
 
     let mut answered = Vec::new();
     loop {

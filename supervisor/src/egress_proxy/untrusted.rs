@@ -115,7 +115,7 @@ pub(super) fn receive(client: UnixStream, closer: Closer) -> Result<(UntrustedTc
         Ok(Received::Packet { descriptors, .. }) => {
             return Err(format!("it brought {} descriptors, not one", descriptors.len()));
         }
-        Ok(Received::Oversize) => {
+        Ok(Received::Oversize { .. }) => {
             return Err("it sent more than a name, or brought many descriptors".into());
         }
         Ok(Received::Closed) => return Err("it closed without sending anything".into()),

@@ -242,7 +242,7 @@ async fn exchange(
         Received::Closed => Err(Error::Unreachable(
             "the helper closed the connection without an answer: see its log".into(),
         )),
-        Received::Oversize => Err(Error::Unreachable(
+        Received::Oversize { .. } => Err(Error::Unreachable(
             "the helper's answer is too long: see its log".into(),
         )),
         Received::Packet { bytes, descriptors } => decode_reply(&bytes, descriptors),

@@ -6,15 +6,17 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use protocol::{ErrorKind, MAX_AGENT_BYTES, Reply, Request, State};
-use testbed::harness::{memory, sealed};
-use testbed::test_helper::{TestHelper, created, install, kind, read, state, wait_until};
+use nix::sys::socket::{setsockopt, sockopt};
+use protocol::{ErrorKind, MAX_AGENT_BYTES, Received, Reply, Request, Seqpacket, State, VERSION, wire};
+use testbed::harness::{SUPERVISOR_UID, TestHost, memory, sealed, until_is};
+use testbed::test_helper::{SLOTS, TestHelper, created, install, kind, read, state, token, wait_until};
 
 use crate::attacks::connections::StopOnDrop;
 
@@ -62,7 +64,7 @@ fn row_62_every_other_kind_of_descriptor_is_refused() {
         ("a stream".into(), stream.into()),
         (
             "a listener".into(),
-            std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(),
+            TcpListener::bind("127.0.0.1:0").unwrap().into(),
         ),
         (
             "an unlinked file of tmpfs".into(),
@@ -102,11 +104,14 @@ fn row_62_every_other_kind_of_descriptor_is_refused() {
     }
     assert!(bad.len() >= 12, "this machine gave hardly anything to try");
     for (what, descriptor) in bad {
+        // One that is no memfd is the connection's last.
+        let client = test.client();
         assert_eq!(
             kind(install(&client, worker, descriptor).0),
             ErrorKind::Refused,
             "{what}"
         );
+        let client = test.client();
         assert_eq!(state(&client, worker), State::Created, "{what}");
     }
     test.finish(&[worker]);
@@ -218,4 +223,83 @@ fn row_62_files_of_absurd_lengths_are_refused() {
     testbed::test_helper::wait_for_line(&console.unwrap(), "started");
     assert_eq!(client.ask(&Request::Kill { worker }).0, Reply::Killed);
     test.finish(&[worker]);
+}
+
+/// A connection whose closing waits for an hour: its peer, which is the second, takes nothing.
+fn lingering() -> (OwnedFd, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 3600,
+    };
+    setsockopt(&stream, sockopt::Linger, &linger).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    while stream.write(&[0; 1 << 16]).is_ok() {}
+    (stream.into(), peer)
+}
+
+/// Send it with the descriptor, of which only what is on its way is left then. Where the helper has closed that first, closing
+/// waits here: in a thread that nobody waits for.
+fn send_and_close(socket: &Seqpacket, bytes: &[u8], descriptor: OwnedFd) {
+    // The helper may have closed the connection by now.
+    let _ = socket.send(bytes, Some(descriptor.as_fd()));
+    std::thread::spawn(move || drop(descriptor));
+}
+
+#[test]
+fn row_128_a_socket_that_waits_when_it_is_closed_holds_up_neither_its_worker_nor_others() {
+    let test = TestHelper::new();
+    let worker = created(&test.client(), "a");
+    let connect = || Seqpacket::connect(&test.host.socket(), false).unwrap();
+    let (stream, _peer) = lingering();
+    let socket = connect();
+    let encode = |request| wire::encode(&request).unwrap();
+    socket
+        .send(&encode(Request::Hello { version: VERSION }), None)
+        .unwrap();
+    let bootstrap = token();
+    send_and_close(
+        &socket,
+        &encode(Request::InstallAgent { worker, bootstrap }),
+        stream,
+    );
+    let mut replies = (0..2).map(|_| match socket.recv(wire::MAX_REPLY).unwrap() {
+        Received::Packet { bytes, .. } => wire::decode(&bytes).unwrap(),
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(replies.next(), Some(Reply::Welcome));
+    assert_eq!(replies.next().map(kind), Some(ErrorKind::Refused));
+    // In packets that are never received.
+    let peers: Vec<TcpStream> = (0..10)
+        .map(|_| {
+            let (stream, peer) = lingering();
+            let socket = connect();
+            socket.send(b"no request", None).unwrap();
+            send_and_close(&socket, b"x", stream);
+            peer
+        })
+        .collect();
+    test.finish(&[worker]);
+    drop(peers);
+}
+
+/// Root passes every mode, as the group of the socket may pass the packaged one.
+#[test]
+fn row_128_nor_does_one_of_a_user_who_is_not_served() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOTS);
+    let helper = host.helper();
+    let peers: Vec<TcpStream> = (0..10)
+        .map(|_| {
+            let (stream, peer) = lingering();
+            let socket = Seqpacket::connect(&host.socket(), false).unwrap();
+            send_and_close(&socket, b"x", stream);
+            peer
+        })
+        .collect();
+    until_is("the end of all ten", || {
+        helper.log.count(&["closed the connection", "uid=0"]) == peers.len()
+    });
 }
