@@ -46,6 +46,11 @@ impl SmallDisk {
         SmallDisk::ext4_with(host, &["-m", "0", "-b", "4096", "-N", &inodes])
     }
 
+    /// Small ext4 that keeps some blocks back for root, and has more inodes than blocks.
+    pub fn ext4_with_reserve(host: &TestHost) -> SmallDisk {
+        SmallDisk::ext4_with(host, &["-m", "5", "-b", "4096", "-i", "4096"])
+    }
+
     /// The same, whose files can be encrypted (`CONFIG_FS_ENCRYPTION`).
     pub fn ext4_with_encryption(host: &TestHost) -> SmallDisk {
         SmallDisk::ext4_with(host, &["-b", "4096", "-O", "encrypt"])

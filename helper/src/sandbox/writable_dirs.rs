@@ -15,7 +15,7 @@ use protocol::{Uid, UserName};
 use crate::host::directory::{kind, make_dir, names, open_dir, remove_dir, remove_file, stat};
 use crate::sandbox::paths::JobPath;
 use crate::unprivileged::as_user;
-use crate::unprivileged::remove::empty_dirs;
+use crate::unprivileged::remove::{DEEP, DEEP_SPARE, DEEPEST, empty_dirs};
 
 /// One of them: its path below `fs/`, where the job sees it, and its mode.
 #[derive(Debug, PartialEq, Eq)]
@@ -121,6 +121,21 @@ pub fn owner(worker: BorrowedFd<'_>) -> Result<Option<Uid>> {
     Ok(owners.filter_map(|owner| Uid::try_from(owner).ok()).next())
 }
 
+/// For what is too deep, open to all.
+fn make_deep(fs: &OwnedFd) -> nix::Result<()> {
+    for name in [DEEP, DEEP_SPARE] {
+        make_dir(fs, name, 0o777)?;
+        // The umask has taken some of it.
+        fchmodat(
+            fs,
+            name,
+            Mode::from_bits_truncate(0o777),
+            FchmodatFlags::FollowSymlink,
+        )?;
+    }
+    Ok(())
+}
+
 /// Remove `fs/` and all in it. The user has no process any more but the one that works here.
 pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
     let fs = match open_dir(worker, "fs") {
@@ -136,11 +151,21 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
         .map(|(path, _)| path.as_path())
         .collect();
     if let Some(uid) = uid.filter(|_| !given.is_empty()) {
-        as_user(uid, &[fs.as_raw_fd()], |proof| {
-            empty_dirs(proof, fs.as_fd(), &given)
-        })?;
+        let empty = |deepest| {
+            as_user(uid, &[fs.as_raw_fd()], |proof| {
+                empty_dirs(proof, fs.as_fd(), &given, deepest)
+            })
+        };
+        if !empty(DEEPEST)? {
+            // Where root has no room either, it takes the kernel's memory.
+            empty(make_deep(&fs).map_or(usize::MAX, |()| DEEPEST))?;
+        }
     }
-    for (path, _) in &dirs {
+    for path in dirs
+        .iter()
+        .map(|(path, _)| path.as_path())
+        .chain([DEEP_SPARE, DEEP].map(Path::new))
+    {
         remove_dir(&fs, path)
             .with_context(|| format!("cannot remove the writable directory {}", path.display()))?;
     }

@@ -27,22 +27,30 @@ use crate::sys;
 pub const MAX_PER_ITERATION: usize = 64;
 
 /// Do this in a process that has become the user, and has these descriptors alone.
-pub fn as_user(uid: Uid, keep: &[RawFd], work: impl FnOnce(&Unprivileged) -> Result<()>) -> Result<()> {
+pub fn as_user(uid: Uid, keep: &[RawFd], work: impl FnOnce(&Unprivileged) -> Result<bool>) -> Result<bool> {
+    /// The status of a process that has answered `false`.
+    const FALSE: i32 = 2;
     let (errors, to_parent) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let child = sys::fork(|| {
         let work = || {
             sys::close_all_but(&[keep, &[to_parent.as_raw_fd()]].concat())?;
             work(&become_user(uid, &[])?)
         };
-        let Err(error) = work() else { return 0 };
-        let _ = nix::unistd::write(&to_parent, format!("{error:#}").as_bytes());
-        1
+        match work() {
+            Ok(true) => 0,
+            Ok(false) => FALSE,
+            Err(error) => {
+                let _ = nix::unistd::write(&to_parent, format!("{error:#}").as_bytes());
+                1
+            }
+        }
     })?;
     drop(to_parent);
     let mut message = String::new();
     File::from(errors).read_to_string(&mut message).ok();
     match sys::wait(Some(child), WaitPidFlag::empty())? {
-        Some((_, ended)) if ended.success() => Ok(()),
+        Some((_, ended)) if ended.success() => Ok(true),
+        Some((_, ended)) if ended.code() == Some(FALSE) => Ok(false),
         Some((_, ended)) if message.is_empty() => {
             bail!("a process that worked as uid {uid} has ended ({ended})")
         }
@@ -66,7 +74,7 @@ pub fn kill_all(uid: Uid) -> Result<()> {
             // It reaches all of the user's but the process itself (kill(2)); whom it found, it does not tell.
             as_user(uid, &[], |_| {
                 let _ = nix::sys::signal::kill(Pid::from_raw(-1), Signal::SIGKILL);
-                Ok(())
+                Ok(true)
             })?;
         }
     }

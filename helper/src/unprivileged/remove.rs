@@ -9,9 +9,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use nix::dir::{Dir, OwningIter, Type};
 use nix::errno::Errno;
-use nix::fcntl::openat;
+use nix::fcntl::{RenameFlags, openat, renameat, renameat2};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat};
+use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, fstat, mkdirat};
 use nix::sys::wait::WaitPidFlag;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -52,8 +52,57 @@ const MANY: usize = 1000;
 /// The most names of directories that the second process remembers, whatever a job has left.
 const MOST_OF_SECOND: usize = 1 << 14;
 
+/// So deep, and no deeper, a directory is emptied if that can be: the kernel keeps all directories above an open one in memory, a kilobyte
+/// or so for each, in no limit of anybody.
+pub const DEEPEST: usize = 4096;
+
+/// The directory in `fs/` that takes what is deeper than [`DEEPEST`], and one in it. Root makes both when they are needed, open to
+/// all: where the job has used up its quota, its user can make none.
+pub const DEEP: &str = "deep";
+pub const DEEP_SPARE: &str = "deep/spare";
+
+/// Where what is too deep is moved.
+struct Deep {
+    dir: OwnedFd,
+    /// The name of the next one.
+    next: u64,
+}
+
+impl Deep {
+    /// None where root has not made it.
+    fn open(fs: BorrowedFd<'_>) -> nix::Result<Option<Deep>> {
+        match openat(fs, DEEP, DIRECTORY, Mode::empty()) {
+            Err(Errno::ENOENT) => Ok(None),
+            dir => Ok(Some(Deep { dir: dir?, next: 0 })),
+        }
+    }
+
+    /// Have an empty directory in the place of this one, which takes no room there (`RENAME_EXCHANGE` in `rename(2)`).
+    fn take(&mut self, parent: &OwnedFd, name: &OsStr) -> nix::Result<()> {
+        let own = loop {
+            let own = self.next.to_string();
+            self.next += 1;
+            match mkdirat(&self.dir, own.as_str(), Mode::S_IRWXU) {
+                Err(Errno::EEXIST) => {}
+                Ok(()) => break own,
+                // Before anything was removed, there may be no room.
+                Err(_) => match renameat(&self.dir, "spare", &self.dir, own.as_str()) {
+                    Ok(()) => break own,
+                    Err(errno) => {
+                        self.next -= 1;
+                        return Err(errno);
+                    }
+                },
+            }
+        };
+        let exchange = RenameFlags::RENAME_EXCHANGE;
+        renameat2(parent, name, &self.dir, own.as_str(), exchange)
+    }
+}
+
 /// Empty the writable directories, as their owner. Each process of the two would do it alone: what one finds gone is no error.
-pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path]) -> Result<()> {
+/// False where one is deeper than this, and [`DEEP`] is not there.
+pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path], deepest: usize) -> Result<bool> {
     let mut second = None;
     let mut removed = 0;
     let mut count = || {
@@ -67,15 +116,31 @@ pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path]) -> 
             .ok();
         }
     };
-    let emptied = dirs.iter().try_for_each(|dir| {
-        empty(fs, dir, &mut count)
-            .with_context(|| format!("cannot empty the writable directory {}", dir.display()))
-    });
+    let emptied = empty_all(fs, dirs, deepest, &mut count);
     if let Some(second) = second {
         let _ = kill(second, Signal::SIGKILL);
         sys::wait(Some(second), WaitPidFlag::empty())?;
     }
     emptied
+}
+
+/// Empty all of them, and then what was too deep.
+fn empty_all(fs: BorrowedFd<'_>, dirs: &[&Path], deepest: usize, count: &mut dyn FnMut()) -> Result<bool> {
+    let mut deep = Deep::open(fs).context("cannot open the directory for what is too deep")?;
+    for dir in dirs {
+        let emptied = empty(fs, dir, deepest, deep.as_mut(), count);
+        if !emptied.with_context(|| format!("cannot empty the writable directory {}", dir.display()))? {
+            return Ok(false);
+        }
+    }
+    let mut done = 0;
+    while let Some(deep) = deep.as_mut().filter(|deep| done < deep.next) {
+        let name = Path::new(DEEP).join(done.to_string());
+        empty(fs, &name, deepest, Some(deep), count).context("cannot empty what was too deep")?;
+        remove_dir(fs, &name).context("cannot remove what was too deep")?;
+        done += 1;
+    }
+    Ok(true)
 }
 
 /// Take directories from the other end, in the first directory that has several: the last so many of it. Where there is
@@ -98,7 +163,7 @@ fn empty_from_end(fs: BorrowedFd<'_>, dir: &Path) -> Result<()> {
             continue;
         }
         for name in directories.iter().rev() {
-            let _ = empty(own.as_fd(), Path::new(name), &mut || ());
+            let _ = empty(own.as_fd(), Path::new(name), DEEPEST, None, &mut || ());
             let _ = remove_dir(&own, name);
         }
         break;
@@ -123,15 +188,18 @@ struct PendingDir {
 }
 
 impl PendingDir {
-    /// The most names that are remembered at once.
-    const MOST: usize = 1024;
-    /// The most bytes of names of non-directories that are collected before these are removed; and the bytes that each
-    /// name counts besides its length.
+    /// The most names that are remembered at once, so far down: 131,072 of all levels, and one of each that is deeper.
+    fn most(depth: usize) -> usize {
+        1024 >> (depth / 64).min(10)
+    }
+
+    /// The most bytes of names of non-directories that are collected before these are removed; and the bytes that each name
+    /// counts besides its length.
     const FILES: usize = 8 << 20;
     const FILE: usize = 48;
 
     /// Remove everything but subdirectories, and collect the names of these.
-    fn begin(own: &OwnedFd, count: &mut dyn FnMut()) -> Result<PendingDir> {
+    fn begin(own: &OwnedFd, depth: usize, count: &mut dyn FnMut()) -> Result<PendingDir> {
         let mut pending = PendingDir {
             names: Vec::new(),
             is_all: true,
@@ -153,7 +221,7 @@ impl PendingDir {
                 pending.remove(own, &mut files, count)?;
                 bytes = 0;
             }
-            if pending.names.len() >= Self::MOST {
+            if pending.names.len() >= Self::most(depth) {
                 pending.is_all = false;
                 break;
             }
@@ -243,16 +311,22 @@ impl<D> DirStack<D> {
 }
 
 /// Remove everything in the directory, as its owner, with at most 260 descriptors and no recursion, whatever the
-/// names, modes, depth and number. It takes no room: moving what is too deep somewhere else would, and on a full
-/// disk, or at the end of a quota, there is none.
-fn empty(fs: BorrowedFd<'_>, dir: &Path, count: &mut dyn FnMut()) -> Result<()> {
+/// names, modes, depth and number. What is deeper than `deepest` is moved to `deep`; without one, false. On a file system
+/// that cannot exchange two directories, it is emptied in its place.
+fn empty(
+    fs: BorrowedFd<'_>,
+    dir: &Path,
+    deepest: usize,
+    mut deep: Option<&mut Deep>,
+    count: &mut dyn FnMut(),
+) -> Result<bool> {
     let mut own = open_own(fs, dir)?;
-    let mut pending = PendingDir::begin(&own, count)?;
+    let mut pending = PendingDir::begin(&own, 0, count)?;
     let mut parents: Vec<ParentDir> = Vec::new();
     let mut stack = DirStack(Vec::new());
     loop {
         if let Some(next) = pending.names.pop() {
-            let inner = match open_own(&own, Path::new(&next)) {
+            let mut inner = match open_own(&own, Path::new(&next)) {
                 Err(Errno::ENOENT) => continue,
                 // No job can make one: it takes requests of ioctl(2) that are refused to it.
                 Err(Errno::EROFS) => bail!(
@@ -261,17 +335,25 @@ fn empty(fs: BorrowedFd<'_>, dir: &Path, count: &mut dyn FnMut()) -> Result<()> 
                 ),
                 inner => inner.with_context(|| format!("cannot open {next:?}"))?,
             };
-            let content = PendingDir::begin(&inner, count)?;
+            // Not before its mode lets it be moved.
+            if parents.len() >= deepest {
+                match deep.as_mut().map(|deep| deep.take(&own, &next)) {
+                    None => return Ok(false),
+                    Some(Ok(())) => inner = open_own(&own, Path::new(&next))?,
+                    Some(Err(_)) => {}
+                }
+            }
+            let content = PendingDir::begin(&inner, parents.len() + 1, count)?;
             stack.leave(parents.len(), own);
             parents.push(ParentDir { pending, next });
             (own, pending) = (inner, content);
         } else if !pending.is_all {
             // Anew: its listing goes on where it was left.
             own = open_own(&own, Path::new("."))?;
-            pending = PendingDir::begin(&own, count)?;
+            pending = PendingDir::begin(&own, parents.len(), count)?;
         } else {
             let Some(mut back) = parents.pop() else {
-                return Ok(());
+                return Ok(true);
             };
             let step = |dir: &OwnedFd, at: usize| open_own(dir, Path::new(&parents[at].next));
             own = match stack.back_to(parents.len(), step) {
@@ -340,6 +422,45 @@ mod tests {
             walk.up(aside);
         }
         walk.steps.div_ceil(depth * (1 + aside))
+    }
+
+    /// Made as a job can make it: its upper end is put into a new directory, again and again.
+    fn chain(dir: &Path, levels: usize) {
+        let [new, top] = ["new", "top"].map(|name| dir.join(name));
+        std::fs::create_dir_all(&top).unwrap();
+        for _ in 1..levels {
+            std::fs::create_dir(&new).unwrap();
+            std::fs::rename(&top, new.join("top")).unwrap();
+            std::fs::rename(&new, &top).unwrap();
+        }
+    }
+
+    #[test]
+    fn no_directory_is_emptied_deeper_than_the_bound_and_all_of_it_goes() {
+        let root = tempfile::tempdir_in("/dev/shm").unwrap();
+        let [work, deep] = ["work", DEEP].map(|name| root.path().join(name));
+        chain(&work, 3 * DEEPEST);
+        let fs = std::fs::File::open(root.path()).unwrap();
+        let empty = |dirs: &[&str]| {
+            let dirs: Vec<&Path> = dirs.iter().map(Path::new).collect();
+            empty_all(fs.as_fd(), &dirs, DEEPEST, &mut || ()).unwrap()
+        };
+        assert!(!empty(&["work"]), "it went deeper");
+        assert!(work.join("top/top").exists());
+        std::fs::create_dir_all(root.path().join(DEEP_SPARE)).unwrap();
+        // One that was cut off before has left this.
+        std::fs::create_dir(deep.join("0")).unwrap();
+        assert!(empty(&["deep/0", "work"]));
+        let left = |dir: &Path| std::fs::read_dir(dir).unwrap().map(|it| it.unwrap().file_name());
+        assert_eq!(left(&work).count(), 0);
+        assert_eq!(left(&deep).collect::<Vec<_>>(), ["spare"]);
+    }
+
+    #[test]
+    fn all_levels_together_remember_a_bounded_number_of_names() {
+        let all: usize = (0..=DEEPEST).map(PendingDir::most).sum();
+        assert!(all < 140_000, "{all}");
+        assert!((0..=DEEPEST).all(|depth| PendingDir::most(depth) > 0));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use nix::sys::statvfs::statvfs;
 use protocol::config::STATE_DIR;
 use protocol::{Reply, Request, State};
 use testbed::disk::{SmallDisk, small};
-use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, tool};
+use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, tool, until_is};
 use testbed::host_snapshot::HostSnapshot;
 use testbed::test_helper::{
     SLOTS, TestHelper, attack, created, install, read, run, start_attack, state, wait_for_line, wait_until,
@@ -82,7 +82,29 @@ fn row_19_no_mode_and_no_access_control_list_stops_the_deletion() {
 
 #[test]
 fn row_20_directories_far_deeper_than_a_path_can_be_are_removed() {
-    once("deep", &["3000"]);
+    // More than the helper goes down in one go (`DEEPEST`).
+    once("deep", &["5000"]);
+}
+
+/// A directory deeper than the helper goes down in one go takes an empty one, for which there is no room.
+#[test]
+fn row_20_a_chain_of_directories_that_fills_the_disk_is_removed() {
+    // Blocks are used up first, of which root has some more; and inodes, of which nobody has any more.
+    for disk in [SmallDisk::ext4_with_reserve, |host: &TestHost| {
+        SmallDisk::ext4(host, 6000)
+    }] {
+        let test = on_disk(disk);
+        let client = test.client();
+        let worker = created(&client, "a");
+        start_attack(&client, worker, "chain", &[]);
+        // Not even the console has room then.
+        let disk = || statvfs(&test.host.root.join(STATE_DIR)).unwrap();
+        until_is("a full disk", || {
+            disk().blocks_available().min(disk().files_available()) == 0
+        });
+        assert!(disk().files() - disk().files_free() > 5000);
+        test.finish(&[worker]);
+    }
 }
 
 #[test]

@@ -19,6 +19,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("links", links),
     ("modes", modes),
     ("deep", deep),
+    ("chain", chain),
     ("many", many),
     ("names", names),
     ("flags", flags),
@@ -195,6 +196,18 @@ fn deep(report: &mut Report, words: &[String]) {
         }
     }
     ready(report);
+}
+
+/// Directories in one another, each closed, as many as there is room for: the chain grows at its upper end, by short paths.
+fn chain(_: &mut Report, _: &[String]) {
+    std::env::set_current_dir("/work").expect("it is there");
+    fs::create_dir("top").expect("/work is writable");
+    while fs::create_dir("new").is_ok() {
+        fs::rename("top", "new/top").expect("both are its own");
+        fs::set_permissions("new/top", Permissions::from_mode(0o0)).expect("it is its own");
+        fs::rename("new", "top").expect("both are its own");
+    }
+    wait_for_ever()
 }
 
 fn many(report: &mut Report, words: &[String]) {
