@@ -37,7 +37,7 @@ pub struct Host {
     /// `--root`: `/`, or where tests have put a host of their own.
     pub root: PathBuf,
     /// The directory of the configuration.
-    config: OwnedFd,
+    pub config: OwnedFd,
     /// The state directory's `workers/`.
     pub workers: OwnedFd,
     /// `/run/userdb`.

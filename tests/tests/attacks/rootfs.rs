@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::thread;
 
@@ -92,6 +93,33 @@ fn row_126_a_users_directory_with_many_entries_keeps_no_job_from_starting() {
     );
     let (_, console) = run(&client, worker, &script);
     assert_eq!(console, "7900\n601\nwritable\n");
+    test.finish(&[worker]);
+}
+
+#[test]
+fn row_127_a_users_socket_at_the_longest_path_keeps_no_job_from_starting() {
+    let place = place();
+    let (beside, link) = (place.path().join("beside"), place.path().join("link"));
+    fs::write(&beside, "").unwrap();
+    // Below the new root, before it is the root, no path is long enough for it.
+    let mut deep = place.path().to_owned();
+    while deep.as_os_str().len() < 4_000 {
+        deep.push("d".repeat(50));
+    }
+    deep.push("d".repeat(4_072 - deep.as_os_str().len()));
+    fs::create_dir_all(&deep).unwrap();
+    symlink(&deep, &link).unwrap();
+    let _socket = UnixListener::bind(link.join("socket")).unwrap();
+    let test = TestHelper::new();
+    let client = test.client();
+    let worker = created(&client, "a");
+    let script = format!(
+        "[ -e {0} ] && cd {1} && ls; exit 1",
+        beside.display(),
+        link.display()
+    );
+    let (_, console) = run(&client, worker, &script);
+    assert!(!console.contains("socket"), "{console}");
     test.finish(&[worker]);
 }
 

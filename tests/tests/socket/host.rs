@@ -1,5 +1,6 @@
 //! What happens to the host, the configuration and the helper around its workers.
 
+use protocol::config::CONFIG_PATH;
 use testbed::disk::SmallDisk;
 use testbed::worker_snapshot::WorkerSnapshot;
 
@@ -34,6 +35,30 @@ fn a_restarted_helper_changes_nothing_for_a_running_worker() {
 }
 
 #[test]
+fn a_replaced_configuration_directory_starts_no_job_until_it_is_back() {
+    let test = TestHelper::new();
+    let client = test.client();
+    let worker = created(&client, "a");
+    let path = test.host.root.join(CONFIG_PATH);
+    let (directory, moved) = (path.parent().unwrap(), test.host.root.join("moved"));
+    fs::rename(directory, &moved).unwrap();
+    fs::create_dir(directory).unwrap();
+    fs::copy(moved.join("config.toml"), &path).unwrap();
+    let (Reply::Error(error), _) = install(&client, worker, sealed(b"#!/bin/bash\n")) else {
+        panic!("a job was started")
+    };
+    assert!(
+        error.message().contains("restart the helper"),
+        "{}",
+        error.message()
+    );
+    fs::remove_dir_all(directory).unwrap();
+    fs::rename(&moved, directory).unwrap();
+    run(&client, worker, "exit 1");
+    test.finish(&[worker]);
+}
+
+#[test]
 fn a_slot_that_left_the_configuration_is_still_cleaned_up() {
     let test = TestHelper::new();
     let client = test.client();
@@ -53,7 +78,7 @@ fn a_slot_that_left_the_configuration_is_still_cleaned_up() {
 fn a_configuration_that_others_could_write_is_refused() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
-    let path = host.root.join(protocol::config::CONFIG_PATH);
+    let path = host.root.join(CONFIG_PATH);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o664)).unwrap();
     let start = || {
         let mut command =

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::inotify::{AddWatchFlags, Inotify};
-use nix::sys::stat::{Mode, SFlag, mknod};
+use nix::sys::stat::{Mode, SFlag, fstat, mknod, stat};
 use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
 
 use super::namespace::{become_root, make_private};
@@ -122,7 +122,9 @@ impl<'a> Builder<'a> {
             entries_left: [MAX_ENTRIES; 2],
             directories,
         };
-        mount_tmpfs(&this.new_root, "mode=755,size=16m").context("cannot mount the new root")?;
+        // Room for as many links as there may be entries, each as long as a path can be.
+        mount_tmpfs(&this.new_root, "mode=755,size=80m").context("cannot mount the new root")?;
+        this.check_configuration_directory(host)?;
         this.private(host)?;
         let etc_is_layered = this.layer_etc()?;
         this.main(config, etc_is_layered)?;
@@ -188,6 +190,21 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
+    /// The helper has it open since its start, and the supervisor and the commands open it by its path: where another has
+    /// come in its place, they would not mean the same configuration.
+    fn check_configuration_directory(&self, host: &Host) -> Result<()> {
+        let path = host.root.join(config::CONFIG_PATH);
+        let path = path.parent().expect("CONFIG_PATH has a directory");
+        self.watch(path)?;
+        let (there, here) = (stat(path)?, fstat(&host.config)?);
+        ensure!(
+            (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino),
+            "{} was replaced since the helper was started: restart the helper",
+            path.display()
+        );
+        Ok(())
+    }
+
     /// Attach a copy of the host's `source`; if `recursive`, it is a directory, with what is mounted below it.
     fn bind(&self, source: &SourcePath, place: &JobPath, attributes: u64, recursive: bool) -> Result<()> {
         let describe = || format!("cannot show {} to jobs", source.display());
@@ -204,7 +221,8 @@ impl<'a> Builder<'a> {
     }
 
     /// Show the host's directory `source`, a path without links, at `place`, an empty directory of the tmpfs: in one
-    /// mount, unless a mount point or something hidden is below it; then each entry by itself.
+    /// mount, unless a mount point or something hidden is below it; then each entry by itself. A directory without mount points may be
+    /// any user's: what of it cannot be shown is left out, and stops nothing.
     fn show_directory(&mut self, source: &SourcePath, place: &JobPath) -> Result<()> {
         let has_mount_points = place.has_below(&self.places);
         if !has_mount_points && !source.has_below(&self.hidden) {
@@ -229,13 +247,15 @@ impl<'a> Builder<'a> {
             return Ok(());
         }
         *left -= entries.len();
+        // However deep it goes: one descriptor.
+        drop(open);
         for entry in entries {
             let entry = entry?;
             let (source, place) = (source.join(entry.file_name()), place.join(entry.file_name()));
             let kind = entry.file_type().map_err(anyhow::Error::from);
             match kind.and_then(|kind| self.show_entry(&source, &place, kind)) {
                 // Gone since the directory was read. Even if it is back by now: that was a change, and is seen.
-                Err(error) if is_gone(&error) => {
+                Err(error) if !has_mount_points || is_gone(&error) => {
                     let real = place.in_new_root(&self.new_root);
                     let _ = std::fs::remove_dir(&real).or_else(|_| std::fs::remove_file(&real));
                 }
