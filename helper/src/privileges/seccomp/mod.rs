@@ -221,9 +221,14 @@ pub fn monitor() -> Steps {
 /// For the listener, and by inheritance for its sessions.
 pub fn session() -> Steps {
     let mut rules = Rules::default();
+    let only = |n, value| if_any(n, &[value], answer(ALLOW), answer(REFUSED));
+    // Of these calls, not what makes a namespace, loads a module, or leaves a program in the kernel.
+    rules.rule(libc::SYS_clone, if_bits(0, NEW_NAMESPACES, REFUSED, ALLOW));
+    rules.rule(libc::SYS_socketpair, only(0, libc::AF_UNIX as u32));
+    rules.rule(libc::SYS_setsockopt, socket::options());
+    refuse_filters(&mut rules);
     rules.each(SESSION, ALLOW);
     // The deletion's one request: to make a btrfs subvolume of the job's writable.
-    let only = |n, value| if_any(n, &[value], answer(ALLOW), answer(REFUSED));
     rules.rule(libc::SYS_ioctl, only(1, sys::SET_SUBVOLUME_FLAGS));
     // The listener's one query: who is at the other end of a new connection.
     rules.rule(libc::SYS_getsockopt, only(2, libc::SO_PEERCRED as u32));
@@ -407,6 +412,42 @@ mod tests {
         }
         assert_eq!(ask(slot, call, arguments), answer, "{call} {first:x?}");
         answer
+    }
+
+    #[test]
+    fn a_session_makes_no_namespace_loads_no_module_and_leaves_no_program_in_the_kernel() {
+        let program = session();
+        let ask = |call: c_long, first: &[u32]| {
+            let mut arguments = [0; 6];
+            for (argument, value) in arguments.iter_mut().zip(first) {
+                *argument = u64::from(*value);
+            }
+            run(&program, NATIVE, call as u32, arguments)
+        };
+        let fork = libc::SIGCHLD as u32;
+        assert_eq!(ask(libc::SYS_clone, &[fork]), ALLOW);
+        for bit in (0..32)
+            .map(|bit| 1 << bit)
+            .filter(|bit| bit & NEW_NAMESPACES != 0)
+        {
+            assert_eq!(ask(libc::SYS_clone, &[fork | bit]), REFUSED, "{bit:#x}");
+        }
+        for family in 0..64 {
+            let expected = if family == libc::AF_UNIX as u32 {
+                ALLOW
+            } else {
+                REFUSED
+            };
+            assert_eq!(ask(libc::SYS_socketpair, &[family]), expected, "{family}");
+        }
+        let option = |option: i32| ask(libc::SYS_setsockopt, &[3, libc::SOL_SOCKET as u32, option as u32]);
+        assert_eq!(option(libc::SO_RCVTIMEO), ALLOW);
+        for program in [libc::SO_ATTACH_FILTER, libc::SO_ATTACH_BPF] {
+            assert_ne!(option(program), ALLOW);
+        }
+        let prctl = |option: i32| ask(libc::SYS_prctl, &[option as u32, libc::SECCOMP_MODE_FILTER]);
+        assert_eq!(prctl(libc::PR_CAPBSET_DROP), ALLOW);
+        assert_eq!(prctl(libc::PR_SET_SECCOMP), INVALID);
     }
 
     #[test]
