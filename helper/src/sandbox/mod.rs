@@ -12,10 +12,10 @@ mod network;
 pub mod paths;
 pub mod writable_dirs;
 
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -337,8 +337,14 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
     }
     let udev_data = JobPath::new(layout::UDEV_DATA);
     if shown.iter().any(|(place, _)| *place == udev_data) {
-        File::create(layout::UDEV_CONTROL)
-            .with_context(|| format!("cannot make {}", layout::UDEV_CONTROL))?;
+        // It is root's: what a job could write to it would be in nobody's quota.
+        let made = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o444)
+            .open(layout::UDEV_CONTROL);
+        made.with_context(|| format!("cannot make {}", layout::UDEV_CONTROL))?;
     }
     Ok(shown)
 }
