@@ -161,6 +161,11 @@ impl Terminal {
         printed.is_ok()
     }
 
+    fn has_output(&self) -> bool {
+        let mut events = [PollFd::new(self.job.as_fd(), PollFlags::POLLIN)];
+        poll(&mut events, PollTimeout::ZERO).is_ok() && events[0].any() == Some(true)
+    }
+
     /// Some of what was typed. False at its end.
     fn forward_input(&mut self) -> bool {
         let mut buffer = [0; 4 << 10];
@@ -212,8 +217,11 @@ pub fn relay_until_exit(first: Pid, mut terminal: Option<Terminal>, signals: &Si
             }
         }
         if let Some((_, ended)) = sys::wait(Some(first), WaitPidFlag::WNOHANG)? {
-            // What it printed last.
-            while terminal.as_mut().is_some_and(Terminal::print) {}
+            // What it printed last: as much as a terminal keeps. A process of the job's may have it open, and print for ever.
+            let mut reads = 0..64;
+            while terminal.as_mut().is_some_and(|it| it.has_output() && it.print()) && reads.next().is_some()
+            {
+            }
             return Ok(status_of(ended) as u8);
         }
     }
