@@ -370,7 +370,8 @@ fn never_end(report: &mut Report, words: &[String]) {
             if word == Some("threads") {
                 for _ in 0..THREADS {
                     let spin = move || {
-                        std::thread::sleep(pause);
+                        // When all four have said that they begin.
+                        std::thread::sleep(pause + std::time::Duration::from_secs(1));
                         loop {
                             std::hint::spin_loop();
                         }
