@@ -23,6 +23,7 @@ use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
 use super::namespace::{become_root, make_private};
 use super::sockets;
 use crate::host::{Host, directory};
+use crate::log::warn;
 use crate::sandbox::layout::{ETC_LAYERS, LINKS, PRIVATE, RUN_DIRS, UDEV_DATA, source_path};
 use crate::sandbox::paths::{JobPath, NewRootPath, SourcePath};
 use crate::sys::{self, DEVICES, READ_ONLY, WRITABLE};
@@ -101,6 +102,8 @@ struct Builder<'a> {
     entries_left: [usize; 2],
     /// Watches the directories of the host that the result depends on.
     directories: &'a Inotify,
+    /// Was it logged that something cannot be shown? A user could fill the log with it.
+    has_left_out: bool,
 }
 
 /// Where a mount is made or something is left out, all directories above are the tmpfs's, and not the host's: nothing
@@ -121,6 +124,7 @@ impl<'a> Builder<'a> {
             hidden: hidden.into_iter().chain(own.clone()).chain(sockets).collect(),
             entries_left: [MAX_ENTRIES; 2],
             directories,
+            has_left_out: false,
         };
         // Room for as many links as there may be entries, each as long as a path can be.
         mount_tmpfs(&this.new_root, "mode=755,size=80m").context("cannot mount the new root")?;
@@ -256,6 +260,9 @@ impl<'a> Builder<'a> {
             match kind.and_then(|kind| self.show_entry(&source, &place, kind)) {
                 // Gone since the directory was read. Even if it is back by now: that was a change, and is seen.
                 Err(error) if !has_mount_points || is_gone(&error) => {
+                    if !is_gone(&error) && !std::mem::replace(&mut self.has_left_out, true) {
+                        warn!("jobs do not see {}, and maybe more: {error:#}", source.display());
+                    }
                     let real = place.in_new_root(&self.new_root);
                     let _ = std::fs::remove_dir(&real).or_else(|_| std::fs::remove_file(&real));
                 }
