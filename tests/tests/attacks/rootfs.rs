@@ -99,16 +99,20 @@ fn row_126_a_users_directory_with_many_entries_keeps_no_job_from_starting() {
 #[test]
 fn row_127_a_users_socket_at_the_longest_path_keeps_no_job_from_starting() {
     let place = place();
-    let (beside, link) = (place.path().join("beside"), place.path().join("link"));
+    let beside = place.path().join("beside");
     fs::write(&beside, "").unwrap();
     // Below the new root, before it is the root, no path is long enough for it.
-    let mut deep = place.path().to_owned();
-    while deep.as_os_str().len() < 4_000 {
-        deep.push("d".repeat(50));
+    let mut names = vec!["d".repeat(50); 78];
+    let length = place.path().as_os_str().len() + names.len() * 51;
+    names.push("d".repeat(4_072 - length - 1));
+    fs::create_dir_all(place.path().join(names.join("/"))).unwrap();
+    // The target of a link has at most 1,024 bytes on XFS.
+    let mut link = place.path().to_owned();
+    for (number, part) in names.chunks(15).enumerate() {
+        let next = place.path().join(number.to_string());
+        symlink(link.join(part.join("/")), &next).unwrap();
+        link = next;
     }
-    deep.push("d".repeat(4_072 - deep.as_os_str().len()));
-    fs::create_dir_all(&deep).unwrap();
-    symlink(&deep, &link).unwrap();
     let _socket = UnixListener::bind(link.join("socket")).unwrap();
     let test = TestHelper::new();
     let client = test.client();
