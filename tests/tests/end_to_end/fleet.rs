@@ -141,7 +141,9 @@ impl Member {
 #[ignore = "a part of the test above, which starts it"]
 async fn fleet() {
     ip("link set lo up");
-    ip("link add hub type bridge");
+    // An address of its own: otherwise it has the lowest of its ports', and another with each host that is added, while those
+    // before still send to the old one.
+    ip("link add hub address 02:00:0a:62:00:01 type bridge");
     ip("addr add 10.98.0.1/24 dev hub");
     ip("link set hub up");
     let options = ServerOptions {

@@ -25,7 +25,7 @@ use crate::host::{FileIdentity, Host};
 use crate::log::warn;
 use crate::monitor_ipc::HandshakeMessage;
 use crate::sys;
-use namespace::{become_root, make_private, own_namespace};
+use namespace::{become_root, only_receive_mounts, own_namespace};
 
 mod build;
 mod namespace;
@@ -84,7 +84,7 @@ impl RootFs {
         let host_mounts = File::open("/proc/self/mountinfo").context("cannot open /proc/self/mountinfo")?;
         unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
         let empty = || -> Result<File> {
-            make_private()?;
+            only_receive_mounts()?;
             let namespace = own_namespace()?;
             let root = host.root.join(config::RUN_DIR);
             let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
