@@ -240,7 +240,19 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
             Ok(Some((connection, peer))) => {
                 let keep = [&host.descriptors()[..], &[monitor_socket.as_raw_fd()]].concat();
                 let serve = |connection: &Seqpacket, received: &mut Vec<OwnedFd>| {
-                    serve(host, monitor_socket, *client, peer, is_busy, connection, received)
+                    if !is_served(peer, *client) {
+                        return 0;
+                    }
+                    let before = host.reads();
+                    let operations = OnHost {
+                        host,
+                        monitor: monitor_socket,
+                    };
+                    session::serve(&operations, peer, is_busy, connection, received);
+                    match host.reads() == before {
+                        true => 0,
+                        false => EXIT_AFTER_READ,
+                    }
                 };
                 match hand_over(connection, &keep, serve) {
                     Ok(pid) => drop(sessions.insert(pid)),
@@ -281,8 +293,9 @@ fn is_served(Peer { uid, pid }: Peer, client: u32) -> bool {
 
 /// Fork a process that has the connection, and these descriptors, to itself, and ends with it and what it has received.
 ///
-/// Closing the last descriptor of a connection closes what is in packets that nobody has received, which can wait for ever
-/// (`SO_LINGER` in `socket(7)`), but not in a process that ends. So that process ends after this one has closed its copy.
+/// Closing the last descriptor of a connection closes what is in packets that nobody has received, which can wait for
+/// ever (`SO_LINGER` in `socket(7)`), but not in a process that ends. So that process ends after this one has closed its
+/// copy.
 fn hand_over(
     connection: Seqpacket,
     keep: &[RawFd],
@@ -303,27 +316,6 @@ fn hand_over(
     drop(connection);
     drop(open);
     Ok(pid)
-}
-
-/// Serve the connection, in a process of its own.
-fn serve(
-    host: &Host,
-    monitor: &Seqpacket,
-    client: u32,
-    peer: Peer,
-    is_busy: bool,
-    connection: &Seqpacket,
-    received: &mut Vec<OwnedFd>,
-) -> i32 {
-    if !is_served(peer, client) {
-        return 0;
-    }
-    let before = host.reads();
-    session::serve(&OnHost { host, monitor }, peer, is_busy, connection, received);
-    match host.reads() == before {
-        true => 0,
-        false => EXIT_AFTER_READ,
-    }
 }
 
 /// Collect sessions that have ended. True if one had to read what the listener should know.

@@ -226,7 +226,7 @@ pub fn session() -> Steps {
     rules.rule(libc::SYS_clone, if_bits(0, NEW_NAMESPACES, REFUSED, ALLOW));
     rules.rule(libc::SYS_socketpair, only(0, libc::AF_UNIX as u32));
     rules.rule(libc::SYS_setsockopt, socket::options());
-    refuse_filters(&mut rules);
+    rules.rule(libc::SYS_prctl, prctl_without_filters());
     rules.each(SESSION, ALLOW);
     // The deletion's one request: to make a btrfs subvolume of the job's writable.
     rules.rule(libc::SYS_ioctl, only(1, sys::SET_SUBVOLUME_FLAGS));
@@ -271,11 +271,17 @@ pub fn job(slot: JobFilter<'_>) -> Steps {
 /// A job's own filters are BPF programs in the kernel, and no limit counts them: those of many processes, freed at
 /// once, are what stops a kernel (see `socket::options`). It is told what a kernel without them says.
 fn refuse_filters(rules: &mut Rules) {
-    let unless = |n, mode| if_any(n, &[mode], answer(errno(libc::EINVAL)), answer(ALLOW));
-    rules.rule(libc::SYS_seccomp, unless(0, libc::SECCOMP_SET_MODE_FILTER));
-    let mode = unless(1, libc::SECCOMP_MODE_FILTER);
-    let prctl = if_any(0, &[libc::PR_SET_SECCOMP as u32], mode, answer(ALLOW));
-    rules.rule(libc::SYS_prctl, prctl);
+    rules.rule(libc::SYS_seccomp, invalid_if(0, libc::SECCOMP_SET_MODE_FILTER));
+    rules.rule(libc::SYS_prctl, prctl_without_filters());
+}
+
+fn prctl_without_filters() -> Steps {
+    let mode = invalid_if(1, libc::SECCOMP_MODE_FILTER);
+    if_any(0, &[libc::PR_SET_SECCOMP as u32], mode, answer(ALLOW))
+}
+
+fn invalid_if(n: u32, value: u32) -> Steps {
+    if_any(n, &[value], answer(errno(libc::EINVAL)), answer(ALLOW))
 }
 
 /// The limit of cores is 1: it stops a pipe in `core_pattern` too, which 0 does not (`core(5)`). A job that sets it is
@@ -448,6 +454,9 @@ mod tests {
         let prctl = |option: i32| ask(libc::SYS_prctl, &[option as u32, libc::SECCOMP_MODE_FILTER]);
         assert_eq!(prctl(libc::PR_CAPBSET_DROP), ALLOW);
         assert_eq!(prctl(libc::PR_SET_SECCOMP), INVALID);
+        for operation in 0..4 {
+            assert_eq!(ask(libc::SYS_seccomp, &[operation]), REFUSED, "{operation}");
+        }
     }
 
     #[test]
