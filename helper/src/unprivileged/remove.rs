@@ -52,12 +52,12 @@ const MANY: usize = 1000;
 /// The most names of directories that the second process remembers, whatever a job has left.
 const MOST_OF_SECOND: usize = 1 << 14;
 
-/// So deep, and no deeper, a directory is emptied if that can be: the kernel keeps all directories above an open one in memory, a kilobyte
-/// or so for each, in no limit of anybody.
+/// How deep a directory is emptied where it is; what is deeper is moved first. The kernel keeps all directories above an
+/// open one in memory, a kilobyte or so for each, which no limit of the job's counts.
 pub const DEEPEST: usize = 4096;
 
-/// The directory in `fs/` that takes what is deeper than [`DEEPEST`], and one in it. Root makes both when they are needed, open to
-/// all: where the job has used up its quota, its user can make none.
+/// The directory in `fs/` to which what is deeper than [`DEEPEST`] is moved, and an empty one in it. Root makes both when
+/// they are needed, writable to all: where the job has used up its quota, its user can make none.
 pub const DEEP: &str = "deep";
 pub const DEEP_SPARE: &str = "deep/spare";
 
@@ -193,8 +193,8 @@ impl PendingDir {
         1024 >> (depth / 64).min(10)
     }
 
-    /// The most bytes of names of non-directories that are collected before these are removed; and the bytes that each name
-    /// counts besides its length.
+    /// The most bytes of names of non-directories that are collected before these are removed; and the bytes that each
+    /// name counts besides its length.
     const FILES: usize = 8 << 20;
     const FILE: usize = 48;
 
@@ -311,8 +311,8 @@ impl<D> DirStack<D> {
 }
 
 /// Remove everything in the directory, as its owner, with at most 260 descriptors and no recursion, whatever the
-/// names, modes, depth and number. What is deeper than `deepest` is moved to `deep`; without one, false. On a file system
-/// that cannot exchange two directories, it is emptied in its place.
+/// names, modes, depth and number. What is deeper than `deepest` is moved to `deep`; if there is none, nothing deeper is
+/// touched, and this is false. Where two directories cannot be exchanged, it is emptied in its place.
 fn empty(
     fs: BorrowedFd<'_>,
     dir: &Path,
@@ -326,7 +326,7 @@ fn empty(
     let mut stack = DirStack(Vec::new());
     loop {
         if let Some(next) = pending.names.pop() {
-            let mut inner = match open_own(&own, Path::new(&next)) {
+            let inner = match open_own(&own, Path::new(&next)) {
                 Err(Errno::ENOENT) => continue,
                 // No job can make one: it takes requests of ioctl(2) that are refused to it.
                 Err(Errno::EROFS) => bail!(
@@ -339,7 +339,11 @@ fn empty(
             if parents.len() >= deepest {
                 match deep.as_mut().map(|deep| deep.take(&own, &next)) {
                     None => return Ok(false),
-                    Some(Ok(())) => inner = open_own(&own, Path::new(&next))?,
+                    // An empty one is in its place, and the other process may have removed that.
+                    Some(Ok(())) => {
+                        remove_dir(&own, &next).with_context(|| format!("cannot remove {next:?}"))?;
+                        continue;
+                    }
                     Some(Err(_)) => {}
                 }
             }
