@@ -20,7 +20,7 @@ use nix::sys::inotify::{AddWatchFlags, Inotify};
 use nix::sys::stat::{Mode, SFlag, fstat, mknod, stat};
 use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
 
-use super::namespace::{become_root, make_private};
+use super::namespace::{become_root, only_receive_mounts};
 use super::sockets;
 use crate::host::{Host, directory};
 use crate::log::warn;
@@ -111,7 +111,7 @@ struct Builder<'a> {
 impl<'a> Builder<'a> {
     /// The dangerous steps in their order.
     fn build(host: &Host, config: &Config, directories: &'a Inotify) -> Result<()> {
-        make_private()?;
+        only_receive_mounts()?;
         let new_root = NewRootPath::new(host.root.join(config::RUN_DIR));
         let devices = sys::clone_mount(AT_FDCWD, new_root.join("devices").as_ref(), false)?;
         let hidden = hidden_by_operator(config)?;
@@ -194,8 +194,8 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// The helper has it open since its start, and the supervisor and the commands open it by its path: where another has
-    /// come in its place, they would not mean the same configuration.
+    /// Refuse a configuration directory that has come in the place of the one that the helper has had open since its start.
+    /// The supervisor and the commands open it by its path, so they would not mean the same configuration.
     fn check_configuration_directory(&self, host: &Host) -> Result<()> {
         let path = host.root.join(config::CONFIG_PATH);
         let path = path.parent().expect("CONFIG_PATH has a directory");
@@ -225,8 +225,8 @@ impl<'a> Builder<'a> {
     }
 
     /// Show the host's directory `source`, a path without links, at `place`, an empty directory of the tmpfs: in one
-    /// mount, unless a mount point or something hidden is below it; then each entry by itself. A directory without mount points may be
-    /// any user's: what of it cannot be shown is left out, and stops nothing.
+    /// mount, unless a mount point or something hidden is below it; then each entry by itself. A directory without mount
+    /// points may be any user's: what of it cannot be shown is left out, and stops nothing.
     fn show_directory(&mut self, source: &SourcePath, place: &JobPath) -> Result<()> {
         let has_mount_points = place.has_below(&self.places);
         if !has_mount_points && !source.has_below(&self.hidden) {
