@@ -27,7 +27,8 @@ pub enum Received {
         /// None, one or two; with [`Seqpacket::recv_all`] as many as one packet can have.
         descriptors: Vec<OwnedFd>,
     },
-    /// A packet longer than `limit`, or with more descriptors than there was room for: no sense can be made of this peer.
+    /// A packet longer than `limit`, or with more descriptors than there was room for: no sense can be made of this
+    /// peer.
     Oversize {
         /// Those that came with it, as far as there was room.
         descriptors: Vec<OwnedFd>,

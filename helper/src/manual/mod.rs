@@ -9,7 +9,8 @@
 //! A worker that `shell` enters is locked from the check that it exists until the shell's first process is in its
 //! cgroup. A deletion comes before that, and then there is no worker to enter; or after it, and then it kills that
 //! cgroup (`cgroup::kill_and_remove`) before it removes anything. Everything that a shell makes outside its own
-//! namespaces (a `/dev`, a quota) is made by a process in that cgroup, so the deletion removes it after the process is dead.
+//! namespaces (a `/dev`, a quota) is made by a process in that cgroup, so the deletion removes it after the process is
+//! dead.
 
 mod streams;
 mod terminal;

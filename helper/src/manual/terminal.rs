@@ -217,7 +217,8 @@ pub fn relay_until_exit(first: Pid, mut terminal: Option<Terminal>, signals: &Si
             }
         }
         if let Some((_, ended)) = sys::wait(Some(first), WaitPidFlag::WNOHANG)? {
-            // What it printed last: as much as a terminal keeps. A process of the job's may have it open, and print for ever.
+            // What it printed last: as much as a terminal keeps. A process of the job's may have it open, and print for
+            // ever.
             let mut reads = 0..64;
             while terminal.as_mut().is_some_and(|it| it.has_output() && it.print()) && reads.next().is_some()
             {

@@ -163,8 +163,8 @@ pub fn make(host: &Host, worker: WorkerId, uid: Uid, slot: &Slot) -> Result<()> 
             "{pattern} is no device node: name one in devices"
         );
     }
-    // A device that goes between the listing and the making of its node would stay: the monitor, which is told of it, may
-    // have been here before. Where they come and go without end, it is told again.
+    // A device that goes between the listing and the making of its node would stay: the monitor, which is told of it,
+    // may have been here before. Where they come and go without end, it is told again.
     for _ in 0..ROUNDS {
         let (wanted, _) = find(host, &slot.devices)?;
         bring_up_to_date(dev.as_fd(), uid, &wanted)?;

@@ -55,8 +55,8 @@ pub trait Operations {
     fn check(&self) -> Result<()>;
 }
 
-/// Serve this connection to its end. What came with the last packet is in `received` then, open: closing a socket of a
-/// stranger's can wait for ever (`SO_LINGER` in `socket(7)`), but not in a process that ends.
+/// Serve this connection to its end. What came with the last packet is in `received` then, open: closing a socket that the
+/// peer has sent can wait for ever (`SO_LINGER` in `socket(7)`), but not in a process that ends.
 pub fn serve(
     operations: &dyn Operations,
     peer: Peer,

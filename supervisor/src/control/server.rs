@@ -69,8 +69,8 @@ pub struct ControlServer {
     pub status_turn: StatusTurn,
 }
 
-/// One request for the status at a time is in the queue of commands. A client that goes without its answer keeps its turn
-/// until the loop has answered: with many such clients, the loop would have nothing else to do.
+/// One request for the status at a time is in the queue of commands. A client that goes without its answer keeps its
+/// turn until the loop has answered: with many such clients, the loop would have nothing else to do.
 #[derive(Clone, Debug, Default)]
 pub struct StatusTurn(Arc<Mutex<()>>);
 

@@ -223,8 +223,8 @@ impl<S: Storage> Driver<S> {
                 wait = wait.min(again);
             }
             input = tokio::select! {
-                // In this order, so that a run does not depend on chance. Commands come as fast as others send them: calls,
-                // each of which the core has asked for, do not wait for them.
+                // In this order, so that a run does not depend on chance. Commands come as fast as others send them:
+                // calls, each of which the core has asked for, do not wait for them.
                 biased;
                 Some(answer) = calls.join_next() => answer.context("a call came to no end")?,
                 command = commands.recv(), if stopping.is_none() => match command.unwrap_or(Command::Input(Input::Stop)) {

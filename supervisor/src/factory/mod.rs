@@ -70,7 +70,7 @@ pub enum Input {
     Destroy(WorkerId),
     /// End this worker's processes and keep its files; the reason is why its job fails.
     Kill(WorkerId, String),
-    /// This worker's job stalls at its memory limit, and has for long enough to be failed.
+    /// This worker's job has stalled at its memory limit for long enough to be failed.
     MemoryStalled(WorkerId),
     /// Why the state cannot be saved, or may soon not be; None once it can.
     Storage(Option<String>),

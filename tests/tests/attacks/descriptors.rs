@@ -240,8 +240,8 @@ fn lingering() -> (OwnedFd, TcpStream) {
     (stream.into(), peer)
 }
 
-/// Send it with the descriptor, of which only what is on its way is left then. Where the helper has closed that first, closing
-/// waits here: in a thread that nobody waits for.
+/// Send it with the descriptor, of which only what is on its way is left then. Where the helper has closed that first,
+/// closing waits here: in a thread that nobody waits for.
 fn send_and_close(socket: &Seqpacket, bytes: &[u8], descriptor: OwnedFd) {
     // The helper may have closed the connection by now.
     let _ = socket.send(bytes, Some(descriptor.as_fd()));

@@ -198,7 +198,8 @@ fn deep(report: &mut Report, words: &[String]) {
     ready(report);
 }
 
-/// Directories in one another, each closed, as many as there is room for: the chain grows at its upper end, by short paths.
+/// Directories in one another, each closed, as many as there is room for: the chain grows at its upper end, by short
+/// paths.
 fn chain(_: &mut Report, _: &[String]) {
     std::env::set_current_dir("/work").expect("it is there");
     fs::create_dir("top").expect("/work is writable");
