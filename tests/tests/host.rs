@@ -4,10 +4,9 @@
 //! wait together here.
 
 mod attacks;
+mod crashes;
 mod end_to_end;
 mod faults;
-mod kill_points;
 mod model;
 mod operator;
-mod power_loss;
 mod socket;

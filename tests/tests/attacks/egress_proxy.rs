@@ -45,9 +45,9 @@ impl OtherUser {
         let output = other.0.stdout.as_mut().expect("it was piped");
         while !printed.ends_with(".\n") {
             let mut byte = [0];
-            output
-                .read_exact(&mut byte)
-                .expect("the other user says how it went");
+            if let Err(error) = output.read_exact(&mut byte) {
+                panic!("{uid} said {printed:?}: {error}, {:?}", other.0.wait());
+            }
             printed.push(byte[0].into());
         }
         (other, printed)

@@ -11,7 +11,7 @@ use testbed::harness::{Client, sealed, worker_id};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{create, install, kind, list, wait_for_line};
 
-use crate::power_loss::helper::{PowerLossTest, worker_file};
+use crate::crashes::power_loss::helper::{PowerLossTest, worker_file};
 
 fn agent() -> OwnedFd {
     sealed(b"#!/bin/bash\nmkdir -p /work/dark; touch /work/dark/x; chmod 0 /work/dark; echo ready\nsleep 1000 & exit 0\n")

@@ -12,7 +12,7 @@ use testbed::harness::{Client, sealed, until};
 use testbed::test_helper::{read, wait_for_line};
 use testbed::tracer::service::{Connections, KillPoint, Plan, TracedKind, children, listener};
 
-use crate::kill_points::restartable_helper::{Operation, RestartableHelper, ask, prepare, request};
+use crate::crashes::kill_points::restartable_helper::{Operation, RestartableHelper, ask, prepare, request};
 
 /// Wait for what another process does.
 fn wait_for<T>(what: &str, find: impl Fn() -> Option<T>) -> T {

@@ -1,6 +1,7 @@
 //! The helper, killed at each system call of each of its processes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Mutex;
 
 use nix::sys::signal::Signal;
 use protocol::{Reply, Request, State, WorkerId};
@@ -11,7 +12,7 @@ use testbed::test_helper::{list, wait_until};
 use testbed::tracer::calls::{MEMORY, name};
 use testbed::tracer::service::{KINDS, KillPoint, Plan, Seen, TracedKind};
 
-use crate::kill_points::restartable_helper::{
+use crate::crashes::kill_points::restartable_helper::{
     Operation, RestartableHelper, ask, ask_with, is_success, prepare, request, state_of,
 };
 
@@ -60,16 +61,31 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
     plans
 }
 
-/// Kill at the points of `operation` on a worker in this slot. Returns how many there were.
-fn kill_at_every_step_of(operation: Operation, slot: &str) {
-    let mut test = RestartableHelper::new();
-    let snapshot = HostSnapshot::take(&test.host);
-    // The first worker finds the root file system built, as all but the first do.
+/// What is still to be killed, and what has been.
+struct Kills {
+    plans: VecDeque<(Plan, After)>,
+    /// Those that have found nothing to kill, once: no two runs are quite the same.
+    again: VecDeque<(Plan, After)>,
+    killed: usize,
+    missed: usize,
+    covered: BTreeSet<(TracedKind, i64)>,
+}
+
+/// A helper whose first worker found the root file system not yet built: all others find it.
+fn helper_with_root(slot: &str) -> RestartableHelper {
+    let test = RestartableHelper::new();
     let first = prepare(&test, Operation::Delete, slot);
     assert_eq!(
         ask(&test.host, &request(Operation::Delete, first, slot)),
         Some(Reply::Deleted)
     );
+    test
+}
+
+/// Kill at the points of `operation` on a worker in this slot, in two helpers at a time.
+fn kill_at_every_step_of(operation: Operation, slot: &str) {
+    let mut test = helper_with_root(slot);
+    let snapshot = HostSnapshot::take(&test.host);
     let sample = Sample::of(61);
     let undisturbed = |test: &RestartableHelper| {
         let worker = prepare(test, operation, slot);
@@ -84,57 +100,75 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
         seen
     };
     let mut runs: Vec<Seen> = (0..3).map(|_| undisturbed(&test)).collect();
-    let (mut killed, mut missed) = (0, 0);
-    let mut covered: BTreeSet<(TracedKind, i64)> = BTreeSet::new();
-    let mut plans = plans(shortest(&runs), &sample);
-    let (mut next, tries) = (0, plans.len());
-    while let Some((plan, after)) = plans.get(next).copied() {
-        next += 1;
-        let worker = prepare(&test, operation, slot);
+    let plans = VecDeque::from(plans(shortest(&runs), &sample));
+    let kills = Mutex::new(Kills {
+        plans,
+        again: VecDeque::new(),
+        killed: 0,
+        missed: 0,
+        covered: BTreeSet::new(),
+    });
+    std::thread::scope(|scope| {
+        scope.spawn(|| kill_at_each(&kills, &mut helper_with_root(slot), operation, slot));
+        kill_at_each(&kills, &mut test, operation, slot);
+    });
+    let mut kills = kills.into_inner().expect("no thread has panicked");
+    // What a busy machine made it do at first, and not any more, could not be found again.
+    runs.extend((0..2).map(|_| undisturbed(&test)));
+    snapshot.assert_unchanged(&test.host);
+    if operation == Operation::Install {
+        // They may have been missed.
+        kills
+            .covered
+            .extend(runs.iter().flat_map(all_calls).filter(is_of_a_build));
+    }
+    report(
+        &format!("{operation:?} in {slot}"),
+        &runs,
+        &kills.covered,
+        kills.killed,
+        kills.missed,
+        &sample,
+    );
+}
+
+/// Kill this helper at one point after the other, until none is left.
+fn kill_at_each(kills: &Mutex<Kills>, test: &mut RestartableHelper, operation: Operation, slot: &str) {
+    let lock = || kills.lock().expect("no thread has panicked");
+    let next = || {
+        let mut kills = lock();
+        let plan = kills.plans.pop_front().map(|plan| (plan, true));
+        plan.or_else(|| kills.again.pop_front().map(|plan| (plan, false)))
+    };
+    while let Some(((plan, after), is_first)) = next() {
+        let worker = prepare(test, operation, slot);
         let (_, seen) = test.under_the_tracer(&request(operation, worker, slot), Some(plan));
         let Some(at) = seen.killed else {
-            // No two runs are quite the same: once more.
-            if next <= tries {
-                plans.push((plan, after));
-            } else {
-                missed += 1;
+            match is_first {
+                true => lock().again.push_back((plan, after)),
+                false => lock().missed += 1,
             }
-            end(
-                &test,
-                worker,
-                "an operation that ended before it was to be killed",
-            );
+            end(test, worker, "an operation that ended before it was to be killed");
             continue;
         };
         let what = format!("{operation:?} in {slot}, killed: {at}, then {after:?}");
-        killed += 1;
-        covered.insert((at.kind, at.number));
-        if sample.is_all() && killed % 200 == 0 {
+        let killed = {
+            let mut kills = lock();
+            kills.killed += 1;
+            kills.covered.insert((at.kind, at.number));
+            kills.killed
+        };
+        if killed % 200 == 0 {
             println!("{what}: {killed} so far");
         }
         if at.service {
             test.restart();
         }
         if let After::Repeat = after {
-            repeat(&test, operation, worker, slot, &what);
+            repeat(test, operation, worker, slot, &what);
         }
-        end(&test, worker, &what);
+        end(test, worker, &what);
     }
-    // What a busy machine made it do at first, and not any more, could not be found again.
-    runs.extend((0..2).map(|_| undisturbed(&test)));
-    snapshot.assert_unchanged(&test.host);
-    if operation == Operation::Install {
-        // They may have been missed.
-        covered.extend(runs.iter().flat_map(all_calls).filter(is_of_a_build));
-    }
-    report(
-        &format!("{operation:?} in {slot}"),
-        &runs,
-        &covered,
-        killed,
-        missed,
-        &sample,
-    );
 }
 
 /// The same request again must succeed, and an agent is started once.
