@@ -178,16 +178,16 @@ while end not in select.select([requests, end], [], [])[0]:
     open("auto/file", "w").write("mounted\n")
     fcntl.ioctl(top, 0x9360, token)"#;
 
-#[test]
-fn what_is_mounted_when_somebody_enters_it_is_shown() {
+/// A job sees what is mounted at `auto` when somebody enters it; `config` has a place for the directory that it is in.
+fn see_automount(config: &str) {
     let place = place();
     let at = |name: &str| place.path().join(name);
     fs::create_dir(at("auto")).unwrap();
     write(at("hidden"), "SECRET");
     mkfifo(&at("end"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     let host = TestHost::new();
-    let hide = format!("hide = [{:?}]\n[slots.a]\n{SLOT}", at("hidden"));
-    host.configure("http://127.0.0.1:9", 0, &hide);
+    let config = config.replace("PLACE", &place.path().display().to_string());
+    host.configure("http://127.0.0.1:9", 0, &config);
     // As systemd has all mounts: what the automounter mounts reaches those who wait for it.
     let script = format!(
         "mount --make-rshared /; cd {0}; timeout {1} python3 -c '{AUTOMOUNTER}' & while ! [ -e {0}/started ]; do sleep 0.05; done",
@@ -206,6 +206,17 @@ fn what_is_mounted_when_somebody_enters_it_is_shown() {
     assert_eq!(console, "mounted\n0\n");
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     fs::write(at("end"), "over").unwrap();
+}
+
+#[test]
+fn what_is_mounted_when_somebody_enters_it_is_shown_beside_what_is_hidden() {
+    see_automount(&format!("hide = [\"PLACE/hidden\"]\n[slots.a]\n{SLOT}"));
+}
+
+#[test]
+fn what_is_mounted_when_somebody_enters_it_is_shown_where_a_slot_names_it() {
+    let shown = "read_only = { \"PLACE/auto\" = \"PLACE/auto\" }\n";
+    see_automount(&format!("[slots.a]\n{SLOT}{shown}"));
 }
 
 #[test]
