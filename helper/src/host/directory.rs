@@ -25,7 +25,7 @@ pub fn check_only_root_writes(path: &Path) -> Result<()> {
         let open_to_others = meta.mode() & 0o022 != 0 && (meta.mode() & 0o1000 == 0 || directory == path);
         if !meta.is_dir() || meta.uid() != 0 || open_to_others {
             bail!(
-                "{} must be a directory of root's that nobody else can write: chown root: and chmod go-w it",
+                "{} must be a directory of root's, no link, that nobody else can write: mount a larger disk there, or chown root: and chmod go-w it",
                 directory.display()
             );
         }

@@ -6,12 +6,16 @@ use anyhow::{Context, Result};
 
 /// What a new network namespace has of its own with the kernel's defaults, and programs of users notice: who may
 /// `ping`, from which port on everybody may listen, which ports are taken by themselves, how many connections and
-/// datagrams wait. In an order in which the kernel takes each.
-const SETTINGS: [&str; 6] = [
+/// datagrams wait, how soon a dead connection is noticed. In an order in which the kernel takes each.
+const SETTINGS: [&str; 10] = [
     "ipv4/ping_group_range",
     "ipv4/ip_unprivileged_port_start",
     "ipv4/ip_local_port_range",
     "ipv4/ip_local_reserved_ports",
+    "ipv4/tcp_keepalive_time",
+    "ipv4/tcp_keepalive_intvl",
+    "ipv4/tcp_keepalive_probes",
+    "ipv6/bindv6only",
     "core/somaxconn",
     "unix/max_dgram_qlen",
 ];

@@ -34,7 +34,7 @@ use protocol::{Error, Received, Seqpacket, SlotName, Uid, WorkerId, wire};
 use crate::host::check::check_host;
 use crate::host::record::Worker;
 use crate::host::{Host, abilities, cgroup, quota, users};
-use crate::monitor::rootfs;
+use crate::monitor::{check_no_container, rootfs};
 use crate::monitor_ipc::HandshakeMessage;
 use crate::sandbox::{ManualStart, limits, writable_dirs};
 use crate::session::allocation::{self, CreateUserError};
@@ -226,6 +226,7 @@ pub fn check(arguments: &[OsString]) -> Result<u8> {
         let host = Host::open(&arguments.root, cgroups.as_deref().unwrap_or(Path::new("/")))?;
         check_host(&host, &config)?;
         users::check_no_process(&host, config.factory.uid_range)?;
+        check_no_container(&arguments.root, config.factory.uid_range)?;
         if cgroups.is_some() {
             abilities::check_all(&config, host.abilities)?;
         }

@@ -3,11 +3,12 @@
 //! the sandbox copies the bytes.
 
 use std::fs::File;
-use std::io::{self, PipeReader, PipeWriter};
+use std::io::{self, ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, fchown};
 
 use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitPidFlag;
 use nix::unistd::Pid;
@@ -41,6 +42,38 @@ fn pipe(stream: impl AsFd, uid: Uid) -> Result<Option<(PipeReader, PipeWriter)>>
 fn identity(stream: impl AsFd) -> io::Result<(u64, u64)> {
     let meta = File::from(stream.as_fd().try_clone_to_owned()?).metadata()?;
     Ok((meta.dev(), meta.ino()))
+}
+
+/// Copy to the end. The caller's streams may not block (`O_NONBLOCK`, which all who have them open share).
+fn copy(mut from: &File, mut to: &File) -> io::Result<()> {
+    let mut buffer = [0; 1 << 16];
+    loop {
+        let read = when_ready(from, PollFlags::POLLIN, || from.read(&mut buffer))?;
+        if read == 0 {
+            return Ok(());
+        }
+        let mut rest = &buffer[..read];
+        while !rest.is_empty() {
+            let written = when_ready(to, PollFlags::POLLOUT, || to.write(rest))?;
+            rest = &rest[written..];
+        }
+    }
+}
+
+fn when_ready(
+    file: &File,
+    events: PollFlags,
+    mut call: impl FnMut() -> io::Result<usize>,
+) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                poll(&mut [PollFd::new(file.as_fd(), events)], PollTimeout::NONE)?;
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            done => return done,
+        }
+    }
 }
 
 impl Streams {
@@ -82,8 +115,7 @@ impl Streams {
                     return 1;
                 }
                 let keep = [from.as_raw_fd(), to.as_raw_fd()];
-                let copied = sys::close_all_but(&keep)
-                    .and_then(|()| io::copy(&mut File::from(from), &mut File::from(to)));
+                let copied = sys::close_all_but(&keep).and_then(|()| copy(&from.into(), &to.into()));
                 i32::from(copied.is_err())
             })
             .context("cannot start a process that copies a stream")?;

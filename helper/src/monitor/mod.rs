@@ -181,6 +181,15 @@ fn start(options: &Options, systemd_socket: Option<OwnedFd>) -> Result<()> {
     serve(&host, &config, rootfs, socket, client)
 }
 
+/// All of a file.
+const LOCK: libc::flock = libc::flock {
+    l_type: libc::F_WRLCK as i16,
+    l_whence: libc::SEEK_SET as i16,
+    l_start: 0,
+    l_len: 0,
+    l_pid: 0,
+};
+
 /// Lock a file, if nobody else has: a lock of the process (`F_SETLK`, `fcntl(2)`), not of the open file. A child that
 /// outlives the monitor by a moment, with its parent's files still open, must not keep the next monitor out.
 fn lock(path: &Path) -> Result<Option<File>> {
@@ -192,18 +201,18 @@ fn lock(path: &Path) -> Result<Option<File>> {
         .mode(0o600)
         .open(path)
         .with_context(|| format!("cannot open {}", path.display()))?;
-    let all_of_it = libc::flock {
-        l_type: libc::F_WRLCK as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    match fcntl(&file, FcntlArg::F_SETLK(&all_of_it)) {
+    match fcntl(&file, FcntlArg::F_SETLK(&LOCK)) {
         Ok(_) => Ok(Some(file)),
         Err(Errno::EAGAIN | Errno::EACCES) => Ok(None),
         Err(errno) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
     }
+}
+
+/// Has another process locked this file, in whichever way?
+fn is_locked(path: &Path) -> bool {
+    let mut lock = LOCK;
+    File::open(path).is_ok_and(|file| fcntl(&file, FcntlArg::F_GETLK(&mut lock)).is_ok())
+        && lock.l_type != libc::F_UNLCK as i16
 }
 
 /// Two helpers on one state directory would each be right and together wrong. The directory of the workers is locked,
@@ -220,34 +229,53 @@ fn lock_out_others(run_dir: &Path, workers: &Path) -> Result<[File; 2]> {
     ])
 }
 
-/// Reserve the range against systemd-nspawn. It gives containers blocks of 65536 ids, each with a file that it locks by
-/// `F_OFD_SETLK`, which keeps out `F_SETLK` and the other way round; and unlinks the file before it gives up the lock
-/// (`uid_shift_pick` in systemd's `nspawn.c`). The files stay locked for as long as they are open.
-fn reserve(root: &Path, range: UidRange) -> Result<Vec<File>> {
+/// The files by which systemd-nspawn gives containers blocks of 65536 ids, of those blocks that this range has ids of.
+fn container_blocks(root: &Path, range: UidRange) -> impl Iterator<Item = PathBuf> {
     const BLOCK: u32 = 0x1_0000;
     /// systemd's `CONTAINER_UID_BASE_MIN` and `CONTAINER_UID_BASE_MAX`.
     const CONTAINERS: std::ops::RangeInclusive<u32> = 0x8_0000..=0x6fff_0000;
-    let directory = root.join("run/systemd/nspawn-uid");
+    let directory = root.join(CONTAINER_IDS);
+    (range.first.get() & !(BLOCK - 1)..=range.last.get())
+        .step_by(BLOCK as usize)
+        .filter(|block| CONTAINERS.contains(block))
+        .map(move |block| directory.join(block.to_string()))
+}
+
+const CONTAINER_IDS: &str = "run/systemd/nspawn-uid";
+
+fn describe_container(range: UidRange, path: &Path) -> String {
+    let how = format!(
+        "systemd-nspawn has given ids of it to a container ({})",
+        path.display()
+    );
+    accounts::describe_taken_range(range, &how)
+}
+
+/// Reserve the range against systemd-nspawn. It locks a block's file by `F_OFD_SETLK`, which keeps out `F_SETLK` and the
+/// other way round; and unlinks the file before it gives up the lock (`uid_shift_pick` in systemd's `nspawn.c`). The
+/// files stay locked for as long as they are open.
+fn reserve(root: &Path, range: UidRange) -> Result<Vec<File>> {
     let mut locks = Vec::new();
-    let blocks = (range.first.get() & !(BLOCK - 1)..=range.last.get()).step_by(BLOCK as usize);
-    for block in blocks.filter(|block| CONTAINERS.contains(block)) {
-        make_directories(&directory, 0o755)?;
-        let path = directory.join(block.to_string());
+    for path in container_blocks(root, range) {
+        make_directories(&root.join(CONTAINER_IDS), 0o755)?;
         let file = loop {
             match lock(&path)? {
                 Some(file) if file.metadata()?.nlink() == 0 => {}
                 file => break file,
             }
         };
-        locks.push(file.with_context(|| {
-            let how = format!(
-                "systemd-nspawn has given ids of it to a container ({})",
-                path.display()
-            );
-            accounts::describe_taken_range(range, &how)
-        })?);
+        locks.push(file.with_context(|| describe_container(range, &path))?);
     }
     Ok(locks)
+}
+
+/// Refuse a range of which a container has ids. A helper that serves has reserved its own range: then it is not known.
+pub fn check_no_container(root: &Path, range: UidRange) -> Result<()> {
+    let serves = is_locked(&root.join(config::RUN_DIR).join("helper.lock"));
+    match container_blocks(root, range).find(|path| is_locked(path)) {
+        Some(path) if !serves => bail!("{}", describe_container(range, &path)),
+        _ => Ok(()),
+    }
 }
 
 fn listen_at(path: &Path, client: u32) -> Result<OwnedFd> {

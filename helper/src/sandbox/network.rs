@@ -23,12 +23,18 @@ use crate::unprivileged::proxy::ProxyListener;
 /// Connections that wait at one address until pid 1 accepts them, as std's listeners have it.
 const BACKLOG: i32 = 128;
 
-/// The job's `/etc/hosts`: the server, the slot's destinations, and the job's own host name as the host has it there.
+/// The names of loopback that distributions have in their `/etc/hosts`.
+const LOOPBACK4: &str = "localhost localhost.localdomain localhost4 localhost4.localdomain4";
+const LOOPBACK6: &str =
+    "localhost localhost.localdomain localhost6 localhost6.localdomain6 ip6-localhost ip6-loopback";
+
+/// The job's `/etc/hosts`: the server, the slot's destinations, and the job's own host name as the host has it there, with
+/// and without its domain.
 pub fn hosts(baseurl: &BaseUrl, egress: &Egress, own: &OsStr) -> String {
     let server = baseurl.name_and_port().map(|(name, _)| name);
     let server = server.filter(|name| name.parse::<Ipv4Addr>().is_err());
     let mut hosts = format!(
-        "127.0.0.1 localhost{}\n::1 localhost\n",
+        "127.0.0.1 {LOOPBACK4}{}\n::1 {LOOPBACK6}\n",
         server.map(|name| format!(" {name}")).unwrap_or_default()
     );
     let names = egress.names(baseurl);
@@ -37,10 +43,15 @@ pub fn hosts(baseurl: &BaseUrl, egress: &Egress, own: &OsStr) -> String {
             hosts += &format!("{address} {name}\n");
         }
     }
+    let is_taken = |own: &str| names.iter().any(|(name, _)| own.eq_ignore_ascii_case(name));
     if let Some(own) = as_name(own)
-        && !names.iter().any(|(name, _)| own.eq_ignore_ascii_case(name))
+        && !is_taken(own)
     {
-        hosts += &format!("127.0.0.1 {own}\n");
+        let short = own.split('.').next().filter(|short| !is_taken(short));
+        hosts += &match short {
+            Some(short) if !["", own].contains(&short) => format!("127.0.0.1 {own} {short}\n"),
+            _ => format!("127.0.0.1 {own}\n"),
+        };
     }
     hosts
 }
@@ -114,26 +125,28 @@ mod tests {
             .unwrap();
             let egress = config.slots.values().next().unwrap().egress.as_ref().unwrap();
             hosts(&config.general.baseurl, egress, OsStr::new(own))
+                .replace(LOOPBACK4, "LOOPBACK4")
+                .replace(LOOPBACK6, "LOOPBACK6")
         };
         let none = "\"none\"";
         assert_eq!(
             text("https://b.example.com", none, "ci-1"),
-            "127.0.0.1 localhost b.example.com\n::1 localhost\n127.0.0.1 ci-1\n"
+            "127.0.0.1 LOOPBACK4 b.example.com\n::1 LOOPBACK6\n127.0.0.1 ci-1\n"
         );
         assert_eq!(
             text("http://127.0.0.1:80", none, "ci-1.example.com"),
-            "127.0.0.1 localhost\n::1 localhost\n127.0.0.1 ci-1.example.com\n"
+            "127.0.0.1 LOOPBACK4\n::1 LOOPBACK6\n127.0.0.1 ci-1.example.com ci-1\n"
         );
         for odd in ["", "a b", "a\n10.0.0.1 x", "#"] {
             assert_eq!(
                 text("http://127.0.0.1:80", none, odd),
-                "127.0.0.1 localhost\n::1 localhost\n"
+                "127.0.0.1 LOOPBACK4\n::1 LOOPBACK6\n"
             );
         }
         let some = "{ allow = [\"b.example.com:22\", \"ci-1:80\", \"x.org:80\", \"x.org:443\", \"*.y.org:80\", \"10.0.0.1:80\"] }";
         assert_eq!(
             text("https://b.example.com", some, "CI-1"),
-            "127.0.0.1 localhost b.example.com\n::1 localhost\n127.64.0.3 ci-1\n127.64.0.4 x.org\n"
+            "127.0.0.1 LOOPBACK4 b.example.com\n::1 LOOPBACK6\n127.64.0.3 ci-1\n127.64.0.4 x.org\n"
         );
     }
 }

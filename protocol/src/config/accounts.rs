@@ -51,7 +51,7 @@ pub fn gid(group: &str, name: &GroupName) -> Result<u32, String> {
         .find(|line| line.split(':').next() == Some(name.as_str()));
     match line.and_then(of) {
         None => Err(format!(
-            "the group {name} is not in /etc/group: make it with groupadd, or remove it from add_to_groups"
+            "the group {name} is not in /etc/group: make it with groupadd, or copy its line from /usr/lib/group, or remove it from add_to_groups"
         )),
         Some(0) => Err(format!(
             "a job must not be in group {name}, which is root's: remove it from add_to_groups"

@@ -1,7 +1,10 @@
 //! The manual commands, as root: a command as a job would run it, and a look into a worker.
 
+use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use testbed::test_factory::ONE;
 
@@ -213,11 +216,11 @@ async fn task_and_command(factory: &TestFactory, script: &str) -> (String, Strin
 #[tokio::test(flavor = "multi_thread")]
 async fn a_manual_command_has_a_tasks_environment_and_directory() {
     let factory =
-        TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nenv.ONE_OF_TWO = \"a b=c\"\nenv.TZ = \"CET\"\n")
+        TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nenv.ONE_OF_TWO = \"a b=c\"\nenv.TZ = \"CET\"\nadd_to_groups = [\"tty\"]\n")
             .await;
     answering(&factory).await;
     // Both have a user of their own, and the task has a job.
-    let script = "env | sed \"s/$USER/USER/; s/$UID/UID/\" | grep -v '^BUILDOMAT_.*_ID=\\|^_=\\|^SHLVL=' | sort; pwd; umask; ulimit -Hn";
+    let script = "env | sed \"s/$USER/USER/; s/$UID/UID/\" | grep -v '^BUILDOMAT_.*_ID=\\|^_=\\|^SHLVL=' | sort; pwd; umask; ulimit -Hn; id -Gn $USER | sed s/$USER/USER/";
     let (task, command) = task_and_command(&factory, script).await;
     assert_eq!(task, command);
     for variable in [
@@ -225,6 +228,7 @@ async fn a_manual_command_has_a_tasks_environment_and_directory() {
         "TZ=CET",
         "HOME=/home/USER",
         "XDG_RUNTIME_DIR=/run/user/UID",
+        "USER tty",
     ] {
         assert!(
             command.lines().any(|line| line == variable),
@@ -266,18 +270,55 @@ async fn a_manual_command_can_reopen_its_streams() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_manual_command_waits_for_streams_that_do_not_block() {
+    let factory = TestFactory::new(ONE).await;
+    answering(&factory).await;
+    let (mut output, writer) = std::io::pipe().unwrap();
+    let (reader, mut input) = std::io::pipe().unwrap();
+    for end in [reader.as_fd(), writer.as_fd()] {
+        fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    }
+    let mut run = command(
+        &factory,
+        &["run", "--", "bash", "-c", "echo begun; read last; seq $last"],
+    );
+    run.stdin(reader).stdout(writer);
+    let mut child = run.spawn().unwrap();
+    // It has ends of the pipes.
+    drop(run);
+    let printed = tokio::task::block_in_place(|| {
+        let mut begun = [0; 6];
+        output.read_exact(&mut begun).unwrap();
+        assert_eq!(&begun, b"begun\n");
+        input.write_all(b"200000\n").unwrap();
+        drop(input);
+        let mut printed = String::new();
+        output.read_to_string(&mut printed).unwrap();
+        printed
+    });
+    assert!(child.wait().unwrap().success());
+    assert_eq!(printed.lines().count(), 200_000);
+    factory.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_network_of_its_own_knows_its_name_and_has_the_hosts_settings() {
     let factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n").await;
     answering(&factory).await;
     let job = "getent hosts \"$(hostname)\" && hostname -f && cd /proc/sys/net && \
                cat ipv4/ping_group_range ipv4/ip_unprivileged_port_start ipv4/ip_local_port_range \
-               ipv4/ip_local_reserved_ports core/somaxconn unix/max_dgram_qlen";
+               ipv4/ip_local_reserved_ports core/somaxconn unix/max_dgram_qlen ipv4/tcp_keepalive_time \
+               ipv4/tcp_keepalive_intvl ipv4/tcp_keepalive_probes ipv6/bindv6only; \
+               /usr/bin/python3 -c 'import socket; ping = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, 1); \
+               ping.sendto(bytes([8, 0, 0, 0, 0, 0, 0, 0]), (\"localhost4\", 0)); print(len(ping.recv(99)))'";
     let run = command(&factory, &["run", "--", "bash", "-c", job]);
     // A host with values that no kernel begins with.
     let host = "cd /proc/sys/net && echo 0 2147483647 >ipv4/ping_group_range && \
                 echo 80 >ipv4/ip_unprivileged_port_start && echo 20000 60000 >ipv4/ip_local_port_range && \
                 echo 30000-30002 >ipv4/ip_local_reserved_ports && echo 100 >core/somaxconn && \
-                echo 200 >unix/max_dgram_qlen && cd / && exec \"$@\"";
+                echo 200 >unix/max_dgram_qlen && echo 600 >ipv4/tcp_keepalive_time && \
+                echo 60 >ipv4/tcp_keepalive_intvl && echo 5 >ipv4/tcp_keepalive_probes && \
+                echo 1 >ipv6/bindv6only && cd / && exec \"$@\"";
     let mut unshare = Command::new("unshare");
     unshare
         .args(["--net", "sh", "-c", host, "sh"])
@@ -301,6 +342,12 @@ async fn a_network_of_its_own_knows_its_name_and_has_the_hosts_settings() {
         &["30000-30002"],
         &["100"],
         &["200"],
+        &["600"],
+        &["60"],
+        &["5"],
+        &["1"],
+        // It is answered.
+        &["8"],
     ];
     assert_eq!(lines, expected, "{}", result.err);
     factory.finish().await;

@@ -219,8 +219,8 @@ fn what_is_mounted_when_somebody_enters_it_is_shown_where_a_slot_names_it() {
     see_automount(&format!("[slots.a]\n{SLOT}{shown}"));
 }
 
-#[test]
-fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
+/// `/opt` leads to this directory of the larger disk.
+fn see_through_links(opt: &str) {
     let place = place();
     let at = |name: &str| place.path().join(name).display().to_string();
     for directory in [
@@ -228,7 +228,7 @@ fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
         "big/home/somebody",
         "big/root",
         "big/tmp",
-        "big/opt/tools",
+        &format!("{opt}/tools"),
         "work",
     ] {
         fs::create_dir_all(at(directory)).unwrap();
@@ -236,7 +236,7 @@ fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
     for file in ["big/home/somebody/file", "big/root/file", "big/tmp/file"] {
         write(at(file), "SECRET");
     }
-    write(at("big/opt/tools/file"), "a tool\n");
+    write(at(&format!("{opt}/tools/file")), "a tool\n");
     for directory in ["big/tmp", "big/root", "big/home"] {
         fs::set_permissions(at(directory), fs::Permissions::from_mode(0o777)).unwrap();
     }
@@ -244,7 +244,7 @@ fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
     let script = format!(
         r#"cd {0}
         mount -t tmpfs none work; mkdir -p work/upper/var work/work; chmod 755 work/upper work/upper/var
-        ln -s {0}/big/home {0}/big/root {0}/big/opt work/upper; ln -s {0}/big/tmp work/upper/var/tmp
+        ln -s {0}/big/home {0}/big/root {0}/{opt} work/upper; ln -s {0}/big/tmp work/upper/var/tmp
         mount -t overlay -o lowerdir=/,upperdir=work/upper,workdir=work/work overlay root
         for directory in proc sys dev tmp run srv mnt; do mount --rbind /$directory root/$directory; done
         cd root; mkdir old; pivot_root . old; umount -l /old; cd /"#,
@@ -263,9 +263,24 @@ fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
     );
     let (_, console) = run(&client, worker, &script);
     assert!(!console.contains("SECRET"), "{console}");
-    let lines: Vec<_> = console.lines().take(3).collect();
-    assert_eq!(lines, ["written", "a tool", "opt"], "{console}");
+    let lines: Vec<_> = console.lines().take(2).collect();
+    assert_eq!(lines, ["written", "a tool"], "{console}");
+    assert_eq!(
+        console.lines().nth(2) == Some("opt"),
+        opt == "big/opt",
+        "{console}"
+    );
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+}
+
+#[test]
+fn links_to_elsewhere_are_places_and_what_they_lead_to_is_hidden() {
+    see_through_links("big/opt");
+}
+
+#[test]
+fn a_place_may_be_on_the_disk_of_homes() {
+    see_through_links("big/home/opt");
 }
 
 #[test]
@@ -284,6 +299,7 @@ fn files_of_the_hosts_run_are_shown_where_they_are_needed() {
     write(at("run/tools/tool"), "a tool\n");
     write(at("run/other/file"), "SECRET");
     symlink("tools", at("run/link-to-tools")).unwrap();
+    symlink("/dev/shm", at("run/shm")).unwrap();
     // A directory on the way is missing: the one above it is more than programs read.
     fs::remove_file(at("etc/hosts")).unwrap();
     symlink("../run/other/missing/hosts", at("etc/hosts")).unwrap();
@@ -318,7 +334,7 @@ open("../end").read()"#;
     let client = Client::new(&host);
     let script = "find /run -type s; find /run -type f ! -name buildomat-agent -user root | sort
         find /run /dev /etc /home /tmp /var/tmp /opt/buildomat -xdev -type f -writable ! -user $UID 2>&-
-        cat /etc/resolv.conf; echo ready
+        cat /etc/resolv.conf; readlink /run/shm; echo ready
         while ! grep -q second /etc/resolv.conf && [ -e /etc/resolv.conf ]; do sleep 0.1; done
         touch /run/systemd/resolve/new /run/new /run/shown/new; exit 1";
     let mut workers = Vec::new();
@@ -343,7 +359,7 @@ open("../end").read()"#;
     let seen: Vec<_> = seen.iter().map(read).collect();
     let stub = "/run/systemd/resolve/stub-resolv.conf\n";
     assert!(
-        seen[0].starts_with(&format!("{stub}first\nready\n")),
+        seen[0].starts_with(&format!("{stub}first\n/dev/shm\nready\n")),
         "{}",
         seen[0]
     );
@@ -354,7 +370,7 @@ open("../end").read()"#;
     );
     assert!(
         seen[2].starts_with(&format!(
-            "/run/shown/tools/tool\n{stub}/run/udev/control\n/run/udev/data/c4:64\nfirst\nready\n"
+            "/run/shown/tools/tool\n{stub}/run/udev/control\n/run/udev/data/c4:64\nfirst\n/dev/shm\nready\n"
         )),
         "{}",
         seen[2]

@@ -97,6 +97,8 @@ struct Builder<'a> {
     places: BTreeSet<JobPath>,
     /// Paths without links that are not shown anywhere.
     hidden: BTreeSet<SourcePath>,
+    /// Those of them that are hidden only because a job has its own, or none.
+    own: BTreeSet<SourcePath>,
     /// How many entries may still be mounted one by one: of directories in which something is hidden, and of those
     /// that have mount points: the first may be any user's, whose entries take nothing from the others.
     entries_left: [usize; 2],
@@ -123,6 +125,7 @@ impl<'a> Builder<'a> {
             places: BTreeSet::new(),
             hidden: hidden.into_iter().chain(own.clone()).chain(sockets).collect(),
             entries_left: [MAX_ENTRIES; 2],
+            own: BTreeSet::new(),
             directories,
             has_left_out: false,
         };
@@ -156,9 +159,11 @@ impl<'a> Builder<'a> {
         // What the host has there is not for jobs, and what a link there leads to is the same by another name.
         let hidden = self.hidden.clone();
         for place in own.into_iter().map(SourcePath::new) {
-            self.hidden.extend(place.canonicalize());
-            self.hidden.insert(place);
+            self.own.extend(place.canonicalize());
+            self.own.insert(place);
         }
+        self.own.retain(|place| !hidden.contains(place));
+        self.hidden.extend(self.own.iter().cloned());
         self.hidden.extend([PRIVATE, "/lost+found"].map(SourcePath::new));
         self.show_directory(&SourcePath::new("/"), &JobPath::new("/"))?;
         self.hidden = hidden;
@@ -285,7 +290,8 @@ impl<'a> Builder<'a> {
             let target = source.canonicalize()?;
             if target.as_ref().is_dir() {
                 std::fs::create_dir(&real)?;
-                if !self.is_hidden(&target) {
+                let is_roots = std::fs::symlink_metadata(source)?.uid() == 0;
+                if !self.is_hidden(&target, is_roots) {
                     self.show_directory(&target, place)?;
                 }
             } else if target.as_ref().is_file() {
@@ -305,11 +311,13 @@ impl<'a> Builder<'a> {
         self.bind(source, place, READ_ONLY, false)
     }
 
-    fn is_hidden(&self, path: &SourcePath) -> bool {
-        let root = SourcePath::new("/");
+    /// Is what a link leads to hidden? Where root's link leads into a directory of which a job has its own, as
+    /// `/opt` does to a larger disk at `/home`, it is not.
+    fn is_hidden(&self, target: &SourcePath, link_is_roots: bool) -> bool {
+        let is_open = |hidden| link_is_roots && target != hidden && self.own.contains(hidden);
         self.hidden
             .iter()
-            .any(|hidden| path.is_within(hidden) && *hidden != root)
+            .any(|hidden| target.is_within(hidden) && *hidden != SourcePath::new("/") && !is_open(hidden))
     }
 
     /// See to it that something can be mounted at `place`.
@@ -474,6 +482,8 @@ impl<'a> Builder<'a> {
     fn run_dirs(&self, config: &Config) -> Result<BTreeSet<PathBuf>> {
         let mut run_dirs = BTreeSet::new();
         let slots = || config.slots.values();
+        // A link to /dev/shm, where the host has it.
+        self.run_dirs_on_path_to(Path::new("/run/shm"), &mut run_dirs)?;
         if slots().any(|slot| slot.egress.is_none()) {
             for file in ["/etc/resolv.conf", "/etc/hosts"] {
                 self.run_dirs_on_path_to(Path::new(file), &mut run_dirs)?;
