@@ -84,14 +84,17 @@ fuzz_target!(|text: &str| {
     assert!(!config.slots.is_empty());
     for (name, slot) in &config.slots {
         sound(slot, lines);
-        assert!(!config.conflict(name, name));
+        assert!(!config.are_conflicting(name, name));
         assert!(
             slot.conflicts_with_slots
                 .iter()
                 .all(|other| config.slots.contains_key(other))
         );
         for other in config.slots.keys() {
-            assert_eq!(config.conflict(name, other), config.conflict(other, name));
+            assert_eq!(
+                config.are_conflicting(name, other),
+                config.are_conflicting(other, name)
+            );
         }
         if let Some(egress) = &slot.egress {
             for (address, name) in egress.listeners(&config.general.baseurl) {

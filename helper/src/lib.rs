@@ -49,4 +49,4 @@ pub use privileges::{CAPABILITIES, Filter, ProcessKind};
 pub use session::allocation::CreateUserError;
 pub use session::install::InstallError;
 pub use session::policy::SlotError;
-pub use session::{Operations, Peer, serve as serve_connection};
+pub use session::{Operations, PeerCredentials, serve as serve_connection};

@@ -75,8 +75,8 @@ pub fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
 
 /// Descriptor 3, if systemd passed this process exactly that one listening socket (`sd_listen_fds(3)`).
 pub fn listening_socket_of_systemd() -> Option<OwnedFd> {
-    let says = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
-    if says("LISTEN_PID") != Some(std::process::id()) || says("LISTEN_FDS") != Some(1) {
+    let variable = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
+    if variable("LISTEN_PID") != Some(std::process::id()) || variable("LISTEN_FDS") != Some(1) {
         return None;
     }
     // SAFETY: systemd has opened descriptor 3 for this process, and main asks once, before opening any.
@@ -159,7 +159,7 @@ pub fn attach_mount(mount: BorrowedFd<'_>, place: &Path) -> io::Result<()> {
 
 /// Set `no_new_privs` for good: no exec gains privileges from now on; and nobody of the same uid may look
 /// into this process or trace it (`PR_SET_DUMPABLE`).
-pub fn no_new_privs_and_undumpable() -> io::Result<()> {
+pub fn set_no_new_privs_and_undumpable() -> io::Result<()> {
     prctl::set_no_new_privs()?;
     Ok(prctl::set_dumpable(false)?)
 }
@@ -177,7 +177,7 @@ pub fn wait(child: Option<Pid>, flags: WaitPidFlag) -> nix::Result<Option<(Pid, 
 /// Answer every signal as the kernel does by default, but for `SIGPIPE`, which Rust ignores for itself and gives
 /// back to each program that it starts. Who started the helper may have had it ignore some (`nohup(1)`, a shell's
 /// `&`), and what is ignored stays so in every program that is started.
-pub fn default_signals() {
+pub fn reset_signals() {
     for number in (1..=libc::SIGRTMAX()).filter(|number| *number != libc::SIGPIPE) {
         // SAFETY: no handler is set. For SIGKILL, SIGSTOP and the C library's own it fails, and changes nothing.
         unsafe { libc::signal(number, libc::SIG_DFL) };

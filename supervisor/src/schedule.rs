@@ -267,7 +267,7 @@ mod tests {
                 // What was taken one by one, and what was counted anew, is the same.
                 prop_assert_eq!(names(&free), names(&taking));
                 let free_by_name = config.slots.keys().filter(|slot| {
-                    !used.contains(*slot) && !used.iter().any(|other| config.conflict(slot, other))
+                    !used.contains(*slot) && !used.iter().any(|other| config.are_conflicting(slot, other))
                 });
                 prop_assert_eq!(names(&free), free_by_name.cloned().collect::<Vec<_>>());
                 if let Some(slot) = free.pick(TargetId::from_bits(target)).cloned() {
@@ -277,7 +277,7 @@ mod tests {
                 }
             }
             for a in &used {
-                prop_assert!(!used.iter().any(|b| config.conflict(a, b)));
+                prop_assert!(!used.iter().any(|b| config.are_conflicting(a, b)));
             }
         }
     }

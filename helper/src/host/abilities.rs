@@ -12,10 +12,10 @@ use crate::sys;
 /// What the host can limit besides what every Linux can (`getrlimit(2)`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Abilities {
-    pub memory: bool,
-    pub cpu: bool,
-    pub pids: bool,
-    pub quotas: bool,
+    pub can_limit_memory: bool,
+    pub can_limit_cpu: bool,
+    pub can_limit_pids: bool,
+    pub has_user_quotas: bool,
 }
 
 impl Abilities {
@@ -25,35 +25,34 @@ impl Abilities {
             .unwrap_or_default();
         let has = |name: &str| controllers.split_whitespace().any(|other| other == name);
         Ok(Abilities {
-            memory: has("memory"),
-            cpu: has("cpu"),
-            pids: has("pids"),
-            quotas: sys::enforces_user_quotas(workers.as_fd()),
+            can_limit_memory: has("memory"),
+            can_limit_cpu: has("cpu"),
+            can_limit_pids: has("pids"),
+            has_user_quotas: sys::enforces_user_quotas(workers.as_fd()),
         })
     }
 }
 
 /// The limits of these that the host cannot enforce: each with its key, and what would let it.
-fn unenforceable(limits: &Limits, can: Abilities) -> Vec<(&'static str, &'static str)> {
+fn unenforceable(limits: &Limits, host: Abilities) -> Vec<(&'static str, &'static str)> {
     let delegate =
         "delegate the cgroup v2 controller of that name to the helper (Delegate=yes), away from cgroup v1";
     let quota = "let the state directory be on ext4 or XFS with user quotas (see docs/deploying.md)";
     [
-        ("memory", limits.memory.is_some() && !can.memory, delegate),
-        ("swap", limits.swap.is_some() && !can.memory, delegate),
-        ("cpus", limits.cpus.is_some() && !can.cpu, delegate),
-        ("disk", limits.disk.is_some() && !can.quotas, quota),
-        ("inodes", limits.inodes.is_some() && !can.quotas, quota),
+        ("memory", limits.memory.is_some(), host.can_limit_memory, delegate),
+        ("swap", limits.swap.is_some(), host.can_limit_memory, delegate),
+        ("cpus", limits.cpus.is_some(), host.can_limit_cpu, delegate),
+        ("disk", limits.disk.is_some(), host.has_user_quotas, quota),
+        ("inodes", limits.inodes.is_some(), host.has_user_quotas, quota),
     ]
     .into_iter()
-    .filter(|(_, missing, _)| *missing)
-    .map(|(key, _, remedy)| (key, remedy))
+    .filter_map(|(key, is_set, can, remedy)| (is_set && !can).then_some((key, remedy)))
     .collect()
 }
 
 /// Refuse limits that would only be written down; where the operator settles for that, the warnings.
-pub fn check(slot: &SlotName, limits: &Limits, can: Abilities) -> Result<Vec<String>> {
-    let missing = unenforceable(limits, can);
+pub fn check(slot: &SlotName, limits: &Limits, host: Abilities) -> Result<Vec<String>> {
+    let missing = unenforceable(limits, host);
     let Some((key, remedy)) = missing.first() else {
         return Ok(Vec::new());
     };
@@ -71,10 +70,10 @@ pub fn check(slot: &SlotName, limits: &Limits, can: Abilities) -> Result<Vec<Str
 }
 
 /// The same for all slots.
-pub fn check_all(config: &Config, can: Abilities) -> Result<Vec<String>> {
+pub fn check_all(config: &Config, host: Abilities) -> Result<Vec<String>> {
     let mut warnings = Vec::new();
     for (name, slot) in &config.slots {
-        let checked = check(name, &slot.limits, can);
+        let checked = check(name, &slot.limits, host);
         warnings.extend(checked.with_context(|| format!("{}:{}", protocol::config::CONFIG_PATH, slot.line))?);
     }
     Ok(warnings)
@@ -110,16 +109,16 @@ pub mod tests {
     use super::*;
 
     pub const NOTHING: Abilities = Abilities {
-        memory: false,
-        cpu: false,
-        pids: false,
-        quotas: false,
+        can_limit_memory: false,
+        can_limit_cpu: false,
+        can_limit_pids: false,
+        has_user_quotas: false,
     };
     pub const ALL: Abilities = Abilities {
-        memory: true,
-        cpu: true,
-        pids: true,
-        quotas: true,
+        can_limit_memory: true,
+        can_limit_cpu: true,
+        can_limit_pids: true,
+        has_user_quotas: true,
     };
 
     pub fn limits(text: &str) -> Limits {
@@ -174,10 +173,8 @@ pub mod tests {
         let place = crate::host::directory::tests::open_path(root.path()).unwrap();
         let can = |controllers: &str| {
             std::fs::write(root.path().join("cgroup.subtree_control"), controllers).unwrap();
-            let Abilities {
-                memory, cpu, pids, ..
-            } = Abilities::of(&place, &place).unwrap();
-            (memory, cpu, pids)
+            let host = Abilities::of(&place, &place).unwrap();
+            (host.can_limit_memory, host.can_limit_cpu, host.can_limit_pids)
         };
         assert_eq!(can(""), (false, false, false));
         assert_eq!(can("cpuset memory pids\n"), (true, false, true));

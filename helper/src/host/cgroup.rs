@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_that_is_removed_while_it_is_looked_at_has_no_process() {
+    fn a_cgroup_that_is_removed_while_it_is_read_has_no_process() {
         let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let (mount, _) = find_mount(&mountinfo).expect("cgroup v2 is mounted");
         let base = mount.join(format!("user-factory-test-{}-removed", std::process::id()));

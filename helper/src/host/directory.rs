@@ -205,7 +205,7 @@ pub mod tests {
         fs::write(at("file"), "").unwrap();
         symlink(&a, at("link")).unwrap();
         assert!(!accepts("file") && !accepts("file/below") && !accepts("link") && !accepts("link/b"));
-        // What cannot be looked at is not what is not there.
+        // A stat that fails does not mean that nothing is there.
         assert!(!accepts(&"x".repeat(300)));
 
         make_directories(&at("a/new/er"), 0o711).unwrap();

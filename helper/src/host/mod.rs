@@ -5,12 +5,12 @@
 pub mod abilities;
 pub mod accounts;
 pub mod cgroup;
-pub mod check;
 pub mod directory;
 pub mod filesystem;
-pub mod network;
 pub mod quota;
 pub mod record;
+pub mod startup_check;
+pub mod sysctl;
 pub mod users;
 
 use std::cell::{Cell, RefCell};
@@ -30,7 +30,7 @@ use crate::sys::{READ_ONLY, WRITABLE};
 use abilities::Abilities;
 use accounts::Accounts;
 use directory::{check_only_root_writes, make_directories, open_detached, open_file};
-use network::Settings;
+use sysctl::NetworkSysctls;
 
 #[derive(Debug)]
 pub struct Host {
@@ -54,8 +54,8 @@ pub struct Host {
     pub cgroups: OwnedFd,
     /// Which limits this host can enforce.
     pub abilities: Abilities,
-    /// What the host's network namespace has set.
-    pub network: Settings,
+    /// The sysctls of the host's network namespace.
+    pub network_sysctls: NetworkSysctls,
     /// Read last, and true for as long as the files are the same. The monitor's children begin with the monitor's.
     config_read: Latest<Config>,
     accounts_read: Latest<Accounts>,
@@ -117,7 +117,7 @@ impl Host {
             root: root.to_owned(),
             config: open_detached(config_dir, READ_ONLY)?,
             abilities: Abilities::of(&workers, &cgroups)?,
-            network: Settings::read()?,
+            network_sysctls: NetworkSysctls::read()?,
             workers,
             userdb: open_detached(&userdb, WRITABLE)?,
             etc: open_detached(Path::new("/etc"), READ_ONLY)?,
@@ -249,7 +249,7 @@ pub mod tests {
         };
         let (workers, cgroups) = (make("workers"), make("cgroups"));
         Host {
-            network: Settings::read().unwrap(),
+            network_sysctls: NetworkSysctls::read().unwrap(),
             root: root.to_owned(),
             config: make("etc/buildomat-user-factory"),
             abilities: Abilities::of(&workers, &cgroups).unwrap(),

@@ -12,7 +12,7 @@ use crate::sys;
 /// What the worker's user may have on disk, where the host counts it: also nothing more than what is said
 /// here of an earlier worker with the same uid.
 pub fn set(host: &Host, uid: Uid, disk: Option<u64>, inodes: Option<u64>) -> Result<()> {
-    if host.abilities.quotas {
+    if host.abilities.has_user_quotas {
         let kib = disk.unwrap_or(0).div_ceil(1024);
         sys::set_user_quota(host.workers.as_fd(), uid.get(), kib, inodes.unwrap_or(0))
             .with_context(|| format!("cannot set the disk quota of uid {uid}"))?;
@@ -24,7 +24,7 @@ pub fn set(host: &Host, uid: Uid, disk: Option<u64>, inodes: Option<u64>) -> Res
 /// ask that as the user itself (`quotactl(2)`): no process of a job can touch it for its effective uid, which
 /// is all that changes.
 pub fn used(host: &Host, uid: Uid) -> Result<Option<u64>> {
-    if !host.abilities.quotas {
+    if !host.abilities.has_user_quotas {
         return Ok(None);
     }
     seteuid(uid.get().into())?;

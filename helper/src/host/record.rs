@@ -79,7 +79,7 @@ pub enum RecordState {
 pub struct Worker {
     pub id: WorkerId,
     lock: Flock<File>,
-    pub written: RecordState,
+    pub record_state: RecordState,
 }
 
 impl Worker {
@@ -93,12 +93,13 @@ impl Worker {
             let lock = Flock::lock(File::from(dir), FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
             // Deleted, perhaps made anew, while we waited? Then this is not the directory any more.
             let locked = nix::sys::stat::fstat(&*lock)?;
-            match stat(&host.workers, id.to_string()) {
-                Ok(now) if (now.st_dev, now.st_ino) == (locked.st_dev, locked.st_ino) => {
-                    let written = read_record(&*lock, id)?;
-                    return Ok(Some(Worker { id, lock, written }));
-                }
-                _ => continue,
+            let now = stat(&host.workers, id.to_string()).map(|now| (now.st_dev, now.st_ino));
+            if now == Ok((locked.st_dev, locked.st_ino)) {
+                return Ok(Some(Worker {
+                    id,
+                    record_state: read_record(&*lock, id)?,
+                    lock,
+                }));
             }
         }
     }
@@ -117,7 +118,7 @@ impl Worker {
     /// The worker, if it was made: with a record.
     pub fn existing(host: &Host, id: WorkerId) -> Result<(Worker, Record), WorkerError> {
         let worker = Worker::find(host, id)?.ok_or(WorkerError::NoSuchWorker(id))?;
-        match worker.written.clone() {
+        match worker.record_state.clone() {
             RecordState::Record(record) => Ok((worker, record)),
             RecordState::Nothing => Err(WorkerError::NoSuchWorker(id)),
             RecordState::Damaged => Err(damaged_record_error(id).into()),
@@ -137,7 +138,7 @@ impl Worker {
         remove_file(self.dir(), "started")?;
         symlinkat(record.print().as_str(), self.dir(), "record")
             .with_context(|| format!("cannot write the record of worker {}", self.id))?;
-        self.written = RecordState::Record(record);
+        self.record_state = RecordState::Record(record);
         Ok(())
     }
 

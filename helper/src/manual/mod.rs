@@ -31,8 +31,8 @@ use nix::unistd::Pid;
 use protocol::config;
 use protocol::{Error, Received, Seqpacket, SlotName, Uid, WorkerId, wire};
 
-use crate::host::check::check_host;
 use crate::host::record::Worker;
+use crate::host::startup_check::check_host;
 use crate::host::{Host, abilities, cgroup, quota, users};
 use crate::monitor::{check_no_container, rootfs};
 use crate::monitor_ipc::HandshakeMessage;
@@ -57,7 +57,7 @@ What `user-factory run`, `user-factory shell` and `user-factory check` start; se
 
 /// The program `user-factory-manual`.
 pub fn main() -> ExitCode {
-    sys::default_signals();
+    sys::reset_signals();
     log::start();
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let [command, rest @ ..] = &arguments[..] else {
@@ -148,7 +148,7 @@ pub fn run(arguments: &[OsString]) -> Result<u8> {
     );
     let host = open_host(&arguments.root)?;
     // An operator who leaves must not leave a worker.
-    let signals = terminal::signals()?;
+    let signals = terminal::block_signals()?;
     let clear_quota = |_, uid: Uid| Ok(quota::set(&host, uid, None, None)?);
     let id = new_id();
     take_slot(&host, &clear_quota, id, arguments.slot)?;
@@ -193,7 +193,7 @@ pub fn shell(arguments: &[OsString]) -> Result<u8> {
         worker.is_started()?,
         "worker {id} has not been started yet: there is nothing to look at"
     );
-    let signals = terminal::signals()?;
+    let signals = terminal::block_signals()?;
     let name = cgroup::manual_name(id);
     let cgroup = match cgroup::create(&host.cgroups, &name) {
         Err(Errno::EBUSY) => bail!("another shell is in worker {id}: end that one first"),
@@ -383,11 +383,11 @@ fn first_process(
 ) -> Result<i32> {
     let mut start = Command::new(&command[0]);
     start.args(&command[1..]).env_clear().current_dir("/work");
-    if ours.any() {
+    if ours.has_any() {
         start.env("TERM", std::env::var_os("TERM").unwrap_or_else(|| "dumb".into()));
     }
     start.envs(variables.iter().map(|(name, value)| (name, value)));
-    let master = match ours.any() {
+    let master = match ours.has_any() {
         true => {
             let (master, terminal) = terminal::open_pty()?;
             terminal::use_terminal(ours, &terminal, &mut start)?;
@@ -406,7 +406,7 @@ fn first_process(
         .with_context(|| format!("cannot start {:?}", command[0]))?;
     drop(start);
     let child = Pid::from_raw(child.id() as i32);
-    if ours.any() {
+    if ours.has_any() {
         terminal::set_foreground(child)?;
     }
     loop {

@@ -25,7 +25,7 @@ use crate::sys;
 pub type Signals = SignalFd;
 
 /// From now on these signals are read, and end nothing by themselves.
-pub fn signals() -> Result<Signals> {
+pub fn block_signals() -> Result<Signals> {
     let mask = SigSet::from_iter([
         Signal::SIGCHLD,
         Signal::SIGINT,
@@ -41,22 +41,22 @@ pub fn signals() -> Result<Signals> {
 /// Which of the standard streams are the operator's terminal. A job gets none of these, but one of its own instead.
 #[derive(Clone, Copy, Debug)]
 pub struct TerminalStreams {
-    input: bool,
-    output: bool,
-    errors: bool,
+    is_input_terminal: bool,
+    is_output_terminal: bool,
+    is_error_terminal: bool,
 }
 
 impl TerminalStreams {
-    pub fn any(self) -> bool {
-        self.input || self.output || self.errors
+    pub fn has_any(self) -> bool {
+        self.is_input_terminal || self.is_output_terminal || self.is_error_terminal
     }
 }
 
 pub fn ours() -> TerminalStreams {
     TerminalStreams {
-        input: std::io::stdin().is_terminal(),
-        output: std::io::stdout().is_terminal(),
-        errors: std::io::stderr().is_terminal(),
+        is_input_terminal: std::io::stdin().is_terminal(),
+        is_output_terminal: std::io::stdout().is_terminal(),
+        is_error_terminal: std::io::stderr().is_terminal(),
     }
 }
 
@@ -78,15 +78,15 @@ pub fn open_pty() -> Result<(OwnedFd, OwnedFd)> {
 /// them.
 pub fn use_terminal(ours: TerminalStreams, terminal: &OwnedFd, command: &mut Command) -> Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
-    if ours.input {
+    if ours.is_input_terminal {
         command.stdin(terminal.try_clone()?);
         nix::unistd::dup2_stdin(&null)?;
     }
-    if ours.output {
+    if ours.is_output_terminal {
         command.stdout(terminal.try_clone()?);
         nix::unistd::dup2_stdout(&null)?;
     }
-    if ours.errors {
+    if ours.is_error_terminal {
         command.stderr(terminal.try_clone()?);
         nix::unistd::dup2_stderr(&null)?;
     }
@@ -120,7 +120,7 @@ pub struct Terminal {
 impl Terminal {
     pub fn new(job: OwnedFd, ours: TerminalStreams) -> Result<Terminal> {
         let mut before = None;
-        if ours.input {
+        if ours.is_input_terminal {
             let typed = std::io::stdin();
             let now = tcgetattr(&typed).context("cannot examine the terminal")?;
             let mut raw = now.clone();
@@ -136,9 +136,9 @@ impl Terminal {
 
     fn resize(&self) {
         let (input, output, errors) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-        let operator = match self.ours {
-            TerminalStreams { input: true, .. } => input.as_fd(),
-            TerminalStreams { output: true, .. } => output.as_fd(),
+        let operator = match (self.ours.is_input_terminal, self.ours.is_output_terminal) {
+            (true, _) => input.as_fd(),
+            (_, true) => output.as_fd(),
             _ => errors.as_fd(),
         };
         // A terminal without a size has none to pass on.
@@ -152,7 +152,7 @@ impl Terminal {
             Ok(0) | Err(_) => return false,
             Ok(n) => &buffer[..n],
         };
-        let printed = if self.ours.output {
+        let printed = if self.ours.is_output_terminal {
             let mut out = std::io::stdout().lock();
             out.write_all(text).and_then(|()| out.flush())
         } else {
@@ -187,7 +187,7 @@ impl Drop for Terminal {
 
 /// Pass bytes both ways until the sandbox's first process has ended; its status. A signal that would end us ends it.
 pub fn relay_until_exit(first: Pid, mut terminal: Option<Terminal>, signals: &Signals) -> Result<u8> {
-    let mut typed = terminal.as_ref().is_some_and(|terminal| terminal.ours.input);
+    let mut typed = terminal.as_ref().is_some_and(|it| it.ours.is_input_terminal);
     loop {
         let keyboard = std::io::stdin();
         let mut events = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];

@@ -20,7 +20,7 @@ use crate::{sandbox, sys};
 
 /// Launches that wait for the jobs' root file system, in the order in which they were asked for.
 #[derive(Debug, Default)]
-pub struct Waiting(VecDeque<Launch>);
+pub struct LaunchQueue(VecDeque<Launch>);
 
 /// More than sessions ask for at once.
 const MAX_WAITING: usize = 512;
@@ -35,7 +35,7 @@ struct Launch {
 }
 
 /// Take the next request. What can be done now is done; a launch begins to wait.
-pub fn take_request(host: &Host, waiting: &mut Waiting, requests: &Seqpacket) {
+pub fn take_request(host: &Host, queue: &mut LaunchQueue, requests: &Seqpacket) {
     let (bytes, answer) = match requests.recv(MonitorRequest::MAX) {
         Ok(Received::Packet {
             bytes,
@@ -46,9 +46,9 @@ pub fn take_request(host: &Host, waiting: &mut Waiting, requests: &Seqpacket) {
         },
         _ => return,
     };
-    let begun = match wire::decode(&bytes) {
+    let outcome = match wire::decode(&bytes) {
         Ok(MonitorRequest::Launch { worker, bootstrap }) => {
-            return waiting.push(Launch {
+            return queue.push(Launch {
                 worker,
                 bootstrap,
                 session: answer,
@@ -58,12 +58,12 @@ pub fn take_request(host: &Host, waiting: &mut Waiting, requests: &Seqpacket) {
         Ok(MonitorRequest::ClearQuota { worker }) => clear_quota(host, worker, &answer),
         Err(error) => Err(anyhow!("{} bytes are no request: {error}", bytes.len())),
     };
-    if let Err(error) = begun {
+    if let Err(error) = outcome {
         refuse(&answer, error.into());
     }
 }
 
-impl Waiting {
+impl LaunchQueue {
     fn push(&mut self, launch: Launch) {
         if self.0.len() >= MAX_WAITING {
             // Sessions that gave up have left theirs.
@@ -142,7 +142,7 @@ fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
         }
     };
     rootfs
-        .inside(|| sys::clone_sandboxed(cgroup.as_fd(), first))?
+        .run_inside(|| sys::clone_sandboxed(cgroup.as_fd(), first))?
         .context("cannot make the worker's namespaces")?;
     Ok(())
 }

@@ -33,7 +33,7 @@ use protocol::{Error, ErrorKind, Reply, Seqpacket, wire};
 use crate::host::Host;
 use crate::log::{error, warn};
 use crate::privileges::seccomp;
-use crate::session::{self, OnHost, Peer};
+use crate::session::{self, HostOperations, PeerCredentials};
 use crate::{privileges, sys};
 
 /// The most connections that are served at once; the supervisor makes one for each operation.
@@ -151,7 +151,7 @@ impl Listener {
             let reply = Reply::Error(Error::new(ErrorKind::Busy, self.sentence(now)));
             let client = self.client;
             // A new connection has room for it. Who is gone needs no answer.
-            let _ = hand_over(connection, &[], |connection, _| {
+            let _ = fork_session(connection, &[], |connection, _| {
                 if is_served(peer, client) {
                     let _ = wire::encode(&reply).map(|bytes| connection.try_send(&bytes, None));
                 }
@@ -162,7 +162,7 @@ impl Listener {
     }
 
     /// Handle the end of a child of the monitor, which may be the listener.
-    pub fn ended(&mut self, ended: Pid, status: ExitStatus, now: Instant) {
+    pub fn handle_exit(&mut self, ended: Pid, status: ExitStatus, now: Instant) {
         if self.child.take_if(|(pid, _)| *pid == ended).is_some() {
             warn!(
                 "the process that accepts connections has ended ({status}): another is started; sessions go on"
@@ -244,7 +244,7 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
                         return 0;
                     }
                     let before = host.reads();
-                    let operations = OnHost {
+                    let operations = HostOperations {
                         host,
                         monitor: monitor_socket,
                     };
@@ -254,7 +254,7 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
                         false => EXIT_AFTER_READ,
                     }
                 };
-                match hand_over(connection, &keep, serve) {
+                match fork_session(connection, &keep, serve) {
                     Ok(pid) => drop(sessions.insert(pid)),
                     Err(error) => warn!("closed the connection: cannot fork a session: {error}"),
                 }
@@ -270,21 +270,21 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
 }
 
 /// Accept the next connection, and say whose it is.
-fn accept(socket: &UnixListener) -> io::Result<Option<(Seqpacket, Peer)>> {
+fn accept(socket: &UnixListener) -> io::Result<Option<(Seqpacket, PeerCredentials)>> {
     let connection = match socket.accept() {
         Ok((connection, _)) => OwnedFd::from(connection),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
         Err(error) => return Err(error),
     };
     let peer = getsockopt(&connection, sockopt::PeerCredentials)?;
-    let peer = Peer {
+    let peer = PeerCredentials {
         uid: peer.uid(),
         pid: peer.pid(),
     };
     Ok(Some((connection.into(), peer)))
 }
 
-fn is_served(Peer { uid, pid }: Peer, client: u32) -> bool {
+fn is_served(PeerCredentials { uid, pid }: PeerCredentials, client: u32) -> bool {
     if uid != client {
         warn!("closed the connection: the helper serves uid {client} alone uid={uid} pid={pid}");
     }
@@ -296,7 +296,7 @@ fn is_served(Peer { uid, pid }: Peer, client: u32) -> bool {
 /// Closing the last descriptor of a connection closes what is in packets that nobody has received, which can wait for
 /// ever (`SO_LINGER` in `socket(7)`), but not in a process that ends. So that process ends after this one has closed its
 /// copy.
-fn hand_over(
+fn fork_session(
     connection: Seqpacket,
     keep: &[RawFd],
     serve: impl FnOnce(&Seqpacket, &mut Vec<OwnedFd>) -> i32,

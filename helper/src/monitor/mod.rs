@@ -31,13 +31,13 @@ use nix::sys::wait::WaitPidFlag;
 use protocol::Seqpacket;
 use protocol::config::{self, Config, UidRange, accounts};
 
-use crate::host::check::check_host;
 use crate::host::directory::{check_only_root_writes, make_directories};
+use crate::host::startup_check::check_host;
 use crate::host::{Host, abilities, cgroup, users};
 use crate::log::{error, info, warn};
 use crate::sandbox::landlock;
 use crate::{log, privileges, sys};
-use launch::Waiting;
+use launch::LaunchQueue;
 use listener::Listener;
 use rootfs::{Event, RootFs};
 
@@ -99,7 +99,7 @@ fn options() -> Result<Option<Options>> {
 /// The program `user-factory-helper`.
 pub fn main() -> ExitCode {
     let systemd_socket = sys::listening_socket_of_systemd();
-    sys::default_signals();
+    sys::reset_signals();
     log::start();
     let run = || match options()? {
         Some(options) => start(&options, systemd_socket),
@@ -327,9 +327,9 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
     build_first(host, &mut rootfs)?;
     let (requests, for_sessions) = Seqpacket::pair()?;
     let mut listener = Listener::new(socket, client, for_sessions, Instant::now())?;
-    let dev_changes = rootfs::watch().context("cannot watch /dev")?;
+    let dev_changes = rootfs::new_inotify().context("cannot watch /dev")?;
     hotplug::refresh(&dev_changes, host);
-    let mut waiting = Waiting::default();
+    let mut queue = LaunchQueue::default();
     loop {
         listener.tick(host, Instant::now());
         let (ready, listening) = {
@@ -358,16 +358,16 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
         reap(&mut listener);
         let built = match rootfs.on_events(&ready[listening..]) {
             Some(Event::Failed(reason) | Event::Lost(reason)) => {
-                waiting.refuse_all(&reason);
+                queue.refuse_all(&reason);
                 false
             }
             event => event.is_some(),
         };
         // Not before: a launch is not refused for a builder that ended before it was asked for.
         if ready[1] {
-            launch::take_request(host, &mut waiting, &requests);
+            launch::take_request(host, &mut queue, &requests);
         }
-        waiting.launch(host, &mut rootfs);
+        queue.launch(host, &mut rootfs);
         // The configuration of what was built may name other devices.
         if ready[2] || built {
             hotplug::refresh(&dev_changes, host);
@@ -381,8 +381,8 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
 /// Build the root file system once before anybody is served: a mistake in the configuration, or a host on which no job
 /// can run, is refused at the start. Where a mount of the host's hangs, there may still be workers to delete.
 fn build_first(host: &Host, rootfs: &mut RootFs) -> Result<()> {
-    let begun = Instant::now();
-    while !rootfs.prepare(host, begun)? {
+    let started_at = Instant::now();
+    while !rootfs.prepare(host, started_at)? {
         let ready = {
             let mut events = rootfs.events();
             match poll(&mut events, until(rootfs.due())) {
@@ -418,6 +418,6 @@ fn until(due: Option<Instant>) -> PollTimeout {
 /// Collect the dead: a listener, workers' first processes, orphans.
 fn reap(listener: &mut Listener) {
     while let Ok(Some((child, ended))) = sys::wait(None, WaitPidFlag::WNOHANG) {
-        listener.ended(child, ended, Instant::now());
+        listener.handle_exit(child, ended, Instant::now());
     }
 }

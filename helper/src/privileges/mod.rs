@@ -99,7 +99,7 @@ impl ProcessKind {
             let now = caps::read(None, set).map_err(describe)?;
             ensure!(now == *keep, "capabilities are left that should not be: {now:?}");
         }
-        sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
+        sys::set_no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
         let filter = match self.filter_and_parent().0 {
             Some(Filter::Monitor) => seccomp::monitor(),
             Some(Filter::Session) => seccomp::session(),

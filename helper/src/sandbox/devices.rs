@@ -69,7 +69,7 @@ pub fn find(host: &Host, patterns: &BTreeSet<DevicePattern>) -> Result<(Nodes, V
     let mut waiting = vec![PathBuf::new()];
     while let Some(directory) = waiting.pop() {
         let dir = match open_dir(&host.dev, or_dot(&directory)) {
-            // Unplugged while we looked.
+            // Unplugged before it was opened.
             Err(Errno::ENOENT) => continue,
             dir => dir?,
         };

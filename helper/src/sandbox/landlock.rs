@@ -62,13 +62,13 @@ fn warnings_for(version: i64) -> Vec<&'static str> {
 
 /// The rules of one job, while its sandbox is made.
 #[derive(Debug)]
-pub struct Rules {
+pub struct LandlockRules {
     ruleset: Option<OwnedFd>,
     has_files: bool,
 }
 
-impl Rules {
-    pub fn new(allow_user_namespaces: bool) -> Result<Rules> {
+impl LandlockRules {
+    pub fn new(allow_user_namespaces: bool) -> Result<LandlockRules> {
         let handled = handled(sys::landlock_version(), allow_user_namespaces);
         let has_files = handled.handled_access_fs != 0;
         // The kernel takes none that handles nothing; what is missing, the helper has said at its start.
@@ -76,7 +76,7 @@ impl Rules {
         let ruleset = (!is_empty)
             .then(|| sys::landlock_create_ruleset(&handled))
             .transpose();
-        Ok(Rules {
+        Ok(LandlockRules {
             ruleset: ruleset.context("cannot make a Landlock ruleset")?,
             has_files,
         })

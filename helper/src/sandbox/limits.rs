@@ -14,12 +14,12 @@ use crate::host::directory::open_file;
 use crate::sys;
 
 /// What to write into which file of the worker's cgroup (the kernel's cgroup-v2 documentation).
-fn cgroup_settings(limits: &Limits, nice: u8, can: Abilities) -> Vec<(&'static str, String)> {
+fn cgroup_settings(limits: &Limits, nice: u8, host: Abilities) -> Vec<(&'static str, String)> {
     let mut settings = Vec::new();
-    if can.pids {
+    if host.can_limit_pids {
         settings.push(("pids.max", limits.processes.to_string()));
     }
-    if can.memory {
+    if host.can_limit_memory {
         if let Some(memory) = limits.memory {
             settings.push(("memory.high", throttle_from(memory).to_string()));
             settings.push(("memory.max", memory.to_string()));
@@ -29,12 +29,12 @@ fn cgroup_settings(limits: &Limits, nice: u8, can: Abilities) -> Vec<(&'static s
             settings.push(("memory.swap.max", swap.to_string()));
         }
     }
-    if let (true, Some(cpus)) = (can.cpu, limits.cpus) {
+    if let (true, Some(cpus)) = (host.can_limit_cpu, limits.cpus) {
         // Of each 100 ms, in microseconds.
         let quota = u64::from(cpus.thousandths()) * 100;
         settings.push(("cpu.max", format!("{quota} 100000")));
     }
-    if can.cpu && nice > 0 {
+    if host.can_limit_cpu && nice > 0 {
         // Between cgroups the nice values of processes count for nothing.
         settings.push(("cpu.weight.nice", nice.to_string()));
     }
@@ -54,8 +54,8 @@ fn throttle_from(limit: u64) -> u64 {
 }
 
 /// Limit a worker's new cgroup.
-pub fn limit_cgroup(cgroup: &OwnedFd, slot: &Slot, can: Abilities) -> Result<()> {
-    for (name, value) in cgroup_settings(&slot.limits, slot.nice, can) {
+pub fn limit_cgroup(cgroup: &OwnedFd, slot: &Slot, host: Abilities) -> Result<()> {
+    for (name, value) in cgroup_settings(&slot.limits, slot.nice, host) {
         let mut file = match open_file(cgroup, name, OFlag::O_WRONLY) {
             // A kernel without swap has nothing to keep a job from.
             Err(Errno::ENOENT) if name == "memory.swap.max" && slot.limits.swap.is_none() => continue,

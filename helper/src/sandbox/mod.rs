@@ -2,7 +2,7 @@
 //! the sandbox; and the agent's start. Nothing comes from outside but a worker's id and a token: all else is read from the
 //! host's own files.
 
-mod accounts;
+mod account_files;
 pub mod devices;
 pub mod environment;
 pub mod landlock;
@@ -126,12 +126,12 @@ fn apply_sandbox(
     let enter = |egress| network::enter(&config.general.baseurl, egress, &host.proxy_dir);
     let proxy = plan.slot.egress.as_ref().map(enter).transpose()?;
     // The root is the one of all jobs already, copied with the namespace. Add what is this job's own.
-    let rules = landlock::Rules::new(plan.slot.allow_user_namespaces)?;
+    let rules = landlock::LandlockRules::new(plan.slot.allow_user_namespaces)?;
     mounts(plan, &rules)?;
     show_free_space()?;
     if proxy.is_some() {
         // With the /proc of this network namespace, which jobs cannot write.
-        host.network.write()?;
+        host.network_sysctls.write()?;
     }
     if session.is_some() {
         redirect_stdio()?;
@@ -193,7 +193,7 @@ impl PreparedJob {
             }
             Err(error) => {
                 let error = anyhow!("cannot start the agent: {error}");
-                init::not_started(&self.proof, &self.files, &error.to_string());
+                init::record_not_started(&self.proof, &self.files, &error.to_string());
                 let _ = HandshakeMessage::failed(error).send_to(session, None);
                 1
             }
@@ -216,7 +216,7 @@ fn plan(host: &Host, config: &Config, worker: WorkerId) -> Result<Plan> {
         .ok_or_else(|| host::no_such_slot(&record.slot))?;
     let user = UserName::from(worker);
     let groups = users::groups(host, &slot.add_to_groups)?;
-    let etc = accounts::files(&*host.accounts()?, &user, record.uid, &groups, config, slot);
+    let etc = account_files::files(&*host.accounts()?, &user, record.uid, &groups, config, slot);
     Ok(Plan {
         worker,
         user: user.clone(),
@@ -254,7 +254,7 @@ fn arguments(config: &Config, uid: Uid, slot: &Slot, bootstrap: &BootstrapToken)
     arguments
 }
 
-fn mounts(plan: &Plan, rules: &landlock::Rules) -> Result<()> {
+fn mounts(plan: &Plan, rules: &landlock::LandlockRules) -> Result<()> {
     let fs = private(plan, "workers").join("fs");
     for (below_fs, place) in writable_dirs::mounted(&plan.writable_dirs) {
         let is_slots = |other: &HostPath| other.as_path() == place.entered();

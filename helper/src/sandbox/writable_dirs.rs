@@ -14,8 +14,8 @@ use protocol::{Uid, UserName};
 
 use crate::host::directory::{kind, make_dir, names, open_dir, remove_dir, remove_file, stat};
 use crate::sandbox::paths::JobPath;
-use crate::unprivileged::as_user;
 use crate::unprivileged::remove::{DEEP, DEEP_SPARE, DEEPEST, empty_dirs};
+use crate::unprivileged::run_as_user;
 
 /// One of them: its path below `fs/`, where the job sees it, and its mode.
 #[derive(Debug, PartialEq, Eq)]
@@ -155,7 +155,7 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
         .collect();
     if let Some(uid) = uid.filter(|_| !given.is_empty()) {
         let empty = |deepest| {
-            as_user(uid, &[fs.as_raw_fd()], |proof| {
+            run_as_user(uid, &[fs.as_raw_fd()], |proof| {
                 empty_dirs(proof, fs.as_fd(), &given, deepest)
             })
         };

@@ -76,7 +76,7 @@ pub fn create_user(
     let slot_config = slot_config.ok_or_else(|| SlotError::NoSuchSlot(slot.clone()))?;
     users::groups(host, &slot_config.add_to_groups).map_err(CreateUserError::Misconfigured)?;
     let mut worker = Worker::find_or_make(host, id)?;
-    let record = match worker.written.clone() {
+    let record = match worker.record_state.clone() {
         RecordState::Record(record) if record.slot == *slot => record,
         RecordState::Record(Record { slot: has, .. }) => {
             let (worker, asked) = (id, slot.clone());
@@ -150,7 +150,7 @@ pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<
     let Some(worker) = Worker::find(host, id)? else {
         return Ok(());
     };
-    let (uid, is_recorded) = match &worker.written {
+    let (uid, is_recorded) = match &worker.record_state {
         RecordState::Record(record) => (Some(record.uid), true),
         // The owner of its writable directories tells, so they go last; or what the host was told, where it had none yet.
         _ => match writable_dirs::owner(worker.dir())? {
@@ -171,7 +171,7 @@ pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<
     writable_dirs::remove(worker.dir(), uid)?;
     devices::remove(host, id)?;
     if is_recorded {
-        if let Some(uid) = uid.filter(|_| host.abilities.quotas) {
+        if let Some(uid) = uid.filter(|_| host.abilities.has_user_quotas) {
             clear_quota(id, uid)?;
         }
         forget()?;

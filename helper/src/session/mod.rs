@@ -19,8 +19,8 @@ use protocol::{
     UserName, VERSION, WorkerId, WorkerInfo, wire,
 };
 
-use crate::host::check::check_configuration;
 use crate::host::record::{self, Worker, WorkerError};
+use crate::host::startup_check::check_configuration;
 use crate::host::{Host, cgroup};
 use crate::log::{info, warn};
 use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
@@ -59,8 +59,8 @@ pub trait Operations {
 /// peer has sent can wait for ever (`SO_LINGER` in `socket(7)`), but not in a process that ends.
 pub fn serve(
     operations: &dyn Operations,
-    peer: Peer,
-    busy: bool,
+    peer: PeerCredentials,
+    is_busy: bool,
     socket: &Seqpacket,
     received: &mut Vec<OwnedFd>,
 ) {
@@ -112,7 +112,7 @@ pub fn serve(
             .any(|it| fcntl(it, FcntlArg::F_GET_SEALS).is_err());
         let begin = Instant::now();
         let (reply, descriptor) = match (&request, is_greeted) {
-            (Request::Hello { version: VERSION }, false) if busy => {
+            (Request::Hello { version: VERSION }, false) if is_busy => {
                 let message = "the helper serves as many connections as it can: try again later";
                 (Reply::Error(Error::new(ErrorKind::Busy, message)), None)
             }
@@ -188,12 +188,12 @@ fn answer(
 }
 
 /// The host, and the way to the monitor.
-pub struct OnHost<'a> {
+pub struct HostOperations<'a> {
     pub host: &'a Host,
     pub monitor: &'a Seqpacket,
 }
 
-impl OnHost<'_> {
+impl HostOperations<'_> {
     /// A session may set no quota.
     fn clear_quota(&self, worker: WorkerId) -> Result<(), Failure> {
         let monitor = install::request(self.monitor, &MonitorRequest::ClearQuota { worker })?;
@@ -201,7 +201,7 @@ impl OnHost<'_> {
     }
 }
 
-impl Operations for OnHost<'_> {
+impl Operations for HostOperations<'_> {
     fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName), CreateUserError> {
         allocation::create_user(self.host, &|id, _| self.clear_quota(id), worker, slot)
     }
@@ -272,7 +272,7 @@ fn name(request: &Request) -> &'static str {
 
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Copy, Debug)]
-pub struct Peer {
+pub struct PeerCredentials {
     /// The uid at the moment of connecting (`SO_PEERCRED`, `socket(7)`).
     pub uid: u32,
     /// The process id at that moment, for the log only: it may be another process's since.
@@ -281,7 +281,7 @@ pub struct Peer {
 
 /// One line a request: who, what, which worker, which slot, how it ended, how long it took. Polls that went
 /// well are not worth one.
-fn audit(peer: Peer, request: &Request, reply: &Reply, begin: Instant) {
+fn audit(peer: PeerCredentials, request: &Request, reply: &Reply, begin: Instant) {
     let (worker, slot) = match request {
         Request::Hello { .. } | Request::List { .. } | Request::Check => (None, None),
         Request::CreateUser { worker, slot } => (Some(*worker), Some(slot.to_string())),
@@ -292,7 +292,7 @@ fn audit(peer: Peer, request: &Request, reply: &Reply, begin: Instant) {
     };
     let worker = worker.map(|id| id.to_string()).unwrap_or_default();
     let slot = slot.unwrap_or_default();
-    let (what, Peer { uid, pid }) = (name(request), peer);
+    let (what, PeerCredentials { uid, pid }) = (name(request), peer);
     let fields = format!(
         "uid={uid} pid={pid} what={what:?} worker={worker:?} slot={slot:?} microseconds={}",
         begin.elapsed().as_micros()

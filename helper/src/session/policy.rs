@@ -41,7 +41,7 @@ pub fn may_take(
             let message = format!("slot {slot} has worker {other}: delete that one first");
             return Err(SlotError::SlotTaken(message));
         }
-        if config.conflict(taken, slot) {
+        if config.are_conflicting(taken, slot) {
             let message = format!(
                 "slot {slot} conflicts with {taken}, which has worker {other}: delete that one first"
             );

@@ -183,7 +183,7 @@ pub fn run(proof: &Unprivileged, agent: Agent, files: &Files, config: &InitConfi
 }
 
 /// The agent's program could not be started: say so where an operator and the supervisor will look.
-pub fn not_started(_proof: &Unprivileged, files: &Files, sentence: &str) {
+pub fn record_not_started(_proof: &Unprivileged, files: &Files, sentence: &str) {
     let _ = writeln!(&files.console, "{sentence}");
     let _ = (&files.exit).write_all(print_exit(Exit::NotStarted).as_bytes());
 }

@@ -27,14 +27,14 @@ use crate::sys;
 pub const MAX_PER_ITERATION: usize = 64;
 
 /// Do this in a process that has become the user, and has these descriptors alone.
-pub fn as_user(uid: Uid, keep: &[RawFd], work: impl FnOnce(&Unprivileged) -> Result<bool>) -> Result<bool> {
+pub fn run_as_user(uid: Uid, fds: &[RawFd], run: impl FnOnce(&Unprivileged) -> Result<bool>) -> Result<bool> {
     /// The status of a process that has answered `false`.
     const FALSE: i32 = 2;
     let (errors, to_parent) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let child = sys::fork(|| {
         let work = || {
-            sys::close_all_but(&[keep, &[to_parent.as_raw_fd()]].concat())?;
-            work(&become_user(uid, &[])?)
+            sys::close_all_but(&[fds, &[to_parent.as_raw_fd()]].concat())?;
+            run(&become_user(uid, &[])?)
         };
         match work() {
             Ok(true) => 0,
@@ -72,7 +72,7 @@ pub fn kill_all(uid: Uid) -> Result<()> {
         pause = (pause * 2).min(Duration::from_millis(10));
         if pause > Duration::from_millis(1) {
             // It reaches all of the user's but the process itself (kill(2)); whom it found, it does not tell.
-            as_user(uid, &[], |_| {
+            run_as_user(uid, &[], |_| {
                 let _ = nix::sys::signal::kill(Pid::from_raw(-1), Signal::SIGKILL);
                 Ok(true)
             })?;

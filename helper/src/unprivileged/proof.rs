@@ -30,6 +30,6 @@ pub fn become_user(uid: Uid, groups: &[Gid]) -> Result<Unprivileged> {
             "capabilities are left after becoming uid {uid}: {left:?}"
         );
     }
-    sys::no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
+    sys::set_no_new_privs_and_undumpable().context("cannot set no_new_privs")?;
     Ok(Unprivileged(()))
 }

@@ -31,7 +31,7 @@ impl ProxyListener {
         listeners.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect()
     }
 
-    /// Hand on the connections that are waiting. Where the supervisor does not run, or is busy, they are closed: the
+    /// Forward the connections that are waiting. Where the supervisor does not run, or is busy, they are closed: the
     /// agent comes again.
     pub fn forward(&self, _proof: &Unprivileged) {
         let socket: PathBuf = format!("/proc/self/fd/{}/{PROXY_SOCKET}", self.proxy_dir.as_raw_fd()).into();

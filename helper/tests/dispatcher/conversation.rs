@@ -11,7 +11,7 @@ use std::io::{IoSlice, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Result, anyhow};
-use helper::{CreateUserError, Failure, InstallError, Operations, Peer, SlotError, WorkerError};
+use helper::{CreateUserError, Failure, InstallError, Operations, PeerCredentials, SlotError, WorkerError};
 use model::{Agent, Configuration, Model};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
@@ -49,7 +49,7 @@ pub struct Packet {
 /// What a client sends, and whether the helper has too many of them.
 #[derive(Debug)]
 pub struct Conversation {
-    pub busy: bool,
+    pub is_busy: bool,
     pub packets: Vec<Packet>,
 }
 
@@ -58,7 +58,7 @@ impl From<&[u8]> for Conversation {
     fn from(bytes: &[u8]) -> Self {
         let mut bytes = bytes.iter().copied();
         let mut packets = Vec::new();
-        let busy = bytes.next() == Some(1);
+        let is_busy = bytes.next() == Some(1);
         while let Some(what) = bytes.next().filter(|_| packets.len() < MAX_PACKETS) {
             let mut next = || bytes.next().unwrap_or_default();
             let (which, how) = (next(), next());
@@ -101,7 +101,7 @@ impl From<&[u8]> for Conversation {
             }
             packets.push(Packet { bytes, descriptors });
         }
-        Conversation { busy, packets }
+        Conversation { is_busy, packets }
     }
 }
 
@@ -257,7 +257,7 @@ fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, E
         }
         if !is_greeted {
             answers.push(match request {
-                Request::Hello { version: VERSION } if conversation.busy => Err(ErrorKind::Busy),
+                Request::Hello { version: VERSION } if conversation.is_busy => Err(ErrorKind::Busy),
                 Request::Hello { version: VERSION } => {
                     is_greeted = true;
                     Ok(Reply::Welcome)
@@ -336,11 +336,11 @@ pub fn check_conversation(conversation: &Conversation) {
     shutdown(client.as_raw_fd(), Shutdown::Write).expect("a socket can be shut down");
     let client = Seqpacket::from(client);
     let operations = ModelOperations(RefCell::new(model.clone()));
-    let peer = Peer { uid: 0, pid: 1 };
+    let peer = PeerCredentials { uid: 0, pid: 1 };
     helper::serve_connection(
         &operations,
         peer,
-        conversation.busy,
+        conversation.is_busy,
         &server.into(),
         &mut Vec::new(),
     );

@@ -60,7 +60,7 @@ fn install(worker: WorkerId, descriptors: &[SentDescriptor]) -> Packet {
 fn each_request_is_answered_as_the_contract_says() {
     let [worker, other] = [1, 2].map(WorkerId::from_bits);
     for version in [0, VERSION - 1, VERSION, VERSION + 1, u16::MAX] {
-        for busy in [false, true] {
+        for is_busy in [false, true] {
             let list = |after| packet(&Request::List { after }, &[]);
             let packets = vec![
                 hello(version),
@@ -88,7 +88,7 @@ fn each_request_is_answered_as_the_contract_says() {
                 install(other, &[SentDescriptor::NoProgram]),
                 list(None),
             ];
-            check_serially(&Conversation { busy, packets });
+            check_serially(&Conversation { is_busy, packets });
         }
     }
 }
@@ -104,7 +104,10 @@ fn nothing_is_answered_before_the_greeting() {
         packet(&Request::List { after: None }, &[]),
     ] {
         let packets = vec![first, hello(VERSION), create(worker, "a")];
-        check_serially(&Conversation { busy: false, packets });
+        check_serially(&Conversation {
+            is_busy: false,
+            packets,
+        });
     }
 }
 
@@ -123,10 +126,16 @@ fn descriptors_that_no_message_calls_for_end_the_connection() {
         ] {
             let mut greeting = hello(VERSION);
             let packets = vec![greeting.clone(), create(worker, "a"), wrong, create(worker, "a")];
-            check_serially(&Conversation { busy: false, packets });
+            check_serially(&Conversation {
+                is_busy: false,
+                packets,
+            });
             greeting.descriptors = many[..number].to_vec();
             let packets = vec![greeting, create(worker, "a")];
-            check_serially(&Conversation { busy: false, packets });
+            check_serially(&Conversation {
+                is_busy: false,
+                packets,
+            });
         }
     }
 }
@@ -143,7 +152,10 @@ fn what_is_no_request_ends_the_connection() {
         let mut broken = good.clone();
         broken.bytes.resize(length, 0);
         let packets = vec![hello(VERSION), good.clone(), broken, good.clone()];
-        check_serially(&Conversation { busy: false, packets });
+        check_serially(&Conversation {
+            is_busy: false,
+            packets,
+        });
     }
 }
 
@@ -177,7 +189,7 @@ fn logged(test: &str, conversations: &[Conversation]) -> Option<Vec<String>> {
 fn the_log_says_who_asked_for_what_and_how_it_ended_but_not_of_each_poll() {
     let worker = WorkerId::from_bits(1);
     let life = Conversation {
-        busy: false,
+        is_busy: false,
         packets: vec![
             hello(VERSION),
             packet(&Request::List { after: None }, &[]),
@@ -191,7 +203,7 @@ fn the_log_says_who_asked_for_what_and_how_it_ended_but_not_of_each_poll() {
         ],
     };
     let no_greeting = Conversation {
-        busy: false,
+        is_busy: false,
         packets: vec![packet(&Request::List { after: None }, &[])],
     };
     let test = "the_log_says_who_asked_for_what_and_how_it_ended_but_not_of_each_poll";

@@ -179,7 +179,7 @@ pub struct Slot {
     pub allow_user_namespaces: bool,
     /// Are `fsync(2)` and its kin answered without being done? What a job writes ends with it, so nothing is
     /// lost; unless it writes to a disk of its own, so a slot with block devices has them done all the same.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub ignore_sync: bool,
     /// How much the job may use; the helper does not start where the host cannot enforce one of them.
     #[serde(default)]
@@ -196,7 +196,7 @@ pub struct Slot {
     pub job_timeout_seconds: Option<u64>,
     /// Is a worker that the factory has failed kept until an operator releases it? Otherwise its console goes to the
     /// job's log, and it is deleted.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub hold_on_failure: bool,
     /// Do the processes of a failed worker go on while it is kept? They are ended unless this is set.
     #[serde(default)]
@@ -217,13 +217,13 @@ pub struct Mistake {
 
 impl Config {
     /// Do these slots exclude each other? It is enough that one of them says so.
-    pub fn conflict(&self, a: &SlotName, b: &SlotName) -> bool {
-        let says = |x: &SlotName, y: &SlotName| {
+    pub fn are_conflicting(&self, a: &SlotName, b: &SlotName) -> bool {
+        let lists = |x: &SlotName, y: &SlotName| {
             self.slots
                 .get(x)
                 .is_some_and(|slot| slot.conflicts_with_slots.contains(y))
         };
-        says(a, b) || says(b, a)
+        lists(a, b) || lists(b, a)
     }
 
     /// # Errors
@@ -366,7 +366,7 @@ struct SlotSpans {
     socket_families: Option<Spanned<IgnoredAny>>,
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 
@@ -398,7 +398,11 @@ mod tests {
         ))
         .unwrap();
         let (a, b) = ("a".parse().unwrap(), "b".parse().unwrap());
-        assert!(config.conflict(&a, &b) && config.conflict(&b, &a) && !config.conflict(&a, &a));
+        assert!(
+            config.are_conflicting(&a, &b)
+                && config.are_conflicting(&b, &a)
+                && !config.are_conflicting(&a, &a)
+        );
         assert_eq!(config.slots[&a].line, 5);
         assert_eq!((config.slots[&a].nice, config.slots[&b].nice), (19, 0));
         assert_eq!(config.factory.min_free, MinFree::default());

@@ -141,7 +141,7 @@ impl Checks {
     }
 
     fn exclude(&self, a: (WorkerId, &SlotName), b: (WorkerId, &SlotName)) -> bool {
-        a.1 == b.1 || (self.config.conflict(a.1, b.1) && self.both_under_this_config(a.0, b.0))
+        a.1 == b.1 || (self.config.are_conflicting(a.1, b.1) && self.both_under_this_config(a.0, b.0))
     }
 
     /// A worker gets a slot: nobody else may have anything in it, or in one that conflicts with it.

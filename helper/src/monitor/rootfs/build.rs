@@ -20,7 +20,7 @@ use nix::sys::inotify::{AddWatchFlags, Inotify};
 use nix::sys::stat::{Mode, SFlag, fstat, mknod, stat};
 use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
 
-use super::namespace::{become_root, only_receive_mounts};
+use super::namespace::{become_root, make_mounts_slave};
 use super::sockets;
 use crate::host::{Host, directory};
 use crate::log::warn;
@@ -113,7 +113,7 @@ struct Builder<'a> {
 impl<'a> Builder<'a> {
     /// The dangerous steps in their order.
     fn build(host: &Host, config: &Config, directories: &'a Inotify) -> Result<()> {
-        only_receive_mounts()?;
+        make_mounts_slave()?;
         let new_root = NewRootPath::new(host.root.join(config::RUN_DIR));
         let devices = sys::clone_mount(AT_FDCWD, new_root.join("devices").as_ref(), false)?;
         let hidden = hidden_by_operator(config)?;

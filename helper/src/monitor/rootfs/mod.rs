@@ -25,7 +25,7 @@ use crate::host::{FileIdentity, Host};
 use crate::log::warn;
 use crate::monitor_ipc::HandshakeMessage;
 use crate::sys;
-use namespace::{become_root, only_receive_mounts, own_namespace};
+use namespace::{become_root, make_mounts_slave, own_namespace};
 
 mod build;
 mod namespace;
@@ -51,7 +51,7 @@ pub struct RootFs {
 /// The one that there is, or that is being built.
 #[derive(Debug)]
 struct Current {
-    begun: Instant,
+    started_at: Instant,
     configuration: FileIdentity,
     /// Reports changes in directories of the host whose entries were mounted one by one, or have something hidden.
     directories: Inotify,
@@ -84,7 +84,7 @@ impl RootFs {
         let host_mounts = File::open("/proc/self/mountinfo").context("cannot open /proc/self/mountinfo")?;
         unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
         let empty = || -> Result<File> {
-            only_receive_mounts()?;
+            make_mounts_slave()?;
             let namespace = own_namespace()?;
             let root = host.root.join(config::RUN_DIR);
             let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -167,7 +167,7 @@ impl RootFs {
                 (Ok(HandshakeMessage::Failed(error)), _) => Event::Failed(error.to_string()),
                 (other, _) => Event::Lost(build_failed(&format!("its builder sent {other:?}"))),
             },
-            _ if current.begun.elapsed() >= LIMIT => Event::Lost(too_late()),
+            _ if current.started_at.elapsed() >= LIMIT => Event::Lost(too_late()),
             _ => Event::Lost(build_failed(
                 "its builder was killed: look for the reason in the kernel's log",
             )),
@@ -184,7 +184,7 @@ impl RootFs {
         // First processes begin with what is known here.
         host.accounts()?;
         self.forget_if(|current| {
-            current.configuration != configuration || (current.is_stale && current.begun < asked)
+            current.configuration != configuration || (current.is_stale && current.started_at < asked)
         });
         match &self.current {
             Some(current) if current.namespace.is_some() => Ok(true),
@@ -212,11 +212,11 @@ impl RootFs {
     }
 
     fn start_building(&mut self, host: &Host, config: &Config, configuration: FileIdentity) -> Result<()> {
-        let begun = Instant::now();
+        let started_at = Instant::now();
         // Changes until now are what the builder will find.
         let mut mounts = [PollFd::new(self.host_mounts.as_fd(), PollFlags::POLLPRI)];
         poll(&mut mounts, PollTimeout::ZERO)?;
-        let directories = watch().context("cannot watch directories of the host")?;
+        let directories = new_inotify().context("cannot watch directories of the host")?;
         let (builder, monitor) = Seqpacket::pair()?;
         let own = [
             self.host_namespace.as_raw_fd(),
@@ -235,12 +235,12 @@ impl RootFs {
         })
         .context("cannot fork")?;
         self.current = Some(Current {
-            begun,
+            started_at,
             configuration,
             directories,
             is_stale: false,
             builder,
-            due: Some(begun + LIMIT + GRACE),
+            due: Some(started_at + LIMIT + GRACE),
             namespace: None,
         });
         Ok(())
@@ -256,7 +256,7 @@ impl RootFs {
     }
 
     /// Do this with the root file system as this process's own, as what is cloned there begins with a copy of it.
-    pub fn inside<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
+    pub fn run_inside<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
         let current = self.current.as_ref();
         let namespace = current.and_then(|current| current.namespace.as_ref());
         let namespace = namespace.context("there is no root file system")?;
@@ -270,7 +270,7 @@ impl RootFs {
 
 /// For a process that is nobody else's: make a root file system of this configuration, and be in it.
 pub fn enter_new(host: &Host, config: &Config) -> Result<()> {
-    make(host, config, &watch()?).map(drop)
+    make(host, config, &new_inotify()?).map(drop)
 }
 
 fn make(host: &Host, config: &Config, directories: &Inotify) -> Result<File> {
@@ -282,7 +282,7 @@ fn make(host: &Host, config: &Config, directories: &Inotify) -> Result<File> {
 }
 
 /// An instance of `inotify(7)` that watches nothing yet.
-pub fn watch() -> nix::Result<Inotify> {
+pub fn new_inotify() -> nix::Result<Inotify> {
     Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
 }
 

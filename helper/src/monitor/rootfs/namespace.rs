@@ -14,7 +14,7 @@ pub fn own_namespace() -> std::io::Result<File> {
 /// Nothing that is mounted in this namespace reaches the host. What is mounted there still appears here, at the host's
 /// own paths: in a private mount, what is to be mounted when somebody enters it (autofs) is refused with `EPERM` since
 /// Linux 6.19 (`autofs_d_automount` in `fs/autofs/root.c`). Copies of mounts are made private one by one.
-pub fn only_receive_mounts() -> nix::Result<()> {
+pub fn make_mounts_slave() -> nix::Result<()> {
     let flags = MsFlags::MS_REC | MsFlags::MS_SLAVE;
     mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
 }

@@ -78,7 +78,7 @@ fn open() -> Result<Option<OwnedFd>> {
     }
 }
 
-/// Ask for the sockets in these states, and hand each on.
+/// Ask for the sockets in these states, and pass each to the callback.
 fn dump(
     diagnosis: &OwnedFd,
     states: u32,
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn more_paths_than_are_looked_at_are_an_error_and_the_same_path_counts_once() {
+    fn more_paths_than_are_resolved_are_an_error_and_the_same_path_counts_once() {
         let mut all = Paths::new();
         for number in 0..MAX_PATHS {
             add(&mut all, format!("/{number}").as_bytes()).unwrap();

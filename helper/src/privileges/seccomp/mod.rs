@@ -7,7 +7,7 @@
 
 mod ioctl;
 mod program;
-mod socket;
+mod socket_rules;
 
 use std::collections::BTreeMap;
 
@@ -16,8 +16,8 @@ use libc::c_long;
 use crate::sys;
 pub use program::JobFilter;
 use program::{
-    ABSENT, ALLOW, DONE, LAST, REFUSED, Rules, Steps, answer, argument, decide, errno, if_any, if_bits,
-    if_null,
+    ABSENT, ALLOW, DONE, LAST, REFUSED, Steps, SyscallRules, answer, argument, decide, errno, if_any,
+    if_bits, if_null,
 };
 
 /// What an operator does where the kernel has not installed a filter in time (row 86 of `docs/evidence/attacks.md`).
@@ -205,8 +205,8 @@ const SESSION: &[c_long] = &[
 
 /// What the monitor's filter and a job's refuse alike. They have to: of two filters with an error each, the kernel
 /// answers with that of the one that was installed last, but one filter's error goes before the other's permission.
-fn never() -> Rules {
-    let mut rules = Rules::default();
+fn never() -> SyscallRules {
+    let mut rules = SyscallRules::default();
     rules.each(NEVER, REFUSED);
     rules.each(UNAVAILABLE, ABSENT);
     rules.each(WITHOUT_HANDLES, errno(libc::EOPNOTSUPP));
@@ -220,12 +220,12 @@ pub fn monitor() -> Steps {
 
 /// For the listener, and by inheritance for its sessions.
 pub fn session() -> Steps {
-    let mut rules = Rules::default();
+    let mut rules = SyscallRules::default();
     let only = |n, value| if_any(n, &[value], answer(ALLOW), answer(REFUSED));
     // Of these calls, not what makes a namespace, loads a module, or leaves a program in the kernel.
     rules.rule(libc::SYS_clone, if_bits(0, NEW_NAMESPACES, REFUSED, ALLOW));
     rules.rule(libc::SYS_socketpair, only(0, libc::AF_UNIX as u32));
-    rules.rule(libc::SYS_setsockopt, socket::options());
+    rules.rule(libc::SYS_setsockopt, socket_rules::options());
     rules.rule(libc::SYS_prctl, prctl_without_filters());
     rules.each(SESSION, ALLOW);
     // The deletion's one request: to make a btrfs subvolume of the job's writable.
@@ -250,9 +250,9 @@ pub fn job(slot: JobFilter<'_>) -> Steps {
         refuse_filters(&mut rules);
     }
     for call in [libc::SYS_socket, libc::SYS_socketpair] {
-        rules.rule(call, socket::rule(slot));
+        rules.rule(call, socket_rules::rule(slot));
     }
-    rules.rule(libc::SYS_setsockopt, socket::options());
+    rules.rule(libc::SYS_setsockopt, socket_rules::options());
     rules.rule(libc::SYS_ioctl, ioctl::rule(slot));
     for call in [libc::SYS_move_pages, libc::SYS_migrate_pages] {
         // The caller's own memory is process 0's.
@@ -269,8 +269,8 @@ pub fn job(slot: JobFilter<'_>) -> Steps {
 }
 
 /// A job's own filters are BPF programs in the kernel, and no limit counts them: those of many processes, freed at
-/// once, are what stops a kernel (see `socket::options`). It is told what a kernel without them says.
-fn refuse_filters(rules: &mut Rules) {
+/// once, are what stops a kernel (see `socket_rules::options`). It is told what a kernel without them says.
+fn refuse_filters(rules: &mut SyscallRules) {
     rules.rule(libc::SYS_seccomp, invalid_if(0, libc::SECCOMP_SET_MODE_FILTER));
     rules.rule(libc::SYS_prctl, prctl_without_filters());
 }
@@ -287,7 +287,7 @@ fn invalid_if(n: u32, value: u32) -> Steps {
 /// The limit of cores is 1: it stops a pipe in `core_pattern` too, which 0 does not (`core(5)`). A job that sets it is
 /// told that it did, for no core is what it gets; reading it works. A filter cannot fill in what the limit was: who
 /// sets the limit and asks for the old one in the same call is refused. So is setting any limit of pid 1.
-fn keep_limits(rules: &mut Rules) {
+fn keep_limits(rules: &mut SyscallRules) {
     let core = [libc::RLIMIT_CORE];
     let set = if_any(0, &core, answer(DONE), answer(ALLOW));
     rules.rule(libc::SYS_setrlimit, set);
@@ -299,7 +299,7 @@ fn keep_limits(rules: &mut Rules) {
 /// Pid 1 has the job's uid, and keeps the job's limits: nobody else says how it is scheduled. It is in process group
 /// 1, which processes of the job may be in too (their own is 0), and is meant by whatever is said of all processes of a
 /// user.
-fn keep_pid_1(rules: &mut Rules) {
+fn keep_pid_1(rules: &mut SyscallRules) {
     for call in [
         libc::SYS_sched_setscheduler,
         libc::SYS_sched_setparam,

@@ -123,9 +123,9 @@ fn ranges(cases: BTreeMap<u32, Steps>, otherwise: &Steps) -> Vec<(u32, Steps)> {
 
 /// What is done about calls, by their number: steps that end with an answer. What was said first counts.
 #[derive(Default)]
-pub struct Rules(BTreeMap<u32, Steps>);
+pub struct SyscallRules(BTreeMap<u32, Steps>);
 
-impl Rules {
+impl SyscallRules {
     pub fn rule(&mut self, call: c_long, steps: Steps) {
         self.0.entry(call as u32).or_insert(steps);
     }

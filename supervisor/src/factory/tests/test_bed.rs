@@ -333,7 +333,7 @@ impl CoreTestBed {
         let slots: Vec<&SlotName> = self.host.workers().map(|(_, w)| &w.slot).collect();
         for (i, a) in slots.iter().enumerate() {
             assert!(
-                !slots[..i].iter().any(|b| a == b || config.conflict(a, b)),
+                !slots[..i].iter().any(|b| a == b || config.are_conflicting(a, b)),
                 "two workers on {slots:?}"
             );
         }

@@ -1,4 +1,4 @@
-//! Settings of the host's network namespace that a job's own gets, too.
+//! Sysctls of the host's network namespace that a job's own gets, too.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 /// What a new network namespace has of its own with the kernel's defaults, and programs of users notice: who may
 /// `ping`, from which port on everybody may listen, which ports are taken by themselves, how many connections and
 /// datagrams wait, how soon a dead connection is noticed. In an order in which the kernel takes each.
-const SETTINGS: [&str; 10] = [
+const SYSCTLS: [&str; 10] = [
     "ipv4/ping_group_range",
     "ipv4/ip_unprivileged_port_start",
     "ipv4/ip_local_port_range",
@@ -20,24 +20,24 @@ const SETTINGS: [&str; 10] = [
     "unix/max_dgram_qlen",
 ];
 
-/// The settings of the network namespace that this process is in, those that its kernel has.
+/// The sysctls of the network namespace that this process is in, those that its kernel has.
 #[derive(Debug)]
-pub struct Settings(Vec<(&'static str, String)>);
+pub struct NetworkSysctls(Vec<(&'static str, String)>);
 
-impl Settings {
-    pub fn read() -> Result<Settings> {
-        let mut settings = Vec::new();
-        for name in SETTINGS {
+impl NetworkSysctls {
+    pub fn read() -> Result<NetworkSysctls> {
+        let mut sysctls = Vec::new();
+        for name in SYSCTLS {
             let path = Path::new("/proc/sys/net").join(name);
             match std::fs::read_to_string(&path) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                value => settings.push((
+                value => sysctls.push((
                     name,
                     value.with_context(|| format!("cannot read {}", path.display()))?,
                 )),
             }
         }
-        Ok(Settings(settings))
+        Ok(NetworkSysctls(sysctls))
     }
 
     /// Give them to the network namespace of this process, which the `/proc` that is mounted must belong to.
