@@ -13,8 +13,8 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use protocol::WorkerId;
 use reqwest::Response;
-use supervisor::agent::AgentCache;
-use supervisor::buildomat::{BuildomatClient, Call, Error, HttpResponse, Pending, Transport};
+use supervisor::agent_cache::AgentCache;
+use supervisor::buildomat::{BuildomatClient, Error, HttpRequest, HttpResponse, Pending, Transport};
 use supervisor::buildomat::{JobId, Scripts};
 use tokio::runtime::Runtime;
 
@@ -29,7 +29,7 @@ struct Always {
 }
 
 impl Transport for Always {
-    fn call(&self, call: Call) -> Pending<'_, HttpResponse> {
+    fn call(&self, call: HttpRequest) -> Pending<'_, HttpResponse> {
         // No answer of the server may have made another path of it.
         assert!(
             call.path.starts_with("/0/factory/") && !call.path.contains(".."),
@@ -88,13 +88,13 @@ fn check_answer<T>(answer: Result<T, Error>, server: &Always) -> Option<T> {
     None
 }
 
-async fn call(which: u8, server: &BuildomatClient, transport: &Always) {
+async fn call(which: u8, buildomat: &BuildomatClient, transport: &Always) {
     let worker: WorkerId = ULID.parse().unwrap();
     let job = JobId::try_from(ULID.to_owned()).unwrap();
     match which {
-        b'p' => drop(check_answer(server.ping().await, transport)),
+        b'p' => drop(check_answer(buildomat.ping().await, transport)),
         b'w' => {
-            for worker in check_answer(server.workers().await, transport).unwrap_or_default() {
+            for worker in check_answer(buildomat.list_workers().await, transport).unwrap_or_default() {
                 // What goes into the agent's command line.
                 if let Some(token) = worker.bootstrap {
                     assert!(token.as_str().bytes().all(|b| b.is_ascii_alphanumeric()));
@@ -103,38 +103,40 @@ async fn call(which: u8, server: &BuildomatClient, transport: &Always) {
         }
         b'l' => {
             let lease = check_answer(
-                server
+                buildomat
                     .lease(["01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap()])
                     .await,
                 transport,
             );
             if let Some(lease) = lease.flatten() {
                 // It becomes part of a path: the transport checks it.
-                let _ = server.renew(&lease.job).await;
+                let _ = buildomat.renew(&lease.job).await;
             }
         }
-        b'r' => drop(check_answer(server.renew(&job).await, transport)),
+        b'r' => drop(check_answer(buildomat.renew(&job).await, transport)),
         b'm' => drop(check_answer(
-            server
+            buildomat
                 .make_worker("01HZX3N8Q4J5K6M7P8R9S0T1V2".parse().unwrap(), &job)
                 .await,
             transport,
         )),
         b's' => drop(check_answer(
-            server
+            buildomat
                 .associate(worker, "a@host/00000000", &Scripts::default())
                 .await,
             transport,
         )),
-        b'd' => drop(check_answer(server.delete(worker).await, transport)),
-        b'a' => drop(check_answer(server.append(worker, "a line").await, transport)),
-        _ => drop(check_answer(server.fail(worker, "a reason").await, transport)),
+        b'd' => drop(check_answer(buildomat.delete(worker).await, transport)),
+        b'a' => drop(check_answer(buildomat.append(worker, "a line").await, transport)),
+        _ => drop(check_answer(buildomat.fail(worker, "a reason").await, transport)),
     }
 }
 
-async fn download(server: &BuildomatClient, transport: &Always) {
+async fn download(buildomat: &BuildomatClient, transport: &Always) {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let first = AgentCache::new(dir.path().into(), Vec::new()).get(server).await;
+    let first = AgentCache::new(dir.path().into(), Vec::new())
+        .get(buildomat)
+        .await;
     match &first {
         Ok(agent) => {
             let size = agent.size().unwrap();
@@ -150,7 +152,9 @@ async fn download(server: &BuildomatClient, transport: &Always) {
         assert!(!dir.path().join(left).exists(), "{left} is left");
     }
     // After a restart the disk is all that is known; the server answers as before.
-    let again = AgentCache::new(dir.path().into(), Vec::new()).get(server).await;
+    let again = AgentCache::new(dir.path().into(), Vec::new())
+        .get(buildomat)
+        .await;
     assert_eq!(again.is_ok(), first.is_ok());
 }
 
@@ -180,12 +184,12 @@ fuzz_target!(|data: &[u8]| {
     }
     let body = body.to_vec();
     let transport = Arc::new(Always { code, headers, body });
-    let server = BuildomatClient::over(transport.clone());
+    let buildomat = BuildomatClient::over(transport.clone());
     RUNTIME.with_borrow(|runtime| {
         runtime.block_on(async {
             match which {
-                b'g' => download(&server, &transport).await,
-                which => call(which, &server, &transport).await,
+                b'g' => download(&buildomat, &transport).await,
+                which => call(which, &buildomat, &transport).await,
             }
         });
     });

@@ -28,9 +28,9 @@ fuzz_target!(|data: &[u8]| {
         assert!(data.len() <= MonitorRequest::MAX);
     }
     if let Ok(HandshakeMessage::Failed(error)) = wire::decode(data) {
-        // Whatever its sender has made of it, what is passed on is bounded and one line.
-        let passed_on = Error::new(error.kind, error);
-        assert!(passed_on.message().len() <= Error::MAX_MESSAGE);
-        assert!(!passed_on.message().contains(char::is_control));
+        // Whatever its sender has made of it, what is forwarded is bounded and one line.
+        let forwarded = Error::new(error.kind, error);
+        assert!(forwarded.message().len() <= Error::MAX_MESSAGE);
+        assert!(!forwarded.message().contains(char::is_control));
     }
 });

@@ -35,7 +35,7 @@ pub struct CallError {
 }
 
 impl CallError {
-    pub fn passing(peer: Peer, sentence: impl fmt::Display) -> Self {
+    pub fn temporary(peer: Peer, sentence: impl fmt::Display) -> Self {
         Self {
             peer,
             refused: false,

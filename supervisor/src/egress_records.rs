@@ -95,12 +95,12 @@ impl EgressRecords {
     }
 
     /// A job has connected to this destination.
-    pub fn used(&self, job: &JobEgress, to: &Destination) {
+    pub fn record_use(&self, job: &JobEgress, to: &Destination) {
         self.note(job, to, |record| &mut record.used);
     }
 
     /// A job was not connected to this destination. True the first time, and never once there are too many to be told.
-    pub fn refused(&self, job: &JobEgress, to: &Destination) -> bool {
+    pub fn record_refusal(&self, job: &JobEgress, to: &Destination) -> bool {
         self.note(job, to, |record| &mut record.refused)
     }
 
@@ -285,10 +285,10 @@ mod tests {
             ("x.example:443".parse().unwrap(), "y.example:80".parse().unwrap());
         let before = records(dir.path(), "{ audit = true }");
         let job = before.of_job(WORKER, &slot()).unwrap();
-        before.used(&job, &x);
-        before.used(&job, &x);
-        assert!(before.refused(&job, &y));
-        assert!(!before.refused(&job, &y));
+        before.record_use(&job, &x);
+        before.record_use(&job, &x);
+        assert!(before.record_refusal(&job, &y));
+        assert!(!before.record_refusal(&job, &y));
         let of_worker = before.of_worker(WORKER).unwrap();
         assert_eq!(names(&of_worker.used), [("x.example:443", 2)]);
         assert_eq!(names(&of_worker.refused), [("y.example:80", 2)]);
@@ -317,7 +317,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let records = records(dir.path(), "{ allow = [\"x.example:1\"] }");
         let job = records.of_job(WORKER, &slot()).unwrap();
-        let told = (0..10_000).filter(|n| records.refused(&job, &format!("h{n}.test:443").parse().unwrap()));
+        let told =
+            (0..10_000).filter(|n| records.record_refusal(&job, &format!("h{n}.test:443").parse().unwrap()));
         assert_eq!(told.count(), MAX_DESTINATIONS);
         assert_eq!(records.of_worker(WORKER).unwrap().refused.len(), MAX_DESTINATIONS);
         let of_slot = records.of_slot(&slot()).unwrap().refused;

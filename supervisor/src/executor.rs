@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use protocol::{BootstrapToken, ErrorKind, WorkerId};
 
-use crate::agent::{Agent, AgentCache};
+use crate::agent_cache::{Agent, AgentCache};
 use crate::buildomat::{self, BuildomatClient};
 use crate::call_error::{CallError, Peer};
 use crate::console;
@@ -22,9 +22,9 @@ const APPEND_TRIES: u32 = 3;
 #[derive(Debug)]
 pub struct Executor {
     /// For owner tags, failures, lines of the console and the deletion there.
-    pub server: BuildomatClient,
+    pub buildomat: BuildomatClient,
     /// For all that is done on the host.
-    pub helper: HelperClient,
+    pub helper_client: HelperClient,
     /// The program for `InstallAgent`.
     pub agent: AgentCache,
     /// What this host tags its workers with.
@@ -37,17 +37,17 @@ impl Executor {
         match action {
             Action::Associate { slot, scripts } => {
                 let owner_tag = self.identity.owner_tag(&slot);
-                match self.server.associate(worker, &owner_tag, &scripts).await {
+                match self.buildomat.associate(worker, &owner_tag, &scripts).await {
                     Ok(()) => Event::Associated,
                     Err(error) => Event::CallFailed(error.call_error()),
                 }
             }
-            Action::CreateUser { slot } => match self.helper.create_user(worker, slot).await {
+            Action::CreateUser { slot } => match self.helper_client.create_user(worker, slot).await {
                 Ok(()) => Event::UserCreated,
                 Err(error) => start_failed(error),
             },
             Action::InstallAgent { bootstrap, agent } => self.install(worker, bootstrap, agent).await,
-            Action::HostKill => match self.helper.kill(worker).await {
+            Action::HostKill => match self.helper_client.kill(worker).await {
                 Ok(()) => Event::Killed,
                 Err(helper_client::Error::Refused(error)) if error.kind == ErrorKind::NoSuchWorker => {
                     Event::Killed
@@ -59,11 +59,11 @@ impl Executor {
                 self.report_failure(worker, &reason, lines_sent).await
             }
             // The helper answers Failed where something is left: a repetition goes on.
-            Action::HostDelete => match self.helper.delete(worker).await {
+            Action::HostDelete => match self.helper_client.delete(worker).await {
                 Ok(()) => Event::HostClean,
                 Err(error) => Event::CallFailed(error.call_error()),
             },
-            Action::ServerDelete { gone } => match self.server.delete(worker).await {
+            Action::ServerDelete { gone } => match self.buildomat.delete(worker).await {
                 Ok(_) => Event::ServerDeleted,
                 // There is nothing to delete: that is what was wanted.
                 Err(buildomat::Error::Status { .. }) if gone => Event::ServerDeleted,
@@ -75,13 +75,17 @@ impl Executor {
     async fn install(&self, worker: WorkerId, bootstrap: BootstrapToken, named: Option<PathBuf>) -> Event {
         let agent = match named {
             Some(path) => Agent::of_the_host(path).await,
-            None => self.agent.get(&self.server).await,
+            None => self.agent.get(&self.buildomat).await,
         };
         let agent = match agent {
             Ok(agent) => agent,
-            Err(sentence) => return Event::CallFailed(CallError::passing(Peer::Server, sentence)),
+            Err(sentence) => return Event::CallFailed(CallError::temporary(Peer::Server, sentence)),
         };
-        match self.helper.install_agent(worker, bootstrap, agent.as_fd()).await {
+        match self
+            .helper_client
+            .install_agent(worker, bootstrap, agent.as_fd())
+            .await
+        {
             Ok(_) => Event::AgentStarted,
             Err(error) => start_failed(error),
         }
@@ -108,7 +112,7 @@ impl Executor {
             }
         }
         let sent = (first + u32::try_from(lines.len()).unwrap_or(0)).max(lines_sent);
-        match self.server.fail(worker, reason).await {
+        match self.buildomat.fail(worker, reason).await {
             Ok(()) => Event::FailureReported,
             Err(buildomat::Error::Status { code: 404, .. }) => Event::CannotReport(
                 "the buildomat server is too old to be told that a worker failed (it answered 404): update it".into(),
@@ -121,7 +125,7 @@ impl Executor {
     /// True once it is stored, or not wanted; false where after some tries there still is no job for it.
     async fn append(&self, worker: WorkerId, line: &str) -> Result<bool, buildomat::Error> {
         for attempt in 1..=APPEND_TRIES {
-            if !self.server.append(worker, line).await? {
+            if !self.buildomat.append(worker, line).await? {
                 return Ok(true);
             }
             if attempt < APPEND_TRIES {
@@ -137,7 +141,7 @@ impl Executor {
             first: 0,
             lines: Vec::new(),
         };
-        match self.helper.attach(worker).await {
+        match self.helper_client.attach(worker).await {
             Ok(console) => Ok(console::read(&console).unwrap_or(none)),
             Err(helper_client::Error::Refused(error))
                 if !matches!(error.kind, ErrorKind::Busy | ErrorKind::Version) =>
@@ -169,7 +173,7 @@ fn start_failed(error: helper_client::Error) -> Event {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::buildomat::{Call, Transport};
+    use crate::buildomat::{HttpRequest, Transport};
     use crate::helper_client::{Connection, Connector, Pending};
     use crate::identity::InstanceId;
     use protocol::{Exit, Received, Reply, Request, State, wire};
@@ -182,7 +186,7 @@ mod tests {
     struct NoJob(Arc<Mutex<Vec<String>>>);
 
     impl Transport for NoJob {
-        fn call(&self, call: Call) -> buildomat::Pending<'_, buildomat::HttpResponse> {
+        fn call(&self, call: HttpRequest) -> buildomat::Pending<'_, buildomat::HttpResponse> {
             self.0.lock().unwrap().push(call.path);
             Box::pin(async { Ok(buildomat::HttpResponse::new(200, r#"{"retry":true}"#)) })
         }
@@ -223,8 +227,8 @@ mod tests {
     async fn a_failure_without_a_job_is_reported_at_once_and_not_after_every_line() {
         let server_and_helper = NoJob::default();
         let executor = Executor {
-            server: BuildomatClient::over(Arc::new(server_and_helper.clone())),
-            helper: HelperClient::over(Arc::new(server_and_helper.clone())),
+            buildomat: BuildomatClient::over(Arc::new(server_and_helper.clone())),
+            helper_client: HelperClient::over(Arc::new(server_and_helper.clone())),
             agent: AgentCache::new("/nowhere".into(), Vec::new()),
             identity: Identity::new("here", InstanceId::parse("00000000").unwrap()),
         };

@@ -2,19 +2,19 @@
 //!
 //! The server has a queue of jobs. [`factory`] asks it for jobs of the targets whose slots [`schedule`] finds free, and
 //! makes a [`worker`] for each. A worker's next action follows from its saved phase alone; [`executor`] carries it out
-//! with the buildomat server ([`buildomat`]), the root helper ([`helper_client`]) and the agent's program ([`agent`]).
-//! [`store`] saves the workers. [`reconcile`] compares database, server and host: what none of them accounts for is adopted
-//! or deleted ([`identity`] tells this host's workers from another's). [`free_resources`] keeps jobs from a host that has
-//! no room for them; [`memory_stall`] finds those that stall at their memory limit. [`driver`] is the loop that does
-//! the I/O for the pure core: [`factory`], [`worker`], [`schedule`], [`reconcile`] and [`backoff`]. [`control`] is the
-//! operator's API. Independent of all that, [`egress_proxy`] carries the connections of jobs without the host's
-//! network.
+//! with the buildomat server ([`buildomat`]), the root helper ([`helper_client`]) and the agent's program
+//! ([`agent_cache`]). [`store`] saves the workers. [`reconcile`] compares database, server and host: what none of them
+//! accounts for is adopted or deleted ([`identity`] tells this host's workers from another's). [`free_resources`] keeps
+//! jobs from a host that has no room for them; [`memory_stall`] finds those that stall at their memory limit.
+//! [`driver`] is the loop that does the I/O for the pure core: [`factory`], [`worker`], [`schedule`], [`reconcile`] and
+//! [`backoff`]. [`control`] is the operator's API. Independent of all that, [`egress_proxy`] forwards the connections
+//! of jobs without the host's network.
 //!
 //! Nothing in this crate runs as root, and the helper trusts nothing in it.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
-pub mod agent;
+pub mod agent_cache;
 pub mod backoff;
 pub mod buildomat;
 mod call_error;

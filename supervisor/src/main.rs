@@ -66,8 +66,8 @@ fn run(command: Command) -> u8 {
             if at_shutdown {
                 return shutdown::wait(&at);
             }
-            let order = Drain { slot, reason, until };
-            ask::with_client(&at, async |factory| ask::drain(factory, order, wait).await)
+            let request = Drain { slot, reason, until };
+            ask::with_client(&at, async |factory| ask::drain(factory, request, wait).await)
         }
         Command::Resume { slot, at } => {
             ask::with_client(&at, async |factory| ask::resume(factory, slot).await)
@@ -105,7 +105,7 @@ fn run(command: Command) -> u8 {
             at,
             output,
         } => match at_start {
-            true => selftest::at_start(&at.root, output),
+            true => selftest::run_at_start(&at.root, output),
             false => selftest::selftest(&at.root, slot, output),
         },
         Command::Generate { what } => exit_status(generate::generate(what)),
@@ -125,7 +125,7 @@ fn exit_status<E: Into<anyhow::Error>>(result: Result<(), E>) -> u8 {
         Err(error) => {
             let error = error.into();
             print_error(&format!("user-factory: {error:#}"));
-            match error.is::<serve::NotConfigured>() {
+            match error.is::<serve::ConfigurationError>() {
                 true => NOT_CONFIGURED,
                 false => FAILED,
             }

@@ -43,26 +43,26 @@ pub async fn watch(noted: PathBuf, queue: CommandQueue) {
 
 /// A job that waits for memory above `memory.high`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Waiting {
+struct MemoryStall {
     /// What the kernel cannot free, in bytes.
-    held: u64,
+    unreclaimable_bytes: u64,
     /// If it takes so many bytes more, it does not stall.
     progress: u64,
 }
 
-/// Since when each worker has stalled without a break, and what it held then.
+/// Since when each worker has stalled without a break, and how many bytes the kernel could not free then.
 #[derive(Debug, Default)]
 struct Stalls(BTreeMap<WorkerId, (Instant, u64)>);
 
 impl Stalls {
     /// These wait now. Returns those that have stalled for too long.
-    fn update(&mut self, now: Instant, waiting: BTreeMap<WorkerId, Waiting>) -> Vec<WorkerId> {
-        let stall = |(worker, is): (WorkerId, Waiting)| {
+    fn update(&mut self, now: Instant, waiting: BTreeMap<WorkerId, MemoryStall>) -> Vec<WorkerId> {
+        let stall = |(worker, is): (WorkerId, MemoryStall)| {
             let before = self
                 .0
                 .get(&worker)
-                .filter(|(_, held)| is.held < held + is.progress);
-            (worker, before.copied().unwrap_or((now, is.held)))
+                .filter(|(_, bytes)| is.unreclaimable_bytes < bytes + is.progress);
+            (worker, before.copied().unwrap_or((now, is.unreclaimable_bytes)))
         };
         self.0 = waiting.into_iter().map(stall).collect();
         let is_over = |since: &Instant| now.duration_since(*since) >= Duration::from_secs(MAX_STALL_SECONDS);
@@ -73,7 +73,7 @@ impl Stalls {
 
 /// The workers that wait. Where cgroup v2 has no memory controller, and where the kernel does not account for pressure
 /// (`psi=0`), there are none.
-fn waiting(noted: &Path) -> BTreeMap<WorkerId, Waiting> {
+fn waiting(noted: &Path) -> BTreeMap<WorkerId, MemoryStall> {
     let cgroups = fs::read_to_string(noted).unwrap_or_default();
     let entries = fs::read_dir(cgroups).into_iter().flatten().flatten();
     let all = entries.filter_map(|entry| {
@@ -84,18 +84,19 @@ fn waiting(noted: &Path) -> BTreeMap<WorkerId, Waiting> {
 }
 
 /// The job of this cgroup, if it waits. The files are described in the kernel's cgroup-v2 documentation.
-fn waiting_in(cgroup: &Path) -> Option<Waiting> {
+fn waiting_in(cgroup: &Path) -> Option<MemoryStall> {
     let read = |name: &str| fs::read_to_string(cgroup.join(name)).ok();
     let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
     // "max" where the slot has no limits.memory.
     let (high, max) = (number("memory.high")?, number("memory.max")?);
-    let held = number("memory.current")?.saturating_sub(can_be_freed(&read("memory.stat")?));
+    let unreclaimable_bytes = number("memory.current")?.saturating_sub(can_be_freed(&read("memory.stat")?));
     // A kernel without swap has no such file.
     let swap = number("memory.swap.max").zip(number("memory.swap.current"));
     let has_swap = swap.is_some_and(|(max, used)| max >= used + SWAP_SLACK);
-    let waits = held >= high && !has_swap && pressure(&read("memory.pressure")?)? >= MIN_PRESSURE;
-    waits.then_some(Waiting {
-        held,
+    let waits =
+        unreclaimable_bytes >= high && !has_swap && pressure(&read("memory.pressure")?)? >= MIN_PRESSURE;
+    waits.then_some(MemoryStall {
+        unreclaimable_bytes,
         progress: max.saturating_sub(high) / 8,
     })
 }
@@ -146,7 +147,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let waits = |high: &str, current, full: &str| {
             cgroup(dir.path(), high, current, full);
-            waiting_in(dir.path()).map(|waiting| waiting.held)
+            waiting_in(dir.path()).map(|waiting| waiting.unreclaimable_bytes)
         };
         assert_eq!(waits("61000000\n", 62_000_000, "60.00"), Some(61_000_000));
         assert_eq!(waits("61000000\n", 64_000_000, "99.10"), Some(63_000_000));

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 /// The factory serves.
-pub fn ready() {
+pub fn notify_ready() {
     notify("READY=1");
 }
 

@@ -340,15 +340,15 @@ mod tests {
             [("user quotas", true)]
         );
         // Red Hat's kernels, for example, count it only if they are told to.
-        let quiet = HostFacts {
+        let without_pressure = HostFacts {
             pressure: String::new(),
             ..facts.clone()
         };
         assert_eq!(
-            missing(&quiet, "limits.memory = \"1G\"", "/"),
+            missing(&without_pressure, "limits.memory = \"1G\"", "/"),
             [("memory pressure", false)]
         );
-        assert_eq!(missing(&quiet, "limits.cpus = 1", "/"), []);
+        assert_eq!(missing(&without_pressure, "limits.cpus = 1", "/"), []);
         let old = HostFacts {
             release: "5.10.0".into(),
             ..facts

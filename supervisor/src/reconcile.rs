@@ -10,7 +10,7 @@ use protocol::{SlotName, State, TargetId, WorkerId, WorkerInfo};
 
 use crate::buildomat::ServerWorker;
 use crate::identity::{Identity, Owner};
-use crate::schedule::{Free, Plan};
+use crate::schedule::{FreeSlots, SlotSchedule};
 use crate::worker::{Action, Kill, Phase, Worker};
 
 /// A host that has just made a worker associates it at once. One that has been without an owner for so long, or for as
@@ -25,7 +25,7 @@ const RECLAIM_MS: u64 = 60_000;
 #[derive(Debug)]
 pub struct ReconcileInput<'a> {
     /// The slots of the configuration in use.
-    pub plan: &'a Plan,
+    pub schedule: &'a SlotSchedule,
     /// This host's.
     pub identity: &'a Identity,
     /// The workers of this factory, with their slots.
@@ -47,7 +47,7 @@ pub struct ReconcileInput<'a> {
     /// Another host has been seen to use the same token.
     pub foreign_seen: bool,
     /// A worker is being made: one without an owner may be it.
-    pub making: bool,
+    pub is_making: bool,
     /// In milliseconds of the core's time.
     pub now: u64,
 }
@@ -101,7 +101,7 @@ pub fn reconcile(q: &ReconcileInput<'_>) -> Vec<Decision> {
     let mut used: BTreeSet<SlotName> = q.known.values().cloned().collect();
     used.extend(q.pending_slots.iter().cloned());
     used.extend(q.host.iter().map(|info| info.slot.clone()));
-    let (mut free, all) = (q.plan.free(&used, []), q.plan.free(&BTreeSet::new(), []));
+    let (mut free, all) = (q.schedule.free(&used, []), q.schedule.free(&BTreeSet::new(), []));
     let mut decisions = Vec::new();
     for w in q.server.iter().filter(|w| strange(w.id)) {
         let decision = match on_host.get(&w.id) {
@@ -147,7 +147,12 @@ fn present(q: &ReconcileInput<'_>, w: &ServerWorker, info: &WorkerInfo) -> Decis
 }
 
 /// A worker of the server that this host has nothing of.
-fn absent(q: &ReconcileInput<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<'_>) -> Option<Decision> {
+fn absent(
+    q: &ReconcileInput<'_>,
+    w: &ServerWorker,
+    free: &FreeSlots<'_>,
+    all: &FreeSlots<'_>,
+) -> Option<Decision> {
     let worker = w.id;
     let report = |why| Some(Decision::Report { worker, why });
     let end = Some(Decision::Delete {
@@ -169,7 +174,7 @@ fn absent(q: &ReconcileInput<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<
         Owner::Nobody if w.online => return report(ForeignReason::Untagged),
         Owner::Own(_) if w.online => return report(ForeignReason::Lost),
         // Perhaps the one that is just being made: a later list will tell.
-        Owner::Nobody if q.making => return None,
+        Owner::Nobody if q.is_making => return None,
         Owner::Nobody => UNCLAIMED_MS.min(q.online_timeout),
         Owner::Own(_) => q.online_timeout.saturating_add(RECLAIM_MS),
     };
@@ -182,8 +187,8 @@ fn absent(q: &ReconcileInput<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<
     }
     let expired = unknown_for >= waits.saturating_add(q.online_timeout);
     let comes = match &owner {
-        Owner::Own(slot) => q.plan.may_have(slot, w.target),
-        _ => slot_for(w, &owner, all).is_some() || q.plan.has_unresolved(),
+        Owner::Own(slot) => q.schedule.may_have(slot, w.target),
+        _ => slot_for(w, &owner, all).is_some() || q.schedule.has_unresolved(),
     };
     if !expired && comes {
         // Its job has not begun, and need not fail because others were here first, or targets are not looked up yet.
@@ -203,7 +208,7 @@ fn absent(q: &ReconcileInput<'_>, w: &ServerWorker, free: &Free<'_>, all: &Free<
 }
 
 /// The slot in which this worker, of which the host has nothing, can be made.
-fn slot_for(w: &ServerWorker, owner: &Owner, free: &Free<'_>) -> Option<SlotName> {
+fn slot_for(w: &ServerWorker, owner: &Owner, free: &FreeSlots<'_>) -> Option<SlotName> {
     let slot = match owner {
         Owner::Nobody => free.pick(w.target),
         // The server lets a slot be set once, so it is this one or none.
@@ -289,7 +294,7 @@ mod tests {
     struct Around {
         /// The targets of the slots are names that are not looked up yet.
         unresolved: bool,
-        making: bool,
+        is_making: bool,
         unknown_for: u64,
         to_delete: bool,
         foreign_seen: bool,
@@ -298,7 +303,7 @@ mod tests {
     const TIMEOUT: u64 = 300_000;
     const LONG: Around = Around {
         unresolved: false,
-        making: false,
+        is_making: false,
         unknown_for: TIMEOUT + RECLAIM_MS,
         to_delete: false,
         foreign_seen: false,
@@ -310,11 +315,11 @@ mod tests {
         for slot in config.slots.values_mut().filter(|_| around.unresolved) {
             slot.target = protocol::Target::Name("linux".parse().unwrap());
         }
-        let plan = Plan::of(&config, &BTreeMap::new());
+        let schedule = SlotSchedule::of(&config, &BTreeMap::new());
         let unknown_for = server.iter().map(|w| (w.id, around.unknown_for)).collect();
         let to_delete = server.iter().filter(|_| around.to_delete).map(|w| w.id);
         let q = ReconcileInput {
-            plan: &plan,
+            schedule: &schedule,
             identity: &Identity::new("here", InstanceId::parse("00000000").unwrap()),
             known: &known,
             server,
@@ -325,7 +330,7 @@ mod tests {
             online_timeout: TIMEOUT,
             to_delete: &to_delete.collect(),
             foreign_seen: around.foreign_seen,
-            making: around.making,
+            is_making: around.is_making,
             now: 5,
         };
         let show = |d: Decision| match d {
@@ -345,7 +350,10 @@ mod tests {
     fn what_only_the_server_has_is_taken_up_ended_or_left_to_its_owner() {
         let long = |unknown_for| Around { unknown_for, ..LONG };
         let new = Around::default();
-        let making = Around { making: true, ..LONG };
+        let making = Around {
+            is_making: true,
+            ..LONG
+        };
         let unresolved = |unknown_for| Around {
             unresolved: true,
             unknown_for,
@@ -486,7 +494,7 @@ mod tests {
         fn every_unknown_worker_has_one_decision_at_most_and_slots_are_never_shared(
             orphans in proptest::collection::vec((0u128..8, 0usize..5, any::<(bool, bool, bool)>()), 0..8),
             on_host in proptest::collection::vec((0u128..8, any::<bool>()), 0..3),
-            making: bool,
+            is_making: bool,
             long: bool,
             foreign_seen: bool,
         ) {
@@ -501,7 +509,7 @@ mod tests {
                 .collect();
             here.sort_by_key(|w| w.worker);
             here.dedup_by_key(|w| w.worker);
-            let around = Around { making, foreign_seen, ..if long { LONG } else { Around::default() } };
+            let around = Around { is_making, foreign_seen, ..if long { LONG } else { Around::default() } };
             let decided = decide(&list, &here, &around);
             let reserved = decided.iter().filter(|d| *d == "adopt a reserved" || *d == "adopt b reserved").count();
             prop_assert!(reserved <= 1, "a and b exclude each other");

@@ -10,7 +10,7 @@ use protocol::{SlotName, Target, TargetId, TargetName};
 
 /// The slots of one configuration, by number: the order is that of their names.
 #[derive(Debug)]
-pub struct Plan {
+pub struct SlotSchedule {
     names: Vec<SlotName>,
     /// None for a name that is not looked up yet.
     targets: Vec<Option<TargetId>>,
@@ -19,40 +19,40 @@ pub struct Plan {
     of_target: BTreeMap<TargetId, Vec<u32>>,
 }
 
-impl Plan {
+impl SlotSchedule {
     /// Conflicts that only one of two slots names are both's. `ids` are those of the targets that the configuration has by
     /// name: a slot whose target has none takes no job.
-    pub fn of(config: &Config, ids: &BTreeMap<TargetName, TargetId>) -> Plan {
+    pub fn of(config: &Config, ids: &BTreeMap<TargetName, TargetId>) -> SlotSchedule {
         let names: Vec<SlotName> = config.slots.keys().cloned().collect();
         let targets = config.slots.values().map(|slot| match &slot.target {
             Target::Id(id) => Some(*id),
             Target::Name(name) => ids.get(name).copied(),
         });
         let targets: Vec<Option<TargetId>> = targets.collect();
-        let mut plan = Plan {
+        let mut schedule = SlotSchedule {
             conflicts: vec![Vec::new(); names.len()],
             of_target: BTreeMap::new(),
             names,
             targets,
         };
         for (number, slot) in (0..).zip(config.slots.values()) {
-            if let Some(target) = plan.targets[number as usize] {
-                plan.of_target.entry(target).or_default().push(number);
+            if let Some(target) = schedule.targets[number as usize] {
+                schedule.of_target.entry(target).or_default().push(number);
             }
             for name in &slot.conflicts_with_slots {
-                let Some(other) = plan.number(name) else {
+                let Some(other) = schedule.number(name) else {
                     continue;
                 };
-                plan.conflicts[number as usize].push(other);
-                plan.conflicts[other as usize].push(number);
+                schedule.conflicts[number as usize].push(other);
+                schedule.conflicts[other as usize].push(number);
             }
         }
-        for others in &mut plan.conflicts {
+        for others in &mut schedule.conflicts {
             others.sort_unstable();
             others.dedup();
             others.shrink_to_fit();
         }
-        plan
+        schedule
     }
 
     /// The id of this slot's target: none for a slot that is not there, or whose target is not looked up yet.
@@ -83,9 +83,9 @@ impl Plan {
         &self,
         used: &'a BTreeSet<SlotName>,
         excluded: impl IntoIterator<Item = &'a SlotName>,
-    ) -> Free<'_> {
-        let mut free = Free {
-            plan: self,
+    ) -> FreeSlots<'_> {
+        let mut free = FreeSlots {
+            schedule: self,
             closed: self.targets.iter().map(Option::is_none).collect(),
             used: 0,
         };
@@ -121,37 +121,37 @@ impl Plan {
 
 /// The slots that may take a job, until one is taken.
 #[derive(Clone, Debug)]
-pub struct Free<'a> {
-    plan: &'a Plan,
+pub struct FreeSlots<'a> {
+    schedule: &'a SlotSchedule,
     /// By number.
     closed: Vec<bool>,
     used: usize,
 }
 
-impl Free<'_> {
+impl FreeSlots<'_> {
     /// This slot is used from now on. It must not have been before.
     pub fn take(&mut self, slot: &SlotName) {
         self.used += 1;
-        if let Some(number) = self.plan.number(slot) {
+        if let Some(number) = self.schedule.number(slot) {
             self.close(number as usize);
         }
     }
 
     fn close(&mut self, number: usize) {
         self.closed[number] = true;
-        for other in &self.plan.conflicts[number] {
+        for other in &self.schedule.conflicts[number] {
             self.closed[*other as usize] = true;
         }
     }
 
     fn is_open(&self, number: u32) -> bool {
-        !self.plan.has_no_room(self.used) && !self.closed[number as usize]
+        !self.schedule.has_no_room(self.used) && !self.closed[number as usize]
     }
 
     /// All of them, in the order of names.
     pub fn slots(&self) -> impl Iterator<Item = &SlotName> {
         (0..)
-            .zip(&self.plan.names)
+            .zip(&self.schedule.names)
             .filter(|(number, _)| self.is_open(*number))
             .map(|(_, name)| name)
     }
@@ -163,7 +163,7 @@ impl Free<'_> {
 
     /// The targets to ask jobs for.
     pub fn targets(&self) -> BTreeSet<TargetId> {
-        let of_target = self.plan.of_target.iter();
+        let of_target = self.schedule.of_target.iter();
         of_target
             .filter(|(_, slots)| slots.iter().any(|slot| self.is_open(*slot)))
             .map(|(target, _)| *target)
@@ -172,21 +172,21 @@ impl Free<'_> {
 
     /// The slot for a job of this target.
     pub fn pick(&self, target: TargetId) -> Option<&SlotName> {
-        let mut slots = self.plan.of_target.get(&target)?.iter();
+        let mut slots = self.schedule.of_target.get(&target)?.iter();
         slots
             .find(|slot| self.is_open(**slot))
-            .map(|slot| &self.plan.names[*slot as usize])
+            .map(|slot| &self.schedule.names[*slot as usize])
     }
 
     /// This slot, if it may take a job of this target.
     pub fn has(&self, name: &str, target: TargetId) -> Option<&SlotName> {
         let number = self
-            .plan
+            .schedule
             .names
             .binary_search_by(|slot| slot.as_str().cmp(name))
             .ok()?;
-        let open = self.plan.targets[number] == Some(target) && self.is_open(u32::try_from(number).ok()?);
-        open.then(|| &self.plan.names[number])
+        let open = self.schedule.targets[number] == Some(target) && self.is_open(u32::try_from(number).ok()?);
+        open.then(|| &self.schedule.names[number])
     }
 }
 
@@ -212,23 +212,23 @@ mod tests {
         Config::parse(&text).unwrap()
     }
 
-    fn names(free: &Free<'_>) -> Vec<SlotName> {
+    fn names(free: &FreeSlots<'_>) -> Vec<SlotName> {
         free.slots().cloned().collect()
     }
 
     #[test]
     fn a_conflict_excludes_in_both_directions() {
         let config = config(&[(0, 1)], &[7, 7, 8]);
-        let plan = Plan::of(&config, &BTreeMap::new());
+        let schedule = SlotSchedule::of(&config, &BTreeMap::new());
         let all: Vec<SlotName> = config.slots.keys().cloned().collect();
         let none = BTreeSet::new();
         for used in 0..2 {
             let used = [all[used].clone()].into();
-            assert_eq!(names(&plan.free(&used, [])), [all[2].clone()]);
-            let excluded = plan.excluded(&used);
+            assert_eq!(names(&schedule.free(&used, [])), [all[2].clone()]);
+            let excluded = schedule.excluded(&used);
             assert_eq!(excluded.values().collect::<Vec<_>>(), [&used.first().unwrap()]);
         }
-        let free = plan.free(&none, [&all[1]]);
+        let free = schedule.free(&none, [&all[1]]);
         assert_eq!(names(&free), [all[0].clone(), all[2].clone()]);
         assert_eq!(free.targets().len(), 2);
         assert_eq!(free.pick(TargetId::from_bits(8)), Some(&all[2]));
@@ -242,12 +242,12 @@ mod tests {
     #[test]
     fn a_used_slot_that_has_left_counts_as_one_of_those_that_are_there() {
         let config = config(&[], &[7, 7]);
-        let plan = Plan::of(&config, &BTreeMap::new());
+        let schedule = SlotSchedule::of(&config, &BTreeMap::new());
         let gone: SlotName = "gone".parse().unwrap();
         let mut used = BTreeSet::from([gone]);
-        assert_eq!(plan.free(&used, []).slots().count(), 2);
+        assert_eq!(schedule.free(&used, []).slots().count(), 2);
         used.insert(config.slots.keys().next().unwrap().clone());
-        let free = plan.free(&used, []);
+        let free = schedule.free(&used, []);
         assert!(free.is_empty() && free.targets().is_empty());
         assert_eq!(free.pick(TargetId::from_bits(7)), None);
     }
@@ -259,11 +259,11 @@ mod tests {
             wanted in proptest::collection::vec(0u128..3, 0..12),
         ) {
             let config = config(&conflicts, &[0, 1, 2, 0, 1, 2]);
-            let plan = Plan::of(&config, &BTreeMap::new());
+            let schedule = SlotSchedule::of(&config, &BTreeMap::new());
             let mut used = BTreeSet::new();
-            let mut taking = plan.free(&used, []);
+            let mut taking = schedule.free(&used, []);
             for target in wanted {
-                let free = plan.free(&used, []);
+                let free = schedule.free(&used, []);
                 // What was taken one by one, and what was counted anew, is the same.
                 prop_assert_eq!(names(&free), names(&taking));
                 let free_by_name = config.slots.keys().filter(|slot| {

@@ -19,11 +19,11 @@ use rusqlite::{Connection, Row, params};
 use crate::buildomat::JobId;
 use crate::factory::drain::{Drain, Drains};
 use crate::worker::{Kill, Phase, Worker};
-pub use damage::Unsaved;
+pub use damage::SaveError;
 pub use history::{History, PhaseChange};
 pub use reserve::RESERVE_BYTES;
 
-use damage::Unusable;
+use damage::DatabaseError;
 use reserve::Reserve;
 
 /// What must survive a crash, as the driver writes it.
@@ -32,13 +32,13 @@ pub trait Storage {
     ///
     /// # Errors
     /// Why it cannot be saved, and what to do. Nothing of the change is saved then.
-    fn save(&mut self, worker: &Worker) -> std::result::Result<(), Unsaved>;
+    fn save(&mut self, worker: &Worker) -> std::result::Result<(), SaveError>;
 
     /// Forget a worker.
     ///
     /// # Errors
     /// Those of [`Storage::save`].
-    fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), Unsaved>;
+    fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), SaveError>;
 
     /// Remember that no jobs are taken, on this slot or on all; or that they are again.
     ///
@@ -48,13 +48,13 @@ pub trait Storage {
         &mut self,
         slot: Option<&SlotName>,
         drain: Option<&Drain>,
-    ) -> std::result::Result<(), Unsaved>;
+    ) -> std::result::Result<(), SaveError>;
 
     /// Is there a file system that can be written, with room for what is to be saved next? Makes the room if it can.
     ///
     /// # Errors
     /// Why there is none, and what to do.
-    fn check(&mut self) -> std::result::Result<(), Unsaved>;
+    fn check(&mut self) -> std::result::Result<(), SaveError>;
 
     /// Has room been given up since this was asked last?
     fn has_released_reserve(&mut self) -> bool;
@@ -134,7 +134,7 @@ impl Store {
         let path = dir.join("factory.db");
         let reserve = Reserve::new(dir);
         let db = match open_db(&path)? {
-            Err(Unusable::Damaged(how)) => {
+            Err(DatabaseError::Damaged(how)) => {
                 let aside = damage::set_aside(&path)?;
                 tracing::error!(
                     "the database {} is damaged ({how}): it was set aside as {}, and the workers are found again on \
@@ -145,11 +145,11 @@ impl Store {
                 open_db(&path)?
             }
             // Without room nothing can be deleted, not even what has taken it.
-            Err(Unusable::Not(_)) if reserve.release_if_needed() => open_db(&path)?,
+            Err(DatabaseError::Unavailable(_)) if reserve.release_if_needed() => open_db(&path)?,
             opened => opened,
         };
-        let db = db.map_err(|unusable| {
-            let (Unusable::Damaged(why) | Unusable::Not(why)) = unusable;
+        let db = db.map_err(|error| {
+            let (DatabaseError::Damaged(why) | DatabaseError::Unavailable(why)) = error;
             anyhow!("the database {} cannot be used: {why}", path.display())
         })?;
         Ok(Self {
@@ -237,7 +237,7 @@ impl Store {
     ///
     /// # Errors
     /// Those of [`Storage::save`].
-    pub fn forget_all(&mut self) -> std::result::Result<usize, Unsaved> {
+    pub fn forget_all(&mut self) -> std::result::Result<usize, SaveError> {
         let removed = self.db.execute("DELETE FROM workers", []);
         Ok(removed.map_err(anyhow::Error::from)?)
     }
@@ -268,13 +268,13 @@ impl Store {
     }
 
     /// Write; where room is missing, once more with what is kept for that.
-    fn with_room(&mut self, write: impl Fn(&mut Self) -> Result<()>) -> std::result::Result<(), Unsaved> {
-        let unsaved = match write(self).map_err(Unsaved::from) {
-            Err(unsaved) if unsaved.lacks_room => unsaved,
+    fn with_room(&mut self, write: impl Fn(&mut Self) -> Result<()>) -> std::result::Result<(), SaveError> {
+        let error = match write(self).map_err(SaveError::from) {
+            Err(error) if error.lacks_room => error,
             written => return written,
         };
         if !self.reserve.release() {
-            return Err(unsaved);
+            return Err(error);
         }
         self.reserve_released = true;
         Ok(write(self)?)
@@ -282,11 +282,11 @@ impl Store {
 }
 
 impl Storage for Store {
-    fn save(&mut self, worker: &Worker) -> std::result::Result<(), Unsaved> {
+    fn save(&mut self, worker: &Worker) -> std::result::Result<(), SaveError> {
         self.with_room(|store| store.write(worker))
     }
 
-    fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), Unsaved> {
+    fn remove(&mut self, worker: WorkerId) -> std::result::Result<(), SaveError> {
         let id = worker.to_string();
         self.with_room(|store| {
             store
@@ -303,7 +303,7 @@ impl Storage for Store {
         &mut self,
         slot: Option<&SlotName>,
         drain: Option<&Drain>,
-    ) -> std::result::Result<(), Unsaved> {
+    ) -> std::result::Result<(), SaveError> {
         let slot = slot.map_or("", SlotName::as_str);
         self.with_room(|store| {
             match drain {
@@ -317,15 +317,15 @@ impl Storage for Store {
         })
     }
 
-    fn check(&mut self) -> std::result::Result<(), Unsaved> {
+    fn check(&mut self) -> std::result::Result<(), SaveError> {
         // A file system that has become read-only says so at the next change.
         self.lock.set_modified(SystemTime::now()).map_err(|error| {
             let dir = self.dir.display();
-            Unsaved::passing(format!(
+            SaveError::temporary(format!(
                 "nothing can be written in {dir}: {error}: look for the file system's errors in the kernel's log"
             ))
         })?;
-        self.reserve.keep().map_err(Unsaved::passing)
+        self.reserve.keep().map_err(SaveError::temporary)
     }
 
     fn has_released_reserve(&mut self) -> bool {
@@ -367,13 +367,13 @@ fn workers_in(db: &Connection) -> Result<Vec<Worker>> {
 }
 
 /// Open, or make, the database. The outer error is the file's, the inner the content's.
-fn open_db(path: &Path) -> Result<std::result::Result<Connection, Unusable>> {
+fn open_db(path: &Path) -> Result<std::result::Result<Connection, DatabaseError>> {
     // SQLite would make it with the mode of the umask; it holds bootstrap tokens. Its side files follow it.
     drop(open_file(path)?);
     Ok(prepare(path))
 }
 
-fn prepare(path: &Path) -> std::result::Result<Connection, Unusable> {
+fn prepare(path: &Path) -> std::result::Result<Connection, DatabaseError> {
     let mut db = Connection::open(path)?;
     db.busy_timeout(std::time::Duration::from_secs(5))?;
     db.pragma_update(None, "journal_mode", "WAL")?;
@@ -383,14 +383,14 @@ fn prepare(path: &Path) -> std::result::Result<Connection, Unusable> {
     let check: String = db.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
     if check != "ok" {
         // Its text has lines.
-        return Err(Unusable::Damaged(
+        return Err(DatabaseError::Damaged(
             check.split_whitespace().collect::<Vec<_>>().join(" "),
         ));
     }
     let version: i64 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    let version = usize::try_from(version).map_err(|e| Unusable::content(e.into()))?;
+    let version = usize::try_from(version).map_err(|e| DatabaseError::content(e.into()))?;
     if version > MIGRATIONS.len() {
-        return Err(Unusable::Not(format!(
+        return Err(DatabaseError::Unavailable(format!(
             "it has version {version}, this supervisor knows {}: install the newer release again",
             MIGRATIONS.len()
         )));
@@ -400,11 +400,11 @@ fn prepare(path: &Path) -> std::result::Result<Connection, Unusable> {
         // What makes no sense to a migration is not what one of ours has left.
         change
             .execute_batch(migration)
-            .map_err(|e| Unusable::content(e.into()))?;
+            .map_err(|e| DatabaseError::content(e.into()))?;
         change.pragma_update(None, "user_version", number as u32 + 1)?;
         change.commit()?;
     }
-    workers_in(&db).map_err(Unusable::content)?;
+    workers_in(&db).map_err(DatabaseError::content)?;
     Ok(db)
 }
 

@@ -13,7 +13,7 @@ use supervisor::buildomat::ServerWorker;
 use supervisor::factory::{Factory, Input, Output};
 use supervisor::identity::{Identity, InstanceId};
 use supervisor::reconcile::{ReconcileInput, adopted, reconcile};
-use supervisor::schedule::Plan;
+use supervisor::schedule::SlotSchedule;
 use supervisor::worker::{Phase, Worker};
 use testbed::bench::{Go, Group, Options, Report};
 use testbed::test_factory::{CALLS, TestFactory};
@@ -81,8 +81,8 @@ fn online(n: usize) -> Worker {
 }
 
 /// All that is asked of the schedule in a pass: what is free, for which targets, and a slot for a job of each.
-fn pass(plan: &Plan, used: &BTreeSet<SlotName>) -> usize {
-    let free = plan.free(used, []);
+fn pass(schedule: &SlotSchedule, used: &BTreeSet<SlotName>) -> usize {
+    let free = schedule.free(used, []);
     let targets = free.targets();
     let picked = targets.iter().filter_map(|target| free.pick(*target)).count();
     free.slots().count() + picked
@@ -129,23 +129,23 @@ fn passes(options: &Options, report: &mut Report) {
         ("each excludes two, every third used", 1, 3),
     ];
     for (title, neighbours, every) in all {
-        let plans: BTreeMap<usize, (Plan, BTreeSet<SlotName>)> = sizes
+        let schedules: BTreeMap<usize, (SlotSchedule, BTreeSet<SlotName>)> = sizes
             .iter()
             .map(|size| {
                 let used = (0..size - neighbours).step_by(every).map(slot).collect();
                 (
                     *size,
                     (
-                        Plan::of(&configuration(*size, neighbours), &BTreeMap::new()),
+                        SlotSchedule::of(&configuration(*size, neighbours), &BTreeMap::new()),
                         used,
                     ),
                 )
             })
             .collect();
         let ways = growing(&sizes, "slots", |size| {
-            let (plan, used) = &plans[&size];
+            let (schedule, used) = &schedules[&size];
             Box::new(|| {
-                std::hint::black_box(pass(plan, used));
+                std::hint::black_box(pass(schedule, used));
             })
         });
         let title = format!("A pass over all slots: {title}");
@@ -165,7 +165,7 @@ fn reconciling(options: &Options, report: &mut Report) {
     let sizes = options.size([125, 250, 500, 1000], [5, 10, 20, 40]);
     let largest = *sizes.last().expect("there are some");
     let config = configuration(largest, 1);
-    let plan = Plan::of(&config, &BTreeMap::new());
+    let schedule = SlotSchedule::of(&config, &BTreeMap::new());
     let none = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     // Every second slot, so that there is room for the others' conflicts.
     let known: BTreeMap<usize, BTreeMap<WorkerId, SlotName>> = sizes
@@ -197,7 +197,7 @@ fn reconciling(options: &Options, report: &mut Report) {
     for (title, is_known, server, is_here) in kinds {
         let ways = growing(&sizes, "workers", |size| {
             let input = ReconcileInput {
-                plan: &plan,
+                schedule: &schedule,
                 known: if is_known { &known[&size] } else { &nobody },
                 server: &server[..size],
                 host: if is_here { &host[..size] } else { &[] },
@@ -208,7 +208,7 @@ fn reconciling(options: &Options, report: &mut Report) {
                 online_timeout: 300_000,
                 to_delete: &none.2,
                 foreign_seen: false,
-                making: false,
+                is_making: false,
                 now: 0,
             };
             Box::new(move || drop(std::hint::black_box(reconcile(&input))))

@@ -732,7 +732,7 @@ impl Client {
 /// A program in a sealed memfd, as the supervisor hands it over.
 pub fn sealed(program: &[u8]) -> OwnedFd {
     let fd = memory(program);
-    supervisor::agent::seal(&fd).expect("a memfd can be sealed");
+    supervisor::agent_cache::seal(&fd).expect("a memfd can be sealed");
     fd
 }
 

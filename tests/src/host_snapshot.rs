@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use supervisor::residue::files::Pace;
-use supervisor::residue::{Uids, files, host};
+use supervisor::residue::{Uids, files, kernel};
 
 use crate::harness::{LOCKS, TestHost, install_tools, until};
 
@@ -43,8 +43,8 @@ impl HostSnapshot {
         let unused = HostSnapshot::of_unused(host);
         let uids = Uids::from(host.uids.clone());
         HostSnapshot {
-            ipc: host::ipc(&uids),
-            keys: host::keys(&uids),
+            ipc: kernel::ipc(&uids),
+            keys: kernel::keys(&uids),
             sockets: sockets_of(&uids),
             files: files_of(host, &uids),
             processes: processes_of(&host.uids),
@@ -65,14 +65,14 @@ impl HostSnapshot {
                 .collect()
         };
         HostSnapshot {
-            mounts: host::mounts(|mount| {
+            mounts: kernel::mounts(|mount| {
                 mount.contains("bmat-") || mount.contains(&*host.root.to_string_lossy())
             }),
             ipc: BTreeSet::new(),
             keys: BTreeSet::new(),
             sockets: BTreeSet::new(),
             // The workers of every test are called so, but no test's may have left anything here.
-            service_requests: host::service_requests(&uids, |name| name.contains("bmat-")),
+            service_requests: kernel::service_requests(&uids, |name| name.contains("bmat-")),
             host: HOST_FILES.map(read).to_vec(),
             logins: LOGIN_FILES
                 .map(|path| fs::metadata(path).ok().map(|meta| meta.len()))
@@ -146,7 +146,7 @@ const LOGIN_FILES: [&str; 5] = [
 
 /// Lines of the tables of `/proc/sysvipc` in which an owner or maker is of the range.
 pub fn ipc_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
-    host::ipc(&uids.clone().into())
+    kernel::ipc(&uids.clone().into())
 }
 
 /// Processes of the range, dead ones included whose parent runs and has not waited for them. Whose parent has ended

@@ -172,8 +172,8 @@ fn each_row_has_a_test(page: &str, heading: &str, at_least: usize) -> Vec<String
 }
 
 #[test]
-fn every_promise_and_every_check_has_a_test() {
-    let mut mistakes = each_row_has_a_test("SECURITY.md", "What is promised", 20);
+fn every_guarantee_and_every_check_has_a_test() {
+    let mut mistakes = each_row_has_a_test("SECURITY.md", "What is guaranteed", 20);
     mistakes.extend(each_row_has_a_test(REVIEW, "What root touches", 20));
     for row in Page::read(REVIEW).section("What root touches").rows() {
         let mut links = row.iter().flat_map(|cell| &cell.links);

@@ -9,7 +9,7 @@ use protocol::config::General;
 use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Proxy, Response};
 
-use super::{Call, Error, HttpResponse, Pending, Result, Transport};
+use super::{Error, HttpRequest, HttpResponse, Pending, Result, Transport};
 use crate::rate_limited_log::RateLimitedLog;
 use crate::token::{Token, TokenStore};
 
@@ -50,7 +50,7 @@ impl Http {
         })
     }
 
-    async fn send(&self, call: &Call, token: &Token) -> Result<HttpResponse> {
+    async fn send(&self, call: &HttpRequest, token: &Token) -> Result<HttpResponse> {
         let mut request = self
             .client
             .request(call.method.clone(), format!("{}{}", self.base, call.path))
@@ -97,7 +97,7 @@ impl Http {
 }
 
 impl Transport for Http {
-    fn call(&self, call: Call) -> Pending<'_, HttpResponse> {
+    fn call(&self, call: HttpRequest) -> Pending<'_, HttpResponse> {
         Box::pin(async move {
             let answer = self.send(&call, &self.tokens.token()).await?;
             if answer.code == 401 && self.has_new_token().await {
@@ -214,8 +214,8 @@ mod tests {
         Http::new(&config.general, TokenStore::fixed("secret")).unwrap()
     }
 
-    fn call() -> Call {
-        Call {
+    fn call() -> HttpRequest {
+        HttpRequest {
             method: Method::GET,
             path: "/0/factory/workers".into(),
             body: None,

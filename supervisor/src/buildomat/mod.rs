@@ -123,9 +123,9 @@ impl Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// A call that a [`Transport`] carries: an absolute path on the server, and a body for it.
+/// A request that a [`Transport`] sends: an absolute path on the server, and a body for it.
 #[derive(Clone, Debug)]
-pub struct Call {
+pub struct HttpRequest {
     /// GET, POST, PATCH or DELETE.
     pub method: Method,
     /// From the root of `general.baseurl`, beginning with `/0/`.
@@ -162,7 +162,7 @@ pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 /// What brings calls to the server and answers back: HTTP, or a simulated network.
 pub trait Transport: fmt::Debug + Send + Sync {
     /// With the token. The error is [`Error::Unreachable`] where no answer came; an answer of any status is none.
-    fn call(&self, call: Call) -> Pending<'_, HttpResponse>;
+    fn call(&self, call: HttpRequest) -> Pending<'_, HttpResponse>;
 
     /// A file that anybody may have, asked for without the token.
     fn file<'a>(
@@ -226,7 +226,7 @@ impl BuildomatClient {
     ///
     /// # Errors
     /// No answer, or another than a list.
-    pub async fn workers(&self) -> Result<Vec<ServerWorker>> {
+    pub async fn list_workers(&self) -> Result<Vec<ServerWorker>> {
         self.json_of(Method::GET, "/0/factory/workers".into(), None).await
     }
 
@@ -234,7 +234,7 @@ impl BuildomatClient {
     ///
     /// # Errors
     /// No answer, or another than a list.
-    pub async fn targets(&self) -> Result<Option<Vec<ServerTarget>>> {
+    pub async fn list_targets(&self) -> Result<Option<Vec<ServerTarget>>> {
         let listed = self.json_of(Method::GET, "/0/factory/targets".into(), None).await;
         match listed {
             Err(Error::Status { code: 404, .. }) => Ok(None),
@@ -330,7 +330,7 @@ impl BuildomatClient {
 
     /// An agent's file, without the token: anybody may have it. The whole download has no time limit,
     /// so the caller must watch that it goes on.
-    pub(crate) async fn file(
+    pub(crate) async fn download_file(
         &self,
         path: &str,
         query: &[(&str, String)],
@@ -346,7 +346,7 @@ impl BuildomatClient {
             code,
             body,
             retry_after,
-        } = self.transport.call(Call { method, path, body }).await?;
+        } = self.transport.call(HttpRequest { method, path, body }).await?;
         if (200..300).contains(&code) {
             return Ok(body);
         }
@@ -427,7 +427,7 @@ mod tests {
     struct Always(u16, &'static str);
 
     impl Transport for Always {
-        fn call(&self, _: Call) -> Pending<'_, HttpResponse> {
+        fn call(&self, _: HttpRequest) -> Pending<'_, HttpResponse> {
             Box::pin(async { Ok(HttpResponse::new(self.0, self.1)) })
         }
 
@@ -444,8 +444,8 @@ mod tests {
     #[tokio::test]
     async fn a_refusal_without_the_servers_json_is_a_proxys() {
         let fail = |code, body| async move {
-            let server = BuildomatClient::over(Arc::new(Always(code, body)));
-            server.fail(WorkerId::from_bits(1), "x").await.unwrap_err()
+            let buildomat = BuildomatClient::over(Arc::new(Always(code, body)));
+            buildomat.fail(WorkerId::from_bits(1), "x").await.unwrap_err()
         };
         let servers = fail(404, r#"{"request_id":"r","message":"Not Found"}"#).await;
         assert!(servers.is_refusal(), "{servers}");
@@ -464,8 +464,8 @@ mod tests {
     #[tokio::test]
     async fn an_answer_that_makes_no_sense_is_not_repeated_whole() {
         let answer = format!(r#"{{"ok":"{}"}}"#, "long".repeat(9999));
-        let server = BuildomatClient::over(Arc::new(Always(200, answer.leak())));
-        let sentence = server.ping().await.unwrap_err().to_string();
+        let buildomat = BuildomatClient::over(Arc::new(Always(200, answer.leak())));
+        let sentence = buildomat.ping().await.unwrap_err().to_string();
         assert!(
             sentence.contains("makes no sense") && sentence.len() < 600,
             "{sentence}"

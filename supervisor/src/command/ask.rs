@@ -9,10 +9,10 @@ use jiff::{Span, Timestamp, Zoned};
 use protocol::{SlotName, WorkerId};
 use supervisor::control::api::{Drain, Status};
 use supervisor::control::client::{Client, Error};
-use supervisor::control::procs;
+use supervisor::control::processes;
 use supervisor::settings::Places;
 
-use super::print::{self, Visible};
+use super::print::{self, EscapingDecoder};
 use super::{ATTENTION, DONE, FAILED, Location, NO_ANSWER, OutputFormat, print_error, print_line};
 
 /// How often `status --watch` draws, and `drain --wait` asks.
@@ -111,7 +111,7 @@ pub async fn workers(client: Client, output: OutputFormat) -> CommandResult {
 
 pub async fn show(client: Client, worker: WorkerId, output: OutputFormat) -> CommandResult {
     let mut details = client.details(worker).await?;
-    procs::complete(&mut details);
+    processes::fill_details(&mut details);
     let now = client.status().await?.now;
     print_line(&if output.json {
         json(&details)
@@ -135,7 +135,7 @@ pub async fn egress(client: Client, slot: SlotName, output: OutputFormat) -> Com
 pub async fn logs(client: Client, worker: WorkerId, follow: bool) -> CommandResult {
     let mut answer = client.console(worker, follow).await?;
     let mut out = io::stdout().lock();
-    let mut visible = out.is_terminal().then(Visible::default);
+    let mut visible = out.is_terminal().then(EscapingDecoder::default);
     loop {
         let chunk = tokio::select! {
             chunk = answer.chunk() => chunk,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use futures_util::future::join_all;
 use protocol::config::{Config, Mistake, ProxyUrl};
-use supervisor::agent::{self, Agent, AgentCache};
+use supervisor::agent_cache::{self, Agent, AgentCache};
 use supervisor::backoff::Rng;
 use supervisor::buildomat::BuildomatClient;
 use supervisor::config_check;
@@ -84,21 +84,21 @@ fn ask(config: &Config, tokens: &TokenStore, root: &Path) -> bool {
 
 async fn answers(config: &Config, tokens: &TokenStore, root: &Path) -> Vec<(String, Result<String, String>)> {
     let mut answers = Vec::new();
-    let server = BuildomatClient::new(&config.general, tokens.clone()).map_err(|e| e.to_string());
-    match server {
+    let buildomat = BuildomatClient::new(&config.general, tokens.clone()).map_err(|e| e.to_string());
+    match buildomat {
         Err(why) => answers.push(("server".to_owned(), Err(why))),
-        Ok(server) => {
-            let ping = server.ping().await.map_err(|e| e.to_string());
+        Ok(buildomat) => {
+            let ping = buildomat.ping().await.map_err(|e| e.to_string());
             answers.push((
                 "server".to_owned(),
                 ping.map(|_| format!("{} answers and takes the token", config.general.baseurl)),
             ));
             let agent = match &config.factory.agent {
                 Some(path) => of_the_host(path.as_path()).await,
-                None => download(&server).await,
+                None => download(&buildomat).await,
             };
             answers.push(("agent".to_owned(), agent));
-            answers.extend(targets(config, &server).await);
+            answers.extend(targets(config, &buildomat).await);
         }
     }
     answers.push(("helper".to_owned(), helper(&Places::below(root)).await));
@@ -130,13 +130,13 @@ async fn destinations(config: &Config) -> Vec<(String, Result<String, String>)> 
 }
 
 /// The targets that the configuration names, if it names any.
-async fn targets(config: &Config, server: &BuildomatClient) -> Option<(String, Result<String, String>)> {
+async fn targets(config: &Config, buildomat: &BuildomatClient) -> Option<(String, Result<String, String>)> {
     let mut targets = Targets::new(config, 0);
     if !targets.begin(0) {
         return None;
     }
-    let answer = server.targets().await.map_err(|error| error.call_error());
-    targets.answered(config, 0, &mut Rng::new(0), answer);
+    let answer = buildomat.list_targets().await.map_err(|error| error.call_error());
+    targets.handle_answer(config, 0, &mut Rng::new(0), answer);
     let unresolved = targets.unresolved(config);
     let sentences: Vec<String> = unresolved.into_iter().map(|name| name.sentence).collect();
     let ids = targets.ids().iter().map(|(name, id)| format!("{name:?} is {id}"));
@@ -176,10 +176,10 @@ async fn of_the_host(path: &Path) -> Result<String, String> {
 }
 
 /// The whole of the agent, as a worker would get it.
-async fn download(server: &BuildomatClient) -> Result<String, String> {
+async fn download(buildomat: &BuildomatClient) -> Result<String, String> {
     let dir = tempfile::tempdir().map_err(|e| format!("cannot make a temporary directory: {e}"))?;
-    let agent = AgentCache::new(dir.path().to_owned(), agent::hints())
-        .get(server)
+    let agent = AgentCache::new(dir.path().to_owned(), agent_cache::hints())
+        .get(buildomat)
         .await?;
     Ok(format!("downloaded and unpacked, {} bytes", agent.size()?))
 }

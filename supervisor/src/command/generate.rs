@@ -9,7 +9,7 @@ use clap_mangen::Man;
 use super::{Arguments, print_line};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum What {
+pub enum Generated {
     Bash,
     Zsh,
     Fish,
@@ -17,14 +17,14 @@ pub enum What {
     Man,
 }
 
-pub fn generate(what: What) -> io::Result<()> {
+pub fn generate(what: Generated) -> io::Result<()> {
     let mut command = Arguments::command();
     let mut out = Vec::new();
     let shell = match what {
-        What::Bash => Shell::Bash,
-        What::Zsh => Shell::Zsh,
-        What::Fish => Shell::Fish,
-        What::Man => return man(command, &mut out).map(|()| print_line(&String::from_utf8_lossy(&out))),
+        Generated::Bash => Shell::Bash,
+        Generated::Zsh => Shell::Zsh,
+        Generated::Fish => Shell::Fish,
+        Generated::Man => return man(command, &mut out).map(|()| print_line(&String::from_utf8_lossy(&out))),
     };
     clap_complete::generate(shell, &mut command, "user-factory", &mut out);
     print_line(&String::from_utf8_lossy(&out));

@@ -204,7 +204,7 @@ pub enum Command {
         #[command(flatten)]
         at: Location,
     },
-    /// A shell as the worker's user, with the worker's view of the files; also when its job has ended. Needs root.
+    /// A shell as the worker's user, with the worker's root file system; also when its job has ended. Needs root.
     Shell {
         worker: WorkerId,
         #[command(flatten)]
@@ -220,8 +220,8 @@ pub enum Command {
         #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
         command: Vec<std::ffi::OsString>,
     },
-    /// Does what is promised hold on this host? In each free slot a worker is made, and a probe as its job tries what a job
-    /// must not be able to do, and what the slot promises. Ends with 1 if something does not hold. Needs root.
+    /// Does what is guaranteed hold on this host? In each free slot a worker is made, and a probe as its job tries what
+    /// a job must not be able to do, and what the slot guarantees. Ends with 1 if something does not hold. Needs root.
     Selftest {
         /// The slot to try [each that is free; then a supervisor that runs is told the result]
         #[arg(long, value_name = "SLOT")]
@@ -247,7 +247,7 @@ pub enum Command {
     },
     /// Write a file that comes with the package.
     #[command(hide = true)]
-    Generate { what: generate::What },
+    Generate { what: generate::Generated },
 }
 
 /// Print this. A reader that has gone (`| head`) is no failure.

@@ -239,7 +239,7 @@ pub fn selftest(slots: &[SlotReport], holds: bool) -> String {
             };
             [
                 (style, attempt.outcome.name().to_owned()),
-                plain(&attempt.promise),
+                plain(&attempt.guarantee),
                 plain(&attempt.tried),
                 plain(&attempt.seen),
             ]
@@ -247,7 +247,7 @@ pub fn selftest(slots: &[SlotReport], holds: bool) -> String {
         text += &format!(
             "slot {}\n{}\n",
             slot.slot,
-            table(["RESULT", "PROMISE", "TRIED", "SEEN"], rows)
+            table(["RESULT", "GUARANTEE", "TRIED", "SEEN"], rows)
         );
     }
     let count = |outcome| {
@@ -406,12 +406,12 @@ pub fn waiting_for(slot: &Slot, status: &Status) -> String {
 /// Makes a stream of a job's bytes harmless for a terminal: control characters but newline and tab become
 /// visible, whatever pieces they come in.
 #[derive(Debug, Default)]
-pub struct Visible {
+pub struct EscapingDecoder {
     /// The beginning of a character whose rest has not come.
     rest: Vec<u8>,
 }
 
-impl Visible {
+impl EscapingDecoder {
     pub fn next(&mut self, bytes: &[u8]) -> String {
         self.rest.extend_from_slice(bytes);
         let whole = match std::str::from_utf8(&self.rest) {
@@ -492,7 +492,7 @@ mod tests {
 
     #[test]
     fn a_jobs_escapes_are_shown_and_characters_that_come_in_pieces_are_whole() {
-        let mut visible = Visible::default();
+        let mut visible = EscapingDecoder::default();
         assert_eq!(visible.next(b"a\x1b[2Jb\r\n\tc\xc3"), "a\\u{1b}[2Jb\n\tc");
         assert_eq!(visible.next(b"\xa9\xff"), "\u{e9}\u{fffd}");
     }

@@ -1,4 +1,4 @@
-//! `user-factory selftest`: does what is promised hold in each free slot of this host?
+//! `user-factory selftest`: does what is guaranteed hold in each free slot of this host?
 
 use std::path::Path;
 use std::time::Duration;
@@ -34,7 +34,7 @@ pub fn selftest(root: &Path, slot: Option<SlotName>, output: OutputFormat) -> u8
 }
 
 /// The same once the supervisor runs and a slot is free, if it waits for that.
-pub fn at_start(root: &Path, output: OutputFormat) -> u8 {
+pub fn run_at_start(root: &Path, output: OutputFormat) -> u8 {
     loop {
         match ask::ask(root, async |supervisor| supervisor.status().await) {
             Ok(status) if !status.waits_for_selftest => return DONE,
@@ -83,7 +83,7 @@ fn test(root: &Path, slot: Option<SlotName>) -> Option<Vec<SlotReport>> {
         None => config.slots.keys().cloned().collect(),
     };
     let programs = Programs::beside(manual::program());
-    let test = |slot: &SlotName| run::slot(&config, slot, root, &programs);
+    let test = |slot: &SlotName| run::test_slot(&config, slot, root, &programs);
     let tested: Result<Vec<SlotReport>, _> = slots.iter().map(test).collect();
     tested
         .map_err(|error| {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use supervisor::agent::{self, AgentCache};
+use supervisor::agent_cache::{self, AgentCache};
 use supervisor::buildomat::BuildomatClient;
 use supervisor::config_check::FileOnDisk;
 use supervisor::control::listener::{Names, StatusPage};
@@ -22,7 +22,7 @@ use supervisor::helper_client::HelperClient;
 use supervisor::identity;
 use supervisor::log;
 use supervisor::memory_stall;
-use supervisor::notify::{self, Watchdog};
+use supervisor::notify::{Watchdog, notify_ready};
 use supervisor::settings::{self, Places};
 use supervisor::store::{History, Store};
 use supervisor::token::{TokenPlaces, TokenStore};
@@ -31,9 +31,9 @@ use tokio::sync::{mpsc, oneshot};
 
 /// Starting again would not help: an operator has to change the configuration or the token.
 #[derive(Debug)]
-pub struct NotConfigured;
+pub struct ConfigurationError;
 
-impl std::fmt::Display for NotConfigured {
+impl std::fmt::Display for ConfigurationError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("cannot serve until this is fixed")
     }
@@ -59,9 +59,9 @@ pub fn serve(
             "the configuration has mistakes:\n{}",
             settings::print(&path, &mistakes).trim_end()
         )
-        .context(NotConfigured)
+        .context(ConfigurationError)
     })?;
-    let tokens = TokenStore::open(TokenPlaces::of_this_process(&config)).context(NotConfigured)?;
+    let tokens = TokenStore::open(TokenPlaces::of_this_process(&config)).context(ConfigurationError)?;
     let mut store = Store::open(&places.state)?;
     let host = nix::unistd::gethostname().unwrap_or_default();
     let machine = identity::machine_id(&places.machine_id);
@@ -74,11 +74,11 @@ pub fn serve(
     let history = Arc::new(History::open(&places.state)?);
     let clock = Clock::start();
     let workers = store.workers()?;
-    let helper = HelperClient::new(places.helper.clone());
+    let helper_client = HelperClient::new(places.helper.clone());
     let executor = Executor {
-        server: BuildomatClient::new(&config.general, tokens.clone())?,
-        helper: helper.clone(),
-        agent: AgentCache::new(places.state.join("agent"), agent::hints()),
+        buildomat: BuildomatClient::new(&config.general, tokens.clone())?,
+        helper_client: helper_client.clone(),
+        agent: AgentCache::new(places.state.join("agent"), agent_cache::hints()),
         identity: identity.clone(),
     };
     tracing::info!(server = %config.general.baseurl, host = %identity, slots = config.slots.len(), workers = workers.len(), token = %tokens.source(), "supervisor started");
@@ -86,11 +86,11 @@ pub fn serve(
     let reports = Reports {
         records: Arc::new(EgressRecords::open(&places.state)),
         metrics: metrics.clone(),
-        server: executor.server.clone(),
+        buildomat: executor.buildomat.clone(),
     };
     reports.records.configure(&config);
     let connections = descriptors::proxied_connections();
-    let proxy = EgressProxy::to_the_server(
+    let proxy = EgressProxy::from_config(
         &config,
         places.egress_proxy.clone(),
         places.userdb.clone(),
@@ -117,7 +117,7 @@ pub fn serve(
     status.tokens = Some(tokens);
     // The seed spreads the retries of several factories; it is no secret.
     let seed = clock.now() ^ u64::from(std::process::id());
-    let factory = Factory::new(identity, config, workers, seed, clock.now()).drained(store.drained()?);
+    let factory = Factory::new(identity, config, workers, seed, clock.now()).with_drains(store.drained()?);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -125,11 +125,11 @@ pub fn serve(
         .context("cannot start the runtime")?;
     let done = runtime.block_on(async {
         let (queue, commands) = mpsc::unbounded_channel();
-        listen_to_signals(queue.clone(), helper.clone())?;
+        listen_to_signals(queue.clone(), helper_client.clone())?;
         tokio::spawn(memory_stall::watch(places.cgroups.clone(), queue.clone()));
         let server = ControlServer {
             commands: queue,
-            helper,
+            helper_client,
             history,
             metrics,
             cgroups: places.cgroups.clone(),
@@ -143,7 +143,7 @@ pub fn serve(
         tokio::spawn(server.serve(places.control));
         proxy.map(|proxy| tokio::spawn(proxy.serve()));
         tokio::spawn(reports.records.save_in(places.state));
-        notify::ready();
+        notify_ready();
         Driver {
             factory,
             persistence: Persistence::new(store),
@@ -163,7 +163,7 @@ pub fn serve(
     done
 }
 
-fn listen_to_signals(queue: CommandQueue, helper: HelperClient) -> Result<()> {
+fn listen_to_signals(queue: CommandQueue, helper_client: HelperClient) -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
     tokio::spawn(async move {
@@ -174,7 +174,7 @@ fn listen_to_signals(queue: CommandQueue, helper: HelperClient) -> Result<()> {
                 // The answer is in the log.
                 _ = hangup.recv() => Command::Reload {
                     by: Operator::Signal,
-                    refused: refused_by(&helper).await,
+                    refused: refused_by(&helper_client).await,
                     answer: oneshot::channel().0,
                 },
             };

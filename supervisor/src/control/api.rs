@@ -337,7 +337,7 @@ pub struct Problem {
 
 /// Why something was not done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refusal {
+pub struct ErrorBody {
     /// One sentence for the operator, or a line for each mistake of a configuration.
     pub message: String,
 }

@@ -9,7 +9,7 @@ use reqwest::{Client as Http, Method, RequestBuilder, Response};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::api::{Details, Drain, EgressReport, Refusal, SelfTest, Status};
+use super::api::{Details, Drain, EgressReport, ErrorBody, SelfTest, Status};
 use crate::buildomat::causes;
 
 /// A call has been answered in full by then, or the factory is unreachable. (A deletion is answered before it is done.)
@@ -187,7 +187,7 @@ impl Client {
         if status.is_success() {
             return Ok(answer);
         }
-        let message = timeout(TIMEOUT, answer.json::<Refusal>()).await;
+        let message = timeout(TIMEOUT, answer.json::<ErrorBody>()).await;
         let message = message.map_err(|_| self.late())?.map(|refusal| refusal.message);
         Err(Error::Refused(
             message.unwrap_or_else(|_| format!("the factory answered {status}")),

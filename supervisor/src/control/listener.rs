@@ -20,7 +20,7 @@ use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
-use super::api::{PeerStatus, Refusal};
+use super::api::{ErrorBody, PeerStatus};
 use super::server::PeerUid;
 use crate::descriptors::{CONTROL_CONNECTIONS, STATUS_CONNECTIONS};
 use crate::limiter::ConnectionLimiter;
@@ -228,7 +228,7 @@ async fn check_host(State(names): State<Arc<Names>>, request: Request, next: Nex
             let message = format!(
                 "this is not {name:.100?}: ask by address, or add the name to factory.status_names and restart the supervisor"
             );
-            return (StatusCode::MISDIRECTED_REQUEST, Json(Refusal { message })).into_response();
+            return (StatusCode::MISDIRECTED_REQUEST, Json(ErrorBody { message })).into_response();
         }
     }
     next.run(request).await

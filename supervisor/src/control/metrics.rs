@@ -25,7 +25,7 @@ const DELETE: &str = "delete";
 
 /// A call to the server or the helper.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Call {
+struct CallLabels {
     partner: &'static str,
     call: &'static str,
     outcome: &'static str,
@@ -42,7 +42,7 @@ struct State {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct DrainOf {
+struct DrainLabels {
     slot: String,
     reason: String,
 }
@@ -71,7 +71,7 @@ struct Version {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct EgressOf {
+struct EgressLabels {
     slot: String,
     result: &'static str,
 }
@@ -84,12 +84,12 @@ type Real<L> = Family<L, Gauge<f64, AtomicU64>>;
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    calls: Family<Call, Counter>,
+    calls: Family<CallLabels, Counter>,
     leases: Counter,
     phases: Seconds,
     cleanup_failures: Counter,
     reloads_refused: Counter,
-    egress: Family<EgressOf, Counter>,
+    egress: Family<EgressLabels, Counter>,
 }
 
 fn phase_buckets() -> Histogram {
@@ -163,16 +163,16 @@ impl Default for Metrics {
 impl Metrics {
     /// A call that [`call_of`] has named has been answered, or not.
     /// Returns how it went.
-    pub fn answered(&self, (peer, call): (Peer, &'static str), input: &Input) -> &'static str {
+    pub fn count_call(&self, (peer, call): (Peer, &'static str), input: &Input) -> &'static str {
         let outcome = outcome_of(input);
-        let partner = match peer {
+        let peer = match peer {
             Peer::Server => "server",
             Peer::Helper => "helper",
             Peer::Database => "database",
         };
         self.calls
-            .get_or_create(&Call {
-                partner,
+            .get_or_create(&CallLabels {
+                partner: peer,
                 call,
                 outcome,
             })
@@ -187,7 +187,7 @@ impl Metrics {
     }
 
     /// A worker has left this phase after so many milliseconds.
-    pub fn left(&self, phase: &str, ms: u64) {
+    pub fn observe_phase(&self, phase: &str, ms: u64) {
         let labels = Phase {
             phase: phase.to_owned(),
         };
@@ -195,14 +195,14 @@ impl Metrics {
     }
 
     /// Count a reload that was refused.
-    pub fn reload_refused(&self) {
+    pub fn count_refused_reload(&self) {
         self.reloads_refused.inc();
     }
 
     /// Count a connection of a job of this slot: `connected`, `refused` or `failed`.
-    pub fn egress(&self, slot: &SlotName, result: &'static str) {
+    pub fn count_connection(&self, slot: &SlotName, result: &'static str) {
         let slot = slot.to_string();
-        self.egress.get_or_create(&EgressOf { slot, result }).inc();
+        self.egress.get_or_create(&EgressLabels { slot, result }).inc();
     }
 
     /// Everything, at this instant; `memory` is what each slot's worker takes, in bytes.
@@ -229,10 +229,12 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
     registry.register("build", "The supervisor's version; always 1", version);
 
     let reachable: Whole<PeerLabels> = Family::default();
-    let with = |partner: &'static str, seen: &PeerStatus| {
-        reachable.get_or_create(&PeerLabels { partner }).set(i64::from(
-            seen.reachable == Some(true) && seen.unanswered_since.is_none(),
-        ));
+    let with = |peer: &'static str, seen: &PeerStatus| {
+        reachable
+            .get_or_create(&PeerLabels { partner: peer })
+            .set(i64::from(
+                seen.reachable == Some(true) && seen.unanswered_since.is_none(),
+            ));
     };
     with("server", &status.server);
     with("helper", &status.helper);
@@ -250,9 +252,9 @@ fn states(status: &Status, memory: &BTreeMap<SlotName, u64>) -> Registry {
         draining,
     );
 
-    let drains: Real<DrainOf> = Family::default();
+    let drains: Real<DrainLabels> = Family::default();
     for drain in &status.drains {
-        let labels = DrainOf {
+        let labels = DrainLabels {
             slot: drain.slot.as_ref().map(ToString::to_string).unwrap_or_default(),
             reason: drain.reason.clone().unwrap_or_default(),
         };

@@ -13,7 +13,7 @@
 //! | `GET /metrics` | Prometheus' text |
 //! | `GET /` | a page that shows the status |
 //!
-//! What is not done is answered with 4xx or 5xx and an [`api::Refusal`]. The first part of a path is the version:
+//! What is not done is answered with 4xx or 5xx and an [`api::ErrorBody`]. The first part of a path is the version:
 //! fields may be added to it, and nothing in it changes its meaning. On an address (`factory.status_address`)
 //! there is the same without the calls that change something, and without consoles.
 //!
@@ -23,7 +23,7 @@ pub mod api;
 pub mod client;
 pub mod listener;
 pub mod metrics;
-pub mod procs;
+pub mod processes;
 pub mod server;
 pub mod state;
 pub mod status;

@@ -22,10 +22,10 @@ use tokio::net::UnixListener;
 use tokio::sync::{Mutex, oneshot};
 use tokio::time::timeout;
 
-use super::api::{self, Details, EgressReport, Process, Refusal, Status, Step};
+use super::api::{self, Details, EgressReport, ErrorBody, Process, Status, Step};
 use super::listener::{Names, StatusPage, serve_operators};
 use super::metrics::Metrics;
-use super::procs;
+use super::processes;
 use super::state::{Command, CommandQueue, Operator, ReplySender};
 use super::status::time;
 use crate::console;
@@ -56,7 +56,7 @@ pub struct ControlServer {
     /// To the loop, which carries them out in order.
     pub commands: CommandQueue,
     /// For consoles.
-    pub helper: HelperClient,
+    pub helper_client: HelperClient,
     /// For a worker's phases.
     pub history: Arc<History>,
     /// For `/metrics`.
@@ -108,7 +108,7 @@ struct ApiError(StatusCode, String);
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        (self.0, Json(Refusal { message: self.1 })).into_response()
+        (self.0, Json(ErrorBody { message: self.1 })).into_response()
     }
 }
 
@@ -156,8 +156,8 @@ impl ControlServer {
     /// What a worker's processes have resident; where they cannot be seen, what their cgroup is charged with.
     fn memory(&self, worker: WorkerId, processes: &[Process]) -> u64 {
         match processes {
-            [] => procs::charged(&self.cgroups, worker).unwrap_or(0),
-            seen => procs::resident(seen),
+            [] => processes::charged_bytes(&self.cgroups, worker).unwrap_or(0),
+            seen => processes::resident_bytes(seen),
         }
     }
 
@@ -242,7 +242,7 @@ async fn metrics(State(server): State<ControlServer>) -> ApiResult<Response> {
     let status = server.status().await?;
     let mut memory_of: BTreeMap<SlotName, u64> = BTreeMap::new();
     for worker in &status.workers {
-        let processes = worker.uid.map(procs::of).unwrap_or_default();
+        let processes = worker.uid.map(processes::read_processes).unwrap_or_default();
         let memory = server.memory(worker.id, &processes);
         memory_of.insert(worker.slot.clone(), memory);
     }
@@ -278,10 +278,10 @@ async fn details(
         note: change.note,
     });
     // It is locked while it is being made or deleted, and may not be on the host at all.
-    let console = timeout(HELPER_TIMEOUT, server.helper.attach(worker)).await;
+    let console = timeout(HELPER_TIMEOUT, server.helper_client.attach(worker)).await;
     let console = console.ok().and_then(Result::ok);
     let console = console.map(|console| last_lines(&console)).unwrap_or_default();
-    let processes = found.uid.map(procs::of).unwrap_or_default();
+    let processes = found.uid.map(processes::read_processes).unwrap_or_default();
     Ok(Json(Details {
         memory: server.memory(worker, &processes),
         egress: server.egress.of_worker(found.id),
@@ -331,7 +331,7 @@ async fn read_console(
     PathPart(worker): PathPart<WorkerId>,
     Query(Follow { follow }): Query<Follow>,
 ) -> ApiResult<Response> {
-    let console = match server.helper.attach(worker).await {
+    let console = match server.helper_client.attach(worker).await {
         Ok(console) => console,
         Err(helper_client::Error::Refused(error)) => {
             return Err(ApiError(StatusCode::NOT_FOUND, error.to_string()));
@@ -361,10 +361,10 @@ impl Reader {
     async fn next(mut self) -> Option<(io::Result<Vec<u8>>, Reader)> {
         loop {
             // Whether it can go on is asked before it is read, so that the last bytes are not missed.
-            let goes_on = self.follow && self.goes_on().await;
+            let may_print_more = self.follow && self.may_print_more().await;
             let mut bytes = vec![0; 64 << 10];
             match self.console.read_at(&mut bytes, self.at) {
-                Ok(0) if goes_on => tokio::time::sleep(CONSOLE_INTERVAL).await,
+                Ok(0) if may_print_more => tokio::time::sleep(CONSOLE_INTERVAL).await,
                 Ok(0) => return None,
                 Ok(n) => {
                     bytes.truncate(n);
@@ -386,7 +386,7 @@ impl Reader {
     }
 
     /// May the worker's agent print more, as far as the core knows?
-    async fn goes_on(&self) -> bool {
+    async fn may_print_more(&self) -> bool {
         let status = self.server.status().await;
         let phase = |w: api::Worker| w.phase;
         let workers = status.map(|status| status.workers).unwrap_or_default();
@@ -478,7 +478,7 @@ async fn drain(
         reason: body.reason,
         until,
     };
-    order_drain(state, peer, slot, Some(drain)).await
+    set_drain(state, peer, slot, Some(drain)).await
 }
 
 async fn resume(
@@ -486,10 +486,10 @@ async fn resume(
     peer: ConnectInfo<PeerUid>,
     slot: Option<SlotName>,
 ) -> ApiResult<StatusCode> {
-    order_drain(state, peer, slot, None).await
+    set_drain(state, peer, slot, None).await
 }
 
-async fn order_drain(
+async fn set_drain(
     State(server): State<ControlServer>,
     ConnectInfo(peer): ConnectInfo<PeerUid>,
     slot: Option<SlotName>,
@@ -511,8 +511,8 @@ async fn order_drain(
 
 /// Why the helper, which reads the same file and sees more of the host, would not start with the configuration. One that
 /// is unreachable says nothing: it is asked again by the first worker that it is to make.
-pub async fn refused_by(helper: &HelperClient) -> Option<String> {
-    match timeout(HELPER_TIMEOUT, helper.check()).await {
+pub async fn refused_by(helper_client: &HelperClient) -> Option<String> {
+    match timeout(HELPER_TIMEOUT, helper_client.check()).await {
         Ok(Err(helper_client::Error::Refused(error))) if error.kind == ErrorKind::Refused => {
             Some(error.to_string())
         }
@@ -525,7 +525,7 @@ async fn reload(
     ConnectInfo(peer): ConnectInfo<PeerUid>,
 ) -> ApiResult<StatusCode> {
     let by = peer.operator()?;
-    let refused = refused_by(&server.helper).await;
+    let refused = refused_by(&server.helper_client).await;
     let command = |answer| Command::Reload { by, refused, answer };
     server.command(StatusCode::UNPROCESSABLE_ENTITY, command).await
 }

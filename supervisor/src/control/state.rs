@@ -26,7 +26,7 @@ const MAX_PROBLEMS: usize = 50;
 /// What the loop is told or asked from outside, and where the answer goes. An error is one sentence.
 #[derive(Debug)]
 pub enum Command {
-    /// An input for the core, passed on unchanged.
+    /// An input for the core, forwarded unchanged.
     Input(Input),
     /// The whole status, which changes nothing.
     Status(oneshot::Sender<Status>),
@@ -246,7 +246,7 @@ impl StatusState {
         match &loaded {
             Ok(_) => (self.loaded, self.refused) = (now, None),
             Err(why) => {
-                self.metrics.reload_refused();
+                self.metrics.count_refused_reload();
                 self.refused = Some(why.clone());
             }
         }

@@ -65,13 +65,13 @@ impl StatusInput<'_> {
     }
 
     fn peer(&self, peer: Peer, state: &PeerState, address: String) -> api::PeerStatus {
-        let asked = state.unreachable || state.answered_at.is_some();
+        let asked = state.is_unreachable || state.answered_at.is_some();
         let unanswered_since = self.factory.unanswered_since(peer);
         api::PeerStatus {
             address,
-            reachable: asked.then_some(!state.unreachable),
+            reachable: asked.then_some(!state.is_unreachable),
             since: self.time(state.since),
-            trouble: state.unreachable.then(|| state.error.clone()),
+            trouble: state.is_unreachable.then(|| state.error.clone()),
             unanswered_since: unanswered_since.map(|since| self.time(since)),
         }
     }
@@ -92,11 +92,11 @@ impl StatusInput<'_> {
                 .iter()
                 .map(|p| (&p.slot, p))
                 .collect(),
-            excluded: self.factory.plan().excluded(&used),
+            excluded: self.factory.schedule().excluded(&used),
             reserved: self.factory.reserved_slots(),
             removed: used
                 .iter()
-                .find(|slot| !slots.contains_key(*slot) && self.factory.plan().is_full(&used)),
+                .find(|slot| !slots.contains_key(*slot) && self.factory.schedule().is_full(&used)),
         };
         let removed = self.factory.workers().map(|w| &w.slot);
         let removed = removed.filter(|slot| !slots.contains_key(*slot));
@@ -155,7 +155,7 @@ impl StatusInput<'_> {
         let leased = pending.map(|pending| pending.job.clone());
         api::Slot {
             name: name.clone(),
-            target: self.factory.plan().target(name),
+            target: self.factory.schedule().target(name),
             target_name: configured.and_then(|slot| match &slot.target {
                 Target::Name(name) => Some(name.clone()),
                 Target::Id(_) => None,
@@ -252,7 +252,7 @@ fn next_step(worker: &Worker, error: Option<&str>) -> String {
             .into();
     }
     match worker.phase {
-        Phase::Broken { .. } if worker.kill.wanted => "its processes are being ended".into(),
+        Phase::Broken { .. } if worker.kill.is_needed => "its processes are being ended".into(),
         Phase::Broken { reported: false, .. } => "the server is being told that it failed".into(),
         Phase::Broken { reported: true, .. } => {
             "look into it (show, logs, shell), then release it on the server: it is deleted then".into()

@@ -156,12 +156,12 @@ impl<S: Storage> Driver<S> {
                 match output {
                     Output::Save(worker) => {
                         self.persistence.save(&worker)?;
-                        phases.changed(&worker, &self.status.metrics);
+                        phases.record_change(&worker, &self.status.metrics);
                     }
                     Output::SaveDrain(slot, drain) => answers.push_back(self.save_drain(slot, drain)),
                     Output::Remove(worker) => {
                         self.persistence.remove(worker)?;
-                        phases.gone(worker, self.clock.now(), &self.status.metrics);
+                        phases.record_removal(worker, self.clock.now(), &self.status.metrics);
                         self.status.egress.forget(worker);
                     }
                     Output::Log(line) => {
@@ -258,8 +258,8 @@ impl<S: Storage> Driver<S> {
 
     fn pending_calls(&self) -> [(Peer, &PendingCalls); 2] {
         [
-            (Peer::Server, self.executor.server.pending()),
-            (Peer::Helper, self.executor.helper.pending()),
+            (Peer::Server, self.executor.buildomat.pending()),
+            (Peer::Helper, self.executor.helper_client.pending()),
         ]
     }
 
@@ -296,7 +296,7 @@ impl<S: Storage> Driver<S> {
             return Ok(output);
         }
         let because = self.persistence.problem().cloned().unwrap_or_default();
-        let problem = CallError::passing(Peer::Database, because);
+        let problem = CallError::temporary(Peer::Database, because);
         match output {
             // The server still learns that the factory is running.
             Output::Lease(_) => Ok(Output::Lease(Default::default())),
@@ -345,7 +345,7 @@ async fn run_call(metrics: Arc<Metrics>, executor: Arc<Executor>, output: Output
     let began = Instant::now();
     let answer = answer_to(output, &executor).await;
     if let Some(call) = call {
-        let outcome = metrics.answered(call, &answer);
+        let outcome = metrics.count_call(call, &answer);
         let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         tracing::debug!(worker, job, call = call.1, outcome, ms, "call");
     }
@@ -353,18 +353,25 @@ async fn run_call(metrics: Arc<Metrics>, executor: Arc<Executor>, output: Output
 }
 
 async fn answer_to(output: Output, executor: &Executor) -> Input {
-    let server = &executor.server;
+    let buildomat = &executor.buildomat;
     match output {
-        Output::ListServer => Input::ServerListed(server.workers().await.map_err(|e| e.call_error())),
-        Output::ListTargets => Input::TargetsListed(server.targets().await.map_err(|e| e.call_error())),
-        Output::ListHost => Input::HostListed(executor.helper.list().await.map_err(|e| e.call_error())),
-        Output::Lease(targets) => Input::Leased(server.lease(targets).await.map_err(|e| e.call_error())),
+        Output::ListServer => Input::ServerListed(buildomat.list_workers().await.map_err(|e| e.call_error())),
+        Output::ListTargets => {
+            Input::TargetsListed(buildomat.list_targets().await.map_err(|e| e.call_error()))
+        }
+        Output::ListHost => {
+            Input::HostListed(executor.helper_client.list().await.map_err(|e| e.call_error()))
+        }
+        Output::Lease(targets) => Input::Leased(buildomat.lease(targets).await.map_err(|e| e.call_error())),
         Output::MakeWorker { target, job } => {
-            let made = server.make_worker(target, &job).await.map_err(|e| e.call_error());
+            let made = buildomat
+                .make_worker(target, &job)
+                .await
+                .map_err(|e| e.call_error());
             Input::WorkerMade(job, made)
         }
         Output::Renew { worker, job } => {
-            Input::Renewed(worker, server.renew(&job).await.map_err(|e| e.call_error()))
+            Input::Renewed(worker, buildomat.renew(&job).await.map_err(|e| e.call_error()))
         }
         Output::CarryOut(worker, action) => Input::Done(worker, executor.carry_out(worker, action).await),
         // Done before, in order.

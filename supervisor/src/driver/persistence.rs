@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use protocol::WorkerId;
 use tokio::time::Instant;
 
-use crate::store::{Storage, Unsaved};
+use crate::store::{SaveError, Storage};
 use crate::worker::Worker;
 
 /// How soon, and how late at most, a change is written again that could not be.
@@ -123,17 +123,17 @@ impl<S: Storage> Persistence<S> {
                 }
                 Ok(())
             }
-            Err(unsaved) if unsaved.passing => {
-                self.unwritten = Some(unsaved.to_string());
+            Err(error) if error.is_temporary => {
+                self.unwritten = Some(error.to_string());
                 self.next = Instant::now() + self.wait;
                 self.wait = (self.wait * 2).min(LAST_WAIT);
                 Ok(())
             }
-            Err(unsaved) => Err(unsaved).context("the database cannot be written"),
+            Err(error) => Err(error).context("the database cannot be written"),
         }
     }
 
-    fn write_all(&mut self) -> Result<(), Unsaved> {
+    fn write_all(&mut self) -> Result<(), SaveError> {
         while let Some(change) = self.unsaved.first() {
             match &change.worker {
                 Some(worker) => self.store.save(worker)?,

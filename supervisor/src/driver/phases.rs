@@ -20,22 +20,22 @@ impl Phases {
         )
     }
 
-    pub(super) fn changed(&mut self, worker: &Worker, metrics: &Metrics) {
+    pub(super) fn record_change(&mut self, worker: &Worker, metrics: &Metrics) {
         let phase = worker.phase.name();
         let old = self.0.insert(worker.id, (phase, worker.since));
         if old.is_some_and(|(old, _)| old == phase) {
             return;
         }
         if let Some((old, since)) = old {
-            metrics.left(old, worker.since.saturating_sub(since));
+            metrics.observe_phase(old, worker.since.saturating_sub(since));
         }
         let job = worker.job.as_ref().map(tracing::field::display);
         tracing::info!(worker = %worker.id, slot = %worker.slot, phase, job, "worker phase");
     }
 
-    pub(super) fn gone(&mut self, worker: WorkerId, now: u64, metrics: &Metrics) {
+    pub(super) fn record_removal(&mut self, worker: WorkerId, now: u64, metrics: &Metrics) {
         if let Some((phase, since)) = self.0.remove(&worker) {
-            metrics.left(phase, now.saturating_sub(since));
+            metrics.observe_phase(phase, now.saturating_sub(since));
         }
         tracing::info!(%worker, "worker forgotten");
     }

@@ -24,15 +24,15 @@ pub(super) enum ClientHello {
 }
 
 /// Why it is not taken: what is wrong with it.
-pub(super) type Refusal = &'static str;
+pub(super) type ParseError = &'static str;
 
-const TRUNCATED: Refusal = "its ClientHello contradicts itself";
+const TRUNCATED: ParseError = "its ClientHello contradicts itself";
 
 /// What these bytes begin with. Others may follow the message.
 ///
 /// # Errors
 /// Where this is not the beginning of one, or of one that hides the name.
-pub(super) fn read(bytes: &[u8]) -> Result<ClientHello, Refusal> {
+pub(super) fn read(bytes: &[u8]) -> Result<ClientHello, ParseError> {
     match message(bytes)? {
         Some(message) => server_name(&message).map(ClientHello::For),
         None if bytes.len() < MAX => Ok(ClientHello::Incomplete),
@@ -41,7 +41,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<ClientHello, Refusal> {
 }
 
 /// The message without its records and its own head; None where it is not whole.
-fn message(bytes: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
+fn message(bytes: &[u8]) -> Result<Option<Vec<u8>>, ParseError> {
     let (mut rest, mut fragments, mut length) = (bytes, Vec::new(), 0);
     // Type, version and length of a record (RFC 8446, 5.1).
     while let [kind, major, _, high, low, after @ ..] = rest {
@@ -81,7 +81,7 @@ fn message(bytes: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
     }
 }
 
-fn server_name(message: &[u8]) -> Result<Option<String>, Refusal> {
+fn server_name(message: &[u8]) -> Result<Option<String>, ParseError> {
     let mut rest = Reader(message);
     // The version and the random bytes; a session; suites; compressions.
     rest.take(2 + 32)?;
@@ -107,7 +107,7 @@ fn server_name(message: &[u8]) -> Result<Option<String>, Refusal> {
 }
 
 /// A list of names, of which there must be one, of a host.
-fn host_name(data: &[u8]) -> Result<String, Refusal> {
+fn host_name(data: &[u8]) -> Result<String, ParseError> {
     let mut data = Reader(data);
     let mut list = Reader(data.vector16()?);
     data.end()?;
@@ -125,30 +125,30 @@ fn host_name(data: &[u8]) -> Result<String, Refusal> {
 struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, length: usize) -> Result<&'a [u8], Refusal> {
+    fn take(&mut self, length: usize) -> Result<&'a [u8], ParseError> {
         let (taken, rest) = self.0.split_at_checked(length).ok_or(TRUNCATED)?;
         self.0 = rest;
         Ok(taken)
     }
 
-    fn u16(&mut self) -> Result<u16, Refusal> {
+    fn u16(&mut self) -> Result<u16, ParseError> {
         let two = self.take(2)?;
         Ok(u16::from_be_bytes([two[0], two[1]]))
     }
 
     /// A vector with its length in one byte before it.
-    fn vector8(&mut self) -> Result<&'a [u8], Refusal> {
+    fn vector8(&mut self) -> Result<&'a [u8], ParseError> {
         let length = self.take(1)?[0];
         self.take(length.into())
     }
 
     /// The same with a length of two bytes.
-    fn vector16(&mut self) -> Result<&'a [u8], Refusal> {
+    fn vector16(&mut self) -> Result<&'a [u8], ParseError> {
         let length = self.u16()?;
         self.take(length.into())
     }
 
-    fn end(&self) -> Result<(), Refusal> {
+    fn end(&self) -> Result<(), ParseError> {
         if self.0.is_empty() { Ok(()) } else { Err(TRUNCATED) }
     }
 }
@@ -207,7 +207,7 @@ pub(super) mod tests {
         )
     }
 
-    fn for_name(name: &str) -> Result<ClientHello, Refusal> {
+    fn for_name(name: &str) -> Result<ClientHello, ParseError> {
         Ok(ClientHello::For(Some(name.into())))
     }
 

@@ -65,8 +65,8 @@ fn close(batch: Vec<OwnedFd>) {
         let _ = tell.send(own);
         let _ = may_end.recv();
     };
-    let begun = thread::Builder::new().name("closing".into()).spawn(end);
-    let own = begun.map(|_| has_own_table.recv());
+    let thread = thread::Builder::new().name("closing".into()).spawn(end);
+    let own = thread.map(|_| has_own_table.recv());
     if !matches!(own, Ok(Ok(Ok(())))) {
         tracing::debug!("no thread can close sockets by ending ({own:?}): closing them may take long");
     }
@@ -100,14 +100,14 @@ mod tests {
     fn a_socket_that_lingers_is_closed_at_once_and_its_other_end_gets_all_that_was_sent() {
         let closer = Closer::start().unwrap();
         let mut others = Vec::new();
-        let begun = Instant::now();
+        let started_at = Instant::now();
         for _ in 0..20 {
             let (socket, other) = slow_to_close();
             closer.close(socket.into());
             others.push(other);
         }
         while closer.pending() > 0 {
-            assert!(begun.elapsed() < Duration::from_secs(60), "closing waits");
+            assert!(started_at.elapsed() < Duration::from_secs(60), "closing waits");
             thread::sleep(Duration::from_millis(1));
         }
         for mut other in others {

@@ -15,7 +15,7 @@ use crate::egress_records::JobEgress;
 
 /// Why a job is not connected.
 #[derive(Debug)]
-pub(super) enum NotConnected {
+pub(super) enum ConnectError {
     /// Its slot does not allow it.
     Refused {
         /// In a sentence for the job, which says nothing of the networks that the host is in.
@@ -34,35 +34,35 @@ impl EgressProxy {
         uid: u32,
         job: &JobEgress,
         to: &Destination,
-    ) -> Result<TcpStream, NotConnected> {
+    ) -> Result<TcpStream, ConnectError> {
         let connected = self.try_connect(uid, job, to).await;
         let result = match &connected {
             Ok(server) => {
-                self.records.used(job, to);
+                self.records.record_use(job, to);
                 // A list that allows the name alone would not be enough.
                 if let Ok(at) = server.peer_addr()
                     && matches!(to.host, Host::Name(_))
                     && !self.has_http_proxy
                     && job.egress.allow.contains(&of_address(at))
                 {
-                    self.records.used(job, &of_address(at));
+                    self.records.record_use(job, &of_address(at));
                 }
                 "connected"
             }
-            Err(NotConnected::Refused { why, at }) => {
-                if self.records.refused(job, to) {
+            Err(ConnectError::Refused { why, at }) => {
+                if self.records.record_refusal(job, to) {
                     let at = at.map(tracing::field::display);
                     tracing::info!(worker = %job.worker, slot = %job.slot, at, "egress refused: {why}");
                     self.job_log.queue(job.worker, format!("egress refused: {why}"));
                 }
                 "refused"
             }
-            Err(NotConnected::Failed(error)) => {
+            Err(ConnectError::Failed(error)) => {
                 tracing::debug!(worker = %job.worker, slot = %job.slot, "the egress proxy cannot reach {to} for a job: {error}");
                 "failed"
             }
         };
-        self.metrics.egress(&job.slot, result);
+        self.metrics.count_connection(&job.slot, result);
         connected
     }
 
@@ -71,8 +71,8 @@ impl EgressProxy {
         uid: u32,
         job: &JobEgress,
         to: &Destination,
-    ) -> Result<TcpStream, NotConnected> {
-        let refused = |why: String| NotConnected::Refused { why, at: None };
+    ) -> Result<TcpStream, ConnectError> {
+        let refused = |why: String| ConnectError::Refused { why, at: None };
         if !(job.egress.audit || allows(&job.egress, to)) {
             return Err(refused(format!("{to} is not in the slot's network.allow")));
         }
@@ -82,12 +82,12 @@ impl EgressProxy {
             // The proxy looks it up, so that its rules for addresses hold and not ours.
             Host::Name(name) if self.has_http_proxy => {
                 let connected = self.upstream.connect_through_proxy(name, to.port).await;
-                return connected.map_err(NotConnected::Failed);
+                return connected.map_err(ConnectError::Failed);
             }
             Host::Name(name) => self
                 .look_up(uid, name.clone(), to.port)
                 .await
-                .map_err(NotConnected::Failed)?,
+                .map_err(ConnectError::Failed)?,
         };
         // From here on, the addresses count and not the name: its next answer may be another.
         let addresses = reachable(&job.egress, to, addresses)?;
@@ -98,7 +98,7 @@ impl EgressProxy {
             }
             _ => connect_within(addresses).await,
         };
-        connected.map_err(NotConnected::Failed)
+        connected.map_err(ConnectError::Failed)
     }
 
     /// The addresses of a name. A worker has few look-ups at the same time, as each takes a thread until it ends, however
@@ -145,7 +145,7 @@ fn reachable(
     egress: &Egress,
     to: &Destination,
     addresses: Vec<SocketAddr>,
-) -> Result<Vec<SocketAddr>, NotConnected> {
+) -> Result<Vec<SocketAddr>, ConnectError> {
     let mut reachable = Vec::new();
     let (mut not_public, mut failed) = (None, None);
     for at in addresses {
@@ -163,19 +163,19 @@ fn reachable(
     let is_loopback = matches!(to.host, Host::Address(address) if address.is_loopback());
     match (not_public, failed) {
         _ if !reachable.is_empty() => Ok(reachable),
-        (Some(at), _) if is_loopback => Err(NotConnected::Refused {
+        (Some(at), _) if is_loopback => Err(ConnectError::Refused {
             why: format!(
                 "{to} of the host is not in the slot's network.allow; a server of the job's own is reached without the proxy (no_proxy)"
             ),
             at: Some(at),
         }),
-        (Some(at), _) => Err(NotConnected::Refused {
+        (Some(at), _) => Err(ConnectError::Refused {
             why: format!(
                 "{to} is at an address that is not public: the slot's network.allow must have that address, too"
             ),
             at: Some(at),
         }),
-        (None, Some(error)) => Err(NotConnected::Failed(error)),
+        (None, Some(error)) => Err(ConnectError::Failed(error)),
         (None, None) => Ok(reachable),
     }
 }
@@ -203,9 +203,9 @@ pub async fn try_destination(
     let addresses = addresses.map_err(|_| format!("the name of {to} is not found in time"))?;
     let addresses = addresses.map_err(|error| format!("the name of {to} is not found: {error}"))?;
     let addresses = reachable(egress, to, addresses.collect()).map_err(|why| match why {
-        NotConnected::Refused { why, at: Some(at) } => format!("{why} (\"{at}\")"),
-        NotConnected::Refused { why, at: None } => why,
-        NotConnected::Failed(error) => cannot(error),
+        ConnectError::Refused { why, at: Some(at) } => format!("{why} (\"{at}\")"),
+        ConnectError::Refused { why, at: None } => why,
+        ConnectError::Failed(error) => cannot(error),
     })?;
     connect_within(addresses).await.map(drop).map_err(cannot)
 }

@@ -1,4 +1,4 @@
-//! Carries the bytes of one connection, both ways.
+//! Forwards the bytes of one connection, both ways.
 
 use std::io;
 use std::pin::Pin;
@@ -150,15 +150,15 @@ mod tests {
         job_has_ended: bool,
     ) -> (io::Result<()>, [bool; 2]) {
         let activity = Activity::default();
-        let carried = forward(&activity, job, server, IDLE, || job_has_ended).await;
-        (carried, [activity.job_has_all(), activity.server_has_all()])
+        let forwarded = forward(&activity, job, server, IDLE, || job_has_ended).await;
+        (forwarded, [activity.job_has_all(), activity.server_has_all()])
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_half_closed_connection_ends_when_nothing_has_moved_for_a_while_and_not_before() {
         let (mut job, proxy_job) = duplex(64);
         let (mut server, proxy_server) = duplex(64);
-        let begun = Instant::now();
+        let started_at = Instant::now();
         let forwarding = tokio::spawn(forwarded(proxy_job, proxy_server, false));
         // A connection that is open both ways may be idle for days.
         sleep(100 * IDLE).await;
@@ -174,12 +174,12 @@ mod tests {
             server.write_all(b"x").await.unwrap();
             assert_eq!(job.read_u8().await.unwrap(), b'x');
         }
-        let last = begun.elapsed();
+        let last = started_at.elapsed();
         let ended = timeout(10 * IDLE, forwarding).await;
         let (ended, has_all) = ended.expect("it ends").unwrap();
         assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
         assert_eq!(has_all, [false, true]);
-        let idle = begun.elapsed() - last;
+        let idle = started_at.elapsed() - last;
         assert!((IDLE..=2 * IDLE).contains(&idle), "{idle:?}");
     }
 
@@ -187,14 +187,14 @@ mod tests {
     async fn a_job_that_has_gone_is_noticed_though_its_server_takes_nothing() {
         let (mut job, proxy_job) = duplex(64);
         let (_server, proxy_server) = duplex(64);
-        let begun = Instant::now();
+        let started_at = Instant::now();
         let forwarding = tokio::spawn(forwarded(proxy_job, proxy_server, true));
         job.write_all(&[7; 65]).await.unwrap();
         let ended = timeout(10 * IDLE, forwarding).await;
         let (ended, has_all) = ended.expect("it ends").unwrap();
         assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
         assert_eq!(has_all, [false, false]);
-        assert!(begun.elapsed() <= 2 * IDLE);
+        assert!(started_at.elapsed() <= 2 * IDLE);
     }
 
     #[tokio::test(start_paused = true)]

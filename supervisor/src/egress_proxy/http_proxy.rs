@@ -24,7 +24,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use super::EgressProxy;
-use super::destination::NotConnected;
+use super::destination::ConnectError;
 use super::untrusted::{UntrustedTcpStream, Watch};
 use super::workers::WorkerGone;
 use crate::egress_records::JobEgress;
@@ -38,7 +38,7 @@ struct Client {
     proxy: Arc<EgressProxy>,
     job: JobEgress,
     uid: u32,
-    /// Carries the one request of this connection to its server.
+    /// Forwards the one request of this connection to its server.
     request: Mutex<Option<AbortHandle>>,
     /// The permits of this connection, which counts as one of its worker's until the last byte has gone.
     _permits: [Permit<WorkerId>; 2],
@@ -141,12 +141,12 @@ impl Client {
             .handshake(TokioIo::new(server))
             .await
             .map_err(broken)?;
-        let carried = tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!("a connection of the HTTP proxy has broken: {error}");
             }
         });
-        *lock(&self.request) = Some(carried.abort_handle());
+        *lock(&self.request) = Some(task.abort_handle());
         let answer = sender.send_request(request).await.map_err(broken)?;
         let (mut head, body) = answer.into_parts();
         remove_hop_by_hop(&mut head.headers);
@@ -161,7 +161,7 @@ impl Client {
         let to = destination(request.method(), request.uri())
             .map_err(|why| error_response(StatusCode::BAD_REQUEST, &why))?;
         let Some(permit) = self.proxy.destination_of(self.job.worker).await else {
-            self.proxy.metrics.egress(&self.job.slot, "refused");
+            self.proxy.metrics.count_connection(&self.job.slot, "refused");
             return Err(error_response(
                 StatusCode::SERVICE_UNAVAILABLE,
                 &format!(
@@ -172,10 +172,10 @@ impl Client {
         *lock(&self.destination) = Some(permit);
         let server = self.proxy.connect(self.uid, &self.job, &to).await;
         let server = server.map_err(|error| match error {
-            NotConnected::Refused { why, .. } => {
+            ConnectError::Refused { why, .. } => {
                 error_response(StatusCode::FORBIDDEN, &format!("egress refused: {why}"))
             }
-            NotConnected::Failed(error) => error_response(
+            ConnectError::Failed(error) => error_response(
                 StatusCode::BAD_GATEWAY,
                 &format!("cannot connect to {to}: {error}"),
             ),
@@ -183,7 +183,7 @@ impl Client {
         Ok((to, server))
     }
 
-    /// Carry bytes, of which the job may have sent some already.
+    /// Forward bytes, of which the job may have sent some already.
     async fn tunnel(&self, upgraded: Upgraded, server: TcpStream) {
         let parts = match upgraded.downcast::<TokioIo<UntrustedTcpStream>>() {
             Ok(parts) => parts,

@@ -24,9 +24,9 @@ impl JobLog {
 }
 
 /// Send each line to the server. One that it does not take is lost: it is in the supervisor's log, too.
-pub(super) async fn send_lines(server: BuildomatClient, mut lines: Receiver<(WorkerId, String)>) {
+pub(super) async fn send_lines(buildomat: BuildomatClient, mut lines: Receiver<(WorkerId, String)>) {
     while let Some((worker, line)) = lines.recv().await {
-        if let Err(error) = server.append(worker, &line).await {
+        if let Err(error) = buildomat.append(worker, &line).await {
             tracing::debug!(%worker, "a line is not in the job's log: {error}");
         }
     }

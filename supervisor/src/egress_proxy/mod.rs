@@ -3,9 +3,9 @@
 //!
 //! Pid 1 of such a worker accepts the TCP connections that are made in the job's network namespace to the server's port, to a
 //! destination of the slot, or to the job's HTTP proxy. It sends us each as a descriptor, with its name ([`PROXY_SOCKET`]).
-//! We connect ourselves and carry the bytes both ways; TLS is between the job and its server, so we see nothing and can
-//! change nothing. Where the buildomat server speaks TLS, only connections that name it are carried: others may be at the
-//! same address.
+//! We connect ourselves and forward the bytes both ways; TLS is between the job and its server, so we see nothing and
+//! can change nothing. Where the buildomat server speaks TLS, only connections that name it are forwarded: others may
+//! be at the same address.
 //!
 //! Nothing that comes is believed. A name is looked up in the configuration of the worker's slot, and the job has no say in
 //! how long it takes to accept the next client. What one client can make many or slow is its own: a worker has so many
@@ -93,7 +93,7 @@ pub struct Reports {
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// For lines in jobs' logs.
-    pub server: BuildomatClient,
+    pub buildomat: BuildomatClient,
 }
 
 /// Everything that the egress proxy knows.
@@ -143,7 +143,7 @@ impl EgressProxy {
     ///
     /// # Errors
     /// Where there can be no more threads.
-    pub fn to_the_server(
+    pub fn from_config(
         config: &Config,
         directory: PathBuf,
         userdb: PathBuf,
@@ -197,7 +197,7 @@ impl EgressProxy {
             records: reports.records.clone(),
             metrics: reports.metrics.clone(),
             job_log,
-            lines: Some((reports.server.clone(), lines)),
+            lines: Some((reports.buildomat.clone(), lines)),
             workers: Workers::default(),
             limiter: ConnectionLimiter::new(CONNECTIONS_OF_A_WORKER, 16 * CONNECTIONS_OF_A_WORKER, 1),
             elsewhere: ConnectionLimiter::new(ELSEWHERE_OF_A_WORKER, usize::MAX, 1),
@@ -213,8 +213,8 @@ impl EgressProxy {
 
     /// Serve without end. Dropped with the runtime, it cuts every connection: agents make new ones.
     pub async fn serve(mut self) {
-        if let Some((server, lines)) = self.lines.take() {
-            tokio::spawn(job_log::send_lines(server, lines));
+        if let Some((buildomat, lines)) = self.lines.take() {
+            tokio::spawn(job_log::send_lines(buildomat, lines));
         }
         let proxy = Arc::new(self);
         loop {
@@ -341,7 +341,7 @@ impl EgressProxy {
             Err(why) => return closed(&why),
         };
         if name == TO_SERVER {
-            self.carry(stream, uid, gone).await;
+            self.forward_to_server(stream, uid, gone).await;
         } else {
             let job = slot.and_then(|slot| self.records.of_job(worker, &slot));
             let Some(job) = job else {
@@ -360,7 +360,7 @@ impl EgressProxy {
                 return closed("it names no destination");
             };
             let Some(_destination) = self.destination_of(worker).await else {
-                self.metrics.egress(&job.slot, "refused");
+                self.metrics.count_connection(&job.slot, "refused");
                 return closed("it has too many connections to other hosts than the server");
             };
             match self.connect(uid, &job, &to).await {
@@ -386,7 +386,7 @@ impl EgressProxy {
         timeout(self.peer_timeout, permit).await.ok()
     }
 
-    async fn carry(&self, mut job: UntrustedTcpStream, uid: u32, gone: WorkerGone) {
+    async fn forward_to_server(&self, mut job: UntrustedTcpStream, uid: u32, gone: WorkerGone) {
         let first = match &self.tls_name {
             None => Vec::new(),
             Some(name) => match timeout(self.peer_timeout, client_hello_for(name.as_deref(), &mut job)).await
@@ -413,9 +413,9 @@ impl EgressProxy {
         }
     }
 
-    /// Carry the bytes of a connection, of which the job has sent some already, until it ends, or its worker does. What
-    /// has broken off on one side breaks off on the other, unless that one has all: an end in good order says that this was
-    /// all.
+    /// Forward the bytes of a connection, of which the job has sent some already, until it ends, or its worker does.
+    /// What has broken off on one side breaks off on the other, unless that one has all: an end in good order says that
+    /// this was all.
     async fn forward(
         &self,
         uid: u32,
@@ -427,15 +427,15 @@ impl EgressProxy {
         let activity = Activity::default();
         let watch = job.watch();
         let has_ended = || watch.is_ended().unwrap_or(true);
-        let carried = async {
+        let forwarded = async {
             write_first(&mut server, first, self.half_closed).await?;
             forward(&activity, &mut job, &mut server, self.half_closed, has_ended).await
         };
-        let carried = tokio::select! {
-            carried = carried => carried,
+        let forwarded = tokio::select! {
+            forwarded = forwarded => forwarded,
             () = gone.wait() => Err(io::Error::other("its worker is gone")),
         };
-        if let Err(error) = carried {
+        if let Err(error) = forwarded {
             tracing::debug!(uid, "a connection through the egress proxy has broken: {error}");
             if !activity.server_has_all() {
                 break_off(&server);

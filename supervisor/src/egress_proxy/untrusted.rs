@@ -95,7 +95,7 @@ pub(super) async fn wait_readable(client: &UnixStream) {
         let seen = client.try_io(Interest::READABLE, || {
             Ok(recv(client.as_raw_fd(), &mut [0], flags)?)
         });
-        if !seen.is_err_and(|error| again(&error)) {
+        if !seen.is_err_and(|error| is_retryable(&error)) {
             return;
         }
     }
@@ -155,7 +155,7 @@ fn adopt(fd: OwnedFd, closer: Closer) -> io::Result<UntrustedTcpStream> {
 }
 
 /// A connection may be idle for days; one whose other end is gone without a FIN is noticed in three minutes.
-/// What has been read is passed on at once: how to make packets of it was the first sender's affair.
+/// What has been read is forwarded at once: how to make packets of it was the first sender's affair.
 pub(super) fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
     let socket = SockRef::from(socket);
     let probes = TcpKeepalive::new()
@@ -176,7 +176,7 @@ impl AsyncRead for UntrustedTcpStream {
                 Ok(recv(socket.as_raw_fd(), space, MsgFlags::MSG_DONTWAIT)?)
             });
             match received {
-                Err(error) if again(&error) => {}
+                Err(error) if is_retryable(&error) => {}
                 Err(error) => return Poll::Ready(Err(error)),
                 Ok(length) => {
                     into.advance(length);
@@ -195,7 +195,7 @@ impl AsyncWrite for UntrustedTcpStream {
             ready!(socket.poll_write_ready(cx))?;
             let sent = socket.try_io(Interest::WRITABLE, || Ok(send(socket.as_raw_fd(), bytes, flags)?));
             match sent {
-                Err(error) if again(&error) => {}
+                Err(error) if is_retryable(&error) => {}
                 sent => return Poll::Ready(sent),
             }
         }
@@ -210,7 +210,7 @@ impl AsyncWrite for UntrustedTcpStream {
     }
 }
 
-fn again(error: &io::Error) -> bool {
+fn is_retryable(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted

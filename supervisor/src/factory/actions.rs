@@ -25,7 +25,7 @@ fn scripts_of(slot: &Slot) -> Scripts {
 
 impl Factory {
     /// The answer to an action.
-    pub(super) fn done(&mut self, now: u64, id: WorkerId, event: Event) {
+    pub(super) fn handle_done(&mut self, now: u64, id: WorkerId, event: Event) {
         let Some(entry) = self.entries.get_mut(&id) else {
             return;
         };
@@ -95,11 +95,11 @@ impl Factory {
     }
 
     pub(super) fn start_actions(&mut self, now: u64) {
-        let (input_number, reconciled) = (self.input_number, self.reconciled);
+        let (input_number, is_reconciled) = (self.input_number, self.is_reconciled);
         for (id, entry) in &mut self.entries {
             let mut may_start = true;
             let next = if let Some(owned) = entry.owned() {
-                let is_removed = !self.plan.may_have(&owned.worker.slot, owned.worker.target);
+                let is_removed = !self.schedule.may_have(&owned.worker.slot, owned.worker.target);
                 // Nor is a user made for a worker that the server's newest list does not have: what the database says of
                 // it may be older than its end.
                 may_start = !(is_removed || self.file_differs.is_some() || owned.missing_since.is_some());
@@ -117,7 +117,7 @@ impl Factory {
             // What the previous run has saved may be old: before both lists have been compared, nothing is begun but
             // deletions.
             let deletes = matches!(action, Action::HostDelete | Action::ServerDelete { .. });
-            if !(reconciled || deletes) || (action.needs_the_slot() && !may_start) {
+            if !(is_reconciled || deletes) || (action.needs_the_slot() && !may_start) {
                 continue;
             }
             if let Action::Associate { slot, scripts } = &mut action {

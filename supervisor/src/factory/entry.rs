@@ -59,9 +59,9 @@ pub struct Orphan {
 #[derive(Clone, Debug, Default)]
 pub struct Unknown {
     /// What the server's last list says of it; none where that list lacks it.
-    pub listed: Option<Listed>,
+    pub listed: Option<ListEntry>,
     /// Why it may belong to another host; none where nothing points to one.
-    pub foreign: Option<Foreign>,
+    pub foreign: Option<ForeignInfo>,
     /// The operator wants it deleted.
     pub to_delete: bool,
     /// The number of the input at which it came to its end here: a list asked for before still shows it.
@@ -70,7 +70,7 @@ pub struct Unknown {
 
 /// What the core notes of a worker that the server's last list has.
 #[derive(Clone, Copy, Debug)]
-pub struct Listed {
+pub struct ListEntry {
     /// The number of the input at which a list first showed it.
     pub input_number: u64,
     /// Since when it waits for a slot, in milliseconds of the core's time.
@@ -79,7 +79,7 @@ pub struct Listed {
 
 /// A worker that may belong to another host.
 #[derive(Clone, Debug)]
-pub struct Foreign {
+pub struct ForeignInfo {
     /// Its owner tag on the server; none where it has not been associated.
     pub private: Option<String>,
     /// Why it may belong to another host.
@@ -165,7 +165,7 @@ impl Entry {
     }
 
     /// Why it may belong to another host; none where it is owned, or nothing points to one.
-    pub fn foreign(&self) -> Option<&Foreign> {
+    pub fn foreign(&self) -> Option<&ForeignInfo> {
         self.unknown()?.foreign.as_ref()
     }
 
@@ -289,7 +289,7 @@ pub struct PendingWorker {
     pub began: u64,
     /// Is the request to make the worker under way? Otherwise its answer was lost at `input_number`, and a list must
     /// show whether the worker was made.
-    pub making: bool,
+    pub is_making: bool,
     /// The number of the input of the last request or answer.
     pub input_number: u64,
     /// The pause after consecutive failed requests.

@@ -13,7 +13,7 @@ use crate::backoff::Backoff;
 use crate::buildomat::{JobId, LEASE_MS, Lease, ServerWorker};
 use crate::call_error::{CallError, Peer};
 use crate::reconcile::adopted;
-use crate::schedule::Free;
+use crate::schedule::FreeSlots;
 use crate::worker::{Event, Phase};
 
 /// A worker is made for a lease at most this long after the lease began, in milliseconds: not for one that is about to
@@ -29,15 +29,15 @@ impl Factory {
         self.free(now).slots().cloned().collect()
     }
 
-    fn free(&self, now: u64) -> Free<'_> {
+    fn free(&self, now: u64) -> FreeSlots<'_> {
         self.free_beside(now, &self.taken())
     }
 
-    fn free_beside(&self, now: u64, used: &BTreeSet<SlotName>) -> Free<'_> {
+    fn free_beside(&self, now: u64, used: &BTreeSet<SlotName>) -> FreeSlots<'_> {
         let cooling_down = self.cooldowns.iter().filter(|(_, cooldown)| cooldown.until > now);
         let drained = self.drains.keys().flatten();
         let excluded = cooling_down.map(|(slot, _)| slot).chain(drained);
-        self.plan.free(used, excluded)
+        self.schedule.free(used, excluded)
     }
 
     /// The used slots, and those for which a worker waits.
@@ -61,7 +61,7 @@ impl Factory {
     pub(super) fn ask_for_jobs(&mut self, now: u64) {
         let failed = self.lease_failed.as_ref();
         let waits = failed.is_some_and(|failure| failure.retry_at > now);
-        if self.leasing || waits || self.stopped || !self.reconciled {
+        if self.is_leasing || waits || self.is_stopped || !self.is_reconciled {
             return;
         }
         let closed = self.not_asked_for().is_some() || now < self.no_jobs_until;
@@ -71,12 +71,12 @@ impl Factory {
             self.free(now).targets()
         };
         targets.retain(|target| !self.reserved_targets.contains(target));
-        self.leasing = true;
+        self.is_leasing = true;
         self.out.push(Output::Lease(targets));
     }
 
     pub(super) fn leased(&mut self, now: u64, result: Result<Option<Lease>, CallError>) {
-        self.leasing = false;
+        self.is_leasing = false;
         let lease = match result {
             Ok(lease) => lease,
             Err(error) => return self.lease_failed(now, error),
@@ -105,8 +105,9 @@ impl Factory {
             *leased_at = now;
             return;
         }
-        if self.is_idle(now) && !self.poll.helper_answered() && !self.stopped {
-            // The helper may have become unreachable since it was last asked, or an operator may use the slot by hand.
+        if self.is_idle(now) && !self.poll.helper_answered() && !self.is_stopped {
+            // The helper may have become unreachable since it was last asked, or an operator may use the slot by a
+            // manual command.
             self.pending_lease = Some((lease, now));
             return self.ask_helper();
         }
@@ -154,7 +155,7 @@ impl Factory {
         }
         let slot = self.free(now).pick(lease.target).cloned();
         let Some(slot) = slot.filter(|_| {
-            !self.stopped && !self.is_draining() && self.file_differs.is_none() && self.storage.is_none()
+            !self.is_stopped && !self.is_draining() && self.file_differs.is_none() && self.storage.is_none()
         }) else {
             let error = format!("a job of target {} finds no slot", lease.target);
             if self.last_lease_error != error {
@@ -170,7 +171,7 @@ impl Factory {
             target: lease.target,
             leased_at,
             began: self.input_number,
-            making: true,
+            is_making: true,
             input_number: self.input_number,
             backoff: Backoff::default(),
             retry_at: now,
@@ -189,7 +190,7 @@ impl Factory {
         let Some(at) = self
             .pending_workers
             .iter()
-            .position(|p| p.job == *job && p.making)
+            .position(|p| p.job == *job && p.is_making)
         else {
             return;
         };
@@ -211,7 +212,7 @@ impl Factory {
                     self.take_no_jobs_for_a_while(now);
                 } else {
                     let pending = &mut self.pending_workers[at];
-                    (pending.making, pending.input_number) = (false, self.input_number);
+                    (pending.is_making, pending.input_number) = (false, self.input_number);
                     pending.retry_at = now + pending.backoff.fail_with(&error, &mut self.rng);
                 }
             }
@@ -243,7 +244,7 @@ impl Factory {
 
     /// Is this slot in the configuration, for this target? One whose target is not looked up yet may be.
     fn has_slot_for(&self, slot: &SlotName, target: TargetId) -> bool {
-        self.plan.may_have(slot, target)
+        self.schedule.may_have(slot, target)
     }
 
     /// A worker that has not started its agent, and whose slot is no longer in the configuration, gets another slot of
@@ -281,7 +282,7 @@ impl Factory {
     /// again while the lease lasts.
     pub(super) fn settle_pending_workers(&mut self, now: u64, input_number: u64, list: &[ServerWorker]) {
         for pending in std::mem::take(&mut self.pending_workers) {
-            if pending.making || pending.input_number >= input_number {
+            if pending.is_making || pending.input_number >= input_number {
                 self.pending_workers.push(pending);
                 continue;
             }
@@ -306,10 +307,10 @@ impl Factory {
                 }
             } else if now >= pending.leased_at + USABLE_LEASE_MS {
                 self.take_no_jobs_for_a_while(now);
-            } else if now >= pending.retry_at && !self.stopped {
+            } else if now >= pending.retry_at && !self.is_stopped {
                 let (target, job) = (pending.target, pending.job.clone());
                 self.pending_workers.push(PendingWorker {
-                    making: true,
+                    is_making: true,
                     input_number: self.input_number,
                     ..pending
                 });

@@ -28,8 +28,8 @@ use crate::backoff::{Backoff, Rng};
 use crate::buildomat::{JobId, Lease, ServerWorker};
 use crate::call_error::{CallError, Peer};
 use crate::identity::Identity;
-use crate::schedule::Plan;
-use crate::worker::{Action, Event, Phase, Rules, Worker};
+use crate::schedule::SlotSchedule;
+use crate::worker::{Action, Event, Phase, Worker, WorkerPolicy};
 
 use drain::{Drain, Drains};
 use entry::Owned;
@@ -158,7 +158,7 @@ pub enum Level {
 #[derive(Clone, Debug, Default)]
 pub struct PeerState {
     /// It did not answer the last time that it was asked, or refused.
-    pub unreachable: bool,
+    pub is_unreachable: bool,
     backoff: Backoff,
     retry_at: u64,
     /// When it last answered.
@@ -211,7 +211,7 @@ pub struct Factory {
     /// What the names of targets in it stand for.
     targets: Targets,
     /// Its slots.
-    plan: Plan,
+    schedule: SlotSchedule,
     /// All that is known of each worker id.
     entries: BTreeMap<WorkerId, Entry>,
     /// A job that was leased while the helper was not asked, and when: its slot is chosen once the helper has
@@ -230,7 +230,7 @@ pub struct Factory {
     server: PeerState,
     helper: PeerState,
     poll: poll::Poll,
-    leasing: bool,
+    is_leasing: bool,
     /// The server refuses to say whether there is a job, or cannot.
     lease_failed: Option<LeaseFailure>,
     /// Since when a peer has not answered a call, where that is longer than calls take.
@@ -238,7 +238,7 @@ pub struct Factory {
     /// No jobs are asked for before this, since no workers could be made for some.
     no_jobs: Backoff,
     no_jobs_until: u64,
-    reconciled: bool,
+    is_reconciled: bool,
     drains: Drains,
     /// The helper reads the configuration file at each request: a job that is leased while the file differs from the
     /// configuration in use might get another slot than it was leased for.
@@ -249,7 +249,7 @@ pub struct Factory {
     shortage: Option<String>,
     selftest: Option<SelfTest>,
     host_stops: bool,
-    stopped: bool,
+    is_stopped: bool,
     /// Counts inputs: the order of things, where the clock is too coarse.
     input_number: u64,
     /// So that the same error is not in the log once a second.
@@ -264,7 +264,7 @@ impl Factory {
     pub fn new(identity: Identity, config: Config, workers: Vec<Worker>, seed: u64, now: u64) -> Self {
         let mut factory = Self {
             identity,
-            plan: Plan::of(&config, &BTreeMap::new()),
+            schedule: SlotSchedule::of(&config, &BTreeMap::new()),
             targets: Targets::new(&config, now),
             config,
             entries: BTreeMap::new(),
@@ -278,19 +278,19 @@ impl Factory {
             server: PeerState::since(now),
             helper: PeerState::since(now),
             poll: poll::Poll::new(now),
-            leasing: false,
+            is_leasing: false,
             lease_failed: None,
             unanswered: BTreeMap::new(),
             no_jobs: Backoff::default(),
             no_jobs_until: 0,
-            reconciled: false,
+            is_reconciled: false,
             drains: Drains::new(),
             file_differs: None,
             storage: None,
             shortage: None,
             selftest: None,
             host_stops: false,
-            stopped: false,
+            is_stopped: false,
             input_number: 0,
             last_lease_error: String::new(),
             last_make_error: String::new(),
@@ -299,8 +299,8 @@ impl Factory {
         };
         for worker in workers {
             let starting = worker.phase.is_starting() && worker.job.is_some();
-            let rules = factory.rules(&worker.slot);
-            let started = worker.clone().step(Event::SupervisorStarted, now, &rules);
+            let policy = factory.policy(&worker.slot);
+            let started = worker.clone().step(Event::SupervisorStarted, now, &policy);
             if started != worker {
                 factory.out.push(Output::Save(started.clone()));
             }
@@ -313,7 +313,7 @@ impl Factory {
 
     /// Set what the operator had drained in the previous run: slots, or all.
     #[must_use]
-    pub fn drained(mut self, drains: Drains) -> Self {
+    pub fn with_drains(mut self, drains: Drains) -> Self {
         self.drains = drains;
         self
     }
@@ -329,7 +329,7 @@ impl Factory {
             Input::WallClock(wall) => self.end_drains(wall),
             Input::Configure(config) => {
                 self.targets.look_up(&config, now);
-                (self.plan, self.config) = (Plan::of(&config, self.targets.ids()), *config);
+                (self.schedule, self.config) = (SlotSchedule::of(&config, self.targets.ids()), *config);
             }
             Input::Destroy(worker) => self.destroy(now, worker),
             Input::Kill(worker, reason) => self.step(now, worker, Event::Kill(reason)),
@@ -350,16 +350,16 @@ impl Factory {
             Input::Shortage(shortage) => self.note_shortage(shortage),
             Input::SelfTested(failure) => self.note_selftest(now, failure),
             Input::HostStops => self.host_stops = true,
-            Input::Stop => self.stopped = true,
-            Input::ServerListed(result) => self.server_listed(now, result),
-            Input::HostListed(result) => self.host_listed(now, result),
-            Input::TargetsListed(answer) => self.targets_listed(now, answer),
+            Input::Stop => self.is_stopped = true,
+            Input::ServerListed(result) => self.handle_server_list(now, result),
+            Input::HostListed(result) => self.handle_host_list(now, result),
+            Input::TargetsListed(answer) => self.handle_target_list(now, answer),
             Input::Leased(result) => self.leased(now, result),
             Input::WorkerMade(job, result) => self.worker_made(now, &job, result),
             Input::Renewed(worker, result) => self.renewed(now, worker, result),
-            Input::Done(worker, event) => self.done(now, worker, event),
+            Input::Done(worker, event) => self.handle_done(now, worker, event),
         }
-        if !self.stopped {
+        if !self.is_stopped {
             self.ask_for_targets(now);
             self.begin_poll(now);
             self.start_actions(now);
@@ -370,7 +370,7 @@ impl Factory {
 
     /// When to say [`Input::Tick`] next; None while an answer must come first.
     pub fn next_deadline(&self) -> Option<u64> {
-        if self.stopped {
+        if self.is_stopped {
             return None;
         }
         let retries = self.entries.values().filter_map(|entry| entry.calls());
@@ -399,10 +399,10 @@ impl Factory {
     /// Has every call had its answer?
     pub fn has_no_pending_calls(&self) -> bool {
         let mut calls = self.entries.values().filter_map(|entry| entry.calls());
-        !self.leasing
+        !self.is_leasing
             && !self.targets.is_asking()
             && !calls.any(|calls| calls.action.is_some())
-            && !self.pending_workers.iter().any(|p| p.making)
+            && !self.pending_workers.iter().any(|p| p.is_making)
     }
 
     fn log(&mut self, level: Level, worker: Option<WorkerId>, text: String) {
@@ -467,10 +467,10 @@ impl Factory {
         self.selftest = Some(SelfTest { at: now, failure });
     }
 
-    /// A slot that is no longer in the configuration has no more rules of its own.
-    fn rules(&self, slot: &SlotName) -> Rules {
+    /// A slot that is no longer in the configuration has no policy of its own any more.
+    fn policy(&self, slot: &SlotName) -> WorkerPolicy {
         let slot = self.config.slots.get(slot);
-        Rules {
+        WorkerPolicy {
             online_timeout: self.config.factory.online_timeout_seconds * 1000,
             job_timeout: slot.and_then(|slot| slot.job_timeout_seconds).map(|s| s * 1000),
             hold_on_failure: slot.is_none_or(|slot| slot.hold_on_failure),
@@ -492,12 +492,12 @@ impl Factory {
         let Some(old) = self.owned(id).map(|owned| owned.worker.clone()) else {
             return;
         };
-        let mut rules = self.rules(&old.slot);
+        let mut policy = self.policy(&old.slot);
         if self.file_differs.is_some() && old.phase.is_unstarted() {
             // It waits for the operator, as long as that takes.
-            rules.online_timeout = u64::MAX;
+            policy.online_timeout = u64::MAX;
         }
-        let new = old.clone().step(event, now, &rules);
+        let new = old.clone().step(event, now, &policy);
         let Some(owned) = self.entries.get_mut(&id).and_then(|entry| entry.owned_mut()) else {
             return;
         };
@@ -547,8 +547,8 @@ impl Factory {
         &self.config
     }
 
-    pub(crate) fn plan(&self) -> &Plan {
-        &self.plan
+    pub(crate) fn schedule(&self) -> &SlotSchedule {
+        &self.schedule
     }
 
     /// Jobs that were leased and have no worker yet.
@@ -633,9 +633,9 @@ impl Factory {
                 }
                 Some(_) => "the self-test has failed: `user-factory selftest`, as root, does it again",
             }
-        } else if self.server.unreachable {
+        } else if self.server.is_unreachable {
             "the server is unreachable"
-        } else if self.helper.unreachable {
+        } else if self.helper.is_unreachable {
             "the helper is unreachable"
         } else if self.unanswered_since(Peer::Helper).is_some() {
             "the helper is not answering"
@@ -645,7 +645,7 @@ impl Factory {
             difference
         } else if let Some(shortage) = self.shortage() {
             shortage
-        } else if !self.reconciled {
+        } else if !self.is_reconciled {
             "the server and the helper have not both answered yet"
         } else {
             return None;

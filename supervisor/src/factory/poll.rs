@@ -5,7 +5,7 @@
 //! So where neither the database nor the server nor the helper's last list has a worker, and nothing is pending that
 //! could make one, its next list is empty too, and an idle host is not woken once a second. It is asked again
 //! before a job gets a slot, when the server lists a worker, for a status request, and now and then: then what an
-//! operator does by hand on the host, and a helper that has stopped, are seen.
+//! operator does by a manual command on the host, and a helper that has stopped, are seen.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +16,7 @@ use super::{Factory, Level, Output, PeerState};
 use crate::buildomat::ServerWorker;
 use crate::call_error::{CallError, Peer};
 use crate::reconcile::{Decision, ReconcileInput, reconcile};
-use crate::worker::{Event, FORGOTTEN_MS, OnHost, OnServer, Worker};
+use crate::worker::{Event, FORGOTTEN_MS, HostState, ServerState, Worker};
 
 /// An idle helper is asked this often, for changes that no event announces.
 const AT_LEAST_MS: u64 = 30 * 60_000;
@@ -79,8 +79,8 @@ impl Factory {
     /// Is there no reason to ask the helper?
     pub(super) fn is_idle(&self, now: u64) -> bool {
         let answered_at = self.helper.answered_at;
-        self.reconciled
-            && !self.helper.unreachable
+        self.is_reconciled
+            && !self.helper.is_unreachable
             && answered_at.is_some_and(|at| now.saturating_sub(at) < AT_LEAST_MS)
             && !self.entries.values().any(|entry| entry.is_present())
             && self.pending_workers.is_empty()
@@ -94,7 +94,7 @@ impl Factory {
     pub fn must_ask_helper(&self, now: u64) -> bool {
         let poll = self.config.factory.poll_seconds * 1000;
         let answered_at = self.helper.answered_at;
-        !self.stopped && self.is_idle(now) && answered_at.is_none_or(|at| now.saturating_sub(at) >= poll)
+        !self.is_stopped && self.is_idle(now) && answered_at.is_none_or(|at| now.saturating_sub(at) >= poll)
     }
 
     /// The helper is to be asked, whatever the poll.
@@ -135,7 +135,7 @@ impl Factory {
         }
     }
 
-    pub(super) fn server_listed(&mut self, now: u64, result: Result<Vec<ServerWorker>, CallError>) {
+    pub(super) fn handle_server_list(&mut self, now: u64, result: Result<Vec<ServerWorker>, CallError>) {
         let list = self.note_answer(now, Peer::Server, result);
         let anybody = list.as_ref().is_some_and(|list| !list.is_empty());
         if let Some(open) = &mut self.poll.open {
@@ -147,7 +147,7 @@ impl Factory {
         self.end_poll(now);
     }
 
-    pub(super) fn host_listed(&mut self, now: u64, result: Result<Vec<WorkerInfo>, CallError>) {
+    pub(super) fn handle_host_list(&mut self, now: u64, result: Result<Vec<WorkerInfo>, CallError>) {
         let list = self.note_answer(now, Peer::Helper, result);
         if let Some(list) = &list {
             for entry in self.entries.values_mut() {
@@ -176,19 +176,19 @@ impl Factory {
         };
         match result {
             Ok(list) => {
-                let first = state.answered_at.is_none() || state.unreachable;
+                let first = state.answered_at.is_none() || state.is_unreachable;
                 let fresh = PeerState {
                     answered_at: Some(now),
                     ..PeerState::since(if first { now } else { state.since })
                 };
                 let was = std::mem::replace(state, fresh);
-                if was.unreachable {
+                if was.is_unreachable {
                     self.came_back(now, peer, was.answered_at);
                 }
                 Some(list)
             }
             Err(error) => {
-                let first = !std::mem::replace(&mut state.unreachable, true);
+                let first = !std::mem::replace(&mut state.is_unreachable, true);
                 if first {
                     state.since = now;
                 }
@@ -249,7 +249,7 @@ impl Factory {
         if let (Some(server), Some(host)) = (&open.server, &open.host) {
             self.compare(now, open.input_number, server, host);
             self.move_from_removed_slots(now, open.input_number, host);
-            self.reconciled = true;
+            self.is_reconciled = true;
         }
         self.entries.retain(|_, entry| {
             if let Some(unknown) = entry.unknown_mut() {
@@ -267,14 +267,14 @@ impl Factory {
 
     /// Let each worker see what both sides say of it.
     fn update_workers(&mut self, now: u64, open: &OpenPoll) {
-        let server: Option<BTreeMap<WorkerId, OnServer>> = open
+        let server: Option<BTreeMap<WorkerId, ServerState>> = open
             .server
             .as_ref()
             .map(|list| list.iter().map(|w| (w.id, w.into())).collect());
-        let host: Option<BTreeMap<WorkerId, OnHost>> = open
+        let host: Option<BTreeMap<WorkerId, HostState>> = open
             .host
             .as_ref()
-            .map(|list| list.iter().map(|i| (i.worker, OnHost::Has(i.state))).collect());
+            .map(|list| list.iter().map(|i| (i.worker, HostState::Has(i.state))).collect());
         let list = open.server.as_deref().unwrap_or_default();
         let others = list.iter().filter(|w| self.has_another_owner(w));
         let others: BTreeSet<WorkerId> = others.map(|w| w.id).collect();
@@ -298,7 +298,7 @@ impl Factory {
                 None => {
                     let since = *owned.missing_since.get_or_insert(now);
                     let believed = !existed || now.saturating_sub(since) >= FORGOTTEN_MS;
-                    believed.then_some(OnServer::Gone)
+                    believed.then_some(ServerState::Gone)
                 }
                 found => {
                     owned.missing_since = None;
@@ -308,8 +308,8 @@ impl Factory {
             let on_host = host
                 .as_ref()
                 .filter(|_| settled)
-                .map(|list| *list.get(&id).unwrap_or(&OnHost::Absent));
-            let gone = on_server == Some(OnServer::Gone);
+                .map(|list| *list.get(&id).unwrap_or(&HostState::Absent));
+            let gone = on_server == Some(ServerState::Gone);
             self.step(
                 now,
                 id,
@@ -344,7 +344,7 @@ impl Factory {
             );
         }
         let decisions = reconcile(&ReconcileInput {
-            plan: &self.plan,
+            schedule: &self.schedule,
             identity: &self.identity,
             known: &slots_of(self.entries.iter()).collect(),
             server,
@@ -355,10 +355,10 @@ impl Factory {
             online_timeout: self.config.factory.online_timeout_seconds * 1000,
             to_delete: &to_delete,
             foreign_seen: self.foreign_seen,
-            making: self
+            is_making: self
                 .pending_workers
                 .iter()
-                .any(|p| p.making || p.input_number >= input_number),
+                .any(|p| p.is_making || p.input_number >= input_number),
             now,
         });
         let orphans = self.entries.iter().filter(|(_, entry)| entry.orphan().is_some());

@@ -10,7 +10,7 @@ use super::{Factory, Level, LogLine, Output};
 use crate::backoff::{Backoff, Rng};
 use crate::buildomat::ServerTarget;
 use crate::call_error::{CallError, Peer};
-use crate::schedule::Plan;
+use crate::schedule::SlotSchedule;
 
 /// As many names of the server stand in a sentence.
 const MAX_NAMES: usize = 10;
@@ -24,9 +24,9 @@ pub struct Targets {
     ids: BTreeMap<TargetName, TargetId>,
     /// When the server is to be asked.
     ask_at: Option<u64>,
-    asking: bool,
+    is_asking: bool,
     /// The next answer is for all names, also those that have an id.
-    anew: bool,
+    replaces_all: bool,
     backoff: Backoff,
     answer: TargetList,
     has_answer: bool,
@@ -34,7 +34,7 @@ pub struct Targets {
 
 /// A name that stands for nothing yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unresolved {
+pub struct UnresolvedTarget {
     /// The first slot that has it.
     pub slot: SlotName,
     /// Which key, what is wrong, and what to do.
@@ -47,8 +47,8 @@ impl Targets {
         let mut targets = Targets {
             ids: BTreeMap::new(),
             ask_at: None,
-            asking: false,
-            anew: false,
+            is_asking: false,
+            replaces_all: false,
             backoff: Backoff::default(),
             answer: Ok(None),
             has_answer: false,
@@ -62,7 +62,7 @@ impl Targets {
         self.ids
             .retain(|name, _| names(config).any(|(_, other)| other == name));
         let any = names(config).next().is_some();
-        (self.ask_at, self.anew) = (any.then_some(now), any);
+        (self.ask_at, self.replaces_all) = (any.then_some(now), any);
         (self.backoff, self.has_answer) = (Backoff::default(), false);
     }
 
@@ -73,12 +73,12 @@ impl Targets {
 
     /// When the server is asked next. None while nothing is to be asked, or an answer must come first.
     pub fn next(&self) -> Option<u64> {
-        self.ask_at.filter(|_| !self.asking)
+        self.ask_at.filter(|_| !self.is_asking)
     }
 
     /// Has the server been asked, and not answered yet?
     pub fn is_asking(&self) -> bool {
-        self.asking
+        self.is_asking
     }
 
     /// What is to be asked again is asked now.
@@ -86,33 +86,33 @@ impl Targets {
         self.ask_at = self.ask_at.map(|at| at.min(now));
     }
 
-    /// Is the server to be asked now? It is then being asked, and [`Targets::answered`] comes next.
+    /// Is the server to be asked now? It is then being asked, and [`Targets::handle_answer`] comes next.
     pub fn begin(&mut self, now: u64) -> bool {
         let due = self.next().is_some_and(|at| at <= now);
         if due {
-            (self.ask_at, self.asking) = (None, true);
+            (self.ask_at, self.is_asking) = (None, true);
         }
         due
     }
 
     /// What the server has answered. A reload since it was asked has it asked again.
-    pub fn answered(&mut self, config: &Config, now: u64, rng: &mut Rng, answer: TargetList) {
-        self.asking = false;
+    pub fn handle_answer(&mut self, config: &Config, now: u64, rng: &mut Rng, answer: TargetList) {
+        self.is_asking = false;
         if let Ok(Some(list)) = &answer {
-            let replaces = std::mem::take(&mut self.anew);
+            let replaces_all = std::mem::take(&mut self.replaces_all);
             for (_, name) in names(config) {
                 let found = list.iter().find(|target| target.name == name.as_str());
                 match found {
-                    Some(found) if replaces => drop(self.ids.insert(name.clone(), found.id)),
+                    Some(found) if replaces_all => drop(self.ids.insert(name.clone(), found.id)),
                     Some(found) => drop(self.ids.entry(name.clone()).or_insert(found.id)),
-                    None if replaces => drop(self.ids.remove(name)),
+                    None if replaces_all => drop(self.ids.remove(name)),
                     None => {}
                 }
             }
         }
         // Asked before the configuration was loaded again.
         if self.ask_at.is_some() {
-            self.anew = true;
+            self.replaces_all = true;
             return;
         }
         let is_whole =
@@ -126,10 +126,10 @@ impl Targets {
     }
 
     /// The names without an id, each once, in the order of their first slots.
-    pub fn unresolved(&self, config: &Config) -> Vec<Unresolved> {
+    pub fn unresolved(&self, config: &Config) -> Vec<UnresolvedTarget> {
         let mut seen = BTreeMap::new();
         for (slot, name) in names(config).filter(|(_, name)| !self.ids.contains_key(*name)) {
-            seen.entry(name).or_insert_with(|| Unresolved {
+            seen.entry(name).or_insert_with(|| UnresolvedTarget {
                 slot: slot.clone(),
                 sentence: self.why(slot, name),
             });
@@ -196,11 +196,12 @@ impl Factory {
         }
     }
 
-    pub(super) fn targets_listed(&mut self, now: u64, answer: TargetList) {
+    pub(super) fn handle_target_list(&mut self, now: u64, answer: TargetList) {
         let (had, missed) = (self.targets.ids.clone(), self.targets.unresolved(&self.config));
-        self.targets.answered(&self.config, now, &mut self.rng, answer);
+        self.targets
+            .handle_answer(&self.config, now, &mut self.rng, answer);
         if self.targets.ids != had {
-            self.plan = Plan::of(&self.config, &self.targets.ids);
+            self.schedule = SlotSchedule::of(&self.config, &self.targets.ids);
         }
         for (name, id) in self
             .targets
@@ -211,7 +212,7 @@ impl Factory {
             self.out
                 .push(log_line(Level::Info, None, format!("target {name:?} is {id}")));
         }
-        for Unresolved { slot, sentence } in self.targets.unresolved(&self.config) {
+        for UnresolvedTarget { slot, sentence } in self.targets.unresolved(&self.config) {
             if !missed.iter().any(|known| known.sentence == sentence) {
                 let text = format!("no jobs are taken in this slot: {sentence}");
                 self.out.push(log_line(Level::Warn, Some(slot), text));

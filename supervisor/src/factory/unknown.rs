@@ -3,14 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use protocol::{State as HostState, WorkerId};
+use protocol::{State, WorkerId};
 
-use super::entry::{Foreign, Listed};
+use super::entry::{ForeignInfo, ListEntry};
 use super::{Factory, Level, Output};
 use crate::buildomat::ServerWorker;
 use crate::identity::Owner;
 use crate::reconcile::ForeignReason;
-use crate::worker::OnHost;
+use crate::worker::HostState;
 
 /// One that is no longer listed is shown for so long: two hosts that share a token take turns otherwise, and each looks
 /// well while the other has nothing.
@@ -21,7 +21,7 @@ const MAX_SHOWN: usize = 100;
 impl Factory {
     /// Note since when the server lists those that the database does not have.
     pub(super) fn note_unknown(&mut self, now: u64, list: &[ServerWorker]) {
-        let mut before: BTreeMap<WorkerId, Listed> = BTreeMap::new();
+        let mut before: BTreeMap<WorkerId, ListEntry> = BTreeMap::new();
         for (id, entry) in &mut self.entries {
             let listed = entry.unknown_mut().and_then(|unknown| unknown.listed.take());
             before.extend(listed.map(|listed| (*id, listed)));
@@ -30,7 +30,7 @@ impl Factory {
             let Some(unknown) = self.entries.entry(w.id).or_default().unknown_mut() else {
                 continue;
             };
-            let new = Listed {
+            let new = ListEntry {
                 input_number: self.input_number,
                 since: now,
             };
@@ -62,8 +62,8 @@ impl Factory {
             && matches!(self.identity.owner(w.private.as_deref()), Owner::Other(_))
     }
 
-    pub(super) fn runs_here(&self, worker: WorkerId, host: Option<&BTreeMap<WorkerId, OnHost>>) -> bool {
-        host.is_some_and(|list| list.get(&worker) == Some(&OnHost::Has(HostState::Running)))
+    pub(super) fn runs_here(&self, worker: WorkerId, host: Option<&BTreeMap<WorkerId, HostState>>) -> bool {
+        host.is_some_and(|list| list.get(&worker) == Some(&HostState::Has(State::Running)))
     }
 
     /// A worker of the database turns out to be another host's. It is forgotten here, once a list of the host shows that
@@ -96,7 +96,7 @@ impl Factory {
             return;
         }
         let since = unknown.foreign.as_ref().map_or(now, |foreign| foreign.since);
-        let foreign = Foreign {
+        let foreign = ForeignInfo {
             private,
             why,
             since,
@@ -110,7 +110,7 @@ impl Factory {
     }
 
     /// What an operator should know of it, and do.
-    pub fn foreign_text(&self, id: WorkerId, foreign: &Foreign) -> String {
+    pub fn foreign_text(&self, id: WorkerId, foreign: &ForeignInfo) -> String {
         let (tag, here) = (foreign.private.as_deref(), &self.identity);
         let tagged = match tag {
             Some(tag) => format!("has the owner tag {}", tag.escape_debug()),

@@ -55,7 +55,7 @@ impl std::error::Error for Error {}
 impl Error {
     /// The error for the core. The call is worth repeating.
     pub fn call_error(&self) -> CallError {
-        CallError::passing(Peer::Helper, self)
+        CallError::temporary(Peer::Helper, self)
     }
 }
 

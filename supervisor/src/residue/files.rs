@@ -26,7 +26,7 @@ pub struct Progress<'a> {
 
 /// What a walk has found.
 #[derive(Debug, Default)]
-pub struct Searched {
+pub struct SearchResult {
     /// Files and directories whose owner or group is looked for.
     pub found: BTreeSet<PathBuf>,
     /// Entries that were looked at.
@@ -153,11 +153,11 @@ fn chosen(mounts: &[Mount]) -> Vec<&Mount> {
 ///
 /// # Errors
 /// The mounts cannot be read.
-pub fn search(uids: &Uids, pace: Pace, progress: &mut impl FnMut(Progress<'_>)) -> io::Result<Searched> {
+pub fn search(uids: &Uids, pace: Pace, progress: &mut impl FnMut(Progress<'_>)) -> io::Result<SearchResult> {
     let mounts = mount_table()?;
     let places: BTreeSet<&Path> = mounts.iter().map(|mount| &*mount.place).collect();
     let mut walk = Walk::new(pace);
-    let mut searched = Searched::default();
+    let mut searched = SearchResult::default();
     for mount in chosen(&mounts) {
         // What is mounted below has its own turn: a subvolume of btrfs has another device, and is no mount.
         let is_mount = |path: &Path| places.contains(path);
@@ -188,7 +188,7 @@ pub fn is_owned(path: &Path, uids: &Uids) -> bool {
 
 struct Walk {
     pace: Pace,
-    begun: Instant,
+    started_at: Instant,
     last_printed: Instant,
     seen: u64,
     /// What could not be read, and why.
@@ -197,11 +197,11 @@ struct Walk {
 
 impl Walk {
     fn new(pace: Pace) -> Walk {
-        let begun = Instant::now();
+        let started_at = Instant::now();
         Walk {
             pace,
-            begun,
-            last_printed: begun,
+            started_at,
+            last_printed: started_at,
             seen: 0,
             unread: BTreeMap::new(),
         }
@@ -275,7 +275,7 @@ impl Walk {
         self.seen += 1;
         if self.seen.is_multiple_of(256) {
             let due = Duration::from_secs_f64(self.seen as f64 / f64::from(self.pace.0));
-            std::thread::sleep(due.saturating_sub(self.begun.elapsed()));
+            std::thread::sleep(due.saturating_sub(self.started_at.elapsed()));
         }
     }
 }

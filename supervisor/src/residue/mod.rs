@@ -5,7 +5,7 @@
 //! that holds it, and that is found.
 
 pub mod files;
-pub mod host;
+pub mod kernel;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,7 +18,7 @@ use protocol::config::{CGROUP_FILE, STATE_DIR};
 use protocol::{UserName, WorkerId};
 use serde::Serialize;
 
-use files::{Pace, Progress, Searched};
+use files::{Pace, Progress, SearchResult};
 
 /// The uids (and gids) that are looked for.
 #[derive(Clone, Debug)]
@@ -173,7 +173,7 @@ pub fn find(
     };
     let searched = match files {
         Some(pace) => files::search(&uids_but(&existing_workers(root)?), pace, &mut progress)?,
-        None => Searched::default(),
+        None => SearchResult::default(),
     };
     let mut reads = 0;
     // Workers come and go between two reads: what one read alone has found was on its way.
@@ -226,15 +226,18 @@ fn in_tables(
         found.extend(all.into_iter().map(|what| Residue { kind, what }));
     };
     let is_left = |text: &str| is_of_no_worker(text, workers);
-    note(ResidueKind::Process, host::processes(uids));
-    note(ResidueKind::Ipc, host::ipc(uids));
-    note(ResidueKind::Key, host::keys(uids));
-    note(ResidueKind::Socket, host::sockets(uids));
-    note(ResidueKind::Quota, host::quotas(uids));
-    note(ResidueKind::User, host::accounts(&root.join("etc"), uids));
+    note(ResidueKind::Process, kernel::processes(uids));
+    note(ResidueKind::Ipc, kernel::ipc(uids));
+    note(ResidueKind::Key, kernel::keys(uids));
+    note(ResidueKind::Socket, kernel::sockets(uids));
+    note(ResidueKind::Quota, kernel::quotas(uids));
+    note(ResidueKind::User, kernel::accounts(&root.join("etc"), uids));
     note(ResidueKind::User, names_in(&root.join("run/userdb"), is_left)?);
-    note(ResidueKind::ServiceRequest, host::service_requests(uids, is_left));
-    note(ResidueKind::Mount, host::mounts(is_left));
+    note(
+        ResidueKind::ServiceRequest,
+        kernel::service_requests(uids, is_left),
+    );
+    note(ResidueKind::Mount, kernel::mounts(is_left));
     if let Ok(cgroups) = fs::read_to_string(root.join(CGROUP_FILE)) {
         let is_left = |name: &str| {
             let id = name.get(..26).and_then(|id| id.parse::<WorkerId>().ok());

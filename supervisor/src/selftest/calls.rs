@@ -4,7 +4,7 @@
 use nix::libc;
 
 /// A call: its name, its number and its arguments.
-pub type Call = (&'static str, libc::c_long, [usize; 6]);
+pub type SystemCall = (&'static str, libc::c_long, [usize; 6]);
 
 /// Where no memory is.
 pub const NOWHERE: usize = 1;
@@ -16,7 +16,7 @@ pub const NO_FILE: usize = usize::MAX;
 /// With arguments that are wrong, or that harm nothing: a call that gets as far as the kernel's own code is told of
 /// that, by another error than the filter's, or is let through. Where the kernel looks at the privileges before
 /// all else, both say the same.
-pub const NEVER: &[Call] = &[
+pub const NEVER: &[SystemCall] = &[
     ("bpf", libc::SYS_bpf, [0, 0, 1 << 20, 0, 0, 0]),
     (
         "perf_event_open",
@@ -87,7 +87,7 @@ pub const NEVER: &[Call] = &[
 ];
 
 /// The same, of those that programs do without where the kernel has none.
-pub const UNAVAILABLE: &[Call] = &[
+pub const UNAVAILABLE: &[SystemCall] = &[
     (
         "io_uring_setup",
         libc::SYS_io_uring_setup,
@@ -123,7 +123,7 @@ pub const UNAVAILABLE: &[Call] = &[
 ];
 
 /// The same, of those that do not work on every file.
-pub const NOT_FOR_FILES: &[Call] = &[
+pub const NOT_FOR_FILES: &[SystemCall] = &[
     (
         "name_to_handle_at",
         libc::SYS_name_to_handle_at,
@@ -138,7 +138,7 @@ pub const NOT_FOR_FILES: &[Call] = &[
 ];
 
 /// The same, of those that a slot may allow.
-pub const OF_NAMESPACES: &[Call] = &[
+pub const OF_NAMESPACES: &[SystemCall] = &[
     ("mount", libc::SYS_mount, [NOWHERE, NOWHERE, NOWHERE, 0, 0, 0]),
     ("umount2", libc::SYS_umount2, [NOWHERE, ALL_BITS, 0, 0, 0, 0]),
     (

@@ -74,7 +74,7 @@ pub struct Expected {
 
 impl Expected {
     /// What the probe must find in this slot. `outside` is the process that listens.
-    pub fn of(config: &Config, slot: &SlotName, root: &Path, outside: &Outside) -> Expected {
+    pub fn of(config: &Config, slot: &SlotName, root: &Path, outside: &ProbeListeners) -> Expected {
         let its = &config.slots[slot];
         let groups = fs::read_to_string("/etc/group").unwrap_or_default();
         let group = |name| Some((name, accounts::gid(&groups, name).ok()?));
@@ -162,7 +162,7 @@ fn number(family: SocketFamily) -> i32 {
 
 /// Where this process listens while the probe runs.
 #[derive(Clone, Debug)]
-pub struct Outside {
+pub struct ProbeListeners {
     /// At 127.0.0.1.
     pub port: u16,
     /// Without the leading NUL.

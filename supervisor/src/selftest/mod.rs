@@ -1,5 +1,5 @@
-//! Does what is promised hold on this host? In each free slot a worker is made as for a job, and in it the program
-//! `user-factory-probe` runs: it tries what a job must not be able to do, and what the slot promises.
+//! Does what is guaranteed hold on this host? In each free slot a worker is made as for a job, and in it the program
+//! `user-factory-probe` runs: it tries what a job must not be able to do, and what the slot guarantees.
 //!
 //! The worker is made by `user-factory-manual run`, so nothing of this is in the helper.
 
@@ -9,13 +9,13 @@ pub mod run;
 
 use serde::{Deserialize, Serialize};
 
-/// What became of a promise.
+/// What became of a guarantee.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// What was seen is what is promised.
+    /// What was seen is what is guaranteed.
     Ok,
-    /// What was seen is not what is promised.
+    /// What was seen is not what is guaranteed.
     Failed,
     /// This kernel or file system cannot keep it, and the configuration or a page says that it need not.
     NotEnforced,
@@ -39,25 +39,26 @@ impl Outcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
     /// What must hold, in a few words.
-    pub promise: String,
+    #[serde(rename = "promise")]
+    pub guarantee: String,
     /// The call, file or address.
     pub tried: String,
     /// The error, or what came of it.
     pub seen: String,
-    /// Does the promise hold?
+    /// Does the guarantee hold?
     pub outcome: Outcome,
 }
 
 impl Attempt {
     /// A line of the table.
     pub fn new(
-        promise: &str,
+        guarantee: &str,
         tried: impl Into<String>,
         seen: impl Into<String>,
         outcome: Outcome,
     ) -> Attempt {
         Attempt {
-            promise: promise.into(),
+            guarantee: guarantee.into(),
             tried: tried.into(),
             seen: seen.into(),
             outcome,
@@ -77,7 +78,7 @@ pub struct SlotReport {
 }
 
 impl SlotReport {
-    /// Did a promise not hold?
+    /// Did a guarantee not hold?
     pub fn has_failed(&self) -> bool {
         self.attempts
             .iter()
@@ -106,7 +107,7 @@ pub fn failure(slots: &[SlotReport]) -> Option<String> {
     };
     Some(format!(
         "in slot {slot} it does not hold that {}: tried {}, seen {}{more}",
-        short(&first.promise),
+        short(&first.guarantee),
         short(&first.tried),
         short(&first.seen)
     ))

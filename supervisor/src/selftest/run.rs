@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 use protocol::SlotName;
 use protocol::config::{Config, Limits};
 
-use super::expected::{Expected, Outside};
+use super::expected::{Expected, ProbeListeners};
 use super::{Attempt, Outcome, SlotReport};
 use crate::residue;
 
@@ -50,7 +50,7 @@ impl Programs {
 struct Listeners {
     _tcp: TcpListener,
     _abstract: UnixListener,
-    outside: Outside,
+    outside: ProbeListeners,
 }
 
 impl Listeners {
@@ -59,7 +59,7 @@ impl Listeners {
         let abstract_name = format!("user-factory-selftest-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(&abstract_name)?;
         Ok(Listeners {
-            outside: Outside {
+            outside: ProbeListeners {
                 port: tcp.local_addr()?.port(),
                 abstract_name,
             },
@@ -73,7 +73,12 @@ impl Listeners {
 ///
 /// # Errors
 /// The programs cannot be run.
-pub fn slot(config: &Config, slot: &SlotName, root: &Path, programs: &Programs) -> io::Result<SlotReport> {
+pub fn test_slot(
+    config: &Config,
+    slot: &SlotName,
+    root: &Path,
+    programs: &Programs,
+) -> io::Result<SlotReport> {
     let listeners = Listeners::open()?;
     let expected = Expected::of(config, slot, root, &listeners.outside);
     let mut report = SlotReport {
@@ -102,7 +107,7 @@ pub fn slot(config: &Config, slot: &SlotName, root: &Path, programs: &Programs) 
     }
     let is_whole = output.status.code() == Some(0) && !attempts.is_empty();
     report.attempts.extend(attempts.into_iter().map(|mut attempt| {
-        if attempt.outcome == Outcome::Failed && is_unenforced(&errors, &attempt.promise, slot) {
+        if attempt.outcome == Outcome::Failed && is_unenforced(&errors, &attempt.guarantee, slot) {
             attempt.outcome = Outcome::NotEnforced;
         }
         attempt
@@ -198,12 +203,12 @@ fn memory(
     let Some(limit) = limits.memory.filter(|_| is_enforced) else {
         return Ok(None);
     };
-    let promise = "a job gets no more than limits.memory";
+    let guarantee = "a job gets no more than limits.memory";
     let wanted = limit + limits.swap.unwrap_or(0) + (64 << 20);
     let free = available_memory()?;
     if wanted > free / 2 {
         let seen = format!("{wanted} bytes are more than half of the host's free memory, {free}");
-        return Ok(Some(Attempt::new(promise, "nothing", seen, Outcome::NotTried)));
+        return Ok(Some(Attempt::new(guarantee, "nothing", seen, Outcome::NotTried)));
     }
     let output = run(slot, root, programs, None, &["memory", &wanted.to_string()])?;
     let tried = format!("a job that takes {wanted} bytes");
@@ -217,7 +222,7 @@ fn memory(
         Some(TIMED_OUT) => "it had not taken them after two minutes".to_owned(),
         _ => format!("it ended with {}", output.status),
     };
-    Ok(Some(Attempt::new(promise, tried, seen, outcome)))
+    Ok(Some(Attempt::new(guarantee, tried, seen, outcome)))
 }
 
 /// `MemAvailable` of `/proc/meminfo` (`proc_meminfo(5)`), in bytes.

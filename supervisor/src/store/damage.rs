@@ -16,30 +16,30 @@ use rusqlite::ErrorCode;
 
 /// Why the database cannot be used.
 #[derive(Debug)]
-pub enum Unusable {
+pub enum DatabaseError {
     /// The database is damaged: it does not contain what was written.
     Damaged(String),
     /// The database is intact, but cannot be used now: why, and what to do.
-    Not(String),
+    Unavailable(String),
 }
 
-impl From<rusqlite::Error> for Unusable {
+impl From<rusqlite::Error> for DatabaseError {
     fn from(error: rusqlite::Error) -> Self {
         if is_damage(&error) {
-            Unusable::Damaged(error.to_string())
+            DatabaseError::Damaged(error.to_string())
         } else {
-            Unusable::Not(format!("{error}: {}", remedy(&error)))
+            DatabaseError::Unavailable(format!("{error}: {}", remedy(&error)))
         }
     }
 }
 
-impl Unusable {
+impl DatabaseError {
     /// The error of reading: one that is neither the disk's nor another program's is one of the content.
     pub fn content(error: anyhow::Error) -> Self {
         match error.downcast::<rusqlite::Error>() {
             Ok(error) if is_the_hosts(&error) => error.into(),
-            Ok(error) => Unusable::Damaged(error.to_string()),
-            Err(error) => Unusable::Damaged(format!("{error:#}")),
+            Ok(error) => DatabaseError::Damaged(error.to_string()),
+            Err(error) => DatabaseError::Damaged(format!("{error:#}")),
         }
     }
 }
@@ -88,30 +88,30 @@ fn remedy(error: &rusqlite::Error) -> &'static str {
 
 /// A change that was not written.
 #[derive(Debug)]
-pub struct Unsaved {
+pub struct SaveError {
     /// Can it be written later, once the problem of the host is solved?
-    pub passing: bool,
+    pub is_temporary: bool,
     /// May the disk be full?
     pub lacks_room: bool,
     sentence: String,
 }
 
-impl Unsaved {
+impl SaveError {
     /// A problem that ends once the operator does what the sentence says.
-    pub fn passing(sentence: String) -> Self {
-        Unsaved {
-            passing: true,
+    pub fn temporary(sentence: String) -> Self {
+        SaveError {
+            is_temporary: true,
             lacks_room: false,
             sentence,
         }
     }
 }
 
-impl From<anyhow::Error> for Unsaved {
+impl From<anyhow::Error> for SaveError {
     fn from(error: anyhow::Error) -> Self {
         let of_database = error.downcast_ref::<rusqlite::Error>();
-        Unsaved {
-            passing: of_database.is_some_and(is_the_hosts),
+        SaveError {
+            is_temporary: of_database.is_some_and(is_the_hosts),
             lacks_room: of_database
                 .and_then(rusqlite::Error::sqlite_error_code)
                 .is_some_and(|code| matches!(code, ErrorCode::DiskFull | ErrorCode::SystemIoFailure)),
@@ -120,13 +120,13 @@ impl From<anyhow::Error> for Unsaved {
     }
 }
 
-impl std::fmt::Display for Unsaved {
+impl std::fmt::Display for SaveError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.sentence)
     }
 }
 
-impl std::error::Error for Unsaved {}
+impl std::error::Error for SaveError {}
 
 /// The most damaged databases that are kept; the next one replaces the last of them, so that the first stays.
 const MOST_ASIDE: u32 = 9;

@@ -5,17 +5,18 @@ use protocol::{Exit, State};
 use crate::call_error::CallError;
 
 use super::{
-    Event, FORGOTTEN_MS, Kill, MAX_REMAKES, MAX_STALL_SECONDS, OnHost, OnServer, Phase, Rules, Worker,
+    Event, FORGOTTEN_MS, HostState, Kill, MAX_REMAKES, MAX_STALL_SECONDS, Phase, ServerState, Worker,
+    WorkerPolicy,
 };
 
 impl Worker {
     /// What the worker is after `event`. `now` is in milliseconds since 1970.
     #[must_use]
-    pub fn step(mut self, event: Event, now: u64, rules: &Rules) -> Worker {
+    pub fn step(mut self, event: Event, now: u64, policy: &WorkerPolicy) -> Worker {
         match (self.phase, event) {
             (_, Event::Seen { server, host }) => {
-                let mut seen = self.seen(server, host, now, rules);
-                seen.see_processes(host, rules);
+                let mut seen = self.seen(server, host, now, policy);
+                seen.see_processes(host, policy);
                 return seen;
             }
             (_, Event::Waited { ms }) => {
@@ -24,21 +25,21 @@ impl Worker {
             // True whatever has happened since.
             (_, Event::Associated) => self.associated = true,
             (_, Event::Killed) => self.kill = Kill::default(),
-            (_, Event::KillFailed(_)) => self.kill.failed = true,
+            (_, Event::KillFailed(_)) => self.kill.has_failed = true,
             (Phase::Broken { .. }, Event::Kill(_)) => {
                 self.kill = Kill {
-                    wanted: true,
-                    failed: false,
-                    asked: true,
+                    is_needed: true,
+                    has_failed: false,
+                    is_requested: true,
                 }
             }
             (phase, Event::Kill(reason)) => {
                 if !phase.is_ending() {
                     self.fail(reason, now);
                     self.kill = Kill {
-                        wanted: true,
-                        failed: false,
-                        asked: true,
+                        is_needed: true,
+                        has_failed: false,
+                        is_requested: true,
                     };
                 }
             }
@@ -50,7 +51,7 @@ impl Worker {
                     ),
                     now,
                 );
-                self.kill.wanted = !rules.keep_processes;
+                self.kill.is_needed = !policy.keep_processes;
             }
             (_, Event::MemoryStalled) => {}
             (Phase::Destroying | Phase::Destroyed, Event::Destroy) => {}
@@ -100,7 +101,7 @@ impl Worker {
                     lines_sent,
                 };
                 self.enter(
-                    if rules.hold_on_failure {
+                    if policy.hold_on_failure {
                         held
                     } else {
                         Phase::Destroying
@@ -134,16 +135,22 @@ impl Worker {
         self
     }
 
-    fn seen(mut self, server: Option<OnServer>, host: Option<OnHost>, now: u64, rules: &Rules) -> Worker {
-        let (hold, recycle, online) = match server {
+    fn seen(
+        mut self,
+        server: Option<ServerState>,
+        host: Option<HostState>,
+        now: u64,
+        policy: &WorkerPolicy,
+    ) -> Worker {
+        let (is_held, must_recycle, online) = match server {
             None => return self,
-            Some(OnServer::Gone) => {
+            Some(ServerState::Gone) => {
                 self.gone = true;
                 (false, true, false)
             }
-            Some(OnServer::Has {
-                hold,
-                recycle,
+            Some(ServerState::Has {
+                is_held,
+                must_recycle,
                 online,
                 associated,
                 bootstrap,
@@ -154,27 +161,27 @@ impl Worker {
                     self.associated = associated;
                 }
                 self.bootstrap = bootstrap.or(self.bootstrap);
-                (hold, recycle, online)
+                (is_held, must_recycle, online)
             }
         };
-        if self.hold && !hold {
+        if self.hold && !is_held {
             self.waiting_since = now;
         }
-        if self.hold != hold {
-            self.hold_since = hold.then_some(now);
+        if self.hold != is_held {
+            self.hold_since = is_held.then_some(now);
         }
-        self.hold = hold;
+        self.hold = is_held;
         if self.phase.is_ending() {
             return self;
         }
-        if recycle {
+        if must_recycle {
             self.enter(Phase::Destroying, now);
             return self;
         }
         if online && self.phase == (Phase::Running { online: false }) {
             self.enter(Phase::Running { online: true }, now);
         }
-        if hold {
+        if is_held {
             return self;
         }
         match (self.phase, host) {
@@ -194,31 +201,31 @@ impl Worker {
             (Phase::Running { online: true }, Some(_)) if !online => {
                 self.lose("the server has forgotten its agent", now);
             }
-            (Phase::Resetting { confirmed: false }, Some(OnHost::Has(State::Running))) if online => {
+            (Phase::Resetting { confirmed: false }, Some(HostState::Has(State::Running))) if online => {
                 self.enter(Phase::Running { online: true }, now);
             }
-            (Phase::Resetting { confirmed: false }, Some(OnHost::Has(State::Running)))
+            (Phase::Resetting { confirmed: false }, Some(HostState::Has(State::Running)))
                 if now.saturating_sub(self.since) < FORGOTTEN_MS => {}
             // The operator's limit explains it: no hint to look further is needed.
-            (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit @ Exit::TimedOut)))) => {
+            (Phase::Running { online: true }, Some(HostState::Has(State::Exited(exit @ Exit::TimedOut)))) => {
                 self.fail(describe_exit(exit), now);
             }
-            (Phase::Running { online: true }, Some(OnHost::Has(State::Exited(exit)))) => {
+            (Phase::Running { online: true }, Some(HostState::Has(State::Exited(exit)))) => {
                 self.fail(format!("{} before its job was done", describe_exit(exit)), now);
             }
-            (Phase::Running { online: true }, Some(OnHost::Absent)) => {
+            (Phase::Running { online: true }, Some(HostState::Absent)) => {
                 self.fail(
                     "the worker disappeared from the host before its job was done".into(),
                     now,
                 );
             }
-            (Phase::Running { online: false }, Some(OnHost::Has(State::Exited(Exit::Unknown)))) => {
+            (Phase::Running { online: false }, Some(HostState::Has(State::Exited(Exit::Unknown)))) => {
                 self.lose(
                     "the agent was killed, or lost in a reboot, before it came online",
                     now,
                 );
             }
-            (Phase::Running { online: false }, Some(OnHost::Has(State::Exited(exit)))) => {
+            (Phase::Running { online: false }, Some(HostState::Has(State::Exited(exit)))) => {
                 // One that does not know an option ends so, and its output names the option.
                 let hint = match exit {
                     Exit::Status(_) => {
@@ -230,21 +237,21 @@ impl Worker {
                 let how = describe_exit(exit);
                 self.fail(format!("{how} before it came online{hint}"), now);
             }
-            (Phase::Running { online: false } | Phase::Created, Some(OnHost::Absent)) if !online => {
+            (Phase::Running { online: false } | Phase::Created, Some(HostState::Absent)) if !online => {
                 self.lose("its user is gone from the host", now);
             }
             // The helper was cut off before the agent was started: it is asked again.
-            (Phase::Running { online: false }, Some(OnHost::Has(State::Created))) => {
+            (Phase::Running { online: false }, Some(HostState::Has(State::Created))) => {
                 self.enter(Phase::Created, now)
             }
             // Started by a run that could not note it.
-            (Phase::Reserved | Phase::Created, Some(OnHost::Has(State::Running))) if online => {
+            (Phase::Reserved | Phase::Created, Some(HostState::Has(State::Running))) if online => {
                 self.enter(Phase::Running { online: true }, now);
             }
             // The bootstrap token is used up, and the agent that used it is gone: another one would be refused.
             (Phase::Resetting { .. }, _)
             | (Phase::Reserved, Some(_))
-            | (Phase::Created, Some(OnHost::Absent))
+            | (Phase::Created, Some(HostState::Absent))
                 if online =>
             {
                 self.fail(
@@ -258,7 +265,7 @@ impl Worker {
             }
             _ => {}
         }
-        let over = rules
+        let over = policy
             .job_timeout
             .filter(|limit| now.saturating_sub(self.waiting_since) >= *limit);
         if let (Phase::Running { online: true }, Some(limit)) = (self.phase, over) {
@@ -272,17 +279,17 @@ impl Worker {
         }
         if self.phase.is_starting()
             && !online
-            && now.saturating_sub(self.waiting_since) >= rules.online_timeout
+            && now.saturating_sub(self.waiting_since) >= policy.online_timeout
         {
-            let trouble = self
+            let problem = self
                 .trouble
                 .as_ref()
                 .map(|t| format!("; the last problem was: {t}"))
                 .unwrap_or_default();
             self.fail(
                 format!(
-                    "the agent did not come online within {} s{trouble}",
-                    rules.online_timeout / 1000
+                    "the agent did not come online within {} s{problem}",
+                    policy.online_timeout / 1000
                 ),
                 now,
             );
@@ -291,13 +298,13 @@ impl Worker {
     }
 
     /// A worker that has failed keeps no processes beside a slot that waits for an operator, unless the slot says so.
-    fn see_processes(&mut self, host: Option<OnHost>, rules: &Rules) {
+    fn see_processes(&mut self, host: Option<HostState>, policy: &WorkerPolicy) {
         match (self.phase, host) {
             (_, None) => {}
-            (Phase::Broken { .. }, Some(OnHost::Has(State::Running))) => {
-                self.kill.wanted = self.kill.asked || !rules.keep_processes;
+            (Phase::Broken { .. }, Some(HostState::Has(State::Running))) => {
+                self.kill.is_needed = self.kill.is_requested || !policy.keep_processes;
             }
-            _ => self.kill.wanted = false,
+            _ => self.kill.is_needed = false,
         }
     }
 

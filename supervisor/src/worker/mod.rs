@@ -135,16 +135,16 @@ pub struct Worker {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kill {
     /// Has the host shown processes that are not to be kept, and that have not been ended since?
-    pub wanted: bool,
+    pub is_needed: bool,
     /// Was ending them tried in vain? Then the failure is reported to the server first.
-    pub failed: bool,
+    pub has_failed: bool,
     /// Has an operator asked for it, whatever the slot says?
-    pub asked: bool,
+    pub is_requested: bool,
 }
 
 /// What the configuration says of a worker: its times, in milliseconds, and what happens when it fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rules {
+pub struct WorkerPolicy {
     /// How long its agent may take to come online.
     pub online_timeout: u64,
     /// How long its job may take from when the agent is online; none where it has no limit.
@@ -157,15 +157,15 @@ pub struct Rules {
 
 /// A worker as the server's list shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum OnServer {
+pub enum ServerState {
     /// The list does not have it.
     Gone,
     /// The list has the worker, with these properties.
     Has {
         /// Is it held, by an operator or because it failed?
-        hold: bool,
+        is_held: bool,
         /// Is it to be deleted?
-        recycle: bool,
+        must_recycle: bool,
         /// Has its agent introduced itself?
         online: bool,
         /// Has the server stored its slot?
@@ -175,11 +175,11 @@ pub enum OnServer {
     },
 }
 
-impl From<&ServerWorker> for OnServer {
+impl From<&ServerWorker> for ServerState {
     fn from(w: &ServerWorker) -> Self {
-        OnServer::Has {
-            hold: w.hold,
-            recycle: w.recycle,
+        ServerState::Has {
+            is_held: w.hold,
+            must_recycle: w.recycle,
             online: w.online,
             associated: w.private.is_some(),
             bootstrap: w.bootstrap.clone(),
@@ -189,7 +189,7 @@ impl From<&ServerWorker> for OnServer {
 
 /// A worker as the helper's list shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnHost {
+pub enum HostState {
     /// The list does not have it.
     Absent,
     /// The list has it, in this state.
@@ -202,9 +202,9 @@ pub enum Event {
     /// A poll has shown the worker; none for a side that did not answer, or answered before the last change.
     Seen {
         /// The server's list.
-        server: Option<OnServer>,
+        server: Option<ServerState>,
         /// The helper's list.
-        host: Option<OnHost>,
+        host: Option<HostState>,
     },
     /// The start could not go on for so long, since the server could not be asked or the configuration file differed:
     /// that time does not count against the agent.
@@ -359,7 +359,7 @@ impl Worker {
     pub fn next_action(&self) -> Option<Action> {
         match self.phase {
             // Before the console is sent, which is then complete; but a failure is reported also where nothing can be killed.
-            Phase::Broken { reported, .. } if self.kill.wanted && (reported || !self.kill.failed) => {
+            Phase::Broken { reported, .. } if self.kill.is_needed && (reported || !self.kill.has_failed) => {
                 Some(Action::HostKill)
             }
             Phase::Broken {

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use protocol::Exit;
 
 const TIMEOUT: u64 = 300_000;
-const RULES: Rules = Rules {
+const POLICY: WorkerPolicy = WorkerPolicy {
     online_timeout: TIMEOUT,
     job_timeout: None,
     hold_on_failure: true,
@@ -13,7 +13,7 @@ const RULES: Rules = Rules {
 };
 
 fn error() -> CallError {
-    CallError::passing(crate::call_error::Peer::Server, "no disk")
+    CallError::temporary(crate::call_error::Peer::Server, "no disk")
 }
 
 fn worker(phase: Phase) -> Worker {
@@ -37,17 +37,17 @@ fn worker(phase: Phase) -> Worker {
     }
 }
 
-fn on_server(hold: bool, recycle: bool, online: bool) -> OnServer {
-    OnServer::Has {
-        hold,
-        recycle,
+fn on_server(is_held: bool, must_recycle: bool, online: bool) -> ServerState {
+    ServerState::Has {
+        is_held,
+        must_recycle,
         online,
         associated: true,
         bootstrap: None,
     }
 }
 
-fn seen(server: OnServer, host: OnHost) -> Event {
+fn seen(server: ServerState, host: HostState) -> Event {
     Event::Seen {
         server: Some(server),
         host: Some(host),
@@ -62,90 +62,90 @@ const BROKEN: Phase = Phase::Broken {
     reported: false,
     lines_sent: 0,
 };
-const RUNNING: OnHost = OnHost::Has(State::Running);
-const LOST: OnHost = OnHost::Has(State::Exited(Exit::Unknown));
-const DIED: OnHost = OnHost::Has(State::Exited(Exit::Status(1)));
+const RUNNING: HostState = HostState::Has(State::Running);
+const LOST: HostState = HostState::Has(State::Exited(Exit::Unknown));
+const DIED: HostState = HostState::Has(State::Exited(Exit::Status(1)));
 
 #[test]
 fn a_job_that_takes_longer_than_the_slot_lets_it_fails_its_worker() {
-    let rules = Rules {
+    let policy = WorkerPolicy {
         job_timeout: Some(1000),
-        ..RULES
+        ..POLICY
     };
     let poll = seen(on_server(false, false, true), RUNNING);
-    // Where answers were lost, its agent is online before anything was heard of its start.
+    // Where answers were lost, its agent is online before any answer about its start was received.
     for before in [
         STARTED,
         Phase::Reserved,
         Phase::Created,
         Phase::Resetting { confirmed: false },
     ] {
-        let online = worker(before).step(poll.clone(), 500, &rules);
+        let online = worker(before).step(poll.clone(), 500, &policy);
         assert_eq!(online.phase, ONLINE, "{before:?}");
         assert_eq!(
-            online.step(poll.clone(), 1499, &rules).phase,
+            online.step(poll.clone(), 1499, &policy).phase,
             ONLINE,
             "{before:?}"
         );
     }
-    let online = worker(STARTED).step(poll.clone(), 500, &rules);
-    let late = online.clone().step(poll.clone(), 1500, &rules);
+    let online = worker(STARTED).step(poll.clone(), 500, &policy);
+    let late = online.clone().step(poll.clone(), 1500, &policy);
     assert_eq!(late.phase, BROKEN);
     assert!(late.failure.unwrap().contains("job_timeout_seconds"));
     // Who holds it has time; what is to be recycled has ended.
     let held = online
         .clone()
-        .step(seen(on_server(true, false, true), RUNNING), 9000, &rules);
+        .step(seen(on_server(true, false, true), RUNNING), 9000, &policy);
     assert_eq!(held.phase, ONLINE);
-    let recycled = online.step(seen(on_server(false, true, true), RUNNING), 9000, &rules);
+    let recycled = online.step(seen(on_server(false, true, true), RUNNING), 9000, &policy);
     assert_eq!(recycled.phase, Phase::Destroying);
 }
 
 #[test]
 fn the_processes_of_a_failed_worker_are_ended_before_the_failure_is_reported() {
     let limit = Some(1000);
-    let rules = Rules {
+    let policy = WorkerPolicy {
         job_timeout: limit,
-        ..RULES
+        ..POLICY
     };
     let poll = seen(on_server(false, false, true), RUNNING);
-    let late = worker(ONLINE).step(poll.clone(), 1500, &rules);
+    let late = worker(ONLINE).step(poll.clone(), 1500, &policy);
     assert_eq!((late.phase, late.next_action()), (BROKEN, Some(Action::HostKill)));
     let tells = |w: &Worker| matches!(w.next_action(), Some(Action::ReportFailure { .. }));
-    assert!(tells(&late.clone().step(Event::Killed, 1501, &rules)));
+    assert!(tells(&late.clone().step(Event::Killed, 1501, &policy)));
     // What cannot be ended is reported first, and tried again while it is held, until the host shows none.
-    let failed = late.step(Event::KillFailed(error()), 1501, &rules);
+    let failed = late.step(Event::KillFailed(error()), 1501, &policy);
     assert!(tells(&failed));
-    let held = failed.step(Event::FailureReported, 1502, &rules);
+    let held = failed.step(Event::FailureReported, 1502, &policy);
     assert_eq!(held.next_action(), Some(Action::HostKill));
     let poll = |host| seen(on_server(true, false, true), host);
     assert_eq!(
-        held.clone().step(poll(RUNNING), 1503, &rules).next_action(),
+        held.clone().step(poll(RUNNING), 1503, &policy).next_action(),
         Some(Action::HostKill)
     );
-    assert_eq!(held.step(poll(LOST), 1503, &rules).next_action(), None);
+    assert_eq!(held.step(poll(LOST), 1503, &policy).next_action(), None);
     // After a restart the list tells again what is to be done.
-    let found = worker(BROKEN).step(poll(RUNNING), 5, &rules);
+    let found = worker(BROKEN).step(poll(RUNNING), 5, &policy);
     assert_eq!(found.next_action(), Some(Action::HostKill));
 }
 
 #[test]
 fn a_slot_may_keep_the_processes_of_a_failed_worker_and_an_operator_may_end_them_all_the_same() {
-    let rules = Rules {
+    let policy = WorkerPolicy {
         job_timeout: Some(1000),
         keep_processes: true,
-        ..RULES
+        ..POLICY
     };
     let poll = seen(on_server(true, false, true), RUNNING);
-    let late = worker(ONLINE).step(seen(on_server(false, false, true), RUNNING), 1500, &rules);
+    let late = worker(ONLINE).step(seen(on_server(false, false, true), RUNNING), 1500, &policy);
     assert!(matches!(late.next_action(), Some(Action::ReportFailure { .. })));
     let held = late
-        .step(Event::FailureReported, 1501, &rules)
-        .step(poll.clone(), 1502, &rules);
+        .step(Event::FailureReported, 1501, &policy)
+        .step(poll.clone(), 1502, &policy);
     assert_eq!(held.next_action(), None);
-    let asked = held.step(Event::Kill("they asked".into()), 1503, &rules);
+    let asked = held.step(Event::Kill("they asked".into()), 1503, &policy);
     assert_eq!(
-        asked.clone().step(poll, 1504, &rules).next_action(),
+        asked.clone().step(poll, 1504, &policy).next_action(),
         Some(Action::HostKill)
     );
     assert!(
@@ -156,7 +156,7 @@ fn a_slot_may_keep_the_processes_of_a_failed_worker_and_an_operator_may_end_them
 
 #[test]
 fn a_job_that_stalls_at_its_memory_limit_is_failed_and_ended() {
-    let failed = worker(ONLINE).step(Event::MemoryStalled, 6, &RULES);
+    let failed = worker(ONLINE).step(Event::MemoryStalled, 6, &POLICY);
     assert_eq!(failed.phase, BROKEN);
     assert!(
         failed.failure.as_ref().unwrap().contains("limits.memory"),
@@ -164,16 +164,16 @@ fn a_job_that_stalls_at_its_memory_limit_is_failed_and_ended() {
     );
     // Its processes are ended first: the console is complete then.
     assert_eq!(failed.next_action(), Some(Action::HostKill));
-    let keeps = Rules {
+    let keeps = WorkerPolicy {
         keep_processes: true,
-        ..RULES
+        ..POLICY
     };
     let kept = worker(ONLINE).step(Event::MemoryStalled, 6, &keeps);
     assert!(matches!(kept.next_action(), Some(Action::ReportFailure { .. })));
     // It has failed already, or is held.
-    assert_eq!(failed.clone().step(Event::MemoryStalled, 8, &RULES), failed);
-    let held = worker(ONLINE).step(seen(on_server(true, false, true), RUNNING), 5, &RULES);
-    assert_eq!(held.clone().step(Event::MemoryStalled, 6, &RULES), held);
+    assert_eq!(failed.clone().step(Event::MemoryStalled, 8, &POLICY), failed);
+    let held = worker(ONLINE).step(seen(on_server(true, false, true), RUNNING), 5, &POLICY);
+    assert_eq!(held.clone().step(Event::MemoryStalled, 6, &POLICY), held);
     for phase in [
         Phase::Reserved,
         Phase::Created,
@@ -183,14 +183,14 @@ fn a_job_that_stalls_at_its_memory_limit_is_failed_and_ended() {
         Phase::Destroyed,
     ] {
         let other = worker(phase);
-        assert_eq!(other.clone().step(Event::MemoryStalled, 6, &RULES), other);
+        assert_eq!(other.clone().step(Event::MemoryStalled, 6, &POLICY), other);
     }
 }
 
 #[test]
 fn an_operator_ends_the_processes_of_any_worker_which_fails_its_job() {
     for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, RESETTING] {
-        let killed = worker(phase).step(Event::Kill("they asked".into()), 6, &RULES);
+        let killed = worker(phase).step(Event::Kill("they asked".into()), 6, &POLICY);
         assert_eq!(
             (killed.phase, killed.next_action()),
             (BROKEN, Some(Action::HostKill))
@@ -200,7 +200,7 @@ fn an_operator_ends_the_processes_of_any_worker_which_fails_its_job() {
     for phase in [Phase::Destroying, Phase::Destroyed] {
         let ending = worker(phase);
         assert_eq!(
-            ending.clone().step(Event::Kill("they asked".into()), 6, &RULES),
+            ending.clone().step(Event::Kill("they asked".into()), 6, &POLICY),
             ending
         );
     }
@@ -208,11 +208,11 @@ fn an_operator_ends_the_processes_of_any_worker_which_fails_its_job() {
 
 #[test]
 fn what_is_not_to_be_held_goes_once_the_server_knows() {
-    let rules = Rules {
+    let policy = WorkerPolicy {
         hold_on_failure: false,
-        ..RULES
+        ..POLICY
     };
-    let told = worker(BROKEN).step(Event::FailureReported, 5, &rules);
+    let told = worker(BROKEN).step(Event::FailureReported, 5, &policy);
     assert_eq!(told.phase, Phase::Destroying);
 }
 
@@ -227,26 +227,26 @@ fn the_operator_may_destroy_a_held_worker() {
         BROKEN,
         Phase::Destroying,
     ] {
-        let held = worker(phase).step(seen(on_server(true, false, false), RUNNING), 5, &RULES);
-        assert_eq!(held.step(Event::Destroy, 6, &RULES).phase, Phase::Destroying);
+        let held = worker(phase).step(seen(on_server(true, false, false), RUNNING), 5, &POLICY);
+        assert_eq!(held.step(Event::Destroy, 6, &POLICY).phase, Phase::Destroying);
     }
     assert_eq!(
-        worker(Phase::Destroyed).step(Event::Destroy, 6, &RULES).phase,
+        worker(Phase::Destroyed).step(Event::Destroy, 6, &POLICY).phase,
         Phase::Destroyed
     );
 }
 
 #[test]
-fn since_when_it_waits_for_a_person_is_remembered() {
+fn since_when_it_waits_for_an_operator_is_remembered() {
     let poll = |hold| seen(on_server(hold, false, true), RUNNING);
     let held = worker(ONLINE)
-        .step(poll(true), 7, &RULES)
-        .step(poll(true), 9, &RULES);
+        .step(poll(true), 7, &POLICY)
+        .step(poll(true), 9, &POLICY);
     assert_eq!(held.waits_since(), Some(7));
-    assert_eq!(held.step(poll(false), 11, &RULES).waits_since(), None);
+    assert_eq!(held.step(poll(false), 11, &POLICY).waits_since(), None);
     assert_eq!(
         worker(BROKEN)
-            .step(Event::FailureReported, 5, &RULES)
+            .step(Event::FailureReported, 5, &POLICY)
             .waits_since(),
         Some(5)
     );
@@ -272,39 +272,39 @@ fn the_usual_life() {
             action,
             "before {event:?}"
         );
-        w = w.step(event, 5, &RULES);
+        w = w.step(event, 5, &POLICY);
     }
     assert_eq!(w.next_action(), Some(Action::ServerDelete { gone: false }));
 }
 
 #[test]
 fn what_a_poll_does_to_each_phase() {
-    let gone = OnServer::Gone;
+    let gone = ServerState::Gone;
     let v = |(hold, recycle, online)| on_server(hold, recycle, online);
     let (online, recycle, held) = ((false, false, true), (false, true, false), (true, false, true));
     for (phase, server, host, after) in [
-        (Phase::Reserved, v(recycle), OnHost::Absent, Phase::Destroying),
+        (Phase::Reserved, v(recycle), HostState::Absent, Phase::Destroying),
         (Phase::Created, v(recycle), RUNNING, Phase::Destroying),
         (BROKEN, v(recycle), DIED, Phase::Destroying),
         (RESETTING, gone.clone(), LOST, Phase::Destroying),
         (ONLINE, gone, RUNNING, Phase::Destroying),
-        (Phase::Destroyed, v(IDLE), OnHost::Absent, Phase::Destroyed),
+        (Phase::Destroyed, v(IDLE), HostState::Absent, Phase::Destroyed),
         (STARTED, v(IDLE), RUNNING, STARTED),
         (STARTED, v(online), RUNNING, ONLINE),
         (STARTED, v(IDLE), LOST, RESETTING),
-        (STARTED, v(IDLE), OnHost::Absent, RESETTING),
-        (STARTED, v(IDLE), OnHost::Has(State::Created), Phase::Created),
+        (STARTED, v(IDLE), HostState::Absent, RESETTING),
+        (STARTED, v(IDLE), HostState::Has(State::Created), Phase::Created),
         (STARTED, v(IDLE), DIED, BROKEN),
         (STARTED, v(online), LOST, BROKEN),
         (ONLINE, v(online), DIED, BROKEN),
-        (ONLINE, v(online), OnHost::Absent, BROKEN),
+        (ONLINE, v(online), HostState::Absent, BROKEN),
         (ONLINE, v(held), DIED, ONLINE),
-        (Phase::Created, v(IDLE), OnHost::Absent, RESETTING),
+        (Phase::Created, v(IDLE), HostState::Absent, RESETTING),
         (Phase::Created, v(online), RUNNING, ONLINE),
         (RESETTING, v(online), LOST, BROKEN),
         (RESETTING, v(IDLE), LOST, Phase::Resetting { confirmed: true }),
     ] {
-        let new = worker(phase).step(seen(server.clone(), host), 5, &RULES);
+        let new = worker(phase).step(seen(server.clone(), host), 5, &POLICY);
         assert_eq!(new.phase, after, "{phase:?} {server:?} {host:?}");
         assert_eq!(
             new.failure.is_some(),
@@ -317,60 +317,60 @@ fn what_a_poll_does_to_each_phase() {
 #[test]
 fn a_server_that_has_forgotten_the_agent_gets_another_after_a_while() {
     let idle = || seen(on_server(false, false, false), RUNNING);
-    let doubted = worker(ONLINE).step(idle(), 1_000, &RULES);
+    let doubted = worker(ONLINE).step(idle(), 1_000, &POLICY);
     assert_eq!((doubted.phase, doubted.next_action()), (RESETTING, None));
     // It was only a list of yesterday's: the job goes on.
     let remembered = doubted
         .clone()
-        .step(seen(on_server(false, false, true), RUNNING), 2_000, &RULES);
+        .step(seen(on_server(false, false, true), RUNNING), 2_000, &POLICY);
     assert_eq!(remembered.phase, ONLINE);
-    let waiting = doubted.step(idle(), FORGOTTEN_MS, &RULES);
+    let waiting = doubted.step(idle(), FORGOTTEN_MS, &POLICY);
     assert_eq!(waiting.next_action(), None);
-    let again = waiting.step(idle(), 1_000 + FORGOTTEN_MS, &RULES);
+    let again = waiting.step(idle(), 1_000 + FORGOTTEN_MS, &POLICY);
     assert_eq!(again.next_action(), Some(Action::HostDelete));
-    let again = again.step(Event::HostClean, 2 * TIMEOUT, &RULES);
+    let again = again.step(Event::HostClean, 2 * TIMEOUT, &POLICY);
     let again = again.step(
-        seen(on_server(false, false, false), OnHost::Absent),
+        seen(on_server(false, false, false), HostState::Absent),
         2 * TIMEOUT,
-        &RULES,
+        &POLICY,
     );
     assert_eq!((again.phase, again.failure), (Phase::Reserved, None));
 }
 
 #[test]
 fn a_failure_that_the_server_has_forgotten_is_reported_again_after_a_while() {
-    let told = worker(BROKEN).step(Event::FailureReported, 1_000, &RULES);
+    let told = worker(BROKEN).step(Event::FailureReported, 1_000, &POLICY);
     let forgotten = || seen(on_server(false, false, false), DIED);
-    let soon = told.clone().step(forgotten(), FORGOTTEN_MS, &RULES);
+    let soon = told.clone().step(forgotten(), FORGOTTEN_MS, &POLICY);
     assert_eq!(soon.next_action(), None);
     let held = told.step(
         seen(on_server(true, false, false), DIED),
         9 * FORGOTTEN_MS,
-        &RULES,
+        &POLICY,
     );
     assert_eq!(held.next_action(), None);
-    let again = held.step(forgotten(), 9 * FORGOTTEN_MS, &RULES);
+    let again = held.step(forgotten(), 9 * FORGOTTEN_MS, &POLICY);
     assert_eq!(again.phase, BROKEN);
 }
 
 #[test]
 fn a_slot_that_the_server_has_forgotten_is_associated_again() {
-    let forgotten = OnServer::Has {
-        hold: false,
-        recycle: false,
+    let forgotten = ServerState::Has {
+        is_held: false,
+        must_recycle: false,
         online: false,
         associated: false,
         bootstrap: None,
     };
-    for (phase, host) in [(Phase::Reserved, OnHost::Absent), (STARTED, RUNNING)] {
-        let w = worker(phase).step(seen(forgotten.clone(), host), 5, &RULES);
+    for (phase, host) in [(Phase::Reserved, HostState::Absent), (STARTED, RUNNING)] {
+        let w = worker(phase).step(seen(forgotten.clone(), host), 5, &POLICY);
         assert_eq!(w.next_action().map(|action| action.name()), Some("associate"));
     }
 }
 
 #[test]
 fn an_agent_that_has_used_up_its_time_is_failed_with_the_limits_name() {
-    let timed_out = OnHost::Has(State::Exited(Exit::TimedOut));
+    let timed_out = HostState::Has(State::Exited(Exit::TimedOut));
     for (phase, sentence) in [
         (
             ONLINE,
@@ -382,19 +382,19 @@ fn an_agent_that_has_used_up_its_time_is_failed_with_the_limits_name() {
         ),
     ] {
         let online = phase == ONLINE;
-        let held = worker(phase).step(seen(on_server(true, false, online), timed_out), 5, &RULES);
+        let held = worker(phase).step(seen(on_server(true, false, online), timed_out), 5, &POLICY);
         assert_eq!(held.phase, phase);
-        let failed = held.step(seen(on_server(false, false, online), timed_out), 5, &RULES);
+        let failed = held.step(seen(on_server(false, false, online), timed_out), 5, &POLICY);
         assert_eq!(failed.phase, BROKEN);
         assert_eq!(failed.failure.as_deref(), Some(sentence));
     }
     // Its job was done before: there is nothing to fail.
-    let done = worker(ONLINE).step(seen(on_server(false, true, true), timed_out), 5, &RULES);
+    let done = worker(ONLINE).step(seen(on_server(false, true, true), timed_out), 5, &POLICY);
     assert_eq!((done.phase, done.failure), (Phase::Destroying, None));
 }
 
 #[test]
-fn ends_are_said_in_words() {
+fn exits_are_described() {
     for (exit, words) in [
         (Exit::Status(3), "status 3"),
         (Exit::Signal(9), "signal 9"),
@@ -412,26 +412,26 @@ fn a_worker_of_which_one_list_is_missing_does_not_change() {
     for phase in [Phase::Reserved, Phase::Created, STARTED, ONLINE, BROKEN] {
         let event = Event::Seen {
             server: None,
-            host: Some(OnHost::Absent),
+            host: Some(HostState::Absent),
         };
-        assert_eq!(worker(phase).step(event, TIMEOUT * 9, &RULES), worker(phase));
+        assert_eq!(worker(phase).step(event, TIMEOUT * 9, &POLICY), worker(phase));
         let event = Event::Seen {
             server: Some(on_server(false, false, phase == ONLINE)),
             host: None,
         };
-        assert_eq!(worker(phase).step(event, 5, &RULES), worker(phase));
+        assert_eq!(worker(phase).step(event, 5, &POLICY), worker(phase));
     }
 }
 
 #[test]
 fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
     let poll = |hold| seen(on_server(hold, false, false), RUNNING);
-    let w = worker(STARTED).step(poll(false), TIMEOUT - 1, &RULES);
+    let w = worker(STARTED).step(poll(false), TIMEOUT - 1, &POLICY);
     assert_eq!(w.phase, STARTED);
     let late = w
         .clone()
-        .step(Event::Blocked("no disk".into()), TIMEOUT, &RULES)
-        .step(poll(false), TIMEOUT, &RULES);
+        .step(Event::Blocked("no disk".into()), TIMEOUT, &POLICY)
+        .step(poll(false), TIMEOUT, &POLICY);
     assert_eq!(late.phase, BROKEN);
     assert_eq!(
         late.failure.as_deref(),
@@ -440,53 +440,53 @@ fn time_runs_out_once_and_not_while_held_or_while_the_server_is_away() {
 
     let held = w
         .clone()
-        .step(poll(true), TIMEOUT, &RULES)
-        .step(poll(true), 5 * TIMEOUT, &RULES);
+        .step(poll(true), TIMEOUT, &POLICY)
+        .step(poll(true), 5 * TIMEOUT, &POLICY);
     assert_eq!((held.phase, held.next_action()), (STARTED, None));
     let released = held
-        .step(poll(false), 5 * TIMEOUT, &RULES)
-        .step(poll(false), 6 * TIMEOUT - 1, &RULES);
+        .step(poll(false), 5 * TIMEOUT, &POLICY)
+        .step(poll(false), 6 * TIMEOUT - 1, &POLICY);
     assert_eq!(released.phase, STARTED);
-    assert_eq!(released.step(poll(false), 6 * TIMEOUT, &RULES).phase, BROKEN);
+    assert_eq!(released.step(poll(false), 6 * TIMEOUT, &POLICY).phase, BROKEN);
 
-    let waited = w.step(Event::Waited { ms: 1000 }, TIMEOUT + 500, &RULES);
+    let waited = w.step(Event::Waited { ms: 1000 }, TIMEOUT + 500, &POLICY);
     assert_eq!(
-        waited.clone().step(poll(false), TIMEOUT + 999, &RULES).phase,
+        waited.clone().step(poll(false), TIMEOUT + 999, &POLICY).phase,
         STARTED
     );
-    assert_eq!(waited.step(poll(false), TIMEOUT + 1000, &RULES).phase, BROKEN);
+    assert_eq!(waited.step(poll(false), TIMEOUT + 1000, &POLICY).phase, BROKEN);
 }
 
 #[test]
 fn a_lost_worker_is_made_again_three_times() {
     let mut w = worker(STARTED);
     for n in 1..=MAX_REMAKES {
-        w = w.step(seen(on_server(false, false, false), LOST), 5, &RULES);
+        w = w.step(seen(on_server(false, false, false), LOST), 5, &POLICY);
         assert_eq!((w.phase, w.next_action(), w.remakes), (RESETTING, None, n));
-        w = w.step(seen(on_server(false, false, false), LOST), 5, &RULES);
+        w = w.step(seen(on_server(false, false, false), LOST), 5, &POLICY);
         assert_eq!(w.next_action(), Some(Action::HostDelete));
-        w = w.step(Event::HostClean, 5, &RULES);
+        w = w.step(Event::HostClean, 5, &POLICY);
         assert_eq!(w.next_action().unwrap().name(), "create user");
         w = w
-            .step(Event::UserCreated, 5, &RULES)
-            .step(Event::AgentStarted, 5, &RULES);
+            .step(Event::UserCreated, 5, &POLICY)
+            .step(Event::AgentStarted, 5, &POLICY);
     }
-    w = w.step(seen(on_server(false, false, false), LOST), 5, &RULES);
+    w = w.step(seen(on_server(false, false, false), LOST), 5, &POLICY);
     assert_eq!(w.phase, BROKEN);
 }
 
 #[test]
 fn a_failure_is_reported_even_when_held_and_goes_on_where_it_stopped() {
-    let w = worker(Phase::Created).step(Event::StartFailed("no such group".into()), 5, &RULES);
+    let w = worker(Phase::Created).step(Event::StartFailed("no such group".into()), 5, &POLICY);
     let w = w.step(
         Event::LinesReported {
             lines: 3,
             error: error(),
         },
         5,
-        &RULES,
+        &POLICY,
     );
-    let w = w.step(seen(on_server(true, false, false), DIED), 5, &RULES);
+    let w = w.step(seen(on_server(true, false, false), DIED), 5, &POLICY);
     assert_eq!(
         w.next_action(),
         Some(Action::ReportFailure {
@@ -494,7 +494,7 @@ fn a_failure_is_reported_even_when_held_and_goes_on_where_it_stopped() {
             lines_sent: 3
         })
     );
-    let held = w.clone().step(Event::FailureReported, 5, &RULES);
+    let held = w.clone().step(Event::FailureReported, 5, &POLICY);
     assert_eq!(
         (held.phase, held.next_action()),
         (
@@ -506,22 +506,22 @@ fn a_failure_is_reported_even_when_held_and_goes_on_where_it_stopped() {
         )
     );
     assert_eq!(
-        w.step(Event::CannotReport("old".into()), 5, &RULES).phase,
+        w.step(Event::CannotReport("old".into()), 5, &POLICY).phase,
         Phase::Destroying
     );
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
     let host = prop_oneof![
-        Just(OnHost::Absent),
+        Just(HostState::Absent),
         Just(RUNNING),
         Just(LOST),
         Just(DIED),
-        Just(OnHost::Has(State::Exited(Exit::TimedOut))),
-        Just(OnHost::Has(State::Created))
+        Just(HostState::Has(State::Exited(Exit::TimedOut))),
+        Just(HostState::Has(State::Created))
     ];
     let server = prop_oneof![
-        Just(OnServer::Gone),
+        Just(ServerState::Gone),
         any::<(bool, bool, bool)>().prop_map(|(h, r, o)| on_server(h, r && !h, o))
     ];
     let poll = (proptest::option::of(server), proptest::option::of(host));
@@ -550,7 +550,7 @@ proptest! {
         for (event, pause) in events {
             now += pause / 8;
             let old = w.clone();
-            w = w.step(event.clone(), now, &RULES);
+            w = w.step(event.clone(), now, &POLICY);
             let rank = |phase| match phase { Phase::Destroying => 1, Phase::Destroyed => 2, _ => 0 };
             prop_assert!(rank(w.phase) >= rank(old.phase), "{old:?} {event:?}");
             prop_assert!(w.remakes <= MAX_REMAKES);
@@ -563,7 +563,9 @@ proptest! {
             if old.phase == w.phase { prop_assert_eq!(old.since, w.since); }
         }
         // From everywhere: recycled, cleaned, forgotten.
-        let ended = w.step(seen(on_server(false, true, false), OnHost::Absent), now, &RULES).step(Event::HostClean, now, &RULES);
+        let ended = w
+            .step(seen(on_server(false, true, false), HostState::Absent), now, &POLICY)
+            .step(Event::HostClean, now, &POLICY);
         prop_assert_eq!(ended.phase, Phase::Destroyed);
     }
 }

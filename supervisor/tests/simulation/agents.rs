@@ -39,7 +39,7 @@ impl Simulation {
                 self.after(usual + takes / 2, Event::Ends(id, agent, Exit::TimedOut));
             }
             Some(AgentFault::JobHangs) => {
-                self.checks.hangs(id);
+                self.checks.note_hang(id);
                 self.after(usual, Event::Online(id, agent));
             }
             None => self.after(usual, Event::Online(id, agent)),
@@ -59,7 +59,7 @@ impl Simulation {
     pub fn kill_delayed_agents(&mut self) {
         for (id, agent) in std::mem::take(&mut self.to_kill_online) {
             self.online(id, agent);
-            self.ends(id, agent, Exit::Unknown);
+            self.end_agent(id, agent, Exit::Unknown);
         }
     }
 
@@ -71,7 +71,7 @@ impl Simulation {
             return self.after(3_000, Event::Online(id, agent));
         }
         self.note(|| format!("agent {agent} of {id} is online"));
-        self.checks.online(self.now, id);
+        self.checks.note_online(self.now, id);
         if self.checks.track(id).hangs {
             return;
         }
@@ -90,7 +90,7 @@ impl Simulation {
         self.note(|| format!("agent {agent} of {id} has done its job; the server knows it: {known}"));
     }
 
-    pub fn ends(&mut self, id: WorkerId, agent: u64, exit: Exit) {
+    pub fn end_agent(&mut self, id: WorkerId, agent: u64, exit: Exit) {
         if self.second.host.runs(id, agent) {
             self.second.host.end(id, exit);
         } else if self.host.runs(id, agent) {

@@ -26,7 +26,7 @@ pub struct InFlight {
     /// Lost on the way.
     pub lost: bool,
     /// An operation of the helper that has begun.
-    pub begun: bool,
+    pub is_started: bool,
     /// Of the second supervisor.
     pub second: bool,
 }
@@ -54,7 +54,7 @@ impl Simulation {
             .entry(self.now / crate::steady::HALF_HOUR)
             .or_default() += 1;
         self.checks.called(self.now, kind, about);
-        self.look_at_request(&ask);
+        self.check_request(&ask);
         let armed = self.armed.iter().position(|(armed, _)| *armed == kind);
         let fault = match armed.map(|at| self.armed.remove(at).1) {
             Some(fault) => {
@@ -102,7 +102,7 @@ impl Simulation {
             caller: Some(caller),
             answer: None,
             lost: false,
-            begun: false,
+            is_started: false,
             second: false,
         };
         self.calls.insert(id, call);
@@ -309,7 +309,7 @@ impl Simulation {
         self.settle(id, SimulatedResponse::Page(Ok((code, bytes))));
     }
 
-    pub fn look_at_request(&mut self, ask: &Ask) {
+    pub fn check_request(&mut self, ask: &Ask) {
         match ask {
             Ask::Server(call) if ask.kind() == CallKind::Lease => {
                 let body = call.body.as_ref().expect("a lease has a body");

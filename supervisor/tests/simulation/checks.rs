@@ -128,7 +128,7 @@ impl Checks {
         self.tracks.entry(id).or_default()
     }
 
-    pub fn made(&mut self, now: u64, id: WorkerId) {
+    pub fn note_made(&mut self, now: u64, id: WorkerId) {
         self.track(id).made_at = now;
     }
 
@@ -136,7 +136,7 @@ impl Checks {
         self.track(id).got_wrong_answer = true;
     }
 
-    pub fn online(&mut self, now: u64, id: WorkerId) {
+    pub fn note_online(&mut self, now: u64, id: WorkerId) {
         self.track(id).online_at = Some(now);
     }
 
@@ -144,7 +144,7 @@ impl Checks {
         self.track(id).misbehaved = true;
     }
 
-    pub fn hangs(&mut self, id: WorkerId) {
+    pub fn note_hang(&mut self, id: WorkerId) {
         self.track(id).hangs = true;
     }
 
@@ -268,7 +268,7 @@ impl Checks {
         *self.track(id).foreign_since.get_or_insert(now)
     }
 
-    pub fn deletion_ordered(&mut self, id: WorkerId) {
+    pub fn deletion_requested(&mut self, id: WorkerId) {
         let track = self.track(id);
         (track.to_delete, track.ending) = (true, true);
     }
@@ -282,8 +282,8 @@ impl Checks {
     }
 
     /// A change was written, or not.
-    pub fn written(&mut self, now: u64, written: bool) {
-        if written {
+    pub fn note_persist(&mut self, now: u64, is_persisted: bool) {
+        if is_persisted {
             (self.unsaved_since, self.others_listed) = (None, None);
         } else {
             self.unsaved_since.get_or_insert(now);
@@ -314,7 +314,7 @@ impl Checks {
     }
 
     /// A second has passed. `can_ask`: the supervisor runs, and can ask the server.
-    pub fn a_second_passes(&mut self, server: &Server, can_ask: bool) {
+    pub fn note_second(&mut self, server: &Server, can_ask: bool) {
         for (id, w) in server.workers.iter().filter(|(_, w)| !w.deleted) {
             let track = self.tracks.entry(*id).or_default();
             if w.hold.is_none() {

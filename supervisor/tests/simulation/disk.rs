@@ -4,7 +4,7 @@ use protocol::config::Config;
 use protocol::{SlotName, WorkerId};
 use supervisor::config_check::ConfigFile;
 use supervisor::factory::drain::Drain;
-use supervisor::store::{Storage, Store, Unsaved};
+use supervisor::store::{SaveError, Storage, Store};
 use supervisor::worker::Worker;
 
 use crate::net::Shared;
@@ -18,35 +18,37 @@ pub struct SimulatedStore {
 }
 
 impl SimulatedStore {
-    fn may_write(&self) -> Result<(), Unsaved> {
+    fn may_write(&self) -> Result<(), SaveError> {
         let may = self
             .shared
             .as_ref()
             .is_none_or(|shared| shared.simulation().may_write());
         may.then_some(())
-            .ok_or_else(|| Unsaved::passing("database or disk is full: make room".into()))
+            .ok_or_else(|| SaveError::temporary("database or disk is full: make room".into()))
     }
 }
 
 impl Storage for SimulatedStore {
-    fn save(&mut self, worker: &Worker) -> Result<(), Unsaved> {
+    fn save(&mut self, worker: &Worker) -> Result<(), SaveError> {
         self.may_write()?;
         self.store.save(worker)
     }
 
-    fn remove(&mut self, worker: WorkerId) -> Result<(), Unsaved> {
+    fn remove(&mut self, worker: WorkerId) -> Result<(), SaveError> {
         self.may_write()?;
         self.store.remove(worker)
     }
 
-    fn save_drain(&mut self, slot: Option<&SlotName>, drain: Option<&Drain>) -> Result<(), Unsaved> {
+    fn save_drain(&mut self, slot: Option<&SlotName>, drain: Option<&Drain>) -> Result<(), SaveError> {
         self.store.save_drain(slot, drain)
     }
 
-    fn check(&mut self) -> Result<(), Unsaved> {
+    fn check(&mut self) -> Result<(), SaveError> {
         match self.shared.as_ref().map(|shared| shared.simulation().disk) {
             None | Some(Disk::Fine) => Ok(()),
-            Some(Disk::Low | Disk::Full) => Err(Unsaved::passing("little room is left: make room".into())),
+            Some(Disk::Low | Disk::Full) => {
+                Err(SaveError::temporary("little room is left: make room".into()))
+            }
         }
     }
 

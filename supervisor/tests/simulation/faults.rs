@@ -4,7 +4,7 @@ use protocol::{Exit, State, WorkerId};
 use supervisor::factory::Input;
 use supervisor::factory::drain::Drain;
 
-use crate::plan::Plan;
+use crate::plan::ConfigPlan;
 use crate::script::{Change, Extent, Item, Mode};
 use crate::server::Server;
 use crate::simulation::{Disk, Event, Period, Simulation};
@@ -88,7 +88,7 @@ impl Simulation {
                 self.checks.database_lost();
             }
             Item::SecondStarts => {
-                if self.second.begun {
+                if self.second.has_started {
                     return false;
                 }
                 self.start_second();
@@ -189,7 +189,7 @@ impl Simulation {
         self.at(until, Event::Back(period));
     }
 
-    pub fn back(&mut self, period: Period) {
+    pub fn end_period(&mut self, period: Period) {
         if self.until.get(&period).is_none_or(|until| *until > self.now) && !self.faults_are_over() {
             return;
         }
@@ -256,9 +256,9 @@ impl Simulation {
         }
         self.full_after = None;
         for period in periods {
-            self.back(period);
+            self.end_period(period);
         }
-        self.plan = Plan::new(self.script.slots, self.script.poll_seconds, self.script.seed);
+        self.plan = ConfigPlan::new(self.script.slots, self.script.poll_seconds, self.script.seed);
         self.file = Some(self.plan.config());
         self.checks.config_changed(self.now);
         self.reload();

@@ -12,7 +12,7 @@ impl Simulation {
         let Some(call) = self.calls.get_mut(&id) else {
             return;
         };
-        call.begun = true;
+        call.is_started = true;
         let (fault, about) = (call.fault, call.ask.about());
         let usual = 1 + self.chance(30);
         let takes = match (fault, self.helper_mode()) {
@@ -34,7 +34,7 @@ impl Simulation {
         let Some(call) = self.calls.get_mut(&id) else {
             return;
         };
-        call.begun = false;
+        call.is_started = false;
         if call.second {
             return self.effect_of_second(id);
         }
@@ -129,21 +129,21 @@ impl Simulation {
 
     /// The helper dies with all that it was doing.
     pub fn cut_off_helper(&mut self, extent: Extent) -> bool {
-        let begun: Vec<u64> = self
+        let started: Vec<u64> = self
             .calls
             .iter()
-            .filter(|(_, call)| call.begun)
+            .filter(|(_, call)| call.is_started)
             .map(|(id, _)| *id)
             .collect();
-        for id in &begun {
+        for id in &started {
             self.operate(*id, extent);
             if let Some(call) = self.calls.get_mut(id) {
-                call.begun = false;
+                call.is_started = false;
             }
             self.close_connection(*id);
         }
         self.locks.clear();
-        !begun.is_empty()
+        !started.is_empty()
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protocol::{Error, ErrorKind, Received, Reply, Request, VERSION, WorkerId, wire};
-use supervisor::buildomat::{self, Call, Transport};
+use supervisor::buildomat::{self, HttpRequest, Transport};
 use supervisor::helper_client::{self, Connection, Connector};
 use tokio::sync::{Notify, oneshot};
 
@@ -18,7 +18,7 @@ use crate::simulation::Simulation;
 /// What the supervisor asks.
 #[derive(Clone, Debug)]
 pub enum Ask {
-    Server(Call),
+    Server(HttpRequest),
     File,
     Helper(Request),
 }
@@ -129,7 +129,7 @@ impl Wire {
 }
 
 impl Transport for Wire {
-    fn call(&self, call: Call) -> buildomat::Pending<'_, buildomat::HttpResponse> {
+    fn call(&self, call: HttpRequest) -> buildomat::Pending<'_, buildomat::HttpResponse> {
         Box::pin(async {
             let (code, body) = self.page(Ask::Server(call)).await?;
             Ok(buildomat::HttpResponse::new(code, body))

@@ -19,13 +19,13 @@ struct Planned {
 }
 
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct ConfigPlan {
     slots: Vec<Planned>,
     poll_seconds: u64,
     names: u64,
 }
 
-impl Plan {
+impl ConfigPlan {
     pub fn new(slots: u64, poll_seconds: u64, seed: u64) -> Self {
         let rng = &mut Rng::new(seed ^ 0x91a7);
         let mut plan = Self {

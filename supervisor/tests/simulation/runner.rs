@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use supervisor::agent::AgentCache;
+use supervisor::agent_cache::AgentCache;
 use supervisor::buildomat::BuildomatClient;
 use supervisor::control::api::Status;
 use supervisor::control::state::{Command, StatusState};
@@ -246,8 +246,8 @@ impl SupervisorRun {
             run: number,
         });
         let executor = Executor {
-            server: BuildomatClient::over(wire.clone()),
-            helper: HelperClient::over(wire),
+            buildomat: BuildomatClient::over(wire.clone()),
+            helper_client: HelperClient::over(wire),
             agent: AgentCache::new(dir.join("agent"), Vec::new()),
             identity: identity.clone(),
         };

@@ -28,7 +28,7 @@ pub struct Second {
     pub run: u64,
     pub requests: Requests,
     /// It was started once.
-    pub begun: bool,
+    pub has_started: bool,
     /// It is never started again.
     pub over: bool,
     /// The server is out of its reach.
@@ -46,7 +46,7 @@ impl Second {
             is_running: false,
             run: 0,
             requests: Requests::default(),
-            begun: false,
+            has_started: false,
             over: false,
             cut: false,
             own: BTreeSet::new(),
@@ -56,7 +56,7 @@ impl Second {
 
     /// Could it still do something about its workers?
     pub fn is_there(&self) -> bool {
-        self.begun && !self.over
+        self.has_started && !self.over
     }
 }
 
@@ -68,7 +68,7 @@ impl Simulation {
             return;
         }
         second.run += 1;
-        (second.is_running, second.begun, second.requests.start) = (true, true, true);
+        (second.is_running, second.has_started, second.requests.start) = (true, true, true);
         self.note(|| "* the second supervisor starts".into());
         if self.faults_are_over() {
             self.second
@@ -146,7 +146,7 @@ impl Simulation {
             caller: Some(caller),
             answer: None,
             lost: false,
-            begun: false,
+            is_started: false,
             second: true,
         };
         self.calls.insert(id, call);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use protocol::{TargetId, WorkerId};
 use serde_json::Value;
-use supervisor::buildomat::Call;
+use supervisor::buildomat::HttpRequest;
 use testbed::server::{IdGenerator, Job, JobSpec, Progress, State, Worker};
 
 /// How long the server leases a job.
@@ -87,7 +87,7 @@ impl Server {
     }
 
     /// A call of the factory's: the status and the body that come back.
-    pub fn call(&mut self, now: u64, call: &Call) -> (u16, Value) {
+    pub fn call(&mut self, now: u64, call: &HttpRequest) -> (u16, Value) {
         let (me, body) = (self.factory, call.body.as_ref().unwrap_or(&Value::Null));
         let answer = self
             .state
@@ -145,7 +145,7 @@ impl Server {
     }
 
     /// What the server does by itself, once a second. `pings`: is this agent there, and talking?
-    /// Returns those whose agents it had to miss by itself, and when it had heard from them last.
+    /// Returns those whose agents it had to miss by itself, and when it last received a ping of each.
     pub fn tick(&mut self, pings: impl Fn(WorkerId, u64) -> bool) -> Vec<(WorkerId, u64)> {
         let talks = self.live().filter(|w| {
             let agent = w.token.as_ref().and_then(|token| token.strip_prefix("agent-"));
@@ -159,8 +159,8 @@ impl Server {
         self.state.tick();
         let held = before.iter().map(|id| &self.workers[id]);
         let missed = held.filter(|w| w.hold.is_some()).map(|w| {
-            let heard = w.last_ping.expect("its agent has talked").as_millisecond();
-            (w.id, (heard as u64).saturating_sub(EPOCH_MS + self.slept))
+            let last_ping = w.last_ping.expect("its agent has talked").as_millisecond();
+            (w.id, (last_ping as u64).saturating_sub(EPOCH_MS + self.slept))
         });
         missed.collect()
     }

@@ -2,7 +2,7 @@
 
 use protocol::{TargetId, WorkerId};
 use serde_json::{Value, json};
-use supervisor::buildomat::Call;
+use supervisor::buildomat::HttpRequest;
 
 use crate::invariants::slot_of;
 use crate::net::Ask;
@@ -18,7 +18,7 @@ impl Simulation {
             Ask::File => return (304, Value::Null),
             Ask::Helper(_) => panic!("a packet for the server"),
         };
-        let Call { path, body, .. } = call;
+        let HttpRequest { path, body, .. } = call;
         let field = |name: &str| body.as_ref().map(|body| body[name].clone()).unwrap_or_default();
         let last = path.split('/').nth(4).unwrap_or_default();
         let worker = || -> WorkerId { last.parse().expect("a worker's id in a path") };
@@ -47,7 +47,7 @@ impl Simulation {
             CallKind::Make if code == 201 => {
                 let id = value["id"].as_str().and_then(|id| id.parse().ok());
                 let id: WorkerId = id.expect("a worker's id");
-                self.checks.made(self.now, id);
+                self.checks.note_made(self.now, id);
                 if second {
                     self.second.own.insert(id);
                 }

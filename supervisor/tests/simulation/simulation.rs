@@ -11,7 +11,7 @@ use supervisor::factory::Input;
 use crate::calls::InFlight;
 use crate::checks::Checks;
 use crate::host::Host;
-use crate::plan::Plan;
+use crate::plan::ConfigPlan;
 use crate::report::Report;
 use crate::script::{AgentFault, CallFault, CallKind, Item, Mode, Point, Script};
 use crate::second::{SECOND, Second};
@@ -97,7 +97,7 @@ pub struct Simulation {
     pub snapshots: VecDeque<Server>,
     pub host: Host,
     pub locks: BTreeMap<WorkerId, u64>,
-    pub plan: Plan,
+    pub plan: ConfigPlan,
     /// The configuration's file; None while it does not parse.
     pub file: Option<Config>,
     pub config: Config,
@@ -139,7 +139,7 @@ pub struct Simulation {
 
 impl Simulation {
     pub fn new(script: &Script, trace: Trace) -> Self {
-        let plan = Plan::new(script.slots, script.poll_seconds, script.seed);
+        let plan = ConfigPlan::new(script.slots, script.poll_seconds, script.seed);
         let config = plan.config();
         let mut simulation = Self {
             now: 0,
@@ -269,10 +269,10 @@ impl Simulation {
             Event::GiveUp(call) => self.give_up(call),
             Event::Online(id, agent) => self.online(id, agent),
             Event::Complete(id, agent) => self.complete(id, agent),
-            Event::Ends(id, agent, exit) => self.ends(id, agent, exit),
+            Event::Ends(id, agent, exit) => self.end_agent(id, agent, exit),
             Event::Start => self.start(),
             Event::Reload => self.reload(),
-            Event::Back(period) => self.back(period),
+            Event::Back(period) => self.end_period(period),
             Event::SecondStart => self.start_second(),
         }
         if changes_hosts {
@@ -322,12 +322,12 @@ impl Simulation {
                 self.disk_is(Disk::Full, ms);
             }
         }
-        let written = self.disk != Disk::Full;
-        self.checks.written(self.now, written);
-        if !written {
+        let is_persisted = self.disk != Disk::Full;
+        self.checks.note_persist(self.now, is_persisted);
+        if !is_persisted {
             self.note(|| "  the disk is full".into());
         }
-        written
+        is_persisted
     }
 
     pub fn disk_is(&mut self, disk: Disk, ms: u64) {
@@ -370,14 +370,14 @@ impl Simulation {
         self.undisturbed_since = undisturbed.then_some(self.undisturbed_since.unwrap_or(self.now));
         self.checks.processes_end(undisturbed, &self.server, &self.host);
         self.checks.jobs_end(undisturbed, &self.server, &self.host);
-        for (id, heard) in missed {
+        for (id, last_ping) in missed {
             // While no fault is active the factory sees long before what became of its agent; or it shows that it does
             // not know.
             let shown = self.checks.track(id).foreign_since.is_some() || self.second.own.contains(&id);
             if !shown
                 && self
                     .undisturbed_since
-                    .is_some_and(|since| since.max(heard) + UNDISTURBED_MS <= self.now)
+                    .is_some_and(|since| since.max(last_ping) + UNDISTURBED_MS <= self.now)
             {
                 self.checks.fail(format!(
                     "the server had to miss the agent of {id}, of which the factory says nothing"
@@ -393,7 +393,7 @@ impl Simulation {
         self.checks
             .recycled(self.now, self.undisturbed_since, &self.server, &self.host);
         let can_ask = self.is_running && self.agents_reach_server();
-        self.checks.a_second_passes(&self.server, can_ask);
+        self.checks.note_second(&self.server, can_ask);
         self.retire_second();
         // At whole seconds, or what is once a minute would drift away from it.
         self.at((self.now / 1_000 + 1) * 1_000, Event::Tick);
@@ -454,7 +454,7 @@ impl Simulation {
             let nobodys = !others && self.host.get(foreign.id).is_none();
             if listed && nobodys && since + HELD_MS <= self.now {
                 self.note(|| format!("an operator destroys {}", foreign.id));
-                self.checks.deletion_ordered(foreign.id);
+                self.checks.deletion_requested(foreign.id);
                 self.send_input(Input::Destroy(foreign.id));
             }
         }

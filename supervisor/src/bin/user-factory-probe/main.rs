@@ -1,5 +1,5 @@
 //! `user-factory-probe`: what `user-factory selftest` runs as a job. It tries what a job must not be able to do, in ways
-//! that harm nothing where they work, and what its slot promises; a line of JSON for each attempt.
+//! that harm nothing where they work, and what its slot guarantees; a line of JSON for each attempt.
 
 mod sandbox;
 mod slot;
@@ -15,30 +15,30 @@ use supervisor::selftest::{Attempt, Outcome};
 pub struct Table;
 
 impl Table {
-    pub fn report(&self, promise: &str, tried: &str, seen: impl Into<String>, outcome: Outcome) {
-        let attempt = Attempt::new(promise, tried, seen, outcome);
+    pub fn report(&self, guarantee: &str, tried: &str, seen: impl Into<String>, outcome: Outcome) {
+        let attempt = Attempt::new(guarantee, tried, seen, outcome);
         println!("{}", serde_json::to_string(&attempt).expect("it has text alone"));
     }
 
     /// This must be so.
-    pub fn must_be(&self, promise: &str, tried: &str, seen: impl Into<String>, is_so: bool) {
+    pub fn must_be(&self, guarantee: &str, tried: &str, seen: impl Into<String>, is_so: bool) {
         let outcome = if is_so { Outcome::Ok } else { Outcome::Failed };
-        self.report(promise, tried, seen, outcome);
+        self.report(guarantee, tried, seen, outcome);
     }
 
     /// This must not work.
-    pub fn must_fail<T, E: std::fmt::Display>(&self, promise: &str, tried: &str, result: Result<T, E>) {
+    pub fn must_fail<T, E: std::fmt::Display>(&self, guarantee: &str, tried: &str, result: Result<T, E>) {
         match result {
-            Ok(_) => self.report(promise, tried, "it worked", Outcome::Failed),
-            Err(error) => self.report(promise, tried, error.to_string(), Outcome::Ok),
+            Ok(_) => self.report(guarantee, tried, "it worked", Outcome::Failed),
+            Err(error) => self.report(guarantee, tried, error.to_string(), Outcome::Ok),
         }
     }
 
     /// This must work.
-    pub fn must_work<T, E: std::fmt::Display>(&self, promise: &str, tried: &str, result: Result<T, E>) {
+    pub fn must_work<T, E: std::fmt::Display>(&self, guarantee: &str, tried: &str, result: Result<T, E>) {
         match result {
-            Ok(_) => self.report(promise, tried, "it worked", Outcome::Ok),
-            Err(error) => self.report(promise, tried, error.to_string(), Outcome::Failed),
+            Ok(_) => self.report(guarantee, tried, "it worked", Outcome::Ok),
+            Err(error) => self.report(guarantee, tried, error.to_string(), Outcome::Failed),
         }
     }
 }

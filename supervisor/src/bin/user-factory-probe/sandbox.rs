@@ -13,7 +13,7 @@ use nix::libc;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType};
 use nix::unistd::{Gid, Uid};
 use supervisor::selftest::Outcome;
-use supervisor::selftest::calls::{Call, NEVER, NOT_FOR_FILES, OF_NAMESPACES, UNAVAILABLE};
+use supervisor::selftest::calls::{NEVER, NOT_FOR_FILES, OF_NAMESPACES, SystemCall, UNAVAILABLE};
 use supervisor::selftest::expected::{Expected, nodes};
 
 use crate::Table;
@@ -115,7 +115,7 @@ pub fn namespaces(table: &Table, expected: &Expected) {
     }
 }
 
-fn refused(table: &Table, calls: &[Call]) {
+fn refused(table: &Table, calls: &[SystemCall]) {
     for (name, number, arguments) in calls {
         let (seen, is_refused) = match call(*number, *arguments) {
             Ok(_) => ("it worked".to_owned(), false),
@@ -307,7 +307,7 @@ fn kernel() -> (u32, u32) {
 }
 
 fn sockets(table: &Table, expected: &Expected) {
-    let promise = "a job makes no sockets but those of the families that it may have";
+    let guarantee = "a job makes no sockets but those of the families that it may have";
     for (name, family) in [
         ("AF_PACKET", libc::AF_PACKET),
         ("AF_ALG", libc::AF_ALG),
@@ -322,7 +322,7 @@ fn sockets(table: &Table, expected: &Expected) {
                 libc::SYS_socket,
                 [family as usize, libc::SOCK_RAW as usize, 0, 0, 0, 0],
             );
-            table.must_fail(promise, &format!("socket(2) of {name}"), made);
+            table.must_fail(guarantee, &format!("socket(2) of {name}"), made);
         }
     }
     let raw = call(
@@ -336,7 +336,7 @@ fn sockets(table: &Table, expected: &Expected) {
             0,
         ],
     );
-    table.must_fail(promise, "a raw socket of AF_INET", raw);
+    table.must_fail(guarantee, "a raw socket of AF_INET", raw);
     let udp = nix::sys::socket::socket(
         AddressFamily::Inet,
         SockType::Datagram,

@@ -1,4 +1,4 @@
-//! What the slot promises to its job.
+//! What the slot guarantees to its job.
 
 use std::fs;
 use std::io::{self, Write};
@@ -86,13 +86,13 @@ fn places(table: &Table, expected: &Expected) {
     }
     for place in &expected.read_only {
         let tried = place.display().to_string();
-        let promise = "what the slot's read_only names is shown, and cannot be written";
+        let guarantee = "what the slot's read_only names is shown, and cannot be written";
         let read = fs::read_dir(place)
             .map(drop)
             .or_else(|_| fs::File::open(place).map(drop));
-        table.must_work(promise, &format!("read {tried}"), read);
+        table.must_work(guarantee, &format!("read {tried}"), read);
         let written = fs::File::create_new(place.join(".user-factory-selftest"));
-        table.must_fail(promise, &format!("write in {tried}"), written);
+        table.must_fail(guarantee, &format!("write in {tried}"), written);
     }
 }
 
@@ -165,18 +165,18 @@ fn resolve(name: &str, port: u16) -> io::Result<Vec<std::net::SocketAddr>> {
 }
 
 fn processes(table: &Table, expected: &Expected) {
-    let promise = "limits.processes";
+    let guarantee = "limits.processes";
     let seen = getrlimit(Resource::RLIMIT_NPROC).map_or(u64::MAX, |(_, hard)| hard);
     let is_within = seen <= expected.processes;
     table.must_be(
-        promise,
+        guarantee,
         "the limit of processes and threads",
         seen.to_string(),
         is_within,
     );
     if expected.processes > MANY {
         return table.report(
-            promise,
+            guarantee,
             "nothing",
             format!("more than {MANY} are not started"),
             Outcome::NotTried,
@@ -206,17 +206,22 @@ fn processes(table: &Table, expected: &Expected) {
         Some(error) => format!("{count} were started: {error}"),
         None => format!("{count} were started"),
     };
-    table.must_be(promise, "threads, until one is refused", seen, refused.is_some());
+    table.must_be(
+        guarantee,
+        "threads, until one is refused",
+        seen,
+        refused.is_some(),
+    );
 }
 
 /// Fill the quota, but for the last part without writing: a quota counts what is allocated (`fallocate(2)`).
 fn disk(table: &Table, expected: &Expected) {
     let Some(limit) = expected.disk else { return };
-    let promise = "limits.disk";
+    let guarantee = "limits.disk";
     let free = nix::sys::statvfs::statvfs("/work").map_or(0, |fs| fs.blocks_available() * fs.fragment_size());
     if free < limit + (64 << 20) {
         let seen = format!("the file system has {free} bytes free, the limit is {limit}");
-        return table.report(promise, "nothing", seen, Outcome::NotTried);
+        return table.report(guarantee, "nothing", seen, Outcome::NotTried);
     }
     let path = Path::new("/work/.user-factory-selftest");
     let filled = || -> io::Result<()> {
@@ -234,31 +239,31 @@ fn disk(table: &Table, expected: &Expected) {
         }
         Ok(())
     };
-    reached(table, promise, "fill a file until it is refused", filled());
+    reached(table, guarantee, "fill a file until it is refused", filled());
     let _ = fs::remove_file(path);
 }
 
 fn inodes(table: &Table, expected: &Expected) {
     let Some(limit) = expected.inodes else { return };
-    let promise = "limits.inodes";
+    let guarantee = "limits.inodes";
     if limit > MANY_FILES {
         let seen = format!("the limit is {limit}: more than {MANY_FILES} files are not made");
-        return table.report(promise, "nothing", seen, Outcome::NotTried);
+        return table.report(guarantee, "nothing", seen, Outcome::NotTried);
     }
     let directory = Path::new("/work/.user-factory-selftest");
     let made = fs::create_dir(directory).and_then(|()| {
         (0..=limit).try_for_each(|n| fs::File::create_new(directory.join(n.to_string())).map(drop))
     });
-    reached(table, promise, "make files until one is refused", made);
+    reached(table, guarantee, "make files until one is refused", made);
     let _ = fs::remove_dir_all(directory);
 }
 
-fn reached(table: &Table, promise: &str, tried: &str, result: io::Result<()>) {
+fn reached(table: &Table, guarantee: &str, tried: &str, result: io::Result<()>) {
     let is_quota = result
         .as_ref()
         .is_err_and(|error| error.raw_os_error() == Some(Errno::EDQUOT as i32));
     let seen = result.map_or_else(|error| error.to_string(), |()| "it worked".into());
-    table.must_be(promise, tried, seen, is_quota);
+    table.must_be(guarantee, tried, seen, is_quota);
 }
 
 /// Take so many bytes of memory, and touch each page: for two minutes, and then SIGALRM ends this process. A job that

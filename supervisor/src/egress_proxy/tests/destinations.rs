@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 
 use super::*;
-use crate::buildomat::{self, Call, HttpResponse, Pending, Transport};
+use crate::buildomat::{self, HttpRequest, HttpResponse, Pending, Transport};
 
 /// A buildomat server that takes lines for jobs' logs, and keeps them.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Lines(Arc<Mutex<Vec<String>>>);
+pub(super) struct RecordingTransport(Arc<Mutex<Vec<String>>>);
 
-impl Transport for Lines {
-    fn call(&self, call: Call) -> Pending<'_, HttpResponse> {
+impl Transport for RecordingTransport {
+    fn call(&self, call: HttpRequest) -> Pending<'_, HttpResponse> {
         let line = call
             .body
             .as_ref()
@@ -35,7 +35,7 @@ impl Transport for Lines {
 struct Slot {
     test: TestProxy,
     records: Arc<EgressRecords>,
-    lines: Lines,
+    lines: RecordingTransport,
 }
 
 /// A proxy for a worker whose slot has this network; names resolve to 127.0.0.1, as `of` says otherwise.
@@ -55,12 +55,12 @@ async fn slot_of(
     ));
     let records = Arc::new(EgressRecords::default());
     records.configure(&config.unwrap());
-    let lines = Lines::default();
-    let server = BuildomatClient::over(Arc::new(lines.clone()));
+    let lines = RecordingTransport::default();
+    let buildomat = BuildomatClient::over(Arc::new(lines.clone()));
     let test = test_proxy_with(0, |proxy| {
         proxy.records = records.clone();
         let pending = proxy.lines.take().expect("it does not serve yet").1;
-        proxy.lines = Some((server, pending));
+        proxy.lines = Some((buildomat, pending));
         change(proxy);
         proxy.resolve =
             Arc::new(move |name, port| Ok(vec![SocketAddr::new(of(name).parse().unwrap(), port)]));

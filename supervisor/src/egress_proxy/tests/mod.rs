@@ -54,13 +54,14 @@ fn open(directory: &Path, port: u16, uid: u32) -> JoinHandle<()> {
     tokio::spawn(proxy(directory, port, uid).serve())
 }
 
-/// Before a server at this port, for the worker [`WORKER`] with this uid. Nobody hears what is told to the buildomat server.
+/// Before a server at this port, for the worker [`WORKER`] with this uid. What is sent to the buildomat
+/// server is discarded.
 fn proxy(directory: &Path, port: u16, uid: u32) -> EgressProxy {
     let worker_of = Box::new(move |client| Ok((client == uid).then(|| (WORKER, "a".parse().ok()))));
     let reports = Reports {
         records: Arc::default(),
         metrics: Arc::default(),
-        server: BuildomatClient::over(Arc::new(destinations::Lines::default())),
+        buildomat: BuildomatClient::over(Arc::new(destinations::RecordingTransport::default())),
     };
     EgressProxy::new(directory.into(), "127.0.0.1".into(), port, worker_of, &reports).unwrap()
 }
@@ -142,8 +143,8 @@ fn is_closed(client: &Seqpacket) -> bool {
     )
 }
 
-/// The other end has been closed without a byte.
-fn ended(mut job: &StdStream) -> bool {
+/// Has the other end been closed without a byte?
+fn is_closed_without_data(mut job: &StdStream) -> bool {
     let mut answer = Vec::new();
     match job.read_to_end(&mut answer) {
         Ok(length) => length == 0,
@@ -200,7 +201,7 @@ async fn a_server_that_cannot_be_reached_is_a_connection_that_ends() {
     let (job, worker) = tcp();
     drop(test.bring(worker.as_fd()));
     drop(worker);
-    assert!(ended(&job));
+    assert!(is_closed_without_data(&job));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

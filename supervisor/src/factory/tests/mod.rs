@@ -708,10 +708,10 @@ fn a_lease_request_that_fails_is_repeated_ever_more_slowly_and_no_sooner_than_th
     let mut bed = CoreTestBed::new();
     bed.run(|w| w.counts.contains_key("lease"));
     assert_eq!(bed.status_input().not_taken(), None);
-    bed.lease_fails = Some(CallError::passing(Peer::Server, "it answered 500"));
-    let begun = (bed.now, bed.counts["lease"]);
-    bed.run(|w| w.now >= begun.0 + 3_600_000);
-    let asked = bed.counts["lease"] - begun.1;
+    bed.lease_fails = Some(CallError::temporary(Peer::Server, "it answered 500"));
+    let (started_at, leases) = (bed.now, bed.counts["lease"]);
+    bed.run(|w| w.now >= started_at + 3_600_000);
+    let asked = bed.counts["lease"] - leases;
     // Between half a minute and a minute each, after the first few.
     assert!((60..=140).contains(&asked), "{asked} lease requests in an hour");
     let shown = bed.status_input().not_taken().unwrap();
@@ -726,7 +726,7 @@ fn a_lease_request_that_fails_is_repeated_ever_more_slowly_and_no_sooner_than_th
 
     bed.lease_fails = Some(CallError {
         retry_after: Some(300_000),
-        ..CallError::passing(Peer::Server, "it answered 429")
+        ..CallError::temporary(Peer::Server, "it answered 429")
     });
     let next = bed.counts["lease"] + 1;
     bed.run(|w| w.counts["lease"] == next && w.core.has_no_pending_calls());
@@ -746,15 +746,15 @@ fn a_server_cannot_have_the_factory_wait_for_days() {
     let mut bed = CoreTestBed::new();
     bed.lease_fails = Some(CallError {
         retry_after: Some(u64::MAX),
-        ..CallError::passing(Peer::Server, "it answered 503")
+        ..CallError::temporary(Peer::Server, "it answered 503")
     });
     bed.run(|w| w.counts.contains_key("lease"));
     bed.run(|w| w.status_input().not_taken().is_some());
-    let begun = bed.now;
+    let started_at = bed.now;
     bed.lease_fails = None;
     bed.submit(1, '2');
     bed.run(|w| w.done().len() == 1);
-    assert!(bed.now - begun < 700_000);
+    assert!(bed.now - started_at < 700_000);
 }
 
 #[test]
@@ -784,8 +784,8 @@ fn while_a_side_does_not_answer_that_is_shown_and_no_job_is_taken() {
         let is_free = |slot: &crate::control::api::Slot| slot.state == SlotState::Free;
         assert!(!slots.iter().any(is_free), "{slots:?}");
         bed.submit(2, '3');
-        let begun = bed.now;
-        bed.run(|w| w.now >= begun + 600_000);
+        let started_at = bed.now;
+        bed.run(|w| w.now >= started_at + 600_000);
         assert_eq!(bed.queued(), 1);
         bed.send_input(Input::Unanswered(peer, None));
         assert_eq!(
@@ -815,8 +815,8 @@ fn while_the_configuration_file_differs_no_job_is_taken_and_none_is_started_or_f
         }
         bed.helper_up = true;
         bed.submit(2, '3');
-        let begun = bed.now;
-        bed.run(|w| w.now >= begun + 3_600_000);
+        let started_at = bed.now;
+        bed.run(|w| w.now >= started_at + 3_600_000);
         assert!(bed.status_input().not_taken().unwrap().contains("reload"));
         assert_eq!(bed.queued() + bed.server.leases.len(), 1);
         assert_eq!(phase(&bed), Some(phase_then));
@@ -867,8 +867,8 @@ fn a_worker_whose_slot_is_removed_waits_where_no_other_has_its_target_and_fails_
         slot.unwrap().1.target = Target::Id(TargetId::from_bits(9));
         left.slots.retain(|name, _| !is_removed || name.as_str() != "c");
         bed.send_input(Input::Configure(Box::new(left)));
-        let begun = bed.now;
-        bed.run(|w| w.now >= begun + 60_000);
+        let started_at = bed.now;
+        bed.run(|w| w.now >= started_at + 60_000);
         assert_eq!(phase(&bed), Some(Phase::Reserved));
         if comes_back {
             bed.send_input(Input::Configure(Box::new(all)));
@@ -944,10 +944,10 @@ fn no_job_is_asked_for_while_too_little_is_free_and_a_leased_one_begins() {
     bed.run(|w| !w.core.pending_workers().is_empty());
     bed.send_input(Input::Shortage(Some("too little is free: 1M".into())));
     // The lease request that is under way is answered.
-    let begun = bed.now;
-    bed.run(|w| w.now >= begun + 5_000);
+    let started_at = bed.now;
+    bed.run(|w| w.now >= started_at + 5_000);
     bed.submit(2, '3');
-    bed.run(|w| w.now >= begun + 60_000);
+    bed.run(|w| w.now >= started_at + 60_000);
     assert_eq!(
         bed.status_input().not_taken().as_deref(),
         Some("too little is free: 1M")
@@ -974,8 +974,8 @@ fn no_job_is_asked_for_after_a_start_before_a_self_test_has_passed_where_that_is
     config.factory.selftest_at_start = true;
     bed.send_input(Input::Configure(Box::new(config.clone())));
     bed.submit(2, '2');
-    let begun = bed.now;
-    bed.run(|w| w.now >= begun + 60_000);
+    let started_at = bed.now;
+    bed.run(|w| w.now >= started_at + 60_000);
     assert!(!bed.done().contains(&job(2)), "{:?}", bed.logged);
     let why = bed.status_input().not_taken().unwrap();
     assert!(why.starts_with("the self-test has failed"), "{why}");

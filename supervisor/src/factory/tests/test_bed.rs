@@ -360,7 +360,7 @@ impl CoreTestBed {
             Output::ListServer => Input::ServerListed(Ok(self.listed().into_values().collect())),
             Output::ListHost => Input::HostListed(Ok(self.host.list(None, protocol::MAX_LIST).0)),
             Output::ListTargets => Input::TargetsListed(match self.targets_fail {
-                true => Err(CallError::passing(Peer::Server, "too busy")),
+                true => Err(CallError::temporary(Peer::Server, "too busy")),
                 false => Ok(self.targets.clone()),
             }),
             Output::Lease(_) if let Some(error) = self.lease_fails.clone() => Input::Leased(Err(error)),
@@ -419,7 +419,7 @@ impl CoreTestBed {
                 let is_refused = self.server.associate(self.factory, id, body).is_err();
                 let private = self.server.workers[&id].private.as_deref();
                 if is_refused && matches!(here().owner(private), Owner::Other(_)) {
-                    return Event::CallFailed(CallError::passing(Peer::Server, "not authorised"));
+                    return Event::CallFailed(CallError::temporary(Peer::Server, "not authorised"));
                 }
                 assert!(
                     !is_refused,
@@ -428,7 +428,7 @@ impl CoreTestBed {
             }
             Action::CreateUser { slot } => {
                 if let Err(kind) = self.host.create_user(id, &slot) {
-                    return Event::CallFailed(CallError::passing(Peer::Helper, format!("{kind:?}")));
+                    return Event::CallFailed(CallError::temporary(Peer::Helper, format!("{kind:?}")));
                 }
             }
             Action::InstallAgent { .. } => {
@@ -486,7 +486,7 @@ fn answered(worker: &server::Worker) -> ServerWorker {
 }
 
 fn error(output: &Output) -> Input {
-    let t = |peer| CallError::passing(peer, "unreachable");
+    let t = |peer| CallError::temporary(peer, "unreachable");
     match output.clone() {
         Output::ListServer => Input::ServerListed(Err(t(Peer::Server))),
         Output::ListHost => Input::HostListed(Err(t(Peer::Helper))),

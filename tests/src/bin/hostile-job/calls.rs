@@ -12,7 +12,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, getgid, getgroups};
 
 use supervisor::selftest::calls::{
-    ALL_BITS, Call, NEVER, NO_FILE, NOT_FOR_FILES, NOWHERE, OF_NAMESPACES, UNAVAILABLE,
+    ALL_BITS, NEVER, NO_FILE, NOT_FOR_FILES, NOWHERE, OF_NAMESPACES, SystemCall, UNAVAILABLE,
 };
 
 use crate::leftovers::{own_namespaces, uid};
@@ -39,7 +39,7 @@ pub fn refused<T>(report: &mut Report, what: impl Display, result: io::Result<T>
     }
 }
 
-fn try_all(report: &mut Report, all: &[Call], reason: i32) {
+fn try_all(report: &mut Report, all: &[SystemCall], reason: i32) {
     for (name, number, arguments) in all {
         refused(report, name, call(*number, *arguments), reason);
     }

@@ -14,7 +14,7 @@ use super::api::{Details, Process};
 const MOST: usize = 1000;
 
 /// At most 1,000 of them, in the order of their pids.
-pub fn of(uid: u32) -> Vec<Process> {
+pub fn read_processes(uid: u32) -> Vec<Process> {
     let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
         .ok()
         .flatten();
@@ -33,21 +33,21 @@ pub fn of(uid: u32) -> Vec<Process> {
 }
 
 /// The processes, where the supervisor could not see them and this process can.
-pub fn complete(details: &mut Details) {
+pub fn fill_details(details: &mut Details) {
     if let (true, Some(uid)) = (details.processes.is_empty(), details.worker.uid) {
-        details.processes = of(uid);
-        details.memory = details.memory.max(resident(&details.processes));
+        details.processes = read_processes(uid);
+        details.memory = details.memory.max(resident_bytes(&details.processes));
     }
 }
 
 /// The sum of their resident memory, in bytes. Pages that they share are counted once for each.
-pub fn resident(processes: &[Process]) -> u64 {
+pub fn resident_bytes(processes: &[Process]) -> u64 {
     processes.iter().map(|process| process.memory).sum()
 }
 
 /// What a worker's cgroup is charged with, page cache included. `noted` is the file in which the helper says where the
 /// workers' cgroups are; without the controller there is no such number.
-pub fn charged(noted: &Path, worker: WorkerId) -> Option<u64> {
+pub fn charged_bytes(noted: &Path, worker: WorkerId) -> Option<u64> {
     let cgroups = fs::read_to_string(noted).ok()?;
     let file = Path::new(&cgroups)
         .join(worker.to_string())
@@ -92,7 +92,7 @@ mod tests {
     #[test]
     fn this_process_is_found_among_its_users() {
         let own = std::process::id() as i32;
-        let found = of(nix::unistd::geteuid().as_raw());
+        let found = read_processes(nix::unistd::geteuid().as_raw());
         let own = found.iter().find(|process| process.pid == own);
         assert!(found.len() == MOST || own.is_some_and(|process| process.memory > 0));
     }

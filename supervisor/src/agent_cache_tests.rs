@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
-/// A server that gives these answers, one a connection, and passes on the requests.
+/// A server that gives these answers, one a connection, and forwards the requests.
 async fn serve(answers: Vec<Vec<u8>>) -> (BuildomatClient, mpsc::UnboundedReceiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -68,14 +68,14 @@ fn cache(dir: &Path) -> AgentCache {
 #[tokio::test]
 async fn an_agent_is_unpacked_sealed_and_kept_for_when_the_server_is_away() {
     let dir = tempfile::tempdir().unwrap();
-    let (server, mut requests) = serve(vec![
+    let (buildomat, mut requests) = serve(vec![
         http("200 OK", "etag: \"v1\"\r\n", &packed(b"program")),
         http("304 Not Modified", "", b""),
         http("503 Service Unavailable", "", b"<html>"),
     ])
     .await;
     let first = cache(dir.path());
-    let agent = first.get(&server).await.unwrap();
+    let agent = first.get(&buildomat).await.unwrap();
     assert_eq!(content(&agent), b"program");
     let seals = fcntl(agent.as_fd(), FcntlArg::F_GET_SEALS).unwrap();
     assert_eq!(SealFlag::from_bits_truncate(seals).bits().count_ones(), 4);
@@ -85,17 +85,17 @@ async fn an_agent_is_unpacked_sealed_and_kept_for_when_the_server_is_away() {
         "{request}"
     );
     // Fresh: nobody is asked.
-    assert_eq!(content(&first.get(&server).await.unwrap()), b"program");
+    assert_eq!(content(&first.get(&buildomat).await.unwrap()), b"program");
     // A new run asks whether it has changed, and does without an answer.
     for _ in 0..2 {
         assert_eq!(
-            content(&cache(dir.path()).get(&server).await.unwrap()),
+            content(&cache(dir.path()).get(&buildomat).await.unwrap()),
             b"program"
         );
         assert!(requests.recv().await.unwrap().contains("if-none-match: \"v1\""));
     }
     assert_eq!(
-        content(&cache(dir.path()).get(&server).await.unwrap()),
+        content(&cache(dir.path()).get(&buildomat).await.unwrap()),
         b"program"
     );
 }
@@ -103,9 +103,12 @@ async fn an_agent_is_unpacked_sealed_and_kept_for_when_the_server_is_away() {
 #[tokio::test]
 async fn a_server_with_the_plain_form_alone_is_served_from_that() {
     let dir = tempfile::tempdir().unwrap();
-    let (server, mut requests) =
+    let (buildomat, mut requests) =
         serve(vec![http("404 Not Found", "", b""), http("200 OK", "", b"plain")]).await;
-    assert_eq!(content(&cache(dir.path()).get(&server).await.unwrap()), b"plain");
+    assert_eq!(
+        content(&cache(dir.path()).get(&buildomat).await.unwrap()),
+        b"plain"
+    );
     assert!(requests.recv().await.unwrap().starts_with("get /file/agent.gz"));
     assert!(requests.recv().await.unwrap().starts_with("get /file/agent?"));
 }
@@ -130,8 +133,8 @@ async fn what_is_no_agent_is_refused_and_leaves_none() {
         ),
     ] {
         let dir = tempfile::tempdir().unwrap();
-        let (server, _requests) = serve(answers).await;
-        let error = cache(dir.path()).get(&server).await.unwrap_err();
+        let (buildomat, _requests) = serve(answers).await;
+        let error = cache(dir.path()).get(&buildomat).await.unwrap_err();
         assert!(error.contains(part), "{error}");
         // Nothing at all: on a full disk its parts would be what keeps others from their room.
         let left = fs::read_dir(dir.path().join("agent"))
@@ -157,26 +160,26 @@ async fn serve_slowly() -> (BuildomatClient, mpsc::UnboundedSender<Vec<u8>>) {
         "[general]\nbaseurl = \"http://{address}\"\n[factory]\ntoken_file = \"/t\"\n\
          [slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n"
     ));
-    let server = BuildomatClient::new(&config.unwrap().general, TokenStore::fixed("secret"));
-    (server.unwrap(), pieces)
+    let buildomat = BuildomatClient::new(&config.unwrap().general, TokenStore::fixed("secret"));
+    (buildomat.unwrap(), pieces)
 }
 
 #[tokio::test]
 async fn a_slow_answer_holds_up_no_start_and_is_there_for_the_next() {
     let dir = tempfile::tempdir().unwrap();
-    let (server, _requests) = serve(vec![http("200 OK", "etag: \"v1\"\r\n", &packed(b"old"))]).await;
-    cache(dir.path()).get(&server).await.unwrap();
-    let (server, pieces) = serve_slowly().await;
+    let (buildomat, _requests) = serve(vec![http("200 OK", "etag: \"v1\"\r\n", &packed(b"old"))]).await;
+    cache(dir.path()).get(&buildomat).await.unwrap();
+    let (buildomat, pieces) = serve_slowly().await;
     let cache = cache(dir.path());
-    let begun = Instant::now();
+    let started_at = Instant::now();
     for _ in 0..20 {
-        assert_eq!(content(&cache.get(&server).await.unwrap()), b"old");
+        assert_eq!(content(&cache.get(&buildomat).await.unwrap()), b"old");
     }
     // All twenty wait for one answer, and together.
-    assert!(begun.elapsed() < 2 * GRACE, "{:?}", begun.elapsed());
+    assert!(started_at.elapsed() < 2 * GRACE, "{:?}", started_at.elapsed());
     pieces.send(http("200 OK", "", &packed(b"new"))).unwrap();
     let end = Instant::now() + IDLE;
-    while content(&cache.get(&server).await.unwrap()) != b"new" {
+    while content(&cache.get(&buildomat).await.unwrap()) != b"new" {
         assert!(Instant::now() < end, "the new one does not come");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -185,7 +188,7 @@ async fn a_slow_answer_holds_up_no_start_and_is_there_for_the_next() {
 #[tokio::test]
 async fn a_download_that_never_stalls_and_never_ends_is_given_up() {
     let dir = tempfile::tempdir().unwrap();
-    let (server, pieces) = serve_slowly().await;
+    let (buildomat, pieces) = serve_slowly().await;
     pieces
         .send(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n".to_vec())
         .unwrap();
@@ -198,10 +201,10 @@ async fn a_download_that_never_stalls_and_never_ends_is_given_up() {
     assert_eq!(cache.whole, Duration::from_secs(600));
     let mut cache = Arc::into_inner(cache).unwrap();
     cache.whole = Duration::from_millis(500);
-    let begun = Instant::now();
-    let error = AgentCache(Arc::new(cache)).get(&server).await.unwrap_err();
+    let started_at = Instant::now();
+    let error = AgentCache(Arc::new(cache)).get(&buildomat).await.unwrap_err();
     assert!(error.contains("longer than 500ms"), "{error}");
-    assert!(begun.elapsed() < IDLE, "{:?}", begun.elapsed());
+    assert!(started_at.elapsed() < IDLE, "{:?}", started_at.elapsed());
     assert!(!dir.path().join("agent").join(PARTS[0]).exists());
     dripping.abort();
 }

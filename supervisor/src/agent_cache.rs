@@ -87,7 +87,7 @@ struct State {
 /// A download, and its end.
 #[derive(Clone, Debug)]
 struct Download {
-    begun: Instant,
+    started_at: Instant,
     end: Arc<End>,
 }
 
@@ -128,7 +128,7 @@ impl AgentCache {
     ///
     /// # Errors
     /// A sentence, where there has never been one or the disk fails.
-    pub async fn get(&self, server: &BuildomatClient) -> Result<Agent, String> {
+    pub async fn get(&self, buildomat: &BuildomatClient) -> Result<Agent, String> {
         let known = self.0.known().await;
         let asked = self.0.state().asked;
         if let (Some(agent), Some(asked)) = (&known, asked)
@@ -136,11 +136,11 @@ impl AgentCache {
         {
             return Ok(agent.clone());
         }
-        let download = self.download(server);
+        let download = self.download(buildomat);
         let end = match known {
-            Some(_) => download.begun + GRACE,
+            Some(_) => download.started_at + GRACE,
             // It has a limit of its own.
-            None => download.begun + 2 * self.0.whole,
+            None => download.started_at + 2 * self.0.whole,
         };
         // Before the result is read, so that its end is not missed.
         let notified = download.end.notify.notified();
@@ -153,20 +153,20 @@ impl AgentCache {
     }
 
     /// The one that runs, or a new one.
-    fn download(&self, server: &BuildomatClient) -> Download {
+    fn download(&self, buildomat: &BuildomatClient) -> Download {
         let mut state = self.0.state();
         if let Some(running) = &state.download {
             return running.clone();
         }
         let download = Download {
-            begun: Instant::now(),
+            started_at: Instant::now(),
             end: Arc::default(),
         };
         let end = download.end.clone();
         state.download = Some(download.clone());
-        let (cache, server) = (self.0.clone(), server.clone());
+        let (cache, buildomat) = (self.0.clone(), buildomat.clone());
         tokio::spawn(async move {
-            let result = cache.refresh(&server).await;
+            let result = cache.refresh(&buildomat).await;
             let mut state = cache.state();
             state.download = None;
             state.asked = Some(Instant::now());
@@ -204,9 +204,9 @@ impl Cache {
     }
 
     /// Ask the server, and take what it has.
-    async fn refresh(&self, server: &BuildomatClient) -> Result<(), String> {
+    async fn refresh(&self, buildomat: &BuildomatClient) -> Result<(), String> {
         let late = |_| format!("the download of the agent takes longer than {:?}", self.whole);
-        let fetched = timeout(self.whole, self.fetch(server)).await;
+        let fetched = timeout(self.whole, self.fetch(buildomat)).await;
         let fetched = match fetched.map_err(late).and_then(|fetched| fetched) {
             Ok(Fetched::Unchanged) if self.state().agent.is_some() => return Ok(()),
             Ok(_) => self.read().await,
@@ -230,10 +230,10 @@ impl Cache {
         }
     }
 
-    async fn fetch(&self, server: &BuildomatClient) -> Result<Fetched, String> {
-        match self.fetch_form(server, "/file/agent.gz", true).await? {
+    async fn fetch(&self, buildomat: &BuildomatClient) -> Result<Fetched, String> {
+        match self.fetch_form(buildomat, "/file/agent.gz", true).await? {
             Some(fetched) => Ok(fetched),
-            None => self.fetch_form(server, "/file/agent", false).await?.ok_or_else(|| {
+            None => self.fetch_form(buildomat, "/file/agent", false).await?.ok_or_else(|| {
                 "the buildomat server has no agent for this machine (404 for /file/agent.gz and /file/agent): install one there".into()
             }),
         }
@@ -242,9 +242,9 @@ impl Cache {
     /// One form of the file; None where the server does not have it.
     async fn fetch_form(
         &self,
-        server: &BuildomatClient,
+        buildomat: &BuildomatClient,
         path: &str,
-        packed: bool,
+        is_compressed: bool,
     ) -> Result<Option<Fetched>, String> {
         let old: Option<Tag> = fs::read(self.dir.join("agent.tag"))
             .ok()
@@ -255,7 +255,7 @@ impl Cache {
             conditions.extend(tag.etag.clone().map(|value| ("if-none-match", value)));
             conditions.extend(tag.modified.clone().map(|value| ("if-modified-since", value)));
         }
-        let request = server.file(path, &self.query, &conditions);
+        let request = buildomat.download_file(path, &self.query, &conditions);
         let late = |_| format!("the server sent nothing of {path} for {} s", IDLE.as_secs());
         let mut response = timeout(IDLE, request)
             .await
@@ -290,7 +290,7 @@ impl Cache {
             disk("write", &self.dir, download.write_all(&chunk))?;
         }
         let dir = self.dir.clone();
-        let unpacked = tokio::task::spawn_blocking(move || keep(&dir, packed, &tag));
+        let unpacked = tokio::task::spawn_blocking(move || keep(&dir, is_compressed, &tag));
         unpacked.await.map_err(|e| e.to_string())??;
         Ok(Some(Fetched::New))
     }
@@ -307,11 +307,11 @@ fn tempfile_in(dir: &Path, name: &str) -> io::Result<File> {
 
 /// Unpack what was downloaded, and put it in the place of the last agent. The tag goes first and comes
 /// last, so that it never describes another file.
-fn keep(dir: &Path, packed: bool, tag: &Tag) -> Result<(), String> {
+fn keep(dir: &Path, is_compressed: bool, tag: &Tag) -> Result<(), String> {
     let (from, new, place) = (dir.join(PARTS[0]), dir.join(PARTS[1]), dir.join("agent"));
     let input = disk("open", dir, File::open(&from))?;
     let mut output = disk("create", dir, File::create(&new))?;
-    let mut input: Box<dyn Read> = if packed {
+    let mut input: Box<dyn Read> = if is_compressed {
         Box::new(MultiGzDecoder::new(input))
     } else {
         Box::new(input)
@@ -400,5 +400,5 @@ fn os_release(text: &str, key: &str) -> String {
 }
 
 #[cfg(test)]
-#[path = "agent_tests.rs"]
+#[path = "agent_cache_tests.rs"]
 mod tests;
