@@ -152,9 +152,9 @@ pub fn ipc_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
 /// Processes of the range, dead ones included whose parent runs and has not waited for them. Whose parent has ended
 /// is the host's first process' to reap, which takes a moment: until then this waits.
 pub fn processes_of(uids: &RangeInclusive<u32>) -> BTreeSet<String> {
-    let of_first_process = format!("{}1", host::NOT_REAPED);
+    let of_first_process = format!("{}1", kernel::NOT_REAPED);
     until(|| {
-        let found = host::processes(&uids.clone().into());
+        let found = kernel::processes(&uids.clone().into());
         match found.iter().any(|line| line.ends_with(&of_first_process)) {
             true => Err(format!("the host's first process reaps nobody: {found:?}")),
             false => Ok(found),
@@ -171,7 +171,7 @@ pub fn files_anywhere(uids: &RangeInclusive<u32>) -> BTreeSet<PathBuf> {
 /// Sockets of the uids that others could reach. The kernel lists no owner of Unix sockets: tests put the uid into their
 /// names.
 fn sockets_of(uids: &Uids) -> BTreeSet<String> {
-    let mut found = host::sockets(uids);
+    let mut found = kernel::sockets(uids);
     let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
     for name in table.lines().filter_map(|line| line.split_whitespace().nth(7)) {
         let number = name.strip_prefix("@uid-").and_then(|rest| rest.split('-').next());
