@@ -119,7 +119,7 @@ async fn main() {
     );
     let mut factory = TestFactory::new(&slot).await;
     factory.restart_with_hosts("127.0.0.1 big.test\n");
-    factory.completed(factory.submit("true")).await;
+    factory.wait_completed(factory.submit("true")).await;
     let (mut direct, mut by_name, mut proxied) = (Vec::new(), Vec::new(), Vec::new());
     let (mut waiting, mut processor, mut bare) = (Vec::new(), Vec::new(), Vec::new());
     let for_a_gigabyte = |seconds: f64| seconds * 1e6 * 1e9 / bytes as f64;
@@ -135,7 +135,7 @@ async fn main() {
         direct.push(text.trim().parse::<f64>().unwrap());
         bare.push(for_a_gigabyte(tokio::task::block_in_place(|| bare_loop(port))));
         let before = processor_seconds(factory.supervisor.pid());
-        factory.completed(factory.submit(&nothing)).await;
+        factory.wait_completed(factory.submit(&nothing)).await;
         let idle = processor_seconds(factory.supervisor.pid()) - before;
         waiting.push(idle * 1e6);
         for (script, samples) in [
@@ -144,7 +144,7 @@ async fn main() {
         ] {
             let before = processor_seconds(factory.supervisor.pid());
             let job = factory.submit(&script);
-            factory.completed(job).await;
+            factory.wait_completed(job).await;
             let used = processor_seconds(factory.supervisor.pid()) - before - idle;
             processor.push(for_a_gigabyte(used));
             let printed = lines(&factory.server.job(job), "stdout");

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use protocol::{Reply, Request};
 use testbed::bench::{Group, Options, Report, Way, time};
-use testbed::harness::{TestHost, binaries, has_controller, place, sealed};
-use testbed::test_helper::{TestHelper, created, install, list, read, start_attack};
+use testbed::harness::{TestHost, binaries, create_shared_dir, has_controller, sealed_memfd};
+use testbed::test_helper::{TestHelper, create_worker, install, list, read, start_attack};
 
 /// Between two `List` requests: a poll of many supervisors, so to speak.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -180,7 +180,7 @@ impl Drop for AttackedHost {
 
 impl AttackedHost {
     fn new() -> AttackedHost {
-        let place = place();
+        let place = create_shared_dir();
         let groups = fs::read_to_string("/etc/group").expect("the host has groups");
         let mut groups = groups.lines().filter_map(|line| {
             let fields: Vec<&str> = line.split(':').collect();
@@ -270,7 +270,7 @@ impl AttackedHost {
         let listener = format!("stream@{}", name_of_the_listener());
         let nobody = format!("user-factory-bench-{}-nobody", std::process::id());
         // It reads what the host has, where a short word would be found.
-        let of_nobody = testbed::server::secret();
+        let of_nobody = testbed::fake_server::secret();
         let mut all: Vec<Attempt> = Vec::new();
         let mut add = |slot, name, words: &[&str], line| {
             let words = words.iter().map(|word| (*word).to_owned()).collect();
@@ -488,13 +488,13 @@ fn measure(test: &TestHelper, lives: usize, seconds: u64) -> [Vec<Duration>; 2] 
         });
         let end = StopOnDrop(&over);
         let client = test.client();
-        let agent = || sealed(b"#!/bin/sh\nexec sleep 1000000\n");
+        let agent = || sealed_memfd(b"#!/bin/sh\nexec sleep 1000000\n");
         let begin = Instant::now();
         let mut all = Vec::new();
         while all.len() < lives || begin.elapsed() < Duration::from_secs(seconds) {
             let agent = agent();
             all.push(time(|| {
-                let worker = created(&client, "neighbour");
+                let worker = create_worker(&client, "neighbour");
                 let (reply, _console) = install(&client, worker, agent);
                 assert_eq!(reply, Reply::AgentStarted);
                 assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
@@ -517,7 +517,7 @@ fn attack_again_and_again(test: &TestHelper, attempt: &Attempt, over: &AtomicBoo
     let client = test.client();
     let words: Vec<&str> = attempt.words.iter().map(String::as_str).collect();
     while !over.load(Ordering::Relaxed) {
-        let worker = created(&client, attempt.slot);
+        let worker = create_worker(&client, attempt.slot);
         let console = start_attack(&client, worker, attempt.name, &words);
         let ended = |text: &str| text.contains("attempt over");
         let events = client.cgroups.join(worker.to_string()).join("cgroup.events");

@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::Reply;
-use testbed::bench::{Go, Group, Options, Report};
-use testbed::harness::{TestHost, sealed, tool};
-use testbed::test_helper::{TestHelper, created, install, read};
+use testbed::bench::{Group, Measurement, Options, Report};
+use testbed::harness::{TestHost, sealed_memfd, tool};
+use testbed::test_helper::{TestHelper, create_worker, install, read};
 
 /// Nobody's, outside every range in use.
 const USER: u32 = 0x6fff_fff1;
@@ -181,12 +181,12 @@ fn on_host(host: &TestHost, place: &Path, script: &str) -> Duration {
 /// one of the processors that the job should have.
 fn in_worker(test: &TestHelper, script: &str) -> Duration {
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let script = format!(
         "#!/bin/bash\nexport IN=/opt/in RUST=/opt/rust; cd /work; exec 2>&1\n{}",
         timed(script)
     );
-    let (reply, console) = install(&client, worker, sealed(script.as_bytes()));
+    let (reply, console) = install(&client, worker, sealed_memfd(script.as_bytes()));
     assert_eq!(reply, Reply::AgentStarted);
     let events = test
         .host
@@ -226,7 +226,7 @@ fn main() {
     );
     let test = TestHelper::with(&slots);
     for part in parts(&options).iter().filter(|part| options.wants(part.name)) {
-        let ways: Vec<Go<'_>> = vec![
+        let ways: Vec<Measurement<'_>> = vec![
             (
                 "ordinary user of the host",
                 Box::new(|| on_host(&test.host, place.path(), &part.script)),

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use protocol::{ErrorKind, Reply, Request};
-use testbed::harness::{sealed, worker_id};
+use testbed::harness::{sealed_memfd, worker_id};
 use testbed::test_helper::{TestHelper, attack_program, create, install, read, wait_for_line};
 
 use counts::Counts;
@@ -64,7 +64,9 @@ fn live(test: &TestHelper, slot: usize, number: usize) {
     let (program, line) = match hostile {
         Some((name, words, line)) => (attack_program(name, words), line),
         None => (
-            sealed(b"#!/bin/sh\necho x > /work/x; echo y > \"$HOME/y\"; (exec sleep 1000) & echo ready\n"),
+            sealed_memfd(
+                b"#!/bin/sh\necho x > /work/x; echo y > \"$HOME/y\"; (exec sleep 1000) & echo ready\n",
+            ),
             "ready",
         ),
     };

@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use testbed::server::fresh_id;
-use testbed::server::{AddFileResult, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
+use testbed::fake_server::fresh_id;
+use testbed::fake_server::{AddFileResult, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 

@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use nix::fcntl::{Flock, FlockArg};
 use protocol::{Exit, Reply, Request, State, WorkerId};
-use testbed::harness::{Client, PAUSE, TEST_TIMEOUT, binaries, booted_machine, place};
-use testbed::test_helper::{TestHelper, attack, created, list, read, run, start_attack, state};
+use testbed::harness::{Client, PAUSE, TEST_TIMEOUT, binaries, create_shared_dir, is_booted_machine};
+use testbed::test_helper::{TestHelper, attack, create_worker, list, read, run, start_attack, state};
 
 use crate::attacks::controllers::{LIMIT, SLACK, number};
 use crate::attacks::exhaustion::slots;
@@ -23,7 +23,7 @@ const LOCKED: u64 = 8 << 20;
 
 /// Let a new worker in this slot take of a kind: so many processes, so much each. What it got, and what it said.
 fn held(client: &Client, slot: &str, kind: &str, processes: u64, each: u64) -> (WorkerId, u64, String) {
-    let worker = created(client, slot);
+    let worker = create_worker(client, slot);
     let words = [kind, &processes.to_string(), &each.to_string()];
     let console = ongoing(client, worker, "hold", &words, "ready");
     let (got, line) = amount(&console, kind);
@@ -105,7 +105,7 @@ fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
         ("tcp-buffers", 8, 1_000),
         ("pipes", 8, 1_000),
     ] {
-        let worker = created(&client, "a");
+        let worker = create_worker(&client, "a");
         let words = [kind, &processes.to_string(), &each.to_string()];
         let console = start_attack(&client, worker, "hold", &words);
         // It may have all, its processes may be ended for it, the first one too, or it may wait at the limit for ever.
@@ -123,7 +123,7 @@ fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
             assert!(begin.elapsed() < TEST_TIMEOUT, "{kind}: {}", read(&console));
             std::thread::sleep(PAUSE);
         };
-        let neighbour = created(&client, "c");
+        let neighbour = create_worker(&client, "c");
         attack(&client, neighbour, "take-a-little", &[]);
         let peak = number(&test, worker, "memory.peak");
         println!(
@@ -169,7 +169,7 @@ fn row_99_the_helper_waits_for_no_lock_that_a_job_can_take() {
     let shows = slot("a", "read_only = { \"/opt/etc\" = \"/etc\" }\n");
     let test = TestHelper::with(&(shows + &slot("c", "")));
     let client = test.client();
-    let place = place();
+    let place = create_shared_dir();
     let file = place.path().join("file");
     fs::write(&file, "of the host").unwrap();
     // All that the helper opens and a job can see; and the host's own file.
@@ -195,7 +195,7 @@ fn row_99_the_helper_waits_for_no_lock_that_a_job_can_take() {
     files.push(file.display().to_string());
     files.push(test.host.root.display().to_string());
     files.push(binaries().join("user-factory-helper").display().to_string());
-    let holder = created(&client, "a");
+    let holder = create_worker(&client, "a");
     let words: Vec<&str> = ["locks-of-the-host"]
         .into_iter()
         .chain(files.iter().map(String::as_str))
@@ -208,7 +208,7 @@ fn row_99_the_helper_waits_for_no_lock_that_a_job_can_take() {
     let lock = || Flock::lock(File::open(&file).unwrap(), FlockArg::LockExclusiveNonblock).is_ok();
     assert!(!lock());
     // What the helper does goes on.
-    let next = created(&client, "c");
+    let next = create_worker(&client, "c");
     let (ended, text) = run(&client, next, "exit 7");
     assert_eq!(ended, State::Exited(Exit::Status(7)), "{text}");
     assert_eq!(client.ask(&Request::Delete { worker: holder }).0, Reply::Deleted);
@@ -271,7 +271,7 @@ fn counts() -> BTreeMap<&'static str, String> {
 #[ignore = "it takes what the whole host has, which the scenario `held` measures"]
 fn what_one_job_leaves_to_the_host() {
     assert!(
-        booted_machine(),
+        is_booted_machine(),
         "this takes what the whole host has: use tests/machine/run held"
     );
     fs::write("/proc/sys/vm/nr_hugepages", "16").unwrap();

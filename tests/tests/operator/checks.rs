@@ -63,7 +63,7 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
         "{}",
         result.out
     );
-    factory.helper = factory.host.helper();
+    factory.helper = factory.host.start_helper();
     factory.finish().await;
 }
 
@@ -71,15 +71,15 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
 async fn status_shows_the_helpers_state_though_an_idle_helper_is_not_polled() {
     let mut factory = TestFactory::new(ONE).await;
     answering(&factory).await;
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     factory.end_helper(Signal::SIGKILL);
     // Nobody needs it, so nobody has noticed; the first status request does.
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert_eq!(factory.supervisor.log.count(&["helper unreachable"]), 0);
     let status = json(&factory, &["status"]);
     assert_eq!(status["helper"]["reachable"], false, "{status:#}");
-    factory.logged(&["ERROR helper unreachable", "start the helper"]);
-    factory.helper = factory.host.helper();
+    factory.wait_for_log(&["ERROR helper unreachable", "start the helper"]);
+    factory.helper = factory.host.start_helper();
     answering(&factory).await;
     factory.finish().await;
 }
@@ -181,7 +181,7 @@ fn a_supervisor_that_cannot_make_its_directory_says_who_makes_it_and_how() {
             .unwrap()
             .success()
     );
-    let mut supervisor = host.supervisor();
+    let mut supervisor = host.start_supervisor();
     supervisor.log.wait(&["supervisor started"]);
     supervisor.signal(Signal::SIGTERM);
     supervisor.wait();
@@ -311,7 +311,7 @@ fn a_helper_and_systemd_nspawn_never_have_the_same_block_of_ids() {
     assert_eq!(helper.wait().code(), Some(1));
     std::fs::remove_file(&path).unwrap();
     drop(containers);
-    let mut helper = host.helper();
+    let mut helper = host.start_helper();
     assert_eq!(lock().err(), Some(nix::errno::Errno::EAGAIN));
     helper.signal(Signal::SIGTERM);
     helper.wait();

@@ -63,7 +63,7 @@ async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
     factory.supervisor = Running::start(&mut command);
 
     let job = factory.submit("echo one");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let worker = factory.server.job(job).worker.unwrap();
     let wanted = [
         format!("WORKER={worker}"),

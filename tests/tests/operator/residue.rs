@@ -31,7 +31,7 @@ fn has(report: &Value, kind: &str, part: &str) -> bool {
 async fn what_is_of_a_uid_that_no_worker_has_is_found_and_of_one_that_has_is_not() {
     let factory = TestFactory::new(ONE).await;
     // The job's processes and files are an existing worker's.
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = worker_on(&factory, "a").await;
     let (status, report) = residue(&factory, true);
     assert_eq!((status, &report["clean"]), (0, &Value::Bool(true)), "{report}");
@@ -125,7 +125,7 @@ sys.stdin.read()";
         result.err
     );
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 

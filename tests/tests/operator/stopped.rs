@@ -13,7 +13,7 @@ const AT_MOST: Duration = Duration::from_secs(60);
 #[tokio::test(flavor = "multi_thread")]
 async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
     let factory = TestFactory::new(ONE).await;
-    factory.running().await;
+    factory.start_blocking_job().await;
     let worker = online(&factory).await;
     let start = |words: &[&str]| {
         let mut command = command(&factory, words);
@@ -22,7 +22,7 @@ async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
     };
     // One that has begun, and has nothing more to print.
     let mut started = vec![start(&["logs", "-f", &worker])];
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     factory.supervisor.signal(Signal::SIGSTOP);
     let began = Instant::now();
     let all: [&[&str]; 12] = [
@@ -58,6 +58,6 @@ async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
     assert_eq!(run_command(&factory, &["destroy", &worker, "--yes"]).status, 0);
     assert_eq!(run_command(&factory, &["resume", "a"]).status, 0);
     let job = factory.submit("echo next");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }

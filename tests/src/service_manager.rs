@@ -85,7 +85,7 @@ impl Service {
     }
 
     /// Wait until it has ended.
-    pub fn ended(&mut self) {
+    pub fn wait_for_end(&mut self) {
         let pid = self.next("ended ");
         assert_eq!(self.pid.take(), Some(pid));
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::Pid;
 
-use super::{Call, Event};
+use super::{Event, TracedCall};
 
 /// One change, by the paths of its time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -236,7 +236,7 @@ const OLD: [libc::c_long; 6] = [
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: [libc::c_long; 6] = [-1, -2, -3, -4, -5, -6];
 
-fn begin(below: &Path, pid: Pid, call: &Call) -> Option<EnteredCall> {
+fn begin(below: &Path, pid: Pid, call: &TracedCall) -> Option<EnteredCall> {
     let a = call.arguments;
     let here = libc::AT_FDCWD as u64;
     let fd = || path_of(below, pid, a[0]);
