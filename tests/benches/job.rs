@@ -85,14 +85,14 @@ cp -r "$IN/package" . && cd package && cargo build --quiet --offline"#;
     ]
 }
 
-/// Everything is said by the script itself: only the work is measured.
+/// Everything is timed by the script itself: only the work is measured.
 fn timed(script: &str) -> String {
     format!("begin=$(date +%s%N)\n( {script}\n) && echo \"took $(($(date +%s%N) - begin))\"\n")
 }
 
-fn took(said: &str) -> Duration {
-    let nanos = said.lines().find_map(|line| line.strip_prefix("took "));
-    let nanos = nanos.unwrap_or_else(|| panic!("the work failed:\n{said}"));
+fn took(output: &str) -> Duration {
+    let nanos = output.lines().find_map(|line| line.strip_prefix("took "));
+    let nanos = nanos.unwrap_or_else(|| panic!("the work failed:\n{output}"));
     Duration::from_nanos(nanos.parse().expect("a number"))
 }
 
@@ -193,10 +193,10 @@ fn in_worker(test: &TestHelper, script: &str) -> Duration {
         .cgroup_dir()
         .join(format!("workers/{worker}/cgroup.events"));
     let events = fs::File::open(&events).unwrap_or_else(|e| panic!("{}: {e}", events.display()));
-    let mut said = [0; 256];
+    let mut text = [0; 256];
     loop {
-        let length = events.read_at(&mut said, 0).expect("the cgroup is there");
-        if String::from_utf8_lossy(&said[..length]).contains("populated 0") {
+        let length = events.read_at(&mut text, 0).expect("the cgroup is there");
+        if String::from_utf8_lossy(&text[..length]).contains("populated 0") {
             break;
         }
         poll(
@@ -205,9 +205,9 @@ fn in_worker(test: &TestHelper, script: &str) -> Duration {
         )
         .expect("it can be waited for");
     }
-    let said = read(&console.expect("a console comes with the reply"));
+    let output = read(&console.expect("a console comes with the reply"));
     test.delete(&[worker]);
-    took(&said)
+    took(&output)
 }
 
 fn main() {

@@ -24,9 +24,9 @@ use testbed::harness::{Client, TestHost, binaries, install, sealed_memfd, worker
 const SLOTS: usize = 66;
 
 fn main() {
-    let words: Vec<String> = std::env::args().collect();
-    match words.get(1).map(String::as_str) {
-        Some("process") => process(&words[2], &words[3..]),
+    let args: Vec<String> = std::env::args().collect();
+    match args.get(1).map(String::as_str) {
+        Some("process") => process(&args[2], &args[3..]),
         _ => compare(&Options::from_args()),
     }
 }
@@ -593,12 +593,12 @@ fn crun_bundle(place: &Path, own: &Path, started: &FirstOpen) -> PathBuf {
 fn crun(bundle: &Path, started: &FirstOpen) -> Duration {
     let name = format!("bench-{}", std::process::id());
     let state = bundle.join("state");
-    let with = |words: &[&str]| {
+    let with = |args: &[&str]| {
         let mut crun = Command::new("crun");
         crun.arg("--root")
             .arg(&state)
             .arg("--cgroup-manager=disabled")
-            .args(words);
+            .args(args);
         crun.stdin(Stdio::null()).stdout(Stdio::null());
         crun
     };

@@ -650,7 +650,8 @@ pub fn has_file_rules() -> bool {
     landlock_version() >= 2
 }
 
-/// The running kernel does not keep what SECURITY.md guarantees for newer ones. The helper must have warned at its start.
+/// The running kernel does not keep what SECURITY.md guarantees for newer ones. The helper must have warned at its
+/// start.
 pub fn assert_warned(helper: &Running, warning: &str) {
     helper.log.wait(&["WARN", warning]);
     // Not by println!, whose output is shown of tests that fail alone.

@@ -237,8 +237,8 @@ impl TestFactory {
         self.wait_polls(2).await;
     }
 
-    /// How often the supervisor (see [`TestFactory::restart_with_call_log`]) makes each of its calls, to the server and to
-    /// the helper, in one of the next `polls` polls.
+    /// How often the supervisor (see [`TestFactory::restart_with_call_log`]) makes each of its calls, to the server and
+    /// to the helper, in one of the next `polls` polls.
     pub async fn calls_per_poll(&self, polls: u64) -> std::collections::BTreeMap<String, f64> {
         self.wait_polls(1).await;
         let seen = self.supervisor.log.len();

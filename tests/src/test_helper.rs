@@ -142,17 +142,17 @@ pub fn run(client: &Client, worker: WorkerId, script: &str) -> (State, String) {
     (state, read(&console.unwrap()))
 }
 
-/// The hostile job's program, which makes the attempt `name` with these words.
-pub fn attack_program(name: &str, words: &[&str]) -> OwnedFd {
+/// The hostile job's program, which makes the attempt `name` with these arguments.
+pub fn attack_program(name: &str, args: &[&str]) -> OwnedFd {
     static PROGRAM: OnceLock<Vec<u8>> = OnceLock::new();
     let read = || std::fs::read(binaries().join("hostile-job")).expect("the hostile job's program was built");
-    let attempt = format!("\nATTACK {}", [&[name], words].concat().join("\t"));
+    let attempt = format!("\nATTACK {}", [&[name], args].concat().join("\t"));
     sealed_memfd(&[PROGRAM.get_or_init(read), attempt.as_bytes()].concat())
 }
 
-/// Let the hostile job make its attempt to the end, and fail unless the sandbox held. Returns the console.
-pub fn attack(client: &Client, worker: WorkerId, name: &str, words: &[&str]) -> String {
-    let (reply, console) = install(client, worker, attack_program(name, words));
+/// Let the hostile job make its attempt to the end, and fail unless all of it was blocked. Returns the console.
+pub fn attack(client: &Client, worker: WorkerId, name: &str, args: &[&str]) -> String {
+    let (reply, console) = install(client, worker, attack_program(name, args));
     assert_eq!(reply, Reply::AgentStarted);
     wait_until(client, worker, |state| state != State::Running);
     let console = read(&console.expect("a console comes with the reply"));
@@ -164,8 +164,8 @@ pub fn attack(client: &Client, worker: WorkerId, name: &str, words: &[&str]) -> 
 }
 
 /// Start the hostile job; the attempt goes on while the test does.
-pub fn start_attack(client: &Client, worker: WorkerId, name: &str, words: &[&str]) -> File {
-    let (reply, console) = install(client, worker, attack_program(name, words));
+pub fn start_attack(client: &Client, worker: WorkerId, name: &str, args: &[&str]) -> File {
+    let (reply, console) = install(client, worker, attack_program(name, args));
     assert_eq!(reply, Reply::AgentStarted);
     console.expect("a console comes with the reply")
 }

@@ -19,7 +19,7 @@ const BUDGET: [(&str, usize); 5] = [
     ("Delete", 355),
 ];
 
-/// The least of so many tries: waiting for what the kernel does takes more or fewer looks.
+/// The least of so many tries: waiting for what the kernel does takes more or fewer polls.
 const TRIES: usize = 3;
 
 #[test]

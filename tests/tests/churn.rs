@@ -36,7 +36,7 @@ fn slots() -> String {
     (0..AT_ONCE).map(slot).collect()
 }
 
-/// What hostile workers leave behind, in turn: an attempt, its words, and the last line before it only waits.
+/// What hostile workers leave behind, in turn: an attempt, its arguments, and the last line before it only waits.
 const LEFTOVERS: [(&str, &[&str], &str); 11] = [
     ("daemons", &[], "attempt over"),
     ("fork-bomb", &["grow", "60"], "ready"),
@@ -62,7 +62,7 @@ fn live(test: &TestHelper, slot: usize, number: usize) {
         _ => LEFTOVERS[number / 3 % LEFTOVERS.len()],
     });
     let (program, line) = match hostile {
-        Some((name, words, line)) => (attack_program(name, words), line),
+        Some((name, args, line)) => (attack_program(name, args), line),
         None => (
             sealed_memfd(
                 b"#!/bin/sh\necho x > /work/x; echo y > \"$HOME/y\"; (exec sleep 1000) & echo ready\n",

@@ -261,7 +261,7 @@ impl Job {
         }
         if all.len() as u64 != size {
             return Err(format!(
-                "size {size} was promised, but the chunks hold {}",
+                "size {size} was announced, but the chunks hold {}",
                 all.len()
             ));
         }

@@ -1,4 +1,4 @@
-//! The fake server's own rules, with the clock in hand.
+//! The fake server's own rules, with a clock set by the test.
 
 use std::time::Duration;
 

@@ -262,7 +262,7 @@ impl Watcher {
         let Some(kind) = self.alive.get(&pid).copied() else {
             return TraceAction::GoOn;
         };
-        // The monitor's own wait has four descriptors and more; that of Rust's start has three, other looks one.
+        // The monitor's own wait has four descriptors and more; that of Rust's start has three, other polls one.
         if kind == TracedKind::Monitor {
             if call.is_any_of(&[libc::SYS_pipe2, libc::SYS_recvmsg, libc::SYS_socketpair]) {
                 self.last = call.number;

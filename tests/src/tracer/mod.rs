@@ -121,7 +121,7 @@ pub fn trace(
             }
             continue;
         }
-        // The stop alone. Who was killed since the look has no stop any more, and is not waited for here: the first
+        // The stop alone. Who was killed since the `waitid` has no stop any more, and is not waited for here: the first
         // process of a pid namespace ends after all others of it are reaped (pid_namespaces(7)), which is done here.
         let stop = wait | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
         let Ok(status) = waitid(Id::Pid(pid), stop) else {
@@ -225,7 +225,8 @@ mod tests {
     use super::*;
     use crate::harness::{TEST_TIMEOUT, binaries};
 
-    /// It is killed at many an instant, so also between the look at a stop and its taking. Needs root.
+    /// It is killed at many an instant, so also between the `waitid` that shows a stop and the one that takes it. Needs
+    /// root.
     #[test]
     fn the_first_process_of_a_pid_namespace_ends_whenever_it_is_killed() {
         for life in 0..40 {

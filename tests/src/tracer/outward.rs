@@ -60,7 +60,7 @@ pub fn watch(program: u32, below: &Path, end_before: Option<usize>) -> JoinHandl
     let below = below.to_owned();
     let thread = std::thread::spawn(move || {
         let mut seen = OutwardCalls::default();
-        let mut begun = false;
+        let mut has_started = false;
         trace(
             root,
             &[],
@@ -68,9 +68,9 @@ pub fn watch(program: u32, below: &Path, end_before: Option<usize>) -> JoinHandl
                 let _ = ready.send(());
             },
             |thread, event| {
-                begun |= matches!(event, Event::Exec);
+                has_started |= matches!(event, Event::Exec);
                 let call = match event {
-                    Event::Enter(call) if begun => call,
+                    Event::Enter(call) if has_started => call,
                     _ => return TraceAction::GoOn,
                 };
                 let Some(what) = describe(thread, &call, &below) else {

@@ -74,8 +74,8 @@ fn row_46_variables_of_a_job_reach_no_process_of_roots() {
     let client = test.client();
     let worker = create_worker(&client, "a");
     let files = variables.map(|name| format!("/work/hostile-{name}"));
-    let words = files.each_ref().map(String::as_str);
-    ongoing(&client, worker, "environment", &words, "everything is in place");
+    let args = files.each_ref().map(String::as_str);
+    ongoing(&client, worker, "environment", &args, "everything is in place");
     let all = family(test.helper.pid());
     // The monitor, a session and the worker's pid 1 at least; the last is not root's any more.
     assert!(all.len() >= 3, "{all:?}");
@@ -129,13 +129,13 @@ fn row_47_a_slots_group_reaches_what_the_slot_says_and_no_further() {
     let test = TestHelper::with(&format!("{SLOT}add_to_groups = [\"{given}\"]\n"));
     let client = test.client();
     let worker = create_worker(&client, "a");
-    let words = [
+    let args = [
         &gid.to_string(),
         "not",
         closed.to_str().unwrap(),
         open.to_str().unwrap(),
     ];
-    attack(&client, worker, "groups", &words);
+    attack(&client, worker, "groups", &args);
     test.finish(&[worker]);
 }
 
@@ -167,12 +167,12 @@ fn row_49_raw_sockets_and_low_ports_are_refused() {
 }
 
 /// The attempt in slot `a`, which allows nothing, and in `c`, which allows user namespaces.
-fn in_both(name: &str, words: [&[&str]; 2]) {
+fn in_both(name: &str, args: [&[&str]; 2]) {
     let test = TestHelper::with(&with_user_namespaces());
     let client = test.client();
     let workers = ["a", "c"].map(|slot| create_worker(&client, slot));
-    for (worker, words) in workers.into_iter().zip(words) {
-        attack(&client, worker, name, words);
+    for (worker, args) in workers.into_iter().zip(args) {
+        attack(&client, worker, name, args);
     }
     test.finish(&workers);
 }

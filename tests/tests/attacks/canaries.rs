@@ -67,7 +67,7 @@ impl Canaries {
     }
 
     /// Their paths.
-    pub fn words(&self) -> [&str; 2] {
+    pub fn args(&self) -> [&str; 2] {
         [&self.closed, &self.open].map(|path| path.to_str().expect("the path is ASCII"))
     }
 

@@ -28,14 +28,14 @@ use crate::attacks::leftovers::{ongoing, with_user_namespaces};
 const ENTRIES: u32 = 100_000;
 
 /// One job in slot `a` that stays until it is deleted.
-fn once(name: &str, words: &[&str]) -> String {
-    on(TestHelper::new(), name, words)
+fn once(name: &str, args: &[&str]) -> String {
+    on(TestHelper::new(), name, args)
 }
 
-fn on(test: TestHelper, name: &str, words: &[&str]) -> String {
+fn on(test: TestHelper, name: &str, args: &[&str]) -> String {
     let client = test.client();
     let worker = create_worker(&client, "a");
-    let console = ongoing(&client, worker, name, words, "ready");
+    let console = ongoing(&client, worker, name, args, "ready");
     test.finish(&[worker]);
     console
 }
@@ -48,8 +48,8 @@ fn row_17_directories_swapped_for_links_in_a_loop_lead_nowhere() {
         let test = TestHelper::new();
         let client = test.client();
         let worker = create_worker(&client, "a");
-        let words = canaries.words();
-        let console = start_attack(&client, worker, "swap", &[words[0], words[1], "/etc"]);
+        let args = canaries.args();
+        let console = start_attack(&client, worker, "swap", &[args[0], args[1], "/etc"]);
         for number in 0..3 {
             wait_for_line(&console, &format!("swaps {number}"));
         }
@@ -149,7 +149,7 @@ fn row_25_mounts_inside_a_directory_are_refused_or_the_jobs_own_and_nothing_belo
     let before = canaries.state();
     let client = test.client();
     let (refused, allowed) = (create_worker(&client, "a"), create_worker(&client, "c"));
-    let open = canaries.words()[1];
+    let open = canaries.args()[1];
     attack(&client, refused, "mount-inside", &["refused", open]);
     ongoing(&client, allowed, "mount-inside", &["allowed", open], "ready");
     let count = || ["/etc", "/usr"].map(|dir| fs::read_dir(dir).unwrap().count());
@@ -276,10 +276,10 @@ fn row_28_daemons_that_make_files_anew_are_gone_with_the_files() {
 }
 
 /// As root, from outside: no job is let make these.
-fn btrfs(words: &[&str], paths: &[&Path]) {
+fn btrfs(args: &[&str], paths: &[&Path]) {
     let mut command = Command::new(tool("btrfs"));
-    let output = command.args(words).args(paths).output().expect("it is there");
-    assert!(output.status.success(), "{words:?} {paths:?}: {output:?}");
+    let output = command.args(args).args(paths).output().expect("it is there");
+    assert!(output.status.success(), "{args:?} {paths:?}: {output:?}");
 }
 
 fn snapshot(of: &Path, at: &Path) {
@@ -319,10 +319,10 @@ fn row_89_subvolumes_and_read_only_snapshots_are_deleted() {
     let client = test.client();
     let worker = create_worker(&client, "a");
     run(&client, worker, "true");
-    let trees = test.host.worker_dir(worker).join("fs");
-    let uid = fs::metadata(trees.join("work")).unwrap().uid();
-    for tree in ["work", "tmp"] {
-        let at = |name: &str| trees.join(tree).join(name);
+    let fs_dir = test.host.worker_dir(worker).join("fs");
+    let uid = fs::metadata(fs_dir.join("work")).unwrap().uid();
+    for name in ["work", "tmp"] {
+        let at = |path: &str| fs_dir.join(name).join(path);
         for path in ["one", "one/two"] {
             btrfs(&["subvolume", "create"], &[&at(path)]);
             fs::create_dir_all(at(path).join("closed/below")).unwrap();

@@ -69,7 +69,7 @@ fn row_51_a_memory_bomb_of_any_kind_ends_in_its_own_cgroup_and_its_neighbour_goe
     let test = TestHelper::with(&slots(&[("a", &own), ("c", &own), ("d", "")]));
     let client = test.client();
     let neighbour = create_worker(&client, "c");
-    ongoing(&client, neighbour, "never-end", &["quiet"], "ready");
+    ongoing(&client, neighbour, "never-end", &["idle"], "ready");
     for kind in ["anonymous", "shared-memory", "memfd", "pipes", "sockets"] {
         let worker = create_worker(&client, "a");
         let begin = Instant::now();
@@ -146,7 +146,7 @@ async fn row_51_a_program_that_the_job_has_written_is_ended_or_its_job_is_failed
         }
         None => {
             factory
-                .wait_for_line(job, "held: anonymous: ended by SIGKILL")
+                .wait_for_line(job, "blocked: anonymous: ended by SIGKILL")
                 .await
         }
     }

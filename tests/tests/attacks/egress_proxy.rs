@@ -105,11 +105,11 @@ fn wait_for_the_end() {
 
 /// A job starts, runs and ends, and all that takes no longer than it should.
 async fn a_job_works(factory: &TestFactory, how: &str) {
-    let begun = Instant::now();
+    let started_at = Instant::now();
     factory
         .wait_completed(factory.submit("echo through the proxy"))
         .await;
-    let took = begun.elapsed();
+    let took = started_at.elapsed();
     assert!(took < Duration::from_secs(60), "{how}: the job took {took:?}");
 }
 

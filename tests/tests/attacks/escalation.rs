@@ -33,10 +33,10 @@ fn with_hidden(place: &Path) -> String {
 }
 
 /// One attempt in one job, and nothing is left of it.
-fn try_once(test: TestHelper, slot: &str, name: &str, words: &[&str]) -> String {
+fn try_once(test: TestHelper, slot: &str, name: &str, args: &[&str]) -> String {
     let client = test.client();
     let worker = create_worker(&client, slot);
-    let console = attack(&client, worker, name, words);
+    let console = attack(&client, worker, name, args);
     test.finish(&[worker]);
     console
 }
@@ -52,8 +52,8 @@ fn row_30_a_set_user_id_program_of_the_hosts_gives_no_privilege() {
             copy
         })
         .collect();
-    let words: Vec<&str> = copies.iter().map(|path| path.to_str().unwrap()).collect();
-    let console = try_once(TestHelper::new(), "a", "set-id-programs", &words);
+    let args: Vec<&str> = copies.iter().map(|path| path.to_str().unwrap()).collect();
+    let console = try_once(TestHelper::new(), "a", "set-id-programs", &args);
     for copy in &copies {
         let ran = format!("ran {} -u", copy.display());
         assert!(console.contains(&ran), "{console}");
@@ -103,8 +103,8 @@ fn row_32_processes_of_the_host_and_of_other_jobs_are_not_even_visible() {
             .iter()
             .map(|line| line.split(' ').next().unwrap().to_owned()),
     );
-    let words: Vec<&str> = outside.iter().map(String::as_str).collect();
-    attack(&client, worker, "other-processes", &words);
+    let args: Vec<&str> = outside.iter().map(String::as_str).collect();
+    attack(&client, worker, "other-processes", &args);
     test.finish(&[other, worker]);
 }
 
@@ -136,7 +136,7 @@ fn row_34_the_first_program_inherits_three_descriptors_and_six_variables() {
 #[test]
 fn row_35_no_file_of_the_kernels_opens_for_writing() {
     let console = try_once(TestHelper::new(), "a", "kernel-files", &[]);
-    assert!(console.contains("held: /proc/sysrq-trigger"), "{console}");
+    assert!(console.contains("blocked: /proc/sysrq-trigger"), "{console}");
 }
 
 #[test]

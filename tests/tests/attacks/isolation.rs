@@ -116,38 +116,38 @@ fn sockets() {
     listeners[0].0.accept().expect("it was just called");
 
     // One that is shown where it is, as a directory of an operator's would be, is another matter: the file is
-    // there, and so is the listener. So the third is not among the words, and its end is looked at below.
+    // there, and so is the listener. So the third is not among the arguments, and its end is looked at below.
     let at = |path: &Path| path.display().to_string();
-    let mut words = vec![
+    let mut args = vec![
         at(&listeners[0].1.0),
         at(&listeners[1].1.0),
         at(&datagrams.0),
         at(&test.host.socket()),
     ];
-    let paths = words.len();
+    let paths = args.len();
     for (kind, name) in ["stream", "datagram", "seqpacket"].iter().zip(&names) {
-        words.push(format!("{kind}@{name}"));
+        args.push(format!("{kind}@{name}"));
     }
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let [worker, alone] = ["a", "alone"].map(|slot| create_worker(&client, slot));
-    let elsewhere: Vec<String> = words[paths..]
+    let elsewhere: Vec<String> = args[paths..]
         .iter()
-        .map(|word| format!("{word}@elsewhere"))
+        .map(|arg| format!("{arg}@elsewhere"))
         .collect();
-    let elsewhere: Vec<&str> = words[..paths]
+    let elsewhere: Vec<&str> = args[..paths]
         .iter()
         .copied()
         .chain(elsewhere.iter().map(String::as_str))
         .collect();
     attack(&client, alone, "sockets", &elsewhere);
     if has_scopes() {
-        attack(&client, worker, "sockets", &words);
+        attack(&client, worker, "sockets", &args);
     } else {
         assert_warned(
             &test.helper,
             "abstract sockets and signals are not kept within jobs",
         );
-        attack(&client, worker, "sockets", &words[..paths]);
+        attack(&client, worker, "sockets", &args[..paths]);
     }
     for (listener, made) in &listeners {
         let called = listener.accept().map(drop).expect_err("nobody may call");
@@ -288,14 +288,14 @@ fn files() {
     for path in files.ancestors().take_while(|path| **path != test.host.root) {
         open_to_all(path);
     }
-    let words = [
+    let args = [
         backwards(&secret()),
         home,
         files.display().to_string(),
         devices.display().to_string(),
     ];
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let console = attack(&client, second, "seek", &words);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let console = attack(&client, second, "seek", &args);
     assert!(
         console.contains("files were read") && !console.contains("\n0 files were read"),
         "{console}"
@@ -339,11 +339,11 @@ fn secrets() {
     }
     let client = test.client();
     let worker = create_worker(&client, "a");
-    let mut words = vec![backwards(&secret())];
-    words.extend(dirs.iter().map(|dir| dir.display().to_string()));
-    words.push(root.join(config::CONFIG_PATH).display().to_string());
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    attack(&client, worker, "seek", &words);
+    let mut args = vec![backwards(&secret())];
+    args.extend(dirs.iter().map(|dir| dir.display().to_string()));
+    args.push(root.join(config::CONFIG_PATH).display().to_string());
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    attack(&client, worker, "seek", &args);
     fs::remove_file(state.join("workers/marker")).unwrap();
     drop(made);
     test.finish(&[worker]);

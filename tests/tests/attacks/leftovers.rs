@@ -24,8 +24,8 @@ use testbed::test_helper::{
 };
 
 /// Start the attempt and let it get as far as it says with `line`; then it stays. Returns the console so far.
-pub fn ongoing(client: &Client, worker: WorkerId, name: &str, words: &[&str], line: &str) -> String {
-    let console = start_attack(client, worker, name, words);
+pub fn ongoing(client: &Client, worker: WorkerId, name: &str, args: &[&str], line: &str) -> String {
+    let console = start_attack(client, worker, name, args);
     wait_for_line(&console, line);
     let console = read(&console);
     assert!(!console.contains("BROKEN"), "{name}:\n{console}");
@@ -186,13 +186,13 @@ fn row_05_no_file_of_the_host_is_changed_though_everybody_may_write_it() {
     let test = TestHelper::with(&slots);
     let client = test.client();
     for (slot, how) in [("a", "alone"), ("c", "namespaces")] {
-        let mut words = vec![how];
-        words.extend(canaries.iter().map(|canaries| canaries.words()[1]));
+        let mut args = vec![how];
+        args.extend(canaries.iter().map(|canaries| canaries.args()[1]));
         if slot == "a" {
-            words.push("/opt/shown");
+            args.push("/opt/shown");
         }
         let worker = create_worker(&client, slot);
-        attack(&client, worker, "host-files", &words);
+        attack(&client, worker, "host-files", &args);
         test.delete(&[worker]);
     }
     let after: Vec<_> = canaries.iter().map(Canaries::state).collect();
@@ -472,7 +472,7 @@ fn row_16_no_record_of_a_login_is_written() {
     let console = attack(&client, worker, "accounting", &[]);
     for name in RECORDS {
         assert!(
-            console.contains(&format!("held: /var/log/{name}: Read-only file system")),
+            console.contains(&format!("blocked: /var/log/{name}: Read-only file system")),
             "{console}"
         );
     }

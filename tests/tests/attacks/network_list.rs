@@ -25,10 +25,11 @@ pub(super) const FUNCTIONS: &str = r#"
 trap '' PIPE
 to_proxy() { exec 3<>/dev/tcp/127.64.0.1/3128 && printf %b "$1" >&3; }
 get() {
-    local said
-    said=$(exec 2>/dev/null 3<>"/dev/tcp/$1/$2" && printf %b "GET / HTTP/1.1\r\nHost: $1\r\nConnection: close\r\n\r\n" >&3 &&
+    local answer
+    answer=$(exec 2>/dev/null 3<>"/dev/tcp/$1/$2" &&
+        printf %b "GET / HTTP/1.1\r\nHost: $1\r\nConnection: close\r\n\r\n" >&3 &&
         timeout 100 tr -d '\r' <&3 | tail -n 1)
-    echo "${said:-none}"
+    echo "${answer:-none}"
 }
 first() { (to_proxy "$1"; read -r -t 100 _ status _ <&3; echo "${status:-none}"); }
 statuses() { (to_proxy "$1"; timeout 100 tr -d '\r' <&3 | sed -n 's,.*HTTP/1.1 \(...\).*,\1,p' | tr '\n' ' '; echo); }
@@ -432,7 +433,7 @@ async fn row_120_a_name_that_moves_to_an_address_of_the_host_leads_there_for_nob
         again() {{
             exec 4<>/dev/tcp/127.64.0.1/3128
             printf %b "GET http://web.test:{port}/ HTTP/1.1\r\nHost: x\r\n\r\n" >&4
-            read -r _ status _ <&4; read_head; read -r said <&4; echo "$status"
+            read -r _ status _ <&4; read_head; read -r _ <&4; echo "$status"
         }}
         read_head() {{ while read -r line <&4 && [ -n "${{line%$'\r'}}" ]; do :; done; }}
         all() {{ again; connect web.test:{port}; get web.test {port}; }}
@@ -546,8 +547,8 @@ async fn row_124_what_a_job_changes_of_its_own_network_leads_to_no_other_destina
         command.env(AS_WORKER, format!("{} {destination}", socket.display()));
         command.uid(uid).gid(uid).current_dir("/").stdin(Stdio::null());
         let output = tokio::task::block_in_place(|| command.output().unwrap());
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        let (_, answer) = said.split_once("answer: ").expect("it says how it went");
+        let output = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (_, answer) = output.split_once("answer: ").expect("it says how it went");
         answer.lines().next().expect("a line").to_owned()
     };
     let own = format!("web.test:{port}");

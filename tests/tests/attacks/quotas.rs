@@ -48,7 +48,7 @@ fn fills_its_own(disk: fn(&TestHost) -> SmallDisk) {
     let console = ongoing(&client, full, "fill-quota", &QUOTA_WORDS, "ready");
     // The console is root's file: not the job's quota, but `limits.console` is its bound.
     assert!(console.contains("line 999 with a full quota"), "{console}");
-    assert!(console.contains("held: a project of its own"), "{console}");
+    assert!(console.contains("blocked: a project of its own"), "{console}");
     let used = |worker| {
         list(&client)
             .into_iter()

@@ -181,8 +181,8 @@ fn row_92_sockets_of_a_job_are_never_resolved_and_the_monitor_stats_no_mount() {
         libc::SYS_getdents64,
         libc::SYS_inotify_add_watch,
     ];
-    let looked: Vec<_> = monitor.iter().filter(|call| by_path.contains(call)).collect();
-    assert!(looked.is_empty(), "the monitor called {looked:?}");
+    let path_calls: Vec<_> = monitor.iter().filter(|call| by_path.contains(call)).collect();
+    assert!(path_calls.is_empty(), "the monitor called {path_calls:?}");
     assert!(monitor.len() < 150, "the monitor made {} calls", monitor.len());
     assert!(builder.contains(&libc::SYS_open_tree), "nothing was built");
     // A handful for each packet of the kernel's list, and for each entry that is shown by itself; resolving a name takes as
@@ -230,13 +230,13 @@ fn row_94_fifos_of_the_host_are_not_written_to_wherever_they_are() {
     };
     // One of them is made when the root file system is there already.
     let readers = ["plain/fifo", "disk/fifo", "shown/fifo"].map(|name| fifo(&at(name), mode));
-    let words = [
+    let args = [
         at("plain/fifo").display().to_string(),
         at("disk/fifo").display().to_string(),
         at("shown/fifo").display().to_string(),
         "/opt/shown/fifo".to_owned(),
     ];
-    attack(&client, worker, "fifos", &words.each_ref().map(String::as_str));
+    attack(&client, worker, "fifos", &args.each_ref().map(String::as_str));
     for mut reader in readers {
         let mut bytes = Vec::new();
         let error = reader.read_to_end(&mut bytes).expect_err("nobody has closed it");

@@ -41,7 +41,7 @@ struct Stopper {
     events: Sender<TracerEvent>,
     go: Receiver<()>,
     /// Points begin with the first call for the worker's lock.
-    begun: bool,
+    has_started: bool,
     locked: bool,
 }
 
@@ -52,14 +52,14 @@ impl Stopper {
             seen: BTreeMap::new(),
             events,
             go,
-            begun: false,
+            has_started: false,
             locked: false,
         }
     }
 
     fn enter(&mut self, kind: &'static str, call: TracedCall) {
-        self.begun |= call.number == libc::SYS_flock;
-        if !self.begun {
+        self.has_started |= call.number == libc::SYS_flock;
+        if !self.has_started {
             return;
         }
         let calls = self.seen.entry(kind).or_default();
@@ -221,7 +221,7 @@ fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) ->
 fn running(test: &TestHelper) -> WorkerId {
     let client = test.client();
     let worker = create_worker(&client, "c");
-    let console = start_attack(&client, worker, "never-end", &["quiet"]);
+    let console = start_attack(&client, worker, "never-end", &["idle"]);
     wait_for_line(&console, "ready");
     worker
 }

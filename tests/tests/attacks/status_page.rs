@@ -66,7 +66,7 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
         let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: ");
         stream
     };
-    let begun = Instant::now();
+    let started_at = Instant::now();
     let mut half_sent: Vec<TcpStream> = (0..3000).map(|_| half()).collect();
     let pid = factory.supervisor.pid();
     for n in 0..3 {
@@ -76,7 +76,7 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
         assert!(open < 300, "the supervisor has {open} open files");
         half_sent.extend((0..200).map(|_| half()));
     }
-    assert!(begun.elapsed() < TEST_TIMEOUT / 2);
+    assert!(started_at.elapsed() < TEST_TIMEOUT / 2);
     // The connection of one that says nothing at all is closed.
     let mut silent = TcpStream::connect(&address).unwrap();
     silent.set_read_timeout(Some(Duration::from_secs(60))).unwrap();

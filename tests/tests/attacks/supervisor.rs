@@ -20,7 +20,7 @@ fn greet(socket: &Seqpacket) -> bool {
 }
 
 /// What `other_uid` does, in its environment: the socket, its uid when it connects, and its uid afterwards.
-const ACTION: &str = "USER_FACTORY_ATTACK_ORDER";
+const ACTION: &str = "USER_FACTORY_ATTACK_ACTION";
 
 fn become_uid(uid: u32) {
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));

@@ -169,7 +169,7 @@ fn a_worker_whose_helper_call_hangs_is_given_up_in_time_and_taken_up_again() {
     let test = TestHelper::new();
     let client = test.client();
     let worker = create_worker(&client, "a");
-    // As one that waits in a mount: it takes orders, and carries none out.
+    // As one that waits in a mount: it accepts requests, and carries none out.
     test.helper.signal(Signal::SIGSTOP);
     let (reply, _) = install(
         &client,

@@ -109,7 +109,7 @@ async fn row_79_answers_a_byte_at_a_time_are_read_to_their_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_79_a_worker_whose_making_was_answered_with_silence_is_found() {
+async fn row_79_a_worker_whose_making_had_no_answer_is_found() {
     // A worker without a mark is waited for no longer than an agent.
     let slots = format!("online_timeout_seconds = 20\n{ONE}");
     let factory = TestFactory::behind_a_proxy(&slots).await;

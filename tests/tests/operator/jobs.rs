@@ -100,13 +100,13 @@ async fn a_console_is_followed_to_its_end_and_its_escapes_are_only_for_files() {
     });
     assert!(done(&factory, &["logs", &worker]).contains("begun\n"));
     // On a terminal, which script(1) makes, the escape is shown and not obeyed.
-    let words = format!(
+    let typed = format!(
         "{} logs {worker} --root {}",
         binaries().join("user-factory").display(),
         factory.host.root.display()
     );
     let script = Command::new("script")
-        .args(["-qec", &words, "/dev/null"])
+        .args(["-qec", &typed, "/dev/null"])
         .stdin(Stdio::null())
         .output()
         .unwrap();
@@ -202,7 +202,7 @@ async fn a_drain_says_why_outlives_a_restart_and_ends_by_itself() {
     factory.wait_completed(jobs[1]).await;
     factory.release();
     factory.wait_completed(jobs[0]).await;
-    for (words, status, part) in [
+    for (args, status, part) in [
         (["drain", "--until", "yesterday"], 2, "no time and no duration"),
         (
             ["drain", "--until", "2020-01-01T00:00:00Z"],
@@ -211,7 +211,7 @@ async fn a_drain_says_why_outlives_a_restart_and_ends_by_itself() {
         ),
         (["drain", "--reason", "two\nlines"], 1, "in one line"),
     ] {
-        let result = run_command(&factory, &words);
+        let result = run_command(&factory, &args);
         result.failed(status, &[part]);
     }
     assert_eq!(json(&factory, &["status"])["draining"], false);
@@ -251,15 +251,15 @@ async fn a_command_without_a_supervisor_names_the_socket_and_exits_with_3() {
     let mut factory = TestFactory::new(ONE).await;
     answering(&factory).await;
     factory.end_supervisor(Signal::SIGTERM);
-    for words in [
+    for args in [
         &["status"][..],
         &["workers"],
         &["drain"],
         &["reload"],
         &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"],
     ] {
-        let result = run_command(&factory, words);
-        assert_eq!(result.status, 3, "{words:?}");
+        let result = run_command(&factory, args);
+        assert_eq!(result.status, 3, "{args:?}");
         assert!(
             result.err.contains("control.sock") && result.err.contains("user-factory serve"),
             "{}",

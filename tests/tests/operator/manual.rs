@@ -8,13 +8,13 @@ use testbed::test_factory::ONE;
 use super::*;
 
 /// Type a command at a terminal (`script(1)` makes one), and return all that is on it afterwards.
-fn at_a_terminal(factory: &TestFactory, words: &str, typed: &str) -> String {
+fn at_a_terminal(factory: &TestFactory, args: &str, typed: &str) -> String {
     let program = binaries().join("user-factory");
-    let words = format!("{} {words} ", program.display())
+    let command = format!("{} {args} ", program.display())
         .replace(" ROOT ", &format!(" --root {} ", factory.host.root.display()));
     let mut script = Command::new("script");
     script
-        .args(["-qec", &words, "/dev/null"])
+        .args(["-qec", &command, "/dev/null"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped());
     let mut script = script.spawn().expect("script is there");

@@ -54,9 +54,9 @@ async fn what_is_of_a_uid_that_no_worker_has_is_found_and_of_one_that_has_is_not
     assert!(status == 1 && has(&report, "file", &file), "{file}: {report}");
     drop(place);
 
-    let by_user = |program: &str, words: &[&str]| {
+    let by_user = |program: &str, args: &[&str]| {
         let mut command = Command::new(program);
-        command.args(words).uid(uid).gid(uid);
+        command.args(args).uid(uid).gid(uid);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command.spawn().expect("it can be started")
     };

@@ -15,10 +15,10 @@ async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
     let factory = TestFactory::new(ONE).await;
     factory.start_blocking_job().await;
     let worker = online(&factory).await;
-    let start = |words: &[&str]| {
-        let mut command = command(&factory, words);
+    let start = |args: &[&str]| {
+        let mut command = command(&factory, args);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        (words.join(" "), command.spawn().expect("the command is there"))
+        (args.join(" "), command.spawn().expect("the command is there"))
     };
     // One that has begun, and has nothing more to print.
     let mut started = vec![start(&["logs", "-f", &worker])];
@@ -39,16 +39,16 @@ async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
         &["destroy", &worker],
         &["reload"],
     ];
-    started.extend(all.iter().map(|words| start(words)));
-    for (words, child) in started {
+    started.extend(all.iter().map(|args| start(args)));
+    for (args, child) in started {
         let result = CommandOutput::from(tokio::task::block_in_place(|| child.wait_with_output()).unwrap());
-        assert_eq!(result.status, 3, "{words}: {}{}", result.out, result.err);
+        assert_eq!(result.status, 3, "{args}: {}{}", result.out, result.err);
         assert!(
             result.err.contains("did not answer within"),
-            "{words}: {}",
+            "{args}: {}",
             result.err
         );
-        assert!(began.elapsed() < AT_MOST, "{words}: {:?}", began.elapsed());
+        assert!(began.elapsed() < AT_MOST, "{args}: {:?}", began.elapsed());
     }
     factory.supervisor.signal(Signal::SIGCONT);
     // What was asked for may be done when it goes on, or not: who asked has gone. It serves again.

@@ -25,12 +25,12 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
     let watcher = watch(monitor, WatchPeriod::OneConnection, Some(plan));
     kill(Pid::from_raw(listener(monitor) as i32), Signal::SIGKILL).unwrap();
     watcher.join().expect("the tracer does not fail");
-    let trouble = see(&factory, |status| {
+    let problem = see(&factory, |status| {
         let helper = &status["helper"];
         let is_away = helper["reachable"] == false;
         helper["trouble"].as_str().filter(|_| is_away).map(str::to_owned)
     });
-    let trouble = trouble.await;
+    let problem = problem.await;
     let parts = [
         "the helper says",
         "has accepted no connection for",
@@ -38,7 +38,7 @@ async fn the_status_says_that_the_helper_cannot_install_a_filter_and_what_to_do(
         "reboot the host",
     ];
     for part in parts {
-        assert!(trouble.contains(part), "{part} is not in {trouble}");
+        assert!(problem.contains(part), "{part} is not in {problem}");
     }
     let result = run_command(&factory, &["status"]);
     assert_eq!(result.status, 4, "{}{}", result.out, result.err);
@@ -163,21 +163,21 @@ async fn row_114_a_hundred_commands_at_once_from_several_users_are_each_answered
     let seen = factory.supervisor.log.len();
     let started: Vec<_> = (0..104usize)
         .map(|number| {
-            let (words, wanted) = commands[number % commands.len()];
-            let mut command = command(&factory, words);
+            let (args, wanted) = commands[number % commands.len()];
+            let mut command = command(&factory, args);
             // Root, the supervisor's own user, and another of its group.
             if number % 3 > 0 {
                 command.gid(SUPERVISOR_UID);
                 command.uid(SUPERVISOR_UID + (number % 3 - 1) as u32);
             }
             command.stdout(Stdio::piped()).stderr(Stdio::piped());
-            (words, wanted, command.spawn().expect("the command is there"))
+            (args, wanted, command.spawn().expect("the command is there"))
         })
         .collect();
-    for (words, wanted, child) in started {
+    for (args, wanted, child) in started {
         let result = CommandOutput::from(tokio::task::block_in_place(|| child.wait_with_output()).unwrap());
         // A status may find the factory drained, but none of it waits for an operator.
-        assert_eq!(result.status, wanted, "{words:?}: {}{}", result.out, result.err);
+        assert_eq!(result.status, wanted, "{args:?}: {}{}", result.out, result.err);
     }
     let log = &factory.supervisor.log;
     let loaded = "configuration loaded again";

@@ -119,7 +119,7 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
         );
     }
 
-    // Who was accepted cannot accept, and nobody but the listener hears of signals by descriptor.
+    // Who was accepted cannot accept, and nobody but the listener receives signals by descriptor.
     let sockets = |pid: u32| {
         let numbers = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
         let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());

@@ -136,9 +136,9 @@ impl RestartableFactory {
                 .filter(|event| event.payload.contains(text))
                 .count()
         };
-        let (ran, said) = (count("once"), count("Exec format error"));
+        let (ran, exec_errors) = (count("once"), count("Exec format error"));
         match self.course {
-            JobCourse::NoStart => assert!(said >= 1 && ran == 0, "{what}: {:#?}", job.events),
+            JobCourse::NoStart => assert!(exec_errors >= 1 && ran == 0, "{what}: {:#?}", job.events),
             _ => assert_eq!(ran, 1, "{what}: {:#?}", job.events),
         }
         // A supervisor that was killed before it had the helper's answer knows less.
