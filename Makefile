@@ -88,7 +88,8 @@ verify:
 	rm -rf $(TARGET)/units && mkdir -p $(TARGET)/units
 	cp $(units) $(TARGET)/units
 	sed -i -E 's,^(Exec[A-Za-z]+)=/[^ ]+,\1=/bin/true,' $(TARGET)/units/*.service
-	said=$$(systemd-analyze verify --man=no $(TARGET)/units/* 2>&1); test -z "$$said" || { echo "$$said" >&2; exit 1; }
+	output=$$(systemd-analyze verify --man=no $(TARGET)/units/* 2>&1); \
+		test -z "$$output" || { echo "$$output" >&2; exit 1; }
 
 # What the units expose, in tenths; more than is written here and in docs/deploying.md fails.
 security:

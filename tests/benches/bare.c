@@ -86,7 +86,9 @@ static void make_rootfs(const char *state_path) {
     DO(chdir("/"));
 }
 
-static const char *TREES[] = {"fs/home/user", "fs/run/buildomat", "fs/input", "fs/work", "fs/tmp", "fs/var-tmp", "fs/opt-buildomat", NULL};
+static const char *WRITABLE_DIRS[] = {
+    "fs/home/user", "fs/run/buildomat", "fs/input", "fs/work", "fs/tmp", "fs/var-tmp", "fs/opt-buildomat", NULL,
+};
 static const char *ABOVE[] = {"fs/home", "fs/run", "fs", NULL};
 
 static void remove_all(int at, const char *name) {
@@ -168,9 +170,9 @@ static void life(unsigned number) {
     DO(renameat(own, "record.part", own, "record"));
     for (int i = 2; i >= 0; i--)
         DO(mkdirat(own, ABOVE[i], 0755));
-    for (int i = 0; TREES[i]; i++) {
-        DO(mkdirat(own, TREES[i], 0755));
-        DO(fchownat(own, TREES[i], uid, uid, 0));
+    for (int i = 0; WRITABLE_DIRS[i]; i++) {
+        DO(mkdirat(own, WRITABLE_DIRS[i], 0755));
+        DO(fchownat(own, WRITABLE_DIRS[i], uid, uid, 0));
     }
     for (int i = 0; i < 2; i++) {
         const char *kind = i ? "group" : "user";

@@ -10,14 +10,14 @@ use std::time::Duration;
 
 use protocol::Request;
 use testbed::bench::{Group, Options, Report, c_program, time};
-use testbed::harness::{Client, TestHost, sealed, worker_id};
+use testbed::harness::{Client, TestHost, sealed_memfd, worker_id};
 
 fn main() {
     let options = Options::from_args();
     let host = TestHost::new();
     let slot = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
     host.configure("http://127.0.0.1:1", 0, slot);
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let tools = tempfile::tempdir().expect("a directory");
     let directories = c_program(tools.path(), "directories", &["-O2", "-pthread"]);
     // On the same file system.
@@ -78,7 +78,7 @@ fn delete(host: &TestHost, grow: &dyn Fn(&Path, u32)) -> Duration {
         panic!("no user was made")
     };
     let bootstrap = "abcdefgh01234567".parse().expect("it is a token");
-    let agent = sealed(&fs::read("/bin/true").expect("every host has it"));
+    let agent = sealed_memfd(&fs::read("/bin/true").expect("every host has it"));
     let request = Request::InstallAgent { worker, bootstrap };
     client.ask_with(&request, Some(std::os::fd::AsFd::as_fd(&agent)));
     client.ask(&Request::Kill { worker });

@@ -36,10 +36,10 @@ fn send(mut stream: TcpStream, bytes: usize) -> std::io::Result<()> {
     // Whatever it asks for.
     let _ = stream.read(&mut [0; 4096])?;
     let piece = vec![7; PIECE];
-    let (begun, mut sent) = (Instant::now(), 0);
+    let (started_at, mut sent) = (Instant::now(), 0);
     while sent < bytes {
         let due = Duration::from_secs_f64(sent as f64 / RATE as f64);
-        thread::sleep(due.saturating_sub(begun.elapsed()));
+        thread::sleep(due.saturating_sub(started_at.elapsed()));
         stream.write_all(&piece)?;
         sent += PIECE;
     }
@@ -49,16 +49,17 @@ fn send(mut stream: TcpStream, bytes: usize) -> std::io::Result<()> {
 /// A script that prints the microseconds of one download.
 fn download(host: &str, port: u16) -> String {
     format!(
-        "begun=${{EPOCHREALTIME/.}}; exec 3<>/dev/tcp/{host}/{port}; echo >&3; cat <&3 >/dev/null; echo $((${{EPOCHREALTIME/.}} - begun))"
+        "started_at=${{EPOCHREALTIME/.}}; exec 3<>/dev/tcp/{host}/{port}; echo >&3; cat <&3 >/dev/null; \
+         echo $((${{EPOCHREALTIME/.}} - started_at))"
     )
 }
 
 /// The same through the job's HTTP proxy.
 fn through_proxy(host: &str, port: u16) -> String {
-    let open =
-        "proxy=${http_proxy#http://}; begun=${EPOCHREALTIME/.}; exec 3<>/dev/tcp/${proxy%:*}/${proxy#*:}";
+    let open = "proxy=${http_proxy#http://}; started_at=${EPOCHREALTIME/.}; exec 3<>/dev/tcp/${proxy%:*}/${proxy#*:}";
     format!(
-        "{open}; printf 'CONNECT {host}:{port} HTTP/1.1\\r\\n\\r\\n\\n' >&3; cat <&3 >/dev/null; echo $((${{EPOCHREALTIME/.}} - begun))"
+        "{open}; printf 'CONNECT {host}:{port} HTTP/1.1\\r\\n\\r\\n\\n' >&3; cat <&3 >/dev/null; \
+         echo $((${{EPOCHREALTIME/.}} - started_at))"
     )
 }
 
@@ -119,7 +120,7 @@ async fn main() {
     );
     let mut factory = TestFactory::new(&slot).await;
     factory.restart_with_hosts("127.0.0.1 big.test\n");
-    factory.completed(factory.submit("true")).await;
+    factory.wait_completed(factory.submit("true")).await;
     let (mut direct, mut by_name, mut proxied) = (Vec::new(), Vec::new(), Vec::new());
     let (mut waiting, mut processor, mut bare) = (Vec::new(), Vec::new(), Vec::new());
     let for_a_gigabyte = |seconds: f64| seconds * 1e6 * 1e9 / bytes as f64;
@@ -135,7 +136,7 @@ async fn main() {
         direct.push(text.trim().parse::<f64>().unwrap());
         bare.push(for_a_gigabyte(tokio::task::block_in_place(|| bare_loop(port))));
         let before = processor_seconds(factory.supervisor.pid());
-        factory.completed(factory.submit(&nothing)).await;
+        factory.wait_completed(factory.submit(&nothing)).await;
         let idle = processor_seconds(factory.supervisor.pid()) - before;
         waiting.push(idle * 1e6);
         for (script, samples) in [
@@ -144,7 +145,7 @@ async fn main() {
         ] {
             let before = processor_seconds(factory.supervisor.pid());
             let job = factory.submit(&script);
-            factory.completed(job).await;
+            factory.wait_completed(job).await;
             let used = processor_seconds(factory.supervisor.pid()) - before - idle;
             processor.push(for_a_gigabyte(used));
             let printed = lines(&factory.server.job(job), "stdout");

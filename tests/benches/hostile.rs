@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use protocol::{Reply, Request};
 use testbed::bench::{Group, Options, Report, Way, time};
-use testbed::harness::{TestHost, binaries, has_controller, place, sealed};
-use testbed::test_helper::{TestHelper, created, install, list, read, start_attack};
+use testbed::harness::{TestHost, binaries, create_shared_dir, has_controller, sealed_memfd};
+use testbed::test_helper::{TestHelper, create_worker, install, list, read, start_attack};
 
 /// Between two `List` requests: a poll of many supervisors, so to speak.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -32,11 +32,12 @@ const BEGINS: Duration = Duration::from_secs(20);
 const PROCESSES: &str = "512";
 const OPEN_FILES: &str = "1024";
 
-/// An attempt: its name, the slot that it needs, its words, and the line after which all that it does is being done.
+/// An attempt: its name, the slot that it needs, its arguments, and the line after which all that it does is being
+/// done.
 struct Attempt {
     name: &'static str,
     slot: &'static str,
-    words: Vec<String>,
+    args: Vec<String>,
     line: &'static str,
 }
 
@@ -49,26 +50,24 @@ fn main() {
     let mut report = Report::new("hostile");
     println!(
         "\n  {:<34} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7}",
-        "beside", "List", "p99", "quiet p99", "life", "ratio", "rounds"
+        "beside", "List", "p99", "base p99", "life", "ratio", "rounds"
     );
     let mut list_worst = Worst::default();
     let mut life_worst = Worst::default();
     for attempt in &attempts {
-        let title = [&[attempt.name.to_owned()][..], &attempt.words]
-            .concat()
-            .join(" ");
+        let title = [&[attempt.name.to_owned()][..], &attempt.args].concat().join(" ");
         if !options.wants(&title) {
             continue;
         }
         let (ways, rounds) = beside(&test, attempt, &options);
-        let [list, quiet_list, life, quiet_life] = &ways;
-        let ratio = life.median() / quiet_life.median();
+        let [list, baseline_list, life, baseline_life] = &ways;
+        let ratio = life.median() / baseline_life.median();
         let shown: String = title.chars().take(34).collect();
         println!(
             "  {shown:<34} {:>6.2} ms {:>6.2} ms {:>6.2} ms {:>6.1} ms {ratio:>7.2} {rounds:>7}",
             list.median() / 1e3,
             list.quantile(0.99) / 1e3,
-            quiet_list.quantile(0.99) / 1e3,
+            baseline_list.quantile(0.99) / 1e3,
             life.median() / 1e3,
         );
         list_worst.see(list.quantile(0.99) / 1e3, &shown);
@@ -85,7 +84,7 @@ fn main() {
         50.0,
     );
     report.aim(
-        &format!("a life against the quiet one, beside {}", life_worst.title),
+        &format!("a life against the baseline, beside {}", life_worst.title),
         life_worst.value,
         2.0,
     );
@@ -158,7 +157,7 @@ fn thin(way: Way) -> Way {
     }
 }
 
-/// The host that the attempts are made on: what their words name.
+/// The host that the attempts are made on: what their arguments name.
 struct AttackedHost {
     place: tempfile::TempDir,
     sleeper: Child,
@@ -180,7 +179,7 @@ impl Drop for AttackedHost {
 
 impl AttackedHost {
     fn new() -> AttackedHost {
-        let place = place();
+        let place = create_shared_dir();
         let groups = fs::read_to_string("/etc/group").expect("the host has groups");
         let mut groups = groups.lines().filter_map(|line| {
             let fields: Vec<&str> = line.split(':').collect();
@@ -253,7 +252,7 @@ impl AttackedHost {
         TestHelper::on(host, None)
     }
 
-    /// Each attempt, with what its words name on this host.
+    /// Each attempt, with what its arguments name on this host.
     fn attempts(&self, test: &TestHelper) -> Vec<Attempt> {
         let own = |name: &str| self.place.path().join(name).display().to_string();
         let (canary, file, here) = (
@@ -270,14 +269,14 @@ impl AttackedHost {
         let listener = format!("stream@{}", name_of_the_listener());
         let nobody = format!("user-factory-bench-{}-nobody", std::process::id());
         // It reads what the host has, where a short word would be found.
-        let of_nobody = testbed::server::secret();
+        let of_nobody = testbed::fake_server::secret();
         let mut all: Vec<Attempt> = Vec::new();
-        let mut add = |slot, name, words: &[&str], line| {
-            let words = words.iter().map(|word| (*word).to_owned()).collect();
+        let mut add = |slot, name, args: &[&str], line| {
+            let args = args.iter().map(|arg| (*arg).to_owned()).collect();
             all.push(Attempt {
                 name,
                 slot,
-                words,
+                args,
                 line,
             });
         };
@@ -393,7 +392,7 @@ impl AttackedHost {
         for output in ["no-newline", "escapes", "nuls"] {
             add(plain, "print-much", &[output], over);
         }
-        for output in ["quiet", "noisy"] {
+        for output in ["idle", "noisy"] {
             add(plain, "never-end", &[output], ready);
         }
         if has_controller("memory") {
@@ -441,7 +440,7 @@ impl Drop for StopOnDrop<'_> {
 /// `List` and lives beside the attempt, and `List` and lives right before it; and how often the attempt was made.
 fn beside(test: &TestHelper, attempt: &Attempt, options: &Options) -> ([Way; 4], usize) {
     let lives = options.size(20, 2);
-    let [quiet_list, quiet_life] = measure(test, lives, options.size(1, 0));
+    let [baseline_list, baseline_life] = measure(test, lives, options.size(1, 0));
     let (over, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
     let [list, life] = std::thread::scope(|scope| {
         let attacker = scope.spawn(|| attack_again_and_again(test, attempt, &over, &rounds));
@@ -455,9 +454,9 @@ fn beside(test: &TestHelper, attempt: &Attempt, options: &Options) -> ([Way; 4],
     (
         [
             way("List", list),
-            way("List, quiet", quiet_list),
+            way("List, baseline", baseline_list),
             way("life", life),
-            way("life, quiet", quiet_life),
+            way("life, baseline", baseline_life),
         ],
         rounds.load(Ordering::Relaxed),
     )
@@ -488,13 +487,13 @@ fn measure(test: &TestHelper, lives: usize, seconds: u64) -> [Vec<Duration>; 2] 
         });
         let end = StopOnDrop(&over);
         let client = test.client();
-        let agent = || sealed(b"#!/bin/sh\nexec sleep 1000000\n");
+        let agent = || sealed_memfd(b"#!/bin/sh\nexec sleep 1000000\n");
         let begin = Instant::now();
         let mut all = Vec::new();
         while all.len() < lives || begin.elapsed() < Duration::from_secs(seconds) {
             let agent = agent();
             all.push(time(|| {
-                let worker = created(&client, "neighbour");
+                let worker = create_worker(&client, "neighbour");
                 let (reply, _console) = install(&client, worker, agent);
                 assert_eq!(reply, Reply::AgentStarted);
                 assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
@@ -515,10 +514,10 @@ fn wait_for_first(rounds: &AtomicUsize, attacker: &std::thread::ScopedJoinHandle
 /// Make the attempt in a new worker, let it come to its line and stay for a while, delete it, and begin anew.
 fn attack_again_and_again(test: &TestHelper, attempt: &Attempt, over: &AtomicBool, rounds: &AtomicUsize) {
     let client = test.client();
-    let words: Vec<&str> = attempt.words.iter().map(String::as_str).collect();
+    let args: Vec<&str> = attempt.args.iter().map(String::as_str).collect();
     while !over.load(Ordering::Relaxed) {
-        let worker = created(&client, attempt.slot);
-        let console = start_attack(&client, worker, attempt.name, &words);
+        let worker = create_worker(&client, attempt.slot);
+        let console = start_attack(&client, worker, attempt.name, &args);
         let ended = |text: &str| text.contains("attempt over");
         let events = client.cgroups.join(worker.to_string()).join("cgroup.events");
         let alive = || fs::read_to_string(&events).is_ok_and(|text| text.contains("populated 1"));
@@ -534,7 +533,7 @@ fn attack_again_and_again(test: &TestHelper, attempt: &Attempt, over: &AtomicBoo
         });
         // It has failed, and it was made at all.
         let good = !text.contains("BROKEN") && !text.contains("panicked at");
-        assert!(good, "{} {words:?}:\n{text}", attempt.name);
+        assert!(good, "{} {args:?}:\n{text}", attempt.name);
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use testbed::bench::{Options, Report};
 use testbed::test_factory::TestFactory;
-use testbed::tracer::service::listener;
+use testbed::tracer::helper::listener;
 
 /// What the kernel has counted for a process, over all its threads (`proc(5)`).
 #[derive(Clone, Copy, Debug, Default)]
@@ -97,11 +97,11 @@ fn main() {
         let factory = TestFactory::new(&slots).await;
         // What is made once is made: a job has been there.
         let job = factory.submit("true");
-        factory.completed(job).await;
+        factory.wait_completed(job).await;
         factory
-            .see(|state| state.workers.values().all(|w| w.deleted).then_some(()))
+            .wait_for_state(|state| state.workers.values().all(|w| w.deleted).then_some(()))
             .await;
-        factory.polls(3).await;
+        factory.wait_polls(3).await;
         factory
     });
     let processes = [

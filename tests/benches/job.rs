@@ -12,9 +12,9 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::Reply;
-use testbed::bench::{Go, Group, Options, Report};
-use testbed::harness::{TestHost, sealed, tool};
-use testbed::test_helper::{TestHelper, created, install, read};
+use testbed::bench::{Group, Measurement, Options, Report};
+use testbed::harness::{TestHost, sealed_memfd, tool};
+use testbed::test_helper::{TestHelper, create_worker, install, read};
 
 /// Nobody's, outside every range in use.
 const USER: u32 = 0x6fff_fff1;
@@ -85,14 +85,14 @@ cp -r "$IN/package" . && cd package && cargo build --quiet --offline"#;
     ]
 }
 
-/// Everything is said by the script itself: only the work is measured.
+/// Everything is timed by the script itself: only the work is measured.
 fn timed(script: &str) -> String {
     format!("begin=$(date +%s%N)\n( {script}\n) && echo \"took $(($(date +%s%N) - begin))\"\n")
 }
 
-fn took(said: &str) -> Duration {
-    let nanos = said.lines().find_map(|line| line.strip_prefix("took "));
-    let nanos = nanos.unwrap_or_else(|| panic!("the work failed:\n{said}"));
+fn took(output: &str) -> Duration {
+    let nanos = output.lines().find_map(|line| line.strip_prefix("took "));
+    let nanos = nanos.unwrap_or_else(|| panic!("the work failed:\n{output}"));
     Duration::from_nanos(nanos.parse().expect("a number"))
 }
 
@@ -181,22 +181,22 @@ fn on_host(host: &TestHost, place: &Path, script: &str) -> Duration {
 /// one of the processors that the job should have.
 fn in_worker(test: &TestHelper, script: &str) -> Duration {
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let script = format!(
         "#!/bin/bash\nexport IN=/opt/in RUST=/opt/rust; cd /work; exec 2>&1\n{}",
         timed(script)
     );
-    let (reply, console) = install(&client, worker, sealed(script.as_bytes()));
+    let (reply, console) = install(&client, worker, sealed_memfd(script.as_bytes()));
     assert_eq!(reply, Reply::AgentStarted);
     let events = test
         .host
         .cgroup_dir()
         .join(format!("workers/{worker}/cgroup.events"));
     let events = fs::File::open(&events).unwrap_or_else(|e| panic!("{}: {e}", events.display()));
-    let mut said = [0; 256];
+    let mut text = [0; 256];
     loop {
-        let length = events.read_at(&mut said, 0).expect("the cgroup is there");
-        if String::from_utf8_lossy(&said[..length]).contains("populated 0") {
+        let length = events.read_at(&mut text, 0).expect("the cgroup is there");
+        if String::from_utf8_lossy(&text[..length]).contains("populated 0") {
             break;
         }
         poll(
@@ -205,9 +205,9 @@ fn in_worker(test: &TestHelper, script: &str) -> Duration {
         )
         .expect("it can be waited for");
     }
-    let said = read(&console.expect("a console comes with the reply"));
+    let output = read(&console.expect("a console comes with the reply"));
     test.delete(&[worker]);
-    took(&said)
+    took(&output)
 }
 
 fn main() {
@@ -226,7 +226,7 @@ fn main() {
     );
     let test = TestHelper::with(&slots);
     for part in parts(&options).iter().filter(|part| options.wants(part.name)) {
-        let ways: Vec<Go<'_>> = vec![
+        let ways: Vec<Measurement<'_>> = vec![
             (
                 "ordinary user of the host",
                 Box::new(|| on_host(&test.host, place.path(), &part.script)),

@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::{Reply, Request, WorkerId};
 use testbed::bench::{Group, Options, Report, c_program, time};
-use testbed::harness::{Client, PAUSE, TestHost, sealed, worker_id};
+use testbed::harness::{Client, PAUSE, TestHost, sealed_memfd, worker_id};
 
 fn main() {
     let options = Options::from_args();
@@ -33,12 +33,12 @@ fn main() {
         0,
         &crowds.iter().map(slot).collect::<String>(),
     );
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let tools = tempfile::tempdir().expect("a directory");
     let program = c_program(tools.path(), "crowd", &["-O2", "-static"]);
     let ways = Ways {
         client: Client::new(&host),
-        agent: sealed(&fs::read(program).expect("it was built")),
+        agent: sealed_memfd(&fs::read(program).expect("it was built")),
         host,
     };
     let mut report = Report::new("kill");

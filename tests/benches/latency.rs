@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use testbed::bench::{Group, Options, Report, Way};
+use testbed::fake_server::{State, Ulid};
 use testbed::harness::TEST_TIMEOUT;
-use testbed::server::{State, Ulid};
 use testbed::test_factory::TestFactory;
 
 /// What is waited for, in this order, and who makes it happen.
@@ -33,7 +33,7 @@ async fn follow(factory: &TestFactory, job: Ulid) -> [Timestamp; STEPS.len() + 1
     let mut online = None;
     let see = |state: &State| {
         let job = &state.jobs[&job];
-        if job.worker.is_some_and(|id| state.workers[&id].online()) {
+        if job.worker.is_some_and(|id| state.workers[&id].is_online()) {
             online.get_or_insert(Timestamp::now());
         }
         let line = job.events.iter().find(|event| event.payload == "first")?;
@@ -41,7 +41,7 @@ async fn follow(factory: &TestFactory, job: Ulid) -> [Timestamp; STEPS.len() + 1
     };
     let seen_by_server = factory.server.wait_for(TEST_TIMEOUT, see).await;
     let (submitted, assigned, line) = seen_by_server.unwrap_or_else(|e| panic!("{e:#}"));
-    factory.logged_from(seen, &["worker phase", "phase=\"running\""]);
+    factory.wait_for_log_from(seen, &["worker phase", "phase=\"running\""]);
     let log = factory.supervisor.log.text_from(seen);
     let lines: Vec<&str> = log.lines().collect();
     let made = lines
@@ -79,10 +79,10 @@ async fn main() {
     let options = Options::from_args();
     let mut report = Report::new("latency");
     let mut factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\n").await;
-    factory.count_calls();
+    factory.restart_with_call_log();
     // The agent is downloaded once, by the first job.
     let first = factory.submit("echo first");
-    factory.completed(first).await;
+    factory.wait_completed(first).await;
     let jobs = options.size(100, 5);
     let mut steps = vec![Vec::new(); STEPS.len()];
     let (mut own, mut all) = (Vec::new(), Vec::new());
@@ -98,7 +98,7 @@ async fn main() {
         }
         own.push(us(OWN.start, OWN.end));
         all.push(us(0, STEPS.len()));
-        factory.completed(job).await;
+        factory.wait_completed(job).await;
     }
     let way = |name: &str, mut samples: Vec<f64>| {
         samples.sort_by(f64::total_cmp);
@@ -132,6 +132,6 @@ async fn main() {
 /// Wait until no worker is left on the server, and the factory has seen it.
 async fn idle(factory: &TestFactory) {
     let gone = |state: &State| state.workers.values().all(|worker| worker.deleted).then_some(());
-    factory.see(gone).await;
-    factory.polls(2).await;
+    factory.wait_for_state(gone).await;
+    factory.wait_polls(2).await;
 }

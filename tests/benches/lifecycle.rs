@@ -17,16 +17,16 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::{Reply, Request, WorkerId};
-use testbed::bench::{Go, Group, Options, Report, c_program, time};
-use testbed::harness::{Client, TestHost, binaries, install, sealed, worker_id};
+use testbed::bench::{Group, Measurement, Options, Report, c_program, time};
+use testbed::harness::{Client, TestHost, binaries, install, sealed_memfd, worker_id};
 
 /// Slots of every configuration here: enough for the workers that are alive beside the measured one.
 const SLOTS: usize = 66;
 
 fn main() {
-    let words: Vec<String> = std::env::args().collect();
-    match words.get(1).map(String::as_str) {
-        Some("process") => process(&words[2], &words[3..]),
+    let args: Vec<String> = std::env::args().collect();
+    match args.get(1).map(String::as_str) {
+        Some("process") => process(&args[2], &args[3..]),
         _ => compare(&Options::from_args()),
     }
 }
@@ -38,7 +38,7 @@ fn compare(options: &Options) {
     let mut report = Report::new("lifecycle");
     let rounds = options.size(200, 3);
     if options.wants("ways") {
-        let mut ways: Vec<Go<'_>> = vec![
+        let mut ways: Vec<Measurement<'_>> = vec![
             go("helper", tools.start("helper", &[])),
             go(
                 "helper, a connection for each request",
@@ -85,7 +85,7 @@ fn compare(options: &Options) {
         let ways = names
             .iter()
             .map(|size| go(size, tools.start("helper", &[key, size])));
-        let mut ways: Vec<Go<'_>> = ways.collect();
+        let mut ways: Vec<Measurement<'_>> = ways.collect();
         if part == "mounts" {
             ways.push(go(
                 "2000 that jobs see",
@@ -99,7 +99,7 @@ fn compare(options: &Options) {
     report.end(options);
 }
 
-fn go(name: &str, mut process: MeasuredProcess) -> Go<'_> {
+fn go(name: &str, mut process: MeasuredProcess) -> Measurement<'_> {
     (name, Box::new(move || process.life()))
 }
 
@@ -356,8 +356,8 @@ impl BenchHelper {
             format!("[slots.s{n}]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nenv.STARTED = \"{started}\"\n")
         };
         host.configure("http://127.0.0.1:1", 0, &(0..SLOTS).map(slot).collect::<String>());
-        let helper = host.helper();
-        let agent = sealed(&fs::read(place.join("agent")).expect("it was built"));
+        let helper = host.start_helper();
+        let agent = sealed_memfd(&fs::read(place.join("agent")).expect("it was built"));
         let mut factory = BenchHelper {
             client: Client::new(&host),
             helper,
@@ -593,12 +593,12 @@ fn crun_bundle(place: &Path, own: &Path, started: &FirstOpen) -> PathBuf {
 fn crun(bundle: &Path, started: &FirstOpen) -> Duration {
     let name = format!("bench-{}", std::process::id());
     let state = bundle.join("state");
-    let with = |words: &[&str]| {
+    let with = |args: &[&str]| {
         let mut crun = Command::new("crun");
         crun.arg("--root")
             .arg(&state)
             .arg("--cgroup-manager=disabled")
-            .args(words);
+            .args(args);
         crun.stdin(Stdio::null()).stdout(Stdio::null());
         crun
     };

@@ -15,7 +15,7 @@ use supervisor::identity::{Identity, InstanceId};
 use supervisor::reconcile::{ReconcileInput, adopted, reconcile};
 use supervisor::schedule::SlotSchedule;
 use supervisor::worker::{Phase, Worker};
-use testbed::bench::{Go, Group, Options, Report};
+use testbed::bench::{Group, Measurement, Options, Report};
 use testbed::test_factory::{CALLS, TestFactory};
 
 /// Targets that the slots belong to, in turn.
@@ -96,7 +96,11 @@ fn processor_time() -> Duration {
 }
 
 /// The ways of a group that differ in size, the largest first: ratios are against it.
-fn growing<'a>(sizes: &'a [usize], what: &str, go: impl Fn(usize) -> Box<dyn FnMut() + 'a>) -> Vec<Go<'a>> {
+fn growing<'a>(
+    sizes: &'a [usize],
+    what: &str,
+    go: impl Fn(usize) -> Box<dyn FnMut() + 'a>,
+) -> Vec<Measurement<'a>> {
     let way = |size: &usize| {
         let mut once = go(*size);
         let name: &str = Box::leak(format!("{size} {what}").into_boxed_str());
@@ -261,14 +265,14 @@ async fn calls(options: &Options, report: &Report) {
         .map(|n| format!("[slots.s{n}]\ntarget = \"TARGET\"\n"))
         .collect();
     let mut factory = TestFactory::new(&slots).await;
-    factory.count_calls();
+    factory.restart_with_call_log();
     let (mut running, mut first) = (0, None);
     for wanted in alive {
         for _ in running..wanted {
             factory.submit_blocking();
         }
         running = wanted;
-        factory.online(running).await;
+        factory.wait_online(running).await;
         let calls = factory.calls_per_poll(options.size(20, 5)).await;
         let shown = CALLS
             .iter()

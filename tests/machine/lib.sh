@@ -47,11 +47,11 @@ start_machine() {
 
 # Wait for a line of the machine's that is this pattern, so many seconds; it is then in $answer.
 await() {
-    local end=$((SECONDS + $2)) begun='' piece
+    local end=$((SECONDS + $2)) partial='' piece
     while [ $SECONDS -lt $end ]; do
         if read -r -t 1 piece <&"$from_machine"; then
-            answer=$begun$piece
-            begun=
+            answer=$partial$piece
+            partial=
             # shellcheck disable=SC2053 # it is a pattern
             [[ $answer == $1 ]] && return
             note "unexpected: $answer"
@@ -60,7 +60,7 @@ await() {
             fail "the machine stopped by itself: see $target/last/console"
         else
             # The second was over in the middle of a line.
-            begun+=$piece
+            partial+=$piece
         fi
     done
     note "time-out: no '$1' after $2 s; see $target/last/console"

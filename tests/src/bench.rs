@@ -78,7 +78,7 @@ pub struct Way {
 }
 
 /// A way, and how to go it once: it says itself how long the part that counts took.
-pub type Go<'a> = (&'a str, Box<dyn FnMut() -> Duration + 'a>);
+pub type Measurement<'a> = (&'a str, Box<dyn FnMut() -> Duration + 'a>);
 
 /// Build `tests/benches/NAME.c` into a directory. Rust links with a C compiler, so there is one.
 pub fn c_program(into: &Path, name: &str, flags: &[&str]) -> PathBuf {
@@ -115,7 +115,7 @@ impl Way {
 
 impl Group {
     /// Go each way once for the caches, then `rounds` times, in turn.
-    pub fn measure(title: &str, rounds: usize, mut ways: Vec<Go<'_>>) -> Group {
+    pub fn measure(title: &str, rounds: usize, mut ways: Vec<Measurement<'_>>) -> Group {
         let mut samples = vec![Vec::new(); ways.len()];
         for (_, go) in &mut ways {
             go();

@@ -17,7 +17,7 @@ use crate::harness::TEST_TIMEOUT;
 #[derive(Clone, Debug, Default)]
 pub enum Fault {
     #[default]
-    /// It is passed on, and so is its answer.
+    /// It is forwarded, and so is its answer.
     None,
     /// Nobody listens.
     Refuse,
@@ -33,7 +33,7 @@ pub enum Fault {
     Lose,
     /// The answer comes a byte at a time.
     Drip,
-    /// The server gets it twice, and its second answer is passed on.
+    /// The server gets it twice, and its second answer is forwarded.
     Twice,
     /// In the answer, the first string becomes the second: of the same length, or the answer does not fit its
     /// own `content-length`.

@@ -234,7 +234,7 @@ impl Log {
 
     /// Wait for so many lines (at least one), from `from` on, that have all of `parts`; there may be no more of them.
     /// What a process has written is not here at once: a thread reads it.
-    pub fn exactly(&self, count: usize, from: usize, parts: &[&str]) {
+    pub fn wait_for_exactly(&self, count: usize, from: usize, parts: &[&str]) {
         self.wait_for(count, from, parts);
         assert_eq!(self.count_from(from, parts), count, "{parts:?}:\n{}", self.text());
     }
@@ -316,12 +316,12 @@ impl Running {
     }
 
     /// What it prints on its standard output is the log.
-    pub fn printing(command: &mut Command) -> Running {
-        Running::printing_with(command, Stdio::null())
+    pub fn start_logging_stdout(command: &mut Command) -> Running {
+        Running::start_logging_stdout_with(command, Stdio::null())
     }
 
     /// The same, with this to read.
-    pub fn printing_with(command: &mut Command, input: Stdio) -> Running {
+    pub fn start_logging_stdout_with(command: &mut Command, input: Stdio) -> Running {
         let command = command.stdin(input).stdout(Stdio::piped());
         let mut child = command.spawn().expect("the binary can be started");
         let log = Log::default();
@@ -481,7 +481,7 @@ impl TestHost {
     }
 
     /// Start the helper and wait until it serves.
-    pub fn helper(&self) -> Running {
+    pub fn start_helper(&self) -> Running {
         let helper = Running::start(&mut self.helper_command());
         helper.log.wait(&["serving"]);
         helper
@@ -496,13 +496,13 @@ impl TestHost {
     }
 
     /// With the user [`SUPERVISOR_UID`]; returns without waiting for its first poll.
-    pub fn supervisor(&self) -> Running {
+    pub fn start_supervisor(&self) -> Running {
         Running::start(&mut self.supervisor_command())
     }
 
     /// The same, for which the host's `/etc/hosts` has these lines more, and nobody else: it is in a mount namespace of its
     /// own.
-    pub fn supervisor_with_hosts(&self, lines: &str) -> Running {
+    pub fn start_supervisor_with_hosts(&self, lines: &str) -> Running {
         let hosts = self.root.join("etc/hosts.test");
         let of_the_host = fs::read_to_string("/etc/hosts").unwrap_or_default();
         fs::write(&hosts, format!("{of_the_host}\n{lines}")).unwrap();
@@ -592,7 +592,7 @@ pub fn raise_open_files() {
 }
 
 /// A new directory that everybody on the host can see, jobs too: neither /tmp nor /run are the host's in there.
-pub fn place() -> tempfile::TempDir {
+pub fn create_shared_dir() -> tempfile::TempDir {
     place_in(Path::new("/srv"))
 }
 
@@ -635,7 +635,7 @@ pub fn has_controller(name: &str) -> bool {
 }
 
 /// Is this the machine that `tests/machine` boots? What can stop a kernel is tried there and nowhere else.
-pub fn booted_machine() -> bool {
+pub fn is_booted_machine() -> bool {
     let vendor = fs::read_to_string("/sys/class/dmi/id/sys_vendor").unwrap_or_default();
     vendor.trim() == "QEMU" && Path::new("/etc/user-factory-booted-machine").exists()
 }
@@ -650,8 +650,9 @@ pub fn has_file_rules() -> bool {
     landlock_version() >= 2
 }
 
-/// The running kernel does not keep what SECURITY.md promises for newer ones. The helper must have said so at its start.
-pub fn not_kept(helper: &Running, warning: &str) {
+/// The running kernel does not keep what SECURITY.md guarantees for newer ones. The helper must have warned at its
+/// start.
+pub fn assert_warned(helper: &Running, warning: &str) {
     helper.log.wait(&["WARN", warning]);
     // Not by println!, whose output is shown of tests that fail alone.
     let _ = writeln!(std::io::stderr(), "not kept here (SECURITY.md): {warning}");
@@ -682,7 +683,7 @@ pub struct Client {
 impl Client {
     /// Connected, and past the greeting.
     pub fn new(host: &TestHost) -> Client {
-        let client = Client::silent(host);
+        let client = Client::connect(host);
         assert_eq!(
             client
                 .ask(&Request::Hello {
@@ -695,7 +696,7 @@ impl Client {
     }
 
     /// Connected; nothing said.
-    pub fn silent(host: &TestHost) -> Client {
+    pub fn connect(host: &TestHost) -> Client {
         let socket = Seqpacket::connect(&host.socket(), false).expect("the helper listens");
         // A helper that does not answer fails the test, and does not hang it.
         let time = TimeVal::new(TEST_TIMEOUT.as_secs() as i64, 0);
@@ -730,14 +731,14 @@ impl Client {
 }
 
 /// A program in a sealed memfd, as the supervisor hands it over.
-pub fn sealed(program: &[u8]) -> OwnedFd {
-    let fd = memory(program);
+pub fn sealed_memfd(program: &[u8]) -> OwnedFd {
+    let fd = memfd(program);
     supervisor::agent_cache::seal(&fd).expect("a memfd can be sealed");
     fd
 }
 
 /// A program in a memfd without seals.
-pub fn memory(program: &[u8]) -> OwnedFd {
+pub fn memfd(program: &[u8]) -> OwnedFd {
     let fd = memfd_create("agent", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).expect("a memfd");
     let mut file = fs::File::from(fd);
     file.write_all(program).expect("a memfd can be written");

@@ -1,23 +1,23 @@
 //! The test bed: what the factory is tried against.
 //!
-//! [`server`] is a fake buildomat server, over real HTTP and with a clock that tests can
-//! move; [`agent`] is a fake agent with the real one's command line, files and behaviour. All `unsafe` of
+//! [`fake_server`] is a fake buildomat server, over real HTTP and with a clock that tests can
+//! move; [`fake_agent`] is a fake agent with the real one's command line, files and behaviour. All `unsafe` of
 //! the library is in `tracer::sys`.
 #![warn(missing_docs)]
 
-pub mod agent;
 pub mod bench;
 pub mod certificates;
-pub mod disk;
+pub mod fake_agent;
+pub mod fake_server;
 pub mod faulty_proxy;
 pub mod forward_proxy;
 pub mod harness;
+pub mod helper_model;
 pub mod host_snapshot;
-pub mod model;
 pub mod pages;
 pub mod sample;
-pub mod server;
-pub mod service;
+pub mod service_manager;
+pub mod small_disk;
 pub mod sources;
 pub mod test_factory;
 pub mod test_helper;

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 
-use crate::disk::SmallDisk;
+use crate::fake_server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
 use crate::faulty_proxy::Proxy;
 use crate::harness::{Running, SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, place_in};
 use crate::host_snapshot::HostSnapshot;
-use crate::server::{Job, JobSpec, Server, ServerOptions, State, Ulid, Worker};
+use crate::small_disk::SmallDisk;
 
 /// A slot `a` with a variable.
 pub const ONE: &str = "[slots.a]\ntarget = \"TARGET\"\nenv.COLOUR = \"red\"\n";
@@ -90,8 +90,8 @@ impl TestFactory {
         host.configure(&url, SUPERVISOR_UID, &slots);
         host.write_token(&token);
         let before = HostSnapshot::of_unused(&host);
-        let helper = host.helper();
-        let supervisor = host.supervisor();
+        let helper = host.start_helper();
+        let supervisor = host.start_supervisor();
         // A change in /srv, where slots have places, makes the helpers of all tests build their root file systems anew.
         let local = Path::new("/var/local");
         let shared = place_in(if local.is_dir() { local } else { Path::new("/srv") });
@@ -154,21 +154,21 @@ impl TestFactory {
     }
 
     /// Submit a blocking job, and wait until it runs.
-    pub async fn running(&self) -> Ulid {
+    pub async fn start_blocking_job(&self) -> Ulid {
         let job = self.submit_blocking();
-        self.printed(job, "running").await;
+        self.wait_for_line(job, "running").await;
         job
     }
 
     /// Wait for a job's end; panics with the supervisor's log where it does not come.
-    pub async fn ended(&self, job: Ulid) -> Job {
+    pub async fn wait_for_end(&self, job: Ulid) -> Job {
         let ended = self.server.wait_job(job, TEST_TIMEOUT).await;
         ended.unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()))
     }
 
     /// Wait for a job's end, and fail unless it is `completed`.
-    pub async fn completed(&self, job: Ulid) {
-        let job = self.ended(job).await;
+    pub async fn wait_completed(&self, job: Ulid) {
+        let job = self.wait_for_end(job).await;
         assert_eq!(
             job.state(),
             "completed",
@@ -179,70 +179,70 @@ impl TestFactory {
     }
 
     /// Wait until the server's state shows what is wanted.
-    pub async fn see<T>(&self, see: impl FnMut(&State) -> Option<T>) -> T {
-        let seen = self.server.wait_for(TEST_TIMEOUT, see).await;
-        seen.unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()))
+    pub async fn wait_for_state<T>(&self, wanted: impl FnMut(&State) -> Option<T>) -> T {
+        let found = self.server.wait_for(TEST_TIMEOUT, wanted).await;
+        found.unwrap_or_else(|e| panic!("{e:#}\n{}", self.supervisor.log.text()))
     }
 
     /// Wait for a line of the job's output.
-    pub async fn printed(&self, job: Ulid, line: &str) {
+    pub async fn wait_for_line(&self, job: Ulid, line: &str) {
         let see = |state: &State| {
             let mut events = state.jobs[&job].events.iter();
             events.any(|event| event.payload == line).then_some(())
         };
-        self.see(see).await;
+        self.wait_for_state(see).await;
     }
 
     /// Wait until the job's worker is held, and say how it stands then.
-    pub async fn held(&self, job: Ulid) -> Worker {
+    pub async fn wait_held(&self, job: Ulid) -> Worker {
         let held = |state: &State| {
             let worker = state.jobs[&job].worker?;
             let worker = &state.workers[&worker];
             worker.hold.is_some().then(|| worker.clone())
         };
-        self.see(held).await
+        self.wait_for_state(held).await
     }
 
     /// Wait until the job's worker is held, or the job has ended.
-    pub async fn held_or_ended(&self, job: Ulid) {
+    pub async fn wait_held_or_ended(&self, job: Ulid) {
         let over = |state: &State| {
             let held = |worker: &Ulid| state.workers[worker].hold.is_some();
             let job = &state.jobs[&job];
-            (job.complete() || job.worker.as_ref().is_some_and(held)).then_some(())
+            (job.is_complete() || job.worker.as_ref().is_some_and(held)).then_some(())
         };
-        self.see(over).await;
+        self.wait_for_state(over).await;
     }
 
     /// Wait until the factory has looked at the server so many times more: it has had its chance.
-    pub async fn polls(&self, more: u64) {
+    pub async fn wait_polls(&self, more: u64) {
         let polls = || self.server.requests("GET /0/factory/workers");
         let end = polls() + more;
-        self.see(|_| (polls() >= end).then_some(())).await;
+        self.wait_for_state(|_| (polls() >= end).then_some(())).await;
     }
 
     /// Start the supervisor anew, as one that logs its calls.
-    pub fn count_calls(&mut self) {
+    pub fn restart_with_call_log(&mut self) {
         self.end_supervisor(Signal::SIGTERM);
         let mut command = self.host.supervisor_command();
         self.supervisor = Running::start(command.args(["--log-level", "debug"]));
     }
 
     /// Wait until so many workers are online, and the factory knows.
-    pub async fn online(&self, workers: usize) {
+    pub async fn wait_online(&self, workers: usize) {
         let online = |state: &State| {
-            let online = state.workers.values().filter(|w| w.online() && !w.deleted);
+            let online = state.workers.values().filter(|w| w.is_online() && !w.deleted);
             (online.count() == workers).then_some(())
         };
-        self.see(online).await;
-        self.polls(2).await;
+        self.wait_for_state(online).await;
+        self.wait_polls(2).await;
     }
 
-    /// How often the supervisor (see [`TestFactory::count_calls`]) makes each of its calls, to the server and to the helper, in
-    /// one of the next `polls` polls.
+    /// How often the supervisor (see [`TestFactory::restart_with_call_log`]) makes each of its calls, to the server and
+    /// to the helper, in one of the next `polls` polls.
     pub async fn calls_per_poll(&self, polls: u64) -> std::collections::BTreeMap<String, f64> {
-        self.polls(1).await;
+        self.wait_polls(1).await;
         let seen = self.supervisor.log.len();
-        self.polls(polls).await;
+        self.wait_polls(polls).await;
         let mut calls = std::collections::BTreeMap::new();
         for line in self.supervisor.log.text_from(seen).lines() {
             if let Some((_, rest)) = line.split_once(" call=") {
@@ -258,13 +258,13 @@ impl TestFactory {
     }
 
     /// Wait for a line of the supervisor's log, from `from` on.
-    pub fn logged_from(&self, from: usize, parts: &[&str]) -> String {
+    pub fn wait_for_log_from(&self, from: usize, parts: &[&str]) -> String {
         tokio::task::block_in_place(|| self.supervisor.log.wait_from(from, parts))
     }
 
     /// Wait for a line of the supervisor's log that has all of these parts.
-    pub fn logged(&self, parts: &[&str]) -> String {
-        self.logged_from(0, parts)
+    pub fn wait_for_log(&self, parts: &[&str]) -> String {
+        self.wait_for_log_from(0, parts)
     }
 
     /// End the supervisor with this signal, as a crash or an operator does.
@@ -277,7 +277,7 @@ impl TestFactory {
     pub fn restart_with_hosts(&mut self, lines: &str) {
         // It does not start while there is another.
         self.end_supervisor(Signal::SIGTERM);
-        self.supervisor = self.host.supervisor_with_hosts(lines);
+        self.supervisor = self.host.start_supervisor_with_hosts(lines);
     }
 
     /// With this signal; returns when it has ended.
@@ -298,7 +298,7 @@ impl TestFactory {
             let mut workers = state.workers.values();
             workers.all(|worker| worker.deleted).then_some(())
         };
-        self.see(gone).await;
+        self.wait_for_state(gone).await;
         self.before.assert_unchanged(&self.host);
     }
 }

@@ -12,9 +12,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::{BootstrapToken, ErrorKind, Reply, Request, SlotName, State, WorkerId};
 
-use crate::disk::SmallDisk;
-use crate::harness::{Client, Running, TEST_TIMEOUT, TestHost, binaries, sealed, worker_id};
+use crate::harness::{Client, Running, TEST_TIMEOUT, TestHost, binaries, sealed_memfd, worker_id};
 use crate::host_snapshot::HostSnapshot;
+use crate::small_disk::SmallDisk;
 
 /// Three slots, the first two in conflict, the first with something of everything.
 pub const SLOTS: &str = r#"
@@ -59,7 +59,7 @@ impl TestHelper {
     /// On this host, which is configured; its state directory is on `disk`.
     pub fn on(host: TestHost, disk: Option<SmallDisk>) -> TestHelper {
         let before = HostSnapshot::of_unused(&host);
-        let helper = host.helper();
+        let helper = host.start_helper();
         TestHelper {
             disk,
             host,
@@ -106,7 +106,7 @@ pub fn create(client: &Client, worker: WorkerId, name: &str) -> Reply {
 }
 
 /// A new worker in the slot `name`, which must be free.
-pub fn created(client: &Client, name: &str) -> WorkerId {
+pub fn create_worker(client: &Client, name: &str) -> WorkerId {
     let worker = worker_id();
     assert!(matches!(create(client, worker, name), Reply::UserCreated { .. }));
     worker
@@ -135,24 +135,24 @@ pub fn run(client: &Client, worker: WorkerId, script: &str) -> (State, String) {
     let (reply, console) = install(
         client,
         worker,
-        sealed(format!("#!/bin/bash\n{script}\n").as_bytes()),
+        sealed_memfd(format!("#!/bin/bash\n{script}\n").as_bytes()),
     );
     assert_eq!(reply, Reply::AgentStarted);
     let state = wait_until(client, worker, |state| state != State::Running);
     (state, read(&console.unwrap()))
 }
 
-/// The hostile job's program, which makes the attempt `name` with these words.
-pub fn attack_program(name: &str, words: &[&str]) -> OwnedFd {
+/// The hostile job's program, which makes the attempt `name` with these arguments.
+pub fn attack_program(name: &str, args: &[&str]) -> OwnedFd {
     static PROGRAM: OnceLock<Vec<u8>> = OnceLock::new();
     let read = || std::fs::read(binaries().join("hostile-job")).expect("the hostile job's program was built");
-    let attempt = format!("\nATTACK {}", [&[name], words].concat().join("\t"));
-    sealed(&[PROGRAM.get_or_init(read), attempt.as_bytes()].concat())
+    let attempt = format!("\nATTACK {}", [&[name], args].concat().join("\t"));
+    sealed_memfd(&[PROGRAM.get_or_init(read), attempt.as_bytes()].concat())
 }
 
-/// Let the hostile job make its attempt to the end, and fail unless the sandbox held. Returns the console.
-pub fn attack(client: &Client, worker: WorkerId, name: &str, words: &[&str]) -> String {
-    let (reply, console) = install(client, worker, attack_program(name, words));
+/// Let the hostile job make its attempt to the end, and fail unless all of it was blocked. Returns the console.
+pub fn attack(client: &Client, worker: WorkerId, name: &str, args: &[&str]) -> String {
+    let (reply, console) = install(client, worker, attack_program(name, args));
     assert_eq!(reply, Reply::AgentStarted);
     wait_until(client, worker, |state| state != State::Running);
     let console = read(&console.expect("a console comes with the reply"));
@@ -164,8 +164,8 @@ pub fn attack(client: &Client, worker: WorkerId, name: &str, words: &[&str]) -> 
 }
 
 /// Start the hostile job; the attempt goes on while the test does.
-pub fn start_attack(client: &Client, worker: WorkerId, name: &str, words: &[&str]) -> File {
-    let (reply, console) = install(client, worker, attack_program(name, words));
+pub fn start_attack(client: &Client, worker: WorkerId, name: &str, args: &[&str]) -> File {
+    let (reply, console) = install(client, worker, attack_program(name, args));
     assert_eq!(reply, Reply::AgentStarted);
     console.expect("a console comes with the reply")
 }

@@ -7,8 +7,8 @@
 use std::os::fd::AsFd;
 
 use protocol::{Reply, Request, WorkerId};
-use testbed::harness::{Client, TestHost, sealed, worker_id};
-use testbed::tracer::service::{KINDS, TracedKind, WatchPeriod, watch};
+use testbed::harness::{Client, TestHost, sealed_memfd, worker_id};
+use testbed::tracer::helper::{KINDS, TracedKind, WatchPeriod, watch};
 
 /// At most so many, for each operation on a connection of its own, which takes some 40 of them.
 const BUDGET: [(&str, usize); 5] = [
@@ -19,7 +19,7 @@ const BUDGET: [(&str, usize); 5] = [
     ("Delete", 355),
 ];
 
-/// The least of so many tries: waiting for what the kernel does takes more or fewer looks.
+/// The least of so many tries: waiting for what the kernel does takes more or fewer polls.
 const TRIES: usize = 3;
 
 #[test]
@@ -30,8 +30,8 @@ fn an_operation_takes_no_more_system_calls_than_its_budget() {
         0,
         "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n",
     );
-    let helper = host.helper();
-    let agent = sealed(&std::fs::read("/bin/sleep").expect("every host has it"));
+    let helper = host.start_helper();
+    let agent = sealed_memfd(&std::fs::read("/bin/sleep").expect("every host has it"));
     let counted = |request: Request| {
         let watcher = watch(helper.pid(), WatchPeriod::OneConnection, None);
         let client = Client::new(&host);

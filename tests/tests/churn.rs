@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use protocol::{ErrorKind, Reply, Request};
-use testbed::harness::{sealed, worker_id};
+use testbed::harness::{sealed_memfd, worker_id};
 use testbed::test_helper::{TestHelper, attack_program, create, install, read, wait_for_line};
 
 use counts::Counts;
@@ -36,7 +36,7 @@ fn slots() -> String {
     (0..AT_ONCE).map(slot).collect()
 }
 
-/// What hostile workers leave behind, in turn: an attempt, its words, and the last line before it only waits.
+/// What hostile workers leave behind, in turn: an attempt, its arguments, and the last line before it only waits.
 const LEFTOVERS: [(&str, &[&str], &str); 11] = [
     ("daemons", &[], "attempt over"),
     ("fork-bomb", &["grow", "60"], "ready"),
@@ -62,9 +62,11 @@ fn live(test: &TestHelper, slot: usize, number: usize) {
         _ => LEFTOVERS[number / 3 % LEFTOVERS.len()],
     });
     let (program, line) = match hostile {
-        Some((name, words, line)) => (attack_program(name, words), line),
+        Some((name, args, line)) => (attack_program(name, args), line),
         None => (
-            sealed(b"#!/bin/sh\necho x > /work/x; echo y > \"$HOME/y\"; (exec sleep 1000) & echo ready\n"),
+            sealed_memfd(
+                b"#!/bin/sh\necho x > /work/x; echo y > \"$HOME/y\"; (exec sleep 1000) & echo ready\n",
+            ),
             "ready",
         ),
     };

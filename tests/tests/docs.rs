@@ -365,7 +365,7 @@ fn the_quick_start_is_run_and_each_command_does_what_the_readme_says() {
     )
     .unwrap();
     assert_eq!(start, "systemctl start buildomat-user-factory-helper.service");
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let run = |line: &str| {
         let place = format!("run --root {} ", host.root.display());
         let line = line.replacen("run ", &place, 1);
@@ -487,6 +487,6 @@ async fn the_quickstart_begins_as_the_readme_does_and_the_rest_of_it_ends_in_a_j
     let typed = section.blocks("text").next().expect("there is a job");
     let script = typed.split('\'').nth(1).expect("it has a script");
     let job = factory.submit(script);
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }

@@ -24,7 +24,7 @@ static RANGE: LazyLock<RangeInclusive<u32>> = LazyLock::new(|| {
     uids.first.get()..=uids.last.get()
 });
 /// How long an answer may take before it counts as none.
-const SILENCE: Duration = Duration::from_secs(2);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The host's address that is not of the loopback network.
 const OWN_ADDRESS: &str = "10.9.9.1";
 /// Who serves at which port: the host, and job a.
@@ -97,13 +97,13 @@ fn a_job_reaches_its_own_servers_and_none_of_the_hosts_or_of_another_job() {
     );
 }
 
-fn command(words: &[&str]) -> String {
-    let output = Command::new(words[0])
-        .args(&words[1..])
+fn command(args: &[&str]) -> String {
+    let output = Command::new(args[0])
+        .args(&args[1..])
         .output()
         .expect("it can be started");
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{words:?}: {errors}");
+    assert!(output.status.success(), "{args:?}: {errors}");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -192,9 +192,9 @@ fn at(addresses: [&str; 2], port: u16) -> Vec<SocketAddr> {
         .to_vec()
 }
 
-fn ip(words: &str) {
+fn ip(args: &str) {
     let ip = tool("ip").display().to_string();
-    command(&[&[&*ip][..], &words.split(' ').collect::<Vec<_>>()].concat());
+    command(&[&[&*ip][..], &args.split(' ').collect::<Vec<_>>()].concat());
 }
 
 /// In a network namespace of its own: take the other end of the host's veth pair into it, and serve there.
@@ -238,20 +238,20 @@ fn serve(addresses: &[SocketAddr]) {
     }
 }
 
-/// Say a word and hear it back: `works`, `refused` at once, or `silence`.
+/// Send two bytes and read them back: `works`, `refused` at once, or `no answer`.
 fn ask(protocol: &str, address: SocketAddr) -> &'static str {
     let begin = Instant::now();
     let mut word = [0; 2];
     let result = if protocol == "tcp" {
-        TcpStream::connect_timeout(&address, SILENCE).and_then(|mut stream| {
-            stream.set_read_timeout(Some(SILENCE))?;
+        TcpStream::connect_timeout(&address, ANSWER_TIMEOUT).and_then(|mut stream| {
+            stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
             stream.write_all(b"hi")?;
             stream.read_exact(&mut word)
         })
     } else {
         let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         UdpSocket::bind(any).and_then(|socket| {
-            socket.set_read_timeout(Some(SILENCE))?;
+            socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
             socket.connect(address)?;
             socket.send(b"hi")?;
             socket.recv(&mut word).map(drop)
@@ -263,11 +263,11 @@ fn ask(protocol: &str, address: SocketAddr) -> &'static str {
             if matches!(
                 error.kind(),
                 ErrorKind::ConnectionRefused | ErrorKind::PermissionDenied
-            ) && begin.elapsed() < SILENCE =>
+            ) && begin.elapsed() < ANSWER_TIMEOUT =>
         {
             "refused"
         }
-        _ => "silence",
+        _ => "no answer",
     }
 }
 
@@ -299,7 +299,7 @@ fn player() {
             .chain(addresses(OF_JOB_A))
             .chain(at(HOST_ADDRESSES, PUBLISHED))
             .chain([stub]);
-        // At the same time: silence takes its time.
+        // At the same time: what gets no answer takes `ANSWER_TIMEOUT`.
         let asked: Vec<_> = all
             .flat_map(|address| ["tcp", "udp"].map(|protocol| (protocol, address)))
             .map(|(protocol, address)| {
@@ -328,12 +328,12 @@ fn outcomes(cgroups: &Cgroups) -> BTreeMap<(&'static str, String, SocketAddr), S
         ("just above the range", last + 1, String::new()),
         ("the host", 0, String::new()),
     ];
-    // All ask at the same time: silence takes its time.
+    // All ask at the same time: what gets no answer takes `ANSWER_TIMEOUT`.
     let mut processes = who.map(|(name, uid, cgroup)| (name, FirewallProcess::start(uid, &cgroup, "ask")));
     let mut outcomes = BTreeMap::new();
     for (name, player) in &mut processes {
         for line in player.report() {
-            let [protocol, address, outcome] = line.split(' ').collect::<Vec<_>>()[..] else {
+            let [protocol, address, outcome] = line.splitn(3, ' ').collect::<Vec<_>>()[..] else {
                 panic!("{line:?}")
             };
             outcomes.insert(
@@ -352,14 +352,14 @@ fn the_host() {
     let action = std::env::var(ACTION).expect("the other test gives an action");
     let (nft, outside) = action.split_once('\n').expect("an action has two lines");
     assert_ne!(network(), outside, "the host's own network is not for tests");
-    for words in [
+    for args in [
         "link set lo up",
         "link add one type veth peer name two",
         "address add 10.9.9.1/24 dev one",
         "address add fd09::1/64 dev one nodad",
         "link set one up",
     ] {
-        ip(words);
+        ip(args);
     }
     let mut container = FirewallProcess::start(0, "", "container");
     assert_eq!(container.report(), [""; 0], "the container serves");
@@ -398,7 +398,7 @@ fn the_host() {
             (_, 53) => "works",
             ("job a", OF_JOB_A) => "works",
             // What a job answers over UDP is a packet of its own, and the host no place for it.
-            (_, OF_JOB_A) if outsider && protocol == "udp" => "silence",
+            (_, OF_JOB_A) if outsider && protocol == "udp" => "no answer",
             _ if outsider => "works",
             _ => "refused",
         };

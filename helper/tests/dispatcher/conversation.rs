@@ -1,7 +1,7 @@
 //! A client's side of one connection, made of bytes; what lies beneath the dispatcher, a model of a host; and what
 //! every connection must keep to, whatever is sent. `fuzz/` uses this, too: an input that it finds is a test here.
 
-#[path = "../../../tests/src/model.rs"]
+#[path = "../../../tests/src/helper_model.rs"]
 #[allow(dead_code, reason = "the test over the real helper uses the rest")]
 mod model;
 

@@ -296,7 +296,7 @@ impl Checks {
             let track = self.tracks.get(id).cloned().unwrap_or_default();
             let is_let_go = self.is_kept(&track) == Some(false);
             let track = self.tracks.entry(*id).or_default();
-            if !w.recycle() && !is_let_go {
+            if !w.must_recycle() && !is_let_go {
                 track.recycled_since = None;
                 continue;
             }
@@ -319,7 +319,7 @@ impl Checks {
             let track = self.tracks.entry(*id).or_default();
             if w.hold.is_none() {
                 track.held_since = None;
-                if can_ask && !w.online() {
+                if can_ask && !w.is_online() {
                     track.had_ms += 1_000;
                 }
             }

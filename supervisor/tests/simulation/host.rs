@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::config::{Config, UidRange};
 use protocol::{Error, ErrorKind, Exit, Reply, Request, State, UserName, WorkerId};
-use testbed::model::{Agent, Allocation, Configuration, Model};
+use testbed::helper_model::{Agent, Allocation, Configuration, Model};
 
 use crate::script::Extent;
 

@@ -5,7 +5,7 @@ use protocol::{Error, ErrorKind, Request, SlotName, State, WorkerId};
 use serde_json::Value;
 use supervisor::buildomat::ServerWorker;
 use supervisor::worker::{FORGOTTEN_MS, MAX_REMAKES};
-use testbed::server::Worker;
+use testbed::fake_server::Worker;
 
 use crate::checks::Checks;
 use crate::host::{HALF_MADE, Host};
@@ -222,7 +222,11 @@ impl Checks {
 
     /// An agent is started twice in no worker.
     pub fn agent_started(&mut self, id: WorkerId, server: &Server) {
-        if server.workers.get(&id).is_some_and(|w| w.online() && !w.deleted) {
+        if server
+            .workers
+            .get(&id)
+            .is_some_and(|w| w.is_online() && !w.deleted)
+        {
             self.fail(format!(
                 "a second agent is started in {id}, whose first was online"
             ));
@@ -345,7 +349,7 @@ impl Checks {
             let goes_on = server
                 .workers
                 .get(&id)
-                .is_some_and(|w| w.online() && w.hold.is_none() && !w.finished());
+                .is_some_and(|w| w.is_online() && w.hold.is_none() && !w.is_finished());
             let slot = self.config.slots.get(&w.slot);
             let is_limited =
                 w.state == State::Running && slot.is_some_and(|slot| slot.job_timeout_seconds.is_some());
@@ -382,5 +386,5 @@ pub fn slot_of(private: &str) -> Option<SlotName> {
 fn with_open_job(server: &Server, id: WorkerId) -> Option<&Worker> {
     let w = server.workers.get(&id)?;
     let job = server.jobs.get(&w.job?)?;
-    (!w.deleted && !w.recycle_asked && !job.complete()).then_some(w)
+    (!w.deleted && !w.recycle_asked && !job.is_complete()).then_some(w)
 }

@@ -205,7 +205,7 @@ async fn run(script: &Script, keep_trace: bool) -> Outcome {
         .server
         .jobs
         .values()
-        .filter(|job| job.progress == testbed::server::Progress::Completed)
+        .filter(|job| job.progress == testbed::fake_server::Progress::Completed)
         .count() as u64;
     Outcome {
         failure: simulation.checks.failure().cloned(),

@@ -9,10 +9,10 @@ use jiff::Timestamp;
 use protocol::{TargetId, WorkerId};
 use serde_json::Value;
 use supervisor::buildomat::HttpRequest;
-use testbed::server::{IdGenerator, Job, JobSpec, Progress, State, Worker};
+use testbed::fake_server::{IdGenerator, Job, JobSpec, Progress, State, Worker};
 
 /// How long the server leases a job.
-pub const LEASE_MS: u64 = testbed::server::LEASE.as_millis() as u64;
+pub const LEASE_MS: u64 = testbed::fake_server::LEASE.as_millis() as u64;
 /// The server ends a job that has taken so long, and whose agent is there. One whose agent never came it leaves to
 /// the factory here, which is never helped out of it.
 const MAX_RUNTIME: Duration = Duration::from_secs(900);
@@ -173,7 +173,7 @@ impl Server {
     pub fn queued_for(&self, target: &str) -> Option<WorkerId> {
         let mut jobs = self.open_jobs();
         let free = |job: &&Job| {
-            job.queued() && !self.leases.contains_key(&job.id) && job.target.to_string() == target
+            job.is_queued() && !self.leases.contains_key(&job.id) && job.target.to_string() == target
         };
         jobs.find(free).map(|job| job.id)
     }
@@ -194,7 +194,7 @@ impl Server {
 
     /// Leave so many of the jobs that wait.
     pub fn cancel_all_but(&mut self, many: usize) {
-        let waiting = self.open_jobs().filter(|job| job.queued());
+        let waiting = self.open_jobs().filter(|job| job.is_queued());
         for job in waiting.map(|job| job.id).skip(many).collect::<Vec<_>>() {
             self.cancel(job).expect("it waits");
         }

@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use testbed::server::fresh_id;
-use testbed::server::{AddFileResult, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
+use testbed::fake_server::fresh_id;
+use testbed::fake_server::{AddFileResult, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -67,10 +67,10 @@ async fn main() -> ExitCode {
                 let Some(case) = cases.get(number) else {
                     return;
                 };
-                let begun = Instant::now();
+                let started_at = Instant::now();
                 let result = case.run(&server).await;
-                // Nobody hears it where another runner has panicked.
-                let _ = ended.send((number, begun.elapsed().as_secs_f64(), result));
+                // Nobody receives it where another runner has panicked.
+                let _ = ended.send((number, started_at.elapsed().as_secs_f64(), result));
             }
         });
     }
@@ -116,7 +116,7 @@ enum Check {
     /// A user and the job read each other's values, and nobody a secret.
     Store,
     /// A second job finds nothing of a first.
-    PrivateTrees,
+    PrivateDirs,
     /// A daemon that a first job has left does not reach a second.
     Daemon,
     /// So many at once.
@@ -133,7 +133,7 @@ struct Expected {
     /// All that was printed to standard output.
     stdout: Option<Vec<String>>,
     /// Texts in some event, of whatever stream.
-    says: Vec<&'static str>,
+    event_texts: Vec<&'static str>,
     /// All outputs, by path.
     outputs: Option<BTreeMap<&'static str, Vec<u8>>>,
 }
@@ -165,10 +165,10 @@ fn prints(text: &str, lines: &[&str]) -> Expected {
     }
 }
 
-fn fails(text: &str, says: &'static str) -> Expected {
+fn fails(text: &str, line: &'static str) -> Expected {
     Expected {
         fails: true,
-        says: vec![says],
+        event_texts: vec![line],
         ..script(text)
     }
 }
@@ -227,7 +227,7 @@ fn cases() -> Vec<Case> {
         job(
             "standard error",
             Expected {
-                says: vec!["to standard error"],
+                event_texts: vec!["to standard error"],
                 ..script("echo to standard error >&2")
             },
         ),
@@ -325,7 +325,7 @@ fn cases() -> Vec<Case> {
         ),
         other("a job that is cancelled", Check::Cancel),
         other("values of the store", Check::Store),
-        other("a job finds nothing of another", Check::PrivateTrees),
+        other("a job finds nothing of another", Check::PrivateDirs),
         other("a daemon does not reach the next job", Check::Daemon),
         other("twenty small ones", Check::Many(20)),
     ]
@@ -339,14 +339,14 @@ impl Case {
                 let job = server
                     .submit(self.name, &script("echo begun; sleep 3600"))
                     .await?;
-                server.printed(&job, "begun").await?;
+                server.wait_for_line(&job, "begun").await?;
                 let _: Option<Value> = server.post(&format!("/0/jobs/{job}/cancel"), &json!({})).await?;
-                let ended = server.ended(&job).await?;
+                let ended = server.wait_for_end(&job).await?;
                 ensure!(ended["cancelled"] == true, "job {job} is not shown as cancelled");
                 Ok(())
             }
             Check::Store => store(server, self.name).await,
-            Check::PrivateTrees => {
+            Check::PrivateDirs => {
                 let places = "/work /tmp /var/tmp /dev/shm $HOME";
                 let first =
                     format!("set -e; for place in {places}; do echo left > $place/left-by-a-job; done");
@@ -366,7 +366,7 @@ impl Case {
                     jobs.push((n, server.submit(self.name, &script(&format!("echo {n}"))).await?));
                 }
                 for (n, job) in jobs {
-                    let ended = server.ended(&job).await?;
+                    let ended = server.wait_for_end(&job).await?;
                     ensure!(ended["state"] == "completed", "job {job} is {}", ended["state"]);
                     let stdout = stdout(&server.events(&job).await?);
                     ensure!(stdout == [n.to_string()], "job {job} printed {stdout:?}");
@@ -384,7 +384,7 @@ bmat store put --secret hidden secret-value";
     let job = server.submit(name, &script(text)).await?;
     let word = json!({ "value": "a word", "secret": false });
     server.put(&format!("/0/jobs/{job}/store/word"), &word).await?;
-    let ended = server.ended(&job).await?;
+    let ended = server.wait_for_end(&job).await?;
     ensure!(ended["state"] == "completed", "job {job} is {}", ended["state"]);
     let store: Value = server.get(&format!("/0/jobs/{job}/store")).await?;
     ensure!(store["answer"]["value"] == "a word back", "the store has {store}");
@@ -512,7 +512,7 @@ impl Server {
     }
 
     /// The job, once it has ended.
-    async fn ended(&self, job: &str) -> Result<Value> {
+    async fn wait_for_end(&self, job: &str) -> Result<Value> {
         let end = Instant::now() + self.timeout;
         loop {
             let shown: Value = self.get(&format!("/0/job/{job}")).await?;
@@ -525,7 +525,7 @@ impl Server {
     }
 
     /// Wait until the job has printed this line.
-    async fn printed(&self, job: &str, line: &str) -> Result<()> {
+    async fn wait_for_line(&self, job: &str, line: &str) -> Result<()> {
         let end = Instant::now() + self.timeout;
         while !stdout(&self.events(job).await?).iter().any(|other| other == line) {
             ensure!(Instant::now() < end, "job {job} has not printed {line:?}");
@@ -551,7 +551,7 @@ impl Server {
     /// Run a job, and compare.
     async fn check(&self, name: &str, expected: &Expected) -> Result<()> {
         let job = self.submit(name, expected).await?;
-        let ended = self.ended(&job).await?;
+        let ended = self.wait_for_end(&job).await?;
         let state = if expected.fails { "failed" } else { "completed" };
         let events = self.events(&job).await?;
         let last = events.last().map_or("", |event| &event.payload);
@@ -567,9 +567,9 @@ impl Server {
                 "job {job} printed {printed:?}, and not {lines:?}"
             );
         }
-        for text in &expected.says {
-            let is_said = events.iter().any(|event| event.payload.contains(text));
-            ensure!(is_said, "no event of job {job} has {text:?}");
+        for text in &expected.event_texts {
+            let is_printed = events.iter().any(|event| event.payload.contains(text));
+            ensure!(is_printed, "no event of job {job} has {text:?}");
         }
         if let Some(files) = &expected.outputs {
             let outputs: Vec<JobOutput> = self.get(&format!("/0/jobs/{job}/outputs")).await?;

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use protocol::config::UidRange;
+use testbed::fake_server::{JobSpec, Server, ServerOptions};
 use testbed::harness::{self, SUPERVISOR_UID, TestHost};
 use testbed::host_snapshot::HostSnapshot;
-use testbed::server::{JobSpec, Server, ServerOptions};
 
 const MANIFEST: &str = "[package]\nname = \"greeting\"\nversion = \"1.0.0\"\nedition = \"2024\"\n";
 const PROGRAM: &str = r#"fn greeting(name: &str) -> String {
@@ -99,8 +99,8 @@ async fn demo() -> Result<bool> {
     host.configure(&server.url(), SUPERVISOR_UID, &slot);
     host.write_token(&token);
     let before = HostSnapshot::take(&host);
-    let helper = host.helper();
-    let supervisor = host.supervisor();
+    let helper = host.start_helper();
+    let supervisor = host.start_supervisor();
     println!(
         "helper: root, pid {}; supervisor: uid {SUPERVISOR_UID}, pid {}; server: {}",
         helper.pid(),
@@ -110,7 +110,7 @@ async fn demo() -> Result<bool> {
 
     let job = server
         .submit_job(job(&script)?)
-        .map_err(|refusal| anyhow::anyhow!("{refusal}"))?;
+        .map_err(|error| anyhow::anyhow!("{error}"))?;
     let passed = watch(&server, job, script.is_none())
         .await
         .inspect_err(|_| eprintln!("{}", supervisor.log.text()))?;
@@ -167,7 +167,7 @@ fn archive() -> Result<Vec<u8>> {
 }
 
 /// Print what happens, as it happens, until the worker is gone.
-async fn watch(server: &Server, job: testbed::server::Ulid, has_output: bool) -> Result<bool> {
+async fn watch(server: &Server, job: testbed::fake_server::Ulid, has_output: bool) -> Result<bool> {
     let begin = Instant::now();
     let (mut phases, mut printed) = (0, 0);
     loop {
@@ -184,11 +184,11 @@ async fn watch(server: &Server, job: testbed::server::Ulid, has_output: bool) ->
                         "the slot is known to the server",
                         worker.is_some_and(|w| w.private.is_some()),
                     ),
-                    ("the agent is online", worker.is_some_and(|w| w.online())),
-                    ("the job has ended", job.complete()),
+                    ("the agent is online", worker.is_some_and(|w| w.is_online())),
+                    ("the job has ended", job.is_complete()),
                     (
                         "the worker is to be recycled",
-                        worker.is_some_and(|w| w.finished()),
+                        worker.is_some_and(|w| w.is_finished()),
                     ),
                     (
                         "the host is clean, the worker is destroyed",

@@ -1,7 +1,7 @@
-//! The fake agent; see `testbed::agent`.
+//! The fake agent; see `testbed::fake_agent`.
 
 fn main() {
-    if let Err(e) = testbed::agent::main() {
+    if let Err(e) = testbed::fake_agent::main() {
         eprintln!("ERROR: {e:#}");
         std::process::exit(1);
     }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Parser;
-use testbed::server::{Server, ServerOptions};
+use testbed::fake_server::{Server, ServerOptions};
 
 /// A fake buildomat server; forgets everything when it ends.
 #[derive(Parser)]

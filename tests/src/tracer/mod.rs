@@ -1,14 +1,14 @@
 //! A tracer of system calls (`ptrace(2)`): tests see what a process and all that it starts call, in order,
 //! and can end one of them just before a call is done.
 //!
-//! [`trace`] is the mechanism. [`service`] knows the helper's processes, [`outward`] what of a program's calls
-//! others can see, [`disk`] what they change on the disk, and [`replay`] what a power loss leaves of that.
+//! [`trace`] is the mechanism. [`helper`] knows the helper's processes, [`outward`] what of a program's calls
+//! others can see, [`recorder`] what they change on the disk, and [`replay`] what a power loss leaves of that.
 
 pub mod calls;
-pub mod disk;
+pub mod helper;
 pub mod outward;
+pub mod recorder;
 pub mod replay;
-pub mod service;
 pub(crate) mod sys;
 
 pub use sys::descriptor_of;
@@ -26,16 +26,16 @@ use crate::harness::until;
 
 /// A system call, as it is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Call {
+pub struct TracedCall {
     /// `SYS_…` of this architecture.
     pub number: i64,
     /// As the kernel gets them: pointers are the traced process's.
     pub arguments: [u64; 6],
 }
 
-impl Call {
+impl TracedCall {
     /// One of these.
-    pub fn is(&self, numbers: &[libc::c_long]) -> bool {
+    pub fn is_any_of(&self, numbers: &[libc::c_long]) -> bool {
         numbers.contains(&self.number)
     }
 }
@@ -48,12 +48,12 @@ pub enum Event {
         /// Which made it.
         parent: Pid,
         /// `clone` and its kin.
-        by: Call,
+        by: TracedCall,
     },
     /// It is about to do this. A process that is killed now does not do it.
-    Enter(Call),
+    Enter(TracedCall),
     /// It has done this, with this result; an error is negative.
-    Leave(Call, i64),
+    Leave(TracedCall, i64),
     /// It has become another program.
     Exec,
     /// It has ended, and who waits for it can see so from now on.
@@ -62,7 +62,7 @@ pub enum Event {
 
 /// How to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Then {
+pub enum TraceAction {
     /// To its next event.
     GoOn,
     /// Trace this process no longer.
@@ -77,7 +77,12 @@ pub enum Then {
 ///
 /// `attached` is called when nothing that the process does from now on is missed. The process itself, once
 /// dead, is left for its parent to reap.
-pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl FnMut(Pid, Event) -> Then) {
+pub fn trace(
+    root: Pid,
+    others: &[Pid],
+    attached: impl FnOnce(),
+    mut watch: impl FnMut(Pid, Event) -> TraceAction,
+) {
     let options = Options::PTRACE_O_TRACESYSGOOD
         | Options::PTRACE_O_TRACEFORK
         | Options::PTRACE_O_TRACEVFORK
@@ -91,7 +96,7 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
     let _ = kill(root, Signal::SIGCONT);
     attached();
     // What each is in the middle of.
-    let mut inside: HashMap<Pid, Option<Call>> = all.into_iter().map(|t| (t, None)).collect();
+    let mut inside: HashMap<Pid, Option<TracedCall>> = all.into_iter().map(|t| (t, None)).collect();
     // Children that stopped before their parents were seen to have made them.
     let mut early: HashSet<Pid> = HashSet::new();
     loop {
@@ -111,26 +116,26 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
             }
             let _ = waitpid(pid, Some(wait));
             early.remove(&pid);
-            if inside.remove(&pid).is_some() && watch(pid, Event::Gone) == Then::End {
+            if inside.remove(&pid).is_some() && watch(pid, Event::Gone) == TraceAction::End {
                 return;
             }
             continue;
         }
-        // The stop alone. Who was killed since the look has no stop any more, and is not waited for here: the first
+        // The stop alone. Who was killed since the `waitid` has no stop any more, and is not waited for here: the first
         // process of a pid namespace ends after all others of it are reaped (pid_namespaces(7)), which is done here.
         let stop = wait | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG;
         let Ok(status) = waitid(Id::Pid(pid), stop) else {
             continue;
         };
         let mut signal: Option<Signal> = None;
-        let mut then = Then::GoOn;
+        let mut then = TraceAction::GoOn;
         match status {
             WaitStatus::PtraceSyscall(_) => match sys::stopped_at(pid) {
-                Some(sys::At::Entry(call)) => {
+                Some(sys::SyscallStop::Entry(call)) => {
                     inside.insert(pid, Some(call));
                     then = watch(pid, Event::Enter(call));
                 }
-                Some(sys::At::Exit(result)) => {
+                Some(sys::SyscallStop::Exit(result)) => {
                     if let Some(call) = inside.insert(pid, None).flatten() {
                         then = watch(pid, Event::Leave(call, result));
                     }
@@ -153,7 +158,7 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
                     let child = Pid::from_raw(child as i32);
                     inside.insert(child, None);
                     let first = watch(child, Event::Forked { parent: pid, by });
-                    if first == Then::End {
+                    if first == TraceAction::End {
                         return;
                     }
                     if early.remove(&child) {
@@ -164,10 +169,10 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
             // It has been killed, or another thread has become the program.
             _ => continue,
         }
-        if then == Then::End {
+        if then == TraceAction::End {
             return;
         }
-        if then == Then::Forget {
+        if then == TraceAction::Forget {
             inside.remove(&pid);
         }
         resume(pid, signal, then);
@@ -175,9 +180,9 @@ pub fn trace(root: Pid, others: &[Pid], attached: impl FnOnce(), mut watch: impl
 }
 
 /// On to its next stop. One that was killed meanwhile is gone: its end is told in its turn.
-fn resume(pid: Pid, signal: Option<Signal>, then: Then) {
+fn resume(pid: Pid, signal: Option<Signal>, then: TraceAction) {
     let _ = match then {
-        Then::Forget => ptrace::detach(pid, signal),
+        TraceAction::Forget => ptrace::detach(pid, signal),
         _ => ptrace::syscall(pid, signal),
     };
 }
@@ -220,7 +225,8 @@ mod tests {
     use super::*;
     use crate::harness::{TEST_TIMEOUT, binaries};
 
-    /// It is killed at many an instant, so also between the look at a stop and its taking. Needs root.
+    /// It is killed at many an instant, so also between the `waitid` that shows a stop and the one that takes it. Needs
+    /// root.
     #[test]
     fn the_first_process_of_a_pid_namespace_ends_whenever_it_is_killed() {
         for life in 0..40 {
@@ -249,7 +255,7 @@ mod tests {
                     || (),
                     |pid, event| {
                         let Event::Forked { parent, .. } = event else {
-                            return Then::GoOn;
+                            return TraceAction::GoOn;
                         };
                         if parent == root && !std::mem::replace(&mut is_made, true) {
                             std::thread::spawn(move || {
@@ -257,7 +263,7 @@ mod tests {
                                 kill(pid, Signal::SIGKILL).expect("it is running");
                             });
                         }
-                        Then::GoOn
+                        TraceAction::GoOn
                     },
                 );
                 let status = unshare.wait().expect("it is our child");

@@ -10,11 +10,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::calls::name;
-use super::{Call, Event, Then, trace};
+use super::{Event, TraceAction, TracedCall, trace};
 
 /// What was seen until the program's end, or until it was killed.
 #[derive(Debug, Default)]
-pub struct Seen {
+pub struct OutwardCalls {
     /// Each with the name of its call, and what it was done to.
     pub calls: Vec<String>,
     /// Before the last of these it was killed.
@@ -54,13 +54,13 @@ const MANY: usize = 4;
 
 /// Watch a program that has stopped itself before it becomes what is to be watched, in a thread of its own. With
 /// `end_before`, it is killed before that call, from 0.
-pub fn watch(program: u32, below: &Path, end_before: Option<usize>) -> JoinHandle<Seen> {
+pub fn watch(program: u32, below: &Path, end_before: Option<usize>) -> JoinHandle<OutwardCalls> {
     let (ready, attached) = mpsc::channel();
     let root = Pid::from_raw(program as i32);
     let below = below.to_owned();
     let thread = std::thread::spawn(move || {
-        let mut seen = Seen::default();
-        let mut begun = false;
+        let mut seen = OutwardCalls::default();
+        let mut has_started = false;
         trace(
             root,
             &[],
@@ -68,24 +68,24 @@ pub fn watch(program: u32, below: &Path, end_before: Option<usize>) -> JoinHandl
                 let _ = ready.send(());
             },
             |thread, event| {
-                begun |= matches!(event, Event::Exec);
+                has_started |= matches!(event, Event::Exec);
                 let call = match event {
-                    Event::Enter(call) if begun => call,
-                    _ => return Then::GoOn,
+                    Event::Enter(call) if has_started => call,
+                    _ => return TraceAction::GoOn,
                 };
                 let Some(what) = describe(thread, &call, &below) else {
-                    return Then::GoOn;
+                    return TraceAction::GoOn;
                 };
                 if is_one_of_many(&seen.calls, &what) {
-                    return Then::GoOn;
+                    return TraceAction::GoOn;
                 }
                 seen.calls.push(what);
                 if end_before != Some(seen.calls.len() - 1) {
-                    return Then::GoOn;
+                    return TraceAction::GoOn;
                 }
                 seen.killed = true;
                 let _ = kill(root, Signal::SIGKILL);
-                Then::End
+                TraceAction::End
             },
         );
         seen
@@ -100,9 +100,9 @@ fn is_one_of_many(before: &[String], what: &str) -> bool {
     before.len() >= MANY && before[before.len() - MANY..].iter().all(|other| other == what)
 }
 
-fn describe(thread: Pid, call: &Call, below: &Path) -> Option<String> {
+fn describe(thread: Pid, call: &TracedCall, below: &Path) -> Option<String> {
     let name = name(call.number);
-    if call.is(BY_NAME) {
+    if call.is_any_of(BY_NAME) {
         return Some(name.into_owned());
     }
     let makes = match call.number {
@@ -112,7 +112,7 @@ fn describe(thread: Pid, call: &Call, below: &Path) -> Option<String> {
     if makes {
         return Some(format!("{name} of a new file"));
     }
-    if !call.is(BY_DESCRIPTOR) {
+    if !call.is_any_of(BY_DESCRIPTOR) {
         return None;
     }
     let target: PathBuf = fs::read_link(format!("/proc/{thread}/fd/{}", call.arguments[0] as i32)).ok()?;

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 
-use super::disk::{Attributes, Change};
+use super::recorder::{Attributes, Change};
 
 /// A directory tree in memory, by inodes.
 #[derive(Clone, Debug)]

@@ -7,11 +7,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use nix::sys::ptrace;
 use nix::unistd::Pid;
 
-use super::Call;
+use super::TracedCall;
 
 /// Where in a call a process has stopped.
-pub enum At {
-    Entry(Call),
+pub enum SyscallStop {
+    Entry(TracedCall),
     Exit(i64),
 }
 
@@ -43,13 +43,13 @@ pub fn landlock_version() -> i64 {
 }
 
 /// None where it stopped at no call, or is gone.
-pub fn stopped_at(pid: Pid) -> Option<At> {
+pub fn stopped_at(pid: Pid) -> Option<SyscallStop> {
     let info = ptrace::syscall_info(pid).ok()?;
     match info.op {
         ENTRY => {
             // SAFETY: op says that this is the field that the kernel has filled in.
             let entry = unsafe { info.u.entry };
-            Some(At::Entry(Call {
+            Some(SyscallStop::Entry(TracedCall {
                 number: entry.nr as i64,
                 arguments: entry.args,
             }))
@@ -57,7 +57,7 @@ pub fn stopped_at(pid: Pid) -> Option<At> {
         EXIT => {
             // SAFETY: as above.
             let exit = unsafe { info.u.exit };
-            Some(At::Exit(exit.sval))
+            Some(SyscallStop::Exit(exit.sval))
         }
         _ => None,
     }

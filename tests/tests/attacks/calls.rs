@@ -6,10 +6,10 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use protocol::{Reply, Request};
-use testbed::disk::SmallDisk;
-use testbed::harness::{TestHost, place};
+use testbed::harness::{TestHost, create_shared_dir};
 use testbed::host_snapshot::processes_of;
-use testbed::test_helper::{TestHelper, attack, created};
+use testbed::small_disk::SmallDisk;
+use testbed::test_helper::{TestHelper, attack, create_worker};
 
 use crate::attacks::leftovers::{ongoing, with_user_namespaces};
 
@@ -19,7 +19,7 @@ const SLOT: &str = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
 fn row_44_calls_that_burden_or_bypass_the_host_are_refused() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     attack(&client, worker, "calls", &[]);
     test.finish(&[worker]);
 }
@@ -28,7 +28,7 @@ fn row_44_calls_that_burden_or_bypass_the_host_are_refused() {
 fn row_44_a_slot_with_user_namespaces_refuses_all_other_calls() {
     let test = TestHelper::with(&with_user_namespaces());
     let client = test.client();
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     attack(&client, worker, "calls-in-user-namespace", &[]);
     test.finish(&[worker]);
 }
@@ -37,7 +37,7 @@ fn row_44_a_slot_with_user_namespaces_refuses_all_other_calls() {
 fn row_44_other_entry_points_are_closed() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     attack(&client, worker, "other-entry-points", &[]);
     test.finish(&[worker]);
 }
@@ -47,7 +47,7 @@ fn row_45_no_file_is_opened_by_its_handle() {
     let test = TestHelper::with(&with_user_namespaces());
     let client = test.client();
     for slot in ["a", "c"] {
-        let worker = created(&client, slot);
+        let worker = create_worker(&client, slot);
         attack(&client, worker, "file-handles", &[]);
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
@@ -72,10 +72,10 @@ fn row_46_variables_of_a_job_reach_no_process_of_roots() {
     }
     let test = TestHelper::with(&slots);
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let files = variables.map(|name| format!("/work/hostile-{name}"));
-    let words = files.each_ref().map(String::as_str);
-    ongoing(&client, worker, "environment", &words, "everything is in place");
+    let args = files.each_ref().map(String::as_str);
+    ongoing(&client, worker, "environment", &args, "everything is in place");
     let all = family(test.helper.pid());
     // The monitor, a session and the worker's pid 1 at least; the last is not root's any more.
     assert!(all.len() >= 3, "{all:?}");
@@ -123,19 +123,19 @@ fn row_47_a_slots_group_reaches_what_the_slot_says_and_no_further() {
     });
     let (given, gid) = others.next().expect("the host has groups");
     let (_, other) = others.next().expect("the host has groups");
-    let place = place();
+    let place = create_shared_dir();
     let closed = file_of_group(place.path(), "closed", other);
     let open = file_of_group(place.path(), "open", gid);
     let test = TestHelper::with(&format!("{SLOT}add_to_groups = [\"{given}\"]\n"));
     let client = test.client();
-    let worker = created(&client, "a");
-    let words = [
+    let worker = create_worker(&client, "a");
+    let args = [
         &gid.to_string(),
         "not",
         closed.to_str().unwrap(),
         open.to_str().unwrap(),
     ];
-    attack(&client, worker, "groups", &words);
+    attack(&client, worker, "groups", &args);
     test.finish(&[worker]);
 }
 
@@ -147,7 +147,7 @@ fn row_48_name_clock_priority_and_limits_stay_as_they_are() {
         "{SLOT}limits.processes = 64\nlimits.open_files = 2048\n"
     ));
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     attack(&client, worker, "scheduling", &["64", "2048"]);
     assert_eq!(name(), before);
     test.finish(&[worker]);
@@ -158,7 +158,7 @@ fn row_49_raw_sockets_and_low_ports_are_refused() {
     let lowest = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     let flags = || fs::read_to_string("/sys/class/net/lo/flags").unwrap();
     let before = flags();
     attack(&client, worker, "raw-sockets", &[lowest.trim(), "lo"]);
@@ -167,12 +167,12 @@ fn row_49_raw_sockets_and_low_ports_are_refused() {
 }
 
 /// The attempt in slot `a`, which allows nothing, and in `c`, which allows user namespaces.
-fn in_both(name: &str, words: [&[&str]; 2]) {
+fn in_both(name: &str, args: [&[&str]; 2]) {
     let test = TestHelper::with(&with_user_namespaces());
     let client = test.client();
-    let workers = ["a", "c"].map(|slot| created(&client, slot));
-    for (worker, words) in workers.into_iter().zip(words) {
-        attack(&client, worker, name, words);
+    let workers = ["a", "c"].map(|slot| create_worker(&client, slot));
+    for (worker, args) in workers.into_iter().zip(args) {
+        attack(&client, worker, name, args);
     }
     test.finish(&workers);
 }
@@ -202,7 +202,7 @@ fn row_88_no_key_policy_or_snapshot_is_left_in_a_file_system() {
     let disk = SmallDisk::ext4_with_encryption(&host);
     let test = TestHelper::on(host, Some(disk));
     let client = test.client();
-    let workers = ["a", "c"].map(|slot| created(&client, slot));
+    let workers = ["a", "c"].map(|slot| create_worker(&client, slot));
     for worker in workers {
         attack(&client, worker, "file-system-objects", &[]);
     }
@@ -213,7 +213,7 @@ fn row_88_no_key_policy_or_snapshot_is_left_in_a_file_system() {
 fn row_90_no_flag_of_a_file_slows_its_deletion() {
     let test = TestHelper::with(&with_user_namespaces());
     let client = test.client();
-    let workers = ["a", "c"].map(|slot| created(&client, slot));
+    let workers = ["a", "c"].map(|slot| create_worker(&client, slot));
     for worker in workers {
         ongoing(&client, worker, "flags", &[], "ready");
     }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
-use testbed::harness::{place, place_in};
+use testbed::harness::{create_shared_dir, place_in};
 
 /// One directory that only root may write, and one that everybody may write with all that is in it: there, a deletion
 /// that is led astray as the job's user does harm.
@@ -23,7 +23,7 @@ pub type Seen = BTreeMap<PathBuf, ([u64; 6], [i64; 4], Vec<u8>)>;
 
 impl Canaries {
     pub fn new() -> Canaries {
-        Canaries::in_place(place())
+        Canaries::in_place(create_shared_dir())
     }
 
     /// In a new directory below another one of the host's.
@@ -67,7 +67,7 @@ impl Canaries {
     }
 
     /// Their paths.
-    pub fn words(&self) -> [&str; 2] {
+    pub fn args(&self) -> [&str; 2] {
         [&self.closed, &self.open].map(|path| path.to_str().expect("the path is ASCII"))
     }
 

@@ -12,12 +12,12 @@ use nix::sys::inotify::AddWatchFlags;
 use nix::sys::statvfs::statvfs;
 use protocol::config::STATE_DIR;
 use protocol::{Reply, Request, State};
-use testbed::disk::{SmallDisk, small};
-use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, tool, until_is};
+use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed_memfd, tool, until_is};
 use testbed::host_snapshot::HostSnapshot;
+use testbed::small_disk::{SmallDisk, small};
 use testbed::test_helper::{
-    SLOTS, TestHelper, attack, created, install, read, run, start_attack, state, wait_for_line, wait_until,
-    watch,
+    SLOTS, TestHelper, attack, create_worker, install, read, run, start_attack, state, wait_for_line,
+    wait_until, watch,
 };
 
 use crate::attacks::canaries::Canaries;
@@ -28,14 +28,14 @@ use crate::attacks::leftovers::{ongoing, with_user_namespaces};
 const ENTRIES: u32 = 100_000;
 
 /// One job in slot `a` that stays until it is deleted.
-fn once(name: &str, words: &[&str]) -> String {
-    on(TestHelper::new(), name, words)
+fn once(name: &str, args: &[&str]) -> String {
+    on(TestHelper::new(), name, args)
 }
 
-fn on(test: TestHelper, name: &str, words: &[&str]) -> String {
+fn on(test: TestHelper, name: &str, args: &[&str]) -> String {
     let client = test.client();
-    let worker = created(&client, "a");
-    let console = ongoing(&client, worker, name, words, "ready");
+    let worker = create_worker(&client, "a");
+    let console = ongoing(&client, worker, name, args, "ready");
     test.finish(&[worker]);
     console
 }
@@ -47,9 +47,9 @@ fn row_17_directories_swapped_for_links_in_a_loop_lead_nowhere() {
     for _ in 0..3 {
         let test = TestHelper::new();
         let client = test.client();
-        let worker = created(&client, "a");
-        let words = canaries.words();
-        let console = start_attack(&client, worker, "swap", &[words[0], words[1], "/etc"]);
+        let worker = create_worker(&client, "a");
+        let args = canaries.args();
+        let console = start_attack(&client, worker, "swap", &[args[0], args[1], "/etc"]);
         for number in 0..3 {
             wait_for_line(&console, &format!("swaps {number}"));
         }
@@ -95,7 +95,7 @@ fn row_20_a_chain_of_directories_that_fills_the_disk_is_removed() {
     }] {
         let test = on_disk(disk);
         let client = test.client();
-        let worker = created(&client, "a");
+        let worker = create_worker(&client, "a");
         start_attack(&client, worker, "chain", &[]);
         // Not even the console has room then.
         let disk = || statvfs(&test.host.root.join(STATE_DIR)).unwrap();
@@ -135,7 +135,7 @@ fn row_23_no_file_can_be_made_immutable() {
 fn row_24_files_that_grow_are_removed() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let console = start_attack(&client, worker, "grow", &[]);
     for number in 0..4 {
         wait_for_line(&console, &format!("grows {number}"));
@@ -148,8 +148,8 @@ fn row_25_mounts_inside_a_directory_are_refused_or_the_jobs_own_and_nothing_belo
     let (test, canaries) = (TestHelper::with(&with_user_namespaces()), Canaries::new());
     let before = canaries.state();
     let client = test.client();
-    let (refused, allowed) = (created(&client, "a"), created(&client, "c"));
-    let open = canaries.words()[1];
+    let (refused, allowed) = (create_worker(&client, "a"), create_worker(&client, "c"));
+    let open = canaries.args()[1];
     attack(&client, refused, "mount-inside", &["refused", open]);
     ongoing(&client, allowed, "mount-inside", &["allowed", open], "ready");
     let count = || ["/etc", "/usr"].map(|dir| fs::read_dir(dir).unwrap().count());
@@ -164,7 +164,7 @@ fn row_25_what_root_has_mounted_inside_a_directory_is_left_as_it_is() {
     let (test, canaries) = (TestHelper::new(), Canaries::new());
     let before = canaries.state();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     run(
         &client,
         worker,
@@ -203,7 +203,7 @@ fn row_26_set_id_files_and_file_capabilities_are_inert_and_gone() {
     let slots = slots.replace("[slots.a]\n", &format!("[slots.a]\n{grouped}"));
     let test = TestHelper::with(&slots);
     let client = test.client();
-    let (plain, with_namespaces) = (created(&client, "a"), created(&client, "c"));
+    let (plain, with_namespaces) = (create_worker(&client, "a"), create_worker(&client, "c"));
     for worker in [plain, with_namespaces] {
         ongoing(&client, worker, "set-id", &[group[2]], "ready");
         let program = test.host.worker_dir(worker).join("fs/work/id");
@@ -234,10 +234,10 @@ fn row_27_a_job_that_has_filled_the_disk_is_removed() {
             } else {
                 SmallDisk::ext4(&host, inodes)
             };
-            let _helper = host.helper();
+            let _helper = host.start_helper();
             let client = Client::new(&host);
             let before = HostSnapshot::take(&host);
-            let worker = created(&client, "a");
+            let worker = create_worker(&client, "a");
             let console = start_attack(&client, worker, "fill", &steps);
             // On a full disk the console has no more lines: a mode that the job sets says when it is full.
             let sign = host.worker_dir(worker).join("fs/input");
@@ -267,7 +267,7 @@ fn row_27_a_job_that_has_filled_the_disk_is_removed() {
 fn row_28_daemons_that_make_files_anew_are_gone_with_the_files() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let console = start_attack(&client, worker, "recreate", &[]);
     for number in 0..8 {
         wait_for_line(&console, &format!("recreates {number}"));
@@ -276,10 +276,10 @@ fn row_28_daemons_that_make_files_anew_are_gone_with_the_files() {
 }
 
 /// As root, from outside: no job is let make these.
-fn btrfs(words: &[&str], paths: &[&Path]) {
+fn btrfs(args: &[&str], paths: &[&Path]) {
     let mut command = Command::new(tool("btrfs"));
-    let output = command.args(words).args(paths).output().expect("it is there");
-    assert!(output.status.success(), "{words:?} {paths:?}: {output:?}");
+    let output = command.args(args).args(paths).output().expect("it is there");
+    assert!(output.status.success(), "{args:?} {paths:?}: {output:?}");
 }
 
 fn snapshot(of: &Path, at: &Path) {
@@ -317,12 +317,12 @@ fn on_disk(disk: fn(&TestHost) -> SmallDisk) -> TestHelper {
 fn row_89_subvolumes_and_read_only_snapshots_are_deleted() {
     let test = on_disk(SmallDisk::btrfs);
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     run(&client, worker, "true");
-    let trees = test.host.worker_dir(worker).join("fs");
-    let uid = fs::metadata(trees.join("work")).unwrap().uid();
-    for tree in ["work", "tmp"] {
-        let at = |name: &str| trees.join(tree).join(name);
+    let fs_dir = test.host.worker_dir(worker).join("fs");
+    let uid = fs::metadata(fs_dir.join("work")).unwrap().uid();
+    for name in ["work", "tmp"] {
+        let at = |path: &str| fs_dir.join(name).join(path);
         for path in ["one", "one/two"] {
             btrfs(&["subvolume", "create"], &[&at(path)]);
             fs::create_dir_all(at(path).join("closed/below")).unwrap();
@@ -347,7 +347,7 @@ fn row_89_subvolumes_and_read_only_snapshots_are_deleted() {
         }
     }
     test.delete(&[worker]);
-    let next = created(&client, "a");
+    let next = create_worker(&client, "a");
     test.finish(&[next]);
 }
 
@@ -355,7 +355,7 @@ fn row_89_subvolumes_and_read_only_snapshots_are_deleted() {
 fn row_89_a_snapshot_that_its_owner_cannot_open_is_named_and_deleted_once_it_is_writable() {
     let test = on_disk(SmallDisk::btrfs);
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     run(&client, worker, "true");
     let work = test.host.worker_dir(worker).join("fs/work");
     let at = |name: &str| work.join(name);
@@ -397,7 +397,7 @@ fn row_89_the_file_systems_that_the_helper_takes_are_those_on_which_all_is_delet
             test.helper.log.text()
         );
         let client = test.client();
-        let worker = created(&client, "a");
+        let worker = create_worker(&client, "a");
         ongoing(&client, worker, "mixed-leftovers", &[], "ready");
         test.finish(&[worker]);
     }
@@ -410,8 +410,8 @@ fn row_89_the_file_systems_that_the_helper_takes_are_those_on_which_all_is_delet
 fn row_96_descriptors_of_a_deleted_workers_console_hold_no_block() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
-    let (reply, console) = install(&client, worker, sealed(b"#!/bin/bash\nyes | head -c 4M\n"));
+    let worker = create_worker(&client, "a");
+    let (reply, console) = install(&client, worker, sealed_memfd(b"#!/bin/bash\nyes | head -c 4M\n"));
     assert_eq!(reply, Reply::AgentStarted);
     wait_until(&client, worker, |state| state != State::Running);
     let (reply, attached) = client.ask(&Request::Attach { worker });

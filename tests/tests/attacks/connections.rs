@@ -8,10 +8,10 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, getsockopt, send, shutdown, sockopt};
 use protocol::{ErrorKind, Reply, Request, wire};
-use testbed::harness::{Client, TEST_TIMEOUT, sealed, until, worker_id};
-use testbed::test_helper::{TestHelper, create, created, install, kind, list, token};
+use testbed::harness::{Client, TEST_TIMEOUT, sealed_memfd, until, worker_id};
+use testbed::test_helper::{TestHelper, create, create_worker, install, kind, list, token};
 use testbed::tracer::descriptor_of;
-use testbed::tracer::service::{children, listener};
+use testbed::tracer::helper::{children, listener};
 
 use super::HELLO;
 
@@ -29,7 +29,7 @@ fn row_61_ten_thousand_connections_leave_the_helper_as_it_was() {
     let test = TestHelper::new();
     let witness = test.client();
     for wave in 0..40 {
-        let clients: Vec<Client> = (0..250).map(|_| Client::silent(&test.host)).collect();
+        let clients: Vec<Client> = (0..250).map(|_| Client::connect(&test.host)).collect();
         match wave % 4 {
             // Nothing is said at all.
             0 => {}
@@ -59,7 +59,7 @@ fn half_close(client: &Client, how: Shutdown) {
 #[test]
 fn row_61_a_half_closed_connection_is_answered_and_ended() {
     let test = TestHelper::new();
-    let client = Client::silent(&test.host);
+    let client = Client::connect(&test.host);
     half_close(&client, Shutdown::Write);
     assert!(matches!(client.reply(), Some((Reply::Welcome, _))));
     assert!(client.reply().is_none(), "who says no more is kept");
@@ -115,7 +115,7 @@ fn waits_of_sessions(test: &TestHelper) -> Vec<(i64, i64)> {
 fn row_61_a_peer_that_says_nothing_has_ten_seconds_to_greet_and_then_an_hour() {
     let test = TestHelper::new();
     let begin = Instant::now();
-    let silent = Client::silent(&test.host);
+    let silent = Client::connect(&test.host);
     let greeted = test.client();
     until(|| match waits_of_sessions(&test) {
         waits if waits == [(10, 10), (3600, 10)] => Ok(()),
@@ -150,7 +150,7 @@ fn row_61_a_connection_closed_before_the_answer_harms_no_other() {
     ];
     for round in 0..5 {
         for request in &requests {
-            let agent = sealed(b"#!/bin/bash\nexec sleep 1000\n");
+            let agent = sealed_memfd(b"#!/bin/bash\nexec sleep 1000\n");
             let agent = request.carries_descriptor().then_some(&agent);
             let client = test.client();
             let bytes = wire::encode(request).unwrap();
@@ -197,13 +197,13 @@ fn row_64_the_same_worker_on_many_connections_is_made_once() {
 fn row_65_an_agent_installed_twice_at_the_same_time_is_started_once() {
     let test = TestHelper::new();
     for _ in 0..10 {
-        let worker = created(&test.client(), "a");
+        let worker = create_worker(&test.client(), "a");
         let script = b"#!/bin/bash\necho started; (exec sleep 1000) & exit 0\n";
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     assert_eq!(
-                        install(&test.client(), worker, sealed(script)).0,
+                        install(&test.client(), worker, sealed_memfd(script)).0,
                         Reply::AgentStarted
                     );
                 });
@@ -258,7 +258,7 @@ fn row_65_a_worker_killed_and_deleted_while_it_is_made_leaves_nothing() {
                 break;
             }
             assert!(matches!(create(&client, worker, "a"), Reply::UserCreated { .. }));
-            match install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n")).0 {
+            match install(&client, worker, sealed_memfd(b"#!/bin/bash\nexec sleep 1000\n")).0 {
                 Reply::AgentStarted => started += 1,
                 error => {
                     let kind = kind(error);

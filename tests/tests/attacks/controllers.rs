@@ -13,7 +13,7 @@ use protocol::{Exit, State, WorkerId};
 use testbed::harness::{Client, has_controller, until};
 use testbed::test_factory::{ONE, TestFactory};
 use testbed::test_helper::{
-    TestHelper, attack, attack_program, created, read, start_attack, state, wait_until,
+    TestHelper, attack, attack_program, create_worker, read, start_attack, state, wait_until,
 };
 
 use crate::attacks::exhaustion::slots;
@@ -68,10 +68,10 @@ fn row_51_a_memory_bomb_of_any_kind_ends_in_its_own_cgroup_and_its_neighbour_goe
     let own = format!("memory = {LIMIT}");
     let test = TestHelper::with(&slots(&[("a", &own), ("c", &own), ("d", "")]));
     let client = test.client();
-    let neighbour = created(&client, "c");
-    ongoing(&client, neighbour, "never-end", &["quiet"], "ready");
+    let neighbour = create_worker(&client, "c");
+    ongoing(&client, neighbour, "never-end", &["idle"], "ready");
     for kind in ["anonymous", "shared-memory", "memfd", "pipes", "sockets"] {
-        let worker = created(&client, "a");
+        let worker = create_worker(&client, "a");
         let begin = Instant::now();
         let console = bomb(&client, worker, kind);
         // Ended by the kernel, and only what is the job's own.
@@ -85,7 +85,7 @@ fn row_51_a_memory_bomb_of_any_kind_ends_in_its_own_cgroup_and_its_neighbour_goe
         assert!((LIMIT / 2..=LIMIT + SLACK).contains(&peak), "{kind}: {peak}");
         assert_eq!(killed_for_memory(&test, neighbour), 0, "{kind}");
         assert_eq!(state(&client, neighbour), State::Running, "{kind}");
-        let third = created(&client, "d");
+        let third = create_worker(&client, "d");
         attack(&client, third, "take-a-little", &[]);
         println!(
             "{kind}: {:?} after {:.1?}, at most {peak} bytes; {console}",
@@ -109,7 +109,7 @@ fn row_51_page_cache_gives_way_within_the_limit() {
         "set TMPDIR to a directory on a disk: this test writes to files"
     );
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let console = start_attack(&client, worker, "page-cache", &["", &LIMIT.to_string()]);
     let ended = wait_until(&client, worker, |state| state != State::Running);
     let events = numbers(&test, worker, "memory.events");
@@ -135,19 +135,23 @@ async fn row_51_a_program_that_the_job_has_written_is_ended_or_its_job_is_failed
     fs::copy(format!("/proc/self/fd/{}", attempt.as_raw_fd()), &program).unwrap();
     // The kernel frees the program's pages, too, so that the job may stall.
     let job = factory.submit(&format!("cp {} own && chmod 700 own && ./own", program.display()));
-    factory.held_or_ended(job).await;
+    factory.wait_held_or_ended(job).await;
     let worker = factory.server.job(job).worker.expect("it had a worker");
     match factory.server.worker(worker).hold {
         Some(hold) => {
             println!("{}", hold.reason);
             assert!(hold.reason.contains("stalled for 60 s"), "{}", hold.reason);
-            assert_eq!(factory.ended(job).await.state(), "failed");
+            assert_eq!(factory.wait_for_end(job).await.state(), "failed");
             factory.server.release(worker).unwrap();
         }
-        None => factory.printed(job, "held: anonymous: ended by SIGKILL").await,
+        None => {
+            factory
+                .wait_for_line(job, "blocked: anonymous: ended by SIGKILL")
+                .await
+        }
     }
     // The slot works.
-    factory.completed(factory.submit("echo next")).await;
+    factory.wait_completed(factory.submit("echo next")).await;
     factory.finish().await;
 }
 
@@ -163,13 +167,13 @@ fn row_51_swap_is_not_there_unless_the_slot_says_how_much() {
     ]));
     let client = test.client();
 
-    let without = created(&client, "a");
+    let without = create_worker(&client, "a");
     bomb(&client, without, "anonymous");
     assert!(killed_for_memory(&test, without) > 0);
     assert_eq!(number(&test, without, "memory.swap.max"), 0);
     assert_eq!(number(&test, without, "memory.swap.peak"), 0);
 
-    let with = created(&client, "c");
+    let with = create_worker(&client, "c");
     let more = (LIMIT / 2 * 3).to_string();
     attack(&client, with, "memory-hold", &["anonymous", &more]);
     assert_eq!(state(&client, with), State::Exited(Exit::Status(0)));
@@ -178,7 +182,7 @@ fn row_51_swap_is_not_there_unless_the_slot_says_how_much() {
     assert!((1..=LIMIT).contains(&swapped), "{swapped}");
     test.delete(&[with]);
 
-    let with = created(&client, "c");
+    let with = create_worker(&client, "c");
     bomb(&client, with, "anonymous");
     assert!(killed_for_memory(&test, with) > 0);
     let swapped = number(&test, with, "memory.swap.peak");
@@ -192,13 +196,13 @@ fn row_52_processors_are_taken_away_in_every_period_from_a_job_that_wants_more()
     assert!(has_controller("cpu"), "no cpu controller here");
     let test = TestHelper::with(&slots(&[("a", "cpus = 0.5"), ("c", "cpus = 0.1"), ("d", "")]));
     let client = test.client();
-    let [half, tenth] = ["a", "c"].map(|slot| created(&client, slot));
+    let [half, tenth] = ["a", "c"].map(|slot| create_worker(&client, slot));
     for worker in [half, tenth] {
         // The agent itself is slowed down, so this takes what it takes.
         ongoing(&client, worker, "spin", &["4"], "ready");
     }
     // The neighbour gets its work done.
-    let neighbour = created(&client, "d");
+    let neighbour = create_worker(&client, "d");
     attack(&client, neighbour, "take-a-little", &[]);
     for (worker, of_each_period) in [(half, 50_000), (tenth, 10_000)] {
         // The kernel's own count of periods of 100 ms is the clock.
@@ -225,7 +229,7 @@ fn row_53_processes_and_threads_are_counted_by_the_cgroup_too() {
     assert!(has_controller("pids"), "no pids controller here");
     let test = TestHelper::with(&slots(&[("a", "processes = 64\nopen_files = 256"), ("c", "")]));
     let client = test.client();
-    let (greedy, modest) = (created(&client, "a"), created(&client, "c"));
+    let (greedy, modest) = (create_worker(&client, "a"), create_worker(&client, "c"));
     let watches = fs::read_to_string("/proc/sys/fs/inotify/max_user_instances").unwrap();
     ongoing(
         &client,

@@ -15,8 +15,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::{ErrorKind, MAX_AGENT_BYTES, Received, Reply, Request, Seqpacket, State, VERSION, wire};
-use testbed::harness::{SUPERVISOR_UID, TestHost, memory, sealed, until_is};
-use testbed::test_helper::{SLOTS, TestHelper, created, install, kind, read, state, token, wait_until};
+use testbed::harness::{SUPERVISOR_UID, TestHost, memfd, sealed_memfd, until_is};
+use testbed::test_helper::{SLOTS, TestHelper, create_worker, install, kind, read, state, token, wait_until};
 
 use crate::attacks::connections::StopOnDrop;
 
@@ -53,7 +53,7 @@ fn map(fd: impl AsFd) -> nix::Result<*mut u8> {
 fn row_62_every_other_kind_of_descriptor_is_refused() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let directory = tempfile::tempdir().unwrap();
     let fifo = directory.path().join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -121,9 +121,9 @@ fn row_62_every_other_kind_of_descriptor_is_refused() {
 fn row_62_a_program_that_could_still_be_changed_is_refused() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     // A writable mapping from before: the kernel does not seal it.
-    let mapped = memory(b"#!/bin/true\n");
+    let mapped = memfd(b"#!/bin/true\n");
     let at = map(&mapped).expect("a memfd can be mapped");
     assert_eq!(
         seal(&mapped, SealFlag::F_SEAL_WRITE | all_but_write()),
@@ -141,7 +141,7 @@ fn row_62_a_program_that_could_still_be_changed_is_refused() {
         all_but_write(),
         SealFlag::F_SEAL_SEAL,
     ] {
-        let half = memory(b"#!/bin/true\n");
+        let half = memfd(b"#!/bin/true\n");
         seal(&half, some).unwrap();
         assert_eq!(
             kind(install(&client, worker, half).0),
@@ -157,13 +157,13 @@ fn row_62_a_program_that_could_still_be_changed_is_refused() {
 fn row_62_a_program_changed_while_it_is_read_is_refused() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let program = [
         b"#!/bin/bash\necho the first\nexit 7\n".as_slice(),
         &vec![b'#'; 8 << 20],
     ]
     .concat();
-    let agent = sealed(&program);
+    let agent = sealed_memfd(&program);
     // Every way to write, all the time that the helper copies it.
     let over = AtomicBool::new(false);
     let copy = File::from(agent.try_clone().unwrap());
@@ -196,9 +196,9 @@ fn row_62_a_program_changed_while_it_is_read_is_refused() {
 fn row_62_files_of_absurd_lengths_are_refused() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     for len in [MAX_AGENT_BYTES + 1, 1 << 40, i64::MAX as u64] {
-        let sparse = File::from(memory(b"#!/bin/true\n"));
+        let sparse = File::from(memfd(b"#!/bin/true\n"));
         sparse.set_len(len).unwrap();
         seal(&sparse, SealFlag::F_SEAL_WRITE | all_but_write()).unwrap();
         assert_eq!(
@@ -207,9 +207,12 @@ fn row_62_files_of_absurd_lengths_are_refused() {
             "{len} bytes"
         );
     }
-    assert_eq!(kind(install(&client, worker, sealed(b"")).0), ErrorKind::Refused);
+    assert_eq!(
+        kind(install(&client, worker, sealed_memfd(b"")).0),
+        ErrorKind::Refused
+    );
     // A good one that cannot be read through this descriptor.
-    let agent = sealed(b"#!/bin/bash\necho started\nexit 1\n");
+    let agent = sealed_memfd(b"#!/bin/bash\necho started\nexit 1\n");
     let path = format!("/proc/self/fd/{}", agent.as_raw_fd());
     let unreadable = OpenOptions::new().write(true).open(path).unwrap();
     assert_eq!(
@@ -251,7 +254,7 @@ fn send_and_close(socket: &Seqpacket, bytes: &[u8], descriptor: OwnedFd) {
 #[test]
 fn row_128_a_socket_that_waits_when_it_is_closed_holds_up_neither_its_worker_nor_others() {
     let test = TestHelper::new();
-    let worker = created(&test.client(), "a");
+    let worker = create_worker(&test.client(), "a");
     let connect = || Seqpacket::connect(&test.host.socket(), false).unwrap();
     let (stream, _peer) = lingering();
     let socket = connect();
@@ -290,7 +293,7 @@ fn row_128_a_socket_that_waits_when_it_is_closed_holds_up_neither_its_worker_nor
 fn row_128_nor_does_one_of_a_user_who_is_not_served() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOTS);
-    let helper = host.helper();
+    let helper = host.start_helper();
     let peers: Vec<TcpStream> = (0..10)
         .map(|_| {
             let (stream, peer) = lingering();

@@ -105,9 +105,11 @@ fn wait_for_the_end() {
 
 /// A job starts, runs and ends, and all that takes no longer than it should.
 async fn a_job_works(factory: &TestFactory, how: &str) {
-    let begun = Instant::now();
-    factory.completed(factory.submit("echo through the proxy")).await;
-    let took = begun.elapsed();
+    let started_at = Instant::now();
+    factory
+        .wait_completed(factory.submit("echo through the proxy"))
+        .await;
+    let took = started_at.elapsed();
     assert!(took < Duration::from_secs(60), "{how}: the job took {took:?}");
 }
 
@@ -130,7 +132,7 @@ async fn row_101_a_user_whose_sockets_are_slow_to_close_keeps_no_job_from_the_se
         other
     });
     a_job_works(&factory, "called").await;
-    factory.logged(&["WARN", "closed a connection of uid", "no worker's"]);
+    factory.wait_for_log(&["WARN", "closed a connection of uid", "no worker's"]);
     assert!(
         factory.supervisor.log.count(&["closed a connection of uid"]) < 5,
         "the log is filled"
@@ -152,9 +154,9 @@ async fn row_101_a_job_with_all_its_connections_leaves_the_next_job_its_own() {
          while ! [ -e {} ]; do sleep 0.2; done",
         open.display()
     ));
-    factory.logged(&["WARN", "closed a connection of uid", "too many connections"]);
+    factory.wait_for_log(&["WARN", "closed a connection of uid", "too many connections"]);
     a_job_works(&factory, "beside a greedy one").await;
     factory.release();
-    factory.ended(greedy).await;
+    factory.wait_for_end(greedy).await;
     factory.finish().await;
 }

@@ -8,9 +8,9 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use protocol::{Reply, Request};
-use testbed::harness::{Running, place, put_program};
+use testbed::harness::{Running, create_shared_dir, put_program};
 use testbed::host_snapshot::processes_of;
-use testbed::test_helper::{TestHelper, attack, created};
+use testbed::test_helper::{TestHelper, attack, create_worker};
 
 use crate::attacks::leftovers::{ongoing, with_user_namespaces};
 
@@ -33,17 +33,17 @@ fn with_hidden(place: &Path) -> String {
 }
 
 /// One attempt in one job, and nothing is left of it.
-fn try_once(test: TestHelper, slot: &str, name: &str, words: &[&str]) -> String {
+fn try_once(test: TestHelper, slot: &str, name: &str, args: &[&str]) -> String {
     let client = test.client();
-    let worker = created(&client, slot);
-    let console = attack(&client, worker, name, words);
+    let worker = create_worker(&client, slot);
+    let console = attack(&client, worker, name, args);
     test.finish(&[worker]);
     console
 }
 
 #[test]
 fn row_30_a_set_user_id_program_of_the_hosts_gives_no_privilege() {
-    let place = place();
+    let place = create_shared_dir();
     let copies: Vec<PathBuf> = [0o4755, 0o2755, 0o6755]
         .iter()
         .map(|mode| {
@@ -52,8 +52,8 @@ fn row_30_a_set_user_id_program_of_the_hosts_gives_no_privilege() {
             copy
         })
         .collect();
-    let words: Vec<&str> = copies.iter().map(|path| path.to_str().unwrap()).collect();
-    let console = try_once(TestHelper::new(), "a", "set-id-programs", &words);
+    let args: Vec<&str> = copies.iter().map(|path| path.to_str().unwrap()).collect();
+    let console = try_once(TestHelper::new(), "a", "set-id-programs", &args);
     for copy in &copies {
         let ran = format!("ran {} -u", copy.display());
         assert!(console.contains(&ran), "{console}");
@@ -93,7 +93,7 @@ fn row_32_pid_1_of_its_own_namespace_cannot_be_traced_or_read_and_no_descriptor_
 fn row_32_processes_of_the_host_and_of_other_jobs_are_not_even_visible() {
     let test = TestHelper::new();
     let client = test.client();
-    let (other, worker) = (created(&client, "a"), created(&client, "c"));
+    let (other, worker) = (create_worker(&client, "a"), create_worker(&client, "c"));
     ongoing(&client, other, "system-v", &[], "ready");
     let mut outside = vec![std::process::id().to_string(), test.helper.pid().to_string()];
     let others = processes_of(&test.host.uids);
@@ -103,8 +103,8 @@ fn row_32_processes_of_the_host_and_of_other_jobs_are_not_even_visible() {
             .iter()
             .map(|line| line.split(' ').next().unwrap().to_owned()),
     );
-    let words: Vec<&str> = outside.iter().map(String::as_str).collect();
-    attack(&client, worker, "other-processes", &words);
+    let args: Vec<&str> = outside.iter().map(String::as_str).collect();
+    attack(&client, worker, "other-processes", &args);
     test.finish(&[other, worker]);
 }
 
@@ -136,7 +136,7 @@ fn row_34_the_first_program_inherits_three_descriptors_and_six_variables() {
 #[test]
 fn row_35_no_file_of_the_kernels_opens_for_writing() {
     let console = try_once(TestHelper::new(), "a", "kernel-files", &[]);
-    assert!(console.contains("held: /proc/sysrq-trigger"), "{console}");
+    assert!(console.contains("blocked: /proc/sysrq-trigger"), "{console}");
 }
 
 #[test]
@@ -146,21 +146,21 @@ fn row_36_calls_on_mounts_and_roots_are_refused() {
 
 #[test]
 fn row_36_root_of_a_user_namespace_removes_no_mask_and_makes_nothing_writable() {
-    let place = place();
+    let place = create_shared_dir();
     let test = TestHelper::with(&with_hidden(place.path()));
     try_once(test, "c", "unmask", &[place.path().to_str().unwrap()]);
 }
 
 #[test]
 fn row_36_fresh_mounts_of_the_kernels_show_nothing_hidden_and_write_nothing() {
-    let place = place();
+    let place = create_shared_dir();
     let test = TestHelper::with(&with_hidden(place.path()));
     try_once(test, "c", "fresh-mounts", &[place.path().to_str().unwrap()]);
 }
 
 #[test]
 fn row_36_a_directory_opened_in_a_namespace_that_is_gone_is_still_masked() {
-    let place = place();
+    let place = create_shared_dir();
     let test = TestHelper::with(&with_hidden(place.path()));
     try_once(test, "c", "old-descriptors", &[place.path().to_str().unwrap()]);
 }
@@ -169,7 +169,7 @@ fn row_36_a_directory_opened_in_a_namespace_that_is_gone_is_still_masked() {
 fn row_37_a_mount_made_inside_reaches_neither_the_host_nor_another_job() {
     let test = TestHelper::with(&with_user_namespaces());
     let client = test.client();
-    let (worker, earlier) = (created(&client, "c"), created(&client, "a"));
+    let (worker, earlier) = (create_worker(&client, "c"), create_worker(&client, "a"));
     ongoing(&client, earlier, "system-v", &[], "ready");
     let name = format!("travels-{worker}");
     ongoing(&client, worker, "travelling-mount", &[&name], "ready");
@@ -191,7 +191,7 @@ fn row_37_a_mount_made_inside_reaches_neither_the_host_nor_another_job() {
     );
     let deleted = client.ask(&Request::Delete { worker: earlier }).0;
     assert_eq!(deleted, Reply::Deleted);
-    let later = created(&client, "a");
+    let later = create_worker(&client, "a");
     attack(&client, later, "no-such-mount", &[&name]);
     test.finish(&[worker, later]);
 }

@@ -9,11 +9,11 @@ use nix::sys::inotify::AddWatchFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{Exit, Reply, Request, State, WorkerId};
-use testbed::disk::{SmallDisk, small};
 use testbed::harness::{Running, TestHost, binaries, has_controller, until_is};
 use testbed::host_snapshot::processes_of;
+use testbed::small_disk::{SmallDisk, small};
 use testbed::test_helper::{
-    TestHelper, attack, created, read, start_attack, state, wait_for_line, wait_until, watch,
+    TestHelper, attack, create_worker, read, start_attack, state, wait_for_line, wait_until, watch,
 };
 
 use crate::attacks::leftovers::ongoing;
@@ -76,7 +76,7 @@ fn row_51_memory_is_limited_or_the_helper_does_not_start_and_shared_memory_ends_
     for (key, line) in [("memory", "memory = \"64M\""), ("swap", "swap = \"1G\"")] {
         let test = refused_or_warned("memory", key, line);
         let client = test.client();
-        let worker = created(&client, "a");
+        let worker = create_worker(&client, "a");
         // Where there is a controller, the page cache of this much shared memory would be over the limit first.
         if key == "memory" && !has_controller("memory") {
             attack(&client, worker, "shared-memory", &[&(64 << 20).to_string()]);
@@ -91,7 +91,7 @@ fn row_51_memory_is_limited_or_the_helper_does_not_start_and_shared_memory_ends_
 fn row_52_processors_are_limited_or_the_helper_does_not_start() {
     let test = refused_or_warned("cpu", "cpus", "cpus = 1");
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     attack(&client, worker, "take-a-little", &[]);
     test.finish(&[worker]);
 }
@@ -100,10 +100,10 @@ fn row_52_processors_are_limited_or_the_helper_does_not_start() {
 fn row_53_a_job_that_takes_all_it_gets_finds_its_limits_and_its_neighbour_finds_enough() {
     let test = TestHelper::with(&slots(&[("a", "processes = 64\nopen_files = 256"), ("c", "")]));
     let client = test.client();
-    let (greedy, modest) = (created(&client, "a"), created(&client, "c"));
+    let (greedy, modest) = (create_worker(&client, "a"), create_worker(&client, "c"));
     let watches = fs::read_to_string("/proc/sys/fs/inotify/max_user_instances").unwrap();
-    let words = ["64", "256", watches.trim()];
-    let console = ongoing(&client, greedy, "exhaust-limits", &words, "ready");
+    let args = ["64", "256", watches.trim()];
+    let console = ongoing(&client, greedy, "exhaust-limits", &args, "ready");
     for what in [
         "threads",
         "open files",
@@ -113,7 +113,10 @@ fn row_53_a_job_that_takes_all_it_gets_finds_its_limits_and_its_neighbour_finds_
         "terminals",
         "processes",
     ] {
-        assert!(console.contains(&format!("held: {what}: ")), "{what}\n{console}");
+        assert!(
+            console.contains(&format!("blocked: {what}: ")),
+            "{what}\n{console}"
+        );
     }
     attack(&client, modest, "take-a-little", &[]);
     assert_eq!(state(&client, greedy), State::Running);
@@ -126,7 +129,7 @@ fn row_55_endless_output_is_cut_and_the_job_goes_on_to_its_own_end() {
     let test = TestHelper::with(&slots(&[("a", "console = \"64K\"")]));
     let client = test.client();
     for output in ["no-newline", "escapes", "nuls"] {
-        let worker = created(&client, "a");
+        let worker = create_worker(&client, "a");
         let console = start_attack(&client, worker, "print-much", &[output]);
         let ended = wait_until(&client, worker, |state| state != State::Running);
         assert_eq!(ended, State::Exited(Exit::Status(7)), "{output}");
@@ -150,30 +153,30 @@ fn row_56_a_job_that_does_not_end_is_ended_with_all_its_processes_however_much_i
         ("c", "run_time_seconds = 10"),
     ]));
     let client = test.client();
-    let (quiet, noisy) = (created(&client, "a"), created(&client, "c"));
-    let console = start_attack(&client, quiet, "never-end", &["quiet"]);
+    let (idle, noisy) = (create_worker(&client, "a"), create_worker(&client, "c"));
+    let console = start_attack(&client, idle, "never-end", &["idle"]);
     // It begins shortly before its limit, so that the tests beside this one get their share of the processors.
     start_attack(&client, noisy, "never-end", &["noisy", "7"]);
     wait_for_line(&console, "ready");
-    for worker in [quiet, noisy] {
+    for worker in [idle, noisy] {
         let ended = wait_until(&client, worker, |state| state != State::Running);
         assert_eq!(ended, State::Exited(Exit::TimedOut));
     }
     until_is("the end of all", || processes_of(&test.host.uids).is_empty());
-    assert_begun(&test, noisy);
+    assert_started(&test, noisy);
     let text = read(&console);
     assert!(
         text.contains("[the agent has run as long as the slot lets it]"),
         "{text}"
     );
-    test.finish(&[quiet, noisy]);
+    test.finish(&[idle, noisy]);
 }
 
 #[test]
 fn row_56_a_job_that_ends_before_its_time_is_not_ended_by_it() {
     let test = TestHelper::with(&slots(&[("a", "run_time_seconds = 60")]));
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let console = attack(&client, worker, "write-much", &["1", "1"]);
     assert_eq!(state(&client, worker), State::Exited(Exit::Status(0)));
     assert!(!console.contains("as long as the slot lets it"), "{console}");
@@ -216,10 +219,10 @@ fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
         ("c", "run_time_seconds = 10"),
     ]));
     let client = test.client();
-    let (one, other) = (created(&client, "a"), created(&client, "c"));
-    let console = start_attack(&client, one, "never-end", &["quiet"]);
+    let (one, other) = (create_worker(&client, "a"), create_worker(&client, "c"));
+    let console = start_attack(&client, one, "never-end", &["idle"]);
     wait_for_line(&console, "ready");
-    wait_for_line(&start_attack(&client, other, "never-end", &["quiet"]), "ready");
+    wait_for_line(&start_attack(&client, other, "never-end", &["idle"]), "ready");
     // A job that starves its pid 1 gets no further than this.
     for worker in [one, other] {
         kill(first_process(&test.host, worker), Signal::SIGSTOP).unwrap();
@@ -231,7 +234,7 @@ fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
     for worker in [one, other] {
         wait_until_empty(&test.host, worker);
     }
-    test.helper = test.host.helper();
+    test.helper = test.host.start_helper();
     let client = test.client();
     for worker in [one, other] {
         assert_eq!(state(&client, worker), State::Exited(Exit::TimedOut));
@@ -245,7 +248,7 @@ fn row_91_the_run_time_limit_holds_for_a_job_whose_pid_1_does_nothing() {
 fn row_91_the_run_time_limit_holds_beside_thousands_of_threads_and_endless_output() {
     let test = TestHelper::with(&slots(&[("a", "run_time_seconds = 10\nconsole = \"64K\"")]));
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let begin = Instant::now();
     let console = start_attack(&client, worker, "never-end", &["threads", "7"]);
     wait_for_line(&console, "ready");
@@ -257,15 +260,15 @@ fn row_91_the_run_time_limit_holds_beside_thousands_of_threads_and_endless_outpu
     // The limit, the five seconds that the timer leaves to pid 1, and what two thousand threads hold the test up.
     assert!(took < Duration::from_secs(10 + 5 + 30), "{took:?}");
     assert_eq!(state(&test.client(), worker), State::Exited(Exit::TimedOut));
-    assert_begun(&test, worker);
+    assert_started(&test, worker);
     test.finish(&[worker]);
 }
 
 /// All four processes of `never-end` were at it before the worker was ended.
-fn assert_begun(test: &TestHelper, worker: WorkerId) {
+fn assert_started(test: &TestHelper, worker: WorkerId) {
     let work = test.host.worker_dir(worker).join("fs/work");
-    let begun = (0..4).filter(|process| work.join(format!("begun-{process}")).exists());
-    assert_eq!(begun.count(), 4, "the limit came before the load");
+    let started = (0..4).filter(|process| work.join(format!("started-{process}")).exists());
+    assert_eq!(started.count(), 4, "the limit came before the load");
 }
 
 /// The timers of all workers: who has a `cgroup.kill` open among the helper's processes.
@@ -287,9 +290,9 @@ fn timers(host: &TestHost) -> Vec<String> {
 fn row_91_a_timer_takes_little_memory_and_ends_with_its_worker() {
     let test = TestHelper::with(&slots(&[("a", "run_time_seconds = 3600"), ("c", "")]));
     let client = test.client();
-    let [timed, other] = ["a", "c"].map(|slot| created(&client, slot));
+    let [timed, other] = ["a", "c"].map(|slot| create_worker(&client, slot));
     for worker in [timed, other] {
-        let console = start_attack(&client, worker, "never-end", &["quiet"]);
+        let console = start_attack(&client, worker, "never-end", &["idle"]);
         wait_for_line(&console, "ready");
     }
     let [timer] = &timers(&test.host)[..] else {
@@ -317,8 +320,8 @@ fn row_91_the_run_time_limit_holds_for_a_job_that_has_filled_the_disk() {
     let disk = SmallDisk::in_memory(&host);
     let test = TestHelper::on(host, Some(disk));
     let client = test.client();
-    let worker = created(&client, "a");
-    wait_for_line(&start_attack(&client, worker, "never-end", &["quiet"]), "ready");
+    let worker = create_worker(&client, "a");
+    wait_for_line(&start_attack(&client, worker, "never-end", &["idle"]), "ready");
     kill(first_process(&test.host, worker), Signal::SIGSTOP).unwrap();
     let disk = test.disk.as_ref().unwrap();
     disk.fill();

@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use protocol::{ErrorKind, Exit, Reply, Request, State, UserName, config};
-use testbed::harness::{PAUSE, binaries, has_scopes, not_kept, sealed, until, worker_id};
+use testbed::harness::{PAUSE, assert_warned, binaries, has_scopes, sealed_memfd, until, worker_id};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{
-    SLOTS, TestHelper, attack, create, created, install, kind, list, start_attack, wait_for_line, wait_until,
+    SLOTS, TestHelper, attack, create, create_worker, install, kind, list, start_attack, wait_for_line,
+    wait_until,
 };
 
 use crate::attacks::leftovers::ongoing;
@@ -115,38 +116,38 @@ fn sockets() {
     listeners[0].0.accept().expect("it was just called");
 
     // One that is shown where it is, as a directory of an operator's would be, is another matter: the file is
-    // there, and so is the listener. So the third is not among the words, and its end is looked at below.
+    // there, and so is the listener. So the third is not among the arguments, and its end is looked at below.
     let at = |path: &Path| path.display().to_string();
-    let mut words = vec![
+    let mut args = vec![
         at(&listeners[0].1.0),
         at(&listeners[1].1.0),
         at(&datagrams.0),
         at(&test.host.socket()),
     ];
-    let paths = words.len();
+    let paths = args.len();
     for (kind, name) in ["stream", "datagram", "seqpacket"].iter().zip(&names) {
-        words.push(format!("{kind}@{name}"));
+        args.push(format!("{kind}@{name}"));
     }
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let [worker, alone] = ["a", "alone"].map(|slot| created(&client, slot));
-    let elsewhere: Vec<String> = words[paths..]
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let [worker, alone] = ["a", "alone"].map(|slot| create_worker(&client, slot));
+    let elsewhere: Vec<String> = args[paths..]
         .iter()
-        .map(|word| format!("{word}@elsewhere"))
+        .map(|arg| format!("{arg}@elsewhere"))
         .collect();
-    let elsewhere: Vec<&str> = words[..paths]
+    let elsewhere: Vec<&str> = args[..paths]
         .iter()
         .copied()
         .chain(elsewhere.iter().map(String::as_str))
         .collect();
     attack(&client, alone, "sockets", &elsewhere);
     if has_scopes() {
-        attack(&client, worker, "sockets", &words);
+        attack(&client, worker, "sockets", &args);
     } else {
-        not_kept(
+        assert_warned(
             &test.helper,
             "abstract sockets and signals are not kept within jobs",
         );
-        attack(&client, worker, "sockets", &words[..paths]);
+        attack(&client, worker, "sockets", &args[..paths]);
     }
     for (listener, made) in &listeners {
         let called = listener.accept().map(drop).expect_err("nobody may call");
@@ -178,7 +179,7 @@ fn sockets() {
 /// One attempt of a job of slot a, to its end.
 fn one(name: &str) -> String {
     let test = TestHelper::new();
-    let worker = created(&test.client(), "a");
+    let worker = create_worker(&test.client(), "a");
     let console = attack(&test.client(), worker, name, &[]);
     test.finish(&[worker]);
     console
@@ -198,9 +199,9 @@ fn row_40_no_input_is_injected_into_a_terminal() {
 /// A script of the host's job in slot c, and the number of its `sleep`, as the host has it.
 fn neighbour(test: &TestHelper) -> (protocol::WorkerId, u32) {
     let client = test.client();
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     let script = b"#!/bin/bash\necho ready; exec sleep 1000\n";
-    let (reply, console) = install(&client, worker, sealed(script));
+    let (reply, console) = install(&client, worker, sealed_memfd(script));
     assert_eq!(reply, Reply::AgentStarted);
     wait_for_line(&console.unwrap(), "ready");
     let pid = until(|| {
@@ -231,7 +232,7 @@ fn row_41_processes_outside_of_the_job_get_no_signal() {
     let test = TestHelper::new();
     let client = test.client();
     let (other, sleeper) = neighbour(&test);
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let pids = [std::process::id(), sleeper, test.helper.pid()].map(|pid| pid.to_string());
     attack(&client, worker, "signals", &[&pids[0], &pids[1], &pids[2]]);
     assert_is_running(sleeper, "sleep");
@@ -244,7 +245,7 @@ fn row_41_a_signal_to_all_ends_nothing_but_the_job_itself() {
     let test = TestHelper::new();
     let client = test.client();
     let (other, sleeper) = neighbour(&test);
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     start_attack(&client, worker, "kill-all", &[]);
     // It ends the job's own agent, and with that the job, itself included.
     let end = wait_until(&client, worker, |state| state != State::Running);
@@ -273,7 +274,7 @@ fn row_42_another_jobs_files_are_out_of_reach() {
 fn files() {
     let test = TestHelper::new();
     let client = test.client();
-    let (first, second) = (created(&client, "a"), created(&client, "c"));
+    let (first, second) = (create_worker(&client, "a"), create_worker(&client, "c"));
     ongoing(&client, first, "keep-secret", &[&secret()], "ready");
     let home = format!("/home/{}", UserName::from(first));
     let files = test.host.worker_dir(first);
@@ -287,14 +288,14 @@ fn files() {
     for path in files.ancestors().take_while(|path| **path != test.host.root) {
         open_to_all(path);
     }
-    let words = [
+    let args = [
         backwards(&secret()),
         home,
         files.display().to_string(),
         devices.display().to_string(),
     ];
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let console = attack(&client, second, "seek", &words);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let console = attack(&client, second, "seek", &args);
     assert!(
         console.contains("files were read") && !console.contains("\n0 files were read"),
         "{console}"
@@ -337,12 +338,12 @@ fn secrets() {
         open_to_all(dir);
     }
     let client = test.client();
-    let worker = created(&client, "a");
-    let mut words = vec![backwards(&secret())];
-    words.extend(dirs.iter().map(|dir| dir.display().to_string()));
-    words.push(root.join(config::CONFIG_PATH).display().to_string());
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    attack(&client, worker, "seek", &words);
+    let worker = create_worker(&client, "a");
+    let mut args = vec![backwards(&secret())];
+    args.extend(dirs.iter().map(|dir| dir.display().to_string()));
+    args.push(root.join(config::CONFIG_PATH).display().to_string());
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    attack(&client, worker, "seek", &args);
     fs::remove_file(state.join("workers/marker")).unwrap();
     drop(made);
     test.finish(&[worker]);
@@ -363,7 +364,7 @@ fn open_token() {
     open_to_all(&token);
     let test = TestHelper::on(host, None);
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let token = token.display().to_string();
     attack(&client, worker, "seek", &[&backwards(&secret()), &token]);
     test.finish(&[worker]);
@@ -383,7 +384,7 @@ fn replaced_token() {
     fs::write(&token, "an old one").unwrap();
     let test = TestHelper::on(host, None);
     let client = test.client();
-    let first = created(&client, "a");
+    let first = create_worker(&client, "a");
     attack(
         &client,
         first,
@@ -395,7 +396,7 @@ fn replaced_token() {
     fs::write(&new, secret()).unwrap();
     open_to_all(&new);
     fs::rename(new, &token).unwrap();
-    let second = created(&client, "c");
+    let second = create_worker(&client, "c");
     attack(
         &client,
         second,
@@ -409,7 +410,7 @@ fn replaced_token() {
 fn conflicting(mine: &str, other: &str) {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, mine);
+    let worker = create_worker(&client, mine);
     let console = start_attack(&client, worker, "daemons", &[]);
     wait_for_line(&console, "attempt over");
     let (over, refusals) = (AtomicBool::new(false), AtomicU32::new(0));

@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use nix::fcntl::{Flock, FlockArg};
 use protocol::{Exit, Reply, Request, State, WorkerId};
-use testbed::harness::{Client, PAUSE, TEST_TIMEOUT, binaries, booted_machine, place};
-use testbed::test_helper::{TestHelper, attack, created, list, read, run, start_attack, state};
+use testbed::harness::{Client, PAUSE, TEST_TIMEOUT, binaries, create_shared_dir, is_booted_machine};
+use testbed::test_helper::{TestHelper, attack, create_worker, list, read, run, start_attack, state};
 
 use crate::attacks::controllers::{LIMIT, SLACK, number};
 use crate::attacks::exhaustion::slots;
@@ -22,16 +22,22 @@ use crate::attacks::leftovers::ongoing;
 const LOCKED: u64 = 8 << 20;
 
 /// Let a new worker in this slot take of a kind: so many processes, so much each. What it got, and what it said.
-fn held(client: &Client, slot: &str, kind: &str, processes: u64, each: u64) -> (WorkerId, u64, String) {
-    let worker = created(client, slot);
-    let words = [kind, &processes.to_string(), &each.to_string()];
-    let console = ongoing(client, worker, "hold", &words, "ready");
+fn take_objects(
+    client: &Client,
+    slot: &str,
+    kind: &str,
+    processes: u64,
+    each: u64,
+) -> (WorkerId, u64, String) {
+    let worker = create_worker(client, slot);
+    let args = [kind, &processes.to_string(), &each.to_string()];
+    let console = ongoing(client, worker, "hold", &args, "ready");
     let (got, line) = amount(&console, kind);
     (worker, got, line)
 }
 
 fn amount(console: &str, kind: &str) -> (u64, String) {
-    let line = console.lines().find(|line| line.starts_with("held "));
+    let line = console.lines().find(|line| line.starts_with("taken "));
     let line = line.unwrap_or_else(|| panic!("no count of {kind}:\n{console}"));
     let got = line.split(' ').nth(1).and_then(|word| word.parse().ok());
     (got.expect("it is a number"), line.to_owned())
@@ -77,14 +83,14 @@ fn row_97_what_is_counted_for_each_user_or_job_leaves_the_neighbour_its_own() {
         ("processes", 4, 1_000, 64, 20, 20),
         ("namespaces", 4, 1_000, 64, 5, 5),
     ] {
-        let (greedy, got, line) = held(&client, "a", kind, processes, each);
+        let (greedy, got, line) = take_objects(&client, "a", kind, processes, each);
         assert!((most / 4..=most).contains(&got), "{kind}: {line}; at most {most}");
         // Pipes are there without end, and small from then on.
         assert!(
             kind == "pipes" || !line.contains("took all that they wanted"),
             "{kind}: no end was met: {line}"
         );
-        let (modest, got, line) = held(&client, "c", kind, 1, neighbours);
+        let (modest, got, line) = take_objects(&client, "c", kind, 1, neighbours);
         assert!(got >= least, "{kind}: the neighbour: {line}");
         test.delete(&[greedy, modest]);
     }
@@ -105,9 +111,9 @@ fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
         ("tcp-buffers", 8, 1_000),
         ("pipes", 8, 1_000),
     ] {
-        let worker = created(&client, "a");
-        let words = [kind, &processes.to_string(), &each.to_string()];
-        let console = start_attack(&client, worker, "hold", &words);
+        let worker = create_worker(&client, "a");
+        let args = [kind, &processes.to_string(), &each.to_string()];
+        let console = start_attack(&client, worker, "hold", &args);
         // It may have all, its processes may be ended for it, the first one too, or it may wait at the limit for ever.
         let begin = Instant::now();
         let how = loop {
@@ -123,7 +129,7 @@ fn row_97_what_the_kernel_keeps_for_a_job_is_memory_of_the_jobs() {
             assert!(begin.elapsed() < TEST_TIMEOUT, "{kind}: {}", read(&console));
             std::thread::sleep(PAUSE);
         };
-        let neighbour = created(&client, "c");
+        let neighbour = create_worker(&client, "c");
         attack(&client, neighbour, "take-a-little", &[]);
         let peak = number(&test, worker, "memory.peak");
         println!(
@@ -150,9 +156,9 @@ fn row_98_without_the_hosts_network_names_and_ports_are_the_jobs_own() {
         ("udp-ports", ports, 100),
     ] {
         // Two processes: one may not have so many files open.
-        let (first, had, line) = held(&client, "a", kind, 2, all);
+        let (first, had, line) = take_objects(&client, "a", kind, 2, all);
         assert_eq!(had, all, "{kind}: {line}");
-        let (second, got, other) = held(&client, "c", kind, 1, wanted);
+        let (second, got, other) = take_objects(&client, "c", kind, 1, wanted);
         assert_eq!(got, wanted, "{kind}: {other}, while another job: {line}");
         // Nor are they the host's.
         TcpListener::bind("127.0.0.1:0").expect("the host has ports");
@@ -169,7 +175,7 @@ fn row_99_the_helper_waits_for_no_lock_that_a_job_can_take() {
     let shows = slot("a", "read_only = { \"/opt/etc\" = \"/etc\" }\n");
     let test = TestHelper::with(&(shows + &slot("c", "")));
     let client = test.client();
-    let place = place();
+    let place = create_shared_dir();
     let file = place.path().join("file");
     fs::write(&file, "of the host").unwrap();
     // All that the helper opens and a job can see; and the host's own file.
@@ -195,12 +201,12 @@ fn row_99_the_helper_waits_for_no_lock_that_a_job_can_take() {
     files.push(file.display().to_string());
     files.push(test.host.root.display().to_string());
     files.push(binaries().join("user-factory-helper").display().to_string());
-    let holder = created(&client, "a");
-    let words: Vec<&str> = ["locks-of-the-host"]
+    let holder = create_worker(&client, "a");
+    let args: Vec<&str> = ["locks-of-the-host"]
         .into_iter()
         .chain(files.iter().map(String::as_str))
         .collect();
-    let console = ongoing(&client, holder, "hold", &words, "ready");
+    let console = ongoing(&client, holder, "hold", &args, "ready");
     for taken in ["/opt/etc/passwd", "/opt/etc/group", &file.display().to_string()] {
         assert!(console.contains(&format!("lock of {taken}: Ok(0)")), "{console}");
     }
@@ -208,7 +214,7 @@ fn row_99_the_helper_waits_for_no_lock_that_a_job_can_take() {
     let lock = || Flock::lock(File::open(&file).unwrap(), FlockArg::LockExclusiveNonblock).is_ok();
     assert!(!lock());
     // What the helper does goes on.
-    let next = created(&client, "c");
+    let next = create_worker(&client, "c");
     let (ended, text) = run(&client, next, "exit 7");
     assert_eq!(ended, State::Exited(Exit::Status(7)), "{text}");
     assert_eq!(client.ask(&Request::Delete { worker: holder }).0, Reply::Deleted);
@@ -271,7 +277,7 @@ fn counts() -> BTreeMap<&'static str, String> {
 #[ignore = "it takes what the whole host has, which the scenario `held` measures"]
 fn what_one_job_leaves_to_the_host() {
     assert!(
-        booted_machine(),
+        is_booted_machine(),
         "this takes what the whole host has: use tests/machine/run held"
     );
     fs::write("/proc/sys/vm/nr_hugepages", "16").unwrap();
@@ -331,9 +337,9 @@ fn what_one_job_leaves_to_the_host() {
     ] {
         let client = test.client();
         let before = counts();
-        let (greedy, _, line) = held(&client, "a", kind, processes, each);
+        let (greedy, _, line) = take_objects(&client, "a", kind, processes, each);
         let during = counts();
-        let (modest, _, other) = held(&client, "c", kind, 1, neighbours);
+        let (modest, _, other) = take_objects(&client, "c", kind, 1, neighbours);
         println!("\n{kind}\n  the job:       {line}\n  its neighbour: {other}");
         for (name, now) in &during {
             if before[name] != *now {

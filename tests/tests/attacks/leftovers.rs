@@ -14,16 +14,18 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User};
 use protocol::{Reply, Request, State, WorkerId};
 use supervisor::residue::files;
-use testbed::disk::SmallDisk;
-use testbed::harness::{Client, Running, TestHost, has_scopes, not_kept, place, tool, worker_id};
+use testbed::harness::{
+    Client, Running, TestHost, assert_warned, create_shared_dir, has_scopes, tool, worker_id,
+};
 use testbed::host_snapshot::{HostSnapshot, files_anywhere, ipc_of, processes_of};
+use testbed::small_disk::SmallDisk;
 use testbed::test_helper::{
-    SLOTS, TestHelper, attack, create, created, read, start_attack, state, wait_for_line,
+    SLOTS, TestHelper, attack, create, create_worker, read, start_attack, state, wait_for_line,
 };
 
 /// Start the attempt and let it get as far as it says with `line`; then it stays. Returns the console so far.
-pub fn ongoing(client: &Client, worker: WorkerId, name: &str, words: &[&str], line: &str) -> String {
-    let console = start_attack(client, worker, name, words);
+pub fn ongoing(client: &Client, worker: WorkerId, name: &str, args: &[&str], line: &str) -> String {
+    let console = start_attack(client, worker, name, args);
     wait_for_line(&console, line);
     let console = read(&console);
     assert!(!console.contains("BROKEN"), "{name}:\n{console}");
@@ -56,7 +58,7 @@ fn states(test: &TestHelper) -> BTreeSet<char> {
 fn row_01_a_daemon_that_ignores_every_signal_is_gone() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let console = start_attack(&client, worker, "daemons", &[]);
     for number in 0..5 {
         wait_for_line(&console, &format!("daemon {number} is running"));
@@ -79,7 +81,7 @@ fn row_01_a_daemon_that_ignores_every_signal_is_gone() {
 fn row_02_fork_bombs_are_gone_also_one_that_is_faster_than_killing_each() {
     let test = TestHelper::new();
     let client = test.client();
-    let (grow, relay) = (created(&client, "a"), created(&client, "c"));
+    let (grow, relay) = (create_worker(&client, "a"), create_worker(&client, "c"));
     // The one that takes all processors comes last: where no controller limits them, little would begin beside it.
     ongoing(&client, relay, "fork-bomb", &["relay"], "ready");
     ongoing(&client, grow, "fork-bomb", &["grow"], "ready");
@@ -91,7 +93,7 @@ fn row_02_fork_bombs_are_gone_also_one_that_is_faster_than_killing_each() {
 fn row_03_stopped_traced_and_vforking_processes_are_gone() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let console = start_attack(&client, worker, "hard-to-kill", &[]);
     wait_for_line(&console, "ready");
     wait_for_line(&console, "in vfork");
@@ -111,7 +113,7 @@ fn row_04_a_process_cannot_leave_its_cgroup() {
     let test = TestHelper::with(&with_user_namespaces());
     let client = test.client();
     let workers = [("a", "no clone3"), ("c", "clone3")].map(|(slot, how)| {
-        let worker = created(&client, slot);
+        let worker = create_worker(&client, slot);
         ongoing(&client, worker, "cgroups", &[how], "ready");
         worker
     });
@@ -130,7 +132,7 @@ fn row_04_a_process_cannot_leave_its_cgroup() {
 fn row_05_files_in_every_directory_are_refused_or_private_and_none_is_left_on_any_file_system() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let name = format!("left-by-{worker}");
     let console = ongoing(&client, worker, "files-everywhere", &[&name], "ready");
     let own = [
@@ -169,7 +171,7 @@ fn row_05_files_in_every_directory_are_refused_or_private_and_none_is_left_on_an
 
 #[test]
 fn row_05_no_file_of_the_host_is_changed_though_everybody_may_write_it() {
-    let memory = place();
+    let memory = create_shared_dir();
     let _disk = SmallDisk::in_memory_at(memory.path().to_owned());
     let places = ["/srv", "/var/lib", "/opt", "/usr/local"].map(Path::new);
     let canaries: Vec<Canaries> = places
@@ -184,13 +186,13 @@ fn row_05_no_file_of_the_host_is_changed_though_everybody_may_write_it() {
     let test = TestHelper::with(&slots);
     let client = test.client();
     for (slot, how) in [("a", "alone"), ("c", "namespaces")] {
-        let mut words = vec![how];
-        words.extend(canaries.iter().map(|canaries| canaries.words()[1]));
+        let mut args = vec![how];
+        args.extend(canaries.iter().map(|canaries| canaries.args()[1]));
         if slot == "a" {
-            words.push("/opt/shown");
+            args.push("/opt/shown");
         }
-        let worker = created(&client, slot);
-        attack(&client, worker, "host-files", &words);
+        let worker = create_worker(&client, slot);
+        attack(&client, worker, "host-files", &args);
         test.delete(&[worker]);
     }
     let after: Vec<_> = canaries.iter().map(Canaries::state).collect();
@@ -202,7 +204,7 @@ fn row_05_no_file_of_the_host_is_changed_though_everybody_may_write_it() {
 fn row_06_system_v_objects_are_the_jobs_own_and_gone() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     ongoing(&client, worker, "system-v", &[], "ready");
     assert_eq!(ipc_of(&test.host.uids), BTreeSet::new(), "the host sees them");
     test.finish(&[worker]);
@@ -212,7 +214,7 @@ fn row_06_system_v_objects_are_the_jobs_own_and_gone() {
 fn row_07_posix_queues_and_semaphores_are_the_jobs_own_and_gone() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let name = format!("left-by-{worker}");
     ongoing(&client, worker, "posix-ipc", &[&name], "ready");
     let on_the_host = || {
@@ -234,7 +236,7 @@ fn row_07_posix_queues_and_semaphores_are_the_jobs_own_and_gone() {
 fn row_08_a_job_gets_no_key_that_could_outlive_it() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     attack(&client, worker, "keys", &[]);
     test.finish(&[worker]);
 }
@@ -266,7 +268,7 @@ fn row_09_no_service_of_the_host_takes_a_request() {
     for program in ["crontab", "at", "dbus-daemon", "busctl"] {
         tool(program);
     }
-    let place = place();
+    let place = create_shared_dir();
     let order = place.path().join("order");
     fs::write(&order, "0 0 1 1 * true\n").unwrap();
     // A bus for everybody, in /run, as the host's is.
@@ -279,7 +281,7 @@ fn row_09_no_service_of_the_host_takes_a_request() {
     let mut daemon = Command::new("dbus-daemon");
     daemon.args(["--nofork", "--print-address"]).stderr(Stdio::null());
     daemon.arg(format!("--config-file={}", run.path().join("config").display()));
-    let daemon = Running::printing(&mut daemon);
+    let daemon = Running::start_logging_stdout(&mut daemon);
     daemon.log.wait(&["unix:path="]);
 
     // An ordinary user, whom Debian's cron and at do not turn away as they do most of the system's own.
@@ -305,7 +307,7 @@ fn row_09_no_service_of_the_host_takes_a_request() {
 
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let [everybody, _] = requests("/work/order", &bus);
     let all: Vec<String> = everybody
         .iter()
@@ -321,7 +323,7 @@ fn row_09_no_service_of_the_host_takes_a_request() {
 fn row_10_sockets_fifos_and_whiteouts_are_gone_and_devices_refused() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     ongoing(&client, worker, "nodes", &[], "ready");
     let work = test.host.worker_dir(worker).join("fs/work");
     let kind = |name: &str| work.join(name).symlink_metadata().unwrap().file_type();
@@ -338,7 +340,7 @@ fn row_11_no_descriptor_can_be_handed_to_another_job() {
     let mut workers = Vec::new();
     for [one, other] in [["a", "c"], ["alone", "remote"]] {
         if one == "a" && !has_scopes() {
-            not_kept(
+            assert_warned(
                 &test.helper,
                 "abstract sockets and signals are not kept within jobs",
             );
@@ -348,7 +350,7 @@ fn row_11_no_descriptor_can_be_handed_to_another_job() {
         let Reply::UserCreated { uid, .. } = create(&client, holder, one) else {
             panic!()
         };
-        let other = created(&client, other);
+        let other = create_worker(&client, other);
         // The snapshot knows a Unix socket's owner by this name alone.
         let name = format!("uid-{uid}-listener");
         ongoing(&client, holder, "listener", &[&name], "ready");
@@ -362,7 +364,7 @@ fn row_11_no_descriptor_can_be_handed_to_another_job() {
 fn row_12_user_namespaces_are_refused_unless_the_slot_allows_them_and_then_leave_nothing() {
     let test = TestHelper::with(&with_user_namespaces());
     let client = test.client();
-    let (refused, allowed) = (created(&client, "a"), created(&client, "c"));
+    let (refused, allowed) = (create_worker(&client, "a"), create_worker(&client, "c"));
     ongoing(&client, allowed, "user-namespace", &["allowed"], "ready");
     let bound = test.host.worker_dir(allowed).join("fs/work/bound");
     assert_eq!(
@@ -376,12 +378,12 @@ fn row_12_user_namespaces_are_refused_unless_the_slot_allows_them_and_then_leave
 
 #[test]
 fn row_13_watches_terminals_and_a_lock_on_a_host_file_are_gone() {
-    let place = place();
+    let place = create_shared_dir();
     let path = place.path().join("of-the-host");
     fs::write(&path, "x").unwrap();
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     ongoing(
         &client,
         worker,
@@ -399,7 +401,7 @@ fn row_13_watches_terminals_and_a_lock_on_a_host_file_are_gone() {
 fn row_14_no_crash_leaves_a_core_whatever_the_job_does_to_its_limit() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     attack(&client, worker, "crash", &[]);
     test.finish(&[worker]);
 }
@@ -408,7 +410,7 @@ fn row_14_no_crash_leaves_a_core_whatever_the_job_does_to_its_limit() {
 fn row_15_a_port_that_an_escaped_daemon_listens_at_is_free_again() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let console = start_attack(&client, worker, "listen", &[]);
     wait_for_line(&console, "ready");
     wait_for_line(&console, "attempt over");
@@ -433,7 +435,7 @@ const RECORDS: [&str; 4] = ["wtmp", "btmp", "lastlog", "faillog"];
 
 #[test]
 fn row_16_no_record_of_a_login_is_written() {
-    let place = place();
+    let place = create_shared_dir();
     let copy = |name: &str| place.path().join(name);
     let mut script = "set -e; mount --make-rprivate /".to_owned();
     for name in RECORDS {
@@ -466,11 +468,11 @@ fn row_16_no_record_of_a_login_is_written() {
     let helper = Running::start(&mut helper);
     helper.log.wait(&["serving"]);
     let client = Client::new(&host);
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let console = attack(&client, worker, "accounting", &[]);
     for name in RECORDS {
         assert!(
-            console.contains(&format!("held: /var/log/{name}: Read-only file system")),
+            console.contains(&format!("blocked: /var/log/{name}: Read-only file system")),
             "{console}"
         );
     }

@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 
 use protocol::config::{CONFIG_PATH, PROXY_DIR, RUN_DIR, STATE_DIR};
 use protocol::{ErrorKind, Reply, Request, State};
-use testbed::harness::{Client, Running, SUPERVISOR_UID, TestHost, binaries, sealed, worker_id};
+use testbed::harness::{Client, Running, SUPERVISOR_UID, TestHost, binaries, sealed_memfd, worker_id};
 use testbed::host_snapshot::HostSnapshot;
-use testbed::test_helper::{SLOTS, TestHelper, create, created, install, kind, state, wait_for_line};
+use testbed::test_helper::{SLOTS, TestHelper, create, create_worker, install, kind, state, wait_for_line};
 
 use super::SOMEBODY;
 
@@ -99,11 +99,11 @@ fn row_68_a_foreign_file_in_place_of_the_socket_is_replaced_or_refused() {
     let precious = host.root.join("precious");
     fs::write(&precious, "content").unwrap();
     symlink(&precious, host.socket()).unwrap();
-    drop(host.helper());
+    drop(host.start_helper());
     assert_eq!(fs::read_to_string(&precious).unwrap(), "content");
     fs::remove_file(host.socket()).unwrap();
     let squatter = std::os::unix::net::UnixListener::bind(host.socket()).unwrap();
-    let helper = host.helper();
+    let helper = host.start_helper();
     assert_eq!(testbed::test_helper::list(&Client::new(&host)), []);
     drop((squatter, helper));
     fs::remove_file(host.socket()).unwrap();
@@ -134,7 +134,7 @@ fn row_69_a_uid_in_use_on_the_host_is_not_given_to_a_job() {
     let first = *host.uids.start();
     host.uids = first..=first + 3;
     host.configure("http://127.0.0.1:9", 0, SLOTS);
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let client = Client::new(&host);
     let holders = [UidHolder::new(first), UidHolder::new(first + 1)];
     let record = host.userdb().join(format!("{}.user", first + 2));
@@ -177,14 +177,14 @@ fn row_69_files_at_a_users_record_go_and_what_they_link_to_stays() {
 fn row_70_a_configuration_that_others_could_write_is_refused_while_a_job_runs() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let (_, console) = install(
         &client,
         worker,
-        sealed(b"#!/bin/bash\necho here; exec sleep 1000\n"),
+        sealed_memfd(b"#!/bin/bash\necho here; exec sleep 1000\n"),
     );
     wait_for_line(&console.unwrap(), "here");
-    let waiting = created(&client, "c");
+    let waiting = create_worker(&client, "c");
     let path = test.host.root.join(CONFIG_PATH);
     let good = fs::read_to_string(&path).unwrap();
     let evil = good.replace("[slots.c]", "[slots.c]\nadd_to_groups = [\"disk\"]");
@@ -221,7 +221,7 @@ fn row_70_a_configuration_that_others_could_write_is_refused_while_a_job_runs() 
         swap(&path, &evil);
         let client = test.client();
         assert_eq!(kind(create(&client, worker_id(), "c")), ErrorKind::Busy, "{what}");
-        let (reply, _) = install(&client, waiting, sealed(b"#!/bin/true\n"));
+        let (reply, _) = install(&client, waiting, sealed_memfd(b"#!/bin/true\n"));
         assert_eq!(kind(reply), ErrorKind::Busy, "{what}");
         assert_eq!(state(&client, waiting), State::Created, "{what}");
         assert_eq!(state(&client, worker), State::Running, "{what}");
@@ -246,7 +246,7 @@ fn row_72_no_user_writes_to_the_factorys_directories() {
     let host = host();
     host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOTS);
     let before = HostSnapshot::take(&host);
-    let helper = host.helper();
+    let helper = host.start_helper();
     let root = host.root.display().to_string();
     let (run, state) = (format!("{root}/{RUN_DIR}"), format!("{root}/{STATE_DIR}"));
     let (proxy_dir, socket) = (format!("{root}/{PROXY_DIR}"), host.socket().display().to_string());
@@ -315,7 +315,7 @@ fn row_72_no_user_writes_to_the_factorys_directories() {
     ));
     drop(helper);
     // What it gave to the supervisor is no reason for the next helper to refuse.
-    drop(host.helper());
+    drop(host.start_helper());
     fs::remove_file(&witness).unwrap();
     before.assert_unchanged(&host);
 }

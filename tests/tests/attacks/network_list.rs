@@ -14,8 +14,8 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use protocol::Seqpacket;
 use protocol::config::{PROXY_DIR, PROXY_SOCKET};
+use testbed::fake_server::{State, Ulid};
 use testbed::harness::{SUPERVISOR_UID, binaries};
-use testbed::server::{State, Ulid};
 use testbed::test_factory::{TestFactory, lines};
 
 /// Functions of bash for jobs. `get HOST PORT` asks a server itself, and prints the last line of its answer; `first BYTES` sends
@@ -25,10 +25,11 @@ pub(super) const FUNCTIONS: &str = r#"
 trap '' PIPE
 to_proxy() { exec 3<>/dev/tcp/127.64.0.1/3128 && printf %b "$1" >&3; }
 get() {
-    local said
-    said=$(exec 2>/dev/null 3<>"/dev/tcp/$1/$2" && printf %b "GET / HTTP/1.1\r\nHost: $1\r\nConnection: close\r\n\r\n" >&3 &&
+    local answer
+    answer=$(exec 2>/dev/null 3<>"/dev/tcp/$1/$2" &&
+        printf %b "GET / HTTP/1.1\r\nHost: $1\r\nConnection: close\r\n\r\n" >&3 &&
         timeout 100 tr -d '\r' <&3 | tail -n 1)
-    echo "${said:-none}"
+    echo "${answer:-none}"
 }
 first() { (to_proxy "$1"; read -r -t 100 _ status _ <&3; echo "${status:-none}"); }
 statuses() { (to_proxy "$1"; timeout 100 tr -d '\r' <&3 | sed -n 's,.*HTTP/1.1 \(...\).*,\1,p' | tr '\n' ' '; echo); }
@@ -117,7 +118,7 @@ pub(super) async fn factory(slots: &str, hosts: &str) -> TestFactory {
 /// What a job with this script prints, line by line.
 pub(super) async fn run(factory: &TestFactory, script: &str) -> Vec<String> {
     let job = factory.submit(&format!("{FUNCTIONS}{script}"));
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     lines(&factory.server.job(job), "stdout")
 }
 
@@ -127,9 +128,9 @@ async fn refused(factory: &TestFactory, job: Ulid, count: usize) -> Vec<String> 
         let events = state.jobs[&job].events.iter();
         let lines = events.filter_map(|event| event.payload.strip_prefix("egress refused: "));
         let lines: Vec<String> = lines.map(str::to_owned).collect();
-        (lines.len() >= count || state.jobs[&job].complete()).then_some(lines)
+        (lines.len() >= count || state.jobs[&job].is_complete()).then_some(lines)
     };
-    factory.see(see).await
+    factory.wait_for_state(see).await
 }
 
 /// So is a destination that the list does not have.
@@ -269,10 +270,10 @@ async fn row_117_the_supervisor_looks_up_no_name_that_the_list_does_not_have() {
         "{FUNCTIONS}echo ready; {}; {refused}",
         factory.until_release()
     ));
-    factory.printed(job, "ready").await;
+    factory.wait_for_line(job, "ready").await;
     look_ups();
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let printed = lines(&factory.server.job(job), "stdout");
     let mut expected = vec!["ready"];
     expected.extend(["403", "403", "none"].repeat(4));
@@ -317,7 +318,7 @@ async fn row_118_a_port_that_the_list_does_not_have_is_refused_however_it_is_wri
     expected.sort();
     assert_eq!(logged, expected);
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let printed = lines(&factory.server.job(job), "stdout");
     let from = format!("from {}", server.address);
     let (refused, allowed) = printed.split_at(printed.len() - 3);
@@ -432,7 +433,7 @@ async fn row_120_a_name_that_moves_to_an_address_of_the_host_leads_there_for_nob
         again() {{
             exec 4<>/dev/tcp/127.64.0.1/3128
             printf %b "GET http://web.test:{port}/ HTTP/1.1\r\nHost: x\r\n\r\n" >&4
-            read -r _ status _ <&4; read_head; read -r said <&4; echo "$status"
+            read -r _ status _ <&4; read_head; read -r _ <&4; echo "$status"
         }}
         read_head() {{ while read -r line <&4 && [ -n "${{line%$'\r'}}" ]; do :; done; }}
         all() {{ again; connect web.test:{port}; get web.test {port}; }}
@@ -441,14 +442,14 @@ async fn row_120_a_name_that_moves_to_an_address_of_the_host_leads_there_for_nob
         wait("inside"),
         wait("both")
     ));
-    factory.printed(job, "before inside").await;
+    factory.wait_for_line(job, "before inside").await;
     fs::write(&hosts, format!("{} web.test\n", inside.0)).unwrap();
     fs::write(step("inside"), "").unwrap();
-    factory.printed(job, "before both").await;
+    factory.wait_for_line(job, "before both").await;
     // Some answers are allowed, and some are not.
     fs::write(&hosts, format!("{} web.test\n127.0.0.1 web.test\n", inside.0)).unwrap();
     fs::write(step("both"), "").unwrap();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let from = format!("from {}", allowed.address);
     assert_eq!(
         lines(&factory.server.job(job), "stdout"),
@@ -528,14 +529,14 @@ async fn row_124_what_a_job_changes_of_its_own_network_leads_to_no_other_destina
         socket = socket.display(),
     ));
     let from = format!("from {}", server.address);
-    factory.printed(job, &from).await;
+    factory.wait_for_line(job, &from).await;
 
     // A worker that could send its connections itself gets no further than its list.
     let see = |state: &State| {
         let worker = state.jobs[&job].worker?;
         Some(worker.to_string())
     };
-    let worker = factory.see(see).await.parse().unwrap();
+    let worker = factory.wait_for_state(see).await.parse().unwrap();
     let uid = std::os::unix::fs::MetadataExt::uid(
         &fs::metadata(factory.host.worker_dir(worker).join("fs/work")).unwrap(),
     );
@@ -546,8 +547,8 @@ async fn row_124_what_a_job_changes_of_its_own_network_leads_to_no_other_destina
         command.env(AS_WORKER, format!("{} {destination}", socket.display()));
         command.uid(uid).gid(uid).current_dir("/").stdin(Stdio::null());
         let output = tokio::task::block_in_place(|| command.output().unwrap());
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        let (_, answer) = said.split_once("answer: ").expect("it says how it went");
+        let output = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (_, answer) = output.split_once("answer: ").expect("it says how it went");
         answer.lines().next().expect("a line").to_owned()
     };
     let own = format!("web.test:{port}");
@@ -578,7 +579,7 @@ async fn row_124_what_a_job_changes_of_its_own_network_leads_to_no_other_destina
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o710)).unwrap();
 
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     assert_eq!(
         lines(&factory.server.job(job), "stdout"),
         ["0", "none", &from],

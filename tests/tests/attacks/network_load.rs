@@ -6,8 +6,8 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::thread;
 
+use testbed::fake_server::{State, Ulid};
 use testbed::harness::TEST_TIMEOUT;
-use testbed::server::{State, Ulid};
 use testbed::test_factory::{TestFactory, lines};
 use tokio::time::timeout;
 
@@ -207,9 +207,13 @@ async fn staying(factory: &TestFactory, script: &str) -> Ulid {
     let ready = |state: &State| {
         let job = &state.jobs[&job];
         let is_ready = job.events.iter().any(|event| event.payload == "ready");
-        (is_ready || job.complete()).then_some(is_ready)
+        (is_ready || job.is_complete()).then_some(is_ready)
     };
-    assert!(factory.see(ready).await, "{:#?}", factory.server.job(job).events);
+    assert!(
+        factory.wait_for_state(ready).await,
+        "{:#?}",
+        factory.server.job(job).events
+    );
     job
 }
 
@@ -264,7 +268,7 @@ async fn row_122_slow_readers_take_bounded_memory_and_hold_up_no_other_job() {
     let most = memory(&factory, "VmHWM:");
     assert!(most < before + MEMORY, "{before} KiB have become {most}");
     factory.release();
-    factory.completed(slow).await;
+    factory.wait_completed(slow).await;
     let printed = lines(&factory.server.job(slow), "stdout");
     assert_eq!(printed, ["ready"]);
     factory.finish().await;
@@ -297,13 +301,13 @@ async fn row_123_ten_thousand_connections_leave_the_next_job_its_own() {
     let (most, now) = (memory(&factory, "VmHWM:"), descriptors(&factory));
     assert!(most < before + MEMORY, "{before} KiB have become {most}");
     assert!(now <= open + 3 * 64 + 16, "{open} descriptors have become {now}");
-    factory.logged(&["WARN", "closed a connection of uid", "too many connections"]);
+    factory.wait_for_log(&["WARN", "closed a connection of uid", "too many connections"]);
     assert!(
         factory.supervisor.log.count(&["closed a connection of uid"]) < 20,
         "the log is filled"
     );
     factory.release();
-    factory.completed(greedy).await;
+    factory.wait_completed(greedy).await;
     let printed = lines(&factory.server.job(greedy), "stdout");
     assert!(printed[0].parse::<u32>().unwrap() > 9_900, "{printed:?}");
     assert!(at_once > 0, "none of them reached the server");

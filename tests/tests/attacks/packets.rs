@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use protocol::{ErrorKind, Reply, Request, State, VERSION, WorkerId, wire};
-use testbed::harness::{Client, sealed, worker_id};
-use testbed::test_helper::{TestHelper, create, created, kind, list, state, token};
+use testbed::harness::{Client, sealed_memfd, worker_id};
+use testbed::test_helper::{TestHelper, create, create_worker, kind, list, state, token};
 use testbed::tracer::Event;
-use testbed::tracer::service::{WatchPeriod, listener, watch_with};
+use testbed::tracer::helper::{WatchPeriod, listener, watch_with};
 
 /// `CreateUser` with a slot's name that no honest client could write down.
 fn create_packet(worker: WorkerId, name: &[u8]) -> Vec<u8> {
@@ -76,7 +76,7 @@ fn row_59_invalid_slot_names_are_refused() {
             "{name}"
         );
     }
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     assert_eq!(kind(create(&client, worker_id(), "a")), ErrorKind::SlotTaken);
     test.finish(&[worker]);
 }
@@ -104,7 +104,7 @@ fn row_59_all_128_bits_of_a_worker_id_are_valid() {
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
     }
     // Directories whose names are almost ids are nobody's, and stay.
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let dir = test.host.worker_dir(worker);
     let mistakes = [
         worker.to_string().to_lowercase(),
@@ -140,7 +140,7 @@ fn no_workers() -> Reply {
 fn row_60_every_request_with_one_bit_flipped_is_answered_or_its_connection_is_closed() {
     let test = TestHelper::new();
     let witness = test.client();
-    let worker = created(&witness, "a");
+    let worker = create_worker(&witness, "a");
     let requests = [
         Request::Hello { version: VERSION },
         Request::CreateUser {
@@ -157,7 +157,7 @@ fn row_60_every_request_with_one_bit_flipped_is_answered_or_its_connection_is_cl
         Request::List { after: Some(worker) },
         Request::Delete { worker },
     ];
-    let agent = sealed(b"#!/bin/bash\nexec sleep 1000\n");
+    let agent = sealed_memfd(b"#!/bin/bash\nexec sleep 1000\n");
     let mut client = test.client();
     for request in &requests {
         let good = wire::encode(request).unwrap();
@@ -167,7 +167,7 @@ fn row_60_every_request_with_one_bit_flipped_is_answered_or_its_connection_is_cl
             // The descriptor, too, goes astray when the kind changes.
             let descriptor = request.carries_descriptor().then_some(&agent);
             if matches!(request, Request::Hello { .. }) {
-                client = Client::silent(&test.host);
+                client = Client::connect(&test.host);
             }
             if ends(&client, &packet, descriptor) || matches!(request, Request::Hello { .. }) {
                 client = test.client();
@@ -210,7 +210,7 @@ fn memory_of_next_session(test: &TestHelper, packet: &[u8]) -> (u64, u64) {
     let watcher = watch_with(monitor, WatchPeriod::OneConnection, None, move |pid, event| {
         let pid = pid.as_raw() as u32;
         if let Event::Enter(call) = event
-            && call.is(&[libc::SYS_exit_group])
+            && call.is_any_of(&[libc::SYS_exit_group])
             && ![monitor, listener].contains(&pid)
         {
             seen.fetch_max(peak(pid).expect("it is stopped"), Ordering::Relaxed);
@@ -271,7 +271,7 @@ fn row_60_random_bytes_and_lengths_of_gigabytes_close_their_connection() {
 #[test]
 fn row_63_tokens_that_would_be_more_than_an_argument_are_refused() {
     let test = TestHelper::new();
-    let worker = created(&test.client(), "a");
+    let worker = create_worker(&test.client(), "a");
     let (long, short) = ([b'a'; 129], [b'a'; 15]);
     let tokens: [&[u8]; 18] = [
         b"",
@@ -293,7 +293,7 @@ fn row_63_tokens_that_would_be_more_than_an_argument_are_refused() {
         "abcdéfgh01234567".as_bytes(),
         b"abcdefgh\xff01234567",
     ];
-    let agent = sealed(b"#!/bin/bash\necho started\n");
+    let agent = sealed_memfd(b"#!/bin/bash\necho started\n");
     for bad in tokens {
         assert!(
             ends(&test.client(), &install_packet(worker, bad), Some(&agent)),
@@ -331,7 +331,7 @@ fn row_67_nothing_that_is_sent_makes_a_line_of_the_log() {
         forged.as_bytes(),
     ];
     let worker = worker_id();
-    let agent = sealed(b"#!/bin/true\n");
+    let agent = sealed_memfd(b"#!/bin/true\n");
     for string in strings {
         assert!(ends(&test.client(), &create_packet(worker, string), None));
         assert!(ends(
@@ -343,9 +343,9 @@ fn row_67_nothing_that_is_sent_makes_a_line_of_the_log() {
     }
     // Also in what a job does: its program is no program, and says so in its own way.
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let program = b"#!/no/such/\x1b[31m\rinterpreter\n";
-    kind(testbed::test_helper::install(&client, worker, sealed(program)).0);
+    kind(testbed::test_helper::install(&client, worker, sealed_memfd(program)).0);
     kind(create(&client, worker_id(), "zz"));
     test.helper.log.wait_from(from, &["slot zz"]);
     let log = test.helper.log.text();

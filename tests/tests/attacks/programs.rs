@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use protocol::{Exit, Reply, Request, State};
-use testbed::harness::{binaries, booted_machine, put_program};
+use testbed::harness::{binaries, is_booted_machine, put_program};
 use testbed::test_helper::{
-    TestHelper, attack_program, created, list, read, run, start_attack, wait_for_line,
+    TestHelper, attack_program, create_worker, list, read, run, start_attack, wait_for_line,
 };
 
 /// Two hundred processes; sockets in each, or filters as far as the kernel lets one process go.
@@ -37,7 +37,7 @@ target = "01HZX3N8Q4J5K6M7P8R9S0T1V2"
 
 fn only_in_the_booted_machine() {
     assert!(
-        booted_machine(),
+        is_booted_machine(),
         "this can stop the kernel, and is not tried here: use tests/machine/run programs"
     );
 }
@@ -56,7 +56,7 @@ fn freeing() -> usize {
 fn deleted_with_its_programs(slot: &str, kind: &str) -> String {
     let test = TestHelper::with(SLOTS);
     let client = test.client();
-    let worker = created(&client, slot);
+    let worker = create_worker(&client, slot);
     let console = start_attack(&client, worker, "programs", &[kind, PROCESSES, EACH, LENGTH]);
     wait_for_line(&console, "ready");
     let text = read(&console);
@@ -72,7 +72,7 @@ fn deleted_with_its_programs(slot: &str, kind: &str) -> String {
     manual.args(["run", "--root"]).arg(&test.host.root);
     let output = manual.args(["--slot", "c", "--", "true"]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
-    let next = created(&client, "c");
+    let next = create_worker(&client, "c");
     let (state, console) = run(&client, next, "exit 7");
     assert_eq!(state, State::Exited(Exit::Status(7)), "{console}");
     println!(

@@ -2,9 +2,9 @@
 //! `tests/machine/run limits` boots a machine whose kernel has the quotas that these tests need.
 
 use protocol::{Reply, Request, State};
-use testbed::disk::SmallDisk;
 use testbed::harness::{TestHost, worker_id};
-use testbed::test_helper::{TestHelper, attack, create, created, list, state};
+use testbed::small_disk::SmallDisk;
+use testbed::test_helper::{TestHelper, attack, create, create_worker, list, state};
 
 use crate::attacks::exhaustion::{refused, slots};
 use crate::attacks::leftovers::ongoing;
@@ -44,11 +44,11 @@ fn row_54_quotas_that_are_not_enforced_are_refused_at_the_start() {
 fn fills_its_own(disk: fn(&TestHost) -> SmallDisk) {
     let test = with_quotas(disk, &slots(&[("a", QUOTA), ("c", ""), ("d", QUOTA)]), 64);
     let client = test.client();
-    let (full, other) = (created(&client, "a"), created(&client, "c"));
+    let (full, other) = (create_worker(&client, "a"), create_worker(&client, "c"));
     let console = ongoing(&client, full, "fill-quota", &QUOTA_WORDS, "ready");
     // The console is root's file: not the job's quota, but `limits.console` is its bound.
     assert!(console.contains("line 999 with a full quota"), "{console}");
-    assert!(console.contains("held: a project of its own"), "{console}");
+    assert!(console.contains("blocked: a project of its own"), "{console}");
     let used = |worker| {
         list(&client)
             .into_iter()
@@ -63,7 +63,7 @@ fn fills_its_own(disk: fn(&TestHost) -> SmallDisk) {
     );
     attack(&client, other, "write-much", &["32", "1000"]);
     // Its limit is its own, too. Not much more: XFS counts what it reserves for an open file to grow, as much again.
-    let third = created(&client, "d");
+    let third = create_worker(&client, "d");
     attack(&client, third, "write-much", &["2", "100"]);
     assert_eq!(state(&client, full), State::Running);
     test.finish(&[full, other, third]);
@@ -87,7 +87,7 @@ fn is_forgotten(disk: fn(&TestHost) -> SmallDisk) {
     let client = test.client();
     let disk = test.disk.as_ref().unwrap();
     let uid = *test.host.uids.start();
-    let first = created(&client, "a");
+    let first = create_worker(&client, "a");
     ongoing(&client, first, "fill-quota", &QUOTA_WORDS, "ready");
     let limits = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();

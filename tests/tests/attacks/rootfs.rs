@@ -13,10 +13,12 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use protocol::Reply;
-use testbed::disk::SmallDisk;
-use testbed::harness::{has_file_rules, not_kept, place, sealed};
-use testbed::test_helper::{SLOTS, TestHelper, attack, created, install, run, start_attack, wait_for_line};
-use testbed::tracer::service::{TracedKind, WatchPeriod, watch};
+use testbed::harness::{assert_warned, create_shared_dir, has_file_rules, sealed_memfd};
+use testbed::small_disk::SmallDisk;
+use testbed::test_helper::{
+    SLOTS, TestHelper, attack, create_worker, install, run, start_attack, wait_for_line,
+};
+use testbed::tracer::helper::{TracedKind, WatchPeriod, watch};
 
 /// Slots, and this file hidden, so that everything else in its directory is shown by itself.
 fn hiding(file: &Path) -> String {
@@ -27,7 +29,7 @@ fn hiding(file: &Path) -> String {
 fn row_125_a_link_that_a_user_puts_in_the_place_of_a_directory_leads_no_job_elsewhere() {
     const DIRECTORIES: usize = 1_000;
     const TRIES: usize = 50;
-    let place = place();
+    let place = create_shared_dir();
     let [shown, closed, link] = ["shown", "closed", "link"].map(|name| place.path().join(name));
     for number in 0..DIRECTORIES {
         fs::create_dir_all(shown.join(number.to_string())).unwrap();
@@ -42,7 +44,7 @@ fn row_125_a_link_that_a_user_puts_in_the_place_of_a_directory_leads_no_job_else
     let client = test.client();
     let exchange = || renameat2(AT_FDCWD, &shown, AT_FDCWD, &link, RenameFlags::RENAME_EXCHANGE).unwrap();
     for number in 0..TRIES {
-        let worker = created(&client, "c");
+        let worker = create_worker(&client, "c");
         // The root file system is made again for this job; and when its entries are read, another directory is there.
         fs::write(shown.join("new"), number.to_string()).unwrap();
         fs::remove_file(shown.join("new")).unwrap();
@@ -74,7 +76,7 @@ fn row_125_a_link_that_a_user_puts_in_the_place_of_a_directory_leads_no_job_else
 #[test]
 fn row_126_a_users_directory_with_many_entries_keeps_no_job_from_starting() {
     // Together they have more than are shown one by one, 8,192; what other tests hide in theirs does not matter.
-    let (users, own) = (place(), place());
+    let (users, own) = (create_shared_dir(), create_shared_dir());
     for (directory, entries) in [(&users, 7_900), (&own, 600)] {
         for number in 0..entries {
             File::create(directory.path().join(number.to_string())).unwrap();
@@ -85,7 +87,7 @@ fn row_126_a_users_directory_with_many_entries_keeps_no_job_from_starting() {
     let slots = hiding(&users.path().join("hidden")).replace("/srv/of-the-job", &made);
     let test = TestHelper::with(&slots);
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let script = format!(
         "ls {} | wc -l; ls {} | wc -l; [ -w {made} ] && echo writable; exit 1",
         users.path().display(),
@@ -98,7 +100,7 @@ fn row_126_a_users_directory_with_many_entries_keeps_no_job_from_starting() {
 
 #[test]
 fn row_127_a_users_socket_at_the_longest_path_keeps_no_job_from_starting() {
-    let place = place();
+    let place = create_shared_dir();
     let beside = place.path().join("beside");
     fs::write(&beside, "").unwrap();
     // Below the new root, before it is the root, no path is long enough for it.
@@ -116,7 +118,7 @@ fn row_127_a_users_socket_at_the_longest_path_keeps_no_job_from_starting() {
     let _socket = UnixListener::bind(link.join("socket")).unwrap();
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let script = format!(
         "[ -e {0} ] && cd {1} && ls; exit 1",
         beside.display(),
@@ -139,13 +141,13 @@ fn peak(pid: u32) -> u64 {
 fn row_92_sockets_of_a_job_are_never_resolved_and_the_monitor_stats_no_mount() {
     // Not more: to the helpers of other tests these are sockets of the host's, of which they look at 32,768.
     const SOCKETS: usize = 6_000;
-    let place = place();
+    let place = create_shared_dir();
     let test = TestHelper::new();
     let client = test.client();
-    let hostile = created(&client, "c");
+    let hostile = create_worker(&client, "c");
     let console = start_attack(&client, hostile, "bind-sockets", &[&SOCKETS.to_string()]);
     wait_for_line(&console, "bound");
-    let neighbour = created(&client, "b");
+    let neighbour = create_worker(&client, "b");
     drop(client);
     let before = peak(test.helper.pid());
 
@@ -155,7 +157,7 @@ fn row_92_sockets_of_a_job_are_never_resolved_and_the_monitor_stats_no_mount() {
     let watcher = watch(test.helper.pid(), WatchPeriod::OneConnection, None);
     let script = format!("#!/bin/bash\ncat {}/disk/file\n", place.path().display());
     let client = test.client();
-    let (reply, console) = install(&client, neighbour, sealed(script.as_bytes()));
+    let (reply, console) = install(&client, neighbour, sealed_memfd(script.as_bytes()));
     assert_eq!(reply, Reply::AgentStarted);
     drop(client);
     let seen = watcher.join().expect("the tracer saw the end");
@@ -179,8 +181,8 @@ fn row_92_sockets_of_a_job_are_never_resolved_and_the_monitor_stats_no_mount() {
         libc::SYS_getdents64,
         libc::SYS_inotify_add_watch,
     ];
-    let looked: Vec<_> = monitor.iter().filter(|call| by_path.contains(call)).collect();
-    assert!(looked.is_empty(), "the monitor called {looked:?}");
+    let path_calls: Vec<_> = monitor.iter().filter(|call| by_path.contains(call)).collect();
+    assert!(path_calls.is_empty(), "the monitor called {path_calls:?}");
     assert!(monitor.len() < 150, "the monitor made {} calls", monitor.len());
     assert!(builder.contains(&libc::SYS_open_tree), "nothing was built");
     // A handful for each packet of the kernel's list, and for each entry that is shown by itself; resolving a name takes as
@@ -207,7 +209,7 @@ fn fifo(path: &Path, mode: u32) -> File {
 
 #[test]
 fn row_94_fifos_of_the_host_are_not_written_to_wherever_they_are() {
-    let place = place();
+    let place = create_shared_dir();
     let at = |name: &str| place.path().join(name);
     for name in ["plain", "disk", "shown"] {
         fs::create_dir(at(name)).unwrap();
@@ -218,23 +220,23 @@ fn row_94_fifos_of_the_host_are_not_written_to_wherever_they_are() {
         "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nread_only = {{ \"/opt/shown\" = \"{shown}\" }}\n"
     ));
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     // Without Landlock's rules for files, nothing but a FIFO's mode keeps a job from writing to it.
     let mode = if has_file_rules() {
         0o666
     } else {
-        not_kept(&test.helper, "jobs can write to FIFOs of the host");
+        assert_warned(&test.helper, "jobs can write to FIFOs of the host");
         0o644
     };
     // One of them is made when the root file system is there already.
     let readers = ["plain/fifo", "disk/fifo", "shown/fifo"].map(|name| fifo(&at(name), mode));
-    let words = [
+    let args = [
         at("plain/fifo").display().to_string(),
         at("disk/fifo").display().to_string(),
         at("shown/fifo").display().to_string(),
         "/opt/shown/fifo".to_owned(),
     ];
-    attack(&client, worker, "fifos", &words.each_ref().map(String::as_str));
+    attack(&client, worker, "fifos", &args.each_ref().map(String::as_str));
     for mut reader in readers {
         let mut bytes = Vec::new();
         let error = reader.read_to_end(&mut bytes).expect_err("nobody has closed it");

@@ -13,9 +13,9 @@ use nix::unistd::Pid;
 use protocol::{Reply, Request, WorkerId};
 use testbed::harness::{Running, TEST_TIMEOUT, TestHost, binaries, until_is};
 use testbed::sample::Sample;
-use testbed::test_helper::{TestHelper, created, start_attack, wait_for_line};
-use testbed::tracer::service::{WatchPeriod, listener, watch_with};
-use testbed::tracer::{Call, Event, Then, trace, wait_until_stopped};
+use testbed::test_helper::{TestHelper, create_worker, start_attack, wait_for_line};
+use testbed::tracer::helper::{WatchPeriod, listener, watch_with};
+use testbed::tracer::{Event, TraceAction, TracedCall, trace, wait_until_stopped};
 use testbed::worker_snapshot::WorkerSnapshot;
 
 /// Before the nth call of a process of this kind.
@@ -41,7 +41,7 @@ struct Stopper {
     events: Sender<TracerEvent>,
     go: Receiver<()>,
     /// Points begin with the first call for the worker's lock.
-    begun: bool,
+    has_started: bool,
     locked: bool,
 }
 
@@ -52,14 +52,14 @@ impl Stopper {
             seen: BTreeMap::new(),
             events,
             go,
-            begun: false,
+            has_started: false,
             locked: false,
         }
     }
 
-    fn enter(&mut self, kind: &'static str, call: Call) {
-        self.begun |= call.number == libc::SYS_flock;
-        if !self.begun {
+    fn enter(&mut self, kind: &'static str, call: TracedCall) {
+        self.has_started |= call.number == libc::SYS_flock;
+        if !self.has_started {
             return;
         }
         let calls = self.seen.entry(kind).or_default();
@@ -157,7 +157,7 @@ fn traced_shell(host: &TestHost, worker: WorkerId, point: Option<Point>) -> Shel
                         // It is made: no point is behind this.
                         is_helper = false;
                         let _ = stopper.events.send(TracerEvent::Inside);
-                        return Then::Forget;
+                        return TraceAction::Forget;
                     }
                     Event::Enter(call) if is_helper => {
                         stopper.enter(if pid == root { "shell" } else { "first" }, call);
@@ -167,7 +167,7 @@ fn traced_shell(host: &TestHost, worker: WorkerId, point: Option<Point>) -> Shel
                     }
                     _ => {}
                 }
-                Then::GoOn
+                TraceAction::GoOn
             },
         );
         stopper.seen
@@ -220,8 +220,8 @@ fn traced_deletion(test: &TestHelper, worker: WorkerId, point: Option<Point>) ->
 /// A worker with a job that goes on.
 fn running(test: &TestHelper) -> WorkerId {
     let client = test.client();
-    let worker = created(&client, "c");
-    let console = start_attack(&client, worker, "never-end", &["quiet"]);
+    let worker = create_worker(&client, "c");
+    let console = start_attack(&client, worker, "never-end", &["idle"]);
     wait_for_line(&console, "ready");
     worker
 }
@@ -354,7 +354,7 @@ fn row_65_a_shell_that_ends_late_ends_no_other_shell_of_its_worker() {
     let open = || {
         let mut command = shell_command("user-factory-manual", &test.host, worker);
         let (reader, mut writer) = std::io::pipe().expect("a pipe");
-        let shell = Running::printing_with(&mut command, reader.into());
+        let shell = Running::start_logging_stdout_with(&mut command, reader.into());
         writer.write_all(b"echo inside\n").expect("it reads");
         shell.log.wait(&["inside"]);
         (shell, writer)

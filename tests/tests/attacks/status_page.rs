@@ -58,7 +58,7 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
     let (listener, address) = taken();
     drop(listener);
     let factory = with_page(&address, 1024).await;
-    factory.logged(&["status page open"]);
+    factory.wait_for_log(&["status page open"]);
     let host = format!("Host: {address}\r\n");
     // More than the supervisor may have open, and for longer than the job takes.
     let half = || {
@@ -66,23 +66,23 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
         let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: ");
         stream
     };
-    let begun = Instant::now();
+    let started_at = Instant::now();
     let mut half_sent: Vec<TcpStream> = (0..3000).map(|_| half()).collect();
     let pid = factory.supervisor.pid();
     for n in 0..3 {
-        factory.completed(factory.submit(&format!("echo {n}"))).await;
+        factory.wait_completed(factory.submit(&format!("echo {n}"))).await;
         assert!(ask(&address, &host).contains(" 200 "), "the page does not answer");
         let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
         assert!(open < 300, "the supervisor has {open} open files");
         half_sent.extend((0..200).map(|_| half()));
     }
-    assert!(begun.elapsed() < TEST_TIMEOUT / 2);
+    assert!(started_at.elapsed() < TEST_TIMEOUT / 2);
     // The connection of one that says nothing at all is closed.
     let mut silent = TcpStream::connect(&address).unwrap();
     silent.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     assert_eq!(silent.read(&mut [0]).unwrap_or(0), 0);
     let logged = ["WARN", "closed its oldest connection"];
-    factory.logged(&logged);
+    factory.wait_for_log(&logged);
     let cut = factory.supervisor.log.count(&logged);
     assert!((1..5).contains(&cut), "{cut} lines tell of it");
     factory.finish().await;
@@ -92,8 +92,10 @@ async fn row_103_half_sent_requests_stop_neither_the_factory_nor_the_page() {
 async fn row_103_an_address_that_is_taken_stops_nothing_and_is_tried_again() {
     let (listener, address) = taken();
     let factory = with_page(&address, 1024).await;
-    factory.logged(&["ERROR", "cannot listen at factory.status_address", &address]);
-    factory.completed(factory.submit("echo without a page")).await;
+    factory.wait_for_log(&["ERROR", "cannot listen at factory.status_address", &address]);
+    factory
+        .wait_completed(factory.submit("echo without a page"))
+        .await;
     let mut status = Command::new(binaries().join("user-factory"));
     let status = status
         .args(["status", "--root"])
@@ -107,7 +109,7 @@ async fn row_103_an_address_that_is_taken_stops_nothing_and_is_tried_again() {
     );
     assert_eq!(factory.supervisor.log.count(&["cannot listen"]), 1);
     drop(listener);
-    factory.logged(&["status page open", &address]);
+    factory.wait_for_log(&["status page open", &address]);
     assert!(ask(&address, &format!("Host: {address}\r\n")).contains(" 200 "));
     factory.finish().await;
 }
@@ -117,7 +119,7 @@ async fn row_103_a_request_for_another_host_is_refused() {
     let (listener, address) = taken();
     drop(listener);
     let factory = with_page(&address, 1024).await;
-    factory.logged(&["status page open"]);
+    factory.wait_for_log(&["status page open"]);
     let own = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     for name in [
         &*address,
@@ -162,7 +164,7 @@ fn many_connections() {
 async fn row_103_a_user_with_many_connections_to_the_control_socket_leaves_root_its_own() {
     let factory = TestFactory::new(ONE).await;
     let socket = factory.host.root.join(CONTROL_DIR).join(CONTROL_SOCKET);
-    factory.logged(&["control socket open"]);
+    factory.wait_for_log(&["control socket open"]);
     let mut user = Command::new(std::env::current_exe().unwrap());
     user.args([
         "--ignored",
@@ -188,10 +190,10 @@ async fn row_103_a_user_with_many_connections_to_the_control_socket_leaves_root_
         .status()
         .unwrap();
     assert!(status.success());
-    factory.completed(factory.submit("echo done")).await;
+    factory.wait_completed(factory.submit("echo done")).await;
     drop(user.stdin.take());
     user.wait().unwrap();
-    factory.logged(&[
+    factory.wait_for_log(&[
         "WARN",
         "control socket has closed a connection of uid",
         "too many connections",

@@ -6,8 +6,8 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use protocol::{ErrorKind, Received, Reply, Request, Seqpacket, State, VERSION, WorkerId, wire};
-use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed, worker_id};
-use testbed::test_helper::{SLOTS, TestHelper, create, created, install, kind, list, run, state};
+use testbed::harness::{Client, SUPERVISOR_UID, TestHost, sealed_memfd, worker_id};
+use testbed::test_helper::{SLOTS, TestHelper, create, create_worker, install, kind, list, run, state};
 use testbed::worker_snapshot::WorkerSnapshot;
 
 use super::HELLO;
@@ -20,7 +20,7 @@ fn greet(socket: &Seqpacket) -> bool {
 }
 
 /// What `other_uid` does, in its environment: the socket, its uid when it connects, and its uid afterwards.
-const ACTION: &str = "USER_FACTORY_ATTACK_ORDER";
+const ACTION: &str = "USER_FACTORY_ATTACK_ACTION";
 
 fn become_uid(uid: u32) {
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
@@ -69,7 +69,7 @@ fn outcome(host: &TestHost, connects_as: u32, goes_on_as: u32) -> String {
 fn row_57_a_peer_with_another_uid_than_the_supervisors_is_not_served() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOTS);
-    let helper = host.helper();
+    let helper = host.start_helper();
     let job = *host.uids.start();
     for uid in [job, 1, 65534, SUPERVISOR_UID + 1] {
         assert_eq!(outcome(&host, uid, uid), "not connected", "uid {uid}");
@@ -105,10 +105,10 @@ fn row_57_a_job_whose_slot_shows_the_sockets_directory_does_not_reach_the_socket
     let slots = format!("[slots.x]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n{shown}");
     host.configure("http://127.0.0.1:9", 0, &slots);
     let before = testbed::host_snapshot::HostSnapshot::take(&host);
-    let helper = host.helper();
+    let helper = host.start_helper();
     std::fs::set_permissions(host.socket(), std::fs::Permissions::from_mode(0o666)).unwrap();
     let client = Client::new(&host);
-    let worker = created(&client, "x");
+    let worker = create_worker(&client, "x");
     let script = format!(
         "ls -A /opt/run {}; find / -path '/srv/user-factory-test-*' -prune -o -name helper.sock -print 2>&-; \
          echo looked; exit 1",
@@ -132,7 +132,7 @@ fn row_58_every_sequence_of_three_requests_keeps_the_rules() {
     let test = TestHelper::new();
     let client = test.client();
     let before = WorkerSnapshot::take(&test.host);
-    let agent = || sealed(b"#!/bin/bash\nexec sleep 1000\n");
+    let agent = || sealed_memfd(b"#!/bin/bash\nexec sleep 1000\n");
     let ask = |client: &Client, worker: WorkerId, what: usize| match what {
         0 => create(client, worker, "a"),
         1 => install(client, worker, agent()).0,
@@ -172,7 +172,7 @@ fn row_58_every_sequence_of_three_requests_keeps_the_rules() {
 fn row_58_a_worker_of_another_slot_is_refused() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     for _ in 0..2 {
         assert_eq!(kind(create(&client, worker, "c")), ErrorKind::Refused);
     }
@@ -186,7 +186,7 @@ fn row_66_other_versions_of_the_protocol_are_refused() {
     let test = TestHelper::new();
     let witness = test.client();
     for version in [0, VERSION - 1, VERSION + 1, 250, 251, u16::MAX] {
-        let client = Client::silent(&test.host);
+        let client = Client::connect(&test.host);
         let (reply, _) = client.ask(&Request::Hello { version });
         let Reply::Error(error) = reply else {
             panic!("{version}: {reply:?}")
@@ -205,7 +205,7 @@ fn row_66_other_versions_of_the_protocol_are_refused() {
 fn row_64_no_more_workers_than_slots_are_made() {
     let mut test = TestHelper::new();
     let client = test.client();
-    let workers = [created(&client, "a"), created(&client, "c")];
+    let workers = [create_worker(&client, "a"), create_worker(&client, "c")];
     for name in ["a", "b", "c"] {
         assert_eq!(
             kind(create(&client, worker_id(), name)),
@@ -216,7 +216,7 @@ fn row_64_no_more_workers_than_slots_are_made() {
     // A helper that knows nothing but the disk decides the same.
     test.helper.signal(Signal::SIGKILL);
     test.helper.wait();
-    test.helper = test.host.helper();
+    test.helper = test.host.start_helper();
     let client = test.client();
     for name in ["a", "b", "c"] {
         assert_eq!(

@@ -19,9 +19,9 @@ use protocol::config::STATE_DIR;
 use protocol::{ErrorKind, Reply, Request};
 use testbed::harness::TestHost;
 use testbed::sample::Sample;
-use testbed::test_helper::{SLOTS, TestHelper, created, run};
-use testbed::tracer::service::{WatchPeriod, watch_with};
-use testbed::tracer::{Call, Event};
+use testbed::test_helper::{SLOTS, TestHelper, create_worker, run};
+use testbed::tracer::helper::{WatchPeriod, watch_with};
+use testbed::tracer::{Event, TracedCall};
 
 use crate::attacks::canaries::Canaries;
 
@@ -89,7 +89,7 @@ impl Users {
         match event {
             Event::Forked { parent, .. } if self.0.contains(parent) => self.0.push(pid),
             Event::Leave(
-                Call {
+                TracedCall {
                     number: libc::SYS_setresuid,
                     ..
                 },
@@ -174,7 +174,7 @@ impl SwapperTest {
 /// Delete a worker with such a tree while it is swapped. Returns how many calls its user's processes made.
 fn delete(SwapperTest { test, canaries }: &SwapperTest, (files, depth): (usize, usize), when: When) -> usize {
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     run(&client, worker, "true");
     let work = test.host.worker_dir(worker).join("fs/work");
     let uid = fs::metadata(&work).unwrap().uid();

@@ -11,11 +11,13 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 use testbed::certificates::{Certificates, EXPIRED, VALID};
-use testbed::harness::{Running, SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, sealed, tool, until};
+use testbed::fake_server::{JobSpec, Server, ServerOptions};
+use testbed::harness::{
+    Running, SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, sealed_memfd, tool, until,
+};
 use testbed::host_snapshot::HostSnapshot;
-use testbed::server::{JobSpec, Server, ServerOptions};
 use testbed::test_factory::{ONE, TestFactory};
-use testbed::test_helper::{TestHelper, created, install, run, token, wait_for_line};
+use testbed::test_helper::{TestHelper, create_worker, install, run, token, wait_for_line};
 
 use super::SOMEBODY;
 
@@ -63,7 +65,7 @@ async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
     );
     host.write_token(&token);
     let before = HostSnapshot::take(&host);
-    let helper = host.helper();
+    let helper = host.start_helper();
     // Everything that it would ever say.
     let mut command = Command::new(binaries().join("user-factory"));
     command
@@ -77,7 +79,7 @@ async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
             "env; cat /proc/*/cmdline; echo looked; sleep 1000",
         ))
         .unwrap();
-    let looked = |state: &testbed::server::State| {
+    let looked = |state: &testbed::fake_server::State| {
         state.jobs[&job]
             .events
             .iter()
@@ -146,8 +148,9 @@ async fn row_71_the_factorys_token_is_nowhere_that_others_can_read() {
     }
 
     server.cancel(job).unwrap();
-    let gone =
-        |state: &testbed::server::State| state.workers.values().all(|worker| worker.deleted).then_some(());
+    let gone = |state: &testbed::fake_server::State| {
+        state.workers.values().all(|worker| worker.deleted).then_some(())
+    };
     server
         .wait_for(TEST_TIMEOUT, gone)
         .await
@@ -164,10 +167,10 @@ fn row_71_a_bootstrap_token_is_in_no_log_and_no_other_jobs_sight() {
     let test = TestHelper::new();
     let client = test.client();
     let script = b"#!/bin/bash\necho \"$*\" > $HOME/kept; echo ready; exec sleep 424242\n";
-    let worker = created(&client, "a");
-    let (_, console) = install(&client, worker, sealed(script));
+    let worker = create_worker(&client, "a");
+    let (_, console) = install(&client, worker, sealed_memfd(script));
     wait_for_line(&console.unwrap(), "ready");
-    let other = created(&client, "c");
+    let other = create_worker(&client, "c");
     let looks =
         "cat /proc/*/cmdline; ls /home/*/kept /proc/*/root/home/*/kept && echo 424242; ps -ef; echo looked";
     let (_, seen) = run(&client, other, looks);
@@ -233,8 +236,8 @@ async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_
         let (_, printed) = command(host, &["status"]);
         assert!(printed.contains(&format!("token    of {place}")), "{printed}");
     };
-    factory.logged(&["INFO supervisor started", "token=the file "]);
-    factory.logged(&["INFO control socket open"]);
+    factory.wait_for_log(&["INFO supervisor started", "token=the file "]);
+    factory.wait_for_log(&["INFO control socket open"]);
     shown("the file ");
     let (_, printed) = command(host, &["check", &config]);
     assert!(
@@ -245,8 +248,10 @@ async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_
     // The same in both: the credential, and it is said.
     factory.end_supervisor(Signal::SIGTERM);
     factory.supervisor = with_credential(&factory.host, &token);
-    factory.logged(&["INFO supervisor started", "token=the credential "]);
-    factory.completed(factory.submit("echo with a credential")).await;
+    factory.wait_for_log(&["INFO supervisor started", "token=the credential "]);
+    factory
+        .wait_completed(factory.submit("echo with a credential"))
+        .await;
     let host = &factory.host;
     let shown = |place: &str| {
         let (_, printed) = command(host, &["status"]);
@@ -257,7 +262,7 @@ async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_
     host.write_token("another-token");
     let (done, printed) = command(host, &["reload"]);
     assert!(!done && printed.contains("hold different tokens"), "{printed}");
-    factory.completed(factory.submit("echo as before")).await;
+    factory.wait_completed(factory.submit("echo as before")).await;
 
     // What systemd has passed to the unit is what `check` looks at.
     let of_the_unit = host.root.join("run/credentials/buildomat-user-factory.service");
@@ -284,14 +289,16 @@ async fn row_106_check_says_which_of_two_tokens_is_used_and_two_that_differ_are_
     );
     // The right one in the file, and it is taken without a restart.
     factory.host.write_token("wrong-token");
-    factory.supervisor = factory.host.supervisor();
-    factory.logged(&["refused with 401"]);
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_for_log(&["refused with 401"]);
     factory.host.write_token(&token);
     let (done, printed) = command(&factory.host, &["reload"]);
     assert!(done, "{printed}");
-    factory.logged(&["a new token is in use, of the file "]);
-    factory.logged(&["server back"]);
-    factory.completed(factory.submit("echo with the new one")).await;
+    factory.wait_for_log(&["a new token is in use, of the file "]);
+    factory.wait_for_log(&["server back"]);
+    factory
+        .wait_completed(factory.submit("echo with the new one"))
+        .await;
     fs::remove_dir_all(factory.host.root.join("credentials")).unwrap();
     factory.finish().await;
 }
@@ -324,7 +331,7 @@ fn row_107_a_proxy_in_the_environment_is_not_used_and_one_in_the_configuration_i
     let text = fs::read_to_string(&config).unwrap();
     let text = text.replacen("[factory]", &format!("proxy = \"{address}\"\n[factory]"), 1);
     fs::write(&config, &text).unwrap();
-    let _check = Running::printing(&mut check());
+    let _check = Running::start_logging_stdout(&mut check());
     let accept = || {
         proxy
             .accept()
@@ -355,7 +362,7 @@ fn tls_server(certificates: &Certificates, name: &str, time: [&str; 2]) -> (Runn
         .current_dir(certificates.directory())
         .stderr(Stdio::null());
     // It ends where there is nothing more to read.
-    let server = Running::printing_with(&mut command, Stdio::piped());
+    let server = Running::start_logging_stdout_with(&mut command, Stdio::piped());
     let line = server.log.wait(&["ACCEPT "]);
     let (_, port) = line.rsplit_once(':').unwrap();
     let url = format!("https://localhost:{port}");
@@ -411,6 +418,6 @@ fn row_113_only_a_server_with_a_certificate_that_is_trusted_and_names_it_gets_th
     }
     // A private authority is one that SSL_CERT_FILE names; this server never answers.
     let (server, url) = tls_server(&certificates, "localhost", VALID);
-    let _check = Running::printing(&mut check(&url, Some("ca.pem")));
+    let _check = Running::start_logging_stdout(&mut check(&url, Some("ca.pem")));
     server.log.wait(&["authorization: Bearer the-token"]);
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use testbed::harness::{PAUSE, TEST_TIMEOUT, until};
 use testbed::test_helper::TestHelper;
-use testbed::tracer::service::listener;
+use testbed::tracer::helper::listener;
 
 /// How far a count may be from what it was.
 #[derive(Clone, Copy, Debug)]

@@ -6,9 +6,9 @@
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
+use testbed::fake_server::{JobSpec, Server, ServerOptions, State, Ulid};
 use testbed::harness::{Running, SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries, tool};
 use testbed::host_snapshot::HostSnapshot;
-use testbed::server::{JobSpec, Server, ServerOptions, State, Ulid};
 use testbed::test_factory::{TWO, lines};
 
 const HOSTS: usize = 3;
@@ -162,7 +162,7 @@ async fn fleet() {
             server.submit_job(JobSpec::script("linux", script)).unwrap()
         })
         .collect();
-    let complete = |state: &State| jobs.iter().filter(|job| state.jobs[job].complete()).count();
+    let complete = |state: &State| jobs.iter().filter(|job| state.jobs[job].is_complete()).count();
     let hosts = |state: &State| {
         let workers = jobs.iter().filter_map(|job| state.jobs[job].worker);
         let factories: BTreeSet<Ulid> = workers.map(|worker| state.workers[&worker].factory).collect();

@@ -9,9 +9,9 @@ mod proxied;
 mod steady;
 
 use nix::sys::signal::Signal;
+use testbed::fake_server::JobSpec;
 use testbed::harness::TEST_TIMEOUT;
 use testbed::host_snapshot::processes_of;
-use testbed::server::JobSpec;
 use testbed::test_factory::{ONE, TestFactory, lines};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -24,7 +24,7 @@ async fn a_job_runs_streams_uploads_and_leaves_nothing() {
     spec.inputs = vec![("in.txt".into(), "words\n".into())];
     spec.output_rules = vec!["/work/*.txt".into()];
     let job = factory.server.submit_job(spec).unwrap();
-    let done = factory.ended(job).await;
+    let done = factory.wait_for_end(job).await;
     assert_eq!(done.state(), "completed", "{:#?}", done.events);
     let user = format!("bmat-{}", done.worker.unwrap().to_string().to_lowercase());
     assert_eq!(lines(&done, "stdout"), ["words", "red", &user, "/work"]);
@@ -38,7 +38,7 @@ async fn a_job_runs_streams_uploads_and_leaves_nothing() {
 async fn a_held_worker_stays_as_it_is_until_it_is_released() {
     let factory = TestFactory::new(ONE).await;
     let job = factory.submit("echo running; sleep 1000");
-    factory.printed(job, "running").await;
+    factory.wait_for_line(job, "running").await;
     let worker = factory.server.job(job).worker.unwrap();
     factory.server.hold(worker).unwrap();
     factory.server.recycle(worker).unwrap();
@@ -63,10 +63,10 @@ async fn a_held_worker_stays_as_it_is_until_it_is_released() {
 async fn a_supervisor_told_to_stop_leaves_the_running_job_alone() {
     let mut factory = TestFactory::new(ONE).await;
     let job = factory.submit("echo running; sleep 3; echo done");
-    factory.printed(job, "running").await;
+    factory.wait_for_line(job, "running").await;
     factory.supervisor.signal(Signal::SIGTERM);
     assert!(factory.supervisor.wait().success());
-    factory.printed(job, "done").await;
-    factory.supervisor = factory.host.supervisor();
+    factory.wait_for_line(job, "done").await;
+    factory.supervisor = factory.host.start_supervisor();
     factory.finish().await;
 }

@@ -33,7 +33,7 @@ async fn a_job_without_a_network_reaches_the_server_and_nobody_else() {
     spec.inputs = vec![("in.txt".into(), "words\n".into())];
     spec.output_rules = vec!["/work/*.txt".into()];
     let job = factory.server.submit_job(spec).unwrap();
-    let done = factory.ended(job).await;
+    let done = factory.wait_for_end(job).await;
     assert_eq!(done.state(), "completed", "{:#?}", done.events);
     assert_eq!(lines(&done, "stdout"), ["refused", "lo", "server"]);
     let output = factory.server.output(job, "/work/out.txt").unwrap();
@@ -48,15 +48,15 @@ async fn a_job_without_a_network_outlives_the_supervisors_restarts() {
     let mut factory = TestFactory::new(ALONE).await;
     let job = factory.submit("for n in 1 2 3 4 5 6; do echo line $n; sleep 1; done; true");
     for (line, signal) in [("line 1", Signal::SIGTERM), ("line 3", Signal::SIGKILL)] {
-        factory.printed(job, line).await;
+        factory.wait_for_line(job, line).await;
         factory.end_supervisor(signal);
         if signal == Signal::SIGTERM {
             // Whom a shutdown of the host would end.
-            factory.logged(&["this worker goes on", &job.to_string()]);
+            factory.wait_for_log(&["this worker goes on", &job.to_string()]);
         }
-        factory.supervisor = factory.host.supervisor();
+        factory.supervisor = factory.host.start_supervisor();
     }
-    let done = factory.ended(job).await;
+    let done = factory.wait_for_end(job).await;
     assert_eq!(done.state(), "completed", "{:#?}", done.events);
     let expected: Vec<String> = (1..=6).map(|n| format!("line {n}")).collect();
     // The agent repeats what was cut off before it was answered, as it does when the server goes away.
@@ -71,8 +71,8 @@ async fn a_job_without_a_network_outlives_the_supervisors_restarts() {
 async fn a_job_is_ended_at_its_slots_time_limit_and_its_log_says_why() {
     let factory = TestFactory::new(&format!("{ONE}limits.run_time_seconds = 10\n")).await;
     let job = factory.submit("echo running; (setsid sleep 1000 &); sleep 1000");
-    factory.printed(job, "running").await;
-    let done = factory.ended(job).await;
+    factory.wait_for_line(job, "running").await;
+    let done = factory.wait_for_end(job).await;
     assert_eq!(done.state(), "failed", "{:#?}", done.events);
     let console = lines(&done, "console").join("\n");
     assert!(console.contains("as long as the slot lets it"), "{console}");

@@ -7,8 +7,8 @@ use std::process::Command;
 use std::sync::Once;
 
 use testbed::certificates::{Certificates, VALID};
-use testbed::harness::{Running, booted_machine, install};
-use testbed::server::State;
+use testbed::fake_server::State;
+use testbed::harness::{Running, install, is_booted_machine};
 
 use super::*;
 
@@ -107,9 +107,9 @@ async fn works(make: &str, fetch: &str, lines_of_slot: &str) {
     ));
     let all_tried = |state: &State| {
         let job = &state.jobs[&job];
-        (lines(job, "stdout").len() == 4 || job.complete()).then(|| job.clone())
+        (lines(job, "stdout").len() == 4 || job.is_complete()).then(|| job.clone())
     };
-    let tried = factory.see(all_tried).await;
+    let tried = factory.wait_for_state(all_tried).await;
     assert_eq!(
         lines(&tried, "stdout"),
         [
@@ -127,15 +127,15 @@ async fn works(make: &str, fetch: &str, lines_of_slot: &str) {
         let mut events = state.jobs[&job].events.iter();
         events.any(|event| event.payload == refusal).then_some(())
     };
-    factory.see(told).await;
+    factory.wait_for_state(told).await;
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cargo_builds_with_a_crate_of_a_listed_registry() {
-    if booted_machine() {
+    if is_booted_machine() {
         // It has no Rust: these tests were built elsewhere.
         eprintln!("not run here: an emulated host has no cargo");
         return;

@@ -15,7 +15,7 @@ async fn behind_a_forward_proxy(keys_and_slots: &str) -> (TestFactory, ForwardPr
     let general = format!("{SERVER}\"\nproxy = \"{}", proxy.url());
     let slots = keys_and_slots.replace("TARGET", &factory.target.to_string());
     factory.host.configure(&general, SUPERVISOR_UID, &slots);
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     (factory, proxy)
 }
 
@@ -29,7 +29,7 @@ async fn supervisor_and_agent_reach_the_server_through_the_proxy_of_the_configur
         "agent_env.SSL_CERT_FILE = \"/etc/passwd\"\n[slots.a]\ntarget = \"TARGET\"\nenv.http_proxy = \"http://other:1\"\n",
     )
     .await;
-    let job = factory.ended(factory.submit(VARIABLES)).await;
+    let job = factory.wait_for_end(factory.submit(VARIABLES)).await;
     assert_eq!(job.state(), "completed", "{:#?}", job.events);
     let url = proxy.url();
     assert_eq!(
@@ -57,7 +57,7 @@ async fn a_job_without_a_network_reaches_the_server_through_egress_proxy_and_htt
          [slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n",
     )
     .await;
-    let job = factory.ended(factory.submit(VARIABLES)).await;
+    let job = factory.wait_for_end(factory.submit(VARIABLES)).await;
     assert_eq!(job.state(), "completed", "{:#?}", job.events);
     assert_eq!(lines(&job, "stdout"), ["agent SSL_CERT_FILE=/etc/passwd"]);
     let asked = proxy.asked();

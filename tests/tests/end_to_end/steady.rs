@@ -11,12 +11,12 @@ async fn a_poll_makes_as_many_calls_with_eight_workers_as_with_one_and_none_to_t
         .map(|n| format!("[slots.s{n}]\ntarget = \"TARGET\"\n"))
         .collect();
     let mut factory = TestFactory::new(&slots).await;
-    factory.count_calls();
+    factory.restart_with_call_log();
     for workers in [0, 1, 8] {
         for _ in factory.server.workers().len()..workers {
             factory.submit_blocking();
         }
-        factory.online(workers).await;
+        factory.wait_online(workers).await;
         let before = factory.server.all_requests();
         let calls = factory.calls_per_poll(POLLS).await;
         let after = factory.server.all_requests();

@@ -43,13 +43,13 @@ impl Clock {
         Running::start(command.env("CLOCK_OFF", self.place.path().join("off")))
     }
 
-    fn supervisor(&self, factory: &mut TestFactory) {
+    fn restart_supervisor(&self, factory: &mut TestFactory) {
         factory.end_supervisor(Signal::SIGTERM);
         factory.supervisor = self.start(factory.host.supervisor_command());
-        factory.logged(&["supervisor started"]);
+        factory.wait_for_log(&["supervisor started"]);
     }
 
-    fn helper(&self, factory: &mut TestFactory) {
+    fn restart_helper(&self, factory: &mut TestFactory) {
         factory.end_helper(Signal::SIGTERM);
         factory.helper = self.start(factory.host.helper_command());
         factory.helper.log.wait(&["serving"]);
@@ -67,11 +67,11 @@ async fn row_76_a_clock_that_is_years_off_after_a_restart_changes_nothing_for_a_
     let clock = Clock::new();
     let mut factory = TestFactory::new(TWO).await;
     let now = year(&factory.supervisor.log);
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     for years in [20, -20, 0] {
         clock.set(years);
-        clock.supervisor(&mut factory);
-        clock.helper(&mut factory);
+        clock.restart_supervisor(&mut factory);
+        clock.restart_helper(&mut factory);
         assert!(
             (year(&factory.supervisor.log) - now - years).abs() <= 1,
             "the clock is not off"
@@ -80,12 +80,12 @@ async fn row_76_a_clock_that_is_years_off_after_a_restart_changes_nothing_for_a_
             (year(&factory.helper.log) - now - years).abs() <= 1,
             "the clock is not off"
         );
-        factory.polls(2).await;
+        factory.wait_polls(2).await;
         let other = factory.submit("echo beside");
-        factory.completed(other).await;
+        factory.wait_completed(other).await;
     }
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
@@ -124,18 +124,18 @@ fn shown(factory: &TestFactory, years: i64) {
 async fn row_76_a_clock_that_jumps_while_the_factory_runs_changes_nothing() {
     let clock = Clock::new();
     let mut factory = TestFactory::new(&format!("status_address = \"127.0.0.1:0\"\n{TWO}")).await;
-    clock.supervisor(&mut factory);
-    clock.helper(&mut factory);
-    let job = factory.running().await;
+    clock.restart_supervisor(&mut factory);
+    clock.restart_helper(&mut factory);
+    let job = factory.start_blocking_job().await;
     for years in [20, -20, 20, 0] {
         clock.set(years);
-        factory.polls(2).await;
+        factory.wait_polls(2).await;
         shown(&factory, years);
         let other = factory.submit("echo beside");
-        factory.completed(other).await;
+        factory.wait_completed(other).await;
     }
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
@@ -152,27 +152,27 @@ async fn row_76_a_worker_that_is_starting_is_not_failed_by_a_clock_that_jumps_ac
     let slots = format!("online_timeout_seconds = 20\n{ONE}");
     let mut factory = TestFactory::with_agent(&slots, agent).await;
     let job = factory.submit("echo never");
-    factory.logged(&["worker phase", "phase=\"running\""]);
+    factory.wait_for_log(&["worker phase", "phase=\"running\""]);
     for years in [20, -20, 20] {
         clock.set(years);
-        clock.supervisor(&mut factory);
-        factory.polls(3).await;
+        clock.restart_supervisor(&mut factory);
+        factory.wait_polls(3).await;
         assert!(
-            !factory.server.job(job).complete(),
+            !factory.server.job(job).is_complete(),
             "the worker's time was up at once"
         );
     }
     // It is failed in the end: a clock that was set back holds nothing off for years.
     clock.set(-20);
-    clock.supervisor(&mut factory);
-    let ended = factory.ended(job).await;
+    clock.restart_supervisor(&mut factory);
+    let ended = factory.wait_for_end(job).await;
     assert_eq!(ended.state(), "failed");
     let console = lines(&ended, "console");
     assert!(
         console.iter().any(|line| line == "waiting for ever"),
         "{console:?}"
     );
-    let held = factory.held(job).await;
+    let held = factory.wait_held(job).await;
     let reason = held.hold.unwrap().reason;
     assert!(reason.contains("did not come online within 20 s"), "{reason}");
     factory.server.release(held.id).unwrap();

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::{PermissionsExt, chown};
 
-use testbed::disk::SmallDisk;
+use testbed::small_disk::SmallDisk;
 
 use super::*;
 
@@ -12,26 +12,26 @@ fn database(factory: &TestFactory) -> PathBuf {
 
 /// Start the supervisor again, and see that it knows the worker of `job`.
 async fn find_again(factory: &mut TestFactory, job: Ulid) {
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     let worker = worker_of(factory, job).to_string();
-    factory.logged(&["worker adopted as online", &worker]);
-    factory.polls(2).await;
+    factory.wait_for_log(&["worker adopted as online", &worker]);
+    factory.wait_polls(2).await;
 }
 
 /// The job that ran through it all ends well, on its first worker, and so does the next.
 async fn all_is_well(factory: TestFactory, job: Ulid) {
     assert_eq!(factory.server.workers().len(), 1, "the job was begun again");
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_deleted_database_loses_no_running_job() {
     let mut factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     for signal in [Signal::SIGKILL, Signal::SIGTERM] {
         factory.end_supervisor(signal);
         for entry in fs::read_dir(factory.state_dir()).unwrap().flatten() {
@@ -47,7 +47,7 @@ async fn row_78_a_deleted_database_loses_no_running_job() {
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_damaged_database_is_set_aside_and_the_running_job_found_again() {
     let mut factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     type Damage = fn(&mut Vec<u8>);
     let damages: [(&str, Damage); 4] = [
         ("another content", |bytes| bytes.fill(b'x')),
@@ -84,15 +84,15 @@ async fn row_78_a_damaged_database_is_set_aside_and_the_running_job_found_again(
     let log = factory.state_dir().join("factory.db-wal");
     let length = fs::metadata(&log).expect("there is one after a kill").len();
     fs::write(&log, vec![0x55; length as usize]).unwrap();
-    factory.supervisor = factory.host.supervisor();
-    factory.polls(2).await;
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_polls(2).await;
     all_is_well(factory, job).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_database_that_cannot_be_written_is_refused_and_used_again_when_it_can() {
     let mut factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     factory.end_supervisor(Signal::SIGKILL);
     let state = factory.state_dir();
     let parts = [
@@ -114,15 +114,15 @@ async fn row_78_a_database_that_cannot_be_written_is_refused_and_used_again_when
     refused(&mut factory.host.supervisor_command(), &parts);
     // The directory alone, in which SQLite needs to make files.
     modes(0o755, 0o600);
-    factory.supervisor = factory.host.supervisor();
-    factory.polls(1).await;
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_polls(1).await;
     assert!(factory.end_supervisor(Signal::SIGTERM).success());
     modes(0o555, 0o600);
     refused(&mut factory.host.supervisor_command(), &parts);
     // What the line says is what helps.
     modes(0o755, 0o600);
-    factory.supervisor = factory.host.supervisor();
-    factory.polls(1).await;
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_polls(1).await;
     assert!(
         !state.join("factory.db.damaged").exists(),
         "it was taken for damaged"
@@ -148,14 +148,14 @@ async fn running_until(factory: &TestFactory, file: &str) -> Ulid {
     let job = factory.submit(&format!(
         "echo running; while ! [ -e {path} ]; do sleep 0.2; done; echo done"
     ));
-    factory.printed(job, "running").await;
+    factory.wait_for_line(job, "running").await;
     job
 }
 
 async fn deleted(factory: &TestFactory, job: Ulid) {
     let worker = worker_of(factory, job);
     factory
-        .see(|state| state.workers[&worker].deleted.then_some(()))
+        .wait_for_state(|state| state.workers[&worker].deleted.then_some(()))
         .await;
 }
 
@@ -175,19 +175,19 @@ async fn row_78_a_full_disk_takes_no_jobs_deletes_workers_and_forgets_nothing() 
         "no jobs are taken",
         "make room on the disk",
     ];
-    factory.logged(&low);
+    factory.wait_for_log(&low);
     // With the room of the reserve, which may be given up already, what ends is written, and deleted.
     fs::write(factory.shared().join("first"), "").unwrap();
-    factory.completed(first).await;
+    factory.wait_completed(first).await;
     deleted(&factory, first).await;
     let next = factory.submit("echo next");
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert_eq!(factory.server.job(next).worker, None, "a job was taken");
     // Without it, it is deleted all the same.
     let _ = fs::remove_file(&reserve);
     disk.fill();
     fs::write(factory.shared().join("second"), "").unwrap();
-    factory.completed(second).await;
+    factory.wait_completed(second).await;
     let parts = [
         "ERROR the database cannot be written",
         "make room on the disk",
@@ -195,18 +195,18 @@ async fn row_78_a_full_disk_takes_no_jobs_deletes_workers_and_forgets_nothing() 
         "workers are deleted",
     ];
     deleted(&factory, second).await;
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert!(
         factory.supervisor.log.count(&parts) <= 1,
         "it is said again and again"
     );
     assert_eq!(factory.server.job(next).worker, None, "a job was taken");
     disk.limit(ROOM);
-    factory.logged(&["the database can be written again"]);
-    factory.completed(next).await;
+    factory.wait_for_log(&["the database can be written again"]);
+    factory.wait_completed(next).await;
 
     // And at the start: with the reserve it starts, and without it says what to do.
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     factory.end_supervisor(Signal::SIGKILL);
     let remove_logs = |factory: &TestFactory| {
         for file in ["factory.db-wal", "factory.db-shm"] {
@@ -216,8 +216,8 @@ async fn row_78_a_full_disk_takes_no_jobs_deletes_workers_and_forgets_nothing() 
     assert!(reserve.exists(), "it was not made again");
     remove_logs(&factory);
     disk.fill();
-    factory.supervisor = factory.host.supervisor();
-    factory.logged(&[
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_for_log(&[
         "ERROR the database may soon not be written",
         "is used up: make room on the disk",
     ]);
@@ -229,9 +229,9 @@ async fn row_78_a_full_disk_takes_no_jobs_deletes_workers_and_forgets_nothing() 
         &["factory.db", "make room on the disk"],
     );
     disk.limit(ROOM);
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     let last = factory.submit("echo last");
-    factory.completed(last).await;
+    factory.wait_completed(last).await;
     factory.disk = Some(disk);
     factory.finish().await;
 }
@@ -239,7 +239,7 @@ async fn row_78_a_full_disk_takes_no_jobs_deletes_workers_and_forgets_nothing() 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_database_of_a_newer_release_is_left_alone() {
     let mut factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     assert!(factory.end_supervisor(Signal::SIGTERM).success());
     // Where the header of the file has it (https://sqlite.org/fileformat2.html).
     let set = |version: u32| {
@@ -257,15 +257,15 @@ async fn row_78_a_database_of_a_newer_release_is_left_alone() {
     ];
     refused(&mut factory.host.supervisor_command(), &parts);
     assert_eq!(set(ours), 99, "it was changed");
-    factory.supervisor = factory.host.supervisor();
-    factory.polls(1).await;
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_polls(1).await;
     all_is_well(factory, job).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_78_a_file_system_that_is_read_only_is_refused_and_used_again_when_it_is_not() {
     let mut factory = TestFactory::on(ONE, small).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     factory.end_supervisor(Signal::SIGKILL);
     let disk = factory.disk.take().unwrap();
     disk.limit("ro");
@@ -277,7 +277,7 @@ async fn row_78_a_file_system_that_is_read_only_is_refused_and_used_again_when_i
     refused(&mut factory.host.supervisor_command(), &parts);
     disk.limit("rw");
     factory.disk = Some(disk);
-    factory.supervisor = factory.host.supervisor();
-    factory.polls(1).await;
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_polls(1).await;
     all_is_well(factory, job).await;
 }

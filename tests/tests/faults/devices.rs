@@ -34,21 +34,21 @@ async fn row_85_a_device_unplugged_and_plugged_in_again_comes_back_to_the_runnin
         &factory,
         &format!("stat -c %T /dev/{name} 2>/dev/null || echo none"),
     );
-    factory.printed(job, "sees: 3").await;
+    factory.wait_for_line(job, "sees: 3").await;
     fs::remove_file(&node).unwrap();
-    factory.printed(job, "sees: none").await;
+    factory.wait_for_line(job, "sees: none").await;
     // Most come back as another node; here, under a helper that has been replaced meanwhile.
     factory.end_helper(Signal::SIGKILL);
     plug(5);
-    factory.helper = factory.host.helper();
-    factory.printed(job, "sees: 5").await;
+    factory.helper = factory.host.start_helper();
+    factory.wait_for_line(job, "sees: 5").await;
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     // Gone for the next job: that one cannot begin, and says why.
     fs::remove_file(&node).unwrap();
     let next = factory.submit("echo never");
-    assert_eq!(factory.ended(next).await.state(), "failed");
-    let held = factory.held(next).await;
+    assert_eq!(factory.wait_for_end(next).await.state(), "failed");
+    let held = factory.wait_held(next).await;
     let reason = held.hold.unwrap().reason;
     assert!(
         reason.contains(&format!("device /dev/{name} is not there: plug it in")),
@@ -62,7 +62,7 @@ async fn row_85_a_device_unplugged_and_plugged_in_again_comes_back_to_the_runnin
     plug(3);
     factory.server.release(held.id).unwrap();
     let last = factory.submit(&format!("stat -c %T /dev/{name}"));
-    factory.completed(last).await;
+    factory.wait_completed(last).await;
     fs::remove_file(&node).unwrap();
     factory.finish().await;
 }
@@ -82,16 +82,16 @@ async fn row_84_a_file_system_mounted_while_a_job_runs_is_the_next_jobs_and_unmo
     };
     let command = format!("cat {}/file 2>/dev/null || echo none", place.display());
     let first = watching(&factory, &command);
-    factory.printed(first, "sees: none").await;
+    factory.wait_for_line(first, "sees: none").await;
     run(&["mount", "-t", "tmpfs", "user-factory-test"]);
     fs::write(place.join("file"), "mounted\n").unwrap();
     let second = watching(&factory, &command);
-    factory.printed(second, "sees: mounted").await;
+    factory.wait_for_line(second, "sees: mounted").await;
     // The host lets go of it, though a job has it open.
     run(&["umount"]);
     factory.release();
     for job in [first, second] {
-        let seen = factory.ended(job).await;
+        let seen = factory.wait_for_end(job).await;
         assert_eq!(seen.state(), "completed", "{:#?}", seen.events);
         assert_eq!(
             lines(&seen, "stdout").len(),
@@ -101,9 +101,9 @@ async fn row_84_a_file_system_mounted_while_a_job_runs_is_the_next_jobs_and_unmo
     }
     factory.block_again();
     let third = watching(&factory, &command);
-    factory.printed(third, "sees: none").await;
+    factory.wait_for_line(third, "sees: none").await;
     factory.release();
-    factory.completed(third).await;
+    factory.wait_completed(third).await;
     factory.finish().await;
 }
 
@@ -127,7 +127,7 @@ async fn row_84_a_file_system_that_no_job_uses_any_more_is_free_after_it_is_unmo
         place.as_ref(),
     ]);
     let job = factory.submit("echo sees it");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     run(&["umount".as_ref(), place.as_ref()]);
     // The kernel lets go of the loop device with the last mount of it, in whichever namespace that is.
     let used = || {

@@ -1,6 +1,6 @@
 //! Row 27, in the whole factory: the disk is full under the workers, at each of their steps.
 
-use testbed::disk::{SmallDisk, size_of_agents};
+use testbed::small_disk::{SmallDisk, size_of_agents};
 
 use super::*;
 
@@ -18,11 +18,11 @@ fn room() -> String {
 /// The job cannot be started, and says why; once its worker is released, nothing of it is left, full or not.
 async fn fails_for_lack_of_room(factory: &TestFactory, job: Ulid) {
     let seen = factory.supervisor.log.len();
-    assert_eq!(factory.ended(job).await.state(), "failed");
-    let held = factory.held(job).await;
+    assert_eq!(factory.wait_for_end(job).await.state(), "failed");
+    let held = factory.wait_held(job).await;
     let reason = held.hold.unwrap().reason;
     assert!(reason.contains("No space left on device"), "{reason}");
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     once(
         &factory.supervisor.log,
         seen.saturating_sub(20),
@@ -30,7 +30,7 @@ async fn fails_for_lack_of_room(factory: &TestFactory, job: Ulid) {
     );
     factory.server.release(held.id).unwrap();
     factory
-        .see(|state| state.workers[&held.id].deleted.then_some(()))
+        .wait_for_state(|state| state.workers[&held.id].deleted.then_some(()))
         .await;
 }
 
@@ -39,7 +39,7 @@ async fn row_27_a_full_disk_fails_what_starts_and_neither_what_runs_nor_the_slot
     let factory = TestFactory::on(TWO, small).await;
     let disk = factory.disk.as_ref().unwrap();
     disk.limit(&room());
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     // At the making of the user: not even its directory finds room.
     disk.fill();
     fails_for_lack_of_room(&factory, factory.submit("echo never")).await;
@@ -49,9 +49,9 @@ async fn row_27_a_full_disk_fails_what_starts_and_neither_what_runs_nor_the_slot
     // The other slot's job does not notice, and room brings back all of it.
     disk.limit(&room());
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
@@ -59,17 +59,17 @@ async fn row_27_a_full_disk_fails_what_starts_and_neither_what_runs_nor_the_slot
 async fn row_27_a_job_that_fills_the_disk_fails_by_itself_and_is_deleted_from_the_full_disk() {
     let factory = TestFactory::on(TWO, small).await;
     factory.disk.as_ref().unwrap().limit(&room());
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let hog = factory
         .submit("cat /dev/zero > /work/all 2>/dev/null; : > /work/none; echo x > /work/none && echo wrote");
-    let done = factory.ended(hog).await;
+    let done = factory.wait_for_end(hog).await;
     assert_eq!(done.state(), "failed", "{:#?}", done.events);
     factory
-        .see(|state| state.workers[&done.worker.unwrap()].deleted.then_some(()))
+        .wait_for_state(|state| state.workers[&done.worker.unwrap()].deleted.then_some(()))
         .await;
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }

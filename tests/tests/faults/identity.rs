@@ -26,10 +26,10 @@ impl Second {
         let token = fs::read_to_string(factory.host.root.join("token")).unwrap();
         host.write_token(&token);
         let before = HostSnapshot::of_unused(&host);
-        let helper = host.helper();
+        let helper = host.start_helper();
         prepare(&host);
         Second {
-            supervisor: host.supervisor(),
+            supervisor: host.start_supervisor(),
             _helper: helper,
             host,
             before,
@@ -80,7 +80,7 @@ async fn is_shown(factory: &TestFactory, host: &TestHost, supervisor: &Running, 
 /// Every worker of this server has been deleted by the host that made it.
 async fn all_deleted(factory: &TestFactory) {
     factory
-        .see(|state| state.workers.values().all(|worker| worker.deleted).then_some(()))
+        .wait_for_state(|state| state.workers.values().all(|worker| worker.deleted).then_some(()))
         .await;
 }
 
@@ -88,20 +88,20 @@ async fn all_deleted(factory: &TestFactory) {
 async fn row_100_two_hosts_with_one_token_end_no_job_of_each_other_and_both_say_so() {
     let factory = TestFactory::new(ONE).await;
     let first = submit_until(&factory, "first");
-    factory.printed(first, "running").await;
+    factory.wait_for_line(first, "running").await;
     let second = Second::beside(&factory);
     let worker = worker_of(&factory, first);
     is_shown(&factory, &second.host, &second.supervisor, worker).await;
     // A job that the second could take waits.
     let next = submit_until(&factory, "second");
-    factory.polls(6).await;
+    factory.wait_polls(6).await;
     assert_eq!(factory.server.job(next).worker, None, "a job was taken");
-    assert!(!factory.server.worker(worker).deleted && !factory.server.job(first).complete());
+    assert!(!factory.server.worker(worker).deleted && !factory.server.job(first).is_complete());
     // Once the first has nothing, the second takes it; and then it is the first that leaves it alone.
     assert_eq!(command(&factory.host, &["drain"]).0, 0);
     release(&factory, "first");
-    factory.completed(first).await;
-    factory.printed(next, "running").await;
+    factory.wait_completed(first).await;
+    factory.wait_for_line(next, "running").await;
     assert_eq!(command(&factory.host, &["resume"]).0, 0);
     let worker = worker_of(&factory, next);
     is_shown(&factory, &factory.host, &factory.supervisor, worker).await;
@@ -111,11 +111,11 @@ async fn row_100_two_hosts_with_one_token_end_no_job_of_each_other_and_both_say_
         .map(|tag| tag.split_once('/').expect("an instance id").1);
     assert_ne!(ids[0], ids[1], "{tags:?}");
     let last = factory.submit("echo last");
-    factory.polls(6).await;
+    factory.wait_polls(6).await;
     assert_eq!(factory.server.job(last).worker, None, "a job was taken");
     release(&factory, "second");
-    factory.completed(next).await;
-    factory.completed(last).await;
+    factory.wait_completed(next).await;
+    factory.wait_completed(last).await;
     all_deleted(&factory).await;
     second.before.assert_unchanged(&second.host);
     factory.finish().await;
@@ -124,7 +124,7 @@ async fn row_100_two_hosts_with_one_token_end_no_job_of_each_other_and_both_say_
 #[tokio::test(flavor = "multi_thread")]
 async fn row_100_a_worker_of_a_host_that_is_gone_is_deleted_by_the_operator_alone() {
     let mut factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = worker_of(&factory, job);
     factory.end_supervisor(Signal::SIGKILL);
     let second = Second::beside(&factory);
@@ -135,30 +135,30 @@ async fn row_100_a_worker_of_a_host_that_is_gone_is_deleted_by_the_operator_alon
         status == 1 && text.contains("another host uses") && text.contains("add --yes"),
         "{text}"
     );
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert!(!factory.server.worker(worker).deleted);
     let (status, text) = command(&second.host, &["destroy", &id, "--yes"]);
     assert_eq!(status, 0, "{text}");
     factory
-        .see(|state| state.workers[&worker].deleted.then_some(()))
+        .wait_for_state(|state| state.workers[&worker].deleted.then_some(()))
         .await;
-    assert_eq!(factory.ended(job).await.state(), "failed");
+    assert_eq!(factory.wait_for_end(job).await.state(), "failed");
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     all_deleted(&factory).await;
     let (status, text) = command(&second.host, &["status", "--json"]);
     assert!(status == 0 && text.contains("\"foreign\": []"), "{text}");
     second.before.assert_unchanged(&second.host);
     // The host was not gone: it finds that its worker is.
-    factory.supervisor = factory.host.supervisor();
-    factory.logged(&["worker forgotten", &id]);
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_for_log(&["worker forgotten", &id]);
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_115_a_state_directory_that_was_copied_to_another_machine_ends_no_job() {
     let mut factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = worker_of(&factory, job);
     let from = factory.state_dir();
     let second = Second::prepared(&factory, |host| {
@@ -171,14 +171,14 @@ async fn row_115_a_state_directory_that_was_copied_to_another_machine_ends_no_jo
         &["ERROR", "comes from another machine", "1 were in the database"],
     );
     is_shown(&factory, &second.host, &second.supervisor, worker).await;
-    factory.polls(6).await;
-    assert!(!factory.server.worker(worker).deleted && !factory.server.job(job).complete());
+    factory.wait_polls(6).await;
+    assert!(!factory.server.worker(worker).deleted && !factory.server.job(job).is_complete());
     // The first is what it was, also after a restart.
     factory.end_supervisor(Signal::SIGTERM);
-    factory.supervisor = factory.host.supervisor();
-    factory.polls(2).await;
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_polls(2).await;
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     all_deleted(&factory).await;
     second.before.assert_unchanged(&second.host);
     factory.finish().await;
@@ -188,29 +188,29 @@ async fn row_115_a_state_directory_that_was_copied_to_another_machine_ends_no_jo
 async fn row_115_a_database_of_yesterday_loses_no_job() {
     let mut factory = TestFactory::new(TWO).await;
     let yesterday = submit_until(&factory, "yesterday");
-    factory.printed(yesterday, "running").await;
-    factory.polls(2).await;
+    factory.wait_for_line(yesterday, "running").await;
+    factory.wait_polls(2).await;
     assert!(factory.end_supervisor(Signal::SIGTERM).success());
     let (path, backup) = (
         factory.state_dir().join("factory.db"),
         factory.shared().join("backup"),
     );
     fs::copy(&path, &backup).unwrap();
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     release(&factory, "yesterday");
-    factory.completed(yesterday).await;
-    let job = factory.running().await;
+    factory.wait_completed(yesterday).await;
+    let job = factory.start_blocking_job().await;
     let worker = worker_of(&factory, job).to_string();
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     assert!(factory.end_supervisor(Signal::SIGTERM).success());
     // Its content, not its owner.
     fs::write(&path, fs::read(&backup).unwrap()).unwrap();
-    factory.supervisor = factory.host.supervisor();
-    factory.logged(&["worker adopted as online", &worker]);
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_for_log(&["worker adopted as online", &worker]);
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let (status, text) = command(&factory.host, &["status"]);
     assert_eq!(status, 0, "{text}");
     factory.finish().await;

@@ -19,21 +19,21 @@ fn helper_after(factory: &TestFactory, script: &str) -> Command {
 /// With a job running, the helper is started again so, refuses with one line that has these parts, and harms nobody.
 async fn refused_beside_a_job(factory: &mut TestFactory, script: &str, parts: &[&str]) {
     let job = factory.submit_blocking();
-    factory.printed(job, "running").await;
+    factory.wait_for_line(job, "running").await;
     let before = processes(factory, job).len();
     let seen = factory.supervisor.log.len();
     factory.end_helper(Signal::SIGKILL);
     refused(&mut helper_after(factory, script), &[&["ERROR"], parts].concat());
-    factory.logged_from(seen, &["helper unreachable", "start the helper"]);
+    factory.wait_for_log_from(seen, &["helper unreachable", "start the helper"]);
     assert!(
         processes(factory, job).len() >= before.min(3),
         "the job was harmed"
     );
-    factory.helper = factory.host.helper();
-    factory.logged_from(seen, &["helper back"]);
+    factory.helper = factory.host.start_helper();
+    factory.wait_for_log_from(seen, &["helper back"]);
     once(&factory.supervisor.log, seen, &["helper unreachable"]);
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.block_again();
 }
 
@@ -68,22 +68,22 @@ async fn row_83_without_the_pieces_of_proc_that_are_no_process_the_helper_serves
     factory.helper = Running::start(&mut helper_after(&factory, pieces));
     factory.helper.log.wait(&["serving"]);
     let job = factory.submit("echo works");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_83_cgroup_v2_mounted_elsewhere_is_found_with_the_workers_in_it() {
     let mut factory = TestFactory::new(TWO).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     factory.end_helper(Signal::SIGKILL);
     let elsewhere = "umount -l \"$CGROUP\"; mkdir -p /mnt; mount -t tmpfs none /mnt; mkdir /mnt/cg; \
                      mount -t cgroup2 none /mnt/cg";
     factory.helper = Running::start(&mut helper_after(&factory, elsewhere));
     factory.helper.log.wait(&["serving"]);
     let other = factory.submit("echo beside");
-    factory.completed(other).await;
+    factory.wait_completed(other).await;
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }

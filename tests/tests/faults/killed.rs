@@ -2,23 +2,23 @@
 //! the memory controller is cgroup v1's, no job can be brought over a limit.
 
 use protocol::{ErrorKind, Exit, Reply, Request, State};
-use testbed::harness::sealed;
-use testbed::test_helper::{TestHelper, created, install, run};
-use testbed::tracer::service::listener;
+use testbed::harness::sealed_memfd;
+use testbed::test_helper::{TestHelper, create_worker, install, run};
+use testbed::tracer::helper::listener;
 
 use super::*;
 
 /// The job's worker is failed on the server with this reason, once; its console is in the log; it is held, and goes
 /// when it is released. Another job then runs in the slot.
 async fn is_failed_and_held(factory: TestFactory, job: Ulid, reason: &str) {
-    let done = factory.ended(job).await;
+    let done = factory.wait_for_end(job).await;
     assert_eq!(done.state(), "failed");
-    let held = factory.held(job).await;
+    let held = factory.wait_held(job).await;
     let why = &held.hold.as_ref().unwrap().reason;
     assert!(why.contains(reason), "{why}");
     let console = lines(&done, "console").join("\n");
     assert!(console.contains("bootstrapped as worker"), "{console}");
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     once(
         &factory.supervisor.log,
         0,
@@ -30,14 +30,14 @@ async fn is_failed_and_held(factory: TestFactory, job: Ulid, reason: &str) {
     );
     factory.server.release(held.id).unwrap();
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_77_an_agent_that_is_killed_fails_its_job_with_the_reason() {
     let factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let all = processes(&factory, job);
     let agent = all.iter().find(|(_, line)| line.contains("agent/agent run"));
     let (agent, _) = agent.unwrap_or_else(|| panic!("no agent in {all:?}"));
@@ -48,7 +48,7 @@ async fn row_77_an_agent_that_is_killed_fails_its_job_with_the_reason() {
 #[tokio::test(flavor = "multi_thread")]
 async fn row_77_a_workers_pid_1_that_is_killed_fails_its_job_with_the_reason() {
     let factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     // Pid 1 copies the console: what it has not copied yet is lost with it.
     let worker = worker_of(&factory, job).to_string();
     until_is("a line on the console", || {
@@ -62,10 +62,10 @@ async fn row_77_a_workers_pid_1_that_is_killed_fails_its_job_with_the_reason() {
 #[tokio::test(flavor = "multi_thread")]
 async fn row_77_a_killed_helper_is_away_for_the_supervisor_and_the_job_goes_on() {
     let mut factory = TestFactory::new(TWO).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     factory.end_helper(Signal::SIGKILL);
     let unreachable = ["ERROR helper unreachable"];
-    let line = factory.logged(&unreachable);
+    let line = factory.wait_for_log(&unreachable);
     // A call that it was about to answer has ended otherwise.
     let is_explained = [
         "start the helper",
@@ -74,21 +74,21 @@ async fn row_77_a_killed_helper_is_away_for_the_supervisor_and_the_job_goes_on()
     assert!(is_explained.iter().any(|part| line.contains(part)), "{line}");
     // Nothing is leased that could not be begun.
     let next = factory.submit("echo next");
-    factory.polls(3).await;
-    assert!(factory.server.job(next).queued());
+    factory.wait_polls(3).await;
+    assert!(factory.server.job(next).is_queued());
     once(&factory.supervisor.log, 0, &unreachable);
-    factory.helper = factory.host.helper();
-    factory.logged(&["helper back"]);
-    factory.completed(next).await;
+    factory.helper = factory.host.start_helper();
+    factory.wait_for_log(&["helper back"]);
+    factory.wait_completed(next).await;
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_77_a_session_that_is_killed_fails_its_request_and_no_job() {
     let mut factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     // Every process of the helper's cgroup serves a connection, but the monitor and its listener.
     let cgroup = factory.host.cgroup_dir().join("daemon/cgroup.procs");
     let monitor = factory.helper.pid();
@@ -106,16 +106,16 @@ async fn row_77_a_session_that_is_killed_fails_its_request_and_no_job() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.end_supervisor(Signal::SIGTERM);
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_75_a_reboot_fails_the_jobs_that_ran_and_blocks_no_slot() {
     let mut factory = TestFactory::new(TWO).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = worker_of(&factory, job);
     // All processes end, and what is in memory is gone: /run, and the cgroups.
     factory.end_supervisor(Signal::SIGKILL);
@@ -126,16 +126,16 @@ async fn row_75_a_reboot_fails_the_jobs_that_ran_and_blocks_no_slot() {
         fs::remove_dir(&cgroup).is_ok()
     });
     fs::remove_dir_all(factory.host.root.join("run")).unwrap();
-    factory.helper = factory.host.helper();
-    factory.supervisor = factory.host.supervisor();
-    let done = factory.ended(job).await;
+    factory.helper = factory.host.start_helper();
+    factory.supervisor = factory.host.start_supervisor();
+    let done = factory.wait_for_end(job).await;
     assert_eq!(done.state(), "failed");
-    let held = factory.held(job).await;
+    let held = factory.wait_held(job).await;
     let reason = held.hold.as_ref().unwrap().reason.clone();
     assert!(reason.contains("before its job was done"), "{reason}");
     // The other slot goes on, and this one after the release.
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     factory.server.release(held.id).unwrap();
     factory.finish().await;
 }
@@ -144,11 +144,11 @@ async fn row_75_a_reboot_fails_the_jobs_that_ran_and_blocks_no_slot() {
 fn a_connection_that_outlived_its_helper_says_so_and_the_worker_is_made_on_a_new_one() {
     let mut test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     test.helper.signal(Signal::SIGKILL);
     test.helper.wait();
-    test.helper = test.host.helper();
-    let agent = || sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n");
+    test.helper = test.host.start_helper();
+    let agent = || sealed_memfd(b"#!/bin/bash\nsleep 1000 & exit 0\n");
     let (reply, _) = install(&client, worker, agent());
     let Reply::Error(error) = reply else {
         panic!("{reply:?}")
@@ -168,10 +168,14 @@ fn a_connection_that_outlived_its_helper_says_so_and_the_worker_is_made_on_a_new
 fn a_worker_whose_helper_call_hangs_is_given_up_in_time_and_taken_up_again() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
-    // As one that waits in a mount: it takes orders, and carries none out.
+    let worker = create_worker(&client, "a");
+    // As one that waits in a mount: it accepts requests, and carries none out.
     test.helper.signal(Signal::SIGSTOP);
-    let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n"));
+    let (reply, _) = install(
+        &client,
+        worker,
+        sealed_memfd(b"#!/bin/bash\nsleep 1000 & exit 0\n"),
+    );
     let Reply::Error(error) = reply else {
         panic!("{reply:?}")
     };
@@ -179,7 +183,7 @@ fn a_worker_whose_helper_call_hangs_is_given_up_in_time_and_taken_up_again() {
     assert!(error.message().contains("state D in ps, and repeat"), "{error}");
     // The lock is free: the worker can be deleted, and another made.
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
-    let next = created(&client, "a");
+    let next = create_worker(&client, "a");
     test.helper.signal(Signal::SIGCONT);
     let (state, console) = run(&client, next, "echo runs; exit 3");
     assert_eq!((state, console.trim()), (State::Exited(Exit::Status(3)), "runs"));

@@ -2,7 +2,7 @@
 //! elsewhere; here everything is under way at the same time.
 
 use supervisor::backoff::Rng;
-use testbed::server::State;
+use testbed::fake_server::State;
 
 use super::*;
 
@@ -67,7 +67,7 @@ async fn row_73_supervisor_and_helper_killed_at_random_moments_lose_no_job_and_l
         // There is always something to begin.
         let waiting = jobs
             .iter()
-            .filter(|job| factory.server.job(**job).queued())
+            .filter(|job| factory.server.job(**job).is_queued())
             .count();
         for _ in waiting..3 {
             jobs.push(factory.submit(JOB));
@@ -75,7 +75,7 @@ async fn row_73_supervisor_and_helper_killed_at_random_moments_lose_no_job_and_l
         // Somewhere within the next few requests, and a little after one.
         let until = requests(&factory) + 1 + random.draw() % 25;
         factory
-            .see(|state| {
+            .wait_for_state(|state| {
                 slots_are_shared_by_nobody(state);
                 (requests(&factory) >= until).then_some(())
             })
@@ -93,19 +93,19 @@ async fn row_73_supervisor_and_helper_killed_at_random_moments_lose_no_job_and_l
         if helper {
             factory.helper.wait();
             logs.push(factory.helper.log.clone());
-            factory.helper = factory.host.helper();
+            factory.helper = factory.host.start_helper();
         }
         if supervisor {
             factory.supervisor.wait();
             logs.push(factory.supervisor.log.clone());
-            factory.supervisor = factory.host.supervisor();
+            factory.supervisor = factory.host.start_supervisor();
         }
     }
     let all_end = |state: &State| {
         slots_are_shared_by_nobody(state);
-        jobs.iter().all(|job| state.jobs[job].complete()).then_some(())
+        jobs.iter().all(|job| state.jobs[job].is_complete()).then_some(())
     };
-    factory.see(all_end).await;
+    factory.wait_for_state(all_end).await;
     logs.extend([factory.helper.log.clone(), factory.supervisor.log.clone()]);
     let failed: Vec<_> = jobs.iter().map(|job| factory.server.job(*job)).collect();
     let failed: Vec<_> = failed.iter().filter(|job| job.state() != "completed").collect();

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use testbed::fake_server::Ulid;
 use testbed::harness::{Log, Running, SUPERVISOR_UID, TestHost, binaries, until_is};
-use testbed::server::Ulid;
 use testbed::test_factory::{ONE, TWO, TestFactory, lines};
 
 mod clock;
@@ -27,7 +27,7 @@ mod upgrade;
 
 /// The log has one line with all of these, and no second.
 fn once(log: &Log, from: usize, parts: &[&str]) {
-    tokio::task::block_in_place(|| log.exactly(1, from, parts));
+    tokio::task::block_in_place(|| log.wait_for_exactly(1, from, parts));
 }
 
 /// Start what will refuse to work; the line that says why, and what to do.

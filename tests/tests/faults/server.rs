@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use testbed::fake_server::{LEASE, Outage};
 use testbed::faulty_proxy::{Fault, Proxy};
-use testbed::server::{Down, LEASE};
 
 use super::*;
 
@@ -25,19 +25,19 @@ async fn survived(factory: &TestFactory, fault: Fault, parts: &[&str]) {
         parts,
     ]
     .concat();
-    factory.logged_from(seen, &parts);
+    factory.wait_for_log_from(seen, &parts);
     if !matches!(fault, Fault::Refuse) {
         proxy(factory).wait_for_faults(3).await;
     }
     once(&factory.supervisor.log, seen, &["ERROR"]);
     proxy(factory).clear_fault();
-    factory.logged_from(seen, &["server back"]);
+    factory.wait_for_log_from(seen, &["server back"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_79_invalid_answers_are_logged_once_each_and_harm_no_job() {
     let factory = TestFactory::behind_a_proxy(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let html = "<html><h1>It works!</h1></html>";
     let list = "[{\"id\": \"01HZX3N8Q4J5K6M7P8R9S0T1V2\", \"online\": tr";
     for (fault, parts) in [
@@ -78,21 +78,21 @@ async fn row_79_invalid_answers_are_logged_once_each_and_harm_no_job() {
     }
     assert_eq!(factory.server.workers().len(), 1);
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_79_a_server_that_takes_connections_and_never_answers_is_given_up_in_time() {
     let factory = TestFactory::behind_a_proxy(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     proxy(&factory).set("/0/factory/", Fault::Hang);
     factory.release();
     // The job's own connections pass: it ends, and the factory is still waiting.
-    factory.completed(job).await;
-    factory.logged(&["ERROR server unreachable", "cannot be reached", "timed out"]);
+    factory.wait_completed(job).await;
+    factory.wait_for_log(&["ERROR server unreachable", "cannot be reached", "timed out"]);
     proxy(&factory).clear_fault();
-    factory.logged(&["server back"]);
+    factory.wait_for_log(&["server back"]);
     once(&factory.supervisor.log, 0, &["server unreachable"]);
     factory.finish().await;
 }
@@ -102,22 +102,22 @@ async fn row_79_answers_a_byte_at_a_time_are_read_to_their_end() {
     let factory = TestFactory::behind_a_proxy(ONE).await;
     proxy(&factory).set("/0/factory/", Fault::Drip);
     let job = factory.submit("echo slowly");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let proxied = factory.server.workers().len();
     assert_eq!(proxied, 1);
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn row_79_a_worker_whose_making_was_answered_with_silence_is_found() {
+async fn row_79_a_worker_whose_making_had_no_answer_is_found() {
     // A worker without a mark is waited for no longer than an agent.
     let slots = format!("online_timeout_seconds = 20\n{ONE}");
     let factory = TestFactory::behind_a_proxy(&slots).await;
     // The server makes it each time it is asked.
     proxy(&factory).set("POST /0/factory/worker ", Fault::Lose);
     let job = factory.submit("echo found");
-    factory.logged(&["WARN no worker for job", &job.to_string(), "if this goes on"]);
-    factory.completed(job).await;
+    factory.wait_for_log(&["WARN no worker for job", &job.to_string(), "if this goes on"]);
+    factory.wait_completed(job).await;
     assert_eq!(factory.server.workers().len(), 1, "it was made twice");
     factory.finish().await;
 }
@@ -127,8 +127,8 @@ async fn row_79_requests_that_arrive_twice_are_done_once() {
     let factory = TestFactory::behind_a_proxy(ONE).await;
     proxy(&factory).set("/0/factory/worker", Fault::Twice);
     let jobs = [factory.submit("echo once"), factory.submit("exit 3")];
-    factory.completed(jobs[0]).await;
-    assert_eq!(factory.ended(jobs[1]).await.state(), "failed");
+    factory.wait_completed(jobs[0]).await;
+    assert_eq!(factory.wait_for_end(jobs[1]).await.state(), "failed");
     assert_eq!(factory.server.workers().len(), 2);
     factory.finish().await;
 }
@@ -140,13 +140,13 @@ async fn row_79_a_job_leased_in_an_answer_that_came_twice_is_leased_again_when_t
     proxy(&factory).set("POST /0/factory/lease ", Fault::Twice);
     let job = factory.submit("echo later");
     factory
-        .see(|state| state.leases.contains_key(&job).then_some(()))
+        .wait_for_state(|state| state.leases.contains_key(&job).then_some(()))
         .await;
     proxy(&factory).clear_fault();
-    factory.polls(2).await;
-    assert!(factory.server.job(job).queued());
+    factory.wait_polls(2).await;
+    assert!(factory.server.job(job).is_queued());
     factory.server.advance(LEASE + Duration::from_secs(1));
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
@@ -168,20 +168,20 @@ async fn row_79_a_worker_made_under_another_id_is_found_under_its_own() {
         "POST /0/factory/worker ",
         Fault::answer("201 Created", "application/json", &body),
     );
-    factory.logged(&["worker adopted as reserved", NOBODY]);
+    factory.wait_for_log(&["worker adopted as reserved", NOBODY]);
     proxy(&factory).clear_fault();
-    factory.logged(&["the server no longer has the worker", NOBODY]);
-    factory.logged(&["worker forgotten", NOBODY]);
+    factory.wait_for_log(&["the server no longer has the worker", NOBODY]);
+    factory.wait_for_log(&["worker forgotten", NOBODY]);
     // The lease of the first attempt runs out.
     factory.server.advance(LEASE + Duration::from_secs(1));
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_79_a_token_that_is_replaced_is_named_and_works_again_when_it_is_right() {
     let factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let set = |token: &str| {
         factory.server.with(|state| {
             let factory = state.factories.values_mut().next().expect("there is one");
@@ -194,8 +194,8 @@ async fn row_79_a_token_that_is_replaced_is_named_and_works_again_when_it_is_rig
         "refused with 401",
         "check the factory's token",
     ];
-    factory.logged(&parts);
-    factory.polls(3).await;
+    factory.wait_for_log(&parts);
+    factory.wait_polls(3).await;
     once(&factory.supervisor.log, 0, &parts);
     assert!(
         !factory.supervisor.log.text().contains(&old),
@@ -203,10 +203,10 @@ async fn row_79_a_token_that_is_replaced_is_named_and_works_again_when_it_is_rig
     );
     // Right again by itself; then replaced for good, and the new one written where the line says: that is enough.
     set(&old);
-    factory.logged(&["server back"]);
+    factory.wait_for_log(&["server back"]);
     let seen = factory.supervisor.log.len();
     set("another-token");
-    factory.logged_from(
+    factory.wait_for_log_from(
         seen,
         &[
             "ERROR server unreachable",
@@ -214,30 +214,30 @@ async fn row_79_a_token_that_is_replaced_is_named_and_works_again_when_it_is_rig
         ],
     );
     factory.host.write_token("another-token");
-    factory.logged_from(seen, &["a new token is in use"]);
-    factory.logged_from(seen, &["server back"]);
+    factory.wait_for_log_from(seen, &["a new token is in use"]);
+    factory.wait_for_log_from(seen, &["server back"]);
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn row_79_a_server_that_is_away_for_a_day_gets_its_jobs_done_when_it_is_back() {
     let factory = TestFactory::new(TWO).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let next = factory.submit_blocking();
-    factory.printed(next, "running").await;
+    factory.wait_for_line(next, "running").await;
     let seen = factory.supervisor.log.len();
-    factory.server.set_down(Down::Closed);
-    factory.logged_from(seen, &["server unreachable"]);
+    factory.server.set_outage(Outage::Closed);
+    factory.wait_for_log_from(seen, &["server unreachable"]);
     // Both are over their time by the server's own rule when it is back, and it wants their workers torn down.
     factory.server.advance(Duration::from_secs(24 * 3600));
     let later = factory.submit("echo later");
-    factory.server.set_down(Down::No);
-    factory.logged_from(seen, &["server back"]);
+    factory.server.set_outage(Outage::None);
+    factory.wait_for_log_from(seen, &["server back"]);
     once(&factory.supervisor.log, seen, &["server unreachable"]);
     for old in [job, next] {
-        let done = factory.ended(old).await;
+        let done = factory.wait_for_end(old).await;
         assert_eq!(done.state(), "failed");
         assert!(
             lines(&done, "control")
@@ -245,7 +245,7 @@ async fn row_79_a_server_that_is_away_for_a_day_gets_its_jobs_done_when_it_is_ba
                 .any(|line| line.contains("job duration exceeds"))
         );
     }
-    factory.completed(later).await;
+    factory.wait_completed(later).await;
     factory.finish().await;
 }
 
@@ -259,16 +259,16 @@ async fn row_79_a_server_rolled_back_to_before_a_job_began_has_it_run_again() {
         copy.leases.clear();
         copy
     });
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let gone = factory.server.job(job).worker.unwrap();
     let other = factory.submit_blocking();
-    factory.printed(other, "running").await;
+    factory.wait_for_line(other, "running").await;
     let lost = worker_of(&factory, other);
     factory.server.with(|state| *state = yesterday);
-    factory.logged(&["the server no longer has the worker", &lost.to_string()]);
-    factory.logged(&["worker forgotten", &lost.to_string()]);
+    factory.wait_for_log(&["the server no longer has the worker", &lost.to_string()]);
+    factory.wait_for_log(&["worker forgotten", &lost.to_string()]);
     // The job is queued once more on that server, and is done once more.
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     assert!(factory.server.job(job).worker != Some(gone));
     factory.finish().await;
 }
@@ -276,26 +276,26 @@ async fn row_79_a_server_rolled_back_to_before_a_job_began_has_it_run_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn row_79_a_server_rolled_back_to_when_a_job_ran_is_told_that_its_worker_is_gone() {
     let factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = worker_of(&factory, job);
     let yesterday = factory.server.with(|state| state.clone());
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory
-        .see(|state| state.workers[&worker].deleted.then_some(()))
+        .wait_for_state(|state| state.workers[&worker].deleted.then_some(()))
         .await;
-    factory.logged(&["worker forgotten", &worker.to_string()]);
+    factory.wait_for_log(&["worker forgotten", &worker.to_string()]);
     factory.server.with(|state| *state = yesterday);
     // There is no such worker on this host; it may be on one whose disk is a copy of this one's. An operator knows.
     let parts = ["as this host tags its own", &worker.to_string()];
-    factory.logged(&parts);
-    factory.polls(3).await;
+    factory.wait_for_log(&parts);
+    factory.wait_polls(3).await;
     once(&factory.supervisor.log, 0, &parts);
     let id = worker.to_string();
     let (status, text) = command(&factory.host, &["destroy", &id, "--yes"]);
     assert_eq!(status, 0, "{text}");
-    assert_eq!(factory.ended(job).await.state(), "failed");
+    assert_eq!(factory.wait_for_end(job).await.state(), "failed");
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     factory.finish().await;
 }

@@ -4,8 +4,8 @@
 use std::os::unix::fs::chown;
 use std::process::Command;
 
-use testbed::disk::SmallDisk;
 use testbed::harness::{PAUSE, until_every};
+use testbed::small_disk::SmallDisk;
 
 use super::*;
 
@@ -41,7 +41,7 @@ async fn row_102_a_job_that_fills_the_disk_is_deleted_when_the_server_says_so() 
     // It takes all that is given up, for as long as it runs.
     let hog =
         factory.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; sleep 0.01; done");
-    factory.printed(hog, "filling").await;
+    factory.wait_for_line(hog, "filling").await;
     let text = status(&factory, 4, &[NO_JOBS, "make room on the disk"]);
     let slot = if slot_of(&factory, hog) == "a" { "b " } else { "a " };
     let other = text
@@ -53,16 +53,16 @@ async fn row_102_a_job_that_fills_the_disk_is_deleted_when_the_server_says_so() 
         "{text}"
     );
     let next = factory.submit("echo next");
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert_eq!(factory.server.job(next).worker, None, "a job was taken");
     let (_, metrics) = command(&factory.host, &["status", "--json"]);
     assert!(metrics.contains("\"storage\": \""), "{metrics}");
     let worker = worker_of(&factory, hog);
     factory.server.cancel(hog).unwrap();
     factory
-        .see(|state| state.workers[&worker].deleted.then_some(()))
+        .wait_for_state(|state| state.workers[&worker].deleted.then_some(()))
         .await;
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     status(&factory, 0, &["taken"]);
     assert_eq!(factory.supervisor.log.count(&["panicked"]), 0);
     factory.finish().await;
@@ -73,7 +73,7 @@ async fn row_102_destroy_is_answered_and_done_while_the_disk_is_full() {
     let factory = TestFactory::on(ONE, small).await;
     let hog =
         factory.submit("echo filling; while :; do cat /dev/zero >> /work/all 2>/dev/null; sleep 0.01; done");
-    factory.printed(hog, "filling").await;
+    factory.wait_for_line(hog, "filling").await;
     status(&factory, 4, &[NO_JOBS]);
     let worker = worker_of(&factory, hog);
     let began = std::time::Instant::now();
@@ -81,10 +81,10 @@ async fn row_102_destroy_is_answered_and_done_while_the_disk_is_full() {
     assert_eq!(code, 0, "{text}");
     assert!(began.elapsed().as_secs() < 25, "{:?}", began.elapsed());
     factory
-        .see(|state| state.workers[&worker].deleted.then_some(()))
+        .wait_for_state(|state| state.workers[&worker].deleted.then_some(()))
         .await;
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     status(&factory, 0, &["taken"]);
     factory.finish().await;
 }
@@ -106,7 +106,7 @@ async fn row_102_a_file_system_that_becomes_read_only_is_reported_and_no_job_is_
         &[NO_JOBS, "Read-only file system", "the kernel's log"],
     );
     let job = factory.submit("echo done");
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert_eq!(factory.server.job(job).worker, None, "a job was taken");
     let (code, text) = command(&factory.host, &["drain"]);
     assert!(code == 1 && text.contains("it cannot be remembered"), "{text}");
@@ -117,9 +117,9 @@ async fn row_102_a_file_system_that_becomes_read_only_is_reported_and_no_job_is_
     let image = factory.host.root.join("disk.img");
     let _ = Command::new("e2fsck").arg("-fy").arg(&image).output().unwrap();
     mount(&["mount", "-o", "loop", image.to_str().unwrap()]);
-    factory.helper = factory.host.helper();
-    factory.supervisor = factory.host.supervisor();
-    factory.completed(job).await;
+    factory.helper = factory.host.start_helper();
+    factory.supervisor = factory.host.start_supervisor();
+    factory.wait_completed(job).await;
     status(&factory, 0, &["taken"]);
     factory.finish().await;
 }

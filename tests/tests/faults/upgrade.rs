@@ -95,16 +95,16 @@ fn relay(client: Seqpacket, helper: &Path, other: fn(u16) -> u16) {
 #[tokio::test(flavor = "multi_thread")]
 async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_on() {
     let mut factory = TestFactory::new(TWO).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     // As an upgrade does it: a new helper, under a supervisor that is the old one still. What stands between them
     // is root's, so the helper serves that uid.
     factory.end_helper(Signal::SIGTERM);
     let slots = TWO.replace("TARGET", &factory.target.to_string());
     factory.host.configure(&factory.url(), 0, &slots);
-    factory.helper = factory.host.helper();
+    factory.helper = factory.host.start_helper();
     let proxy = VersionProxy::new(&factory.host, |version| version + 1);
     factory.end_supervisor(Signal::SIGTERM);
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     let seen = 0;
     let version = protocol::VERSION;
     let ours = format!("another version of the protocol than this supervisor's {version} (");
@@ -113,8 +113,8 @@ async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_o
         &ours,
         "install both from the same release and restart them",
     ];
-    factory.logged_from(seen, &parts);
-    factory.polls(3).await;
+    factory.wait_for_log_from(seen, &parts);
+    factory.wait_polls(3).await;
     once(&factory.supervisor.log, seen, &parts);
     let printed = format!(
         "has version {version} of the protocol, the supervisor version {}",
@@ -124,16 +124,16 @@ async fn row_82_a_helper_of_another_version_is_named_on_both_sides_and_jobs_go_o
     tokio::task::block_in_place(|| factory.helper.log.wait(&logged));
     // The job does not need them to end, and is not touched before they understand each other.
     factory.release();
-    factory.completed(job).await;
-    factory.polls(2).await;
+    factory.wait_completed(job).await;
+    factory.wait_polls(2).await;
     assert!(!factory.server.worker(worker_of(&factory, job)).deleted);
     drop(proxy);
     factory.end_helper(Signal::SIGTERM);
     factory.configure(TWO);
-    factory.helper = factory.host.helper();
-    factory.logged_from(seen, &["helper back"]);
+    factory.helper = factory.host.start_helper();
+    factory.wait_for_log_from(seen, &["helper back"]);
     let next = factory.submit("echo next");
-    factory.completed(next).await;
+    factory.wait_completed(next).await;
     factory.finish().await;
 }
 
@@ -144,13 +144,13 @@ async fn row_82_a_helper_that_is_replaced_under_load_loses_no_request_and_no_job
         .map(|_| factory.submit("echo one; sleep 0.2; echo two"))
         .collect();
     // As a package's upgrade does: told to stop, and started again.
-    while jobs.iter().any(|job| !factory.server.job(*job).complete()) {
-        factory.polls(1).await;
+    while jobs.iter().any(|job| !factory.server.job(*job).is_complete()) {
+        factory.wait_polls(1).await;
         factory.end_helper(Signal::SIGTERM);
-        factory.helper = factory.host.helper();
+        factory.helper = factory.host.start_helper();
     }
     for job in jobs {
-        factory.completed(job).await;
+        factory.wait_completed(job).await;
     }
     factory.finish().await;
 }

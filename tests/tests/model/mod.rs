@@ -1,4 +1,4 @@
-//! Random requests, asked of the real helper and of its contract as a program (`testbed::model`), with the same
+//! Random requests, asked of the real helper and of its contract as a program (`testbed::helper_model`), with the same
 //! answers and the same `List` after each step. Several connections take turns; bursts ask at the same instant, and
 //! some order of their requests must explain the answers. Between the requests the helper is killed, the
 //! configuration changes, and records are damaged. Needs root.
@@ -21,9 +21,9 @@ use std::time::{Instant, SystemTime};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
 use protocol::{ErrorKind, Exit, MAX_LIST, Reply, Request, State, Uid, WorkerId, WorkerInfo};
-use testbed::harness::{Client, PAUSE, Running, TEST_TIMEOUT, TestHost, memory, sealed, worker_id};
+use testbed::harness::{Client, PAUSE, Running, TEST_TIMEOUT, TestHost, memfd, sealed_memfd, worker_id};
+use testbed::helper_model::{Agent, Configuration, Model};
 use testbed::host_snapshot::HostSnapshot;
-use testbed::model::{Agent, Configuration, Model};
 use testbed::test_helper::{slot, token};
 
 const CLIENTS: usize = 3;
@@ -159,13 +159,13 @@ fn ask_helper(client: &Client, workers: &[WorkerId], request: ModelRequest) -> M
         },
     };
     let agent = match request {
-        ModelRequest::Install(_, Agent::Stays) => Some(sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n")),
+        ModelRequest::Install(_, Agent::Stays) => Some(sealed_memfd(b"#!/bin/bash\nsleep 1000 & exit 0\n")),
         ModelRequest::Install(_, Agent::Ends(Exit::Status(status))) => {
-            Some(sealed(format!("#!/bin/bash\nexit {status}\n").as_bytes()))
+            Some(sealed_memfd(format!("#!/bin/bash\nexit {status}\n").as_bytes()))
         }
         ModelRequest::Install(_, Agent::Ends(exit)) => panic!("no agent here ends so: {exit:?}"),
-        ModelRequest::Install(_, Agent::NoProgram) => Some(sealed(b"\x7fNO PROGRAM")),
-        ModelRequest::Install(_, Agent::Unsealed) => Some(memory(b"#!/bin/true\n")),
+        ModelRequest::Install(_, Agent::NoProgram) => Some(sealed_memfd(b"\x7fNO PROGRAM")),
+        ModelRequest::Install(_, Agent::Unsealed) => Some(memfd(b"#!/bin/true\n")),
         _ => None,
     };
     let (reply, descriptors) = client.ask_with(&message, agent.as_ref().map(AsFd::as_fd));
@@ -222,7 +222,7 @@ impl ModelTest {
         host.uids = *host.uids.start()..=*host.uids.start() + UIDS - 1;
         configure(&host, 0);
         let before = (!has_failed).then(|| HostSnapshot::take(&host));
-        let helper = Some(host.helper());
+        let helper = Some(host.start_helper());
         ModelTest {
             clients: (0..CLIENTS).map(|_| (Client::new(&host), false)).collect(),
             workers: (0..WORKERS).map(|_| worker_id()).collect(),
@@ -234,7 +234,7 @@ impl ModelTest {
 
     fn restart(&mut self) {
         self.helper = None;
-        self.helper = Some(self.host.helper());
+        self.helper = Some(self.host.start_helper());
         for (_, is_old) in &mut self.clients {
             *is_old = true;
         }

@@ -63,7 +63,7 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
         "{}",
         result.out
     );
-    factory.helper = factory.host.helper();
+    factory.helper = factory.host.start_helper();
     factory.finish().await;
 }
 
@@ -71,15 +71,15 @@ async fn a_check_online_asks_the_server_for_its_agent_and_the_helper() {
 async fn status_shows_the_helpers_state_though_an_idle_helper_is_not_polled() {
     let mut factory = TestFactory::new(ONE).await;
     answering(&factory).await;
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     factory.end_helper(Signal::SIGKILL);
     // Nobody needs it, so nobody has noticed; the first status request does.
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert_eq!(factory.supervisor.log.count(&["helper unreachable"]), 0);
     let status = json(&factory, &["status"]);
     assert_eq!(status["helper"]["reachable"], false, "{status:#}");
-    factory.logged(&["ERROR helper unreachable", "start the helper"]);
-    factory.helper = factory.host.helper();
+    factory.wait_for_log(&["ERROR helper unreachable", "start the helper"]);
+    factory.helper = factory.host.start_helper();
     answering(&factory).await;
     factory.finish().await;
 }
@@ -94,7 +94,7 @@ fn configure(host: &TestHost, line: &str, other: &str, slots: &str) {
 }
 
 /// The helper starts with the configuration and `check` says so; or both say this.
-fn both_say(host: &TestHost, expected: Option<&str>) {
+fn assert_both_report(host: &TestHost, expected: Option<&str>) {
     let path = host.root.join(protocol::config::CONFIG_PATH);
     let slots = std::fs::read_to_string(&path).unwrap();
     let mut check = Command::new(binaries().join("user-factory"));
@@ -125,7 +125,7 @@ fn check_says_what_the_helper_says_at_its_start() {
     let slot = "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
     let number = format!("user = {SUPERVISOR_UID}");
     configure(&host, &number, &format!("user = \"{SUPERVISOR_UID}\""), slot);
-    both_say(&host, None);
+    assert_both_report(&host, None);
     for (user, key, part) in [
         (
             "\"no-such-user\"",
@@ -151,7 +151,7 @@ fn check_says_what_the_helper_says_at_its_start() {
     ] {
         let slots = format!("{slot}{key}\n");
         configure(&host, &number, &format!("user = {user}"), &slots);
-        both_say(&host, Some(part));
+        assert_both_report(&host, Some(part));
     }
 }
 
@@ -181,7 +181,7 @@ fn a_supervisor_that_cannot_make_its_directory_says_who_makes_it_and_how() {
             .unwrap()
             .success()
     );
-    let mut supervisor = host.supervisor();
+    let mut supervisor = host.start_supervisor();
     supervisor.log.wait(&["supervisor started"]);
     supervisor.signal(Signal::SIGTERM);
     supervisor.wait();
@@ -201,7 +201,7 @@ fn a_supervisor_whose_uid_a_job_could_get_is_refused() {
     let slots = ONE.replace("TARGET", "01HZX3N8Q4J5K6M7P8R9S0T1V2");
     for uid in [*host.uids.start(), *host.uids.end()] {
         host.configure("http://127.0.0.1:1", uid, &slots);
-        both_say(
+        assert_both_report(
             &host,
             Some(&format!(
                 "factory.user has the id {uid}, which is in factory.uid_range"
@@ -232,16 +232,16 @@ fn a_range_of_which_a_process_has_a_uid_is_refused_with_the_alternative() {
     host.write_token("x");
     let slots = ONE.replace("TARGET", "01HZX3N8Q4J5K6M7P8R9S0T1V2");
     host.configure("http://127.0.0.1:1", SUPERVISOR_UID, &slots);
-    both_say(&host, None);
+    assert_both_report(&host, None);
     let uid = *host.uids.end();
     let mut other = Command::new("sleep").arg("1000").uid(uid).spawn().unwrap();
-    both_say(
+    assert_both_report(
         &host,
         Some(&format!("a process of this host runs as uid {uid} of it")),
     );
     other.kill().unwrap();
     other.wait().unwrap();
-    both_say(&host, None);
+    assert_both_report(&host, None);
 }
 
 #[test]
@@ -305,11 +305,11 @@ fn a_helper_and_systemd_nspawn_never_have_the_same_block_of_ids() {
         "uid_range = \"1879048192-1879113727\"",
         "ustar",
     ] {
-        both_say(&host, Some(part));
+        assert_both_report(&host, Some(part));
     }
     std::fs::remove_file(&path).unwrap();
     drop(containers);
-    let mut helper = host.helper();
+    let mut helper = host.start_helper();
     // It has reserved the block itself.
     let config = host.root.join(protocol::config::CONFIG_PATH);
     let mut check = Command::new(binaries().join("user-factory"));

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::thread;
 
-use testbed::server::State;
+use testbed::fake_server::State;
 use testbed::test_factory::lines;
 
 use super::*;
@@ -98,7 +98,10 @@ async fn a_job_reaches_by_name_what_its_slot_allows_and_nobody_else() {
             .collect();
         (told.len() >= 2).then_some(told)
     };
-    assert_eq!(factory.see(told).await, [refused("other"), refused("evil")]);
+    assert_eq!(
+        factory.wait_for_state(told).await,
+        [refused("other"), refused("evil")]
+    );
     let worker = factory.server.job(job).worker.unwrap().to_string();
     let (used, not_used) = (format!("web.test:{port}"), format!("evil.test:{port}"));
     let shown = done(&factory, &["show", &worker]);
@@ -106,7 +109,7 @@ async fn a_job_reaches_by_name_what_its_slot_allows_and_nobody_else() {
         assert!(shown.contains(part), "{shown}");
     }
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let ended = factory.server.job(job);
     let host = nix::unistd::gethostname().unwrap();
     let host = host.to_str().unwrap().to_ascii_lowercase();
@@ -167,7 +170,7 @@ async fn audit_lets_a_job_go_through_its_proxy_and_says_what_it_needs() {
     let job = factory.submit(&format!(
         "{FUNCTIONS}url http://web.test:{port}/; tunnel other.test {port}; get web.test {port}"
     ));
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let ended = factory.server.job(job);
     let web = format!("hello from web.test:{port}");
     assert_eq!(
@@ -190,7 +193,7 @@ async fn audit_lets_a_job_go_through_its_proxy_and_says_what_it_needs() {
     factory.configure(&format!("[slots.a]\ntarget = \"TARGET\"\n{allow}"));
     done(&factory, &["reload"]);
     let job = factory.submit(&format!("{FUNCTIONS}get web.test {port}; get other.test {port}"));
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let ended = factory.server.job(job);
     assert_eq!(
         lines(&ended, "stdout"),
@@ -212,12 +215,12 @@ async fn a_list_that_is_loaded_again_counts_for_jobs_that_run() {
         "{FUNCTIONS}get web.test {port}; {}; get web.test {port}",
         factory.until_release()
     ));
-    factory.printed(job, "hello from web.test").await;
+    factory.wait_for_line(job, "hello from web.test").await;
     // A destination more, which comes before the others: connections still lead to what they name.
     factory.configure(&slot(&format!(", \"a.test:1\"{web}")));
     done(&factory, &["reload"]);
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let ended = factory.server.job(job);
     assert_eq!(lines(&ended, "stdout"), ["hello from web.test"; 2]);
     factory.finish().await;
@@ -241,12 +244,12 @@ async fn a_listed_address_is_the_jobs_own_at_each_of_its_ports() {
         factory.until_release(),
         tries.join(" ")
     ));
-    factory.printed(job, "running").await;
+    factory.wait_for_line(job, "running").await;
     // So that no packet for them leaves this host: the job's pid 1 listens still.
     factory.configure(&slot("\"none\""));
     done(&factory, &["reload"]);
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let printed = lines(&factory.server.job(job), "stdout");
     assert_eq!(printed, [&["running"], &places[..], &["no more"]].concat());
     factory.finish().await;

@@ -23,7 +23,7 @@ fn below(dir: &Path, found: &mut Vec<PathBuf>) {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_file_that_is_written_is_on_the_page() {
     let factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nnetwork = \"none\"\n").await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = factory.server.job(job).worker.unwrap().to_string();
     let record = factory.host.userdb();
     let uid = std::fs::read_dir(&record).unwrap().find_map(|entry| {
@@ -72,6 +72,6 @@ async fn every_file_that_is_written_is_on_the_page() {
         .collect();
     assert!(missing.is_empty(), "not on the page: {missing:#?}");
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }

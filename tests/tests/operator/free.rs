@@ -1,7 +1,7 @@
 //! A host that has too little free for another job (`factory.min_free`).
 
-use testbed::disk::{SmallDisk, size_of_agents};
 use testbed::harness::TestHost;
+use testbed::small_disk::{SmallDisk, size_of_agents};
 use testbed::test_factory::TWO;
 
 use super::*;
@@ -39,7 +39,7 @@ async fn no_job_is_taken_while_the_disk_is_short_and_the_running_one_goes_on() {
         Some(disk)
     };
     let factory = TestFactory::on(&slots(min_free), small).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     enough(&factory).await;
     let big = factory.host.root.join(&workers).join("image");
     std::fs::write(&big, vec![1; size_of_agents(1) as usize + (100 << 20)]).unwrap();
@@ -57,14 +57,14 @@ async fn no_job_is_taken_while_the_disk_is_short_and_the_running_one_goes_on() {
         assert_eq!(metric(&factory, name).as_deref(), Some("0"), "{name}");
     }
     let second = factory.submit("true");
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert_eq!(factory.server.job(second).state(), "queued");
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     std::fs::remove_file(&big).unwrap();
-    factory.completed(second).await;
-    factory.logged(&["no jobs are taken: too little is free"]);
-    factory.logged(&["enough is free again for jobs"]);
+    factory.wait_completed(second).await;
+    factory.wait_for_log(&["no jobs are taken: too little is free"]);
+    factory.wait_for_log(&["enough is free again for jobs"]);
     enough(&factory).await;
     // Inodes run out before bytes do.
     let disk = factory.disk.as_ref().expect("it has a disk of its own");
@@ -80,10 +80,10 @@ async fn memory_that_is_short_is_said_and_a_reload_that_asks_for_less_takes_jobs
     let factory = TestFactory::new(&slots("{ memory = \"1000T\" }")).await;
     short_of(&factory, "of memory (factory.min_free.memory is 1000T)").await;
     let job = factory.submit("true");
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     assert_eq!(factory.server.job(job).state(), "queued");
     factory.configure(&slots("{ memory = \"1M\" }"));
     done(&factory, &["reload"]);
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }

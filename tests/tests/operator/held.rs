@@ -7,21 +7,21 @@ use super::*;
 /// An agent that fails before it comes online.
 const BROKEN: &str = "#!/bin/bash\necho the last words; exit 9\n";
 
-async fn factory_with_broken_worker(slots: &str) -> (TestFactory, testbed::server::Ulid) {
+async fn factory_with_broken_worker(slots: &str) -> (TestFactory, testbed::fake_server::Ulid) {
     let place = tempfile::tempdir().unwrap();
     let agent = place.path().join("agent");
     std::fs::write(&agent, BROKEN).unwrap();
     let factory = TestFactory::with_agent(slots, agent).await;
     let job = factory.submit("true");
     // The server reads it once, when it is asked for it.
-    factory.held_or_ended(job).await;
+    factory.wait_held_or_ended(job).await;
     (factory, job)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_worker_is_seen_at_a_glance_understood_and_released() {
     let (factory, job) = factory_with_broken_worker(ONE).await;
-    let hold = factory.held(job).await.hold.unwrap();
+    let hold = factory.wait_held(job).await.hold.unwrap();
     assert!(hold.reason.contains("status 9"), "{}", hold.reason);
     see(&factory, |status| {
         (status["workers"][0]["phase"] == "held").then_some(())
@@ -64,14 +64,14 @@ async fn a_broken_worker_is_seen_at_a_glance_understood_and_released() {
 #[tokio::test(flavor = "multi_thread")]
 async fn destroy_asks_for_confirmation_and_takes_held_workers() {
     let factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = worker_on(&factory, "a").await;
     let result = run_command(&factory, &["destroy", &worker]);
     result.failed(1, &["--yes", &job.to_string()]);
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     assert!(done(&factory, &["workers"]).contains(&worker));
     done(&factory, &["destroy", &worker, "--yes"]);
-    let ended = factory.ended(job).await;
+    let ended = factory.wait_for_end(job).await;
     assert_eq!(ended.state(), "failed");
     factory.finish().await;
 }
@@ -80,7 +80,7 @@ async fn destroy_asks_for_confirmation_and_takes_held_workers() {
 async fn a_slot_that_holds_nothing_is_free_again_by_itself_and_the_log_has_the_reason() {
     let (factory, job) =
         factory_with_broken_worker("[slots.a]\ntarget = \"TARGET\"\nhold_on_failure = false\n").await;
-    let ended = factory.ended(job).await;
+    let ended = factory.wait_for_end(job).await;
     assert_eq!(ended.state(), "failed");
     assert!(
         lines(&ended, "console")
@@ -89,7 +89,7 @@ async fn a_slot_that_holds_nothing_is_free_again_by_itself_and_the_log_has_the_r
         "{:#?}",
         ended.events
     );
-    factory.logged(&["exited with status 9"]);
+    factory.wait_for_log(&["exited with status 9"]);
     factory.finish().await;
 }
 
@@ -99,8 +99,8 @@ async fn the_slots_scripts_examine_the_host_and_a_fault_keeps_the_worker() {
         post_job_diagnostic_script = \"echo after; false\"\n";
     let factory = TestFactory::new(slots).await;
     let job = factory.submit("echo the job");
-    factory.held(job).await;
-    let ended = factory.ended(job).await;
+    factory.wait_held(job).await;
+    let ended = factory.wait_for_end(job).await;
     assert_eq!(ended.state(), "completed");
     let worker = worker_on(&factory, "a").await;
     // What they print goes to the worker's own log.
@@ -119,13 +119,13 @@ async fn the_slots_scripts_examine_the_host_and_a_fault_keeps_the_worker() {
 }
 
 /// A job that has outlasted its slot, and the pages of its worker from when no process of it is left.
-async fn outlasted(slots: &str) -> (TestFactory, testbed::server::Ulid, String) {
+async fn outlasted(slots: &str) -> (TestFactory, testbed::fake_server::Ulid, String) {
     let factory = TestFactory::new(&format!(
         "[slots.a]\ntarget = \"TARGET\"\njob_timeout_seconds = 10\n{slots}"
     ))
     .await;
-    let job = factory.running().await;
-    factory.held(job).await;
+    let job = factory.start_blocking_job().await;
+    factory.wait_held(job).await;
     let worker = worker_on(&factory, "a").await;
     (factory, job, worker)
 }
@@ -137,7 +137,7 @@ async fn a_job_that_outlasts_its_slot_fails_and_has_no_process_when_it_is_held()
     let failure = shown["worker"]["failure"].as_str().unwrap();
     assert!(failure.contains("job_timeout_seconds (10 s)"), "{failure}");
     assert_eq!(shown["processes"], serde_json::json!([]), "{shown:#}");
-    assert_eq!(factory.ended(job).await.state(), "failed");
+    assert_eq!(factory.wait_for_end(job).await.state(), "failed");
     done(&factory, &["destroy", &worker, "--yes"]);
     factory.finish().await;
 }
@@ -165,10 +165,10 @@ async fn a_slot_keeps_the_processes_of_a_failed_worker_until_an_operator_ends_th
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_an_operator_kills_keeps_its_files_and_the_jobs_log_says_who_did_it() {
     let factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = worker_on(&factory, "a").await;
     done(&factory, &["kill", &worker]);
-    factory.held(job).await;
+    factory.wait_held(job).await;
     let reason = format!("an operator (uid {}) ended its processes", nix::unistd::getuid());
     let shown = json(&factory, &["show", &worker]);
     assert!(
@@ -176,7 +176,7 @@ async fn a_worker_that_an_operator_kills_keeps_its_files_and_the_jobs_log_says_w
         "{shown:#}"
     );
     assert_eq!(shown["processes"], serde_json::json!([]), "{shown:#}");
-    factory.logged(&["an operator ends a worker's processes", "uid 0"]);
+    factory.wait_for_log(&["an operator ends a worker's processes", "uid 0"]);
     let files = factory
         .host
         .root
@@ -184,7 +184,7 @@ async fn a_worker_that_an_operator_kills_keeps_its_files_and_the_jobs_log_says_w
         .join(&worker)
         .join("fs/work");
     assert!(files.is_dir(), "its files stay");
-    assert_eq!(factory.ended(job).await.state(), "failed");
+    assert_eq!(factory.wait_for_end(job).await.state(), "failed");
     let unknown = run_command(&factory, &["kill", "01HZX3N8Q4J5W56M9W8969S0XP"]);
     assert!(
         unknown.status == 1 && unknown.err.contains("there is no worker"),

@@ -1,7 +1,7 @@
 //! Watching a job run, finding out how one ended, draining for a kernel update, and bringing the host back.
 
 use nix::sys::signal::Signal;
-use testbed::harness::place;
+use testbed::harness::create_shared_dir;
 use testbed::test_factory::{ONE, TWO};
 
 use super::*;
@@ -26,7 +26,7 @@ async fn a_healthy_factorys_status_fits_on_one_screen() {
         assert!(text.contains(part), "{part}: {text}");
     }
     assert!(!text.contains('\x1b'), "colours are for terminals: {text:?}");
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let text = done(&factory, &["status"]);
     assert!(
         text.contains(&job.to_string()) && text.contains("busy") && text.contains("blocked"),
@@ -37,14 +37,14 @@ async fn a_healthy_factorys_status_fits_on_one_screen() {
         "{text}"
     );
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_watched_while_it_runs() {
     let factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = online(&factory).await;
     let list = done(&factory, &["workers"]);
     for part in [
@@ -72,7 +72,7 @@ async fn a_job_is_watched_while_it_runs() {
         assert!(text.contains(part), "{part}: {text}");
     }
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
@@ -81,7 +81,7 @@ const TALKER: &str = "#!/bin/bash\necho begun; printf '\\033[31mred\\n'; while !
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_console_is_followed_to_its_end_and_its_escapes_are_only_for_files() {
-    let place = place();
+    let place = create_shared_dir();
     let (agent, release) = (place.path().join("agent"), place.path().join("release"));
     std::fs::write(&agent, TALKER.replace("RELEASE", &release.display().to_string())).unwrap();
     let factory = TestFactory::with_agent(ONE, agent).await;
@@ -92,7 +92,7 @@ async fn a_console_is_followed_to_its_end_and_its_escapes_are_only_for_files() {
     })
     .await;
     tokio::task::block_in_place(|| {
-        let mut following = Running::printing(&mut command(&factory, &["logs", "-f", &worker]));
+        let mut following = Running::start_logging_stdout(&mut command(&factory, &["logs", "-f", &worker]));
         following.log.wait(&["\x1b[31mred"]);
         std::fs::write(&release, "").unwrap();
         following.log.wait(&["over"]);
@@ -100,13 +100,13 @@ async fn a_console_is_followed_to_its_end_and_its_escapes_are_only_for_files() {
     });
     assert!(done(&factory, &["logs", &worker]).contains("begun\n"));
     // On a terminal, which script(1) makes, the escape is shown and not obeyed.
-    let words = format!(
+    let typed = format!(
         "{} logs {worker} --root {}",
         binaries().join("user-factory").display(),
         factory.host.root.display()
     );
     let script = Command::new("script")
-        .args(["-qec", &words, "/dev/null"])
+        .args(["-qec", &typed, "/dev/null"])
         .stdin(Stdio::null())
         .output()
         .unwrap();
@@ -126,28 +126,28 @@ async fn a_console_is_followed_to_its_end_and_its_escapes_are_only_for_files() {
 #[tokio::test(flavor = "multi_thread")]
 async fn draining_waits_for_what_runs_takes_nothing_new_and_is_undone() {
     let mut factory = TestFactory::new(TWO).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let mut drain = Running::start(&mut command(&factory, &["drain", "--wait"]));
     tokio::task::block_in_place(|| drain.log.wait(&["waiting for", &job.to_string()]));
     let second = factory.submit("true");
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert_eq!(factory.server.job(second).state(), "queued");
     assert!(done(&factory, &["status"]).contains("draining"));
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     assert!(tokio::task::block_in_place(|| drain.wait()).success());
     assert_eq!(json(&factory, &["workers"]).as_array().unwrap().len(), 0);
     // The kernel update: supervisor and helper end, and come back.
     factory.end_helper(Signal::SIGTERM);
     factory.end_supervisor(Signal::SIGTERM);
     assert_eq!(run_command(&factory, &["status"]).status, 3);
-    factory.helper = factory.host.helper();
-    factory.supervisor = factory.host.supervisor();
+    factory.helper = factory.host.start_helper();
+    factory.supervisor = factory.host.start_supervisor();
     see(&factory, |status| (status["draining"] == true).then_some(())).await;
-    factory.polls(3).await;
+    factory.wait_polls(3).await;
     assert_eq!(factory.server.job(second).state(), "queued");
     done(&factory, &["resume"]);
-    factory.completed(second).await;
+    factory.wait_completed(second).await;
     factory.finish().await;
 }
 
@@ -162,7 +162,7 @@ async fn a_drain_says_why_outlives_a_restart_and_ends_by_itself() {
         &["drain", "b", "--reason", "new probe", "--until", "1h"],
     );
     factory.end_supervisor(Signal::SIGTERM);
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     answering(&factory).await;
     let status = json(&factory, &["status"]);
     assert_eq!(status["draining"], true, "{status:#}");
@@ -186,12 +186,12 @@ async fn a_drain_says_why_outlives_a_restart_and_ends_by_itself() {
         "{text}"
     );
     let jobs = [factory.submit_blocking(), factory.submit("true")];
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     assert_eq!(factory.server.job(jobs[0]).state(), "queued");
     // Its end comes, and that of slot b is far away.
-    factory.printed(jobs[0], "running").await;
-    factory.logged(&["the drain of all slots has come to its end"]);
-    factory.polls(2).await;
+    factory.wait_for_line(jobs[0], "running").await;
+    factory.wait_for_log(&["the drain of all slots has come to its end"]);
+    factory.wait_polls(2).await;
     assert_eq!(factory.server.job(jobs[1]).state(), "queued");
     let status = json(&factory, &["status"]);
     assert_eq!(
@@ -199,10 +199,10 @@ async fn a_drain_says_why_outlives_a_restart_and_ends_by_itself() {
         (&Value::Bool(false), "draining".into())
     );
     done(&factory, &["resume", "b"]);
-    factory.completed(jobs[1]).await;
+    factory.wait_completed(jobs[1]).await;
     factory.release();
-    factory.completed(jobs[0]).await;
-    for (words, status, part) in [
+    factory.wait_completed(jobs[0]).await;
+    for (args, status, part) in [
         (["drain", "--until", "yesterday"], 2, "no time and no duration"),
         (
             ["drain", "--until", "2020-01-01T00:00:00Z"],
@@ -211,7 +211,7 @@ async fn a_drain_says_why_outlives_a_restart_and_ends_by_itself() {
         ),
         (["drain", "--reason", "two\nlines"], 1, "in one line"),
     ] {
-        let result = run_command(&factory, &words);
+        let result = run_command(&factory, &args);
         result.failed(status, &[part]);
     }
     assert_eq!(json(&factory, &["status"])["draining"], false);
@@ -228,18 +228,18 @@ async fn one_slot_is_drained_and_the_other_goes_on() {
     })
     .await;
     let jobs: Vec<_> = (0..2).map(|_| factory.submit_blocking()).collect();
-    factory.printed(jobs[0], "running").await;
-    factory.polls(3).await;
+    factory.wait_for_line(jobs[0], "running").await;
+    factory.wait_polls(3).await;
     let status = json(&factory, &["status"]);
     assert_eq!(
         (state_of(&status, "a"), state_of(&status, "b")),
         ("draining".into(), "busy".into())
     );
     done(&factory, &["resume", "a"]);
-    factory.printed(jobs[1], "running").await;
+    factory.wait_for_line(jobs[1], "running").await;
     factory.release();
     for job in jobs {
-        factory.completed(job).await;
+        factory.wait_completed(job).await;
     }
     let result = run_command(&factory, &["drain", "zz"]);
     result.failed(1, &["no slot zz"]);
@@ -251,15 +251,15 @@ async fn a_command_without_a_supervisor_names_the_socket_and_exits_with_3() {
     let mut factory = TestFactory::new(ONE).await;
     answering(&factory).await;
     factory.end_supervisor(Signal::SIGTERM);
-    for words in [
+    for args in [
         &["status"][..],
         &["workers"],
         &["drain"],
         &["reload"],
         &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"],
     ] {
-        let result = run_command(&factory, words);
-        assert_eq!(result.status, 3, "{words:?}");
+        let result = run_command(&factory, args);
+        assert_eq!(result.status, 3, "{args:?}");
         assert!(
             result.err.contains("control.sock") && result.err.contains("user-factory serve"),
             "{}",
@@ -268,7 +268,7 @@ async fn a_command_without_a_supervisor_names_the_socket_and_exits_with_3() {
     }
     assert_eq!(run_command(&factory, &["show", "nonsense"]).status, 2);
     assert_eq!(run_command(&factory, &["colour"]).status, 2);
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     answering(&factory).await;
     let result = run_command(&factory, &["show", "01HZX3N8Q4J5K6M7P8R9S0T1V2"]);
     result.failed(1, &["no worker 01HZX3N8Q4J5K6M7P8R9S0T1V2"]);

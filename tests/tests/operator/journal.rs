@@ -11,7 +11,7 @@ use testbed::test_factory::ONE;
 
 use super::*;
 
-/// Words: the journal's directory, the file that is standard error, the supervisor's uid, its command line.
+/// Arguments: the journal's directory, the file that is standard error, the supervisor's uid, its command line.
 const UNDER_A_JOURNAL: &str = r#"
 mount -t tmpfs -o mode=755 none /run && mkdir -p /run/systemd/journal && mount --bind "$1" /run/systemd/journal &&
 id=$3 && exec 2>"$2" && shift 3 && exec setpriv --reuid "$id" --regid "$id" --clear-groups -- "$@"
@@ -63,7 +63,7 @@ async fn the_journal_gets_the_worker_the_slot_and_the_job_as_its_own_fields() {
     factory.supervisor = Running::start(&mut command);
 
     let job = factory.submit("echo one");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let worker = factory.server.job(job).worker.unwrap();
     let wanted = [
         format!("WORKER={worker}"),

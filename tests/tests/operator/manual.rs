@@ -11,13 +11,13 @@ use testbed::test_factory::ONE;
 use super::*;
 
 /// Type a command at a terminal (`script(1)` makes one), and return all that is on it afterwards.
-fn at_a_terminal(factory: &TestFactory, words: &str, typed: &str) -> String {
+fn at_a_terminal(factory: &TestFactory, args: &str, typed: &str) -> String {
     let program = binaries().join("user-factory");
-    let words = format!("{} {words} ", program.display())
+    let command = format!("{} {args} ", program.display())
         .replace(" ROOT ", &format!(" --root {} ", factory.host.root.display()));
     let mut script = Command::new("script");
     script
-        .args(["-qec", &words, "/dev/null"])
+        .args(["-qec", &command, "/dev/null"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped());
     let mut script = script.spawn().expect("script is there");
@@ -102,14 +102,15 @@ async fn a_slot_in_manual_use_is_taken_and_a_job_waits_for_it() {
     answering(&factory).await;
     let script = "echo inside; while ! [ -e RELEASE ]; do sleep 0.1; done; exit 0";
     let script = script.replace("RELEASE", &factory.shared().join("release").display().to_string());
-    let mut manual = Running::printing(&mut command(&factory, &["run", "--", "bash", "-c", &script]));
+    let mut manual =
+        Running::start_logging_stdout(&mut command(&factory, &["run", "--", "bash", "-c", &script]));
     tokio::task::block_in_place(|| manual.log.wait(&["inside"]));
     let job = factory.submit("echo now");
-    factory.polls(4).await;
+    factory.wait_polls(4).await;
     assert_eq!(factory.server.job(job).state(), "queued");
     factory.release();
     assert!(tokio::task::block_in_place(|| manual.wait()).success());
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
@@ -118,7 +119,7 @@ async fn a_run_that_is_killed_is_cleaned_up_by_the_factory_and_one_that_is_inter
     let factory = TestFactory::new(ONE).await;
     answering(&factory).await;
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        let mut manual = Running::printing(&mut command(
+        let mut manual = Running::start_logging_stdout(&mut command(
             &factory,
             &["run", "--", "bash", "-c", "echo inside; sleep 1000"],
         ));
@@ -126,7 +127,7 @@ async fn a_run_that_is_killed_is_cleaned_up_by_the_factory_and_one_that_is_inter
         manual.signal(signal);
         tokio::task::block_in_place(|| manual.wait());
         let job = factory.submit("true");
-        factory.completed(job).await;
+        factory.wait_completed(job).await;
         see(&factory, |status| (state_of(status, "a") == "free").then_some(())).await;
     }
     factory.finish().await;
@@ -142,7 +143,7 @@ async fn a_held_worker_is_entered_though_its_processes_are_gone() {
     std::fs::write(&agent, BROKEN).unwrap();
     let factory = TestFactory::with_agent(ONE, agent).await;
     let job = factory.submit("true");
-    factory.held(job).await;
+    factory.wait_held(job).await;
     let worker = worker_on(&factory, "a").await;
     let script = place.path().join("script");
     std::fs::write(&script, "whoami; cat left; echo mine > mark; exit 4\n").unwrap();
@@ -185,16 +186,16 @@ async fn a_held_worker_is_entered_though_its_processes_are_gone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shell_ends_with_its_worker() {
     let factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = online(&factory).await;
     let mut shell = command(&factory, &["shell", &worker]);
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let mut shell = Running::printing_with(&mut shell, reader.into());
+    let mut shell = Running::start_logging_stdout_with(&mut shell, reader.into());
     writer.write_all(b"echo inside; sleep 1000\n").unwrap();
     tokio::task::block_in_place(|| shell.log.wait(&["inside"]));
     // The job goes on meanwhile, and is done as ever.
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let status = tokio::task::block_in_place(|| shell.wait());
     assert_eq!(status.code(), Some(128 + 9));
     drop(writer);
@@ -207,7 +208,7 @@ async fn task_and_command(factory: &TestFactory, script: &str) -> (String, Strin
     let result = run_command(factory, &["run", "--", "bash", "-c", script]);
     assert_eq!(result.status, 0, "{}", result.err);
     let job = factory.submit(script);
-    let ended = factory.ended(job).await;
+    let ended = factory.wait_for_end(job).await;
     let mut task = testbed::test_factory::lines(&ended, "stdout").join("\n");
     task.push('\n');
     (task, result.out)

@@ -34,7 +34,7 @@ async fn with_page(slots: &str) -> (TestFactory, String) {
     )
     .unwrap();
     factory.end_supervisor(nix::sys::signal::Signal::SIGTERM);
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     answering(&factory).await;
     (factory, address)
 }
@@ -42,7 +42,7 @@ async fn with_page(slots: &str) -> (TestFactory, String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_follow_a_job_and_a_held_worker() {
     let (factory, address) = with_page(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     online(&factory).await;
     let (status, text) = get(&address, "/metrics").await;
     assert_eq!(status, 200);
@@ -77,7 +77,7 @@ async fn metrics_follow_a_job_and_a_held_worker() {
         "{held}"
     );
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.server.release(id).unwrap();
     factory.finish().await;
 }
@@ -145,7 +145,7 @@ fn names_in(text: &str) -> std::collections::BTreeSet<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn alerts_and_dashboard_use_no_number_that_is_not_there() {
     let (factory, address) = with_page(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     online(&factory).await;
     factory
         .server
@@ -168,7 +168,7 @@ async fn alerts_and_dashboard_use_no_number_that_is_not_there() {
         }
     }
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory
         .server
         .release(factory.server.job(job).worker.unwrap())

@@ -58,22 +58,22 @@ impl CommandOutput {
     }
 }
 
-fn command(factory: &TestFactory, words: &[&str]) -> Command {
+fn command(factory: &TestFactory, args: &[&str]) -> Command {
     let mut command = Command::new(binaries().join("user-factory"));
     // What follows a command of its own is that command's.
     command
-        .arg(words[0])
+        .arg(args[0])
         .arg("--root")
         .arg(&factory.host.root)
-        .args(&words[1..]);
+        .args(&args[1..]);
     command.stdin(Stdio::null());
     command
 }
 
 /// Type a command, and let it come to its end. The server that it may wait for runs on other threads.
-fn run_command(factory: &TestFactory, words: &[&str]) -> CommandOutput {
+fn run_command(factory: &TestFactory, args: &[&str]) -> CommandOutput {
     tokio::task::block_in_place(|| {
-        command(factory, words)
+        command(factory, args)
             .output()
             .expect("the command is there")
             .into()
@@ -81,22 +81,22 @@ fn run_command(factory: &TestFactory, words: &[&str]) -> CommandOutput {
 }
 
 /// The same, as a user to whom nobody has given anything.
-fn run_command_as_nobody(factory: &TestFactory, words: &[&str]) -> CommandOutput {
-    let mut command = command(factory, words);
+fn run_command_as_nobody(factory: &TestFactory, args: &[&str]) -> CommandOutput {
+    let mut command = command(factory, args);
     command.uid(65_534).gid(65_534);
     tokio::task::block_in_place(|| command.output().expect("the command is there").into())
 }
 
-fn done(factory: &TestFactory, words: &[&str]) -> String {
-    let result = run_command(factory, words);
-    assert_eq!(result.status, 0, "{words:?}: {}{}", result.out, result.err);
+fn done(factory: &TestFactory, args: &[&str]) -> String {
+    let result = run_command(factory, args);
+    assert_eq!(result.status, 0, "{args:?}: {}{}", result.out, result.err);
     result.out
 }
 
-fn json(factory: &TestFactory, words: &[&str]) -> Value {
-    let result = run_command(factory, &[words, &["--json"]].concat());
+fn json(factory: &TestFactory, args: &[&str]) -> Value {
+    let result = run_command(factory, &[args, &["--json"]].concat());
     serde_json::from_str(&result.out)
-        .unwrap_or_else(|e| panic!("{words:?}: {e}: {}{}", result.out, result.err))
+        .unwrap_or_else(|e| panic!("{args:?}: {e}: {}{}", result.out, result.err))
 }
 
 /// Wait until the status shows what is wanted.

@@ -9,7 +9,7 @@ use super::*;
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reload_is_for_new_workers_and_one_with_mistakes_changes_nothing_and_says_why() {
     let factory = TestFactory::new(ONE).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     // A mistake: nothing changes, the line is named, and the status says that file and factory differ.
     factory.configure(&format!("{ONE}colour = \"red\"\n"));
     let result = run_command(&factory, &["reload"]);
@@ -29,7 +29,7 @@ async fn a_reload_is_for_new_workers_and_one_with_mistakes_changes_nothing_and_s
     })
     .await;
     assert_eq!(run_command(&factory, &["status"]).status, 0);
-    let second = factory.running().await;
+    let second = factory.start_blocking_job().await;
     // The slot of the running job goes: its worker stays to its end.
     factory.configure("[slots.b]\ntarget = \"TARGET\"\n");
     done(&factory, &["reload"]);
@@ -39,8 +39,8 @@ async fn a_reload_is_for_new_workers_and_one_with_mistakes_changes_nothing_and_s
         ("removed".into(), "busy".into())
     );
     factory.release();
-    factory.completed(job).await;
-    factory.completed(second).await;
+    factory.wait_completed(job).await;
+    factory.wait_completed(second).await;
     see(&factory, |status| {
         (status["slots"].as_array()?.len() == 1).then_some(())
     })
@@ -77,12 +77,12 @@ async fn row_104_a_file_that_changes_between_lease_and_start_fails_no_job() {
     // A mistake, an empty file: the worker waits, whatever the file is meanwhile. (With the one in use it would not.)
     for text in ["colour = 1\n", "", &other] {
         factory.configure(text);
-        factory.polls(2).await;
+        factory.wait_polls(2).await;
         assert_eq!(factory.server.job(second).state(), "queued");
     }
     done(&factory, &["reload"]);
-    factory.completed(first).await;
-    factory.completed(second).await;
+    factory.wait_completed(first).await;
+    factory.wait_completed(second).await;
     assert_eq!(run_command(&factory, &["status"]).status, 0);
     factory.finish().await;
 }

@@ -31,7 +31,7 @@ fn has(report: &Value, kind: &str, part: &str) -> bool {
 async fn what_is_of_a_uid_that_no_worker_has_is_found_and_of_one_that_has_is_not() {
     let factory = TestFactory::new(ONE).await;
     // The job's processes and files are an existing worker's.
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let worker = worker_on(&factory, "a").await;
     let (status, report) = residue(&factory, true);
     assert_eq!((status, &report["clean"]), (0, &Value::Bool(true)), "{report}");
@@ -54,9 +54,9 @@ async fn what_is_of_a_uid_that_no_worker_has_is_found_and_of_one_that_has_is_not
     assert!(status == 1 && has(&report, "file", &file), "{file}: {report}");
     drop(place);
 
-    let by_user = |program: &str, words: &[&str]| {
+    let by_user = |program: &str, args: &[&str]| {
         let mut command = Command::new(program);
-        command.args(words).uid(uid).gid(uid);
+        command.args(args).uid(uid).gid(uid);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command.spawn().expect("it can be started")
     };
@@ -125,7 +125,7 @@ sys.stdin.read()";
         result.err
     );
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 

@@ -61,7 +61,7 @@ limits = {{ memory = "64M", disk = "128M", inodes = 100, best_effort = true }}
     }
     // The supervisor found no worker to delete, and the slot is as it was.
     let job = factory.submit("true");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
@@ -125,7 +125,7 @@ async fn a_sandbox_that_is_not_there_is_seen() {
 async fn a_slot_with_a_worker_is_left_alone_and_another_is_tried() {
     let two = format!("{ONE}[slots.b]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n");
     let factory = TestFactory::new(&two).await;
-    let job = factory.running().await;
+    let job = factory.start_blocking_job().await;
     let result = run_command(&factory, &["selftest", "--slot", "a"]);
     assert_eq!(result.status, 1);
     for part in ["slot a: nothing was tried", "has worker", "no slot is free"] {
@@ -137,7 +137,7 @@ async fn a_slot_with_a_worker_is_left_alone_and_another_is_tried() {
         assert!(result.out.contains(part), "{part}: {}", result.out);
     }
     factory.release();
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }
 
@@ -169,7 +169,7 @@ async fn no_job_is_taken_after_a_start_before_the_self_test_has_passed() {
         result.err
     );
     assert_eq!(metric(&factory, "selftest_failed"), Some("1".into()));
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     assert_eq!(factory.server.job(job).state(), "queued");
     // As the unit does it.
     let table = done(&factory, &["selftest", "--at-start"]);
@@ -184,15 +184,15 @@ async fn no_job_is_taken_after_a_start_before_the_self_test_has_passed() {
 
     // The next run asks again, and no slot is free before the job has ended.
     factory.end_supervisor(Signal::SIGTERM);
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     see(&factory, not_taken("the self-test has not been done")).await;
     let next = factory.submit("true");
     let mut waiting = command(&factory, &["selftest", "--at-start"]).spawn().unwrap();
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     assert!(waiting.try_wait().unwrap().is_none(), "no slot was free");
     factory.release();
-    factory.completed(job).await;
-    factory.completed(next).await;
+    factory.wait_completed(job).await;
+    factory.wait_completed(next).await;
     let status = tokio::task::block_in_place(|| waiting.wait().unwrap());
     assert!(status.success(), "{status}");
     factory.finish().await;

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use nix::sys::signal::Signal;
 use testbed::faulty_proxy::Fault;
-use testbed::harness::place;
+use testbed::harness::create_shared_dir;
 use testbed::test_factory::ONE;
 
 use super::checks::config_of;
@@ -21,11 +21,11 @@ fn old_agent(dir: &std::path::Path) -> PathBuf {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_cannot_be_told_of_a_failure_gets_the_worker_deleted_and_the_operator_is_told() {
-    let dir = place();
+    let dir = create_shared_dir();
     let factory = TestFactory::with_agent(ONE, old_agent(dir.path())).await;
     factory.server.with(|state| state.no_fail = true);
     let job = factory.submit("true");
-    let ended = factory.ended(job).await;
+    let ended = factory.wait_for_end(job).await;
     assert_eq!(ended.state(), "failed");
     let mut events = ended.events.iter();
     assert!(
@@ -33,7 +33,7 @@ async fn a_server_that_cannot_be_told_of_a_failure_gets_the_worker_deleted_and_t
         "{:#?}",
         ended.events
     );
-    factory.logged(&["ERROR", "too old to be told", "deleted instead", &job.to_string()]);
+    factory.wait_for_log(&["ERROR", "too old to be told", "deleted instead", &job.to_string()]);
     // The slot is not lost, and the failure is asked about once.
     see(&factory, |status| {
         (state_of(status, "a") == "resting").then_some(())
@@ -47,10 +47,10 @@ async fn a_server_that_cannot_be_told_of_a_failure_gets_the_worker_deleted_and_t
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_does_not_know_the_options_is_replaced_by_one_of_the_host() {
-    let dir = place();
+    let dir = create_shared_dir();
     let factory = TestFactory::with_agent(ONE, old_agent(dir.path())).await;
     let job = factory.submit("true");
-    factory.held(job).await;
+    factory.wait_held(job).await;
     let worker = worker_on(&factory, "a").await;
     let shown = done(&factory, &["show", &worker]);
     assert!(
@@ -67,7 +67,7 @@ async fn an_agent_that_does_not_know_the_options_is_replaced_by_one_of_the_host(
     std::fs::set_permissions(&agent, std::fs::Permissions::from_mode(0o755)).unwrap();
     done(&factory, &["reload"]);
     let second = factory.submit("true");
-    factory.completed(second).await;
+    factory.wait_completed(second).await;
     factory.finish().await;
 }
 
@@ -86,7 +86,7 @@ async fn because(factory: &TestFactory, part: &str) -> String {
 async fn a_target_is_named_where_the_server_lists_its_targets_and_a_wrong_name_is_told() {
     let mut factory = TestFactory::new(NAMED).await;
     let job = factory.submit("echo named");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let status = json(&factory, &["status"]);
     let slot = &status["slots"][0];
     assert_eq!(slot["target"], factory.target.to_string());
@@ -102,17 +102,17 @@ async fn a_target_is_named_where_the_server_lists_its_targets_and_a_wrong_name_i
     assert!(result.status == 1 && result.out.contains(wrong), "{}", result.out);
     done(&factory, &["reload"]);
     because(&factory, wrong).await;
-    factory.logged(&["WARN", "no jobs are taken in this slot", "linus"]);
+    factory.wait_for_log(&["WARN", "no jobs are taken in this slot", "linus"]);
     let status = run_command(&factory, &["status"]);
     assert!(status.status == 4 && status.out.contains(wrong), "{}", status.out);
     let job = factory.submit("echo corrected");
     factory.configure(NAMED);
     done(&factory, &["reload"]);
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     // The server has no such call: by now the name stands for nothing, not even after a restart.
     factory.server.with(|state| state.no_targets = true);
     factory.end_supervisor(Signal::SIGTERM);
-    factory.supervisor = factory.host.supervisor();
+    factory.supervisor = factory.host.start_supervisor();
     let sentence = because(&factory, "write the target's id").await;
     assert!(sentence.contains("slots.a.target = \"linux\""), "{sentence}");
     let result = run_command(&factory, &["check", &config_of(&factory), "--online"]);
@@ -129,7 +129,7 @@ async fn a_name_is_looked_up_once_the_server_is_there_and_no_job_is_taken_before
     let factory = TestFactory::behind_a_proxy(NAMED).await;
     let proxy = factory.proxy.as_ref().expect("the factory was built behind one");
     let job = factory.submit("true");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     let other = NAMED.replace("slots.a", "slots.b");
     proxy.set("/0/factory/targets", Fault::Close);
     factory.configure(&format!("{NAMED}{}", other.replace("linux", "arm")));
@@ -142,7 +142,7 @@ async fn a_name_is_looked_up_once_the_server_is_there_and_no_job_is_taken_before
     .await;
     see(&factory, |status| (state_of(status, "a") == "free").then_some(())).await;
     let job = factory.submit("true");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.server.add_target("arm");
     proxy.clear_fault();
     see(&factory, |status| (state_of(status, "b") == "free").then_some(())).await;
@@ -155,7 +155,7 @@ async fn jobs_and_consoles_are_logged_by_servers_that_check_streams_and_by_those
         let factory = TestFactory::new(ONE).await;
         factory.server.with(|state| state.checks_streams = checks);
         let job = factory.submit("echo out; echo err >&2");
-        factory.completed(job).await;
+        factory.wait_completed(job).await;
         let events = factory.server.job(job).events;
         for (stream, text) in [("stdout", "out"), ("stderr", "err")] {
             assert!(
@@ -165,11 +165,11 @@ async fn jobs_and_consoles_are_logged_by_servers_that_check_streams_and_by_those
         }
         factory.finish().await;
         // The console of a start that fails is told by the factory, not by the agent.
-        let dir = place();
+        let dir = create_shared_dir();
         let factory = TestFactory::with_agent(ONE, old_agent(dir.path())).await;
         factory.server.with(|state| state.checks_streams = checks);
         let job = factory.submit("true");
-        factory.held(job).await;
+        factory.wait_held(job).await;
         let events = factory.server.job(job).events;
         assert!(
             events

@@ -13,16 +13,16 @@ const AT_MOST: Duration = Duration::from_secs(60);
 #[tokio::test(flavor = "multi_thread")]
 async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
     let factory = TestFactory::new(ONE).await;
-    factory.running().await;
+    factory.start_blocking_job().await;
     let worker = online(&factory).await;
-    let start = |words: &[&str]| {
-        let mut command = command(&factory, words);
+    let start = |args: &[&str]| {
+        let mut command = command(&factory, args);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        (words.join(" "), command.spawn().expect("the command is there"))
+        (args.join(" "), command.spawn().expect("the command is there"))
     };
     // One that has begun, and has nothing more to print.
     let mut started = vec![start(&["logs", "-f", &worker])];
-    factory.polls(2).await;
+    factory.wait_polls(2).await;
     factory.supervisor.signal(Signal::SIGSTOP);
     let began = Instant::now();
     let all: [&[&str]; 12] = [
@@ -39,16 +39,16 @@ async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
         &["destroy", &worker],
         &["reload"],
     ];
-    started.extend(all.iter().map(|words| start(words)));
-    for (words, child) in started {
+    started.extend(all.iter().map(|args| start(args)));
+    for (args, child) in started {
         let result = CommandOutput::from(tokio::task::block_in_place(|| child.wait_with_output()).unwrap());
-        assert_eq!(result.status, 3, "{words}: {}{}", result.out, result.err);
+        assert_eq!(result.status, 3, "{args}: {}{}", result.out, result.err);
         assert!(
             result.err.contains("did not answer within"),
-            "{words}: {}",
+            "{args}: {}",
             result.err
         );
-        assert!(began.elapsed() < AT_MOST, "{words}: {:?}", began.elapsed());
+        assert!(began.elapsed() < AT_MOST, "{args}: {:?}", began.elapsed());
     }
     factory.supervisor.signal(Signal::SIGCONT);
     // What was asked for may be done when it goes on, or not: who asked has gone. It serves again.
@@ -58,6 +58,6 @@ async fn row_109_every_command_ends_with_3_while_the_supervisor_is_stopped() {
     assert_eq!(run_command(&factory, &["destroy", &worker, "--yes"]).status, 0);
     assert_eq!(run_command(&factory, &["resume", "a"]).status, 0);
     let job = factory.submit("echo next");
-    factory.completed(job).await;
+    factory.wait_completed(job).await;
     factory.finish().await;
 }

@@ -63,7 +63,7 @@ fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
     let Reply::UserCreated { name: user, .. } = create(&client, worker, "a") else {
         panic!()
     };
-    let (reply, console) = install(&client, worker, sealed(AGENT.as_bytes()));
+    let (reply, console) = install(&client, worker, sealed_memfd(AGENT.as_bytes()));
     assert_eq!(reply, Reply::AgentStarted);
     let console = console.unwrap();
     let seen = |nodes: &[(&str, u64)]| {
@@ -84,7 +84,7 @@ fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
     test.helper.signal(Signal::SIGKILL);
     test.helper.wait();
     let again = Node::plug(&format!("{name}-tty2"), 8);
-    test.helper = test.host.helper();
+    test.helper = test.host.start_helper();
     seen(&[("bus/001", 7), ("tty1", 5), ("tty2", 8)]);
     let client = test.client();
 
@@ -95,7 +95,7 @@ fn devices_come_and_go_while_a_job_runs_and_the_hosts_nodes_stay_as_they_are() {
         "the host's node was touched"
     );
     // Nobody else's job has them.
-    let other = created(&client, "c");
+    let other = create_worker(&client, "c");
     let (_, seen_by_other) = run(&client, other, "ls /dev; exit 1");
     assert!(!seen_by_other.contains("user-factory-test"), "{seen_by_other}");
     test.finish(&[worker, other]);
@@ -129,7 +129,7 @@ fn probes_that_slots_name_by_udevs_links_stay_with_their_slots_when_they_change_
         let Reply::UserCreated { name: user, .. } = create(&client, worker, slot) else {
             panic!()
         };
-        let (reply, console) = install(&client, worker, sealed(AGENT.as_bytes()));
+        let (reply, console) = install(&client, worker, sealed_memfd(AGENT.as_bytes()));
         assert_eq!(reply, Reply::AgentStarted);
         let device = move |name: &str| format!("{name}:600:{user}:{minor} ");
         (worker, console.unwrap(), format!("{by_id}/{probe}"), device)
@@ -161,8 +161,8 @@ fn a_device_that_is_not_there_fails_the_start_with_a_sentence() {
         "[slots.a]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\ndevices = [\"/dev/user-factory-no-such\"]\n";
     let test = TestHelper::with(slots);
     let client = test.client();
-    let worker = created(&client, "a");
-    let (reply, _) = install(&client, worker, sealed(b"#!/bin/true\n"));
+    let worker = create_worker(&client, "a");
+    let (reply, _) = install(&client, worker, sealed_memfd(b"#!/bin/true\n"));
     let Reply::Error(error) = reply else { panic!() };
     assert!(
         error
@@ -193,7 +193,7 @@ fn devices_that_come_and_go_do_not_hold_up_the_end_of_a_worker() {
         while replies.len() < 45 && replies.iter().all(good) {
             let worker = worker_id();
             replies.push(create(&client, worker, "a"));
-            let agent = sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n");
+            let agent = sealed_memfd(b"#!/bin/bash\nsleep 1000 & exit 0\n");
             replies.push(install(&client, worker, agent).0);
             replies.push(client.ask(&Request::Delete { worker }).0);
         }

@@ -1,7 +1,7 @@
 //! What happens to the host, the configuration and the helper around its workers.
 
 use protocol::config::CONFIG_PATH;
-use testbed::disk::SmallDisk;
+use testbed::small_disk::SmallDisk;
 use testbed::worker_snapshot::WorkerSnapshot;
 
 use super::*;
@@ -10,18 +10,18 @@ use super::*;
 fn a_restarted_helper_changes_nothing_for_a_running_worker() {
     let mut test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let (reply, console) = install(
         &client,
         worker,
-        sealed(b"#!/bin/bash\n(for i in 1 2; do sleep 0.3; echo $i; done; sleep 1000) & exit 0\n"),
+        sealed_memfd(b"#!/bin/bash\n(for i in 1 2; do sleep 0.3; echo $i; done; sleep 1000) & exit 0\n"),
     );
     assert_eq!(reply, Reply::AgentStarted);
     let console = console.unwrap();
     let before = processes_of(&test.host.uids);
     test.helper.signal(Signal::SIGKILL);
     test.helper.wait();
-    test.helper = test.host.helper();
+    test.helper = test.host.start_helper();
     wait_for_line(&console, "2");
     assert!(!before.is_empty());
     assert_eq!(state(&test.client(), worker), State::Running);
@@ -38,13 +38,13 @@ fn a_restarted_helper_changes_nothing_for_a_running_worker() {
 fn a_replaced_configuration_directory_starts_no_job_until_it_is_back() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let path = test.host.root.join(CONFIG_PATH);
     let (directory, moved) = (path.parent().unwrap(), test.host.root.join("moved"));
     fs::rename(directory, &moved).unwrap();
     fs::create_dir(directory).unwrap();
     fs::copy(moved.join("config.toml"), &path).unwrap();
-    let (Reply::Error(error), _) = install(&client, worker, sealed(b"#!/bin/bash\n")) else {
+    let (Reply::Error(error), _) = install(&client, worker, sealed_memfd(b"#!/bin/bash\n")) else {
         panic!("a job was started")
     };
     assert!(
@@ -62,8 +62,12 @@ fn a_replaced_configuration_directory_starts_no_job_until_it_is_back() {
 fn a_slot_that_left_the_configuration_is_still_cleaned_up() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "c");
-    let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nsleep 1000 & exit 0\n"));
+    let worker = create_worker(&client, "c");
+    let (reply, _) = install(
+        &client,
+        worker,
+        sealed_memfd(b"#!/bin/bash\nsleep 1000 & exit 0\n"),
+    );
     assert_eq!(reply, Reply::AgentStarted);
     test.host
         .configure("http://127.0.0.1:9", 0, SLOTS.split("[slots.c]").next().unwrap());
@@ -105,7 +109,7 @@ fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
     let disk = SmallDisk::in_memory(&host);
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let client = Client::new(&host);
     let before = HostSnapshot::take(&host);
     let mut outcomes = [0, 0, 0];
@@ -125,7 +129,7 @@ fn a_full_disk_at_any_step_leaves_a_worker_that_delete_removes() {
             Reply::UserCreated { .. } => match install(
                 &client,
                 worker,
-                sealed(&[b"#!/bin/true\n", &[b'#'; 60_000][..]].concat()),
+                sealed_memfd(&[b"#!/bin/true\n", &[b'#'; 60_000][..]].concat()),
             )
             .0
             {
@@ -209,11 +213,11 @@ fn a_range_without_a_free_uid_is_a_limit() {
     let mut host = TestHost::new();
     host.uids = *host.uids.start()..=*host.uids.start();
     host.configure("http://127.0.0.1:9", 0, SLOTS);
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let client = Client::new(&host);
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     assert_eq!(kind(create(&client, worker_id(), "c")), ErrorKind::Limit);
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
 }

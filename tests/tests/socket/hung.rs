@@ -30,7 +30,7 @@ const SENTENCE: &str =
 impl HangingMountHelper {
     /// In its namespace, but not yet begun.
     fn stopped() -> HangingMountHelper {
-        let place = place();
+        let place = create_shared_dir();
         let shown = place.path().join("shown");
         fs::create_dir(&shown).unwrap();
         let host = TestHost::new();
@@ -142,7 +142,7 @@ fn begin_install(client: &Client, worker: WorkerId) {
         worker,
         bootstrap: token(),
     };
-    let agent = sealed(b"#!/bin/bash\nexit 1\n");
+    let agent = sealed_memfd(b"#!/bin/bash\nexit 1\n");
     client
         .socket
         .send(&wire::encode(&request).unwrap(), Some(agent.as_fd()))
@@ -167,7 +167,7 @@ fn is_answered(client: &Client) -> bool {
 }
 
 fn assert_launches(helper: &HangingMountHelper, worker: WorkerId) {
-    let (reply, _) = install(&helper.client(), worker, sealed(b"#!/bin/bash\nexit 1\n"));
+    let (reply, _) = install(&helper.client(), worker, sealed_memfd(b"#!/bin/bash\nexit 1\n"));
     assert_eq!(reply, Reply::AgentStarted);
 }
 
@@ -182,7 +182,7 @@ fn end(helper: &HangingMountHelper, workers: &[WorkerId]) {
 fn a_mount_that_hangs_delays_launches_only_and_they_fail_in_time() {
     let helper = HangingMountHelper::started();
     let client = helper.client();
-    let (first, second) = (created(&client, "a"), created(&client, "b"));
+    let (first, second) = (create_worker(&client, "a"), create_worker(&client, "b"));
     let server = helper.hang();
     let waiting = [helper.client(), helper.client()];
     begin_install(&waiting[0], first);
@@ -190,7 +190,7 @@ fn a_mount_that_hangs_delays_launches_only_and_they_fail_in_time() {
     // The monitor makes these their sessions, while a builder hangs.
     let other = helper.client();
     assert_eq!(list(&other).len(), 2);
-    let third = created(&other, "c");
+    let third = create_worker(&other, "c");
     assert_eq!(other.ask(&Request::Kill { worker: third }).0, Reply::Killed);
     assert_eq!(other.ask(&Request::Delete { worker: third }).0, Reply::Deleted);
     helper.wait_for_builder();
@@ -208,7 +208,7 @@ fn a_mount_that_hangs_delays_launches_only_and_they_fail_in_time() {
 fn a_builder_that_cannot_be_ended_is_the_only_one_until_it_is_gone() {
     let helper = HangingMountHelper::started();
     let client = helper.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let server = helper.hang();
     let waiting = helper.client();
     begin_install(&waiting, worker);
@@ -242,10 +242,10 @@ fn a_mount_that_hangs_when_the_helper_starts_keeps_no_worker_from_being_deleted(
         .helper
         .log
         .wait(&["WARN", "no job can be started", SENTENCE]);
-    let worker = created(&helper.client(), "a");
+    let worker = create_worker(&helper.client(), "a");
     end(&helper, &[worker]);
     helper.release();
-    let worker = created(&helper.client(), "a");
+    let worker = create_worker(&helper.client(), "a");
     assert_launches(&helper, worker);
     end(&helper, &[worker]);
     drop(server);

@@ -48,7 +48,7 @@ const SLOT: &str = "target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n";
 
 /// The host replaces all that is hidden from a job, or is its own. `more` is done to its mounts.
 fn replaced_during_a_job(more: &str) -> String {
-    let place = place();
+    let place = create_shared_dir();
     let at = |name: &str| place.path().join(name);
     let etc = copy_etc(place.path());
     let in_etc = |name: &str| Path::new(&etc).join(name);
@@ -78,7 +78,7 @@ fn replaced_during_a_job(more: &str) -> String {
     host.configure("http://buildomat.example.com:80", 0, &slots);
     let helper = helper_after(&host, &format!("mount --bind {etc} /etc; {more}"));
     let client = Client::new(&host);
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let script = format!(
         r#"cd {place}
         look() {{
@@ -97,7 +97,7 @@ fn replaced_during_a_job(more: &str) -> String {
     let (reply, console) = install(
         &client,
         worker,
-        sealed(format!("#!/bin/bash\n{script}\n").as_bytes()),
+        sealed_memfd(format!("#!/bin/bash\n{script}\n").as_bytes()),
     );
     assert_eq!(reply, Reply::AgentStarted);
     let console = console.unwrap();
@@ -142,7 +142,7 @@ fn replaced_during_a_job(more: &str) -> String {
     // What another job has looked for is no reason not to see it.
     for (text, seen) in [("old", "oldnew"), ("new", "newnew")] {
         replace(&in_etc("later"), text);
-        let worker = created(&client, "a");
+        let worker = create_worker(&client, "a");
         let (_, next) = run(&client, worker, "cat /etc/later /etc/looked-for; exit 1");
         assert_eq!(next, seen);
         assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
@@ -180,7 +180,7 @@ while end not in select.select([requests, end], [], [])[0]:
 
 /// A job sees what is mounted at `auto` when somebody enters it; `config` has a place for the directory that it is in.
 fn see_automount(config: &str) {
-    let place = place();
+    let place = create_shared_dir();
     let at = |name: &str| place.path().join(name);
     fs::create_dir(at("auto")).unwrap();
     write(at("hidden"), "SECRET");
@@ -196,7 +196,7 @@ fn see_automount(config: &str) {
     );
     let _helper = helper_after(&host, &script);
     let client = Client::new(&host);
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     // And what the host mounts later does not reach the job, where it could be writable.
     let script = format!(
         "cat {}/auto/file; grep -cE ' (shared|master):' /proc/self/mountinfo; exit 1",
@@ -221,7 +221,7 @@ fn what_is_mounted_when_somebody_enters_it_is_shown_where_a_slot_names_it() {
 
 /// `/opt` leads to this directory of the larger disk.
 fn see_through_links(opt: &str) {
-    let place = place();
+    let place = create_shared_dir();
     let at = |name: &str| place.path().join(name).display().to_string();
     for directory in [
         "root",
@@ -255,7 +255,7 @@ fn see_through_links(opt: &str) {
     host.configure("http://127.0.0.1:9", 0, &format!("[slots.a]\n{SLOT}"));
     let _helper = helper_after(&host, &script);
     let client = Client::new(&host);
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let script = format!(
         "touch ~/file /opt/buildomat/file /var/tmp/file && echo written
         cat /opt/tools/file; cd {0}/big; ls; cat {0}/big/*/* {0}/big/*/*/* /root/* /home/*/*; exit 1",
@@ -285,7 +285,7 @@ fn a_place_may_be_on_the_disk_of_homes() {
 
 #[test]
 fn files_of_the_hosts_run_are_shown_where_they_are_needed() {
-    let place = place();
+    let place = create_shared_dir();
     let at = |name: &str| place.path().join(name);
     let etc = copy_etc(place.path());
     let _ = fs::remove_file(at("etc/resolv.conf"));
@@ -340,11 +340,11 @@ open("../end").read()"#;
     let mut workers = Vec::new();
     let mut seen = Vec::new();
     for slot in ["a", "b", "c"] {
-        let worker = created(&client, slot);
+        let worker = create_worker(&client, slot);
         let (_, console) = install(
             &client,
             worker,
-            sealed(format!("#!/bin/bash\n{script}\n").as_bytes()),
+            sealed_memfd(format!("#!/bin/bash\n{script}\n").as_bytes()),
         );
         let console = console.unwrap();
         wait_for_line(&console, "ready");

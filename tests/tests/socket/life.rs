@@ -27,7 +27,7 @@ fn a_worker_lives_and_leaves_nothing() {
     let (reply, console) = install(
         &client,
         worker,
-        sealed(format!("#!/bin/bash\n{script}").as_bytes()),
+        sealed_memfd(format!("#!/bin/bash\n{script}").as_bytes()),
     );
     assert_eq!(reply, Reply::AgentStarted);
     let console = console.unwrap();
@@ -58,7 +58,7 @@ fn a_worker_lives_and_leaves_nothing() {
 fn processes_of_its_user_in_no_cgroup_of_ours_are_ended_too() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let uid = list(&client)[0].uid.get();
     let mut command = Command::new("cat");
     let mut process = command.uid(uid).gid(uid).stdin(Stdio::piped()).spawn().unwrap();
@@ -79,7 +79,7 @@ fn a_repeated_request_has_no_second_effect() {
     let worker = worker_id();
     let first = create(&client, worker, "a");
     assert_eq!(create(&client, worker, "a"), first);
-    let agent = || sealed(b"#!/bin/bash\necho started; sleep 1000 & exit 0\n");
+    let agent = || sealed_memfd(b"#!/bin/bash\necho started; sleep 1000 & exit 0\n");
     for _ in 0..3 {
         let (reply, console) = install(&client, worker, agent());
         assert_eq!(reply, Reply::AgentStarted);
@@ -118,13 +118,13 @@ fn slots_are_taken_once_and_conflict_both_ways() {
     let test = TestHelper::new();
     let client = test.client();
     assert_eq!(kind(create(&client, worker_id(), "zz")), ErrorKind::NoSuchSlot);
-    let a = created(&client, "a");
+    let a = create_worker(&client, "a");
     assert_eq!(kind(create(&client, worker_id(), "a")), ErrorKind::SlotTaken);
     assert_eq!(kind(create(&client, worker_id(), "b")), ErrorKind::SlotTaken);
     assert_eq!(kind(create(&client, a, "c")), ErrorKind::Refused);
-    let c = created(&client, "c");
+    let c = create_worker(&client, "c");
     assert_eq!(client.ask(&Request::Delete { worker: a }).0, Reply::Deleted);
-    let b = created(&client, "b");
+    let b = create_worker(&client, "b");
     assert_eq!(kind(create(&client, worker_id(), "a")), ErrorKind::SlotTaken);
     let mut slots: Vec<_> = list(&client)
         .into_iter()
@@ -172,7 +172,7 @@ fn requests_about_unknown_workers_are_refused_and_deleting_them_succeeds() {
         ErrorKind::NoSuchWorker
     );
     assert_eq!(
-        kind(install(&client, worker, sealed(b"x")).0),
+        kind(install(&client, worker, sealed_memfd(b"x")).0),
         ErrorKind::NoSuchWorker
     );
     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
@@ -183,7 +183,7 @@ fn requests_about_unknown_workers_are_refused_and_deleting_them_succeeds() {
 fn a_job_sees_what_the_design_says_and_no_more() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let secret = test.host.root.join("etc/buildomat-user-factory");
     let script = format!(
         r#"exec 2>&1
@@ -238,7 +238,7 @@ fn how_an_agent_ended_is_reported() {
         ("(exec bash -c 'kill -11 $$') & exit 0", Exit::Signal(11)),
         ("kill -34 $$", Exit::Signal(34)),
     ] {
-        let worker = created(&client, "c");
+        let worker = create_worker(&client, "c");
         let (state, console) = run(&client, worker, script);
         // An agent that `install` did not leave behind may have ended before anybody could look.
         let quick = matches!(state, State::Exited(Exit::Unknown | Exit::Status(0)));
@@ -255,7 +255,7 @@ fn how_an_agent_ended_is_reported() {
 fn a_process_that_a_real_time_signal_ends_ends_no_job() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     // Its parent is pid 1 by then, which has no other name of the signal than its number.
     let script = "(bash -c 'echo $$ > /tmp/pid; kill -34 $$' &)
         until [ -s /tmp/pid ] && ! [ -e /proc/$(cat /tmp/pid) ]; do read -t 0.01 < <(:); done
@@ -270,7 +270,7 @@ fn what_cannot_be_read_of_one_worker_is_unknown_and_the_others_are_listed() {
     let test = TestHelper::new();
     let client = test.client();
     let [damaged, other] = ["a", "c"].map(|slot| {
-        let worker = created(&client, slot);
+        let worker = create_worker(&client, slot);
         assert_eq!(run(&client, worker, "exit 7").0, State::Exited(Exit::Status(7)));
         worker
     });
@@ -294,8 +294,8 @@ fn what_cannot_be_read_of_one_worker_is_unknown_and_the_others_are_listed() {
 fn an_agent_that_is_no_program_fails_with_the_kernels_reason() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
-    let Reply::Error(error) = install(&client, worker, sealed(b"\x7fNOT A PROGRAM")).0 else {
+    let worker = create_worker(&client, "a");
+    let Reply::Error(error) = install(&client, worker, sealed_memfd(b"\x7fNOT A PROGRAM")).0 else {
         panic!()
     };
     assert_eq!(error.kind, ErrorKind::Failed);
@@ -326,9 +326,9 @@ fn a_job_gets_its_slots_groups_and_devices() {
     );
     host.configure("http://127.0.0.1:9", 0, &slots);
     let before = HostSnapshot::take(&host);
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let client = Client::new(&host);
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let (_, console) = run(
         &client,
         worker,
@@ -344,7 +344,7 @@ fn a_job_gets_its_slots_groups_and_devices() {
 
 #[test]
 fn what_is_hidden_is_hidden_also_where_a_slot_shows_what_is_around_it() {
-    let place = place();
+    let place = create_shared_dir();
     let at = |name: &str| place.path().join(name).display().to_string();
     for name in ["shown", "secret", "alone", "deep/secret"] {
         fs::create_dir_all(at(name)).unwrap();
@@ -370,9 +370,9 @@ fn what_is_hidden_is_hidden_also_where_a_slot_shows_what_is_around_it() {
     );
     let hide = format!("hide = {:?}\n{slots}", ["secret", "alone", "deep/secret"].map(at));
     host.configure("http://127.0.0.1:9", 0, &hide);
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let client = Client::new(&host);
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     let script = format!(
         "cat {}/*/file; cd /opt; cat all/*/file all/deep/*/file deep/*/file alone/file; ls -A own workers; find around -name helper.sock; \
          find around -name supervisor; exit 1",
@@ -406,7 +406,7 @@ fn is_waited_for(file: &File) -> bool {
 fn a_slot_is_given_back_at_once_with_the_last_of_its_worker() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let (state, _) = run(&client, worker, "exit 1");
     assert_eq!(state, State::Exited(Exit::Status(1)));
     let dir = test.host.worker_dir(worker);
@@ -437,7 +437,7 @@ fn a_slot_is_given_back_at_once_with_the_last_of_its_worker() {
 
 #[test]
 fn what_the_operator_hides_is_hidden_also_behind_a_link() {
-    let place = place();
+    let place = create_shared_dir();
     let at = |name: &str| place.path().join(name).display().to_string();
     for name in ["shown", "plain", "real/secret"] {
         fs::create_dir_all(at(name)).unwrap();
@@ -448,9 +448,9 @@ fn what_the_operator_hides_is_hidden_also_behind_a_link() {
     let hide =
         |paths: &[String]| host.configure("http://127.0.0.1:9", 0, &format!("hide = {paths:?}\n{SLOTS}"));
     hide(&[at("plain"), at("link/secret")]);
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let client = Client::new(&host);
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     let script = format!("cat {0}/*/file {0}/*/*/file; exit 1", place.path().display());
     let (_, console) = run(&client, worker, &script);
     assert!(console.contains("content of shown"), "{console}");
@@ -463,8 +463,8 @@ fn what_the_operator_hides_is_hidden_also_behind_a_link() {
     // What is not there cannot be hidden, and would be seen once it is: no job starts.
     hide(&[at("later")]);
     let client = Client::new(&host);
-    let worker = created(&client, "c");
-    let Reply::Error(error) = install(&client, worker, sealed(b"#!/bin/true\n")).0 else {
+    let worker = create_worker(&client, "c");
+    let Reply::Error(error) = install(&client, worker, sealed_memfd(b"#!/bin/true\n")).0 else {
         panic!()
     };
     assert!(

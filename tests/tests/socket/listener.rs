@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
-use testbed::service::Service;
-use testbed::tracer::service::{
-    Connections, KillPoint, Plan, TracedKind, WatchPeriod, children, listener, watch,
+use testbed::service_manager::Service;
+use testbed::tracer::helper::{
+    Connections, KillPlan, KillPoint, TracedKind, WatchPeriod, children, listener, watch,
 };
 use testbed::tracer::wait_until_stopped;
 
@@ -33,7 +33,7 @@ fn wait_until_gone(pid: u32) {
 fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_go_on() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let monitor = test.helper.pid();
     let killed = |pid: u32| {
         signal(pid, Signal::SIGKILL);
@@ -55,9 +55,9 @@ fn a_listener_that_is_killed_is_replaced_at_most_once_a_second_and_its_sessions_
         "WARN",
         "the process that accepts connections has ended (signal: 9 (SIGKILL))",
     ];
-    test.helper.log.exactly(2, 0, &logged);
+    test.helper.log.wait_for_exactly(2, 0, &logged);
     // The session of the first asks the monitor all the same.
-    let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
+    let (reply, _) = install(&client, worker, sealed_memfd(b"#!/bin/bash\nexec sleep 1000\n"));
     assert_eq!(reply, Reply::AgentStarted);
     test.finish(&[worker]);
 }
@@ -67,7 +67,7 @@ fn a_listener_ends_with_its_monitor_and_sessions_go_on() {
     for how in [Signal::SIGTERM, Signal::SIGKILL] {
         let mut test = TestHelper::new();
         let client = test.client();
-        let worker = created(&client, "a");
+        let worker = create_worker(&client, "a");
         let old = listener(test.helper.pid());
         let [session] = children(old)[..] else {
             panic!("one session serves {client:?}")
@@ -78,9 +78,9 @@ fn a_listener_ends_with_its_monitor_and_sessions_go_on() {
         assert_eq!(list(&client).len(), 1, "after {how}");
         assert!(!is_gone(session), "after {how}");
         // What takes the monitor is to be asked on a new connection.
-        let (reply, _) = install(&client, worker, sealed(b"#!/bin/bash\nexec sleep 1000\n"));
+        let (reply, _) = install(&client, worker, sealed_memfd(b"#!/bin/bash\nexec sleep 1000\n"));
         assert_eq!(kind(reply), ErrorKind::Busy, "after {how}");
-        test.helper = test.host.helper();
+        test.helper = test.host.start_helper();
         assert_eq!(list(&test.client()).len(), 1);
         drop(client);
         test.finish(&[worker]);
@@ -92,7 +92,7 @@ fn a_listener_ends_with_its_monitor_and_sessions_go_on() {
 fn stopped_before_its_filter(helper: &mut Service) -> u32 {
     let monitor = helper.start_stopped();
     wait_until_stopped(monitor);
-    let plan = Plan {
+    let plan = KillPlan {
         kind: TracedKind::Listener,
         when: KillPoint::First(libc::SYS_seccomp),
         all: false,
@@ -112,7 +112,7 @@ fn a_listener_that_cannot_install_its_filter_is_logged_until_it_can() {
     host.configure("http://127.0.0.1:9", 0, SLOTS);
     let mut helper = Service::new(&mut host.helper_command());
     let listener = stopped_before_its_filter(&mut helper);
-    let early = Client::silent(&host);
+    let early = Client::connect(&host);
     let sentence = [
         "has accepted no connection for 1",
         "seccomp",
@@ -128,12 +128,12 @@ fn a_listener_that_cannot_install_its_filter_is_logged_until_it_can() {
         sentence[3],
     ]);
     // One that has waited, one that has greeted, and one after the other: nothing is read of any.
-    let greeting = Client::silent(&host);
+    let greeting = Client::connect(&host);
     let hello = Request::Hello {
         version: protocol::VERSION,
     };
     let _ = greeting.socket.send(&wire::encode(&hello).unwrap(), None);
-    for client in [early, greeting, Client::silent(&host)] {
+    for client in [early, greeting, Client::connect(&host)] {
         // The kernel tells first that the connection was reset, where there was something to read.
         let (reply, _) = client.reply().or_else(|| client.reply()).expect("an answer");
         let Reply::Error(error) = reply else {
@@ -149,7 +149,7 @@ fn a_listener_that_cannot_install_its_filter_is_logged_until_it_can() {
         }
         assert!(client.reply().is_none(), "it is answered once");
     }
-    helper.log.exactly(1, 0, &["ERROR"]);
+    helper.log.wait_for_exactly(1, 0, &["ERROR"]);
     assert_eq!(helper.log.count(&["serving"]), 0);
     signal(listener, Signal::SIGCONT);
     helper.log.wait(&["serving"]);
@@ -162,9 +162,9 @@ fn a_listener_that_outlives_its_monitor_accepts_no_connection() {
     host.configure("http://127.0.0.1:9", 0, SLOTS);
     let mut helper = Service::new(&mut host.helper_command());
     let listener = stopped_before_its_filter(&mut helper);
-    let waiting = Client::silent(&host);
+    let waiting = Client::connect(&host);
     helper.signal(Signal::SIGKILL);
-    helper.ended();
+    helper.wait_for_end();
     signal(listener, Signal::SIGCONT);
     wait_until_gone(listener);
     assert!(waiting.reply().is_none(), "it was answered");
@@ -177,7 +177,7 @@ fn a_changed_configuration_is_read_by_one_session_and_known_to_the_next() {
     let mut reads = |name: &str| {
         let watcher = watch(test.helper.pid(), WatchPeriod::OneConnection, None);
         let client = test.client();
-        workers.push(created(&client, name));
+        workers.push(create_worker(&client, name));
         drop(client);
         let seen = watcher.join().expect("the tracer does not fail");
         let calls = seen.calls[&TracedKind::Session].iter();

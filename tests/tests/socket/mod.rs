@@ -11,11 +11,12 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use protocol::{ErrorKind, Exit, Reply, Request, State, WorkerId, wire};
 use testbed::harness::{
-    Client, PAUSE, Running, TEST_TIMEOUT, TestHost, memory, place, sealed, until, until_is, worker_id,
+    Client, PAUSE, Running, TEST_TIMEOUT, TestHost, create_shared_dir, memfd, sealed_memfd, until, until_is,
+    worker_id,
 };
 use testbed::host_snapshot::{HostSnapshot, processes_of};
 use testbed::test_helper::{
-    SLOTS, TestHelper, create, created, install, kind, list, read, run, state, token, wait_for_console,
+    SLOTS, TestHelper, create, create_worker, install, kind, list, read, run, state, token, wait_for_console,
     wait_for_line, wait_until,
 };
 

@@ -14,7 +14,7 @@ except OSError as e: print(e.strerror)'; exit 1";
 fn a_jobs_processes_have_the_slots_nice_value_and_cannot_lower_it() {
     let test = TestHelper::with(&format!("[slots.a]\n{TARGET}\n[slots.b]\n{TARGET}\nnice = 7\n"));
     let client = test.client();
-    let workers: Vec<WorkerId> = ["a", "b"].map(|slot| created(&client, slot)).into();
+    let workers: Vec<WorkerId> = ["a", "b"].map(|slot| create_worker(&client, slot)).into();
     let answers: Vec<String> = workers
         .iter()
         .map(|worker| run(&client, *worker, ASK).1)

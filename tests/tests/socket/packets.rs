@@ -6,7 +6,7 @@ use super::*;
 fn agents_that_could_still_change_are_refused() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
+    let worker = create_worker(&client, "a");
     let directory = tempfile::tempdir().unwrap();
     let fifo = directory.path().join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -18,21 +18,21 @@ fn agents_that_could_still_change_are_refused() {
             .unwrap()
             .into()
     };
-    let sparse = File::from(memory(b"x"));
+    let sparse = File::from(memfd(b"x"));
     sparse.set_len(protocol::MAX_AGENT_BYTES + 1).unwrap();
     let seals = nix::fcntl::SealFlag::F_SEAL_WRITE
         | nix::fcntl::SealFlag::F_SEAL_GROW
         | nix::fcntl::SealFlag::F_SEAL_SHRINK;
     nix::fcntl::fcntl(&sparse, nix::fcntl::FcntlArg::F_ADD_SEALS(seals)).unwrap();
     let bad: Vec<OwnedFd> = vec![
-        memory(b"#!/bin/true\n"),
-        sealed(b""),
+        memfd(b"#!/bin/true\n"),
+        sealed_memfd(b""),
         sparse.into(),
         File::open("/bin/true").unwrap().into(),
         File::open("/").unwrap().into(),
         open(&fifo),
         open("/dev/null".as_ref()),
-        Client::silent(&test.host)
+        Client::connect(&test.host)
             .socket
             .as_fd()
             .try_clone_to_owned()
@@ -50,15 +50,15 @@ fn agents_that_could_still_change_are_refused() {
 #[test]
 fn descriptors_travel_only_where_a_message_calls_for_one() {
     let test = TestHelper::new();
-    let agent = sealed(b"#!/bin/true\n");
-    let worker = created(&test.client(), "a");
+    let agent = sealed_memfd(b"#!/bin/true\n");
+    let worker = create_worker(&test.client(), "a");
     for request in [
         Request::Hello { version: 1 },
         Request::Kill { worker },
         Request::List { after: None },
     ] {
         let client = if matches!(request, Request::Hello { .. }) {
-            Client::silent(&test.host)
+            Client::connect(&test.host)
         } else {
             test.client()
         };
@@ -139,7 +139,7 @@ fn garbage_ends_its_connection_and_no_other() {
 #[test]
 fn the_greeting_comes_first_and_once() {
     let test = TestHelper::new();
-    let client = Client::silent(&test.host);
+    let client = Client::connect(&test.host);
     assert_eq!(
         kind(client.ask(&Request::List { after: None }).0),
         ErrorKind::Refused
@@ -165,9 +165,9 @@ fn the_greeting_comes_first_and_once() {
 fn only_the_supervisors_uid_is_served() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", testbed::harness::SUPERVISOR_UID, SLOTS);
-    let helper = host.helper();
+    let helper = host.start_helper();
     // Root passes every mode, so the socket lets it in; the helper does not.
-    let client = Client::silent(&host);
+    let client = Client::connect(&host);
     let _ = client.socket.send(
         &wire::encode(&Request::Hello {
             version: protocol::VERSION,
@@ -187,8 +187,12 @@ fn only_the_supervisors_uid_is_served() {
 fn an_endless_console_is_bounded_and_harms_nobody() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
-    let (reply, console) = install(&client, worker, sealed(b"#!/bin/bash\nyes & exec sleep 1000\n"));
+    let worker = create_worker(&client, "a");
+    let (reply, console) = install(
+        &client,
+        worker,
+        sealed_memfd(b"#!/bin/bash\nyes & exec sleep 1000\n"),
+    );
     assert_eq!(reply, Reply::AgentStarted);
     let console = console.unwrap();
     wait_for_console(&console, |text| text.ends_with("was dropped]\n"));
@@ -204,7 +208,7 @@ fn too_many_connections_are_told_to_come_back() {
     let test = TestHelper::new();
     let mut clients = Vec::new();
     loop {
-        let client = Client::silent(&test.host);
+        let client = Client::connect(&test.host);
         let _ = client.socket.send(
             &wire::encode(&Request::Hello {
                 version: protocol::VERSION,
@@ -227,7 +231,7 @@ fn too_many_connections_are_told_to_come_back() {
         version: protocol::VERSION,
     };
     until_is("room for a connection", || {
-        Client::silent(&test.host).ask(&hello).0 == Reply::Welcome
+        Client::connect(&test.host).ask(&hello).0 == Reply::Welcome
     });
     test.finish(&[]);
 }

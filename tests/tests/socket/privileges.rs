@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use testbed::tracer::service::{children, listener};
+use testbed::tracer::helper::{children, listener};
 
 use super::*;
 
@@ -45,8 +45,8 @@ fn descriptor(pid: u32, number: u32) -> String {
 fn each_process_keeps_what_its_work_takes_and_no_more() {
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "a");
-    let program = sealed(b"#!/bin/bash\necho here\nread -r < <(sleep infinity)\n");
+    let worker = create_worker(&client, "a");
+    let program = sealed_memfd(b"#!/bin/bash\necho here\nread -r < <(sleep infinity)\n");
     let (reply, console) = install(&client, worker, program);
     assert_eq!(reply, Reply::AgentStarted);
     wait_for_line(&console.unwrap(), "here");
@@ -119,7 +119,7 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
         );
     }
 
-    // Who was accepted cannot accept, and nobody but the listener hears of signals by descriptor.
+    // Who was accepted cannot accept, and nobody but the listener receives signals by descriptor.
     let sockets = |pid: u32| {
         let numbers = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
         let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::time::Duration;
 
-use testbed::disk::SmallDisk;
+use testbed::small_disk::SmallDisk;
 
 use super::*;
 
@@ -24,9 +24,9 @@ fn worker_runs(test: &TestHelper, slot: &str, script: &str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let client = test.client();
-    let worker = created(&client, slot);
+    let worker = create_worker(&client, slot);
     let script = format!("#!/bin/bash\nexec >/dev/tcp/127.0.0.1/{port}\n{script}\nexit 1\n");
-    let (reply, _) = install(&client, worker, sealed(script.as_bytes()));
+    let (reply, _) = install(&client, worker, sealed_memfd(script.as_bytes()));
     assert_eq!(reply, Reply::AgentStarted);
     let (mut connection, _) = listener.accept().unwrap();
     connection

@@ -3,13 +3,13 @@
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use testbed::disk::SmallDisk;
+use testbed::small_disk::SmallDisk;
 
 use super::*;
 
 #[test]
 fn sockets_of_the_hosts_services_are_hidden_wherever_they_are() {
-    let place = place();
+    let place = create_shared_dir();
     let path = place.path().join("a service");
     let _listener = UnixListener::bind(&path).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
@@ -21,7 +21,7 @@ fn sockets_of_the_hosts_services_are_hidden_wherever_they_are() {
 
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     let script = format!(
         "cat {}/gone; ls {0}; python3 -c 'import socket
 try: socket.socket(socket.AF_UNIX).connect(\"{}\"); print(\"CONNECTED\")
@@ -36,7 +36,7 @@ except OSError as e: print(\"refused\")'; exit 1",
 
 #[test]
 fn a_mount_that_no_job_can_reach_is_not_made_for_it() {
-    let place = place();
+    let place = create_shared_dir();
     let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     // A space: the kernel writes it in another way.
     let (closed, open) = (place.path().join("of root"), place.path().join("of all"));
@@ -50,7 +50,7 @@ fn a_mount_that_no_job_can_reach_is_not_made_for_it() {
 
     let test = TestHelper::new();
     let client = test.client();
-    let worker = created(&client, "c");
+    let worker = create_worker(&client, "c");
     let (_, console) = run(&client, worker, "cat /proc/self/mountinfo");
     assert!(console.contains("of\\040all/inner\\040disk "), "{console}");
     assert!(!console.contains("of\\040root/"), "{console}");
@@ -137,7 +137,7 @@ fn what_keeps_a_job_from_writing_elsewhere_leaves_its_own_places_as_they_were() 
     let client = test.client();
     let mut workers = Vec::new();
     for slot in ["a", "b"] {
-        let worker = created(&client, slot);
+        let worker = create_worker(&client, slot);
         let (_, console) = run(&client, worker, ORDINARY);
         assert!(console.contains("all of it works"), "{slot}:\n{console}");
         workers.push(worker);

@@ -23,7 +23,7 @@ fn syncs_are_ignored_unless_the_slot_says_otherwise_or_has_a_disk_of_its_own() {
     );
     let test = TestHelper::with(&slots);
     let client = test.client();
-    let workers: Vec<WorkerId> = ["a", "b", "c"].map(|slot| created(&client, slot)).into();
+    let workers: Vec<WorkerId> = ["a", "b", "c"].map(|slot| create_worker(&client, slot)).into();
     let answers: Vec<String> = workers
         .iter()
         .map(|worker| run(&client, *worker, ASK).1)
@@ -76,7 +76,7 @@ fn what_ignoring_syncs_is_worth() {
         for (who, slot) in [("ignored", Some("a")), ("done", Some("b")), ("host user", None)] {
             let output = match slot {
                 Some(slot) => {
-                    let worker = created(&client, slot);
+                    let worker = create_worker(&client, slot);
                     let (_, console) = run(&client, worker, &format!("cd /work; {WORK}\nexit 1"));
                     assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
                     console

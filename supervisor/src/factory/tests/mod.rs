@@ -6,7 +6,7 @@ mod test_bed;
 
 use crate::control::status::time;
 use protocol::{BootstrapToken, Exit, Target};
-use testbed::model::Agent;
+use testbed::helper_model::Agent;
 
 use super::*;
 use crate::control::api::SlotState;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use protocol::{BootstrapToken, Exit, SlotName, State};
-use testbed::model::{Agent, Configuration, Model};
-use testbed::server::{self, Job, JobSpec, Progress};
+use testbed::fake_server::{self, Job, JobSpec, Progress};
+use testbed::helper_model::{Agent, Configuration, Model};
 
 use super::super::*;
 use crate::buildomat::ServerTarget;
@@ -27,7 +27,7 @@ pub struct CoreTestBed {
     pub now: u64,
     pub disk: BTreeMap<WorkerId, Worker>,
     pub pending: Vec<Output>,
-    pub server: server::State,
+    pub server: fake_server::State,
     factory: WorkerId,
     pub host: Model,
     pub server_up: bool,
@@ -86,7 +86,7 @@ impl CoreTestBed {
     /// With another configuration, which has the same slots.
     pub fn with(config: &str) -> Self {
         let config = Config::parse(config).unwrap();
-        let mut server = server::State::with(moment(1000), server::IdGenerator::of_seed(7));
+        let mut server = fake_server::State::with(moment(1000), fake_server::IdGenerator::of_seed(7));
         for slot in Config::parse(CONFIG).unwrap().slots.values() {
             server.targets.insert(ulid(&slot.target), slot.target.to_string());
         }
@@ -150,7 +150,7 @@ impl CoreTestBed {
         if let Some(job) = job {
             self.server.jobs.get_mut(&job).unwrap().worker = Some(worker.id);
         }
-        let worker = server::Worker {
+        let worker = fake_server::Worker {
             id: worker.id,
             private: worker.private.clone(),
             bootstrap: worker
@@ -186,7 +186,7 @@ impl CoreTestBed {
 
     /// How many jobs can be leased.
     pub fn queued(&self) -> usize {
-        let queued = self.server.jobs.values().filter(|job| job.queued());
+        let queued = self.server.jobs.values().filter(|job| job.is_queued());
         queued
             .filter(|job| !self.server.leases.contains_key(&job.id))
             .count()
@@ -411,7 +411,7 @@ impl CoreTestBed {
         };
         match action {
             Action::Associate { slot, .. } => {
-                let body = server::Associate {
+                let body = fake_server::Associate {
                     private: here().owner_tag(&slot),
                     ip: None,
                     metadata: None,
@@ -442,7 +442,7 @@ impl CoreTestBed {
                     .server
                     .workers
                     .get(&id)
-                    .is_some_and(|w| !w.deleted && w.online());
+                    .is_some_and(|w| !w.deleted && w.is_online());
                 assert!(
                     w.state != State::Created || !is_online,
                     "a second agent after one was online"
@@ -480,7 +480,7 @@ fn job_id(id: WorkerId) -> JobId {
 }
 
 /// A worker as the client reads it.
-fn answered(worker: &server::Worker) -> ServerWorker {
+fn answered(worker: &fake_server::Worker) -> ServerWorker {
     let text = serde_json::to_string(&worker.to_factory()).unwrap();
     serde_json::from_str(&text).unwrap()
 }

@@ -175,8 +175,8 @@ fn file_handles(report: &mut Report, _: &[String]) {
 }
 
 /// Put in place what the slot's variables name, and stay, so that the test can look at root's processes.
-fn environment(report: &mut Report, words: &[String]) {
-    for path in words {
+fn environment(report: &mut Report, args: &[String]) {
+    for path in args {
         let made = fs::write(path, "#!/bin/sh\ntouch /work/it-was-run\n");
         made.expect("a job can write to its own directories");
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
@@ -186,16 +186,16 @@ fn environment(report: &mut Report, words: &[String]) {
     wait_for_ever()
 }
 
-/// Words: the groups that the job must be in besides its own; `not`; a file that only another group may read;
+/// Arguments: the groups that the job must be in besides its own; `not`; a file that only another group may read;
 /// a file that the slot's group may read.
-fn groups(report: &mut Report, words: &[String]) {
-    let end = words
+fn groups(report: &mut Report, args: &[String]) {
+    let end = args
         .iter()
-        .position(|word| word == "not")
+        .position(|arg| arg == "not")
         .expect("the test says not");
-    let mut expected: Vec<u32> = words[..end]
+    let mut expected: Vec<u32> = args[..end]
         .iter()
-        .map(|word| word.parse().expect("a gid"))
+        .map(|arg| arg.parse().expect("a gid"))
         .collect();
     let mut found: Vec<u32> = getgroups()
         .expect("nothing is wrong with it")
@@ -208,8 +208,8 @@ fn groups(report: &mut Report, words: &[String]) {
     if found != expected || getgid().as_raw() != uid() {
         report.broken(format!("groups {found:?} and {}, not {expected:?}", getgid()));
     }
-    report.must_fail(&words[end + 1], fs::read(&words[end + 1]));
-    if fs::read(&words[end + 2]).is_err() {
+    report.must_fail(&args[end + 1], fs::read(&args[end + 1]));
+    if fs::read(&args[end + 2]).is_err() {
         report.broken("the slot's own group opens nothing, so that this attempt shows nothing");
     }
     for gid in [0u32, 1, 4, 6, 42, 65534] {
@@ -237,8 +237,8 @@ fn groups(report: &mut Report, words: &[String]) {
         let Ok(output) = Command::new(program[0]).args(&program[1..]).output() else {
             continue;
         };
-        let said = String::from_utf8_lossy(&output.stdout);
-        if said.trim() == "0" {
+        let output_text = String::from_utf8_lossy(&output.stdout);
+        if output_text.trim() == "0" {
             report.broken(format!("{program:?} gives root's group"));
         }
     }
@@ -259,7 +259,7 @@ fn set_limit(resource: u32, to: u64) -> io::Result<libc::c_long> {
     )
 }
 
-fn scheduling(report: &mut Report, words: &[String]) {
+fn scheduling(report: &mut Report, args: &[String]) {
     for (number, name) in [
         (libc::SYS_sethostname, "host"),
         (libc::SYS_setdomainname, "domain"),
@@ -314,8 +314,8 @@ fn scheduling(report: &mut Report, words: &[String]) {
     report.must_fail("64 MiB of huge pages, which are locked", result);
 
     for (name, resource, most) in [
-        ("NPROC", libc::RLIMIT_NPROC, words[0].parse().expect("a number")),
-        ("NOFILE", libc::RLIMIT_NOFILE, words[1].parse().expect("a number")),
+        ("NPROC", libc::RLIMIT_NPROC, args[0].parse().expect("a number")),
+        ("NOFILE", libc::RLIMIT_NOFILE, args[1].parse().expect("a number")),
         ("MEMLOCK", libc::RLIMIT_MEMLOCK, 8 << 20),
         ("MSGQUEUE", libc::RLIMIT_MSGQUEUE, 819_200),
         ("SIGPENDING", libc::RLIMIT_SIGPENDING, 16_384),
@@ -367,8 +367,8 @@ fn core(report: &mut Report) {
     }
 }
 
-/// Words: the lowest port that anybody may have on this host, and the name of an interface.
-fn raw_sockets(report: &mut Report, words: &[String]) {
+/// Arguments: the lowest port that anybody may have on this host, and the name of an interface.
+fn raw_sockets(report: &mut Report, args: &[String]) {
     let open = |family: i32, kind: i32, protocol: i32| {
         call(
             libc::SYS_socket,
@@ -397,7 +397,7 @@ fn raw_sockets(report: &mut Report, words: &[String]) {
         let result = open(libc::AF_PACKET, kind, every);
         refused(report, "a packet socket", result, libc::EAFNOSUPPORT);
     }
-    let lowest: u16 = words[0].parse().expect("a port");
+    let lowest: u16 = args[0].parse().expect("a port");
     for port in [1, 22, 80, 443, 1023].into_iter().filter(|port| *port < lowest) {
         for address in ["0.0.0.0", "127.0.0.1", "::", "::1"] {
             let at = (address, port);
@@ -421,7 +421,7 @@ fn raw_sockets(report: &mut Report, words: &[String]) {
     let fd = socket.as_raw_fd() as usize;
     // struct ifreq: the interface's name, and flags.
     let mut request = [0u8; 40];
-    request[..words[1].len()].copy_from_slice(words[1].as_bytes());
+    request[..args[1].len()].copy_from_slice(args[1].as_bytes());
     let address = request.as_mut_ptr() as usize;
     call(libc::SYS_ioctl, [fd, 0x8913, address, 0, 0, 0]).expect("anybody may read an interface's flags");
     let flags = u16::from_ne_bytes([request[16], request[17]]) | libc::IFF_PROMISC as u16;

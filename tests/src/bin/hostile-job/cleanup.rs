@@ -71,8 +71,8 @@ fn swap(report: &mut Report, targets: &[String]) {
     ready(report);
 }
 
-fn links(report: &mut Report, words: &[String]) {
-    let (canary, host_file) = (&words[0], &words[1]);
+fn links(report: &mut Report, args: &[String]) {
+    let (canary, host_file) = (&args[0], &args[1]);
     for place in own_places() {
         let mut dir = place.clone();
         for _ in 0..30 {
@@ -177,8 +177,8 @@ fn modes(report: &mut Report, _: &[String]) {
     ready(report);
 }
 
-fn deep(report: &mut Report, words: &[String]) {
-    let levels: usize = words[0].parse().expect("a number");
+fn deep(report: &mut Report, args: &[String]) {
+    let levels: usize = args[0].parse().expect("a number");
     let names = ["d".repeat(255), "moved-1".into(), "e".into()];
     for place in ["/work", "/tmp"] {
         std::env::set_current_dir(place).expect("it is there");
@@ -211,8 +211,8 @@ fn chain(_: &mut Report, _: &[String]) {
     wait_for_ever()
 }
 
-fn many(report: &mut Report, words: &[String]) {
-    let entries: usize = words[0].parse().expect("a number");
+fn many(report: &mut Report, args: &[String]) {
+    let entries: usize = args[0].parse().expect("a number");
     for number in 0..entries {
         let path = format!("/work/{number}");
         match number % 100 {
@@ -377,7 +377,7 @@ fn grow(report: &mut Report, _: &[String]) {
             ignore_every_signal();
             let path = format!("/work/growing-{number}");
             let block = [b'x'; 64 << 10];
-            let mut said = false;
+            let mut is_reported = false;
             loop {
                 let Ok(mut file) = OpenOptions::new().append(true).create(true).open(&path) else {
                     continue;
@@ -387,9 +387,9 @@ fn grow(report: &mut Report, _: &[String]) {
                     if file.write_all(&block).is_err() {
                         break;
                     }
-                    if !said && written == 32 {
+                    if !is_reported && written == 32 {
                         println!("grows {number}");
-                        said = true;
+                        is_reported = true;
                     }
                 }
                 let _ = file.set_len(0);
@@ -399,7 +399,7 @@ fn grow(report: &mut Report, _: &[String]) {
     ready(report);
 }
 
-fn mount_inside(report: &mut Report, words: &[String]) {
+fn mount_inside(report: &mut Report, args: &[String]) {
     for place in [
         "/work/mounted/inner",
         "/work/bound/inner",
@@ -415,9 +415,9 @@ fn mount_inside(report: &mut Report, words: &[String]) {
         ("/etc", "/work/mounted/inner", "none", libc::MS_BIND),
         ("/work/bound", "/work/bound", "none", libc::MS_BIND),
         ("/usr", "/work/bound/inner", "none", libc::MS_BIND | libc::MS_REC),
-        (&*words[1], "/work/bound/canary", "none", libc::MS_BIND),
+        (&*args[1], "/work/bound/canary", "none", libc::MS_BIND),
     ];
-    if words[0] == "refused" {
+    if args[0] == "refused" {
         for (source, place, kind, flags) in mounts {
             report.must_fail(place, mount(source, place, kind, flags));
         }
@@ -438,9 +438,9 @@ fn mount_inside(report: &mut Report, words: &[String]) {
     ready(report);
 }
 
-fn set_id(report: &mut Report, words: &[String]) {
+fn set_id(report: &mut Report, args: &[String]) {
     let gid = nix::unistd::getgid();
-    let other: u32 = words[0].parse().expect("a gid");
+    let other: u32 = args[0].parse().expect("a gid");
     // Each program that prints who it is, of the job's own, and with the slot's group.
     for place in own_places() {
         let copy = place.join("id");
@@ -452,9 +452,9 @@ fn set_id(report: &mut Report, words: &[String]) {
         fs::set_permissions(&copy, Permissions::from_mode(0o6755)).expect("it is its own");
         match Command::new(&copy).arg("-g").output() {
             // Where nothing can be started at all, nothing is gained either.
-            Err(error) => report.print(format!("held: {}: {error}", copy.display())),
+            Err(error) => report.print(format!("blocked: {}: {error}", copy.display())),
             Ok(output) if output.stdout == format!("{gid}\n").into_bytes() => {
-                report.print(format!("held: {} is inert", copy.display()))
+                report.print(format!("blocked: {} is inert", copy.display()))
             }
             Ok(output) => report.broken(format!("{}: {output:?}", copy.display())),
         }
@@ -488,7 +488,7 @@ fn set_id(report: &mut Report, words: &[String]) {
 
 /// Fill the file system, blocks first or inodes first, in the given order. What fills it is at the bottom of a
 /// deep chain of directories, and beside the chain, where something could be moved to, no name has room either.
-fn fill(report: &mut Report, words: &[String]) {
+fn fill(report: &mut Report, args: &[String]) {
     let chain = |name: &str| -> io::Result<std::path::PathBuf> {
         let mut dir = Path::new("/work").join(name);
         for _ in 0..90 {
@@ -511,7 +511,7 @@ fn fill(report: &mut Report, words: &[String]) {
     }
     // Before there is none left for it.
     let file = File::create(bottom.join("block")).expect("there is room for one");
-    for step in words {
+    for step in args {
         match step.as_str() {
             "blocks" => {
                 // Allocated at once: what is written waits in memory, and its size is a guess until later.
@@ -565,10 +565,10 @@ fn recreate(report: &mut Report, _: &[String]) {
     ready(report);
 }
 
-fn replace(report: &mut Report, words: &[String]) {
+fn replace(report: &mut Report, args: &[String]) {
     let mut places = own_places();
     places.extend(["/home", "/run", "/dev", "/proc", "/etc/passwd"].map(Into::into));
-    places.extend(words.iter().map(Into::into));
+    places.extend(args.iter().map(Into::into));
     for place in &places {
         let shown = place.display();
         let name = place.file_name().expect("none is the root");

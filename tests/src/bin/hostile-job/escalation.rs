@@ -50,7 +50,9 @@ const NAMESPACES: [(&str, libc::c_int); 8] = [
 /// It must not work, and for this reason: any other would mean that the call got further than it should.
 fn refused<T>(report: &mut Report, what: &str, result: io::Result<T>, errno: i32) {
     match result {
-        Err(error) if error.raw_os_error() == Some(errno) => report.print(format!("held: {what}: {error}")),
+        Err(error) if error.raw_os_error() == Some(errno) => {
+            report.print(format!("blocked: {what}: {error}"))
+        }
         Err(error) => report.broken(format!("{what}: refused, but differently: {error}")),
         Ok(_) => report.broken(format!("{what}: it worked")),
     }
@@ -85,7 +87,7 @@ fn become_root_with(flags: libc::c_int) -> io::Result<()> {
     unshare(flags).map(drop)
 }
 
-fn set_id_programs(report: &mut Report, words: &[String]) {
+fn set_id_programs(report: &mut Report, args: &[String]) {
     let (uid, gid) = (uid(), nix::unistd::getgid().as_raw());
     for (name, expected) in [
         ("NoNewPrivs", "1"),
@@ -98,7 +100,7 @@ fn set_id_programs(report: &mut Report, words: &[String]) {
         ("Gid", &[gid.to_string().as_str(); 4].join("\t")),
     ] {
         match status(name) {
-            value if value == expected => report.print(format!("held: {name} is {value}")),
+            value if value == expected => report.print(format!("blocked: {name} is {value}")),
             value => report.broken(format!("{name} is {value}")),
         }
     }
@@ -122,7 +124,7 @@ fn set_id_programs(report: &mut Report, words: &[String]) {
     .flat_map(|name| ["/usr/bin", "/usr/sbin", "/bin"].map(|dir| Path::new(dir).join(name)))
     .filter(|path| path.exists())
     .collect();
-    programs.extend(words.iter().map(PathBuf::from));
+    programs.extend(args.iter().map(PathBuf::from));
     for program in &programs {
         let mode = program.metadata().map_or(0, |meta| meta.mode());
         // The loader shows with which ids the kernel started the program, and does not if they are
@@ -135,7 +137,7 @@ fn set_id_programs(report: &mut Report, words: &[String]) {
         let output = match output {
             Ok(output) => String::from_utf8_lossy(&output.stdout).into_owned(),
             Err(error) => {
-                report.print(format!("held: {}: {error}", program.display()));
+                report.print(format!("blocked: {}: {error}", program.display()));
                 continue;
             }
         };
@@ -152,7 +154,7 @@ fn set_id_programs(report: &mut Report, words: &[String]) {
             report.broken(format!("{} got {ids:?}", program.display()));
         }
     }
-    for program in words {
+    for program in args {
         for (option, own) in [("-u", uid), ("-g", gid)] {
             match Command::new(program).arg(option).output() {
                 Ok(output) if output.stdout == format!("{own}\n").into_bytes() => {
@@ -385,12 +387,12 @@ const ASKS_LATER: [&str; 8] = [
     "attr/apparmor/exec",
 ];
 
-fn init(report: &mut Report, words: &[String]) {
+fn init(report: &mut Report, args: &[String]) {
     let name = fs::read_to_string("/proc/1/comm").unwrap_or_default();
     report.print(format!("pid 1 is {}", name.trim()));
     never_trace(report, 1, libc::EPERM);
     never_files(report, 1, "");
-    if words[0] == "as-root-too" {
+    if args[0] == "as-root-too" {
         in_child(report, |report| {
             report.must_work("namespaces", own_namespaces());
             never_trace(report, 1, libc::EPERM);
@@ -399,7 +401,7 @@ fn init(report: &mut Report, words: &[String]) {
     }
 }
 
-fn other_processes(report: &mut Report, words: &[String]) {
+fn other_processes(report: &mut Report, args: &[String]) {
     let own = std::process::id().to_string();
     let listed: BTreeSet<String> = fs::read_dir("/proc")
         .expect("/proc can be listed")
@@ -410,8 +412,8 @@ fn other_processes(report: &mut Report, words: &[String]) {
     if listed != BTreeSet::from(["1".to_owned(), own]) {
         report.broken(format!("/proc lists {listed:?}"));
     }
-    for word in words {
-        let pid: usize = word.parse().expect("a process id");
+    for arg in args {
+        let pid: usize = arg.parse().expect("a process id");
         refused(
             report,
             &format!("/proc/{pid}"),
@@ -442,7 +444,7 @@ fn own_child(report: &mut Report, _: &[String]) {
     report.must_work("detach", call(libc::SYS_ptrace, [detach, pid, 0, 0, 0, 0]));
     kill(Pid::from_raw(child), Signal::SIGKILL).expect("it is our child");
     waitpid(Pid::from_raw(child), None).expect("it is our child");
-    for words in [
+    for command in [
         &["strace", "-f", "-o", "/work/trace", "true"][..],
         &[
             "gdb",
@@ -455,14 +457,14 @@ fn own_child(report: &mut Report, _: &[String]) {
             "true",
         ],
     ] {
-        let outcome = Command::new(words[0])
-            .args(&words[1..])
+        let outcome = Command::new(command[0])
+            .args(&command[1..])
             .stdin(Stdio::null())
             .output();
         match outcome {
-            Err(error) => report.print(format!("absent: {}: {error}", words[0])),
-            Ok(output) if output.status.success() => report.print(format!("ran {}", words[0])),
-            Ok(output) => report.broken(format!("{words:?} should work: {output:?}")),
+            Err(error) => report.print(format!("absent: {}: {error}", command[0])),
+            Ok(output) if output.status.success() => report.print(format!("ran {}", command[0])),
+            Ok(output) => report.broken(format!("{command:?} should work: {output:?}")),
         }
     }
 }
@@ -576,7 +578,7 @@ fn inheritance(report: &mut Report, _: &[String]) {
     report.must_fail("a terminal", OpenOptions::new().read(true).open("/dev/tty"));
     for (name, path) in [("cwd", "/proc/self/cwd"), ("root", "/proc/self/root")] {
         match fs::read_link(path) {
-            Ok(dir) if dir == Path::new("/") => report.print(format!("held: {name} is /")),
+            Ok(dir) if dir == Path::new("/") => report.print(format!("blocked: {name} is /")),
             other => report.broken(format!("{name} is {other:?}")),
         }
     }
@@ -858,9 +860,9 @@ fn stays_hidden(report: &mut Report, hidden: &Path, what: &str) {
     report.must_fail(format!("list what is hidden {what}"), fs::read_dir(hidden));
 }
 
-/// The words: a directory of the host that everybody can see, and has `hidden/secret` and `seen` in it.
-fn unmask(report: &mut Report, words: &[String]) {
-    let tree = words[0].clone();
+/// The arguments: a directory of the host that everybody can see, and has `hidden/secret` and `seen` in it.
+fn unmask(report: &mut Report, args: &[String]) {
+    let tree = args[0].clone();
     let hidden = format!("{tree}/hidden");
     let above = Path::new(&tree)
         .parent()
@@ -1017,8 +1019,8 @@ fn unmask(report: &mut Report, words: &[String]) {
 }
 
 /// Fresh mounts of the kernel's own file systems, as root of namespaces of all kinds.
-fn fresh_mounts(report: &mut Report, words: &[String]) {
-    let hidden = PathBuf::from(&words[0]).join("hidden");
+fn fresh_mounts(report: &mut Report, args: &[String]) {
+    let hidden = PathBuf::from(&args[0]).join("hidden");
     for dir in ["/work/proc", "/work/sys", "/work/cgroup", "/work/devpts"] {
         fs::create_dir_all(dir).expect("/work is writable");
     }
@@ -1051,7 +1053,7 @@ fn fresh_mounts(report: &mut Report, words: &[String]) {
                 }
             }
             match mount("none", "/work/sys", "sysfs", 0) {
-                Err(error) => report.print(format!("held: sysfs: {error}")),
+                Err(error) => report.print(format!("blocked: sysfs: {error}")),
                 Ok(()) => report.broken("a sysfs that can be written"),
             }
             for (kind, place) in [("sysfs", "/work/sys"), ("cgroup2", "/work/cgroup")] {
@@ -1061,7 +1063,7 @@ fn fresh_mounts(report: &mut Report, words: &[String]) {
                     kind,
                     libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
                 ) {
-                    Err(error) => report.print(format!("held: {kind}: {error}")),
+                    Err(error) => report.print(format!("blocked: {kind}: {error}")),
                     Ok(()) => {
                         let mut tried = 0;
                         try_to_open(report, Path::new(place), 24, &mut tried);
@@ -1091,10 +1093,10 @@ fn fresh_mounts(report: &mut Report, words: &[String]) {
     });
 }
 
-/// A directory, opened in a mount namespace that ends: what covered something there must not come off.
-fn old_descriptors(report: &mut Report, words: &[String]) {
+/// A directory, opened in a mount namespace that ends: what masked a path there must not come off.
+fn old_descriptors(report: &mut Report, args: &[String]) {
     const KEPT: i32 = 100;
-    let tree = &words[0];
+    let tree = &args[0];
     // One table of descriptors for both.
     let flags = (libc::CLONE_FILES | libc::SIGCHLD) as usize;
     let child = match call(libc::SYS_clone, [flags, 0, 0, 0, 0, 0]) {
@@ -1124,26 +1126,26 @@ fn old_descriptors(report: &mut Report, words: &[String]) {
     );
 }
 
-/// The word is the new mount's source, by which the test knows it.
-fn travelling_mount(report: &mut Report, words: &[String]) {
+/// The argument is the new mount's source, by which the test knows it.
+fn travelling_mount(report: &mut Report, args: &[String]) {
     report.must_work("namespaces", own_namespaces());
     let shared = libc::MS_SHARED | libc::MS_REC;
     report.must_work("share everything", mount("none", "/", "none", shared));
     for place in ["/tmp", "/work", "/srv/of-the-job", "/dev/shm", "/usr"] {
-        report.must_work("a tmpfs", mount(&words[0], place, "tmpfs", 0));
+        report.must_work("a tmpfs", mount(&args[0], place, "tmpfs", 0));
     }
     report.must_work("a file in it", fs::write("/tmp/file", "x"));
     let own = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    if own.matches(words[0].as_str()).count() < 5 {
+    if own.matches(args[0].as_str()).count() < 5 {
         report.broken("the mounts are not there");
     }
     report.print("ready");
     wait_for_ever();
 }
 
-fn no_such_mount(report: &mut Report, words: &[String]) {
+fn no_such_mount(report: &mut Report, args: &[String]) {
     let own = fs::read_to_string("/proc/self/mountinfo").expect("it can be read");
-    if own.contains(&words[0]) {
+    if own.contains(&args[0]) {
         report.broken("another job's mount is here");
     }
     report.must_fail("its file", fs::read("/tmp/file"));

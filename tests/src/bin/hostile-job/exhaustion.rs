@@ -27,8 +27,8 @@ pub const ATTEMPTS: &[Attempt] = &[
     ("bind-sockets", bind_sockets),
 ];
 
-fn number(word: &str) -> u64 {
-    word.parse().expect("the test gives a number")
+fn number(arg: &str) -> u64 {
+    arg.parse().expect("the test gives a number")
 }
 
 /// Take things until there are no more, at most `end` of them; they are returned, and the reason.
@@ -55,14 +55,14 @@ fn bounded(
     let why = error.as_ref().and_then(io::Error::raw_os_error);
     let line = format!("{what}: {count}, then {error:?}");
     if (least..=most).contains(&count) && why.is_some_and(|why| reasons.contains(&why)) {
-        report.print(format!("held: {line}"));
+        report.print(format!("blocked: {line}"));
     } else {
         report.broken(line);
     }
 }
 
-fn shared_memory(report: &mut Report, words: &[String]) {
-    let limit = number(&words[0]);
+fn shared_memory(report: &mut Report, args: &[String]) {
+    let limit = number(&args[0]);
     let size = statvfs("/dev/shm").expect("a job has it");
     let bytes = size.blocks() * size.fragment_size();
     if bytes != limit {
@@ -115,9 +115,9 @@ fn queue(count: u64) -> io::Result<i64> {
     call(libc::SYS_mq_open, [name.as_ptr() as usize, flags, 0o600, 0, 0, 0])
 }
 
-/// The words: the slot's processes and open files, the watches that the host lets a user have.
-fn exhaust_limits(report: &mut Report, words: &[String]) {
-    let [processes, files, watches] = [0, 1, 2].map(|n| number(&words[n]));
+/// The arguments: the slot's processes and open files, the watches that the host lets a user have.
+fn exhaust_limits(report: &mut Report, args: &[String]) {
+    let [processes, files, watches] = [0, 1, 2].map(|n| number(&args[n]));
 
     let raised = [files + 1; 2];
     let arguments = [0, libc::RLIMIT_NOFILE as usize, raised.as_ptr() as usize, 0, 0, 0];
@@ -201,17 +201,17 @@ fn exhaust_limits(report: &mut Report, words: &[String]) {
         child(|| {
             let (terminals, error) = take(files, terminal);
             let why = error.as_ref().and_then(io::Error::raw_os_error).unwrap_or(0);
-            let words = [terminals.len() as u32, why as u32].map(u32::to_le_bytes);
-            there.write_all(words.as_flattened()).expect("the parent reads");
+            let counts = [terminals.len() as u32, why as u32].map(u32::to_le_bytes);
+            there.write_all(counts.as_flattened()).expect("the parent reads");
             let _rest = (take(files, watch), take(files, |_| File::open("/dev/null")));
             wait_for_ever();
         })
         .expect("there may be more processes");
         drop(there);
-        let mut words = [0; 8];
-        here.read_exact(&mut words).expect("the child writes");
+        let mut counts = [0; 8];
+        here.read_exact(&mut counts).expect("the child writes");
         let [count, why] =
-            [&words[..4], &words[4..]].map(|word| u32::from_le_bytes(word.try_into().expect("four bytes")));
+            [&counts[..4], &counts[4..]].map(|half| u32::from_le_bytes(half.try_into().expect("four bytes")));
         total += u64::from(count);
         last = Some(io::Error::from_raw_os_error(why as i32));
     }
@@ -254,9 +254,9 @@ fn other_project(file: &File) -> io::Result<libc::c_long> {
     call(libc::SYS_ioctl, arguments)
 }
 
-/// The words: the slot's bytes and files on disk.
-fn fill_quota(report: &mut Report, words: &[String]) {
-    let [bytes, inodes] = [0, 1].map(|n| number(&words[n]));
+/// The arguments: the slot's bytes and files on disk.
+fn fill_quota(report: &mut Report, args: &[String]) {
+    let [bytes, inodes] = [0, 1].map(|n| number(&args[n]));
     let quota = &[libc::EDQUOT];
     let dirs = project_dirs();
     let dir = |count: u64| &dirs[(count % 3) as usize];
@@ -328,21 +328,21 @@ fn fill_quota(report: &mut Report, words: &[String]) {
     wait_for_ever();
 }
 
-/// The words: MiB, and files.
-fn write_much(report: &mut Report, words: &[String]) {
+/// The arguments: MiB, and files.
+fn write_much(report: &mut Report, args: &[String]) {
     let piece = vec![1; 1 << 20];
     let mut file = File::create("/work/much").expect("a job may write there");
-    let (_, blocks) = take(number(&words[0]), |_| file.write_all(&piece));
+    let (_, blocks) = take(number(&args[0]), |_| file.write_all(&piece));
     let made = |count| File::create(Path::new("/tmp").join(format!("file-{count}"))).map(drop);
-    let (_, files) = take(number(&words[1]), made);
+    let (_, files) = take(number(&args[1]), made);
     for error in [blocks, files].into_iter().flatten() {
         report.broken(format!("writing should work: {error}"));
     }
 }
 
-/// 16 MiB of output of the kind that the word says, and an exit status of its own.
-fn print_much(_: &mut Report, words: &[String]) {
-    let pattern: &[u8] = match words[0].as_str() {
+/// 16 MiB of output of the kind that the argument says, and an exit status of its own.
+fn print_much(_: &mut Report, args: &[String]) {
+    let pattern: &[u8] = match args[0].as_str() {
         "no-newline" => b"x",
         "escapes" => b"\x1b[2J\x1b]0;title\x07\x1b[31m\x9b\xff",
         "nuls" => b"\0",
@@ -357,17 +357,17 @@ fn print_much(_: &mut Report, words: &[String]) {
     std::process::exit(7);
 }
 
-/// The words: `quiet`, `noisy` (all of them print as fast as they can), or `threads` (two thousand that spin, beside the
-/// noise); and the seconds after which they begin with that, none unless said.
-fn never_end(report: &mut Report, words: &[String]) {
+/// The arguments: `idle`, `noisy` (all of them print as fast as they can), or `threads` (two thousand that spin, beside
+/// the noise); and the seconds after which they begin with that, none unless said.
+fn never_end(report: &mut Report, args: &[String]) {
     const THREADS: usize = 500;
-    let word = words.first().map(String::as_str);
-    let pause = words.get(1).map_or(0, |seconds| number(seconds));
+    let kind = args.first().map(String::as_str);
+    let pause = args.get(1).map_or(0, |seconds| number(seconds));
     let pause = std::time::Duration::from_secs(pause);
     for process in 0..4 {
         daemon(|| {
             ignore_every_signal();
-            if word == Some("threads") {
+            if kind == Some("threads") {
                 for _ in 0..THREADS {
                     let spin = move || {
                         // When all four have said that they begin.
@@ -382,8 +382,8 @@ fn never_end(report: &mut Report, words: &[String]) {
             }
             std::thread::sleep(pause);
             // The console may have nobody who copies it.
-            fs::write(format!("/work/begun-{process}"), "").expect("/work is writable");
-            if word != Some("quiet") {
+            fs::write(format!("/work/started-{process}"), "").expect("/work is writable");
+            if kind != Some("idle") {
                 loop {
                     let _ = nix::unistd::write(io::stdout(), &[b'y'; 4096]);
                 }
@@ -397,9 +397,9 @@ fn never_end(report: &mut Report, words: &[String]) {
 }
 
 /// Bind so many sockets to paths that are long to resolve, and keep them.
-fn bind_sockets(report: &mut Report, words: &[String]) {
+fn bind_sockets(report: &mut Report, args: &[String]) {
     const EACH: u64 = 900;
-    let count = number(&words[0]);
+    let count = number(&args[0]);
     fs::create_dir("/work/d").expect("a job may write there");
     let long = "d/../".repeat(16);
     for process in 0..count.div_ceil(EACH) {

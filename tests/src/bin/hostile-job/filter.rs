@@ -64,7 +64,7 @@ fn socket_programs(report: &mut Report, _: &[String]) {
     to.set_read_timeout(Some(Duration::from_secs(5)))
         .expect("it takes a time");
     match to.recv(&mut [0; 8]) {
-        Ok(1) => report.print("held: the program was not attached"),
+        Ok(1) => report.print("blocked: the program was not attached"),
         other => report.broken(format!("a program of the job's drops packets: {other:?}")),
     }
     detach(report);
@@ -106,8 +106,8 @@ fn socket_programs(report: &mut Report, _: &[String]) {
     }
 }
 
-/// One program of this process's own, or none. The word: `allowed` or `refused`.
-fn seccomp_programs(report: &mut Report, words: &[String]) {
+/// One program of this process's own, or none. The argument: `allowed` or `refused`.
+fn seccomp_programs(report: &mut Report, args: &[String]) {
     let all = answer(libc::SECCOMP_RET_ALLOW);
     let filter = program(&all);
     let address = filter.as_ptr() as usize;
@@ -122,7 +122,7 @@ fn seccomp_programs(report: &mut Report, words: &[String]) {
         ("prctl", libc::SYS_prctl, [option, mode, address, 0, 0, 0]),
     ] {
         let result = call(number, arguments);
-        if words[0] == "allowed" {
+        if args[0] == "allowed" {
             report.must_work(name, result);
         } else {
             refused(report, name, result, libc::EINVAL);
@@ -272,8 +272,8 @@ fn socket(family: i32, kind: i32, protocol: i32) -> io::Result<libc::c_long> {
     call(libc::SYS_socket, [words[0], words[1], words[2], 0, 0, 0])
 }
 
-/// The word: `allowed` where netlink may set up what is a namespace's own.
-fn protocols(report: &mut Report, words: &[String]) {
+/// The argument: `allowed` where netlink may set up what is a namespace's own.
+fn protocols(report: &mut Report, args: &[String]) {
     let (stream, datagram, packets) = (libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET);
     for family in [libc::AF_INET, libc::AF_INET6] {
         for (name, kind, protocol) in [
@@ -323,7 +323,7 @@ fn protocols(report: &mut Report, words: &[String]) {
         libc::NETLINK_KOBJECT_UEVENT,
     ];
     let of_namespaces = [libc::NETLINK_NETFILTER, libc::NETLINK_GENERIC];
-    let allowed = words[0] == "allowed";
+    let allowed = args[0] == "allowed";
     for protocol in 0..40 {
         let result = socket(libc::AF_NETLINK, libc::SOCK_RAW, protocol);
         if usual.contains(&protocol) || allowed && of_namespaces.contains(&protocol) {

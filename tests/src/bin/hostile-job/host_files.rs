@@ -23,8 +23,8 @@ const FCHMODAT2: libc::c_long = 452;
 const FOR_REQUESTS: i32 = libc::O_ACCMODE;
 
 /// In each directory there is a directory `below`, and in both there is a file `file`. Everybody may write all four.
-fn host_files(report: &mut Report, words: &[String]) {
-    let (how, directories) = words.split_first().expect("words");
+fn host_files(report: &mut Report, args: &[String]) {
+    let (how, directories) = args.split_first().expect("arguments");
     fs::write("/work/own", "of the job").expect("/work is writable");
     if how == "namespaces" {
         report.must_work("namespaces", own_namespaces());

@@ -70,9 +70,9 @@ const KINDS: [(&str, i32); 3] = [
     ("seqpacket", libc::SOCK_SEQPACKET),
 ];
 
-/// Words are paths, and `KIND@NAME` for abstract names at which a process listens; `KIND@NAME@elsewhere`, where that is in
-/// another network namespace, so that the name is not even known.
-fn sockets(report: &mut Report, words: &[String]) {
+/// The arguments are paths, and `KIND@NAME` for abstract names at which a process listens; `KIND@NAME@elsewhere`, where
+/// that is in another network namespace, so that the name is not even known.
+fn sockets(report: &mut Report, args: &[String]) {
     let usual = [
         "/run/docker.sock",
         "/run/containerd/containerd.sock",
@@ -86,10 +86,7 @@ fn sockets(report: &mut Report, words: &[String]) {
         "/run/user/0/bus",
         "/dev/log",
     ];
-    let given = words
-        .iter()
-        .map(String::as_str)
-        .filter(|word| word.starts_with('/'));
+    let given = args.iter().map(String::as_str).filter(|arg| arg.starts_with('/'));
     for path in usual.into_iter().chain(given) {
         let shortcut = path.replace("/run/", "/var/run/");
         for path in [
@@ -117,8 +114,8 @@ fn sockets(report: &mut Report, words: &[String]) {
             report.broken(format!("{name}: not even its own can be reached: {error}"));
         }
     }
-    for word in words {
-        let Some((name, place)) = word.split_once('@') else {
+    for arg in args {
+        let Some((name, place)) = arg.split_once('@') else {
             continue;
         };
         let (place, expected) = match place.strip_suffix("@elsewhere") {
@@ -295,10 +292,10 @@ fn typing(report: &mut Report) -> File {
     master
 }
 
-/// Words: numbers of the host's processes.
-fn signals(report: &mut Report, words: &[String]) {
-    for word in words {
-        let pid: usize = word.parse().expect("the test gives numbers");
+/// Arguments: numbers of the host's processes.
+fn signals(report: &mut Report, args: &[String]) {
+    for arg in args {
+        let pid: usize = arg.parse().expect("the test gives numbers");
         report.must_fail(format!("there is {pid}"), fs::metadata(format!("/proc/{pid}")));
         for signal in [0, libc::SIGCONT, libc::SIGURG, libc::SIGKILL] {
             let signal = signal as usize;
@@ -352,9 +349,9 @@ fn kill_all(_: &mut Report, _: &[String]) {
     wait_for_ever();
 }
 
-/// Words: what nobody else is to see.
-fn keep_secret(report: &mut Report, words: &[String]) {
-    let secret = &words[0];
+/// Arguments: what nobody else is to see.
+fn keep_secret(report: &mut Report, args: &[String]) {
+    let secret = &args[0];
     for place in own_places() {
         let file = place.join(secret);
         fs::write(&file, secret).expect("its own places are writable");
@@ -369,11 +366,11 @@ fn keep_secret(report: &mut Report, words: &[String]) {
     wait_for_ever();
 }
 
-/// Words: the secret backwards, so that this program's own file has it nowhere; then paths that must not be
+/// Arguments: the secret backwards, so that this program's own file has it nowhere; then paths that must not be
 /// there. What can be read is searched, wherever it is.
-fn seek(report: &mut Report, words: &[String]) {
-    let secret: String = words[0].chars().rev().collect();
-    for path in &words[1..] {
+fn seek(report: &mut Report, args: &[String]) {
+    let secret: String = args[0].chars().rev().collect();
+    for path in &args[1..] {
         for prefix in [
             "",
             "/proc/1/root",
@@ -464,8 +461,8 @@ fn search(report: &mut Report, dir: &Path, secret: &str, depth: u32, seen: &mut 
     }
 }
 
-/// Words are FIFOs of the host that their modes let everybody write to, each with a reader.
-fn fifos(report: &mut Report, words: &[String]) {
+/// The arguments are FIFOs of the host that their modes let everybody write to, each with a reader.
+fn fifos(report: &mut Report, args: &[String]) {
     let nonblock = libc::O_NONBLOCK;
     let write = |report: &mut Report, name: &str, path: &str, options: &OpenOptions| {
         let written = options
@@ -473,7 +470,7 @@ fn fifos(report: &mut Report, words: &[String]) {
             .and_then(|mut fifo| fifo.write_all(b"from the job"));
         report.must_fail(format!("{name} {path}"), written);
     };
-    for word in words {
+    for arg in args {
         let only = OpenOptions::new().write(true).custom_flags(nonblock).clone();
         let both = OpenOptions::new()
             .read(true)
@@ -487,21 +484,21 @@ fn fifos(report: &mut Report, words: &[String]) {
             .custom_flags(nonblock)
             .clone();
         for (name, options) in [("write", &only), ("read and write", &both), ("create", &made)] {
-            write(report, name, word, options);
-            write(report, name, &format!("/proc/self/root{word}"), options);
+            write(report, name, arg, options);
+            write(report, name, &format!("/proc/self/root{arg}"), options);
         }
         // By a descriptor that was opened for less.
         for flags in [libc::O_PATH, libc::O_RDONLY] {
             let held = OpenOptions::new()
                 .read(true)
                 .custom_flags(flags | nonblock)
-                .open(word);
+                .open(arg);
             let held = held.expect("its mode lets everybody read it");
             let path = format!("/proc/self/fd/{}", held.as_raw_fd());
             write(report, "write by descriptor", &path, &only);
         }
-        report.must_fail(format!("link {word}"), fs::hard_link(word, "/work/fifo"));
-        report.must_fail(format!("rename {word}"), fs::rename(word, "/work/fifo"));
+        report.must_fail(format!("link {arg}"), fs::hard_link(arg, "/work/fifo"));
+        report.must_fail(format!("rename {arg}"), fs::rename(arg, "/work/fifo"));
     }
     // That it works at all: with its own, a job does what it likes, in each of its places.
     for place in own_places() {

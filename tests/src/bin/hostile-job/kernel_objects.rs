@@ -57,17 +57,18 @@ const KINDS: &[(&str, Take)] = &[
     ("crashes", crash),
 ];
 
-/// The words: a kind, how many processes take of it, and how much each takes at most. Or `locks-of-the-host`, and files.
-fn hold(report: &mut Report, words: &[String]) {
-    let kind = words[0].as_str();
+/// The arguments: a kind, how many processes take of it, and how much each takes at most. Or `locks-of-the-host`, and
+/// files.
+fn hold(report: &mut Report, args: &[String]) {
+    let kind = args[0].as_str();
     if kind == "locks-of-the-host" {
-        lock_files_of_the_host(report, &words[1..]);
+        lock_files_of_the_host(report, &args[1..]);
     }
     let (_, take) = KINDS
         .iter()
         .find(|(name, _)| *name == kind)
         .expect("the test names a kind");
-    let [processes, each] = [1, 2].map(|n| words[n].parse::<u64>().expect("the test gives a number"));
+    let [processes, each] = [1, 2].map(|n| args[n].parse::<u64>().expect("the test gives a number"));
     raise_open_files();
     let (mut total, mut reasons) = (0, BTreeMap::<i32, u64>::new());
     for _ in 0..processes {
@@ -76,8 +77,8 @@ fn hold(report: &mut Report, words: &[String]) {
             drop(there);
         } else {
             drop(here);
-            let (held, _kept, why) = take_all(*take, each);
-            let answer = [held, u64::from(why.unsigned_abs())].map(u64::to_le_bytes);
+            let (taken, _kept, why) = take_all(*take, each);
+            let answer = [taken, u64::from(why.unsigned_abs())].map(u64::to_le_bytes);
             there.write_all(answer.as_flattened()).expect("the parent reads");
             wait_for_ever();
         }
@@ -86,9 +87,9 @@ fn hold(report: &mut Report, words: &[String]) {
             *reasons.entry(libc::EAGAIN).or_default() += 1;
             break;
         }
-        let [held, why] = [&answer[..8], &answer[8..]]
+        let [taken, why] = [&answer[..8], &answer[8..]]
             .map(|part| u64::from_le_bytes(part.try_into().expect("eight bytes")));
-        total += held;
+        total += taken;
         *reasons.entry(why as i32).or_default() += 1;
     }
     let reasons = reasons.iter().map(|(why, count)| match why {
@@ -96,7 +97,7 @@ fn hold(report: &mut Report, words: &[String]) {
         why => format!("{count}: {}", io::Error::from_raw_os_error(*why)),
     });
     report.print(format!(
-        "held {total} {kind}; {}",
+        "taken {total} {kind}; {}",
         reasons.collect::<Vec<_>>().join("; ")
     ));
     report.print("ready");
@@ -104,14 +105,14 @@ fn hold(report: &mut Report, words: &[String]) {
 }
 
 fn take_all(take: Take, each: u64) -> (u64, HeldDescriptors, i32) {
-    let (mut held, mut kept) = (0, Vec::new());
+    let (mut taken, mut kept) = (0, Vec::new());
     for number in 0..each {
         match take(&mut kept, number) {
-            Ok(amount) => held += amount,
-            Err(error) => return (held, kept, error.raw_os_error().unwrap_or(-1)),
+            Ok(amount) => taken += amount,
+            Err(error) => return (taken, kept, error.raw_os_error().unwrap_or(-1)),
         }
     }
-    (held, kept, 0)
+    (taken, kept, 0)
 }
 
 /// Bytes. As large as a pipe may be, and as many as there may be of them.

@@ -99,9 +99,9 @@ fn at_most(processes: u64) {
     call(libc::SYS_prlimit64, arguments).expect("a limit can be lowered");
 }
 
-fn fork_bomb(report: &mut Report, words: &[String]) {
-    at_most(words.get(1).map_or(400, |most| most.parse().expect("a number")));
-    match words[0].as_str() {
+fn fork_bomb(report: &mut Report, args: &[String]) {
+    at_most(args.get(1).map_or(400, |most| most.parse().expect("a number")));
+    match args[0].as_str() {
         // Each has as many children as it gets, and so have they.
         "grow" => {
             let mut first = true;
@@ -247,8 +247,8 @@ fn other_cgroups(report: &mut Report, mount: &str, clone3_works: bool) {
     }
 }
 
-fn cgroups(report: &mut Report, words: &[String]) {
-    let clone3_works = words[0] == "clone3";
+fn cgroups(report: &mut Report, args: &[String]) {
+    let clone3_works = args[0] == "clone3";
     if clone3_works {
         report.must_work("clone3", clone_into(None));
     } else {
@@ -267,15 +267,15 @@ fn cgroups(report: &mut Report, words: &[String]) {
         other_cgroups(report, "/sys/fs/cgroup", clone3_works);
         match mount("none", "/tmp", "cgroup2", 0) {
             Ok(()) => other_cgroups(report, "/tmp", clone3_works),
-            Err(error) => report.print(format!("held: cgroup2 in a namespace: {error}")),
+            Err(error) => report.print(format!("blocked: cgroup2 in a namespace: {error}")),
         }
     }
     report.print("ready");
     wait_for_ever();
 }
 
-fn files_everywhere(report: &mut Report, words: &[String]) {
-    let name = &words[0];
+fn files_everywhere(report: &mut Report, args: &[String]) {
+    let name = &args[0];
     let leave = |report: &mut Report, dir: &Path| {
         let file = dir.join(name);
         match OpenOptions::new().write(true).create_new(true).open(&file) {
@@ -322,7 +322,7 @@ impl Report {
     fn must_fail_unless_private(&mut self, place: &str, name: &str) {
         match fs::write(Path::new(place).join(name), "") {
             Ok(()) => self.print(format!("wrote {place}/{name}")),
-            Err(error) => self.print(format!("held: {place}: {error}")),
+            Err(error) => self.print(format!("blocked: {place}: {error}")),
         }
     }
 
@@ -363,17 +363,17 @@ fn system_v(report: &mut Report, _: &[String]) {
     wait_for_ever();
 }
 
-fn posix_ipc(report: &mut Report, words: &[String]) {
-    let name = c(&words[0]);
+fn posix_ipc(report: &mut Report, args: &[String]) {
+    let name = c(&args[0]);
     let flags = (libc::O_CREAT | libc::O_RDWR) as usize;
     let queue = call(libc::SYS_mq_open, [name.as_ptr() as usize, flags, 0o666, 0, 0, 0]);
     report.must_work("queue", queue);
     // What sem_open(3) and shm_open(3) make.
     report.must_work(
         "semaphore",
-        fs::write(format!("/dev/shm/sem.{}", words[0]), [0; 32]),
+        fs::write(format!("/dev/shm/sem.{}", args[0]), [0; 32]),
     );
-    report.must_work("memory", fs::write(format!("/dev/shm/{}", words[0]), [1; 4096]));
+    report.must_work("memory", fs::write(format!("/dev/shm/{}", args[0]), [1; 4096]));
     report.print("ready");
     wait_for_ever();
 }
@@ -437,7 +437,7 @@ fn services(report: &mut Report, commands: &[String]) {
             Ok(output) if output.status.success() => report.broken(format!("{command:?} worked")),
             Ok(output) => {
                 let why = String::from_utf8_lossy(&output.stderr);
-                report.print(format!("held: {command:?}: {}: {}", output.status, why.trim()));
+                report.print(format!("blocked: {command:?}: {}: {}", output.status, why.trim()));
             }
         }
     }
@@ -493,26 +493,23 @@ fn abstract_name(name: &str) -> SocketAddr {
 }
 
 /// Listen at an abstract name for other jobs.
-fn listener(report: &mut Report, words: &[String]) {
-    let listener = UnixListener::bind_addr(&abstract_name(&words[0]));
+fn listener(report: &mut Report, args: &[String]) {
+    let listener = UnixListener::bind_addr(&abstract_name(&args[0]));
     let listener = report.must_work("listening", listener);
-    let datagrams = UnixDatagram::bind_addr(&abstract_name(&format!("{}-datagrams", words[0])));
+    let datagrams = UnixDatagram::bind_addr(&abstract_name(&format!("{}-datagrams", args[0])));
     let datagrams = report.must_work("datagrams", datagrams);
     // It can be reached: this job itself connects.
-    report.must_work(
-        "own listener",
-        UnixStream::connect_addr(&abstract_name(&words[0])),
-    );
+    report.must_work("own listener", UnixStream::connect_addr(&abstract_name(&args[0])));
     report.print("ready");
     std::mem::forget((listener, datagrams));
     wait_for_ever();
 }
 
 /// Connect to another job's listener. Over that connection, any descriptor could be handed over.
-fn connect_to_other_job(report: &mut Report, words: &[String]) {
-    report.must_fail("connecting", UnixStream::connect_addr(&abstract_name(&words[0])));
+fn connect_to_other_job(report: &mut Report, args: &[String]) {
+    report.must_fail("connecting", UnixStream::connect_addr(&abstract_name(&args[0])));
     let socket = UnixDatagram::unbound().expect("a socket can be made");
-    let address = abstract_name(&format!("{}-datagrams", words[0]));
+    let address = abstract_name(&format!("{}-datagrams", args[0]));
     report.must_fail("sending", socket.send_to_addr(b"x", &address));
     report.must_fail("connecting for datagrams", socket.connect_addr(&address));
 }
@@ -533,8 +530,8 @@ pub fn own_namespaces() -> io::Result<()> {
     fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
 }
 
-fn user_namespace(report: &mut Report, words: &[String]) {
-    if words[0] == "refused" {
+fn user_namespace(report: &mut Report, args: &[String]) {
+    if args[0] == "refused" {
         let child = |result: io::Result<libc::c_long>| {
             if let Ok(0) = result {
                 std::process::exit(0);
@@ -575,18 +572,18 @@ fn user_namespace(report: &mut Report, words: &[String]) {
     );
     report.must_work("the file, seen there", fs::read("/work/bound/file"));
     match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-        Err(error) => report.print(format!("held: /dev/fuse: {error}")),
+        Err(error) => report.print(format!("blocked: /dev/fuse: {error}")),
         Ok(_) => report.broken("/dev/fuse is not the slot's"),
     }
     report.print("ready");
     wait_for_ever();
 }
 
-fn watches_and_locks(report: &mut Report, words: &[String]) {
-    let host_file = File::open(&words[0]).expect("the job can see the host's file");
+fn watches_and_locks(report: &mut Report, args: &[String]) {
+    let host_file = File::open(&args[0]).expect("the job can see the host's file");
     let watches = call(libc::SYS_inotify_init1, [0; 6]);
     if let Some(watches) = report.must_work("inotify", watches) {
-        for place in ["/etc", "/usr", "/work", &words[0]] {
+        for place in ["/etc", "/usr", "/work", &args[0]] {
             let path = c(place);
             let all = libc::IN_ALL_EVENTS as usize;
             let arguments = [watches as usize, path.as_ptr() as usize, all, 0, 0, 0];
@@ -666,7 +663,7 @@ fn crash(report: &mut Report, _: &[String]) {
                 }
             });
             match waitpid(Pid::from_raw(pid), None) {
-                Ok(WaitStatus::Signaled(_, by, false)) if by == signal => report.print("held: no core"),
+                Ok(WaitStatus::Signaled(_, by, false)) if by == signal => report.print("blocked: no core"),
                 other => report.broken(format!("{attempt:?} {signal}: {other:?}")),
             }
         }
@@ -708,19 +705,19 @@ fn accounting(report: &mut Report, _: &[String]) {
         report.must_fail(path, file);
     }
     // Programs that write such records for those who start them, on a terminal of the job's own.
-    for words in [
+    for command in [
         ["script", "-qec", "true", "/dev/null"],
         ["su", "-", "root", "-c=true"],
         ["login", "-f", "root", "true"],
         ["logger", "-p", "auth.notice", "a login"],
     ] {
-        let outcome = Command::new(words[0])
-            .args(&words[1..])
+        let outcome = Command::new(command[0])
+            .args(&command[1..])
             .stdin(Stdio::null())
             .output();
         match outcome {
-            Err(error) => report.print(format!("absent: {}: {error}", words[0])),
-            Ok(output) => report.print(format!("{words:?}: {}", output.status)),
+            Err(error) => report.print(format!("absent: {}: {error}", command[0])),
+            Ok(output) => report.print(format!("{command:?}: {}", output.status)),
         }
     }
 }

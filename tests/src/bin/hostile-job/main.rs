@@ -1,7 +1,7 @@
 //! A job that attacks: started by the helper in place of the agent, it makes one attempt from inside the
 //! sandbox, says how each part of it went, and exits with 0 only if all of it failed.
 //!
-//! Which attempt, and with which words, stands behind the program's own last byte: see
+//! Which attempt, and with which arguments, stands behind the program's own last byte: see
 //! `testbed::test_helper::attack_program`. All `unsafe` is in `sys`.
 
 mod calls;
@@ -36,7 +36,7 @@ impl Report {
     pub fn must_fail<T, E: Display>(&mut self, what: impl Display, result: Result<T, E>) {
         match result {
             Ok(_) => self.broken(format!("{what}: it worked")),
-            Err(error) => println!("held: {what}: {error}"),
+            Err(error) => println!("blocked: {what}: {error}"),
         }
     }
 
@@ -46,7 +46,7 @@ impl Report {
         println!("BROKEN: {what}");
     }
 
-    /// A word for the test, which waits for it.
+    /// A line for the test, which waits for it.
     pub fn print(&mut self, what: impl Display) {
         println!("{what}");
     }
@@ -61,14 +61,14 @@ fn main() -> ExitCode {
         })
         .expect("a job can read its own program");
     let tail = String::from_utf8_lossy(&tail).into_owned();
-    let mut words = tail
+    let mut args = tail
         .rsplit("\nATTACK ")
         .next()
         .unwrap_or_default()
         .split('\t')
         .map(str::to_owned);
-    let name = words.next().unwrap_or_default();
-    let words: Vec<String> = words.collect();
+    let name = args.next().unwrap_or_default();
+    let args: Vec<String> = args.collect();
     let all = [
         kernel_objects::ATTEMPTS,
         leftovers::ATTEMPTS,
@@ -94,7 +94,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let mut report = Report::default();
-    attempt(&mut report, &words);
+    attempt(&mut report, &args);
     println!("attempt over");
     ExitCode::from(u8::from(report.broken))
 }

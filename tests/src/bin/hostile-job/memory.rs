@@ -74,7 +74,7 @@ fn in_a_socket() -> io::Result<HeldMemory> {
     Ok((Box::new((out, into)), total))
 }
 
-/// Hold this much memory of the kind that the word says. The error is why there was no more.
+/// Hold this much memory of the kind that the argument says. The error is why there was no more.
 fn hold(kind: &str, bytes: u64) -> (Vec<HeldMemory>, u64, Option<io::Error>) {
     let one = match kind {
         "anonymous" => anonymous,
@@ -97,23 +97,23 @@ fn hold(kind: &str, bytes: u64) -> (Vec<HeldMemory>, u64, Option<io::Error>) {
     (all, total, None)
 }
 
-fn words_of(words: &[String]) -> (&str, u64) {
-    (&words[0], words[1].parse().expect("the test gives a number"))
+fn parse_args(args: &[String]) -> (&str, u64) {
+    (&args[0], args[1].parse().expect("the test gives a number"))
 }
 
-/// The words: a kind of memory, and the slot's limit, which there is no going far beyond.
-fn memory_bomb(report: &mut Report, words: &[String]) {
-    let (kind, limit) = words_of(words);
+/// The arguments: a kind of memory, and the slot's limit, which there is no going far beyond.
+fn memory_bomb(report: &mut Report, args: &[String]) {
+    let (kind, limit) = parse_args(args);
     let bomb = fork(|| {
         raise_open_files();
         let (_all, total, error) = hold(kind, 4 * limit);
         match error {
             None => println!("BROKEN: {kind}: {total} bytes were there to be had"),
-            Some(error) => println!("held: {kind}: {total} bytes, then {error}"),
+            Some(error) => println!("blocked: {kind}: {total} bytes, then {error}"),
         }
     });
     match waitpid(Pid::from_raw(bomb), None).expect("it is our child") {
-        WaitStatus::Signaled(_, signal, _) => report.print(format!("held: {kind}: ended by {signal}")),
+        WaitStatus::Signaled(_, signal, _) => report.print(format!("blocked: {kind}: ended by {signal}")),
         other => report.print(format!("{other:?}")),
     }
 }
@@ -135,9 +135,9 @@ pub fn raise_open_files() {
     call(libc::SYS_prlimit64, set).expect("up to the hard limit");
 }
 
-/// The words: a kind of memory, and how much of it is to be had.
-fn memory_hold(report: &mut Report, words: &[String]) {
-    let (kind, bytes) = words_of(words);
+/// The arguments: a kind of memory, and how much of it is to be had.
+fn memory_hold(report: &mut Report, args: &[String]) {
+    let (kind, bytes) = parse_args(args);
     let (_all, total, error) = hold(kind, bytes);
     match error {
         None => report.print(format!("done: {kind}: {total} bytes")),
@@ -146,8 +146,8 @@ fn memory_hold(report: &mut Report, words: &[String]) {
 }
 
 /// Write and read again a file of four times the slot's limit: it fits, for page cache makes room.
-fn page_cache(report: &mut Report, words: &[String]) {
-    let (_, limit) = words_of(words);
+fn page_cache(report: &mut Report, args: &[String]) {
+    let (_, limit) = parse_args(args);
     let work = || -> io::Result<u64> {
         let mut file = OpenOptions::new()
             .create_new(true)
@@ -174,9 +174,9 @@ fn page_cache(report: &mut Report, words: &[String]) {
     }
 }
 
-/// The words: processes, which do nothing but that as fast as they can.
-fn spin(report: &mut Report, words: &[String]) {
-    for _ in 0..words[0].parse().expect("the test gives a number") {
+/// The arguments: processes, which do nothing but that as fast as they can.
+fn spin(report: &mut Report, args: &[String]) {
+    for _ in 0..args[0].parse().expect("the test gives a number") {
         fork(|| {
             loop {
                 std::hint::spin_loop();

@@ -76,14 +76,15 @@ fn install(program: &Program) -> io::Result<()> {
     call(libc::SYS_seccomp, arguments).map(drop)
 }
 
-/// The words: a kind of program, processes, programs in each, instructions in each program. They stay until the job ends.
-fn programs(report: &mut Report, words: &[String]) {
+/// The arguments: a kind of program, processes, programs in each, instructions in each program. They stay until the job
+/// ends.
+fn programs(report: &mut Report, args: &[String]) {
     if !Path::new(BOOTED_MACHINE).exists() {
         report.broken("this can stop the kernel, and is not tried here: use tests/machine/run programs");
         return;
     }
     let [processes, each, length] =
-        [1, 2, 3].map(|n| words[n].parse::<usize>().expect("the test gives a number"));
+        [1, 2, 3].map(|n| args[n].parse::<usize>().expect("the test gives a number"));
     let steps = steps(length);
     let program = Program {
         length: length as u16,
@@ -106,7 +107,7 @@ fn programs(report: &mut Report, words: &[String]) {
         fork(|| {
             let (mut count, mut why) = (0u32, 0);
             while (count as usize) < each {
-                if let Err(error) = one(&words[0]) {
+                if let Err(error) = one(&args[0]) {
                     why = error.raw_os_error().unwrap_or(-1);
                     break;
                 }

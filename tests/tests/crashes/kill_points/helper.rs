@@ -10,7 +10,7 @@ use testbed::host_snapshot::HostSnapshot;
 use testbed::sample::Sample;
 use testbed::test_helper::{list, wait_until};
 use testbed::tracer::calls::{MEMORY, name};
-use testbed::tracer::service::{KINDS, KillPoint, Plan, Seen, TracedKind};
+use testbed::tracer::helper::{KINDS, KillPlan, KillPoint, TraceResult, TracedKind};
 
 use crate::crashes::kill_points::restartable_helper::{
     Operation, RestartableHelper, ask, ask_with, is_success, prepare, request, state_of,
@@ -25,7 +25,7 @@ enum After {
 }
 
 /// The points at which to kill, in their forms.
-fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
+fn plans(seen: &TraceResult, sample: &Sample) -> Vec<(KillPlan, After)> {
     let mut plans = Vec::new();
     // One alone, or all that is the service's with it: two forms at a time, each with one of these ends.
     let forms = [
@@ -40,7 +40,7 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
             let mut take = |when, forms: &[(bool, After)]| {
                 for (all, after) in forms {
                     let (kind, all) = (*kind, *all);
-                    let plan = Plan {
+                    let plan = KillPlan {
                         kind,
                         when,
                         all,
@@ -63,9 +63,9 @@ fn plans(seen: &Seen, sample: &Sample) -> Vec<(Plan, After)> {
 
 /// What is still to be killed, and what has been.
 struct Kills {
-    plans: VecDeque<(Plan, After)>,
+    plans: VecDeque<(KillPlan, After)>,
     /// Those that have found nothing to kill, once: no two runs are quite the same.
-    again: VecDeque<(Plan, After)>,
+    again: VecDeque<(KillPlan, After)>,
     killed: usize,
     missed: usize,
     covered: BTreeSet<(TracedKind, i64)>,
@@ -99,7 +99,7 @@ fn kill_at_every_step_of(operation: Operation, slot: &str) {
         }
         seen
     };
-    let mut runs: Vec<Seen> = (0..3).map(|_| undisturbed(&test)).collect();
+    let mut runs: Vec<TraceResult> = (0..3).map(|_| undisturbed(&test)).collect();
     let plans = VecDeque::from(plans(shortest(&runs), &sample));
     let kills = Mutex::new(Kills {
         plans,
@@ -202,13 +202,13 @@ fn end(test: &RestartableHelper, worker: WorkerId, what: &str) {
 }
 
 /// What happens on the host meanwhile, a mount above all, makes the monitor do more: none of it is in the shortest run.
-fn shortest(runs: &[Seen]) -> &Seen {
-    let calls = |seen: &&Seen| seen.calls.values().map(Vec::len).sum::<usize>();
+fn shortest(runs: &[TraceResult]) -> &TraceResult {
+    let calls = |seen: &&TraceResult| seen.calls.values().map(Vec::len).sum::<usize>();
     runs.iter().min_by_key(calls).expect("there are runs")
 }
 
 /// Which calls each of the processes makes.
-fn all_calls(seen: &Seen) -> BTreeSet<(TracedKind, i64)> {
+fn all_calls(seen: &TraceResult) -> BTreeSet<(TracedKind, i64)> {
     let of = |(kind, calls): (&TracedKind, &Vec<i64>)| calls.iter().map(|n| (*kind, *n)).collect::<Vec<_>>();
     seen.calls.iter().flat_map(of).collect()
 }
@@ -231,7 +231,7 @@ fn is_of_a_build((kind, number): &(TracedKind, i64)) -> bool {
 /// Say at how many points was killed, and fail if it was not as it should be.
 fn report(
     what: &str,
-    runs: &[Seen],
+    runs: &[TraceResult],
     covered: &BTreeSet<(TracedKind, i64)>,
     killed: usize,
     missed: usize,
@@ -274,10 +274,10 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
     let before = list(&Client::new(&test.host));
     let mut undisturbed = || {
         test.helper.signal(Signal::SIGKILL);
-        test.helper.ended();
+        test.helper.wait_for_end();
         test.start_under_the_tracer(None)
     };
-    let mut runs: Vec<Seen> = (0..3).map(|_| undisturbed()).collect();
+    let mut runs: Vec<TraceResult> = (0..3).map(|_| undisturbed()).collect();
     let sample = Sample::of(61);
     let (mut killed, mut missed) = (0, 0);
     let mut covered: BTreeSet<(TracedKind, i64)> = BTreeSet::new();
@@ -286,7 +286,7 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
     plans.dedup_by(|one, other| one.0.when == other.0.when && one.0.kind == other.0.kind);
     for (plan, _) in plans {
         test.helper.signal(Signal::SIGKILL);
-        test.helper.ended();
+        test.helper.wait_for_end();
         let Some(at) = test.start_under_the_tracer(Some(plan)).killed else {
             missed += 1;
             continue;
@@ -306,7 +306,7 @@ fn a_helper_cut_off_anywhere_at_its_start_can_be_started_again_and_loses_nothing
     assert!(before.iter().any(|info| info.state == State::Running));
     // And one that nobody killed.
     test.helper.signal(Signal::SIGKILL);
-    test.helper.ended();
+    test.helper.wait_for_end();
     runs.push(test.start_under_the_tracer(None));
     for worker in [running, created] {
         let reply = ask(&test.host, &Request::Delete { worker });

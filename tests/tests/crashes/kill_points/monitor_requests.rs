@@ -8,9 +8,9 @@ use std::time::Instant;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use protocol::{ErrorKind, Reply, Request, WorkerId, wire};
-use testbed::harness::{Client, sealed, until};
+use testbed::harness::{Client, sealed_memfd, until};
 use testbed::test_helper::{read, wait_for_line};
-use testbed::tracer::service::{Connections, KillPoint, Plan, TracedKind, children, listener};
+use testbed::tracer::helper::{Connections, KillPlan, KillPoint, TracedKind, children, listener};
 
 use crate::crashes::kill_points::restartable_helper::{Operation, RestartableHelper, ask, prepare, request};
 
@@ -52,7 +52,7 @@ fn a_request_of_a_killed_session_is_not_carried_out() {
     let (second, second_pid) = connected(&[first_pid]);
     test.helper.signal(Signal::SIGSTOP);
     let install = wire::encode(&request(Operation::Install, worker, "rich")).unwrap();
-    let agent = sealed(AGENT);
+    let agent = sealed_memfd(AGENT);
     // Each has made a cgroup, and waits for the monitor, when its request is in the monitor's queue.
     first.socket.send(&install, Some(agent.as_fd())).unwrap();
     let one = wait_for("the first cgroup", || cgroup(&test, worker, None));
@@ -83,7 +83,7 @@ fn a_first_process_that_hangs_is_ended_by_a_repetition_of_the_start() {
     let test = RestartableHelper::new();
     for call in [libc::SYS_setsid, libc::SYS_umount2] {
         let worker = prepare(&test, Operation::Install, "rich");
-        let plan = Plan {
+        let plan = KillPlan {
             kind: TracedKind::FirstProcess,
             when: KillPoint::First(call),
             all: false,
@@ -102,7 +102,7 @@ fn a_first_process_that_hangs_is_ended_by_a_repetition_of_the_start() {
 fn a_job_whose_filter_cannot_be_installed_says_so_in_time_and_a_repetition_ends_it() {
     let test = RestartableHelper::new();
     let worker = prepare(&test, Operation::Install, "rich");
-    let plan = Plan {
+    let plan = KillPlan {
         kind: TracedKind::FirstProcess,
         when: KillPoint::First(libc::SYS_seccomp),
         all: false,

@@ -4,11 +4,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use protocol::{Received, Reply, Request, Seqpacket, State, WorkerId, wire};
-use testbed::disk::SmallDisk;
 use testbed::harness::{Client, PAUSE, TEST_TIMEOUT, TestHost, worker_id};
-use testbed::service::Service;
+use testbed::service_manager::Service;
+use testbed::small_disk::SmallDisk;
 use testbed::test_helper::{attack_program, list, slot, token};
-use testbed::tracer::service::{Plan, Seen, WatchPeriod, watch};
+use testbed::tracer::helper::{KillPlan, TraceResult, WatchPeriod, watch};
 use testbed::tracer::wait_until_stopped;
 use testbed::worker_snapshot::WorkerSnapshot;
 
@@ -68,14 +68,18 @@ impl RestartableHelper {
     }
 
     /// Do it under the tracer. None: the helper's process closed the connection.
-    pub fn under_the_tracer(&self, request: &Request, plan: Option<Plan>) -> (Option<Reply>, Seen) {
+    pub fn under_the_tracer(
+        &self,
+        request: &Request,
+        plan: Option<KillPlan>,
+    ) -> (Option<Reply>, TraceResult) {
         let watcher = watch(self.helper.pid(), WatchPeriod::OneConnection, plan);
         let reply = ask(&self.host, request);
         (reply, watcher.join().expect("the tracer does not fail"))
     }
 
     /// Start the helper under the tracer, and see it serve, or die.
-    pub fn start_under_the_tracer(&mut self, plan: Option<Plan>) -> Seen {
+    pub fn start_under_the_tracer(&mut self, plan: Option<KillPlan>) -> TraceResult {
         let pid = self.helper.start_stopped();
         wait_until_stopped(pid);
         let watcher = watch(pid, WatchPeriod::Start, plan);
@@ -90,7 +94,7 @@ impl RestartableHelper {
 
     /// The helper was killed: start it again.
     pub fn restart(&mut self) {
-        self.helper.ended();
+        self.helper.wait_for_end();
         self.start();
     }
 

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use protocol::config::STATE_DIR;
+use testbed::fake_server::{JobSpec, LEASE, Server, ServerOptions, State, Ulid};
 use testbed::harness::{SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries};
 use testbed::sample::Sample;
-use testbed::server::{JobSpec, LEASE, Server, ServerOptions, State, Ulid};
-use testbed::service::Service;
+use testbed::service_manager::Service;
 use testbed::test_factory::lines;
-use testbed::tracer::outward::{Seen, watch};
+use testbed::tracer::outward::{OutwardCalls, watch};
 use testbed::tracer::wait_until_stopped;
 use testbed::worker_snapshot::WorkerSnapshot;
 
@@ -82,7 +82,7 @@ impl RestartableFactory {
     }
 
     /// One job, with a supervisor that begins with nothing, and is killed before this call.
-    async fn run_job(&mut self, end_before: Option<usize>) -> Seen {
+    async fn run_job(&mut self, end_before: Option<usize>) -> OutwardCalls {
         let state = self.state_dir();
         fs::remove_dir_all(&state).unwrap();
         fs::create_dir(&state).unwrap();
@@ -108,7 +108,7 @@ impl RestartableFactory {
                 (ended.await, released)
             }
             seen = &mut ended => {
-                supervisor.ended();
+                supervisor.wait_for_end();
                 // A lease that nobody knows of any more ends by itself.
                 server.advance(LEASE + Duration::from_secs(1));
                 supervisor.start();
@@ -118,7 +118,7 @@ impl RestartableFactory {
             }
         };
         let seen = seen.unwrap().expect("the tracer does not fail");
-        supervisor.ended();
+        supervisor.wait_for_end();
         let what = format!(
             "{:?}, killed before {:?}",
             self.course,
@@ -136,9 +136,9 @@ impl RestartableFactory {
                 .filter(|event| event.payload.contains(text))
                 .count()
         };
-        let (ran, said) = (count("once"), count("Exec format error"));
+        let (ran, exec_errors) = (count("once"), count("Exec format error"));
         match self.course {
-            JobCourse::NoStart => assert!(said >= 1 && ran == 0, "{what}: {:#?}", job.events),
+            JobCourse::NoStart => assert!(exec_errors >= 1 && ran == 0, "{what}: {:#?}", job.events),
             _ => assert_eq!(ran, 1, "{what}: {:#?}", job.events),
         }
         // A supervisor that was killed before it had the helper's answer knows less.
@@ -180,7 +180,7 @@ async fn to_its_end(server: &Server, course: JobCourse, job: Ulid) -> BTreeSet<S
             if cancel && it.events.iter().any(|event| event.payload == "once") {
                 return Some(Next::Cancel);
             }
-            (it.complete() && alive().count() == 0).then_some(Next::Nothing)
+            (it.is_complete() && alive().count() == 0).then_some(Next::Nothing)
         };
         // A whole job, of several at once.
         match server.wait_for(3 * TEST_TIMEOUT, next).await.unwrap() {

@@ -7,14 +7,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 
 use protocol::{ErrorKind, Reply, Request};
-use testbed::harness::{Client, sealed, worker_id};
+use testbed::harness::{Client, sealed_memfd, worker_id};
 use testbed::host_snapshot::processes_of;
 use testbed::test_helper::{create, install, kind, list, wait_for_line};
 
 use crate::crashes::power_loss::helper::{PowerLossTest, worker_file};
 
 fn agent() -> OwnedFd {
-    sealed(b"#!/bin/bash\nmkdir -p /work/dark; touch /work/dark/x; chmod 0 /work/dark; echo ready\nsleep 1000 & exit 0\n")
+    sealed_memfd(b"#!/bin/bash\nmkdir -p /work/dark; touch /work/dark/x; chmod 0 /work/dark; echo ready\nsleep 1000 & exit 0\n")
 }
 
 /// What a record may have become: what it leads to, or a file.

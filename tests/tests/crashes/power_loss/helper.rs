@@ -8,15 +8,15 @@ use std::sync::{Arc, Mutex};
 use nix::sys::signal::Signal;
 use protocol::config::{RUN_DIR, STATE_DIR};
 use protocol::{Reply, Request, State, WorkerId};
-use testbed::disk::SmallDisk;
-use testbed::harness::{Client, TestHost, sealed, worker_id};
+use testbed::harness::{Client, TestHost, sealed_memfd, worker_id};
 use testbed::sample::Sample;
-use testbed::service::Service;
+use testbed::service_manager::Service;
+use testbed::small_disk::SmallDisk;
 use testbed::test_helper::{create, install, list, wait_for_line};
 use testbed::tracer::Event;
-use testbed::tracer::disk::{Change, Recorder};
+use testbed::tracer::helper::{WatchPeriod, watch_with};
+use testbed::tracer::recorder::{Change, Recorder};
 use testbed::tracer::replay::{Disk, Files, Replay, put};
-use testbed::tracer::service::{WatchPeriod, watch_with};
 use testbed::worker_snapshot::WorkerSnapshot;
 
 const SLOTS: &str = r#"
@@ -108,7 +108,7 @@ impl PowerLossTest {
     /// The power is back: no process, no cgroup, nothing below `/run`, and on the disk this.
     fn boot(&mut self, files: &Files) {
         self.helper.signal(Signal::SIGKILL);
-        self.helper.ended();
+        self.helper.wait_for_end();
         for place in [RUN_DIR, "run/userdb"] {
             fs::remove_dir_all(self.host.root.join(place)).expect("the last helper made it");
         }
@@ -224,7 +224,7 @@ fn boot_with_each(test: &mut PowerLossTest, replay: &Replay, worker: WorkerId, s
 }
 
 fn agent() -> std::os::fd::OwnedFd {
-    sealed(AGENT)
+    sealed_memfd(AGENT)
 }
 
 #[test]
@@ -286,7 +286,7 @@ fn power_loss_at_the_helpers_first_start_does_not_keep_it_from_the_next() {
     let mut test = PowerLossTest::new();
     let root = test.state_dir();
     test.helper.signal(Signal::SIGKILL);
-    test.helper.ended();
+    test.helper.wait_for_end();
     fs::remove_dir_all(root.join("workers")).unwrap();
     let base = Disk::copy(&root);
     let recorder = Arc::new(Mutex::new(Recorder::new(&root)));

@@ -8,12 +8,12 @@ use nix::unistd::Pid;
 use protocol::config::STATE_DIR;
 use supervisor::store::Store;
 use supervisor::worker::Worker;
+use testbed::fake_server::{JobSpec, Server, ServerOptions, State};
 use testbed::harness::{SUPERVISOR_UID, TEST_TIMEOUT, TestHost, binaries};
-use testbed::server::{JobSpec, Server, ServerOptions, State};
-use testbed::service::Service;
-use testbed::tracer::disk::{Change, Recorder};
+use testbed::service_manager::Service;
+use testbed::tracer::recorder::{Change, Recorder};
 use testbed::tracer::replay::{Disk, Files, Replay, put};
-use testbed::tracer::{Event, Then, trace, wait_until_stopped};
+use testbed::tracer::{Event, TraceAction, trace, wait_until_stopped};
 
 /// What a supervisor writes below its directory, from its first start to the end of its first job.
 async fn record(host: &TestHost) -> Vec<Change> {
@@ -27,7 +27,7 @@ async fn record(host: &TestHost) -> Vec<Change> {
     let slots = format!("[slots.a]\ntarget = \"{target}\"\n");
     host.configure(&server.url(), SUPERVISOR_UID, &slots);
     host.write_token(&token);
-    let _helper = host.helper();
+    let _helper = host.start_helper();
     let job = server.submit_job(JobSpec::script("linux", "echo once")).unwrap();
     let mut supervisor = Service::of_user(SUPERVISOR_UID, &mut host.supervisor_command());
     let pid = supervisor.start_stopped();
@@ -46,20 +46,20 @@ async fn record(host: &TestHost) -> Vec<Change> {
             attached,
             |thread, event: Event| {
                 tap.lock().unwrap().on(thread, &event);
-                Then::GoOn
+                TraceAction::GoOn
             },
         );
     });
     attached.recv().unwrap();
     let over = |state: &State| {
         let gone = state.workers.values().all(|worker| worker.deleted);
-        (state.jobs[&job].complete() && gone).then_some(())
+        (state.jobs[&job].is_complete() && gone).then_some(())
     };
     server.wait_for(TEST_TIMEOUT, over).await.unwrap();
     supervisor.log.wait(&["worker forgotten"]);
     supervisor.signal(Signal::SIGKILL);
     tracer.join().expect("the tracer does not fail");
-    supervisor.ended();
+    supervisor.wait_for_end();
     std::mem::take(&mut recorder.lock().unwrap().changes)
 }
 

@@ -10,13 +10,13 @@ use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::http::{ApiResult, AsUser, Body, Raw};
+use super::http::{ApiResult, Body, RawBody, UserAuth};
 use super::jobs::FileKind;
-use super::model::{Job, Progress, Refusal, Worker};
+use super::json::{AddFile, AddFileResult, Id, JobEvent, JobOutput, JobSubmit, Reason, StoreValue};
 use super::shared::App;
 use super::state::{self, id};
+use super::types::{Job, Progress, ServerError, Worker};
 use super::ulid::Ulid;
-use super::wire::{AddFile, AddFileResult, Id, JobEvent, JobOutput, JobSubmit, Reason, StoreValue};
 
 pub fn routes() -> Router<App> {
     Router::new()
@@ -46,7 +46,11 @@ pub fn routes() -> Router<App> {
 type Done = ApiResult<StatusCode>;
 
 /// Changes the state under an id from the path; 204 when it went well.
-fn change<T>(app: &App, text: &str, how: impl FnOnce(&mut state::State, Ulid) -> Result<T, Refusal>) -> Done {
+fn change<T>(
+    app: &App,
+    text: &str,
+    how: impl FnOnce(&mut state::State, Ulid) -> Result<T, ServerError>,
+) -> Done {
     let id = id(text)?;
     app.with(|s| how(s, id))?;
     Ok(StatusCode::NO_CONTENT)
@@ -60,20 +64,20 @@ fn of_job<T>(app: &App, text: &str, see: impl FnOnce(&Job) -> T) -> ApiResult<T>
 
 async fn submit(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Body(body): Body<JobSubmit>,
 ) -> ApiResult<(StatusCode, Json<Id>)> {
     let job = app.with(|s| s.submit_http(body))?;
     Ok((StatusCode::CREATED, Json(Id { id: job.to_string() })))
 }
 
-async fn job(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> ApiResult<Json<Value>> {
+async fn job(State(app): State<App>, _: UserAuth, Path(job): Path<String>) -> ApiResult<Json<Value>> {
     let job = id(&job)?;
     Ok(Json(app.read(|s| s.job(job).map(|j| show_job(s, j)))?))
 }
 
 fn show_job(s: &state::State, j: &Job) -> Value {
-    let task = |t: &super::model::Task| {
+    let task = |t: &super::types::Task| {
         let mut shown = json!(t.spec);
         shown["state"] = match t.progress {
             Progress::Pending => "pending",
@@ -98,21 +102,21 @@ fn show_job(s: &state::State, j: &Job) -> Value {
     })
 }
 
-async fn cancel(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> Done {
+async fn cancel(State(app): State<App>, _: UserAuth, Path(job): Path<String>) -> Done {
     change(&app, &job, |s, job| s.cancel(job))
 }
 
 async fn chunk(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Path(job): Path<String>,
-    Raw(bytes): Raw,
+    RawBody(bytes): RawBody,
 ) -> ApiResult<(StatusCode, Json<Id>)> {
     let job = id(&job)?;
     let chunk = app.with(|s| {
         let chunk = s.new_id();
         s.job_mut(job)?.chunks.insert(chunk, bytes);
-        Ok::<_, Refusal>(chunk)
+        Ok::<_, ServerError>(chunk)
     })?;
     Ok((
         StatusCode::CREATED,
@@ -124,7 +128,7 @@ async fn chunk(
 
 async fn input(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Path(job): Path<String>,
     Body(add): Body<AddFile>,
 ) -> ApiResult<Json<AddFileResult>> {
@@ -140,7 +144,7 @@ struct From {
 
 async fn events(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Path(job): Path<String>,
     Query(from): Query<From>,
 ) -> ApiResult<Json<Vec<JobEvent>>> {
@@ -152,7 +156,7 @@ async fn events(
 
 async fn outputs(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Path(job): Path<String>,
 ) -> ApiResult<Json<Vec<JobOutput>>> {
     of_job(&app, &job, |j| j.outputs.clone()).map(Json)
@@ -160,7 +164,7 @@ async fn outputs(
 
 async fn output(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Path((job, output)): Path<(String, String)>,
 ) -> ApiResult<Bytes> {
     let output = id(&output)?;
@@ -170,12 +174,12 @@ async fn output(
             .any(|o| o.id == output)
             .then(|| j.files[&output].clone())
     };
-    Ok(of_job(&app, &job, listed)?.ok_or(Refusal::Internal)?)
+    Ok(of_job(&app, &job, listed)?.ok_or(ServerError::Internal)?)
 }
 
-async fn store(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> ApiResult<Json<Value>> {
+async fn store(State(app): State<App>, _: UserAuth, Path(job): Path<String>) -> ApiResult<Json<Value>> {
     of_job(&app, &job, |j| {
-        let show = |(name, s): (&String, &super::model::Stored)| {
+        let show = |(name, s): (&String, &super::types::StoreEntry)| {
             let value = (!s.value.secret).then_some(&s.value.value);
             let info = json!({
                 "secret": s.value.secret, "source": s.source, "time_update": s.time, "value": value,
@@ -188,7 +192,7 @@ async fn store(State(app): State<App>, _: AsUser, Path(job): Path<String>) -> Ap
 
 async fn store_put(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Path((job, name)): Path<(String, String)>,
     Body(value): Body<StoreValue>,
 ) -> Done {
@@ -203,12 +207,12 @@ struct Named {
     name: String,
 }
 
-async fn target(State(app): State<App>, _: AsUser, Body(new): Body<Named>) -> (StatusCode, Json<Value>) {
+async fn target(State(app): State<App>, _: UserAuth, Body(new): Body<Named>) -> (StatusCode, Json<Value>) {
     let id = app.with(|s| s.add_target(&new.name));
     (StatusCode::CREATED, Json(json!({ "id": id })))
 }
 
-async fn factory(State(app): State<App>, _: AsUser, Body(new): Body<Named>) -> (StatusCode, Json<Value>) {
+async fn factory(State(app): State<App>, _: UserAuth, Body(new): Body<Named>) -> (StatusCode, Json<Value>) {
     let (id, token) = app.with(|s| s.add_factory(&new.name));
     (
         StatusCode::CREATED,
@@ -223,41 +227,41 @@ struct Enable {
 
 async fn enable(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Path(factory): Path<String>,
     Body(body): Body<Enable>,
 ) -> Done {
     change(&app, &factory, |s, factory| {
-        let f = s.factories.get_mut(&factory).ok_or(Refusal::Internal)?;
+        let f = s.factories.get_mut(&factory).ok_or(ServerError::Internal)?;
         f.enable = true;
         f.hold_workers = body.hold_workers.unwrap_or(false);
         Ok(())
     })
 }
 
-async fn disable(State(app): State<App>, _: AsUser, Path(factory): Path<String>) -> Done {
+async fn disable(State(app): State<App>, _: UserAuth, Path(factory): Path<String>) -> Done {
     change(&app, &factory, |s, factory| {
         s.factories
             .get_mut(&factory)
             .map(|f| f.enable = false)
-            .ok_or(Refusal::Internal)
+            .ok_or(ServerError::Internal)
     })
 }
 
-async fn pause(State(app): State<App>, _: AsUser) -> StatusCode {
+async fn pause(State(app): State<App>, _: UserAuth) -> StatusCode {
     app.with(|s| s.held = true);
     StatusCode::NO_CONTENT
 }
 
-async fn resume(State(app): State<App>, _: AsUser) -> StatusCode {
+async fn resume(State(app): State<App>, _: UserAuth) -> StatusCode {
     app.with(|s| s.held = false);
     StatusCode::NO_CONTENT
 }
 
-async fn worker(State(app): State<App>, _: AsUser, Path(worker): Path<String>) -> ApiResult<Json<Value>> {
+async fn worker(State(app): State<App>, _: UserAuth, Path(worker): Path<String>) -> ApiResult<Json<Value>> {
     let worker = id(&worker)?;
     let shown = app.read(|s| s.workers.get(&worker).map(|w| show_worker(s, w)));
-    Ok(Json(shown.ok_or(Refusal::Internal)?))
+    Ok(Json(shown.ok_or(ServerError::Internal)?))
 }
 
 fn show_worker(s: &state::State, w: &Worker) -> Value {
@@ -265,8 +269,8 @@ fn show_worker(s: &state::State, w: &Worker) -> Value {
         |j: &Job| json!({ "id": j.id, "name": j.name, "owner": "user", "state": j.state(), "tags": j.tags });
     json!({
         "id": w.id, "factory": w.factory, "factory_private": w.private, "factory_ip": w.ip,
-        "target": s.targets[&w.target], "bootstrap": w.online(), "deleted": w.deleted,
-        "recycle": w.recycle(), "diagnostics": w.diagnostics, "lastping": w.last_ping,
+        "target": s.targets[&w.target], "bootstrap": w.is_online(), "deleted": w.deleted,
+        "recycle": w.must_recycle(), "diagnostics": w.diagnostics, "lastping": w.last_ping,
         "hold": w.hold.as_ref().map(|h| json!({ "reason": h.reason, "time": h.time })),
         "jobs": w.job.iter().map(|id| job(&s.jobs[id])).collect::<Vec<_>>(),
     })
@@ -274,7 +278,7 @@ fn show_worker(s: &state::State, w: &Worker) -> Value {
 
 async fn worker_events(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Path(worker): Path<String>,
     Query(from): Query<From>,
 ) -> ApiResult<Json<Vec<JobEvent>>> {
@@ -282,7 +286,7 @@ async fn worker_events(
     let events = app.read(|s| s.workers.get(&worker).map(|w| w.events.clone()));
     Ok(Json(
         events
-            .ok_or(Refusal::Internal)?
+            .ok_or(ServerError::Internal)?
             .into_iter()
             .skip(from.minseq)
             .collect(),
@@ -291,17 +295,17 @@ async fn worker_events(
 
 async fn hold(
     State(app): State<App>,
-    _: AsUser,
+    _: UserAuth,
     Path(worker): Path<String>,
     Body(body): Body<Reason>,
 ) -> Done {
     change(&app, &worker, |s, worker| s.hold(worker, &body.reason))
 }
 
-async fn release(State(app): State<App>, _: AsUser, Path(worker): Path<String>) -> Done {
+async fn release(State(app): State<App>, _: UserAuth, Path(worker): Path<String>) -> Done {
     change(&app, &worker, |s, worker| s.release(worker))
 }
 
-async fn recycle(State(app): State<App>, _: AsUser, Path(worker): Path<String>) -> Done {
+async fn recycle(State(app): State<App>, _: UserAuth, Path(worker): Path<String>) -> Done {
     change(&app, &worker, |s, worker| s.recycle(worker))
 }

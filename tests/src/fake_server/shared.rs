@@ -15,7 +15,7 @@ use super::state::State;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 /// How the server cannot be reached.
-pub enum Down {
+pub enum Outage {
     #[default]
     /// It answers.
     No,
@@ -28,7 +28,7 @@ pub enum Down {
 /// How the server differs from an obliging new one. All of it can be changed while it runs.
 #[derive(Clone, Debug, Default)]
 pub struct Behaviour {
-    pub(crate) down: Down,
+    pub(crate) outage: Outage,
     /// 404 to `/file/agent.gz`.
     pub no_gzip: bool,
     /// 404 to `/file/agent`.
@@ -102,7 +102,8 @@ impl Shared {
     pub fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
         let mut behaviour = lock(&self.behaviour);
         change(&mut behaviour);
-        self.dead.store(behaviour.down == Down::Closed, Ordering::Relaxed);
+        self.dead
+            .store(behaviour.outage == Outage::Closed, Ordering::Relaxed);
     }
 
     /// Counts a request, and tells those who wait: a test may wait for just that.

@@ -7,13 +7,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde_json::json;
 
-use super::model::{Factory, Hold, Job, Lease, Refusal, Worker};
+use super::json::{Append, Associate, JobEvent, Ping, PingInput, PingJob, PingTask};
+use super::types::{Factory, Hold, Job, Lease, ServerError, Worker};
 use super::ulid::{IdGenerator, Ulid};
-use super::wire::{Append, Associate, JobEvent, Ping, PingInput, PingJob, PingTask};
 
 /// A malformed id is the real server's plain 500.
-pub fn id(text: &str) -> Result<Ulid, Refusal> {
-    text.parse().map_err(|_| Refusal::Internal)
+pub fn id(text: &str) -> Result<Ulid, ServerError> {
+    text.parse().map_err(|_| ServerError::Internal)
 }
 
 /// How long a lease lasts unless it is renewed (buildomat, `server/src/jobs.rs`, `LEASE_LENGTH`).
@@ -83,7 +83,7 @@ impl State {
 
     /// The jobs that have not ended, in the order of their submission.
     pub fn open_jobs(&self) -> impl Iterator<Item = &Job> {
-        self.jobs.values().filter(|job| !job.complete())
+        self.jobs.values().filter(|job| !job.is_complete())
     }
 
     pub(crate) fn add_target(&mut self, name: &str) -> Ulid {
@@ -142,7 +142,8 @@ impl State {
         if self.held || !self.factories[&factory].enable {
             return None;
         }
-        let free = |j: &&Job| j.queued() && targets.contains(&j.target) && !self.leases.contains_key(&j.id);
+        let free =
+            |j: &&Job| j.is_queued() && targets.contains(&j.target) && !self.leases.contains_key(&j.id);
         let (job, target) = self.open_jobs().find(free).map(|j| (j.id, j.target))?;
         self.leases.insert(
             job,
@@ -175,19 +176,19 @@ impl State {
         target: Ulid,
         job: Option<Ulid>,
         wait_for_flush: bool,
-    ) -> Result<Ulid, Refusal> {
+    ) -> Result<Ulid, ServerError> {
         if !self.targets.contains_key(&target) {
-            return Err(Refusal::Internal);
+            return Err(ServerError::Internal);
         }
         if let Some(job) = job {
-            let j = self.jobs.get(&job).ok_or(Refusal::Internal)?;
+            let j = self.jobs.get(&job).ok_or(ServerError::Internal)?;
             if let Some(worker) = j.worker {
-                return Err(Refusal::Conflict(format!(
+                return Err(ServerError::Conflict(format!(
                     "job {job} already assigned to worker {worker}"
                 )));
             }
-            if !j.queued() {
-                return Err(Refusal::Conflict(format!(
+            if !j.is_queued() {
+                return Err(ServerError::Conflict(format!(
                     "job {job} is not queued but {}",
                     j.state()
                 )));
@@ -225,20 +226,20 @@ impl State {
     }
 
     /// A worker that this factory may touch. An unknown one is the server's 500; a deleted one is found.
-    pub fn owned(&mut self, factory: Ulid, worker: Ulid) -> Result<&mut Worker, Refusal> {
+    pub fn owned(&mut self, factory: Ulid, worker: Ulid) -> Result<&mut Worker, ServerError> {
         match self.workers.get_mut(&worker) {
-            None => Err(Refusal::Internal),
-            Some(w) if w.factory != factory => Err(Refusal::Forbidden("not your worker")),
+            None => Err(ServerError::Internal),
+            Some(w) if w.factory != factory => Err(ServerError::Forbidden("not your worker")),
             Some(w) => Ok(w),
         }
     }
 
     /// May be repeated with the same owner tag; another one is refused (401), and so is a deleted worker (buildomat,
     /// `server/src/db/mod.rs`, `worker_associate`).
-    pub fn associate(&mut self, factory: Ulid, worker: Ulid, body: Associate) -> Result<(), Refusal> {
+    pub fn associate(&mut self, factory: Ulid, worker: Ulid, body: Associate) -> Result<(), ServerError> {
         let w = self.owned(factory, worker)?;
         if w.deleted || w.private.as_ref().is_some_and(|p| *p != body.private) {
-            return Err(Refusal::Unauthorised);
+            return Err(ServerError::Unauthorised);
         }
         w.private = Some(body.private);
         w.ip = body.ip.or(w.ip.take());
@@ -247,7 +248,7 @@ impl State {
     }
 
     /// The job that was still running there fails at the next tick, or at once when none comes.
-    pub fn destroy(&mut self, factory: Ulid, worker: Ulid) -> Result<bool, Refusal> {
+    pub fn destroy(&mut self, factory: Ulid, worker: Ulid) -> Result<bool, ServerError> {
         let w = self.owned(factory, worker)?;
         w.deleted = true;
         w.diagnostics = false;
@@ -255,33 +256,33 @@ impl State {
         Ok(true)
     }
 
-    pub(crate) fn flush(&mut self, factory: Ulid, worker: Ulid) -> Result<(), Refusal> {
+    pub(crate) fn flush(&mut self, factory: Ulid, worker: Ulid) -> Result<(), ServerError> {
         self.owned(factory, worker)?.wait_for_flush = false;
         Ok(())
     }
 
     /// An older server stores events of any stream.
-    pub fn check_stream(&self, stream: &str) -> Result<(), Refusal> {
+    pub fn check_stream(&self, stream: &str) -> Result<(), ServerError> {
         match self.checks_streams && !is_known_stream(stream) {
-            true => Err(Refusal::Invalid(format!("unknown stream {stream:?}"))),
+            true => Err(ServerError::Invalid(format!("unknown stream {stream:?}"))),
             false => Ok(()),
         }
     }
 
     /// `true` = keep the line and try again: there is no job yet to keep it in.
-    pub fn factory_append(&mut self, factory: Ulid, worker: Ulid, line: Append) -> Result<bool, Refusal> {
+    pub fn factory_append(&mut self, factory: Ulid, worker: Ulid, line: Append) -> Result<bool, ServerError> {
         self.check_stream(&line.stream)?;
         let w = self.owned(factory, worker)?;
-        let (job, never) = (w.job, w.deleted || (w.recycle() && !w.online()));
+        let (job, never) = (w.job, w.deleted || (w.must_recycle() && !w.is_online()));
         let Some(job) = job else { return Ok(!never) };
-        if !self.jobs[&job].complete() {
+        if !self.jobs[&job].is_complete() {
             self.append(job, None, &line.stream, Some(line.time), &line.payload);
         }
         Ok(false)
     }
 
     /// Its job fails, and the worker is held: see [`State::fail_worker`].
-    pub fn factory_fail(&mut self, factory: Ulid, worker: Ulid, reason: &str) -> Result<(), Refusal> {
+    pub fn factory_fail(&mut self, factory: Ulid, worker: Ulid, reason: &str) -> Result<(), ServerError> {
         self.owned(factory, worker)?;
         self.fail_worker(worker, reason);
         Ok(())
@@ -303,7 +304,7 @@ impl State {
             reason: format!("worker failed: {reason}"),
             time: now,
         });
-        if let Some(job) = w.job.filter(|job| !self.jobs[job].complete()) {
+        if let Some(job) = w.job.filter(|job| !self.jobs[job].is_complete()) {
             self.control(job, &format!("worker failed: {reason}"));
             self.finish(job, true);
         }
@@ -311,33 +312,35 @@ impl State {
 
     // What an operator does
 
-    fn known(&mut self, worker: Ulid) -> Result<&mut Worker, Refusal> {
-        self.workers.get_mut(&worker).ok_or(Refusal::Internal)
+    fn known(&mut self, worker: Ulid) -> Result<&mut Worker, ServerError> {
+        self.workers.get_mut(&worker).ok_or(ServerError::Internal)
     }
 
     /// Changes nothing of one that is held already; a conflict where it is deleted.
-    pub fn hold(&mut self, worker: Ulid, reason: &str) -> Result<(), Refusal> {
+    pub fn hold(&mut self, worker: Ulid, reason: &str) -> Result<(), ServerError> {
         let hold = Hold {
             reason: reason.to_string(),
             time: self.now,
         };
         let w = self.known(worker)?;
         if w.deleted {
-            return Err(Refusal::Conflict(format!("worker {worker} is already deleted")));
+            return Err(ServerError::Conflict(format!(
+                "worker {worker} is already deleted"
+            )));
         }
         w.hold.get_or_insert(hold);
         Ok(())
     }
 
     /// A recycling that was asked for while it was held takes effect.
-    pub fn release(&mut self, worker: Ulid) -> Result<(), Refusal> {
+    pub fn release(&mut self, worker: Ulid) -> Result<(), ServerError> {
         self.known(worker)?.hold = None;
         self.fail_orphans();
         Ok(())
     }
 
     /// Takes effect once it is not held.
-    pub fn recycle(&mut self, worker: Ulid) -> Result<(), Refusal> {
+    pub fn recycle(&mut self, worker: Ulid) -> Result<(), ServerError> {
         let w = self.known(worker)?;
         w.recycle_asked |= !w.deleted;
         self.fail_orphans();
@@ -348,15 +351,15 @@ impl State {
 
     /// The worker whose bootstrap token this is, online from now on; 401 unless it is associated, and not told to go
     /// (buildomat, `server/src/db/mod.rs`, `worker_bootstrap`).
-    pub fn bootstrap(&mut self, bootstrap: &str, token: &str) -> Result<Ulid, Refusal> {
+    pub fn bootstrap(&mut self, bootstrap: &str, token: &str) -> Result<Ulid, ServerError> {
         let w = self
             .workers
             .values_mut()
             .find(|w| w.bootstrap == bootstrap)
-            .ok_or(Refusal::Unauthorised)?;
+            .ok_or(ServerError::Unauthorised)?;
         let other = w.token.as_ref().is_some_and(|t| t != token);
-        if w.finished() || w.private.is_none() || other || token.len() < 16 {
-            return Err(Refusal::Unauthorised);
+        if w.is_finished() || w.private.is_none() || other || token.len() < 16 {
+            return Err(ServerError::Unauthorised);
         }
         w.token = Some(token.to_string());
         w.last_ping = Some(self.now);
@@ -378,7 +381,7 @@ impl State {
         let f = &self.factories[&w.factory];
         let job = w.job.filter(|_| !w.wait_for_flush).map(|job| &self.jobs[&job]);
         Ping {
-            poweroff: w.finished(),
+            poweroff: w.is_finished(),
             job: job.map(describe),
             factory_info: Some(json!({ "id": f.id, "name": f.name, "private": w.private })),
             factory_metadata: w.metadata.clone(),
@@ -408,7 +411,7 @@ impl State {
         }
     }
 
-    pub(crate) fn diagnostics_complete(&mut self, worker: Ulid, hold: bool) -> Result<(), Refusal> {
+    pub(crate) fn diagnostics_complete(&mut self, worker: Ulid, hold: bool) -> Result<(), ServerError> {
         self.diagnostics(worker, false);
         if hold {
             self.hold(worker, "diagnostics requested hold")?;
@@ -418,7 +421,7 @@ impl State {
 }
 
 fn describe(j: &Job) -> PingJob {
-    let task = |(i, t): (usize, &super::model::Task)| PingTask {
+    let task = |(i, t): (usize, &super::types::Task)| PingTask {
         id: i as u32,
         name: t.spec.name.clone(),
         script: t.spec.script.clone(),
@@ -428,7 +431,7 @@ fn describe(j: &Job) -> PingJob {
         gid: t.spec.gid.unwrap_or(0),
         workdir: t.spec.workdir.clone().unwrap_or_else(|| "/".to_string()),
     };
-    let input = |i: &super::model::Input| {
+    let input = |i: &super::types::Input| {
         i.file.map(|file| PingInput {
             name: i.name.clone(),
             id: file.to_string(),

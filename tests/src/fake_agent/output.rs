@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::at;
-use super::client::Client;
 use super::events::Events;
-use crate::server::wire::{AddFile, OutputRule, PingJob};
-use crate::server::{MAX_CHUNK, fresh_id};
+use super::server_client::Client;
+use crate::fake_server::json::{AddFile, OutputRule, PingJob};
+use crate::fake_server::{MAX_CHUNK, fresh_id};
 
 /// True = every rule was met and every file arrived.
 pub fn upload(client: &Client, job: &PingJob, events: &Events) -> Result<bool> {
@@ -73,11 +73,15 @@ fn upload_one(
         .display()
         .to_string();
     let mut file = File::open(path)?;
-    let promised = file.metadata()?.len();
-    if promised > quota {
-        bail!("{promised} bytes are more than the {quota} that one output may have");
+    let announced_size = file.metadata()?.len();
+    if announced_size > quota {
+        bail!("{announced_size} bytes are more than the {quota} that one output may have");
     }
-    events.log(None, "worker", format!("uploading: {shown} ({promised} bytes)"));
+    events.log(
+        None,
+        "worker",
+        format!("uploading: {shown} ({announced_size} bytes)"),
+    );
     let (mut chunks, mut size) = (Vec::new(), 0);
     loop {
         let mut chunk = Vec::new();
@@ -91,8 +95,8 @@ fn upload_one(
         }
         chunks.push(client.chunk(&job.id, &chunk)?);
     }
-    if size != promised && !rule.size_change_ok {
-        bail!("it changed size while it was read: {promised} became {size}");
+    if size != announced_size && !rule.size_change_ok {
+        bail!("it changed size while it was read: {announced_size} became {size}");
     }
     let commit_id = fresh_id().to_string();
     client.add_output(

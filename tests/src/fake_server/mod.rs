@@ -1,5 +1,5 @@
 //! A fake buildomat server: the same paths, bodies and status codes over real HTTP, with its state
-//! in memory and its clock in the test's hand.
+//! in memory and its clock set by the test.
 //!
 //! The rules are pure (`state`, `jobs`, `tick`), the HTTP is thin (`http*`), and [`Server`] is what a
 //! test holds. It must never be easier on a factory than the real server is.
@@ -10,7 +10,7 @@ mod http_file;
 mod http_user;
 mod http_worker;
 mod jobs;
-mod model;
+pub(crate) mod json;
 mod net;
 mod shared;
 mod state;
@@ -19,8 +19,8 @@ mod tests;
 #[cfg(test)]
 mod tests_http;
 mod tick;
+mod types;
 mod ulid;
-pub(crate) mod wire;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -36,13 +36,13 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 pub use jobs::MAX_CHUNK;
-pub use model::{
-    Factory, Hold, Input, Job, JobSpec, Lease, MAX_RUNTIME, Progress, Refusal, Stored, Task, Worker,
-};
-pub use shared::{Behaviour, Down};
+pub use json::{AddFileResult, Associate, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
+pub use shared::{Behaviour, Outage};
 pub use state::{LEASE, State};
+pub use types::{
+    Factory, Hold, Input, Job, JobSpec, Lease, MAX_RUNTIME, Progress, ServerError, StoreEntry, Task, Worker,
+};
 pub use ulid::{IdGenerator, Ulid, fresh_id, secret};
-pub use wire::{AddFileResult, Associate, Id, JobEvent, JobOutput, JobSubmit, TaskSubmit};
 
 #[derive(Clone, Debug)]
 /// What a server is started with.
@@ -180,7 +180,7 @@ impl Server {
     }
 
     /// As a user of the server would, with the inputs uploaded.
-    pub fn submit_job(&self, spec: JobSpec) -> Result<Ulid, Refusal> {
+    pub fn submit_job(&self, spec: JobSpec) -> Result<Ulid, ServerError> {
         self.with(|s| s.submit_spec(spec))
     }
 
@@ -219,22 +219,22 @@ impl Server {
     }
 
     /// As its user would: see [`State::cancel`].
-    pub fn cancel(&self, job: Ulid) -> Result<(), Refusal> {
+    pub fn cancel(&self, job: Ulid) -> Result<(), ServerError> {
         self.with(|s| s.cancel(job))
     }
 
     /// As an operator would: see [`State::hold`].
-    pub fn hold(&self, worker: Ulid) -> Result<(), Refusal> {
+    pub fn hold(&self, worker: Ulid) -> Result<(), ServerError> {
         self.with(|s| s.hold(worker, "held by an operator"))
     }
 
     /// As an operator would: see [`State::release`].
-    pub fn release(&self, worker: Ulid) -> Result<(), Refusal> {
+    pub fn release(&self, worker: Ulid) -> Result<(), ServerError> {
         self.with(|s| s.release(worker))
     }
 
     /// As an operator would: see [`State::recycle`].
-    pub fn recycle(&self, worker: Ulid) -> Result<(), Refusal> {
+    pub fn recycle(&self, worker: Ulid) -> Result<(), ServerError> {
         self.with(|s| s.recycle(worker))
     }
 
@@ -244,8 +244,8 @@ impl Server {
     }
 
     /// From now on, also for connections that are open.
-    pub fn set_down(&self, down: Down) {
-        self.behave(|b| b.down = down);
+    pub fn set_outage(&self, outage: Outage) {
+        self.behave(|b| b.outage = outage);
     }
 
     pub(crate) fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
@@ -286,7 +286,7 @@ impl Server {
 
     /// The common wait: until the job has ended.
     pub async fn wait_job(&self, job: Ulid, timeout: Duration) -> Result<Job> {
-        self.wait_for(timeout, |s| s.jobs.get(&job).filter(|j| j.complete()).cloned())
+        self.wait_for(timeout, |s| s.jobs.get(&job).filter(|j| j.is_complete()).cloned())
             .await
             .with_context(|| format!("job {job} did not end; its events: {:#?}", self.events(job)))
     }

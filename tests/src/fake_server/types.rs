@@ -7,8 +7,8 @@ use axum::body::Bytes;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::json::{FactoryWorker, JobEvent, JobOutput, OutputRule, StoreValue, TaskSubmit};
 use super::ulid::Ulid;
-use super::wire::{FactoryWorker, JobEvent, JobOutput, OutputRule, StoreValue, TaskSubmit};
 
 #[derive(Clone, Debug)]
 /// A factory as the server knows it.
@@ -59,7 +59,7 @@ pub struct Worker {
     pub metadata: Option<Value>,
     /// The agent gets no job before the factory says that its lines are all there.
     pub wait_for_flush: bool,
-    /// Recycling was asked for. A hold hides it from everyone: see [`Worker::recycle`].
+    /// Recycling was asked for. A hold hides it from everyone: see [`Worker::must_recycle`].
     pub recycle_asked: bool,
     /// None while nobody holds it.
     pub hold: Option<Hold>,
@@ -77,18 +77,18 @@ pub struct Worker {
 
 impl Worker {
     /// It is to be torn down: asked for, and not held back.
-    pub fn recycle(&self) -> bool {
+    pub fn must_recycle(&self) -> bool {
         self.recycle_asked && self.hold.is_none()
     }
 
     /// Its agent has traded the bootstrap token.
-    pub fn online(&self) -> bool {
+    pub fn is_online(&self) -> bool {
         self.token.is_some()
     }
 
     /// Told to go, or gone.
-    pub fn finished(&self) -> bool {
-        self.deleted || self.recycle()
+    pub fn is_finished(&self) -> bool {
+        self.deleted || self.must_recycle()
     }
 
     /// As the factory's API shows it.
@@ -96,9 +96,9 @@ impl Worker {
         FactoryWorker {
             id: self.id,
             private: self.private.clone(),
-            recycle: self.recycle(),
+            recycle: self.must_recycle(),
             bootstrap: self.bootstrap.clone(),
-            online: self.online(),
+            online: self.is_online(),
             hold: self.hold.is_some(),
             target: self.target,
         }
@@ -178,7 +178,7 @@ pub struct Job {
     /// What the agent has uploaded.
     pub outputs: Vec<JobOutput>,
     /// What its tasks have stored, by name.
-    pub store: BTreeMap<String, Stored>,
+    pub store: BTreeMap<String, StoreEntry>,
     /// Uploaded pieces that are no file yet.
     pub chunks: HashMap<Ulid, Bytes>,
     /// Inputs and outputs, by the id of the file.
@@ -189,17 +189,17 @@ pub struct Job {
 
 impl Job {
     /// It has ended, one way or the other.
-    pub fn complete(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         self.progress != Progress::Pending
     }
 
-    pub(crate) fn waiting(&self) -> bool {
+    pub(crate) fn is_waiting(&self) -> bool {
         self.inputs.iter().any(|i| i.file.is_none())
     }
 
     /// A factory may lease it.
-    pub fn queued(&self) -> bool {
-        !self.complete() && !self.cancelled && self.worker.is_none() && !self.waiting()
+    pub fn is_queued(&self) -> bool {
+        !self.is_complete() && !self.cancelled && self.worker.is_none() && !self.is_waiting()
     }
 
     /// The word that the server shows for it.
@@ -208,7 +208,7 @@ impl Job {
             Progress::Failed => "failed",
             Progress::Completed => "completed",
             Progress::Pending if self.worker.is_some() => "running",
-            Progress::Pending if self.waiting() => "waiting",
+            Progress::Pending if self.is_waiting() => "waiting",
             Progress::Pending => "queued",
         }
     }
@@ -216,7 +216,7 @@ impl Job {
 
 #[derive(Clone, Debug)]
 /// A value that a task has stored.
-pub struct Stored {
+pub struct StoreEntry {
     pub(crate) value: StoreValue,
     pub(crate) source: &'static str,
     pub(crate) time: Timestamp,
@@ -278,7 +278,7 @@ pub const MAX_RUNTIME: Duration = Duration::from_secs(6 * 3600);
 
 /// Why a call is refused; the HTTP side turns each into its status.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum ServerError {
     /// 401
     Unauthorised,
     /// 403
@@ -293,16 +293,16 @@ pub enum Refusal {
     Internal,
 }
 
-impl Refusal {
+impl ServerError {
     /// Its status and its body (`Error` of the published schema).
     pub fn answer(&self, request_id: &str) -> (u16, Value) {
         let (status, code) = match self {
-            Refusal::Unauthorised => (401, None),
-            Refusal::Forbidden(_) => (403, None),
-            Refusal::Conflict(_) => (409, Some("conflict")),
-            Refusal::Invalid(_) => (400, Some("invalid")),
-            Refusal::NotFound => (404, None),
-            Refusal::Internal => (500, Some("Internal")),
+            ServerError::Unauthorised => (401, None),
+            ServerError::Forbidden(_) => (403, None),
+            ServerError::Conflict(_) => (409, Some("conflict")),
+            ServerError::Invalid(_) => (400, Some("invalid")),
+            ServerError::NotFound => (404, None),
+            ServerError::Internal => (500, Some("Internal")),
         };
         let mut body = json!({ "request_id": request_id, "message": self.to_string() });
         if let Some(code) = code {
@@ -312,16 +312,16 @@ impl Refusal {
     }
 }
 
-impl std::fmt::Display for Refusal {
+impl std::fmt::Display for ServerError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Refusal::Unauthorised => f.write_str("not authorised"),
-            Refusal::Forbidden(what) => f.write_str(what),
-            Refusal::Conflict(what) | Refusal::Invalid(what) => f.write_str(what),
-            Refusal::NotFound => f.write_str("Not Found"),
-            Refusal::Internal => f.write_str("Internal Server Error"),
+            ServerError::Unauthorised => f.write_str("not authorised"),
+            ServerError::Forbidden(what) => f.write_str(what),
+            ServerError::Conflict(what) | ServerError::Invalid(what) => f.write_str(what),
+            ServerError::NotFound => f.write_str("Not Found"),
+            ServerError::Internal => f.write_str("Internal Server Error"),
         }
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for ServerError {}

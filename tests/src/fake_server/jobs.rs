@@ -6,10 +6,10 @@ use std::time::Duration;
 use axum::body::Bytes;
 use jiff::Timestamp;
 
-use super::model::{Input, Job, JobSpec, MAX_RUNTIME, Progress, Refusal, Stored, Task};
+use super::json::{AddFile, AddFileResult, JobEvent, JobOutput, JobSubmit, OutputRule, StoreValue};
 use super::state::State;
+use super::types::{Input, Job, JobSpec, MAX_RUNTIME, Progress, ServerError, StoreEntry, Task};
 use super::ulid::Ulid;
-use super::wire::{AddFile, AddFileResult, JobEvent, JobOutput, JobSubmit, OutputRule, StoreValue};
 
 /// The most bytes of a file in one request: what the real agent sends (buildomat, `agent/src/upload.rs`).
 pub const MAX_CHUNK: usize = 5 * 1024 * 1024;
@@ -24,8 +24,8 @@ pub enum FileKind {
 }
 
 impl State {
-    pub(crate) fn submit(&mut self, body: JobSubmit, max_runtime: Duration) -> Result<Ulid, Refusal> {
-        let invalid = |what: String| Err(Refusal::Invalid(what));
+    pub(crate) fn submit(&mut self, body: JobSubmit, max_runtime: Duration) -> Result<Ulid, ServerError> {
+        let invalid = |what: String| Err(ServerError::Invalid(what));
         if !body.depends.is_empty() {
             return invalid("this fake server knows no dependencies between jobs".to_string());
         }
@@ -41,7 +41,12 @@ impl State {
         let rules = body
             .output_rules
             .iter()
-            .map(|text| Ok((text.clone(), OutputRule::parse(text).map_err(Refusal::Invalid)?)))
+            .map(|text| {
+                Ok((
+                    text.clone(),
+                    OutputRule::parse(text).map_err(ServerError::Invalid)?,
+                ))
+            })
             .collect::<Result<Vec<_>, _>>()?;
         let id = self.new_id();
         let job = Job {
@@ -82,7 +87,7 @@ impl State {
     }
 
     /// Submit it, its inputs uploaded.
-    pub fn submit_spec(&mut self, spec: JobSpec) -> Result<Ulid, Refusal> {
+    pub fn submit_spec(&mut self, spec: JobSpec) -> Result<Ulid, ServerError> {
         let body = JobSubmit {
             name: spec.name,
             target: spec.target,
@@ -100,25 +105,25 @@ impl State {
         Ok(id)
     }
 
-    pub(crate) fn submit_http(&mut self, body: JobSubmit) -> Result<Ulid, Refusal> {
+    pub(crate) fn submit_http(&mut self, body: JobSubmit) -> Result<Ulid, ServerError> {
         self.submit(body, MAX_RUNTIME)
     }
 
-    pub(crate) fn job(&self, job: Ulid) -> Result<&Job, Refusal> {
-        self.jobs.get(&job).ok_or(Refusal::Internal)
+    pub(crate) fn job(&self, job: Ulid) -> Result<&Job, ServerError> {
+        self.jobs.get(&job).ok_or(ServerError::Internal)
     }
 
-    pub(crate) fn job_mut(&mut self, job: Ulid) -> Result<&mut Job, Refusal> {
-        self.jobs.get_mut(&job).ok_or(Refusal::Internal)
+    pub(crate) fn job_mut(&mut self, job: Ulid) -> Result<&mut Job, ServerError> {
+        self.jobs.get_mut(&job).ok_or(ServerError::Internal)
     }
 
     /// The job as its worker's agent may touch it.
-    pub fn workers_job(&mut self, worker: Ulid, job: Ulid) -> Result<&mut Job, Refusal> {
+    pub fn workers_job(&mut self, worker: Ulid, job: Ulid) -> Result<&mut Job, ServerError> {
         let j = self.job_mut(job)?;
         if j.worker == Some(worker) {
             Ok(j)
         } else {
-            Err(Refusal::Forbidden("not your job"))
+            Err(ServerError::Forbidden("not your job"))
         }
     }
 
@@ -170,7 +175,7 @@ impl State {
     pub fn finish(&mut self, job: Ulid, failed: bool) {
         self.leases.remove(&job);
         let now = self.now;
-        let Some(j) = self.jobs.get_mut(&job).filter(|j| !j.complete()) else {
+        let Some(j) = self.jobs.get_mut(&job).filter(|j| !j.is_complete()) else {
             return;
         };
         j.progress = Progress::ended(failed || j.tasks.iter().any(|t| t.progress == Progress::Failed));
@@ -178,10 +183,10 @@ impl State {
     }
 
     /// Takes effect at the next tick. A conflict where the job has ended.
-    pub fn cancel(&mut self, job: Ulid) -> Result<(), Refusal> {
+    pub fn cancel(&mut self, job: Ulid) -> Result<(), ServerError> {
         let j = self.job_mut(job)?;
-        if j.complete() {
-            return Err(Refusal::Conflict(
+        if j.is_complete() {
+            return Err(ServerError::Conflict(
                 "cannot cancel a job that is already complete".to_string(),
             ));
         }
@@ -195,20 +200,28 @@ impl State {
 
     /// The first call starts a commit and the next one, with the same id, tells how it ended: callers
     /// must poll, as with the real server.
-    pub fn add_file(&mut self, job: Ulid, kind: FileKind, add: &AddFile) -> Result<AddFileResult, Refusal> {
+    pub fn add_file(
+        &mut self,
+        job: Ulid,
+        kind: FileKind,
+        add: &AddFile,
+    ) -> Result<AddFileResult, ServerError> {
         if add.size > MAX_FILE {
-            return Err(Refusal::Invalid(format!("size {} is above {MAX_FILE}", add.size)));
+            return Err(ServerError::Invalid(format!(
+                "size {} is above {MAX_FILE}",
+                add.size
+            )));
         }
         let chunks = add
             .chunks
             .iter()
             .map(|c| c.parse())
             .collect::<Result<Vec<Ulid>, _>>();
-        let chunks = chunks.map_err(|_| Refusal::Internal)?;
+        let chunks = chunks.map_err(|_| ServerError::Internal)?;
         let commit = add
             .commit_id
             .parse::<Ulid>()
-            .map_err(|_| Refusal::Internal)?
+            .map_err(|_| ServerError::Internal)?
             .to_string();
         let file = self.new_id();
         let j = self.job_mut(job)?;
@@ -218,8 +231,8 @@ impl State {
                 error: error.clone(),
             });
         }
-        if j.complete() {
-            return Err(Refusal::Conflict("job is already complete".to_string()));
+        if j.is_complete() {
+            return Err(ServerError::Conflict("job is already complete".to_string()));
         }
         let outcome = j.join(&chunks, add.size).and_then(|bytes| match kind {
             FileKind::Input => j.add_input(&add.path, file, bytes).map_err(|e| e.to_string()),
@@ -248,7 +261,7 @@ impl Job {
         }
         if all.len() as u64 != size {
             return Err(format!(
-                "size {size} was promised, but the chunks hold {}",
+                "size {size} was announced, but the chunks hold {}",
                 all.len()
             ));
         }
@@ -256,12 +269,12 @@ impl Job {
         Ok(all.into())
     }
 
-    pub(crate) fn add_input(&mut self, name: &str, file: Ulid, bytes: Bytes) -> Result<(), Refusal> {
+    pub(crate) fn add_input(&mut self, name: &str, file: Ulid, bytes: Bytes) -> Result<(), ServerError> {
         let input = self
             .inputs
             .iter_mut()
             .find(|i| i.name == name && i.file.is_none());
-        let input = input.ok_or_else(|| Refusal::Conflict(format!("job awaits no input {name:?}")))?;
+        let input = input.ok_or_else(|| ServerError::Conflict(format!("job awaits no input {name:?}")))?;
         input.file = Some(file);
         self.files.insert(file, bytes);
         Ok(())
@@ -276,10 +289,10 @@ impl Job {
         self.files.insert(id, bytes);
     }
 
-    pub(crate) fn complete_task(&mut self, task: u32, failed: bool) -> Result<(), Refusal> {
-        let t = self.tasks.get_mut(task as usize).ok_or(Refusal::Internal)?;
+    pub(crate) fn complete_task(&mut self, task: u32, failed: bool) -> Result<(), ServerError> {
+        let t = self.tasks.get_mut(task as usize).ok_or(ServerError::Internal)?;
         if self.progress != Progress::Pending || t.progress != Progress::Pending {
-            return Err(Refusal::Conflict(format!("task {task} is already complete")));
+            return Err(ServerError::Conflict(format!("task {task} is already complete")));
         }
         t.progress = Progress::ended(failed);
         Ok(())
@@ -287,6 +300,6 @@ impl Job {
 
     pub(crate) fn store_put(&mut self, name: &str, value: StoreValue, source: &'static str, time: Timestamp) {
         self.store
-            .insert(name.to_string(), Stored { value, source, time });
+            .insert(name.to_string(), StoreEntry { value, source, time });
     }
 }

@@ -6,15 +6,15 @@ use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 
-use super::http::{ApiResult, AsWorker, Body, Raw};
+use super::http::{ApiResult, Body, RawBody, WorkerAuth};
 use super::jobs::{FileKind, MAX_FILE};
-use super::model::Refusal;
-use super::shared::App;
-use super::state::id;
-use super::wire::{
+use super::json::{
     AddFile, AddFileResult, Append, Bootstrap, Complete, CompleteDiagnostics, Id, Ping, Quota, StoreGet,
     StoreValue, WorkerFail,
 };
+use super::shared::App;
+use super::state::id;
+use super::types::ServerError;
 
 pub fn routes() -> Router<App> {
     Router::new()
@@ -45,32 +45,36 @@ async fn bootstrap(State(app): State<App>, Body(body): Body<Bootstrap>) -> ApiRe
     ))
 }
 
-async fn ping(State(app): State<App>, AsWorker(me): AsWorker) -> Json<Ping> {
+async fn ping(State(app): State<App>, WorkerAuth(me): WorkerAuth) -> Json<Ping> {
     Json(app.with(|s| s.worker_ping(me)))
 }
 
 async fn append(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Body(lines): Body<Vec<Append>>,
 ) -> StatusCode {
     app.with(|s| s.worker_append(me, lines));
     StatusCode::NO_CONTENT
 }
 
-async fn fail(State(app): State<App>, AsWorker(me): AsWorker, Body(body): Body<WorkerFail>) -> StatusCode {
+async fn fail(
+    State(app): State<App>,
+    WorkerAuth(me): WorkerAuth,
+    Body(body): Body<WorkerFail>,
+) -> StatusCode {
     app.with(|s| s.fail_worker(me, body.reason.as_deref().unwrap_or("agent reported a failure")));
     StatusCode::NO_CONTENT
 }
 
-async fn diagnostics_enable(State(app): State<App>, AsWorker(me): AsWorker) -> StatusCode {
+async fn diagnostics_enable(State(app): State<App>, WorkerAuth(me): WorkerAuth) -> StatusCode {
     app.with(|s| s.diagnostics(me, true));
     StatusCode::NO_CONTENT
 }
 
 async fn diagnostics_complete(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Body(body): Body<CompleteDiagnostics>,
 ) -> ApiResult<StatusCode> {
     app.with(|s| s.diagnostics_complete(me, body.hold))?;
@@ -79,14 +83,14 @@ async fn diagnostics_complete(
 
 async fn job_append(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Path(job): Path<String>,
     Body(lines): Body<Vec<Append>>,
 ) -> ApiResult<StatusCode> {
     let job = id(&job)?;
     app.with(|s| {
-        if s.workers_job(me, job)?.complete() {
-            return Err(Refusal::Conflict(
+        if s.workers_job(me, job)?.is_complete() {
+            return Err(ServerError::Conflict(
                 "job is already complete, cannot append".to_string(),
             ));
         }
@@ -103,7 +107,7 @@ async fn job_append(
 
 async fn task_append(
     state: State<App>,
-    me: AsWorker,
+    me: WorkerAuth,
     Path((job, task)): Path<(String, u32)>,
     Body(line): Body<Append>,
 ) -> ApiResult<StatusCode> {
@@ -121,7 +125,7 @@ async fn task_append(
 
 async fn task_complete(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Path((job, task)): Path<(String, u32)>,
     Body(body): Body<Complete>,
 ) -> ApiResult<StatusCode> {
@@ -132,14 +136,14 @@ async fn task_complete(
 
 async fn job_complete(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Path(job): Path<String>,
     Body(body): Body<Complete>,
 ) -> ApiResult<StatusCode> {
     let job = id(&job)?;
     app.with(|s| {
-        if s.workers_job(me, job)?.complete() {
-            return Err(Refusal::Conflict("job is already complete".to_string()));
+        if s.workers_job(me, job)?.is_complete() {
+            return Err(ServerError::Conflict("job is already complete".to_string()));
         }
         s.finish(job, body.failed);
         Ok(())
@@ -149,29 +153,31 @@ async fn job_complete(
 
 async fn input(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Path((job, input)): Path<(String, String)>,
 ) -> ApiResult<Bytes> {
     let (job, input) = (id(&job)?, id(&input)?);
     let bytes = app.read(|s| {
         let j = s.workers_job(me, job)?;
         let known = j.inputs.iter().any(|i| i.file == Some(input));
-        known.then(|| j.files[&input].clone()).ok_or(Refusal::Internal)
+        known
+            .then(|| j.files[&input].clone())
+            .ok_or(ServerError::Internal)
     })?;
     Ok(bytes)
 }
 
 async fn chunk(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Path(job): Path<String>,
-    Raw(bytes): Raw,
+    RawBody(bytes): RawBody,
 ) -> ApiResult<(StatusCode, Json<Id>)> {
     let job = id(&job)?;
     let chunk = app.with(|s| {
         let chunk = s.new_id();
         s.workers_job(me, job)?.chunks.insert(chunk, bytes);
-        Ok::<_, Refusal>(chunk)
+        Ok::<_, ServerError>(chunk)
     })?;
     Ok((
         StatusCode::CREATED,
@@ -183,7 +189,7 @@ async fn chunk(
 
 async fn output(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Path(job): Path<String>,
     Body(add): Body<AddFile>,
 ) -> ApiResult<Json<AddFileResult>> {
@@ -197,7 +203,7 @@ async fn output(
 
 async fn quota(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Path(job): Path<String>,
 ) -> ApiResult<Json<Quota>> {
     let job = id(&job)?;
@@ -209,7 +215,7 @@ async fn quota(
 
 async fn store_get(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Path((job, name)): Path<(String, String)>,
 ) -> ApiResult<Json<StoreGet>> {
     let job = id(&job)?;
@@ -222,7 +228,7 @@ async fn store_get(
 
 async fn store_put(
     State(app): State<App>,
-    AsWorker(me): AsWorker,
+    WorkerAuth(me): WorkerAuth,
     Path((job, name)): Path<(String, String)>,
     Body(value): Body<StoreValue>,
 ) -> ApiResult<StatusCode> {

@@ -12,8 +12,8 @@ use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
 
 use super::jobs::MAX_CHUNK;
-use super::model::Refusal;
-use super::shared::{App, Down};
+use super::shared::{App, Outage};
+use super::types::ServerError;
 use super::ulid::{Ulid, fresh_id};
 use super::{http_factory, http_file, http_user, http_worker, state};
 
@@ -23,7 +23,7 @@ pub fn router(app: App) -> Router {
         .merge(http_worker::routes())
         .merge(http_user::routes())
         .merge(http_file::routes())
-        .fallback(async || Refused(Refusal::NotFound))
+        .fallback(async || ApiError(ServerError::NotFound))
         .layer(middleware::from_fn_with_state(app.clone(), count_request))
         .layer(DefaultBodyLimit::max(MAX_CHUNK))
         .with_state(app)
@@ -36,22 +36,22 @@ async fn count_request(State(app): State<App>, request: Request, next: Next) -> 
         .get::<MatchedPath>()
         .map_or("?", |p| p.as_str());
     app.count(format!("{} {route}", request.method()));
-    match app.behaviour().down {
-        Down::Unavailable => StatusCode::SERVICE_UNAVAILABLE.into_response(),
-        Down::No | Down::Closed => next.run(request).await,
+    match app.behaviour().outage {
+        Outage::Unavailable => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+        Outage::None | Outage::Closed => next.run(request).await,
     }
 }
 
 #[derive(Debug)]
-pub struct Refused(pub Refusal);
+pub struct ApiError(pub ServerError);
 
-impl From<Refusal> for Refused {
-    fn from(refusal: Refusal) -> Refused {
-        Refused(refusal)
+impl From<ServerError> for ApiError {
+    fn from(error: ServerError) -> ApiError {
+        ApiError(error)
     }
 }
 
-impl IntoResponse for Refused {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let id = fresh_id().to_string();
         let (status, body) = self.0.answer(&id);
@@ -60,32 +60,34 @@ impl IntoResponse for Refused {
     }
 }
 
-pub type ApiResult<T> = Result<T, Refused>;
+pub type ApiResult<T> = Result<T, ApiError>;
 
 /// A JSON body, refused in the server's own form.
 pub struct Body<T>(pub T);
 
 impl<T: DeserializeOwned> FromRequest<App> for Body<T> {
-    type Rejection = Refused;
+    type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &App) -> ApiResult<Body<T>> {
-        let Raw(bytes) = Raw::from_request(request, app).await?;
+        let RawBody(bytes) = RawBody::from_request(request, app).await?;
         let parsed = serde_json::from_slice(&bytes);
         parsed
             .map(Body)
-            .map_err(|e| Refusal::Invalid(format!("unable to parse JSON body: {e}")).into())
+            .map_err(|e| ServerError::Invalid(format!("unable to parse JSON body: {e}")).into())
     }
 }
 
 /// A body of bytes within the limit of a chunk.
-pub struct Raw(pub Bytes);
+pub struct RawBody(pub Bytes);
 
-impl FromRequest<App> for Raw {
-    type Rejection = Refused;
+impl FromRequest<App> for RawBody {
+    type Rejection = ApiError;
 
-    async fn from_request(request: Request, app: &App) -> ApiResult<Raw> {
+    async fn from_request(request: Request, app: &App) -> ApiResult<RawBody> {
         let bytes = Bytes::from_request(request, app).await;
-        bytes.map(Raw).map_err(|e| Refusal::Invalid(e.body_text()).into())
+        bytes
+            .map(RawBody)
+            .map_err(|e| ServerError::Invalid(e.body_text()).into())
     }
 }
 
@@ -102,41 +104,41 @@ fn caller<T>(
     parts: &Parts,
     app: &App,
     who: impl FnOnce(&state::State, &str) -> Option<T>,
-) -> Result<T, Refused> {
+) -> Result<T, ApiError> {
     bearer(parts)
         .and_then(|token| app.read(|s| who(s, token)))
-        .ok_or(Refused(Refusal::Unauthorised))
+        .ok_or(ApiError(ServerError::Unauthorised))
 }
 
 /// The factory that a request's token belongs to.
-pub struct AsFactory(pub Ulid);
+pub struct FactoryAuth(pub Ulid);
 
-impl FromRequestParts<App> for AsFactory {
-    type Rejection = Refused;
+impl FromRequestParts<App> for FactoryAuth {
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, app: &App) -> ApiResult<AsFactory> {
-        caller(parts, app, |s, token| s.factory_by_token(token)).map(AsFactory)
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> ApiResult<FactoryAuth> {
+        caller(parts, app, |s, token| s.factory_by_token(token)).map(FactoryAuth)
     }
 }
 
 /// The worker whose agent asks.
-pub struct AsWorker(pub Ulid);
+pub struct WorkerAuth(pub Ulid);
 
-impl FromRequestParts<App> for AsWorker {
-    type Rejection = Refused;
+impl FromRequestParts<App> for WorkerAuth {
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, app: &App) -> ApiResult<AsWorker> {
-        caller(parts, app, |s, token| s.worker_by_token(token)).map(AsWorker)
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> ApiResult<WorkerAuth> {
+        caller(parts, app, |s, token| s.worker_by_token(token)).map(WorkerAuth)
     }
 }
 
 /// The one user there is, who is the administrator too.
-pub struct AsUser;
+pub struct UserAuth;
 
-impl FromRequestParts<App> for AsUser {
-    type Rejection = Refused;
+impl FromRequestParts<App> for UserAuth {
+    type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, app: &App) -> ApiResult<AsUser> {
-        caller(parts, app, |s, token| (s.user_token == token).then_some(AsUser))
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> ApiResult<UserAuth> {
+        caller(parts, app, |s, token| (s.user_token == token).then_some(UserAuth))
     }
 }

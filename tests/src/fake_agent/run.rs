@@ -7,12 +7,12 @@ use std::time::Duration;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::client::Client;
 use super::events::Events;
 use super::exec::{self, LineSource};
-use super::install::{Passwd, job_marked, mark_job};
+use super::install::{Passwd, is_job_marked, mark_job};
+use super::server_client::Client;
 use super::{Config, job};
-use crate::server::wire::{Ping, PingJob};
+use crate::fake_server::json::{Ping, PingJob};
 
 const IDLE: Duration = Duration::from_secs(1);
 const WORKING: Duration = Duration::from_secs(5);
@@ -23,7 +23,7 @@ pub fn run() -> Result<()> {
     let client = Client::new(&config.baseurl, &config.token);
     let worker = client.bootstrap(&config.bootstrap, &config.token);
     eprintln!("bootstrapped as worker {worker}");
-    if job_marked() {
+    if is_job_marked() {
         eprintln!("ERROR: found previously assigned job; reporting failure");
         client.fail(None)?;
         idle(&client);

@@ -4,12 +4,12 @@ use std::fs::{self, File};
 
 use anyhow::{Context, Result};
 
-use super::client::Client;
 use super::events::Events;
 use super::exec::{self, LineSource};
 use super::install::Passwd;
+use super::server_client::Client;
 use super::{Config, ROOT, at, home, output};
-use crate::server::wire::{PingJob, PingTask};
+use crate::fake_server::json::{PingJob, PingTask};
 
 /// Runs the job and reports its end; an error in between fails the job.
 pub fn run(client: &Client, config: &Config, user: &Passwd, job: &PingJob) {

@@ -16,13 +16,13 @@ use protocol::{ErrorKind, Exit, SlotName, State, Uid, WorkerId, WorkerInfo};
 pub struct Configuration {
     /// By their names: what a slot has is none of the contract's affair.
     pub slots: BTreeSet<SlotName>,
-    /// In the order in which the file names them; see [`Configuration::conflict`].
+    /// In the order in which the file names them; see [`Configuration::are_conflicting`].
     pub conflicts: BTreeSet<(SlotName, SlotName)>,
 }
 
 impl Configuration {
     /// Written on either side, it holds for both.
-    pub fn conflict(&self, one: &SlotName, other: &SlotName) -> bool {
+    pub fn are_conflicting(&self, one: &SlotName, other: &SlotName) -> bool {
         let written = |a: &SlotName, b: &SlotName| self.conflicts.contains(&(a.clone(), b.clone()));
         written(one, other) || written(other, one)
     }
@@ -99,7 +99,7 @@ impl Model {
         }
         self.delete_damaged();
         let mut others = self.workers.values().flatten();
-        if others.any(|other| other.slot == *slot || configuration.conflict(&other.slot, slot))
+        if others.any(|other| other.slot == *slot || configuration.are_conflicting(&other.slot, slot))
             || self.workers.len() >= configuration.slots.len()
         {
             return Err(ErrorKind::SlotTaken);

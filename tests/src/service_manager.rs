@@ -12,7 +12,7 @@ use crate::harness::{Log, binaries};
 /// A program under a manager that reaps it; dropped, both are killed.
 pub struct Service {
     manager: Child,
-    words: ChildStdin,
+    commands: ChildStdin,
     replies: Lines<BufReader<ChildStdout>>,
     pid: Option<u32>,
     /// The program's standard error, of all its runs, and the manager's.
@@ -30,9 +30,9 @@ impl Service {
         Service::with(&["--as", &uid.to_string()], program)
     }
 
-    fn with(words: &[&str], program: &mut Command) -> Service {
+    fn with(args: &[&str], program: &mut Command) -> Service {
         let mut command = Command::new(binaries().join("service-manager"));
-        command.args(words);
+        command.args(args);
         command.arg(program.get_program()).args(program.get_args());
         let mut manager = command
             .stdin(Stdio::piped())
@@ -43,7 +43,7 @@ impl Service {
         let log = Log::default();
         log.follow(manager.stderr.take().expect("it was piped"));
         Service {
-            words: manager.stdin.take().expect("it was piped"),
+            commands: manager.stdin.take().expect("it was piped"),
             replies: BufReader::new(manager.stdout.take().expect("it was piped")).lines(),
             manager,
             pid: None,
@@ -61,22 +61,22 @@ impl Service {
         self.send_command("stopped")
     }
 
-    fn send_command(&mut self, word: &str) -> u32 {
+    fn send_command(&mut self, command: &str) -> u32 {
         assert_eq!(self.pid, None, "it runs already");
-        writeln!(self.words, "{word}").expect("the manager listens");
+        writeln!(self.commands, "{command}").expect("the manager listens");
         let pid = self.next("started ");
         self.pid = Some(pid);
         pid
     }
 
-    fn next(&mut self, word: &str) -> u32 {
+    fn next(&mut self, prefix: &str) -> u32 {
         let line = self
             .replies
             .next()
             .expect("the manager is running")
             .expect("it prints lines");
-        let pid = line.strip_prefix(word).and_then(|pid| pid.parse().ok());
-        pid.unwrap_or_else(|| panic!("the manager printed {line:?}, not {word}…\n{}", self.log.text()))
+        let pid = line.strip_prefix(prefix).and_then(|pid| pid.parse().ok());
+        pid.unwrap_or_else(|| panic!("the manager printed {line:?}, not {prefix}…\n{}", self.log.text()))
     }
 
     /// Panics where it does not run.
@@ -85,7 +85,7 @@ impl Service {
     }
 
     /// Wait until it has ended.
-    pub fn ended(&mut self) {
+    pub fn wait_for_end(&mut self) {
         let pid = self.next("ended ");
         assert_eq!(self.pid.take(), Some(pid));
     }

@@ -13,9 +13,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures_util::{StreamExt, stream};
 
-use super::http::{ApiResult, Refused};
-use super::model::Refusal;
+use super::http::{ApiError, ApiResult};
 use super::shared::{App, Behaviour};
+use super::types::ServerError;
 
 pub fn routes() -> Router<App> {
     Router::new()
@@ -32,7 +32,7 @@ async fn gzip(State(app): State<App>, Query(hints): Hints, headers: HeaderMap) -
     let packed = app.agent_gzip.get_or_try_init(async || {
         tokio::task::spawn_blocking(move || pack(&agent))
             .await
-            .map_err(|_| Refused(Refusal::Internal))?
+            .map_err(|_| ApiError(ServerError::Internal))?
     });
     Ok(send(packed.await?, &headers, &behaviour))
 }
@@ -51,12 +51,12 @@ fn is_linux(hints: &HashMap<String, String>) -> bool {
 /// Reads the agent once; it stays the same for the life of the server.
 async fn load(app: &App, wanted: bool) -> ApiResult<Bytes> {
     let Some(path) = app.agent.as_ref().filter(|_| wanted) else {
-        return Err(Refusal::NotFound.into());
+        return Err(ServerError::NotFound.into());
     };
     let read = async || tokio::fs::read(path).await.map(Bytes::from);
     let bytes = app.agent_plain.get_or_try_init(read).await.map_err(|e| {
         tracing::error!("cannot read the agent {}: {e}", path.display());
-        Refused(Refusal::Internal)
+        ApiError(ServerError::Internal)
     })?;
     Ok(bytes.clone())
 }
@@ -65,7 +65,9 @@ fn pack(agent: &[u8]) -> ApiResult<Bytes> {
     // Stored, and not compressed: the tests of a whole factory pack and unpack it hundreds of times.
     let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
     let packed = packer.write_all(agent).and_then(|()| packer.finish());
-    packed.map(Bytes::from).map_err(|_| Refused(Refusal::Internal))
+    packed
+        .map(Bytes::from)
+        .map_err(|_| ApiError(ServerError::Internal))
 }
 
 fn send(bytes: &Bytes, headers: &HeaderMap, behaviour: &Behaviour) -> Response {

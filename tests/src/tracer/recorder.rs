@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::Pid;
 
-use super::{Call, Event};
+use super::{Event, TracedCall};
 
 /// One change, by the paths of its time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,7 +109,7 @@ impl Attributes {
 #[derive(Debug)]
 pub struct Recorder {
     below: PathBuf,
-    begun: HashMap<Pid, EnteredCall>,
+    pending_calls: HashMap<Pid, EnteredCall>,
     /// In the order in which they were done.
     pub changes: Vec<Change>,
 }
@@ -140,7 +140,7 @@ impl Recorder {
     pub fn new(below: &Path) -> Recorder {
         Recorder {
             below: below.to_owned(),
-            begun: HashMap::new(),
+            pending_calls: HashMap::new(),
             changes: Vec::new(),
         }
     }
@@ -149,12 +149,12 @@ impl Recorder {
     pub fn on(&mut self, pid: Pid, event: &Event) {
         match event {
             Event::Enter(call) => match begin(&self.below, pid, call) {
-                Some(begun) => drop(self.begun.insert(pid, begun)),
-                None => drop(self.begun.remove(&pid)),
+                Some(entered) => drop(self.pending_calls.insert(pid, entered)),
+                None => drop(self.pending_calls.remove(&pid)),
             },
             Event::Leave(_, result) => {
-                if let Some(begun) = self.begun.remove(&pid).filter(|_| *result >= 0) {
-                    let done = finish(begun, *result as u64);
+                if let Some(entered) = self.pending_calls.remove(&pid).filter(|_| *result >= 0) {
+                    let done = finish(entered, *result as u64);
                     let below = &self.below;
                     self.changes
                         .extend(done.into_iter().filter(|change| change.is_below(below)));
@@ -236,7 +236,7 @@ const OLD: [libc::c_long; 6] = [
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: [libc::c_long; 6] = [-1, -2, -3, -4, -5, -6];
 
-fn begin(below: &Path, pid: Pid, call: &Call) -> Option<EnteredCall> {
+fn begin(below: &Path, pid: Pid, call: &TracedCall) -> Option<EnteredCall> {
     let a = call.arguments;
     let here = libc::AT_FDCWD as u64;
     let fd = || path_of(below, pid, a[0]);
@@ -303,9 +303,9 @@ fn begin(below: &Path, pid: Pid, call: &Call) -> Option<EnteredCall> {
 }
 
 /// The call has been done. Who made it is stopped still, so the disk shows what it did.
-fn finish(begun: EnteredCall, result: u64) -> Vec<Change> {
+fn finish(entered: EnteredCall, result: u64) -> Vec<Change> {
     let attributes = |path: &Path| fs::symlink_metadata(path).ok().map(|meta| Attributes::of(&meta));
-    match begun {
+    match entered {
         EnteredCall::Open { path, was: None, .. } => {
             let attributes = attributes(&path);
             attributes

@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::{Config, at, home};
-use crate::server::wire;
+use crate::fake_server::json;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -42,7 +42,7 @@ pub fn install(args: &Args) -> Result<()> {
     let config = Config {
         baseurl: args.baseurl.trim_end_matches('/').to_string(),
         bootstrap: args.bootstrap.clone(),
-        token: crate::server::secret(),
+        token: crate::fake_server::secret(),
         env: args.env.iter().map(pair).collect::<Result<_>>()?,
     };
     Passwd::own()?;
@@ -124,7 +124,7 @@ impl Passwd {
 }
 
 /// Marks that this worker has had its job; writing it twice fails.
-pub fn mark_job(ping: &wire::Ping) -> Result<()> {
+pub fn mark_job(ping: &json::Ping) -> Result<()> {
     let path = home().join("job.json");
     let file = fs::OpenOptions::new().write(true).create_new(true).open(&path);
     let mut file = file.with_context(|| format!("cannot make {}", path.display()))?;
@@ -133,7 +133,7 @@ pub fn mark_job(ping: &wire::Ping) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-pub fn job_marked() -> bool {
+pub fn is_job_marked() -> bool {
     fs::symlink_metadata(home().join("job.json")).is_ok()
 }
 

@@ -1,9 +1,9 @@
-//! The fake server's own rules, with the clock in hand.
+//! The fake server's own rules, with a clock set by the test.
 
 use std::time::Duration;
 
+use super::json::{Append, Associate};
 use super::state::LEASE;
-use super::wire::{Append, Associate};
 use super::*;
 
 struct ServerTest {
@@ -30,7 +30,7 @@ impl ServerTest {
             .unwrap()
     }
 
-    fn associate(&mut self, worker: Ulid, private: &str) -> Result<(), Refusal> {
+    fn associate(&mut self, worker: Ulid, private: &str) -> Result<(), ServerError> {
         let body = Associate {
             private: private.to_string(),
             ip: None,
@@ -39,7 +39,7 @@ impl ServerTest {
         self.s.associate(self.factory, worker, body)
     }
 
-    fn bootstrap(&mut self, worker: Ulid, token: &str) -> Result<Ulid, Refusal> {
+    fn bootstrap(&mut self, worker: Ulid, token: &str) -> Result<Ulid, ServerError> {
         let bootstrap = self.s.workers[&worker].bootstrap.clone();
         self.s.bootstrap(&bootstrap, &format!("{token:-<32}"))
     }
@@ -84,7 +84,7 @@ fn a_tied_job_is_neither_leased_nor_renewed_nor_tied_again() {
     assert!(!b.s.renew(b.factory, job));
     assert_eq!(b.s.lease(b.factory, &[b.target]), None);
     let again = b.s.create_worker(b.factory, b.target, Some(job), false);
-    assert!(matches!(again, Err(Refusal::Conflict(_))), "{again:?}");
+    assert!(matches!(again, Err(ServerError::Conflict(_))), "{again:?}");
 }
 
 #[test]
@@ -106,18 +106,18 @@ fn a_worker_is_associated_once() {
     let w = b.worker(None);
     assert_eq!(b.associate(w, "one"), Ok(()));
     assert_eq!(b.associate(w, "one"), Ok(()));
-    assert_eq!(b.associate(w, "two"), Err(Refusal::Unauthorised));
+    assert_eq!(b.associate(w, "two"), Err(ServerError::Unauthorised));
 }
 
 #[test]
 fn bootstrap_waits_for_association_and_knows_one_token() {
     let mut b = server_test();
     let w = b.worker(None);
-    assert_eq!(b.bootstrap(w, "a"), Err(Refusal::Unauthorised));
+    assert_eq!(b.bootstrap(w, "a"), Err(ServerError::Unauthorised));
     b.associate(w, "slot").unwrap();
     assert_eq!(b.bootstrap(w, "a"), Ok(w));
     assert_eq!(b.bootstrap(w, "a"), Ok(w));
-    assert_eq!(b.bootstrap(w, "b"), Err(Refusal::Unauthorised));
+    assert_eq!(b.bootstrap(w, "b"), Err(ServerError::Unauthorised));
 }
 
 #[test]
@@ -185,9 +185,9 @@ fn a_completed_job_recycles_its_worker_but_not_while_held() {
     b.s.hold(w, "look").unwrap();
     b.s.finish(job, false);
     b.s.tick();
-    assert!(!b.s.workers[&w].recycle());
+    assert!(!b.s.workers[&w].must_recycle());
     b.s.release(w).unwrap();
-    assert!(b.s.workers[&w].recycle());
+    assert!(b.s.workers[&w].must_recycle());
     assert_eq!(b.s.jobs[&job].progress, Progress::Completed);
 }
 
@@ -199,7 +199,7 @@ fn idle_silent_and_overlong_workers_are_dealt_with() {
         b.s.worker_ping(idle);
         b.pass(60 * SECOND);
     }
-    assert!(b.s.workers[&idle].recycle() && !b.s.workers[&never].recycle());
+    assert!(b.s.workers[&idle].must_recycle() && !b.s.workers[&never].must_recycle());
 
     let silent = b.online(None);
     b.pass(601 * SECOND);
@@ -214,7 +214,7 @@ fn idle_silent_and_overlong_workers_are_dealt_with() {
     let slow = b.online(Some(job));
     b.pass(6 * SECOND);
     assert_eq!(b.s.jobs[&job].progress, Progress::Failed);
-    assert!(b.s.workers[&slow].recycle());
+    assert!(b.s.workers[&slow].must_recycle());
 }
 
 #[test]
@@ -229,7 +229,7 @@ fn a_cancelled_job_fails_and_its_worker_is_recycled() {
         (b.s.jobs[&queued].state(), b.s.jobs[&running].state()),
         ("failed", "failed")
     );
-    assert!(b.s.workers[&w].recycle());
+    assert!(b.s.workers[&w].must_recycle());
 }
 
 #[test]

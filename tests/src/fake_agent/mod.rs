@@ -3,13 +3,13 @@
 //!
 //! Plain HTTP, threads, and no privilege: it must never ask for more than the real one needs.
 
-mod client;
 mod events;
 mod exec;
 mod install;
 mod job;
 mod output;
 mod run;
+mod server_client;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ impl Config {
 }
 
 #[derive(Debug, Parser)]
-#[command(name = "agent", about = "A reference buildomat agent")]
+#[command(name = "agent", about = "A fake buildomat agent")]
 enum Agent {
     /// Put the agent in its place and start it
     Install(install::Args),
@@ -92,7 +92,7 @@ pub fn main() -> Result<()> {
 
 fn store(Bmat::Store(command): Bmat) -> Result<()> {
     let config = Config::load()?;
-    let client = client::Client::new(&config.baseurl, &config.token);
+    let client = server_client::Client::new(&config.baseurl, &config.token);
     let job = std::env::var("BUILDOMAT_JOB_ID").context("BUILDOMAT_JOB_ID is not set: is this a job?")?;
     match command {
         Store::Get { name } => {

@@ -12,7 +12,7 @@ use serde_json::json;
 use ureq::Body;
 use ureq::http::Response;
 
-use crate::server::wire::{
+use crate::fake_server::json::{
     AddFile, AddFileResult, Append, Bootstrap, Complete, CompleteDiagnostics, Id, Ping, Quota, StoreGet,
     StoreValue, WorkerFail,
 };

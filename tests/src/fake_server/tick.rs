@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use super::model::{Job, Worker};
 use super::state::State;
+use super::types::{Job, Worker};
 use super::ulid::Ulid;
 
 /// A worker that is online this long without a job is recycled (buildomat, `server/src/workers.rs`).
@@ -24,7 +24,7 @@ impl State {
         self.assign_queued();
     }
 
-    fn older(&self, time: jiff::Timestamp, limit: Duration) -> bool {
+    fn is_older(&self, time: jiff::Timestamp, limit: Duration) -> bool {
         time + limit < self.now
     }
 
@@ -44,8 +44,8 @@ impl State {
 
     fn recycle_finished(&mut self) {
         let is_done = |w: &Worker| match w.job {
-            Some(job) => self.jobs[&job].complete() && !w.diagnostics,
-            None => w.online() && self.older(w.created, IDLE),
+            Some(job) => self.jobs[&job].is_complete() && !w.diagnostics,
+            None => w.is_online() && self.is_older(w.created, IDLE),
         };
         for id in self.pick_workers(|w| !w.deleted && is_done(w)) {
             if let Some(w) = self.workers.get_mut(&id) {
@@ -56,11 +56,11 @@ impl State {
 
     fn abort_overlong(&mut self) {
         let overlong = |w: &Worker| {
-            if w.finished() {
+            if w.is_finished() {
                 return None;
             }
-            let j = w.job.map(|job| &self.jobs[&job]).filter(|j| !j.complete())?;
-            self.older(j.assigned?, j.max_runtime)
+            let j = w.job.map(|job| &self.jobs[&job]).filter(|j| !j.is_complete())?;
+            self.is_older(j.assigned?, j.max_runtime)
                 .then_some((w.id, j.id, j.max_runtime))
         };
         let found: Vec<_> = self.workers.values().filter_map(overlong).collect();
@@ -79,10 +79,10 @@ impl State {
 
     fn fail_silent(&mut self) {
         let silent = self.pick_workers(|w| {
-            w.online()
-                && !w.finished()
+            w.is_online()
+                && !w.is_finished()
                 && w.hold.is_none()
-                && w.last_ping.is_some_and(|ping| self.older(ping, SILENT))
+                && w.last_ping.is_some_and(|ping| self.is_older(ping, SILENT))
         });
         for id in silent {
             self.fail_worker(id, "agent has stopped pinging");
@@ -102,7 +102,7 @@ impl State {
 
     /// Jobs whose worker is gone or told to go, started or not.
     pub fn fail_orphans(&mut self) {
-        let is_finished = |worker: &Ulid| self.workers.get(worker).is_some_and(Worker::finished);
+        let is_finished = |worker: &Ulid| self.workers.get(worker).is_some_and(Worker::is_finished);
         let orphan = |j: &Job| Some((j.worker.filter(is_finished)?, j.id));
         let mut orphans: Vec<(Ulid, Ulid)> = self.open_jobs().filter_map(orphan).collect();
         // In the order of the workers.
@@ -114,10 +114,10 @@ impl State {
     }
 
     fn assign_queued(&mut self) {
-        let is_free = |w: &&Worker| w.online() && w.job.is_none() && !w.finished() && w.hold.is_none();
+        let is_free = |w: &&Worker| w.is_online() && w.job.is_none() && !w.is_finished() && w.hold.is_none();
         let free = self.workers.values().filter(is_free);
         for (worker, target) in free.map(|w| (w.id, w.target)).collect::<Vec<_>>() {
-            let mut queued = self.open_jobs().filter(|j| j.queued() && j.target == target);
+            let mut queued = self.open_jobs().filter(|j| j.is_queued() && j.target == target);
             let job = queued.next().map(|j| j.id);
             drop(queued);
             if let Some(job) = job {

@@ -5,8 +5,8 @@ use std::thread::{JoinHandle, spawn};
 
 use jiff::Timestamp;
 
-use super::client::Client;
-use crate::server::wire::Append;
+use super::server_client::Client;
+use crate::fake_server::json::Append;
 
 const BATCH: usize = 100;
 
@@ -27,7 +27,7 @@ impl Events {
         let (queue, lines) = sync_channel(4 * BATCH);
         (
             Events { queue },
-            spawn(move || carry(&client, job.as_deref(), &lines)),
+            spawn(move || send_events(&client, job.as_deref(), &lines)),
         )
     }
 
@@ -52,7 +52,7 @@ impl Events {
     }
 }
 
-fn carry(client: &Client, job: Option<&str>, lines: &Receiver<Item>) {
+fn send_events(client: &Client, job: Option<&str>, lines: &Receiver<Item>) {
     while let Ok(first) = lines.recv() {
         let (mut batch, mut waiting) = (Vec::new(), Vec::new());
         let mut next = Some(first);

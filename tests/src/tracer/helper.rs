@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::calls::{WAITS, name};
-use super::{Call, Event, Then, trace};
+use super::{Event, TraceAction, TracedCall, trace};
 use crate::harness::until;
 
 /// The kinds of processes that the helper is made of: see the page of the `helper` crate.
@@ -57,7 +57,7 @@ pub enum KillPoint {
 
 /// Which process to kill, and when.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub struct KillPlan {
     /// Which of the helper's processes.
     pub kind: TracedKind,
     /// Before it makes this call.
@@ -79,16 +79,16 @@ pub enum Connections {
 
 /// What was seen until the end, or until a process was killed.
 #[derive(Debug, Default)]
-pub struct Seen {
+pub struct TraceResult {
     /// The numbers of all calls of each kind of process, in order.
     pub calls: BTreeMap<TracedKind, Vec<i64>>,
     /// None where the plan's call never came.
-    pub killed: Option<Killed>,
+    pub killed: Option<KilledProcess>,
 }
 
 #[derive(Clone, Copy, Debug)]
 /// A process that was killed just before a call.
-pub struct Killed {
+pub struct KilledProcess {
     /// Which of the helper's processes.
     pub kind: TracedKind,
     /// Of the call that was not made.
@@ -97,7 +97,7 @@ pub struct Killed {
     pub service: bool,
 }
 
-impl std::fmt::Display for Killed {
+impl std::fmt::Display for KilledProcess {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let all = if self.service { ", nobody serves" } else { "" };
         write!(f, "{:?} before {}{all}", self.kind, name(self.number))
@@ -115,7 +115,7 @@ pub enum WatchPeriod {
 
 /// Watch the monitor in a thread of its own, which returns at the span's end, or when it has killed. On return
 /// of this, nothing is missed any more.
-pub fn watch(monitor: u32, span: WatchPeriod, plan: Option<Plan>) -> JoinHandle<Seen> {
+pub fn watch(monitor: u32, span: WatchPeriod, plan: Option<KillPlan>) -> JoinHandle<TraceResult> {
     watch_with(monitor, span, plan, |_, _| {})
 }
 
@@ -123,9 +123,9 @@ pub fn watch(monitor: u32, span: WatchPeriod, plan: Option<Plan>) -> JoinHandle<
 pub fn watch_with(
     monitor: u32,
     span: WatchPeriod,
-    plan: Option<Plan>,
+    plan: Option<KillPlan>,
     mut also: impl FnMut(Pid, &Event) + Send + 'static,
-) -> JoinHandle<Seen> {
+) -> JoinHandle<TraceResult> {
     let (ready, attached) = mpsc::channel();
     let monitor = Pid::from_raw(monitor as i32);
     let thread = std::thread::spawn(move || {
@@ -184,8 +184,8 @@ pub fn children(pid: u32) -> Vec<u32> {
 struct Watcher {
     monitor: Pid,
     span: WatchPeriod,
-    plan: Option<Plan>,
-    seen: Seen,
+    plan: Option<KillPlan>,
+    seen: TraceResult,
     alive: BTreeMap<Pid, TracedKind>,
     /// Of the monitor: what it called last that tells what its next child is for.
     last: i64,
@@ -199,13 +199,13 @@ struct Watcher {
 }
 
 impl Watcher {
-    fn new(monitor: Pid, listener: Option<Pid>, span: WatchPeriod, plan: Option<Plan>) -> Watcher {
+    fn new(monitor: Pid, listener: Option<Pid>, span: WatchPeriod, plan: Option<KillPlan>) -> Watcher {
         let listener = listener.map(|pid| (pid, TracedKind::Listener));
         Watcher {
             monitor,
             span,
             plan,
-            seen: Seen::default(),
+            seen: TraceResult::default(),
             alive: [(monitor, TracedKind::Monitor)]
                 .into_iter()
                 .chain(listener)
@@ -219,7 +219,7 @@ impl Watcher {
         }
     }
 
-    fn on(&mut self, pid: Pid, event: Event) -> Then {
+    fn on(&mut self, pid: Pid, event: Event) -> TraceAction {
         match event {
             Event::Forked { parent, by } => {
                 let kind = match self.alive.get(&parent) {
@@ -232,49 +232,49 @@ impl Watcher {
                     Some(TracedKind::Session | TracedKind::AsUser) => TracedKind::AsUser,
                     Some(TracedKind::FirstProcess) => TracedKind::Agent,
                     Some(other) => *other,
-                    None => return Then::GoOn,
+                    None => return TraceAction::GoOn,
                 };
                 self.alive.insert(pid, kind);
-                Then::GoOn
+                TraceAction::GoOn
             }
             Event::Enter(call) => self.enter(pid, call),
-            Event::Leave(..) => Then::GoOn,
+            Event::Leave(..) => TraceAction::GoOn,
             Event::Exec => match self.alive.get(&pid) {
                 Some(TracedKind::Monitor) => {
                     self.counting = true;
-                    Then::GoOn
+                    TraceAction::GoOn
                 }
                 _ => {
                     self.alive.remove(&pid);
-                    Then::Forget
+                    TraceAction::Forget
                 }
             },
             Event::Gone => {
                 if self.alive.remove(&pid) == Some(TracedKind::Session) {
                     self.connection_gone = true;
                 }
-                Then::GoOn
+                TraceAction::GoOn
             }
         }
     }
 
-    fn enter(&mut self, pid: Pid, call: Call) -> Then {
+    fn enter(&mut self, pid: Pid, call: TracedCall) -> TraceAction {
         let Some(kind) = self.alive.get(&pid).copied() else {
-            return Then::GoOn;
+            return TraceAction::GoOn;
         };
-        // The monitor's own wait has four descriptors and more; that of Rust's start has three, other looks one.
+        // The monitor's own wait has four descriptors and more; that of Rust's start has three, other polls one.
         if kind == TracedKind::Monitor {
-            if call.is(&[libc::SYS_pipe2, libc::SYS_recvmsg, libc::SYS_socketpair]) {
+            if call.is_any_of(&[libc::SYS_pipe2, libc::SYS_recvmsg, libc::SYS_socketpair]) {
                 self.last = call.number;
             }
-            self.waits += usize::from(call.is(WAITS) && call.arguments[1] > 3);
+            self.waits += usize::from(call.is_any_of(WAITS) && call.arguments[1] > 3);
         } else if kind == TracedKind::Listener {
             self.reaped |= self.connection_gone && call.number == libc::SYS_wait4;
-            self.listens = call.is(WAITS);
-        } else if kind == TracedKind::FirstProcess && call.is(WAITS) {
+            self.listens = call.is_any_of(WAITS);
+        } else if kind == TracedKind::FirstProcess && call.is_any_of(WAITS) {
             // It runs as init from here on.
             self.alive.remove(&pid);
-            return Then::Forget;
+            return TraceAction::Forget;
         }
         let over = match self.span {
             WatchPeriod::OneConnection => self.listens && self.reaped,
@@ -282,11 +282,11 @@ impl Watcher {
             WatchPeriod::Start => self.listens && self.waits > 1,
         };
         if over {
-            return Then::End;
+            return TraceAction::End;
         }
         // What the kernel makes of a wait that the tracer has interrupted is no call of the program.
         if !self.counting || call.number == libc::SYS_restart_syscall {
-            return Then::GoOn;
+            return TraceAction::GoOn;
         }
         let calls = self.seen.calls.entry(kind).or_default();
         calls.push(call.number);
@@ -298,9 +298,9 @@ impl Watcher {
                 }
         });
         let Some(plan) = now else {
-            return Then::GoOn;
+            return TraceAction::GoOn;
         };
-        self.seen.killed = Some(Killed {
+        self.seen.killed = Some(KilledProcess {
             kind,
             number: call.number,
             service: plan.all || kind == TracedKind::Monitor,
@@ -318,6 +318,6 @@ impl Watcher {
             }
         }
         debug_assert!(self.alive.contains_key(&self.monitor) || !plan.all);
-        Then::End
+        TraceAction::End
     }
 }

@@ -9,12 +9,12 @@ use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::http::{ApiResult, AsFactory, Raw};
-use super::model::{Refusal, Worker};
+use super::http::{ApiResult, FactoryAuth, RawBody};
+use super::json::{Append, Associate, Reason, WhatsNext, WorkerCreate};
 use super::shared::App;
 use super::state::{State, id};
+use super::types::{ServerError, Worker};
 use super::ulid::Ulid;
-use super::wire::{Append, Associate, Reason, WhatsNext, WorkerCreate};
 
 pub fn routes() -> Router<App> {
     Router::new()
@@ -32,10 +32,10 @@ pub fn routes() -> Router<App> {
 
 async fn call(
     Extracted(app): Extracted<App>,
-    AsFactory(me): AsFactory,
+    FactoryAuth(me): FactoryAuth,
     method: Method,
     uri: Uri,
-    Raw(body): Raw,
+    RawBody(body): RawBody,
 ) -> ApiResult<Response> {
     let body = match body.is_empty() {
         true => Ok(Value::Null),
@@ -50,11 +50,11 @@ async fn call(
     })
 }
 
-fn not_json(error: serde_json::Error) -> Refusal {
-    Refusal::Invalid(format!("unable to parse JSON body: {error}"))
+fn not_json(error: serde_json::Error) -> ServerError {
+    ServerError::Invalid(format!("unable to parse JSON body: {error}"))
 }
 
-fn parse<'a, T: Deserialize<'a>>(body: &'a Value) -> Result<T, Refusal> {
+fn parse<'a, T: Deserialize<'a>>(body: &'a Value) -> Result<T, ServerError> {
     T::deserialize(body).map_err(not_json)
 }
 
@@ -67,8 +67,8 @@ impl State {
         method: &str,
         path: &str,
         body: &Value,
-    ) -> Result<(u16, Value), Refusal> {
-        let path = path.strip_prefix("/0/factory/").ok_or(Refusal::NotFound)?;
+    ) -> Result<(u16, Value), ServerError> {
+        let path = path.strip_prefix("/0/factory/").ok_or(ServerError::NotFound)?;
         let parts: Vec<&str> = path.split('/').collect();
         let none = (204, Value::Null);
         Ok(match (method, &parts[..]) {
@@ -127,7 +127,7 @@ impl State {
                 self.flush(me, id(worker)?)?;
                 none
             }
-            _ => return Err(Refusal::NotFound),
+            _ => return Err(ServerError::NotFound),
         })
     }
 }

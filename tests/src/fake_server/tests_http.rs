@@ -135,7 +135,7 @@ async fn a_job_runs_from_lease_to_output_over_http() {
             .any(|e| e.payload == "hi" && e.task == Some(0))
     );
 
-    let recycled = |s: &State| s.workers.values().find(|w| w.recycle()).map(|w| w.id);
+    let recycled = |s: &State| s.workers.values().find(|w| w.must_recycle()).map(|w| w.id);
     server.wait_for(Duration::from_secs(30), recycled).await.unwrap();
     assert_eq!(agent.get("/0/worker/ping").await.1["poweroff"], true);
     assert_eq!(factory.send(Method::DELETE, &path, Value::Null).await.1, true);
@@ -193,12 +193,12 @@ async fn refusals_have_the_servers_own_form() {
 #[tokio::test]
 async fn a_server_can_be_down_in_two_ways_and_restart_with_what_it_knew() {
     let (server, factory, target) = server().await;
-    server.set_down(Down::Unavailable);
+    server.set_outage(Outage::Unavailable);
     assert_eq!(
         factory.get("/0/factory/ping").await.0,
         StatusCode::SERVICE_UNAVAILABLE
     );
-    server.set_down(Down::Closed);
+    server.set_outage(Outage::Closed);
     let ping = || {
         factory
             .http
@@ -206,7 +206,7 @@ async fn a_server_can_be_down_in_two_ways_and_restart_with_what_it_knew() {
             .bearer_auth(&factory.token)
     };
     assert!(ping().send().await.is_err());
-    server.set_down(Down::No);
+    server.set_outage(Outage::None);
     factory
         .post("/0/factory/worker", json!({ "target": target }))
         .await;
