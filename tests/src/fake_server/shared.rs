@@ -13,12 +13,12 @@ use tokio::sync::{OnceCell, watch};
 
 use super::state::State;
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 /// How the server cannot be reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Outage {
-    #[default]
     /// It answers.
-    No,
+    #[default]
+    None,
     /// Connections are closed without an answer, the open ones at their next byte.
     Closed,
     /// Every request is answered 503, with no body, as a proxy would.
