@@ -6,6 +6,7 @@
 # Packages: build-essential cmake git gdb strace python3-venv npm man-db openssh-client openssh-server e2fsprogs libudev1
 # Packages: chromium cpio automake autoconf buildah podman crun runc slirp4netns passt busybox-static postgresql
 # Packages: default-jdk-headless gnupg screen minicom socat xvfb xauth x11-utils bzip2 libarchive-tools
+# Packages: tmux picocom python3-serial udev
 cd "$(mktemp -d)" || exit 1
 failed=0
 
@@ -208,6 +209,31 @@ the_minicom() {
     [ -e met ] && ! ls /var/lock/LCK..* 2>/dev/null
 }
 
+the_tmux() {
+    TERM=vt100 tmux -L one new-session -d 'tty >tmux.out; sleep 60' || return
+    for _ in $(seq 100); do [ -s tmux.out ] && break; sleep 0.1; done
+    tmux -L one kill-server && grep /dev/pts/ tmux.out
+}
+
+# The two ends of a line: pyserial has both, then picocom has one.
+the_serial() {
+    socat "PTY,link=$PWD/one,raw,echo=0" "PTY,link=$PWD/two,raw,echo=0" &
+    local socat=$!
+    until [ -e one ] && [ -e two ]; do kill -0 $socat || return; sleep 0.1; done
+    /usr/bin/python3 - <<'PYTHON' || return
+import serial, serial.tools.list_ports
+one, two = (serial.Serial(name, 115200, timeout=60, exclusive=True) for name in ("one", "two"))
+one.write(b"to the board\n")
+assert two.readline() == b"to the board\n"
+print([port.device for port in serial.tools.list_ports.comports()])
+PYTHON
+    (for _ in $(seq 60); do printf 'from the board\r\n' >one; sleep 1; done) &
+    local board=$!
+    on_a_terminal "picocom --exit-after 3000 $(readlink -f two)" >picocom.out
+    kill $board $socat
+    grep 'from the board' picocom.out
+}
+
 the_xvfb() {
     xvfb-run -a sh -c 'xdpyinfo | grep "number of screens" && xwininfo -root | grep Width' &&
         xvfb-run -a -s '-nolisten unix -screen 0 640x480x24' sh -c 'xwininfo -root | grep "Width: 640"'
@@ -233,6 +259,7 @@ the_agents() {
 
 # What libusb does when it starts: it cannot without a filter on its socket.
 the_udev() {
+    udevadm info --query=all --name=/dev/null | grep DEVNAME=/dev/null || return
     /usr/bin/python3 - <<'PYTHON'
 from ctypes import CDLL, c_void_p
 udev = CDLL("libudev.so.1")
@@ -264,7 +291,7 @@ PYTHON
 }
 
 parts="cargo make cmake npm pip apt git gdb strace files agents udev network cpio ustar distcheck buildah podman postgresql
-    jvm gpg ssh screen minicom xvfb chromium"
+    jvm gpg ssh screen tmux minicom serial xvfb chromium"
 for name in ${SOFTWARE:-$parts}; do
     try "$name" "the_$name"
 done

@@ -324,15 +324,13 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
                 .with_context(|| format!("cannot make {}", place.display()))?;
         }
     }
-    if plan.slot.egress.is_none() {
-        for link in std::fs::read_dir(layout::LINKS).context("cannot list the links into the host's /run")? {
-            let link = link?;
-            let target = std::fs::read_link(link.path())?;
-            match symlink(target, run.join(link.file_name()).entered()) {
-                // The operator shows something there.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                made => made.context("cannot make a link in /run")?,
-            }
+    for link in std::fs::read_dir(layout::LINKS).context("cannot list the links into the host's /run")? {
+        let link = link?;
+        let target = std::fs::read_link(link.path())?;
+        match symlink(target, run.join(link.file_name()).entered()) {
+            // The operator shows something there.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made.context("cannot make a link in /run")?,
         }
     }
     let udev_data = JobPath::new(layout::UDEV_DATA);

@@ -39,10 +39,7 @@ pub fn of(user: &UserName, uid: Uid, slot: &Slot) -> Vec<WritableDir> {
         inside(format!("home/{user}"), 0o755),
         inside("run/buildomat".into(), 0o755),
         inside("run/lock".into(), 0o1777),
-        // Of screen(1), as Debian and Fedora, Arch, and openSUSE build it.
         inside("run/screen".into(), 0o1777),
-        inside("run/screens".into(), 0o1777),
-        inside("run/uscreens".into(), 0o1777),
         inside(format!("run/user/{uid}"), 0o700),
     ];
     let slots = slot.writable.iter().map(HostPath::as_path).enumerate();

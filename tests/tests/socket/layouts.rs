@@ -300,6 +300,7 @@ fn files_of_the_hosts_run_are_shown_where_they_are_needed() {
     write(at("run/other/file"), "SECRET");
     symlink("tools", at("run/link-to-tools")).unwrap();
     symlink("/dev/shm", at("run/shm")).unwrap();
+    fs::create_dir(at("run/uscreens")).unwrap();
     // A directory on the way is missing: the one above it is more than programs read.
     fs::remove_file(at("etc/hosts")).unwrap();
     symlink("../run/other/missing/hosts", at("etc/hosts")).unwrap();
@@ -334,7 +335,7 @@ open("../end").read()"#;
     let client = Client::new(&host);
     let script = "find /run -type s; find /run -type f ! -name buildomat-agent -user root | sort
         find /run /dev /etc /home /tmp /var/tmp /opt/buildomat -xdev -type f -writable ! -user $UID 2>&-
-        cat /etc/resolv.conf; readlink /run/shm; echo ready
+        cat /etc/resolv.conf; readlink /run/shm; cd /run/uscreens && touch socket && ls /run/screen; echo ready
         while ! grep -q second /etc/resolv.conf && [ -e /etc/resolv.conf ]; do sleep 0.1; done
         touch /run/systemd/resolve/new /run/new /run/shown/new; exit 1";
     let mut workers = Vec::new();
@@ -359,7 +360,7 @@ open("../end").read()"#;
     let seen: Vec<_> = seen.iter().map(read).collect();
     let stub = "/run/systemd/resolve/stub-resolv.conf\n";
     assert!(
-        seen[0].starts_with(&format!("{stub}first\n/dev/shm\nready\n")),
+        seen[0].starts_with(&format!("{stub}first\n/dev/shm\nsocket\nready\n")),
         "{}",
         seen[0]
     );
@@ -370,7 +371,7 @@ open("../end").read()"#;
     );
     assert!(
         seen[2].starts_with(&format!(
-            "/run/shown/tools/tool\n{stub}/run/udev/control\n/run/udev/data/c4:64\nfirst\n/dev/shm\nready\n"
+            "/run/shown/tools/tool\n{stub}/run/udev/control\n/run/udev/data/c4:64\nfirst\n/dev/shm\nsocket\nready\n"
         )),
         "{}",
         seen[2]

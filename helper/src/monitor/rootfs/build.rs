@@ -460,6 +460,7 @@ impl<'a> Builder<'a> {
             sources.insert(SourcePath::new(source.as_path()));
         }
         let run_dirs = JobPath::new(RUN_DIRS).in_new_root(&self.new_root);
+        self.links_of_run()?;
         for (number, run_dir) in self.run_dirs(config)?.into_iter().enumerate() {
             symlink(&run_dir, run_dirs.join(number.to_string()))?;
             sources.insert(SourcePath::new(run_dir));
@@ -477,13 +478,23 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
+    /// Links that jobs have in `/run`, where the host has something of that name: to shared memory, and to Debian's directory
+    /// for the sockets of screen(1), which Arch and openSUSE build with another.
+    fn links_of_run(&self) -> Result<()> {
+        let links = JobPath::new(LINKS).in_new_root(&self.new_root);
+        for (name, target) in [("shm", "/dev/shm"), ("screens", "screen"), ("uscreens", "screen")] {
+            if Path::new("/run").join(name).exists() {
+                symlink(target, links.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Directories of the host's `/run` that ordinary programs read: where the names of servers are found, and what
     /// udev knows of devices.
     fn run_dirs(&self, config: &Config) -> Result<BTreeSet<PathBuf>> {
         let mut run_dirs = BTreeSet::new();
         let slots = || config.slots.values();
-        // A link to /dev/shm, where the host has it.
-        self.run_dirs_on_path_to(Path::new("/run/shm"), &mut run_dirs)?;
         if slots().any(|slot| slot.egress.is_none()) {
             for file in ["/etc/resolv.conf", "/etc/hosts"] {
                 self.run_dirs_on_path_to(Path::new(file), &mut run_dirs)?;
