@@ -116,7 +116,7 @@ async fn row_102_a_file_system_that_becomes_read_only_is_reported_and_no_job_is_
     mount(&["umount"]);
     // Another file: of the first, a mount namespace of a test beside this one may still have the broken file system mounted.
     let image = factory.host.root.join("fixed.img");
-    std::fs::copy(factory.host.root.join("disk.img"), &image).unwrap();
+    fs::copy(factory.host.root.join("disk.img"), &image).unwrap();
     let _ = Command::new("e2fsck").arg("-fy").arg(&image).output().unwrap();
     mount(&["mount", "-o", "loop", image.to_str().unwrap()]);
     factory.helper = factory.host.start_helper();

@@ -243,6 +243,7 @@ fn see_through_links(opt: &str) {
     // All but these are this host's: in an overlay, so that its root can have other links.
     let script = format!(
         r#"cd {0}
+        mkdir mine; ln -s {0}/big/home/somebody mine/link; chown -h 1 mine/link
         mount -t tmpfs none work; mkdir -p work/upper/var work/work; chmod 755 work/upper work/upper/var
         ln -s {0}/big/home {0}/big/root {0}/{opt} work/upper; ln -s {0}/big/tmp work/upper/var/tmp
         mount -t overlay -o lowerdir=/,upperdir=work/upper,workdir=work/work overlay root
@@ -252,13 +253,15 @@ fn see_through_links(opt: &str) {
     );
     // Not in /var/tmp, which booted hosts have for it.
     let host = TestHost::below(Path::new("/srv"));
-    host.configure("http://127.0.0.1:9", 0, &format!("[slots.a]\n{SLOT}"));
+    // Somebody has put a link of his own there.
+    let slot = format!("[slots.a]\n{SLOT}writable = [{:?}]\n", at("mine/link/own"));
+    host.configure("http://127.0.0.1:9", 0, &slot);
     let _helper = helper_after(&host, &script);
     let client = Client::new(&host);
     let worker = create_worker(&client, "a");
     let script = format!(
         "touch ~/file /opt/buildomat/file /var/tmp/file && echo written
-        cat /opt/tools/file; cd {0}/big; ls; cat {0}/big/*/* {0}/big/*/*/* /root/* /home/*/*; exit 1",
+        cat /opt/tools/file; cd {0}/big; ls; cat {0}/big/*/* {0}/big/*/*/* {0}/mine/*/* /root/* /home/*/*; exit 1",
         place.path().display()
     );
     let (_, console) = run(&client, worker, &script);
