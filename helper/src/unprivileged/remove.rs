@@ -56,8 +56,9 @@ const MOST_OF_SECOND: usize = 1 << 14;
 /// open one in memory, a kilobyte or so for each, which no limit of the job's counts.
 pub const DEEPEST: usize = 4096;
 
-/// The directory in `fs/` to which what is deeper than [`DEEPEST`] is moved, and an empty one in it. Root makes both when
-/// they are needed, writable to all: where the job has used up its quota, its user can make none.
+/// The directory in `fs/` to which what is deeper than [`DEEPEST`] is moved, and the empty one in it with which it is
+/// exchanged. Root makes both when they are needed, writable to all: where the job has used up its quota, its user can
+/// make none.
 pub const DEEP: &str = "deep";
 pub const DEEP_SPARE: &str = "deep/spare";
 
@@ -77,26 +78,22 @@ impl Deep {
         }
     }
 
-    /// Have an empty directory in the place of this one, which takes no room there (`RENAME_EXCHANGE` in `rename(2)`).
+    /// Move this directory here by an exchange with the empty one (`RENAME_EXCHANGE` in `rename(2)`), which comes back:
+    /// nothing is made, for the job may have used up its quota.
     fn take(&mut self, parent: &OwnedFd, name: &OsStr) -> nix::Result<()> {
-        let own = loop {
-            let own = self.next.to_string();
+        renameat2(parent, name, &self.dir, "spare", RenameFlags::RENAME_EXCHANGE)?;
+        loop {
+            let moved = renameat(&self.dir, "spare", &self.dir, self.next.to_string().as_str());
             self.next += 1;
-            match mkdirat(&self.dir, own.as_str(), Mode::S_IRWXU) {
-                Err(Errno::EEXIST) => {}
-                Ok(()) => break own,
-                // Before anything was removed, there may be no room.
-                Err(_) => match renameat(&self.dir, "spare", &self.dir, own.as_str()) {
-                    Ok(()) => break own,
-                    Err(errno) => {
-                        self.next -= 1;
-                        return Err(errno);
-                    }
-                },
+            if !matches!(moved, Err(Errno::ENOTEMPTY | Errno::EEXIST)) {
+                break moved?;
             }
-        };
-        let exchange = RenameFlags::RENAME_EXCHANGE;
-        renameat2(parent, name, &self.dir, own.as_str(), exchange)
+        }
+        match renameat(parent, name, &self.dir, "spare") {
+            // The other process has removed it.
+            Err(Errno::ENOENT) => mkdirat(&self.dir, "spare", Mode::S_IRWXU),
+            back => back,
+        }
     }
 }
 
@@ -188,9 +185,14 @@ struct PendingDir {
 }
 
 impl PendingDir {
-    /// The most names that are remembered at once, so far down: 131,072 of all levels, and one of each that is deeper.
+    /// The most names that are remembered at once, so far down: some 190,000 of all levels, and one of each that is deeper
+    /// than [`DEEPEST`].
     fn most(depth: usize) -> usize {
-        1024 >> (depth / 64).min(10)
+        if depth > DEEPEST {
+            1
+        } else {
+            1024 >> (depth / 64).min(6)
+        }
     }
 
     /// The most bytes of names of non-directories that are collected before these are removed; and the bytes that each
@@ -339,11 +341,7 @@ fn empty(
             if parents.len() >= deepest {
                 match deep.as_mut().map(|deep| deep.take(&own, &next)) {
                     None => return Ok(false),
-                    // An empty one is in its place, and the other process may have removed that.
-                    Some(Ok(())) => {
-                        remove_dir(&own, &next).with_context(|| format!("cannot remove {next:?}"))?;
-                        continue;
-                    }
+                    Some(Ok(())) => continue,
                     Some(Err(_)) => {}
                 }
             }
@@ -381,7 +379,36 @@ fn empty(
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
+
+    #[test]
+    fn what_is_too_deep_is_moved_and_nothing_is_made_for_it() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name);
+        for name in ["deep/spare", "parent/one/in", "parent/two/in"] {
+            std::fs::create_dir_all(at(name)).unwrap();
+        }
+        let list = |name: &str| {
+            let entries = std::fs::read_dir(at(name)).unwrap();
+            let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        let root = openat(nix::fcntl::AT_FDCWD, place.path(), DIRECTORY, Mode::empty()).unwrap();
+        let parent = openat(&root, "parent", DIRECTORY, Mode::empty()).unwrap();
+        let spare = std::fs::metadata(at("deep/spare")).unwrap().ino();
+        let mut deep = Deep::open(root.as_fd()).unwrap().unwrap();
+        for name in ["one", "two"] {
+            deep.take(&parent, OsStr::new(name)).unwrap();
+        }
+        assert!(list("parent").is_empty());
+        assert_eq!(list("deep"), ["0", "1", "spare"]);
+        assert_eq!(list("deep/1"), ["in"]);
+        assert_eq!(std::fs::metadata(at("deep/spare")).unwrap().ino(), spare);
+    }
 
     /// A walk whose directories are their depths.
     struct Walk {
@@ -463,7 +490,7 @@ mod tests {
     #[test]
     fn all_levels_together_remember_a_bounded_number_of_names() {
         let all: usize = (0..=DEEPEST).map(PendingDir::most).sum();
-        assert!(all < 140_000, "{all}");
+        assert!(all < 190_000, "{all}");
         assert!((0..=DEEPEST).all(|depth| PendingDir::most(depth) > 0));
     }
 
