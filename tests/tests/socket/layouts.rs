@@ -237,7 +237,9 @@ fn see_through_links(opt: &str) {
         write(at(file), "SECRET");
     }
     write(at(&format!("{opt}/tools/file")), "a tool\n");
-    for directory in ["big/tmp", "big/root", "big/home"] {
+    let open = ["big/tmp", "big/root", "big/home"].into_iter();
+    // Only root may make what its link leads to.
+    for directory in open.filter(|directory| !opt.starts_with(directory)) {
         fs::set_permissions(at(directory), fs::Permissions::from_mode(0o777)).unwrap();
     }
     // All but these are this host's: in an overlay, so that its root can have other links.

@@ -51,7 +51,11 @@ fn is_gone(error: &anyhow::Error) -> bool {
     let cause = error.root_cause();
     let of_io = |cause: &std::io::Error| Errno::from_raw(cause.raw_os_error().unwrap_or_default());
     let errno = cause.downcast_ref().copied().or(cause.downcast_ref().map(of_io));
-    matches!(errno, Some(Errno::ENOENT | Errno::ELOOP | Errno::ENOTDIR))
+    // The last is what open_tree(2) says of what was unmounted meanwhile.
+    matches!(
+        errno,
+        Some(Errno::ENOENT | Errno::ELOOP | Errno::ENOTDIR | Errno::EINVAL)
+    )
 }
 
 /// A path as the kernel writes it into `mountinfo` (`proc_pid_mountinfo(5)`): white space and backslashes in octal.
@@ -99,9 +103,10 @@ struct Builder<'a> {
     hidden: BTreeSet<SourcePath>,
     /// Those of them that are hidden only because a job has its own, or none.
     own: BTreeSet<SourcePath>,
-    /// How many entries may still be mounted one by one: of directories in which something is hidden, and of those
-    /// that have mount points: the first may be any user's, whose entries take nothing from the others.
-    entries_left: [usize; 2],
+    /// How many entries may still be mounted one by one: of directories in which something is hidden, of those among
+    /// them that only root can write, and of those that have mount points: the first may be any user's, whose entries take
+    /// nothing from the others.
+    entries_left: [usize; 3],
     /// Watches the directories of the host that the result depends on.
     directories: &'a Inotify,
     /// Was it logged that something cannot be shown? A user could fill the log with it.
@@ -124,7 +129,7 @@ impl<'a> Builder<'a> {
             new_root,
             places: BTreeSet::new(),
             hidden: hidden.into_iter().chain(own.clone()).chain(sockets).collect(),
-            entries_left: [MAX_ENTRIES; 2],
+            entries_left: [MAX_ENTRIES; 3],
             own: BTreeSet::new(),
             directories,
             has_left_out: false,
@@ -244,7 +249,12 @@ impl<'a> Builder<'a> {
             .with_context(|| format!("cannot show {}", source.display()))?;
         let real = place.in_new_root(&self.new_root);
         copy_owner_and_mode(&opened, &real)?;
-        let left = &mut self.entries_left[usize::from(has_mount_points)];
+        let is_roots = directory::check_only_root_writes(source.as_ref()).is_ok();
+        let left = &mut self.entries_left[if has_mount_points {
+            2
+        } else {
+            usize::from(is_roots)
+        }];
         let entries: Vec<_> = std::fs::read_dir(&opened)?.take(*left + 1).collect();
         if entries.len() > *left {
             ensure!(
@@ -253,6 +263,9 @@ impl<'a> Builder<'a> {
                 source.display()
             );
             // All of it is hidden.
+            if !std::mem::replace(&mut self.has_left_out, true) {
+                warn!("jobs do not see {}: it has too many entries", source.display());
+            }
             return Ok(());
         }
         *left -= entries.len();
@@ -290,7 +303,9 @@ impl<'a> Builder<'a> {
             let target = source.canonicalize()?;
             if target.as_ref().is_dir() {
                 std::fs::create_dir(&real)?;
-                let is_roots = std::fs::symlink_metadata(source)?.uid() == 0;
+                let above = target.as_ref().parent().unwrap_or(Path::new("/"));
+                let is_roots = std::fs::symlink_metadata(source)?.uid() == 0
+                    && directory::check_only_root_writes(above).is_ok();
                 if !self.is_hidden(&target, is_roots) {
                     self.show_directory(&target, place)?;
                 }
@@ -347,12 +362,11 @@ impl<'a> Builder<'a> {
             // The host has the directories above at the same path.
             let path = Path::new("/").join(path);
             if path.ancestors().skip(1).any(is_closed_to_jobs) {
-                match umount2(&real, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-                    // It went with the one that it was mounted on, or is behind another.
-                    Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-                    Err(errno) => {
-                        return Err(errno).with_context(|| format!("cannot leave {}", real.display()));
-                    }
+                // What stays is out of a job's reach by its mode. By a descriptor: where a user may rename a directory on the
+                // way, the path could lead to another mount.
+                if let Ok(open) = directory::name_without_links(&real, OFlag::empty()) {
+                    let opened = format!("/proc/self/fd/{}", open.as_raw_fd());
+                    let _ = umount2(opened.as_str(), MntFlags::MNT_DETACH);
                 }
             }
         }
