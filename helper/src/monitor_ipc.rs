@@ -8,7 +8,9 @@ use protocol::{BootstrapToken, Error, ErrorKind, Seqpacket, WorkerId, wire};
 use serde::{Deserialize, Serialize};
 
 /// A request of a session to the monitor. The answer goes to the socket that comes with it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// It has a form of its own: a mistake in what decodes the supervisor's packets must not be the monitor's, too.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MonitorRequest {
     /// Make the worker's first process. Answer: `Filter` and `Ready`; then, after `Go`, `Done`.
     Launch {
@@ -23,8 +25,32 @@ pub enum MonitorRequest {
 }
 
 impl MonitorRequest {
-    /// The longest request, in bytes: its number, the worker's id, and a token of 128 bytes with its length.
-    pub const MAX: usize = 1 + 16 + 1 + 128;
+    /// The longest request, in bytes: its number, the worker's id, and a token of 128 bytes.
+    pub const MAX: usize = 1 + 16 + 128;
+
+    /// Its number, the worker's id with the highest byte first, and the token.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let (number, worker, token) = match self {
+            MonitorRequest::Launch { worker, bootstrap } => (0, worker, bootstrap.as_str()),
+            MonitorRequest::ClearQuota { worker } => (1, worker, ""),
+        };
+        [&[number], &worker.to_bits().to_be_bytes()[..], token.as_bytes()].concat()
+    }
+
+    /// None if that is no request.
+    pub fn from_bytes(bytes: &[u8]) -> Option<MonitorRequest> {
+        let (number, rest) = bytes.split_first()?;
+        let (worker, token) = rest.split_first_chunk()?;
+        let worker = WorkerId::from_bits(u128::from_be_bytes(*worker));
+        match number {
+            0 => Some(MonitorRequest::Launch {
+                worker,
+                bootstrap: std::str::from_utf8(token).ok()?.parse().ok()?,
+            }),
+            1 if token.is_empty() => Some(MonitorRequest::ClearQuota { worker }),
+            _ => None,
+        }
+    }
 }
 
 /// Why a request was not carried out: a request to the monitor, or one of the supervisor that depends on the host
@@ -116,8 +142,16 @@ mod tests {
     fn the_longest_messages_fit() {
         let bootstrap = "a".repeat(128).parse().unwrap();
         let worker = WorkerId::from_bits(u128::MAX);
-        let request = wire::encode(&MonitorRequest::Launch { worker, bootstrap }).unwrap();
-        assert_eq!(request.len(), MonitorRequest::MAX);
+        let launch = MonitorRequest::Launch { worker, bootstrap };
+        assert_eq!(launch.to_bytes().len(), MonitorRequest::MAX);
+        for request in [launch, MonitorRequest::ClearQuota { worker }] {
+            let bytes = request.to_bytes();
+            assert_eq!(MonitorRequest::from_bytes(&bytes), Some(request));
+            // Neither cut off, nor longer than it may be, nor of another number.
+            assert_eq!(MonitorRequest::from_bytes(&bytes[..16]), None);
+            assert_eq!(MonitorRequest::from_bytes(&[&bytes[..], b"/"].concat()), None);
+            assert_eq!(MonitorRequest::from_bytes(&[&[2], &bytes[1..]].concat()), None);
+        }
         let reason = Failure::Busy("x".repeat(2 * Error::MAX_MESSAGE));
         let message = wire::encode(&HandshakeMessage::failed(reason)).unwrap();
         assert_eq!(message.len(), HandshakeMessage::MAX);

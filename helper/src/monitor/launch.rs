@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
-use protocol::{BootstrapToken, Received, Seqpacket, WorkerId, wire};
+use protocol::{BootstrapToken, Received, Seqpacket, WorkerId};
 
 use crate::host::directory::open_dir;
 use crate::host::record::read_record_of;
@@ -46,8 +46,8 @@ pub fn take_request(host: &Host, queue: &mut LaunchQueue, requests: &Seqpacket) 
         },
         _ => return,
     };
-    let outcome = match wire::decode(&bytes) {
-        Ok(MonitorRequest::Launch { worker, bootstrap }) => {
+    let outcome = match MonitorRequest::from_bytes(&bytes) {
+        Some(MonitorRequest::Launch { worker, bootstrap }) => {
             return queue.push(Launch {
                 worker,
                 bootstrap,
@@ -55,8 +55,8 @@ pub fn take_request(host: &Host, queue: &mut LaunchQueue, requests: &Seqpacket) 
                 asked: Instant::now(),
             });
         }
-        Ok(MonitorRequest::ClearQuota { worker }) => clear_quota(host, worker, &answer),
-        Err(error) => Err(anyhow!("{} bytes are no request: {error}", bytes.len())),
+        Some(MonitorRequest::ClearQuota { worker }) => clear_quota(host, worker, &answer),
+        None => Err(anyhow!("{} bytes are no request", bytes.len())),
     };
     if let Err(error) = outcome {
         refuse(&answer, error.into());

@@ -203,7 +203,7 @@ impl PreparedJob {
 
 fn receive_go(session: &Seqpacket) -> bool {
     match session.recv(HandshakeMessage::MAX) {
-        Ok(Received::Packet { bytes, .. }) => wire::decode(&bytes) == Ok(HandshakeMessage::Go),
+        Ok(Received::Packet { bytes, .. }) => Ok(bytes) == wire::encode(&HandshakeMessage::Go),
         _ => false,
     }
 }

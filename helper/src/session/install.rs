@@ -141,10 +141,7 @@ fn set_receive_timeout(answers: &impl AsFd, seconds: i64) -> Result<()> {
 pub fn request(monitor: &Seqpacket, request: &MonitorRequest) -> Result<Seqpacket, Failure> {
     let (here, there) = Seqpacket::pair().context("cannot make a pair of sockets")?;
     set_receive_timeout(&here, STEP_TIMEOUT_SECONDS)?;
-    let sent = monitor.send(
-        &wire::encode(request).context("cannot encode a request")?,
-        Some(there.as_fd()),
-    );
+    let sent = monitor.send(&request.to_bytes(), Some(there.as_fd()));
     let restarted = "the helper was restarted: repeat the request on a new connection";
     sent.map_err(|_| Failure::Busy(restarted.into()))?;
     Ok(here)
@@ -348,7 +345,7 @@ mod tests {
         else {
             panic!("no request came");
         };
-        assert_eq!(wire::decode(&bytes), Ok(clear_quota.clone()));
+        assert_eq!(MonitorRequest::from_bytes(&bytes).as_ref(), Some(&clear_quota));
         let back = Seqpacket::from(descriptors.pop().unwrap());
         HandshakeMessage::Done.send_to(&back, None).unwrap();
         expect(&answer, HandshakeMessage::Done).unwrap();
