@@ -318,7 +318,7 @@ impl fmt::Debug for UserName {
 pub struct Uid(u32);
 
 impl Uid {
-    /// As system calls take it: 1000 to 2147483647, never 65534 or 65535.
+    /// As system calls take it: 1048576 to 2147483647.
     pub fn get(self) -> u32 {
         self.0
     }
@@ -328,10 +328,10 @@ impl TryFrom<u32> for Uid {
     type Error = BadValue;
 
     fn try_from(uid: u32) -> Result<Self, BadValue> {
-        // 65534 is nobody, 65535 and 2^32-1 mean "no id" to system calls; 2^31 and above trips signed code.
-        if uid < 1000 || uid == 65534 || uid == 65535 || uid >= 1 << 31 {
+        // Those below may be the host's users'; 2^31 and above trips signed code.
+        if !(1 << 20..1 << 31).contains(&uid) {
             return Err(BadValue(format!(
-                "{uid} cannot be a worker's uid: use 1000 to 2147483647 without 65534 and 65535"
+                "{uid} cannot be a worker's uid: use 1048576 to 2147483647"
             )));
         }
         Ok(Self(uid))
@@ -423,8 +423,8 @@ mod tests {
     }
 
     #[test]
-    fn uids_are_neither_the_systems_nor_the_kernels_words_for_none() {
-        for good in [1000, 1001, 65_533, 65_536, (1 << 31) - 1] {
+    fn uids_are_neither_the_hosts_nor_the_kernels_words_for_none() {
+        for good in [1 << 20, 0x1f_ffff, (1 << 31) - 1] {
             let uid = Uid::try_from(good).unwrap();
             assert_eq!((uid.get(), u32::from(uid)), (good, good));
             assert_eq!(
@@ -432,7 +432,17 @@ mod tests {
                 (good.to_string(), good.to_string())
             );
         }
-        for bad in [0, 1, 999, 65_534, 65_535, 1 << 31, (1 << 31) + 1, u32::MAX] {
+        for bad in [
+            0,
+            1,
+            1000,
+            65_534,
+            65_536,
+            (1 << 20) - 1,
+            1 << 31,
+            (1 << 31) + 1,
+            u32::MAX,
+        ] {
             let error = Uid::try_from(bad).unwrap_err().to_string();
             assert!(error.starts_with(&format!("{bad} cannot be")), "{error}");
         }

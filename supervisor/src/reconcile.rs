@@ -279,7 +279,7 @@ mod tests {
     }
 
     fn host(id: u128, slot: &str, state: State) -> WorkerInfo {
-        let uid = Uid::try_from(5000).unwrap();
+        let uid = Uid::try_from(2_000_000).unwrap();
         WorkerInfo {
             worker: WorkerId::from_bits(id),
             slot: slot.parse().unwrap(),

@@ -16,7 +16,7 @@ const BUDGET: [(&str, usize); 5] = [
     ("InstallAgent", 590),
     ("List", 60),
     ("Kill", 60),
-    ("Delete", 355),
+    ("Delete", 360),
 ];
 
 /// The least of so many tries: waiting for what the kernel does takes more or fewer polls.

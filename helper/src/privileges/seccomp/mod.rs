@@ -218,6 +218,8 @@ pub fn monitor() -> Steps {
     never().program(LAST, ALLOW)
 }
 
+const SET_ID: u32 = libc::S_ISUID | libc::S_ISGID;
+
 /// For the listener, and by inheritance for its sessions.
 pub fn session() -> Steps {
     let mut rules = SyscallRules::default();
@@ -227,6 +229,10 @@ pub fn session() -> Steps {
     rules.rule(libc::SYS_socketpair, only(0, libc::AF_UNIX as u32));
     rules.rule(libc::SYS_setsockopt, socket_rules::options());
     rules.rule(libc::SYS_prctl, prctl_without_filters());
+    // Nothing that runs as root for whoever starts it. What else makes a file with such a mode cannot fill it: without
+    // CAP_FSETID, writing takes the mode away (capabilities(7)).
+    rules.rule(libc::SYS_fchmod, if_bits(1, SET_ID, REFUSED, ALLOW));
+    rules.rule(libc::SYS_fchmodat, if_bits(2, SET_ID, REFUSED, ALLOW));
     rules.each(SESSION, ALLOW);
     // The deletion's one request: to make a btrfs subvolume of the job's writable.
     rules.rule(libc::SYS_ioctl, only(1, sys::SET_SUBVOLUME_FLAGS));
@@ -456,6 +462,15 @@ mod tests {
         assert_eq!(prctl(libc::PR_SET_SECCOMP), INVALID);
         for operation in 0..4 {
             assert_eq!(ask(libc::SYS_seccomp, &[operation]), REFUSED, "{operation}");
+        }
+        for (mode, answer) in [
+            (0o1777, ALLOW),
+            (0o4755, REFUSED),
+            (0o2755, REFUSED),
+            (0o6000, REFUSED),
+        ] {
+            assert_eq!(ask(libc::SYS_fchmod, &[3, mode]), answer, "{mode:o}");
+            assert_eq!(ask(libc::SYS_fchmodat, &[3, 0, mode]), answer, "{mode:o}");
         }
     }
 
