@@ -219,6 +219,33 @@ fn what_is_mounted_when_somebody_enters_it_is_shown_where_a_slot_names_it() {
     see_automount(&format!("[slots.a]\n{SLOT}{shown}"));
 }
 
+#[test]
+fn mounts_that_no_job_can_reach_keep_none_from_starting_whatever_is_below_them() {
+    let place = create_shared_dir();
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", 0, &format!("[slots.a]\n{SLOT}"));
+    // As a user can by fusermount3(1). Without the first mount, the path of the second leads over a file; and with the new
+    // root before it, the last path is too long.
+    let script = format!(
+        r#"cd {}; mkdir -m 700 closed; cd closed; mkdir f; touch f/d
+        mount -t tmpfs none f; mkdir -p f/d/m; mount -t tmpfs none f/d/m
+        name=$(printf 'n%.0s' $(seq 200)); depth=$(((4090 - $(pwd | wc -c)) / 201))
+        for _ in $(seq $depth); do mkdir $name; cd $name; done
+        mount -t tmpfs none .; cd /"#,
+        place.path().display()
+    );
+    let _helper = helper_after(&host, &script);
+    let client = Client::new(&host);
+    let worker = create_worker(&client, "a");
+    let script = format!(
+        "grep -c {}/closed /proc/self/mountinfo; exit 1",
+        place.path().display()
+    );
+    let (_, console) = run(&client, worker, &script);
+    assert_eq!(console, "1\n", "all but the longest are taken away");
+    assert_eq!(client.ask(&Request::Delete { worker }).0, Reply::Deleted);
+}
+
 /// `/opt` leads to this directory of the larger disk.
 fn see_through_links(opt: &str) {
     let place = create_shared_dir();
