@@ -219,7 +219,10 @@ async fn the_socket_is_made_when_its_directory_appears_and_again_when_it_was_rem
             .unwrap()
             .permissions();
         assert_eq!(mode.mode() & 0o777, 0o666);
-        std::fs::remove_dir_all(&directory).unwrap();
+        // At once: the supervisor may make its socket again meanwhile.
+        let removed = above.path().join("removed");
+        std::fs::rename(&directory, &removed).unwrap();
+        std::fs::remove_dir_all(removed).unwrap();
     }
     proxy.abort();
 }
