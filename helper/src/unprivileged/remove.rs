@@ -82,13 +82,14 @@ impl Deep {
     /// nothing is made, for the job may have used up its quota.
     fn take(&mut self, parent: &OwnedFd, name: &OsStr) -> nix::Result<()> {
         renameat2(parent, name, &self.dir, "spare", RenameFlags::RENAME_EXCHANGE)?;
-        loop {
-            let moved = renameat(&self.dir, "spare", &self.dir, self.next.to_string().as_str());
-            self.next += 1;
-            if !matches!(moved, Err(Errno::ENOTEMPTY | Errno::EEXIST)) {
-                break moved?;
+        // What an earlier attempt has left is in the way.
+        while let Err(errno) = renameat(&self.dir, "spare", &self.dir, self.next.to_string().as_str()) {
+            if !matches!(errno, Errno::ENOTEMPTY | Errno::EEXIST) {
+                return Err(errno);
             }
+            self.next += 1;
         }
+        self.next += 1;
         match renameat(parent, name, &self.dir, "spare") {
             // The other process has removed it.
             Err(Errno::ENOENT) => mkdirat(&self.dir, "spare", Mode::S_IRWXU),
