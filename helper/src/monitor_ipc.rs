@@ -19,6 +19,10 @@ pub enum MonitorRequest {
         /// The token for the agent's command line.
         bootstrap: BootstrapToken,
     },
+    /// Have a process of the worker's user receive an agent and copy it. It gets two messages `Descriptor`: with the
+    /// supervisor's connection, whose next packet brings the agent, and with the file. Answer: `Done`.
+    #[expect(missing_docs, reason = "there is one field")]
+    CopyAgent { worker: WorkerId },
     /// Clear the quota of the worker, of which nothing is on the disk any more. Answer: `Done`.
     #[expect(missing_docs, reason = "there is one field")]
     ClearQuota { worker: WorkerId },
@@ -33,6 +37,7 @@ impl MonitorRequest {
         let (number, worker, token) = match self {
             MonitorRequest::Launch { worker, bootstrap } => (0, worker, bootstrap.as_str()),
             MonitorRequest::ClearQuota { worker } => (1, worker, ""),
+            MonitorRequest::CopyAgent { worker } => (2, worker, ""),
         };
         [&[number], &worker.to_bits().to_be_bytes()[..], token.as_bytes()].concat()
     }
@@ -48,6 +53,7 @@ impl MonitorRequest {
                 bootstrap: std::str::from_utf8(token).ok()?.parse().ok()?,
             }),
             1 if token.is_empty() => Some(MonitorRequest::ClearQuota { worker }),
+            2 if token.is_empty() => Some(MonitorRequest::CopyAgent { worker }),
             _ => None,
         }
     }
@@ -61,6 +67,8 @@ pub enum Failure {
     Failed(anyhow::Error),
     /// The same request may succeed if it is repeated.
     Busy(String),
+    /// What came with the request is not what is asked for.
+    Refused(String),
 }
 
 /// Implement `From` for the error of an operation, so that `?` converts these errors.
@@ -83,6 +91,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
         match error.kind {
             ErrorKind::Busy => Failure::Busy(error.to_string()),
+            ErrorKind::Refused => Failure::Refused(error.to_string()),
             _ => Failure::Failed(error.into()),
         }
     }
@@ -93,6 +102,7 @@ impl From<Failure> for Error {
         match failure {
             Failure::Failed(error) => Error::new(ErrorKind::Failed, format!("{error:#}")),
             Failure::Busy(sentence) => Error::new(ErrorKind::Busy, sentence),
+            Failure::Refused(sentence) => Error::new(ErrorKind::Refused, sentence),
         }
     }
 }
@@ -100,6 +110,8 @@ impl From<Failure> for Error {
 /// A message between a session and the process that carries out its request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HandshakeMessage {
+    /// The descriptor that comes with it.
+    Descriptor,
     /// Everything is prepared except the filter of system calls, which is installed next.
     Filter,
     /// Everything is prepared: the session must record the start of the agent, and then send `Go`.
@@ -144,13 +156,17 @@ mod tests {
         let worker = WorkerId::from_bits(u128::MAX);
         let launch = MonitorRequest::Launch { worker, bootstrap };
         assert_eq!(launch.to_bytes().len(), MonitorRequest::MAX);
-        for request in [launch, MonitorRequest::ClearQuota { worker }] {
+        for request in [
+            launch,
+            MonitorRequest::ClearQuota { worker },
+            MonitorRequest::CopyAgent { worker },
+        ] {
             let bytes = request.to_bytes();
             assert_eq!(MonitorRequest::from_bytes(&bytes), Some(request));
             // Neither cut off, nor longer than it may be, nor of another number.
             assert_eq!(MonitorRequest::from_bytes(&bytes[..16]), None);
             assert_eq!(MonitorRequest::from_bytes(&[&bytes[..], b"/"].concat()), None);
-            assert_eq!(MonitorRequest::from_bytes(&[&[2], &bytes[1..]].concat()), None);
+            assert_eq!(MonitorRequest::from_bytes(&[&[3], &bytes[1..]].concat()), None);
         }
         let reason = Failure::Busy("x".repeat(2 * Error::MAX_MESSAGE));
         let message = wire::encode(&HandshakeMessage::failed(reason)).unwrap();

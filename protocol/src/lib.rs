@@ -4,7 +4,8 @@
 //! `SOCK_SEQPACKET` (`unix(7)`): one packet is one message, so there is no framing to get wrong.
 //! Every packet is one [`Request`] or one [`Reply`], encoded by [`wire`]; a packet that is longer
 //! than its limit, does not decode, or has bytes left over ends the connection. Descriptors travel
-//! as `SCM_RIGHTS` exactly where a message below says so; any other ends the connection, closed.
+//! as `SCM_RIGHTS` exactly where a message below says so. Those that come with another request are
+//! closed by the kernel, and nothing in the helper sees them; with another reply, they end the connection.
 //!
 //! # Course of a connection
 //! 1. The client connects. The helper asks the kernel who it is (`SO_PEERCRED`) and closes
@@ -42,7 +43,7 @@
 //! * Requests about one worker take turns (`flock(2)` on its directory); those about different
 //!   workers never wait for each other, apart from the instant in which a slot is taken.
 //! * An [`Error`] reply has changed nothing that `Delete` would not remove, and the connection goes on, unless
-//!   the descriptor was no memfd: it is closed at the end of the process that has received it.
+//!   closing what came with the request takes more than 10 s (`SO_LINGER` in `socket(7)`): then it ends.
 
 #![warn(missing_docs)]
 

@@ -40,8 +40,7 @@ pub enum Request {
     /// * Answer: [`Reply::AgentStarted`] with the console, when the kernel has accepted the program.
     ///   Repeated after the agent was started, it starts nothing and gives the same answer: an agent
     ///   is never started twice in one worker.
-    /// * Errors: `NoSuchWorker`, `NoSuchSlot`, `Refused` (the descriptor is not what is asked for; if it is no memfd,
-    ///   the helper closes the connection),
+    /// * Errors: `NoSuchWorker`, `NoSuchSlot`, `Refused` (the descriptor is not what is asked for, or there is not one),
     ///   `Busy` (the configuration has a mistake, the host took too long, or the helper was restarted or
     ///   lost a process meanwhile),
     ///   `Failed` (the host could not, or the program is none: the sentence has the kernel's reason,

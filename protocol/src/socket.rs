@@ -7,15 +7,15 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, sendmsg, socket,
-    socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, recvmsg, sendmsg,
+    socket, socketpair,
 };
 
 /// A connection between two processes of the factory. Whether calls block is the descriptor's own affair.
 #[derive(Debug)]
 pub struct Seqpacket(OwnedFd);
 
-/// What one `recv` brought.
+/// What one call that receives brought.
 #[derive(Debug)]
 pub enum Received {
     /// The other end has closed.
@@ -24,7 +24,7 @@ pub enum Received {
     Packet {
         /// At most as long as `limit`.
         bytes: Vec<u8>,
-        /// None, one or two; with [`Seqpacket::recv_all`] as many as one packet can have.
+        /// None, one or two; with [`Seqpacket::peek_all`] as many as one packet can have.
         descriptors: Vec<OwnedFd>,
     },
     /// A packet longer than `limit`, or with more descriptors than there was room for: no sense can be made of this
@@ -99,27 +99,53 @@ impl Seqpacket {
     /// Receive one packet of at most `limit` bytes.
     pub fn recv(&self, limit: usize) -> nix::Result<Received> {
         // Room for two, so that a surplus one is seen; those beyond are closed by the kernel (MSG_CTRUNC).
-        self.recv_into(limit, nix::cmsg_space!([RawFd; 2]))
+        self.recv_with(MsgFlags::empty(), limit, nix::cmsg_space!([RawFd; 2]))
     }
 
-    /// The same, and nothing that came with the packet is closed by the kernel, which can take for ever (`SO_LINGER` in
-    /// `socket(7)`). For a process that ends with what it has received.
-    pub fn recv_all(&self, limit: usize) -> nix::Result<Received> {
+    /// Receive copies of all that the next packet brings. The packet itself stays the next.
+    pub fn peek_all(&self, limit: usize) -> nix::Result<Received> {
         /// `SCM_MAX_FD` of `unix(7)`.
         const MOST: usize = 253;
-        self.recv_into(limit, nix::cmsg_space!([RawFd; MOST]))
+        self.recv_with(MsgFlags::MSG_PEEK, limit, nix::cmsg_space!([RawFd; MOST]))
     }
 
-    fn recv_into(&self, limit: usize, mut control: Vec<u8>) -> nix::Result<Received> {
+    /// Receive the next packet's bytes alone (`recvfrom(2)`). No process gets descriptors by this: the kernel closes those
+    /// of the packet, which can take for ever (`SO_LINGER` in `socket(7)`).
+    pub fn recv_bytes(&self, limit: usize) -> nix::Result<Received> {
+        self.bytes_with(MsgFlags::empty(), limit)
+    }
+
+    /// The same, and the packet stays the next, with its descriptors.
+    pub fn peek_bytes(&self, limit: usize) -> nix::Result<Received> {
+        self.bytes_with(MsgFlags::MSG_PEEK, limit)
+    }
+
+    fn bytes_with(&self, flags: MsgFlags, limit: usize) -> nix::Result<Received> {
         let mut bytes = vec![0; limit];
+        let length = loop {
+            // With this flag it is that of the whole packet.
+            match recv(self.0.as_raw_fd(), &mut bytes, flags | MsgFlags::MSG_TRUNC) {
+                Err(Errno::EINTR) => {}
+                result => break result?,
+            }
+        };
+        let descriptors = Vec::new();
+        if length > limit {
+            return Ok(Received::Oversize { descriptors });
+        }
+        if length == 0 {
+            return Ok(Received::Closed);
+        }
+        bytes.truncate(length);
+        Ok(Received::Packet { bytes, descriptors })
+    }
+
+    fn recv_with(&self, flags: MsgFlags, limit: usize, mut control: Vec<u8>) -> nix::Result<Received> {
+        let mut bytes = vec![0; limit];
+        let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
         let (length, flags) = loop {
             let mut iov = [IoSliceMut::new(&mut bytes)];
-            match recvmsg::<()>(
-                self.0.as_raw_fd(),
-                &mut iov,
-                Some(&mut control),
-                MsgFlags::MSG_CMSG_CLOEXEC,
-            ) {
+            match recvmsg::<()>(self.0.as_raw_fd(), &mut iov, Some(&mut control), flags) {
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno),
                 Ok(message) => break (message.bytes, message.flags),
@@ -187,6 +213,40 @@ mod tests {
             panic!()
         };
         assert_eq!((bytes.as_slice(), descriptors.len()), (&b"two"[..], 1));
+    }
+
+    #[test]
+    fn a_packet_that_was_looked_at_stays_and_bytes_come_alone() {
+        let (a, b) = Seqpacket::pair().unwrap();
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let before = open();
+        for _ in 0..100 {
+            a.send(b"one", Some(b.as_fd())).unwrap();
+            for _ in 0..2 {
+                let all = b.peek_all(16).unwrap();
+                let alone = b.peek_bytes(16).unwrap();
+                assert!(
+                    matches!(all, Received::Packet { bytes, descriptors } if bytes == b"one" && descriptors.len() == 1)
+                );
+                assert!(
+                    matches!(alone, Received::Packet { bytes, descriptors } if bytes == b"one" && descriptors.is_empty())
+                );
+                assert!(matches!(b.peek_bytes(2), Ok(Received::Oversize { .. })));
+            }
+            let alone = b.recv_bytes(3).unwrap();
+            assert!(
+                matches!(alone, Received::Packet { bytes, descriptors } if bytes == b"one" && descriptors.is_empty())
+            );
+            a.send(b"two", Some(b.as_fd())).unwrap();
+            // Too long, and gone.
+            assert!(matches!(b.recv_bytes(0), Ok(Received::Oversize { .. })));
+        }
+        // Other tests of this process open some at the same time, but not a hundred.
+        let left = open().saturating_sub(before);
+        assert!(left < 100, "{left} descriptors are left");
+        drop(a);
+        assert!(matches!(b.peek_bytes(16), Ok(Received::Closed)));
+        assert!(matches!(b.recv_bytes(16), Ok(Received::Closed)));
     }
 
     #[test]

@@ -123,12 +123,12 @@ impl Model {
         if allocation.state != State::Created {
             return Ok(());
         }
-        if agent == Agent::Unsealed {
-            return Err(ErrorKind::Refused);
-        }
         let configuration = configuration.ok_or(ErrorKind::Busy)?;
         if !configuration.slots.contains(&allocation.slot) {
             return Err(ErrorKind::NoSuchSlot);
+        }
+        if agent == Agent::Unsealed {
+            return Err(ErrorKind::Refused);
         }
         allocation.state = match agent {
             Agent::Stays => State::Running,

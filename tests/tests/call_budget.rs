@@ -12,11 +12,11 @@ use testbed::tracer::helper::{KINDS, TracedKind, WatchPeriod, watch};
 
 /// At most so many, for each operation on a connection of its own, which takes some 40 of them.
 const BUDGET: [(&str, usize); 5] = [
-    ("CreateUser", 95),
-    ("InstallAgent", 590),
-    ("List", 60),
-    ("Kill", 60),
-    ("Delete", 360),
+    ("CreateUser", 100),
+    ("InstallAgent", 650),
+    ("List", 66),
+    ("Kill", 63),
+    ("Delete", 366),
 ];
 
 /// The least of so many tries: waiting for what the kernel does takes more or fewer polls.

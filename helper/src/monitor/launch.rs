@@ -16,6 +16,7 @@ use crate::host::{Host, quota};
 use crate::log::warn;
 use crate::monitor::rootfs::RootFs;
 use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
+use crate::unprivileged::{agent, become_user};
 use crate::{sandbox, sys};
 
 /// Launches that wait for the jobs' root file system, in the order in which they were asked for.
@@ -55,7 +56,16 @@ pub fn take_request(host: &Host, queue: &mut LaunchQueue, requests: &Seqpacket) 
                 asked: Instant::now(),
             });
         }
-        Some(MonitorRequest::ClearQuota { worker }) => clear_quota(host, worker, &answer),
+        Some(MonitorRequest::CopyAgent { worker }) => answer_later(host, &answer, || {
+            let uid = read_record_of(host, worker)?.uid;
+            sys::close_all_but(&[answer.as_raw_fd()]).context("cannot close what is the monitor's")?;
+            agent::receive(&become_user(uid, &[])?, &answer)
+        }),
+        // It has nothing on disk any more.
+        Some(MonitorRequest::ClearQuota { worker }) => answer_later(host, &answer, || {
+            let uid = read_record_of(host, worker)?.uid;
+            Ok(quota::set(host, uid, None, None)?)
+        }),
         None => Err(anyhow!("{} bytes are no request", bytes.len())),
     };
     if let Err(error) = outcome {
@@ -147,18 +157,14 @@ fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
     Ok(())
 }
 
-/// Forget the quota of a worker that has nothing on disk any more.
-fn clear_quota(host: &Host, worker: WorkerId, session: &Seqpacket) -> Result<()> {
+/// Fork a process that does this work and answers.
+fn answer_later(host: &Host, session: &Seqpacket, work: impl FnOnce() -> Result<(), Failure>) -> Result<()> {
     is_waited_for(session)?;
     sys::fork(|| {
-        let work = || -> Result<()> {
-            forget_all_but(host, session)?;
-            let record = read_record_of(host, worker)?;
-            quota::set(host, record.uid, None, None)
-        };
-        match work() {
+        let done = forget_all_but(host, session).map_err(Failure::from);
+        match done.and_then(|()| work()) {
             Ok(()) => i32::from(HandshakeMessage::Done.send_to(session, None).is_err()),
-            Err(error) => send_failure(session, error),
+            Err(failure) => send_failure(session, failure),
         }
     })
     .context("cannot fork")?;
@@ -171,7 +177,7 @@ fn forget_all_but(host: &Host, session: &Seqpacket) -> Result<()> {
     Ok(SigSet::empty().thread_set_mask()?)
 }
 
-fn send_failure(session: &Seqpacket, error: anyhow::Error) -> i32 {
-    let _ = HandshakeMessage::failed(error).send_to(session, None);
+fn send_failure(session: &Seqpacket, failure: impl Into<Failure>) -> i32 {
+    let _ = HandshakeMessage::failed(failure).send_to(session, None);
     1
 }

@@ -151,7 +151,7 @@ impl Listener {
             let reply = Reply::Error(Error::new(ErrorKind::Busy, self.sentence(now)));
             let client = self.client;
             // A new connection has room for it. Who is gone needs no answer.
-            let _ = fork_session(connection, &[], |connection, _| {
+            let _ = fork_session(connection, &[], |connection| {
                 if is_served(peer, client) {
                     let _ = wire::encode(&reply).map(|bytes| connection.try_send(&bytes, None));
                 }
@@ -213,6 +213,8 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
     drop(accepts);
     let mut sessions = BTreeSet::new();
     let mut pause = None;
+    // A connection for which no session could be forked. It is not closed here: that can take for ever.
+    let mut held = None;
     loop {
         let mut events = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         if pause.is_none() && sessions.len() < MAX_SESSIONS + MAX_BUSY {
@@ -232,14 +234,14 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
             // The next sessions begin with it.
             let _ = (host.configuration(), host.accounts());
         }
-        if !is_called {
+        if !is_called && held.is_none() {
             continue;
         }
         let is_busy = sessions.len() >= MAX_SESSIONS;
-        match accept(socket) {
+        match held.take().map_or_else(|| accept(socket), |it| Ok(Some(it))) {
             Ok(Some((connection, peer))) => {
                 let keep = [&host.descriptors()[..], &[monitor_socket.as_raw_fd()]].concat();
-                let serve = |connection: &Seqpacket, received: &mut Vec<OwnedFd>| {
+                let serve = |connection: &Seqpacket| {
                     if !is_served(peer, *client) {
                         return 0;
                     }
@@ -248,7 +250,7 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
                         host,
                         monitor: monitor_socket,
                     };
-                    session::serve(&operations, peer, is_busy, connection, received);
+                    session::serve(&operations, peer, is_busy, connection);
                     match host.reads() == before {
                         true => 0,
                         false => EXIT_AFTER_READ,
@@ -256,7 +258,11 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
                 };
                 match fork_session(connection, &keep, serve) {
                     Ok(pid) => drop(sessions.insert(pid)),
-                    Err(error) => warn!("closed the connection: cannot fork a session: {error}"),
+                    Err((error, connection)) => {
+                        warn!("cannot fork a session: {error}");
+                        held = Some((connection, peer));
+                        pause = Some(TimeSpec::from_duration(ACCEPT_AGAIN_AFTER));
+                    }
                 }
             }
             Ok(None) => {}
@@ -291,7 +297,8 @@ fn is_served(PeerCredentials { uid, pid }: PeerCredentials, client: u32) -> bool
     uid == client
 }
 
-/// Fork a process that has the connection, and these descriptors, to itself, and ends with it and what it has received.
+/// Fork a process that has the connection, and these descriptors, to itself, and ends with it. With the error, the connection
+/// comes back.
 ///
 /// Closing the last descriptor of a connection closes what is in packets that nobody has received, which can wait for
 /// ever (`SO_LINGER` in `socket(7)`), but not in a process that ends. So that process ends after this one has closed its
@@ -299,23 +306,30 @@ fn is_served(PeerCredentials { uid, pid }: PeerCredentials, client: u32) -> bool
 fn fork_session(
     connection: Seqpacket,
     keep: &[RawFd],
-    serve: impl FnOnce(&Seqpacket, &mut Vec<OwnedFd>) -> i32,
-) -> io::Result<Pid> {
-    let (closed, open) = pipe2(OFlag::O_CLOEXEC)?;
+    serve: impl FnOnce(&Seqpacket) -> i32,
+) -> Result<Pid, (io::Error, Seqpacket)> {
+    let (closed, open) = match pipe2(OFlag::O_CLOEXEC) {
+        Ok(pipe) => pipe,
+        Err(errno) => return Err((errno.into(), connection)),
+    };
     let keep = [keep, &[connection.as_raw_fd(), closed.as_raw_fd()]].concat();
-    let mut received = Vec::new();
-    let pid = sys::fork(|| {
+    let forked = sys::fork(|| {
         if sys::close_all_but(&keep).is_err() || SigSet::empty().thread_set_mask().is_err() {
             warn!("closed the connection: cannot close what is not a session's");
             return 0;
         }
-        let status = serve(&connection, &mut received);
+        let status = serve(&connection);
         let _ = nix::unistd::read(&closed, &mut [0]);
         status
-    })?;
-    drop(connection);
-    drop(open);
-    Ok(pid)
+    });
+    match forked {
+        Ok(pid) => {
+            drop(connection);
+            drop(open);
+            Ok(pid)
+        }
+        Err(error) => Err((error, connection)),
+    }
 }
 
 /// Collect sessions that have ended. True if one had to read what the listener should know.

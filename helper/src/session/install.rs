@@ -1,18 +1,18 @@
 //! Starting an agent: the session's part. The session checks, puts the job's files in place, and asks the monitor for the
 //! worker's first process, for which it has neither the capabilities nor the system calls.
 //!
-//! Three processes take part. The session holds the worker's lock (`flock(2)` on its directory) from the first step to the
+//! Four processes take part. The session holds the worker's lock (`flock(2)` on its directory) from the first step to the
 //! last, and one end of a socket pair. The first process has the other end, and keeps it open until the agent runs: if the
 //! session dies, the first process reads the end of the socket and exits. Who waits has a time limit
 //! ([`STEP_TIMEOUT_SECONDS`]).
 //!
 //! | step | process | what it does | cut off after it |
 //! | --- | --- | --- | --- |
-//! | 1 | session | [`check_agent`]: the memfd and its seals | nothing was changed |
-//! | 2 | session | [`writable_dirs::make`], [`cgroup::create`], [`limits::limit_cgroup`] | empty directories, an empty cgroup: a repeat makes them again |
-//! | 3 | session | sends [`MonitorRequest::Launch`] with the end of the socket pair | the monitor finds that nobody waits, and drops the request |
-//! | 4 | monitor | when the root file system of jobs is up to date: clones the first process into its cgroup and namespaces | the first process ends, as above |
-//! | 5 | session | meanwhile: [`copy_agent`] into `fs/run` | a part of the program, which a repeat replaces |
+//! | 1 | session | [`writable_dirs::make`], [`cgroup::create`], [`limits::limit_cgroup`] | empty directories, an empty cgroup: a repeat makes them again |
+//! | 2 | session | makes the agent's file in `fs/run`; sends [`MonitorRequest::CopyAgent`], and the descriptors of the connection and the file | an empty file, which a repeat replaces |
+//! | 3 | receiver | forked by the monitor, as the job's user: [`agent::receive`](crate::unprivileged::agent::receive), then says `Done`, or `Failed` with what is wrong with the agent; meanwhile, the next steps | a part of the program, in a file that a repeat replaces |
+//! | 4 | session | sends [`MonitorRequest::Launch`] with the end of the socket pair | the monitor finds that nobody waits, and drops the request |
+//! | 5 | monitor | when the root file system of jobs is up to date: clones the first process into its cgroup and namespaces | the first process ends, as above |
 //! | 6 | first process | [`apply_sandbox`](crate::sandbox), then says `Filter` | as above; its mounts go with its namespace |
 //! | 7 | first process | installs its filter, says `Ready`, and waits for `Go` | as above |
 //! | 8 | session | [`timer::start`], if the slot has a run time | the timer ends with the cgroup |
@@ -23,20 +23,19 @@
 //! A repeat begins with step 1, and kills what an earlier attempt has left in the cgroup. `Delete` gets to its end from
 //! every step.
 
-use std::fs::{File, Permissions};
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::Permissions;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
-use nix::sys::sendfile::sendfile;
+use nix::fcntl::OFlag;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
-use protocol::{BootstrapToken, Error, ErrorKind, MAX_AGENT_BYTES, Received, Seqpacket, SlotName, wire};
+use protocol::{BootstrapToken, Error, Received, Seqpacket, SlotName, wire};
 
-use crate::host::directory::{open_dir, open_file};
+use crate::host::directory::{open_dir, open_file, remove_file};
 use crate::host::record::{Record, Worker, WorkerError};
 use crate::host::{Host, abilities, cgroup, misconfigured, no_such_slot, users};
 use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest, from};
@@ -51,11 +50,10 @@ pub enum InstallError {
     Worker(WorkerError),
     /// It has left the configuration.
     NoSuchSlot(SlotName),
-    /// The descriptor is not what is asked for.
-    BadAgent(String),
     /// The configuration has a mistake, or the slot names what the host lacks.
     Misconfigured(anyhow::Error),
-    /// The sandbox could not be made, or the kernel does not take the program.
+    /// The agent's descriptor is not what is asked for, the sandbox could not be made, or the kernel does not take the
+    /// program.
     Host(Failure),
 }
 
@@ -66,7 +64,6 @@ impl From<InstallError> for Error {
         match error {
             InstallError::Worker(error) => error.into(),
             InstallError::NoSuchSlot(slot) => no_such_slot(&slot),
-            InstallError::BadAgent(sentence) => Error::new(ErrorKind::Refused, sentence),
             InstallError::Misconfigured(error) => misconfigured(error),
             InstallError::Host(failure) => failure.into(),
         }
@@ -79,13 +76,12 @@ pub fn install(
     monitor: &Seqpacket,
     worker: &Worker,
     record: &Record,
-    agent: OwnedFd,
+    connection: &Seqpacket,
     bootstrap: &BootstrapToken,
 ) -> Result<(), InstallError> {
     if worker.is_started()? {
         return Ok(());
     }
-    let agent = check_agent(agent)?;
     let (config, _) = host.configuration().map_err(InstallError::Misconfigured)?;
     let slot = config.slots.get(&record.slot);
     let slot = slot.ok_or_else(|| InstallError::NoSuchSlot(record.slot.clone()))?;
@@ -101,6 +97,7 @@ pub fn install(
     let cgroup =
         cgroup::create(&host.cgroups, &worker.id.to_string()).context("cannot make the worker's cgroup")?;
     limits::limit_cgroup(&cgroup, slot, host.abilities)?;
+    let receiver = start_receiver(monitor, worker, connection)?;
     let child = request(
         monitor,
         &MonitorRequest::Launch {
@@ -108,9 +105,7 @@ pub fn install(
             bootstrap: bootstrap.clone(),
         },
     )?;
-    // Meanwhile: its first process needs about as long for the sandbox. It waits for `Go` before it looks.
-    let run = open_dir(worker.dir(), "fs/run").context("cannot open the worker's fs/run")?;
-    copy_agent(&agent, &run)?;
+    expect(&receiver, HandshakeMessage::Done)?;
     expect(&child, HandshakeMessage::Filter)?;
     set_receive_timeout(&child, FILTER_TIMEOUT_SECONDS)?;
     expect(&child, HandshakeMessage::Ready)?;
@@ -123,6 +118,31 @@ pub fn install(
         .send_to(&child, None)
         .context("the worker's pid 1 has exited")?;
     Ok(expect(&child, HandshakeMessage::Done)?)
+}
+
+/// Have the agent, which the connection's next packet brings, copied into the worker's directory: a file of root's that the
+/// job may run and read. The answer comes to the socket that is returned.
+fn start_receiver(
+    monitor: &Seqpacket,
+    worker: &Worker,
+    connection: &Seqpacket,
+) -> Result<Seqpacket, Failure> {
+    let describe = || "cannot make the agent's file";
+    let run = open_dir(worker.dir(), "fs/run").with_context(describe)?;
+    let name = AGENT.rsplit('/').next().expect("a path has a last part");
+    // Each attempt has a file of its own: the receiver of one that was cut off may still be writing.
+    remove_file(&run, name).with_context(describe)?;
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+    let file = open_file(&run, name, flags).with_context(describe)?;
+    file.set_permissions(Permissions::from_mode(0o755))
+        .with_context(describe)?;
+    let receiver = request(monitor, &MonitorRequest::CopyAgent { worker: worker.id })?;
+    for descriptor in [connection.as_fd(), file.as_fd()] {
+        HandshakeMessage::Descriptor
+            .send_to(&receiver, Some(descriptor))
+            .context("the process that copies the agent has exited")?;
+    }
+    Ok(receiver)
 }
 
 /// How long the monitor, or a process of its making, may take for a step, in seconds. One that hangs in a mount must not
@@ -149,7 +169,7 @@ pub fn request(monitor: &Seqpacket, request: &MonitorRequest) -> Result<Seqpacke
 
 /// Wait for this message.
 pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failure> {
-    let packet = match from.recv(HandshakeMessage::MAX) {
+    let packet = match from.recv_bytes(HandshakeMessage::MAX) {
         Ok(Received::Packet { bytes, .. }) => bytes,
         // The request did not fail: nobody is left who could say so.
         Err(Errno::EAGAIN) => {
@@ -178,66 +198,11 @@ pub fn expect(from: &Seqpacket, expected: HandshakeMessage) -> Result<(), Failur
     })
 }
 
-/// The descriptor must be a memfd that nobody can change any more: reading it then neither blocks nor
-/// races. Only memfds and files of tmpfs have seals at all (`fcntl(2)`).
-fn check_agent(fd: OwnedFd) -> Result<File, InstallError> {
-    let needed = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
-    match fcntl(&fd, FcntlArg::F_GET_SEALS) {
-        Ok(seals) if SealFlag::from_bits_truncate(seals).contains(needed) => {}
-        _ => {
-            let sentence = "the agent's descriptor is not a memfd sealed against writing, growing and shrinking: seal it";
-            return Err(InstallError::BadAgent(sentence.into()));
-        }
-    }
-    let file = File::from(fd);
-    let len = file.metadata().context("cannot ask how long the agent is")?.len();
-    if len == 0 || len > MAX_AGENT_BYTES {
-        let sentence = format!("the agent has {len} bytes: send 1 to {MAX_AGENT_BYTES}");
-        return Err(InstallError::BadAgent(sentence));
-    }
-    Ok(file)
-}
-
-/// Copy the agent into the worker's directory: a file of root's that the job may run and read.
-fn copy_agent(agent: &File, run: &OwnedFd) -> Result<()> {
-    let name = AGENT.rsplit('/').next().expect("a path has a last part");
-    let describe = || "cannot copy the agent";
-    let copy =
-        open_file(run, name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC).with_context(describe)?;
-    // At an offset of our own: the sender shares the descriptor's.
-    let (mut at, end) = (0, agent.metadata()?.len() as i64);
-    while at < end {
-        let left = (end - at) as usize;
-        let copied = sendfile(&copy, agent, Some(&mut at), left).with_context(describe)?;
-        ensure!(
-            copied > 0,
-            "cannot copy the agent: {left} bytes of it are missing"
-        );
-    }
-    copy.set_permissions(Permissions::from_mode(0o755))
-        .with_context(describe)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::io::{Seek, SeekFrom, Write};
-
-    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use protocol::ErrorKind;
 
     use super::*;
-    use crate::host::directory::tests::open_path;
-
-    fn memfd(bytes: &[u8]) -> File {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let mut file = File::from(memfd_create("agent", flags).unwrap());
-        file.write_all(bytes).unwrap();
-        file
-    }
-
-    fn sealed(file: File, seals: SealFlag) -> OwnedFd {
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
-        file.into()
-    }
 
     /// What is answered: the kind and the sentence.
     fn refusal(result: Result<impl std::fmt::Debug, impl Into<Error>>) -> (ErrorKind, String) {
@@ -262,7 +227,7 @@ mod tests {
                 ErrorKind::NoSuchSlot,
                 "slot a is not in the configuration: add it or use another",
             ),
-            (InstallError::BadAgent("x".into()), ErrorKind::Refused, "x"),
+            (Failure::Refused("x".into()).into(), ErrorKind::Refused, "x"),
             (
                 InstallError::Misconfigured(mistake()),
                 ErrorKind::Busy,
@@ -273,62 +238,6 @@ mod tests {
         ] {
             assert_eq!(refusal(Err::<(), InstallError>(error)), (kind, sentence.into()));
         }
-    }
-
-    #[test]
-    fn an_agent_has_all_three_seals_and_a_size_within_bounds() {
-        let all = [
-            SealFlag::F_SEAL_WRITE,
-            SealFlag::F_SEAL_GROW,
-            SealFlag::F_SEAL_SHRINK,
-        ];
-        let whole: SealFlag = all.into_iter().collect();
-        check_agent(sealed(memfd(b"x"), whole)).unwrap();
-        check_agent(sealed(memfd(b"x"), whole | SealFlag::F_SEAL_SEAL)).unwrap();
-        for without in all {
-            let agent = sealed(memfd(b"x"), whole - without);
-            assert_eq!(
-                refusal(check_agent(agent)).0,
-                ErrorKind::Refused,
-                "without {without:?}"
-            );
-        }
-        let plain = File::open("/proc/self/exe").unwrap().into();
-        assert_eq!(refusal(check_agent(plain)).0, ErrorKind::Refused);
-        for (length, is_good) in [
-            (0, false),
-            (1, true),
-            (MAX_AGENT_BYTES, true),
-            (MAX_AGENT_BYTES + 1, false),
-        ] {
-            let sparse = memfd(b"");
-            sparse.set_len(length).unwrap();
-            assert_eq!(
-                check_agent(sealed(sparse, whole)).is_ok(),
-                is_good,
-                "{length} bytes"
-            );
-        }
-    }
-
-    #[test]
-    fn an_agent_is_copied_whole_wherever_its_offset_is_and_over_what_a_crash_has_left() {
-        let place = tempfile::tempdir().unwrap();
-        let run = open_path(place.path()).unwrap();
-        let path = place.path().join(AGENT.rsplit('/').next().unwrap());
-        std::fs::write(&path, "y".repeat(1 << 20)).unwrap();
-        let program: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8).collect();
-        let mut agent = memfd(&program);
-        agent.seek(SeekFrom::Start(299_999)).unwrap();
-        copy_agent(&agent, &run).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), program);
-        assert_eq!(
-            std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777,
-            0o755
-        );
-        std::fs::remove_file(&path).unwrap();
-        copy_agent(&agent, &run).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), program);
     }
 
     #[test]
@@ -378,6 +287,11 @@ mod tests {
         );
         send(HandshakeMessage::failed(Failure::Busy("later".into())));
         assert_eq!(refusal(HandshakeMessage::Done), (ErrorKind::Busy, "later".into()));
+        send(HandshakeMessage::failed(Failure::Refused("no seals".into())));
+        assert_eq!(
+            refusal(HandshakeMessage::Done),
+            (ErrorKind::Refused, "no seals".into())
+        );
         let soon = TimeVal::new(0, 1);
         setsockopt(&here, sockopt::ReceiveTimeout, &soon).unwrap();
         let is_busy = |expected, parts: &[&str]| {

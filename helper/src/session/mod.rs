@@ -6,14 +6,14 @@ pub mod policy;
 mod timer;
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 use anyhow::Result;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
+use nix::unistd::alarm;
 use protocol::{
     BootstrapToken, Error, ErrorKind, MAX_LIST, Received, Reply, Request, Seqpacket, SlotName, State, Uid,
     UserName, VERSION, WorkerId, WorkerInfo, wire,
@@ -36,11 +36,11 @@ type ReplyWithFile = (Reply, Option<File>);
 pub trait Operations {
     /// [`Request::CreateUser`].
     fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName), CreateUserError>;
-    /// [`Request::InstallAgent`]: the file is the console, open for reading.
+    /// [`Request::InstallAgent`], which is the connection's next packet: the file is the console, open for reading.
     fn install_agent(
         &self,
         worker: WorkerId,
-        agent: OwnedFd,
+        connection: &Seqpacket,
         bootstrap: &BootstrapToken,
     ) -> Result<File, InstallError>;
     /// [`Request::Attach`]: the file is the console, open for reading.
@@ -55,37 +55,31 @@ pub trait Operations {
     fn check(&self) -> Result<()>;
 }
 
-/// Serve this connection to its end. What came with the last packet is in `received` then, open: closing a socket that the
-/// peer has sent can wait for ever (`SO_LINGER` in `socket(7)`), but not in a process that ends.
-pub fn serve(
-    operations: &dyn Operations,
-    peer: PeerCredentials,
-    is_busy: bool,
-    socket: &Seqpacket,
-    received: &mut Vec<OwnedFd>,
-) {
+/// How long a peer may take to greet and to take an answer, and the kernel to close what came with a packet, in seconds.
+const PEER_TIMEOUT_SECONDS: u32 = 10;
+
+/// Serve this connection to its end. This process receives no descriptor from it: with that of a directory of the host it
+/// could change what is below, with root's rights.
+pub fn serve(operations: &dyn Operations, peer: PeerCredentials, is_busy: bool, socket: &Seqpacket) {
     // A peer that says nothing, or does not read, must not keep a process for ever.
     let time = |seconds| TimeVal::new(seconds, 0);
-    let limited = setsockopt(socket, sockopt::ReceiveTimeout, &time(10))
-        .and_then(|()| setsockopt(socket, sockopt::SendTimeout, &time(10)));
+    let limited = setsockopt(
+        socket,
+        sockopt::ReceiveTimeout,
+        &time(PEER_TIMEOUT_SECONDS.into()),
+    )
+    .and_then(|()| setsockopt(socket, sockopt::SendTimeout, &time(PEER_TIMEOUT_SECONDS.into())));
     if let Err(errno) = limited {
         return warn!("closed the connection: cannot limit how long it is waited for: {errno}");
     }
     let mut is_greeted = false;
     loop {
-        // Nothing, or a memfd.
-        received.clear();
-        let bytes = match socket.recv_all(wire::MAX_REQUEST) {
+        // The packet stays until it is answered: the agent comes with it.
+        let bytes = match socket.peek_bytes(wire::MAX_REQUEST) {
             Ok(Received::Closed) => return,
-            Ok(Received::Packet { bytes, descriptors }) => {
-                *received = descriptors;
-                bytes
-            }
-            Ok(Received::Oversize { descriptors }) => {
-                *received = descriptors;
-                return warn!(
-                    "closed the connection: a packet is larger than any request, or has several descriptors"
-                );
+            Ok(Received::Packet { bytes, .. }) => bytes,
+            Ok(Received::Oversize { .. }) => {
+                return warn!("closed the connection: a packet is larger than any request");
             }
             Err(Errno::ECONNRESET) => return,
             Err(errno) => return warn!("closed the connection: cannot receive: {errno}"),
@@ -99,17 +93,6 @@ pub fn serve(
                 );
             }
         };
-        if received.len() != usize::from(request.carries_descriptor()) {
-            return warn!(
-                "closed the connection: {} came with {} descriptors",
-                name(&request),
-                received.len()
-            );
-        }
-        // Nothing else has seals to ask for (fcntl(2)).
-        let is_no_memfd = received
-            .iter()
-            .any(|it| fcntl(it, FcntlArg::F_GET_SEALS).is_err());
         let begin = Instant::now();
         let (reply, descriptor) = match (&request, is_greeted) {
             (Request::Hello { version: VERSION }, false) if is_busy => {
@@ -134,21 +117,23 @@ pub fn serve(
                 )),
                 None,
             ),
-            (_, true) if is_no_memfd => {
-                let message = "the agent's descriptor is not a memfd: send one";
-                (Reply::Error(Error::new(ErrorKind::Refused, message)), None)
-            }
             (_, true) => {
-                answer(operations, &request, received).unwrap_or_else(|error| (Reply::Error(error), None))
+                answer(operations, &request, socket).unwrap_or_else(|error| (Reply::Error(error), None))
             }
         };
         audit(peer, &request, &reply, begin);
         let sent = wire::encode(&reply).map_err(|_| Errno::EMSGSIZE);
         let sent = sent.and_then(|bytes| socket.send(&bytes, descriptor.as_ref().map(AsFd::as_fd)));
-        match sent {
-            Ok(()) if is_greeted && !is_no_memfd => {}
-            Ok(()) => return,
-            Err(errno) => return warn!("closed the connection: cannot answer: {errno}"),
+        if let Err(errno) = sent {
+            return warn!("closed the connection: cannot answer: {errno}");
+        }
+        // Closing what came with it can take for ever (`SO_LINGER` in `socket(7)`): the signal ends that, and this process.
+        alarm::set(PEER_TIMEOUT_SECONDS);
+        let taken = socket.recv_bytes(0);
+        alarm::cancel();
+        // It cannot be taken where the peer is gone.
+        if !is_greeted || taken.is_err() {
+            return;
         }
     }
 }
@@ -156,7 +141,7 @@ pub fn serve(
 fn answer(
     operations: &dyn Operations,
     request: &Request,
-    received: &mut Vec<OwnedFd>,
+    connection: &Seqpacket,
 ) -> Result<ReplyWithFile, Error> {
     let refused = |message: &str| Error::new(ErrorKind::Refused, message);
     Ok(match request {
@@ -166,8 +151,7 @@ fn answer(
             (Reply::UserCreated { uid, name }, None)
         }
         Request::InstallAgent { worker, bootstrap } => {
-            let agent = received.pop().ok_or_else(|| refused("the agent is missing"))?;
-            let console = operations.install_agent(*worker, agent, bootstrap)?;
+            let console = operations.install_agent(*worker, connection, bootstrap)?;
             (Reply::AgentStarted, Some(console))
         }
         Request::Attach { worker } => {
@@ -209,11 +193,11 @@ impl Operations for HostOperations<'_> {
     fn install_agent(
         &self,
         worker: WorkerId,
-        agent: OwnedFd,
+        connection: &Seqpacket,
         bootstrap: &BootstrapToken,
     ) -> Result<File, InstallError> {
         let (worker, record) = Worker::existing(self.host, worker)?;
-        install::install(self.host, self.monitor, &worker, &record, agent, bootstrap)?;
+        install::install(self.host, self.monitor, &worker, &record, connection, bootstrap)?;
         Ok(worker.console()?)
     }
 

@@ -1,6 +1,8 @@
-//! What runs as a job's user, without privileges: pid 1 of a worker (`init`), and the process that empties the directories
-//! that a job could write (`remove`). Their entry points take an [`Unprivileged`], which only [`become_user`] makes.
+//! What runs as a job's user, without privileges: pid 1 of a worker (`init`), the process that receives an agent (`agent`),
+//! and the one that empties the directories that a job could write (`remove`). Their entry points take an [`Unprivileged`],
+//! which only [`become_user`] makes.
 
+pub mod agent;
 pub mod init;
 mod proof;
 pub mod proxy;

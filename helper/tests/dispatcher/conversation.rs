@@ -184,7 +184,7 @@ fn cannot_use(kind: ErrorKind, worker: WorkerId) -> WorkerError {
 fn cannot_install(kind: ErrorKind, worker: WorkerId) -> InstallError {
     match kind {
         ErrorKind::NoSuchSlot => InstallError::NoSuchSlot("a".parse().expect("a name")),
-        ErrorKind::Refused => InstallError::BadAgent("it has no seals".into()),
+        ErrorKind::Refused => Failure::Refused("it has no seals".into()).into(),
         ErrorKind::Busy => Failure::Busy("it was restarted".into()).into(),
         other => cannot_use(other, worker).into(),
     }
@@ -192,6 +192,18 @@ fn cannot_install(kind: ErrorKind, worker: WorkerId) -> InstallError {
 
 fn console() -> File {
     File::open("/dev/null").expect("/dev/null can be opened")
+}
+
+/// What it is to the model.
+fn agent_of(descriptor: OwnedFd) -> Agent {
+    use std::os::unix::fs::FileExt;
+    let seals = fcntl(&descriptor, FcntlArg::F_GET_SEALS).unwrap_or_default();
+    let mut begin = [0];
+    match SealFlag::from_bits_truncate(seals).contains(SealFlag::F_SEAL_WRITE) {
+        false => Agent::Unsealed,
+        true if File::from(descriptor).read_at(&mut begin, 0).is_ok() && begin == *b"#" => Agent::Stays,
+        true => Agent::NoProgram,
+    }
 }
 
 impl Operations for ModelOperations {
@@ -204,17 +216,14 @@ impl Operations for ModelOperations {
     fn install_agent(
         &self,
         worker: WorkerId,
-        agent: OwnedFd,
+        connection: &Seqpacket,
         _: &BootstrapToken,
     ) -> Result<File, InstallError> {
-        use std::os::unix::fs::FileExt;
-        let seals = fcntl(&agent, FcntlArg::F_GET_SEALS).unwrap_or_default();
-        let mut begin = [0];
-        let agent = match SealFlag::from_bits_truncate(seals).contains(SealFlag::F_SEAL_WRITE) {
-            false => Agent::Unsealed,
-            true if File::from(agent).read_at(&mut begin, 0).is_ok() && begin == *b"#" => Agent::Stays,
-            true => Agent::NoProgram,
+        let agent = match connection.peek_all(wire::MAX_REQUEST) {
+            Ok(Received::Packet { mut descriptors, .. }) if descriptors.len() == 1 => descriptors.pop(),
+            _ => None,
         };
+        let agent = agent.map_or(Agent::Unsealed, agent_of);
         let installed = self.0.borrow_mut().install_agent(worker, agent);
         installed.map_err(|kind| cannot_install(kind, worker))?;
         Ok(console())
@@ -252,7 +261,7 @@ fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, E
         let Ok(request) = wire::decode::<Request>(bytes) else {
             break;
         };
-        if bytes.len() > wire::MAX_REQUEST || descriptors.len() != usize::from(request.carries_descriptor()) {
+        if bytes.len() > wire::MAX_REQUEST {
             break;
         }
         if !is_greeted {
@@ -270,10 +279,6 @@ fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, E
             }
             continue;
         }
-        if descriptors.contains(&SentDescriptor::Socket) {
-            answers.push(Err(ErrorKind::Refused));
-            break;
-        }
         answers.push(match request {
             Request::Hello { .. } => Err(ErrorKind::Refused),
             Request::CreateUser { worker, slot } => {
@@ -282,9 +287,13 @@ fn answers(conversation: &Conversation, mut model: Model) -> Vec<Result<Reply, E
                     name: worker.into(),
                 })
             }
-            Request::InstallAgent { worker, .. } => model
-                .install_agent(worker, descriptors[0].agent())
-                .map(|()| Reply::AgentStarted),
+            Request::InstallAgent { worker, .. } => {
+                let agent = match descriptors[..] {
+                    [agent] => agent.agent(),
+                    _ => Agent::Unsealed,
+                };
+                model.install_agent(worker, agent).map(|()| Reply::AgentStarted)
+            }
             Request::Attach { worker } => model.attach(worker).map(|state| Reply::Attached { state }),
             Request::Kill { worker } => model.kill(worker).map(|()| Reply::Killed),
             Request::Delete { worker } => {
@@ -337,13 +346,7 @@ pub fn check_conversation(conversation: &Conversation) {
     let client = Seqpacket::from(client);
     let operations = ModelOperations(RefCell::new(model.clone()));
     let peer = PeerCredentials { uid: 0, pid: 1 };
-    helper::serve_connection(
-        &operations,
-        peer,
-        conversation.is_busy,
-        &server.into(),
-        &mut Vec::new(),
-    );
+    helper::serve_connection(&operations, peer, conversation.is_busy, &server.into());
 
     let mut answered = Vec::new();
     loop {

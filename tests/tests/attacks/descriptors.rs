@@ -104,14 +104,11 @@ fn row_62_every_other_kind_of_descriptor_is_refused() {
     }
     assert!(bad.len() >= 12, "this machine gave hardly anything to try");
     for (what, descriptor) in bad {
-        // One that is no memfd is the connection's last.
-        let client = test.client();
         assert_eq!(
             kind(install(&client, worker, descriptor).0),
             ErrorKind::Refused,
             "{what}"
         );
-        let client = test.client();
         assert_eq!(state(&client, worker), State::Created, "{what}");
     }
     test.finish(&[worker]);
@@ -305,4 +302,46 @@ fn row_128_nor_does_one_of_a_user_who_is_not_served() {
     until_is("the end of all ten", || {
         helper.log.count(&["closed the connection", "uid=0"]) == peers.len()
     });
+}
+
+/// Set how many files a process may have open (`prlimit(2)`), and return how many it might before.
+fn set_open_files(pid: u32, limit: libc::rlim_t) -> libc::rlim_t {
+    let mut before = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    let set = |new: *const libc::rlimit, old: *mut libc::rlimit| {
+        // SAFETY: each is null, or a limit that outlives the call.
+        let set = unsafe { libc::prlimit(pid as i32, libc::RLIMIT_NOFILE, new, old) };
+        assert_eq!(set, 0, "{}", Errno::last());
+    };
+    set(std::ptr::null(), &mut before);
+    let now = libc::rlimit {
+        rlim_cur: limit,
+        ..before
+    };
+    set(&now, std::ptr::null_mut());
+    before.rlim_cur
+}
+
+#[test]
+fn row_128_nor_does_one_for_which_no_session_can_be_forked() {
+    let host = TestHost::new();
+    host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOTS);
+    let helper = host.start_helper();
+    let listener = testbed::tracer::helper::listener(helper.pid());
+    let open: Vec<u64> = std::fs::read_dir(format!("/proc/{listener}/fd"))
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .collect();
+    let next = (0..).find(|number| !open.contains(number)).unwrap();
+    // Room for the connection, and for nothing else.
+    let before = set_open_files(listener, next + 1);
+    let (stream, _peer) = lingering();
+    let socket = Seqpacket::connect(&host.socket(), false).unwrap();
+    send_and_close(&socket, b"x", stream);
+    drop(socket);
+    helper.log.wait(&["WARN", "cannot fork a session"]);
+    set_open_files(listener, before);
+    helper.log.wait(&["closed the connection", "uid=0"]);
 }

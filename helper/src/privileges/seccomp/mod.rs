@@ -139,9 +139,13 @@ const SYNC: &[c_long] = &[
 const SESSION: &[c_long] = &[
     // The listener's next connection. A session has no socket that listens, and cannot make one.
     libc::SYS_accept4,
-    // Packets, and messages of the monitor and of a worker's first process.
-    libc::SYS_recvmsg,
+    // Packets, and messages of the monitor and of a worker's first process. What receives is without a descriptor.
+    libc::SYS_recvfrom,
     libc::SYS_sendmsg,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_alarm,
+    #[cfg(not(target_arch = "x86_64"))]
+    libc::SYS_setitimer,
     libc::SYS_setsockopt,
     libc::SYS_socketpair,
     // Files, always by descriptor.
@@ -151,7 +155,6 @@ const SESSION: &[c_long] = &[
     libc::SYS_close_range,
     libc::SYS_read,
     libc::SYS_write,
-    libc::SYS_sendfile,
     libc::SYS_lseek,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
@@ -974,6 +977,25 @@ mod tests {
         ] {
             assert_eq!(run(&session(), NATIVE, call as u32, [0; 6]), REFUSED, "{call}");
         }
+    }
+
+    /// With a descriptor of another process's directory it could change what is below.
+    #[test]
+    fn a_session_gets_no_descriptor_of_another_process() {
+        for call in [
+            libc::SYS_recvmsg,
+            libc::SYS_recvmmsg,
+            libc::SYS_pidfd_open,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_enter,
+            libc::SYS_io_uring_register,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_seccomp,
+        ] {
+            assert_eq!(run(&session(), NATIVE, call as u32, [0; 6]), REFUSED, "{call}");
+        }
+        assert_eq!(run(&session(), NATIVE, libc::SYS_recvfrom as u32, [0; 6]), ALLOW);
     }
 
     #[test]
