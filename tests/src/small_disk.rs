@@ -1,11 +1,13 @@
 //! File systems of a test's own, so small that they can be filled.
 
+use std::ffi::OsStr;
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use protocol::config::STATE_DIR;
 
-use crate::harness::TestHost;
+use crate::harness::{TestHost, until_is};
 
 /// The state directory on a small file system of its own. It is gone with this.
 #[derive(Debug)]
@@ -26,17 +28,20 @@ impl SmallDisk {
 
     /// Let it have no block and no inode more than are in use.
     pub fn fill(&self) {
-        let now = nix::sys::statvfs::statvfs(&self.0).expect("it is mounted");
-        // To tmpfs, 0 is no limit.
-        let blocks = (now.blocks() - now.blocks_free()).max(1);
-        let inodes = now.files() - now.files_free();
-        let size = blocks * now.fragment_size();
-        self.limit(&format!("size={size},nr_inodes={inodes}"));
+        // The kernel sets no limit below what is in use, and that may grow meanwhile.
+        until_is("a file system that is full", || {
+            let now = nix::sys::statvfs::statvfs(&self.0).expect("it is mounted");
+            // To tmpfs, 0 is no limit.
+            let blocks = (now.blocks() - now.blocks_free()).max(1);
+            let inodes = now.files() - now.files_free();
+            let size = blocks * now.fragment_size();
+            is_done(&limit(&format!("size={size},nr_inodes={inodes}")), &self.0)
+        });
     }
 
     /// Set the limits of one in memory.
     pub fn limit(&self, options: &str) {
-        run(&["mount", "-o", &format!("remount,{options}")], &self.0);
+        run(&limit(options), &self.0);
     }
 
     /// [Small](small) ext4 in a file, with this many inodes: its directories take blocks, as on most hosts.
@@ -212,12 +217,17 @@ fn sparse(host: &TestHost, bytes: u64) -> PathBuf {
     image
 }
 
-fn run(words: &[&str], place: &Path) {
-    let status = Command::new(words[0]).args(&words[1..]).arg(place).status();
-    assert!(
-        status.expect("the command is there").success(),
-        "{words:?} failed"
-    );
+fn limit(options: &str) -> [String; 3] {
+    ["mount", "-o", &format!("remount,{options}")].map(str::to_owned)
+}
+
+fn run(words: &[impl AsRef<OsStr> + Debug], place: &Path) {
+    assert!(is_done(words, place), "{words:?} failed");
+}
+
+fn is_done(words: &[impl AsRef<OsStr>], place: &Path) -> bool {
+    let status = Command::new(&words[0]).args(&words[1..]).arg(place).status();
+    status.expect("the command is there").success()
 }
 
 impl Drop for SmallDisk {

@@ -59,7 +59,10 @@ pub fn take_request(host: &Host, queue: &mut LaunchQueue, requests: &Seqpacket) 
         Some(MonitorRequest::CopyAgent { worker }) => answer_later(host, &answer, || {
             let uid = read_record_of(host, worker)?.uid;
             sys::close_all_but(&[answer.as_raw_fd()]).context("cannot close what is the monitor's")?;
-            agent::receive(&become_user(uid, &[])?, &answer)
+            let proof = become_user(uid, &[])?;
+            // Who deletes the worker finds this process from now on. Before, the session may have exited.
+            is_waited_for(&answer)?;
+            agent::receive(&proof, &answer)
         }),
         // It has nothing on disk any more.
         Some(MonitorRequest::ClearQuota { worker }) => answer_later(host, &answer, || {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use protocol::config::{RUN_DIR, STATE_DIR};
 use protocol::{Reply, Request, State, WorkerId};
 use testbed::harness::{Client, TestHost, sealed_memfd, worker_id};
@@ -77,7 +78,10 @@ impl PowerLossTest {
     fn record(&self, ask: impl FnOnce(&Client)) -> (Vec<Change>, Option<usize>) {
         let recorder = Arc::new(Mutex::new((Recorder::new(&self.state_dir()), None)));
         let tap = recorder.clone();
-        let mut first = None;
+        let monitor = Pid::from_raw(self.helper.pid() as i32);
+        // Those that the monitor has made meanwhile, and whether a worker's first process is one of them.
+        let mut of_monitor = BTreeSet::new();
+        let mut is_launched = false;
         let watcher = watch_with(
             self.helper.pid(),
             WatchPeriod::OneConnection,
@@ -86,12 +90,13 @@ impl PowerLossTest {
                 let (recorder, started_at) = &mut *tap.lock().unwrap();
                 recorder.on(pid, event);
                 match event {
-                    Event::Forked { by, .. } if by.number == libc::SYS_clone3 && first.is_none() => {
-                        first = Some(pid)
+                    Event::Forked { parent, by } if *parent == monitor => {
+                        of_monitor.insert(pid);
+                        is_launched |= by.number == libc::SYS_clone3;
                     }
-                    // The session's next message after it was made is `Go`.
+                    // The session's next message after that is `Go`.
                     Event::Enter(call)
-                        if call.number == libc::SYS_sendmsg && first.is_some_and(|first| first != pid) =>
+                        if call.number == libc::SYS_sendmsg && is_launched && !of_monitor.contains(&pid) =>
                     {
                         started_at.get_or_insert(recorder.changes.len());
                     }
