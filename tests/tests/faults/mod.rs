@@ -18,7 +18,6 @@ mod disk;
 mod identity;
 mod kernel;
 mod killed;
-mod kills;
 mod server;
 mod slots;
 mod storage;

@@ -12,6 +12,7 @@ use testbed::harness::{PAUSE, Running, TEST_TIMEOUT, binaries, until};
 use testbed::test_factory::TestFactory;
 
 mod checks;
+mod commands;
 mod egress;
 mod files;
 mod free;
@@ -25,7 +26,6 @@ mod residue;
 mod selftest;
 mod servers;
 mod shutdown;
-mod stopped;
 mod unreachable;
 
 /// What a command has printed, and how it ended.

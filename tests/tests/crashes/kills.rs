@@ -1,10 +1,11 @@
 //! Row 73: supervisor and helper killed at random moments, under a load of jobs. The kills at every system call are
 //! elsewhere; here everything is under way at the same time.
 
+use nix::sys::signal::Signal;
 use supervisor::backoff::Rng;
-use testbed::fake_server::State;
-
-use super::*;
+use testbed::fake_server::{State, Ulid};
+use testbed::harness::Log;
+use testbed::test_factory::{TestFactory, lines};
 
 /// Nights set `USER_FACTORY_TEST_KILLS`; `USER_FACTORY_TEST_SEED` repeats the choices of a run, though not what the
 /// machine makes of them.
