@@ -42,8 +42,9 @@
 //!   [`Request::Delete`] gets to the end from every state whatever.
 //! * Requests about one worker take turns (`flock(2)` on its directory); those about different
 //!   workers never wait for each other, apart from the instant in which a slot is taken.
-//! * An [`Error`] reply has changed nothing that `Delete` would not remove, and the connection goes on, unless
-//!   closing what came with the request takes more than 10 s (`SO_LINGER` in `socket(7)`): then it ends.
+//! * An [`Error`] reply has changed nothing that `Delete` would not remove, and the connection goes on.
+//! * After a reply, the connection ends if closing what came with the request takes more than 10 s (`SO_LINGER` in
+//!   `socket(7)`).
 
 #![warn(missing_docs)]
 

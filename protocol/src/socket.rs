@@ -102,11 +102,12 @@ impl Seqpacket {
         self.recv_with(MsgFlags::empty(), limit, nix::cmsg_space!([RawFd; 2]))
     }
 
-    /// Receive copies of all that the next packet brings. The packet itself stays the next.
+    /// Receive copies of all that the next packet brings, which stays the next. Where there is none, the error is EAGAIN.
     pub fn peek_all(&self, limit: usize) -> nix::Result<Received> {
         /// `SCM_MAX_FD` of `unix(7)`.
         const MOST: usize = 253;
-        self.recv_with(MsgFlags::MSG_PEEK, limit, nix::cmsg_space!([RawFd; MOST]))
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        self.recv_with(flags, limit, nix::cmsg_space!([RawFd; MOST]))
     }
 
     /// Receive the next packet's bytes alone (`recvfrom(2)`). No process gets descriptors by this: the kernel closes those

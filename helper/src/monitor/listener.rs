@@ -46,7 +46,7 @@ const LATE_AFTER: Duration = Duration::from_secs(10);
 /// The least time from the start of one listener to the start of the next: one that ends at once must not use the
 /// processor up.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
-/// The pause after a connection could not be accepted.
+/// The pause after a connection could not be accepted, or no process be forked for it.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// A session's exit status when the configuration or the host's accounts were not as the listener had read them.
@@ -145,18 +145,19 @@ impl Listener {
             self.is_logged = false;
             return true;
         }
-        if self.is_logged
-            && let Ok(Some((connection, peer))) = accept(&self.socket)
-        {
+        if self.is_logged {
             let reply = Reply::Error(Error::new(ErrorKind::Busy, self.sentence(now)));
-            let client = self.client;
-            // A new connection has room for it. Who is gone needs no answer.
-            let _ = fork_session(connection, &[], |connection| {
-                if is_served(peer, client) {
+            let answer = |connection: &Seqpacket, peer| {
+                if is_served(peer, self.client) {
+                    // A new connection has room for it. Who is gone needs no answer.
                     let _ = wire::encode(&reply).map(|bytes| connection.try_send(&bytes, None));
                 }
                 0
-            });
+            };
+            if !matches!(fork_session(&self.socket, &[], answer), Ok((_, true))) {
+                // It is still in the queue, and launches fail for the same reason.
+                std::thread::sleep(ACCEPT_AGAIN_AFTER);
+            }
         }
         false
     }
@@ -213,8 +214,6 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
     drop(accepts);
     let mut sessions = BTreeSet::new();
     let mut pause = None;
-    // A connection for which no session could be forked. It is not closed here: that can take for ever.
-    let mut held = None;
     loop {
         let mut events = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         if pause.is_none() && sessions.len() < MAX_SESSIONS + MAX_BUSY {
@@ -234,43 +233,39 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
             // The next sessions begin with it.
             let _ = (host.configuration(), host.accounts());
         }
-        if !is_called && held.is_none() {
+        if !is_called {
             continue;
         }
         let is_busy = sessions.len() >= MAX_SESSIONS;
-        match held.take().map_or_else(|| accept(socket), |it| Ok(Some(it))) {
-            Ok(Some((connection, peer))) => {
-                let keep = [&host.descriptors()[..], &[monitor_socket.as_raw_fd()]].concat();
-                let serve = |connection: &Seqpacket| {
-                    if !is_served(peer, *client) {
-                        return 0;
-                    }
-                    let before = host.reads();
-                    let operations = HostOperations {
-                        host,
-                        monitor: monitor_socket,
-                    };
-                    session::serve(&operations, peer, is_busy, connection);
-                    match host.reads() == before {
-                        true => 0,
-                        false => EXIT_AFTER_READ,
-                    }
-                };
-                match fork_session(connection, &keep, serve) {
-                    Ok(pid) => drop(sessions.insert(pid)),
-                    Err((error, connection)) => {
-                        warn!("cannot fork a session: {error}");
-                        held = Some((connection, peer));
-                        pause = Some(TimeSpec::from_duration(ACCEPT_AGAIN_AFTER));
-                    }
-                }
+        let keep = [&host.descriptors()[..], &[monitor_socket.as_raw_fd()]].concat();
+        let forked = fork_session(socket, &keep, |connection, peer| {
+            if !is_served(peer, *client) {
+                return 0;
             }
-            Ok(None) => {}
+            let before = host.reads();
+            let operations = HostOperations {
+                host,
+                monitor: monitor_socket,
+            };
+            session::serve(&operations, peer, is_busy, connection);
+            match host.reads() == before {
+                true => 0,
+                false => EXIT_AFTER_READ,
+            }
+        });
+        let has_accepted = match forked {
+            Ok((pid, has_accepted)) => {
+                sessions.insert(pid);
+                has_accepted
+            }
             Err(error) => {
-                warn!("cannot accept a connection: {error}");
-                // It is still in the queue: what is missing, a descriptor or memory, takes time.
-                pause = Some(TimeSpec::from_duration(ACCEPT_AGAIN_AFTER));
+                warn!("cannot fork a session: {error}");
+                false
             }
+        };
+        if !has_accepted {
+            // It is still in the queue: what is missing, a descriptor or memory, takes time.
+            pause = Some(TimeSpec::from_duration(ACCEPT_AGAIN_AFTER));
         }
     }
 }
@@ -297,39 +292,39 @@ fn is_served(PeerCredentials { uid, pid }: PeerCredentials, client: u32) -> bool
     uid == client
 }
 
-/// Fork a process that has the connection, and these descriptors, to itself, and ends with it. With the error, the connection
-/// comes back.
+/// Fork a process that accepts the next connection, has these descriptors besides, and ends with it. True if it has accepted.
 ///
-/// Closing the last descriptor of a connection closes what is in packets that nobody has received, which can wait for
-/// ever (`SO_LINGER` in `socket(7)`), but not in a process that ends. So that process ends after this one has closed its
-/// copy.
+/// Whoever closes the last descriptor of a connection closes what is in packets that nobody has received, which can wait for
+/// ever (`SO_LINGER` in `socket(7)`), but not in a process that ends. So no other process has the connection.
 fn fork_session(
-    connection: Seqpacket,
+    socket: &UnixListener,
     keep: &[RawFd],
-    serve: impl FnOnce(&Seqpacket) -> i32,
-) -> Result<Pid, (io::Error, Seqpacket)> {
-    let (closed, open) = match pipe2(OFlag::O_CLOEXEC) {
-        Ok(pipe) => pipe,
-        Err(errno) => return Err((errno.into(), connection)),
-    };
-    let keep = [keep, &[connection.as_raw_fd(), closed.as_raw_fd()]].concat();
-    let forked = sys::fork(|| {
+    serve: impl FnOnce(&Seqpacket, PeerCredentials) -> i32,
+) -> io::Result<(Pid, bool)> {
+    let (accepted, accepts) = pipe2(OFlag::O_CLOEXEC)?;
+    let pid = sys::fork(|| {
+        let (connection, peer) = match accept(socket) {
+            Ok(Some(accepted)) => accepted,
+            Ok(None) => return 0,
+            Err(error) => {
+                warn!("cannot accept a connection: {error}");
+                return 0;
+            }
+        };
+        // The next is another process's.
+        let _ = nix::unistd::write(&accepts, b"1");
+        let keep = [keep, &[connection.as_raw_fd()]].concat();
         if sys::close_all_but(&keep).is_err() || SigSet::empty().thread_set_mask().is_err() {
             warn!("closed the connection: cannot close what is not a session's");
             return 0;
         }
-        let status = serve(&connection);
-        let _ = nix::unistd::read(&closed, &mut [0]);
+        let status = serve(&connection, peer);
+        // Closed by its end.
+        std::mem::forget(connection);
         status
-    });
-    match forked {
-        Ok(pid) => {
-            drop(connection);
-            drop(open);
-            Ok(pid)
-        }
-        Err(error) => Err((error, connection)),
-    }
+    })?;
+    drop(accepts);
+    Ok((pid, nix::unistd::read(&accepted, &mut [0]) == Ok(1)))
 }
 
 /// Collect sessions that have ended. True if one had to read what the listener should know.
@@ -338,7 +333,7 @@ fn reap(sessions: &mut BTreeSet<Pid>) -> bool {
     while let Ok(Some((child, ended))) = sys::wait(None, WaitPidFlag::WNOHANG) {
         has_read |= ended.code() == Some(EXIT_AFTER_READ);
         if sessions.remove(&child) && ended.signal().is_some() {
-            warn!("a session has ended ({ended}): its request is lost, repeat it");
+            warn!("a session has ended ({ended}): a request that was not answered is lost, repeat it");
         }
     }
     has_read

@@ -2,9 +2,9 @@
 //! worker's first process, for which it has neither the capabilities nor the system calls.
 //!
 //! Four processes take part. The session holds the worker's lock (`flock(2)` on its directory) from the first step to the
-//! last, and one end of a socket pair. The first process has the other end, and keeps it open until the agent runs: if the
-//! session dies, the first process reads the end of the socket and exits. Who waits has a time limit
-//! ([`STEP_TIMEOUT_SECONDS`]).
+//! last, and one end of two socket pairs. The receiver and the first process have the others; the latter keeps it open until
+//! the agent runs: if the session dies, the first process reads the end of the socket and exits. The session waits for both
+//! together no longer than [`STEP_TIMEOUT_SECONDS`].
 //!
 //! | step | process | what it does | cut off after it |
 //! | --- | --- | --- | --- |
@@ -26,7 +26,7 @@
 use std::fs::Permissions;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use nix::errno::Errno;
@@ -42,6 +42,7 @@ use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest, from};
 use crate::privileges::seccomp;
 use crate::sandbox::{AGENT, limits, writable_dirs};
 use crate::session::timer;
+use crate::unprivileged::kill_all;
 
 /// Why `InstallAgent` was not done.
 #[derive(Debug)]
@@ -92,11 +93,13 @@ pub fn install(
         record.uid,
         &writable_dirs::of(&worker.user(), record.uid, slot),
     )?;
-    // A first attempt that was cut off may have left its pid 1, waiting for a message that will not come.
+    // A first attempt that was cut off may have left its pid 1, waiting for a message that will not come, and its receiver.
     cgroup::kill_and_remove(&host.cgroups, worker.id)?;
+    kill_all(record.uid)?;
     let cgroup =
         cgroup::create(&host.cgroups, &worker.id.to_string()).context("cannot make the worker's cgroup")?;
     limits::limit_cgroup(&cgroup, slot, host.abilities)?;
+    let begin = Instant::now();
     let receiver = start_receiver(monitor, worker, connection)?;
     let child = request(
         monitor,
@@ -106,6 +109,8 @@ pub fn install(
         },
     )?;
     expect(&receiver, HandshakeMessage::Done)?;
+    let left = STEP_TIMEOUT_SECONDS - begin.elapsed().as_secs() as i64;
+    set_receive_timeout(&child, left.max(1))?;
     expect(&child, HandshakeMessage::Filter)?;
     set_receive_timeout(&child, FILTER_TIMEOUT_SECONDS)?;
     expect(&child, HandshakeMessage::Ready)?;
@@ -130,7 +135,7 @@ fn start_receiver(
     let describe = || "cannot make the agent's file";
     let run = open_dir(worker.dir(), "fs/run").with_context(describe)?;
     let name = AGENT.rsplit('/').next().expect("a path has a last part");
-    // Each attempt has a file of its own: the receiver of one that was cut off may still be writing.
+    // Each attempt has a file of its own: the receiver of one that was cut off may not have become the user yet.
     remove_file(&run, name).with_context(describe)?;
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
     let file = open_file(&run, name, flags).with_context(describe)?;

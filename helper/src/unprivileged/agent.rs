@@ -1,35 +1,40 @@
 //! Receiving the agent's program, which comes from the supervisor as a descriptor. A process with root's uid that received
 //! one of a directory could change what is below; here it gives nothing that a job has not.
 
-use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::sendfile::sendfile;
+use nix::sys::stat::fstat;
 use protocol::{MAX_AGENT_BYTES, Received, Seqpacket, wire};
 
 use crate::monitor_ipc::{Failure, HandshakeMessage};
 use crate::unprivileged::Unprivileged;
 
 /// Copy the agent: from what the next packet brings to the connection that the session sends first, to the file that it
-/// sends second.
+/// sends second. What comes from the supervisor stays open until this process ends: closing it can take for ever
+/// (`SO_LINGER` in `socket(7)`).
 pub fn receive(_proof: &Unprivileged, session: &Seqpacket) -> Result<(), Failure> {
     receive_agent(session)
 }
 
 fn receive_agent(session: &Seqpacket) -> Result<(), Failure> {
-    let connection = Seqpacket::from(receive_descriptor(session)?);
-    let file = File::from(receive_descriptor(session)?);
+    let connection = ManuallyDrop::new(Seqpacket::from(receive_descriptor(session)?));
+    let file = receive_descriptor(session)?;
     let sent = connection.peek_all(wire::MAX_REQUEST);
-    let agent = match sent.context("cannot receive the agent")? {
-        Received::Packet { mut descriptors, .. } if descriptors.len() == 1 => descriptors.pop(),
-        _ => None,
+    let sent = ManuallyDrop::new(sent.context("cannot receive the agent")?);
+    let descriptors = match &*sent {
+        Received::Packet { descriptors, .. } | Received::Oversize { descriptors } => &descriptors[..],
+        Received::Closed => &[],
     };
-    let missing =
-        || Failure::Refused("InstallAgent did not come with one descriptor: send the agent's".into());
-    let agent = check(agent.ok_or_else(missing)?)?;
-    Ok(copy(&agent, &file).context("cannot copy the agent")?)
+    let [agent] = descriptors else {
+        let sentence = "InstallAgent did not come with one descriptor: send the agent's";
+        return Err(Failure::Refused(sentence.into()));
+    };
+    let length = check(agent)?;
+    Ok(copy(agent, length, &file).context("cannot copy the agent")?)
 }
 
 fn receive_descriptor(session: &Seqpacket) -> Result<OwnedFd> {
@@ -41,30 +46,31 @@ fn receive_descriptor(session: &Seqpacket) -> Result<OwnedFd> {
 }
 
 /// The descriptor must be a memfd that nobody can change any more: reading it then neither blocks nor
-/// races. Only memfds and files of tmpfs have seals at all (`fcntl(2)`).
-fn check(fd: OwnedFd) -> Result<File, Failure> {
+/// races. Only memfds and files of tmpfs have seals at all (`fcntl(2)`). Returns the number of its bytes.
+fn check(agent: &OwnedFd) -> Result<i64, Failure> {
     let needed = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
-    match fcntl(&fd, FcntlArg::F_GET_SEALS) {
+    match fcntl(agent, FcntlArg::F_GET_SEALS) {
         Ok(seals) if SealFlag::from_bits_truncate(seals).contains(needed) => {}
         _ => {
             let sentence = "the agent's descriptor is not a memfd sealed against writing, growing and shrinking: seal it";
             return Err(Failure::Refused(sentence.into()));
         }
     }
-    let file = File::from(fd);
-    let len = file.metadata().context("cannot ask how long the agent is")?.len();
-    if len == 0 || len > MAX_AGENT_BYTES {
-        let sentence = format!("the agent has {len} bytes: send 1 to {MAX_AGENT_BYTES}");
-        return Err(Failure::Refused(sentence));
+    let stat = fstat(agent).context("cannot ask how long the agent is")?;
+    match stat.st_size {
+        length if (1..=MAX_AGENT_BYTES as i64).contains(&length) => Ok(length),
+        length => {
+            let sentence = format!("the agent has {length} bytes: send 1 to {MAX_AGENT_BYTES}");
+            Err(Failure::Refused(sentence))
+        }
     }
-    Ok(file)
 }
 
-fn copy(agent: &File, file: &File) -> Result<()> {
+fn copy(agent: &OwnedFd, length: i64, file: &OwnedFd) -> Result<()> {
     // At an offset of our own: the sender shares the descriptor's.
-    let (mut at, end) = (0, agent.metadata()?.len() as i64);
-    while at < end {
-        let left = (end - at) as usize;
+    let mut at = 0;
+    while at < length {
+        let left = (length - at) as usize;
         let copied = sendfile(file, agent, Some(&mut at), left)?;
         ensure!(copied > 0, "{left} bytes of it are missing");
     }
@@ -73,6 +79,7 @@ fn copy(agent: &File, file: &File) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::io::{Seek, SeekFrom, Write};
     use std::os::fd::AsFd;
 
@@ -104,14 +111,14 @@ mod tests {
     #[test]
     fn an_agent_has_all_three_seals_and_a_size_within_bounds() {
         let whole = all_seals();
-        check(sealed(memfd(b"x"), whole)).unwrap();
-        check(sealed(memfd(b"x"), whole | SealFlag::F_SEAL_SEAL)).unwrap();
+        check(&sealed(memfd(b"x"), whole)).unwrap();
+        check(&sealed(memfd(b"x"), whole | SealFlag::F_SEAL_SEAL)).unwrap();
         for without in whole {
             let agent = sealed(memfd(b"x"), whole - without);
-            assert_eq!(kind(check(agent)), ErrorKind::Refused, "without {without:?}");
+            assert_eq!(kind(check(&agent)), ErrorKind::Refused, "without {without:?}");
         }
         let plain = File::open("/proc/self/exe").unwrap().into();
-        assert_eq!(kind(check(plain)), ErrorKind::Refused);
+        assert_eq!(kind(check(&plain)), ErrorKind::Refused);
         for (length, is_good) in [
             (0, false),
             (1, true),
@@ -120,7 +127,7 @@ mod tests {
         ] {
             let sparse = memfd(b"");
             sparse.set_len(length).unwrap();
-            assert_eq!(check(sealed(sparse, whole)).is_ok(), is_good, "{length} bytes");
+            assert_eq!(check(&sealed(sparse, whole)).is_ok(), is_good, "{length} bytes");
         }
     }
 
@@ -130,7 +137,8 @@ mod tests {
         let mut agent = memfd(&program);
         agent.seek(SeekFrom::Start(299_999)).unwrap();
         let file = tempfile::NamedTempFile::new().unwrap();
-        copy(&agent, file.as_file()).unwrap();
+        let place = file.as_file().try_clone().unwrap();
+        copy(&agent.into(), program.len() as i64, &place.into()).unwrap();
         assert_eq!(std::fs::read(file.path()).unwrap(), program);
     }
 

@@ -139,8 +139,8 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
     );
     assert_eq!(
         of_session.len(),
-        3,
-        "its peer, the way to the monitor, a pipe that ends with the listener's copy: {of_session:?}"
+        2,
+        "its peer, the way to the monitor: {of_session:?}"
     );
     assert_eq!(of_session.iter().filter(|to| of_listener.contains(to)).count(), 1);
 

@@ -137,14 +137,13 @@ const SYNC: &[c_long] = &[
 
 /// What the listener and its sessions call: see each module for where. Collected by tracing the tests, and read.
 const SESSION: &[c_long] = &[
-    // The listener's next connection. A session has no socket that listens, and cannot make one.
+    // A session's connection: then it has no socket that listens, and cannot make one.
     libc::SYS_accept4,
     // Packets, and messages of the monitor and of a worker's first process. What receives is without a descriptor.
     libc::SYS_recvfrom,
     libc::SYS_sendmsg,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_alarm,
-    #[cfg(not(target_arch = "x86_64"))]
     libc::SYS_setitimer,
     libc::SYS_setsockopt,
     libc::SYS_socketpair,
@@ -229,7 +228,10 @@ pub fn session() -> Steps {
     let only = |n, value| if_any(n, &[value], answer(ALLOW), answer(REFUSED));
     // Of these calls, not what makes a namespace, loads a module, or leaves a program in the kernel.
     rules.rule(libc::SYS_clone, if_bits(0, NEW_NAMESPACES, REFUSED, ALLOW));
-    rules.rule(libc::SYS_socketpair, only(0, libc::AF_UNIX as u32));
+    // And no socket that can send to another than its pair.
+    let kind = (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC) as u32;
+    let pair = if_any(0, &[libc::AF_UNIX as u32], only(1, kind), answer(REFUSED));
+    rules.rule(libc::SYS_socketpair, pair);
     rules.rule(libc::SYS_setsockopt, socket_rules::options());
     rules.rule(libc::SYS_prctl, prctl_without_filters());
     // Nothing that runs as root for whoever starts it. What else makes a file with such a mode cannot fill it: without
@@ -453,7 +455,12 @@ mod tests {
             } else {
                 REFUSED
             };
-            assert_eq!(ask(libc::SYS_socketpair, &[family]), expected, "{family}");
+            let kind = (libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC) as u32;
+            assert_eq!(ask(libc::SYS_socketpair, &[family, kind]), expected, "{family}");
+        }
+        for kind in [libc::SOCK_DGRAM, libc::SOCK_STREAM, libc::SOCK_RAW] {
+            let kind = (kind | libc::SOCK_CLOEXEC) as u32;
+            assert_eq!(ask(libc::SYS_socketpair, &[libc::AF_UNIX as u32, kind]), REFUSED);
         }
         let option = |option: i32| ask(libc::SYS_setsockopt, &[3, libc::SOL_SOCKET as u32, option as u32]);
         assert_eq!(option(libc::SO_RCVTIMEO), ALLOW);
