@@ -1,4 +1,4 @@
-//! The listener: the process that accepts connections and forks a session for each.
+//! The listener: the process that waits for connections and forks a session for each, which accepts it.
 //!
 //! It installs the sessions' filter of system calls once, and every session inherits it. The kernel frees such
 //! programs through one work queue for the whole host, which can hang for ever when there are many (row 86 of

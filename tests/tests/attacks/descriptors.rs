@@ -271,6 +271,10 @@ fn row_128_a_socket_that_waits_when_it_is_closed_holds_up_neither_its_worker_nor
     });
     assert_eq!(replies.next(), Some(Reply::Welcome));
     assert_eq!(replies.next().map(kind), Some(ErrorKind::Refused));
+    // The packet is taken: the kernel would close the socket for an hour.
+    test.helper
+        .log
+        .wait(&["WARN", "a session has ended (signal: 14 (SIGALRM))"]);
     // In packets that are never received.
     let peers: Vec<TcpStream> = (0..10)
         .map(|_| {
