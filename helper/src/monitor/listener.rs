@@ -253,17 +253,17 @@ fn listen(host: &Host, listener: &Listener, mut accepts: File, monitor: Pid) -> 
                 false => EXIT_AFTER_READ,
             }
         });
-        let has_accepted = match forked {
-            Ok((pid, has_accepted)) => {
+        let is_taken = match forked {
+            Ok((pid, is_taken)) => {
                 sessions.insert(pid);
-                has_accepted
+                is_taken
             }
             Err(error) => {
                 warn!("cannot fork a session: {error}");
                 false
             }
         };
-        if !has_accepted {
+        if !is_taken {
             // It is still in the queue: what is missing, a descriptor or memory, takes time.
             pause = Some(TimeSpec::from_duration(ACCEPT_AGAIN_AFTER));
         }
@@ -292,7 +292,8 @@ fn is_served(PeerCredentials { uid, pid }: PeerCredentials, client: u32) -> bool
     uid == client
 }
 
-/// Fork a process that accepts the next connection, has these descriptors besides, and ends with it. True if it has accepted.
+/// Fork a process that accepts the next connection, has these descriptors besides, and ends with it. False if it could not
+/// accept: then the connection is still in the queue.
 ///
 /// Whoever closes the last descriptor of a connection closes what is in packets that nobody has received, which can wait for
 /// ever (`SO_LINGER` in `socket(7)`), but not in a process that ends. So no other process has the connection.
@@ -303,16 +304,18 @@ fn fork_session(
 ) -> io::Result<(Pid, bool)> {
     let (accepted, accepts) = pipe2(OFlag::O_CLOEXEC)?;
     let pid = sys::fork(|| {
-        let (connection, peer) = match accept(socket) {
-            Ok(Some(accepted)) => accepted,
-            Ok(None) => return 0,
+        let next = match accept(socket) {
+            Ok(next) => next,
             Err(error) => {
                 warn!("cannot accept a connection: {error}");
                 return 0;
             }
         };
-        // The next is another process's.
+        // Those that follow are other processes'.
         let _ = nix::unistd::write(&accepts, b"1");
+        let Some((connection, peer)) = next else {
+            return 0;
+        };
         let keep = [keep, &[connection.as_raw_fd()]].concat();
         if sys::close_all_but(&keep).is_err() || SigSet::empty().thread_set_mask().is_err() {
             warn!("closed the connection: cannot close what is not a session's");

@@ -20,7 +20,7 @@
 //! | 10 | session | says `Go` | the agent starts, and nobody was told: a repeat answers `AgentStarted` |
 //! | 11 | first process | as pid 1, starts the agent; says `Done`, or `Failed` with the kernel's reason | the same |
 //!
-//! A repeat begins with step 1, and kills what an earlier attempt has left in the cgroup. `Delete` gets to its end from
+//! A repeat begins with step 1, and kills the receiver and the first process of an earlier attempt. `Delete` gets to its end from
 //! every step.
 
 use std::fs::Permissions;

@@ -338,14 +338,18 @@ fn row_128_nor_does_one_for_which_no_session_can_be_forked() {
         .unwrap()
         .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
         .collect();
-    let next = (0..).find(|number| !open.contains(number)).unwrap();
-    // Room for the connection, and for nothing else.
-    let before = set_open_files(listener, next + 1);
-    let (stream, _peer) = lingering();
-    let socket = Seqpacket::connect(&host.socket(), false).unwrap();
-    send_and_close(&socket, b"x", stream);
-    drop(socket);
-    helper.log.wait(&["WARN", "cannot fork a session"]);
-    set_open_files(listener, before);
-    helper.log.wait(&["closed the connection", "uid=0"]);
+    let free: Vec<u64> = (0..).filter(|number| !open.contains(number)).take(3).collect();
+    // Room for one end of a pipe; and for the whole pipe, but for no connection.
+    for (room, failure) in [(1, "cannot fork a session"), (2, "cannot accept a connection")] {
+        let seen = helper.log.len();
+        let before = set_open_files(listener, free[room]);
+        let (stream, _peer) = lingering();
+        let socket = Seqpacket::connect(&host.socket(), false).unwrap();
+        send_and_close(&socket, b"x", stream);
+        drop(socket);
+        let wait = |parts: &[&str]| helper.log.wait_from(seen, parts);
+        wait(&["WARN", failure]);
+        set_open_files(listener, before);
+        wait(&["closed the connection", "uid=0"]);
+    }
 }
