@@ -53,6 +53,7 @@ mod message;
 mod name;
 mod socket;
 mod sys;
+pub mod usb;
 pub mod wire;
 
 pub use message::{Error, ErrorKind, Exit, MAX_LIST, Reply, Request, State, VERSION, WorkerInfo, one_line};

@@ -24,6 +24,7 @@ pub mod accounts;
 mod devices;
 mod limits;
 mod network;
+mod usb;
 mod value;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,6 +41,7 @@ pub use limits::{Cpus, Limits, MAX_CONSOLE_BYTES, MinFree, core_goes_to_a_socket
 pub use network::{
     Destination, Egress, HTTP_PROXY, Host, MAX_CONNECTION_NAME, MAX_DESTINATIONS, TO_HTTP_PROXY, TO_SERVER,
 };
+pub use usb::{MAX_USB_ENTRIES, PortName, UsbEntry, UsbName};
 pub use value::{
     AgentEnvName, BaseUrl, EnvName, EnvValue, GroupName, HELPER_VARIABLES, HostName, HostPath, PRIVATE_DIRS,
     ProxyUrl, Script, SocketFamily, UidRange, User,
@@ -164,6 +166,10 @@ pub struct Slot {
     /// Device nodes of the host that the job may read and write, also those that are plugged in later.
     #[serde(default)]
     pub devices: BTreeSet<DevicePattern>,
+    /// USB devices that the job has, by what tells them and not by their nodes' names. Slots whose entries mean the same
+    /// device are in each other's `conflicts_with_slots`.
+    #[serde(default)]
+    pub usb: BTreeMap<UsbName, UsbEntry>,
     /// More private writable places: empty at the start, gone at the end.
     #[serde(default)]
     pub writable: BTreeSet<HostPath>,
@@ -215,6 +221,29 @@ pub struct Mistake {
     pub message: String,
 }
 
+/// Two slots that mean the same USB device, each with its entry.
+pub type UsbConflict<'a> = [(&'a SlotName, &'a UsbName); 2];
+
+/// The most entries for USB devices that a configuration has in all.
+const MAX_USB_ENTRIES_OF_ALL: usize = 1024;
+
+/// The slots that mean the same USB device by the same words.
+pub fn usb_conflicts(slots: &BTreeMap<SlotName, Slot>) -> Vec<UsbConflict<'_>> {
+    let mut all: Vec<(&SlotName, &UsbName, &UsbEntry)> = Vec::new();
+    for (slot, of) in slots {
+        all.extend(of.usb.iter().map(|(name, entry)| (slot, name, entry)));
+    }
+    let mut conflicts = Vec::new();
+    for (number, (slot, name, entry)) in all.iter().enumerate() {
+        for (other, other_name, other_entry) in &all[number + 1..] {
+            if slot != other && entry.means_same(other_entry) {
+                conflicts.push([(*slot, *name), (*other, *other_name)]);
+            }
+        }
+    }
+    conflicts
+}
+
 impl Config {
     /// Do these slots exclude each other? It is enough that one of them says so.
     pub fn are_conflicting(&self, a: &SlotName, b: &SlotName) -> bool {
@@ -246,7 +275,7 @@ impl Config {
                 message: "there is no slot: add a table [slots.NAME]".into(),
             });
         }
-        let mut slots = BTreeMap::new();
+        let (mut slots, mut entries) = (BTreeMap::new(), 0);
         for (name, mut checked) in raw.slots {
             let slot = &spans.slots[name.get_ref()];
             let mut note = |offset: usize, message: String| {
@@ -322,10 +351,33 @@ impl Config {
                     );
                 }
             }
+            entries += checked.usb.len();
+            for entry in slot.usb.keys().skip(MAX_USB_ENTRIES) {
+                note(
+                    entry.span().start,
+                    format!("it has more than {MAX_USB_ENTRIES} USB devices: name fewer"),
+                );
+            }
+            if entries > MAX_USB_ENTRIES_OF_ALL {
+                note(
+                    name.span().start,
+                    format!(
+                        "all slots together have more than {MAX_USB_ENTRIES_OF_ALL} USB devices: name fewer"
+                    ),
+                );
+            }
             checked.line = line_of(name.span().start);
             slots.insert(name.into_inner(), checked);
         }
         if mistakes.is_empty() {
+            let conflicts = usb_conflicts(&slots).into_iter();
+            let conflicts: Vec<[SlotName; 2]> =
+                conflicts.map(|two| two.map(|(slot, _)| slot.clone())).collect();
+            for [one, other] in conflicts {
+                if let Some(slot) = slots.get_mut(&one) {
+                    slot.conflicts_with_slots.insert(other);
+                }
+            }
             Ok(Config {
                 general: raw.general,
                 factory: raw.factory,
@@ -362,6 +414,8 @@ struct SlotSpans {
     read_only: BTreeMap<Spanned<HostPath>, HostPath>,
     #[serde(default)]
     writable: Vec<Spanned<HostPath>>,
+    #[serde(default)]
+    usb: BTreeMap<Spanned<UsbName>, IgnoredAny>,
     network: Option<Spanned<IgnoredAny>>,
     socket_families: Option<Spanned<IgnoredAny>>,
 }
@@ -424,6 +478,51 @@ mod tests {
         for name in ["hubris", "helios 2.0", "01HZX3N8Q4J5K6M7P8R9S0T1V"] {
             assert_eq!(target(name), Target::Name(name.parse().unwrap()));
         }
+    }
+
+    #[test]
+    fn slots_that_mean_the_same_device_by_the_same_words_exclude_each_other() {
+        for (a, b, same) in [
+            ("serial = \"AB\"", "serial = \"ab\"", true),
+            ("serial = \"AB\"", "serial = \"AC\"", false),
+            ("port = \"1-2\"", "port = \"1-2\"", true),
+            ("port = \"1-2\"", "port = \"1-2.1\"", false),
+            (
+                "vendor = \"0403\"",
+                "vendor = \"0x0403\", product = \"6001\"",
+                true,
+            ),
+            ("vendor = \"0403\"", "vendor = \"0d28\"", false),
+            (
+                "serial = \"A\", vendor = \"0403\"",
+                "serial = \"B\", vendor = \"0403\"",
+                false,
+            ),
+            ("serial = \"A\", vendor = \"0403\"", "vendor = \"0403\"", true),
+            // That cannot be told from the text.
+            ("serial = \"A\"", "port = \"1-2\"", false),
+        ] {
+            let text = format!(
+                "{HEAD}{SLOT}usb.x = {{ {a} }}\n{}usb.y = {{ {b} }}\n{}",
+                SLOT.replace(".a", ".b"),
+                SLOT.replace(".a", ".c")
+            );
+            let config = Config::parse(&text).unwrap();
+            let name = |text: &str| -> SlotName { text.parse().unwrap() };
+            assert_eq!(config.are_conflicting(&name("a"), &name("b")), same, "{a} {b}");
+            assert_eq!(config.are_conflicting(&name("b"), &name("a")), same, "{a} {b}");
+            assert!(!config.are_conflicting(&name("a"), &name("c")));
+            assert_eq!(usb_conflicts(&config.slots).len(), usize::from(same));
+        }
+        // Within a slot, several entries may mean one device.
+        let text = format!("{HEAD}{SLOT}usb.x.port = \"1-2\"\nusb.y.port = \"1-2\"\n");
+        assert!(
+            Config::parse(&text)
+                .unwrap()
+                .slots
+                .values()
+                .all(|slot| slot.conflicts_with_slots.is_empty())
+        );
     }
 
     #[test]
@@ -491,6 +590,48 @@ mod tests {
             (format!("{SLOT}writable = [\"/opt/../etc\"]\n"), 7, "absolute"),
             (format!("{SLOT}devices = [\"/etc/passwd\"]\n"), 7, "/dev"),
             (format!("{SLOT}devices = [\"/dev/*\"]\n"), 7, "every device"),
+            (
+                format!("{SLOT}usb.Probe = {{ serial = \"1\" }}\n"),
+                7,
+                "a lower-case letter first",
+            ),
+            (format!("{SLOT}usb.a = {{}}\n"), 7, "it tells no device"),
+            (
+                format!("{SLOT}\nusb.a = {{ product = \"6001\" }}\n"),
+                8,
+                "name the vendor",
+            ),
+            (
+                format!("{SLOT}usb.a.vendor = \"403\"\n"),
+                7,
+                "four hexadecimal digits",
+            ),
+            (format!("{SLOT}usb.a.vendor = 403\n"), 7, "a string"),
+            (format!("{SLOT}usb.a.serial = \"\"\n"), 7, "1 to 126 characters"),
+            (
+                format!("{SLOT}usb.a.port = \"usb1\"\n"),
+                7,
+                "user-factory devices",
+            ),
+            (
+                format!("{SLOT}usb.a.port = \"pci-0000:00:14.0-usb-0:2.3:1.0\"\n"),
+                7,
+                "an interface of a device",
+            ),
+            (
+                format!("{SLOT}usb.a = {{ serial = \"1\", seriall = \"2\" }}\n"),
+                7,
+                "unknown field",
+            ),
+            (
+                format!("{SLOT}[slots.a.usb]\n")
+                    + &(0..17)
+                        .map(|n| format!("d{n}.port = \"1-{n}\"\n"))
+                        .collect::<String>(),
+                // Sorted by name, the last is d9.
+                17,
+                "more than 16",
+            ),
             (
                 format!("{SLOT}devices = [\n\"/dev/null\",\n\"/dev\"]\n"),
                 9,
