@@ -5,7 +5,7 @@
 //! with the buildomat server ([`buildomat`]), the root helper ([`helper_client`]) and the agent's program
 //! ([`agent_cache`]). [`store`] saves the workers. [`reconcile`] compares database, server and host: what none of them
 //! accounts for is adopted or deleted ([`identity`] tells this host's workers from another's). [`free_resources`] keeps
-//! jobs from a host that has no room for them; [`memory_stall`] finds those that stall at their memory limit.
+//! jobs from a host that has no room for them, and [`usb`] from slots whose devices are absent; [`memory_stall`] finds those that stall at their memory limit.
 //! [`driver`] is the loop that does the I/O for the pure core: [`factory`], [`worker`], [`schedule`], [`reconcile`] and
 //! [`backoff`]. [`control`] is the operator's API. Independent of all that, [`egress_proxy`] forwards the connections
 //! of jobs without the host's network.
@@ -44,4 +44,5 @@ pub mod selftest;
 pub mod settings;
 pub mod store;
 pub mod token;
+pub mod usb;
 pub mod worker;

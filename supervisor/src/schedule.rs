@@ -76,9 +76,9 @@ impl SlotSchedule {
         u32::try_from(at).ok()
     }
 
-    /// The slots that are neither used, nor excluded by a used one (in either direction), nor cooling down or drained, and whose target is looked up. A used slot
-    /// that has left the configuration counts as one of those that are there: the helper has no more workers than
-    /// slots.
+    /// The slots that are neither used, nor excluded by a used one (in either direction), nor in `excluded` (cooling down,
+    /// drained or absent), and whose target is looked up. A used slot that has left the configuration counts as one of those
+    /// that are there: the helper has no more workers than slots.
     pub fn free<'a>(
         &self,
         used: &'a BTreeSet<SlotName>,

@@ -97,7 +97,7 @@ fn state(state: SlotState) -> Cell {
     let style = match state {
         SlotState::Free => GOOD,
         SlotState::Busy => BUSY,
-        SlotState::Broken | SlotState::Held => BAD,
+        SlotState::Broken | SlotState::Held | SlotState::Absent => BAD,
         SlotState::CoolingDown | SlotState::Closed => NOTICE,
         SlotState::Blocked | SlotState::Draining | SlotState::Removed => DIMMED,
     };

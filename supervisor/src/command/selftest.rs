@@ -62,8 +62,11 @@ pub fn run_at_start(root: &Path, output: OutputFormat) -> u8 {
 
 /// Is there a slot that can be tried, as far as the supervisor knows?
 fn has_free_slot(status: &Status) -> bool {
-    let is_free =
-        |slot: &api::Slot| slot.worker.is_none() && slot.job.is_none() && slot.state != SlotState::Blocked;
+    let is_free = |slot: &api::Slot| {
+        slot.worker.is_none()
+            && slot.job.is_none()
+            && ![SlotState::Blocked, SlotState::Absent].contains(&slot.state)
+    };
     status.slots.iter().any(is_free)
 }
 

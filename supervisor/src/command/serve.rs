@@ -26,6 +26,7 @@ use supervisor::notify::{Watchdog, notify_ready};
 use supervisor::settings::{self, Places};
 use supervisor::store::{History, Store};
 use supervisor::token::{TokenPlaces, TokenStore};
+use supervisor::usb::{self, UsbMonitor};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
@@ -152,6 +153,7 @@ pub fn serve(
             status,
             file,
             resources: ResourceCheck::new(root),
+            usb: UsbMonitor::new(usb::devices_directory()),
             watchdog: Watchdog::of_the_unit(),
             drain_command: None,
         }

@@ -146,6 +146,8 @@ pub enum SlotState {
     /// It failed workers by itself, and is cooling down.
     #[serde(rename = "resting")]
     CoolingDown,
+    /// A USB device of it is absent, or it is not clear which one is meant.
+    Absent,
     /// It takes no jobs: it is drained.
     Draining,
     /// It is no longer in the configuration, and goes with its worker.
@@ -154,7 +156,7 @@ pub enum SlotState {
 
 impl SlotState {
     /// All states, for metrics, which have a series for each.
-    pub const ALL: [SlotState; 9] = [
+    pub const ALL: [SlotState; 10] = [
         SlotState::Free,
         SlotState::Closed,
         SlotState::Busy,
@@ -162,6 +164,7 @@ impl SlotState {
         SlotState::Broken,
         SlotState::Held,
         SlotState::CoolingDown,
+        SlotState::Absent,
         SlotState::Draining,
         SlotState::Removed,
     ];
@@ -176,6 +179,7 @@ impl SlotState {
             SlotState::Broken => "broken",
             SlotState::Held => "held",
             SlotState::CoolingDown => "resting",
+            SlotState::Absent => "absent",
             SlotState::Draining => "draining",
             SlotState::Removed => "removed",
         }
@@ -183,7 +187,7 @@ impl SlotState {
 
     /// Does it wait for an operator?
     pub fn needs_operator(self) -> bool {
-        matches!(self, SlotState::Broken | SlotState::Held)
+        matches!(self, SlotState::Broken | SlotState::Held | SlotState::Absent)
     }
 }
 
@@ -200,7 +204,7 @@ pub struct Slot {
     pub target_name: Option<TargetName>,
     /// What the slot is doing; where several states apply, one of them.
     pub state: SlotState,
-    /// What the state alone does not say: the conflict, the end of the cooldown.
+    /// What the state alone does not say: the conflict, the end of the cooldown, the device that is absent.
     pub because: Option<String>,
     /// The worker that occupies the slot.
     pub worker: Option<WorkerId>,

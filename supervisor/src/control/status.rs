@@ -138,6 +138,8 @@ impl StatusInput<'_> {
         } else if let Some(other) = &taken.removed {
             let because = format!("there are as many workers as slots, one in {other}, which was removed");
             (SlotState::Blocked, Some(because))
+        } else if let Some(absence) = self.factory.usb_absences().get(name) {
+            (SlotState::Absent, Some(absence.because()))
         } else if let Some(until) = self.factory.cooldown(name).filter(|until| *until > self.now) {
             let because = format!("until {}", self.rounded(until));
             (SlotState::CoolingDown, Some(because))

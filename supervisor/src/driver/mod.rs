@@ -25,6 +25,7 @@ use crate::free_resources::ResourceCheck;
 use crate::notify::Watchdog;
 use crate::pending_calls::PendingCalls;
 use crate::store::Storage;
+use crate::usb::UsbMonitor;
 use crate::worker::{Action, Event};
 pub use persistence::Persistence;
 use phases::Phases;
@@ -104,6 +105,8 @@ pub struct Driver<S> {
     pub file: Box<dyn ConfigFile>,
     /// What is free on the host.
     pub resources: ResourceCheck,
+    /// What is plugged into the host.
+    pub usb: UsbMonitor,
     /// Notified at each iteration of the loop.
     pub watchdog: Watchdog,
     /// Whose command to drain or resume is being saved, and where its answer goes.
@@ -138,6 +141,14 @@ impl<S: Storage> Driver<S> {
             let shortage = self.resources.shortage(&self.factory.config().factory.min_free);
             if shortage.as_deref() != self.factory.shortage() {
                 outputs.extend(self.factory.handle(self.clock.now(), Input::Shortage(shortage)));
+            }
+            let slots = &self.factory.config().slots;
+            let absences = self.usb.absences(slots, self.factory.usb_absences());
+            if let Some(absences) = absences.filter(|new| new != self.factory.usb_absences()) {
+                outputs.extend(
+                    self.factory
+                        .handle(self.clock.now(), Input::UsbAbsences(absences)),
+                );
             }
             // Not while an operator's command waits for its answer, which the next save is taken for.
             let wall = self.clock.wall();
@@ -215,6 +226,10 @@ impl<S: Storage> Driver<S> {
                     // A timer waits no less than this.
                     wait = wait.min(left + Duration::from_millis(1));
                 }
+            }
+            if let Some(due) = self.usb.due_in().filter(|_| stopping.is_none()) {
+                // A timer waits no less than this.
+                wait = wait.min(due.max(Duration::from_millis(1)));
             }
             // The core then gets one tick more than it needs.
             if stopping.is_none()

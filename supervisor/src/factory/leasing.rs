@@ -36,7 +36,8 @@ impl Factory {
     fn free_beside(&self, now: u64, used: &BTreeSet<SlotName>) -> FreeSlots<'_> {
         let cooling_down = self.cooldowns.iter().filter(|(_, cooldown)| cooldown.until > now);
         let drained = self.drains.keys().flatten();
-        let excluded = cooling_down.map(|(slot, _)| slot).chain(drained);
+        let closed = drained.chain(self.usb_absences.keys());
+        let excluded = cooling_down.map(|(slot, _)| slot).chain(closed);
         self.schedule.free(used, excluded)
     }
 

@@ -18,6 +18,7 @@ pub mod targets;
 #[cfg(test)]
 mod tests;
 pub mod unknown;
+mod usb;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,6 +30,7 @@ use crate::buildomat::{JobId, Lease, ServerWorker};
 use crate::call_error::{CallError, Peer};
 use crate::identity::Identity;
 use crate::schedule::SlotSchedule;
+use crate::usb::UsbAbsences;
 use crate::worker::{Action, Event, Phase, Worker, WorkerPolicy};
 
 use drain::{Drain, Drains};
@@ -78,6 +80,8 @@ pub enum Input {
     FileDiffers(Option<String>),
     /// Why too little of the host is free for another job, in a sentence; none while enough is.
     Shortage(Option<String>),
+    /// The slots whose USB devices are absent, or not clear.
+    UsbAbsences(UsbAbsences),
     /// The host is being shut down: no jobs are taken until the supervisor starts again.
     HostStops,
     /// A self-test of all slots has come to its end: what did not hold, in a sentence; none where all did.
@@ -247,6 +251,9 @@ pub struct Factory {
     storage: Option<String>,
     /// Why too little of the host is free for another job.
     shortage: Option<String>,
+    /// Why slots take no job: their USB devices.
+    usb_absences: UsbAbsences,
+    usb_logged: BTreeMap<SlotName, usb::LoggedAbsence>,
     selftest: Option<SelfTest>,
     host_stops: bool,
     is_stopped: bool,
@@ -288,6 +295,8 @@ impl Factory {
             file_differs: None,
             storage: None,
             shortage: None,
+            usb_absences: UsbAbsences::new(),
+            usb_logged: BTreeMap::new(),
             selftest: None,
             host_stops: false,
             is_stopped: false,
@@ -297,6 +306,7 @@ impl Factory {
             rng: Rng::new(seed),
             out: Vec::new(),
         };
+        factory.expect_usb(None);
         for worker in workers {
             let starting = worker.phase.is_starting() && worker.job.is_some();
             let policy = factory.policy(&worker.slot);
@@ -329,7 +339,9 @@ impl Factory {
             Input::WallClock(wall) => self.end_drains(wall),
             Input::Configure(config) => {
                 self.targets.look_up(&config, now);
-                (self.schedule, self.config) = (SlotSchedule::of(&config, self.targets.ids()), *config);
+                self.schedule = SlotSchedule::of(&config, self.targets.ids());
+                let old = std::mem::replace(&mut self.config, *config);
+                self.expect_usb(Some(&old));
             }
             Input::Destroy(worker) => self.destroy(now, worker),
             Input::Kill(worker, reason) => self.step(now, worker, Event::Kill(reason)),
@@ -348,6 +360,7 @@ impl Factory {
             }
             Input::FileDiffers(difference) => self.note_file(now, difference),
             Input::Shortage(shortage) => self.note_shortage(shortage),
+            Input::UsbAbsences(absences) => self.note_usb(absences),
             Input::SelfTested(failure) => self.note_selftest(now, failure),
             Input::HostStops => self.host_stops = true,
             Input::Stop => self.is_stopped = true,
@@ -365,6 +378,7 @@ impl Factory {
             self.start_actions(now);
             self.renew_leases(now);
         }
+        self.log_absences(now);
         std::mem::take(&mut self.out)
     }
 

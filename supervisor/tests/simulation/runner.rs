@@ -19,6 +19,7 @@ use supervisor::free_resources::ResourceCheck;
 use supervisor::helper_client::HelperClient;
 use supervisor::identity::{Identity, InstanceId};
 use supervisor::store::Store;
+use supervisor::usb::UsbMonitor;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -273,6 +274,7 @@ impl SupervisorRun {
                 shared: (!second).then(|| shared.clone()),
             }),
             resources: ResourceCheck::new(Path::new("/")),
+            usb: UsbMonitor::new(dir.join("no-devices")),
             watchdog: Default::default(),
             drain_command: None,
         };

@@ -3,6 +3,7 @@
 
 mod targets;
 mod test_bed;
+mod usb;
 
 use crate::control::status::time;
 use protocol::{BootstrapToken, Exit, Target};
