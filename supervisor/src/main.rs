@@ -10,8 +10,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use command::{
-    Arguments, Command, DONE, FAILED, FileSearch, NOT_CONFIGURED, OutputFormat, ask, check, exit, generate,
-    manual, print_error, residue, selftest, serve, shutdown,
+    Arguments, Command, DONE, FAILED, FileSearch, NOT_CONFIGURED, OutputFormat, ask, check, devices, exit,
+    generate, manual, print_error, residue, selftest, serve, shutdown,
 };
 use supervisor::control::api::Drain;
 
@@ -52,6 +52,7 @@ fn run(command: Command) -> u8 {
         Command::Egress { slot, at, output } => {
             ask::with_client(&at, async |factory| ask::egress(factory, slot, output).await)
         }
+        Command::Devices { at, output, watch } => devices::devices(&at, output, watch),
         Command::Logs { worker, follow, at } => {
             ask::with_client(&at, async |factory| ask::logs(factory, worker, follow).await)
         }

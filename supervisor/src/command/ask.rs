@@ -47,7 +47,8 @@ pub fn with_client(at: &Location, asking: impl AsyncFnOnce(Client) -> CommandRes
     }
 }
 
-fn json(value: &impl serde::Serialize) -> String {
+/// A value as `--json` prints it.
+pub fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string_pretty(value)
         .map(|text| text + "\n")
         .unwrap_or_default()

@@ -2,6 +2,7 @@
 
 pub mod ask;
 pub mod check;
+pub mod devices;
 pub mod generate;
 pub mod manual;
 pub mod print;
@@ -36,7 +37,7 @@ Exit status:
   1  it could not be done: standard error has the reason
   2  the command line makes no sense
   3  the factory does not answer at its control socket
-  4  `status`: something waits for an operator (a worker is held or broken, the server or the helper is unreachable or does
+  4  `status`: something waits for an operator (a worker is held or broken, a slot's USB device is absent, the server or the helper is unreachable or does
      not answer, or has not answered since the start, a changed configuration was not taken, the supervisor's disk is full or cannot be written, another
      host may use the same token, the last self-test has failed, or no jobs are taken for another reason than `drain`)
   78 `serve`: the configuration or the token cannot be used; starting it again does not help
@@ -149,6 +150,17 @@ pub enum Command {
         at: Location,
         #[command(flatten)]
         output: OutputFormat,
+    },
+    /// The USB devices that are plugged in: port, numbers, serial number, nodes, and the slots that they belong to by the
+    /// configuration. For those that belong to none there are lines to paste into it.
+    Devices {
+        #[command(flatten)]
+        at: Location,
+        #[command(flatten)]
+        output: OutputFormat,
+        /// Print it anew at each change, until interrupted.
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
     },
     /// What the worker's agent has printed.
     Logs {

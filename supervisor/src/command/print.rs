@@ -9,6 +9,7 @@ use supervisor::control::api::{
 };
 use supervisor::residue::Report;
 use supervisor::selftest::{Outcome, SlotReport};
+use supervisor::usb::list::ListedDevice;
 
 const BAD: Style = AnsiColor::Red.on_default().bold();
 const GOOD: Style = AnsiColor::Green.on_default();
@@ -386,6 +387,58 @@ pub fn egress(slot: &SlotName, report: &EgressReport) -> String {
     text + "]\n"
 }
 
+/// A table of what is plugged in, then the lines to paste for what belongs to no slot.
+pub fn devices(devices: &[ListedDevice]) -> String {
+    if devices.is_empty() {
+        return "no USB device is plugged in\n".to_owned();
+    }
+    let rows = devices.iter().map(|device| {
+        let serial = match device.is_read {
+            true => or_nothing(device.serial.as_ref()),
+            false => (NOTICE, "not known".to_owned()),
+        };
+        let entries = device.entries.iter();
+        let entries: Vec<String> = entries
+            .map(|entry| format!("{} (usb.{})", entry.slot, entry.usb))
+            .collect();
+        [
+            plain(device.id_path.as_ref().unwrap_or(&device.port)),
+            plain(format!("{}:{}", device.vendor, device.product)),
+            serial,
+            or_nothing(device.description.as_ref()),
+            plain(entries.join(", ")),
+            plain(device.nodes.join(" ")),
+        ]
+    });
+    let mut text = table(["PORT", "ID", "SERIAL", "PRODUCT", "SLOTS", "NODES"], rows);
+    for device in devices.iter().filter(|device| !device.is_read) {
+        text += &format!(
+            "\nThe kernel does not tell the serial number of what is at {}: a process keeps the device busy. Find it with: fuser -v {}\n",
+            device.port,
+            device.nodes.join(" ")
+        );
+    }
+    let free: Vec<&ListedDevice> = devices
+        .iter()
+        .filter(|device| device.entries.is_empty())
+        .collect();
+    if !free.is_empty() {
+        text += &format!(
+            "\n{}\n",
+            styled(
+                HEAD,
+                "lines for the configuration of a slot, with a name in place of NAME"
+            )
+        );
+    }
+    for device in free {
+        let what = device.description.as_deref().unwrap_or_default();
+        let what = format!("{}:{} {what}", device.vendor, device.product);
+        text += &format!("{}  # {}\n", one_line(&device.line), one_line(what.trim_end()));
+    }
+    text
+}
+
 /// One slot that is not empty yet, and why: for `drain --wait`.
 pub fn waiting_for(slot: &Slot, status: &Status) -> String {
     let worker = status
@@ -439,6 +492,7 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     use supervisor::residue;
+    use supervisor::usb::list::ListedEntry;
 
     use super::*;
 
@@ -458,6 +512,48 @@ mod tests {
         let text = anstream::adapter::strip_str(&residue(&report, true)).to_string();
         let last = text.lines().last().unwrap();
         assert_eq!(last, "file  /tmp/a\\u{1b}[2Jb\\nnothing is left");
+    }
+
+    #[test]
+    fn a_device_with_a_terminals_commands_in_its_texts_is_shown_and_not_obeyed() {
+        let device = |port: &str, entries| ListedDevice {
+            port: port.into(),
+            id_path: None,
+            vendor: "0403".into(),
+            product: "6001".into(),
+            manufacturer: None,
+            description: Some("a\u{1b}[2J\nusb.x = {}".into()),
+            serial: Some("b\u{9b}2J\r".into()),
+            is_read: port != "1-3",
+            nodes: vec!["/dev/bus/usb/001/002".into()],
+            entries,
+            line: format!("usb.NAME = {{ port = \"{port}\" }}"),
+        };
+        let entry = ListedEntry {
+            slot: "bench".parse().unwrap(),
+            usb: "probe".into(),
+        };
+        let text = devices(&[
+            device("1-1", vec![]),
+            device("1-2", vec![entry.clone()]),
+            device("1-3", vec![entry]),
+        ]);
+        let text = anstream::adapter::strip_str(&text).to_string();
+        assert_eq!(
+            text.lines().collect::<Vec<_>>(),
+            [
+                "PORT  ID         SERIAL       PRODUCT                 SLOTS              NODES",
+                "1-1   0403:6001  b\\u{9b}2J\\r  a\\u{1b}[2J\\nusb.x = {}                     /dev/bus/usb/001/002",
+                "1-2   0403:6001  b\\u{9b}2J\\r  a\\u{1b}[2J\\nusb.x = {}  bench (usb.probe)  /dev/bus/usb/001/002",
+                "1-3   0403:6001  not known    a\\u{1b}[2J\\nusb.x = {}  bench (usb.probe)  /dev/bus/usb/001/002",
+                "",
+                "The kernel does not tell the serial number of what is at 1-3: a process keeps the device busy. Find it with: fuser -v /dev/bus/usb/001/002",
+                "",
+                "lines for the configuration of a slot, with a name in place of NAME",
+                "usb.NAME = { port = \"1-1\" }  # 0403:6001 a\\u{1b}[2J\\nusb.x = {}",
+            ]
+        );
+        assert_eq!(devices(&[]), "no USB device is plugged in\n");
     }
 
     #[test]
