@@ -15,6 +15,7 @@ use supervisor::helper_client::HelperClient;
 use supervisor::preflight::{self, HostFacts};
 use supervisor::settings::{self, Places};
 use supervisor::token::{TokenPlaces, TokenStore};
+use supervisor::usb::{self, UsbMonitor};
 
 use super::{DONE, FAILED, manual, print_line};
 
@@ -52,11 +53,24 @@ fn report(config: &Config, tokens: &TokenStore, path: &Path, online: bool, root:
     print_line(&settings::summary(config));
     print_line(&format!("token of {}\n", tokens.source()));
     print_line(&preflight::print(&findings));
+    print_line(&usb_warnings(config, path));
     let (answer, refused) = manual::check(path, root);
     print_line(&format!("helper: {answer}\n"));
     let fine = !refused && !findings.iter().any(|finding| finding.needed);
     let answered = !online || ask(config, tokens, root);
     if fine && answered { DONE } else { FAILED }
+}
+
+/// `FILE:LINE: warning: sentence`, one a line.
+fn usb_warnings(config: &Config, path: &Path) -> String {
+    if config.slots.values().all(|slot| slot.usb.is_empty()) {
+        return String::new();
+    }
+    let text = settings::read(path).unwrap_or_default();
+    let mut monitor = UsbMonitor::new(usb::devices_directory());
+    let devices: Vec<_> = monitor.wait().into_iter().map(|(device, _)| device).collect();
+    let warnings = usb::check::warnings(&text, config, &devices, &monitor.unread());
+    settings::print(path, &warnings)
 }
 
 /// Do the server, its agent and the helper answer? A line for each.
