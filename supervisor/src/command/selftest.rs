@@ -8,6 +8,7 @@ use supervisor::control::api::{self, SlotState, Status};
 use supervisor::control::client::Error;
 use supervisor::selftest::run::Programs;
 use supervisor::selftest::{self, SlotReport, run};
+use supervisor::usb;
 
 use super::{DONE, FAILED, OutputFormat, ask, manual, print, print_error, print_line, residue};
 
@@ -86,7 +87,15 @@ fn test(root: &Path, slot: Option<SlotName>) -> Option<Vec<SlotReport>> {
         None => config.slots.keys().cloned().collect(),
     };
     let programs = Programs::beside(manual::program());
-    let test = |slot: &SlotName| run::test_slot(&config, slot, root, &programs);
+    let absences = usb::absences_now(&config.slots);
+    let test = |slot: &SlotName| match absences.get(slot) {
+        Some(absence) => Ok(SlotReport {
+            slot: slot.to_string(),
+            busy: Some(absence.sentence()),
+            attempts: Vec::new(),
+        }),
+        None => run::test_slot(&config, slot, root, &programs),
+    };
     let tested: Result<Vec<SlotReport>, _> = slots.iter().map(test).collect();
     tested
         .map_err(|error| {

@@ -71,7 +71,7 @@ impl Attempt {
 pub struct SlotReport {
     /// Its name in the configuration.
     pub slot: String,
-    /// Why nothing was tried: the slot, or one that conflicts with it, has a worker.
+    /// Why nothing was tried: the slot, or one that conflicts with it, has a worker, or a USB device of it is absent.
     pub busy: Option<String>,
     /// In the order in which they were made.
     pub attempts: Vec<Attempt>,

@@ -132,6 +132,16 @@ pub fn absences(
     slots.iter().filter_map(absence).collect()
 }
 
+/// The slots whose devices are absent now, or not clear, as a command sees them.
+pub fn absences_now(slots: &BTreeMap<SlotName, Slot>) -> UsbAbsences {
+    if slots.values().all(|slot| slot.usb.is_empty()) {
+        return UsbAbsences::new();
+    }
+    let mut monitor = UsbMonitor::new(devices_directory());
+    let devices: Vec<UsbDevice> = monitor.wait().into_iter().map(|(device, _)| device).collect();
+    absences(slots, &devices, &monitor.unread(), &UsbAbsences::new())
+}
+
 /// Is the device absent that is told by its serial number?
 fn has_serial(problem: &UsbProblem) -> bool {
     matches!(problem, UsbProblem::Absent(_, UsbEntry { serial: Some(_), .. }))
