@@ -159,6 +159,7 @@ fn every_command_ends_quietly_when_its_reader_has_gone() {
         &["generate", "man"],
         &["generate", "bash"],
         &["status", "--root", root],
+        &["devices", "--root", root],
         &["--help"],
     ] {
         let (reader, writer) = std::io::pipe().unwrap();

@@ -27,6 +27,7 @@ mod selftest;
 mod servers;
 mod shutdown;
 mod unreachable;
+mod usb;
 
 /// What a command has printed, and how it ended.
 struct CommandOutput {
