@@ -13,10 +13,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::unistd::Pid;
 use protocol::{ErrorKind, MAX_AGENT_BYTES, Received, Reply, Request, Seqpacket, State, VERSION, wire};
-use testbed::harness::{SUPERVISOR_UID, TestHost, memfd, sealed_memfd, until_is};
+use testbed::harness::{SUPERVISOR_UID, TestHost, memfd, sealed_memfd, until, until_is};
 use testbed::test_helper::{SLOTS, TestHelper, create_worker, install, kind, read, state, token, wait_until};
+use testbed::tracer::helper::{children, listener};
+use testbed::tracer::wait_until_stopped;
 
 use crate::attacks::connections::StopOnDrop;
 
@@ -255,22 +259,34 @@ fn row_128_a_socket_that_waits_when_it_is_closed_holds_up_neither_its_worker_nor
     let connect = || Seqpacket::connect(&test.host.socket(), false).unwrap();
     let (stream, _peer) = lingering();
     let socket = connect();
-    let encode = |request| wire::encode(&request).unwrap();
-    socket
-        .send(&encode(Request::Hello { version: VERSION }), None)
-        .unwrap();
-    let bootstrap = token();
-    send_and_close(
-        &socket,
-        &encode(Request::InstallAgent { worker, bootstrap }),
-        stream,
-    );
-    let mut replies = (0..2).map(|_| match socket.recv(wire::MAX_REPLY).unwrap() {
-        Received::Packet { bytes, .. } => wire::decode(&bytes).unwrap(),
+    let send = |request| {
+        socket
+            .send(&wire::encode(&request).unwrap(), Some(stream.as_fd()))
+            .unwrap()
+    };
+    let receive = || match socket.recv(wire::MAX_REPLY).unwrap() {
+        Received::Packet { bytes, .. } => wire::decode::<Reply>(&bytes).unwrap(),
         other => panic!("{other:?}"),
+    };
+    socket
+        .send(&wire::encode(&Request::Hello { version: VERSION }).unwrap(), None)
+        .unwrap();
+    assert_eq!(receive(), Reply::Welcome);
+    // The packet has the last reference by the time that the session takes it.
+    let listener = listener(test.helper.pid());
+    let session = until(|| match children(listener)[..] {
+        [session] => Ok(session),
+        ref several => Err(format!("not one session: {several:?}")),
     });
-    assert_eq!(replies.next(), Some(Reply::Welcome));
-    assert_eq!(replies.next().map(kind), Some(ErrorKind::Refused));
+    kill(Pid::from_raw(session as i32), Signal::SIGSTOP).unwrap();
+    wait_until_stopped(session);
+    send(Request::InstallAgent {
+        worker,
+        bootstrap: token(),
+    });
+    drop(stream);
+    kill(Pid::from_raw(session as i32), Signal::SIGCONT).unwrap();
+    assert_eq!(kind(receive()), ErrorKind::Refused);
     // The packet is taken: the kernel would close the socket for an hour.
     test.helper
         .log
@@ -333,7 +349,7 @@ fn row_128_nor_does_one_for_which_no_session_can_be_forked() {
     let host = TestHost::new();
     host.configure("http://127.0.0.1:9", SUPERVISOR_UID, SLOTS);
     let helper = host.start_helper();
-    let listener = testbed::tracer::helper::listener(helper.pid());
+    let listener = listener(helper.pid());
     let open: Vec<u64> = std::fs::read_dir(format!("/proc/{listener}/fd"))
         .unwrap()
         .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
