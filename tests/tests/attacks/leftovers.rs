@@ -15,7 +15,7 @@ use nix::unistd::{Pid, User};
 use protocol::{Reply, Request, State, WorkerId};
 use supervisor::residue::files;
 use testbed::harness::{
-    Client, Running, TestHost, assert_warned, create_shared_dir, has_scopes, tool, worker_id,
+    Client, Running, TestHost, assert_warned, create_shared_dir, has_scopes, tool, until_is, worker_id,
 };
 use testbed::host_snapshot::{HostSnapshot, files_anywhere, ipc_of, processes_of};
 use testbed::small_disk::SmallDisk;
@@ -85,7 +85,8 @@ fn row_02_fork_bombs_are_gone_also_one_that_is_faster_than_killing_each() {
     // The one that takes all processors comes last: where no controller limits them, little would begin beside it.
     ongoing(&client, relay, "fork-bomb", &["relay"], "ready");
     ongoing(&client, grow, "fork-bomb", &["grow"], "ready");
-    assert!(pids(&test).len() > 300, "the bomb is none");
+    // A process that ends at the moment makes room for one: both go on.
+    until_is("more than 300 processes", || pids(&test).len() > 300);
     test.finish(&[grow, relay]);
 }
 
