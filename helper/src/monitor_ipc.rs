@@ -4,6 +4,7 @@
 
 use std::os::fd::BorrowedFd;
 
+use protocol::usb::UsbProblem;
 use protocol::{BootstrapToken, Error, ErrorKind, Seqpacket, WorkerId, wire};
 use serde::{Deserialize, Serialize};
 
@@ -23,9 +24,9 @@ pub enum MonitorRequest {
     /// supervisor's connection, whose next packet brings the agent, and with the file. Answer: `Done`.
     #[expect(missing_docs, reason = "there is one field")]
     CopyAgent { worker: WorkerId },
-    /// Clear the quota of the worker, of which nothing is on the disk any more. Answer: `Done`.
+    /// Reset the worker's USB devices, and clear its quota: nothing of it is on the disk any more. Answer: `Done`.
     #[expect(missing_docs, reason = "there is one field")]
-    ClearQuota { worker: WorkerId },
+    CleanUp { worker: WorkerId },
 }
 
 impl MonitorRequest {
@@ -36,7 +37,7 @@ impl MonitorRequest {
     pub fn to_bytes(&self) -> Vec<u8> {
         let (number, worker, token) = match self {
             MonitorRequest::Launch { worker, bootstrap } => (0, worker, bootstrap.as_str()),
-            MonitorRequest::ClearQuota { worker } => (1, worker, ""),
+            MonitorRequest::CleanUp { worker } => (1, worker, ""),
             MonitorRequest::CopyAgent { worker } => (2, worker, ""),
         };
         [&[number], &worker.to_bits().to_be_bytes()[..], token.as_bytes()].concat()
@@ -52,7 +53,7 @@ impl MonitorRequest {
                 worker,
                 bootstrap: std::str::from_utf8(token).ok()?.parse().ok()?,
             }),
-            1 if token.is_empty() => Some(MonitorRequest::ClearQuota { worker }),
+            1 if token.is_empty() => Some(MonitorRequest::CleanUp { worker }),
             2 if token.is_empty() => Some(MonitorRequest::CopyAgent { worker }),
             _ => None,
         }
@@ -84,7 +85,14 @@ macro_rules! from {
 
 pub(crate) use from;
 
-from!(Failure { Failed(anyhow::Error) });
+from!(Failure { Failed(anyhow::Error), Failed(nix::Error), Failed(std::io::Error) });
+
+/// A job waits for what is to be plugged in.
+impl From<UsbProblem> for Failure {
+    fn from(problem: UsbProblem) -> Failure {
+        Failure::Busy(problem.to_string())
+    }
+}
 
 /// The error that another process has sent.
 impl From<Error> for Failure {
@@ -158,7 +166,7 @@ mod tests {
         assert_eq!(launch.to_bytes().len(), MonitorRequest::MAX);
         for request in [
             launch,
-            MonitorRequest::ClearQuota { worker },
+            MonitorRequest::CleanUp { worker },
             MonitorRequest::CopyAgent { worker },
         ] {
             let bytes = request.to_bytes();

@@ -73,6 +73,14 @@ pub fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
     Ok(())
 }
 
+/// Reset a USB device (`USBDEVFS_RESET` in the kernel's `driver-api/usb/usb.rst`).
+pub fn reset_usb_device(device: &OwnedFd) -> nix::Result<()> {
+    // `_IO('U', 20)` of `linux/usbdevice_fs.h`.
+    const USBDEVFS_RESET: libc::Ioctl = 0x5514;
+    // SAFETY: the request has no argument.
+    Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), USBDEVFS_RESET) }).map(drop)
+}
+
 /// Descriptor 3, if systemd passed this process exactly that one listening socket (`sd_listen_fds(3)`).
 pub fn listening_socket_of_systemd() -> Option<OwnedFd> {
     let variable = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();

@@ -41,8 +41,8 @@ pub enum Request {
     ///   Repeated after the agent was started, it starts nothing and gives the same answer: an agent
     ///   is never started twice in one worker.
     /// * Errors: `NoSuchWorker`, `NoSuchSlot`, `Refused` (the descriptor is not what is asked for, or there is not one),
-    ///   `Busy` (the configuration has a mistake, the host took too long, or the helper was restarted or
-    ///   lost a process meanwhile),
+    ///   `Busy` (the configuration has a mistake, a USB device of the slot is absent, the host took too long, or the
+    ///   helper was restarted or lost a process meanwhile),
     ///   `Failed` (the host could not, or the program is none: the sentence has the kernel's reason,
     ///   and so has the console).
     InstallAgent {

@@ -356,6 +356,49 @@ impl fmt::Debug for Uid {
     }
 }
 
+/// A port, by the kernel's name of what is plugged into it: `1-2.3`. A root hub (`usb1`) has none.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UsbPort(String);
+
+impl UsbPort {
+    /// The kernel's name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Is it this port, or one of a hub that is plugged in there?
+    pub fn is_within(&self, other: &UsbPort) -> bool {
+        let rest = self.0.strip_prefix(&other.0);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    }
+}
+
+impl fmt::Display for UsbPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for UsbPort {
+    type Err = BadValue;
+
+    fn from_str(text: &str) -> Result<UsbPort, BadValue> {
+        let is_number = |part: &str| {
+            (1..=3).contains(&part.len())
+                && part.bytes().all(|b| b.is_ascii_digit())
+                && !part.starts_with('0')
+        };
+        let is_port = text.split_once('-').is_some_and(|(bus, ports)| {
+            // Hubs are at most five deep (USB 2.0, 4.1.1), and the root hub's port comes first.
+            is_number(bus) && ports.split('.').count() <= 6 && ports.split('.').all(is_number)
+        });
+        match is_port {
+            true => Ok(UsbPort(text.to_owned())),
+            false => Err(BadValue(format!("{text:?} is no USB port: write it as 1-2.3"))),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

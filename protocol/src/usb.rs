@@ -5,51 +5,16 @@
 //! the hub in port 2 of bus 1 (the kernel's `Documentation/ABI/stable/sysfs-bus-usb`, and `usb_set_device_initial_state`
 //! and `usb_alloc_dev` in its `drivers/usb/core`).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
-use std::str::FromStr;
 
-use crate::config::{UsbEntry, UsbName};
-use crate::name::BadValue;
+use crate::config::{PortName, UsbEntry, UsbName};
+pub use crate::name::UsbPort;
 
 /// The directory of USB devices, below the root of `sysfs`.
 pub const USB_DEVICES: &str = "bus/usb/devices";
 /// No host has more: a bus has at most 127 devices.
 pub const MAX_USB_DEVICES: usize = 4096;
-
-/// A port, by the kernel's name of what is plugged into it: `1-2.3`. A root hub (`usb1`) has none.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct UsbPort(String);
-
-impl UsbPort {
-    /// The kernel's name.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for UsbPort {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl FromStr for UsbPort {
-    type Err = BadValue;
-
-    fn from_str(text: &str) -> Result<UsbPort, BadValue> {
-        let is_number =
-            |part: &str| (1..=3).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_digit());
-        let is_port = text.split_once('-').is_some_and(|(bus, ports)| {
-            // Hubs are at most five deep (USB 2.0, 4.1.1), and the root hub's port comes first.
-            is_number(bus) && ports.split('.').count() <= 6 && ports.split('.').all(is_number)
-        });
-        match is_port {
-            true => Ok(UsbPort(text.to_owned())),
-            false => Err(BadValue(format!("{text:?} is no USB port: write it as 1-2.3"))),
-        }
-    }
-}
 
 /// One device that is plugged in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +36,23 @@ pub struct UsbDevice {
 }
 
 impl UsbDevice {
+    /// Does the entry mean this device? None means a hub, with all that is plugged into it.
+    pub fn is(&self, entry: &UsbEntry) -> bool {
+        let is_serial = |serial: &String| {
+            let own = self.serial.as_deref().unwrap_or_default();
+            own.eq_ignore_ascii_case(serial)
+        };
+        let is_port = |port: &PortName| match port {
+            PortName::IdPath(path) => self.id_path.as_ref() == Some(path),
+            PortName::Kernel(port) => self.port == *port,
+        };
+        !self.is_hub
+            && entry.serial.as_ref().is_none_or(is_serial)
+            && entry.port.as_ref().is_none_or(is_port)
+            && entry.vendor.is_none_or(|vendor| self.vendor == vendor)
+            && entry.product.is_none_or(|product| self.product == product)
+    }
+
     /// The device at this port, by where its link in [`USB_DEVICES`] leads, and `read`, which returns the text of a file of
     /// its directory. The serial number is read last: the kernel may be slow with it (`usb_lock_device_interruptible` in
     /// `drivers/usb/core/sysfs.c`), while it answers for all others at once. None where it is gone meanwhile.
@@ -118,7 +100,9 @@ fn id_path(link: &str) -> Option<String> {
         (kind, last) = (next, "");
     }
     let port = parts.last()?.split_once('-')?.1;
-    if below.is_empty() || kind.is_empty() || last.is_empty() {
+    // 0000:00:14.0, and not a platform device that a PCI device has.
+    let is_of_kind = kind != "pci" || last.matches(':').count() == 2;
+    if below.is_empty() || kind.is_empty() || last.is_empty() || !is_of_kind {
         return None;
     }
     controller.push(format!("{kind}-{last}"));
@@ -133,6 +117,8 @@ pub enum UsbProblem {
     /// More than one may be.
     Ambiguous(UsbName, UsbEntry, Vec<UsbPort>),
 }
+
+impl std::error::Error for UsbProblem {}
 
 impl fmt::Display for UsbProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -161,25 +147,40 @@ pub fn resolve<'a>(
 ) -> Result<BTreeMap<&'a UsbName, &'a UsbDevice>, UsbProblem> {
     let mut found = BTreeMap::new();
     for (name, entry) in entries {
-        let meant: Vec<&UsbDevice> = devices.iter().filter(|device| entry.means(device)).collect();
-        match &meant[..] {
-            [device] => drop(found.insert(name, *device)),
-            [] if entry.required => return Err(UsbProblem::Absent(name.clone(), entry.clone())),
-            [] => {}
-            several => {
-                let ports = several.iter().map(|device| device.port.clone()).collect();
-                return Err(UsbProblem::Ambiguous(name.clone(), entry.clone(), ports));
-            }
+        if let Some(device) = resolve_one(name, entry, devices)? {
+            found.insert(name, device);
         }
     }
     Ok(found)
 }
 
+/// Which device this entry means.
+///
+/// # Errors
+/// As those of [`resolve`].
+pub fn resolve_one<'a>(
+    name: &UsbName,
+    entry: &UsbEntry,
+    devices: &'a [UsbDevice],
+) -> Result<Option<&'a UsbDevice>, UsbProblem> {
+    let meant: Vec<&UsbDevice> = devices.iter().filter(|device| device.is(entry)).collect();
+    match &meant[..] {
+        [device] => Ok(Some(device)),
+        [] if entry.required => Err(UsbProblem::Absent(name.clone(), entry.clone())),
+        [] => Ok(None),
+        several => {
+            let mut ports: Vec<UsbPort> = several.iter().map(|device| device.port.clone()).collect();
+            ports.sort();
+            Err(UsbProblem::Ambiguous(name.clone(), entry.clone(), ports))
+        }
+    }
+}
+
 /// The nodes of one device, by their directories in `sysfs`, relative to the device's own, and the name that each has below
 /// `/dev/slot/NAME`: none where a directory is of a kind that has none. Such a name has the interface's number, and not the
 /// order in which nodes appeared: `tty2` is the tty of interface 2, and `tty2.1` is the next port of the same interface.
-pub fn stable_names(directories: &BTreeSet<String>) -> BTreeMap<&str, String> {
-    let mut sorted: Vec<&str> = directories.iter().map(String::as_str).collect();
+pub fn stable_names<'a>(directories: impl Iterator<Item = &'a str>) -> BTreeMap<&'a str, String> {
+    let mut sorted: Vec<&str> = directories.collect();
     // ttyUSB9 comes before ttyUSB10.
     sorted.sort_by_key(|path| (path.matches('/').count(), path.len(), *path));
     let mut names: BTreeMap<&str, String> = BTreeMap::new();
@@ -224,12 +225,13 @@ pub fn stable_names(directories: &BTreeSet<String>) -> BTreeMap<&str, String> {
     names
 }
 
-/// The variables that tell a job of a device: its port, its nodes, and its serial number without control characters.
+/// The variables that tell a job of the device of an entry: its port, its nodes below `/dev/slot`, and its serial number.
+/// `nodes` are the names of the nodes that it has now. Texts of the device's own are without control characters.
 pub fn variables(
     name: &UsbName,
-    port: &str,
+    port: Option<&UsbPort>,
     serial: Option<&str>,
-    tty: Option<&str>,
+    nodes: &[String],
 ) -> Vec<(String, String)> {
     let prefix = format!("SLOT_USB_{}", name.as_str().to_ascii_uppercase());
     let place = |node: &str| format!("/dev/slot/{name}/{node}");
@@ -238,11 +240,19 @@ pub fn variables(
             .map(|c| if c.is_control() { '_' } else { c })
             .collect()
     };
+    let mut ttys: Vec<&str> = nodes
+        .iter()
+        .map(String::as_str)
+        .filter(|node| node.starts_with("tty"))
+        .collect();
+    // tty2 comes before tty10.
+    ttys.sort_by_key(|tty| (tty.len(), *tty));
+    let tty = ttys.first().unwrap_or(&"tty0");
     let mut variables = vec![
-        (format!("{prefix}_PORT"), port.to_owned()),
         (format!("{prefix}_USB"), place("usb")),
-        (format!("{prefix}_TTY"), place(tty.unwrap_or("tty0"))),
+        (format!("{prefix}_TTY"), place(tty)),
     ];
+    variables.extend(port.map(|port| (format!("{prefix}_PORT"), port.to_string())));
     variables.extend(serial.map(|serial| (format!("{prefix}_SERIAL"), printable(serial))));
     variables
 }
@@ -353,6 +363,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_plugged_into_a_hub_is_within_the_hubs_port() {
+        let port = |text: &str| text.parse::<UsbPort>().unwrap();
+        for (one, other, is_within) in [
+            ("1-2.3", "1-2", true),
+            ("1-2.3.4", "1-2", true),
+            ("1-2", "1-2", true),
+            ("1-2", "1-2.3", false),
+            ("1-20", "1-2", false),
+            ("1-2.30", "1-2.3", false),
+            ("11-2", "1-2", false),
+        ] {
+            assert_eq!(port(one).is_within(&port(other)), is_within, "{one} {other}");
+        }
+    }
+
+    #[test]
     fn a_port_means_a_board_whatever_it_turns_into() {
         for (port, before, after) in [
             ("1-6", "2e8a:000a", "2e8a:0003"),
@@ -396,6 +422,10 @@ mod tests {
             ),
             ("../../../devices/pci0000:00/0000:00:14.0/usb1", None),
             ("../../../devices/other/thing/usb1/1-1", None),
+            (
+                "../../../devices/pci0000:00/0000:00:14.1/dwc3.1.auto/xhci-hcd.2.auto/usb1/1-1",
+                None,
+            ),
             ("1-1", None),
             ("", None),
         ] {
@@ -406,8 +436,7 @@ mod tests {
     #[test]
     fn names_have_the_interfaces_number_whatever_came_first() {
         let names = |paths: &[&str]| -> Vec<String> {
-            let paths: BTreeSet<String> = paths.iter().map(|path| (*path).to_owned()).collect();
-            let names = stable_names(&paths);
+            let names = stable_names(paths.iter().copied());
             names
                 .iter()
                 .map(|(path, name)| format!("{path} {name}"))
@@ -454,7 +483,9 @@ mod tests {
     #[test]
     fn a_job_is_told_no_control_character() {
         let name = UsbName::parse("probe_2").unwrap();
-        let variables = variables(&name, "1-2", Some("a\n\u{1b}[31m"), Some("tty2"));
+        let port = "1-2".parse().unwrap();
+        let nodes = ["usb", "tty10", "tty2"].map(str::to_owned);
+        let variables = variables(&name, Some(&port), Some("a\n\u{1b}[31m"), &nodes);
         let variables: Vec<String> = variables
             .iter()
             .map(|(name, value)| format!("{name}={value}"))
@@ -462,9 +493,9 @@ mod tests {
         assert_eq!(
             variables,
             [
-                "SLOT_USB_PROBE_2_PORT=1-2",
                 "SLOT_USB_PROBE_2_USB=/dev/slot/probe_2/usb",
                 "SLOT_USB_PROBE_2_TTY=/dev/slot/probe_2/tty2",
+                "SLOT_USB_PROBE_2_PORT=1-2",
                 "SLOT_USB_PROBE_2_SERIAL=a__[31m",
             ]
         );
@@ -475,7 +506,8 @@ mod tests {
         fn whatever_a_port_is_called_it_is_two_numbers_or_more(text in "[0-9a-z.:/-]{0,12}") {
             if let Ok(port) = text.parse::<UsbPort>() {
                 prop_assert!(!port.as_str().contains(['/', ':']));
-                prop_assert!(port.as_str().split(['-', '.']).all(|part| part.parse::<u16>().is_ok()));
+                prop_assert!(port.as_str().split(['-', '.']).all(|part| part.parse::<u16>().is_ok_and(|n| n > 0)));
+                prop_assert!(port.is_within(&port));
             }
         }
 

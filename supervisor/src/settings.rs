@@ -112,13 +112,20 @@ pub fn summary(config: &Config) -> String {
             }
         };
         format!(
-            "slot {name}: target {}{}{}{}{}{}\n",
+            "slot {name}: target {}{}{}{}{}{}{}\n",
             slot.target,
             list(
                 "groups",
                 slot.add_to_groups.iter().map(ToString::to_string).collect()
             ),
             list("devices", slot.devices.iter().map(ToString::to_string).collect()),
+            list(
+                "usb",
+                slot.usb
+                    .iter()
+                    .map(|(name, entry)| format!("{name} ({entry})"))
+                    .collect()
+            ),
             list(
                 "never beside",
                 slot.conflicts_with_slots
@@ -205,7 +212,7 @@ mod tests {
         let config = Config::parse(
             "[general]\nbaseurl = \"http://h\"\n[factory]\ntoken_file = \"/t\"\n[slots.a]\n\
              target = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\nnetwork = \"none\"\nignore_sync = false\n\
-             allow_user_namespaces = true\ndevices = [\"/dev/ttyACM*\"]\n[slots.a.limits]\nmemory = \"8G\"\nswap = 0\n\
+             allow_user_namespaces = true\ndevices = [\"/dev/ttyACM*\"]\nusb.probe.serial = \"A\"\n[slots.a.limits]\nmemory = \"8G\"\nswap = 0\n\
              cpus = 2.5\nprocesses = 100\nopen_files = 4096\ndisk = \"1536M\"\ninodes = 1000\nconsole = \"64K\"\n\
              run_time_seconds = 60\nbest_effort = true\n[slots.b]\ntarget = \"01HZX3N8Q4J5K6M7P8R9S0T1V2\"\n\
              network = \"host\"\nlimits.processes = 16384\n",
@@ -214,7 +221,7 @@ mod tests {
         assert_eq!(
             summary(&config),
             "server http://h\n\
-             slot a: target 01HZX3N8Q4J5K6M7P8R9S0T1V2; devices /dev/ttyACM*; \
+             slot a: target 01HZX3N8Q4J5K6M7P8R9S0T1V2; devices /dev/ttyACM*; usb probe (serial A); \
              with network=none allow_user_namespaces=true ignore_sync=false; \
              limits memory=8G swap=0 cpus=2.5 processes=100 open_files=4096 disk=1536M inodes=1000 \
              console=64K run_time_seconds=60 best_effort=true\n\

@@ -9,6 +9,7 @@ pub mod bench;
 pub mod certificates;
 pub mod fake_agent;
 pub mod fake_server;
+pub mod fake_usb;
 pub mod faulty_proxy;
 pub mod forward_proxy;
 pub mod harness;

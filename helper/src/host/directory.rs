@@ -56,9 +56,14 @@ pub const DIRECTORY: OFlag = OFlag::O_RDONLY
 /// it can be reached, `..` ends there; and nothing is written where the mount is read-only. Sessions have these
 /// descriptors, and may ignore modes.
 pub fn open_detached(path: &Path, attributes: u64) -> Result<OwnedFd> {
+    open_detached_without(path, attributes, 0)
+}
+
+/// The same, without these attributes of the mount that the host has there.
+pub fn open_detached_without(path: &Path, attributes: u64, cleared: u64) -> Result<OwnedFd> {
     let describe = || format!("cannot open {} by itself", path.display());
     let mount = sys::clone_mount(AT_FDCWD, path, false).with_context(describe)?;
-    sys::set_mount_attributes(mount.as_fd(), attributes, 0).with_context(describe)?;
+    sys::set_mount_attributes(mount.as_fd(), attributes, cleared).with_context(describe)?;
     // The first only names it: what is synced must be open.
     open_dir(mount, ".").with_context(describe)
 }
@@ -155,6 +160,20 @@ pub fn kind(stat: &FileStat) -> SFlag {
 
 /// The names in a directory, `.` and `..` left out.
 pub fn names(directory: BorrowedFd<'_>) -> nix::Result<Vec<std::ffi::OsString>> {
+    names_of(directory, |_| true)
+}
+
+/// The names of the directories in a directory, on a file system that tells which these are (`d_type` in `readdir(3)`).
+pub fn directories(directory: BorrowedFd<'_>) -> nix::Result<Vec<std::ffi::OsString>> {
+    names_of(directory, |entry| {
+        entry.file_type() == Some(nix::dir::Type::Directory)
+    })
+}
+
+fn names_of(
+    directory: BorrowedFd<'_>,
+    is_wanted: fn(&nix::dir::Entry) -> bool,
+) -> nix::Result<Vec<std::ffi::OsString>> {
     use std::os::unix::ffi::OsStrExt;
     // A descriptor of its own: reading moves the offset, which the copies of a descriptor share.
     let mut listing = nix::dir::Dir::from_fd(open_dir(directory, ".")?)?;
@@ -162,7 +181,7 @@ pub fn names(directory: BorrowedFd<'_>) -> nix::Result<Vec<std::ffi::OsString>> 
     for entry in listing.iter() {
         let entry = entry?;
         let name = entry.file_name().to_bytes();
-        if name != b"." && name != b".." {
+        if name != b"." && name != b".." && is_wanted(&entry) {
             names.push(std::ffi::OsStr::from_bytes(name).to_owned());
         }
     }

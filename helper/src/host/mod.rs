@@ -11,6 +11,7 @@ pub mod quota;
 pub mod record;
 pub mod startup_check;
 pub mod sysctl;
+pub mod usb;
 pub mod users;
 
 use std::cell::{Cell, RefCell};
@@ -26,10 +27,10 @@ use nix::fcntl::OFlag;
 use protocol::config::{self, Config};
 use protocol::{Error, ErrorKind, SlotName};
 
-use crate::sys::{READ_ONLY, WRITABLE};
+use crate::sys::{DEVICES, READ_ONLY, WRITABLE};
 use abilities::Abilities;
 use accounts::Accounts;
-use directory::{check_only_root_writes, make_directories, open_detached, open_file};
+use directory::{check_only_root_writes, make_directories, open_detached, open_detached_without, open_file};
 use sysctl::NetworkSysctls;
 
 #[derive(Debug)]
@@ -46,8 +47,14 @@ pub struct Host {
     pub etc: OwnedFd,
     /// The host's `/dev`.
     pub dev: OwnedFd,
+    /// The host's `/sys`.
+    pub sys: OwnedFd,
     /// Below it, each worker with its agent started has the `/dev` of its job.
     pub devices: OwnedFd,
+    /// The same with nodes that can be opened, and `sys` where the power of ports can be written: for the monitor and the
+    /// manual program alone. Linux before 6.15 copies no mount that is attached nowhere.
+    pub device_nodes: OwnedFd,
+    pub writable_sys: OwnedFd,
     /// Where the supervisor listens for jobs without the host's network (the egress proxy).
     pub proxy_dir: OwnedFd,
     /// The cgroup directory below which each worker has its own.
@@ -122,7 +129,10 @@ impl Host {
             userdb: open_detached(&userdb, WRITABLE)?,
             etc: open_detached(Path::new("/etc"), READ_ONLY)?,
             dev: open_detached(Path::new("/dev"), READ_ONLY)?,
+            sys: open_detached(Path::new("/sys"), READ_ONLY)?,
             devices: open_detached(&devices, WRITABLE)?,
+            device_nodes: open_detached_without(&devices, DEVICES, libc::MOUNT_ATTR_NODEV)?,
+            writable_sys: open_detached_without(Path::new("/sys"), WRITABLE, libc::MOUNT_ATTR_RDONLY)?,
             proxy_dir: open_detached(&proxy_dir, READ_ONLY)?,
             cgroups,
             config_read: RefCell::default(),
@@ -131,19 +141,25 @@ impl Host {
         })
     }
 
-    /// What the monitor's children keep open.
-    pub fn descriptors(&self) -> [i32; 8] {
+    /// What all of the monitor's children keep open.
+    pub fn descriptors(&self) -> [i32; 9] {
         [
             &self.config,
             &self.workers,
             &self.userdb,
             &self.etc,
             &self.dev,
+            &self.sys,
             &self.devices,
             &self.proxy_dir,
             &self.cgroups,
         ]
         .map(AsRawFd::as_raw_fd)
+    }
+
+    /// What those keep open besides that clean up after a worker.
+    pub fn descriptors_of_devices(&self) -> [i32; 2] {
+        [&self.device_nodes, &self.writable_sys].map(AsRawFd::as_raw_fd)
     }
 
     /// The configuration as it is now, and what tells whether the file is still the same later.
@@ -257,7 +273,10 @@ pub mod tests {
             userdb: make("userdb"),
             etc: make("etc"),
             dev: make("dev"),
+            sys: make("sys"),
             devices: make("devices"),
+            device_nodes: make("devices"),
+            writable_sys: make("sys"),
             proxy_dir: make("egress"),
             cgroups,
             config_read: RefCell::default(),

@@ -33,7 +33,7 @@ use protocol::{Error, Received, Seqpacket, SlotName, Uid, WorkerId, wire};
 
 use crate::host::record::Worker;
 use crate::host::startup_check::check_host;
-use crate::host::{Host, abilities, cgroup, quota, users};
+use crate::host::{Host, abilities, cgroup, users};
 use crate::monitor::{check_no_container, rootfs};
 use crate::monitor_ipc::HandshakeMessage;
 use crate::sandbox::{ManualStart, limits, writable_dirs};
@@ -149,9 +149,9 @@ pub fn run(arguments: &[OsString]) -> Result<u8> {
     let host = open_host(&arguments.root)?;
     // An operator who leaves must not leave a worker.
     let signals = terminal::block_signals()?;
-    let clear_quota = |_, uid: Uid| Ok(quota::set(&host, uid, None, None)?);
+    let clean_up = |worker, uid| Ok(sandbox::clean_up(&host, worker, uid)?);
     let id = new_id();
-    take_slot(&host, &clear_quota, id, arguments.slot)?;
+    take_slot(&host, &clean_up, id, arguments.slot)?;
     let ran = || -> Result<u8> {
         let (worker, record) = Worker::existing(&host, id).map_err(Error::from)?;
         worker.keep()?;
@@ -171,7 +171,7 @@ pub fn run(arguments: &[OsString]) -> Result<u8> {
         start(&host, id, record.uid, &cgroup, &arguments.rest)?.wait_for_command(&signals)
     };
     let status = ran();
-    let deleted = allocation::delete(&host, &clear_quota, id);
+    let deleted = allocation::delete(&host, &clean_up, id);
     deleted.map_err(Error::from).with_context(|| {
         format!("worker {id} is not deleted: the supervisor will do it, or do it with the same command")
     })?;
@@ -258,7 +258,7 @@ fn new_id() -> WorkerId {
 /// Take this slot, or the first that is free.
 fn take_slot(
     host: &Host,
-    clear_quota: allocation::ClearQuota<'_>,
+    clean_up: allocation::CleanUp<'_>,
     id: WorkerId,
     slot: Option<SlotName>,
 ) -> Result<()> {
@@ -269,7 +269,7 @@ fn take_slot(
     };
     let mut last = None;
     for slot in wanted {
-        match allocation::create_user(host, clear_quota, id, &slot) {
+        match allocation::create_user(host, clean_up, id, &slot) {
             Ok(_) => return Ok(()),
             Err(CreateUserError::Slot(SlotError::SlotTaken(sentence))) => last = Some(sentence),
             Err(error) => return Err(Error::from(error).into()),
@@ -297,7 +297,7 @@ fn start(host: &Host, worker: WorkerId, uid: Uid, cgroup: &OwnedFd, command: &[O
             streams.replace()?;
             sys::close_all_but(&keep)?;
             SigSet::empty().thread_set_mask()?;
-            sandbox::enter_manual(host, worker)
+            Ok(sandbox::enter_manual(host, worker).map_err(Error::from)?)
         };
         let ended = ready().and_then(|(proof, variables, proxy)| {
             // What was looked up on the host is not for here.

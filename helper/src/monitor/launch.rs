@@ -2,17 +2,18 @@
 //! the request.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
+use nix::unistd::alarm;
 use protocol::{BootstrapToken, Received, Seqpacket, WorkerId};
 
+use crate::host::Host;
 use crate::host::directory::open_dir;
 use crate::host::record::read_record_of;
-use crate::host::{Host, quota};
 use crate::log::warn;
 use crate::monitor::rootfs::RootFs;
 use crate::monitor_ipc::{Failure, HandshakeMessage, MonitorRequest};
@@ -23,6 +24,8 @@ use crate::{sandbox, sys};
 #[derive(Debug, Default)]
 pub struct LaunchQueue(VecDeque<Launch>);
 
+/// How long cleaning up after a worker may take.
+const CLEAN_UP_SECONDS: u32 = 40;
 /// More than sessions ask for at once.
 const MAX_WAITING: usize = 512;
 
@@ -64,10 +67,11 @@ pub fn take_request(host: &Host, queue: &mut LaunchQueue, requests: &Seqpacket) 
             is_waited_for(&answer)?;
             agent::receive(&proof, &answer)
         }),
-        // It has nothing on disk any more.
-        Some(MonitorRequest::ClearQuota { worker }) => answer_later(host, &answer, || {
+        Some(MonitorRequest::CleanUp { worker }) => answer_later(host, &answer, || {
+            // Sooner than its session gives up: two would be at work otherwise.
+            alarm::set(CLEAN_UP_SECONDS);
             let uid = read_record_of(host, worker)?.uid;
-            Ok(quota::set(host, uid, None, None)?)
+            Ok(sandbox::clean_up(host, worker, uid)?)
         }),
         None => Err(anyhow!("{} bytes are no request", bytes.len())),
     };
@@ -147,9 +151,8 @@ fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
     // With the cgroup open: it is that of who asked, and not one in which another has its first process.
     is_waited_for(session)?;
     let first = || {
-        let prepared =
-            forget_all_but(host, session).and_then(|()| sandbox::enter(host, *worker, bootstrap, session));
-        match prepared {
+        let forgotten = forget_all_but(host, session, &[]).map_err(Failure::from);
+        match forgotten.and_then(|()| sandbox::enter(host, *worker, bootstrap, session)) {
             Ok(job) => job.start(session),
             Err(error) => send_failure(session, error),
         }
@@ -164,7 +167,7 @@ fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
 fn answer_later(host: &Host, session: &Seqpacket, work: impl FnOnce() -> Result<(), Failure>) -> Result<()> {
     is_waited_for(session)?;
     sys::fork(|| {
-        let done = forget_all_but(host, session).map_err(Failure::from);
+        let done = forget_all_but(host, session, &host.descriptors_of_devices()).map_err(Failure::from);
         match done.and_then(|()| work()) {
             Ok(()) => i32::from(HandshakeMessage::Done.send_to(session, None).is_err()),
             Err(failure) => send_failure(session, failure),
@@ -175,8 +178,8 @@ fn answer_later(host: &Host, session: &Seqpacket, work: impl FnOnce() -> Result<
 }
 
 /// The listening socket, the lock, and the ways to mount namespaces are the monitor's alone.
-fn forget_all_but(host: &Host, session: &Seqpacket) -> Result<()> {
-    sys::close_all_but(&[&host.descriptors()[..], &[session.as_raw_fd()]].concat())?;
+fn forget_all_but(host: &Host, session: &Seqpacket, more: &[RawFd]) -> Result<()> {
+    sys::close_all_but(&[&host.descriptors()[..], &[session.as_raw_fd()], more].concat())?;
     Ok(SigSet::empty().thread_set_mask()?)
 }
 

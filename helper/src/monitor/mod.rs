@@ -37,6 +37,7 @@ use crate::host::{Host, abilities, cgroup, users};
 use crate::log::{error, info, warn};
 use crate::sandbox::landlock;
 use crate::{log, privileges, sys};
+use hotplug::Hotplug;
 use launch::LaunchQueue;
 use listener::Listener;
 use rootfs::{Event, RootFs};
@@ -324,24 +325,27 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
     let mask = SigSet::from_iter([Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT]);
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    // First of all: while no monitor was there, devices may have gone.
+    let mut hotplug = Hotplug::new().context("cannot watch /dev")?;
+    hotplug.refresh(host);
     build_first(host, &mut rootfs)?;
     let (requests, for_sessions) = Seqpacket::pair()?;
     let mut listener = Listener::new(socket, client, for_sessions, Instant::now())?;
-    let dev_changes = rootfs::new_inotify().context("cannot watch /dev")?;
-    hotplug::refresh(&dev_changes, host);
     let mut queue = LaunchQueue::default();
     loop {
         listener.tick(host, Instant::now());
+        hotplug.tick(host);
         let (ready, listening) = {
             let mut events = vec![
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(requests.as_fd(), PollFlags::POLLIN),
-                PollFd::new(dev_changes.as_fd(), PollFlags::POLLIN),
+                PollFd::new(hotplug.events(), PollFlags::POLLIN),
             ];
             events.extend(listener.events());
             let listening = events.len();
             events.extend(rootfs.events());
-            let due = [listener.due(), rootfs.due()].into_iter().flatten().min();
+            let due = [listener.due(), rootfs.due(), hotplug.due()];
+            let due = due.into_iter().flatten().min();
             match poll(&mut events, until(due)) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno).context("cannot wait for requests"),
@@ -355,7 +359,7 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
                 return Ok(());
             }
         }
-        reap(&mut listener);
+        reap(host, &mut listener, &mut hotplug);
         let built = match rootfs.on_events(&ready[listening..]) {
             Some(Event::Failed(reason) | Event::Lost(reason)) => {
                 queue.refuse_all(&reason);
@@ -370,7 +374,7 @@ fn serve(host: &Host, config: &Config, mut rootfs: RootFs, socket: OwnedFd, clie
         queue.launch(host, &mut rootfs);
         // The configuration of what was built may name other devices.
         if ready[2] || built {
-            hotplug::refresh(&dev_changes, host);
+            hotplug.refresh(host);
         }
         if ready[3..listening].contains(&true) && listener.on_event(Instant::now()) {
             info!("serving slots={} client={client}", config.slots.len());
@@ -415,9 +419,10 @@ fn until(due: Option<Instant>) -> PollTimeout {
     })
 }
 
-/// Collect the dead: a listener, workers' first processes, orphans.
-fn reap(listener: &mut Listener) {
+/// Collect the dead: a listener, who has looked for devices, workers' first processes, orphans.
+fn reap(host: &Host, listener: &mut Listener, hotplug: &mut Hotplug) {
     while let Ok(Some((child, ended))) = sys::wait(None, WaitPidFlag::WNOHANG) {
+        hotplug.handle_exit(child, ended, host);
         listener.handle_exit(child, ended, Instant::now());
     }
 }

@@ -19,6 +19,9 @@ use protocol::{Uid, WorkerId};
 use crate::host::Host;
 use crate::host::directory::{kind, make_dir, names, open_dir, remove_dir, remove_file, stat};
 use crate::host::record::read_record_of;
+use crate::host::usb::NodeNumber;
+use crate::monitor_ipc::Failure;
+use crate::sandbox::usb;
 
 /// What every program may count on. Numbers: the kernel's admin-guide/devices.rst.
 const NODES: [(&str, u64, u64); 6] = [
@@ -49,6 +52,45 @@ const MAX_DEPTH: usize = 8;
 /// Device nodes by their path below `/dev`.
 type Nodes = BTreeMap<PathBuf, (SFlag, dev_t)>;
 
+/// What is looked for in the host's `/dev`.
+#[derive(Default)]
+pub struct Wanted {
+    patterns: BTreeSet<DevicePattern>,
+    /// Nodes of USB devices, with the names that they have besides the host's.
+    usb: BTreeMap<NodeNumber, Vec<PathBuf>>,
+    /// In whichever directory. A node of a USB device may be in any.
+    everywhere: bool,
+    /// What is to stay where the host has the same.
+    present: Nodes,
+}
+
+impl Wanted {
+    /// All that these slots' jobs may ever have.
+    pub fn of_all<'a>(slots: impl Iterator<Item = &'a Slot> + Clone) -> Wanted {
+        Wanted {
+            patterns: slots.clone().flat_map(|slot| &slot.devices).cloned().collect(),
+            everywhere: slots.clone().any(|slot| !slot.usb.is_empty()),
+            ..Wanted::default()
+        }
+    }
+
+    /// What the job whose `/dev` this is has now. What it has of a slot that has left the configuration stays, as long as the
+    /// host has it; unless the job has USB devices, whose numbers are soon another's.
+    fn of_job(host: &Host, dev: BorrowedFd<'_>, slot: Option<&Slot>) -> Result<Wanted> {
+        let mut wanted = Wanted::of_all(slot.into_iter());
+        wanted.usb = usb::nodes(host, dev)?;
+        wanted.everywhere |= !wanted.usb.is_empty();
+        if slot.is_none() && wanted.usb.is_empty() && !usb::is_known(dev) {
+            collect(dev, Path::new(""), &mut wanted.present)?;
+        }
+        Ok(wanted)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.patterns.is_empty() && !self.everywhere
+    }
+}
+
 /// System calls take no empty path.
 pub fn or_dot(path: &Path) -> &Path {
     match path.as_os_str().is_empty() {
@@ -57,11 +99,12 @@ pub fn or_dot(path: &Path) -> &Path {
     }
 }
 
-/// What the patterns mean on the host at this moment: nodes, and the directories in which more may appear.
-pub fn find(host: &Host, patterns: &BTreeSet<DevicePattern>) -> Result<(Nodes, Vec<PathBuf>)> {
-    let mut nodes = Nodes::new();
+/// What is wanted of what the host has at this moment: nodes, and the directories in which more may appear.
+pub fn find(host: &Host, wanted: &Wanted) -> Result<(Nodes, Vec<PathBuf>)> {
+    let mut nodes = wanted.present.clone();
+    nodes.retain(|path, node| stat(&host.dev, path).is_ok_and(|stat| (kind(&stat), stat.st_rdev) == *node));
     let mut directories = Vec::new();
-    if patterns.is_empty() {
+    if wanted.is_empty() {
         return Ok((nodes, directories));
     }
     // What is mounted below /dev (shm, pts) has no devices of the host.
@@ -78,14 +121,22 @@ pub fn find(host: &Host, patterns: &BTreeSet<DevicePattern>) -> Result<(Nodes, V
             let Ok(stat) = stat(&dir, Path::new(&name)) else {
                 continue;
             };
-            let meant = patterns.iter().any(|pattern| pattern.matches(&path));
+            let meant = wanted.patterns.iter().any(|pattern| pattern.matches(&path));
             match kind(&stat) {
-                node @ (SFlag::S_IFCHR | SFlag::S_IFBLK) if meant => {
-                    nodes.insert(path, (node, stat.st_rdev));
+                node @ (SFlag::S_IFCHR | SFlag::S_IFBLK) => {
+                    let names = wanted.usb.get(&(node.bits(), stat.st_rdev));
+                    for name in names.into_iter().flatten() {
+                        nodes.insert(name.clone(), (node, stat.st_rdev));
+                    }
+                    if meant || names.is_some() {
+                        nodes.insert(path, (node, stat.st_rdev));
+                    }
                 }
-                SFlag::S_IFLNK if meant => {
+                SFlag::S_IFLNK if meant || wanted.everywhere => {
                     // A name that udev gives: the node goes by that name too.
-                    if let Some((target, node)) = follow(host, &dir, Path::new(&name), &directory) {
+                    if let Some((target, node)) = follow(host, &dir, Path::new(&name), &directory)
+                        && (meant || wanted.usb.contains_key(&(node.0.bits(), node.1)))
+                    {
                         nodes.insert(target, node);
                         nodes.insert(path, node);
                     }
@@ -93,7 +144,8 @@ pub fn find(host: &Host, patterns: &BTreeSet<DevicePattern>) -> Result<(Nodes, V
                 SFlag::S_IFDIR
                     if stat.st_dev == device_of_dev
                         && path.iter().count() < MAX_DEPTH
-                        && patterns.iter().any(|pattern| pattern.leads_through(&path)) =>
+                        && (wanted.everywhere
+                            || wanted.patterns.iter().any(|pattern| pattern.leads_through(&path))) =>
                 {
                     waiting.push(path);
                 }
@@ -127,14 +179,18 @@ fn follow(host: &Host, dir: &OwnedFd, name: &Path, directory: &Path) -> Option<(
     }
 }
 
-/// Has the slot a disk of its own? Then what is written to it outlives the job.
+/// Has the slot a disk of its own, or may it get one? Then what is written to it outlives the job. A board may turn into a
+/// disk, to which its program is copied.
 pub fn has_block_device(host: &Host, slot: &Slot) -> Result<bool> {
-    let (nodes, _) = find(host, &slot.devices)?;
+    if !slot.usb.is_empty() {
+        return Ok(true);
+    }
+    let (nodes, _) = find(host, &Wanted::of_all(std::iter::once(slot)))?;
     Ok(nodes.values().any(|(node, _)| *node == SFlag::S_IFBLK))
 }
 
 /// Make a worker's `/dev`. A device that the slot names without a pattern must be there.
-pub fn make(host: &Host, worker: WorkerId, uid: Uid, slot: &Slot) -> Result<()> {
+pub fn make(host: &Host, worker: WorkerId, uid: Uid, slot: &Slot) -> Result<(), Failure> {
     let name = worker.to_string();
     // Left by a first attempt that was cut off.
     remove(host, worker)?;
@@ -153,6 +209,31 @@ pub fn make(host: &Host, worker: WorkerId, uid: Uid, slot: &Slot) -> Result<()> 
     for (link, target) in LINKS {
         symlinkat(target, &dev, link)?;
     }
+    if !slot.has_devices() {
+        return Ok(());
+    }
+    check_named(host, slot)?;
+    usb::find(host, worker, dev.as_fd(), slot, true)?;
+    Ok(settle(host, dev.as_fd(), uid, Some(slot))?)
+}
+
+/// Have a job's `/dev` agree with the host's. A device that goes between the listing and the making of its node would stay: whoever
+/// else works here, the monitor's children or a first process, may have been here before. Where devices come and go without
+/// end, the monitor is told again. What cannot be told, the job does not have.
+fn settle(host: &Host, dev: BorrowedFd<'_>, uid: Uid, slot: Option<&Slot>) -> Result<()> {
+    let now = || Ok::<_, anyhow::Error>(find(host, &Wanted::of_job(host, dev, slot)?)?.0);
+    for _ in 0..ROUNDS {
+        let wanted = now();
+        bring_up_to_date(dev, uid, wanted.as_ref().unwrap_or(&Nodes::new()))?;
+        if now()? == wanted? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Is there all that the slot names without a pattern?
+fn check_named(host: &Host, slot: &Slot) -> Result<()> {
     for pattern in slot.devices.iter().filter(|pattern| pattern.is_plain()) {
         let stat = stat(&host.dev, pattern.below_dev()).with_context(|| {
             format!("device {pattern} is not there: plug it in, or remove it from devices")
@@ -162,15 +243,6 @@ pub fn make(host: &Host, worker: WorkerId, uid: Uid, slot: &Slot) -> Result<()> 
             good.contains(&kind(&stat)),
             "{pattern} is no device node: name one in devices"
         );
-    }
-    // A device that goes between the listing and the making of its node would stay: the monitor, which is told of it,
-    // may have been here before. Where they come and go without end, it is told again.
-    for _ in 0..ROUNDS {
-        let (wanted, _) = find(host, &slot.devices)?;
-        bring_up_to_date(dev.as_fd(), uid, &wanted)?;
-        if find(host, &slot.devices)?.0 == wanted {
-            break;
-        }
     }
     Ok(())
 }
@@ -235,7 +307,9 @@ fn collect(dev: BorrowedFd<'_>, below: &Path, found: &mut Nodes) -> Result<()> {
             continue;
         };
         match kind(&stat) {
-            _ if is_common(&path) => {}
+            _ if is_common(&path) || path == Path::new(usb::RESET_NODE) => {}
+            // To a USB device's place in sysfs.
+            SFlag::S_IFLNK => {}
             SFlag::S_IFDIR => collect(dev, &path, found)?,
             node => drop(found.insert(path, (node, stat.st_rdev))),
         }
@@ -243,8 +317,17 @@ fn collect(dev: BorrowedFd<'_>, below: &Path, found: &mut Nodes) -> Result<()> {
     Ok(())
 }
 
-/// A device has come or gone: bring every worker's `/dev` up to date. One that fails does not stop the others.
-pub fn refresh(host: &Host, config: &Config) -> Result<()> {
+/// What a child of the monitor does for every worker when a device has come or gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refresh {
+    /// Bring its `/dev` up to date. No device is asked what it is.
+    Nodes,
+    /// Find devices that need not be there when a job starts. The kernel may take its time to say what a device is.
+    NewUsb,
+}
+
+/// One worker that fails does not stop the others.
+pub fn refresh(host: &Host, config: &Config, what: Refresh) -> Result<()> {
     let mut result = Ok(());
     for name in names(host.devices.as_fd())? {
         let Some(worker) = name.to_str().and_then(|name| name.parse::<WorkerId>().ok()) else {
@@ -253,21 +336,24 @@ pub fn refresh(host: &Host, config: &Config) -> Result<()> {
         let Ok(record) = read_record_of(host, worker) else {
             continue;
         };
-        let Some(slot) = config
-            .slots
-            .get(&record.slot)
-            .filter(|slot| !slot.devices.is_empty())
-        else {
-            continue;
-        };
-        let one = || -> Result<()> {
-            let dev = match open_dir(&host.devices, &name) {
-                Err(Errno::ENOENT) => return Ok(()),
-                dev => dev?,
+        let slot = config.slots.get(&record.slot);
+        let one = || -> Result<(), Failure> {
+            let dev = open_dir(&host.devices, &name)?;
+            let is_due = match (what, slot) {
+                (Refresh::Nodes, _) => true,
+                (Refresh::NewUsb, Some(slot)) => usb::find(host, worker, dev.as_fd(), slot, false)?,
+                (Refresh::NewUsb, None) => false,
             };
-            bring_up_to_date(dev.as_fd(), record.uid, &find(host, &slot.devices)?.0)
+            match is_due {
+                true => Ok(settle(host, dev.as_fd(), record.uid, slot)?),
+                false => Ok(()),
+            }
         };
-        if let Err(error) = one() {
+        // One that is being deleted has no /dev any more.
+        if let Err(failure) = one()
+            && open_dir(&host.devices, &name).is_ok()
+        {
+            let error = anyhow::Error::from(protocol::Error::from(failure));
             result = Err(error.context(format!("the devices of worker {worker} are not up to date")));
         }
     }

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use protocol::config::{BaseUrl, Config, Destination, Egress, EnvName, EnvValue, HTTP_PROXY, Host, Slot};
+use protocol::config::{
+    BaseUrl, Config, Destination, Egress, EnvName, EnvValue, HTTP_PROXY, Host, Slot, UsbName,
+};
 use protocol::{Uid, UserName};
 
 use crate::sandbox::network;
@@ -73,7 +75,7 @@ pub fn task_environment(server: &BaseUrl, user: &UserName, uid: Uid, slot: &Slot
 }
 
 /// The variables that the agent adds to each task's: where its `/run` has a directory for it alone, the HTTP proxy where
-/// the slot has one, and the slot's own.
+/// the slot has one, its USB devices, and the slot's own.
 pub fn slot_variables(server: &BaseUrl, uid: Uid, slot: &Slot) -> BTreeMap<String, String> {
     let runtime = ("XDG_RUNTIME_DIR".to_owned(), format!("/run/user/{uid}"));
     let egress = slot.egress.as_ref().filter(|egress| egress.has_http_proxy());
@@ -81,8 +83,22 @@ pub fn slot_variables(server: &BaseUrl, uid: Uid, slot: &Slot) -> BTreeMap<Strin
     let text = |(name, value): (&EnvName, &EnvValue)| (name.as_str().to_owned(), value.as_str().to_owned());
     std::iter::once(runtime)
         .chain(proxy)
+        .chain(slot.usb.keys().flat_map(usb_variables))
         .chain(slot.env.iter().map(text))
         .collect()
+}
+
+/// Those of a USB device, as this process's `/dev` has it. The device itself, which may be slow, is not asked.
+fn usb_variables(name: &UsbName) -> Vec<(String, String)> {
+    let place = Path::new("/dev/slot").join(name.as_str());
+    let link = |name: &str| std::fs::read_link(place.join(name)).ok();
+    let port = link("sysfs").and_then(|sysfs| sysfs.file_name()?.to_str()?.parse().ok());
+    let serial = link("serial").and_then(|serial| serial.to_str().map(str::to_owned));
+    let nodes = std::fs::read_dir(&place).into_iter().flatten().flatten();
+    let nodes: Vec<String> = nodes
+        .filter_map(|node| node.file_name().into_string().ok())
+        .collect();
+    protocol::usb::variables(name, port.as_ref(), serial.as_deref(), &nodes)
 }
 
 /// The variables of the agent of this slot: those of the configuration, and its proxy, unless the former name one. An agent

@@ -10,6 +10,7 @@ pub mod layout;
 pub mod limits;
 mod network;
 pub mod paths;
+pub mod usb;
 pub mod writable_dirs;
 
 use std::fs::OpenOptions;
@@ -32,7 +33,7 @@ use protocol::{BootstrapToken, Received, Seqpacket, Uid, UserName, WorkerId, wir
 use crate::host::directory::{open_dir, open_file};
 use crate::host::record::read_record_of;
 use crate::host::{self, Host, quota, record, users};
-use crate::monitor_ipc::HandshakeMessage;
+use crate::monitor_ipc::{Failure, HandshakeMessage};
 use crate::privileges::{self, seccomp};
 use crate::sys;
 use crate::unprivileged::proxy::ProxyListener;
@@ -70,7 +71,7 @@ pub fn enter(
     worker: WorkerId,
     bootstrap: &BootstrapToken,
     session: &Seqpacket,
-) -> Result<PreparedJob> {
+) -> Result<PreparedJob, Failure> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
     let files = files(host, worker)?;
@@ -97,13 +98,22 @@ pub type ManualStart = (Unprivileged, Vec<(String, String)>, Option<ProxyListene
 
 /// For what an operator does in a worker with the manual program: the same sandbox, with the standard streams that the
 /// process has.
-pub fn enter_manual(host: &Host, worker: WorkerId) -> Result<ManualStart> {
+pub fn enter_manual(host: &Host, worker: WorkerId) -> Result<ManualStart, Failure> {
     let (config, _) = host.configuration()?;
     let plan = plan(host, &config, worker)?;
     let (proxy, proof) = apply_sandbox(host, &config, &plan, None)?;
     let server = &config.general.baseurl;
     let variables = environment::task_environment(server, &plan.user, plan.uid, &plan.slot);
     Ok((proof, variables, proxy))
+}
+
+/// For a worker of which nothing runs and nothing is on the disk any more: reset its USB devices, and clear its quota.
+pub fn clean_up(host: &Host, worker: WorkerId, uid: Uid) -> Result<()> {
+    usb::reset(host, worker, uid)?;
+    if host.abilities.has_user_quotas {
+        quota::set(host, uid, None, None)?;
+    }
+    Ok(())
 }
 
 /// From a copy of the monitor to the job's user in the job's root file system. The order of the steps matters.
@@ -113,7 +123,7 @@ fn apply_sandbox(
     config: &Config,
     plan: &Plan,
     session: Option<&Seqpacket>,
-) -> Result<(Option<ProxyListener>, Unprivileged)> {
+) -> Result<(Option<ProxyListener>, Unprivileged), Failure> {
     // A new terminal session (`setsid(2)`), so that no terminal of the helper's is reachable.
     nix::unistd::setsid().context("cannot start a new terminal session (setsid)")?;
     umask(Mode::empty());
@@ -159,7 +169,7 @@ fn apply_sandbox(
     let allowed = seccomp::job(seccomp::JobFilter {
         socket_families: &socket_families,
         allow_user_namespaces: plan.slot.allow_user_namespaces,
-        has_devices: !plan.slot.devices.is_empty(),
+        has_devices: plan.slot.has_devices(),
         ignore_sync,
     });
     sys::filter_system_calls(&allowed).context("cannot filter system calls")?;
@@ -302,7 +312,7 @@ fn read_only(plan: &Plan) -> Result<Vec<(JobPath, SourcePath)>> {
         .collect();
     for run_dir in layout::run_dirs()? {
         let is_for_it = match run_dir == SourcePath::new(layout::UDEV_DATA) {
-            true => !plan.slot.devices.is_empty(),
+            true => plan.slot.has_devices(),
             false => plan.slot.egress.is_none(),
         };
         let place = run_dir.same_for_job();

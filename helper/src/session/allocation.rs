@@ -14,13 +14,13 @@ use crate::host::record::{self, Record, RecordState, Worker};
 use crate::host::{Host, cgroup, misconfigured, users};
 use crate::log::warn;
 use crate::monitor_ipc::{Failure, from};
-use crate::sandbox::{devices, writable_dirs};
+use crate::sandbox::{devices, usb, writable_dirs};
 use crate::session::policy::{self, SlotError};
 use crate::sys;
 use crate::unprivileged::kill_all;
 
 /// How the quota of a worker that has nothing on disk any more is forgotten.
-pub type ClearQuota<'a> = &'a dyn Fn(WorkerId, Uid) -> Result<(), Failure>;
+pub type CleanUp<'a> = &'a dyn Fn(WorkerId, Uid) -> Result<(), Failure>;
 
 /// Why `CreateUser` was not done.
 #[derive(Debug)]
@@ -67,7 +67,7 @@ impl From<CreateUserError> for Error {
 /// The worker's uid and name: made now, or before.
 pub fn create_user(
     host: &Host,
-    clear_quota: ClearQuota<'_>,
+    clean_up: CleanUp<'_>,
     id: WorkerId,
     slot: &SlotName,
 ) -> Result<(Uid, UserName), CreateUserError> {
@@ -83,7 +83,7 @@ pub fn create_user(
             return Err(CreateUserError::HasOtherSlot { worker, has, asked });
         }
         RecordState::Damaged => return Err(record::damaged_record_error(id).into()),
-        RecordState::Nothing => match take_slot(host, clear_quota, &config, &mut worker, slot) {
+        RecordState::Nothing => match take_slot(host, clean_up, &config, &mut worker, slot) {
             Ok(record) => record,
             Err(error) => {
                 // Nothing was made: leave nothing, not even the empty directory.
@@ -100,7 +100,7 @@ pub fn create_user(
 /// under a lock.
 fn take_slot(
     host: &Host,
-    clear_quota: ClearQuota<'_>,
+    clean_up: CleanUp<'_>,
     config: &Config,
     worker: &mut Worker,
     slot: &SlotName,
@@ -115,11 +115,9 @@ fn take_slot(
         drop(lock);
         // It may have this slot, or any other: none is given before nothing is left of it.
         for id in all.damaged {
-            delete(host, clear_quota, id)
-                .map_err(Error::from)
-                .with_context(|| {
-                    format!("no slot is free before worker {id}, whose record is damaged, is deleted")
-                })?;
+            delete(host, clean_up, id).map_err(Error::from).with_context(|| {
+                format!("no slot is free before worker {id}, whose record is damaged, is deleted")
+            })?;
             warn!("deleted, because its record was damaged worker={id}");
         }
     };
@@ -146,7 +144,7 @@ fn lock_slots(host: &Host) -> Result<Flock<OwnedFd>> {
 }
 
 /// Remove every trace of the worker; its slot is free after that.
-pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<(), Failure> {
+pub fn delete(host: &Host, clean_up: CleanUp<'_>, id: WorkerId) -> Result<(), Failure> {
     let Some(worker) = Worker::find(host, id)? else {
         return Ok(());
     };
@@ -169,11 +167,14 @@ pub fn delete(host: &Host, clear_quota: ClearQuota<'_>, id: WorkerId) -> Result<
         forget()?;
     }
     writable_dirs::remove(worker.dir(), uid)?;
+    if let Some(uid) = uid.filter(|_| is_recorded)
+        && (host.abilities.has_user_quotas
+            || usb::has_some(host, id).context("cannot look for the worker's USB devices")?)
+    {
+        clean_up(id, uid)?;
+    }
     devices::remove(host, id)?;
     if is_recorded {
-        if let Some(uid) = uid.filter(|_| host.abilities.has_user_quotas) {
-            clear_quota(id, uid)?;
-        }
         forget()?;
     }
     worker.remove_files()?;

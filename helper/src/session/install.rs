@@ -248,10 +248,10 @@ mod tests {
     #[test]
     fn a_request_reaches_the_monitor_with_the_way_back_or_is_to_be_repeated() {
         let (connection, monitor) = Seqpacket::pair().unwrap();
-        let clear_quota = MonitorRequest::ClearQuota {
+        let clean_up = MonitorRequest::CleanUp {
             worker: protocol::WorkerId::from_bits(7),
         };
-        let answer = request(&connection, &clear_quota).unwrap();
+        let answer = request(&connection, &clean_up).unwrap();
         let Ok(Received::Packet {
             bytes,
             mut descriptors,
@@ -259,12 +259,12 @@ mod tests {
         else {
             panic!("no request came");
         };
-        assert_eq!(MonitorRequest::from_bytes(&bytes).as_ref(), Some(&clear_quota));
+        assert_eq!(MonitorRequest::from_bytes(&bytes).as_ref(), Some(&clean_up));
         let back = Seqpacket::from(descriptors.pop().unwrap());
         HandshakeMessage::Done.send_to(&back, None).unwrap();
         expect(&answer, HandshakeMessage::Done).unwrap();
         drop(monitor);
-        assert_eq!(refusal(request(&connection, &clear_quota)).0, ErrorKind::Busy);
+        assert_eq!(refusal(request(&connection, &clean_up)).0, ErrorKind::Busy);
     }
 
     #[test]

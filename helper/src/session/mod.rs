@@ -179,15 +179,15 @@ pub struct HostOperations<'a> {
 
 impl HostOperations<'_> {
     /// A session may set no quota.
-    fn clear_quota(&self, worker: WorkerId) -> Result<(), Failure> {
-        let monitor = install::request(self.monitor, &MonitorRequest::ClearQuota { worker })?;
+    fn clean_up(&self, worker: WorkerId) -> Result<(), Failure> {
+        let monitor = install::request(self.monitor, &MonitorRequest::CleanUp { worker })?;
         install::expect(&monitor, HandshakeMessage::Done)
     }
 }
 
 impl Operations for HostOperations<'_> {
     fn create_user(&self, worker: WorkerId, slot: &SlotName) -> Result<(Uid, UserName), CreateUserError> {
-        allocation::create_user(self.host, &|id, _| self.clear_quota(id), worker, slot)
+        allocation::create_user(self.host, &|id, _| self.clean_up(id), worker, slot)
     }
 
     fn install_agent(
@@ -213,7 +213,7 @@ impl Operations for HostOperations<'_> {
     }
 
     fn delete(&self, worker: WorkerId) -> Result<(), Failure> {
-        allocation::delete(self.host, &|id, _| self.clear_quota(id), worker)
+        allocation::delete(self.host, &|id, _| self.clean_up(id), worker)
     }
 
     fn list(&self, after: Option<WorkerId>) -> Result<(Vec<WorkerInfo>, bool), Failure> {

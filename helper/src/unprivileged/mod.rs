@@ -1,5 +1,5 @@
 //! What runs as a job's user, without privileges: pid 1 of a worker (`init`), the process that receives an agent (`agent`),
-//! and the one that empties the directories that a job could write (`remove`). Their entry points take an [`Unprivileged`],
+//! the one that empties the directories that a job could write (`remove`), and the one that resets its USB devices (`usb_reset`). Their entry points take an [`Unprivileged`],
 //! which only [`become_user`] makes.
 
 pub mod agent;
@@ -7,6 +7,7 @@ pub mod init;
 mod proof;
 pub mod proxy;
 pub mod remove;
+pub mod usb_reset;
 
 pub use proof::{Unprivileged, become_user};
 

@@ -244,6 +244,13 @@ pub fn usb_conflicts(slots: &BTreeMap<SlotName, Slot>) -> Vec<UsbConflict<'_>> {
     conflicts
 }
 
+impl Slot {
+    /// Has it devices of the host?
+    pub fn has_devices(&self) -> bool {
+        !self.devices.is_empty() || !self.usb.is_empty()
+    }
+}
+
 impl Config {
     /// Do these slots exclude each other? It is enough that one of them says so.
     pub fn are_conflicting(&self, a: &SlotName, b: &SlotName) -> bool {
@@ -499,7 +506,13 @@ mod tests {
                 false,
             ),
             ("serial = \"A\", vendor = \"0403\"", "vendor = \"0403\"", true),
+            (
+                "serial = \"A\", port = \"1-2\"",
+                "serial = \"A\", port = \"pci-0000:00:14.0-usb-0:2\"",
+                true,
+            ),
             // That cannot be told from the text.
+            ("port = \"1-2\"", "port = \"pci-0000:00:14.0-usb-0:2\"", false),
             ("serial = \"A\"", "port = \"1-2\"", false),
         ] {
             let text = format!(
@@ -624,12 +637,22 @@ mod tests {
                 "unknown field",
             ),
             (
+                format!("{SLOT}\nusb.a = {{ serial = \"1\", grace_seconds = 0 }}\n"),
+                8,
+                "1 to 86400",
+            ),
+            (
+                format!("{SLOT}[slots.a.usb.a]\nserial = \"1\"\ngrace_seconds = 86401\n"),
+                9,
+                "1 to 86400",
+            ),
+            (
                 format!("{SLOT}[slots.a.usb]\n")
-                    + &(0..17)
+                    + &(1..18)
                         .map(|n| format!("d{n}.port = \"1-{n}\"\n"))
                         .collect::<String>(),
                 // Sorted by name, the last is d9.
-                17,
+                16,
                 "more than 16",
             ),
             (

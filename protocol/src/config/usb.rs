@@ -1,11 +1,12 @@
 //! Which USB devices of the host a slot's jobs have.
 
 use std::fmt;
+use std::num::NonZeroU32;
 
 use serde::{Deserialize, Deserializer, de};
 
 use super::value::text;
-use crate::usb::{UsbDevice, UsbPort};
+use crate::name::UsbPort;
 
 /// The most entries of one slot.
 pub const MAX_USB_ENTRIES: usize = 16;
@@ -103,31 +104,20 @@ pub struct UsbEntry {
     pub product: Option<u16>,
     /// Must it be there when a job starts? Otherwise the job has it from when it appears.
     pub required: bool,
+    /// Is the power of its port turned off and on after a job? Otherwise the device is reset.
+    pub power_cycle: bool,
+    /// A device that is unplugged for longer than this while its job runs is named in the job's log: seconds, 1 to 86400.
+    pub grace_seconds: Option<NonZeroU32>,
 }
 
 impl UsbEntry {
-    /// Is it this device? Never a hub, with all that is plugged into it.
-    pub fn means(&self, device: &UsbDevice) -> bool {
-        let is_serial = |serial: &String| {
-            let own = device.serial.as_deref().unwrap_or_default();
-            own.eq_ignore_ascii_case(serial)
-        };
-        let is_port = |port: &PortName| match port {
-            PortName::IdPath(path) => device.id_path.as_ref() == Some(path),
-            PortName::Kernel(port) => device.port == *port,
-        };
-        !device.is_hub
-            && self.serial.as_ref().is_none_or(is_serial)
-            && self.port.as_ref().is_none_or(is_port)
-            && self.vendor.is_none_or(|vendor| device.vendor == vendor)
-            && self.product.is_none_or(|product| device.product == product)
-    }
-
     /// Do these two tell a device by the same, so that they mean the same one? What one of them does not name is not compared:
     /// whether the device with a serial number is the one at a port is not known from the text.
     pub fn means_same(&self, other: &UsbEntry) -> bool {
         let serials = self.serial.as_ref().zip(other.serial.as_ref());
+        // The path and the kernel's name of one port cannot be compared.
         let ports = self.port.as_ref().zip(other.port.as_ref());
+        let ports = ports.filter(|(a, b)| std::mem::discriminant(*a) == std::mem::discriminant(*b));
         let ids = [self.vendor.zip(other.vendor), self.product.zip(other.product)];
         if serials.is_some_and(|(a, b)| !a.eq_ignore_ascii_case(b))
             || ports.is_some_and(|(a, b)| a != b)
@@ -160,6 +150,10 @@ struct RawEntry {
     product: Option<HexId>,
     #[serde(default = "super::default_true")]
     required: bool,
+    #[serde(default)]
+    power_cycle: bool,
+    #[serde(default, deserialize_with = "super::limits::maybe_between::<_, 1, 86_400>")]
+    grace_seconds: Option<u64>,
 }
 
 impl<'de> Deserialize<'de> for UsbEntry {
@@ -181,6 +175,10 @@ impl<'de> Deserialize<'de> for UsbEntry {
             vendor: raw.vendor.map(|id| id.0),
             product: raw.product.map(|id| id.0),
             required: raw.required,
+            power_cycle: raw.power_cycle,
+            grace_seconds: raw
+                .grace_seconds
+                .and_then(|seconds| NonZeroU32::new(u32::try_from(seconds).ok()?)),
         })
     }
 }

@@ -87,7 +87,7 @@ fn entries(device: &UsbDevice, slots: &BTreeMap<SlotName, Slot>) -> Vec<ListedEn
     let all = slots
         .iter()
         .flat_map(|(slot, of)| of.usb.iter().map(move |(name, entry)| (slot, name, entry)));
-    all.filter(|(_, _, entry)| entry.means(device))
+    all.filter(|(_, _, entry)| device.is(entry))
         .map(|(slot, name, _)| ListedEntry {
             slot: slot.clone(),
             usb: name.to_string(),
@@ -108,7 +108,7 @@ fn line(device: &UsbDevice, all: &[&UsbDevice]) -> String {
         let (_, value) = line.split_once(" = ")?;
         let entry: BTreeMap<String, UsbEntry> = toml::from_str(&format!("entry = {value}")).ok()?;
         let entry = entry.get("entry")?;
-        is_alone(&|other| entry.means(other)).then_some(line)
+        is_alone(&|other| other.is(entry)).then_some(line)
     });
     let path = device.id_path.as_ref();
     let path = path.filter(|path| is_alone(&|other| other.id_path.as_ref() == Some(path)));

@@ -81,7 +81,7 @@ impl FakeSysfs {
 }
 
 /// Slots, each with its entries.
-fn config(slots: &[(&str, &str)]) -> Config {
+pub(super) fn config(slots: &[(&str, &str)]) -> Config {
     Config::parse(&text(slots)).unwrap()
 }
 
@@ -296,7 +296,7 @@ fn a_list_has_nodes_slots_and_lines_to_paste() {
         let entries = &self::config(&[("x", &line)]).slots[&"x".parse().unwrap()].usb;
         let meant = devices
             .iter()
-            .filter(|(other, _)| entries.values().all(|entry: &UsbEntry| entry.means(other)));
+            .filter(|(other, _)| entries.values().all(|entry: &UsbEntry| other.is(entry)));
         let meant: Vec<&str> = meant.map(|(other, _)| other.port.as_str()).collect();
         assert_eq!(meant, [device.port.as_str()], "{line}");
     }

@@ -32,3 +32,4 @@ mod privileges;
 mod quotas;
 mod rootfs;
 mod sync;
+mod usb;

@@ -78,6 +78,7 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
     for place in [
         Path::new("/etc"),
         Path::new("/dev"),
+        Path::new("/sys"),
         configuration.parent().unwrap(),
     ] {
         let wanted = fs::metadata(place).unwrap();
@@ -106,7 +107,7 @@ fn each_process_keeps_what_its_work_takes_and_no_more() {
         .map(|entry| entry.path())
         .filter(|path| path.is_dir())
         .collect();
-    assert_eq!(directories.len(), 8, "{directories:?}");
+    assert_eq!(directories.len(), 9, "{directories:?}");
     for held in directories {
         let (here, above) = (
             fs::metadata(&held).unwrap(),

@@ -18,7 +18,7 @@ use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::inotify::{AddWatchFlags, Inotify};
 use nix::sys::stat::{Mode, SFlag, fstat, mknod, stat};
-use protocol::config::{self, Config, HostPath, PRIVATE_DIRS};
+use protocol::config::{self, Config, HostPath, PRIVATE_DIRS, Slot};
 
 use super::namespace::{become_root, make_mounts_slave};
 use super::sockets;
@@ -514,7 +514,7 @@ impl<'a> Builder<'a> {
                 self.run_dirs_on_path_to(Path::new(file), &mut run_dirs)?;
             }
         }
-        if slots().any(|slot| !slot.devices.is_empty()) && Path::new(UDEV_DATA).is_dir() {
+        if slots().any(Slot::has_devices) && Path::new(UDEV_DATA).is_dir() {
             run_dirs.insert(UDEV_DATA.into());
         }
         Ok(run_dirs)
