@@ -23,7 +23,7 @@ load_host() {
     packages+=("linux-image-amd64/$kernel")
     image=$target/image-$1-$kernel
     # A scenario that needs more packages than the others has an image of its own.
-    more=$(sed -n 's/^# Packages: //p' "$here/../$2.sh" 2>/dev/null || true)
+    more=$(sed -n 's/^# Packages: //p' "$here/../$2.sh" "$here/scenarios/$2" 2>/dev/null || true)
     if [ -n "$more" ]; then
         # shellcheck disable=SC2206 # words
         packages+=($more)

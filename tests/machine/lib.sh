@@ -36,6 +36,7 @@ start_machine() {
         -drive if=none,id=bundle,format=raw,readonly=on,file="$run/bundle.ext4" \
         -device virtio-blk-pci,drive=bundle \
         -device virtio-rng-pci -device virtio-serial-pci \
+        -device qemu-xhci,id=usb -device usb-hub,bus=usb.0,port=1,port-power=on \
         -netdev user,id=net -device virtio-net-pci,netdev=net,romfile= \
         -chardev pipe,id=control,path="$run/control" -device virtserialport,chardev=control,name=control \
         -chardev file,id=output,path="$run/output",append=on -device virtserialport,chardev=output,name=output \
@@ -99,15 +100,19 @@ boot_once() {
 }
 
 # Have the scenario run, with these words, until it has ended: its exit status is then in $status. It may say `rebooting`,
-# and do so: it is then run again, with the word `rebooted`.
+# and do so: it is then run again, with the word `rebooted`. What it says after `monitor`, QEMU's monitor is told.
 run_scenario() {
     local rebooting=
     status=
     # The machine's clock stood still while it was asleep.
     printf '%s %s\n' "$(date +%s)" "$*" >&"$to_machine"
     while [ -z "$status" ]; do
-        await '@(exit [0-9]*|rebooting|ready)' "${MACHINE_TIMEOUT:-7200}"
+        await '@(exit [0-9]*|rebooting|ready|monitor *)' "${MACHINE_TIMEOUT:-7200}"
         case $answer in
+            monitor\ *)
+                printf '%s\n' "${answer#monitor }" >&"$to_monitor"
+                echo told >&"$to_machine"
+                ;;
             rebooting) rebooting=1 ;;
             ready)
                 [ -n "$rebooting" ] || fail "the machine has rebooted by itself: see $target/last/console"
@@ -177,7 +182,7 @@ run_all() {
     done
     mkdir -p "$target"
     for name; do
-        for scenario in deployment attacks cases software; do
+        for scenario in deployment attacks cases software hardware; do
             begin=$SECONDS
             status=0
             "$here/run" "$name" "$scenario" >"$target/$name-$scenario.log" 2>&1 </dev/null || status=$?

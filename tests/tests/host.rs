@@ -7,6 +7,7 @@ mod attacks;
 mod crashes;
 mod end_to_end;
 mod faults;
+mod hardware;
 mod model;
 mod operator;
 mod socket;
