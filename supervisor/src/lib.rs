@@ -30,6 +30,7 @@ pub mod factory;
 pub mod free_resources;
 pub mod helper_client;
 pub mod identity;
+pub mod job_log;
 mod limiter;
 pub mod log;
 pub mod memory_stall;

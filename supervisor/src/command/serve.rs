@@ -20,6 +20,7 @@ use supervisor::factory::{Factory, Input};
 use supervisor::free_resources::ResourceCheck;
 use supervisor::helper_client::HelperClient;
 use supervisor::identity;
+use supervisor::job_log::{self, JobLog};
 use supervisor::log;
 use supervisor::memory_stall;
 use supervisor::notify::{Watchdog, notify_ready};
@@ -144,6 +145,8 @@ pub fn serve(
         tokio::spawn(server.serve(places.control));
         proxy.map(|proxy| tokio::spawn(proxy.serve()));
         tokio::spawn(reports.records.save_in(places.state));
+        let (job_log, lines) = JobLog::new();
+        tokio::spawn(job_log::send_lines(executor.buildomat.clone(), lines));
         notify_ready();
         Driver {
             factory,
@@ -154,6 +157,7 @@ pub fn serve(
             file,
             resources: ResourceCheck::new(root),
             usb: UsbMonitor::new(usb::devices_directory()),
+            job_log,
             watchdog: Watchdog::of_the_unit(),
             drain_command: None,
         }

@@ -22,10 +22,12 @@ use crate::control::state::{Command, Operator, ReplySender, StatusState};
 use crate::executor::Executor;
 use crate::factory::{Factory, Input, Output, drain};
 use crate::free_resources::ResourceCheck;
+use crate::job_log::JobLog;
 use crate::notify::Watchdog;
 use crate::pending_calls::PendingCalls;
 use crate::store::Storage;
 use crate::usb::UsbMonitor;
+use crate::usb::job_devices::JobDevices;
 use crate::worker::{Action, Event};
 pub use persistence::Persistence;
 use phases::Phases;
@@ -107,6 +109,8 @@ pub struct Driver<S> {
     pub resources: ResourceCheck,
     /// What is plugged into the host.
     pub usb: UsbMonitor,
+    /// For lines in the logs of jobs that run.
+    pub job_log: JobLog,
     /// Notified at each iteration of the loop.
     pub watchdog: Watchdog,
     /// Whose command to drain or resume is being saved, and where its answer goes.
@@ -123,6 +127,7 @@ impl<S: Storage> Driver<S> {
     pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) -> Result<()> {
         let mut calls = JoinSet::new();
         let mut phases = Phases::of(&self.factory);
+        let mut job_devices = JobDevices::default();
         let mut stopping: Option<Instant> = None;
         // Status requests that wait for the helper, and since when.
         let (mut status_requests, mut requested) = (Vec::new(), Instant::now());
@@ -143,12 +148,14 @@ impl<S: Storage> Driver<S> {
                 outputs.extend(self.factory.handle(self.clock.now(), Input::Shortage(shortage)));
             }
             let slots = &self.factory.config().slots;
-            let absences = self.usb.absences(slots, self.factory.usb_absences());
-            if let Some(absences) = absences.filter(|new| new != self.factory.usb_absences()) {
-                outputs.extend(
-                    self.factory
-                        .handle(self.clock.now(), Input::UsbAbsences(absences)),
-                );
+            if let Some(absences) = self.usb.absences(slots, self.factory.usb_absences()) {
+                self.log_unplugged(&mut job_devices);
+                if absences != *self.factory.usb_absences() {
+                    outputs.extend(
+                        self.factory
+                            .handle(self.clock.now(), Input::UsbAbsences(absences)),
+                    );
+                }
             }
             // Not while an operator's command waits for its answer, which the next save is taken for.
             let wall = self.clock.wall();
@@ -167,6 +174,8 @@ impl<S: Storage> Driver<S> {
                 match output {
                     Output::Save(worker) => {
                         self.persistence.save(&worker)?;
+                        let slots = &self.factory.config().slots;
+                        job_devices.note_worker(&worker, slots, self.usb.devices(), &self.usb.unread());
                         phases.record_change(&worker, &self.status.metrics);
                     }
                     Output::SaveDrain(slot, drain) => answers.push_back(self.save_drain(slot, drain)),
@@ -319,6 +328,26 @@ impl<S: Storage> Driver<S> {
             Output::CarryOut(_, Action::HostDelete | Action::ServerDelete { .. }) => Ok(output),
             Output::CarryOut(worker, _) => Err(Input::Done(worker, Event::CallFailed(problem)).into()),
             _ => Ok(output),
+        }
+    }
+
+    /// Log which devices of running jobs are unplugged, or are back, in the jobs' logs as well.
+    fn log_unplugged(&mut self, job_devices: &mut JobDevices) {
+        let now = self.clock.now();
+        let slots = &self.factory.config().slots;
+        let lines = job_devices.update(
+            now,
+            self.factory.workers(),
+            slots,
+            self.usb.devices(),
+            &self.usb.unread(),
+        );
+        for line in lines {
+            self.status.note(now, &line);
+            phases::log(&line);
+            if let Some(worker) = line.worker {
+                self.job_log.queue(worker, line.text);
+            }
         }
     }
 

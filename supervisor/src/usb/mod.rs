@@ -7,6 +7,7 @@
 //! device is not told by its serial number.
 
 pub mod check;
+pub mod job_devices;
 pub mod list;
 #[cfg(test)]
 mod tests;
@@ -210,7 +211,7 @@ impl UsbMonitor {
         }
         let is_due = self.due_in().is_none_or(|due| due.is_zero());
         (self.take_answers() | is_due).then(|| {
-            self.look();
+            self.refresh();
             absences(slots, &self.devices, &self.unread(), before)
         })
     }
@@ -225,13 +226,18 @@ impl UsbMonitor {
         self.at.map(|at| interval.saturating_sub(at.elapsed()))
     }
 
+    /// What was plugged in when [`UsbMonitor::absences`] last had an answer, hubs as well.
+    pub fn devices(&self) -> &[UsbDevice] {
+        &self.devices
+    }
+
     /// What is plugged in now, hubs as well, with the strings that are known within a second.
     pub fn wait(&mut self) -> Vec<(UsbDevice, Option<DeviceStrings>)> {
-        self.look();
+        self.refresh();
         while self.is_reading() {
             thread::sleep(Duration::from_millis(5));
             if self.take_answers() {
-                self.look();
+                self.refresh();
             }
         }
         let strings = |device: &UsbDevice| self.strings.get(&device.into()).cloned();
@@ -272,7 +278,7 @@ impl UsbMonitor {
     }
 
     /// Look for devices, and have the strings of new ones read.
-    fn look(&mut self) {
+    fn refresh(&mut self) {
         self.at = Some(Instant::now());
         self.devices = plugged_in(&self.directory);
         let present: BTreeSet<Enumeration> = self.devices.iter().map(Enumeration::from).collect();

@@ -18,6 +18,7 @@ use supervisor::factory::Factory;
 use supervisor::free_resources::ResourceCheck;
 use supervisor::helper_client::HelperClient;
 use supervisor::identity::{Identity, InstanceId};
+use supervisor::job_log::JobLog;
 use supervisor::store::Store;
 use supervisor::usb::UsbMonitor;
 use tokio::sync::{mpsc, oneshot};
@@ -275,6 +276,7 @@ impl SupervisorRun {
             }),
             resources: ResourceCheck::new(Path::new("/")),
             usb: UsbMonitor::new(dir.join("no-devices")),
+            job_log: JobLog::new().0,
             watchdog: Default::default(),
             drain_command: None,
         };

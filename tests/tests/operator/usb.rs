@@ -6,7 +6,9 @@ use std::os::unix::fs::symlink;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use testbed::harness::{Running, SUPERVISOR_UID, TestHost, tool};
+use testbed::fake_usb::{FakeUsb, Plugged};
+use testbed::harness::{Running, SUPERVISOR_UID, TestHost, create_shared_dir, tool};
+use testbed::test_factory::lines;
 
 use super::*;
 
@@ -76,17 +78,22 @@ impl Devices {
     }
 }
 
-/// A factory whose supervisor has these devices.
-async fn with_devices(slots: &str) -> (TestFactory, Devices) {
-    let mut factory = TestFactory::new(slots).await;
-    let devices = Devices::of(&factory.host);
-    factory.end_supervisor(Signal::SIGTERM);
+/// A command of root's that becomes the supervisor.
+fn as_supervisor(factory: &TestFactory) -> Command {
     let plain = factory.host.supervisor_command();
     let uid = SUPERVISOR_UID.to_string();
     let mut command = Command::new("setpriv");
     command.args(["--reuid", &uid, "--regid", &uid, "--clear-groups", "--"]);
     command.arg(plain.get_program()).args(plain.get_args());
-    factory.supervisor = Running::start(&mut devices.shown_to(&command));
+    command
+}
+
+/// A factory whose supervisor has these devices.
+async fn with_devices(slots: &str) -> (TestFactory, Devices) {
+    let mut factory = TestFactory::new(slots).await;
+    let devices = Devices::of(&factory.host);
+    factory.end_supervisor(Signal::SIGTERM);
+    factory.supervisor = Running::start(&mut devices.shown_to(&as_supervisor(&factory)));
     answering(&factory).await;
     (factory, devices)
 }
@@ -252,4 +259,71 @@ async fn a_watched_list_is_printed_anew_at_each_change() {
         2 => Ok(()),
         _ => Err(watching.log.text()),
     });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_job_is_told_of_a_device_that_is_unplugged_and_that_it_is_back() {
+    let place = create_shared_dir();
+    // Its nodes are there before the host is looked at.
+    let usb = FakeUsb::new(place.path());
+    let board = |ids| Plugged {
+        ids,
+        serial: "0669FF",
+        nodes: &[],
+    };
+    usb.plug("1-2", board("2e8a:000a"));
+    let slot = "[slots.a]\ntarget = \"TARGET\"\nusb.board = { serial = \"0669ff\", grace_seconds = 2 }\n\
+        usb.silent.port = \"1-2\"\n";
+    let mut factory = TestFactory::new(slot).await;
+    factory.end_supervisor(Signal::SIGTERM);
+    factory.end_helper(Signal::SIGTERM);
+    let with_usb = |command: &Command| {
+        let mut with = Command::new(tool("unshare"));
+        with.args(["--mount", "--propagation", "private", "bash", "-ec"]);
+        with.arg(format!("{}\nexec \"$@\"", usb.mounts())).arg("bash");
+        with.arg(command.get_program()).args(command.get_args());
+        Running::start(&mut with)
+    };
+    factory.helper = with_usb(&factory.host.helper_command());
+    factory.helper.log.wait(&["serving"]);
+    factory.supervisor = with_usb(&as_supervisor(&factory));
+    let job = factory.start_blocking_job().await;
+    let worker = factory.server.job(job).worker.unwrap().to_string();
+    let told = |text: &'static str| {
+        factory.wait_for_state(move |state| {
+            let mut events = state.jobs[&job].events.iter();
+            let event = events.find(|event| event.payload.starts_with(text))?;
+            Some((event.stream.clone(), event.payload.clone()))
+        })
+    };
+    for ids in ["2e8a:0003", "2e8a:000a"] {
+        let from = factory.supervisor.log.len();
+        usb.unplug("1-2");
+        let line =
+            factory.wait_for_log_from(from, &["usb.board (port 1-2) has been unplugged for ", &worker]);
+        assert!(line.contains("slot=a "), "{line}");
+        // It has become another device.
+        usb.plug("1-2", board(ids));
+        factory.wait_for_log_from(from, &["usb.board (port 1-2) is back after ", &worker]);
+    }
+    // Shorter than its time.
+    usb.unplug("1-2");
+    usb.plug("1-2", board("2e8a:000a"));
+    for text in [
+        "usb.board (port 1-2) has been unplugged for ",
+        "usb.board (port 1-2) is back after ",
+    ] {
+        let (stream, line) = told(text).await;
+        assert!(stream == "console" && line.ends_with(" s"), "{stream}: {line}");
+    }
+    factory.release();
+    factory.wait_completed(job).await;
+    let ended = factory.server.job(job);
+    let lines = lines(&ended, "console");
+    let about = lines.iter().filter(|line| line.starts_with("usb.board "));
+    assert_eq!(about.count(), 4, "{lines:?}");
+    assert!(!lines.iter().any(|line| line.contains("silent")), "{lines:?}");
+    // It cannot be reset.
+    usb.unplug("1-2");
+    factory.finish().await;
 }
