@@ -304,6 +304,54 @@ async fn programs_print_of_a_slots_device_what_they_print_on_the_host() {
     factory.finish().await;
 }
 
+/// Asks an I2C adapter what it can do, and sends a frame from one CAN socket to another.
+const OTHER_BUSES: &str = r#"
+python3 - <<'END'
+import fcntl, os, socket, struct
+adapter = os.open("I2C", os.O_RDWR)
+fcntl.ioctl(adapter, 0x0703, 0x50)  # the slave address
+functions = bytearray(8)
+fcntl.ioctl(adapter, 0x0705, functions)  # its functions
+print("i2c", struct.unpack("L", functions)[0] != 0)
+one, other = (socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW) for _ in range(2))
+one.bind(("vcan0",))
+other.bind(("vcan0",))
+one.send(struct.pack("=IB3x8s", 0x123, 2, b"hi"))
+print("can", other.recv(16)[8:10].decode())
+END
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs drivers that a booted machine has: tests/machine/run hardware"]
+async fn other_buses_work_by_a_node_and_a_socket_family() {
+    assert!(
+        is_booted_machine(),
+        "this needs a booted machine: tests/machine/run hardware"
+    );
+    let set_up = r#"
+set -e
+modprobe -a i2c-dev vcan
+modprobe i2c-stub chip_addr=0x50
+ip link add vcan0 type vcan
+ip link set vcan0 up
+echo /dev/$(basename $(dirname $(grep -l 'SMBus stub' /sys/class/i2c-dev/*/name)))
+"#;
+    let adapter = output(Command::new("bash").args(["-c", set_up]));
+    let adapter = adapter.trim();
+    until(|| {
+        let is_there = std::fs::exists(adapter).unwrap();
+        is_there.then_some(()).ok_or(format!("{adapter} is not there"))
+    });
+    let factory = TestFactory::new(&format!(
+        "[slots.a]\ntarget = \"TARGET\"\ndevices = [{adapter:?}]\nsocket_families = [\"AF_CAN\"]\n"
+    ))
+    .await;
+    let job = factory.submit(&OTHER_BUSES.replace("I2C", adapter));
+    factory.wait_completed(job).await;
+    assert_eq!(lines(&factory.server.job(job), "stdout"), ["i2c True", "can hi"]);
+    factory.finish().await;
+}
+
 const KEEP: &str = r#"
 python3 - <<'END'
 import os, time
