@@ -126,8 +126,11 @@ pub fn find(
     if wanted.is_empty() {
         return Ok(false);
     }
-    let is_one_of =
-        |port: &UsbPort, taken: &BTreeSet<UsbPort>| taken.iter().any(|other| port.is_within(other));
+    // Of a hub's ports and of the hub's own port, only one worker's can be there at a time.
+    let is_one_of = |port: &UsbPort, taken: &BTreeSet<UsbPort>| {
+        let mut taken = taken.iter();
+        taken.any(|other| port.is_within(other) || other.is_within(port))
+    };
     let taken = ports_of_others(host, worker)?;
     let serials = starts || wanted.iter().any(|(_, entry)| entry.serial.is_some());
     let mut devices = usb::list(host, serials, |port| is_one_of(port, &taken))?;
