@@ -36,7 +36,7 @@ pub struct UsbDevice {
 }
 
 impl UsbDevice {
-    /// Does the entry mean this device? None means a hub, with all that is plugged into it.
+    /// Does the entry mean this device? No entry means a hub, with all that is plugged into it.
     pub fn is(&self, entry: &UsbEntry) -> bool {
         let is_serial = |serial: &String| {
             let own = self.serial.as_deref().unwrap_or_default();

@@ -146,7 +146,7 @@ pub fn has_power_switch(host: &Host, port: &UsbPort) -> bool {
     place_of_port(host, port).is_some_and(|place| stat(&host.sys, Path::new(&place).join(SWITCH)).is_ok())
 }
 
-/// Why not.
+/// Why a job cannot have the power of this port turned off.
 pub fn no_power_switch(port: &UsbPort) -> String {
     format!(
         "the power of USB port {port} cannot be switched by its hub, or by this kernel: remove power_cycle"

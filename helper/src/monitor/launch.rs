@@ -59,7 +59,7 @@ pub fn take_request(host: &Host, queue: &mut LaunchQueue, requests: &Seqpacket) 
                 asked: Instant::now(),
             });
         }
-        Some(MonitorRequest::CopyAgent { worker }) => answer_later(host, &answer, || {
+        Some(MonitorRequest::CopyAgent { worker }) => answer_later(host, &answer, &[], || {
             let uid = read_record_of(host, worker)?.uid;
             sys::close_all_but(&[answer.as_raw_fd()]).context("cannot close what is the monitor's")?;
             let proof = become_user(uid, &[])?;
@@ -67,12 +67,14 @@ pub fn take_request(host: &Host, queue: &mut LaunchQueue, requests: &Seqpacket) 
             is_waited_for(&answer)?;
             agent::receive(&proof, &answer)
         }),
-        Some(MonitorRequest::CleanUp { worker }) => answer_later(host, &answer, || {
-            // Sooner than its session gives up: two would be at work otherwise.
-            alarm::set(CLEAN_UP_SECONDS);
-            let uid = read_record_of(host, worker)?.uid;
-            Ok(sandbox::clean_up(host, worker, uid)?)
-        }),
+        Some(MonitorRequest::CleanUp { worker }) => {
+            answer_later(host, &answer, &host.descriptors_of_devices(), || {
+                // Sooner than its session gives up: two would be at work otherwise.
+                alarm::set(CLEAN_UP_SECONDS);
+                let uid = read_record_of(host, worker)?.uid;
+                Ok(sandbox::clean_up(host, worker, uid)?)
+            })
+        }
         None => Err(anyhow!("{} bytes are no request", bytes.len())),
     };
     if let Err(error) = outcome {
@@ -163,11 +165,16 @@ fn launch(host: &Host, rootfs: &RootFs, launch: &Launch) -> Result<()> {
     Ok(())
 }
 
-/// Fork a process that does this work and answers.
-fn answer_later(host: &Host, session: &Seqpacket, work: impl FnOnce() -> Result<(), Failure>) -> Result<()> {
+/// Fork a process that does this work and answers. It has more descriptors than others where its work takes them.
+fn answer_later(
+    host: &Host,
+    session: &Seqpacket,
+    more: &[RawFd],
+    work: impl FnOnce() -> Result<(), Failure>,
+) -> Result<()> {
     is_waited_for(session)?;
     sys::fork(|| {
-        let done = forget_all_but(host, session, &host.descriptors_of_devices()).map_err(Failure::from);
+        let done = forget_all_but(host, session, more).map_err(Failure::from);
         match done.and_then(|()| work()) {
             Ok(()) => i32::from(HandshakeMessage::Done.send_to(session, None).is_err()),
             Err(failure) => send_failure(session, failure),

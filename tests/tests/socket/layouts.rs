@@ -11,18 +11,6 @@ use nix::unistd::mkfifo;
 
 use super::*;
 
-/// A helper that sees what this script makes of its mounts.
-fn helper_after(host: &TestHost, script: &str) -> Running {
-    let helper = host.helper_command();
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private", "bash", "-ec"]);
-    command.arg(format!("{script}\nexec \"$@\"")).arg("bash");
-    command.arg(helper.get_program()).args(helper.get_args());
-    let helper = Running::start(&mut command);
-    helper.log.wait(&["serving"]);
-    helper
-}
-
 /// A copy of this host's `/etc`, to be changed.
 fn copy_etc(place: &Path) -> String {
     let copy = place.join("etc").display().to_string();

@@ -33,3 +33,15 @@ mod quotas;
 mod rootfs;
 mod sync;
 mod usb;
+
+/// A helper that sees what this script makes of its mounts.
+fn helper_after(host: &TestHost, script: &str) -> Running {
+    let helper = host.helper_command();
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "bash", "-ec"]);
+    command.arg(format!("{script}\nexec \"$@\"")).arg("bash");
+    command.arg(helper.get_program()).args(helper.get_args());
+    let helper = Running::start(&mut command);
+    helper.log.wait(&["serving"]);
+    helper
+}

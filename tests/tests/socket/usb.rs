@@ -1,25 +1,11 @@
 //! A slot's USB devices: found by what tells them, and then the job's by their port, whatever comes and goes there.
 
-use std::process::Command;
-
 use testbed::fake_usb::{FakeUsb, Plugged};
 
 use super::*;
 
 const FTDI: &str = "0403:6001";
 const TTY: &str = "1-2:1.0/ttyUSB0/tty/ttyUSB0";
-
-/// A helper on a host that has these USB devices and no others.
-fn start(host: &TestHost, usb: &FakeUsb) -> Running {
-    let helper = host.helper_command();
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private", "bash", "-ec"]);
-    command.arg(format!("{}\nexec \"$@\"", usb.mounts())).arg("bash");
-    command.arg(helper.get_program()).args(helper.get_args());
-    let helper = Running::start(&mut command);
-    helper.log.wait(&["serving"]);
-    helper
-}
 
 /// A host with these slots, each a line of its table's, and a helper.
 fn with(usb: &FakeUsb, slots: &[(&str, &str)]) -> TestHelper {
@@ -30,7 +16,7 @@ fn with(usb: &FakeUsb, slots: &[(&str, &str)]) -> TestHelper {
         .collect();
     host.configure("http://127.0.0.1:9", 0, &slots.concat());
     let before = HostSnapshot::of_unused(&host);
-    let helper = start(&host, usb);
+    let helper = helper_after(&host, &usb.mounts());
     TestHelper {
         disk: None,
         host,
@@ -170,7 +156,7 @@ fn two_equal_adapters_stay_with_their_slots_whatever_number_they_have() {
             nodes: &["1-2:1.0/host0/block/sda", "1-2:1.0/host0/block/sda/sda1"],
         },
     );
-    test.helper = start(&test.host, &usb);
+    test.helper = helper_after(&test.host, &usb.mounts());
     left.wait(&["uart/block0", "uart/block0-part1", "uart/usb"], 3);
     for (job, other) in [(&left, "uart/hidraw1"), (&right, "uart/block0"), (&none, "uart")] {
         let console = read(&job.console);
