@@ -92,6 +92,7 @@ fn name(kind: TracedKind) -> &'static str {
         TracedKind::AsUser => "as the user",
         TracedKind::MonitorRequest => "monitor request",
         TracedKind::Builder => "root file system",
+        TracedKind::DeviceRefresh => "devices",
         TracedKind::FirstProcess => "first process",
         TracedKind::Agent => "agent",
     }

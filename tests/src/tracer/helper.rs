@@ -28,6 +28,8 @@ pub enum TracedKind {
     MonitorRequest,
     /// Builds the root file system that jobs see, or unmounts the last one.
     Builder,
+    /// Brings the devices of workers up to date.
+    DeviceRefresh,
     /// A worker's first process, until it runs as init.
     FirstProcess,
     /// The first process's child, until it is the agent.
@@ -35,13 +37,14 @@ pub enum TracedKind {
 }
 
 /// In the order of [`TracedKind`].
-pub const KINDS: [TracedKind; 8] = [
+pub const KINDS: [TracedKind; 9] = [
     TracedKind::Monitor,
     TracedKind::Listener,
     TracedKind::Session,
     TracedKind::AsUser,
     TracedKind::MonitorRequest,
     TracedKind::Builder,
+    TracedKind::DeviceRefresh,
     TracedKind::FirstProcess,
     TracedKind::Agent,
 ];
@@ -109,7 +112,7 @@ impl std::fmt::Display for KilledProcess {
 pub enum WatchPeriod {
     /// It runs; until the next connection has ended, and the listener waits for others.
     OneConnection,
-    /// It has stopped itself before it becomes the helper; until it serves.
+    /// It has stopped itself before it becomes the helper; until it serves, and has seen which devices are gone.
     Start,
 }
 
@@ -181,6 +184,15 @@ pub fn children(pid: u32) -> Vec<u32> {
         .collect()
 }
 
+/// The calls of the monitor that tell what its next child is for.
+const PURPOSES: [i64; 5] = [
+    libc::SYS_pipe2,
+    libc::SYS_recvmsg,
+    libc::SYS_socketpair,
+    libc::SYS_read,
+    libc::SYS_wait4,
+];
+
 struct Watcher {
     monitor: Pid,
     span: WatchPeriod,
@@ -227,7 +239,10 @@ impl Watcher {
                     Some(TracedKind::Monitor) if self.last == libc::SYS_recvmsg => TracedKind::MonitorRequest,
                     // It tells the monitor by a socket when it has done its work, or waits for the monitor.
                     Some(TracedKind::Monitor) if self.last == libc::SYS_socketpair => TracedKind::Builder,
-                    Some(TracedKind::Monitor) => TracedKind::Listener,
+                    // The listener writes to a pipe when it accepts.
+                    Some(TracedKind::Monitor) if self.last == libc::SYS_pipe2 => TracedKind::Listener,
+                    // It follows on what `inotify(7)` tells, or on the end of the one before it.
+                    Some(TracedKind::Monitor) => TracedKind::DeviceRefresh,
                     Some(TracedKind::Listener) => TracedKind::Session,
                     Some(TracedKind::Session | TracedKind::AsUser) => TracedKind::AsUser,
                     Some(TracedKind::FirstProcess) => TracedKind::Agent,
@@ -264,7 +279,7 @@ impl Watcher {
         };
         // The monitor's own wait has four descriptors and more; that of Rust's start has three, other polls one.
         if kind == TracedKind::Monitor {
-            if call.is_any_of(&[libc::SYS_pipe2, libc::SYS_recvmsg, libc::SYS_socketpair]) {
+            if call.is_any_of(&PURPOSES) {
                 self.last = call.number;
             }
             self.waits += usize::from(call.is_any_of(WAITS) && call.arguments[1] > 3);
@@ -279,7 +294,10 @@ impl Watcher {
         let over = match self.span {
             WatchPeriod::OneConnection => self.listens && self.reaped,
             // Once before it knows that the listener accepts, and once after.
-            WatchPeriod::Start => self.listens && self.waits > 1,
+            WatchPeriod::Start => {
+                let refreshes = self.alive.values().any(|kind| *kind == TracedKind::DeviceRefresh);
+                self.listens && self.waits > 1 && !refreshes
+            }
         };
         if over {
             return TraceAction::End;
