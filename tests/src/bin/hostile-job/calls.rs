@@ -131,7 +131,86 @@ fn other_entry_points(report: &mut Report, _: &[String]) {
     );
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+/// The numbers of 32-bit Arm (`arch/arm/tools/syscall.tbl`), which only a program of that architecture can use. It ends by
+/// SIGILL where its call does not exist, and by SIGSEGV where anything else was answered.
+#[cfg(target_arch = "aarch64")]
+fn other_entry_points(report: &mut Report, _: &[String]) {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::os::unix::process::ExitStatusExt;
+    for (name, number, argument) in [
+        ("getpid", 20, 0),
+        ("unshare", 337, libc::CLONE_NEWUSER as u32),
+        ("userfaultfd", 388, 1),
+        ("keyctl", 311, 9999),
+        ("bpf", 386, 0),
+        // ARM_NR_cacheflush, of the calls that are no architecture's but Arm's.
+        ("cacheflush", 0xf_0002, 0),
+    ] {
+        let path = format!("/work/arm-{name}");
+        let mut options = fs::File::options();
+        let file = options.write(true).create_new(true).mode(0o755).open(&path);
+        let written = file.and_then(|mut file| file.write_all(&arm_program(number, argument)));
+        if let Err(error) = written {
+            report.broken(format!("{path}: {error}"));
+            continue;
+        }
+        let what = format!("{name} of 32-bit Arm");
+        match Command::new(&path).status() {
+            // A kernel without such programs (ENOEXEC, execve(2)).
+            Err(error) => refused(report, what, Err::<(), _>(error), libc::ENOEXEC),
+            Ok(status) if status.signal() == Some(libc::SIGILL) => {
+                let absent = io::Error::from_raw_os_error(libc::ENOSYS);
+                report.must_fail::<(), _>(what, Err(absent));
+            }
+            Ok(status) => report.broken(format!("{what}: it was answered: {status}")),
+        }
+    }
+}
+
+/// An executable file (`elf(5)`) of 32-bit Arm that makes this call.
+#[cfg(target_arch = "aarch64")]
+fn arm_program(number: u32, argument: u32) -> Vec<u8> {
+    const BASE: u32 = 0x1_0000;
+    const HEADERS: u32 = 52 + 32;
+    // movw and movt, the two halves of a register.
+    let load = |register: u32, value: u32| {
+        [(0xe300_0000, value & 0xffff), (0xe340_0000, value >> 16)]
+            .map(|(step, half)| step | register << 12 | (half & 0xf000) << 4 | half & 0xfff)
+    };
+    let mut steps = [load(7, number), load(0, argument), load(1, 0)].concat();
+    steps.extend([
+        0xef00_0000,                       // svc 0
+        0xe370_0000 | libc::ENOSYS as u32, // cmn r0, #ENOSYS
+        0x0a00_0000,                       // beq, over one step
+        0xe591_1000,                       // ldr r1, [r1]
+        0xe7f0_00f0,                       // udf 0
+    ]);
+    let length = HEADERS + 4 * steps.len() as u32;
+    let mut file = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let half = |values: &[u16]| {
+        values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    let word = |values: &[u32]| {
+        values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    // ET_EXEC, EM_ARM; the entry, the program headers, none of sections, EABI version 5; one program header.
+    file.extend(half(&[2, 40]));
+    file.extend(word(&[1, BASE + HEADERS, 52, 0, 0x0500_0000]));
+    file.extend(half(&[52, 32, 1, 40, 0, 0]));
+    // PT_LOAD, of all of it, to be read and executed.
+    file.extend(word(&[1, 0, BASE, BASE, length, length, 5, 0x1_0000]));
+    file.extend(word(&steps));
+    file
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn other_entry_points(_: &mut Report, _: &[String]) {}
 
 /// What let containers read all of the host: the root of a file system has a number that everybody knows, so

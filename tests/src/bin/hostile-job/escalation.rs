@@ -490,7 +490,10 @@ fn overwrite_programs(report: &mut Report, _: &[String]) {
             call(libc::SYS_truncate, [path, 0, 0, 0, 0, 0]),
         );
         // That it runs refuses the above, too; this is asked of the permissions alone.
-        let access = call(libc::SYS_access, [path, libc::W_OK as usize, 0, 0, 0, 0]);
+        let access = call(
+            libc::SYS_faccessat,
+            [libc::AT_FDCWD as usize, path, libc::W_OK as usize, 0, 0, 0],
+        );
         report.must_fail(format!("permission for {program}"), access);
         for source in ["/work/other", other] {
             report.must_fail(format!("rename over {program}"), fs::rename(source, program));
@@ -1104,7 +1107,7 @@ fn old_descriptors(report: &mut Report, args: &[String]) {
             let opened = own_namespaces().and_then(|()| File::open(tree));
             let kept = opened.and_then(|dir| {
                 call(
-                    libc::SYS_dup2,
+                    libc::SYS_dup3,
                     [dir.as_raw_fd() as usize, KEPT as usize, 0, 0, 0, 0],
                 )
             });

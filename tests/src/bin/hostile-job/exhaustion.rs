@@ -13,7 +13,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use crate::leftovers::{daemon, ignore_every_signal, keys};
-use crate::sys::{c, call, fork, wait_for_ever};
+use crate::sys::{c, call, fork, fork_here, wait_for_ever};
 use crate::{Attempt, Report};
 
 pub const ATTEMPTS: &[Attempt] = &[
@@ -84,7 +84,7 @@ fn shared_memory(report: &mut Report, args: &[String]) {
 
 /// A child that does this for ever.
 fn child(work: impl FnOnce()) -> io::Result<i32> {
-    match call(libc::SYS_fork, [0; 6])? {
+    match fork_here()? {
         0 => {
             work();
             wait_for_ever()
@@ -307,7 +307,10 @@ fn fill_quota(report: &mut Report, args: &[String]) {
     let path = c("/work/blocks");
     report.must_fail(
         "given away",
-        call(libc::SYS_chown, [path.as_ptr() as usize, 0, 0, 0, 0, 0]),
+        call(
+            libc::SYS_fchownat,
+            [libc::AT_FDCWD as usize, path.as_ptr() as usize, 0, 0, 0, 0],
+        ),
     );
     let work = File::open("/work").expect("it is the job's");
     let limits = [0u64; 9];

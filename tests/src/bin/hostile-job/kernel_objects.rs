@@ -17,7 +17,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, pipe2};
 
 use crate::memory::{filled, raise_open_files};
-use crate::sys::{c, call, fork, wait_for_ever};
+use crate::sys::{c, call, fork, fork_here, wait_for_ever};
 use crate::{Attempt, Report};
 
 pub const ATTEMPTS: &[Attempt] = &[("hold", hold)];
@@ -73,7 +73,7 @@ fn hold(report: &mut Report, args: &[String]) {
     let (mut total, mut reasons) = (0, BTreeMap::<i32, u64>::new());
     for _ in 0..processes {
         let (mut here, mut there) = UnixStream::pair().expect("a socket pair");
-        if call(libc::SYS_fork, [0; 6]).map_or_else(|_| true, |pid| pid != 0) {
+        if fork_here().map_or_else(|_| true, |pid| pid != 0) {
             drop(there);
         } else {
             drop(here);
@@ -267,15 +267,15 @@ fn set_lease(file: &File, kind: libc::c_int) -> io::Result<()> {
 
 /// Bytes, a page each.
 fn locked_memory(_: &mut HeldDescriptors, _: u64) -> io::Result<u64> {
-    const PAGE: usize = 4096;
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.expect("Linux has pages") as usize;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let protection = (libc::PROT_READ | libc::PROT_WRITE) as usize;
     let address = call(
         libc::SYS_mmap,
-        [0, PAGE, protection, flags as usize, usize::MAX, 0],
+        [0, page, protection, flags as usize, usize::MAX, 0],
     )?;
-    call(libc::SYS_mlock, [address as usize, PAGE, 0, 0, 0, 0])?;
-    Ok(PAGE as u64)
+    call(libc::SYS_mlock, [address as usize, page, 0, 0, 0, 0])?;
+    Ok(page as u64)
 }
 
 /// In a mount namespace of its own.

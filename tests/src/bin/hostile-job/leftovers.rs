@@ -14,7 +14,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::sys::{c, call, clone3, fork, wait_for_ever};
+use crate::sys::{c, call, clone3, fork, fork_here, wait_for_ever};
 use crate::{Attempt, Report};
 
 pub const ATTEMPTS: &[Attempt] = &[
@@ -106,7 +106,7 @@ fn fork_bomb(report: &mut Report, args: &[String]) {
         "grow" => {
             let mut first = true;
             loop {
-                match call(libc::SYS_fork, [0; 6]) {
+                match fork_here() {
                     Ok(0) => first = false,
                     Ok(_) => {}
                     Err(_) if first => {
@@ -123,7 +123,7 @@ fn fork_bomb(report: &mut Report, args: &[String]) {
                 fork(|| {
                     let mut generation = 0u64;
                     loop {
-                        match call(libc::SYS_fork, [0; 6]) {
+                        match fork_here() {
                             Ok(0) => generation += 1,
                             Ok(_) => std::process::exit(0),
                             Err(_) => std::thread::yield_now(),
@@ -447,8 +447,15 @@ fn nodes(report: &mut Report, _: &[String]) {
     let device = |path: &Path, kind: u32, major, minor| {
         let path = c(path);
         let number = nix::sys::stat::makedev(major, minor) as usize;
-        let arguments = [path.as_ptr() as usize, (kind | 0o666) as usize, number, 0, 0, 0];
-        call(libc::SYS_mknod, arguments)
+        let arguments = [
+            libc::AT_FDCWD as usize,
+            path.as_ptr() as usize,
+            (kind | 0o666) as usize,
+            number,
+            0,
+            0,
+        ];
+        call(libc::SYS_mknodat, arguments)
     };
     for place in own_places() {
         let at = |name: &str| place.join(name);

@@ -41,10 +41,15 @@ pub fn call_with_paths(
     call(number, [here, from, here, to, flags as usize, 0]).map(drop)
 }
 
+/// `fork(2)`, which newer architectures have as `clone(2)` alone. Not the C library's: it would take locks that another
+/// thread may have; this program has one thread.
+pub fn fork_here() -> io::Result<libc::c_long> {
+    call(libc::SYS_clone, [libc::SIGCHLD as usize, 0, 0, 0, 0, 0])
+}
+
 /// Fork; the child does `work` and ends. Returns the child's process id.
 pub fn fork(work: impl FnOnce()) -> libc::pid_t {
-    // Not the C library's: it would take locks that another thread may have; this program has one thread.
-    match call(libc::SYS_fork, [0; 6]) {
+    match fork_here() {
         Ok(0) => {
             work();
             std::process::exit(0)
@@ -70,7 +75,7 @@ pub fn c(path: impl AsRef<std::ffi::OsStr>) -> std::ffi::CString {
 pub fn wait_for_ever() -> ! {
     loop {
         // Returns only after a signal with a handler, and there is none.
-        let _ = call(libc::SYS_pause, [0; 6]);
+        let _ = call(libc::SYS_ppoll, [0; 6]);
     }
 }
 
