@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::{SysconfVar, sysconf};
 use protocol::{Exit, Reply, Request, State, WorkerId};
 use testbed::harness::{Client, PAUSE, TEST_TIMEOUT, binaries, create_shared_dir, is_booted_machine};
 use testbed::test_helper::{TestHelper, attack, create_worker, list, read, run, start_attack, state};
@@ -68,7 +69,8 @@ fn row_97_what_is_counted_for_each_user_or_job_leaves_the_neighbour_its_own() {
     );
     let client = test.client();
     // Beyond the soft limit a pipe has two pages at most.
-    let pipes = setting("fs/pipe-user-pages-soft") * 4096 + 4 * 200 * 8192;
+    let page = sysconf(SysconfVar::PAGE_SIZE).unwrap().unwrap() as u64;
+    let pipes = (setting("fs/pipe-user-pages-soft") + 4 * 200 * 2) * page;
     let instances = setting("fs/inotify/max_user_instances");
     for (kind, processes, each, most, neighbours, least) in [
         ("signals", 8, 20_000, 16_384, 1_000, 1_000),
@@ -79,7 +81,7 @@ fn row_97_what_is_counted_for_each_user_or_job_leaves_the_neighbour_its_own() {
         ("queues", 4, 50, 10, 3, 3),
         ("shared-memory", 4, 5_000, 4_096, 100, 100),
         ("semaphores", 4, 33_000, 32_000, 100, 100),
-        ("locked-memory", 8, 4_096, 8 * LOCKED, 100, 100 * 4_096),
+        ("locked-memory", 8, 4_096, 8 * LOCKED, 100, 100 * page),
         ("processes", 4, 1_000, 64, 20, 20),
         ("namespaces", 4, 1_000, 64, 5, 5),
     ] {

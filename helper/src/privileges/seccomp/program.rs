@@ -10,6 +10,8 @@ use protocol::config::SocketFamily;
 pub const NATIVE: u32 = 0xc000_003e;
 #[cfg(target_arch = "aarch64")]
 pub const NATIVE: u32 = 0xc000_00b7;
+#[cfg(target_arch = "riscv64")]
+pub const NATIVE: u32 = 0xc000_00f3;
 
 /// What the slot decides about a job's filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -358,7 +358,8 @@ fn protocols(report: &mut Report, args: &[String]) {
 /// What numactl, databases and the JVM set for their own memory works; other processes' memory is not moved.
 fn memory_policy(report: &mut Report, _: &[String]) {
     let memory = vec![1u8; 1 << 20];
-    let address = (memory.as_ptr() as usize).next_multiple_of(4096);
+    // Pages have 64 KiB at most.
+    let address = (memory.as_ptr() as usize).next_multiple_of(64 << 10);
     let (length, node) = (64 << 10, [1u64]);
     let mask = node.as_ptr() as usize;
     // MPOL_BIND to node 0; MPOL_DEFAULT.
