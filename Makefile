@@ -1,4 +1,5 @@
-# Builds and lays down what is installed. Distributions: `make install DESTDIR=…`; the Debian package: `make deb`.
+# Builds and lays down what is installed. Distributions: `make install DESTDIR=…`; the Debian package: `make deb`, and that of
+# another architecture: `make deb ARCH=arm64`, as root on Debian (packaging/cross).
 #
 # The list of files is here and nowhere else: the package is made of what `install` has laid down.
 
@@ -7,6 +8,11 @@ CARGO ?= cargo
 # The profile that is installed: `release`, or `debug` for the tests, which have built that already.
 PROFILE ?= release
 TARGET ?= $(or $(CARGO_TARGET_DIR),target)
+# Of the package, in Debian's words. packaging/cross says what cargo builds for (CARGO_BUILD_TARGET), and how such a program
+# is stripped (STRIP) and run (RUNNER).
+ARCH ?=
+STRIP ?= strip
+foreign = $(if $(CROSS),,$(filter-out $(shell dpkg --print-architecture),$(ARCH)))
 # `--workspace` where all of it is built anyway: features are then what they were, and nothing is built twice.
 CRATES ?= --package supervisor --package helper
 # What the package calls itself besides the version of the workspace.
@@ -29,7 +35,7 @@ build: export CFLAGS += $(places:%=-ffile-prefix-map=%)
 endif
 # Debian's packages that a build needs besides cargo; each has a program of its name.
 packages = gcc make python3
-command = $(TARGET)/$(PROFILE)/user-factory
+command = $(TARGET)/$(if $(CARGO_BUILD_TARGET),$(CARGO_BUILD_TARGET)/)$(PROFILE)/user-factory
 stage = $(TARGET)/package
 doc = $(DESTDIR)/usr/share/doc/$(name)
 units = $(wildcard packaging/systemd/*.socket packaging/systemd/*.service packaging/systemd/*.timer)
@@ -37,6 +43,11 @@ program = install -D -m 755
 file = install -D -m 644
 
 # What must be there is looked for before minutes of building.
+ifneq ($(foreign),)
+build deb:
+	packaging/cross $(ARCH) $(MAKE) $@
+	[ $@ = build ] || install -D -m 644 -t $(TARGET)/debian $(TARGET)/cross/$(ARCH)/debian/$(name)_*-$(REVISION)_$(ARCH).deb
+else
 build: tools
 	$(CARGO) build $(if $(filter release,$(PROFILE)),--release) $(CRATES)
 
@@ -50,10 +61,10 @@ install: build
 	$(file) packaging/systemd/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/$(name).conf
 	install -d $(addprefix $(DESTDIR)/usr/share/, man/man1 bash-completion/completions zsh/vendor-completions \
 		fish/vendor_completions.d)
-	$(command) generate man >$(DESTDIR)/usr/share/man/man1/user-factory.1
-	$(command) generate bash >$(DESTDIR)/usr/share/bash-completion/completions/user-factory
-	$(command) generate zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_user-factory
-	$(command) generate fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/user-factory.fish
+	$(RUNNER) $(command) generate man >$(DESTDIR)/usr/share/man/man1/user-factory.1
+	$(RUNNER) $(command) generate bash >$(DESTDIR)/usr/share/bash-completion/completions/user-factory
+	$(RUNNER) $(command) generate zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_user-factory
+	$(RUNNER) $(command) generate fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/user-factory.fish
 	$(file) README.md SECURITY.md CONTRIBUTING.md CHANGELOG.md -t $(doc)
 	$(dated) packaging/sbom >$(doc)/sbom.cdx.json
 	for page in docs/*.md docs/evidence/*.md; do $(file) $$page $(doc)/$$page || exit 1; done
@@ -65,8 +76,10 @@ install: build
 deb: tools $(CARGO_DEB)
 	rm -rf $(stage)
 	umask 022 && $(MAKE) install DESTDIR=$(stage)
-	strip --strip-unneeded --remove-section=.comment $(stage)/usr/bin/* $(stage)/usr/libexec/*/*
-	$(dated) $(CARGO_DEB) --quiet --no-build --no-strip --package supervisor --deb-revision $(REVISION) --output $(TARGET)/debian/
+	$(STRIP) --strip-unneeded --remove-section=.comment $(stage)/usr/bin/* $(stage)/usr/libexec/*/*
+	$(dated) $(CARGO_DEB) --quiet --no-build --no-strip --package supervisor --deb-revision $(REVISION) \
+		$(CARGO_BUILD_TARGET:%=--target %) --output $(TARGET)/debian/
+endif
 
 tools:
 	@for tool in $(CARGO) $(packages); do command -v $$tool >/dev/null || \
@@ -74,7 +87,7 @@ tools:
 
 # A pinned version, beside what it builds: nothing of the user's own is touched.
 $(CARGO_DEB):
-	$(CARGO) install cargo-deb --quiet --locked --version $(CARGO_DEB_VERSION) --root $(TARGET)/tools \
+	env --unset=CARGO_BUILD_TARGET $(CARGO) install cargo-deb --quiet --locked --version $(CARGO_DEB_VERSION) --root $(TARGET)/tools \
 		--target-dir $(TARGET)/tools/build
 	rm -rf $(TARGET)/tools/build
 
