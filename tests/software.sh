@@ -57,7 +57,7 @@ the_git() {
 }
 
 the_gdb() {
-    gdb -batch -ex 'break main' -ex run -ex 'info registers rip' -ex continue ./made | tee out && grep -q 'Breakpoint 1, main' out && grep -q 'exited normally' out
+    gdb -batch -ex 'break main' -ex run -ex 'info registers pc' -ex continue ./made | tee out && grep -q 'Breakpoint 1, main' out && grep -q 'exited normally' out
 }
 
 the_strace() {

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What a host is made of: QEMU, and an image from Debian's packages.
-# shellcheck disable=SC2154 # $target, $run, $here: of tests/machine/run; $suite, $filesystem: of hosts/
-# shellcheck disable=SC2034 # $append, $rootflags: lib.sh uses them
+# shellcheck disable=SC2154 # $target, $run, $here: of tests/machine/run; $suite, $kernel, $filesystem: of hosts/
+# shellcheck disable=SC2034 # $append, $board, $console: lib.sh uses them
 
 # What the tests and scenarios use on every host.
 packages=(
@@ -10,17 +10,32 @@ packages=(
     initramfs-tools zstd
 )
 
-# The host of that name, for this scenario: the suites of its system and of its kernel, its file system, more of the kernel's
-# command line, and what scenarios must know of it.
+# The host of that name, for this scenario: its architecture, the suites of its system and of its kernel, which of that
+# suite's kernels, its file system, more of the kernel's command line, and what scenarios must know of it.
 load_host() {
     local more
+    architecture=amd64
+    flavour=
     append=
     facts=()
     customize() { :; }
     # shellcheck source=/dev/null
     . "$here/hosts/$1"
     kernel=${MACHINE_KERNEL:-$kernel}
-    packages+=("linux-image-amd64/$kernel")
+    packages+=("linux-image-${flavour:-$architecture}/$kernel")
+    case $architecture in
+        amd64)
+            emulator=qemu-system-x86_64
+            board=(-M q35 -cpu "max,-la57")
+            console=ttyS0
+            ;;
+        arm64)
+            emulator=qemu-system-aarch64
+            # Of the processors that it emulates, one of servers, and without pointer authentication, which is slow.
+            board=(-M virt -cpu neoverse-n1)
+            console=ttyAMA0
+            ;;
+    esac
     image=$target/image-$1-$kernel
     # A scenario that needs more packages than the others has an image of its own.
     more=$(sed -n 's/^# Packages: //p' "$here/../$2.sh" "$here/scenarios/$2" 2>/dev/null || true)
@@ -41,13 +56,6 @@ unlock() {
     exec {lock}>&-
 }
 
-# The mirror that this machine's apt uses, or that of Debian's security updates (`-security`).
-mirror() {
-    # shellcheck disable=SC2016 # apt expands these
-    apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Created-By: Packages' 'Component: main' |
-        sed -nE "s/ (bookworm|trixie|forky|sid)${1:-}\$//p" | sort -u | sed -n 1p
-}
-
 # A tool of this machine's own that is needed here.
 host_tool() {
     command -v "$1" >/dev/null || apt-get install --quiet --yes --no-install-recommends "$2" >&2
@@ -57,13 +65,13 @@ host_tool() {
 qemu_works() {
     command -v "$qemu" >/dev/null && "$qemu_img" --version >/dev/null 2>&1 &&
         echo quit | timeout 60 "$qemu" -nodefaults -no-user-config -display none -monitor stdio "${firmware[@]}" \
-            -M q35 -accel tcg,thread=single -S -netdev user,id=net -device virtio-net-pci,netdev=net,romfile= \
+            "${board[@]}" -accel tcg,thread=single -S -netdev user,id=net -device virtio-net-pci,netdev=net,romfile= \
             >"$run/qemu.log" 2>&1
 }
 
 # The QEMU that is installed, if it works; or one that is unpacked below cargo's target directory.
 get_qemu() {
-    qemu=qemu-system-x86_64
+    qemu=$emulator
     qemu_img=qemu-img
     firmware=()
     qemu_works || get_unpacked_qemu
@@ -74,7 +82,7 @@ get_qemu() {
 # to the loader and the C library.
 get_unpacked_qemu() {
     local lib=lib/x86_64-linux-gnu name package
-    for name in qemu-system-x86_64 qemu-img; do
+    for name in "$emulator" qemu-img; do
         cat >"$run/$name" <<END
 #!/bin/sh
 export QEMU_MODULE_DIR="$target/qemu/usr/$lib/qemu"
@@ -83,7 +91,7 @@ exec "$target/qemu/$lib/ld-linux-x86-64.so.2" --library-path "$target/qemu/$lib:
 END
         chmod +x "$run/$name"
     done
-    qemu=$run/qemu-system-x86_64
+    qemu=$run/$emulator
     qemu_img=$run/qemu-img
     firmware=(-L "$target/qemu/usr/share/qemu" -L "$target/qemu/usr/share/seabios")
     lock
@@ -97,7 +105,7 @@ END
         timeout 900 apt-get install --quiet=2 --yes --no-install-recommends --download-only \
             --option Dir::State::status="$run/status" \
             --option Dir::Cache::pkgcache= --option Dir::Cache::srcpkgcache= \
-            --option Dir::Cache::archives="$target/qemu/archives" qemu-system-x86 qemu-utils >&2
+            --option Dir::Cache::archives="$target/qemu/archives" qemu-system-x86 qemu-system-arm qemu-utils >&2
         for package in "$target"/qemu/archives/*.deb; do
             dpkg-deb --extract "$package" "$target/qemu"
         done
@@ -170,10 +178,9 @@ unmount_root() {
 }
 
 build_root() {
-    local root=$1 uri security sources include
-    uri=$(mirror)
-    [ -n "$uri" ] || fail "apt knows no mirror of Debian: run apt-get update"
-    security=$(mirror -security)
+    local root=$1 uri security sources include enter=()
+    uri=$(packaging/mirror)
+    security=$(packaging/mirror -security)
     sources=("deb $uri $suite main")
     case $suite in
         bookworm | trixie)
@@ -191,7 +198,11 @@ build_root() {
     export MACHINE_FILESYSTEM=$filesystem MACHINE_FACTS="host=$host ${facts[*]}"
     # The hooks of a newer linux-base want a newer run-parts than bookworm's: see guest/initrd for what they do.
     # Some packages, as Java's, make links among the pages of the manual, which are left out.
-    timeout 1800 mmdebstrap --mode=root --variant=minbase --include="$include" \
+    # Each program of the packages is emulated where it is another architecture's. mmdebstrap does not see that it can be.
+    [ "$architecture" = amd64 ] || enter=("$here/foreign" "$(packaging/cross "$architecture" --emulator)")
+    timeout 3600 "${enter[@]}" \
+        mmdebstrap --mode=root --variant=minbase --include="$include" \
+        --architectures="$architecture" --skip=check/qemu \
         --aptopt='Acquire::Check-Valid-Until "false"' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/kernel/*' \

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The machine while it runs. It is spoken to through two virtio-serial ports: `control`, a line each way, and `output`.
 # shellcheck disable=SC2154 # $run, $target, $here: of tests/machine/run; $image, $booted, $qemu, $qemu_img, $firmware,
-# $filesystem, $append: of image.sh and hosts/
+# $filesystem, $append, $architecture, $board, $console: of image.sh and hosts/
 
 note() {
     echo "machine: $*" >&2
@@ -28,9 +28,9 @@ start_machine() {
     # that the first cpu.max turns), and the kernel stops with "Oops: int3". A service has as long to start as it takes
     # (0: no time-out). The 90 s that systemd gives it may be too short while this machine has other work.
     "$qemu" -nodefaults -no-user-config -display none "${firmware[@]}" \
-        -M q35 -accel tcg,thread=single -cpu max,-la57 -smp 2 -m 2048 -rtc base=utc \
+        "${board[@]}" -accel tcg,thread=single -smp 2 -m 2048 -rtc base=utc \
         -kernel "$image/vmlinuz" -initrd "$image/initrd.img" \
-        -append "root=/dev/vda rw rootfstype=$filesystem $rootflags console=ttyS0 quiet panic=-1 systemd.default_timeout_start_sec=0 $append" \
+        -append "root=/dev/vda rw rootfstype=$filesystem $rootflags console=$console quiet panic=-1 systemd.default_timeout_start_sec=0 $append" \
         -drive if=none,id=root,format=qcow2,cache=unsafe,file="$run/disk.qcow2" \
         -device virtio-blk-pci,drive=root \
         -drive if=none,id=bundle,format=raw,readonly=on,file="$run/bundle.ext4" \
@@ -130,9 +130,18 @@ pack_packages() {
     local revision
     mkdir -p "$run/bundle/packages"
     for revision in 1 2; do
-        make --silent deb "REVISION=$revision" >&2
-        cp "$target/../debian/buildomat-user-factory_"*"-${revision}_"*.deb "$run/bundle/packages/$revision.deb"
+        make --silent deb "REVISION=$revision" "ARCH=$architecture" >&2
+        cp "$target/../debian/buildomat-user-factory_"*"-${revision}_$architecture.deb" "$run/bundle/packages/$revision.deb"
     done
+}
+
+# Cargo, for the architecture of the host.
+host_cargo() {
+    if [ "$architecture" = amd64 ]; then
+        cargo "$@"
+    else
+        packaging/cross "$architecture" cargo "$@"
+    fi
 }
 
 # What the scenario needs from outside, on a disk of its own: always of the same size, as the saved machine knows it.
@@ -145,10 +154,10 @@ pack_bundle() {
     mkdir -p "$bundle"/{bin,tests}
     [ "$1" != deployment ] || pack_packages
     note "building the factory's programs and tests"
-    cargo build --quiet --workspace --bins --message-format=json >"$run/bins.json"
+    host_cargo build --quiet --workspace --bins --message-format=json >"$run/bins.json"
     : >"$run/tests.json"
     [ "$names" = none ] ||
-        TESTBED_EMULATED=1 cargo test --quiet --package testbed "${wanted[@]:---tests}" --no-run --message-format=json >"$run/tests.json"
+        TESTBED_EMULATED=1 host_cargo test --quiet --package testbed "${wanted[@]:---tests}" --no-run --message-format=json >"$run/tests.json"
     # Hard links where they can be, for they are large.
     while read -r executable; do
         cp --link "$executable" "$bundle/bin/" 2>/dev/null || cp "$executable" "$bundle/bin/"
