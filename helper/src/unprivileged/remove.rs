@@ -52,6 +52,10 @@ const MANY: usize = 1000;
 /// The most names of directories that the second process remembers, whatever a job has left.
 const MOST_OF_SECOND: usize = 1 << 14;
 
+/// How often directories in which nothing is listed any more may turn out not to be empty. btrfs lists no name that is newer
+/// than the opening of the directory: where something renames after each opening, there is no end.
+const MOST_AGAIN: usize = 1000;
+
 /// How deep a directory is emptied where it is; what is deeper is moved first. The kernel keeps all directories above an
 /// open one in memory, a kilobyte or so for each, which no limit of the job's counts.
 pub const DEEPEST: usize = 4096;
@@ -327,6 +331,7 @@ fn empty(
     let mut pending = PendingDir::begin(&own, 0, count)?;
     let mut parents: Vec<ParentDir> = Vec::new();
     let mut stack = DirStack(Vec::new());
+    let mut again = 0;
     loop {
         if let Some(next) = pending.names.pop() {
             let inner = match open_own(&own, Path::new(&next)) {
@@ -370,7 +375,10 @@ fn empty(
             match unlinkat(&own, back.next.as_os_str(), UnlinkatFlags::RemoveDir) {
                 Ok(()) | Err(Errno::ENOENT) => count(),
                 // Not everything in it was listed.
-                Err(Errno::ENOTEMPTY | Errno::EEXIST) => back.pending.names.push(back.next),
+                Err(Errno::ENOTEMPTY | Errno::EEXIST) if again < MOST_AGAIN => {
+                    again += 1;
+                    back.pending.names.push(back.next);
+                }
                 Err(errno) => bail!("cannot remove {:?}: {errno}", back.next),
             }
             pending = back.pending;
