@@ -30,6 +30,7 @@ pub const NEVER: &[SystemCall] = &[
         libc::SYS_kexec_load,
         [0, ALL_BITS, NOWHERE, ALL_BITS, 0, 0],
     ),
+    #[cfg(not(target_arch = "riscv64"))]
     (
         "kexec_file_load",
         libc::SYS_kexec_file_load,

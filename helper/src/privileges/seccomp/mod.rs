@@ -44,7 +44,11 @@ const NEVER: &[c_long] = &[
     libc::SYS_open_by_handle_at,
     // The machine.
     libc::SYS_kexec_load,
+    #[cfg(not(target_arch = "riscv64"))]
     libc::SYS_kexec_file_load,
+    // The same, which the C library's list lacks there.
+    #[cfg(target_arch = "riscv64")]
+    294,
     libc::SYS_init_module,
     libc::SYS_finit_module,
     libc::SYS_delete_module,
@@ -166,6 +170,7 @@ const SESSION: &[c_long] = &[
     libc::SYS_unlinkat,
     libc::SYS_symlinkat,
     libc::SYS_readlinkat,
+    #[cfg(not(target_arch = "riscv64"))]
     libc::SYS_renameat,
     libc::SYS_renameat2,
     libc::SYS_fchmod,
