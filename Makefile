@@ -12,7 +12,7 @@ TARGET ?= $(or $(CARGO_TARGET_DIR),target)
 # is stripped (STRIP) and run (RUNNER).
 ARCH ?=
 STRIP ?= strip
-foreign = $(if $(CROSS),,$(filter-out $(shell dpkg --print-architecture),$(ARCH)))
+foreign = $(if $(CROSS),,$(if $(ARCH),$(filter-out $(shell dpkg --print-architecture),$(ARCH))))
 # `--workspace` where all of it is built anyway: features are then what they were, and nothing is built twice.
 CRATES ?= --package supervisor --package helper
 # What the package calls itself besides the version of the workspace.
@@ -45,8 +45,10 @@ file = install -D -m 644
 # What must be there is looked for before minutes of building.
 ifneq ($(foreign),)
 build deb:
-	packaging/cross $(ARCH) $(MAKE) $@
+	packaging/cross $(ARCH) make $@
 	[ $@ = build ] || install -D -m 644 -t $(TARGET)/debian $(TARGET)/cross/$(ARCH)/debian/$(name)_*-$(REVISION)_$(ARCH).deb
+install:
+	@echo "of another architecture only the package can be made: make deb ARCH=$(ARCH)" >&2 && exit 1
 else
 build: tools
 	$(CARGO) build $(if $(filter release,$(PROFILE)),--release) $(CRATES)
