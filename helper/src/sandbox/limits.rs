@@ -49,7 +49,8 @@ fn cgroup_settings(limits: &Limits, nice: u8, host: Abilities, page: u32) -> Vec
 /// over H / H)². To fill a step of S bytes so takes a writer 64 s × S³ / (3 × H² × 64 pages), if nothing is given up
 /// meanwhile. That is the time that a file system and its disk have, and the time that it takes to end a job that really
 /// wants too much. With pages of 4 KiB, 50 × limit^⅔ makes it about 10 s, whatever the limit: 6.5 MiB of 48 MiB, 50 MiB of
-/// 1 GiB. aarch64 has larger pages, too.
+/// 1 GiB. On aarch64 a page may have 16 or 64 KiB. A step of a few batches, which the smallest limits have then, takes less:
+/// the kernel delays each batch by 2 s at most.
 fn throttle_from(limit: u64, page: u32) -> u64 {
     let step = 50.0 * (limit as f64).cbrt().powi(2) * f64::from(page / 4096).cbrt();
     limit - step as u64

@@ -1,12 +1,13 @@
 //! Emptying the directories that a job could write, as the job's user: root never walks them.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString, OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::dir::{Dir, OwningIter, Type};
 use nix::errno::Errno;
 use nix::fcntl::{RenameFlags, openat, renameat, renameat2};
@@ -52,9 +53,9 @@ const MANY: usize = 1000;
 /// The most names of directories that the second process remembers, whatever a job has left.
 const MOST_OF_SECOND: usize = 1 << 14;
 
-/// How often directories in which nothing is listed any more may turn out not to be empty. btrfs lists no name that is newer
-/// than the opening of the directory: where something renames after each opening, there is no end.
-const MOST_AGAIN: usize = 1000;
+/// How often a directory may be gone back to since something was removed. Since Linux 6.6 btrfs lists no name that is newer than
+/// the opening of the directory: where something renames after each opening, there is no end.
+const MOST_IN_VAIN: usize = 1000;
 
 /// How deep a directory is emptied where it is; what is deeper is moved first. The kernel keeps all directories above an
 /// open one in memory, a kilobyte or so for each, which no limit of the job's counts.
@@ -249,7 +250,8 @@ impl PendingDir {
         files.sort_unstable();
         for (_, name) in files.drain(..) {
             match unlinkat(own, &*name, UnlinkatFlags::NoRemoveDir) {
-                Ok(()) | Err(Errno::ENOENT) => count(),
+                Ok(()) => count(),
+                Err(Errno::ENOENT) => {}
                 // Not every file system says in a listing what is one.
                 Err(Errno::EISDIR) => self.names.push(name_of(&name)),
                 Err(errno) => bail!("cannot remove {name:?}: {errno}"),
@@ -331,7 +333,19 @@ fn empty(
     let mut pending = PendingDir::begin(&own, 0, count)?;
     let mut parents: Vec<ParentDir> = Vec::new();
     let mut stack = DirStack(Vec::new());
-    let mut again = 0;
+    let in_vain = Cell::new(0);
+    let count = &mut || {
+        in_vain.set(0);
+        count();
+    };
+    let go_back = |name: &OsStr| {
+        in_vain.set(in_vain.get() + 1);
+        ensure!(
+            in_vain.get() <= MOST_IN_VAIN,
+            "nothing in {name:?} can be removed, and it is not empty: something renames in it, or its file system is damaged"
+        );
+        Ok(())
+    };
     loop {
         if let Some(next) = pending.names.pop() {
             let inner = match open_own(&own, Path::new(&next)) {
@@ -347,7 +361,10 @@ fn empty(
             if parents.len() >= deepest {
                 match deep.as_mut().map(|deep| deep.take(&own, &next)) {
                     None => return Ok(false),
-                    Some(Ok(())) => continue,
+                    Some(Ok(())) => {
+                        count();
+                        continue;
+                    }
                     Some(Err(_)) => {}
                 }
             }
@@ -356,6 +373,7 @@ fn empty(
             parents.push(ParentDir { pending, next });
             (own, pending) = (inner, content);
         } else if !pending.is_all {
+            go_back(parents.last().map_or(dir.as_os_str(), |parent| &parent.next))?;
             // Anew: its listing goes on where it was left.
             own = open_own(&own, Path::new("."))?;
             pending = PendingDir::begin(&own, parents.len(), count)?;
@@ -373,10 +391,11 @@ fn empty(
                 own => own.context("cannot go back up")?,
             };
             match unlinkat(&own, back.next.as_os_str(), UnlinkatFlags::RemoveDir) {
-                Ok(()) | Err(Errno::ENOENT) => count(),
+                Ok(()) => count(),
+                Err(Errno::ENOENT) => {}
                 // Not everything in it was listed.
-                Err(Errno::ENOTEMPTY | Errno::EEXIST) if again < MOST_AGAIN => {
-                    again += 1;
+                Err(Errno::ENOTEMPTY | Errno::EEXIST) => {
+                    go_back(&back.next)?;
                     back.pending.names.push(back.next);
                 }
                 Err(errno) => bail!("cannot remove {:?}: {errno}", back.next),
@@ -473,6 +492,22 @@ mod tests {
             std::fs::rename(&top, new.join("top")).unwrap();
             std::fs::rename(&new, &top).unwrap();
         }
+    }
+
+    /// So far down, 16 names are listed at a time: their directory is gone back to more often than may be in vain.
+    #[test]
+    fn directories_without_number_that_are_too_deep_are_moved_and_removed() {
+        let root = tempfile::tempdir_in("/dev/shm").unwrap();
+        let work = root.path().join("work");
+        chain(&work, 400);
+        let last = work.join("top/".repeat(400));
+        for number in 0..17 * MOST_IN_VAIN {
+            std::fs::create_dir(last.join(number.to_string())).unwrap();
+        }
+        std::fs::create_dir_all(root.path().join(DEEP_SPARE)).unwrap();
+        let fs = std::fs::File::open(root.path()).unwrap();
+        assert!(empty_all(fs.as_fd(), &[Path::new("work")], 400, &mut || ()).unwrap());
+        assert_eq!(std::fs::read_dir(&work).unwrap().count(), 0);
     }
 
     #[test]
