@@ -8,11 +8,11 @@ CARGO ?= cargo
 # The profile that is installed: `release`, or `debug` for the tests, which have built that already.
 PROFILE ?= release
 TARGET ?= $(or $(CARGO_TARGET_DIR),target)
-# Of the package, in Debian's words. packaging/cross says what cargo builds for (CARGO_BUILD_TARGET), and how such a program
-# is stripped (STRIP) and run (RUNNER).
-ARCH ?=
-STRIP ?= strip
-foreign = $(if $(CROSS),,$(if $(ARCH),$(filter-out $(shell dpkg --print-architecture),$(ARCH))))
+# Of the package, in Debian's words; not from the environment, where ARCH means other things. packaging/cross says which
+# architecture it builds for (CROSS_ARCH), what cargo calls it (CARGO_BUILD_TARGET), and how such a program is stripped
+# (CROSS_STRIP) and run (CROSS_RUNNER).
+ARCH =
+other_arch = $(if $(CROSS_ARCH),,$(if $(ARCH),$(filter-out $(shell dpkg --print-architecture),$(ARCH))))
 # `--workspace` where all of it is built anyway: features are then what they were, and nothing is built twice.
 CRATES ?= --package supervisor --package helper
 # What the package calls itself besides the version of the workspace.
@@ -35,7 +35,7 @@ build: export CFLAGS += $(places:%=-ffile-prefix-map=%)
 endif
 # Debian's packages that a build needs besides cargo; each has a program of its name.
 packages = gcc make python3
-command = $(TARGET)/$(if $(CARGO_BUILD_TARGET),$(CARGO_BUILD_TARGET)/)$(PROFILE)/user-factory
+command = $(TARGET)/$(CARGO_BUILD_TARGET:%=%/)$(PROFILE)/user-factory
 stage = $(TARGET)/package
 doc = $(DESTDIR)/usr/share/doc/$(name)
 units = $(wildcard packaging/systemd/*.socket packaging/systemd/*.service packaging/systemd/*.timer)
@@ -43,7 +43,7 @@ program = install -D -m 755
 file = install -D -m 644
 
 # What must be there is looked for before minutes of building.
-ifneq ($(foreign),)
+ifneq ($(other_arch),)
 build deb:
 	packaging/cross $(ARCH) make $@
 	[ $@ = build ] || install -D -m 644 -t $(TARGET)/debian $(TARGET)/cross/$(ARCH)/debian/$(name)_*-$(REVISION)_$(ARCH).deb
@@ -63,10 +63,10 @@ install: build
 	$(file) packaging/systemd/tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/$(name).conf
 	install -d $(addprefix $(DESTDIR)/usr/share/, man/man1 bash-completion/completions zsh/vendor-completions \
 		fish/vendor_completions.d)
-	$(RUNNER) $(command) generate man >$(DESTDIR)/usr/share/man/man1/user-factory.1
-	$(RUNNER) $(command) generate bash >$(DESTDIR)/usr/share/bash-completion/completions/user-factory
-	$(RUNNER) $(command) generate zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_user-factory
-	$(RUNNER) $(command) generate fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/user-factory.fish
+	$(CROSS_RUNNER) $(command) generate man >$(DESTDIR)/usr/share/man/man1/user-factory.1
+	$(CROSS_RUNNER) $(command) generate bash >$(DESTDIR)/usr/share/bash-completion/completions/user-factory
+	$(CROSS_RUNNER) $(command) generate zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_user-factory
+	$(CROSS_RUNNER) $(command) generate fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/user-factory.fish
 	$(file) README.md SECURITY.md CONTRIBUTING.md CHANGELOG.md -t $(doc)
 	$(dated) packaging/sbom >$(doc)/sbom.cdx.json
 	for page in docs/*.md docs/evidence/*.md; do $(file) $$page $(doc)/$$page || exit 1; done
@@ -78,7 +78,7 @@ install: build
 deb: tools $(CARGO_DEB)
 	rm -rf $(stage)
 	umask 022 && $(MAKE) install DESTDIR=$(stage)
-	$(STRIP) --strip-unneeded --remove-section=.comment $(stage)/usr/bin/* $(stage)/usr/libexec/*/*
+	$(or $(CROSS_STRIP),strip) --strip-unneeded --remove-section=.comment $(stage)/usr/bin/* $(stage)/usr/libexec/*/*
 	$(dated) $(CARGO_DEB) --quiet --no-build --no-strip --package supervisor --deb-revision $(REVISION) \
 		$(CARGO_BUILD_TARGET:%=--target %) --output $(TARGET)/debian/
 endif
@@ -96,7 +96,7 @@ $(CARGO_DEB):
 # Two builds in different folders, compared byte by byte: both programs and the package, which takes a quarter of an hour;
 # `make reproducible ONLY=helper` is root's program alone.
 reproducible:
-	packaging/reproducible $(ONLY)
+	packaging/reproducible "$(ONLY)" "$(other_arch)"
 
 # Are the units what systemd understands? It is silent then. Programs stand where they are installed, not here.
 verify:

@@ -23,14 +23,15 @@ load_host() {
     . "$here/hosts/$1"
     kernel=${MACHINE_KERNEL:-$kernel}
     packages+=("linux-image-${flavour:-$architecture}/$kernel")
+    # QEMU's program and Debian's package of it; and what it emulates.
     case $architecture in
         amd64)
-            emulator=qemu-system-x86_64
+            system_emulator=(qemu-system-x86_64 qemu-system-x86)
             board=(-M q35 -cpu "max,-la57")
             console=ttyS0
             ;;
         arm64)
-            emulator=qemu-system-aarch64
+            system_emulator=(qemu-system-aarch64 qemu-system-arm)
             # Of the processors that it emulates, one of servers, and without pointer authentication, which is slow.
             board=(-M virt -cpu neoverse-n1)
             console=ttyAMA0
@@ -57,7 +58,7 @@ unlock() {
 }
 
 # A tool of this machine's own that is needed here.
-host_tool() {
+local_tool() {
     command -v "$1" >/dev/null || apt-get install --quiet --yes --no-install-recommends "$2" >&2
 }
 
@@ -71,7 +72,7 @@ qemu_works() {
 
 # The QEMU that is installed, if it works; or one that is unpacked below cargo's target directory.
 get_qemu() {
-    qemu=$emulator
+    qemu=${system_emulator[0]}
     qemu_img=qemu-img
     firmware=()
     qemu_works || get_unpacked_qemu
@@ -81,36 +82,36 @@ get_qemu() {
 # and keeps no cache that it shares with the true one, so that all that QEMU needs is there whatever this machine has, down
 # to the loader and the C library.
 get_unpacked_qemu() {
-    local lib=lib/x86_64-linux-gnu name package
-    for name in "$emulator" qemu-img; do
+    local lib=lib/x86_64-linux-gnu unpacked=$target/qemu-$architecture name package
+    for name in "${system_emulator[0]}" qemu-img; do
         cat >"$run/$name" <<END
 #!/bin/sh
-export QEMU_MODULE_DIR="$target/qemu/usr/$lib/qemu"
-exec "$target/qemu/$lib/ld-linux-x86-64.so.2" --library-path "$target/qemu/$lib:$target/qemu/usr/$lib" \
-    "$target/qemu/usr/bin/$name" "\$@"
+export QEMU_MODULE_DIR="$unpacked/usr/$lib/qemu"
+exec "$unpacked/$lib/ld-linux-x86-64.so.2" --library-path "$unpacked/$lib:$unpacked/usr/$lib" \
+    "$unpacked/usr/bin/$name" "\$@"
 END
         chmod +x "$run/$name"
     done
-    qemu=$run/$emulator
+    qemu=$run/${system_emulator[0]}
     qemu_img=$run/qemu-img
-    firmware=(-L "$target/qemu/usr/share/qemu" -L "$target/qemu/usr/share/seabios")
+    firmware=(-L "$unpacked/usr/share/qemu" -L "$unpacked/usr/share/seabios")
     lock
     # What an earlier run has unpacked may be incomplete.
     if ! qemu_works; then
         note "getting QEMU"
-        rm -rf "$target/qemu"
-        mkdir -p "$target/qemu/archives/partial"
+        rm -rf "$unpacked"
+        mkdir -p "$unpacked/archives/partial"
         : >"$run/status"
         apt-get update --quiet=2 >&2
         timeout 900 apt-get install --quiet=2 --yes --no-install-recommends --download-only \
             --option Dir::State::status="$run/status" \
             --option Dir::Cache::pkgcache= --option Dir::Cache::srcpkgcache= \
-            --option Dir::Cache::archives="$target/qemu/archives" qemu-system-x86 qemu-system-arm qemu-utils >&2
-        for package in "$target"/qemu/archives/*.deb; do
-            dpkg-deb --extract "$package" "$target/qemu"
+            --option Dir::Cache::archives="$unpacked/archives" "${system_emulator[1]}" qemu-utils >&2
+        for package in "$unpacked"/archives/*.deb; do
+            dpkg-deb --extract "$package" "$unpacked"
         done
-        rm -r "$target/qemu/archives"
-        qemu_works || fail "the QEMU below $target/qemu does not start: $(cat "$run/qemu.log")"
+        rm -r "$unpacked/archives"
+        qemu_works || fail "the QEMU below $unpacked does not start: $(cat "$run/qemu.log")"
     fi
     unlock
 }
@@ -130,7 +131,7 @@ get_image() {
         note "building the image of $host, with the kernel of $kernel"
         # Images of earlier versions of these files, and what was cut off.
         rm -rf --one-file-system "$earlier"-????????????
-        host_tool mmdebstrap mmdebstrap
+        local_tool mmdebstrap mmdebstrap
         build_root "$image/root"
         cp "$image"/root/boot/vmlinuz-* "$image/vmlinuz"
         cp "$image"/root/boot/initrd.img-* "$image/initrd.img"
@@ -144,19 +145,19 @@ get_image() {
 
 # File systems with the content of a directory. Their features are what an operator must choose, too: see the README.
 make_ext4() {
-    host_tool mke2fs e2fsprogs
+    local_tool mke2fs e2fsprogs
     mke2fs -q -t ext4 -O quota,project -E quotatype=usrquota:prjquota -d "$1" "$2" 8G >/dev/null
 }
 
 make_xfs() {
-    host_tool mkfs.xfs xfsprogs
+    local_tool mkfs.xfs xfsprogs
     truncate -s 8G "$2"
     mkfs.xfs -q "$2"
     copy_root "$1" "$2"
 }
 
 make_btrfs() {
-    host_tool mkfs.btrfs btrfs-progs
+    local_tool mkfs.btrfs btrfs-progs
     truncate -s 8G "$2"
     mkfs.btrfs -q "$2"
     copy_root "$1" "$2"
@@ -199,7 +200,7 @@ build_root() {
     # The hooks of a newer linux-base want a newer run-parts than bookworm's: see guest/initrd for what they do.
     # Some packages, as Java's, make links among the pages of the manual, which are left out.
     # Each program of the packages is emulated where it is another architecture's. mmdebstrap does not see that it can be.
-    [ "$architecture" = amd64 ] || enter=("$here/foreign" "$(packaging/cross "$architecture" --emulator)")
+    [ "$architecture" = amd64 ] || enter=("$here/run-emulated" "$(packaging/cross "$architecture" --emulator)")
     timeout 3600 "${enter[@]}" \
         mmdebstrap --mode=root --variant=minbase --include="$include" \
         --architectures="$architecture" --skip=check/qemu \

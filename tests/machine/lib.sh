@@ -136,7 +136,7 @@ pack_packages() {
 }
 
 # Cargo, for the architecture of the host.
-host_cargo() {
+cargo_for_host() {
     if [ "$architecture" = amd64 ]; then
         cargo "$@"
     else
@@ -154,10 +154,10 @@ pack_bundle() {
     mkdir -p "$bundle"/{bin,tests}
     [ "$1" != deployment ] || pack_packages
     note "building the factory's programs and tests"
-    host_cargo build --quiet --workspace --bins --message-format=json >"$run/bins.json"
+    cargo_for_host build --quiet --workspace --bins --message-format=json >"$run/bins.json"
     : >"$run/tests.json"
     [ "$names" = none ] ||
-        TESTBED_EMULATED=1 host_cargo test --quiet --package testbed "${wanted[@]:---tests}" --no-run --message-format=json >"$run/tests.json"
+        TESTBED_EMULATED=1 cargo_for_host test --quiet --package testbed "${wanted[@]:---tests}" --no-run --message-format=json >"$run/tests.json"
     # Hard links where they can be, for they are large.
     while read -r executable; do
         cp --link "$executable" "$bundle/bin/" 2>/dev/null || cp "$executable" "$bundle/bin/"
@@ -204,7 +204,8 @@ run_all() {
             note "$scenario on $name ended with $status; its output: $target/$name-$scenario.log"
             [ "$status" = 0 ] || failed=1
         done
-        rm -rf --one-file-system "$target/image-$name"-*
+        # Another host's name may begin with this one's.
+        (load_host "$name" deployment && rm -rf --one-file-system "$image"-*)
     done
     column -t <<<"$table"
     return $failed

@@ -14,7 +14,7 @@ use testbed::tracer::helper::{KINDS, TracedKind, WatchPeriod, watch};
 
 /// At most so many, for each operation on a connection of its own, which takes some 40 of them. The monitor may be woken
 /// meanwhile by a child that has ended, which takes five. The state directory is on an ext4 without quotas: a deletion that has
-/// one to remove takes some 30 more. They are for both architectures, whose numbers differ by five at most.
+/// one to remove takes some 30 more. They are the same on x86-64 and aarch64.
 const BUDGET: [(&str, usize); 5] = [
     ("CreateUser", 102),
     ("InstallAgent", 630),
