@@ -136,29 +136,11 @@ impl fmt::Display for UsbProblem {
     }
 }
 
-/// Which device each entry means. Hubs are meant by none. A device may be meant by several entries; an entry that is not
-/// required may have none.
+/// Which device this entry means: none if it is absent, and not required. Several entries may mean one device.
 ///
 /// # Errors
-/// An entry's device is absent, or it is not clear which it is.
+/// The entry's device is absent, or it is not clear which it is.
 pub fn resolve<'a>(
-    entries: &'a BTreeMap<UsbName, UsbEntry>,
-    devices: &'a [UsbDevice],
-) -> Result<BTreeMap<&'a UsbName, &'a UsbDevice>, UsbProblem> {
-    let mut found = BTreeMap::new();
-    for (name, entry) in entries {
-        if let Some(device) = resolve_one(name, entry, devices)? {
-            found.insert(name, device);
-        }
-    }
-    Ok(found)
-}
-
-/// Which device this entry means.
-///
-/// # Errors
-/// As those of [`resolve`].
-pub fn resolve_one<'a>(
     name: &UsbName,
     entry: &UsbEntry,
     devices: &'a [UsbDevice],
@@ -311,15 +293,14 @@ mod tests {
     }
 
     fn found(text: &str, devices: &[UsbDevice]) -> String {
-        match resolve(&entries(text), devices) {
-            Ok(found) => {
-                let found = found
-                    .iter()
-                    .map(|(name, device)| format!("{name}={}", device.port));
-                found.collect::<Vec<_>>().join(" ")
+        let mut found = Vec::new();
+        for (name, entry) in entries(text) {
+            match resolve(&name, &entry, devices) {
+                Ok(device) => found.extend(device.map(|device| format!("{name}={}", device.port))),
+                Err(problem) => return problem.to_string(),
             }
-            Err(problem) => problem.to_string(),
         }
+        found.join(" ")
     }
 
     #[test]
@@ -521,12 +502,12 @@ mod tests {
                 .iter()
                 .map(|port| device(&format!("1-{port}"), &format!("{:04x}:0001", (u16::from(*port) + vendor) % 3), "00", ""))
                 .collect();
-            let entries = entries(&format!("usb.a.vendor = \"{wanted:04x}\""));
+            let (name, entry) = entries(&format!("usb.a.vendor = \"{wanted:04x}\"")).pop_first().expect("it has one");
             let of_kind = devices.iter().filter(|device| device.vendor == wanted).count();
-            match resolve(&entries, &devices) {
+            match resolve(&name, &entry, &devices) {
                 Ok(found) => {
-                    prop_assert_eq!((of_kind, found.len()), (1, 1));
-                    prop_assert!(found.values().all(|device| device.vendor == wanted));
+                    prop_assert_eq!(of_kind, 1);
+                    prop_assert!(found.is_some_and(|device| device.vendor == wanted));
                 }
                 Err(UsbProblem::Absent(..)) => prop_assert_eq!(of_kind, 0),
                 Err(UsbProblem::Ambiguous(_, _, ports)) => prop_assert_eq!(ports.len(), of_kind),

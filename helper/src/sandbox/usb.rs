@@ -16,7 +16,7 @@ use nix::fcntl::{AtFlags, Flock, FlockArg, readlinkat};
 use nix::sys::stat::{Mode, SFlag, dev_t, mknodat};
 use nix::unistd::{fchownat, symlinkat};
 use protocol::config::{Slot, UsbEntry, UsbName};
-use protocol::usb::{USB_DEVICES, UsbDevice, UsbPort, resolve_one, stable_names};
+use protocol::usb::{USB_DEVICES, UsbDevice, UsbPort, resolve, stable_names};
 use protocol::{Uid, WorkerId};
 
 use crate::host::Host;
@@ -142,7 +142,7 @@ pub fn find(
     // The monitor's child may have found some meanwhile.
     let mut found = Vec::new();
     for (name, entry) in missing(dev, slot, starts)? {
-        match resolve_one(name, entry, &devices) {
+        match resolve(name, entry, &devices) {
             Err(problem) if starts => return Err(problem.into()),
             Ok(Some(device)) if entry.power_cycle && !usb::has_power_switch(host, &device.port) => {
                 return Err(Failure::Busy(format!(

@@ -1,7 +1,5 @@
 //! What `check` says of the USB devices of a configuration: nothing that keeps it from being used.
 
-use std::collections::BTreeMap;
-
 use protocol::config::{Config, Mistake, PortName, UsbEntry, UsbName, usb_conflicts};
 use protocol::usb::{UsbDevice, UsbPort, resolve};
 
@@ -49,8 +47,7 @@ fn kernel_name(name: &UsbName, port: &UsbPort, devices: &[UsbDevice]) -> String 
 }
 
 fn problem(name: &UsbName, entry: &UsbEntry, devices: &[UsbDevice], unread: &Unread) -> Option<String> {
-    let alone = BTreeMap::from([(name.clone(), entry.clone())]);
-    let problem = resolve(&alone, devices).err()?;
+    let problem = resolve(name, entry, devices).err()?;
     let late = if has_serial(&problem) {
         unread.late.clone()
     } else {

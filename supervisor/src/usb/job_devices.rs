@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::config::{Slot, UsbName};
-use protocol::usb::{UsbDevice, UsbPort, resolve_one};
+use protocol::usb::{UsbDevice, UsbPort, resolve};
 use protocol::{SlotName, WorkerId};
 
 use super::Unread;
@@ -116,7 +116,7 @@ impl JobDevices {
             if is_early || of_worker.devices.contains_key(name) {
                 continue;
             }
-            if let Ok(Some(device)) = resolve_one(name, entry, &free) {
+            if let Ok(Some(device)) = resolve(name, entry, &free) {
                 let port = device.port.clone();
                 let unplugged = None;
                 of_worker

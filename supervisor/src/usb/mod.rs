@@ -115,7 +115,8 @@ pub fn absences(
     before: &UsbAbsences,
 ) -> UsbAbsences {
     let absence = |(name, slot): (&SlotName, &Slot)| {
-        let problem = resolve(&slot.usb, devices).err()?;
+        let mut entries = slot.usb.iter();
+        let problem = entries.find_map(|(name, entry)| resolve(name, entry, devices).err())?;
         let by_serial = has_serial(&problem);
         let absence = match before.get(name) {
             before if by_serial && unread.is_reading => before.cloned().unwrap_or(UsbAbsence::NotRead),
