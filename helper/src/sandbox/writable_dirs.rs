@@ -14,7 +14,7 @@ use protocol::{Uid, UserName};
 
 use crate::host::directory::{kind, make_dir, names, open_dir, remove_dir, remove_file, stat};
 use crate::sandbox::paths::JobPath;
-use crate::unprivileged::remove::{DEEP, DEEP_SPARE, DEEPEST, empty_dirs};
+use crate::unprivileged::remove::{DEEP, DEEP_SPARE, empty_dirs};
 use crate::unprivileged::run_as_user;
 
 /// One of them: its path below `fs/`, where the job sees it, and its mode.
@@ -70,6 +70,7 @@ pub fn mounted(dirs: &[WritableDir]) -> impl Iterator<Item = (&str, JobPath)> {
 pub fn make(worker: BorrowedFd<'_>, uid: Uid, dirs: &[WritableDir]) -> Result<()> {
     make_dir(worker, "fs", 0o755).context("cannot make the worker's fs")?;
     let fs = open_dir(worker, "fs")?;
+    make_deep(&fs).context("cannot make the directory for what is too deep")?;
     let (owner, group) = (nix::unistd::Uid::from_raw(uid.get()), Gid::from_raw(uid.get()));
     for dir in dirs {
         let describe = || format!("cannot make the writable directory {}", dir.below_fs);
@@ -143,6 +144,7 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
         fs => fs?,
     };
     let dirs = found(&fs)?;
+    let [deep, spare] = [DEEP, DEEP_SPARE].map(Path::new);
     // One that is still root's was made and not yet given away when that was cut off: nobody has written to it,
     // and the job's user could not open it.
     let given: Vec<&Path> = dirs
@@ -151,21 +153,18 @@ pub fn remove(worker: BorrowedFd<'_>, uid: Option<Uid>) -> Result<()> {
         .map(|(path, _)| path.as_path())
         .collect();
     if let Some(uid) = uid.filter(|_| !given.is_empty()) {
-        let empty = |deepest| {
-            run_as_user(uid, &[fs.as_raw_fd()], |proof| {
-                empty_dirs(proof, fs.as_fd(), &given, deepest)
-            })
-        };
-        if !empty(DEEPEST)? {
-            // Where root has no room either, it takes the kernel's memory.
-            empty(make_deep(&fs).map_or(usize::MAX, |()| DEEPEST))?;
+        if !dirs.iter().any(|(path, _)| path == spare) {
+            // A deletion was cut off while another had its name. Where the disk is full, this one goes on without it.
+            let _ = make_deep(&fs);
         }
+        run_as_user(uid, &[fs.as_raw_fd()], |proof| {
+            empty_dirs(proof, fs.as_fd(), &given)?;
+            Ok(true)
+        })?;
     }
-    for path in dirs
-        .iter()
-        .map(|(path, _)| path.as_path())
-        .chain([DEEP_SPARE, DEEP].map(Path::new))
-    {
+    // Both may be newer than the list.
+    let listed = dirs.iter().map(|(path, _)| path.as_path());
+    for path in std::iter::once(spare).chain(listed).chain([deep]) {
         remove_dir(&fs, path)
             .with_context(|| format!("cannot remove the writable directory {}", path.display()))?;
     }

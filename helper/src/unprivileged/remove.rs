@@ -62,8 +62,8 @@ const MOST_IN_VAIN: usize = 1000;
 pub const DEEPEST: usize = 4096;
 
 /// The directory in `fs/` to which what is deeper than [`DEEPEST`] is moved, and the empty one in it with which it is
-/// exchanged. Root makes both when they are needed, writable to all: where the job has used up its quota, its user can
-/// make none.
+/// exchanged. Root makes both with the writable directories, writable to all: when a job has used up its quota or the disk, its
+/// user can make none.
 pub const DEEP: &str = "deep";
 pub const DEEP_SPARE: &str = "deep/spare";
 
@@ -104,8 +104,7 @@ impl Deep {
 }
 
 /// Empty the writable directories, as their owner. Each process of the two would do it alone: what one finds gone is no error.
-/// False where one is deeper than this, and [`DEEP`] is not there.
-pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path], deepest: usize) -> Result<bool> {
+pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path]) -> Result<()> {
     let mut second = None;
     let mut removed = 0;
     let mut count = || {
@@ -119,7 +118,7 @@ pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path], dee
             .ok();
         }
     };
-    let emptied = empty_all(fs, dirs, deepest, &mut count);
+    let emptied = empty_all(fs, dirs, DEEPEST, &mut count);
     if let Some(second) = second {
         let _ = kill(second, Signal::SIGKILL);
         sys::wait(Some(second), WaitPidFlag::empty())?;
@@ -128,13 +127,13 @@ pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path], dee
 }
 
 /// Empty all of them, and then what was too deep.
-fn empty_all(fs: BorrowedFd<'_>, dirs: &[&Path], deepest: usize, count: &mut dyn FnMut()) -> Result<bool> {
+fn empty_all(fs: BorrowedFd<'_>, dirs: &[&Path], deepest: usize, count: &mut dyn FnMut()) -> Result<()> {
     let mut deep = Deep::open(fs).context("cannot open the directory for what is too deep")?;
+    // Without it the kernel's memory is taken.
+    let deepest = if deep.is_some() { deepest } else { usize::MAX };
     for dir in dirs {
-        let emptied = empty(fs, dir, deepest, deep.as_mut(), count);
-        if !emptied.with_context(|| format!("cannot empty the writable directory {}", dir.display()))? {
-            return Ok(false);
-        }
+        empty(fs, dir, deepest, deep.as_mut(), count)
+            .with_context(|| format!("cannot empty the writable directory {}", dir.display()))?;
     }
     let mut done = 0;
     while let Some(deep) = deep.as_mut().filter(|deep| done < deep.next) {
@@ -143,7 +142,7 @@ fn empty_all(fs: BorrowedFd<'_>, dirs: &[&Path], deepest: usize, count: &mut dyn
         remove_dir(fs, &name).context("cannot remove what was too deep")?;
         done += 1;
     }
-    Ok(true)
+    Ok(())
 }
 
 /// Take directories from the other end, in the first directory that has several: the last so many of it. Where there is
@@ -320,15 +319,15 @@ impl<D> DirStack<D> {
 }
 
 /// Remove everything in the directory, as its owner, with at most 260 descriptors and no recursion, whatever the
-/// names, modes, depth and number. What is deeper than `deepest` is moved to `deep`; if there is none, nothing deeper is
-/// touched, and this is false. Where two directories cannot be exchanged, it is emptied in its place.
+/// names, modes, depth and number. What is deeper than `deepest` is moved to `deep`, or left if there is none. Where two
+/// directories cannot be exchanged, it is emptied in its place.
 fn empty(
     fs: BorrowedFd<'_>,
     dir: &Path,
     deepest: usize,
     mut deep: Option<&mut Deep>,
     count: &mut dyn FnMut(),
-) -> Result<bool> {
+) -> Result<()> {
     let mut own = open_own(fs, dir)?;
     let mut pending = PendingDir::begin(&own, 0, count)?;
     let mut parents: Vec<ParentDir> = Vec::new();
@@ -360,7 +359,7 @@ fn empty(
             // Not before its mode lets it be moved.
             if parents.len() >= deepest {
                 match deep.as_mut().map(|deep| deep.take(&own, &next)) {
-                    None => return Ok(false),
+                    None => return Ok(()),
                     Some(Ok(())) => {
                         count();
                         continue;
@@ -379,7 +378,7 @@ fn empty(
             pending = PendingDir::begin(&own, parents.len(), count)?;
         } else {
             let Some(mut back) = parents.pop() else {
-                return Ok(true);
+                return Ok(());
             };
             let step = |dir: &OwnedFd, at: usize| open_own(dir, Path::new(&parents[at].next));
             own = match stack.back_to(parents.len(), step) {
@@ -506,7 +505,7 @@ mod tests {
         }
         std::fs::create_dir_all(root.path().join(DEEP_SPARE)).unwrap();
         let fs = std::fs::File::open(root.path()).unwrap();
-        assert!(empty_all(fs.as_fd(), &[Path::new("work")], 400, &mut || ()).unwrap());
+        empty_all(fs.as_fd(), &[Path::new("work")], 400, &mut || ()).unwrap();
         assert_eq!(std::fs::read_dir(&work).unwrap().count(), 0);
     }
 
@@ -516,16 +515,18 @@ mod tests {
         let [work, deep] = ["work", DEEP].map(|name| root.path().join(name));
         chain(&work, 3 * DEEPEST);
         let fs = std::fs::File::open(root.path()).unwrap();
-        let empty = |dirs: &[&str]| {
-            let dirs: Vec<&Path> = dirs.iter().map(Path::new).collect();
-            empty_all(fs.as_fd(), &dirs, DEEPEST, &mut || ()).unwrap()
-        };
-        assert!(!empty(&["work"]), "it went deeper");
-        assert!(work.join("top/top").exists());
+        empty(fs.as_fd(), Path::new("work"), DEEPEST, None, &mut || ()).unwrap();
+        assert!(work.join("top/top").exists(), "it went deeper");
         std::fs::create_dir_all(root.path().join(DEEP_SPARE)).unwrap();
         // One that was cut off before has left this.
         std::fs::create_dir(deep.join("0")).unwrap();
-        assert!(empty(&["deep/0", "work"]));
+        empty_all(
+            fs.as_fd(),
+            &["deep/0", "work"].map(Path::new),
+            DEEPEST,
+            &mut || (),
+        )
+        .unwrap();
         let left = |dir: &Path| std::fs::read_dir(dir).unwrap().map(|it| it.unwrap().file_name());
         assert_eq!(left(&work).count(), 0);
         assert_eq!(left(&deep).collect::<Vec<_>>(), ["spare"]);
