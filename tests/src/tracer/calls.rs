@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 
 macro_rules! names {
-    ($($number:ident $name:literal)*) => {
-        &[$((libc::$number, $name)),*]
+    ($($(#[$attribute:meta])? $number:ident $name:literal)*) => {
+        &[$($(#[$attribute])? (libc::$number, $name)),*]
     };
 }
 
@@ -99,7 +99,7 @@ const NAMES: &[(libc::c_long, &str)] = names!(
     SYS_readv "readv"
     SYS_recvfrom "recvfrom"
     SYS_recvmsg "recvmsg"
-    SYS_renameat "renameat"
+    #[cfg(not(target_arch = "riscv64"))] SYS_renameat "renameat"
     SYS_renameat2 "renameat2"
     SYS_restart_syscall "restart_syscall"
     SYS_rseq "rseq"
@@ -172,6 +172,13 @@ pub fn name(number: i64) -> Cow<'static, str> {
     let found = NAMES.iter().chain(OLD_NAMES).find(|(other, _)| *other == number);
     found.map_or_else(|| format!("call {number}").into(), |(_, name)| (*name).into())
 }
+
+/// What gives a file another name.
+pub const RENAMES: &[libc::c_long] = &[
+    #[cfg(not(target_arch = "riscv64"))]
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+];
 
 /// The calls of the kind that waits for one of several descriptors.
 pub const WAITS: &[libc::c_long] = &[

@@ -39,6 +39,7 @@ const BY_DESCRIPTOR: &[libc::c_long] = &[
 const BY_NAME: &[libc::c_long] = &[
     libc::SYS_mkdirat,
     libc::SYS_unlinkat,
+    #[cfg(not(target_arch = "riscv64"))]
     libc::SYS_renameat,
     libc::SYS_renameat2,
     #[cfg(target_arch = "x86_64")]

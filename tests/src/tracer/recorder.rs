@@ -285,7 +285,7 @@ fn begin(below: &Path, pid: Pid, call: &TracedCall) -> Option<EnteredCall> {
         libc::SYS_fchmodat | libc::SYS_fchownat => attributes(path_at(below, pid, a[0], a[1])?),
         libc::SYS_mkdirat => make_dir(path_at(below, pid, a[0], a[1])?),
         libc::SYS_unlinkat => remove(path_at(below, pid, a[0], a[1])?),
-        libc::SYS_renameat | libc::SYS_renameat2 => {
+        number if super::calls::RENAMES.contains(&number) => {
             rename(path_at(below, pid, a[0], a[1])?, path_at(below, pid, a[2], a[3])?)
         }
         libc::SYS_linkat => link(path_at(below, pid, a[0], a[1])?, path_at(below, pid, a[2], a[3])?),
