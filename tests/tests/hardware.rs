@@ -3,9 +3,11 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
+use std::time::{Duration, UNIX_EPOCH};
 
-use testbed::fake_server::Ulid;
+use testbed::fake_server::{State, Ulid};
 use testbed::harness::{binaries, is_booted_machine, until};
 use testbed::test_factory::{TestFactory, lines};
 
@@ -268,6 +270,72 @@ async fn a_port_is_without_power_for_a_moment_after_a_job_if_the_slot_says_so() 
     factory.finish().await;
 }
 
+/// Prints the number of its device and the time, in seconds, each time that the number changes.
+const TIMES: &str = r#"
+python3 - <<'END'
+import os, time
+last = None
+while not os.path.exists("RELEASE"):
+    try:
+        now = os.stat("/dev/slot/board/usb").st_rdev
+    except OSError:
+        now = None
+    if now and now != last:
+        print("device", now, time.time(), flush=True)
+    last = now
+    time.sleep(0.002)
+END
+"#;
+
+/// How long after the kernel has made a node the job has it is printed, for docs/hardware.md: nothing depends on it here.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs USB devices: tests/machine/run hardware"]
+async fn a_device_that_comes_back_is_the_jobs_again_each_time() {
+    let mut device = Device::plug("2", "usb-serial,serial=FIRST");
+    let factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nusb.board.port = \"1-2\"\n").await;
+    let release = factory.shared().join("release");
+    let job = factory.submit(&TIMES.replace("RELEASE", release.to_str().expect("the place is text")));
+    let mut late = Vec::new();
+    factory
+        .wait_for_state(|state| {
+            let mut events = state.jobs[&job].events.iter();
+            events
+                .any(|event| event.payload.starts_with("device "))
+                .then_some(())
+        })
+        .await;
+    for round in 0..10 {
+        drop(device);
+        device = Device::plug(
+            "2",
+            &format!("usb-{},serial=ROUND{round}", ["kbd", "serial"][round % 2]),
+        );
+        let number = |name: &str| -> u32 {
+            let text = std::fs::read_to_string(format!("/sys/bus/usb/devices/1-2/{name}"))
+                .expect("it is plugged in");
+            text.trim().parse().expect("it is a number")
+        };
+        let node = format!("/dev/bus/usb/{:03}/{:03}", number("busnum"), number("devnum"));
+        let node = until(|| std::fs::metadata(&node).map_err(|error| error.to_string()));
+        let prefix = format!("device {} ", node.rdev());
+        let sees = |state: &State| {
+            let mut events = state.jobs[&job].events.iter();
+            let time = events.find_map(|event| event.payload.strip_prefix(&prefix))?;
+            Some(time.parse::<f64>().expect("it is a time"))
+        };
+        let seen = Duration::from_secs_f64(factory.wait_for_state(sees).await);
+        let made = node.created().expect("the file system knows it");
+        let made = made.duration_since(UNIX_EPOCH).expect("the clock is right");
+        late.push(seen.saturating_sub(made).as_millis());
+    }
+    late.sort();
+    println!("the job had the node so many milliseconds after the kernel: {late:?}");
+    factory.release();
+    factory.wait_completed(job).await;
+    drop(device);
+    factory.finish().await;
+}
+
 /// What programs print of the device at a place in sysfs.
 const PROGRAMS: &str = r#"
 bus=$(cat PLACE/busnum) device=$(cat PLACE/devnum)
@@ -281,6 +349,7 @@ found = usb.core.find(custom_match=lambda d: (d.bus, d.address) == (bus, device)
 print(found.serial_number, found)
 END
 python3 -m serial.tools.list_ports -v | grep -A2 ttyUSB
+PRINT-USB $bus $device
 "#;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -288,9 +357,15 @@ python3 -m serial.tools.list_ports -v | grep -A2 ttyUSB
 async fn programs_print_of_a_slots_device_what_they_print_on_the_host() {
     let device = Device::plug("1.1", "usb-serial,serial=PROGRAMS");
     let factory = TestFactory::new("[slots.a]\ntarget = \"TARGET\"\nusb.uart.serial = \"PROGRAMS\"\n").await;
-    let job = factory.submit(&PROGRAMS.replace("PLACE", "/dev/slot/uart/sysfs"));
+    let print_usb = factory.shared().join("print-usb");
+    std::fs::copy(binaries().join("print-usb"), &print_usb).expect("it was built");
+    let at = |place: &str| {
+        let programs = PROGRAMS.replace("PLACE", place);
+        programs.replace("PRINT-USB", print_usb.to_str().expect("the place is text"))
+    };
+    let job = factory.submit(&at("/dev/slot/uart/sysfs"));
     factory.wait_completed(job).await;
-    let on_host = PROGRAMS.replace("PLACE", &format!("/sys/bus/usb/devices/{}", device.port));
+    let on_host = at(&format!("/sys/bus/usb/devices/{}", device.port));
     let on_host = output(Command::new("bash").args(["-c", &on_host]));
     assert!(
         on_host.contains("LOCATION=1-1.1") && on_host.contains("ID_SERIAL_SHORT=PROGRAMS"),
@@ -304,7 +379,8 @@ async fn programs_print_of_a_slots_device_what_they_print_on_the_host() {
     factory.finish().await;
 }
 
-/// Asks an I2C adapter what it can do, and sends a frame from one CAN socket to another.
+/// Asks an I2C adapter what it can do, and a GPIO chip, if there is one, how many lines it has; and sends a frame from one
+/// CAN socket to another.
 const OTHER_BUSES: &str = r#"
 python3 - <<'END'
 import fcntl, os, socket, struct
@@ -313,6 +389,10 @@ fcntl.ioctl(adapter, 0x0703, 0x50)  # the slave address
 functions = bytearray(8)
 fcntl.ioctl(adapter, 0x0705, functions)  # its functions
 print("i2c", struct.unpack("L", functions)[0] != 0)
+for name in "GPIO".split():
+    chip = bytearray(68)
+    fcntl.ioctl(os.open(name, os.O_RDWR), 0x8044b401, chip)  # its name, label and lines
+    print("gpio", struct.unpack_from("I", chip, 64)[0])
 one, other = (socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW) for _ in range(2))
 one.bind(("vcan0",))
 other.bind(("vcan0",))
@@ -342,13 +422,28 @@ echo /dev/$(basename $(dirname $(grep -l 'SMBus stub' /sys/class/i2c-dev/*/name)
         let is_there = std::fs::exists(adapter).unwrap();
         is_there.then_some(()).ok_or(format!("{adapter} is not there"))
     });
+    // The board that QEMU emulates for aarch64 has one, of 8 lines.
+    let chips: &[&str] = if cfg!(target_arch = "aarch64") {
+        &["/dev/gpiochip0"]
+    } else {
+        &[]
+    };
+    let devices = [&[adapter], chips].concat();
     let factory = TestFactory::new(&format!(
-        "[slots.a]\ntarget = \"TARGET\"\ndevices = [{adapter:?}]\nsocket_families = [\"AF_CAN\"]\n"
+        "[slots.a]\ntarget = \"TARGET\"\ndevices = {devices:?}\nsocket_families = [\"AF_CAN\"]\n"
     ))
     .await;
-    let job = factory.submit(&OTHER_BUSES.replace("I2C", adapter));
+    let job = factory.submit(
+        &OTHER_BUSES
+            .replace("I2C", adapter)
+            .replace("GPIO", &chips.join(" ")),
+    );
     factory.wait_completed(job).await;
-    assert_eq!(lines(&factory.server.job(job), "stdout"), ["i2c True", "can hi"]);
+    let mut expected = vec!["i2c True", "can hi"];
+    if !chips.is_empty() {
+        expected.insert(1, "gpio 8");
+    }
+    assert_eq!(lines(&factory.server.job(job), "stdout"), expected);
     factory.finish().await;
 }
 
