@@ -11,6 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::ExitStatus;
 
+use libc::c_long;
 use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::wait::WaitPidFlag;
@@ -31,17 +32,31 @@ pub fn fork(child: impl FnOnce() -> i32) -> io::Result<Pid> {
     }
 }
 
+/// `struct clone_args` of `linux/sched.h`, which the C library's list has on 64-bit machines alone.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    /// `pidfd`, `child_tid` and `parent_tid`.
+    places: [u64; 3],
+    exit_signal: u64,
+    /// `stack`, `stack_size` and `tls`, of a thread; `set_tid` and `set_tid_size`.
+    others: [u64; 5],
+    cgroup: u64,
+}
+
 /// Like [`fork`], with the child as pid 1 of a pid namespace of its own, in new mount, ipc and uts
 /// namespaces, and in the cgroup from its first instruction (`clone(2)`).
 pub fn clone_sandboxed(cgroup: BorrowedFd<'_>, child: impl FnOnce() -> i32) -> io::Result<Pid> {
-    // SAFETY: all bytes zero is a valid clone_args.
-    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = (libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) as u64
-        | CLONE_INTO_CGROUP;
-    args.exit_signal = libc::SIGCHLD as u64;
-    args.cgroup = cgroup.as_raw_fd() as u64;
+    let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    let args = CloneArgs {
+        flags: namespaces as u64 | CLONE_INTO_CGROUP,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..CloneArgs::default()
+    };
     // SAFETY: without CLONE_VM this is a fork, sound for the reason given there; args outlives the call.
-    match unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) } {
+    match unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<CloneArgs>()) } {
         -1 => Err(io::Error::last_os_error()),
         0 => run_and_exit(child),
         pid => Ok(Pid::from_raw(pid as i32)),
@@ -92,7 +107,7 @@ pub fn listening_socket_of_systemd() -> Option<OwnedFd> {
 }
 
 /// A system call's result without a value.
-fn done(result: libc::c_long) -> io::Result<()> {
+fn done(result: c_long) -> io::Result<()> {
     if result == 0 {
         Ok(())
     } else {
@@ -129,7 +144,7 @@ pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> io::
     let attr = libc::mount_attr {
         attr_set: set,
         attr_clr: clear,
-        propagation: libc::MS_PRIVATE,
+        propagation: libc::MS_PRIVATE as u64,
         userns_fd: 0,
     };
     let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
@@ -244,7 +259,7 @@ struct LandlockPathBeneath {
 }
 
 /// The version of this kernel's Landlock interface; less than 1 if it has none (`landlock_create_ruleset(2)`).
-pub fn landlock_version() -> i64 {
+pub fn landlock_version() -> c_long {
     // SAFETY: with this flag (LANDLOCK_CREATE_RULESET_VERSION) no attributes are read.
     unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0usize, 0usize, 1) }
 }
@@ -348,7 +363,7 @@ pub fn copy_window_size(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<
 }
 
 /// The inode number of a btrfs subvolume's top directory (`BTRFS_FIRST_FREE_OBJECTID` of `linux/btrfs_tree.h`).
-pub const SUBVOLUME_TOP: u64 = 256;
+pub const SUBVOLUME_TOP: libc::ino_t = 256;
 
 /// `BTRFS_IOC_SUBVOL_SETFLAGS` of `linux/btrfs.h`.
 pub const SET_SUBVOLUME_FLAGS: u32 = 0x4008_941a;

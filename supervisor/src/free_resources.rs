@@ -134,8 +134,8 @@ fn free_disk(place: &Path, above: &Path) -> Result<FreeDisk, String> {
     };
     let found = found.map_err(|error| error.to_string())?;
     Ok(FreeDisk {
-        bytes: found.blocks_available().saturating_mul(found.fragment_size()),
-        inodes: (found.files() != 0).then(|| found.files_available()),
+        bytes: (found.blocks_available() as u64).saturating_mul(found.fragment_size() as u64),
+        inodes: (found.files() != 0).then(|| found.files_available() as u64),
     })
 }
 

@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result};
+use libc::c_long;
 
 use crate::sys;
 use crate::sys::LandlockRuleset;
@@ -18,15 +19,15 @@ const SCOPE_ABSTRACT_UNIX_SOCKET: u64 = 1;
 const SCOPE_SIGNAL: u64 = 2;
 
 /// The versions of the interface that have what is used here: Linux 5.19 and 6.12.
-const WITH_REFER: i64 = 2;
-const WITH_SCOPES: i64 = 6;
+const WITH_REFER: c_long = 2;
+const WITH_SCOPES: c_long = 6;
 
 /// Without the right to refer, no file moves from one directory to another; so it is handled only to be allowed where
 /// writing is.
 const WRITING: u64 = ACCESS_FS_WRITE_FILE | ACCESS_FS_REFER;
 
 /// What is kept from a job with a kernel of this version.
-fn handled(version: i64, allow_user_namespaces: bool) -> LandlockRuleset {
+fn handled(version: c_long, allow_user_namespaces: bool) -> LandlockRuleset {
     // Whoever is kept from any file may not mount, in a user namespace of its own either.
     let has_files = version >= WITH_REFER && !allow_user_namespaces;
     LandlockRuleset {
@@ -45,7 +46,7 @@ pub fn warnings() -> Vec<&'static str> {
     warnings_for(sys::landlock_version())
 }
 
-fn warnings_for(version: i64) -> Vec<&'static str> {
+fn warnings_for(version: c_long) -> Vec<&'static str> {
     let mut warnings = Vec::new();
     if version < WITH_SCOPES {
         warnings.push(

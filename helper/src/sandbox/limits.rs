@@ -4,6 +4,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result};
+use libc::rlim_t;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -90,8 +91,8 @@ pub fn limit_process(slot: &Slot) -> Result<()> {
     for (resource, name, soft, hard) in all {
         // "At most" is kept where the helper itself may have less.
         let most = getrlimit(resource)?.1;
-        setrlimit(resource, soft.min(most), hard.min(most))
-            .with_context(|| format!("cannot limit the job's {name}"))?;
+        let [soft, hard] = [soft, hard].map(|limit: u64| limit.min(most as u64) as rlim_t);
+        setrlimit(resource, soft, hard).with_context(|| format!("cannot limit the job's {name}"))?;
     }
     Ok(())
 }

@@ -29,6 +29,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
+use libc::time_t;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -109,7 +110,7 @@ pub fn install(
         },
     )?;
     expect(&receiver, HandshakeMessage::Done)?;
-    let left = STEP_TIMEOUT_SECONDS - begin.elapsed().as_secs() as i64;
+    let left = STEP_TIMEOUT_SECONDS - begin.elapsed().as_secs() as time_t;
     set_receive_timeout(&child, left.max(1))?;
     expect(&child, HandshakeMessage::Filter)?;
     set_receive_timeout(&child, FILTER_TIMEOUT_SECONDS)?;
@@ -153,11 +154,11 @@ fn start_receiver(
 /// How long the monitor, or a process of its making, may take for a step, in seconds. One that hangs in a mount must not
 /// keep the worker's lock: its deletion would wait for ever. With the filter it is less than the supervisor waits for an
 /// answer, a minute: so the supervisor gets the reason.
-const STEP_TIMEOUT_SECONDS: i64 = 45;
+const STEP_TIMEOUT_SECONDS: time_t = 45;
 /// The same for a job's filter of system calls, which takes a millisecond or does not end.
-const FILTER_TIMEOUT_SECONDS: i64 = 10;
+const FILTER_TIMEOUT_SECONDS: time_t = 10;
 
-fn set_receive_timeout(answers: &impl AsFd, seconds: i64) -> Result<()> {
+fn set_receive_timeout(answers: &impl AsFd, seconds: time_t) -> Result<()> {
     setsockopt(answers, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))
         .context("cannot limit how long an answer is waited for")
 }

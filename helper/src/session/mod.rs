@@ -56,7 +56,7 @@ pub trait Operations {
 }
 
 /// How long a peer may take to greet and to take an answer, and the kernel to close what came with a packet, in seconds.
-const PEER_TIMEOUT_SECONDS: u32 = 10;
+const PEER_TIMEOUT_SECONDS: u16 = 10;
 
 /// Serve this connection to its end. This process receives no descriptor from it: with that of a directory of the host it
 /// could change what is below, with root's rights.
@@ -128,7 +128,7 @@ pub fn serve(operations: &dyn Operations, peer: PeerCredentials, is_busy: bool, 
             return warn!("closed the connection: cannot answer: {errno}");
         }
         // Closing what came with it can take for ever (`SO_LINGER` in `socket(7)`): the signal ends that, and this process.
-        alarm::set(PEER_TIMEOUT_SECONDS);
+        alarm::set(PEER_TIMEOUT_SECONDS.into());
         let taken = socket.recv_bytes(0);
         alarm::cancel();
         // It cannot be taken where the peer is gone.

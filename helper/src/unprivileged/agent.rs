@@ -5,6 +5,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result, ensure};
+use libc::off_t;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::sendfile::sendfile;
 use nix::sys::stat::fstat;
@@ -47,7 +48,7 @@ fn receive_descriptor(session: &Seqpacket) -> Result<OwnedFd> {
 
 /// The descriptor must be a memfd that nobody can change any more: reading it then neither blocks nor
 /// races. Only memfds and files of tmpfs have seals at all (`fcntl(2)`). Returns the number of its bytes.
-fn check(agent: &OwnedFd) -> Result<i64, Failure> {
+fn check(agent: &OwnedFd) -> Result<off_t, Failure> {
     let needed = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
     match fcntl(agent, FcntlArg::F_GET_SEALS) {
         Ok(seals) if SealFlag::from_bits_truncate(seals).contains(needed) => {}
@@ -58,7 +59,7 @@ fn check(agent: &OwnedFd) -> Result<i64, Failure> {
     }
     let stat = fstat(agent).context("cannot ask how long the agent is")?;
     match stat.st_size {
-        length if (1..=MAX_AGENT_BYTES as i64).contains(&length) => Ok(length),
+        length if (1..=MAX_AGENT_BYTES as off_t).contains(&length) => Ok(length),
         length => {
             let sentence = format!("the agent has {length} bytes: send 1 to {MAX_AGENT_BYTES}");
             Err(Failure::Refused(sentence))
@@ -66,7 +67,7 @@ fn check(agent: &OwnedFd) -> Result<i64, Failure> {
     }
 }
 
-fn copy(agent: &OwnedFd, length: i64, file: &OwnedFd) -> Result<()> {
+fn copy(agent: &OwnedFd, length: off_t, file: &OwnedFd) -> Result<()> {
     // At an offset of our own: the sender shares the descriptor's.
     let mut at = 0;
     while at < length {
@@ -138,7 +139,7 @@ mod tests {
         agent.seek(SeekFrom::Start(299_999)).unwrap();
         let file = tempfile::NamedTempFile::new().unwrap();
         let place = file.as_file().try_clone().unwrap();
-        copy(&agent.into(), program.len() as i64, &place.into()).unwrap();
+        copy(&agent.into(), program.len() as off_t, &place.into()).unwrap();
         assert_eq!(std::fs::read(file.path()).unwrap(), program);
     }
 

@@ -75,6 +75,7 @@ pub const NEVER: &[SystemCall] = &[
     // Of its own files, which needs no privilege.
     ("fanotify_init", libc::SYS_fanotify_init, [0x200, 0, 0, 0, 0, 0]),
     ("vhangup", libc::SYS_vhangup, [0; 6]),
+    #[cfg(not(target_arch = "arm"))]
     (
         "migrate_pages",
         libc::SYS_migrate_pages,

@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::posix_fallocate;
+use nix::libc::off_t;
 use nix::sys::statvfs::statvfs;
 
 /// More than the database's log of changes ever has (1,000 pages of 4 KiB, `wal_autocheckpoint`), and the database
@@ -70,7 +71,7 @@ impl Reserve {
     /// Bytes that others than root may still write.
     fn free(&self) -> nix::Result<u64> {
         let disk = statvfs(self.dir())?;
-        Ok(disk.blocks_available() * disk.fragment_size())
+        Ok(disk.blocks_available() as u64 * disk.fragment_size() as u64)
     }
 
     /// Whole, or not at all.
@@ -79,7 +80,7 @@ impl Reserve {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true).mode(0o600);
         let made = options.open(&part).and_then(|file: File| {
-            posix_fallocate(&file, 0, RESERVE_BYTES as i64)?;
+            posix_fallocate(&file, 0, RESERVE_BYTES as off_t)?;
             file.sync_all()?;
             // A file of its own for the log of changes and for its index: an inode for each.
             File::create(self.inode())?;

@@ -30,6 +30,9 @@ const fn class(byte: u8) -> u32 {
     (byte as u32) << 8
 }
 
+/// What a request has of the size of a `long`.
+pub const LONG: u32 = (size_of::<libc::c_long>() as u32) << 16;
+
 /// Of a file on any file system: to ask, and to share blocks of files that the job can write. Not here: flags and
 /// attributes that outlive a job or slow its deletion, encryption keys and policies (`f` 19 to 26, they belong to the
 /// whole file system), fs-verity, subvolumes and snapshots, `FIFREEZE`, `FITRIM`, `BTRFS_IOC_SYNC`, defragmentation,
@@ -40,15 +43,15 @@ const OF_FILES: [(u8, Requests, &[u32]); 5] = [
     (
         b'f',
         &[
-            one(0x8008_6601), // FS_IOC_GETFLAGS
-            one(0xc020_660b), // FS_IOC_FIEMAP
+            one(0x8000_6601 | LONG), // FS_IOC_GETFLAGS
+            one(0xc020_660b),        // FS_IOC_FIEMAP
             // Queries about the caller's own memory, in /proc: PAGEMAP_SCAN, PROCMAP_QUERY.
             one(0xc060_6610),
             one(0xc068_6611),
         ],
-        &[0x4008_6602], // FS_IOC_SETFLAGS
+        &[0x4000_6602 | LONG], // FS_IOC_SETFLAGS
     ),
-    (b'v', &[one(0x8008_7601)], &[]), // FS_IOC_GETVERSION
+    (b'v', &[one(0x8000_7601 | LONG)], &[]), // FS_IOC_GETVERSION
     (
         b'X',
         &[

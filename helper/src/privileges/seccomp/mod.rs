@@ -12,6 +12,12 @@ mod socket_rules;
 use std::collections::BTreeMap;
 
 use libc::c_long;
+#[cfg(target_arch = "arm")]
+use libc::{
+    SYS_arm_sync_file_range as SYS_sync_file_range, SYS_fstatat64 as SYS_newfstatat, SYS_mmap2 as SYS_mmap,
+};
+#[cfg(not(target_arch = "arm"))]
+use libc::{SYS_migrate_pages, SYS_mmap, SYS_newfstatat, SYS_sync_file_range};
 
 use crate::sys;
 pub use program::JobFilter;
@@ -31,6 +37,27 @@ const LAST_REVIEWED: c_long = 469;
 // Newer than the C library's list.
 const OPEN_TREE_ATTR: c_long = 467;
 const FILE_SETATTR: c_long = 469;
+
+// What 32-bit Arm has besides, by the numbers of its `arch/arm/tools/syscall.tbl` and `uapi/asm/unistd.h`.
+const IS_ARM: bool = cfg!(target_arch = "arm");
+#[cfg(target_arch = "arm")]
+#[allow(non_upper_case_globals)]
+const SYS_migrate_pages: c_long = 400;
+/// `clock_settime64`, `clock_adjtime64`.
+const NEVER_32: &[c_long] = if IS_ARM { &[404, 405] } else { &[] };
+/// `_llseek`, `fstat64`, `setgroups32`, `setresuid32`, `setresgid32`, `fcntl64`, `clock_gettime64`, `clock_nanosleep_time64`,
+/// `ppoll_time64`, `futex_time64`.
+const SESSION_32: &[c_long] = if IS_ARM {
+    &[140, 197, 206, 208, 210, 221, 403, 407, 414, 422]
+} else {
+    &[]
+};
+/// The processor's own, after all others: `cacheflush`, `set_tls`, `get_tls`.
+const OF_PROCESSOR: &[c_long] = if IS_ARM {
+    &[0xf_0002, 0xf_0005, 0xf_0006]
+} else {
+    &[]
+};
 
 /// For no job, whatever its slot says, and the helper needs none of them: refused with EPERM, which the man page of
 /// each names.
@@ -136,7 +163,7 @@ const SYNC: &[c_long] = &[
     libc::SYS_syncfs,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
-    libc::SYS_sync_file_range,
+    SYS_sync_file_range,
 ];
 
 /// What the listener and its sessions call: see each module for where. Collected by tracing the tests, and read.
@@ -160,7 +187,7 @@ const SESSION: &[c_long] = &[
     libc::SYS_write,
     libc::SYS_lseek,
     libc::SYS_fstat,
-    libc::SYS_newfstatat,
+    SYS_newfstatat,
     libc::SYS_statx,
     libc::SYS_getdents64,
     libc::SYS_fcntl,
@@ -194,7 +221,7 @@ const SESSION: &[c_long] = &[
     libc::SYS_quotactl_fd,
     // The C library and Rust's.
     libc::SYS_brk,
-    libc::SYS_mmap,
+    SYS_mmap,
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_mprotect,
@@ -215,6 +242,7 @@ const SESSION: &[c_long] = &[
 fn never() -> SyscallRules {
     let mut rules = SyscallRules::default();
     rules.each(NEVER, REFUSED);
+    rules.each(NEVER_32, REFUSED);
     rules.each(UNAVAILABLE, ABSENT);
     rules.each(WITHOUT_HANDLES, errno(libc::EOPNOTSUPP));
     rules
@@ -244,6 +272,8 @@ pub fn session() -> Steps {
     rules.rule(libc::SYS_fchmod, if_bits(1, SET_ID, REFUSED, ALLOW));
     rules.rule(libc::SYS_fchmodat, if_bits(2, SET_ID, REFUSED, ALLOW));
     rules.each(SESSION, ALLOW);
+    rules.each(SESSION_32, ALLOW);
+    rules.each(OF_PROCESSOR, ALLOW);
     // The deletion's one request: to make a btrfs subvolume of the job's writable.
     rules.rule(libc::SYS_ioctl, only(1, sys::SET_SUBVOLUME_FLAGS));
     // The listener's one query: who is at the other end of a new connection.
@@ -254,6 +284,7 @@ pub fn session() -> Steps {
 /// For a job.
 pub fn job(slot: JobFilter<'_>) -> Steps {
     let mut rules = never();
+    rules.each(OF_PROCESSOR, ALLOW);
     rules.each(&[libc::SYS_quotactl_fd], REFUSED);
     rules.each(ATTRIBUTES, errno(libc::EOPNOTSUPP));
     if !slot.allow_user_namespaces {
@@ -270,7 +301,7 @@ pub fn job(slot: JobFilter<'_>) -> Steps {
     }
     rules.rule(libc::SYS_setsockopt, socket_rules::options());
     rules.rule(libc::SYS_ioctl, ioctl::rule(slot));
-    for call in [libc::SYS_move_pages, libc::SYS_migrate_pages] {
+    for call in [libc::SYS_move_pages, SYS_migrate_pages] {
         // The caller's own memory is process 0's.
         rules.rule(call, if_any(0, &[0], answer(ALLOW), answer(REFUSED)));
     }
@@ -350,6 +381,7 @@ mod tests {
     use libc::sock_filter;
     use protocol::config::SocketFamily;
 
+    use super::ioctl::LONG;
     use super::program::{ANSWER, ARCHITECTURE, HAS_BIT, IS_AT_LEAST, LOAD, MASK, NATIVE, NUMBER, SKIP};
     use super::*;
 
@@ -495,7 +527,8 @@ mod tests {
         let with_arguments = [libc::SYS_socket, libc::SYS_socketpair, libc::SYS_ioctl];
         for call in (0..=LAST_REVIEWED).filter(|call| !with_arguments.contains(call)) {
             for slot in SLOTS {
-                let expected = if NEVER.contains(&call) || call == libc::SYS_quotactl_fd {
+                let never = [NEVER, NEVER_32, &[libc::SYS_quotactl_fd]].concat();
+                let expected = if never.contains(&call) {
                     REFUSED
                 } else if UNAVAILABLE.contains(&call) {
                     ABSENT
@@ -518,7 +551,7 @@ mod tests {
             1000,
             0x4000_0000,
             0x4000_0000 + libc::SYS_bpf,
-            0xffff_ffff,
+            -1,
         ] {
             assert_eq!(ask(USUAL, call, [0; 6]), ABSENT, "{call:#x}");
         }
@@ -600,6 +633,25 @@ mod tests {
                 }
             }
             assert!(program.len() < libc::BPF_MAXINSNS as usize, "{}", program.len());
+        }
+    }
+
+    #[test]
+    fn after_the_last_call_there_are_those_with_a_rule_alone() {
+        for ruled in [501, 1000] {
+            let mut rules = SyscallRules::default();
+            rules.each(&[ruled], ALLOW);
+            rules.each(&[100], REFUSED);
+            let program = rules.program(500, ALLOW);
+            for call in [99, 100, 500, 501, 502, 999, 1000, 1001, LAST] {
+                let expected = match call {
+                    100 => REFUSED,
+                    ..=500 => ALLOW,
+                    _ if call == ruled as u32 => ALLOW,
+                    _ => ABSENT,
+                };
+                assert_eq!(run(&program, NATIVE, call, [0; 6]), expected, "{call}");
+            }
         }
     }
 
@@ -776,9 +828,9 @@ mod tests {
             (0x8933, "SIOCGIFINDEX"),
             (0x8946, "SIOCETHTOOL"),
             (0x0002, "FIGETBSZ"),
-            (0x8008_6601, "FS_IOC_GETFLAGS"),
+            (u64::from(0x8000_6601 | LONG), "FS_IOC_GETFLAGS"),
             (0xc020_660b, "FS_IOC_FIEMAP"),
-            (0x8008_7601, "FS_IOC_GETVERSION"),
+            (u64::from(0x8000_7601 | LONG), "FS_IOC_GETVERSION"),
             (0x801c_581f, "FS_IOC_FSGETXATTR"),
             (0x4004_9409, "FICLONE"),
             (0x4020_940d, "FICLONERANGE"),
@@ -802,7 +854,7 @@ mod tests {
             (0x541d, REFUSED, "TIOCCONS"),
             (0x5423, REFUSED, "TIOCSETD"),
             (0x4010_54d5, REFUSED, "TUNATTACHFILTER"),
-            (0x4008_6602, NOT_SUPPORTED, "FS_IOC_SETFLAGS"),
+            (u64::from(0x4000_6602 | LONG), NOT_SUPPORTED, "FS_IOC_SETFLAGS"),
             (0x401c_5820, NOT_SUPPORTED, "FS_IOC_FSSETXATTR"),
             (0x4008_7602, NOT_THERE, "FS_IOC_SETVERSION"),
             (0x800c_6613, NOT_THERE, "FS_IOC_SET_ENCRYPTION_POLICY"),
@@ -962,7 +1014,7 @@ mod tests {
             ] {
                 assert_eq!(ask_both(slot, call, &[0x1000, 1, 1]), ALLOW);
             }
-            for call in [libc::SYS_move_pages, libc::SYS_migrate_pages] {
+            for call in [libc::SYS_move_pages, SYS_migrate_pages] {
                 let action = [0, 1, 2].map(|pid| ask_both(slot, call, &[pid]));
                 assert_eq!(action, [ALLOW, REFUSED, REFUSED]);
             }

@@ -12,6 +12,8 @@ pub const NATIVE: u32 = 0xc000_003e;
 pub const NATIVE: u32 = 0xc000_00b7;
 #[cfg(target_arch = "riscv64")]
 pub const NATIVE: u32 = 0xc000_00f3;
+#[cfg(target_arch = "arm")]
+pub const NATIVE: u32 = 0x4000_0028;
 
 /// What the slot decides about a job's filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,16 +140,17 @@ impl SyscallRules {
         }
     }
 
-    /// The program: `otherwise` for calls without a rule, and none at all after `last`.
+    /// The program: `otherwise` for calls without a rule. After `last` there are those with a rule alone.
     ///
     /// It searches by halves. The kernel runs each new program once for every number there is, to remember what needs
     /// no second look: with a comparison for each rule that took longer than a worker's namespaces.
-    pub fn program(self, last: u32, otherwise: u32) -> Steps {
-        let mut ranges = ranges(self.0, &answer(otherwise));
-        ranges.retain(|(at, _)| *at <= last);
-        ranges.push((last + 1, answer(ABSENT)));
+    pub fn program(mut self, last: u32, otherwise: u32) -> Steps {
+        let after = ranges(self.0.split_off(&(last + 1)), &answer(ABSENT));
+        let mut all = ranges(self.0, &answer(otherwise));
+        all.retain(|(at, _)| *at <= last);
+        all.extend(after.into_iter().map(|(at, steps)| (at.max(last + 1), steps)));
         let mut steps = vec![step(LOAD, NUMBER)];
-        steps.extend(search(&ranges));
+        steps.extend(search(&all));
         // int 0x80 and the like are another architecture's.
         let architectures = BTreeMap::from([(NATIVE, steps)]);
         decide(ARCHITECTURE, u32::MAX, architectures, answer(ABSENT))

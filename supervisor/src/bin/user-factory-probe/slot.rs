@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::libc::off_t;
 use nix::sys::resource::{Resource, getrlimit};
 use supervisor::selftest::Outcome;
 use supervisor::selftest::expected::Expected;
@@ -62,7 +63,7 @@ fn identity(table: &Table, expected: &Expected) {
         };
         table.must_be("variables of the slot's env are set", name, seen, is_so);
     }
-    let seen = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard);
+    let seen = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard as u64);
     // The helper's own limit may be lower, and is not raised.
     let is_within = seen <= expected.open_files;
     table.must_be(
@@ -166,7 +167,7 @@ fn resolve(name: &str, port: u16) -> io::Result<Vec<std::net::SocketAddr>> {
 
 fn processes(table: &Table, expected: &Expected) {
     let guarantee = "limits.processes";
-    let seen = getrlimit(Resource::RLIMIT_NPROC).map_or(u64::MAX, |(_, hard)| hard);
+    let seen = getrlimit(Resource::RLIMIT_NPROC).map_or(u64::MAX, |(_, hard)| hard as u64);
     let is_within = seen <= expected.processes;
     table.must_be(
         guarantee,
@@ -218,15 +219,22 @@ fn processes(table: &Table, expected: &Expected) {
 fn disk(table: &Table, expected: &Expected) {
     let Some(limit) = expected.disk else { return };
     let guarantee = "limits.disk";
-    let free = nix::sys::statvfs::statvfs("/work").map_or(0, |fs| fs.blocks_available() * fs.fragment_size());
+    let free = nix::sys::statvfs::statvfs("/work")
+        .map_or(0, |fs| fs.blocks_available() as u64 * fs.fragment_size() as u64);
     if free < limit + (64 << 20) {
         let seen = format!("the file system has {free} bytes free, the limit is {limit}");
         return table.report(guarantee, "nothing", seen, Outcome::NotTried);
     }
+    let Ok(first) = off_t::try_from(limit.saturating_sub(4 << 20)) else {
+        let seen = format!(
+            "the limit is {limit}, and a file has at most {} bytes here",
+            off_t::MAX
+        );
+        return table.report(guarantee, "nothing", seen, Outcome::NotTried);
+    };
     let path = Path::new("/work/.user-factory-selftest");
     let filled = || -> io::Result<()> {
         let mut file = fs::File::create_new(path)?;
-        let first = limit.saturating_sub(4 << 20) as i64;
         if first > 0 {
             match nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, first) {
                 Ok(()) => io::Seek::seek(&mut file, io::SeekFrom::Start(first as u64)).map(drop)?,
