@@ -20,7 +20,7 @@ const BUDGET: [(&str, usize); 5] = [
     ("InstallAgent", 630),
     ("List", 70),
     ("Kill", 67),
-    ("Delete", 371),
+    ("Delete", 399),
 ];
 
 /// The least of so many tries: waiting for what the kernel does takes more or fewer polls.

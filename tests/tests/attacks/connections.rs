@@ -163,6 +163,7 @@ fn row_61_a_connection_closed_before_the_answer_harms_no_other() {
         );
     }
     // A request that nobody waits for is still being done when Delete comes, and may be done after it.
+    test.helper.log.wait_for_exactly(5, 0, &["request", "CreateUser"]);
     test.finish(&[worker]);
 }
 

@@ -215,9 +215,11 @@ fn all_calls(seen: &TraceResult) -> BTreeSet<(TracedKind, i64)> {
 
 /// The jobs' root file system is only built again where mounts of the host have changed since, as tests beside this one
 /// change them: an installation may make these calls in every run that is looked at, and not in the one that is to be
-/// killed. The start builds it in every run, and the other operations in none.
+/// killed. After it, devices are looked for. The start builds it in every run, and the other operations in none.
 fn is_of_a_build((kind, number): &(TracedKind, i64)) -> bool {
-    const OF_THE_MONITOR: [i64; 6] = [
+    const OF_THE_MONITOR: [i64; 8] = [
+        libc::SYS_socketpair,
+        libc::SYS_inotify_init1,
         libc::SYS_clone,
         libc::SYS_lseek,
         libc::SYS_chdir,
@@ -225,7 +227,8 @@ fn is_of_a_build((kind, number): &(TracedKind, i64)) -> bool {
         libc::SYS_getdents64,
         libc::SYS_inotify_add_watch,
     ];
-    *kind == TracedKind::Builder || *kind == TracedKind::Monitor && OF_THE_MONITOR.contains(number)
+    matches!(kind, TracedKind::Builder | TracedKind::DeviceRefresh)
+        || *kind == TracedKind::Monitor && OF_THE_MONITOR.contains(number)
 }
 
 /// Say at how many points was killed, and fail if it was not as it should be.
