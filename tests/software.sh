@@ -13,7 +13,8 @@ failed=0
 try() {
     local name=$1
     shift
-    if ("$@") >"$name.log" 2>&1; then
+    # In a directory of its own: parts give the same names to what they make.
+    if (mkdir "$name" && cd "$name" && "$@") >"$name.log" 2>&1; then
         echo "works: $name"
     else
         echo "FAILS: $name"
@@ -57,11 +58,11 @@ the_git() {
 }
 
 the_gdb() {
-    gdb -batch -ex 'break main' -ex run -ex 'info registers pc' -ex continue ./made | tee out && grep -q 'Breakpoint 1, main' out && grep -q 'exited normally' out
+    gdb -batch -ex 'break main' -ex run -ex 'info registers pc' -ex continue ../make/made | tee out && grep -q 'Breakpoint 1, main' out && grep -q 'exited normally' out
 }
 
 the_strace() {
-    strace -f -o trace ./made && grep -q execve trace
+    strace -f -o trace ../make/made && grep -q execve trace
 }
 
 # Archives keep a user's number in six or seven octal digits; automake asks whether the number fits.
@@ -111,8 +112,7 @@ the_buildah() {
 the_podman() {
     local podman=(podman)
     [ ! -d /sys/fs/cgroup/unified ] || podman+=(--runtime runc)
-    [ -d image ] || the_image || return
-    mkdir two && printf 'FROM localhost/one\nRUN ["/bin/busybox", "touch", "/made"]\n' >two/Containerfile || return
+    the_image && mkdir two && printf 'FROM localhost/one\nRUN ["/bin/busybox", "touch", "/made"]\n' >two/Containerfile || return
     "${podman[@]}" build --tag one image && "${podman[@]}" run --rm localhost/one | grep 'in the container' &&
         "${podman[@]}" run --rm --network host localhost/one /bin/busybox id -u | grep '^0$' &&
         "${podman[@]}" build --tag two two && "${podman[@]}" run --rm localhost/two /bin/busybox ls /made | grep /made

@@ -257,22 +257,21 @@ fn row_128_a_socket_that_waits_when_it_is_closed_holds_up_neither_its_worker_nor
     let test = TestHelper::new();
     let worker = create_worker(&test.client(), "a");
     let connect = || Seqpacket::connect(&test.host.socket(), false).unwrap();
-    let (stream, _peer) = lingering();
-    let socket = connect();
-    let send = |request| {
-        socket
-            .send(&wire::encode(&request).unwrap(), Some(stream.as_fd()))
-            .unwrap()
-    };
-    let receive = || match socket.recv(wire::MAX_REPLY).unwrap() {
+    let receive = |socket: &Seqpacket| match socket.recv(wire::MAX_REPLY).unwrap() {
         Received::Packet { bytes, .. } => wire::decode::<Reply>(&bytes).unwrap(),
         other => panic!("{other:?}"),
     };
-    socket
-        .send(&wire::encode(&Request::Hello { version: VERSION }).unwrap(), None)
-        .unwrap();
-    assert_eq!(receive(), Reply::Welcome);
-    // The packet has the last reference by the time that the session takes it.
+    let greet = || {
+        let socket = connect();
+        let hello = wire::encode(&Request::Hello { version: VERSION }).unwrap();
+        socket.send(&hello, None).unwrap();
+        assert_eq!(receive(&socket), Reply::Welcome);
+        socket
+    };
+    let (stream, _peer) = lingering();
+    let socket = greet();
+    // The packet has the last reference by the time that the session takes it. Nobody else receives it: an agent's receiver
+    // may have it for longer.
     let listener = listener(test.helper.pid());
     let session = until(|| match children(listener)[..] {
         [session] => Ok(session),
@@ -280,17 +279,22 @@ fn row_128_a_socket_that_waits_when_it_is_closed_holds_up_neither_its_worker_nor
     });
     kill(Pid::from_raw(session as i32), Signal::SIGSTOP).unwrap();
     wait_until_stopped(session);
-    send(Request::InstallAgent {
-        worker,
-        bootstrap: token(),
-    });
+    let list = wire::encode(&Request::List { after: None }).unwrap();
+    socket.send(&list, Some(stream.as_fd())).unwrap();
     drop(stream);
     kill(Pid::from_raw(session as i32), Signal::SIGCONT).unwrap();
-    assert_eq!(kind(receive()), ErrorKind::Refused);
+    assert!(matches!(receive(&socket), Reply::Listed { .. }));
     // The packet is taken: the kernel would close the socket for an hour.
     test.helper
         .log
         .wait(&["WARN", "a session has ended (signal: 14 (SIGALRM))"]);
+    // As an agent.
+    let (stream, _other_peer) = lingering();
+    let socket = greet();
+    let bootstrap = token();
+    let install = wire::encode(&Request::InstallAgent { worker, bootstrap }).unwrap();
+    send_and_close(&socket, &install, stream);
+    assert_eq!(kind(receive(&socket)), ErrorKind::Refused);
     // In packets that are never received.
     let peers: Vec<TcpStream> = (0..10)
         .map(|_| {
