@@ -129,7 +129,7 @@ pub fn empty_dirs(_proof: &Unprivileged, fs: BorrowedFd<'_>, dirs: &[&Path]) -> 
 /// Empty all of them, and then what was too deep.
 fn empty_all(fs: BorrowedFd<'_>, dirs: &[&Path], deepest: usize, count: &mut dyn FnMut()) -> Result<()> {
     let mut deep = Deep::open(fs).context("cannot open the directory for what is too deep")?;
-    // Without it the kernel's memory is taken.
+    // Where root has no room for it either, there is no bound.
     let deepest = if deep.is_some() { deepest } else { usize::MAX };
     for dir in dirs {
         empty(fs, dir, deepest, deep.as_mut(), count)
