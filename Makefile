@@ -36,7 +36,8 @@ endif
 # Debian's packages that a build needs besides cargo; each has a program of its name.
 packages = gcc make python3
 command = $(TARGET)/$(CARGO_BUILD_TARGET:%=%/)$(PROFILE)/user-factory
-stage = $(TARGET)/package
+# Where `assets` of supervisor/Cargo.toml looks, whatever CARGO_TARGET_DIR is.
+stage = target/package
 doc = $(DESTDIR)/usr/share/doc/$(name)
 units = $(wildcard packaging/systemd/*.socket packaging/systemd/*.service packaging/systemd/*.timer)
 program = install -D -m 755
